@@ -1,0 +1,178 @@
+"""Command-line flags from dataclasses.
+
+A configuration class declares each flag once, as a field made by :func:`flag`: its default, its help and, where
+the flag's name does not follow from the field's, its spelling. The parser, the configuration object and
+``docs/flags.md`` all come from that one declaration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NoReturn, TypeVar, Union
+
+from megatron_dwm.errors import UserError
+
+Config = TypeVar("Config")
+
+_META = "flag"
+
+
+@dataclasses.dataclass(frozen=True)
+class FlagInfo:
+    """How one field is spelled on the command line."""
+
+    help: str
+    names: tuple[str, ...] = ()
+    nargs: str | None = None
+    refused: str | None = None  # why the flag is recognised but cannot be used
+
+
+def flag(
+    default: Any, help: str, *names: str, nargs: str | None = None, refused: str | None = None
+) -> Any:
+    """Declare a configuration field that is a flag.
+
+    Args:
+        default: value when the flag is not given. A ``True`` default makes the flag a switch that turns it off.
+        help: one sentence; it ends up in ``--help`` and in ``docs/flags.md``.
+        names: spellings, when they differ from ``--field-name`` (``--no-field-name`` for a ``True`` default).
+        nargs: as in argparse; list fields default to ``"+"``.
+        refused: if set, giving the flag a value other than the default ends the run with this reason.
+    """
+    info = FlagInfo(help=help, names=names, nargs=nargs, refused=refused)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={_META: info})
+    return dataclasses.field(default=default, metadata={_META: info})
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A flag as the parser sees it: the field it fills and how its values are read."""
+
+    field: str
+    names: tuple[str, ...]
+    default: Any
+    help: str
+    value_type: type | None  # None for a switch
+    choices: tuple[Any, ...] | None
+    nargs: str | None
+    refused: str | None
+
+
+def flags_of(config_class: type) -> list[Flag]:
+    """The flags that ``config_class`` declares, in order."""
+    hints = typing.get_type_hints(config_class)
+    return [
+        _flag_of(field, hints[field.name])
+        for field in dataclasses.fields(config_class)
+        if _META in field.metadata
+    ]
+
+
+def _flag_of(field: dataclasses.Field, hint: Any) -> Flag:
+    info: FlagInfo = field.metadata[_META]
+    is_list, value_type, choices = _value_type(hint)
+    default = field.default
+    if default is dataclasses.MISSING:
+        assert field.default_factory is not dataclasses.MISSING
+        default = field.default_factory()
+    dashed = field.name.replace("_", "-")
+    standard = f"--no-{dashed}" if value_type is bool and default else f"--{dashed}"
+    return Flag(
+        field=field.name,
+        names=info.names or (standard,),
+        default=default,
+        help=info.help,
+        value_type=None if value_type is bool else value_type,
+        choices=choices,
+        nargs=info.nargs or ("+" if is_list else None),
+        refused=info.refused,
+    )
+
+
+def _value_type(hint: Any) -> tuple[bool, type, tuple[Any, ...] | None]:
+    """``(is a list, type of one value, choices)`` of an annotation such as ``list[str] | None``."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        (hint,) = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    is_list = typing.get_origin(hint) is list
+    if is_list:
+        (hint,) = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        return is_list, type(choices[0]), choices
+    return is_list, hint, None
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are :class:`UserError`, not a usage screen."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help for the flags")
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """Add the flags of ``config_class`` to ``parser`` as a group named after its docstring's first line."""
+    title = (config_class.__doc__ or config_class.__name__).strip().splitlines()[0].rstrip(".")
+    group = parser.add_argument_group(title)
+    for item in flags_of(config_class):
+        help_text = item.help.replace("%", "%%")
+        if item.value_type is None:
+            action = "store_false" if item.default else "store_true"
+            group.add_argument(
+                *item.names, dest=item.field, action=action, default=item.default, help=help_text
+            )
+        else:
+            group.add_argument(
+                *item.names,
+                dest=item.field,
+                type=item.value_type,
+                choices=item.choices,
+                nargs=item.nargs,
+                default=item.default,
+                help=help_text,
+                metavar=None if item.choices else item.value_type.__name__.upper(),
+            )
+
+
+def build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    """Make a ``config_class`` from parsed values (its own fields are picked out).
+
+    Raises:
+        UserError: a refused flag was given, or the class's own checks fail.
+    """
+    own: dict[str, Any] = {}
+    for item in flags_of(config_class):
+        value = values[item.field]
+        if item.refused is not None and value != item.default:
+            raise UserError(f"{item.names[0]} is not supported: {item.refused}")
+        own[item.field] = value
+    return config_class(**own)
+
+
+def parse(
+    argv: Sequence[str] | None, classes: Mapping[str, type], *, prog: str | None = None, description: str
+) -> dict[str, Any]:
+    """Parse ``argv`` into one object of each class.
+
+    Args:
+        argv: the arguments, without the programme's name; ``None`` takes ``sys.argv``.
+        classes: name to configuration class.
+
+    Returns:
+        name to configuration object.
+
+    Raises:
+        UserError: unknown flag, bad value, or a configuration class's check failed.
+    """
+    parser = OneLineParser(prog=prog, description=description)
+    for config_class in classes.values():
+        add_flags(parser, config_class)
+    values = vars(parser.parse_args(argv))
+    return {name: build(config_class, values) for name, config_class in classes.items()}

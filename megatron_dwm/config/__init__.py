@@ -1,0 +1,1 @@
+"""Configuration: frozen dataclasses of flags, one file a subject."""

@@ -1,0 +1,1 @@
+"""Tokenizers, datasets, samplers and the Batch type."""

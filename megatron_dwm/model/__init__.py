@@ -1,0 +1,1 @@
+"""The language model: builder, layer backends, Hugging Face conversion."""

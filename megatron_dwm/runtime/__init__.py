@@ -1,0 +1,1 @@
+"""Where the run happens: device, process groups, seeds, metrics."""

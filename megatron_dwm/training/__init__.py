@@ -1,0 +1,1 @@
+"""Step, loop, optimiser, checkpoints, evaluation."""

@@ -1,0 +1,1 @@
+"""The data weighting model: scores, weights, alignment, outer update."""
