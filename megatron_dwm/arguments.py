@@ -31,9 +31,7 @@ class FlagInfo:
     refused: str | None = None  # why the flag is recognised but cannot be used
 
 
-def flag(
-    default: Any, help: str, *names: str, nargs: str | None = None, refused: str | None = None
-) -> Any:
+def flag(default: Any, help: str, *names: str, nargs: str | None = None, refused: str | None = None) -> Any:
     """Declare a configuration field that is a flag.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import NoReturn
 
 EXIT_CODE = 2
 
@@ -16,15 +15,15 @@ class UserError(Exception):
     """
 
 
-def exit_with(error: UserError) -> NoReturn:
-    """Print ``error`` as one line on stderr and leave with :data:`EXIT_CODE`."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    raise SystemExit(EXIT_CODE)
+def run_cli(main: Callable[[], None], *, speaks: bool = True) -> None:
+    """Run a command's ``main``, turning a :class:`UserError` into its line and exit code.
 
-
-def run_cli(main: Callable[[], None]) -> None:
-    """Run a command's ``main``, turning a :class:`UserError` into its line and exit code."""
+    Args:
+        speaks: whether this process prints the line; of several that fail alike, one should.
+    """
     try:
         main()
     except UserError as error:
-        exit_with(error)
+        if speaks:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_CODE) from None

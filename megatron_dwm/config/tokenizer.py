@@ -54,13 +54,17 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         if self.tokenizer_type == "NullTokenizer":
             if self.vocab_size is None:
-                raise UserError("--tokenizer-type NullTokenizer needs --vocab-size; give the vocabulary's size")
+                raise UserError(
+                    "--tokenizer-type NullTokenizer needs --vocab-size; give the vocabulary's size"
+                )
         elif self.tokenizer_type == "GPT2BPETokenizer":
             for name, path in (("--vocab-file", self.vocab_file), ("--merge-file", self.merge_file)):
                 _require_file(name, path, self.tokenizer_type)
         elif self.tokenizer_type == "HuggingFaceTokenizer":
             if self.tokenizer_model is None:
-                raise UserError("--tokenizer-type HuggingFaceTokenizer needs --tokenizer-model; give a folder or name")
+                raise UserError(
+                    "--tokenizer-type HuggingFaceTokenizer needs --tokenizer-model; give a folder or name"
+                )
         else:
             _require_file("--tokenizer-model", self.tokenizer_model, self.tokenizer_type)
 

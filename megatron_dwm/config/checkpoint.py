@@ -1,0 +1,60 @@
+"""Flags of saving and loading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_dwm.arguments import flag
+from megatron_dwm.errors import UserError
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints."""
+
+    save: str | None = flag(None, "Folder to write checkpoints to.")
+    save_interval: int | None = flag(
+        None, "Iterations between checkpoints.", "--save-interval", "--persistent-save-interval"
+    )
+    save_retain_interval: int | None = flag(
+        None, "Keep only checkpoints whose iteration is divisible by this, and the last."
+    )
+    load: str | None = flag(None, "Folder to continue from.")
+    no_save_optim: bool = flag(False, "Leave the optimiser's state out of checkpoints.")
+    no_save_rng: bool = flag(False, "Leave the random state out of checkpoints.")
+    no_load_optim: bool = flag(False, "Do not load the optimiser's state.")
+    no_load_rng: bool = flag(False, "Do not load the random state.")
+    finetune: bool = flag(False, "Load the weights only and start at iteration 0.")
+    ckpt_step: int | None = flag(None, "Iteration to load, in place of the latest.")
+    exit_on_missing_checkpoint: bool = flag(
+        False, "Stop if --load holds no checkpoint, instead of starting anew."
+    )
+    ckpt_format: Literal["torch_dist"] = flag("torch_dist", "Checkpoint format.")
+    ckpt_fully_parallel_save: bool = flag(
+        True,
+        "Let one data-parallel rank write everything.",
+        "--no-ckpt-fully-parallel-save",
+        "--disable-ckpt-fully-parallel-save",
+    )
+    ckpt_fully_parallel_load: bool = flag(False, "Spread loading over data-parallel ranks.")
+    dist_ckpt_optim_fully_reshardable: bool = flag(
+        False, "Save the distributed optimiser so that it can be loaded under another TP and PP size."
+    )
+    async_save: bool = flag(
+        False, "Write checkpoints in the background.", refused="checkpoints are written before the next step"
+    )
+    non_persistent_save_interval: int | None = flag(
+        None, "Iterations between non-persistent checkpoints.", refused="use --save-interval"
+    )
+    use_checkpoint_args: bool = flag(
+        False, "Take the model's flags from the checkpoint.", refused="repeat the model's flags"
+    )
+
+    def __post_init__(self) -> None:
+        if self.save_interval is not None and self.save_interval < 1:
+            raise UserError(f"--save-interval {self.save_interval}: must be at least 1")
+        if self.save_interval is not None and self.save is None:
+            raise UserError(f"--save-interval {self.save_interval} needs --save; give the folder")
+        if self.exit_on_missing_checkpoint and self.load is None:
+            raise UserError("--exit-on-missing-checkpoint needs --load; give the folder")

@@ -1,0 +1,72 @@
+"""Flags that choose the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_dwm.arguments import flag
+from megatron_dwm.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data and data loading."""
+
+    data_path: list[str] | None = flag(
+        None, "One dataset prefix, prefixes, or weight-prefix pairs, divided by --split.", nargs="*"
+    )
+    split: str | None = flag(None, "Train, validation and test parts of --data-path, e.g. 969,30,1.")
+    train_data_path: list[str] | None = flag(None, "Dataset prefix or blend for training.", nargs="*")
+    valid_data_path: list[str] | None = flag(None, "Dataset prefix or blend for evaluation.", nargs="*")
+    test_data_path: list[str] | None = flag(None, "Dataset prefix or blend for the final test.", nargs="*")
+    data_args_path: str | None = flag(None, "File whose words are taken as --data-path.")
+    per_split_data_args_path: str | None = flag(
+        None, 'JSON file {"train": [...], "valid": [...], "test": [...]} with one blend each.'
+    )
+    data_cache_path: str | None = flag(None, "Folder for the datasets' index caches.")
+    mock_data: bool = flag(False, "Train on made-up data.")
+    mmap_bin_files: bool = flag(True, "Do not memory-map .bin files.", "--no-mmap-bin-files")
+    num_workers: int = flag(2, "Data loader processes.")
+    dataloader_type: Literal["single", "cyclic"] | None = flag(
+        None, "Read the data once in the dataset's order (single) or shuffled over and over (cyclic)."
+    )
+    data_sharding: bool = flag(True, "Do not shard the data of a cyclic loader.", "--no-data-sharding")
+    reset_position_ids: bool = flag(False, "Start positions anew after an end-of-document token.")
+    reset_attention_mask: bool = flag(False, "Do not attend across end-of-document tokens.")
+    eod_mask_loss: bool = flag(False, "Mask the loss of end-of-document tokens.")
+    create_attention_mask_in_dataloader: bool = flag(
+        True,
+        "Accepted for Megatron-LM scripts: masks are made on the device here in any case.",
+        "--no-create-attention-mask-in-dataloader",
+    )
+    num_dataset_builder_threads: int = flag(1, "Threads that build a blend's datasets.")
+    mid_level_dataset_surplus: float = flag(0.005, "Extra samples asked of each dataset of a blend.")
+    allow_ambiguous_pad_tokens: bool = flag(False, "Let pad tokens also occur in the data.")
+    eval_iters: int = flag(100, "Batches in one evaluation.")
+    eval_interval: int | None = flag(None, "Iterations between evaluations.")
+    full_validation: bool = flag(
+        False, "Evaluate on the whole set each time.", refused="set --eval-iters to cover the set"
+    )
+    multiple_validation_sets: bool = flag(
+        False, "Evaluate several sets.", refused="give one blend in --valid-data-path"
+    )
+
+    def __post_init__(self) -> None:
+        shared = [name for name in ("data_path", "data_args_path") if getattr(self, name)]
+        split = [
+            name
+            for name in ("train_data_path", "valid_data_path", "test_data_path", "per_split_data_args_path")
+            if getattr(self, name)
+        ]
+        if len(shared) > 1 or (shared and split) or (self.per_split_data_args_path and len(split) > 1):
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in shared + split)
+            raise UserError(f"{flags} exclude each other; name the data in one way")
+        if self.mock_data and (shared or split):
+            raise UserError("--mock-data excludes real data paths; leave one out")
+        if not (self.mock_data or shared or split):
+            raise UserError("no data: give --data-path, --train-data-path or --mock-data")
+        if self.eval_iters < 0:
+            raise UserError(f"--eval-iters {self.eval_iters}: must not be negative")
+        if self.eval_interval is not None and self.eval_interval < 1:
+            raise UserError(f"--eval-interval {self.eval_interval}: must be at least 1")

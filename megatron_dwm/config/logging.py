@@ -1,0 +1,37 @@
+"""Flags of logging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dwm.arguments import flag
+from megatron_dwm.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Logging."""
+
+    log_interval: int = flag(100, "Iterations between log lines.")
+    log_throughput: bool = flag(False, "Log the throughput in TFLOP/s per GPU.")
+    log_params_norm: bool = flag(False, "Log the norm of the parameters.")
+    tensorboard_dir: str | None = flag(None, "Folder for TensorBoard's event files.")
+    tensorboard_log_interval: int = flag(1, "Iterations between TensorBoard records.")
+    tensorboard_queue_size: int = flag(1000, "Records TensorBoard keeps before it writes.")
+    log_validation_ppl_to_tensorboard: bool = flag(False, "Also write the validation perplexity.")
+    log_loss_scale_to_tensorboard: bool = flag(
+        True,
+        "Do not write the loss scale.",
+        "--no-log-loss-scale-to-tensorboard",
+        "--disable-log-loss-scale-to-tensorboard",
+    )
+    log_memory_to_tensorboard: bool = flag(False, "Write the GPU's memory statistics.")
+    log_world_size_to_tensorboard: bool = flag(False, "Write the world size.")
+    metrics_jsonl: str | None = flag(
+        None, "JSON-lines file for every record. Default: metrics.jsonl in the --save folder."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("log_interval", "tensorboard_log_interval"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")

@@ -1,0 +1,174 @@
+"""Flags that shape the language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_dwm.arguments import flag
+from megatron_dwm.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Network size and architecture."""
+
+    num_layers: int | None = flag(None, "Number of transformer layers.")
+    hidden_size: int | None = flag(None, "Transformer hidden size.")
+    num_attention_heads: int | None = flag(None, "Number of attention heads.")
+    ffn_hidden_size: int | None = flag(
+        None,
+        "Feed-forward hidden size; 4 x hidden size if not given (8/3 x of it, in multiples of 64, with SwiGLU).",
+    )
+    kv_channels: int | None = flag(None, "Size of one attention head; hidden size / heads if not given.")
+    group_query_attention: bool = flag(False, "Use group-query attention.")
+    num_query_groups: int = flag(1, "Number of query groups in group-query attention.")
+    seq_length: int | None = flag(None, "Maximum sequence length to process.")
+    max_position_embeddings: int | None = flag(None, "Size of the position embedding table.")
+    position_embedding_type: Literal["learned_absolute", "rope", "none"] = flag(
+        "learned_absolute", "Position embedding type."
+    )
+    use_rotary_position_embeddings: bool = flag(
+        False, "Use rotary position embeddings. Deprecated: use --position-embedding-type rope."
+    )
+    rotary_base: int = flag(10000, "Base of the rotary position embeddings.")
+    rotary_percent: float = flag(1.0, "Part of the head dimension that is rotated.")
+    rotary_interleaved: bool = flag(False, "Use interleaved rotary embeddings.")
+    use_rope_scaling: bool = flag(False, "Scale rotary frequencies as Llama 3 does.")
+    rope_scaling_factor: float = flag(8.0, "Factor of --use-rope-scaling.")
+    normalization: Literal["LayerNorm", "RMSNorm"] = flag("LayerNorm", "Which normalization to use.")
+    layernorm_epsilon: float = flag(1e-5, "Epsilon of the normalization.", "--norm-epsilon")
+    layernorm_zero_centered_gamma: bool = flag(
+        False, "Centre the normalization's gain on zero (Transformer Engine only).", "--apply-layernorm-1p"
+    )
+    qk_layernorm: bool = flag(False, "Normalize queries and keys.")
+    swiglu: bool = flag(False, "Use SwiGLU in place of GELU.")
+    squared_relu: bool = flag(False, "Use squared ReLU in place of GELU.")
+    add_bias_linear: bool = flag(True, "Leave the biases of linear layers out.", "--disable-bias-linear")
+    add_qkv_bias: bool = flag(False, "Keep the bias of the QKV projection alone.")
+    untie_embeddings_and_output_weights: bool = flag(False, "Give the output layer weights of its own.")
+    hidden_dropout: float = flag(0.1, "Dropout probability of hidden states.")
+    attention_dropout: float = flag(0.1, "Dropout probability of attention weights.")
+    init_method_std: float = flag(0.02, "Standard deviation of the initial weights.")
+    init_method_xavier_uniform: bool = flag(False, "Initialise weights Xavier-uniform.")
+    embedding_init_method_std: float | None = flag(
+        None, "Standard deviation of the initial embeddings; weight decay then leaves them alone."
+    )
+    apply_query_key_layer_scaling: bool = flag(False, "Scale attention scores by 1 / layer number.")
+    attention_softmax_in_fp32: bool = flag(False, "Run attention masking and softmax in fp32.")
+    fp32_residual_connection: bool = flag(False, "Keep residual connections in fp32.")
+    make_vocab_size_divisible_by: int = flag(128, "Pad the vocabulary to a multiple of this and the TP size.")
+    padded_vocab_size: int | None = flag(
+        None, "Size of the padded vocabulary, in place of --make-vocab-size-divisible-by."
+    )
+    transformer_impl: Literal["transformer_engine", "local", "torch"] | None = flag(
+        None,
+        "Which layers to use: Transformer Engine's, megatron-core's own, or torch (SDPA attention, torch norms). "
+        "Default: transformer_engine where it is installed, else torch.",
+    )
+    attention_backend: Literal["flash", "fused", "unfused", "local", "auto"] = flag(
+        "auto", "Attention backend of Transformer Engine."
+    )
+    recompute_activations: bool = flag(False, "Recompute core attention in the backward pass.")
+    recompute_granularity: Literal["full", "selective"] | None = flag(
+        None, "Recompute whole layers (full) or the modules of --recompute-modules (selective)."
+    )
+    recompute_method: Literal["uniform", "block"] | None = flag(None, "How full recomputation picks layers.")
+    recompute_num_layers: int | None = flag(None, "Number of layers in one recomputed unit.")
+    recompute_modules: list[str] | None = flag(None, "Modules that selective recomputation covers.")
+    distribute_saved_activations: bool = flag(False, "Spread recomputation checkpoints over the TP group.")
+    masked_softmax_fusion: bool = flag(
+        True, "Do not fuse scale, mask and softmax.", "--no-masked-softmax-fusion"
+    )
+    bias_gelu_fusion: bool = flag(True, "Do not fuse bias and GELU.", "--no-bias-gelu-fusion")
+    bias_swiglu_fusion: bool = flag(True, "Do not fuse bias and SwiGLU.", "--no-bias-swiglu-fusion")
+    bias_dropout_fusion: bool = flag(True, "Do not fuse bias and dropout.", "--no-bias-dropout-fusion")
+    apply_rope_fusion: bool = flag(True, "Do not fuse rotary embeddings.", "--no-rope-fusion")
+    no_persist_layer_norm: bool = flag(False, "Do not use the persistent layer norm kernel.")
+    gradient_accumulation_fusion: bool = flag(
+        True, "Do not fuse gradient accumulation into weight gradients.", "--no-gradient-accumulation-fusion"
+    )
+    cross_entropy_loss_fusion: bool = flag(False, "Use the fused cross entropy.")
+    cross_entropy_fusion_impl: Literal["native", "te"] = flag(
+        "native", "Implementation of the fused cross entropy."
+    )
+    calculate_per_token_loss: bool = flag(
+        False, "Divide the summed loss by the global batch's tokens instead of averaging microbatches."
+    )
+    num_experts: int | None = flag(
+        None, "Number of experts.", refused="only dense GPT models are; leave it out"
+    )
+    multi_latent_attention: bool = flag(
+        False, "Use multi-latent attention.", refused="only standard attention is; leave it out"
+    )
+    fp8: str | None = flag(None, "FP8 format.", "--fp8-format", refused="train with --bf16")
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
+            value = getattr(self, name)
+            spelled = "--" + name.replace("_", "-")
+            if value is None:
+                raise UserError(f"{spelled} is missing; every run needs it")
+            if value < 1:
+                raise UserError(f"{spelled} {value}: must be at least 1")
+        if self.position_embedding_type != "rope" and self.max_position_embeddings is None:
+            raise UserError("--max-position-embeddings is missing; give at least --seq-length")
+        if self.kv_channels is None and self.hidden % self.heads:
+            raise UserError(
+                f"--hidden-size {self.hidden_size} is not divisible by --num-attention-heads "
+                f"{self.num_attention_heads}; change one or give --kv-channels"
+            )
+        if self.group_query_attention and self.heads % self.num_query_groups:
+            raise UserError(
+                f"--num-attention-heads {self.num_attention_heads} is not divisible by --num-query-groups "
+                f"{self.num_query_groups}; change one"
+            )
+        if self.max_position_embeddings is not None and self.sequence > self.max_position_embeddings:
+            raise UserError(
+                f"--seq-length {self.seq_length} exceeds --max-position-embeddings "
+                f"{self.max_position_embeddings}; raise the latter"
+            )
+        if self.swiglu and self.squared_relu:
+            raise UserError("--swiglu and --squared-relu exclude each other; give one")
+        if self.recompute_granularity == "full" and self.recompute_method is None:
+            raise UserError("--recompute-granularity full needs --recompute-method; give uniform or block")
+
+    # The required sizes as plain integers (they are None only in the parser's defaults).
+    @property
+    def layers(self) -> int:
+        assert self.num_layers is not None
+        return self.num_layers
+
+    @property
+    def hidden(self) -> int:
+        assert self.hidden_size is not None
+        return self.hidden_size
+
+    @property
+    def heads(self) -> int:
+        assert self.num_attention_heads is not None
+        return self.num_attention_heads
+
+    @property
+    def sequence(self) -> int:
+        assert self.seq_length is not None
+        return self.seq_length
+
+    @property
+    def ffn(self) -> int:
+        """Feed-forward width; Megatron-LM's rule where the flag is not given."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        return int((4 * self.hidden * 2 / 3) / 64) * 64 if self.swiglu else 4 * self.hidden
+
+    @property
+    def head_size(self) -> int:
+        return self.kv_channels or self.hidden // self.heads
+
+    @property
+    def query_groups(self) -> int:
+        return self.num_query_groups if self.group_query_attention else self.heads
+
+    @property
+    def positions(self) -> str:
+        return "rope" if self.use_rotary_position_embeddings else self.position_embedding_type

@@ -1,0 +1,108 @@
+"""Flags that lay the model out over processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_dwm.arguments import flag
+from megatron_dwm.errors import UserError
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Parallelism and data-parallel communication."""
+
+    tensor_model_parallel_size: int = flag(1, "Degree of tensor parallelism.")
+    pipeline_model_parallel_size: int = flag(1, "Degree of pipeline parallelism.")
+    num_layers_per_virtual_pipeline_stage: int | None = flag(
+        None, "Layers in one virtual pipeline stage; turns the interleaved schedule on."
+    )
+    num_virtual_stages_per_pipeline_rank: int | None = flag(
+        None, "Virtual pipeline stages on each rank; turns the interleaved schedule on."
+    )
+    sequence_parallel: bool = flag(False, "Shard activations along the sequence inside a TP group.")
+    context_parallel_size: int = flag(
+        1,
+        "Degree of context parallelism.",
+        refused="samples are weighted whole; use --sequence-parallel instead",
+    )
+    expert_model_parallel_size: int = flag(
+        1, "Degree of expert parallelism.", refused="only dense GPT models are; leave it out"
+    )
+    overlap_p2p_comm: bool = flag(
+        True,
+        "Do not overlap pipeline communication with compute in the interleaved schedule.",
+        "--no-overlap-p2p-communication",
+    )
+    use_distributed_optimizer: bool = flag(False, "Shard the optimiser's state over data-parallel ranks.")
+    overlap_grad_reduce: bool = flag(False, "Overlap gradient reduction with the backward pass.")
+    overlap_param_gather: bool = flag(False, "Overlap parameter all-gather with the forward pass.")
+    align_grad_reduce: bool = flag(
+        True, "Do not align gradient reduction over stages.", "--no-align-grad-reduce"
+    )
+    align_param_gather: bool = flag(
+        True, "Do not align parameter gather over stages.", "--no-align-param-gather"
+    )
+    ddp_num_buckets: int | None = flag(None, "Number of gradient buckets.")
+    ddp_bucket_size: int | None = flag(None, "Parameters in one gradient bucket.")
+    ddp_average_in_collective: bool = flag(False, "Average gradients in the collective itself.")
+    distributed_backend: Literal["nccl", "gloo"] = flag(
+        "nccl", "Communication backend; without a GPU it is gloo whatever this says."
+    )
+    distributed_timeout_minutes: int = flag(10, "Timeout of collectives.")
+    use_tp_pp_dp_mapping: bool = flag(False, "Order ranks tp-pp-dp instead of tp-dp-pp.")
+    enable_gloo_process_groups: bool = flag(
+        True, "Do not create gloo groups beside NCCL's.", "--disable-gloo-process-groups"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        interleaved = self.num_layers_per_virtual_pipeline_stage, self.num_virtual_stages_per_pipeline_rank
+        if None not in interleaved:
+            raise UserError(
+                "--num-layers-per-virtual-pipeline-stage and --num-virtual-stages-per-pipeline-rank say the same; "
+                "give one"
+            )
+        if interleaved != (None, None) and self.pipeline_model_parallel_size < 2:
+            raise UserError(
+                "virtual pipeline stages need --pipeline-model-parallel-size 2 or more, not "
+                f"{self.pipeline_model_parallel_size}"
+            )
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+            raise UserError(
+                "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce"
+            )
+        if self.ddp_num_buckets is not None and self.ddp_bucket_size is not None:
+            raise UserError("--ddp-num-buckets and --ddp-bucket-size exclude each other; give one")
+
+    @property
+    def tp(self) -> int:
+        return self.tensor_model_parallel_size
+
+    @property
+    def pp(self) -> int:
+        return self.pipeline_model_parallel_size
+
+    def virtual_stages(self, num_layers: int) -> int | None:
+        """Model chunks on each pipeline rank, or None without the interleaved schedule.
+
+        Raises:
+            UserError: the layers do not divide.
+        """
+        chunks = self.num_virtual_stages_per_pipeline_rank
+        if self.num_layers_per_virtual_pipeline_stage is not None:
+            if num_layers % (self.pp * self.num_layers_per_virtual_pipeline_stage):
+                raise UserError(
+                    f"--num-layers {num_layers} is not divisible by --pipeline-model-parallel-size {self.pp} x "
+                    f"--num-layers-per-virtual-pipeline-stage {self.num_layers_per_virtual_pipeline_stage}"
+                )
+            chunks = num_layers // self.pp // self.num_layers_per_virtual_pipeline_stage
+        if num_layers % (self.pp * (chunks or 1)):
+            raise UserError(
+                f"--num-layers {num_layers} is not divisible by --pipeline-model-parallel-size {self.pp}"
+                + (f" x {chunks} virtual stages" if chunks else "")
+            )
+        return chunks if chunks and chunks > 1 else None

@@ -1,0 +1,162 @@
+"""The whole configuration of a pretraining run, and the checks that concern several of its parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dwm.arguments import parse
+from megatron_dwm.config.checkpoint import CheckpointConfig
+from megatron_dwm.config.data import DataConfig
+from megatron_dwm.config.logging import LoggingConfig
+from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.parallel import ParallelConfig
+from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
+from megatron_dwm.config.weighting import WeightingConfig
+from megatron_dwm.errors import UserError
+
+PARTS: dict[str, type] = {
+    "model": ModelConfig,
+    "parallel": ParallelConfig,
+    "training": TrainingConfig,
+    "optimizer": OptimizerConfig,
+    "tokenizer": TokenizerConfig,
+    "data": DataConfig,
+    "checkpoint": CheckpointConfig,
+    "logging": LoggingConfig,
+    "weighting": WeightingConfig,
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything the flags say, checked against the world size."""
+
+    world_size: int
+    model: ModelConfig
+    parallel: ParallelConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+    weighting: WeightingConfig
+
+    def __post_init__(self) -> None:
+        self._check_world()
+        self._check_shards()
+        self._check_batches()
+        self._check_outer_update()
+
+    def _check_world(self) -> None:
+        tp, pp = self.parallel.tp, self.parallel.pp
+        if self.world_size % (tp * pp):
+            raise UserError(
+                f"world size {self.world_size} is not divisible by --tensor-model-parallel-size {tp} x "
+                f"--pipeline-model-parallel-size {pp}; start a multiple of {tp * pp} processes"
+            )
+
+    def _check_shards(self) -> None:
+        tp = self.parallel.tp
+        divided = {
+            "--num-attention-heads": self.model.heads,
+            "--num-query-groups": self.model.query_groups,
+            "--ffn-hidden-size": self.model.ffn,
+        }
+        if self.parallel.sequence_parallel:
+            divided["--seq-length (with --sequence-parallel)"] = self.model.sequence
+        for name, value in divided.items():
+            if value % tp:
+                raise UserError(
+                    f"{name} {value} is not divisible by --tensor-model-parallel-size {tp}; change one"
+                )
+
+    def _check_batches(self) -> None:
+        chunks = self.parallel.virtual_stages(self.model.layers)
+        micro, dp = self.training.micro_batch, self.data_parallel_size
+        if self.global_batch_size % (micro * dp):
+            raise UserError(
+                f"--global-batch-size {self.global_batch_size} is not divisible by --micro-batch-size {micro} x "
+                f"data-parallel size {dp}; change one"
+            )
+        if chunks is not None and self.num_microbatches % self.parallel.pp:
+            raise UserError(
+                f"{self.num_microbatches} microbatches a step are not divisible by --pipeline-model-parallel-size "
+                f"{self.parallel.pp}, which virtual stages need; change --global-batch-size or --micro-batch-size"
+            )
+        samples = self.training.train_samples
+        if samples is not None and samples < self.global_batch_size:
+            raise UserError(
+                f"--train-samples {samples} is less than one batch of {self.global_batch_size}; raise it"
+            )
+
+    def _check_outer_update(self) -> None:
+        if not self.weighting.learns:
+            return
+        micro, dp = self.training.micro_batch, self.data_parallel_size
+        if self.target_batch_size % (micro * dp):
+            raise UserError(
+                f"--dwm-target-batch-size {self.target_batch_size} is not divisible by --micro-batch-size {micro} x "
+                f"data-parallel size {dp}; change one"
+            )
+        pp = self.parallel.pp
+        if self.parallel.virtual_stages(self.model.layers) and self.target_batch_size // (micro * dp) % pp:
+            raise UserError(
+                f"--dwm-target-batch-size {self.target_batch_size} gives microbatches that are not divisible by "
+                f"--pipeline-model-parallel-size {pp}, which virtual stages need; change it"
+            )
+        if not self.weighting.dwm_valid_data_path and not self.data.mock_data:
+            raise UserError(
+                "--dwm-mode bilevel needs --dwm-valid-data-path; give the target set, or use --dwm-mode off"
+            )
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.world_size // (self.parallel.tp * self.parallel.pp)
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.training.global_batch_size or self.training.micro_batch * self.data_parallel_size
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of one model replica in one step."""
+        return self.global_batch_size // (self.training.micro_batch * self.data_parallel_size)
+
+    @property
+    def target_batch_size(self) -> int:
+        return self.weighting.dwm_target_batch_size or self.global_batch_size
+
+    @property
+    def train_iters(self) -> int:
+        if self.training.train_iters is not None:
+            return self.training.train_iters
+        assert self.training.train_samples is not None
+        return self.training.train_samples // self.global_batch_size
+
+    def flat(self) -> dict[str, Any]:
+        """All flags by their names, as Megatron-LM keeps its arguments."""
+        return {
+            field.name: getattr(getattr(self, part), field.name)
+            for part, cls in PARTS.items()
+            for field in dataclasses.fields(cls)
+        }
+
+
+def parse_run(argv: Sequence[str] | None, world_size: int) -> RunConfig:
+    """The configuration that ``argv`` describes for ``world_size`` processes.
+
+    Raises:
+        UserError: an unknown flag, a bad value, or values that contradict each other.
+    """
+    parts = parse(
+        argv,
+        PARTS,
+        prog="pretrain_dwm.py",
+        description="Pretrain a Megatron-Core GPT with a data weighting model. Flags are Megatron-LM's, plus --dwm-*.",
+    )
+    return RunConfig(world_size=world_size, **parts)

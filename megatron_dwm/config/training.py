@@ -1,0 +1,142 @@
+"""Flags of the training run: batches, length, optimiser, precision, seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_dwm.arguments import flag
+from megatron_dwm.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Batches and length of the run."""
+
+    micro_batch_size: int | None = flag(None, "Samples in one microbatch of one model replica.")
+    global_batch_size: int | None = flag(
+        None, "Samples in one step; micro batch size x data-parallel size if not given."
+    )
+    rampup_batch_size: list[str] | None = flag(
+        None, "Batch size ramp-up.", nargs="+", refused="weights are relative to a batch of constant size"
+    )
+    train_iters: int | None = flag(None, "Steps to train.")
+    train_samples: int | None = flag(None, "Samples to train on, in place of --train-iters.")
+    exit_interval: int | None = flag(None, "Stop after an iteration divisible by this.")
+    exit_duration_in_mins: int | None = flag(None, "Save and stop after this many minutes.")
+    exit_signal_handler: bool = flag(False, "Save and stop on SIGTERM.")
+    skip_train: bool = flag(False, "Only evaluate.")
+    seed: int = flag(1234, "Seed of initialisation, data order and dropout.")
+    data_parallel_random_init: bool = flag(
+        False, "Initialise each data-parallel rank differently.", refused="replicas start equal here"
+    )
+    check_for_nan_in_loss_and_grad: bool = flag(
+        True, "Do not stop at a NaN in loss or gradient.", "--no-check-for-nan-in-loss-and-grad"
+    )
+    empty_unused_memory_level: Literal[0, 1, 2] = flag(
+        0, "Empty the CUDA cache: 1 after, 2 before and after a step."
+    )
+    manual_gc: bool = flag(False, "Collect Python garbage at a fixed interval instead of when it likes.")
+    manual_gc_interval: int = flag(0, "Steps between garbage collections; 0 for none.")
+    deterministic_mode: bool = flag(False, "Use deterministic kernels only.")
+    use_cpu_initialization: bool = flag(False, "Initialise weights on the CPU, the same for every TP size.")
+    perform_initialization: bool = flag(True, "Do not initialise weights.", "--no-initialization")
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size is None:
+            raise UserError("--micro-batch-size is missing; every run needs it")
+        for name in ("micro_batch_size", "global_batch_size", "train_iters", "train_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if (self.train_iters is None) == (self.train_samples is None):
+            raise UserError("give exactly one of --train-iters and --train-samples")
+
+    @property
+    def micro_batch(self) -> int:
+        assert self.micro_batch_size is not None
+        return self.micro_batch_size
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimiser, learning rate and precision."""
+
+    optimizer: Literal["adam", "sgd"] = flag("adam", "Optimiser: Adam with decoupled weight decay, or SGD.")
+    lr: float | None = flag(None, "Peak learning rate.")
+    min_lr: float = flag(0.0, "Lowest learning rate.")
+    decoupled_lr: float | None = flag(None, "Learning rate of the embedding and output layers.")
+    decoupled_min_lr: float | None = flag(None, "Lowest learning rate of the embedding and output layers.")
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = flag(
+        "linear", "Shape of the learning rate's decay."
+    )
+    lr_decay_iters: int | None = flag(None, "Steps of the decay; the whole run if not given.")
+    lr_decay_samples: int | None = flag(None, "Samples of the decay (with --train-samples).")
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = flag(
+        "exponential", "Shape of WSD's last phase."
+    )
+    lr_wsd_decay_iters: int | None = flag(None, "Steps of WSD's last phase.")
+    lr_wsd_decay_samples: int | None = flag(None, "Samples of WSD's last phase.")
+    lr_warmup_fraction: float | None = flag(None, "Part of the decay spent on linear warm-up.")
+    lr_warmup_iters: int = flag(0, "Steps of linear warm-up.")
+    lr_warmup_samples: int = flag(0, "Samples of linear warm-up (with --train-samples).")
+    lr_warmup_init: float = flag(0.0, "Learning rate the warm-up starts at.")
+    override_opt_param_scheduler: bool = flag(
+        False,
+        "Take the schedule from the flags, not the checkpoint.",
+        "--override-opt_param-scheduler",
+        "--override-opt-param-scheduler",
+    )
+    use_checkpoint_opt_param_scheduler: bool = flag(
+        False,
+        "Take the schedule from the checkpoint, not the flags.",
+        "--use-checkpoint-opt_param-scheduler",
+        "--use-checkpoint-opt-param-scheduler",
+    )
+    weight_decay: float = flag(0.01, "Weight decay.")
+    start_weight_decay: float | None = flag(None, "Weight decay at the start.")
+    end_weight_decay: float | None = flag(None, "Weight decay at the end.")
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = flag(
+        "constant", "How weight decay moves from start to end."
+    )
+    clip_grad: float = flag(1.0, "Clip the gradient to this global norm; 0 for no clipping.")
+    adam_beta1: float = flag(0.9, "Adam's first decay rate.")
+    adam_beta2: float = flag(0.999, "Adam's second decay rate.")
+    adam_eps: float = flag(1e-8, "Adam's epsilon.")
+    sgd_momentum: float = flag(0.9, "SGD's momentum.")
+    fp16: bool = flag(False, "Train in fp16 with dynamic loss scaling.")
+    bf16: bool = flag(False, "Train in bf16 with fp32 master weights.")
+    loss_scale: float | None = flag(None, "Fixed loss scale in place of the dynamic one.")
+    initial_loss_scale: float = flag(float(2**32), "First dynamic loss scale.")
+    min_loss_scale: float = flag(1.0, "Lowest dynamic loss scale.")
+    loss_scale_window: float = flag(1000, "Steps without overflow before the scale rises.")
+    hysteresis: int = flag(2, "Overflows before the scale falls.")
+    accumulate_allreduce_grads_in_fp32: bool = flag(False, "Accumulate and reduce gradients in fp32.")
+    grad_reduce_in_bf16: bool = flag(False, "Reduce gradients in bf16.")
+    fp16_lm_cross_entropy: bool = flag(False, "Compute the cross entropy in fp16.")
+    log_num_zeros_in_grad: bool = flag(False, "Count and log zeros in the gradient.")
+
+    def __post_init__(self) -> None:
+        if self.lr is None or self.lr < 0:
+            raise UserError(f"--lr {self.lr}: give the peak learning rate")
+        if self.min_lr > self.lr:
+            raise UserError(f"--min-lr {self.min_lr} exceeds --lr {self.lr}; lower it")
+        if self.fp16 and self.bf16:
+            raise UserError("--fp16 and --bf16 exclude each other; give one")
+        if (
+            self.lr_decay_style == "WSD"
+            and self.lr_wsd_decay_iters is None
+            and self.lr_wsd_decay_samples is None
+        ):
+            raise UserError("--lr-decay-style WSD needs --lr-wsd-decay-iters (or -samples)")
+        varying = (self.start_weight_decay, self.end_weight_decay)
+        if self.weight_decay_incr_style != "constant" and None in varying:
+            raise UserError(
+                f"--weight-decay-incr-style {self.weight_decay_incr_style} needs --start-weight-decay and "
+                "--end-weight-decay"
+            )
+
+    @property
+    def grads_in_fp32(self) -> bool:
+        """Megatron-LM's rule: bf16 training accumulates in fp32 unless told otherwise."""
+        return self.accumulate_allreduce_grads_in_fp32 or (self.bf16 and not self.grad_reduce_in_bf16)

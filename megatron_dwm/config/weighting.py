@@ -1,0 +1,100 @@
+"""Flags of the data weighting model and its outer update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_dwm.arguments import flag
+from megatron_dwm.errors import UserError
+
+
+@dataclass(frozen=True)
+class WeightingConfig:
+    """Data weighting model (DWM)."""
+
+    dwm_mode: Literal["off", "frozen", "bilevel"] = flag(
+        "bilevel", "off: plain Megatron; frozen: use the weighter of --dwm-load; bilevel: learn it."
+    )
+    dwm_load: str | None = flag(None, "Exported weighter to use (frozen mode).")
+    dwm_valid_data_path: list[str] | None = flag(
+        None, "Dataset prefix or blend of the target set, whose loss the weighter lowers.", nargs="*"
+    )
+    dwm_target_batch_size: int | None = flag(
+        None, "Target samples in one outer update; the global batch size if not given."
+    )
+    dwm_init_from: str = flag(
+        "lm",
+        "What the weighter starts as: random, lm (the language model's embedding and first layers, at the end of "
+        "the warm-up), or a Hugging Face folder with the same tokenizer.",
+    )
+    dwm_arch: Literal["llama", "gpt2", "modernbert"] = flag(
+        "llama", "Architecture of a weighter started at random."
+    )
+    dwm_num_layers: int = flag(2, "Layers of a weighter started at random or from the language model.")
+    dwm_hidden_size: int = flag(128, "Hidden size of a weighter started at random.")
+    dwm_num_attention_heads: int = flag(4, "Attention heads of a weighter started at random.")
+    dwm_ffn_hidden_size: int | None = flag(None, "Feed-forward size of a weighter started at random.")
+    dwm_temperature: float = flag(1.0, "Temperature of the softmax that turns scores into weights.")
+    dwm_kl_weight: float = flag(
+        2.0,
+        "Strength of KL(weights || uniform) against standardised alignments; keeps the weights from collapsing.",
+    )
+    dwm_lr: float = flag(1e-3, "Learning rate of the weighter (AdamW).")
+    dwm_weight_decay: float = flag(0.01, "Weight decay of the weighter.")
+    dwm_clip_grad: float = flag(1.0, "Clip the weighter's gradient to this norm; 0 for no clipping.")
+    dwm_num_stages: int = flag(
+        5, "Stages that follow the warm-up; the weighter is exported at each one's end."
+    )
+    dwm_warmup_iters: int | None = flag(
+        None, "Iterations with uniform weights before the first stage; as long as a stage if not given."
+    )
+    dwm_stage_update_iters: int | None = flag(
+        None,
+        "Iterations at the start of each stage in which the weighter learns; the whole stage if not given.",
+    )
+    dwm_update_interval: int | None = flag(
+        None, "Iterations between outer updates; 50 if not given, or fewer where the window is shorter."
+    )
+    dwm_weighter_steps: int = flag(8, "Weighter steps in one outer update.")
+    dwm_replay: int = flag(4, "Recent aligned batches that those steps draw on.")
+    dwm_alignment: Literal["exact", "finite-difference"] = flag(
+        "exact", "Alignment from one backward pass of single samples, or from two forward passes."
+    )
+    dwm_preconditioner: Literal["adam", "none"] = flag(
+        "adam", "Scale the target gradient as Adam scales its step (adam), or not (none)."
+    )
+    dwm_score_batch_size: int = flag(32, "Samples the weighter scores at a time.")
+
+    def __post_init__(self) -> None:
+        at_least_one = (
+            "dwm_target_batch_size dwm_num_layers dwm_hidden_size dwm_num_attention_heads dwm_num_stages "
+            "dwm_stage_update_iters dwm_update_interval dwm_weighter_steps dwm_replay dwm_score_batch_size"
+        )
+        for name in at_least_one.split():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if self.dwm_temperature <= 0:
+            raise UserError(f"--dwm-temperature {self.dwm_temperature}: must be above 0")
+        for name in ("dwm_kl_weight", "dwm_lr", "dwm_weight_decay", "dwm_clip_grad"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
+        if self.dwm_warmup_iters is not None and self.dwm_warmup_iters < 0:
+            raise UserError(f"--dwm-warmup-iters {self.dwm_warmup_iters}: must not be negative")
+        if self.dwm_mode == "frozen" and self.dwm_load is None:
+            raise UserError("--dwm-mode frozen needs --dwm-load; give the folder of an exported weighter")
+        if self.dwm_mode != "frozen" and self.dwm_load is not None:
+            raise UserError(
+                f"--dwm-load {self.dwm_load} goes with --dwm-mode frozen, not {self.dwm_mode}; to learn from a "
+                "weighter on, give it as --dwm-init-from"
+            )
+
+    @property
+    def weighs(self) -> bool:
+        """Whether a weighter exists at all."""
+        return self.dwm_mode != "off"
+
+    @property
+    def learns(self) -> bool:
+        return self.dwm_mode == "bilevel"

@@ -1,0 +1,90 @@
+"""The samples of one step, as every rank of a model replica sees them.
+
+Shape legend: n samples of this replica in one step, s sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_dwm.runtime.distributed import Layout
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples in the order in which their microbatches are trained on."""
+
+    tokens: torch.Tensor
+    """Input tokens [n, s], int64."""
+    labels: torch.Tensor
+    """Next tokens [n, s], int64."""
+    loss_mask: torch.Tensor
+    """1.0 where a token's loss counts [n, s], float32."""
+    position_ids: torch.Tensor
+    """Positions [n, s], int64."""
+    index: torch.Tensor
+    """Index of each sample in its dataset [n], int64."""
+    source: torch.Tensor
+    """Index of the dataset in its blend that each sample comes from [n], int64."""
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __getitem__(self, part: slice) -> Batch:
+        return Batch(
+            self.tokens[part],
+            self.labels[part],
+            self.loss_mask[part],
+            self.position_ids[part],
+            self.index[part],
+            self.source[part],
+        )
+
+    def microbatches(self, size: int) -> Iterator[Batch]:
+        """Consecutive parts of ``size`` samples."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+    def document_mask(self, eod: int) -> torch.Tensor:
+        """Where attention is forbidden [n, 1, s, s]: later positions and other documents.
+
+        An end-of-document token belongs to the document it ends.
+        """
+        ended = (self.tokens == eod).cumsum(dim=1)
+        document = torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], dim=1)
+        same = document[:, :, None] == document[:, None, :]
+        causal = torch.ones_like(same[0]).tril()
+        return ~(same & causal)[:, None]
+
+
+def share_batch(loaded: dict[str, torch.Tensor] | None, num_samples: int, seq: int, layout: Layout) -> Batch:
+    """Hand the samples that the first rank of a model replica has loaded to all its ranks.
+
+    Args:
+        loaded: collated dataset items on the replica's first rank, None elsewhere.
+        num_samples: samples of this replica in one step (n).
+        seq: sequence length (s).
+    """
+    device = torch.device(torch.cuda.current_device())
+    if loaded is not None:
+        columns = [loaded[key] for key in ("tokens", "labels", "loss_mask", "position_ids")]
+        columns += [loaded[key][:, None] for key in ("index", "source")]
+        packed = torch.cat([column.to(torch.int64) for column in columns], dim=1).to(device)
+    else:
+        packed = torch.empty(num_samples, 4 * seq + 2, dtype=torch.int64, device=device)
+    if layout.mp_size > 1:
+        first = dist.get_global_rank(layout.mp_group, 0)
+        dist.broadcast(packed, first, group=layout.mp_group)
+    tokens, labels, mask, positions, index, source = packed.split([seq, seq, seq, seq, 1, 1], dim=1)
+    return Batch(
+        tokens=tokens.contiguous(),
+        labels=labels.contiguous(),
+        loss_mask=mask.float(),
+        position_ids=positions.contiguous(),
+        index=index.flatten(),
+        source=source.flatten(),
+    )

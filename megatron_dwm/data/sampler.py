@@ -1,0 +1,111 @@
+"""Which samples each data-parallel rank reads, step by step.
+
+Megatron-LM's order: a step's microbatches follow each other, and within one microbatch the data-parallel ranks take
+consecutive runs of samples. Samplers start from the number of samples consumed, so that a run resumes where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Share:
+    """How one step's samples are divided."""
+
+    micro_batch_size: int
+    num_microbatches: int
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def all_samples(self) -> int:
+        """Samples of one step over all replicas."""
+        return self.micro_batch_size * self.num_microbatches * self.dp_size
+
+    @property
+    def own_samples(self) -> int:
+        """Samples of one step on this replica."""
+        return self.micro_batch_size * self.num_microbatches
+
+    def own(self, step: list[int]) -> list[int]:
+        """This replica's part of one step's samples, in the order it trains on them."""
+        stride = self.micro_batch_size * self.dp_size
+        start = self.dp_rank * self.micro_batch_size
+        return [
+            step[microbatch * stride + start + offset]
+            for microbatch in range(self.num_microbatches)
+            for offset in range(self.micro_batch_size)
+        ]
+
+
+class SequentialSampler:
+    """Reads a dataset once, in its own order; an incomplete last step is left out."""
+
+    def __init__(self, total: int, consumed: int, share: Share) -> None:
+        self.total, self.consumed, self.share = total, consumed, share
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size = self.share.all_samples
+        for start in range(self.consumed, self.total - size + 1, size):
+            yield self.share.own(list(range(start, start + size)))
+
+
+class ShuffledSampler:
+    """Reads a dataset over and over, in a new order each epoch, the order drawn from ``seed`` and the epoch.
+
+    No sample is left out of an epoch: a step may straddle two.
+    """
+
+    def __init__(self, total: int, consumed: int, share: Share, seed: int) -> None:
+        self.total, self.consumed, self.share, self.seed = total, consumed, share, seed
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step: list[int] = []
+        epoch, offset = divmod(self.consumed, self.total)
+        while True:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            for index in torch.randperm(self.total, generator=generator).tolist()[offset:]:
+                step.append(index)
+                if len(step) == self.share.all_samples:
+                    yield self.share.own(step)
+                    step = []
+            epoch, offset = epoch + 1, 0
+
+
+class CyclicSampler:
+    """Megatron-LM's ``--dataloader-type cyclic``: shuffled epochs of whole microbatches.
+
+    With ``sharded``, each data-parallel rank shuffles a contiguous part of the dataset of its own.
+    """
+
+    def __init__(self, total: int, consumed: int, share: Share, sharded: bool) -> None:
+        self.total, self.consumed, self.share, self.sharded = total, consumed, share, sharded
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step: list[int] = []
+        for microbatch in self._microbatches():
+            step += microbatch
+            if len(step) == self.share.own_samples:
+                yield step
+                step = []
+
+    def _microbatches(self) -> Iterator[list[int]]:
+        size, ranks = self.share.micro_batch_size, self.share.dp_size
+        epoch_samples = self.total - self.total % (size * ranks)
+        epoch, offset = divmod(self.consumed, epoch_samples)
+        while True:
+            generator = torch.Generator().manual_seed(epoch)
+            if self.sharded:
+                bucket = epoch_samples // ranks
+                order = torch.randperm(bucket, generator=generator)[offset // ranks :]
+                own = (order + self.share.dp_rank * bucket).tolist()
+            else:
+                order = torch.randperm(self.total // size * size, generator=generator)[offset:]
+                own = order[self.share.dp_rank :: ranks].tolist()
+            for start in range(0, len(own) - size + 1, size):
+                yield own[start : start + size]
+            epoch, offset = epoch + 1, 0

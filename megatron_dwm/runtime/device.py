@@ -1,0 +1,125 @@
+"""The device of this process, and megatron-core on a machine without a GPU.
+
+megatron-core asks for CUDA by name in many places (``device="cuda"``, ``torch.cuda.current_device()``, RNG state of the
+GPU). On a machine without one, :func:`select_device` answers all of them with the CPU for the life of the process.
+Nothing outside this file knows of it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megatron_dwm.errors import UserError
+
+
+def select_device(local_rank: int) -> torch.device:
+    """Make this process's device current and return it.
+
+    With CUDA that is GPU ``local_rank``; without, the CPU, with megatron-core adapted to it.
+
+    Raises:
+        UserError: more processes on this node than GPUs.
+    """
+    if not torch.cuda.is_available():
+        _adapt_megatron_to_cpu()
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"LOCAL_RANK {local_rank}: this node has {count} GPU(s); start at most that many processes a node"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites ``device="cuda…"`` arguments to the CPU and names CPU tensor types as their CUDA twins.
+
+    megatron-core finds a tensor's dtype by comparing ``tensor.type()`` with ``"torch.cuda.FloatTensor"``.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = torch.device("cpu")
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def _adapt_megatron_to_cpu() -> None:
+    """Answer megatron-core's CUDA calls with the CPU; once a process (a second call changes nothing)."""
+    if isinstance(torch.cuda.current_device, _CpuAnswer):
+        return
+    import megatron.core.tensor_parallel.random as core_random
+
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = _CpuAnswer(cpu)
+    torch.cuda.synchronize = _CpuAnswer(None)
+    torch.cuda.empty_cache = _CpuAnswer(None)
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state = lambda *_, **__: torch.get_rng_state()
+        module.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+        module.manual_seed = torch.manual_seed
+    core_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    _CudaMeansCpu().__enter__()
+
+
+class _CpuAnswer:
+    """A stand-in for a ``torch.cuda`` function that ignores its arguments; also marks the adaptation as made."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return self.answer
+
+
+def environment_rank() -> tuple[int, int, int]:
+    """``(rank, local rank, world size)`` from torchrun's or srun's variables; a lone process is ``(0, 0, 1)``.
+
+    torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; srun sets SLURM_PROCID, SLURM_LOCALID and SLURM_NTASKS.
+
+    Raises:
+        UserError: a variable is not a whole number.
+    """
+    return (
+        _integer("RANK", "SLURM_PROCID", 0),
+        _integer("LOCAL_RANK", "SLURM_LOCALID", 0),
+        _integer("WORLD_SIZE", "SLURM_NTASKS", 1),
+    )
+
+
+def _integer(name: str, slurm_name: str, default: int) -> int:
+    # A shell inside an sbatch job also has SLURM_* set: only a step started by srun counts.
+    in_step = "SLURM_STEP_ID" in os.environ
+    text = os.environ.get(name, os.environ.get(slurm_name) if in_step else None)
+    if text is None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{name}={text}: not a whole number; start the run with torchrun or srun") from None
+
+
+def require_megatron_core() -> None:
+    """Refuse a megatron-core other than the 0.16 series, whose interfaces and checkpoints this programme is made for.
+
+    Raises:
+        UserError: it is missing or of another version.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        found = version("megatron-core")
+    except PackageNotFoundError:
+        raise UserError("megatron-core is not installed; pip install 'megatron-core>=0.16,<0.17'") from None
+    if not found.startswith("0.16."):
+        raise UserError(f"megatron-core {found} is installed; pip install 'megatron-core>=0.16,<0.17'")

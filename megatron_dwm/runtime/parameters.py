@@ -1,0 +1,29 @@
+"""A second set of a model's parameters, to go back to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+class ParameterCopy:
+    """A copy of the parameters of model chunks as they are now."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+        self._params = [param for chunk in chunks for param in chunk.parameters()]
+        self._copies = [param.detach().clone() for param in self._params]
+
+    def swap(self) -> None:
+        """Exchange the model's parameters with the copy, in place and one tensor at a time."""
+        with torch.no_grad():
+            for param, copy in zip(self._params, self._copies, strict=True):
+                current = param.detach().clone()
+                param.data.copy_(copy)
+                copy.copy_(current)
+
+    def restore(self) -> None:
+        """Set the model's parameters to the copy."""
+        with torch.no_grad():
+            for param, copy in zip(self._params, self._copies, strict=True):
+                param.data.copy_(copy)

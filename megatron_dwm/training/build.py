@@ -1,0 +1,268 @@
+"""From the configuration to a Trainer: every part built once, in the order in which they need each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_dwm.config.run import RunConfig
+from megatron_dwm.data.checks import check_data
+from megatron_dwm.data.datasets import (
+    BatchReader,
+    DataPaths,
+    build_datasets,
+    data_paths,
+    sequential_or_cyclic,
+    shuffled,
+)
+from megatron_dwm.data.sampler import Share
+from megatron_dwm.data.tokenizer import build_tokenizer, padded_vocab_size, vocabulary_fingerprint
+from megatron_dwm.errors import UserError
+from megatron_dwm.model.builder import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
+from megatron_dwm.model.schedule import PipelineSchedule
+from megatron_dwm.model.transformer_config import transformer_config
+from megatron_dwm.runtime.agreement import Agreement
+from megatron_dwm.runtime.distributed import Layout, initialize, set_seeds
+from megatron_dwm.runtime.metrics import say
+from megatron_dwm.training.checkpoint import Progress, TrainingObjects, find_checkpoint, load_checkpoint
+from megatron_dwm.training.optimizer import build_optimizer, build_scheduler
+from megatron_dwm.training.reporter import Reporter
+from megatron_dwm.training.trainer import Readers, Trainer
+from megatron_dwm.weighting.data_weighting import DataWeighting
+from megatron_dwm.weighting.exchange import SampleExchange
+from megatron_dwm.weighting.export import WeighterExporter
+from megatron_dwm.weighting.outer import OuterUpdate
+from megatron_dwm.weighting.stages import StageSchedule, bilevel_stages, frozen_stages
+from megatron_dwm.weighting.transfer import (
+    check_language_model_init,
+    classifier_from_json,
+    folder_classifier,
+    language_model_classifier,
+    random_classifier,
+)
+from megatron_dwm.weighting.weighter import Weighter
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, checked before any process waits for another."""
+
+    tokenizer: Any
+    paths: DataPaths
+    stages: StageSchedule | None
+    fingerprint: str
+    """Of the tokenizer's vocabulary; empty without a weighter."""
+    folder_weighter: Any | None
+    """The classifier that --dwm-load or --dwm-init-from name, if they name a folder."""
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.tokenizer.vocab_size)
+
+
+def read_inputs(config: RunConfig, *, reads_data: bool) -> Inputs:
+    """Open and check the tokenizer, the data and the weighter's folder.
+
+    Args:
+        reads_data: whether this process opens the datasets (one of a run is enough).
+
+    Raises:
+        UserError: whatever is wrong with them.
+    """
+    settings = config.weighting
+    tokenizer = build_tokenizer(config.tokenizer)
+    paths = data_paths(config.data, settings.dwm_valid_data_path if settings.learns else None)
+    if reads_data:
+        check_data(paths, config.model.sequence, int(tokenizer.vocab_size))
+    find_checkpoint(config)
+    if not settings.weighs:
+        return Inputs(tokenizer, paths, None, "", None)
+
+    stages = (
+        bilevel_stages(settings, config.train_iters)
+        if settings.learns
+        else frozen_stages(settings, config.train_iters)
+    )
+    fingerprint = vocabulary_fingerprint(tokenizer, config.tokenizer)
+    flag, folder = (
+        ("--dwm-load", settings.dwm_load)
+        if settings.dwm_load
+        else ("--dwm-init-from", settings.dwm_init_from)
+    )
+    assert folder is not None
+    if settings.learns and folder == "lm":
+        check_language_model_init(config.model, settings)
+    if folder in ("lm", "random"):
+        return Inputs(tokenizer, paths, stages, fingerprint, None)
+    classifier = folder_classifier(
+        flag, folder, config.model.sequence, int(tokenizer.vocab_size), fingerprint, config.training.seed
+    )
+    return Inputs(tokenizer, paths, stages, fingerprint, classifier)
+
+
+def build_trainer(config: RunConfig, inputs: Inputs, device: torch.device, agreement: Agreement) -> Trainer:
+    """Build everything and load the checkpoint; every rank calls it.
+
+    Raises:
+        UserError: flags that the model, the data or the checkpoint do not fit.
+    """
+    with agreement.phase("model configuration"):
+        core_config = transformer_config(
+            config.model, config.parallel, config.training, config.optimizer, device
+        )
+    layout = initialize(
+        config.parallel,
+        config.parallel.virtual_stages(config.model.layers),
+        device,
+        agreement.store,
+        agreement.rank,
+        agreement.world_size,
+    )
+    set_seeds(config.training.seed, layout)
+    padded = config.model.padded_vocab_size or padded_vocab_size(
+        inputs.vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.tp
+    )
+    bare = build_model_chunks(
+        core_config,
+        config.model,
+        vocab_size=padded,
+        fp16_lm_cross_entropy=config.optimizer.fp16_lm_cross_entropy,
+    )
+    chunks = wrap_with_ddp(bare, core_config, config.parallel, config.optimizer, config.training)
+    optimizer = build_optimizer(config, chunks)
+    bind_schedule_hooks(core_config, chunks, optimizer, config.parallel)
+    objects = TrainingObjects(chunks, optimizer, build_scheduler(config, optimizer))
+
+    progress, dwm_state = Progress(), None
+    checkpoint = find_checkpoint(config)
+    if checkpoint is not None:
+        progress, dwm_state = load_checkpoint(config, checkpoint, objects, layout)
+        if layout.is_first:
+            say(f"  successfully loaded checkpoint from {checkpoint} at iteration {progress.iteration}")
+
+    schedule = PipelineSchedule(
+        chunks,
+        core_config,
+        layout,
+        config.model.sequence,
+        document_end=inputs.tokenizer.eod if config.data.reset_attention_mask else None,
+        check_for_nan=config.training.check_for_nan_in_loss_and_grad and not config.optimizer.fp16,
+    )
+    data = _Data(config, inputs, layout, progress)
+    weighting = None
+    if inputs.stages is not None:
+        weighting = _build_weighting(
+            config, inputs, inputs.stages, schedule, objects, data, device, dwm_state
+        )
+    exporter = None
+    if weighting is not None and config.checkpoint.save is not None:
+        exporter = WeighterExporter(config, layout, inputs.paths, inputs.tokenizer, inputs.fingerprint)
+    with agreement.phase("metrics"):
+        reporter = Reporter(config, layout, padded, progress.iteration)
+    return Trainer(config, layout, schedule, objects, data.readers, weighting, exporter, reporter, progress)
+
+
+class _Data:
+    """Datasets of a run and the readers of its splits."""
+
+    def __init__(self, config: RunConfig, inputs: Inputs, layout: Layout, progress: Progress) -> None:
+        self.config, self.inputs, self.layout = config, inputs, layout
+        self.datasets = build_datasets(config, inputs.paths, inputs.tokenizer, layout)
+        micro, dp = config.training.micro_batch, layout.dp_size
+        self.share = Share(micro, config.num_microbatches, layout.dp_rank, dp)
+        self.target_share = Share(micro, config.target_batch_size // (micro * dp), layout.dp_rank, dp)
+        present = self._present()
+        self.readers = Readers(
+            train=self._sequential(self.datasets.train, progress.consumed_train_samples),
+            valid=self._sequential(self.datasets.valid, progress.consumed_valid_samples)
+            if present[0]
+            else None,
+            test=self._sequential(self.datasets.test, 0) if present[1] else None,
+        )
+
+    def target(self, consumed: int) -> BatchReader:
+        """The target set's reader, ``consumed`` samples in."""
+        dataset = self.datasets.target
+        return self._reader(
+            dataset, shuffled(self.config, dataset, consumed, self.target_share), self.target_share
+        )
+
+    def _present(self) -> tuple[bool, bool]:
+        """Whether there is validation and test data; ranks without datasets must know it too."""
+        paths = self.inputs.paths
+        if self.config.data.mock_data:
+            return True, True
+        if paths.shared is None:
+            return paths.per_split[1] is not None, paths.per_split[2] is not None
+        parts = [float(part) for part in (paths.split or "").split(",")] + [0.0, 0.0]
+        return parts[1] > 0, parts[2] > 0
+
+    def _sequential(self, dataset: Any, consumed: int) -> BatchReader:
+        return self._reader(
+            dataset, sequential_or_cyclic(self.config, dataset, consumed, self.share), self.share
+        )
+
+    def _reader(self, dataset: Any, sampler: Any, share: Share) -> BatchReader:
+        return BatchReader(
+            dataset,
+            sampler,
+            share,
+            self.config.model.sequence,
+            self.layout,
+            self.inputs.vocab_size,
+            self.config.data.num_workers,
+        )
+
+
+def _build_weighting(
+    config: RunConfig,
+    inputs: Inputs,
+    stages: StageSchedule,
+    schedule: PipelineSchedule,
+    objects: TrainingObjects,
+    data: _Data,
+    device: torch.device,
+    state: dict[str, Any] | None,
+) -> DataWeighting:
+    settings, layout = config.weighting, data.layout
+    exchange = SampleExchange(data.share, layout)
+    make_classifier = _classifier_maker(config, inputs, schedule)
+
+    def make_weighter() -> Weighter:
+        return Weighter(make_classifier(), settings, device, bf16=config.optimizer.bf16)
+
+    def restore_weighter(hf_config: str) -> Weighter:
+        return Weighter(classifier_from_json(hf_config), settings, device, bf16=config.optimizer.bf16)
+
+    def make_outer_update(weighter: Weighter) -> OuterUpdate:
+        return OuterUpdate(
+            settings, schedule, objects.optimizer, weighter, exchange, layout, config.training.micro_batch
+        )
+
+    consumed = state["consumed_target_samples"] if state is not None else 0
+    weighting = DataWeighting(
+        settings,
+        stages,
+        exchange,
+        inputs.paths.train_sources,
+        make_weighter,
+        make_outer_update if settings.learns else None,
+        data.target(consumed) if settings.learns else None,
+    )
+    if state is not None and settings.learns:
+        weighting.load_state_dict(state, restore_weighter)
+    return weighting
+
+
+def _classifier_maker(config: RunConfig, inputs: Inputs, schedule: PipelineSchedule) -> Callable[[], Any]:
+    """How the weighter that the flags ask for is made when its time comes; a collective call."""
+    settings, vocab, seed = config.weighting, inputs.vocab_size, config.training.seed
+    eod = int(inputs.tokenizer.eod)
+    if inputs.folder_weighter is not None:
+        return lambda: inputs.folder_weighter
+    if settings.dwm_init_from == "random":
+        return lambda: random_classifier(settings, vocab, config.model.sequence, eod, seed)
+    return lambda: language_model_classifier(schedule.chunks, config.model, settings, vocab, eod, seed)

@@ -1,0 +1,213 @@
+"""What a run tells of itself, iteration by iteration."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dwm.config.run import RunConfig
+from megatron_dwm.model.flops import training_flops
+from megatron_dwm.runtime.distributed import Layout
+from megatron_dwm.runtime.metrics import JsonLines, LogLine, LossWindow, TensorBoard, say, validation_line
+from megatron_dwm.training.checkpoint import Progress
+from megatron_dwm.training.step import StepResult
+
+MEBIBYTE = 1024.0 * 1024.0
+
+
+class Reporter:
+    """Writes the log line, TensorBoard and JSON-lines records.
+
+    As in Megatron-LM the last rank reports: it is on the last pipeline stage, which knows the losses.
+    """
+
+    def __init__(self, config: RunConfig, layout: Layout, padded_vocab_size: int, resumed_at: int) -> None:
+        self.config, self.layout = config, layout
+        self.window = LossWindow()
+        self.flops_per_step = training_flops(config.model, padded_vocab_size, config.global_batch_size)
+        self.since = time.perf_counter()
+        self.memory_reports_left = 2
+        self.jsonl: JsonLines | None = None
+        self.board: TensorBoard | None = None
+        if layout.is_last:
+            path = config.logging.metrics_jsonl
+            if path is None and config.checkpoint.save is not None:
+                path = str(Path(config.checkpoint.save) / "metrics.jsonl")
+            self.jsonl = JsonLines(Path(path), resumed_at) if path else None
+            if config.logging.tensorboard_dir is not None:
+                self.board = TensorBoard(
+                    config.logging.tensorboard_dir, config.logging.tensorboard_queue_size
+                )
+
+    def step(
+        self,
+        progress: Progress,
+        result: StepResult,
+        learning_rate: float,
+        loss_scale: float,
+        params_norm: float | None,
+        weighting: dict[str, Any],
+    ) -> None:
+        """Report one training step.
+
+        Args:
+            weighting: the step's weighting figures, empty without a weighter: numbers, and dicts of numbers by source.
+        """
+        losses = {} if result.loss is None else {"lm loss": result.loss}
+        self.window.add(losses, result.skipped)
+        numbers: dict[str, float] = {
+            "learning-rate": learning_rate,
+            "batch-size": float(self.config.global_batch_size),
+            **losses,
+        }
+        if self.config.logging.log_loss_scale_to_tensorboard:
+            numbers["loss-scale"] = loss_scale
+        if self.config.logging.log_world_size_to_tensorboard:
+            numbers["world-size"] = float(self.layout.world_size)
+        for name, value in (
+            ("grad-norm", result.grad_norm),
+            ("num-zeros", result.num_zeros),
+            ("params-norm", params_norm),
+        ):
+            if value is not None:
+                numbers[name] = float(value)
+        self._write_scalars(progress, numbers, weighting)
+        if self.jsonl is not None:
+            self.jsonl.write(
+                {
+                    "kind": "train",
+                    "iteration": progress.iteration,
+                    "consumed_samples": progress.consumed_train_samples,
+                    "lm_loss": result.loss,
+                    "learning_rate": learning_rate,
+                    "grad_norm": result.grad_norm,
+                    "loss_scale": loss_scale,
+                    "skipped": result.skipped,
+                    **weighting,
+                }
+            )
+        if progress.iteration % self.config.logging.log_interval == 0:
+            self._log_line(progress, result, learning_rate, loss_scale, params_norm, weighting)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Write one record to the JSON lines."""
+        if self.jsonl is not None:
+            self.jsonl.write(record)
+
+    def evaluation(self, progress: Progress, split: str, loss: float, prefix: str) -> None:
+        """Report an evaluation on ``split`` (valid or test)."""
+        if not self.layout.is_last:
+            return
+        say(validation_line(prefix, loss))
+        self.record({"kind": "evaluation", "iteration": progress.iteration, "split": split, "lm_loss": loss})
+        if self.board is not None and split == "valid":
+            self.board.scalar("lm loss validation", loss, progress.iteration, progress.consumed_train_samples)
+            if self.config.logging.log_validation_ppl_to_tensorboard:
+                ppl = float(torch.tensor(min(20.0, loss)).exp())
+                self.board.scalar(
+                    "lm loss validation ppl", ppl, progress.iteration, progress.consumed_train_samples
+                )
+
+    def pause(self) -> float:
+        """Stop the clock (before an evaluation or a save); returns what :meth:`resume` needs."""
+        return time.perf_counter()
+
+    def resume(self, paused_at: float) -> None:
+        """Leave out of the time per iteration what has passed since :meth:`pause`."""
+        self.since += time.perf_counter() - paused_at
+
+    def close(self) -> None:
+        if self.jsonl is not None:
+            self.jsonl.close()
+        if self.board is not None:
+            self.board.close()
+
+    def _write_scalars(
+        self, progress: Progress, numbers: dict[str, float], weighting: dict[str, Any]
+    ) -> None:
+        if self.board is None or progress.iteration % self.config.logging.tensorboard_log_interval:
+            return
+        for name, value in numbers.items():
+            self.board.scalar(name, value, progress.iteration, progress.consumed_train_samples)
+        for name, value in weighting.items():
+            parts = value if isinstance(value, dict) else {"": value}
+            for source, number in parts.items():
+                label = f"dwm/{name}/{source}" if source else f"dwm/{name}"
+                self.board.scalar(label, number, progress.iteration)
+        if self.config.logging.log_memory_to_tensorboard and torch.cuda.is_available():
+            stats = torch.cuda.memory_stats()
+            self.board.scalar("mem-reserved-bytes", stats["reserved_bytes.all.current"], progress.iteration)
+            self.board.scalar("mem-allocated-bytes", stats["allocated_bytes.all.current"], progress.iteration)
+            self.board.scalar(
+                "mem-max-allocated-bytes", stats["allocated_bytes.all.peak"], progress.iteration
+            )
+            self.board.scalar("mem-allocated-count", stats["allocation.all.current"], progress.iteration)
+
+    def _log_line(
+        self,
+        progress: Progress,
+        result: StepResult,
+        learning_rate: float,
+        loss_scale: float,
+        params_norm: float | None,
+        weighting: dict[str, Any],
+    ) -> None:
+        seconds = (time.perf_counter() - self.since) / max(1, self.window.iterations)
+        throughput = None
+        if self.config.logging.log_throughput:
+            throughput = self.flops_per_step / (seconds * 1e12 * self.layout.world_size)
+        if self.layout.is_last:
+            say(
+                str(
+                    LogLine(
+                        iteration=progress.iteration,
+                        train_iters=self.config.train_iters,
+                        consumed_samples=progress.consumed_train_samples,
+                        skipped_samples=progress.skipped_train_samples,
+                        seconds_per_iteration=seconds,
+                        throughput=throughput,
+                        learning_rate=learning_rate,
+                        global_batch_size=self.config.global_batch_size,
+                        losses=self.window.averages(),
+                        loss_scale=loss_scale,
+                        grad_norm=result.grad_norm,
+                        num_zeros=result.num_zeros,
+                        params_norm=params_norm,
+                        skipped_iterations=self.window.skipped,
+                        nan_iterations=self.window.nan,
+                        extra=_flat(weighting),
+                    )
+                )
+            )
+        self._report_memory(progress)
+        self.window = LossWindow()
+        self.since = time.perf_counter()
+
+    def _report_memory(self, progress: Progress) -> None:
+        """Megatron-LM's memory report, after the first two log lines: then the optimiser's state is in it."""
+        if not torch.cuda.is_available() or self.layout.dp_rank != 0 or self.memory_reports_left == 0:
+            return
+        self.memory_reports_left -= 1
+        figures = {
+            "allocated": torch.cuda.memory_allocated(),
+            "max allocated": torch.cuda.max_memory_allocated(),
+            "reserved": torch.cuda.memory_reserved(),
+            "max reserved": torch.cuda.max_memory_reserved(),
+        }
+        text = " | ".join(f"{name}: {value / MEBIBYTE:.2f}" for name, value in figures.items())
+        say(f"[Rank {self.layout.rank}] (after {progress.iteration} iterations) memory (MB) | {text}")
+
+
+def _flat(weighting: dict[str, Any]) -> dict[str, float]:
+    """The weighting figures that fit a log line: stage, effective sample size, mean weight by source."""
+    flat: dict[str, float] = {}
+    if "stage" in weighting:
+        flat["dwm stage"] = weighting["stage"]
+    if "effective_sample_size" in weighting:
+        flat["dwm effective sample size"] = weighting["effective_sample_size"]
+    for source, weight in weighting.get("weight_by_source", {}).items():
+        flat[f"dwm weight {source}"] = weight
+    return flat

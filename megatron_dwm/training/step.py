@@ -1,0 +1,71 @@
+"""One training step of the language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_dwm.data.batch import Batch
+from megatron_dwm.model.schedule import PipelineSchedule, SampleLosses
+from megatron_dwm.runtime.distributed import Layout
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did."""
+
+    loss: float | None
+    """Mean loss of the global batch's unmasked tokens, unweighted; on the last pipeline stage."""
+    grad_norm: float | None
+    num_zeros: float | None
+    skipped: bool
+    """The gradient overflowed (fp16) and no update was made."""
+    sample_losses: SampleLosses | None
+    """This replica's; on the last pipeline stage."""
+
+
+def train_step(
+    schedule: PipelineSchedule,
+    optimizer: Any,
+    scheduler: Any,
+    batch: Batch,
+    micro_batch_size: int,
+    sample_scale: torch.Tensor | None,
+    layout: Layout,
+) -> StepResult:
+    """Forward and backward passes over ``batch``, one optimiser step, one schedule step.
+
+    Args:
+        sample_scale: relative weights of this replica's samples [n]; None trains plainly.
+    """
+    for chunk in schedule.chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    losses = schedule.run(batch, micro_batch_size, sample_scale=sample_scale)
+    updated, grad_norm, num_zeros = optimizer.step()
+    updated = bool(_reduce_over_model(float(updated), dist.ReduceOp.MIN, layout))
+    if updated:
+        scheduler.step(increment=len(batch) * layout.dp_size)
+    return StepResult(
+        loss=token_mean(losses, layout) if losses is not None else None,
+        grad_norm=float(grad_norm) if grad_norm is not None else None,
+        num_zeros=num_zeros,
+        skipped=not updated,
+        sample_losses=losses,
+    )
+
+
+def token_mean(losses: SampleLosses, layout: Layout) -> float:
+    """Mean token loss over all replicas; the last pipeline stage's ranks call it."""
+    sums = torch.stack([losses.total.sum(), losses.tokens.sum()])
+    dist.all_reduce(sums, group=layout.dp_group)
+    return float(sums[0] / sums[1])
+
+
+def _reduce_over_model(value: float, op: Any, layout: Layout) -> float:
+    tensor = torch.tensor(value, device=torch.cuda.current_device())
+    dist.all_reduce(tensor, op=op, group=layout.mp_group)
+    return float(tensor)

@@ -1,0 +1,87 @@
+"""Alignment of samples with the target: a_i = ⟨v, ∇ l_i(θ)⟩ (docs/method.md).
+
+Exact: one backward pass over microbatches of one sample. A hook on every parameter sees that sample's gradient just
+before data parallelism takes it, and adds its product with v. Finite difference: two forward passes at θ ± εv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from megatron_dwm.runtime.distributed import Layout
+
+Direction = dict[torch.nn.Parameter, torch.Tensor]
+"""v, by parameter: the shape of the parameter, float32 (float64 for float64 models)."""
+
+
+def counts_here(param: torch.nn.Parameter, layout: Layout) -> bool:
+    """Whether this rank's product for ``param`` belongs in the sum over the model-parallel group.
+
+    A parameter that the TP ranks hold in full has the same gradient on all of them, and counts once; under sequence
+    parallelism its gradients are parts of a sum, and all count. Tied embeddings on two pipeline stages each hold a part.
+    """
+    sharded = getattr(param, "tensor_model_parallel", False)
+    partial = getattr(param, "sequence_parallel", False)
+    return sharded or partial or layout.tp_rank == 0
+
+
+@contextmanager
+def products_with(
+    direction: Direction, chunks: Sequence[torch.nn.Module], num_samples: int, layout: Layout
+) -> Iterator[torch.Tensor]:
+    """While open, backward passes of single-sample microbatches add ⟨v, gradient⟩ to the yielded tensor [n], float64.
+
+    The k-th gradient a parameter receives belongs to the k-th microbatch of its model chunk in all of megatron-core's
+    schedules. The sum is this rank's part; :func:`sum_over_model` completes it.
+    """
+    device = next(chunks[0].parameters()).device
+    products = torch.zeros(num_samples, dtype=torch.float64, device=device)
+    seen: dict[torch.nn.Parameter, int] = {}
+
+    def add_product(param: torch.nn.Parameter) -> None:
+        sample = seen.get(param, 0)
+        seen[param] = sample + 1
+        assert param.grad is not None
+        products[sample] += torch.sum(param.grad * direction[param], dtype=torch.float64)
+
+    handles = [
+        param.register_post_accumulate_grad_hook(add_product)
+        for chunk in chunks
+        for param in chunk.parameters()
+        if param.requires_grad and counts_here(param, layout)
+    ]
+    try:
+        yield products
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def sum_over_model(products: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Each rank's parts [n] to alignments [n], the same on all ranks of the replica."""
+    dist.all_reduce(products, group=layout.mp_group)
+    return products
+
+
+def global_norm(direction: Direction, layout: Layout) -> float:
+    """Norm of v over the whole model, each parameter counted once."""
+    device = next(iter(direction)).device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for param, v in direction.items():
+        held_once = getattr(param, "tensor_model_parallel", False) or layout.tp_rank == 0
+        # megatron-core marks the last stage's copy of a tied embedding, which carries the first stage's v.
+        if held_once and not getattr(param, "shared", False):
+            total += v.double().square().sum()
+    dist.all_reduce(total, group=layout.mp_group)
+    return float(total.sqrt())
+
+
+def shift(direction: Direction, distance: float) -> None:
+    """θ += distance · v, in place."""
+    with torch.no_grad():
+        for param, v in direction.items():
+            param.data.add_(v.to(param.dtype), alpha=distance)

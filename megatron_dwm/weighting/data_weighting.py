@@ -1,0 +1,178 @@
+"""The data weighting model's place in a run: what the training loop calls.
+
+Shape legend: N samples of the global batch, n of this replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from megatron_dwm.config.weighting import WeightingConfig
+from megatron_dwm.data.batch import Batch
+from megatron_dwm.data.datasets import BatchReader
+from megatron_dwm.runtime.parameters import ParameterCopy
+from megatron_dwm.weighting.exchange import SampleExchange
+from megatron_dwm.weighting.outer import AlignedBatch, OuterResult, OuterUpdate
+from megatron_dwm.weighting.stages import StageSchedule
+from megatron_dwm.weighting.weighter import Weighter
+from megatron_dwm.weighting.weights import WeightStatistics, relative_weights
+
+
+@dataclass(frozen=True)
+class BatchWeights:
+    """The weights of one step's samples."""
+
+    scores: torch.Tensor
+    """[N], global order."""
+    relative: torch.Tensor
+    """u = N w of the whole batch [N], float64."""
+    own: torch.Tensor
+    """u of this replica's samples [n]."""
+
+
+class DataWeighting:
+    """Weighs batches and, in bilevel mode, learns to.
+
+    The weighter comes to life at the end of the warm-up, or is loaded before the first step.
+    """
+
+    def __init__(
+        self,
+        config: WeightingConfig,
+        stages: StageSchedule,
+        exchange: SampleExchange,
+        sources: list[str],
+        make_weighter: Callable[[], Weighter],
+        make_outer_update: Callable[[Weighter], OuterUpdate] | None,
+        target_reader: BatchReader | None,
+    ) -> None:
+        """
+        Args:
+            sources: names of the training data's sources, by ``Batch.source``.
+            make_weighter: builds the weighter to start with; a collective call.
+            make_outer_update: None when nothing is learned.
+            target_reader: reads the target set; None when nothing is learned.
+        """
+        self.config, self.stages, self.exchange, self.sources = config, stages, exchange, sources
+        self.target_reader = target_reader
+        self.consumed_target_samples = 0
+        self.weighter: Weighter | None = None
+        self.outer: OuterUpdate | None = None
+        self._make_weighter, self._make_outer_update = make_weighter, make_outer_update
+
+    def start(self, iteration: int) -> bool:
+        """Bring the weighter to life if ``iteration`` needs it; True if this call did."""
+        if self.weighter is not None or not self.stages.weighs(iteration):
+            return False
+        self.adopt(self._make_weighter())
+        return True
+
+    def adopt(self, weighter: Weighter) -> None:
+        """Use ``weighter`` from now on."""
+        self.weighter = weighter
+        self.outer = self._make_outer_update(weighter) if self._make_outer_update is not None else None
+
+    def describe(self) -> str:
+        """The weighter in a few words."""
+        assert self.weighter is not None
+        kind = type(self.weighter.model).__name__
+        return f"{kind} of {self.weighter.num_parameters} parameters, {self.config.dwm_mode}"
+
+    def weigh(self, iteration: int, batch: Batch) -> BatchWeights | None:
+        """The weights of this iteration's samples; None while they are uniform by schedule."""
+        if not self.stages.weighs(iteration):
+            return None
+        assert self.weighter is not None
+        own_scores = self.weighter.score(batch.tokens[self.exchange.own_share])
+        scores = self.exchange.gather_shares(own_scores).cpu()
+        relative = relative_weights(scores, self.config.dwm_temperature)
+        return BatchWeights(scores, relative, self.exchange.replica_part(relative).to(batch.tokens.device))
+
+    def updates(self, iteration: int) -> bool:
+        """Whether an outer update follows this iteration's step."""
+        return self.outer is not None and self.stages.updates(iteration)
+
+    def update(
+        self, iteration: int, batch: Batch, weights: BatchWeights, before: ParameterCopy
+    ) -> dict[str, Any]:
+        """Make the outer update that follows the step on ``batch``; returns its record."""
+        assert self.outer is not None and self.target_reader is not None
+        target = self.target_reader.next()
+        self.consumed_target_samples += self.target_reader.share.all_samples
+        result = self.outer.run(batch, target, before)
+        index = self.exchange.gather_replicas(batch.index).tolist()
+        source = self.exchange.gather_replicas(batch.source).tolist()
+        return self._record(iteration, index, source, weights, result)
+
+    def by_source(self, batch: Batch, values: torch.Tensor) -> dict[str, float]:
+        """Mean of ``values`` [N] over each data source's samples in the batch."""
+        source = self.exchange.gather_replicas(batch.source).cpu()
+        return {
+            name: float(values[source == number].double().mean())
+            for number, name in enumerate(self.sources)
+            if bool((source == number).any())
+        }
+
+    def _record(
+        self, iteration: int, index: list[int], source: list[int], weights: BatchWeights, result: OuterResult
+    ) -> dict[str, Any]:
+        return {
+            "kind": "outer_update",
+            "iteration": iteration,
+            "stage": self.stages.stage(iteration),
+            "target_loss_before": result.target_loss_before,
+            "target_loss_after": result.target_loss_after,
+            **asdict(WeightStatistics.of(weights.relative)),
+            "objective_before": result.objective_before,
+            "objective_after": result.objective_after,
+            "weighter_grad_norm": result.weighter_grad_norm,
+            "weighter_hash": result.weighter_hash,
+            "samples": {
+                "index": index,
+                "source": [self.sources[number] for number in source],
+                "score": weights.scores.tolist(),
+                "weight": weights.relative.tolist(),
+                "alignment": result.alignments.tolist(),
+            },
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, whatever its layout; a collective call.
+
+        Replayed samples are gathered in global order.
+        """
+        replay = []
+        for aligned in self.outer.replay if self.outer is not None else ():
+            tokens = self.exchange.gather_shares(aligned.tokens).to("cpu", torch.int32)
+            replay.append({"tokens": tokens, "alignments": aligned.alignments})
+        weighter = self.weighter
+        return {
+            "consumed_target_samples": self.consumed_target_samples,
+            "weighter_config": weighter.model.config.to_json_string(use_diff=False) if weighter else None,
+            "weighter": weighter.model.state_dict() if weighter else None,
+            "weighter_optimizer": weighter.optimizer.state_dict() if weighter else None,
+            "replay": replay,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], make_weighter: Callable[[str], Weighter]) -> None:
+        """Take up where :meth:`state_dict` stopped.
+
+        Args:
+            make_weighter: builds a weighter from a Hugging Face configuration in JSON.
+        """
+        self.consumed_target_samples = state["consumed_target_samples"]
+        if state["weighter"] is None:
+            return
+        weighter = make_weighter(state["weighter_config"])
+        weighter.model.load_state_dict(state["weighter"])
+        weighter.optimizer.load_state_dict(state["weighter_optimizer"])
+        self.adopt(weighter)
+        if self.outer is not None:
+            device = torch.device(torch.cuda.current_device())
+            for entry in state["replay"]:
+                own = self.exchange.share_part(entry["tokens"]).to(device, torch.int64)
+                self.outer.replay.append(AlignedBatch(own, entry["alignments"]))

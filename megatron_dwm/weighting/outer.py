@@ -1,0 +1,188 @@
+"""One outer update: how the weighter learns (docs/method.md, section 3).
+
+Shape legend: N samples of the global batch, n of this replica, c of this rank's share, s sequence length.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_dwm.config.weighting import WeightingConfig
+from megatron_dwm.data.batch import Batch
+from megatron_dwm.model.schedule import PipelineSchedule
+from megatron_dwm.runtime.distributed import Layout
+from megatron_dwm.runtime.parameters import ParameterCopy
+from megatron_dwm.weighting.alignment import Direction, global_norm, products_with, shift, sum_over_model
+from megatron_dwm.weighting.exchange import SampleExchange
+from megatron_dwm.weighting.preconditioner import precondition
+from megatron_dwm.weighting.weighter import Weighter
+from megatron_dwm.weighting.weights import objective, objective_score_gradient
+
+FINITE_DIFFERENCE_DISTANCE = 1e-2  # how far θ is moved along v, in norm
+
+
+@dataclass(frozen=True)
+class AlignedBatch:
+    """Samples with their alignments, kept for a few more weighter steps."""
+
+    tokens: torch.Tensor
+    """This rank's share of the samples [c, s]."""
+    alignments: torch.Tensor
+    """Alignments of the whole batch in global order [N], float64."""
+
+
+@dataclass(frozen=True)
+class OuterResult:
+    """What one outer update found and did."""
+
+    alignments: torch.Tensor
+    """[N], float64, global order."""
+    target_loss_before: float
+    """Mean target loss at θ."""
+    target_loss_after: float
+    """Mean target loss at θ'."""
+    objective_before: float
+    objective_after: float
+    """The weighter's objective on this batch before and after its steps."""
+    weighter_grad_norm: float
+    """Of the last weighter step."""
+    weighter_hash: str
+
+
+class OuterUpdate:
+    """Updates the weighter from the alignment of samples with the target."""
+
+    def __init__(
+        self,
+        config: WeightingConfig,
+        schedule: PipelineSchedule,
+        optimizer: Any,
+        weighter: Weighter,
+        exchange: SampleExchange,
+        layout: Layout,
+        micro_batch_size: int,
+    ) -> None:
+        self.config, self.schedule, self.optimizer, self.weighter = config, schedule, optimizer, weighter
+        self.exchange, self.layout, self.micro_batch_size = exchange, layout, micro_batch_size
+        self.replay: deque[AlignedBatch] = deque(maxlen=config.dwm_replay)
+
+    def run(self, batch: Batch, target: Batch, before: ParameterCopy) -> OuterResult:
+        """Align ``batch`` with ``target`` and move the weighter.
+
+        The step from θ to θ' has been made; nothing but the weighter is different afterwards.
+
+        Args:
+            batch: this replica's samples of that step.
+            target: this replica's target samples.
+            before: the parameters θ; the model holds θ'.
+        """
+        with self.schedule.deterministic():
+            loss_after, direction = self.target_gradient(target)
+            before.swap()
+            loss_before = self.target_loss(target)
+            alignments = self.exchange.gather_replicas(self.align(batch, direction)).cpu()
+            before.swap()
+        _require_finite(alignments)
+
+        tokens = batch.tokens[self.exchange.own_share]
+        self.replay.append(AlignedBatch(tokens, alignments))
+        first = self._objective(self.replay[-1])
+        grad_norm = 0.0
+        for step in range(self.config.dwm_weighter_steps):
+            # From the newest batch backwards, and round again.
+            grad_norm = self._weighter_step(self.replay[-1 - step % len(self.replay)])
+        return OuterResult(
+            alignments=alignments,
+            target_loss_before=loss_before,
+            target_loss_after=loss_after,
+            objective_before=first,
+            objective_after=self._objective(self.replay[-1]),
+            weighter_grad_norm=grad_norm,
+            weighter_hash=self.weighter.check_replicas(),
+        )
+
+    def target_gradient(self, target: Batch) -> tuple[float, Direction]:
+        """Mean target loss and v, its gradient, at the present parameters; preconditioned if so configured."""
+        self._zero_gradients()
+        losses = self.schedule.run(target, self.micro_batch_size, force_all_reduce=True)
+        scale = 1.0 / float(self.optimizer.get_loss_scale())
+        direction = {
+            param: param.main_grad.detach().to(torch.promote_types(param.dtype, torch.float32)) * scale
+            for param in self._params()
+        }
+        self._zero_gradients()
+        if self.config.dwm_preconditioner == "adam":
+            precondition(direction, self.optimizer, self.layout)
+        return self._mean_over_replicas(losses, len(target)), direction
+
+    def target_loss(self, target: Batch) -> float:
+        """Mean target loss at the present parameters."""
+        with torch.no_grad():
+            losses = self.schedule.run(target, self.micro_batch_size, forward_only=True)
+        return self._mean_over_replicas(losses, len(target))
+
+    def align(self, batch: Batch, direction: Direction) -> torch.Tensor:
+        """a_i = ⟨v, ∇ l_i⟩ of this replica's samples [n], float64, at the present parameters."""
+        if self.config.dwm_alignment == "finite-difference":
+            return self._align_by_differences(batch, direction)
+        self._zero_gradients()
+        chunks = self.schedule.chunks
+        with (
+            self.schedule.unsynchronised(),
+            products_with(direction, chunks, len(batch), self.layout) as products,
+        ):
+            self.schedule.run(batch, 1)
+        self._zero_gradients()
+        # The schedule divides each microbatch's loss by their number, and fp16 training scales it.
+        products *= len(batch) / float(self.optimizer.get_loss_scale())
+        return sum_over_model(products, self.layout)
+
+    def _align_by_differences(self, batch: Batch, direction: Direction) -> torch.Tensor:
+        epsilon = FINITE_DIFFERENCE_DISTANCE / global_norm(direction, self.layout)
+        here = ParameterCopy(self.schedule.chunks)
+        sides = []
+        for distance in (epsilon, -epsilon):
+            shift(direction, distance)
+            with torch.no_grad():
+                losses = self.schedule.run(batch, self.micro_batch_size, forward_only=True)
+            sides.append(self.schedule.share_losses(losses, len(batch)).mean.double())
+            here.restore()
+        return (sides[0] - sides[1]) / (2 * epsilon)
+
+    def _weighter_step(self, aligned: AlignedBatch) -> float:
+        gradient = objective_score_gradient(
+            aligned.alignments, self._scores(aligned), self.config.dwm_temperature, self.config.dwm_kl_weight
+        )
+        own = self.exchange.share_part(gradient).to(aligned.tokens.device)
+        return self.weighter.step(aligned.tokens, own)
+
+    def _objective(self, aligned: AlignedBatch) -> float:
+        scores = self._scores(aligned)
+        return objective(aligned.alignments, scores, self.config.dwm_temperature, self.config.dwm_kl_weight)
+
+    def _scores(self, aligned: AlignedBatch) -> torch.Tensor:
+        return self.exchange.gather_shares(self.weighter.score(aligned.tokens)).cpu()
+
+    def _mean_over_replicas(self, losses: Any, num_samples: int) -> float:
+        mean = self.schedule.share_losses(losses, num_samples).mean.double().mean()
+        dist.all_reduce(mean, group=self.layout.dp_group)
+        return float(mean) / self.layout.dp_size
+
+    def _params(self) -> Sequence[torch.nn.Parameter]:
+        return [p for chunk in self.schedule.chunks for p in chunk.parameters() if p.requires_grad]
+
+    def _zero_gradients(self) -> None:
+        for chunk in self.schedule.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+
+def _require_finite(alignments: torch.Tensor) -> None:
+    if not bool(alignments.isfinite().all()):
+        raise FloatingPointError("an alignment is not finite; lower --lr, or look at the data of this step")

@@ -1,0 +1,81 @@
+"""When the weighter starts, learns and is exported.
+
+Iterations count from 1. The warm-up trains with uniform weights; then come stages of equal length (the last takes what
+is left over). The weighter learns in the first iterations of each stage, its update window, and is frozen in the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dwm.config.weighting import WeightingConfig
+from megatron_dwm.errors import UserError
+
+DEFAULT_UPDATE_INTERVAL = 50
+
+
+@dataclass(frozen=True)
+class StageSchedule:
+    """The stages of a run."""
+
+    train_iters: int
+    warmup_iters: int
+    num_stages: int
+    stage_iters: int
+    update_iters: int
+    update_interval: int
+
+    def stage(self, iteration: int) -> int:
+        """0 in the warm-up, then 1 … ``num_stages``."""
+        if iteration <= self.warmup_iters:
+            return 0
+        return min(1 + (iteration - self.warmup_iters - 1) // self.stage_iters, self.num_stages)
+
+    def weighs(self, iteration: int) -> bool:
+        """Whether this iteration's samples are weighted by the weighter."""
+        return iteration > self.warmup_iters
+
+    def updates(self, iteration: int) -> bool:
+        """Whether an outer update follows this iteration's step."""
+        if not self.weighs(iteration):
+            return False
+        place = iteration - self.warmup_iters - (self.stage(iteration) - 1) * self.stage_iters
+        return place <= self.update_iters and place % self.update_interval == 0
+
+    def starts_stage(self, iteration: int) -> bool:
+        return self.weighs(iteration) and self.stage(iteration) != self.stage(iteration - 1)
+
+    def ends_stage(self, iteration: int) -> bool:
+        """Whether this is a stage's last iteration (the warm-up is none)."""
+        ends_run = iteration == self.train_iters
+        return self.weighs(iteration) and (ends_run or self.stage(iteration) != self.stage(iteration + 1))
+
+
+def bilevel_stages(config: WeightingConfig, train_iters: int) -> StageSchedule:
+    """The stages that the flags ask for.
+
+    Raises:
+        UserError: no room for the stages, or an update window in which no update falls.
+    """
+    stages = config.dwm_num_stages
+    warmup = config.dwm_warmup_iters if config.dwm_warmup_iters is not None else train_iters // (stages + 1)
+    stage_iters = (train_iters - warmup) // stages
+    if stage_iters < 1:
+        raise UserError(
+            f"--train-iters {train_iters} leave no room for --dwm-num-stages {stages} after --dwm-warmup-iters {warmup}; "
+            "train longer or lower one of them"
+        )
+    window = config.dwm_stage_update_iters or stage_iters
+    interval = config.dwm_update_interval or min(DEFAULT_UPDATE_INTERVAL, window, stage_iters)
+    if interval > min(window, stage_iters):
+        raise UserError(
+            f"--dwm-update-interval {interval} is longer than the update window of {min(window, stage_iters)} iterations, so the "
+            "weighter would never learn; lower it, or raise --dwm-stage-update-iters or --train-iters"
+        )
+    return StageSchedule(train_iters, warmup, stages, stage_iters, window, interval)
+
+
+def frozen_stages(config: WeightingConfig, train_iters: int) -> StageSchedule:
+    """One stage without updates, from the first iteration unless a warm-up is asked for."""
+    warmup = config.dwm_warmup_iters or 0
+    return StageSchedule(train_iters, warmup, 1, max(train_iters - warmup, 1), 0, 1)

@@ -1,0 +1,108 @@
+"""The weighter: a Hugging Face sequence classifier with one label, a full copy on every rank.
+
+Shape legend: m samples, s sequence length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_dwm.config.weighting import WeightingConfig
+
+
+class Weighter:
+    """Scores samples, and learns from the gradient of an objective in the scores.
+
+    The classifier stays in evaluation mode: scores must not depend on the rank that computes them.
+    """
+
+    def __init__(
+        self, model: Any, config: WeightingConfig, device: torch.device, *, bf16: bool = False
+    ) -> None:
+        """
+        Args:
+            model: a classifier with one label, the same on every rank.
+            bf16: compute in bf16 on a GPU (the parameters stay in fp32).
+        """
+        self.model = model.float().to(device).eval()
+        self.batch_size = config.dwm_score_batch_size
+        self.clip_grad = config.dwm_clip_grad
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.dwm_lr, weight_decay=config.dwm_weight_decay
+        )
+        self._autocast = bf16 and device.type == "cuda"
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(param.numel() for param in self.model.parameters())
+
+    def score(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Scores [m] of tokens [m, s], float32."""
+        with torch.no_grad():
+            parts = [self._forward(part) for part in tokens.split(self.batch_size)]
+        return torch.cat(parts) if parts else torch.zeros(0, device=tokens.device)
+
+    def step(self, tokens: torch.Tensor, score_gradient: torch.Tensor) -> float:
+        """Move the weighter along one gradient; every rank brings its own samples.
+
+        Args:
+            tokens: this rank's samples [m, s].
+            score_gradient: the objective's gradient in their scores [m].
+
+        Returns:
+            norm of the gradient over all samples, before clipping.
+        """
+        self.optimizer.zero_grad(set_to_none=False)
+        parts = zip(tokens.split(self.batch_size), score_gradient.split(self.batch_size), strict=True)
+        for part, gradient in parts:
+            if len(part):
+                scores = self._forward(part)
+                scores.backward(gradient.to(scores))
+        gradients = []
+        for param in self.model.parameters():
+            if param.grad is None:  # this rank had no sample, or the parameter has no part in the score
+                param.grad = torch.zeros_like(param)
+            gradients.append(param.grad)
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+        limit = self.clip_grad if self.clip_grad > 0 else float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.optimizer.step()
+        return float(norm)
+
+    def check_replicas(self) -> str:
+        """Hash of the parameters, after checking that it is the same on all ranks.
+
+        Raises:
+            RuntimeError: a replica differs; training on would give each rank other weights.
+        """
+        own = self.hash()
+        digest = torch.tensor(list(bytes.fromhex(own)), dtype=torch.int64, device=torch.cuda.current_device())
+        low, high = digest.clone(), digest.clone()
+        dist.all_reduce(low, op=dist.ReduceOp.MIN)
+        dist.all_reduce(high, op=dist.ReduceOp.MAX)
+        if not torch.equal(low, high):
+            raise RuntimeError(
+                f"the weighter's replicas differ (rank {dist.get_rank()} has {own[:16]}); resume from the last checkpoint"
+            )
+        return own
+
+    def hash(self) -> str:
+        """sha256 of the parameters' bytes."""
+        digest = hashlib.sha256()
+        for name, param in sorted(self.model.named_parameters()):
+            digest.update(name.encode())
+            digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16) if self._autocast else nullcontext():
+            logits = self.model(input_ids=tokens, use_cache=False).logits
+        return logits.squeeze(-1).float()

@@ -1,0 +1,77 @@
+"""Scores to weights, and the closed-form gradient of the weighter's objective in the scores.
+
+Notation of docs/method.md: scores s [N], weights w = softmax(s / temperature) [N], relative weights u = N w [N],
+alignments a [N]. Everything here is float64 on the CPU: N numbers, the same on every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+def relative_weights(scores: torch.Tensor, temperature: float) -> torch.Tensor:
+    """u = N softmax(s / temperature) [N]; exactly 1.0 everywhere when all scores are equal.
+
+    Written as exp(s/t - logmeanexp(s/t)) with the largest score taken out, so that equal scores leave exp(0).
+    """
+    scaled = scores.double() / temperature
+    shifted = scaled - scaled.max()
+    return (shifted - shifted.exp().mean().log()).exp()
+
+
+def standardised(alignments: torch.Tensor) -> torch.Tensor:
+    """Alignments with mean 0 and variance 1 over the batch [N]; all zero if they do not differ."""
+    centred = alignments.double() - alignments.double().mean()
+    spread = centred.square().mean().sqrt()
+    return centred / spread if spread > 0 else torch.zeros_like(centred)
+
+
+def target_score_gradient(
+    alignments: torch.Tensor, scores: torch.Tensor, temperature: float, learning_rate: float
+) -> torch.Tensor:
+    """∂ l_val(θ') / ∂ s_i = -η/τ · w_i (a_i - Σ_j w_j a_j) [N], for θ' = θ - η ∇Σ w_i l_i."""
+    w = relative_weights(scores, temperature) / len(scores)
+    a = alignments.double()
+    return -learning_rate / temperature * w * (a - (w * a).sum())
+
+
+def objective(alignments: torch.Tensor, scores: torch.Tensor, temperature: float, kl_weight: float) -> float:
+    """What the weighter minimises: -Σ â_i w_i + λ Σ w_i log(N w_i), with â the standardised alignments."""
+    u = relative_weights(scores, temperature)
+    w = u / len(u)
+    return float(-(standardised(alignments) * w).sum() + kl_weight * (w * u.log()).sum())
+
+
+def objective_score_gradient(
+    alignments: torch.Tensor, scores: torch.Tensor, temperature: float, kl_weight: float
+) -> torch.Tensor:
+    """Gradient of :func:`objective` in the scores [N]: w_i (c_i - Σ_j w_j c_j) / τ, c_i = -â_i + λ log(N w_i)."""
+    u = relative_weights(scores, temperature)
+    w = u / len(u)
+    c = -standardised(alignments) + kl_weight * u.log()
+    return w * (c - (w * c).sum()) / temperature
+
+
+@dataclass(frozen=True)
+class WeightStatistics:
+    """How far a batch's weights are from uniform."""
+
+    effective_sample_size: float
+    """(Σ w)² / Σ w², as a part of the batch: 1 for uniform weights, 1/N for a single sample."""
+    entropy: float
+    """-Σ w log w in nats: log N for uniform weights."""
+    kl: float
+    """KL(w || uniform) in nats: 0 for uniform weights."""
+
+    @staticmethod
+    def of(u: torch.Tensor) -> WeightStatistics:
+        """Statistics of relative weights u [N]."""
+        w = u.double() / len(u)
+        kl = float(torch.special.xlogy(w, u.double()).sum())
+        return WeightStatistics(
+            effective_sample_size=float(1.0 / (len(u) * w.square().sum())),
+            entropy=float(-torch.special.xlogy(w, w).sum()),
+            kl=kl,
+        )

@@ -1,0 +1,40 @@
+"""Pretrain a Megatron-Core GPT with a data weighting model.
+
+Start it with torchrun or srun; flags are Megatron-LM's, plus --dwm-* (docs/flags.md).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+# megatron-core warns once a module and process that Transformer Engine or Apex are missing; they are optional here.
+warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine).*")
+
+import torch.distributed as dist
+
+from megatron_dwm.config.run import parse_run
+from megatron_dwm.errors import run_cli
+from megatron_dwm.runtime.agreement import Agreement
+from megatron_dwm.runtime.device import environment_rank, require_megatron_core, select_device
+
+
+def main() -> None:
+    rank, local_rank, world_size = environment_rank()
+    agreement = Agreement(rank, world_size)
+    with agreement.phase("flags"):
+        require_megatron_core()
+        config = parse_run(None, world_size)
+        device = select_device(local_rank)
+
+    from megatron_dwm.training.build import build_trainer, read_inputs
+
+    with agreement.phase("inputs"):
+        inputs = read_inputs(config, reads_data=rank == 0)
+    trainer = build_trainer(config, inputs, device, agreement)
+    trainer.train()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_cli(main, speaks=int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0)

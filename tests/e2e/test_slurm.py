@@ -1,0 +1,115 @@
+"""The script that users submit, on a real SLURM cluster: four tasks, TP and PP, weights that are learnt."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_dwm.runtime.distributed import free_port
+from tests.e2e.slurm.cluster import Cluster, running_cluster
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = REPOSITORY / "examples" / "pretrain_1b_dwm.sh"
+VOCAB_SIZE = 60
+
+TINY = {
+    "TOKENIZER_TYPE": "NullTokenizer",
+    "VOCAB_SIZE": str(VOCAB_SIZE),
+    "NUM_LAYERS": "2",
+    "HIDDEN_SIZE": "32",
+    "FFN_HIDDEN_SIZE": "64",
+    "NUM_HEADS": "4",
+    "NUM_QUERY_GROUPS": "2",
+    "SEQ_LENGTH": "16",
+    "PRECISION": "fp32",
+    "MICRO_BATCH_SIZE": "1",
+    "GLOBAL_BATCH_SIZE": "4",
+    "TRAIN_ITERS": "6",
+    "SPLIT": "90,10,0",
+    "SAVE_INTERVAL": "3",
+    "EVAL_INTERVAL": "6",
+    "EVAL_ITERS": "1",
+    "LOG_INTERVAL": "1",
+    "DISTRIBUTED_BACKEND": "gloo",
+    "DWM_WARMUP_ITERS": "2",
+    "DWM_NUM_STAGES": "2",
+    "DWM_UPDATE_INTERVAL": "1",
+    "DWM_NUM_LAYERS": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with running_cluster() as started:
+        yield started
+
+
+def _make_dataset(folder: Path, name: str, seed: int) -> str:
+    """Write ``name``'s random documents of token ids and return the prefix of the dataset made of them."""
+    generator = random.Random(seed)
+    texts = (" ".join(str(generator.randrange(VOCAB_SIZE)) for _ in range(40)) for _ in range(64))
+    source = folder / f"{name}.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB_SIZE)]
+    command = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py"), "--input", str(source)]
+    subprocess.run(
+        [*command, "--output-prefix", str(folder / name), "--workers", "1", *tokenizer], check=True
+    )
+    return str(folder / f"{name}_text_document")
+
+
+def test_the_submitted_script_trains_stops_and_continues_from_its_checkpoint(
+    cluster: Cluster, tmp_path: Path
+):
+    save = tmp_path / "run"
+    environment = {
+        **TINY,
+        "REPO_DIR": str(REPOSITORY),
+        "PYTHON": sys.executable,
+        "MASTER_PORT": str(free_port()),
+        "DATA_PATH": _make_dataset(tmp_path, "train", seed=0),
+        "TARGET_DATA_PATH": _make_dataset(tmp_path, "target", seed=1),
+        "SAVE": str(save),
+    }
+
+    def submit(*arguments: str) -> str:
+        job = cluster.run_job(
+            SCRIPT, *arguments, options=["--ntasks-per-node=4"], folder=tmp_path, environment=environment
+        )
+        assert job.state == "COMPLETED", job.log
+        return job.log
+
+    log = submit("--exit-interval", "3")
+    assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "3", log
+
+    log = submit()
+    assert " iteration        3/       6 |" not in log and " iteration        4/       6 |" in log, log
+    assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "6", log
+    assert (save / "iter_0000006" / "metadata.json").is_file(), log
+    assert json.loads((save / "weighter" / "iter_0000006" / "config.json").read_text())["num_labels"] == 1, (
+        log
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing"),
+    [
+        ({}, "DATA_PATH"),
+        ({"DATA_PATH": "train"}, "TARGET_DATA_PATH"),
+        ({"DATA_PATH": "train", "DWM_MODE": "frozen"}, "DWM_LOAD"),
+        ({"DATA_PATH": "train", "DWM_MODE": "off"}, "TOKENIZER_MODEL"),
+        ({"DATA_PATH": "train", "DWM_MODE": "off", "TOKENIZER_TYPE": "NullTokenizer"}, "VOCAB_SIZE"),
+    ],
+)
+def test_a_variable_that_is_missing_is_named_in_one_line(settings: dict[str, str], missing: str):
+    environment = {"PATH": os.environ["PATH"], **settings}
+    done = subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {missing} is not set") and done.stderr.count("\n") == 1

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Check the whole project: lint, format, types and every test. Arguments go to pytest: bash tests/run.sh -k weights -x
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+
+bash tools/setup_env.sh || exit
+source .venv/bin/activate
+
+# One test starts a SLURM cluster of its own. Where its programmes cannot be installed here, that test says so and fails.
+if ! PATH=$PATH:/usr/sbin type slurmctld slurmd munged sbatch &>/dev/null; then
+    if [[ $EUID == 0 ]] && type apt-get &>/dev/null; then
+        echo "installing Debian's packages slurm-wlm and munge for the SLURM test"
+        export DEBIAN_FRONTEND=noninteractive
+        log=$(apt-get -q update 2>&1 && apt-get -qy install --no-install-recommends slurm-wlm munge 2>&1) ||
+            echo "$log" >&2
+    else
+        echo "warning: the SLURM test needs Debian's packages slurm-wlm and munge; install them" >&2
+    fi
+fi
+
+# Tests compute on one thread, and nothing may be fetched while they run.
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+status=0
+ruff check . || status=1
+ruff format --check . || status=1
+mypy megatron_dwm tools pretrain_dwm.py || status=1
+pytest "$@" || status=1
+exit $status

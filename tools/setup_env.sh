@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Make .venv in the repository's root: the project (editable), its pinned dependencies and the test tools.
+#
+#   bash tools/setup_env.sh                              uses python3.11, or else any Python from 3.10 on
+#   PYTHON=/path/to/python bash tools/setup_env.sh       uses that one
+#
+# Returns at once when .venv is complete for the present pyproject.toml and constraints.txt. Where the user's own
+# python has a torch that sees a CUDA device, that torch is used and not installed again. pip's settings
+# (PIP_INDEX_URL, pip.conf, ...) hold as ever: they decide whether torch comes as a CPU or as a CUDA build.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly TORCH=torch==2.13.0
+readonly STAMP=.venv/complete
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# What an environment depends on; the folder's path is in its scripts.
+fingerprint() {
+    { pwd && cat pyproject.toml constraints.txt tools/setup_env.sh; } | sha256sum
+}
+
+# Print the first of the given commands that is a Python from 3.10 on and can make environments.
+find_python() {
+    local candidate without_venv=
+    for candidate in "$@"; do
+        "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || continue
+        if "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+        without_venv=$candidate
+    done
+    [[ -z $without_venv ]] ||
+        fail "$without_venv has no venv module; install it (Debian: python3-venv) or set PYTHON to another Python"
+    fail "no Python from 3.10 on among: $*; install one or set PYTHON to its path"
+}
+
+has_cuda_torch() {
+    "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
+}
+
+# Let .venv see the packages of Python $1 behind its own. Unlike --system-site-packages this also holds when $1
+# belongs to a virtual environment. The packages that its torch needs stay as torch found them: print
+# constraints.txt without them.
+share_packages_of() {
+    local site_packages
+    site_packages=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    "$1" -c '
+import site
+folders = site.getsitepackages() + [site.getusersitepackages()] * bool(site.ENABLE_USER_SITE)
+print(*(f"import site; site.addsitedir({folder!r})" for folder in folders), sep="\n")
+' >"$site_packages/shared_packages.pth"
+    "$1" -c '
+import importlib.metadata, re
+def name(requirement): return re.sub("[-_.]+", "-", re.match(r"[\w.-]*", requirement)[0]).lower()
+needed = {name(requirement) for requirement in importlib.metadata.requires("torch") or ()}
+print(*(line for line in open("constraints.txt") if name(line) not in needed), sep="")
+'
+}
+
+if [[ -x .venv/bin/python && -f $STAMP && $(fingerprint) == "$(<"$STAMP")" ]]; then
+    exit 0
+fi
+
+read -ra own <<<"${PYTHON:-python3 python}"
+read -ra known <<<"${PYTHON:-python3.11 python3 python3.12 python3.10}"
+cuda_python=
+for candidate in "${own[@]}"; do
+    if has_cuda_torch "$candidate"; then
+        cuda_python=$candidate
+        break
+    fi
+done
+if [[ -n $cuda_python ]]; then known=("$cuda_python"); fi
+python=$(find_python "${known[@]}")
+
+echo "making .venv with $("$python" --version) (this once, some minutes)"
+"$python" -m venv --clear .venv
+requirements=(-e '.[test]')
+if [[ -n $cuda_python ]]; then
+    share_packages_of "$python" >.venv/constraints.txt
+    requirements+=(-c .venv/constraints.txt)
+    unset PIP_CONSTRAINT # pins of the shared packages' environment; ours decide in .venv
+else
+    requirements+=("$TORCH" -c constraints.txt)
+fi
+.venv/bin/python -m pip install -qq --disable-pip-version-check "${requirements[@]}" ||
+    fail "pip could not install the dependencies (its message is above); mend that and run this again"
+fingerprint >"$STAMP"
