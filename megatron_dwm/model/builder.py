@@ -1,4 +1,4 @@
-"""The language model of this rank: its chunks, their data-parallel wrapping, and the schedule's hooks into it."""
+"""The language model of this rank: its chunks, their data-parallel wrapping, the schedule's hooks."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def bind_schedule_hooks(
     optimizer: Any,
     parallel: ParallelConfig,
 ) -> None:
-    """Tell megatron-core's schedules how to scale the loss and when to communicate gradients and parameters."""
+    """Tell megatron-core's schedules how to scale the loss and when to communicate."""
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
     if parallel.overlap_grad_reduce:

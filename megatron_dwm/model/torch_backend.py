@@ -1,9 +1,9 @@
-"""Transformer layers of plain PyTorch: scaled-dot-product attention and torch norms inside megatron-core's layer.
+"""Transformer layers of plain PyTorch: SDPA attention and torch norms inside megatron-core's layer.
 
-They need neither Transformer Engine nor Apex, work under sequence parallelism, and have the parameters and checkpoint
-keys of megatron-core's local layers.
+They need neither Transformer Engine nor Apex, work under sequence parallelism, and have the parameters and
+checkpoint keys of megatron-core's local layers.
 
-Shape legend: s sequence length, b samples, n heads, g query groups, d head size; heads and groups are this rank's.
+Shape legend: s sequence length, b samples, n this rank's heads, g this rank's query groups, d head size.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class TorchAttention(MegatronModule):
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
-        # The arguments are those that megatron-core gives every core attention. Scaling by layer number has no
-        # trace here: it divides before a 16-bit softmax and multiplies inside it, and this softmax is in fp32.
+        # The arguments are what megatron-core gives every core attention. Scaling by layer number leaves no
+        # trace: it divides before a 16-bit softmax and multiplies inside it, and this softmax is in fp32.
         super().__init__(config=config)
         self.is_causal = attn_mask_type == AttnMaskType.causal
         self.softmax_scale = softmax_scale

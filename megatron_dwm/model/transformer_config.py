@@ -31,8 +31,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """The configuration of the language model's layers, schedule and kernels.
 
-    Flags that a TransformerConfig has under the same name are copied; the rest follows Megatron-LM's rules. Fused
-    kernels are used where the flags ask for them and this machine has them.
+    Flags that a TransformerConfig has under the same name are copied; the rest follows Megatron-LM's rules.
+    Fused kernels are used where the flags ask for them and this machine has them.
 
     Raises:
         UserError: flags that contradict each other, or that need something this machine lacks.
@@ -43,7 +43,7 @@ def transformer_config(
     _check_recomputation(model, parallel)
     values = _same_named(model, parallel, training, optimizer)
     values.update(_architecture(model))
-    values.update(_layout(model, parallel))
+    values.update(_layout(model, parallel, device))
     values.update(_precision(optimizer))
     values.update(
         recompute_granularity=_recompute_granularity(model),
@@ -71,7 +71,7 @@ def resolve_transformer_impl(model: ModelConfig, device: torch.device) -> str:
 
 
 def has_tanh_gelu(model: ModelConfig) -> bool:
-    """Whether the model's GELU is the tanh approximation: Megatron-LM's fused bias-GELU is, its plain one is exact."""
+    """Whether GELU is its tanh approximation: Megatron-LM's is with the bias fused in, and exact without."""
     return model.bias_gelu_fusion and model.add_bias_linear
 
 
@@ -110,7 +110,7 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def _layout(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+def _layout(model: ModelConfig, parallel: ParallelConfig, device: torch.device) -> dict[str, Any]:
     virtual_stages = parallel.virtual_stages(model.layers)
     overlap = parallel.overlap_p2p_comm and virtual_stages is not None
     return {
@@ -118,7 +118,8 @@ def _layout(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         "virtual_pipeline_model_parallel_size": virtual_stages,
         "overlap_p2p_comm": overlap,
         "batch_p2p_comm": not overlap,
-        "deallocate_pipeline_outputs": True,
+        # Gloo reads an output while it is being sent; freeing it then sends whatever comes to lie in its place.
+        "deallocate_pipeline_outputs": device.type == "cuda",
         "cp_comm_type": "p2p",
     }
 
@@ -133,7 +134,7 @@ def _recompute_granularity(model: ModelConfig) -> str | None:
 
 
 def _unfused(values: dict[str, Any]) -> dict[str, Any]:
-    """No fused kernels and nothing that is compiled when first called, for a CPU. The model's function is the same."""
+    """No fused kernels and nothing that is compiled when first called, for a CPU; the same function."""
     plain: dict[str, Any] = dict.fromkeys(
         (
             "apply_rope_fusion",
@@ -158,7 +159,7 @@ def _available_kernels(values: dict[str, Any], impl: str) -> dict[str, Any]:
     has_apex_norm = impl != "local" or (_importable("apex") and values["normalization"] == "LayerNorm")
     available = {
         "apply_rope_fusion": rope_utils.fused_apply_rotary_pos_emb is not None,
-        # Transformer Engine's layers could fuse without Apex's extension, but the output layer is megatron-core's.
+        # Transformer Engine's layers could do without Apex's extension; megatron-core's output layer cannot.
         "gradient_accumulation_fusion": _importable("fused_weight_gradient_mlp_cuda"),
         "masked_softmax_fusion": _importable("scaled_upper_triang_masked_softmax_cuda"),
         "persist_layer_norm": has_apex_norm,
@@ -194,7 +195,7 @@ def _check_architecture(
     if parallel.virtual_stages(model.layers) and not parallel.overlap_p2p_comm and parallel.pp == 2:
         raise UserError(
             "--no-overlap-p2p-communication with virtual stages needs --pipeline-model-parallel-size 3 or more, "
-            "not 2: both neighbours of a stage are the same rank; leave it out"
+            "not 2, where both neighbours of a stage are the same rank; leave it out"
         )
 
 
@@ -204,16 +205,18 @@ def _check_layers(model: ModelConfig, parallel: ParallelConfig, impl: str) -> No
             "--attention-backend local needs --transformer-impl local; give that or another backend"
         )
     if model.cross_entropy_loss_fusion and model.cross_entropy_fusion_impl == "te" and not HAVE_TE:
-        raise UserError(
-            "--cross-entropy-fusion-impl te: Transformer Engine is not installed; use --cross-entropy-fusion-impl "
-            "native"
-        )
+        raise UserError("--cross-entropy-fusion-impl te: Transformer Engine is not installed; use native")
     if impl == "transformer_engine" or (impl == "local" and _importable("apex")):
         return
+    if model.fp32_residual_connection:
+        raise UserError(
+            f"--fp32-residual-connection: the norms of --transformer-impl {impl} do not mix precisions; leave it "
+            "out or use transformer_engine"
+        )
     if model.layernorm_zero_centered_gamma:
         raise UserError(
-            f"--apply-layernorm-1p: the norms of --transformer-impl {impl} cannot; use transformer_engine or leave "
-            "it out"
+            f"--apply-layernorm-1p: the norms of --transformer-impl {impl} cannot; leave it out or use "
+            "transformer_engine"
         )
     if impl == "local" and parallel.sequence_parallel and parallel.tp > 1:
         raise UserError(
@@ -226,7 +229,7 @@ def _check_recomputation(model: ModelConfig, parallel: ParallelConfig) -> None:
     granularity = _recompute_granularity(model)
     if granularity == "selective" and (model.recompute_method, model.recompute_num_layers) != (None, None):
         raise UserError(
-            "selective recomputation takes no --recompute-method and no --recompute-num-layers; leave them out"
+            "--recompute-method and --recompute-num-layers are for --recompute-granularity full; leave them out"
         )
     if granularity == "full" and model.recompute_num_layers is None:
         raise UserError("--recompute-granularity full needs --recompute-num-layers; give 1 or more")

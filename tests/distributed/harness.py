@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -98,6 +99,11 @@ def _work(
     except BaseException as error:
         message = _failure(error)
     sender.send_bytes(message)
+    sys.stdout.flush()
+    # Stay until the parent ends this process: the other ranks may still need its connections.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
 
 
 def _call(
@@ -123,10 +129,7 @@ def _call(
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=5)
     )
-    result = fn(*args)
-    # Not after an error: the others would fail on the closed connections before this rank has reported.
-    dist.destroy_process_group()
-    return result
+    return fn(*args)
 
 
 def _failure(error: BaseException) -> bytes:

@@ -1,0 +1,23 @@
+"""Turn JSON lines into Megatron's indexed data sets; flags and output are those of Megatron-LM's tool."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+from megatron_dwm.arguments import parse
+from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.data.preprocess import PreprocessConfig, preprocess
+from megatron_dwm.errors import run_cli
+
+
+def main() -> None:
+    configs = parse(None, {"preprocess": PreprocessConfig, "tokenizer": TokenizerConfig}, description=__doc__)
+    # Each worker tokenizes one text at a time; threads beside them would only warn about the fork.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    preprocess(configs["preprocess"], configs["tokenizer"])
+
+
+if __name__ == "__main__":
+    run_cli(main)
