@@ -136,6 +136,20 @@ class PipelineSchedule:
         return SampleLosses(packed[0], packed[1])
 
     @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """While open, every rank holds all of the latest parameters, and forward passes gather none.
+
+        Without ``--overlap-param-gather`` that is always so.
+        """
+        gathering = [chunk for chunk in self.chunks if chunk.use_forward_hook]
+        for chunk in gathering:
+            chunk.disable_forward_pre_hook()
+        with _attributes(self.config, {"param_sync_func": None}):
+            yield
+        for chunk in gathering:
+            chunk.enable_forward_pre_hook()
+
+    @contextmanager
     def unsynchronised(self) -> Iterator[None]:
         """While open, gradients stay on their rank and each microbatch's loss is its mean token loss.
 

@@ -50,6 +50,7 @@ def transformer_config(
         inference_sampling_seed=training.seed,
         transformer_impl="transformer_engine" if impl == "transformer_engine" else "local",
         persist_layer_norm=not model.no_persist_layer_norm,
+        cuda_graph_scope=[],  # megatron-core warns of its own default
     )
     values.update(_unfused(values) if device.type == "cpu" else _available_kernels(values, impl))
     return TransformerConfig(**values)
@@ -118,7 +119,7 @@ def _layout(model: ModelConfig, parallel: ParallelConfig, device: torch.device) 
         "virtual_pipeline_model_parallel_size": virtual_stages,
         "overlap_p2p_comm": overlap,
         "batch_p2p_comm": not overlap,
-        # Gloo reads an output while it is being sent; freeing it then sends whatever comes to lie in its place.
+        # Gloo reads an output while it is being sent; freeing it would send what comes to lie in its place.
         "deallocate_pipeline_outputs": device.type == "cuda",
         "cp_comm_type": "p2p",
     }
@@ -194,8 +195,8 @@ def _check_architecture(
         raise UserError("--deterministic-mode excludes --cross-entropy-loss-fusion; leave one out")
     if parallel.virtual_stages(model.layers) and not parallel.overlap_p2p_comm and parallel.pp == 2:
         raise UserError(
-            "--no-overlap-p2p-communication with virtual stages needs --pipeline-model-parallel-size 3 or more, "
-            "not 2, where both neighbours of a stage are the same rank; leave it out"
+            "--no-overlap-p2p-communication with virtual stages and --pipeline-model-parallel-size 2: both "
+            "neighbours of a stage are the same rank; leave it out or use 3 or more stages"
         )
 
 
@@ -210,8 +211,8 @@ def _check_layers(model: ModelConfig, parallel: ParallelConfig, impl: str) -> No
         return
     if model.fp32_residual_connection:
         raise UserError(
-            f"--fp32-residual-connection: the norms of --transformer-impl {impl} do not mix precisions; leave it "
-            "out or use transformer_engine"
+            f"--fp32-residual-connection: the norms of --transformer-impl {impl} do not mix precisions; "
+            "leave it out or use transformer_engine"
         )
     if model.layernorm_zero_centered_gamma:
         raise UserError(
@@ -229,15 +230,16 @@ def _check_recomputation(model: ModelConfig, parallel: ParallelConfig) -> None:
     granularity = _recompute_granularity(model)
     if granularity == "selective" and (model.recompute_method, model.recompute_num_layers) != (None, None):
         raise UserError(
-            "--recompute-method and --recompute-num-layers are for --recompute-granularity full; leave them out"
+            "--recompute-method and --recompute-num-layers go with --recompute-granularity full; drop them"
         )
     if granularity == "full" and model.recompute_num_layers is None:
         raise UserError("--recompute-granularity full needs --recompute-num-layers; give 1 or more")
-    unknown = set(model.recompute_modules or ()) - {"core_attn", "mlp", "layernorm"}
-    if unknown:
-        raise UserError(
-            f"--recompute-modules {' '.join(sorted(unknown))}: choose from core_attn, mlp, layernorm"
-        )
+    # megatron-core recomputes norms with Transformer Engine's help, whatever the layers.
+    choices = ["core_attn", "mlp", "layernorm"] if HAVE_TE else ["core_attn", "mlp"]
+    for module in model.recompute_modules or ():
+        if module not in choices:
+            reason = " needs Transformer Engine" if module == "layernorm" else ""
+            raise UserError(f"--recompute-modules {module}{reason}; choose from {', '.join(choices)}")
     if model.distribute_saved_activations:
         if granularity != "full" or parallel.tp < 2:
             raise UserError(

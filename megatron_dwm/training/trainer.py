@@ -83,8 +83,7 @@ class Trainer:
         """One iteration: weigh the batch, step the language model, update the weighter if it is time."""
         assert self.readers.train is not None
         batch = self.readers.train.next()
-        if self.weighting is not None and self.weighting.start(iteration) and self.layout.is_first:
-            say(f" > weighting starts at iteration {iteration}: {self.weighting.describe()}")
+        self._start_weighting(iteration)
         weights = self.weighting.weigh(iteration, batch) if self.weighting is not None else None
         updates = self.weighting is not None and self.weighting.updates(iteration)
         before = ParameterCopy(self.schedule.chunks) if updates else None
@@ -105,7 +104,7 @@ class Trainer:
         figures = self._weighting_figures(iteration, batch, weights)
         if before is not None:
             assert self.weighting is not None and weights is not None
-            with self._synchronised_parameters():
+            with self.schedule.whole_parameters():
                 self.reporter.record(self.weighting.update(iteration, batch, weights, before))
         self._report(result, figures)
         if (
@@ -124,7 +123,7 @@ class Trainer:
         if reader is None or self.config.data.eval_iters == 0:
             return
         paused = self.reporter.pause()
-        with self._synchronised_parameters():
+        with self.schedule.whole_parameters():
             result = evaluate(
                 self.schedule,
                 reader,
@@ -141,7 +140,7 @@ class Trainer:
         """Write a checkpoint, and the weighter's export beside it."""
         paused = self.reporter.pause()
         state = self.weighting.state_dict() if self.weighting is not None else None
-        with self._synchronised_parameters():
+        with self.schedule.whole_parameters():
             folder = save_checkpoint(self.config, self.objects, self.progress, self.layout, state)
         if self.layout.is_first:
             say(
@@ -150,6 +149,14 @@ class Trainer:
         if self.exporter is not None and self.weighting is not None:
             self.exporter.export(self.weighting, self.progress.iteration)
         self.reporter.resume(paused)
+
+    def _start_weighting(self, iteration: int) -> None:
+        if self.weighting is None or not self.weighting.starts(iteration):
+            return
+        with self.schedule.whole_parameters():
+            self.weighting.start()
+        if self.layout.is_first:
+            say(f" > weighting starts at iteration {iteration}: {self.weighting.describe()}")
 
     def _weighting_figures(self, iteration: int, batch: Any, weights: BatchWeights | None) -> dict[str, Any]:
         if self.weighting is None or weights is None:
@@ -171,10 +178,6 @@ class Trainer:
         self.reporter.step(
             self.progress, result, standard[-1]["lr"], float(optimizer.get_loss_scale()), norm, figures
         )
-
-    def _synchronised_parameters(self) -> Any:
-        """While open, every rank holds the whole new parameters, also with ``--overlap-param-gather``."""
-        return _ForwardHooksOff(self.schedule.chunks if self.config.parallel.overlap_param_gather else [])
 
     def _prepare_to_stop(self) -> None:
         if self.config.training.exit_signal_handler:
@@ -198,21 +201,6 @@ class Trainer:
         flag = torch.tensor(float(self.stop_requested or out_of_time), device=torch.cuda.current_device())
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return at_interval or bool(flag)
-
-
-class _ForwardHooksOff:
-    """Context in which DDP's parameter all-gather hooks are off and the parameters are gathered."""
-
-    def __init__(self, chunks: Any) -> None:
-        self.chunks = chunks
-
-    def __enter__(self) -> None:
-        for chunk in self.chunks:
-            chunk.disable_forward_pre_hook()
-
-    def __exit__(self, *exception: Any) -> None:
-        for chunk in self.chunks:
-            chunk.enable_forward_pre_hook()
 
 
 def params_norm(optimizer: Any) -> float:

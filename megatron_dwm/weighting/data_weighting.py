@@ -64,12 +64,13 @@ class DataWeighting:
         self.outer: OuterUpdate | None = None
         self._make_weighter, self._make_outer_update = make_weighter, make_outer_update
 
-    def start(self, iteration: int) -> bool:
-        """Bring the weighter to life if ``iteration`` needs it; True if this call did."""
-        if self.weighter is not None or not self.stages.weighs(iteration):
-            return False
+    def starts(self, iteration: int) -> bool:
+        """Whether the weighter has to come to life before this iteration."""
+        return self.weighter is None and self.stages.weighs(iteration)
+
+    def start(self) -> None:
+        """Bring the weighter to life; a collective call."""
         self.adopt(self._make_weighter())
-        return True
 
     def adopt(self, weighter: Weighter) -> None:
         """Use ``weighter`` from now on."""
