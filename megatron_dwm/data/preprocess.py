@@ -229,7 +229,7 @@ def _encode(chunk: list[Line]) -> list[Encoded | Malformed]:
 def _write(
     results: Iterator[Encoded | Malformed], config: PreprocessConfig, dtype: Any, folder: Path
 ) -> list[Path]:
-    """Write the documents to ``folder`` and sync them; returns ``<key>_document.bin`` and ``.idx`` of each key."""
+    """Write the documents to ``folder``; returns ``<key>_document.bin`` and ``.idx`` of each key, synced."""
     parts = 1 if config.keep_sequential_samples else config.partitions
     names = [f"part{part}_" for part in range(parts)] if parts > 1 else [""]
     writers = [_Writer(config.json_keys, dtype, folder, name) for name in names]
