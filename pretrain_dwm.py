@@ -8,9 +8,6 @@ from __future__ import annotations
 import os
 import warnings
 
-# megatron-core warns once a module and process that Transformer Engine or Apex are missing; they are optional here.
-warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine).*")
-
 import torch.distributed as dist
 
 from megatron_dwm.config.run import parse_run
@@ -20,6 +17,8 @@ from megatron_dwm.runtime.device import environment_rank, require_megatron_core,
 
 
 def main() -> None:
+    # megatron-core warns once a module and process that Transformer Engine or Apex are missing; they are optional here.
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine).*")
     rank, local_rank, world_size = environment_rank()
     agreement = Agreement(rank, world_size)
     with agreement.phase("flags"):

@@ -64,11 +64,7 @@ class Flag:
 def flags_of(config_class: type) -> list[Flag]:
     """The flags that ``config_class`` declares, in order."""
     hints = typing.get_type_hints(config_class)
-    return [
-        _flag_of(field, hints[field.name])
-        for field in dataclasses.fields(config_class)
-        if _META in field.metadata
-    ]
+    return [_flag_of(field, hints[field.name]) for field in dataclasses.fields(config_class) if _META in field.metadata]
 
 
 def _flag_of(field: dataclasses.Field, hint: Any) -> Flag:
@@ -123,9 +119,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
         help_text = item.help.replace("%", "%%")
         if item.value_type is None:
             action = "store_false" if item.default else "store_true"
-            group.add_argument(
-                *item.names, dest=item.field, action=action, default=item.default, help=help_text
-            )
+            group.add_argument(*item.names, dest=item.field, action=action, default=item.default, help=help_text)
         else:
             group.add_argument(
                 *item.names,

@@ -27,9 +27,7 @@ class CheckpointConfig:
     no_load_rng: bool = flag(False, "Do not load the random state.")
     finetune: bool = flag(False, "Load the weights only and start at iteration 0.")
     ckpt_step: int | None = flag(None, "Iteration to load, in place of the latest.")
-    exit_on_missing_checkpoint: bool = flag(
-        False, "Stop if --load holds no checkpoint, instead of starting anew."
-    )
+    exit_on_missing_checkpoint: bool = flag(False, "Stop if --load holds no checkpoint, instead of starting anew.")
     ckpt_format: Literal["torch_dist"] = flag("torch_dist", "Checkpoint format.")
     ckpt_fully_parallel_save: bool = flag(
         True,

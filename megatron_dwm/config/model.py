@@ -77,9 +77,7 @@ class ModelConfig:
     recompute_num_layers: int | None = flag(None, "Number of layers in one recomputed unit.")
     recompute_modules: list[str] | None = flag(None, "Modules that selective recomputation covers.")
     distribute_saved_activations: bool = flag(False, "Spread recomputation checkpoints over the TP group.")
-    masked_softmax_fusion: bool = flag(
-        True, "Do not fuse scale, mask and softmax.", "--no-masked-softmax-fusion"
-    )
+    masked_softmax_fusion: bool = flag(True, "Do not fuse scale, mask and softmax.", "--no-masked-softmax-fusion")
     bias_gelu_fusion: bool = flag(True, "Do not fuse bias and GELU.", "--no-bias-gelu-fusion")
     bias_swiglu_fusion: bool = flag(True, "Do not fuse bias and SwiGLU.", "--no-bias-swiglu-fusion")
     bias_dropout_fusion: bool = flag(True, "Do not fuse bias and dropout.", "--no-bias-dropout-fusion")
@@ -89,15 +87,11 @@ class ModelConfig:
         True, "Do not fuse gradient accumulation into weight gradients.", "--no-gradient-accumulation-fusion"
     )
     cross_entropy_loss_fusion: bool = flag(False, "Use the fused cross entropy.")
-    cross_entropy_fusion_impl: Literal["native", "te"] = flag(
-        "native", "Implementation of the fused cross entropy."
-    )
+    cross_entropy_fusion_impl: Literal["native", "te"] = flag("native", "Implementation of the fused cross entropy.")
     calculate_per_token_loss: bool = flag(
         False, "Divide the summed loss by the global batch's tokens instead of averaging microbatches."
     )
-    num_experts: int | None = flag(
-        None, "Number of experts.", refused="only dense GPT models are; leave it out"
-    )
+    num_experts: int | None = flag(None, "Number of experts.", refused="only dense GPT models are; leave it out")
     multi_latent_attention: bool = flag(
         False, "Use multi-latent attention.", refused="only standard attention is; leave it out"
     )

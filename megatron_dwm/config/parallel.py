@@ -38,12 +38,8 @@ class ParallelConfig:
     use_distributed_optimizer: bool = flag(False, "Shard the optimiser's state over data-parallel ranks.")
     overlap_grad_reduce: bool = flag(False, "Overlap gradient reduction with the backward pass.")
     overlap_param_gather: bool = flag(False, "Overlap parameter all-gather with the forward pass.")
-    align_grad_reduce: bool = flag(
-        True, "Do not align gradient reduction over stages.", "--no-align-grad-reduce"
-    )
-    align_param_gather: bool = flag(
-        True, "Do not align parameter gather over stages.", "--no-align-param-gather"
-    )
+    align_grad_reduce: bool = flag(True, "Do not align gradient reduction over stages.", "--no-align-grad-reduce")
+    align_param_gather: bool = flag(True, "Do not align parameter gather over stages.", "--no-align-param-gather")
     ddp_num_buckets: int | None = flag(None, "Number of gradient buckets.")
     ddp_bucket_size: int | None = flag(None, "Parameters in one gradient bucket.")
     ddp_average_in_collective: bool = flag(False, "Average gradients in the collective itself.")
@@ -72,9 +68,7 @@ class ParallelConfig:
                 f"{self.pipeline_model_parallel_size}"
             )
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
-            raise UserError(
-                "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce"
-            )
+            raise UserError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
         if self.ddp_num_buckets is not None and self.ddp_bucket_size is not None:
             raise UserError("--ddp-num-buckets and --ddp-bucket-size exclude each other; give one")
 

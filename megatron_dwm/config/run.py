@@ -71,9 +71,7 @@ class RunConfig:
             divided["--seq-length (with --sequence-parallel)"] = self.model.sequence
         for name, value in divided.items():
             if value % tp:
-                raise UserError(
-                    f"{name} {value} is not divisible by --tensor-model-parallel-size {tp}; change one"
-                )
+                raise UserError(f"{name} {value} is not divisible by --tensor-model-parallel-size {tp}; change one")
 
     def _check_batches(self) -> None:
         chunks = self.parallel.virtual_stages(self.model.layers)
@@ -90,9 +88,7 @@ class RunConfig:
             )
         samples = self.training.train_samples
         if samples is not None and samples < self.global_batch_size:
-            raise UserError(
-                f"--train-samples {samples} is less than one batch of {self.global_batch_size}; raise it"
-            )
+            raise UserError(f"--train-samples {samples} is less than one batch of {self.global_batch_size}; raise it")
 
     def _check_outer_update(self) -> None:
         if not self.weighting.learns:

@@ -35,9 +35,7 @@ class TokenizerConfig:
     )
     tokenizer_metadata: str | None = flag(None, "Path to a tokenizer metadata JSON file.")
     tokenizer_special_tokens: list[str] | None = flag(None, "Special tokens to add to the tokenizer.")
-    tokenizer_sentencepiece_legacy: bool = flag(
-        False, "Use the SentencePiece tokenizer wrapper's legacy behaviour."
-    )
+    tokenizer_sentencepiece_legacy: bool = flag(False, "Use the SentencePiece tokenizer wrapper's legacy behaviour.")
     tokenizer_hf_use_fast: bool = flag(False, "Use the fast Hugging Face tokenizer.")
     tokenizer_hf_include_special_tokens: bool = flag(
         False, "Let a Hugging Face tokenizer add its special tokens to each text."
@@ -54,17 +52,13 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         if self.tokenizer_type == "NullTokenizer":
             if self.vocab_size is None:
-                raise UserError(
-                    "--tokenizer-type NullTokenizer needs --vocab-size; give the vocabulary's size"
-                )
+                raise UserError("--tokenizer-type NullTokenizer needs --vocab-size; give the vocabulary's size")
         elif self.tokenizer_type == "GPT2BPETokenizer":
             for name, path in (("--vocab-file", self.vocab_file), ("--merge-file", self.merge_file)):
                 _require_file(name, path, self.tokenizer_type)
         elif self.tokenizer_type == "HuggingFaceTokenizer":
             if self.tokenizer_model is None:
-                raise UserError(
-                    "--tokenizer-type HuggingFaceTokenizer needs --tokenizer-model; give a folder or name"
-                )
+                raise UserError("--tokenizer-type HuggingFaceTokenizer needs --tokenizer-model; give a folder or name")
         else:
             _require_file("--tokenizer-model", self.tokenizer_model, self.tokenizer_type)
 

@@ -33,9 +33,7 @@ class TrainingConfig:
     check_for_nan_in_loss_and_grad: bool = flag(
         True, "Do not stop at a NaN in loss or gradient.", "--no-check-for-nan-in-loss-and-grad"
     )
-    empty_unused_memory_level: Literal[0, 1, 2] = flag(
-        0, "Empty the CUDA cache: 1 after, 2 before and after a step."
-    )
+    empty_unused_memory_level: Literal[0, 1, 2] = flag(0, "Empty the CUDA cache: 1 after, 2 before and after a step.")
     manual_gc: bool = flag(False, "Collect Python garbage at a fixed interval instead of when it likes.")
     manual_gc_interval: int = flag(0, "Steps between garbage collections; 0 for none.")
     deterministic_mode: bool = flag(False, "Use deterministic kernels only.")
@@ -123,11 +121,7 @@ class OptimizerConfig:
             raise UserError(f"--min-lr {self.min_lr} exceeds --lr {self.lr}; lower it")
         if self.fp16 and self.bf16:
             raise UserError("--fp16 and --bf16 exclude each other; give one")
-        if (
-            self.lr_decay_style == "WSD"
-            and self.lr_wsd_decay_iters is None
-            and self.lr_wsd_decay_samples is None
-        ):
+        if self.lr_decay_style == "WSD" and self.lr_wsd_decay_iters is None and self.lr_wsd_decay_samples is None:
             raise UserError("--lr-decay-style WSD needs --lr-wsd-decay-iters (or -samples)")
         varying = (self.start_weight_decay, self.end_weight_decay)
         if self.weight_decay_incr_style != "constant" and None in varying:

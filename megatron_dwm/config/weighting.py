@@ -28,9 +28,7 @@ class WeightingConfig:
         "What the weighter starts as: random, lm (the language model's embedding and first layers, at the end of "
         "the warm-up), or a Hugging Face folder with the same tokenizer.",
     )
-    dwm_arch: Literal["llama", "gpt2", "modernbert"] = flag(
-        "llama", "Architecture of a weighter started at random."
-    )
+    dwm_arch: Literal["llama", "gpt2", "modernbert"] = flag("llama", "Architecture of a weighter started at random.")
     dwm_num_layers: int = flag(2, "Layers of a weighter started at random or from the language model.")
     dwm_hidden_size: int = flag(128, "Hidden size of a weighter started at random.")
     dwm_num_attention_heads: int = flag(4, "Attention heads of a weighter started at random.")
@@ -43,9 +41,7 @@ class WeightingConfig:
     dwm_lr: float = flag(1e-3, "Learning rate of the weighter (AdamW).")
     dwm_weight_decay: float = flag(0.01, "Weight decay of the weighter.")
     dwm_clip_grad: float = flag(1.0, "Clip the weighter's gradient to this norm; 0 for no clipping.")
-    dwm_num_stages: int = flag(
-        5, "Stages that follow the warm-up; the weighter is exported at each one's end."
-    )
+    dwm_num_stages: int = flag(5, "Stages that follow the warm-up; the weighter is exported at each one's end.")
     dwm_warmup_iters: int | None = flag(
         None, "Iterations with uniform weights before the first stage; as long as a stage if not given."
     )

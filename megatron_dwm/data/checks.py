@@ -26,7 +26,7 @@ def check_data(paths: DataPaths, seq_length: int, vocab_size: int) -> None:
         for prefix in prefixes:
             _check_dataset(flag, prefix, vocab_size)
     if paths.target is not None:
-        tokens = sum(int(_open(prefix).sequence_lengths.sum()) for prefix in paths.target[0])
+        tokens = sum(int(_document_lengths(prefix).sum()) for prefix in paths.target[0])
         if tokens < seq_length + 1:
             raise UserError(
                 f"--dwm-valid-data-path {' '.join(paths.target[0])}: {tokens} tokens are less than one sample of "
@@ -51,13 +51,14 @@ def _check_dataset(flag: str, prefix: str, vocab_size: int) -> None:
     actual = Path(prefix + ".bin").stat().st_size
     if actual < expected:
         raise UserError(
-            f"{flag} {prefix}: {prefix}.bin has {actual} bytes where its index says {expected}; preprocess the data again"
+            f"{flag} {prefix}: {prefix}.bin has {actual} bytes where its index says {expected}; "
+            "preprocess the data again"
         )
     leading = np.fromfile(prefix + ".bin", dtype=dtype, count=VOCABULARY_SAMPLE)
     if leading.size and int(leading.max()) >= vocab_size:
         raise UserError(
-            f"{flag} {prefix}: token {int(leading.max())} is outside the tokenizer's vocabulary of {vocab_size}; use the "
-            "tokenizer that the data was preprocessed with (--tokenizer-model, --vocab-size)"
+            f"{flag} {prefix}: token {int(leading.max())} is outside the tokenizer's vocabulary of {vocab_size}; use "
+            "the tokenizer that the data was preprocessed with (--tokenizer-model, --vocab-size)"
         )
 
 
@@ -73,6 +74,12 @@ def _open(prefix: str, flag: str = "--data-path") -> Any:
         ) from None
 
 
+def _document_lengths(prefix: str) -> np.ndarray:
+    # A copy: the index unmaps its memory when the dataset goes, whatever arrays still look into it.
+    dataset = _open(prefix)
+    return dataset.sequence_lengths.copy()
+
+
 def _check_apart(flag: str, blend: Blend, target: Blend) -> None:
     """Refuse target documents that also stand in ``blend``: by file first, then by content."""
     target_files = {Path(prefix).resolve(): prefix for prefix in target[0]}
@@ -85,13 +92,13 @@ def _check_apart(flag: str, blend: Blend, target: Blend) -> None:
     wanted: set[bytes] = set()
     for prefix in target[0]:
         wanted |= _digests(prefix, lengths=None)
-    lengths = np.unique(np.concatenate([_open(prefix).sequence_lengths for prefix in target[0]]))
+    lengths = np.unique(np.concatenate([_document_lengths(prefix) for prefix in target[0]]))
     for prefix in blend[0]:
         shared = len(wanted & _digests(prefix, lengths))
         if shared:
             raise UserError(
-                f"--dwm-valid-data-path {' '.join(target[0])}: {shared} of its documents also stand in {flag} {prefix}; "
-                "the target set must be apart from the data that is trained and evaluated on"
+                f"--dwm-valid-data-path {' '.join(target[0])}: {shared} of its documents also stand in {flag} "
+                f"{prefix}; the target set must be apart from the data that is trained and evaluated on"
             )
 
 
@@ -107,6 +114,4 @@ def _digests(prefix: str, lengths: np.ndarray | None) -> set[bytes]:
     chosen = np.flatnonzero(candidates)
     if len(chosen) > MOST_DOCUMENTS:
         chosen = chosen[np.linspace(0, len(chosen) - 1, MOST_DOCUMENTS).astype(np.int64)]
-    return {
-        hashlib.blake2b(dataset[int(i)].astype(np.int64).tobytes(), digest_size=16).digest() for i in chosen
-    }
+    return {hashlib.blake2b(dataset[int(i)].astype(np.int64).tobytes(), digest_size=16).digest() for i in chosen}

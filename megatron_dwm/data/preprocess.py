@@ -41,9 +41,7 @@ class PreprocessConfig:
     """Preprocessing."""
 
     input: str | None = flag(None, "JSON-lines file, plain or .gz, or a glob pattern of such files.")
-    json_keys: list[str] = flag(  # noqa: RUF009 (a dataclass field, made anew for each object)
-        ["text"], "Keys to extract from each line; each becomes a data set."
-    )
+    json_keys: list[str] = flag(["text"], "Keys to extract from each line; each becomes a data set.")
     split_sentences: bool = flag(
         False, "Split documents into sentences.", refused="documents are kept whole; leave the flag out"
     )
@@ -188,9 +186,7 @@ def _read_lines(paths: Iterable[str]) -> Iterator[Line]:
                 for number, text in enumerate(file, start=1):
                     yield Line(path, number, text)
         except (OSError, EOFError, zlib.error) as error:
-            raise UserError(
-                f"--input {path}: unreadable after line {number} ({error}); check the file"
-            ) from error
+            raise UserError(f"--input {path}: unreadable after line {number} ({error}); check the file") from error
 
 
 def _encode_in_processes(
@@ -226,9 +222,7 @@ def _encode(chunk: list[Line]) -> list[Encoded | Malformed]:
     return [_encoder(line) for line in chunk]
 
 
-def _write(
-    results: Iterator[Encoded | Malformed], config: PreprocessConfig, dtype: Any, folder: Path
-) -> list[Path]:
+def _write(results: Iterator[Encoded | Malformed], config: PreprocessConfig, dtype: Any, folder: Path) -> list[Path]:
     """Write the documents to ``folder``; returns ``<key>_document.bin`` and ``.idx`` of each key, synced."""
     parts = 1 if config.keep_sequential_samples else config.partitions
     names = [f"part{part}_" for part in range(parts)] if parts > 1 else [""]
@@ -272,9 +266,7 @@ class _Writer:
     @property
     def paths(self) -> list[Path]:
         return [
-            prefix.with_name(prefix.name + suffix)
-            for prefix in self._prefixes.values()
-            for suffix in (".bin", ".idx")
+            prefix.with_name(prefix.name + suffix) for prefix in self._prefixes.values() for suffix in (".bin", ".idx")
         ]
 
     def add(self, document: Encoded) -> None:

@@ -134,15 +134,11 @@ def end_of_document(tokenizer: MegatronTokenizerText, config: TokenizerConfig) -
     """
     end = getattr(tokenizer, "eod", None)
     if end is None or end < 0:
-        raise UserError(
-            f"{_described(config)} has no end-of-document token; use one with an end-of-sentence token"
-        )
+        raise UserError(f"{_described(config)} has no end-of-document token; use one with an end-of-sentence token")
     return end
 
 
-def padded_vocab_size(
-    vocab_size: int, make_vocab_size_divisible_by: int, tensor_model_parallel_size: int
-) -> int:
+def padded_vocab_size(vocab_size: int, make_vocab_size_divisible_by: int, tensor_model_parallel_size: int) -> int:
     """``vocab_size``, rounded up to a multiple of the other two's product."""
     multiple = make_vocab_size_divisible_by * tensor_model_parallel_size
     return math.ceil(vocab_size / multiple) * multiple
@@ -217,9 +213,7 @@ def _load_folder(directory: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{directory}: its tokenizer does not load: {error}; save it again") from error
 
 
-def _check_same_ids(
-    tokenizer: MegatronTokenizerText, twin: PreTrainedTokenizerBase, config: TokenizerConfig
-) -> None:
+def _check_same_ids(tokenizer: MegatronTokenizerText, twin: PreTrainedTokenizerBase, config: TokenizerConfig) -> None:
     problem = f"{_described(config)} cannot be written as a Hugging Face {type(twin).__name__}"
     special = tokenizer.library == "huggingface" and config.tokenizer_hf_include_special_tokens
     for text in _NUMBER_PROBES if tokenizer.library == "null" else _PROBES:
@@ -227,8 +221,7 @@ def _check_same_ids(
         actual = twin(text, add_special_tokens=special).input_ids
         if actual != expected:
             raise UserError(
-                f"{problem}: {text!r} gets the ids {actual} instead of {expected}; "
-                "use another tokenizer or model type"
+                f"{problem}: {text!r} gets the ids {actual} instead of {expected}; use another tokenizer or model type"
             )
     end = end_of_document(tokenizer, config)
     if twin.eos_token_id != end:
@@ -319,9 +312,7 @@ def _sentencepiece_bpe(model: Any) -> Any:
         steps.append(normalizers.Prepend(_SPACE))
     bpe.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
     strip = [decoders.Strip(" ", 1, 0)] if normalizer.add_dummy_prefix else []
-    bpe.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    bpe.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     bpe.add_special_tokens(
         [
             AddedToken(piece.piece, normalized=False, special=True)
@@ -356,16 +347,12 @@ def _from_tiktoken(tokenizer: MegatronTokenizerText) -> PreTrainedTokenizerBase:
         ]
     )
     bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in library.special_tokens]
-    )
+    bpe.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in library.special_tokens])
     names = {
         f"{name}_token": library.special_tokens[getattr(library, f"{name}_id")]
         for name in ("unk", "bos", "eos", "mask", "pad", "cls", "sep")
     }
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, model_input_names=["input_ids", "attention_mask"], **names
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_input_names=["input_ids", "attention_mask"], **names)
 
 
 def _from_null(tokenizer: MegatronTokenizerText) -> PreTrainedTokenizerBase:

@@ -140,9 +140,7 @@ def current_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _layer_spec(
-    config: TransformerConfig, impl: str, vp_stage: int | None
-) -> ModuleSpec | TransformerBlockSubmodules:
+def _layer_spec(config: TransformerConfig, impl: str, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
     if impl == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     if impl == "local":

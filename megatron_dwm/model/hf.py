@@ -109,8 +109,7 @@ def hf_config(model: ModelConfig, *, vocab_size: int, num_layers: int) -> Pretra
     if model.positions == "learned_absolute":
         return _gpt2_config(model, vocab_size, num_layers)
     raise UserError(
-        f"a Hugging Face model cannot express --position-embedding-type {model.positions}; use rope or "
-        "learned_absolute"
+        f"a Hugging Face model cannot express --position-embedding-type {model.positions}; use rope or learned_absolute"
     )
 
 

@@ -75,7 +75,8 @@ class PipelineSchedule:
             micro_batch_size: samples of one microbatch; it divides the batch.
             sample_scale: factor of each sample's token losses [n], if any.
             forward_only: losses only, no gradients.
-            force_all_reduce: leave the whole gradient on every data-parallel rank, also under the distributed optimiser.
+            force_all_reduce: leave the whole gradient on every data-parallel rank, also under the distributed
+                optimiser.
 
         Returns:
             the samples' unscaled losses on the last pipeline stage, None on the others.
@@ -111,14 +112,10 @@ class PipelineSchedule:
             torch.cat([report["tokens"] for report in reports]),
         )
         if self.check_for_nan and not bool(losses.total.isfinite().all()):
-            raise FloatingPointError(
-                "a training loss is not finite; lower --lr or look at the data of this step"
-            )
+            raise FloatingPointError("a training loss is not finite; lower --lr or look at the data of this step")
         return losses
 
-    def _forward_step(
-        self, micros: Iterator[tuple[Batch, torch.Tensor | None]], model: Any
-    ) -> tuple[Any, Any]:
+    def _forward_step(self, micros: Iterator[tuple[Batch, torch.Tensor | None]], model: Any) -> tuple[Any, Any]:
         micro, scale = next(micros)
         mask = micro.document_mask(self.document_end) if self.document_end is not None else None
         output = model(micro.tokens, micro.position_ids, mask, labels=micro.labels, loss_mask=micro.loss_mask)

@@ -126,6 +126,4 @@ def torch_block_spec(config: TransformerConfig, vp_stage: int | None) -> Transfo
     attention.core_attention = TorchAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = norm
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm
-    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)

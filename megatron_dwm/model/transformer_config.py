@@ -98,9 +98,7 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         "bias_activation_fusion": model.bias_gelu_fusion and model.add_bias_linear,
     }
     if model.swiglu:
-        values.update(
-            activation_func=F.silu, gated_linear_unit=True, bias_activation_fusion=model.bias_swiglu_fusion
-        )
+        values.update(activation_func=F.silu, gated_linear_unit=True, bias_activation_fusion=model.bias_swiglu_fusion)
     elif model.squared_relu:
         values.update(activation_func=squared_relu)
     else:
@@ -202,9 +200,7 @@ def _check_architecture(
 
 def _check_layers(model: ModelConfig, parallel: ParallelConfig, impl: str) -> None:
     if model.attention_backend == "local" and impl != "local":
-        raise UserError(
-            "--attention-backend local needs --transformer-impl local; give that or another backend"
-        )
+        raise UserError("--attention-backend local needs --transformer-impl local; give that or another backend")
     if model.cross_entropy_loss_fusion and model.cross_entropy_fusion_impl == "te" and not HAVE_TE:
         raise UserError("--cross-entropy-fusion-impl te: Transformer Engine is not installed; use native")
     if impl == "transformer_engine" or (impl == "local" and _importable("apex")):
@@ -229,9 +225,7 @@ def _check_layers(model: ModelConfig, parallel: ParallelConfig, impl: str) -> No
 def _check_recomputation(model: ModelConfig, parallel: ParallelConfig) -> None:
     granularity = _recompute_granularity(model)
     if granularity == "selective" and (model.recompute_method, model.recompute_num_layers) != (None, None):
-        raise UserError(
-            "--recompute-method and --recompute-num-layers go with --recompute-granularity full; drop them"
-        )
+        raise UserError("--recompute-method and --recompute-num-layers go with --recompute-granularity full; drop them")
     if granularity == "full" and model.recompute_num_layers is None:
         raise UserError("--recompute-granularity full needs --recompute-num-layers; give 1 or more")
     # megatron-core recomputes norms with Transformer Engine's help, whatever the layers.

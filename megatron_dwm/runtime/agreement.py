@@ -34,9 +34,7 @@ class Agreement:
             os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
-                raise UserError(
-                    f"{name} is not set for {world_size} processes; start them with torchrun, or set it"
-                )
+                raise UserError(f"{name} is not set for {world_size} processes; start them with torchrun, or set it")
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
         self.rank, self.world_size = rank, world_size
         self.store, _, _ = next(dist.rendezvous("env://"))

@@ -64,7 +64,8 @@ def _adapt_megatron_to_cpu() -> None:
     torch.cuda.current_device = _CpuAnswer(cpu)
     torch.cuda.synchronize = _CpuAnswer(None)
     torch.cuda.empty_cache = _CpuAnswer(None)
-    for module in (torch.cuda, torch.cuda.random):
+    modules: tuple[Any, ...] = (torch.cuda, torch.cuda.random)
+    for module in modules:
         module.get_rng_state = lambda *_, **__: torch.get_rng_state()
         module.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
         module.manual_seed = torch.manual_seed

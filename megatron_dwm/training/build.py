@@ -20,7 +20,6 @@ from megatron_dwm.data.datasets import (
 )
 from megatron_dwm.data.sampler import Share
 from megatron_dwm.data.tokenizer import build_tokenizer, padded_vocab_size, vocabulary_fingerprint
-from megatron_dwm.errors import UserError
 from megatron_dwm.model.builder import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
 from megatron_dwm.model.schedule import PipelineSchedule
 from megatron_dwm.model.transformer_config import transformer_config
@@ -82,15 +81,11 @@ def read_inputs(config: RunConfig, *, reads_data: bool) -> Inputs:
         return Inputs(tokenizer, paths, None, "", None)
 
     stages = (
-        bilevel_stages(settings, config.train_iters)
-        if settings.learns
-        else frozen_stages(settings, config.train_iters)
+        bilevel_stages(settings, config.train_iters) if settings.learns else frozen_stages(settings, config.train_iters)
     )
     fingerprint = vocabulary_fingerprint(tokenizer, config.tokenizer)
     flag, folder = (
-        ("--dwm-load", settings.dwm_load)
-        if settings.dwm_load
-        else ("--dwm-init-from", settings.dwm_init_from)
+        ("--dwm-load", settings.dwm_load) if settings.dwm_load else ("--dwm-init-from", settings.dwm_init_from)
     )
     assert folder is not None
     if settings.learns and folder == "lm":
@@ -110,9 +105,7 @@ def build_trainer(config: RunConfig, inputs: Inputs, device: torch.device, agree
         UserError: flags that the model, the data or the checkpoint do not fit.
     """
     with agreement.phase("model configuration"):
-        core_config = transformer_config(
-            config.model, config.parallel, config.training, config.optimizer, device
-        )
+        core_config = transformer_config(config.model, config.parallel, config.training, config.optimizer, device)
     layout = initialize(
         config.parallel,
         config.parallel.virtual_stages(config.model.layers),
@@ -154,9 +147,7 @@ def build_trainer(config: RunConfig, inputs: Inputs, device: torch.device, agree
     data = _Data(config, inputs, layout, progress)
     weighting = None
     if inputs.stages is not None:
-        weighting = _build_weighting(
-            config, inputs, inputs.stages, schedule, objects, data, device, dwm_state
-        )
+        weighting = _build_weighting(config, inputs, inputs.stages, schedule, objects, data, device, dwm_state)
     exporter = None
     if weighting is not None and config.checkpoint.save is not None:
         exporter = WeighterExporter(config, layout, inputs.paths, inputs.tokenizer, inputs.fingerprint)
@@ -177,18 +168,14 @@ class _Data:
         present = self._present()
         self.readers = Readers(
             train=self._sequential(self.datasets.train, progress.consumed_train_samples),
-            valid=self._sequential(self.datasets.valid, progress.consumed_valid_samples)
-            if present[0]
-            else None,
+            valid=self._sequential(self.datasets.valid, progress.consumed_valid_samples) if present[0] else None,
             test=self._sequential(self.datasets.test, 0) if present[1] else None,
         )
 
     def target(self, consumed: int) -> BatchReader:
         """The target set's reader, ``consumed`` samples in."""
         dataset = self.datasets.target
-        return self._reader(
-            dataset, shuffled(self.config, dataset, consumed, self.target_share), self.target_share
-        )
+        return self._reader(dataset, shuffled(self.config, dataset, consumed, self.target_share), self.target_share)
 
     def _present(self) -> tuple[bool, bool]:
         """Whether there is validation and test data; ranks without datasets must know it too."""
@@ -201,9 +188,7 @@ class _Data:
         return parts[1] > 0, parts[2] > 0
 
     def _sequential(self, dataset: Any, consumed: int) -> BatchReader:
-        return self._reader(
-            dataset, sequential_or_cyclic(self.config, dataset, consumed, self.share), self.share
-        )
+        return self._reader(dataset, sequential_or_cyclic(self.config, dataset, consumed, self.share), self.share)
 
     def _reader(self, dataset: Any, sampler: Any, share: Share) -> BatchReader:
         return BatchReader(

@@ -150,18 +150,16 @@ def load_checkpoint(
         getattr(saved, "pipeline_model_parallel_size", 1),
     ) == (config.parallel.tp, config.parallel.pp)
     with_optimizer = not (flags.finetune or flags.no_load_optim or getattr(saved, "no_save_optim", False))
-    with_rng = (
-        not (flags.finetune or flags.no_load_rng or getattr(saved, "no_save_rng", False)) and same_layout
-    )
+    with_rng = not (flags.finetune or flags.no_load_rng or getattr(saved, "no_save_rng", False)) and same_layout
 
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
     sharding = metadata.get("distrib_optim_sharding_type")
-    if with_optimizer and config.parallel.use_distributed_optimizer and not same_layout:
-        if sharding != "fully_reshardable":
-            raise UserError(
-                f"--load {flags.load}: the distributed optimiser's state was saved as {sharding} and cannot move to another "
-                "TP or PP size; save with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
-            )
+    moves_optimizer = with_optimizer and config.parallel.use_distributed_optimizer and not same_layout
+    if moves_optimizer and sharding != "fully_reshardable":
+        raise UserError(
+            f"--load {flags.load}: the distributed optimiser's state was saved as {sharding} and cannot move to "
+            "another TP or PP size; save with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
+        )
     metadata["dp_cp_group"] = _data_parallel_group()
     template = _state_dict(
         config, objects, Progress(), layout, metadata, with_optimizer=with_optimizer, with_rng=with_rng
@@ -218,9 +216,7 @@ def _state_dict(
         key = "model" if len(objects.chunks) == 1 else f"model{number}"
         state[key] = chunk.module.sharded_state_dict(metadata=metadata)
     if with_optimizer:
-        state["optimizer"] = objects.optimizer.sharded_state_dict(
-            state, is_loading=not for_saving, metadata=metadata
-        )
+        state["optimizer"] = objects.optimizer.sharded_state_dict(state, is_loading=not for_saving, metadata=metadata)
         state["opt_param_scheduler"] = objects.scheduler.state_dict()
     if with_rng:
         state["rng_state"] = _sharded_rng_state(layout)
@@ -242,9 +238,7 @@ def _megatron_args(config: RunConfig, progress: Progress) -> Namespace:
         "add_position_embedding": True,
         "train_iters": config.train_iters,
     }
-    counts = {
-        key: value for key, value in asdict(progress).items() if key.startswith(("consumed", "skipped"))
-    }
+    counts = {key: value for key, value in asdict(progress).items() if key.startswith(("consumed", "skipped"))}
     return Namespace(**{**config.flat(), **derived, **counts})
 
 
@@ -258,7 +252,8 @@ def _check_same_model(config: RunConfig, saved: Namespace, folder: Path) -> None
         found = getattr(saved, name, value)
         if found != value:
             raise UserError(
-                f"--{name.replace('_', '-')} {value} is not what {folder} was saved with, {found}; change the flag or --load"
+                f"--{name.replace('_', '-')} {value} is not what {folder} was saved with, {found}; "
+                "change the flag or --load"
             )
 
 
@@ -335,9 +330,7 @@ def _tracked_iteration(root: Path) -> int | None:
         return None
     text = path.read_text().strip()
     if not text.isdigit():
-        raise UserError(
-            f"{path}: says {text!r} where an iteration belongs; write the number of a checkpoint there"
-        )
+        raise UserError(f"{path}: says {text!r} where an iteration belongs; write the number of a checkpoint there")
     return int(text)
 
 

@@ -38,9 +38,7 @@ class Reporter:
                 path = str(Path(config.checkpoint.save) / "metrics.jsonl")
             self.jsonl = JsonLines(Path(path), resumed_at) if path else None
             if config.logging.tensorboard_dir is not None:
-                self.board = TensorBoard(
-                    config.logging.tensorboard_dir, config.logging.tensorboard_queue_size
-                )
+                self.board = TensorBoard(config.logging.tensorboard_dir, config.logging.tensorboard_queue_size)
 
     def step(
         self,
@@ -107,9 +105,7 @@ class Reporter:
             self.board.scalar("lm loss validation", loss, progress.iteration, progress.consumed_train_samples)
             if self.config.logging.log_validation_ppl_to_tensorboard:
                 ppl = float(torch.tensor(min(20.0, loss)).exp())
-                self.board.scalar(
-                    "lm loss validation ppl", ppl, progress.iteration, progress.consumed_train_samples
-                )
+                self.board.scalar("lm loss validation ppl", ppl, progress.iteration, progress.consumed_train_samples)
 
     def pause(self) -> float:
         """Stop the clock (before an evaluation or a save); returns what :meth:`resume` needs."""
@@ -125,9 +121,7 @@ class Reporter:
         if self.board is not None:
             self.board.close()
 
-    def _write_scalars(
-        self, progress: Progress, numbers: dict[str, float], weighting: dict[str, Any]
-    ) -> None:
+    def _write_scalars(self, progress: Progress, numbers: dict[str, float], weighting: dict[str, Any]) -> None:
         if self.board is None or progress.iteration % self.config.logging.tensorboard_log_interval:
             return
         for name, value in numbers.items():
@@ -141,9 +135,7 @@ class Reporter:
             stats = torch.cuda.memory_stats()
             self.board.scalar("mem-reserved-bytes", stats["reserved_bytes.all.current"], progress.iteration)
             self.board.scalar("mem-allocated-bytes", stats["allocated_bytes.all.current"], progress.iteration)
-            self.board.scalar(
-                "mem-max-allocated-bytes", stats["allocated_bytes.all.peak"], progress.iteration
-            )
+            self.board.scalar("mem-max-allocated-bytes", stats["allocated_bytes.all.peak"], progress.iteration)
             self.board.scalar("mem-allocated-count", stats["allocation.all.current"], progress.iteration)
 
     def _log_line(

@@ -107,11 +107,7 @@ class Trainer:
             with self.schedule.whole_parameters():
                 self.reporter.record(self.weighting.update(iteration, batch, weights, before))
         self._report(result, figures)
-        if (
-            self.exporter is not None
-            and self.weighting is not None
-            and self.weighting.stages.ends_stage(iteration)
-        ):
+        if self.exporter is not None and self.weighting is not None and self.weighting.stages.ends_stage(iteration):
             self.exporter.export(self.weighting, iteration)
         interval = self.config.training.manual_gc_interval
         if self.config.training.manual_gc and interval and iteration % interval == 0:
@@ -143,9 +139,7 @@ class Trainer:
         with self.schedule.whole_parameters():
             folder = save_checkpoint(self.config, self.objects, self.progress, self.layout, state)
         if self.layout.is_first:
-            say(
-                f"  successfully saved checkpoint from iteration {self.progress.iteration:7d} to {folder.parent}"
-            )
+            say(f"  successfully saved checkpoint from iteration {self.progress.iteration:7d} to {folder.parent}")
         if self.exporter is not None and self.weighting is not None:
             self.exporter.export(self.weighting, self.progress.iteration)
         self.reporter.resume(paused)
@@ -175,9 +169,7 @@ class Trainer:
         groups = [group for group in optimizer.param_groups if group["params"]]
         standard = [group for group in groups if group.get("default_config", True)] or groups
         norm = params_norm(optimizer) if self.config.logging.log_params_norm else None
-        self.reporter.step(
-            self.progress, result, standard[-1]["lr"], float(optimizer.get_loss_scale()), norm, figures
-        )
+        self.reporter.step(self.progress, result, standard[-1]["lr"], float(optimizer.get_loss_scale()), norm, figures)
 
     def _prepare_to_stop(self) -> None:
         if self.config.training.exit_signal_handler:
@@ -193,7 +185,7 @@ class Trainer:
     def _leaving(self) -> bool:
         """Whether the run ends here, by signal, time or interval; all ranks agree."""
         training, iteration = self.config.training, self.progress.iteration
-        at_interval = bool(training.exit_interval) and iteration % training.exit_interval == 0
+        at_interval = training.exit_interval is not None and iteration % training.exit_interval == 0
         if not training.exit_signal_handler and training.exit_duration_in_mins is None:
             return at_interval
         minutes = (time.perf_counter() - self.started) / 60
@@ -213,10 +205,6 @@ def params_norm(optimizer: Any) -> float:
     for param in optimizer.get_parameters():
         if param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param):
             total += param.detach().double().square().sum()
-    group = (
-        optimizer.get_grad_stats_parallel_group()
-        if hasattr(optimizer, "get_grad_stats_parallel_group")
-        else None
-    )
+    group = optimizer.get_grad_stats_parallel_group() if hasattr(optimizer, "get_grad_stats_parallel_group") else None
     dist.all_reduce(total, group=group or parallel_state.get_model_parallel_group())
     return float(total.sqrt())

@@ -22,7 +22,8 @@ def counts_here(param: torch.nn.Parameter, layout: Layout) -> bool:
     """Whether this rank's product for ``param`` belongs in the sum over the model-parallel group.
 
     A parameter that the TP ranks hold in full has the same gradient on all of them, and counts once; under sequence
-    parallelism its gradients are parts of a sum, and all count. Tied embeddings on two pipeline stages each hold a part.
+    parallelism its gradients are parts of a sum, and all count. Tied embeddings on two pipeline stages each
+    hold a part.
     """
     sharded = getattr(param, "tensor_model_parallel", False)
     partial = getattr(param, "sequence_parallel", False)

@@ -97,9 +97,7 @@ class DataWeighting:
         """Whether an outer update follows this iteration's step."""
         return self.outer is not None and self.stages.updates(iteration)
 
-    def update(
-        self, iteration: int, batch: Batch, weights: BatchWeights, before: ParameterCopy
-    ) -> dict[str, Any]:
+    def update(self, iteration: int, batch: Batch, weights: BatchWeights, before: ParameterCopy) -> dict[str, Any]:
         """Make the outer update that follows the step on ``batch``; returns its record."""
         assert self.outer is not None and self.target_reader is not None
         target = self.target_reader.next()

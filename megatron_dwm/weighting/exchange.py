@@ -1,8 +1,8 @@
 """Numbers per sample between ranks: who holds which samples of a global batch.
 
 Shape legend: N samples of the global batch, n samples of this model replica, c samples of this rank's share.
-The global order is microbatch, then data-parallel rank, then place in the microbatch: the order of the data, the same in
-every layout.
+The global order is microbatch, then data-parallel rank, then place in the microbatch: the order of the data, the same
+in every layout.
 """
 
 from __future__ import annotations
@@ -36,16 +36,12 @@ class SampleExchange:
         """This replica's [n, …] to the whole batch's [N, …], on every rank."""
         gathered = [torch.empty_like(values) for _ in range(self.layout.dp_size)]
         dist.all_gather(gathered, values.contiguous(), group=self.layout.dp_group)
-        by_rank = torch.stack(gathered).unflatten(
-            1, (self.share.num_microbatches, self.share.micro_batch_size)
-        )
+        by_rank = torch.stack(gathered).unflatten(1, (self.share.num_microbatches, self.share.micro_batch_size))
         return by_rank.transpose(0, 1).flatten(0, 2)
 
     def replica_part(self, values: torch.Tensor) -> torch.Tensor:
         """The whole batch's [N, …] to this replica's [n, …]."""
-        grid = values.unflatten(
-            0, (self.share.num_microbatches, self.layout.dp_size, self.share.micro_batch_size)
-        )
+        grid = values.unflatten(0, (self.share.num_microbatches, self.layout.dp_size, self.share.micro_batch_size))
         return grid[:, self.layout.dp_rank].flatten(0, 1)
 
     def share_part(self, values: torch.Tensor) -> torch.Tensor:

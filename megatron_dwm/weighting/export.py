@@ -18,9 +18,7 @@ from megatron_dwm.weighting.transfer import export_weighter
 class WeighterExporter:
     """Writes ``<save>/weighter/iter_XXXXXXX/`` at saves and at the ends of stages."""
 
-    def __init__(
-        self, config: RunConfig, layout: Layout, paths: DataPaths, tokenizer: Any, fingerprint: str
-    ) -> None:
+    def __init__(self, config: RunConfig, layout: Layout, paths: DataPaths, tokenizer: Any, fingerprint: str) -> None:
         assert config.checkpoint.save is not None
         self.config, self.layout, self.paths = config, layout, paths
         self.tokenizer, self.fingerprint = tokenizer, fingerprint

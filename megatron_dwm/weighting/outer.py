@@ -174,7 +174,7 @@ class OuterUpdate:
         dist.all_reduce(mean, group=self.layout.dp_group)
         return float(mean) / self.layout.dp_size
 
-    def _params(self) -> Sequence[torch.nn.Parameter]:
+    def _params(self) -> Sequence[Any]:
         return [p for chunk in self.schedule.chunks for p in chunk.parameters() if p.requires_grad]
 
     def _zero_gradients(self) -> None:

@@ -41,9 +41,7 @@ def precondition(direction: Direction, optimizer: Any, layout: Layout) -> None:
                 dist.all_reduce(v, group=layout.dp_group)
 
 
-def _states(
-    part: Any, direction: Direction
-) -> Iterator[tuple[torch.nn.Parameter, slice, Any, dict[str, Any]]]:
+def _states(part: Any, direction: Direction) -> Iterator[tuple[torch.nn.Parameter, slice, Any, dict[str, Any]]]:
     """``(parameter, owned part of it, optimiser state or None, parameter group)`` of every parameter."""
     groups = part.optimizer.param_groups
     states = part.optimizer.state

@@ -62,15 +62,15 @@ def bilevel_stages(config: WeightingConfig, train_iters: int) -> StageSchedule:
     stage_iters = (train_iters - warmup) // stages
     if stage_iters < 1:
         raise UserError(
-            f"--train-iters {train_iters} leave no room for --dwm-num-stages {stages} after --dwm-warmup-iters {warmup}; "
-            "train longer or lower one of them"
+            f"--train-iters {train_iters} leave no room for --dwm-num-stages {stages} after "
+            f"--dwm-warmup-iters {warmup}; train longer or lower one of them"
         )
     window = config.dwm_stage_update_iters or stage_iters
     interval = config.dwm_update_interval or min(DEFAULT_UPDATE_INTERVAL, window, stage_iters)
     if interval > min(window, stage_iters):
         raise UserError(
-            f"--dwm-update-interval {interval} is longer than the update window of {min(window, stage_iters)} iterations, so the "
-            "weighter would never learn; lower it, or raise --dwm-stage-update-iters or --train-iters"
+            f"--dwm-update-interval {interval} exceeds the update window of {min(window, stage_iters)} iterations, "
+            "so the weighter would never learn; lower it, or raise --dwm-stage-update-iters or --train-iters"
         )
     return StageSchedule(train_iters, warmup, stages, stage_iters, window, interval)
 

@@ -90,9 +90,7 @@ def check_language_model_init(model: ModelConfig, config: WeightingConfig) -> No
         raise UserError(f"--dwm-init-from lm: {error}; or use --dwm-init-from random") from None
 
 
-def folder_classifier(
-    flag: str, folder: str, seq_length: int, vocab_size: int, fingerprint: str, seed: int
-) -> Any:
+def folder_classifier(flag: str, folder: str, seq_length: int, vocab_size: int, fingerprint: str, seed: int) -> Any:
     """A classifier from any Hugging Face folder with the run's tokenizer; a language model's gets a new head.
 
     Raises:
@@ -115,13 +113,12 @@ def folder_classifier(
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{flag} {folder}: cannot be loaded as a classifier with one label ({reason})"
-        ) from None
+        raise UserError(f"{flag} {folder}: cannot be loaded as a classifier with one label ({reason})") from None
     positions = getattr(hf_config, "max_position_embeddings", None)
     if positions is not None and positions < seq_length:
         raise UserError(
-            f"{flag} {folder}: made for {positions} positions, fewer than --seq-length {seq_length}; use another weighter"
+            f"{flag} {folder}: made for {positions} positions, fewer than --seq-length {seq_length}; "
+            "use another weighter"
         )
     if hf_config.vocab_size < vocab_size:
         raise UserError(
@@ -157,9 +154,7 @@ def zero_head(model: Any) -> None:
         torch.nn.init.zeros_(head.bias)
 
 
-def export_weighter(
-    model: Any, tokenizer: Any, tokenizer_config: Any, folder: Path, manifest: dict[str, Any]
-) -> None:
+def export_weighter(model: Any, tokenizer: Any, tokenizer_config: Any, folder: Path, manifest: dict[str, Any]) -> None:
     """Write the weighter beside ``folder``, then put it in place. One rank calls it."""
     beside = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)

@@ -21,9 +21,7 @@ class Weighter:
     The classifier stays in evaluation mode: scores must not depend on the rank that computes them.
     """
 
-    def __init__(
-        self, model: Any, config: WeightingConfig, device: torch.device, *, bf16: bool = False
-    ) -> None:
+    def __init__(self, model: Any, config: WeightingConfig, device: torch.device, *, bf16: bool = False) -> None:
         """
         Args:
             model: a classifier with one label, the same on every rank.
@@ -90,7 +88,8 @@ class Weighter:
         dist.all_reduce(high, op=dist.ReduceOp.MAX)
         if not torch.equal(low, high):
             raise RuntimeError(
-                f"the weighter's replicas differ (rank {dist.get_rank()} has {own[:16]}); resume from the last checkpoint"
+                f"the weighter's replicas differ (rank {dist.get_rank()} has {own[:16]}); "
+                "resume from the last checkpoint"
             )
         return own
 

@@ -47,9 +47,7 @@ def run_distributed(fn: Callable[..., Result], world_size: int, *args: Any) -> l
     workers, pipes = [], []
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
-        worker = context.Process(
-            target=_work, args=(sender, rank, world_size, listener, fn, args), daemon=True
-        )
+        worker = context.Process(target=_work, args=(sender, rank, world_size, listener, fn, args), daemon=True)
         worker.start()
         sender.close()  # the worker's copy stays; when the worker dies the receiver sees the end of the pipe
         workers.append(worker)
@@ -106,9 +104,7 @@ def _work(
     parent.join()
 
 
-def _call(
-    rank: int, world_size: int, listener: socket.socket, fn: Callable[..., Any], args: tuple[Any, ...]
-) -> Any:
+def _call(rank: int, world_size: int, listener: socket.socket, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     port = listener.getsockname()[1]
     os.environ.update(
         RANK=str(rank),
@@ -126,9 +122,7 @@ def _call(
         wait_for_workers=False,
         master_listen_fd=listener.detach() if rank == 0 else None,
     )
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=5)
-    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=5))
     return fn(*args)
 
 

@@ -24,9 +24,7 @@ ARCHITECTURES = {
 }
 
 
-def _assert_close(
-    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float
-) -> None:
+def _assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
     assert actual.keys() == expected.keys()
     # Some gradients are zero but for rounding, such as that of the keys' bias, which softmax cancels.
     floor = 1e-2 * max(value.norm() for value in expected.values())
@@ -61,9 +59,7 @@ def _sharded_keys(chunk) -> dict[str, tuple[str, object]]:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("tp", [1, 2])
 def test_torch_layers_give_the_losses_and_gradients_of_local_layers(name: str, tp: int):
-    run_distributed(
-        _both_layers, tp, ARCHITECTURES[name], ParallelConfig(tensor_model_parallel_size=tp), None
-    )
+    run_distributed(_both_layers, tp, ARCHITECTURES[name], ParallelConfig(tensor_model_parallel_size=tp), None)
 
 
 @pytest.mark.parametrize("model", [tiny.gpt(), tiny.llama()], ids=["gpt", "llama"])

@@ -59,15 +59,11 @@ def _make_dataset(folder: Path, name: str, seed: int) -> str:
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB_SIZE)]
     command = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py"), "--input", str(source)]
-    subprocess.run(
-        [*command, "--output-prefix", str(folder / name), "--workers", "1", *tokenizer], check=True
-    )
+    subprocess.run([*command, "--output-prefix", str(folder / name), "--workers", "1", *tokenizer], check=True)
     return str(folder / f"{name}_text_document")
 
 
-def test_the_submitted_script_trains_stops_and_continues_from_its_checkpoint(
-    cluster: Cluster, tmp_path: Path
-):
+def test_the_submitted_script_trains_stops_and_continues_from_its_checkpoint(cluster: Cluster, tmp_path: Path):
     save = tmp_path / "run"
     environment = {
         **TINY,
@@ -93,9 +89,7 @@ def test_the_submitted_script_trains_stops_and_continues_from_its_checkpoint(
     assert " iteration        3/       6 |" not in log and " iteration        4/       6 |" in log, log
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "6", log
     assert (save / "iter_0000006" / "metadata.json").is_file(), log
-    assert json.loads((save / "weighter" / "iter_0000006" / "config.json").read_text())["num_labels"] == 1, (
-        log
-    )
+    assert json.loads((save / "weighter" / "iter_0000006" / "config.json").read_text())["num_labels"] == 1, log
 
 
 @pytest.mark.parametrize(

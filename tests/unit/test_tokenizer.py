@@ -132,9 +132,7 @@ def config_of(kind: str, folder: Path) -> TokenizerConfig:
         return TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model)
     if kind == "gpt2":
         vocab_file, merge_file = gpt2_files(folder)
-        return TokenizerConfig(
-            tokenizer_type="GPT2BPETokenizer", vocab_file=vocab_file, merge_file=merge_file
-        )
+        return TokenizerConfig(tokenizer_type="GPT2BPETokenizer", vocab_file=vocab_file, merge_file=merge_file)
     if kind == "hugging-face":
         model = hugging_face_folder(folder, eos_token="[EOS]")
         return TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=model)
@@ -192,9 +190,7 @@ def test_hf_folder_gives_the_same_ids_on_any_text(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_hf_folder_batches_with_padding(
-    kind: str, configs: dict[str, TokenizerConfig], tmp_path: Path
-) -> None:
+def test_hf_folder_batches_with_padding(kind: str, configs: dict[str, TokenizerConfig], tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = build_tokenizer(configs[kind])
@@ -203,9 +199,7 @@ def test_hf_folder_batches_with_padding(
     texts = texts_for(kind)[-2:] + texts_for(kind)[1:2]
     batch = twin(texts, padding=True, add_special_tokens=False)
     for text, ids, mask in zip(texts, batch.input_ids, batch.attention_mask, strict=True):
-        assert [index for index, kept in zip(ids, mask, strict=True) if kept] == list(
-            tokenizer.tokenize(text)
-        )
+        assert [index for index, kept in zip(ids, mask, strict=True) if kept] == list(tokenizer.tokenize(text))
 
 
 @pytest.mark.parametrize("kind", ["bpe", "gpt2", "tiktoken-v2"])
@@ -252,9 +246,7 @@ def test_sentencepiece_model_read_by_transformers_itself_has_the_fingerprint(
     (tmp_path / "from").mkdir()
     shutil.copyfile(config.tokenizer_model, tmp_path / "from" / "tokenizer.model")
     LlamaTokenizer.from_pretrained(tmp_path / "from").save_pretrained(tmp_path / "llama")
-    assert fingerprint_of_folder(tmp_path / "llama") == vocabulary_fingerprint(
-        build_tokenizer(config), config
-    )
+    assert fingerprint_of_folder(tmp_path / "llama") == vocabulary_fingerprint(build_tokenizer(config), config)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "bert", "gpt2", "xlm-roberta"])
@@ -271,17 +263,13 @@ def test_hf_folder_loads_beside_a_model(
     assert twin(TEXTS[3], add_special_tokens=False).input_ids == list(tokenizer.tokenize(TEXTS[3]))
 
 
-def test_model_type_that_rebuilds_its_tokenizer_is_refused(
-    configs: dict[str, TokenizerConfig], tmp_path: Path
-) -> None:
+def test_model_type_that_rebuilds_its_tokenizer_is_refused(configs: dict[str, TokenizerConfig], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     with pytest.raises(UserError, match="use another tokenizer or model type"):
         save_hf_tokenizer(build_tokenizer(configs["bpe"]), configs["bpe"], tmp_path)
 
 
-def test_gpt2_twin_and_tokenizer_know_no_temporary_path(
-    configs: dict[str, TokenizerConfig], tmp_path: Path
-) -> None:
+def test_gpt2_twin_and_tokenizer_know_no_temporary_path(configs: dict[str, TokenizerConfig], tmp_path: Path) -> None:
     first, second = (build_tokenizer(configs["gpt2"]) for _ in range(2))
     assert first.unique_identifiers == second.unique_identifiers
     assert first.unique_identifiers["vocab_file"] == configs["gpt2"].vocab_file
@@ -320,9 +308,7 @@ def test_gpt2_ids_are_those_of_the_vocabulary_file(configs: dict[str, TokenizerC
 
 
 @pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"])
-def test_sentencepiece_types_give_the_pieces_of_the_model(
-    kind: Any, configs: dict[str, TokenizerConfig]
-) -> None:
+def test_sentencepiece_types_give_the_pieces_of_the_model(kind: Any, configs: dict[str, TokenizerConfig]) -> None:
     import sentencepiece
 
     model = configs["bpe"].tokenizer_model
@@ -417,9 +403,7 @@ def test_unreadable_files_are_one_line_that_names_them(tmp_path: Path) -> None:
 
 
 def test_tiktoken_error_explains_the_vocabulary_size(configs: dict[str, TokenizerConfig]) -> None:
-    config = TokenizerConfig(
-        tokenizer_type="TikTokenizer", tokenizer_model=configs["tiktoken-v2"].tokenizer_model
-    )
+    config = TokenizerConfig(tokenizer_type="TikTokenizer", tokenizer_model=configs["tiktoken-v2"].tokenizer_model)
     with pytest.raises(UserError, match="--vocab-size"):
         build_tokenizer(config)
 

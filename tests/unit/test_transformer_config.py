@@ -67,9 +67,7 @@ def test_flags_of_the_same_name_are_copied():
 def test_sizes_follow_megatrons_rules():
     plain = _config()
     assert (plain.ffn_hidden_size, plain.kv_channels, plain.num_query_groups) == (256, 16, 4)
-    gated = _config(
-        swiglu=True, group_query_attention=True, num_query_groups=2, kv_channels=32, add_bias_linear=False
-    )
+    gated = _config(swiglu=True, group_query_attention=True, num_query_groups=2, kv_channels=32, add_bias_linear=False)
     assert (gated.ffn_hidden_size, gated.kv_channels, gated.num_query_groups) == (128, 32, 2)
     assert gated.gated_linear_unit and gated.activation_func is F.silu
 
@@ -162,9 +160,7 @@ def test_the_layers_default_to_torch_without_transformer_engine():
     assert resolve_transformer_impl(model, CPU) == "torch"
     assert resolve_transformer_impl(replace(model, transformer_impl="local"), CPU) == "local"
     assert _config(transformer_impl="torch").transformer_impl == "local"
-    with pytest.raises(
-        UserError, match=r"--transformer-impl transformer_engine: .* use --transformer-impl torch"
-    ):
+    with pytest.raises(UserError, match=r"--transformer-impl transformer_engine: .* use --transformer-impl torch"):
         resolve_transformer_impl(replace(model, transformer_impl="transformer_engine"), CPU)
 
 

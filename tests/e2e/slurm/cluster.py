@@ -85,9 +85,7 @@ class Cluster:
         controller_port, node_port = _free_ports(2)
         configuration = folder / "slurm.conf"
         configuration.write_text(
-            SLURM_CONF.format(
-                folder=folder, user=_user(), controller_port=controller_port, node_port=node_port
-            )
+            SLURM_CONF.format(folder=folder, user=_user(), controller_port=controller_port, node_port=node_port)
         )
         # Where the tests themselves run inside a SLURM job, its variables must not reach this cluster's jobs.
         outside = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH_", "SRUN_"))}
