@@ -17,8 +17,9 @@ from megatron_dwm.runtime.device import environment_rank, require_megatron_core,
 
 
 def main() -> None:
-    # megatron-core warns once a module and process that Transformer Engine or Apex are missing; they are optional here.
+    # megatron-core warns on every process that optional packages are missing, and of torch interfaces it still uses.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine).*")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(load_state_dict|ShardedTensor).*")
     rank, local_rank, world_size = environment_rank()
     agreement = Agreement(rank, world_size)
     with agreement.phase("flags"):

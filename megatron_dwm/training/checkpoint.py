@@ -23,6 +23,7 @@ import torch.distributed as dist
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.distributed import Layout
+from megatron_dwm.training.optimizer import allocate_state
 
 TRACKER = "latest_checkpointed_iteration.txt"
 DWM_STATE = "dwm_state.pt"
@@ -161,6 +162,8 @@ def load_checkpoint(
             "another TP or PP size; save with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
         )
     metadata["dp_cp_group"] = _data_parallel_group()
+    if with_optimizer:
+        allocate_state(objects.optimizer)
     template = _state_dict(
         config, objects, Progress(), layout, metadata, with_optimizer=with_optimizer, with_rng=with_rng
     )
@@ -172,7 +175,8 @@ def load_checkpoint(
     for number, chunk in enumerate(objects.chunks):
         chunk.load_state_dict(state["model" if len(objects.chunks) == 1 else f"model{number}"])
     if with_optimizer:
-        objects.optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():  # fp32 shards are views of parameters that ask for gradients
+            objects.optimizer.load_state_dict(state["optimizer"])
         objects.scheduler.load_state_dict(state["opt_param_scheduler"])
     elif config.optimizer.fp16 or config.optimizer.bf16:
         objects.optimizer.reload_model_params()

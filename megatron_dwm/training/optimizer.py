@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_dwm.config.run import RunConfig
 
@@ -28,6 +29,17 @@ def build_optimizer(config: RunConfig, chunks: Sequence[Any]) -> Any:
         config_overrides=get_standard_config_overrides(config=core_config),
         use_gloo_process_groups=config.parallel.enable_gloo_process_groups,
     )
+
+
+def allocate_state(optimizer: Any) -> None:
+    """Give a new distributed optimiser the state that a checkpoint is loaded into.
+
+    megatron-core counts on Transformer Engine's or Apex's Adam to have some; torch's has none before its first step.
+    The parameters may move: they are loaded next.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
+            part._init_optimizer_states_with_dummy_values()
 
 
 def params_dtype(config: RunConfig) -> torch.dtype:

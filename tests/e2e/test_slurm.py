@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 from megatron_dwm.runtime.distributed import free_port
 from tests.e2e.slurm.cluster import Cluster, running_cluster
@@ -89,7 +90,8 @@ def test_the_submitted_script_trains_stops_and_continues_from_its_checkpoint(clu
     assert " iteration        3/       6 |" not in log and " iteration        4/       6 |" in log, log
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "6", log
     assert (save / "iter_0000006" / "metadata.json").is_file(), log
-    assert json.loads((save / "weighter" / "iter_0000006" / "config.json").read_text())["num_labels"] == 1, log
+    weighter = AutoModelForSequenceClassification.from_pretrained(save / "weighter" / "iter_0000006")
+    assert weighter.config.num_labels == 1
 
 
 @pytest.mark.parametrize(
