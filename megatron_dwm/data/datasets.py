@@ -125,10 +125,10 @@ def _read(flag: str, path: str) -> str:
 class Datasets:
     """On the first rank of each model replica; elsewhere all are None."""
 
-    train: Dataset | None
-    valid: Dataset | None
-    test: Dataset | None
-    target: Dataset | None
+    train: Any | None
+    valid: Any | None
+    test: Any | None
+    target: Any | None
 
 
 def build_datasets(config: RunConfig, paths: DataPaths, tokenizer: Any, layout: Layout) -> Datasets:
@@ -227,6 +227,7 @@ class BatchReader:
                 num_workers=num_workers,
                 pin_memory=torch.cuda.is_available(),
                 persistent_workers=num_workers > 0,
+                generator=torch.Generator(),  # a loader draws a seed as it starts; the run's own stream stays put
             )
             self.steps = iter(loader)
 

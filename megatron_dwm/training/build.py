@@ -10,26 +10,19 @@ import torch
 
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.checks import check_data
-from megatron_dwm.data.datasets import (
-    BatchReader,
-    DataPaths,
-    build_datasets,
-    data_paths,
-    sequential_or_cyclic,
-    shuffled,
-)
-from megatron_dwm.data.sampler import Share
+from megatron_dwm.data.datasets import DataPaths, data_paths
 from megatron_dwm.data.tokenizer import build_tokenizer, padded_vocab_size, vocabulary_fingerprint
 from megatron_dwm.model.builder import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
 from megatron_dwm.model.schedule import PipelineSchedule
 from megatron_dwm.model.transformer_config import transformer_config
 from megatron_dwm.runtime.agreement import Agreement
-from megatron_dwm.runtime.distributed import Layout, initialize, set_seeds
+from megatron_dwm.runtime.distributed import initialize, set_seeds
 from megatron_dwm.runtime.metrics import say
 from megatron_dwm.training.checkpoint import Progress, TrainingObjects, find_checkpoint, load_checkpoint
 from megatron_dwm.training.optimizer import build_optimizer, build_scheduler
+from megatron_dwm.training.readers import Readers
 from megatron_dwm.training.reporter import Reporter
-from megatron_dwm.training.trainer import Readers, Trainer
+from megatron_dwm.training.trainer import Trainer
 from megatron_dwm.weighting.data_weighting import DataWeighting
 from megatron_dwm.weighting.exchange import SampleExchange
 from megatron_dwm.weighting.export import WeighterExporter
@@ -144,62 +137,16 @@ def build_trainer(config: RunConfig, inputs: Inputs, device: torch.device, agree
         document_end=inputs.tokenizer.eod if config.data.reset_attention_mask else None,
         check_for_nan=config.training.check_for_nan_in_loss_and_grad and not config.optimizer.fp16,
     )
-    data = _Data(config, inputs, layout, progress)
+    readers = Readers(config, inputs.paths, inputs.tokenizer, layout, agreement, progress)
     weighting = None
     if inputs.stages is not None:
-        weighting = _build_weighting(config, inputs, inputs.stages, schedule, objects, data, device, dwm_state)
+        weighting = _build_weighting(config, inputs, inputs.stages, schedule, objects, readers, device, dwm_state)
     exporter = None
     if weighting is not None and config.checkpoint.save is not None:
         exporter = WeighterExporter(config, layout, inputs.paths, inputs.tokenizer, inputs.fingerprint)
     with agreement.phase("metrics"):
         reporter = Reporter(config, layout, padded, progress.iteration)
-    return Trainer(config, layout, schedule, objects, data.readers, weighting, exporter, reporter, progress)
-
-
-class _Data:
-    """Datasets of a run and the readers of its splits."""
-
-    def __init__(self, config: RunConfig, inputs: Inputs, layout: Layout, progress: Progress) -> None:
-        self.config, self.inputs, self.layout = config, inputs, layout
-        self.datasets = build_datasets(config, inputs.paths, inputs.tokenizer, layout)
-        micro, dp = config.training.micro_batch, layout.dp_size
-        self.share = Share(micro, config.num_microbatches, layout.dp_rank, dp)
-        self.target_share = Share(micro, config.target_batch_size // (micro * dp), layout.dp_rank, dp)
-        present = self._present()
-        self.readers = Readers(
-            train=self._sequential(self.datasets.train, progress.consumed_train_samples),
-            valid=self._sequential(self.datasets.valid, progress.consumed_valid_samples) if present[0] else None,
-            test=self._sequential(self.datasets.test, 0) if present[1] else None,
-        )
-
-    def target(self, consumed: int) -> BatchReader:
-        """The target set's reader, ``consumed`` samples in."""
-        dataset = self.datasets.target
-        return self._reader(dataset, shuffled(self.config, dataset, consumed, self.target_share), self.target_share)
-
-    def _present(self) -> tuple[bool, bool]:
-        """Whether there is validation and test data; ranks without datasets must know it too."""
-        paths = self.inputs.paths
-        if self.config.data.mock_data:
-            return True, True
-        if paths.shared is None:
-            return paths.per_split[1] is not None, paths.per_split[2] is not None
-        parts = [float(part) for part in (paths.split or "").split(",")] + [0.0, 0.0]
-        return parts[1] > 0, parts[2] > 0
-
-    def _sequential(self, dataset: Any, consumed: int) -> BatchReader:
-        return self._reader(dataset, sequential_or_cyclic(self.config, dataset, consumed, self.share), self.share)
-
-    def _reader(self, dataset: Any, sampler: Any, share: Share) -> BatchReader:
-        return BatchReader(
-            dataset,
-            sampler,
-            share,
-            self.config.model.sequence,
-            self.layout,
-            self.inputs.vocab_size,
-            self.config.data.num_workers,
-        )
+    return Trainer(config, layout, schedule, objects, readers, weighting, exporter, reporter, progress)
 
 
 def _build_weighting(
@@ -208,12 +155,12 @@ def _build_weighting(
     stages: StageSchedule,
     schedule: PipelineSchedule,
     objects: TrainingObjects,
-    data: _Data,
+    readers: Readers,
     device: torch.device,
     state: dict[str, Any] | None,
 ) -> DataWeighting:
-    settings, layout = config.weighting, data.layout
-    exchange = SampleExchange(data.share, layout)
+    settings, layout = config.weighting, readers.layout
+    exchange = SampleExchange(readers.share, layout)
     make_classifier = _classifier_maker(config, inputs, schedule)
 
     def make_weighter() -> Weighter:
@@ -235,7 +182,7 @@ def _build_weighting(
         inputs.paths.train_sources,
         make_weighter,
         make_outer_update if settings.learns else None,
-        data.target(consumed) if settings.learns else None,
+        readers.target(consumed) if settings.learns else None,
     )
     if state is not None and settings.learns:
         weighting.load_state_dict(state, restore_weighter)

@@ -5,34 +5,24 @@ from __future__ import annotations
 import gc
 import signal
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_dwm.config.run import RunConfig
-from megatron_dwm.data.datasets import BatchReader
 from megatron_dwm.model.schedule import PipelineSchedule
 from megatron_dwm.runtime.distributed import Layout
 from megatron_dwm.runtime.metrics import say
 from megatron_dwm.runtime.parameters import ParameterCopy
 from megatron_dwm.training.checkpoint import Progress, TrainingObjects, save_checkpoint
 from megatron_dwm.training.evaluation import evaluate
+from megatron_dwm.training.readers import Readers
 from megatron_dwm.training.reporter import Reporter
 from megatron_dwm.training.step import StepResult, train_step
 from megatron_dwm.weighting.data_weighting import BatchWeights, DataWeighting
 from megatron_dwm.weighting.export import WeighterExporter
 from megatron_dwm.weighting.weights import WeightStatistics
-
-
-@dataclass(frozen=True)
-class Readers:
-    """Batches of the run's splits; None where there is no such data."""
-
-    train: BatchReader | None
-    valid: BatchReader | None
-    test: BatchReader | None
 
 
 class Trainer:
@@ -81,7 +71,6 @@ class Trainer:
 
     def iterate(self, iteration: int) -> None:
         """One iteration: weigh the batch, step the language model, update the weighter if it is time."""
-        assert self.readers.train is not None
         batch = self.readers.train.next()
         self._start_weighting(iteration)
         weights = self.weighting.weigh(iteration, batch) if self.weighting is not None else None

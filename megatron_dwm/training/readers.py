@@ -1,0 +1,82 @@
+"""The readers of a run's splits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_dwm.config.run import RunConfig
+from megatron_dwm.data.datasets import BatchReader, DataPaths, build_datasets, sequential_or_cyclic, shuffled
+from megatron_dwm.data.sampler import Share
+from megatron_dwm.errors import UserError
+from megatron_dwm.runtime.agreement import Agreement
+from megatron_dwm.runtime.distributed import Layout
+from megatron_dwm.runtime.metrics import say
+from megatron_dwm.training.checkpoint import Progress
+
+
+class Readers:
+    """Batches of the training, evaluation and target sets; a split without data has no reader."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        paths: DataPaths,
+        tokenizer: Any,
+        layout: Layout,
+        agreement: Agreement,
+        progress: Progress,
+    ) -> None:
+        """Build the datasets; every rank calls it.
+
+        Raises:
+            UserError: on every rank, if a dataset cannot fill the run's batches.
+        """
+        self.config, self.layout, self.vocab_size = config, layout, int(tokenizer.vocab_size)
+        micro, dp = config.training.micro_batch, layout.dp_size
+        self.share = Share(micro, config.num_microbatches, layout.dp_rank, dp)
+        self.target_share = Share(micro, config.target_batch_size // (micro * dp), layout.dp_rank, dp)
+        self.datasets = build_datasets(config, paths, tokenizer, layout)
+        with agreement.phase("datasets"):
+            self._check_sizes(progress)
+        self.train = self._sequential(self.datasets.train, progress.consumed_train_samples)
+        has_valid, has_test = self._evaluated_splits()
+        self.valid = self._sequential(self.datasets.valid, progress.consumed_valid_samples) if has_valid else None
+        self.test = self._sequential(self.datasets.test, 0) if has_test else None
+
+    def target(self, consumed: int) -> BatchReader:
+        """The target set's reader, ``consumed`` samples in."""
+        dataset, share = self.datasets.target, self.target_share
+        return self._reader(dataset, shuffled(self.config, dataset, consumed, share), share)
+
+    def _check_sizes(self, progress: Progress) -> None:
+        if self.layout.mp_rank != 0:
+            return
+        if self.datasets.train is None:
+            raise UserError("the training part of the data holds no document; change --split or give more data")
+        needed = self.config.train_iters * self.share.all_samples
+        cyclic = self.config.data.dataloader_type == "cyclic"
+        least = self.share.micro_batch_size * self.share.dp_size if cyclic else needed
+        if len(self.datasets.train) < least:
+            raise UserError(
+                f"the training data has {len(self.datasets.train)} samples, fewer than the {least} that are read; "
+                "lower --train-iters or --global-batch-size, or give more data"
+            )
+
+    def _evaluated_splits(self) -> tuple[bool, bool]:
+        """Whether there is validation and test data, as rank 0, which reads it, knows."""
+        present = [self.datasets.valid is not None, self.datasets.test is not None]
+        dist.broadcast_object_list(present, src=0)
+        if self.layout.is_first and self.config.data.eval_iters > 0:
+            for name, there in zip(("validation", "test"), present, strict=True):
+                if not there:
+                    say(f" > no {name} data, so there is no {name} loss")
+        return present[0], present[1]
+
+    def _sequential(self, dataset: Any, consumed: int) -> BatchReader:
+        return self._reader(dataset, sequential_or_cyclic(self.config, dataset, consumed, self.share), self.share)
+
+    def _reader(self, dataset: Any, sampler: Any, share: Share) -> BatchReader:
+        sequence, workers = self.config.model.sequence, self.config.data.num_workers
+        return BatchReader(dataset, sampler, share, sequence, self.layout, self.vocab_size, workers)

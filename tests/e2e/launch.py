@@ -1,0 +1,125 @@
+"""Run ``pretrain_dwm.py`` on several processes as torchrun would, from forks of the tests: imports are paid once."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pretrain_dwm
+from megatron_dwm.errors import run_cli
+from megatron_dwm.runtime.distributed import free_port
+from megatron_dwm.training import build  # noqa: F401  imported here so that the processes inherit it
+
+LANGUAGE_MODEL = {
+    "--num-layers": 4,
+    "--hidden-size": 32,
+    "--num-attention-heads": 4,
+    "--seq-length": 32,
+    "--max-position-embeddings": 32,
+    "--position-embedding-type": "rope",
+    "--normalization": "RMSNorm",
+    "--swiglu": True,
+    "--disable-bias-linear": True,
+    "--untie-embeddings-and-output-weights": True,
+}
+TRAINING = {
+    "--micro-batch-size": 2,
+    "--global-batch-size": 8,
+    "--train-iters": 20,
+    "--lr": 1e-2,
+    "--lr-decay-style": "cosine",
+    "--lr-warmup-iters": 4,
+    "--log-interval": 1,
+    "--eval-iters": 1,
+    "--num-workers": 0,
+    "--hidden-dropout": 0.1,
+    "--attention-dropout": 0.1,
+}
+DATA = {"--mock-data": True, "--tokenizer-type": "NullTokenizer", "--vocab-size": 100}
+WEIGHTING = {
+    "--dwm-warmup-iters": 4,
+    "--dwm-num-stages": 2,
+    "--dwm-update-interval": 2,
+    "--dwm-num-layers": 1,
+    "--dwm-weighter-steps": 2,
+}
+"""Small flags; a test overrides what it is about."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has ended."""
+
+    codes: list[int]
+    """Exit code of each process."""
+    output: list[str]
+    """Standard output of each process."""
+    errors: list[str]
+    """Standard error of each process."""
+
+    @property
+    def text(self) -> str:
+        return "\n".join(f"--- rank {n}\n{o}{e}" for n, (o, e) in enumerate(zip(self.output, self.errors, strict=True)))
+
+
+def pretrain(folder: Path, processes: int, flags: dict[str, Any]) -> Finished:
+    """Run ``pretrain_dwm.py`` with ``flags`` (``True`` for a switch, ``False`` to leave a flag out).
+
+    Args:
+        folder: where the processes' output is kept.
+    """
+    argv = []
+    for name, value in flags.items():
+        if value is True:
+            argv.append(name)
+        elif value is not False:
+            argv += [name, *(str(item) for item in (value if isinstance(value, list) else [value]))]
+    folder.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("fork")
+    port = free_port()
+    workers = [context.Process(target=_work, args=(rank, processes, port, argv, folder)) for rank in range(processes)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return Finished(
+        [worker.exitcode or 0 for worker in workers],
+        [(folder / f"rank{rank}.out").read_text() for rank in range(processes)],
+        [(folder / f"rank{rank}.err").read_text() for rank in range(processes)],
+    )
+
+
+def succeed(folder: Path, processes: int, flags: dict[str, Any]) -> Finished:
+    """:func:`pretrain`, and the run must end well."""
+    finished = pretrain(folder, processes, flags)
+    assert finished.codes == [0] * processes, finished.text
+    return finished
+
+
+def records(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of one kind in a run's JSON lines."""
+    return [record for line in path.read_text().splitlines() if (record := json.loads(line))["kind"] == kind]
+
+
+def _work(rank: int, world_size: int, port: int, argv: list[str], folder: Path) -> None:
+    for descriptor, name in ((1, "out"), (2, "err")):
+        file = os.open(folder / f"rank{rank}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(file, descriptor)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    sys.argv = ["pretrain_dwm.py", *argv]
+    run_cli(pretrain_dwm.main, speaks=rank == 0)

@@ -1,0 +1,54 @@
+"""A run that stops and resumes is the run that did not stop, bit for bit, weighter and its optimiser included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, records, succeed
+from tests.e2e.test_uniform_weights import LAYOUTS, assert_same_checkpoints
+
+STAGES = {**WEIGHTING, "--dwm-stage-update-iters": 8}  # two stages of 8: iterations 5 to 12, 13 to 20
+
+
+def assert_same(one: object, other: object, where: str = "") -> None:
+    if isinstance(one, torch.Tensor):
+        assert isinstance(other, torch.Tensor) and torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert isinstance(other, dict) and one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert isinstance(other, (list, tuple)) and len(one) == len(other), where
+        for number, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}[{number}]")
+    else:
+        assert one == other, where
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "stop", [pytest.param(10, id="in the middle of a stage"), pytest.param(3, id="in the warm-up")]
+)
+def test_a_resumed_run_equals_the_whole_one_bit_for_bit(layout: str, stop: int, tmp_path: Path):
+    processes, parallel = LAYOUTS[layout]
+    flags = {**LANGUAGE_MODEL, **TRAINING, **DATA, **parallel, **STAGES, "--eval-interval": 5}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    succeed(tmp_path / "log", processes, {**flags, "--save": whole})
+    for extra in ({"--exit-interval": stop}, {"--load": parts}):
+        succeed(tmp_path / "log", processes, {**flags, "--save": parts, **extra})
+
+    for kind in ("train", "outer_update", "evaluation"):
+        expected = records(whole / "metrics.jsonl", kind)
+        found = records(parts / "metrics.jsonl", kind)
+        timed = ("seconds", "elapsed")
+        for record in (*expected, *found):
+            for key in [key for key in record if any(word in key for word in timed)]:
+                del record[key]
+        assert len(expected) > 1 and found == expected
+    assert_same_checkpoints(whole / "iter_0000020", parts / "iter_0000020")
+    states = [torch.load(save / "iter_0000020" / "dwm_state.pt", weights_only=True) for save in (whole, parts)]
+    assert states[0]["weighter_optimizer"]["state"]
+    assert_same(*states)
