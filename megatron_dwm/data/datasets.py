@@ -102,7 +102,7 @@ def parse_blend(flag: str, words: list[str] | None) -> Blend | None:
     weights = [_number(word) for word in words[::2]]
     if len(words) % 2 == 0 and None not in weights:
         return [word.strip() for word in words[1::2]], [weight for weight in weights if weight is not None]
-    if any(weight is not None for weight in weights):
+    if any(_number(word) is not None for word in words):
         raise UserError(f"{flag} {' '.join(words)}: weights and prefixes must alternate; give one weight a prefix")
     return [word.strip() for word in words], None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -142,16 +143,13 @@ class Trainer:
             say(f" > weighting starts at iteration {iteration}: {self.weighting.describe()}")
 
     def _weighting_figures(self, iteration: int, batch: Any, weights: BatchWeights | None) -> dict[str, Any]:
-        if self.weighting is None or weights is None:
-            return {} if self.weighting is None else {"stage": self.weighting.stages.stage(iteration)}
-        statistics = WeightStatistics.of(weights.relative)
-        return {
+        if self.weighting is None:
+            return {}
+        figures = {
             "stage": self.weighting.stages.stage(iteration),
-            "effective_sample_size": statistics.effective_sample_size,
-            "entropy": statistics.entropy,
-            "kl": statistics.kl,
-            "weight_by_source": self.weighting.by_source(batch, weights.relative),
+            **self.weighting.by_source(batch, weights),
         }
+        return figures | asdict(WeightStatistics.of(weights.relative)) if weights is not None else figures
 
     def _report(self, result: StepResult, figures: dict[str, Any]) -> None:
         optimizer = self.objects.optimizer

@@ -107,14 +107,15 @@ class DataWeighting:
         source = self.exchange.gather_replicas(batch.source).tolist()
         return self._record(iteration, index, source, weights, result)
 
-    def by_source(self, batch: Batch, values: torch.Tensor) -> dict[str, float]:
-        """Mean of ``values`` [N] over each data source's samples in the batch."""
+    def by_source(self, batch: Batch, weights: BatchWeights | None) -> dict[str, dict[str, float]]:
+        """Of each data source in the batch: its share of the gradient, Σ w over its samples, and its mean weight."""
         source = self.exchange.gather_replicas(batch.source).cpu()
-        return {
-            name: float(values[source == number].double().mean())
-            for number, name in enumerate(self.sources)
-            if bool((source == number).any())
-        }
+        relative = weights.relative if weights is not None else torch.ones(len(source), dtype=torch.float64)
+        present = {name: source == number for number, name in enumerate(self.sources) if bool((source == number).any())}
+        figures = {"share_by_source": {name: float(relative[own].sum()) / len(source) for name, own in present.items()}}
+        if weights is not None:
+            figures["weight_by_source"] = {name: float(relative[own].mean()) for name, own in present.items()}
+        return figures
 
     def _record(
         self, iteration: int, index: list[int], source: list[int], weights: BatchWeights, result: OuterResult

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# From an empty clone to a language model, a learnt data weighting model and a picture of both, on a laptop:
+#
+#   bash examples/quickstart.sh            everything goes to runs/quickstart
+#   bash examples/quickstart.sh DIR        ... or to DIR
+#
+# Steps that are done are not done again; training that was interrupted continues from its last checkpoint.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly RUN=${1:-runs/quickstart}
+readonly ITERATIONS=240
+readonly SAVE=$RUN/checkpoints
+readonly WEIGHTER=$SAVE/weighter/iter_$(printf %07d "$ITERATIONS")
+readonly TOKENIZER=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "$RUN/tokenizer.model")
+
+# One thread a process: four of them share the machine.
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+step() { echo "[$1/6] $2"; }
+done_already() { echo "      done already: $1"; }
+
+step 1 "environment: .venv with pinned dependencies"
+bash tools/setup_env.sh
+source .venv/bin/activate
+
+step 2 "corpus: documentation, code, comments and shuffled words from Python's own library"
+if [[ -f $RUN/corpus/prose.train.jsonl ]]; then done_already "$RUN/corpus"; else
+    python tools/build_corpus.py --output "$RUN/corpus"
+fi
+
+step 3 "tokenizer: SentencePiece, 1024 pieces"
+if [[ -f $RUN/tokenizer.model ]]; then done_already "$RUN/tokenizer.model"; else
+    python tools/train_tokenizer.py --input "$RUN"/corpus/*.train.jsonl --output-prefix "$RUN/tokenizer" --vocab-size 1024
+fi
+
+step 4 "indexed datasets"
+for file in "$RUN"/corpus/{prose,code,comments,shuffled}.train.jsonl "$RUN"/corpus/prose.{target,test}.jsonl; do
+    name=$(basename "$file" .jsonl)
+    if [[ -f $RUN/data/${name}_text_document.idx ]]; then done_already "$RUN/data/$name"; else
+        python tools/preprocess_data.py --input "$file" --output-prefix "$RUN/data/$name" "${TOKENIZER[@]}" --append-eod
+    fi
+done
+
+step 5 "pretraining: $ITERATIONS iterations on 4 processes, tensor parallel 2 x pipeline parallel 2"
+if [[ -d $WEIGHTER && $(cat "$SAVE/latest_checkpointed_iteration.txt") == "$ITERATIONS" ]]; then
+    done_already "$SAVE"
+else
+    # The target set is prose; two thirds of the training data are of little use to it. Evaluation is on other prose.
+    train=()
+    for part in 0.2:prose 0.3:code 0.1:comments 0.4:shuffled; do
+        train+=("${part%%:*}" "$RUN/data/${part##*:}.train_text_document")
+    done
+    torchrun --nproc-per-node 4 --standalone pretrain_dwm.py \
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel \
+        --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 \
+        --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear \
+        --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 \
+        --micro-batch-size 32 --global-batch-size 128 --train-iters $ITERATIONS \
+        --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20 --weight-decay 0.1 --adam-beta2 0.95 \
+        "${TOKENIZER[@]}" --train-data-path "${train[@]}" --valid-data-path "$RUN/data/prose.test_text_document" \
+        --dwm-valid-data-path "$RUN/data/prose.target_text_document" \
+        --dwm-warmup-iters 90 --dwm-num-stages 3 --dwm-update-interval 5 \
+        --save "$SAVE" --load "$SAVE" --save-interval 60 --eval-interval 30 --eval-iters 4 --log-interval 10 \
+        --tensorboard-dir "$RUN/tensorboard" --num-workers 0
+fi
+
+step 6 "picture"
+python tools/plot_run.py --run "$SAVE" --output "$RUN/run.png"
+
+cat <<END
+
+Finished. Where everything is:
+  checkpoint          $SAVE/iter_$(printf %07d "$ITERATIONS")
+  exported weighter   $WEIGHTER
+  metrics             $SAVE/metrics.jsonl, $RUN/tensorboard
+  picture             $RUN/run.png
+END
