@@ -50,6 +50,7 @@ class RunConfig:
         self._check_world()
         self._check_shards()
         self._check_batches()
+        self._check_schedule()
         self._check_outer_update()
 
     def _check_world(self) -> None:
@@ -89,6 +90,18 @@ class RunConfig:
         samples = self.training.train_samples
         if samples is not None and samples < self.global_batch_size:
             raise UserError(f"--train-samples {samples} is less than one batch of {self.global_batch_size}; raise it")
+
+    def _check_schedule(self) -> None:
+        unit = "iters" if self.training.train_iters is not None else "samples"
+        total = self.training.train_iters or self.training.train_samples
+        decay = getattr(self.optimizer, f"lr_decay_{unit}") or total
+        fraction = self.optimizer.lr_warmup_fraction
+        warmup = getattr(self.optimizer, f"lr_warmup_{unit}") if fraction is None else fraction * decay
+        if warmup >= decay:
+            raise UserError(
+                f"the learning rate's warm-up of {warmup:g} {unit} does not end before its decay at {decay}; lower "
+                f"--lr-warmup-{unit} (or --lr-warmup-fraction) or raise --train-{unit} (or --lr-decay-{unit})"
+            )
 
     def _check_outer_update(self) -> None:
         if not self.weighting.learns:

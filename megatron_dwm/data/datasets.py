@@ -138,13 +138,15 @@ def build_datasets(config: RunConfig, paths: DataPaths, tokenizer: Any, layout: 
         UserError: the target set has fewer tokens than one sample.
     """
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
+    from megatron.core.datasets.gpt_dataset import MockGPTDataset
+
+    from megatron_dwm.data.gpt_dataset import StampedGPTDataset
 
     def loads() -> bool:
         return layout.mp_rank == 0
 
     data, batch = config.data, config.global_batch_size
-    kind = MockGPTDataset if data.mock_data else GPTDataset
+    kind = MockGPTDataset if data.mock_data else StampedGPTDataset
     eval_runs = config.train_iters // data.eval_interval + 1 if data.eval_interval else 1
     train_samples = config.training.train_samples or config.train_iters * batch
     sizes = [train_samples, eval_runs * data.eval_iters * batch, data.eval_iters * batch]
@@ -152,14 +154,14 @@ def build_datasets(config: RunConfig, paths: DataPaths, tokenizer: Any, layout: 
     blends = {"blend": paths.shared, "blend_per_split": per_split, "split": paths.split}
     if data.mock_data:
         blends["split"] = data.split or "1,1,1"
-    core_config = _core_dataset_config(config, tokenizer, **blends)
+    core_config = _core_dataset_config(config, paths, tokenizer, **blends)
     train, valid, test = BlendedMegatronDatasetBuilder(kind, sizes, loads, core_config).build()
 
     target = None
     if config.weighting.learns:
         target_blend = None if data.mock_data else [paths.target, None, None]
         target_config = _core_dataset_config(
-            config, tokenizer, blend_per_split=target_blend, split="1,0,0" if data.mock_data else None
+            config, paths, tokenizer, blend_per_split=target_blend, split="1,0,0" if data.mock_data else None
         )
         # One epoch of the target set, which the loader then reads over and over (a mock set has no end of its own).
         weighted = paths.target is not None and paths.target[1] is not None
@@ -168,11 +170,13 @@ def build_datasets(config: RunConfig, paths: DataPaths, tokenizer: Any, layout: 
     return Datasets(train, valid, test, target)
 
 
-def _core_dataset_config(config: RunConfig, tokenizer: Any, **blends: Any) -> Any:
-    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+def _core_dataset_config(config: RunConfig, paths: DataPaths, tokenizer: Any, **blends: Any) -> Any:
+    from megatron_dwm.data.gpt_dataset import StampedGPTDatasetConfig, data_stamp
 
     data = config.data
-    return GPTDatasetConfig(
+    prefixes = [prefix for blend in paths.blends().values() for prefix in blend[0]]
+    return StampedGPTDatasetConfig(
+        stamp=data_stamp(prefixes),
         random_seed=config.training.seed,
         sequence_length=config.model.sequence,
         num_dataset_builder_threads=data.num_dataset_builder_threads,

@@ -108,6 +108,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"--dwm-stage-update-iters": 2, "--dwm-update-interval": 3},
         ["--dwm-update-interval 3", "window of 2"],
     ),
+    "endless warm-up": ({"--lr-warmup-iters": 20}, ["--lr-warmup-iters", "--train-iters"]),
     "weighter deeper than the model": ({"--dwm-num-layers": 9}, ["--dwm-num-layers 9", "--num-layers 4"]),
     "checkpoint that is not there": (
         {"--load": "{data}", "--exit-on-missing-checkpoint": True},
