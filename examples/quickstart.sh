@@ -9,9 +9,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly RUN=${1:-runs/quickstart}
-readonly ITERATIONS=240
+readonly ITERATIONS=${ITERATIONS:-320}
 readonly SAVE=$RUN/checkpoints
-readonly WEIGHTER=$SAVE/weighter/iter_$(printf %07d "$ITERATIONS")
+readonly LATEST=$SAVE/latest_checkpointed_iteration.txt
+readonly NAME=iter_$(printf %07d "$ITERATIONS")
 readonly TOKENIZER=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "$RUN/tokenizer.model")
 
 # One thread a process: four of them share the machine.
@@ -35,33 +36,34 @@ if [[ -f $RUN/tokenizer.model ]]; then done_already "$RUN/tokenizer.model"; else
 fi
 
 step 4 "indexed datasets"
-for file in "$RUN"/corpus/{prose,code,comments,shuffled}.train.jsonl "$RUN"/corpus/prose.{target,test}.jsonl; do
-    name=$(basename "$file" .jsonl)
-    if [[ -f $RUN/data/${name}_text_document.idx ]]; then done_already "$RUN/data/$name"; else
-        python tools/preprocess_data.py --input "$file" --output-prefix "$RUN/data/$name" "${TOKENIZER[@]}" --append-eod
+for part in train/{prose,code,comments,shuffled} {target,test}/prose; do
+    source=${part#*/} split=${part%/*}
+    if [[ -f $RUN/data/${part}_text_document.idx ]]; then done_already "$RUN/data/$part"; else
+        python tools/preprocess_data.py --input "$RUN/corpus/$source.$split.jsonl" --output-prefix "$RUN/data/$part" \
+            "${TOKENIZER[@]}" --append-eod
     fi
 done
 
 step 5 "pretraining: $ITERATIONS iterations on 4 processes, tensor parallel 2 x pipeline parallel 2"
-if [[ -d $WEIGHTER && $(cat "$SAVE/latest_checkpointed_iteration.txt") == "$ITERATIONS" ]]; then
+if [[ -d $SAVE/weighter/$NAME && -f $LATEST && $(<"$LATEST") == "$ITERATIONS" ]]; then
     done_already "$SAVE"
 else
     # The target set is prose; two thirds of the training data are of little use to it. Evaluation is on other prose.
     train=()
     for part in 0.2:prose 0.3:code 0.1:comments 0.4:shuffled; do
-        train+=("${part%%:*}" "$RUN/data/${part##*:}.train_text_document")
+        train+=("${part%%:*}" "$RUN/data/train/${part##*:}_text_document")
     done
     torchrun --nproc-per-node 4 --standalone pretrain_dwm.py \
-        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel \
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 \
         --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 \
         --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear \
         --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 \
-        --micro-batch-size 32 --global-batch-size 128 --train-iters $ITERATIONS \
+        --micro-batch-size 16 --global-batch-size 64 --train-iters "$ITERATIONS" \
         --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20 --weight-decay 0.1 --adam-beta2 0.95 \
-        "${TOKENIZER[@]}" --train-data-path "${train[@]}" --valid-data-path "$RUN/data/prose.test_text_document" \
-        --dwm-valid-data-path "$RUN/data/prose.target_text_document" \
-        --dwm-warmup-iters 90 --dwm-num-stages 3 --dwm-update-interval 5 \
-        --save "$SAVE" --load "$SAVE" --save-interval 60 --eval-interval 30 --eval-iters 4 --log-interval 10 \
+        "${TOKENIZER[@]}" --train-data-path "${train[@]}" --valid-data-path "$RUN/data/test/prose_text_document" \
+        --dwm-valid-data-path "$RUN/data/target/prose_text_document" \
+        --dwm-target-batch-size 128 --dwm-warmup-iters $((ITERATIONS * 3 / 8)) --dwm-num-stages 4 --dwm-update-interval 8 \
+        --save "$SAVE" --load "$SAVE" --save-interval 80 --eval-interval 40 --eval-iters 4 --log-interval 10 \
         --tensorboard-dir "$RUN/tensorboard" --num-workers 0
 fi
 
@@ -71,8 +73,8 @@ python tools/plot_run.py --run "$SAVE" --output "$RUN/run.png"
 cat <<END
 
 Finished. Where everything is:
-  checkpoint          $SAVE/iter_$(printf %07d "$ITERATIONS")
-  exported weighter   $WEIGHTER
+  checkpoint          $SAVE/$NAME
+  exported weighter   $SAVE/weighter/$NAME
   metrics             $SAVE/metrics.jsonl, $RUN/tensorboard
   picture             $RUN/run.png
 END

@@ -88,6 +88,8 @@ if [[ -n $cuda_python ]]; then
 else
     requirements+=("$TORCH" -c constraints.txt)
 fi
-.venv/bin/python -m pip install -qq --disable-pip-version-check "${requirements[@]}" ||
+# One line a package, so that a slow download is seen to move.
+.venv/bin/python -m pip install --disable-pip-version-check "${requirements[@]}" |
+    sed -un -e 's/^Collecting \([^ ]*\).*/  \1/p' -e 's/^Installing collected packages.*/  installing/p' ||
     fail "pip could not install the dependencies (its message is above); mend that and run this again"
 fingerprint >"$STAMP"

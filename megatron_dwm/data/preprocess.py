@@ -152,7 +152,7 @@ def preprocess(config: PreprocessConfig, tokenizer_config: TokenizerConfig) -> N
         UserError: an unreadable input or tokenizer, a malformed line (unless skipped), or no documents.
     """
     encoder = Encoder(config, tokenizer_config)
-    lines = _read_lines(_input_files(config.input or ""))
+    lines = read_lines(input_files(config.input or ""))
     prefix = Path(config.output_prefix or "")
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,12 @@ def preprocess(config: PreprocessConfig, tokenizer_config: TokenizerConfig) -> N
         raise UserError(f"--output-prefix {prefix}: cannot be written ({error}); check the path") from error
 
 
-def _input_files(pattern: str) -> list[str]:
+def input_files(pattern: str) -> list[str]:
+    """The file, or the files that match the pattern.
+
+    Raises:
+        UserError: there is none.
+    """
     # In the file system's order, as Megatron-LM takes them: sorted, the same input would give other bytes.
     files = [pattern] if Path(pattern).is_file() else glob.glob(pattern)
     if not files:
@@ -176,7 +181,12 @@ def _input_files(pattern: str) -> list[str]:
     return files
 
 
-def _read_lines(paths: Iterable[str]) -> Iterator[Line]:
+def read_lines(paths: Iterable[str]) -> Iterator[Line]:
+    """The lines of the files, which gzip has packed where their names end in ``.gz``.
+
+    Raises:
+        UserError: a file is unreadable.
+    """
     for path in paths:
         number = 0
         try:

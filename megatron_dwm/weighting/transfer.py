@@ -156,6 +156,9 @@ def zero_head(model: Any) -> None:
 
 def export_weighter(model: Any, tokenizer: Any, tokenizer_config: Any, folder: Path, manifest: dict[str, Any]) -> None:
     """Write the weighter beside ``folder``, then put it in place. One rank calls it."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar for one small file would break the log's lines
     beside = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)

@@ -1,0 +1,138 @@
+"""Train a SentencePiece tokenizer on JSON lines, for --tokenizer-type GPTSentencePieceTokenizer."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+from megatron_dwm.arguments import flag, parse
+from megatron_dwm.data.preprocess import input_files, read_lines
+from megatron_dwm.errors import UserError, run_cli
+
+
+@dataclass(frozen=True)
+class TrainTokenizerConfig:
+    """Training of a tokenizer."""
+
+    input: list[str] | None = flag(None, "JSON-lines files, plain or .gz, or glob patterns of such files.")
+    output_prefix: str | None = flag(None, "Path of the output without .model and .vocab.")
+    vocab_size: int | None = flag(None, "Number of pieces, the 256 bytes and 3 control pieces among them.")
+    model_type: Literal["bpe", "unigram"] = flag("bpe", "Kind of the SentencePiece model.")
+    json_key: str = flag("text", "Key of the text in each line.")
+
+    def __post_init__(self) -> None:
+        for name, value in (("--input", self.input), ("--output-prefix", self.output_prefix)):
+            if not value:
+                raise UserError(f"{name} is missing; give a path")
+        if self.vocab_size is None or self.vocab_size < 1:
+            raise UserError(f"--vocab-size {self.vocab_size} is no size; give a positive number")
+
+
+def main() -> None:
+    config: TrainTokenizerConfig = parse(None, {"train": TrainTokenizerConfig}, description=__doc__)["train"]
+    texts = list(_texts([path for pattern in config.input or () for path in input_files(pattern)], config.json_key))
+    model = _train([line for text in texts for line in text.split("\n") if line], config)
+    prefix = Path(config.output_prefix or "")
+    _write(model, prefix)
+    pieces = SentencePieceProcessor(model_proto=model)
+    size = sum(len(text.encode()) for text in texts)
+    tokens = sum(map(len, pieces.encode(texts)))
+    print(
+        f"{prefix}.model: {config.model_type}, {pieces.get_piece_size()} pieces, "
+        f"from {len(texts):,} documents of {size:,} bytes ({size / tokens:.2f} bytes a token)"
+    )
+
+
+def _texts(paths: Iterable[str], key: str) -> Iterator[str]:
+    """The documents of the files.
+
+    Raises:
+        UserError: a line is no JSON object with a text under ``key``.
+    """
+    for line in read_lines(paths):
+        try:
+            text = json.loads(line.text)[key]
+            text.encode()
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise UserError(
+                f"--input {line.path}, line {line.number}: no JSON object with a text under {key!r}; "
+                "mend it or give another --json-key"
+            ) from None
+        yield text
+
+
+def _train(lines: list[str], config: TrainTokenizerConfig) -> bytes:
+    """The model, as the bytes of its file.
+
+    Nothing of the text is normalised away and any character can be spelled in bytes, so that decoding gives the
+    text back; this is also what a ``tokenizers`` BPE can equal exactly.
+
+    Raises:
+        UserError: the text does not make a vocabulary of this size.
+    """
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type=config.model_type,
+            vocab_size=config.vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=2**30,  # the most there is; longer lines are left out
+            num_threads=1,  # the order of sums must not depend on the machine
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(_misfit(config, str(error))) from None
+    return model.getvalue()
+
+
+def _misfit(config: TrainTokenizerConfig, reason: str) -> str:
+    """The message for a text and a size that SentencePiece refuses with ``reason``."""
+    remedy = f"SentencePiece says {reason}"
+    if most := re.search(r"<= (\d+)\.", reason):
+        remedy = f"the text makes no more than {most[1]} pieces; give at most that, or more text"
+    elif least := re.search(r"required_chars\. \d+ vs (\d+)", reason):
+        remedy = f"its characters, the bytes and the control pieces alone are {least[1]}; give a larger size"
+    elif "sentences_.empty()" in reason:
+        remedy = "there is no text; give other files"
+    return f"--vocab-size {config.vocab_size} does not fit --input {' '.join(config.input or ())}: {remedy}"
+
+
+def _write(model: bytes, prefix: Path) -> None:
+    """Write ``prefix`` + ``.model`` and ``.vocab``, the pieces with their scores.
+
+    Raises:
+        UserError: the path cannot be written.
+    """
+    pieces = SentencePieceProcessor(model_proto=model)
+    vocabulary = "".join(f"{pieces.id_to_piece(i)}\t{pieces.get_score(i):g}\n" for i in range(pieces.get_piece_size()))
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=f".{prefix.name}-") as scratch:
+            for suffix, content in ((".vocab", vocabulary.encode()), (".model", model)):
+                beside = Path(scratch, suffix)
+                with beside.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(beside, f"{prefix}{suffix}")
+    except OSError as error:
+        raise UserError(f"--output-prefix {prefix}: cannot be written ({error}); check the path") from error
+
+
+if __name__ == "__main__":
+    run_cli(main)
