@@ -1,0 +1,218 @@
+"""A language model ready to train in some layout, built as a run builds it; for use inside ``run_distributed``.
+
+Shape legend: N samples of the global batch, n of this replica, s sequence length.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_dwm.config.run import RunConfig, parse_run
+from megatron_dwm.data.batch import Batch
+from megatron_dwm.data.sampler import Share
+from megatron_dwm.model.builder import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
+from megatron_dwm.model.hf import gather_full_state
+from megatron_dwm.model.hf_weights import to_hf_state_dict
+from megatron_dwm.model.schedule import PipelineSchedule
+from megatron_dwm.model.transformer_config import transformer_config
+from megatron_dwm.runtime.distributed import Layout, current_layout, set_seeds
+from megatron_dwm.training.optimizer import build_optimizer
+from megatron_dwm.weighting.exchange import SampleExchange
+from megatron_dwm.weighting.outer import OuterUpdate
+
+SEQ_LENGTH = 12
+VOCAB_SIZE = 64
+NUM_SAMPLES = 8
+
+GPT = ["--num-layers", "4", "--hidden-size", "16", "--num-attention-heads", "4"]
+LLAMA = [
+    *GPT,
+    *("--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear"),
+    *(
+        "--ffn-hidden-size",
+        "48",
+        "--group-query-attention",
+        "--num-query-groups",
+        "2",
+        "--untie-embeddings-and-output-weights",
+    ),
+]
+COMMON = [
+    *("--seq-length", str(SEQ_LENGTH), "--max-position-embeddings", str(SEQ_LENGTH), "--init-method-std", "0.3"),
+    *("--micro-batch-size", "2", "--global-batch-size", str(NUM_SAMPLES), "--train-iters", "10", "--lr", "0.01"),
+    *("--hidden-dropout", "0", "--attention-dropout", "0", "--make-vocab-size-divisible-by", "32", "--mock-data"),
+    *("--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB_SIZE - 1), "--clip-grad", "0"),
+]
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "one process": (1, []),
+    "TP2": (2, ["--tensor-model-parallel-size", "2"]),
+    "TP2, sequence parallel": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "PP2, interleaved": (
+        2,
+        ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"],
+    ),
+    "TP2 x PP2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
+    "DP2": (2, []),
+    "DP2, distributed optimiser": (2, ["--use-distributed-optimizer"]),
+    "TP2, sequence parallel, x DP2, distributed optimiser, overlapped": (
+        4,
+        [
+            *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
+            *("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+        ],
+    ),
+}
+
+HfState = dict[str, torch.Tensor]
+"""Tensors of a model by their Hugging Face names."""
+
+
+@dataclass
+class Engine:
+    """The parts of a run that the mathematics concerns."""
+
+    config: RunConfig
+    layout: Layout
+    chunks: list[Any]
+    optimizer: Any
+    schedule: PipelineSchedule
+    exchange: SampleExchange
+
+    def outer(self, weighter: Any = None) -> OuterUpdate:
+        micro = self.config.training.micro_batch
+        return OuterUpdate(
+            self.config.weighting, self.schedule, self.optimizer, weighter, self.exchange, self.layout, micro
+        )
+
+    def batch(self, tokens: torch.Tensor, mask: torch.Tensor) -> Batch:
+        """This replica's part of global ``tokens`` [N, s + 1] and ``mask`` [N, s]."""
+        own, own_mask = self.exchange.replica_part(tokens), self.exchange.replica_part(mask)
+        positions = torch.arange(SEQ_LENGTH).expand(len(own), -1).contiguous()
+        index = torch.arange(len(own))
+        inputs, labels = own[:, :-1].contiguous(), own[:, 1:].contiguous()
+        return Batch(inputs, labels, own_mask.contiguous(), positions, index, torch.zeros_like(index))
+
+    def parameters(self) -> HfState:
+        return self.named({p: p.data for chunk in self.chunks for p in chunk.parameters()})
+
+    def gradient(self) -> HfState:
+        """What lies in the gradient buffers; of the distributed optimiser the shards that ranks own, put together."""
+        tensors = {}
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            for chunk in self.chunks:
+                for param in chunk.parameters():
+                    value = param.main_grad.detach().clone()
+                    if isinstance(part, DistributedOptimizer):
+                        flat = torch.zeros_like(value).view(-1)
+                        if param in part.model_param_group_index_map:
+                            owned = part._get_model_param_range_map(param)["param"]
+                            flat[owned.start : owned.end] = value.view(-1)[owned.start : owned.end]
+                        dist.all_reduce(flat, group=self.layout.dp_group)
+                        value = flat.view_as(value)
+                    tensors[param] = value
+        return self.named(tensors)
+
+    def named(self, tensors: dict[Any, torch.Tensor]) -> HfState:
+        """Tensors by parameter of this rank, gathered and under their Hugging Face names."""
+        saved = {param: param.data.clone() for param in tensors}
+        for param, value in tensors.items():
+            param.data.copy_(value)
+        full = gather_full_state(self.chunks, lambda key: True)
+        for param, value in saved.items():
+            param.data.copy_(value)
+        model = self.config.model
+        return to_hf_state_dict(full, model, layers=model.layers, vocab_size=VOCAB_SIZE)
+
+
+def build_engine(flags: list[str], seed: int = 1234) -> Engine:
+    """Build the model of :data:`COMMON` and ``flags``; norms and biases are random, so that each counts."""
+    config = parse_run([*COMMON, *flags], dist.get_world_size())
+    core_config = transformer_config(
+        config.model, config.parallel, config.training, config.optimizer, torch.device("cpu")
+    )
+    parallel, virtual = config.parallel, config.parallel.virtual_stages(config.model.layers)
+    parallel_state.initialize_model_parallel(parallel.tp, parallel.pp, virtual)
+    layout = current_layout()
+    set_seeds(seed, layout)
+    bare = build_model_chunks(core_config, config.model, vocab_size=VOCAB_SIZE)
+    noise = torch.Generator().manual_seed(seed + layout.pp_rank)
+    for chunk in bare:
+        for param in chunk.parameters():
+            if param.dim() == 1:  # the same on all tensor-parallel ranks, which a shared parameter must be
+                param.data += 0.1 * torch.randn(param.shape, generator=noise).to(param.dtype)
+    chunks = wrap_with_ddp(bare, core_config, config.parallel, config.optimizer, config.training)
+    optimizer = build_optimizer(config, chunks)
+    bind_schedule_hooks(core_config, chunks, optimizer, config.parallel)
+    schedule = PipelineSchedule(chunks, core_config, layout, SEQ_LENGTH)
+    micro, dp = config.training.micro_batch, layout.dp_size
+    exchange = SampleExchange(Share(micro, config.num_microbatches, layout.dp_rank, dp), layout)
+    return Engine(config, layout, chunks, optimizer, schedule, exchange)
+
+
+def random_tokens(seed: int) -> torch.Tensor:
+    """[N, s + 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB_SIZE, (NUM_SAMPLES, SEQ_LENGTH + 1), generator=generator)
+
+
+def random_mask(seed: int, masked: int = 3) -> torch.Tensor:
+    """[N, s] with ``masked`` zeros in each row, in places of its own."""
+    order = torch.rand(NUM_SAMPLES, SEQ_LENGTH, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
+    return (order >= masked).float()
+
+
+class Reference:
+    """The same language model as one Hugging Face model in float64, differentiated by autograd."""
+
+    def __init__(self, flags: list[str], state: HfState) -> None:
+        from transformers import GPT2LMHeadModel, LlamaForCausalLM
+
+        from megatron_dwm.model.hf import hf_config
+
+        model = parse_run([*COMMON, *flags], 1).model
+        config = hf_config(model, vocab_size=VOCAB_SIZE, num_layers=model.layers)
+        kind: Any = LlamaForCausalLM if config.model_type == "llama" else GPT2LMHeadModel
+        self.model = kind(config).double().eval()
+        own = {k: v.double() for k, v in state.items()}
+        head = own.pop("lm_head.weight", None)
+        self.model.base_model.load_state_dict(own, strict=True)
+        if head is not None:
+            self.model.lm_head.load_state_dict({"weight": head}, strict=True)
+        self.params = dict(self.model.base_model.named_parameters())
+        if head is not None:
+            self.params["lm_head.weight"] = self.model.lm_head.weight
+
+    def losses(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Mean token loss of each sample [N]."""
+        token_losses = self.token_losses(tokens)
+        return (token_losses * mask.double()).sum(1) / mask.double().sum(1)
+
+    def token_losses(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[N, s]."""
+        logits = self.model(tokens[:, :-1]).logits
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+
+    def gradient(self, loss: torch.Tensor) -> HfState:
+        grads = torch.autograd.grad(loss, list(self.params.values()), retain_graph=True)
+        return dict(zip(self.params, grads, strict=True))
+
+
+def inner(one: HfState, other: HfState) -> torch.Tensor:
+    """⟨one, other⟩ in float64."""
+    return functools.reduce(torch.add, ((one[k].double() * other[k].double()).sum() for k in one))
+
+
+def relative_error(found: HfState, expected: HfState) -> float:
+    """‖found − expected‖ / ‖expected‖, the largest over tensors; tensors whose gradient is all but zero count by the
+    largest one's norm."""
+    assert found.keys() == expected.keys()
+    floor = 1e-3 * max(float(value.norm()) for value in expected.values())
+    return max(float((found[k].double() - v).norm()) / max(float(v.norm()), floor) for k, v in expected.items())

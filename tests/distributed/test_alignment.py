@@ -1,0 +1,83 @@
+"""The target gradient v and the alignments a_i = ⟨v, ∇ l_i⟩, in every layout, against autograd in float64.
+
+fp32 against float64: v to 2e-5, alignments to 1e-4 of the largest (sums of products of two such gradients, which cancel).
+The finite difference moves θ by 0.01; its error is that of the curvature, 1e-2 of the largest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.engine import (
+    GPT,
+    LAYOUTS,
+    LLAMA,
+    HfState,
+    Reference,
+    build_engine,
+    inner,
+    random_mask,
+    random_tokens,
+    relative_error,
+)
+from tests.distributed.harness import run_distributed
+
+FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+SELECTIVE = ["--recompute-granularity", "selective", "--recompute-modules", "mlp", "core_attn"]
+UNTIED = ["--untie-embeddings-and-output-weights"]
+MODELS = {"gpt, tied": GPT, "llama, untied": LLAMA}
+TIED_LLAMA = [flag for flag in LLAMA if flag not in UNTIED]
+
+
+def align(flags: list[str]) -> tuple[HfState, HfState, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The model, v, exact and finite-difference alignments of the whole batch, and the mean target loss."""
+    engine = build_engine([*flags, "--dwm-preconditioner", "none"])
+    outer = engine.outer()
+    state = engine.parameters()
+    batch, target = engine.batch(random_tokens(1), random_mask(2)), engine.batch(random_tokens(5), random_mask(6))
+    with engine.schedule.whole_parameters(), engine.schedule.deterministic():
+        loss, direction = outer.target_gradient(target)
+        exact = engine.exchange.gather_replicas(outer.align(batch, direction))
+        differences = engine.exchange.gather_replicas(outer._align_by_differences(batch, direction))
+    return state, engine.named(dict(direction)), exact, differences, torch.tensor(loss)
+
+
+def check(model: list[str], results: list[Any]) -> None:
+    reference = Reference(model, results[0][0])
+    target_loss = reference.losses(random_tokens(5), random_mask(6)).mean()
+    v = reference.gradient(target_loss)
+    losses = reference.losses(random_tokens(1), random_mask(2))
+    expected = torch.stack([inner(v, reference.gradient(loss)) for loss in losses])
+    largest = float(expected.abs().max())
+    assert largest > 0.1
+    for _, found_v, exact, differences, loss in results:
+        assert abs(float(loss - target_loss)) < 1e-5
+        assert relative_error(found_v, v) < 2e-5
+        assert float((exact - expected).abs().max()) < 1e-4 * largest
+        assert float((differences - expected).abs().max()) < 1e-2 * largest
+        assert not torch.equal(exact, differences)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_alignments_in_every_layout(model: str, layout: str):
+    world, parallel = LAYOUTS[layout]
+    check(MODELS[model], run_distributed(align, world, [*MODELS[model], *parallel]))
+
+
+@pytest.mark.parametrize("layout", ["one process", "PP2", "TP2 x PP2", "PP2, interleaved"])
+@pytest.mark.parametrize("model", ["gpt, untied", "llama, tied"])
+def test_embeddings_tied_and_untied(model: str, layout: str):
+    flags = TIED_LLAMA if model == "llama, tied" else [*GPT, *UNTIED]
+    world, parallel = LAYOUTS[layout]
+    check(flags, run_distributed(align, world, [*flags, *parallel]))
+
+
+@pytest.mark.parametrize("layout", ["one process", "TP2 x PP2"])
+@pytest.mark.parametrize("recomputation", [FULL, SELECTIVE], ids=["full", "selective"])
+def test_recomputed_activations(recomputation: list[str], layout: str):
+    world, parallel = LAYOUTS[layout]
+    check(LLAMA, run_distributed(align, world, [*LLAMA, *recomputation, *parallel]))
