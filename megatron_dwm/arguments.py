@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
 from megatron_dwm.errors import UserError
@@ -27,11 +29,19 @@ class FlagInfo:
 
     help: str
     names: tuple[str, ...] = ()
-    nargs: str | None = None
+    nargs: str | int | None = None
     refused: str | None = None  # why the flag is recognised but cannot be used
+    deprecated: str | None = None  # what to do instead
 
 
-def flag(default: Any, help: str, *names: str, nargs: str | None = None, refused: str | None = None) -> Any:
+def flag(
+    default: Any,
+    help: str,
+    *names: str,
+    nargs: str | int | None = None,
+    refused: str | None = None,
+    deprecated: str | None = None,
+) -> Any:
     """Declare a configuration field that is a flag.
 
     Args:
@@ -40,8 +50,9 @@ def flag(default: Any, help: str, *names: str, nargs: str | None = None, refused
         names: spellings, when they differ from ``--field-name`` (``--no-field-name`` for a ``True`` default).
         nargs: as in argparse; list fields default to ``"+"``.
         refused: if set, giving the flag a value other than the default ends the run with this reason.
+        deprecated: if set, the flag works as ever and giving it prints a line that says to do this instead.
     """
-    info = FlagInfo(help=help, names=names, nargs=nargs, refused=refused)
+    info = FlagInfo(help=help, names=names, nargs=nargs, refused=refused, deprecated=deprecated)
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata={_META: info})
     return dataclasses.field(default=default, metadata={_META: info})
@@ -57,8 +68,9 @@ class Flag:
     help: str
     value_type: type | None  # None for a switch
     choices: tuple[Any, ...] | None
-    nargs: str | None
+    nargs: str | int | None
     refused: str | None
+    deprecated: str | None
 
 
 def flags_of(config_class: type) -> list[Flag]:
@@ -85,6 +97,7 @@ def _flag_of(field: dataclasses.Field, hint: Any) -> Flag:
         choices=choices,
         nargs=info.nargs or ("+" if is_list else None),
         refused=info.refused,
+        deprecated=info.deprecated,
     )
 
 
@@ -112,14 +125,16 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """Add the flags of ``config_class`` to ``parser`` as a group named after its docstring's first line."""
-    title = (config_class.__doc__ or config_class.__name__).strip().splitlines()[0].rstrip(".")
-    group = parser.add_argument_group(title)
+    """Add the flags of ``config_class`` to ``parser`` as a group named after its docstring's first line.
+
+    A flag that is not given leaves no value: :func:`build` knows the defaults.
+    """
+    group = parser.add_argument_group(title_of(config_class))
     for item in flags_of(config_class):
         help_text = item.help.replace("%", "%%")
         if item.value_type is None:
             action = "store_false" if item.default else "store_true"
-            group.add_argument(*item.names, dest=item.field, action=action, default=item.default, help=help_text)
+            group.add_argument(*item.names, dest=item.field, action=action, default=argparse.SUPPRESS, help=help_text)
         else:
             group.add_argument(
                 *item.names,
@@ -127,20 +142,27 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
                 type=item.value_type,
                 choices=item.choices,
                 nargs=item.nargs,
-                default=item.default,
+                default=argparse.SUPPRESS,
                 help=help_text,
                 metavar=None if item.choices else item.value_type.__name__.upper(),
             )
 
 
+def title_of(config_class: type) -> str:
+    """The first line of the class's docstring."""
+    return (config_class.__doc__ or config_class.__name__).strip().splitlines()[0].rstrip(".")
+
+
 def build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
-    """Make a ``config_class`` from parsed values (its own fields are picked out).
+    """Make a ``config_class`` of those of ``values`` that are its own, and defaults for the rest.
 
     Raises:
         UserError: a refused flag was given, or the class's own checks fail.
     """
     own: dict[str, Any] = {}
     for item in flags_of(config_class):
+        if item.field not in values:
+            continue
         value = values[item.field]
         if item.refused is not None and value != item.default:
             raise UserError(f"{item.names[0]} is not supported: {item.refused}")
@@ -148,23 +170,93 @@ def build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
     return config_class(**own)
 
 
-def parse(
-    argv: Sequence[str] | None, classes: Mapping[str, type], *, prog: str | None = None, description: str
+def read(
+    argv: Sequence[str] | None,
+    classes: Iterable[type],
+    *,
+    prog: str | None = None,
+    description: str | None,
+    why_refused: Callable[[str], str | None] = lambda name: None,
 ) -> dict[str, Any]:
-    """Parse ``argv`` into one object of each class.
+    """The values of the flags that ``argv`` gives, by field.
 
     Args:
         argv: the arguments, without the programme's name; ``None`` takes ``sys.argv``.
+        classes: the configuration classes whose flags there are.
+        why_refused: tells of a flag that no class declares why it cannot be used, or None if it is unknown.
+
+    Raises:
+        UserError: unknown flag or bad value.
+    """
+    parser = OneLineParser(prog=prog, description=description)
+    for config_class in classes:
+        add_flags(parser, config_class)
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        if not name.startswith("-"):
+            raise UserError(f"unexpected argument {name}; the flag before it takes no such value, see --help")
+        if reason := why_refused(name):
+            raise UserError(f"{name} is not supported: {reason}")
+        alike = difflib.get_close_matches(name, parser._option_string_actions, n=1)
+        raise UserError(f"unknown flag {name}; " + (f"is it {alike[0]}?" if alike else "see --help for the flags"))
+    return vars(values)
+
+
+def spelled(field: str) -> str:
+    """The standard spelling of a field's flag."""
+    return "--" + field.replace("_", "-")
+
+
+def require_at_least(config: Any, least: float, fields: str) -> None:
+    """Check numbers of a configuration; those that are None pass.
+
+    Args:
+        fields: names of fields, separated by blanks.
+
+    Raises:
+        UserError: one is less than ``least``.
+    """
+    for field in fields.split():
+        value = getattr(config, field)
+        if value is not None and not value >= least:
+            raise UserError(f"{spelled(field)} {value}: must be at least {least}")
+
+
+def deprecations(classes: Iterable[type], given: Iterable[str]) -> list[str]:
+    """A line for each deprecated flag among the ``given`` fields."""
+    return [
+        f"warning: {item.names[0]} is deprecated; {item.deprecated}"
+        for config_class in classes
+        for item in flags_of(config_class)
+        if item.deprecated is not None and item.field in given
+    ]
+
+
+def parse(
+    argv: Sequence[str] | None,
+    classes: Mapping[str, type],
+    *,
+    prog: str | None = None,
+    description: str | None,
+    why_refused: Callable[[str], str | None] = lambda name: None,
+    speaks: bool = True,
+) -> dict[str, Any]:
+    """Parse ``argv`` into one object of each class; the arguments are those of :func:`read`.
+
+    Args:
         classes: name to configuration class.
+        speaks: whether this process prints warnings; of several that parse alike, one should.
 
     Returns:
         name to configuration object.
 
     Raises:
-        UserError: unknown flag, bad value, or a configuration class's check failed.
+        UserError: unknown or refused flag, bad value, or a configuration class's check failed.
     """
-    parser = OneLineParser(prog=prog, description=description)
-    for config_class in classes.values():
-        add_flags(parser, config_class)
-    values = vars(parser.parse_args(argv))
-    return {name: build(config_class, values) for name, config_class in classes.items()}
+    values = read(argv, classes.values(), prog=prog, description=description, why_refused=why_refused)
+    configs: dict[str, Any] = {name: build(config_class, values) for name, config_class in classes.items()}
+    if speaks:
+        for line in deprecations(classes.values(), values):
+            print(line, file=sys.stderr)
+    return configs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dwm.arguments import flag
+from megatron_dwm.arguments import flag, require_at_least
 from megatron_dwm.errors import UserError
 
 
@@ -32,7 +32,7 @@ class DataConfig:
         None, "Read the data once in the dataset's order (single) or shuffled over and over (cyclic)."
     )
     data_sharding: bool = flag(True, "Do not shard the data of a cyclic loader.", "--no-data-sharding")
-    reset_position_ids: bool = flag(False, "Start positions anew after an end-of-document token.")
+    reset_position_ids: bool = flag(False, "Start learned positions anew after an end-of-document token.")
     reset_attention_mask: bool = flag(False, "Do not attend across end-of-document tokens.")
     eod_mask_loss: bool = flag(False, "Mask the loss of end-of-document tokens.")
     create_attention_mask_in_dataloader: bool = flag(
@@ -66,7 +66,5 @@ class DataConfig:
             raise UserError("--mock-data excludes real data paths; leave one out")
         if not (self.mock_data or shared or split):
             raise UserError("no data: give --data-path, --train-data-path or --mock-data")
-        if self.eval_iters < 0:
-            raise UserError(f"--eval-iters {self.eval_iters}: must not be negative")
-        if self.eval_interval is not None and self.eval_interval < 1:
-            raise UserError(f"--eval-interval {self.eval_interval}: must be at least 1")
+        require_at_least(self, 0, "eval_iters num_workers mid_level_dataset_surplus")
+        require_at_least(self, 1, "eval_interval num_dataset_builder_threads")

@@ -5,8 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dwm.arguments import flag
+from megatron_dwm.arguments import flag, flags_of, require_at_least, spelled
 from megatron_dwm.errors import UserError
+
+_FP8_DETAILS = (
+    "fp8_recipe",
+    "fp8_margin",
+    "fp8_interval",
+    "fp8_amax_history_len",
+    "fp8_amax_compute_algo",
+    "fp8_wgrad",
+    "first_last_layers_bf16",
+    "num_layers_at_start_in_bf16",
+    "num_layers_at_end_in_bf16",
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,13 @@ class ModelConfig:
         "learned_absolute", "Position embedding type."
     )
     use_rotary_position_embeddings: bool = flag(
-        False, "Use rotary position embeddings. Deprecated: use --position-embedding-type rope."
+        False, "Use rotary position embeddings.", deprecated="use --position-embedding-type rope"
+    )
+    add_position_embedding: bool = flag(
+        True,
+        "Have no learned positions; goes with rope, which has none.",
+        "--no-position-embedding",
+        deprecated="--position-embedding-type says it all",
     )
     rotary_base: int = flag(10000, "Base of the rotary position embeddings.")
     rotary_percent: float = flag(1.0, "Part of the head dimension that is rotated.")
@@ -69,6 +87,15 @@ class ModelConfig:
     attention_backend: Literal["flash", "fused", "unfused", "local", "auto"] = flag(
         "auto", "Attention backend of Transformer Engine."
     )
+    use_flash_attn: bool = flag(
+        False, "Nothing: for Megatron-LM's older models alone.", deprecated="use --attention-backend flash"
+    )
+    deprecated_use_mcore_models: bool = flag(
+        False,
+        "Nothing: the models are megatron-core's in any case.",
+        "--use-mcore-models",
+        deprecated="leave it out",
+    )
     recompute_activations: bool = flag(False, "Recompute core attention in the backward pass.")
     recompute_granularity: Literal["full", "selective"] | None = flag(
         None, "Recompute whole layers (full) or the modules of --recompute-modules (selective)."
@@ -95,18 +122,40 @@ class ModelConfig:
     multi_latent_attention: bool = flag(
         False, "Use multi-latent attention.", refused="only standard attention is; leave it out"
     )
-    fp8: str | None = flag(None, "FP8 format.", "--fp8-format", refused="train with --bf16")
+    fp8: Literal["e4m3", "hybrid"] | None = flag(
+        None, "FP8 format of matrix products; needs Transformer Engine.", "--fp8-format"
+    )
+    fp8_recipe: Literal["tensorwise", "delayed", "mxfp8", "blockwise"] = flag("delayed", "How FP8 is scaled.")
+    fp8_margin: int = flag(0, "Margin of the FP8 scale.")
+    fp8_interval: int = flag(1, "Steps between changes of the FP8 scale; newer Transformer Engines have none.")
+    fp8_amax_history_len: int = flag(1, "Steps of which delayed scaling keeps the largest values.")
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = flag("most_recent", "Which of them delayed scaling takes.")
+    fp8_wgrad: bool = flag(
+        True, "Compute weight gradients in higher precision than FP8.", "--no-fp8-wgrad", "--disable-fp8-wgrad"
+    )
+    first_last_layers_bf16: bool = flag(False, "Keep the first and last layers in bf16 under FP8.")
+    num_layers_at_start_in_bf16: int = flag(1, "First layers that --first-last-layers-bf16 keeps in bf16.")
+    num_layers_at_end_in_bf16: int = flag(1, "Last layers that --first-last-layers-bf16 keeps in bf16.")
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
-            value = getattr(self, name)
-            spelled = "--" + name.replace("_", "-")
-            if value is None:
-                raise UserError(f"{spelled} is missing; every run needs it")
-            if value < 1:
-                raise UserError(f"{spelled} {value}: must be at least 1")
-        if self.position_embedding_type != "rope" and self.max_position_embeddings is None:
-            raise UserError("--max-position-embeddings is missing; give at least --seq-length")
+            if getattr(self, name) is None:
+                raise UserError(f"{spelled(name)} is missing; every run needs it")
+        require_at_least(
+            self,
+            1,
+            "num_layers hidden_size num_attention_heads seq_length ffn_hidden_size kv_channels num_query_groups "
+            "max_position_embeddings rotary_base make_vocab_size_divisible_by padded_vocab_size recompute_num_layers",
+        )
+        require_at_least(self, 0, "hidden_dropout attention_dropout init_method_std layernorm_epsilon")
+        self._check_sizes()
+        self._check_positions()
+        self._check_companions()
+
+    def _check_sizes(self) -> None:
+        for name in ("hidden_dropout", "attention_dropout"):
+            if getattr(self, name) >= 1:
+                raise UserError(f"{spelled(name)} {getattr(self, name)}: must be less than 1")
         if self.kv_channels is None and self.hidden % self.heads:
             raise UserError(
                 f"--hidden-size {self.hidden_size} is not divisible by --num-attention-heads "
@@ -117,15 +166,45 @@ class ModelConfig:
                 f"--num-attention-heads {self.num_attention_heads} is not divisible by --num-query-groups "
                 f"{self.num_query_groups}; change one"
             )
+        if self.num_query_groups != 1 and not self.group_query_attention:
+            raise UserError(
+                f"--num-query-groups {self.num_query_groups} has no effect without --group-query-attention; add that"
+            )
+        if self.swiglu and self.squared_relu:
+            raise UserError("--swiglu and --squared-relu exclude each other; give one")
+
+    def _check_positions(self) -> None:
+        rope = self.positions == "rope"
+        if not rope and self.max_position_embeddings is None:
+            raise UserError("--max-position-embeddings is missing; give at least --seq-length")
         if self.max_position_embeddings is not None and self.sequence > self.max_position_embeddings:
             raise UserError(
                 f"--seq-length {self.seq_length} exceeds --max-position-embeddings "
                 f"{self.max_position_embeddings}; raise the latter"
             )
-        if self.swiglu and self.squared_relu:
-            raise UserError("--swiglu and --squared-relu exclude each other; give one")
+        if not rope and not self.add_position_embedding:
+            raise UserError(
+                f"--no-position-embedding with --position-embedding-type {self.positions}; use the types rope or none"
+            )
+        if not rope and self.use_rope_scaling:
+            raise UserError("--use-rope-scaling has no effect without --position-embedding-type rope; add that")
+        if rope and self.head_size % 2:
+            raise UserError(f"rotary embeddings need heads of an even size, not {self.head_size}; give --kv-channels")
+        if not 0 < self.rotary_percent <= 1:
+            raise UserError(f"--rotary-percent {self.rotary_percent}: must be above 0 and at most 1")
+
+    def _check_companions(self) -> None:
+        """Flags that would silently do nothing without another."""
         if self.recompute_granularity == "full" and self.recompute_method is None:
             raise UserError("--recompute-granularity full needs --recompute-method; give uniform or block")
+        if self.recompute_granularity is None and not self.recompute_activations:
+            for name in ("recompute_method", "recompute_num_layers", "recompute_modules"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"{spelled(name)} has no effect without --recompute-granularity; add that")
+        if self.fp8 is None:
+            for item in flags_of(type(self)):
+                if item.field in _FP8_DETAILS and getattr(self, item.field) != item.default:
+                    raise UserError(f"{item.names[0]} has no effect without --fp8-format; add that")
 
     # The required sizes as plain integers (they are None only in the parser's defaults).
     @property

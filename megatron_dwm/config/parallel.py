@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dwm.arguments import flag
+from megatron_dwm.arguments import flag, require_at_least
 from megatron_dwm.errors import UserError
 
 
@@ -53,9 +53,12 @@ class ParallelConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        require_at_least(
+            self,
+            1,
+            "tensor_model_parallel_size pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage "
+            "num_virtual_stages_per_pipeline_rank ddp_num_buckets ddp_bucket_size distributed_timeout_minutes",
+        )
         interleaved = self.num_layers_per_virtual_pipeline_stage, self.num_virtual_stages_per_pipeline_rank
         if None not in interleaved:
             raise UserError(

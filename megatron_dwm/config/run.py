@@ -13,6 +13,7 @@ from megatron_dwm.config.data import DataConfig
 from megatron_dwm.config.logging import LoggingConfig
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.parallel import ParallelConfig
+from megatron_dwm.config.refused import why_refused
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
 from megatron_dwm.config.weighting import WeightingConfig
@@ -68,6 +69,8 @@ class RunConfig:
             "--num-query-groups": self.model.query_groups,
             "--ffn-hidden-size": self.model.ffn,
         }
+        if self.model.padded_vocab_size is not None:
+            divided["--padded-vocab-size"] = self.model.padded_vocab_size
         if self.parallel.sequence_parallel:
             divided["--seq-length (with --sequence-parallel)"] = self.model.sequence
         for name, value in divided.items():
@@ -92,11 +95,20 @@ class RunConfig:
             raise UserError(f"--train-samples {samples} is less than one batch of {self.global_batch_size}; raise it")
 
     def _check_schedule(self) -> None:
-        unit = "iters" if self.training.train_iters is not None else "samples"
-        total = self.training.train_iters or self.training.train_samples
-        decay = getattr(self.optimizer, f"lr_decay_{unit}") or total
-        fraction = self.optimizer.lr_warmup_fraction
-        warmup = getattr(self.optimizer, f"lr_warmup_{unit}") if fraction is None else fraction * decay
+        """The schedule is counted as the run is, and its parts fit into each other."""
+        optimizer, training = self.optimizer, self.training
+        unit, other = ("iters", "samples") if training.train_samples is None else ("samples", "iters")
+        for name in ("lr-decay", "lr-warmup", "lr-wsd-decay"):
+            if value := getattr(optimizer, f"{name.replace('-', '_')}_{other}"):
+                raise UserError(f"--{name}-{other} {value} has no effect with --train-{unit}; use --{name}-{unit}")
+        if optimizer.lr_decay_style == "WSD" and getattr(optimizer, f"lr_wsd_decay_{unit}") is None:
+            raise UserError(f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}; give it")
+        decay = getattr(optimizer, f"lr_decay_{unit}") or getattr(training, f"train_{unit}")
+        warmup, fraction = getattr(optimizer, f"lr_warmup_{unit}"), optimizer.lr_warmup_fraction
+        if warmup and fraction is not None:
+            raise UserError(f"--lr-warmup-fraction and --lr-warmup-{unit} exclude each other; give one")
+        if fraction is not None:
+            warmup = fraction * decay
         if warmup >= decay:
             raise UserError(
                 f"the learning rate's warm-up of {warmup:g} {unit} does not end before its decay at {decay}; lower "
@@ -106,6 +118,11 @@ class RunConfig:
     def _check_outer_update(self) -> None:
         if not self.weighting.learns:
             return
+        if self.model.fp8 is not None and self.model.fp8_recipe == "delayed":
+            raise UserError(
+                f"--fp8-format {self.model.fp8} with --fp8-recipe delayed: an outer update's passes would change the "
+                "scales of later steps; use --fp8-recipe tensorwise, or --dwm-mode frozen or off"
+            )
         micro, dp = self.training.micro_batch, self.data_parallel_size
         if self.target_batch_size % (micro * dp):
             raise UserError(
@@ -156,8 +173,11 @@ class RunConfig:
         }
 
 
-def parse_run(argv: Sequence[str] | None, world_size: int) -> RunConfig:
+def parse_run(argv: Sequence[str] | None, world_size: int, *, speaks: bool = True) -> RunConfig:
     """The configuration that ``argv`` describes for ``world_size`` processes.
+
+    Args:
+        speaks: whether this process prints warnings of deprecated flags; one should.
 
     Raises:
         UserError: an unknown flag, a bad value, or values that contradict each other.
@@ -167,5 +187,7 @@ def parse_run(argv: Sequence[str] | None, world_size: int) -> RunConfig:
         PARTS,
         prog="pretrain_dwm.py",
         description="Pretrain a Megatron-Core GPT with a data weighting model. Flags are Megatron-LM's, plus --dwm-*.",
+        why_refused=why_refused,
+        speaks=speaks,
     )
     return RunConfig(world_size=world_size, **parts)

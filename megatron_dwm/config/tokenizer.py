@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_dwm.arguments import flag
+from megatron_dwm.arguments import flag, require_at_least
 from megatron_dwm.errors import UserError
 
 TokenizerType = Literal[
@@ -50,6 +50,10 @@ class TokenizerConfig:
     )
 
     def __post_init__(self) -> None:
+        require_at_least(self, 1, "vocab_size")
+        require_at_least(self, 0, "tiktoken_num_special_tokens")
+        if self.tokenizer_metadata is not None:
+            _require_file("--tokenizer-metadata", self.tokenizer_metadata, self.tokenizer_type)
         if self.tokenizer_type == "NullTokenizer":
             if self.vocab_size is None:
                 raise UserError("--tokenizer-type NullTokenizer needs --vocab-size; give the vocabulary's size")

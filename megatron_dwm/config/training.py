@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dwm.arguments import flag
+from megatron_dwm.arguments import flag, require_at_least, spelled
 from megatron_dwm.errors import UserError
 
 
@@ -18,7 +18,7 @@ class TrainingConfig:
         None, "Samples in one step; micro batch size x data-parallel size if not given."
     )
     rampup_batch_size: list[str] | None = flag(
-        None, "Batch size ramp-up.", nargs="+", refused="weights are relative to a batch of constant size"
+        None, "Batch size ramp-up.", nargs=3, refused="weights are relative to a batch of constant size"
     )
     train_iters: int | None = flag(None, "Steps to train.")
     train_samples: int | None = flag(None, "Samples to train on, in place of --train-iters.")
@@ -33,7 +33,11 @@ class TrainingConfig:
     check_for_nan_in_loss_and_grad: bool = flag(
         True, "Do not stop at a NaN in loss or gradient.", "--no-check-for-nan-in-loss-and-grad"
     )
-    empty_unused_memory_level: Literal[0, 1, 2] = flag(0, "Empty the CUDA cache: 1 after, 2 before and after a step.")
+    empty_unused_memory_level: Literal[0, 1, 2] = flag(
+        0,
+        "Empty the CUDA cache: 1 after, 2 before and after a step.",
+        refused="memory stays with PyTorch's allocator; set PYTORCH_CUDA_ALLOC_CONF",
+    )
     manual_gc: bool = flag(False, "Collect Python garbage at a fixed interval instead of when it likes.")
     manual_gc_interval: int = flag(0, "Steps between garbage collections; 0 for none.")
     deterministic_mode: bool = flag(False, "Use deterministic kernels only.")
@@ -43,10 +47,14 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.micro_batch_size is None:
             raise UserError("--micro-batch-size is missing; every run needs it")
-        for name in ("micro_batch_size", "global_batch_size", "train_iters", "train_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        require_at_least(
+            self,
+            1,
+            "micro_batch_size global_batch_size train_iters train_samples exit_interval exit_duration_in_mins seed",
+        )
+        require_at_least(self, 0, "manual_gc_interval")
+        if self.manual_gc_interval and not self.manual_gc:
+            raise UserError(f"--manual-gc-interval {self.manual_gc_interval} has no effect without --manual-gc; add it")
         if (self.train_iters is None) == (self.train_samples is None):
             raise UserError("give exactly one of --train-iters and --train-samples")
 
@@ -117,20 +125,62 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.lr is None or self.lr < 0:
             raise UserError(f"--lr {self.lr}: give the peak learning rate")
-        if self.min_lr > self.lr:
-            raise UserError(f"--min-lr {self.min_lr} exceeds --lr {self.lr}; lower it")
+        require_at_least(
+            self,
+            0,
+            "min_lr decoupled_lr decoupled_min_lr lr_warmup_init lr_warmup_fraction lr_warmup_iters lr_warmup_samples "
+            "weight_decay start_weight_decay end_weight_decay clip_grad adam_beta1 adam_beta2 adam_eps sgd_momentum "
+            "loss_scale",
+        )
+        require_at_least(
+            self,
+            1,
+            "lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples loss_scale_window hysteresis",
+        )
+        self._check_learning_rates()
+        self._check_weight_decay()
         if self.fp16 and self.bf16:
             raise UserError("--fp16 and --bf16 exclude each other; give one")
-        if self.lr_decay_style == "WSD" and self.lr_wsd_decay_iters is None and self.lr_wsd_decay_samples is None:
-            raise UserError("--lr-decay-style WSD needs --lr-wsd-decay-iters (or -samples)")
+        for name in ("adam_beta1", "adam_beta2", "lr_warmup_fraction"):
+            value = getattr(self, name)
+            if value is not None and value >= 1:
+                raise UserError(f"{spelled(name)} {value}: must be less than 1")
+
+    def _check_learning_rates(self) -> None:
+        assert self.lr is not None
+        for name in ("min_lr", "lr_warmup_init"):
+            if getattr(self, name) > self.lr:
+                raise UserError(f"{spelled(name)} {getattr(self, name)} exceeds --lr {self.lr}; lower it")
+        if self.decoupled_min_lr is not None and self.decoupled_lr is None:
+            raise UserError(f"--decoupled-min-lr {self.decoupled_min_lr} has no effect without --decoupled-lr; add it")
+        if self.decoupled_lr is not None and (self.decoupled_min_lr or 0.0) > self.decoupled_lr:
+            raise UserError(
+                f"--decoupled-min-lr {self.decoupled_min_lr} exceeds --decoupled-lr {self.decoupled_lr}; lower it"
+            )
+        if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
+            raise UserError(
+                "--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler exclude each other; give one"
+            )
+
+    def _check_weight_decay(self) -> None:
         varying = (self.start_weight_decay, self.end_weight_decay)
         if self.weight_decay_incr_style != "constant" and None in varying:
             raise UserError(
                 f"--weight-decay-incr-style {self.weight_decay_incr_style} needs --start-weight-decay and "
                 "--end-weight-decay"
             )
+        if self.weight_decay_incr_style == "constant" and varying != (None, None):
+            raise UserError(
+                "--start-weight-decay and --end-weight-decay have no effect with --weight-decay-incr-style constant; "
+                "give linear or cosine"
+            )
+        if (self.start_weight_decay or 0.0) > (self.end_weight_decay or 0.0):
+            raise UserError(
+                f"--start-weight-decay {self.start_weight_decay} exceeds --end-weight-decay {self.end_weight_decay}; "
+                "weight decay can only grow"
+            )
 
     @property
     def grads_in_fp32(self) -> bool:
-        """Megatron-LM's rule: bf16 training accumulates in fp32 unless told otherwise."""
-        return self.accumulate_allreduce_grads_in_fp32 or (self.bf16 and not self.grad_reduce_in_bf16)
+        """Megatron-LM's rule: bf16 training accumulates in fp32 unless --grad-reduce-in-bf16 is given."""
+        return not self.grad_reduce_in_bf16 if self.bf16 else self.accumulate_allreduce_grads_in_fp32

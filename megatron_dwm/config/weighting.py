@@ -53,7 +53,7 @@ class WeightingConfig:
         None, "Iterations between outer updates; 50 if not given, or fewer where the window is shorter."
     )
     dwm_weighter_steps: int = flag(8, "Weighter steps in one outer update.")
-    dwm_replay: int = flag(4, "Recent aligned batches that those steps draw on.")
+    dwm_replay: int = flag(16, "Recent aligned batches that those steps draw on.")
     dwm_alignment: Literal["exact", "finite-difference"] = flag(
         "exact", "Alignment from one backward pass of single samples, or from two forward passes."
     )

@@ -61,6 +61,8 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         if not self.output:
             raise UserError("--output is missing; give a folder")
+        if Path(self.output).exists() and not Path(self.output).is_dir():
+            raise UserError(f"--output {self.output}: no folder; give another path")
         for name, value in (
             ("--prose-bytes", self.prose_bytes),
             ("--code-bytes", self.code_bytes),

@@ -1,7 +1,4 @@
-"""The language model as a Hugging Face Llama or GPT-2: its configuration and its weights.
-
-Shape legend: h hidden size, n heads, g query groups, d head size, f feed-forward size, v vocabulary.
-"""
+"""The language model as a Hugging Face Llama or GPT-2: its configuration, both ways, and its gathered weights."""
 
 from __future__ import annotations
 
@@ -17,13 +14,14 @@ from megatron.core.utils import unwrap_model
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.builder import current_device
+from megatron_dwm.model.hf_weights import is_llama, to_hf_state_dict
 from megatron_dwm.model.transformer_config import has_tanh_gelu
 
 if TYPE_CHECKING:
-    from transformers import GPT2Config, LlamaConfig, PretrainedConfig
+    from transformers import GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-ROPE_SCALING_CONTEXT = 8192
-"""Context of the model that megatron-core's rotary scaling stretches; Llama 3's."""
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""What megatron-core's rotary scaling takes for granted, beside its factor: Llama 3's."""
 
 
 def gather_first_layers(
@@ -104,7 +102,7 @@ def hf_config(model: ModelConfig, *, vocab_size: int, num_layers: int) -> Pretra
     Raises:
         UserError: the architecture is neither's; the message names the flag that does not fit.
     """
-    if model.positions == "rope":
+    if is_llama(model):
         return _llama_config(model, vocab_size, num_layers)
     if model.positions == "learned_absolute":
         return _gpt2_config(model, vocab_size, num_layers)
@@ -117,7 +115,7 @@ def _llama_config(model: ModelConfig, vocab_size: int, num_layers: int) -> Llama
     from transformers import LlamaConfig
 
     _refuse(
-        "Llama",
+        "a Hugging Face Llama cannot express",
         {
             f"--normalization {model.normalization}; use RMSNorm": model.normalization != "RMSNorm",
             "a feed-forward layer without gate; add --swiglu": not model.swiglu,
@@ -130,13 +128,7 @@ def _llama_config(model: ModelConfig, vocab_size: int, num_layers: int) -> Llama
     )
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model.rotary_base)}
     if model.use_rope_scaling:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": model.rope_scaling_factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": ROPE_SCALING_CONTEXT,
-        }
+        rope |= {"rope_type": "llama3", "factor": model.rope_scaling_factor, **LLAMA3_ROPE}
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=model.hidden,
@@ -161,7 +153,7 @@ def _gpt2_config(model: ModelConfig, vocab_size: int, num_layers: int) -> GPT2Co
     from transformers import GPT2Config
 
     _refuse(
-        "GPT-2",
+        "a Hugging Face GPT-2 cannot express",
         {
             f"--normalization {model.normalization}; use LayerNorm": model.normalization != "LayerNorm",
             "--swiglu; leave it out": model.swiglu,
@@ -198,98 +190,123 @@ def _refused_norms(model: ModelConfig) -> dict[str, bool]:
     }
 
 
-def _refuse(family: str, misfits: Mapping[str, bool]) -> None:
+def _refuse(subject: str, misfits: Mapping[str, bool]) -> None:
     """Raise for the first misfit that holds; its name is ``"what; remedy"``."""
     for name, holds in misfits.items():
         if holds:
-            what, remedy = name.split("; ")
-            raise UserError(f"a Hugging Face {family} cannot express {what}; {remedy}")
+            raise UserError(f"{subject} {name}")
 
 
-def to_hf_state_dict(
-    full_state: Mapping[str, torch.Tensor], model: ModelConfig, *, layers: range | int, vocab_size: int
-) -> dict[str, torch.Tensor]:
-    """The weights under the names of a LlamaModel or GPT2Model, and ``lm_head.weight`` if the model has one.
+def causal_language_model(
+    full_state: Mapping[str, torch.Tensor], model: ModelConfig, *, vocab_size: int
+) -> PreTrainedModel:
+    """The LlamaForCausalLM or GPT2LMHeadModel of a full state, in its precision.
 
     Args:
-        full_state: what :func:`gather_full_state` returned; without ``output_layer.weight`` there is no head.
-        layers: the layers to take, or how many first ones; they are numbered from 0 again.
+        full_state: checkpoint key to unsharded tensor, as :func:`gather_full_state` returns it.
         vocab_size: embedding rows to keep, usually the vocabulary without its padding.
+
+    Raises:
+        UserError: the architecture is neither's, or the state is not this model's.
     """
-    taken = range(layers) if isinstance(layers, int) else layers
-    is_llama = model.positions == "rope"
-    convert = _llama_layer if is_llama else _gpt2_layer
-    state = _llama_ends(full_state) if is_llama else _gpt2_ends(full_state)
-    if "output_layer.weight" in full_state:
-        state["lm_head.weight"] = full_state["output_layer.weight"]
-    for name in ("embed_tokens.weight", "wte.weight", "lm_head.weight"):
-        if name in state:
-            state[name] = state[name][:vocab_size]
-    prefix = "decoder.layers."
-    for number, layer in enumerate(taken):
-        own = {k.removeprefix(prefix): t[layer] for k, t in full_state.items() if k.startswith(prefix)}
-        stem = f"layers.{number}" if is_llama else f"h.{number}"
-        state |= {f"{stem}.{name}": tensor for name, tensor in convert(own, model).items()}
-    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    from transformers import AutoModelForCausalLM
+
+    try:
+        state = to_hf_state_dict(full_state, model, layers=model.layers, vocab_size=vocab_size)
+    except (KeyError, IndexError) as error:
+        raise UserError(f"the checkpoint does not hold the model that its arguments describe: {error}") from error
+    with torch.device("meta"):
+        language_model = AutoModelForCausalLM.from_config(
+            hf_config(model, vocab_size=vocab_size, num_layers=model.layers),
+            dtype=full_state["embedding.word_embeddings.weight"].dtype,
+        )
+    head = state.pop("lm_head.weight", None)
+    language_model.base_model.load_state_dict(state, strict=True, assign=True)
+    if head is not None:
+        language_model.lm_head.load_state_dict({"weight": head}, strict=True, assign=True)
+    language_model.tie_weights()
+    return language_model
 
 
-def _llama_ends(full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {
-        "embed_tokens.weight": full["embedding.word_embeddings.weight"],
-        "norm.weight": full["decoder.final_layernorm.weight"],
-    }
+def model_config(config: PretrainedConfig) -> ModelConfig:
+    """The language model that computes what a LlamaForCausalLM or GPT2LMHeadModel of ``config`` computes.
 
+    The inverse of :func:`hf_config`; the sequence length is all the positions there are.
 
-def _gpt2_ends(full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {
-        "wte.weight": full["embedding.word_embeddings.weight"],
-        "wpe.weight": full["embedding.position_embeddings.weight"],
-        "ln_f.weight": full["decoder.final_layernorm.weight"],
-        "ln_f.bias": full["decoder.final_layernorm.bias"],
-    }
-
-
-def _llama_layer(own: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
-    query, key, value = _split_qkv(own["self_attention.linear_qkv.weight"], model)
-    gate, up = own["mlp.linear_fc1.weight"].chunk(2)
-    return {
-        "input_layernorm.weight": own["self_attention.linear_qkv.layer_norm_weight"],
-        "self_attn.q_proj.weight": query,
-        "self_attn.k_proj.weight": key,
-        "self_attn.v_proj.weight": value,
-        "self_attn.o_proj.weight": own["self_attention.linear_proj.weight"],
-        "post_attention_layernorm.weight": own["mlp.linear_fc1.layer_norm_weight"],
-        "mlp.gate_proj.weight": gate,
-        "mlp.up_proj.weight": up,
-        "mlp.down_proj.weight": own["mlp.linear_fc2.weight"],
-    }
-
-
-def _gpt2_layer(own: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
-    # GPT-2 keeps its weights [in, out].
-    return {
-        "ln_1.weight": own["self_attention.linear_qkv.layer_norm_weight"],
-        "ln_1.bias": own["self_attention.linear_qkv.layer_norm_bias"],
-        "attn.c_attn.weight": torch.cat(_split_qkv(own["self_attention.linear_qkv.weight"], model)).T,
-        "attn.c_attn.bias": torch.cat(_split_qkv(own["self_attention.linear_qkv.bias"], model)),
-        "attn.c_proj.weight": own["self_attention.linear_proj.weight"].T,
-        "attn.c_proj.bias": own["self_attention.linear_proj.bias"],
-        "ln_2.weight": own["mlp.linear_fc1.layer_norm_weight"],
-        "ln_2.bias": own["mlp.linear_fc1.layer_norm_bias"],
-        "mlp.c_fc.weight": own["mlp.linear_fc1.weight"].T,
-        "mlp.c_fc.bias": own["mlp.linear_fc1.bias"],
-        "mlp.c_proj.weight": own["mlp.linear_fc2.weight"].T,
-        "mlp.c_proj.bias": own["mlp.linear_fc2.bias"],
-    }
-
-
-def _split_qkv(qkv: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries [n d, ...], keys [g d, ...] and values [g d, ...] of megatron-core's fused projection.
-
-    Args:
-        qkv: [g (n/g + 2) d, ...]: for each query group its queries, then its key, then its value.
+    Raises:
+        UserError: the architecture is another, or has something that the language model has not.
     """
-    per_group = model.heads // model.query_groups
-    groups = qkv.view(model.query_groups, per_group + 2, model.head_size, *qkv.shape[1:])
-    query, key, value = groups.split([per_group, 1, 1], dim=1)
-    return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
+    if config.model_type == "llama":
+        return ModelConfig(**_common_sizes(config), **_llama_flags(config))
+    if config.model_type == "gpt2":
+        return ModelConfig(**_common_sizes(config), **_gpt2_flags(config))
+    raise UserError(f"a {config.model_type} model cannot be imported; use a llama or gpt2 one")
+
+
+def _common_sizes(config: PretrainedConfig) -> dict[str, Any]:
+    return {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "seq_length": config.max_position_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+        "init_method_std": config.initializer_range,
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+    }
+
+
+def _llama_flags(config: PretrainedConfig) -> dict[str, Any]:
+    rope = dict(config.rope_parameters)
+    kind, base = rope.pop("rope_type"), rope.pop("rope_theta")
+    factor = rope.pop("factor", 8.0)
+    _refuse(
+        "a Llama cannot be imported that has",
+        {
+            f"hidden_act {config.hidden_act}": config.hidden_act != "silu",
+            "attention_bias": config.attention_bias,
+            "mlp_bias": config.mlp_bias,
+            f"rope_theta {base}": base != int(base),
+            f"rope_type {kind}": kind not in ("default", "llama3"),
+            f"the rope_parameters {rope}": rope != (LLAMA3_ROPE if kind == "llama3" else {}),
+        },
+    )
+    return {
+        "position_embedding_type": "rope",
+        "rotary_base": int(base),
+        "use_rope_scaling": kind == "llama3",
+        "rope_scaling_factor": factor,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": config.rms_norm_eps,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "ffn_hidden_size": config.intermediate_size,
+        "kv_channels": config.head_dim,
+        "group_query_attention": config.num_key_value_heads != config.num_attention_heads,
+        "num_query_groups": config.num_key_value_heads
+        if config.num_key_value_heads != config.num_attention_heads
+        else 1,
+        "hidden_dropout": 0.0,
+        "attention_dropout": config.attention_dropout,
+    }
+
+
+def _gpt2_flags(config: PretrainedConfig) -> dict[str, Any]:
+    activation = config.activation_function
+    _refuse(
+        "a GPT-2 cannot be imported that has",
+        {
+            f"activation_function {activation}": activation not in ("gelu_new", "gelu_pytorch_tanh", "gelu"),
+            "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
+            "attention scores that are not scaled": not config.scale_attn_weights,
+            "add_cross_attention": config.add_cross_attention,
+            f"embd_pdrop {config.embd_pdrop} beside resid_pdrop {config.resid_pdrop}": config.embd_pdrop
+            != config.resid_pdrop,
+        },
+    )
+    return {
+        "layernorm_epsilon": config.layer_norm_epsilon,
+        "bias_gelu_fusion": activation != "gelu",
+        "ffn_hidden_size": config.n_inner,
+        "hidden_dropout": config.resid_pdrop,
+        "attention_dropout": config.attn_pdrop,
+    }

@@ -28,11 +28,16 @@ def transformer_config(
     training: TrainingConfig,
     optimizer: OptimizerConfig,
     device: torch.device,
+    *,
+    resets_attention_mask: bool = False,
 ) -> TransformerConfig:
     """The configuration of the language model's layers, schedule and kernels.
 
     Flags that a TransformerConfig has under the same name are copied; the rest follows Megatron-LM's rules.
     Fused kernels are used where the flags ask for them and this machine has them.
+
+    Args:
+        resets_attention_mask: whether batches come with a mask of their own (``--reset-attention-mask``).
 
     Raises:
         UserError: flags that contradict each other, or that need something this machine lacks.
@@ -40,6 +45,8 @@ def transformer_config(
     impl = resolve_transformer_impl(model, device)
     _check_architecture(model, parallel, training, optimizer)
     _check_layers(model, parallel, impl)
+    if resets_attention_mask:
+        check_attention_mask(model, impl, device)
     _check_recomputation(model, parallel)
     values = _same_named(model, parallel, training, optimizer)
     values.update(_architecture(model))
@@ -53,7 +60,10 @@ def transformer_config(
         cuda_graph_scope=[],  # megatron-core warns of its own default
     )
     values.update(_unfused(values) if device.type == "cpu" else _available_kernels(values, impl))
-    return TransformerConfig(**values)
+    try:
+        return TransformerConfig(**values)
+    except (ValueError, AssertionError) as error:  # its own checks; those above name flags and remedies
+        raise UserError(f"megatron-core cannot combine the model's flags: {error}; change them") from error
 
 
 def resolve_transformer_impl(model: ModelConfig, device: torch.device) -> str:
@@ -201,6 +211,15 @@ def _check_architecture(
 def _check_layers(model: ModelConfig, parallel: ParallelConfig, impl: str) -> None:
     if model.attention_backend == "local" and impl != "local":
         raise UserError("--attention-backend local needs --transformer-impl local; give that or another backend")
+    if model.attention_backend in ("flash", "fused", "unfused") and impl != "transformer_engine":
+        raise UserError(
+            f"--attention-backend {model.attention_backend} chooses among Transformer Engine's and the layers are "
+            f"{impl}; leave it out"
+        )
+    if model.fp8 is not None and impl != "transformer_engine":
+        raise UserError(
+            f"--fp8-format {model.fp8} needs Transformer Engine's layers and they are {impl}; train with --bf16"
+        )
     if model.cross_entropy_loss_fusion and model.cross_entropy_fusion_impl == "te" and not HAVE_TE:
         raise UserError("--cross-entropy-fusion-impl te: Transformer Engine is not installed; use native")
     if impl == "transformer_engine" or (impl == "local" and _importable("apex")):
@@ -219,6 +238,24 @@ def _check_layers(model: ModelConfig, parallel: ParallelConfig, impl: str) -> No
         raise UserError(
             "--sequence-parallel: the norms of --transformer-impl local cannot without Apex; use "
             "--transformer-impl torch"
+        )
+
+
+def check_attention_mask(model: ModelConfig, impl: str, device: torch.device) -> None:
+    """Refuse layers that ignore an explicit attention mask: fused causal attention makes its own.
+
+    Raises:
+        UserError: ``impl`` (what :func:`resolve_transformer_impl` returned) is such on this device.
+    """
+    if impl == "transformer_engine":
+        raise UserError(
+            "--reset-attention-mask: Transformer Engine's causal attention ignores such a mask; "
+            "use --transformer-impl torch"
+        )
+    if impl == "local" and device.type == "cuda" and model.masked_softmax_fusion:
+        raise UserError(
+            "--reset-attention-mask: the fused softmax of --transformer-impl local ignores such a mask; "
+            "add --no-masked-softmax-fusion or use --transformer-impl torch"
         )
 
 

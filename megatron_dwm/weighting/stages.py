@@ -65,7 +65,7 @@ def bilevel_stages(config: WeightingConfig, train_iters: int) -> StageSchedule:
             f"--train-iters {train_iters} leave no room for --dwm-num-stages {stages} after "
             f"--dwm-warmup-iters {warmup}; train longer or lower one of them"
         )
-    window = config.dwm_stage_update_iters or stage_iters
+    window = config.dwm_stage_update_iters or train_iters
     interval = config.dwm_update_interval or min(DEFAULT_UPDATE_INTERVAL, window, stage_iters)
     if interval > min(window, stage_iters):
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from typing import Any
 
@@ -9,12 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dwm.arguments import flags_of
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
 from megatron_dwm.errors import UserError
-from megatron_dwm.model.transformer_config import has_tanh_gelu, resolve_transformer_impl, transformer_config
+from megatron_dwm.model.transformer_config import (
+    check_attention_mask,
+    has_tanh_gelu,
+    resolve_transformer_impl,
+    transformer_config,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SIZES: dict[str, Any] = {
@@ -50,7 +58,6 @@ def test_flags_of_the_same_name_are_copied():
         init_method_std=0.01,
         embedding_init_method_std=1.0,
         qk_layernorm=True,
-        attention_backend="flash",
         calculate_per_token_loss=True,
     )
     assert (config.num_layers, config.hidden_size, config.hidden_dropout) == (4, 64, 0.3)
@@ -60,7 +67,7 @@ def test_flags_of_the_same_name_are_copied():
         1.0,
     )
     assert config.qk_layernorm and config.calculate_per_token_loss and config.use_cpu_initialization
-    assert config.attention_backend is AttnBackend.flash
+    assert config.attention_backend is AttnBackend.auto
     assert config.inference_sampling_seed == 5
 
 
@@ -196,8 +203,11 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}
         ("--transformer-impl local", {"transformer_impl": "local"}, TP2 | {"sequence_parallel": True}, {}),
         ("--recompute-method", {"recompute_activations": True, "recompute_method": "block"}, {}, {}),
         ("--recompute-num-layers", FULL, {}, {}),
-        ("--recompute-modules moe_act", {"recompute_modules": ["moe_act"]}, {}, {}),
-        ("--recompute-modules layernorm", {"recompute_modules": ["layernorm"]}, {}, {}),
+        ("--recompute-modules moe_act", {"recompute_activations": True, "recompute_modules": ["moe_act"]}, {}, {}),
+        ("--recompute-modules layernorm", {"recompute_activations": True, "recompute_modules": ["layernorm"]}, {}, {}),
+        ("megatron-core cannot", {}, {"tensor_model_parallel_size": 3}, {}),
+        ("--attention-backend flash", {"attention_backend": "flash"}, {}, {}),
+        ("--fp8-format hybrid needs Transformer Engine", {"fp8": "hybrid", "fp8_margin": 1}, {}, {}),
         ("--distribute-saved-activations", {"distribute_saved_activations": True}, TP2, {}),
         (
             "--sequence-parallel",
@@ -218,3 +228,37 @@ def test_flags_that_cannot_go_together_are_named(
 def test_deterministic_mode_excludes_the_fused_cross_entropy():
     with pytest.raises(UserError, match="--cross-entropy-loss-fusion"):
         _config(training={"deterministic_mode": True}, cross_entropy_loss_fusion=True)
+
+
+@pytest.mark.parametrize(
+    ("impl", "device", "changes", "remedy"),
+    [
+        ("transformer_engine", GPU, {}, "use --transformer-impl torch"),
+        ("local", GPU, {}, "add --no-masked-softmax-fusion"),
+        ("local", GPU, {"masked_softmax_fusion": False}, None),
+        ("local", CPU, {}, None),
+        ("torch", GPU, {}, None),
+    ],
+)
+def test_attention_that_would_ignore_a_mask_is_refused(
+    impl: str, device: torch.device, changes: dict[str, Any], remedy: str | None
+):
+    model = ModelConfig(**(SIZES | changes))
+    if remedy is None:
+        check_attention_mask(model, impl, device)
+    else:
+        with pytest.raises(UserError, match=f"--reset-attention-mask: .*{remedy}"):
+            check_attention_mask(model, impl, device)
+
+
+def test_the_mask_is_checked_on_the_way_to_the_configuration():
+    training, optimizer = TrainingConfig(micro_batch_size=1, train_iters=1), OptimizerConfig(lr=1e-3)
+    model = ModelConfig(**SIZES, transformer_impl="local")
+    with pytest.raises(UserError, match="--reset-attention-mask"):
+        transformer_config(model, ParallelConfig(), training, optimizer, GPU, resets_attention_mask=True)
+
+
+def test_every_flag_of_fp8_is_a_field_of_megatron_cores_configuration():
+    fields = {field.name for field in dataclasses.fields(TransformerConfig)}
+    ours = {flag.field for flag in flags_of(ModelConfig) if "fp8" in flag.field or "bf16" in flag.field}
+    assert len(ours) == 10 and ours <= fields

@@ -1,0 +1,49 @@
+"""Writing so that what is there is whole: beside its place first, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def written_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill that becomes ``folder`` when the block ends, in place of one that was there.
+
+    If the block raises, ``folder`` is as it was.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        for path in beside.rglob("*"):
+            sync(path)
+        sync(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(beside, folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` beside ``path``, then put it in place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    sync(beside)
+    os.replace(beside, path)
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder's entries on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,267 @@
+"""Checkpoints become Hugging Face models and the other way round, whatever the layout."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.data.tokenizer import build_tokenizer, save_hf_tokenizer
+from megatron_dwm.errors import EXIT_CODE, run_cli
+from megatron_dwm.model.builder import build_model_chunks
+from megatron_dwm.model.transformer_config import transformer_config
+from tests.distributed import tiny
+from tests.distributed.harness import run_distributed
+from tests.e2e.launch import succeed
+from tools import export_hf, import_hf
+
+SENTENCES = [
+    "The ships lay in the harbour until the wind turned.",
+    "A sample is worth what the next step makes of it.",
+    "Numbers such as 12 and 345 are written in digits.",
+    "Grüße aus der Hafenstadt, schrieb sie, und fuhr ab.",
+]
+SIZES = {
+    "--num-layers": 4,
+    "--hidden-size": 32,
+    "--num-attention-heads": 4,
+    "--seq-length": tiny.SEQ_LENGTH,
+    "--max-position-embeddings": tiny.SEQ_LENGTH,
+    "--init-method-std": 0.2,
+}
+LLAMA = {
+    **SIZES,
+    "--position-embedding-type": "rope",
+    "--normalization": "RMSNorm",
+    "--swiglu": True,
+    "--disable-bias-linear": True,
+    "--group-query-attention": True,
+    "--num-query-groups": 2,
+    "--ffn-hidden-size": 48,
+}
+UNTIED = {"--untie-embeddings-and-output-weights": True}
+RUN = {
+    "--micro-batch-size": 2,
+    "--global-batch-size": 8,
+    "--train-iters": 3,
+    "--lr": 1e-2,
+    "--mock-data": True,
+    "--num-workers": 0,
+    "--eval-iters": 0,
+    "--dwm-mode": "off",
+}
+TP2_PP2 = {"--tensor-model-parallel-size": 2, "--pipeline-model-parallel-size": 2}
+INTERLEAVED = {"--pipeline-model-parallel-size": 2, "--num-virtual-stages-per-pipeline-rank": 2}
+TRAINED: dict[str, tuple[type, dict[str, Any], int]] = {
+    "llama with grouped queries, TP2 PP2": (LlamaForCausalLM, LLAMA | UNTIED | TP2_PP2, 4),
+    "llama with tied head, interleaved PP2": (LlamaForCausalLM, LLAMA | INTERLEAVED, 2),
+    "gpt2, TP2 PP2": (GPT2LMHeadModel, SIZES | TP2_PP2, 4),
+    "gpt2 with its own head, one process": (GPT2LMHeadModel, SIZES | UNTIED, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A SentencePiece tokenizer trained on a few sentences."""
+    prefix = tmp_path_factory.mktemp("tokenizer") / "bpe"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES),
+        model_prefix=str(prefix),
+        model_type="bpe",
+        vocab_size=330,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    return {"--tokenizer-type": "SentencePieceTokenizer", "--tokenizer-model": f"{prefix}.model"}
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, tool: Any, *argv: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["tool", *map(str, argv)])
+    run_cli(tool.main)
+
+
+def _megatron_logits(folder: Path) -> torch.Tensor:
+    """What the checkpoint computes when megatron-core itself loads it, in one process."""
+    parallel_state.initialize_model_parallel()
+    saved = export_hf.read_arguments(folder)
+    model = export_hf.saved_model(saved)
+    config = transformer_config(model, tiny.ParallelConfig(), tiny.TRAINING, tiny.OPTIMIZER, torch.device("cpu"))
+    tiny.tensor_parallel.model_parallel_cuda_manual_seed(1)
+    (chunk,) = build_model_chunks(config, model, vocab_size=384)
+    loaded = dist_checkpointing.load({"model": chunk.sharded_state_dict()}, str(folder))
+    chunk.load_state_dict(loaded["model"])
+    logits = tiny.logits([chunk.eval()])
+    assert logits is not None
+    return logits
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_trained_checkpoint_becomes_a_hugging_face_model_with_its_logits_and_tokenizer(
+    name: str, tokenizer_flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    kind, flags, processes = TRAINED[name]
+    succeed(tmp_path / "log", processes, {**flags, **RUN, **tokenizer_flags, "--save": tmp_path / "save"})
+    _run(monkeypatch, export_hf, "--load", tmp_path / "save", "--output", tmp_path / "hf")
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    model, report = loaded
+    assert type(model) is kind and not any(report.values())
+    settings = TokenizerConfig("SentencePieceTokenizer", tokenizer_flags["--tokenizer-model"])
+    tokenizer = build_tokenizer(settings)
+    exported = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert model.config.vocab_size == tokenizer.vocab_size == len(exported) == 330
+    assert model.config.eos_token_id == exported.eos_token_id == tokenizer.eod
+    for text in SENTENCES:
+        assert exported(text, add_special_tokens=False).input_ids == tokenizer.tokenize(text)
+
+    (logits,) = run_distributed(_megatron_logits, 1, tmp_path / "save" / "iter_0000003")
+    with torch.no_grad():
+        computed = model(tiny.samples()[:, :-1]).logits
+    torch.testing.assert_close(computed, logits[..., :330], rtol=1e-5, atol=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "log", "save"]
+
+
+def _hugging_face(kind: str, tokenizer_flags: dict[str, Any], folder: Path) -> Any:
+    """A model with random weights, its own kind of everything, and the tokenizer."""
+    torch.manual_seed(3)
+    sizes: dict[str, Any] = {"vocab_size": 336, "max_position_embeddings": tiny.SEQ_LENGTH, "initializer_range": 0.2}
+    if kind == "llama":
+        model: Any = LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                rms_norm_eps=1e-6,
+                rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+                **sizes,
+            )
+        )
+    else:
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=4, n_head=4, **sizes))
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter)  # norms and biases count too
+    model.save_pretrained(folder)
+    settings = TokenizerConfig("SentencePieceTokenizer", tokenizer_flags["--tokenizer-model"])
+    save_hf_tokenizer(build_tokenizer(settings), settings, folder)
+    return model
+
+
+def _assert_same_weights(folder: Path, expected: Any) -> None:
+    state, known = AutoModelForCausalLM.from_pretrained(folder).state_dict(), expected.state_dict()
+    assert state.keys() == known.keys()
+    for name, tensor in known.items():
+        kept = tensor[: len(state[name])] if "embed" in name or "wte" in name or "lm_head" in name else tensor
+        assert torch.equal(state[name], kept), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_weights_survive_the_way_to_megatron_and_back(
+    kind: str, tokenizer_flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = _hugging_face(kind, tokenizer_flags, tmp_path / "hf")
+    _run(monkeypatch, import_hf, "--input", tmp_path / "hf", "--save", tmp_path / "imported")
+    assert (tmp_path / "imported/latest_checkpointed_iteration.txt").read_text() == "1"
+    _run(monkeypatch, export_hf, "--load", tmp_path / "imported", "--output", tmp_path / "back")
+    _assert_same_weights(tmp_path / "back", model)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").config.vocab_size == 336
+
+    # A step with learning rate zero, under another layout, whose vocabulary is padded otherwise.
+    flags = SIZES if kind == "gpt2" else LLAMA | UNTIED | {"--rotary-base": 5000, "--norm-epsilon": 1e-6}
+    start = {"--load": tmp_path / "imported", "--finetune": True, "--save": tmp_path / "save"}
+    run = RUN | {"--train-iters": 1, "--lr": 0.0, "--ckpt-format": "torch_dist"}
+    succeed(tmp_path / "log", 4, {**flags, **run, **TP2_PP2, **tokenizer_flags, **start})
+    _run(monkeypatch, export_hf, "--load", tmp_path / "save", "--ckpt-step", "1", "--output", tmp_path / "tuned")
+    _assert_same_weights(tmp_path / "tuned", model)
+
+
+def _refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tool: Any, *argv: Any) -> str:
+    with pytest.raises(SystemExit) as ended:
+        _run(monkeypatch, tool, *argv)
+    assert ended.value.code == EXIT_CODE
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+OTHERS = {
+    "mistral": lambda: MistralForCausalLM(
+        MistralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    ),
+    "bert": lambda: BertLMHeadModel(
+        BertConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    ),
+    "attention_bias": lambda: LlamaForCausalLM(_small_llama(attention_bias=True)),
+    "hidden_act gelu": lambda: LlamaForCausalLM(_small_llama(hidden_act="gelu")),
+    "rope_type linear": lambda: LlamaForCausalLM(
+        _small_llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
+    ),
+    "scale_attn_by_inverse_layer_idx": lambda: GPT2LMHeadModel(
+        GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9, scale_attn_by_inverse_layer_idx=True)
+    ),
+}
+
+
+def _small_llama(**changes: Any) -> LlamaConfig:
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaConfig(vocab_size=9, **sizes, **changes)
+
+
+@pytest.mark.parametrize("named", OTHERS)
+def test_another_architecture_is_refused_by_name(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    OTHERS[named]().save_pretrained(tmp_path / "hf")
+    capsys.readouterr()
+    assert named in _refused(monkeypatch, capsys, import_hf, "--input", tmp_path / "hf", "--save", tmp_path / "save")
+    assert not (tmp_path / "save").exists()
+
+
+def test_mistakes_are_one_line_and_leave_nothing_behind(
+    tokenizer_flags: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    _hugging_face("llama", tokenizer_flags, tmp_path / "hf")
+    _run(monkeypatch, import_hf, "--input", tmp_path / "hf", "--save", tmp_path / "save")
+    there = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+
+    def refused(tool: Any, **flags: Any) -> str:
+        words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
+        return _refused(monkeypatch, capsys, tool, *words)
+
+    save, out = tmp_path / "save", tmp_path / "out"
+    assert "--output is missing" in refused(export_hf, load=save)
+    assert f"--output {save} exists" in refused(export_hf, load=save, output=save)
+    assert "latest_checkpointed_iteration.txt" in refused(export_hf, load=tmp_path / "hf", output=out)
+    assert "iter_0000007" in refused(export_hf, load=save, ckpt_step=7, output=out)
+    assert "--tokenizer-model" in refused(
+        export_hf, load=save, output=out, tokenizer_type="SentencePieceTokenizer", tokenizer_model=tmp_path / "none"
+    )
+    assert "1001 tokens" in refused(export_hf, load=save, output=out, tokenizer_type="NullTokenizer", vocab_size=1000)
+    assert f"--save {save}: holds checkpoints" in refused(import_hf, input=tmp_path / "hf", save=save)
+    assert "no config.json" in refused(import_hf, input=tmp_path / "none", save=out)
+    assert sorted(tmp_path.rglob("*")) == there

@@ -1,0 +1,200 @@
+"""The configuration of a run: what scripts for Megatron-LM ask for, and which values contradict each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from megatron_dwm.config.run import PARTS, RunConfig, parse_run
+from megatron_dwm.errors import EXIT_CODE, UserError, run_cli
+
+MODEL = "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32"
+DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 100"
+TRAINING = "--micro-batch-size 2 --lr 1e-3"
+RUN = f"{MODEL} {DATA} {TRAINING} --train-iters 20"
+BY_SAMPLES = f"{MODEL} {DATA} {TRAINING} --train-samples 64"
+
+
+def _parse(flags: str, world_size: int = 1) -> RunConfig:
+    return parse_run(flags.split(), world_size)
+
+
+def test_a_script_for_a_gpt_is_accepted(tmp_path: Path):
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).touch()
+    config = _parse(
+        "--num-layers 32 --hidden-size 1024 --num-attention-heads 16 --seq-length 512 --max-position-embeddings 512 "
+        "--attention-backend auto --micro-batch-size 1 --global-batch-size 64 --train-iters 9000 --weight-decay 0.1 "
+        "--adam-beta1 0.9 --adam-beta2 0.95 --init-method-std 0.006 --clip-grad 1.0 --fp16 --lr 6.0e-5 "
+        "--lr-decay-style cosine --min-lr 6.0e-6 --lr-warmup-fraction .001 --lr-decay-iters 8000 "
+        "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 16 "
+        f"--data-path data_text_document --vocab-file {tmp_path}/vocab.json --merge-file {tmp_path}/merges.txt "
+        f"--split 949,50,1 --log-interval 100 --save-interval 10000 --eval-interval 1000 --save {tmp_path} "
+        f"--load {tmp_path} --eval-iters 10 --tensorboard-dir {tmp_path} --dwm-mode off",
+        world_size=256,
+    )
+    assert (config.data_parallel_size, config.num_microbatches) == (2, 32)
+    assert config.tokenizer.tokenizer_type == "GPT2BPETokenizer"
+
+
+def test_a_script_for_a_llama_is_accepted(capsys: pytest.CaptureFixture[str]):
+    config = _parse(
+        "--use-mcore-models --num-layers 32 --hidden-size 512 --ffn-hidden-size 1792 --num-attention-heads 32 "
+        "--group-query-attention --num-query-groups 8 --kv-channels 128 --seq-length 8192 "
+        "--max-position-embeddings 8192 --position-embedding-type rope --rotary-base 1000000 --rotary-percent 1.0 "
+        "--attention-dropout 0.0 --hidden-dropout 0.0 --swiglu --init-method-std 0.0134 --attention-backend fused "
+        "--apply-layernorm-1p --untie-embeddings-and-output-weights --disable-bias-linear --micro-batch-size 1 "
+        "--global-batch-size 128 --train-samples 1953125 --lr-decay-samples 1949218 --lr-warmup-samples 3906 "
+        "--lr 0.00015 --min-lr 0.00001 --decoupled-lr 5.0e-4 --decoupled-min-lr 4.5e-5 --lr-decay-style cosine "
+        "--clip-grad 1.0 --weight-decay 0.1 --bf16 --grad-reduce-in-bf16 --cross-entropy-loss-fusion "
+        "--calculate-per-token-loss --manual-gc --exit-duration-in-mins 235 --fp8-format hybrid "
+        "--fp8-amax-history-len 1024 --fp8-amax-compute-algo max --tensor-model-parallel-size 1 "
+        "--context-parallel-size 1 --sequence-parallel --use-distributed-optimizer --overlap-grad-reduce "
+        "--overlap-param-gather --mock-data --tokenizer-type NullTokenizer --vocab-size 128256 --tiktoken-pattern v2 "
+        "--split 99,1,0 --no-create-attention-mask-in-dataloader --no-mmap-bin-files --num-workers 1 "
+        "--log-interval 1 --eval-iters 32 --eval-interval 100 --log-throughput --ckpt-format torch_dist "
+        "--distributed-timeout-minutes 60 --dwm-mode off",
+        world_size=8,
+    )
+    assert config.num_microbatches == 16
+    assert config.model.fp8 == "hybrid" and not config.optimizer.grads_in_fp32
+    assert capsys.readouterr().err == "warning: --use-mcore-models is deprecated; leave it out\n"
+
+
+def test_flags_of_older_scripts_mean_what_they_meant():
+    config = _parse(f"{RUN} --use-rotary-position-embeddings --no-position-embedding --use-flash-attn")
+    assert config.model.positions == "rope"
+
+
+@pytest.mark.parametrize(
+    ("flags", "in_fp32"),
+    [
+        ("", False),
+        ("--accumulate-allreduce-grads-in-fp32", True),
+        ("--bf16", True),
+        ("--bf16 --grad-reduce-in-bf16", False),
+        ("--bf16 --grad-reduce-in-bf16 --accumulate-allreduce-grads-in-fp32", False),
+        ("--fp16", False),
+    ],
+)
+def test_gradients_have_megatrons_precision(flags: str, in_fp32: bool):
+    assert _parse(f"{RUN} {flags}").optimizer.grads_in_fp32 is in_fp32
+
+
+def test_batches_follow_from_the_world():
+    config = _parse(f"{RUN} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", world_size=8)
+    assert (config.data_parallel_size, config.global_batch_size, config.num_microbatches) == (2, 4, 1)
+    assert _parse(f"{BY_SAMPLES} --global-batch-size 6").train_iters == 10
+
+
+def test_the_flat_flags_hold_each_once_as_plain_values():
+    config = _parse(RUN)
+    flat = config.flat()
+    assert flat.keys() == {field.name for part in PARTS.values() for field in dataclasses.fields(part)}
+    assert len(flat) == sum(len(dataclasses.fields(part)) for part in PARTS.values())
+    plain = (type(None), bool, int, float, str, list)
+    assert all(isinstance(value, plain) for value in flat.values())
+    assert Namespace(**flat).num_layers == 4
+
+
+def test_configurations_cannot_be_changed():
+    config = _parse(RUN)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.model.num_layers = 5  # type: ignore[misc]
+
+
+MISTAKES = {
+    "--no-such-flag 3": "unknown flag --no-such-flag",
+    "--num-layers many": "--num-layers: invalid int value: 'many'",
+    "--num-layers 0": "--num-layers 0: must be at least 1",
+    "--hidden-size 30": "--hidden-size 30 is not divisible by --num-attention-heads 4",
+    "--tensor-model-parallel-size 3": "world size 4 is not divisible by --tensor-model-parallel-size 3",
+    "--tensor-model-parallel-size 4 --num-attention-heads 2": "--num-attention-heads 2 is not divisible",
+    "--tensor-model-parallel-size 2 --ffn-hidden-size 33": "--ffn-hidden-size 33 is not divisible",
+    "--tensor-model-parallel-size 2 --padded-vocab-size 101": "--padded-vocab-size 101 is not divisible",
+    "--tensor-model-parallel-size 2 --sequence-parallel --seq-length 31": "--seq-length (with --sequence-parallel) 31",
+    "--tensor-model-parallel-size 2 --group-query-attention": "--num-query-groups 1 is not divisible",
+    "--pipeline-model-parallel-size 4 --num-layers 6": "--num-layers 6 is not divisible",
+    "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3": "is not divisible",
+    "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 0": "must be at least 1",
+    "--num-virtual-stages-per-pipeline-rank 2": "--pipeline-model-parallel-size 2 or more",
+    "--global-batch-size 12": "--global-batch-size 12 is not divisible by --micro-batch-size 2",
+    "--dwm-target-batch-size 3": "--dwm-target-batch-size 3 is not divisible",
+    "--train-samples 40": "exactly one of --train-iters and --train-samples",
+    "--lr-decay-samples 40": "--lr-decay-samples 40 has no effect with --train-iters; use --lr-decay-iters",
+    "--lr-warmup-samples 4": "--lr-warmup-samples 4 has no effect",
+    "--lr-warmup-iters 20": "warm-up of 20 iters does not end before its decay at 20",
+    "--lr-warmup-iters 5 --lr-decay-iters 5": "warm-up of 5 iters",
+    "--lr-warmup-iters 2 --lr-warmup-fraction 0.1": "exclude each other",
+    "--lr-warmup-fraction 1.5": "--lr-warmup-fraction 1.5: must be less than 1",
+    "--lr-decay-style WSD": "--lr-wsd-decay-iters",
+    "--min-lr 1": "--min-lr 1.0 exceeds --lr",
+    "--lr-warmup-init 1": "--lr-warmup-init 1.0 exceeds --lr",
+    "--decoupled-min-lr 1e-5": "without --decoupled-lr",
+    "--decoupled-lr 1e-5 --decoupled-min-lr 1e-4": "exceeds --decoupled-lr",
+    "--weight-decay-incr-style linear": "--start-weight-decay and --end-weight-decay",
+    "--start-weight-decay 0.1": "no effect with --weight-decay-incr-style constant",
+    "--weight-decay-incr-style linear --start-weight-decay 0.2 --end-weight-decay 0.1": "can only grow",
+    "--use-checkpoint-opt-param-scheduler --override-opt-param-scheduler": "exclude each other",
+    "--fp16 --bf16": "exclude each other",
+    "--adam-beta2 1": "--adam-beta2 1.0: must be less than 1",
+    "--clip-grad -1": "--clip-grad -1.0: must be at least 0",
+    "--seed 0": "--seed 0: must be at least 1",
+    "--exit-interval 0": "--exit-interval 0: must be at least 1",
+    "--manual-gc-interval 10": "without --manual-gc",
+    "--hidden-dropout 1": "--hidden-dropout 1.0: must be less than 1",
+    "--num-query-groups 2": "without --group-query-attention",
+    "--swiglu --squared-relu": "exclude each other",
+    "--seq-length 64": "--seq-length 64 exceeds --max-position-embeddings 32",
+    "--no-position-embedding": "--no-position-embedding with --position-embedding-type learned_absolute",
+    "--use-rope-scaling": "without --position-embedding-type rope",
+    "--position-embedding-type rope --kv-channels 5": "heads of an even size, not 5",
+    "--position-embedding-type rope --rotary-percent 0": "--rotary-percent 0.0",
+    "--recompute-granularity full": "--recompute-method",
+    "--recompute-num-layers 1": "without --recompute-granularity",
+    "--fp8-recipe mxfp8": "--fp8-recipe has no effect without --fp8-format",
+    "--no-fp8-wgrad": "--no-fp8-wgrad has no effect without --fp8-format",
+    "--fp8-format hybrid": "use --fp8-recipe tensorwise",
+    "--num-experts 8": "--num-experts is not supported",
+    "--moe-router-topk 2": "--moe-router-topk is not supported: only dense models",
+    "--context-parallel-size 2": "--context-parallel-size is not supported",
+    "--wandb-project x": "--wandb-project is not supported",
+    "--rampup-batch-size 4 4 100": "--rampup-batch-size is not supported",
+    "--overlap-param-gather": "--use-distributed-optimizer",
+    "--ddp-bucket-size 0": "--ddp-bucket-size 0: must be at least 1",
+    "--num-workers -1": "--num-workers -1: must be at least 0",
+    "--data-path x": "--mock-data excludes",
+    "--tokenizer-type HuggingFaceTokenizer": "needs --tokenizer-model",
+    "--tokenizer-metadata /none": "--tokenizer-metadata /none: no such file",
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_a_mistake_is_one_line_and_code_2(flags: str, capsys: pytest.CaptureFixture[str]):
+    def main() -> None:
+        _parse(f"{RUN} {flags}", world_size=4)
+
+    with pytest.raises(SystemExit) as ended:
+        run_cli(main)
+    assert ended.value.code == EXIT_CODE
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert MISTAKES[flags] in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--lr-decay-iters 10", "--lr-decay-iters 10 has no effect with --train-samples; use --lr-decay-samples"),
+        ("--lr-warmup-iters 1", "use --lr-warmup-samples"),
+        ("--lr-warmup-samples 64", "warm-up of 64 samples"),
+        ("--lr-decay-style WSD --lr-wsd-decay-iters 3", "use --lr-wsd-decay-samples"),
+        ("--global-batch-size 128", "--train-samples 64 is less than one batch"),
+    ],
+)
+def test_a_run_counted_in_samples_has_its_schedule_in_samples(flags: str, said: str):
+    with pytest.raises(UserError, match=said):
+        _parse(f"{BY_SAMPLES} {flags}")

@@ -1,0 +1,92 @@
+"""Scores to weights, and the closed-form gradients against autograd in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_dwm.weighting.weights import (
+    WeightStatistics,
+    objective,
+    objective_score_gradient,
+    relative_weights,
+    standardised,
+    target_score_gradient,
+)
+
+N = 7
+
+
+def random(seed: int) -> torch.Tensor:
+    return torch.randn(N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.7, 1e30, 1e-30])
+@pytest.mark.parametrize("count", [1, 3, 7, 10, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_equal_scores_weigh_exactly_one(value: float, count: int, temperature: float):
+    weights = relative_weights(torch.full((count,), value), temperature)
+    assert torch.equal(weights, torch.ones(count, dtype=torch.float64))
+
+
+def test_relative_weights_are_n_times_the_softmax():
+    scores = random(0)
+    expected = N * torch.softmax(scores / 0.7, 0)
+    torch.testing.assert_close(relative_weights(scores, 0.7), expected, rtol=1e-14, atol=0)
+    assert torch.isfinite(relative_weights(1e4 * scores, 1.0)).all()
+
+
+def test_standardised_alignments_have_mean_0_and_variance_1():
+    found = standardised(100 + 5 * random(1))
+    assert abs(float(found.mean())) < 1e-14 and float(found.square().mean()) == pytest.approx(1, abs=1e-14)
+    assert torch.equal(standardised(torch.full((N,), 3.0)), torch.zeros(N, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.4, 3.0])
+@pytest.mark.parametrize("kl_weight", [0.0, 2.0])
+def test_the_objectives_gradient_is_autograds(temperature: float, kl_weight: float):
+    scores, alignments = random(2).requires_grad_(), 3 + 10 * random(3)
+    w = torch.softmax(scores / temperature, 0)
+    value = -(standardised(alignments) * w).sum() + kl_weight * (w * (N * w).log()).sum()
+    (expected,) = torch.autograd.grad(value, scores)
+    found = objective_score_gradient(alignments, scores.detach(), temperature, kl_weight)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    assert objective(alignments, scores.detach(), temperature, kl_weight) == pytest.approx(value.item(), abs=1e-13)
+
+
+def test_the_target_losss_gradient_is_autograds_through_the_step():
+    """On a linear target loss the first order is all there is: l_val(θ') = ⟨v, θ − η Σ w_i g_i⟩."""
+    generator = torch.Generator().manual_seed(4)
+    v = torch.randn(5, generator=generator, dtype=torch.float64)
+    gradients = torch.randn(N, 5, generator=generator, dtype=torch.float64)
+    scores, temperature, rate = random(5).requires_grad_(), 0.6, 0.02
+    value = v @ (-rate * torch.softmax(scores / temperature, 0) @ gradients)
+    (expected,) = torch.autograd.grad(value, scores)
+    found = target_score_gradient(gradients @ v, scores.detach(), temperature, rate)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_statistics_of_uniform_and_of_one_hot_weights():
+    uniform = WeightStatistics.of(torch.ones(N))
+    assert uniform.effective_sample_size == pytest.approx(1) and uniform.kl == 0
+    assert uniform.entropy == pytest.approx(math.log(N))
+    one_hot = torch.zeros(N)
+    one_hot[2] = N
+    single = WeightStatistics.of(one_hot)
+    assert single.effective_sample_size == pytest.approx(1 / N)
+    assert single.entropy == 0 and single.kl == pytest.approx(math.log(N))
+
+
+def test_without_a_kl_term_the_optimum_is_one_hot_and_with_it_exponential():
+    alignments = random(6)
+
+    def optimum(kl_weight: float) -> torch.Tensor:
+        scores = torch.zeros(N, dtype=torch.float64)
+        for _ in range(20000):
+            scores -= 1.0 * objective_score_gradient(alignments, scores, 1.0, kl_weight)
+        return torch.softmax(scores, 0)
+
+    assert float(optimum(0.0).max()) > 0.99
+    torch.testing.assert_close(optimum(2.0), torch.softmax(standardised(alignments) / 2.0, 0), rtol=1e-9, atol=0)

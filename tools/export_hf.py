@@ -1,0 +1,154 @@
+"""Write the language model of a checkpoint as a Hugging Face folder: LlamaForCausalLM or GPT2LMHeadModel.
+
+The model's flags, and the tokenizer's where they are not given, come from the checkpoint. One process, no GPU,
+whatever layout the checkpoint was saved under.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from megatron_dwm.arguments import build, flag, flags_of, read
+from megatron_dwm.config.checkpoint import CheckpointConfig
+from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.errors import UserError, run_cli
+from megatron_dwm.files import written_folder
+
+MODEL_KEYS = "embedding.", "decoder.", "output_layer."
+UNKNOWN_PARTS = (
+    "activation_func_clamp_value",
+    "apply_residual_connection_post_layernorm",
+    "attention_output_gate",
+    "experimental_attention_variant",
+    "glu_linear_offset",
+    "is_hybrid_model",
+    "linear_attention_freq",
+    "mtp_num_layers",
+    "no_rope_freq",
+    "openai_gelu",
+    "qk_l2_norm",
+    "quick_geglu",
+    "rotary_seq_len_interpolation_factor",
+    "window_size",
+)
+"""Arguments in Megatron-LM's checkpoints that, where set, make another model of the same tensors."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What to export."""
+
+    load: str = flag("", "Folder of checkpoints, or one checkpoint's iteration with --ckpt-step.")
+    ckpt_step: int | None = flag(None, "Iteration to export, in place of the latest.")
+    output: str = flag("", "Hugging Face folder to write; it must not be there.")
+
+    def __post_init__(self) -> None:
+        for name in ("load", "output"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is missing; give a folder")
+        if Path(self.output).exists():
+            raise UserError(f"--output {self.output} exists; remove it or give another folder")
+
+
+def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> None:
+    """Write the folder that ``config`` names.
+
+    Args:
+        tokenizer_flags: values of TokenizerConfig's fields that take precedence over the checkpoint's.
+
+    Raises:
+        UserError: no such checkpoint, or Hugging Face has no such model.
+    """
+    from megatron_dwm.data.tokenizer import build_tokenizer, save_hf_tokenizer
+    from megatron_dwm.model.hf import causal_language_model
+
+    folder = _checkpoint_folder(config)
+    saved = read_arguments(folder)
+    model = saved_model(saved)
+    tokenizer_config = saved_tokenizer(saved, tokenizer_flags)
+    tokenizer = build_tokenizer(tokenizer_config)
+    full_state = read_model(folder)
+    rows = len(full_state["embedding.word_embeddings.weight"])
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model of {folder} only {rows}; give the flags "
+            "of the tokenizer that it was trained with"
+        )
+    vocab_size = max(int(tokenizer.vocab_size), saved.get("hf_vocab_size", 0))
+    language_model = causal_language_model(full_state, model, vocab_size=vocab_size)
+    language_model.config.eos_token_id = int(tokenizer.eod)
+    with written_folder(Path(config.output)) as beside:
+        language_model.save_pretrained(beside)
+        save_hf_tokenizer(tokenizer, tokenizer_config, beside)
+
+
+def read_arguments(folder: Path) -> dict[str, Any]:
+    """The arguments that a checkpoint was saved with."""
+    from megatron.core import dist_checkpointing
+
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    if "args" not in common:
+        raise UserError(f"{folder}: its common.pt holds no arguments; it is not a checkpoint of pretraining")
+    return vars(common["args"])
+
+
+def saved_model(saved: Mapping[str, Any]) -> ModelConfig:
+    """The model that a checkpoint's arguments describe.
+
+    Raises:
+        UserError: it is not a model that this programme trains.
+    """
+    for name in UNKNOWN_PARTS:
+        if saved.get(name):
+            raise UserError(f"the checkpoint was saved with {name}={saved[name]}, which cannot be exported")
+    return build(ModelConfig, saved)
+
+
+def saved_tokenizer(saved: Mapping[str, Any], given: Mapping[str, Any]) -> TokenizerConfig:
+    """The tokenizer of a checkpoint's arguments, ``given`` flags first."""
+    usable = {item.field for item in flags_of(TokenizerConfig) if item.refused is None}
+    return build(TokenizerConfig, {key: saved[key] for key in usable & saved.keys()} | dict(given))
+
+
+def read_model(folder: Path) -> dict[str, torch.Tensor]:
+    """The model's unsharded tensors by checkpoint key; those of layers are stacked, [layers, ...]."""
+    import torch.distributed.checkpoint as dcp
+    from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
+
+    described = load_tensors_metadata(str(folder))
+    state = {
+        key: torch.empty(tensor.global_shape, dtype=tensor.dtype)
+        for key, tensor in described.items()
+        if key.startswith(MODEL_KEYS)
+    }
+    dcp.load(state, checkpoint_id=str(folder))
+    return state
+
+
+def _checkpoint_folder(config: ExportConfig) -> Path:
+    from megatron_dwm.training.checkpoint import find_checkpoint
+
+    flags = CheckpointConfig(load=config.load, ckpt_step=config.ckpt_step, exit_on_missing_checkpoint=True)
+    wanted: Any = SimpleNamespace(checkpoint=flags)
+    folder = find_checkpoint(wanted)
+    assert folder is not None
+    return folder
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")  # of the libraries: a single process, no accelerator
+    given = read(None, [ExportConfig, TokenizerConfig], description=__doc__)
+    fields = {item.field for item in flags_of(TokenizerConfig)}
+    export(build(ExportConfig, given), {key: value for key, value in given.items() if key in fields})
+
+
+if __name__ == "__main__":
+    run_cli(main)
