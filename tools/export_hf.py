@@ -46,7 +46,7 @@ UNKNOWN_PARTS = (
 class ExportConfig:
     """What to export."""
 
-    load: str = flag("", "Folder of checkpoints, or one checkpoint's iteration with --ckpt-step.")
+    load: str = flag("", "Folder of checkpoints: a run's --save.")
     ckpt_step: int | None = flag(None, "Iteration to export, in place of the latest.")
     output: str = flag("", "Hugging Face folder to write; it must not be there.")
 
@@ -67,6 +67,8 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> None:
     Raises:
         UserError: no such checkpoint, or Hugging Face has no such model.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from megatron_dwm.data.tokenizer import build_tokenizer, save_hf_tokenizer
     from megatron_dwm.model.hf import causal_language_model
 
@@ -85,6 +87,7 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> None:
     vocab_size = max(int(tokenizer.vocab_size), saved.get("hf_vocab_size", 0))
     language_model = causal_language_model(full_state, model, vocab_size=vocab_size)
     language_model.config.eos_token_id = int(tokenizer.eod)
+    disable_progress_bar()
     with written_folder(Path(config.output)) as beside:
         language_model.save_pretrained(beside)
         save_hf_tokenizer(tokenizer, tokenizer_config, beside)
@@ -134,12 +137,12 @@ def read_model(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _checkpoint_folder(config: ExportConfig) -> Path:
-    from megatron_dwm.training.checkpoint import find_checkpoint
+    from megatron_dwm.training.checkpoint import TRACKER, find_checkpoint
 
-    flags = CheckpointConfig(load=config.load, ckpt_step=config.ckpt_step, exit_on_missing_checkpoint=True)
-    wanted: Any = SimpleNamespace(checkpoint=flags)
+    wanted: Any = SimpleNamespace(checkpoint=CheckpointConfig(load=config.load, ckpt_step=config.ckpt_step))
     folder = find_checkpoint(wanted)
-    assert folder is not None
+    if folder is None:
+        raise UserError(f"--load {config.load}: no {TRACKER} there; give the folder that a run's --save named")
     return folder
 
 

@@ -82,11 +82,13 @@ def read_hugging_face(folder: Path) -> tuple[ModelConfig, int, dict[str, torch.T
         UserError: it cannot be read, or is not a model that this programme trains.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     from megatron_dwm.model.hf import model_config
 
     if not (folder / "config.json").is_file():
         raise UserError(f"--input {folder}: no config.json there; give the folder of a Hugging Face model")
+    disable_progress_bar()
     try:
         hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
         model = model_config(hf_config)

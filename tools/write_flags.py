@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from megatron_dwm.arguments import Flag, flag, flags_of, parse, title_of
 from megatron_dwm.config.refused import REFUSED
 from megatron_dwm.config.run import PARTS
 from megatron_dwm.errors import run_cli
+from megatron_dwm.files import write_text
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
 INTRODUCTION = """\
@@ -79,13 +79,7 @@ def main() -> None:
         if not PAGE.is_file() or PAGE.read_text() != page:
             raise SystemExit(f"{PAGE} is stale; run python tools/write_flags.py")
         return
-    PAGE.parent.mkdir(exist_ok=True)
-    beside = PAGE.with_suffix(".partial")
-    with beside.open("w") as file:
-        file.write(page)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, PAGE)
+    write_text(PAGE, page)
 
 
 if __name__ == "__main__":

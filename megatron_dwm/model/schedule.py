@@ -90,18 +90,21 @@ class PipelineSchedule:
         iterators = [iter(micros) for _ in self.chunks]
         for chunk in self.chunks:
             chunk.force_all_reduce = force_all_reduce
+        # megatron-core's aligned reduction always scatters; without it the chunks reduce when they are ready.
+        aligned = {"grad_sync_func": None} if force_all_reduce else {}
         try:
-            reports = get_forward_backward_func()(
-                forward_step_func=self._forward_step,
-                data_iterator=iterators if len(iterators) > 1 else iterators[0],
-                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-                num_microbatches=len(micros),
-                seq_length=self.seq_length,
-                micro_batch_size=micro_batch_size,
-                decoder_seq_length=self.seq_length,
-                forward_only=forward_only,
-                force_all_reduce=force_all_reduce,
-            )
+            with _attributes(self.config, aligned):
+                reports = get_forward_backward_func()(
+                    forward_step_func=self._forward_step,
+                    data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                    model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                    num_microbatches=len(micros),
+                    seq_length=self.seq_length,
+                    micro_batch_size=micro_batch_size,
+                    decoder_seq_length=self.seq_length,
+                    forward_only=forward_only,
+                    force_all_reduce=force_all_reduce,
+                )
         finally:
             for chunk in self.chunks:
                 chunk.force_all_reduce = False
@@ -182,10 +185,10 @@ class PipelineSchedule:
         with ExitStack() as stack:
             for chunk in self.chunks:
                 for module in chunk.modules():
-                    if isinstance(module, torch.nn.Dropout):
-                        stack.enter_context(_attributes(module, {"p": 0.0}))
-                    elif hasattr(module, "hidden_dropout"):
-                        stack.enter_context(_attributes(module, {"hidden_dropout": 0.0}))
+                    # Layers, and Transformer Engine's attentions, keep probabilities as plain numbers.
+                    names = ["p"] if isinstance(module, torch.nn.Dropout) else ["hidden_dropout", "attention_dropout"]
+                    present = {name: 0.0 for name in names if isinstance(getattr(module, name, None), float)}
+                    stack.enter_context(_attributes(module, present))
             try:
                 yield
             finally:

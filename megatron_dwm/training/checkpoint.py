@@ -23,7 +23,7 @@ import torch.distributed as dist
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.distributed import Layout
-from megatron_dwm.training.optimizer import allocate_state
+from megatron_dwm.training.optimizer import allocate_state, load_optimizer
 
 TRACKER = "latest_checkpointed_iteration.txt"
 DWM_STATE = "dwm_state.pt"
@@ -175,8 +175,7 @@ def load_checkpoint(
     for number, chunk in enumerate(objects.chunks):
         chunk.load_state_dict(state["model" if len(objects.chunks) == 1 else f"model{number}"])
     if with_optimizer:
-        with torch.no_grad():  # fp32 shards are views of parameters that ask for gradients
-            objects.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(objects.optimizer, state["optimizer"])
         objects.scheduler.load_state_dict(state["opt_param_scheduler"])
     elif config.optimizer.fp16 or config.optimizer.bf16:
         objects.optimizer.reload_model_params()

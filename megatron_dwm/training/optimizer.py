@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -37,9 +38,49 @@ def allocate_state(optimizer: Any) -> None:
     megatron-core counts on Transformer Engine's or Apex's Adam to have some; torch's has none before its first step.
     The parameters may move: they are loaded next.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
+    for part in _distributed(optimizer):
+        if not part.optimizer.state:
             part._init_optimizer_states_with_dummy_values()
+
+
+def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """``optimizer.load_state_dict`` that also holds for torch's Adam under the distributed optimiser.
+
+    torch keeps a step count for each parameter. megatron-core hands all of them one tensor, which would then be
+    counted up once a parameter, and does not find it among the tensors of a fully reshardable checkpoint.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())  # fp32 shards are views of parameters that ask for gradients
+        for part in _distributed(optimizer):
+            stack.enter_context(_keeping_steps(part))
+        optimizer.load_state_dict(state)
+    for part in _distributed(optimizer):
+        for own in part.optimizer.state.values():
+            if isinstance(own.get("step"), torch.Tensor):
+                own["step"] = own["step"].clone()
+
+
+@contextmanager
+def _keeping_steps(part: Any) -> Iterator[None]:
+    """While open, tensors are loaded into ``part`` without their step, which came with the parameter groups."""
+    set_states = part._set_main_param_and_optimizer_states
+
+    def set_states_but_step(model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = part.model_param_group_index_map[model_param]
+        own = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+        kept = {"step": own["step"]} if isinstance(own.get("step"), torch.Tensor) else {}
+        set_states(model_param, tensors | kept)
+
+    part._set_main_param_and_optimizer_states = set_states_but_step
+    try:
+        yield
+    finally:
+        del part._set_main_param_and_optimizer_states
+
+
+def _distributed(optimizer: Any) -> list[Any]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if isinstance(part, DistributedOptimizer)]
 
 
 def params_dtype(config: RunConfig) -> torch.dtype:

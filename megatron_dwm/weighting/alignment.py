@@ -18,15 +18,16 @@ Direction = dict[torch.nn.Parameter, torch.Tensor]
 """v, by parameter: the shape of the parameter, float32 (float64 for float64 models)."""
 
 
-def counts_here(param: torch.nn.Parameter, layout: Layout) -> bool:
-    """Whether this rank's product for ``param`` belongs in the sum over the model-parallel group.
+def counts_here(name: str, param: torch.nn.Parameter, layout: Layout) -> bool:
+    """Whether this rank's product for the parameter belongs in the sum over the model-parallel group.
 
-    A parameter that the TP ranks hold in full has the same gradient on all of them, and counts once; under sequence
-    parallelism its gradients are parts of a sum, and all count. Tied embeddings on two pipeline stages each
-    hold a part.
+    A parameter that the TP ranks hold in full has the same gradient on all of them, and counts once. Where its gradients
+    are parts of a sum all count: norms and biases under sequence parallelism, and norms of queries and keys, whose
+    heads the ranks divide. Tied embeddings on two pipeline stages each hold a part.
     """
     sharded = getattr(param, "tensor_model_parallel", False)
-    partial = getattr(param, "sequence_parallel", False)
+    of_heads = "q_layernorm" in name or "k_layernorm" in name  # megatron-core knows them by name, too
+    partial = getattr(param, "sequence_parallel", False) or of_heads
     return sharded or partial or layout.tp_rank == 0
 
 
@@ -52,8 +53,8 @@ def products_with(
     handles = [
         param.register_post_accumulate_grad_hook(add_product)
         for chunk in chunks
-        for param in chunk.parameters()
-        if param.requires_grad and counts_here(param, layout)
+        for name, param in chunk.named_parameters()
+        if param.requires_grad and counts_here(name, param, layout)
     ]
     try:
         yield products

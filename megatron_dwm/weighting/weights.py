@@ -12,20 +12,27 @@ import torch
 
 
 def relative_weights(scores: torch.Tensor, temperature: float) -> torch.Tensor:
-    """u = N softmax(s / temperature) [N]; exactly 1.0 everywhere when all scores are equal.
+    """u = N softmax(s / temperature) [N]; exactly 1.0 everywhere when all scores are equal."""
+    return log_relative_weights(scores, temperature).exp()
 
-    Written as exp(s/t - logmeanexp(s/t)) with the largest score taken out, so that equal scores leave exp(0).
+
+def log_relative_weights(scores: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log u = s/t - logmeanexp(s/t) [N]: finite where u itself is too small for a number.
+
+    With the largest score taken out, equal scores leave exactly 0.
     """
     scaled = scores.double() / temperature
     shifted = scaled - scaled.max()
-    return (shifted - shifted.exp().mean().log()).exp()
+    return shifted - shifted.exp().mean().log()
 
 
 def standardised(alignments: torch.Tensor) -> torch.Tensor:
     """Alignments with mean 0 and variance 1 over the batch [N]; all zero if they do not differ."""
-    centred = alignments.double() - alignments.double().mean()
-    spread = centred.square().mean().sqrt()
-    return centred / spread if spread > 0 else torch.zeros_like(centred)
+    a = alignments.double()
+    if a.max() == a.min():  # their mean may differ by a rounding
+        return torch.zeros_like(a)
+    centred = a - a.mean()
+    return centred / centred.square().mean().sqrt()
 
 
 def target_score_gradient(
@@ -39,18 +46,18 @@ def target_score_gradient(
 
 def objective(alignments: torch.Tensor, scores: torch.Tensor, temperature: float, kl_weight: float) -> float:
     """What the weighter minimises: -Σ â_i w_i + λ Σ w_i log(N w_i), with â the standardised alignments."""
-    u = relative_weights(scores, temperature)
-    w = u / len(u)
-    return float(-(standardised(alignments) * w).sum() + kl_weight * (w * u.log()).sum())
+    log_u = log_relative_weights(scores, temperature)
+    w = log_u.exp() / len(log_u)
+    return float(-(standardised(alignments) * w).sum() + kl_weight * (w * log_u).sum())
 
 
 def objective_score_gradient(
     alignments: torch.Tensor, scores: torch.Tensor, temperature: float, kl_weight: float
 ) -> torch.Tensor:
     """Gradient of :func:`objective` in the scores [N]: w_i (c_i - Σ_j w_j c_j) / τ, c_i = -â_i + λ log(N w_i)."""
-    u = relative_weights(scores, temperature)
-    w = u / len(u)
-    c = -standardised(alignments) + kl_weight * u.log()
+    log_u = log_relative_weights(scores, temperature)
+    w = log_u.exp() / len(log_u)
+    c = -standardised(alignments) + kl_weight * log_u
     return w * (c - (w * c).sum()) / temperature
 
 

@@ -1,7 +1,7 @@
 """The target gradient v and the alignments a_i = ⟨v, ∇ l_i⟩, in every layout, against autograd in float64.
 
-fp32 against float64: v to 2e-5, alignments to 1e-4 of the largest (sums of products of two such gradients, which cancel).
-The finite difference moves θ by 0.01; its error is that of the curvature, 1e-2 of the largest.
+fp32 against float64: v to 2e-5, alignments to 1e-4 of the largest (sums of products of two such gradients, which
+cancel). The finite difference moves θ by 0.01; its error is that of the curvature, 1e-2 of the largest.
 """
 
 from __future__ import annotations

@@ -91,6 +91,30 @@ def test_the_hugging_face_copy_has_the_logits_of_every_architecture(monkeypatch,
     _assert_equal_to_hf(monkeypatch, MODELS[name], "one process")
 
 
+def _full_state(model: ModelConfig) -> dict[str, torch.Tensor]:
+    tiny.initialize(LAYOUTS["one process"])
+    chunks, _ = tiny.build(model, LAYOUTS["one process"])
+    return gather_full_state(chunks, lambda key: True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_and_configuration_come_back_from_hugging_face(name: str):
+    model = MODELS[name]
+    (full,) = run_distributed(_full_state, 1, model)
+    state = to_hf_state_dict(full, model, layers=model.layers, vocab_size=UNPADDED)
+    back = model_config(hf_config(model, vocab_size=UNPADDED, num_layers=model.layers))
+    assert hf_config(back, vocab_size=UNPADDED, num_layers=model.layers).to_dict() == (
+        hf_config(model, vocab_size=UNPADDED, num_layers=model.layers).to_dict()
+    )
+    again = from_hf_state_dict(state, back, padded_vocab_size=tiny.VOCAB_SIZE)
+    assert again.keys() == full.keys()
+    for key, tensor in full.items():
+        if key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            assert not again[key][UNPADDED:].any()
+            tensor[UNPADDED:] = 0
+        assert torch.equal(again[key], tensor), key
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_the_first_layers_start_a_classifier(name: str):
     model = MODELS[name]

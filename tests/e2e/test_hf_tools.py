@@ -70,7 +70,7 @@ RUN = {
 }
 TP2_PP2 = {"--tensor-model-parallel-size": 2, "--pipeline-model-parallel-size": 2}
 INTERLEAVED = {"--pipeline-model-parallel-size": 2, "--num-virtual-stages-per-pipeline-rank": 2}
-TRAINED: dict[str, tuple[type, dict[str, Any], int]] = {
+TRAINED: dict[str, tuple[Any, dict[str, Any], int]] = {
     "llama with grouped queries, TP2 PP2": (LlamaForCausalLM, LLAMA | UNTIED | TP2_PP2, 4),
     "llama with tied head, interleaved PP2": (LlamaForCausalLM, LLAMA | INTERLEAVED, 2),
     "gpt2, TP2 PP2": (GPT2LMHeadModel, SIZES | TP2_PP2, 4),
@@ -123,8 +123,8 @@ def test_a_trained_checkpoint_becomes_a_hugging_face_model_with_its_logits_and_t
     _run(monkeypatch, export_hf, "--load", tmp_path / "save", "--output", tmp_path / "hf")
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
-    model, report = loaded
-    assert type(model) is kind and not any(report.values())
+    model: Any = loaded[0]
+    assert type(model) is kind and not any(loaded[1].values())
     settings = TokenizerConfig("SentencePieceTokenizer", tokenizer_flags["--tokenizer-model"])
     tokenizer = build_tokenizer(settings)
     exported = AutoTokenizer.from_pretrained(tmp_path / "hf")
