@@ -28,9 +28,12 @@ def assert_same(one: object, other: object, where: str = "") -> None:
         assert one == other, where
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "stop", [pytest.param(10, id="in the middle of a stage"), pytest.param(3, id="in the warm-up")]
+    ("layout", "stop"),
+    [
+        pytest.param("one process", 3, id="one process, in the warm-up"),
+        *(pytest.param(layout, 10, id=f"{layout}, in the middle of a stage") for layout in LAYOUTS),
+    ],
 )
 def test_a_resumed_run_equals_the_whole_one_bit_for_bit(layout: str, stop: int, tmp_path: Path):
     processes, parallel = LAYOUTS[layout]

@@ -1,0 +1,163 @@
+"""The outer update: the hypergradient against central differences, and nothing but the weighter is different after it."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import tensor_parallel
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from megatron_dwm.runtime.parameters import ParameterCopy
+from megatron_dwm.training.step import train_step
+from megatron_dwm.weighting.weighter import Weighter
+from megatron_dwm.weighting.weights import relative_weights, target_score_gradient
+from tests.distributed.engine import (
+    LAYOUTS,
+    LLAMA,
+    NUM_SAMPLES,
+    SEQ_LENGTH,
+    VOCAB_SIZE,
+    Engine,
+    Reference,
+    build_engine,
+    inner,
+    random_mask,
+    random_tokens,
+)
+from tests.distributed.harness import run_distributed
+
+
+def classifier(seed: int = 0) -> LlamaForSequenceClassification:
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=SEQ_LENGTH,
+            num_labels=1,
+            pad_token_id=0,
+        )
+    )
+
+
+def test_the_hypergradient_is_the_central_difference_of_the_target_loss_after_a_step():
+    """∂ l_val(θ'(φ)) / ∂φ = Σ_i ∂l_val/∂s_i · ∂s_i/∂φ, all in float64, θ' one step of plain SGD.
+
+    The closed form takes v at θ', so it is exact; what is left is the central difference's own error, (1e-5)², and
+    float64's rounding over 2e-5.
+    """
+    rate, temperature, epsilon = 0.05, 0.7, 1e-5
+    ((state, _),) = run_distributed(lambda: (build_engine(LLAMA).parameters(), None), 1)
+    tokens, mask, target, target_mask = random_tokens(1), random_mask(2), random_tokens(5), random_mask(6)
+    weighter = classifier().double().eval()
+    with torch.no_grad():
+        weighter.score.weight.mul_(30)
+
+    def scores() -> torch.Tensor:
+        return weighter(input_ids=tokens[:, :-1], use_cache=False).logits.squeeze(-1)
+
+    def stepped() -> tuple[Reference, list[dict[str, torch.Tensor]]]:
+        """θ' as a model, and the samples' gradients at θ."""
+        reference = Reference(LLAMA, state)
+        losses = reference.losses(tokens, mask)
+        gradients = [reference.gradient(loss) for loss in losses]
+        w = relative_weights(scores().detach(), temperature) / NUM_SAMPLES
+        with torch.no_grad():
+            for name, param in reference.params.items():
+                param -= rate * sum(weight * gradient[name] for weight, gradient in zip(w, gradients, strict=True))
+        return reference, gradients
+
+    reference, gradients = stepped()
+    v = reference.gradient(reference.losses(target, target_mask).mean())
+    alignments = torch.stack([inner(v, gradient) for gradient in gradients])
+    scored = scores()
+    scored.backward(target_score_gradient(alignments, scored.detach(), temperature, rate))
+
+    for param in (
+        weighter.score.weight,
+        weighter.model.layers[0].mlp.up_proj.weight,
+        weighter.model.embed_tokens.weight,
+    ):
+        direction = torch.randn(param.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        sides = []
+        for sign in (1, -1):
+            param.data += sign * epsilon * direction
+            moved, _ = stepped()
+            sides.append(float(moved.losses(target, target_mask).mean()))
+            param.data -= sign * epsilon * direction
+        difference = (sides[0] - sides[1]) / (2 * epsilon)
+        assert abs(difference) > 1e-6
+        assert float((param.grad * direction).sum()) == pytest.approx(difference, rel=1e-4)
+
+
+def fingerprint(engine: Engine) -> dict[str, str]:
+    """Digests of everything in a run but the weighter."""
+    tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
+    tensors = {
+        "parameters": [p.data for chunk in engine.chunks for p in chunk.parameters()],
+        "optimiser": [
+            value
+            for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
+            for state in part.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        ],
+        "random streams": [torch.get_rng_state(), *(tracker[name] for name in sorted(tracker))],
+    }
+    flags = {
+        "hooks": [chunk.use_forward_hook for chunk in engine.chunks],
+        "training": [module.training for chunk in engine.chunks for module in chunk.modules()],
+        "dropout": [getattr(module, "hidden_dropout", None) for chunk in engine.chunks for module in chunk.modules()],
+        "configuration": {k: str(v) for k, v in vars(engine.schedule.config).items() if "func" in k},
+    }
+    digests = {
+        name: hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in values)).hexdigest()
+        for name, values in tensors.items()
+    }
+    return digests | {name: str(value) for name, value in flags.items()}
+
+
+def updates(flags: list[str]) -> tuple[list[tuple[dict[str, str], dict[str, str]]], list[str], Any]:
+    """Two steps, an outer update after each: fingerprints before and after the updates, weighter hashes, alignments."""
+    engine = build_engine([*flags, "--hidden-dropout", "0.2", "--attention-dropout", "0.2"])
+    weighter = Weighter(classifier(), engine.config.weighting, torch.device("cpu"))
+    outer = engine.outer(weighter)
+    pairs, hashes = [], [weighter.hash()]
+    results = []
+    for number in range(2):
+        batch = engine.batch(random_tokens(1 + number), random_mask(2))
+        target = engine.batch(random_tokens(5 + number), random_mask(6))
+        before = ParameterCopy(engine.chunks)
+        train_step(engine.schedule, engine.optimizer, _NoSchedule(), batch, 2, None, engine.layout)
+        with engine.schedule.whole_parameters():
+            first = fingerprint(engine)
+            result = outer.run(batch, target, before)
+            pairs.append((first, fingerprint(engine)))
+        hashes.append(weighter.hash())
+        results.append(result)
+    return pairs, hashes, results[-1].alignments
+
+
+class _NoSchedule:
+    def step(self, increment: int) -> None:
+        """A constant learning rate."""
+
+
+@pytest.mark.parametrize(
+    "layout", ["TP2 x PP2", "PP2, interleaved", "TP2, sequence parallel, x DP2, distributed optimiser, overlapped"]
+)
+def test_an_update_changes_the_weighter_alike_on_all_ranks_and_nothing_else(layout: str):
+    world, parallel = LAYOUTS[layout]
+    results = run_distributed(updates, world, [*LLAMA, *parallel])
+    for pairs, hashes, alignments in results:
+        for before, after in pairs:
+            assert after == before
+        assert len(set(hashes)) == 3
+        assert hashes == results[0][1]
+        assert torch.equal(alignments, results[0][2])

@@ -1,0 +1,86 @@
+"""The weighter's replicas: equal steps, equal scores, and a check that notices when they are not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_dwm.config.weighting import WeightingConfig
+from megatron_dwm.data.sampler import Share
+from megatron_dwm.runtime.distributed import current_layout
+from megatron_dwm.weighting.exchange import SampleExchange
+from megatron_dwm.weighting.weighter import Weighter
+from tests.distributed.engine import SEQ_LENGTH, VOCAB_SIZE
+from tests.distributed.harness import run_distributed
+from tests.distributed.test_outer_update import classifier
+
+SAMPLES = 10
+CONFIG = WeightingConfig(dwm_lr=1e-2, dwm_score_batch_size=3, dwm_valid_data_path=["x"])
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [10, s] and a gradient in their scores [10]."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, VOCAB_SIZE, (SAMPLES, SEQ_LENGTH), generator=generator)
+    return tokens, torch.randn(SAMPLES, generator=generator, dtype=torch.float64)
+
+
+def learn() -> tuple[torch.Tensor, str]:
+    """Parameters and hash after three steps in which each rank brings its part of the samples."""
+    weighter = Weighter(classifier(), CONFIG, torch.device("cpu"))
+    tokens, gradient = batch()
+    own = slice(dist.get_rank(), None, dist.get_world_size())
+    if dist.get_world_size() == 4 and dist.get_rank() == 3:
+        own = slice(0, 0)  # a rank without samples takes the same step
+    elif dist.get_world_size() == 4:
+        own = slice(dist.get_rank(), None, 3)
+    for _ in range(3):
+        weighter.step(tokens[own], gradient[own])
+    flat = torch.cat([param.detach().flatten() for param in weighter.model.parameters()])
+    return flat, weighter.check_replicas()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_steps_are_those_of_one_process_and_bitwise_alike_on_all(world: int):
+    ((expected, _),) = run_distributed(learn, 1)
+    results = run_distributed(learn, world)
+    start = torch.cat([param.detach().flatten() for param in classifier().parameters()])
+    for flat, digest in results:
+        assert digest == results[0][1]
+        # fp32 sums in another order; Adam divides small gradients by small ones, which magnifies that.
+        assert float((flat - expected).norm()) < 1e-3 * float((expected - start).norm())
+
+
+def test_a_replica_that_differs_is_noticed_on_every_rank():
+    def check() -> str:
+        weighter = Weighter(classifier(), CONFIG, torch.device("cpu"))
+        if dist.get_rank() == 1:
+            weighter.model.score.weight.data[0, 0] += 1e-7
+        with pytest.raises(RuntimeError, match="replicas differ"):
+            weighter.check_replicas()
+        return "noticed"
+
+    assert run_distributed(check, 2) == ["noticed", "noticed"]
+
+
+@pytest.mark.parametrize(("world", "tp", "pp"), [(1, 1, 1), (4, 2, 1), (4, 2, 2), (2, 1, 2), (2, 1, 1)])
+@pytest.mark.parametrize(("micro", "microbatches"), [(1, 3), (2, 2)])
+def test_values_are_gathered_in_the_datas_order_whatever_the_layout(
+    world: int, tp: int, pp: int, micro: int, microbatches: int
+):
+    def exchanged() -> tuple[torch.Tensor, torch.Tensor, bool]:
+        parallel_state.initialize_model_parallel(tp, pp)
+        layout = current_layout()
+        share = Share(micro, microbatches, layout.dp_rank, layout.dp_size)
+        exchange = SampleExchange(share, layout)
+        everything = torch.arange(share.all_samples * 2).view(-1, 2)
+        replica = exchange.replica_part(everything)
+        in_order = torch.equal(replica[:, 0] // 2, torch.tensor(share.own(list(range(share.all_samples)))))
+        own = exchange.share_part(everything)
+        return exchange.gather_replicas(replica), exchange.gather_shares(own), in_order
+
+    for replicas, shares, in_order in run_distributed(exchanged, world):
+        expected = torch.arange(len(replicas) * 2).view(-1, 2)
+        assert in_order and torch.equal(replicas, expected) and torch.equal(shares, expected)
