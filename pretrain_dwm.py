@@ -24,7 +24,7 @@ def main() -> None:
     agreement = Agreement(rank, world_size)
     with agreement.phase("flags"):
         require_megatron_core()
-        config = parse_run(None, world_size)
+        config = parse_run(None, world_size, speaks=rank == 0)
         device = select_device(local_rank)
 
     from megatron_dwm.training.build import build_trainer, read_inputs

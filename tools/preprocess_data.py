@@ -6,13 +6,15 @@ import os
 import warnings
 
 from megatron_dwm.arguments import parse
+from megatron_dwm.config.refused import why_refused
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.preprocess import PreprocessConfig, preprocess
 from megatron_dwm.errors import run_cli
 
 
 def main() -> None:
-    configs = parse(None, {"preprocess": PreprocessConfig, "tokenizer": TokenizerConfig}, description=__doc__)
+    classes = {"preprocess": PreprocessConfig, "tokenizer": TokenizerConfig}
+    configs = parse(None, classes, description=__doc__, why_refused=why_refused)
     # Each worker tokenizes one text at a time; threads beside them would only warn about the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")

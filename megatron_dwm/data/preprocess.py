@@ -53,6 +53,9 @@ class PreprocessConfig:
     partitions: int = flag(1, "Deal the documents out to this many partitions, which follow each other.")
     log_interval: int = flag(1000, "Report progress after this many documents.")
     keep_sequential_samples: bool = flag(False, "Keep the documents' order with several partitions too.")
+    padded_vocab_size: int | None = flag(
+        None, "Size of the model's vocabulary.", refused="it has no effect on the data; leave it out"
+    )
     skip_malformed: bool = flag(False, "Leave out and count malformed lines instead of stopping at one.")
 
     def __post_init__(self) -> None:

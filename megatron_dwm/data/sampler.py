@@ -79,7 +79,9 @@ class ShuffledSampler:
 class CyclicSampler:
     """Megatron-LM's ``--dataloader-type cyclic``: shuffled epochs of whole microbatches.
 
-    With ``sharded``, each data-parallel rank shuffles a contiguous part of the dataset of its own.
+    With ``sharded``, each data-parallel rank shuffles a contiguous part of the dataset of its own. An epoch gives
+    every rank the same number of microbatches. (In Megatron-LM one rank may draw one more from the samples left over
+    when ``sharded`` is off, and then is ahead of the others for good.)
     """
 
     def __init__(self, total: int, consumed: int, share: Share, sharded: bool) -> None:
@@ -97,6 +99,7 @@ class CyclicSampler:
         size, ranks = self.share.micro_batch_size, self.share.dp_size
         epoch_samples = self.total - self.total % (size * ranks)
         epoch, offset = divmod(self.consumed, epoch_samples)
+        offset -= offset % (size * ranks)  # what another batch size consumed may end within a microbatch
         while True:
             generator = torch.Generator().manual_seed(epoch)
             if self.sharded:
@@ -106,6 +109,6 @@ class CyclicSampler:
             else:
                 order = torch.randperm(self.total // size * size, generator=generator)[offset:]
                 own = order[self.share.dp_rank :: ranks].tolist()
-            for start in range(0, len(own) - size + 1, size):
+            for start in range(0, (epoch_samples - offset) // ranks, size):
                 yield own[start : start + size]
             epoch, offset = epoch + 1, 0

@@ -144,10 +144,12 @@ class PipelineSchedule:
         gathering = [chunk for chunk in self.chunks if chunk.use_forward_hook]
         for chunk in gathering:
             chunk.disable_forward_pre_hook()
-        with _attributes(self.config, {"param_sync_func": None}):
-            yield
-        for chunk in gathering:
-            chunk.enable_forward_pre_hook()
+        try:
+            with _attributes(self.config, {"param_sync_func": None}):
+                yield
+        finally:
+            for chunk in gathering:
+                chunk.enable_forward_pre_hook()
 
     @contextmanager
     def unsynchronised(self) -> Iterator[None]:

@@ -56,5 +56,12 @@ class Agreement:
         if self._phases.add(f"{name}/arrived", 1) == self.world_size:
             self._phases.set(f"{name}/complete", "yes")
         self._phases.wait([f"{name}/complete"], PATIENCE)
-        if self._phases.check([f"{name}/error"]):
-            raise UserError(self._phases.get(f"{name}/error").decode()) from error
+        if not self._phases.check([f"{name}/error"]):
+            return
+        message = self._phases.get(f"{name}/error").decode()
+        # The store ends with the process that holds it, which therefore leaves last.
+        if self._phases.add(f"{name}/read", 1) == self.world_size:
+            self._phases.set(f"{name}/everybody-read", "yes")
+        if self.rank == 0:
+            self._phases.wait([f"{name}/everybody-read"], PATIENCE)
+        raise UserError(message) from error

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 
 class ParameterCopy:
-    """A copy of the parameters of model chunks as they are now."""
+    """A copy of the latest parameters of model chunks.
 
-    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+    With ``--overlap-param-gather`` a rank holds only its own shards of them until the next forward pass; they are
+    gathered first, which makes this a collective call of the data-parallel group.
+    """
+
+    def __init__(self, chunks: Sequence[Any]) -> None:
+        """
+        Args:
+            chunks: DistributedDataParallel model chunks.
+        """
+        for chunk in chunks:
+            if chunk.use_forward_hook:
+                chunk.start_param_sync(force_sync=True)
         self._params = [param for chunk in chunks for param in chunk.parameters()]
         self._copies = [param.detach().clone() for param in self._params]
 

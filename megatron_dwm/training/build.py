@@ -85,9 +85,8 @@ def read_inputs(config: RunConfig, *, reads_data: bool) -> Inputs:
         check_language_model_init(config.model, settings)
     if folder in ("lm", "random"):
         return Inputs(tokenizer, paths, stages, fingerprint, None)
-    classifier = folder_classifier(
-        flag, folder, config.model.sequence, int(tokenizer.vocab_size), fingerprint, config.training.seed
-    )
+    vocab, eod = int(tokenizer.vocab_size), int(tokenizer.eod)
+    classifier = folder_classifier(flag, folder, config.model.sequence, vocab, eod, fingerprint, config.training.seed)
     return Inputs(tokenizer, paths, stages, fingerprint, classifier)
 
 
@@ -98,7 +97,14 @@ def build_trainer(config: RunConfig, inputs: Inputs, device: torch.device, agree
         UserError: flags that the model, the data or the checkpoint do not fit.
     """
     with agreement.phase("model configuration"):
-        core_config = transformer_config(config.model, config.parallel, config.training, config.optimizer, device)
+        core_config = transformer_config(
+            config.model,
+            config.parallel,
+            config.training,
+            config.optimizer,
+            device,
+            resets_attention_mask=config.data.reset_attention_mask,
+        )
     layout = initialize(
         config.parallel,
         config.parallel.virtual_stages(config.model.layers),

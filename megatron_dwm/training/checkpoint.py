@@ -238,7 +238,6 @@ def _megatron_args(config: RunConfig, progress: Progress) -> Namespace:
         "encoder_seq_length": model.sequence,
         "virtual_pipeline_model_parallel_size": config.parallel.virtual_stages(model.layers),
         "position_embedding_type": model.positions,
-        "add_position_embedding": True,
         "train_iters": config.train_iters,
     }
     counts = {key: value for key, value in asdict(progress).items() if key.startswith(("consumed", "skipped"))}

@@ -21,9 +21,9 @@ Direction = dict[torch.nn.Parameter, torch.Tensor]
 def counts_here(name: str, param: torch.nn.Parameter, layout: Layout) -> bool:
     """Whether this rank's product for the parameter belongs in the sum over the model-parallel group.
 
-    A parameter that the TP ranks hold in full has the same gradient on all of them, and counts once. Where its gradients
-    are parts of a sum all count: norms and biases under sequence parallelism, and norms of queries and keys, whose
-    heads the ranks divide. Tied embeddings on two pipeline stages each hold a part.
+    A parameter that the TP ranks hold in full has the same gradient on all of them, and counts once. Where its
+    gradients are parts of a sum all count: norms and biases under sequence parallelism, and norms of queries and keys,
+    whose heads the ranks divide. Tied embeddings on two pipeline stages each hold a part.
     """
     sharded = getattr(param, "tensor_model_parallel", False)
     of_heads = "q_layernorm" in name or "k_layernorm" in name  # megatron-core knows them by name, too

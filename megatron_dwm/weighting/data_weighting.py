@@ -14,6 +14,7 @@ import torch
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.datasets import BatchReader
+from megatron_dwm.runtime.metrics import say
 from megatron_dwm.runtime.parameters import ParameterCopy
 from megatron_dwm.weighting.exchange import SampleExchange
 from megatron_dwm.weighting.outer import AlignedBatch, OuterResult, OuterUpdate
@@ -98,11 +99,13 @@ class DataWeighting:
         return self.outer is not None and self.stages.updates(iteration)
 
     def update(self, iteration: int, batch: Batch, weights: BatchWeights, before: ParameterCopy) -> dict[str, Any]:
-        """Make the outer update that follows the step on ``batch``; returns its record."""
+        """Make the outer update that follows the step on ``batch``; returns its record, or that it was skipped."""
         assert self.outer is not None and self.target_reader is not None
         target = self.target_reader.next()
         self.consumed_target_samples += self.target_reader.share.all_samples
         result = self.outer.run(batch, target, before)
+        if result is None:
+            return self._skipped(iteration)
         index = self.exchange.gather_replicas(batch.index).tolist()
         source = self.exchange.gather_replicas(batch.source).tolist()
         return self._record(iteration, index, source, weights, result)
@@ -116,6 +119,11 @@ class DataWeighting:
         if weights is not None:
             figures["weight_by_source"] = {name: float(relative[own].mean()) for name, own in present.items()}
         return figures
+
+    def _skipped(self, iteration: int) -> dict[str, Any]:
+        if self.exchange.layout.is_first:
+            say(f" > outer update of iteration {iteration} skipped: gradients overflow at the present loss scale")
+        return {"kind": "skipped_outer_update", "iteration": iteration, "stage": self.stages.stage(iteration)}
 
     def _record(
         self, iteration: int, index: list[int], source: list[int], weights: BatchWeights, result: OuterResult

@@ -72,15 +72,23 @@ class OuterUpdate:
         self.exchange, self.layout, self.micro_batch_size = exchange, layout, micro_batch_size
         self.replay: deque[AlignedBatch] = deque(maxlen=config.dwm_replay)
 
-    def run(self, batch: Batch, target: Batch, before: ParameterCopy) -> OuterResult:
+    def run(self, batch: Batch, target: Batch, before: ParameterCopy) -> OuterResult | None:
         """Align ``batch`` with ``target`` and move the weighter.
 
-        The step from θ to θ' has been made; nothing but the weighter is different afterwards.
+        The step from θ to θ' has been made; nothing but the weighter is different afterwards, and the gradient
+        buffers are empty.
 
         Args:
             batch: this replica's samples of that step.
             target: this replica's target samples.
             before: the parameters θ; the model holds θ'.
+
+        Returns:
+            None if an alignment is not finite and the schedule lets such numbers pass, as fp16 training with its loss
+            scale must: nothing has changed then, on any rank.
+
+        Raises:
+            FloatingPointError: an alignment is not finite and the schedule checks for that.
         """
         with self.schedule.deterministic():
             loss_after, direction = self.target_gradient(target)
@@ -88,7 +96,10 @@ class OuterUpdate:
             loss_before = self.target_loss(target)
             alignments = self.exchange.gather_replicas(self.align(batch, direction)).cpu()
             before.swap()
-        _require_finite(alignments)
+        if not bool(alignments.isfinite().all()):
+            if self.schedule.check_for_nan:
+                raise FloatingPointError("an alignment is not finite; lower --lr, or look at the data of this step")
+            return None
 
         tokens = batch.tokens[self.exchange.own_share]
         self.replay.append(AlignedBatch(tokens, alignments))
@@ -144,7 +155,10 @@ class OuterUpdate:
         return sum_over_model(products, self.layout)
 
     def _align_by_differences(self, batch: Batch, direction: Direction) -> torch.Tensor:
-        epsilon = FINITE_DIFFERENCE_DISTANCE / global_norm(direction, self.layout)
+        norm = global_norm(direction, self.layout)
+        if norm == 0:
+            return torch.zeros(len(batch), dtype=torch.float64, device=batch.tokens.device)
+        epsilon = FINITE_DIFFERENCE_DISTANCE / norm
         here = ParameterCopy(self.schedule.chunks)
         sides = []
         for distance in (epsilon, -epsilon):
@@ -181,8 +195,3 @@ class OuterUpdate:
         for chunk in self.schedule.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-
-
-def _require_finite(alignments: torch.Tensor) -> None:
-    if not bool(alignments.isfinite().all()):
-        raise FloatingPointError("an alignment is not finite; lower --lr, or look at the data of this step")

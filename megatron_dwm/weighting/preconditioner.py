@@ -2,11 +2,13 @@
 
 A step of Adam moves θ by -η P m, with P = 1 / (sqrt(second moment, bias-corrected) + ε); through m it depends on this
 step's gradient linearly. ⟨v, P ∇ l_i⟩ is therefore how much sample i's weight moves the target loss, to first order.
+Parameters that learn at a rate of their own (``--decoupled-lr``) have P scaled by it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,47 +18,63 @@ from megatron_dwm.runtime.distributed import Layout
 from megatron_dwm.weighting.alignment import Direction
 
 
+@dataclass(frozen=True)
+class _Owned:
+    """The part of a parameter whose optimiser state this rank holds."""
+
+    place: slice
+    """Of the flattened parameter."""
+    state: dict[str, Any]
+    group: dict[str, Any]
+    base_rate: float
+    """Learning rate that P is relative to."""
+
+    def preconditioned(self, v: torch.Tensor) -> torch.Tensor:
+        """``v`` is flat and of this part."""
+        if "exp_avg_sq" not in self.state:  # no step has been made yet: P is unknown, and so is what follows from it
+            return torch.full_like(v, torch.nan)
+        step = float(self.state["step"] if "step" in self.state else self.group["step"])
+        second_moment = self.state["exp_avg_sq"].view(-1) / (1 - self.group["betas"][1] ** step)
+        relative_rate = self.group["max_lr"] / self.base_rate if self.base_rate else 1.0
+        return relative_rate * v / (second_moment.sqrt() + self.group["eps"])
+
+
 def precondition(direction: Direction, optimizer: Any, layout: Layout) -> None:
-    """v ← P v, in place.
+    """v ← P v, in place; NaN before the optimiser's first step.
 
     Under the distributed optimiser each data-parallel rank scales the part whose state it holds; the parts are summed.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        sharded = isinstance(part, DistributedOptimizer)
-        for param, owned, state, group in _states(part, direction):
-            flat = direction[param].view(-1)
-            if state is None:
-                flat.zero_()
-                continue
-            step = state.get("step", group.get("step"))
-            corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(step))
-            scaled = flat[owned] / (corrected.sqrt().view(-1) + group["eps"])
-            if sharded:
-                flat.zero_()
-            flat[owned] = scaled.to(flat)
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    owned = {param: own for part in parts for param, own in _owned(part, direction)}
+    sharded = any(isinstance(part, DistributedOptimizer) for part in parts)
+    for param, v in direction.items():
+        flat = v.view(-1)
+        place, scaled = slice(0, 0), flat[:0]
+        if param in owned:
+            place = owned[param].place
+            scaled = owned[param].preconditioned(flat[place])
         if sharded:
-            for v in direction.values():
-                dist.all_reduce(v, group=layout.dp_group)
+            v.zero_()
+        flat[place] = scaled.to(flat)
+        if sharded:
+            dist.all_reduce(v, group=layout.dp_group)
 
 
-def _states(part: Any, direction: Direction) -> Iterator[tuple[torch.nn.Parameter, slice, Any, dict[str, Any]]]:
-    """``(parameter, owned part of it, optimiser state or None, parameter group)`` of every parameter."""
-    groups = part.optimizer.param_groups
-    states = part.optimizer.state
+def _owned(part: Any, direction: Direction) -> Iterator[tuple[torch.nn.Parameter, _Owned]]:
+    """What ``part`` of the optimiser holds on this rank, by parameter."""
+    groups, states, base_rate = part.optimizer.param_groups, part.optimizer.state, part.config.lr
     if hasattr(part, "model_param_group_index_map"):
-        for param in direction:
-            if param not in part.model_param_group_index_map:
-                yield param, slice(0, 0), None, {}
-                continue
-            group_index, order = part.model_param_group_index_map[param]
-            owned = part._get_model_param_range_map(param)["param"]
+        for param, (group_index, order) in part.model_param_group_index_map.items():
+            place = part._get_model_param_range_map(param)["param"]
             group = groups[group_index]
-            yield param, slice(owned.start, owned.end), states[group["params"][order]], group
+            state = states.get(group["params"][order], {})
+            yield param, _Owned(slice(place.start, place.end), state, group, base_rate)
         return
     group_of = {main: group for group in groups for main in group["params"]}
     for param in direction:
         main = getattr(param, "main_param", None)
         main = param if main is None else main
-        yield param, slice(None), states[main], group_of[main]
+        if main in group_of:
+            yield param, _Owned(slice(None), states.get(main, {}), group_of[main], base_rate)

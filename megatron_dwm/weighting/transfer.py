@@ -90,8 +90,14 @@ def check_language_model_init(model: ModelConfig, config: WeightingConfig) -> No
         raise UserError(f"--dwm-init-from lm: {error}; or use --dwm-init-from random") from None
 
 
-def folder_classifier(flag: str, folder: str, seq_length: int, vocab_size: int, fingerprint: str, seed: int) -> Any:
+def folder_classifier(
+    flag: str, folder: str, seq_length: int, vocab_size: int, eod: int, fingerprint: str, seed: int
+) -> Any:
     """A classifier from any Hugging Face folder with the run's tokenizer; a language model's gets a new head.
+
+    Args:
+        flag: the flag that names ``folder``, for messages.
+        eod: end-of-document token, which pads where the folder names no token for that.
 
     Raises:
         UserError: the folder is missing, cannot be loaded, has more than one label, another tokenizer, or is made for
@@ -124,6 +130,8 @@ def folder_classifier(flag: str, folder: str, seq_length: int, vocab_size: int, 
         raise UserError(
             f"{flag} {folder}: its {hf_config.vocab_size} embeddings are fewer than the {vocab_size} tokens"
         )
+    if model.config.pad_token_id is None:  # a language model's; without one a classifier takes no batches
+        model.config.pad_token_id = eod
     if report["missing_keys"]:
         zero_head(model)
     return model

@@ -6,6 +6,7 @@ Shape legend: m samples, s sequence length.
 from __future__ import annotations
 
 import hashlib
+import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -42,7 +43,7 @@ class Weighter:
     def score(self, tokens: torch.Tensor) -> torch.Tensor:
         """Scores [m] of tokens [m, s], float32."""
         with torch.no_grad():
-            parts = [self._forward(part) for part in tokens.split(self.batch_size)]
+            parts = [self._forward(part) for part in tokens.split(self.batch_size) if len(part)]
         return torch.cat(parts) if parts else torch.zeros(0, device=tokens.device)
 
     def step(self, tokens: torch.Tensor, score_gradient: torch.Tensor) -> float:
@@ -54,6 +55,9 @@ class Weighter:
 
         Returns:
             norm of the gradient over all samples, before clipping.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; on every rank, and before the step.
         """
         self.optimizer.zero_grad(set_to_none=False)
         parts = zip(tokens.split(self.batch_size), score_gradient.split(self.batch_size), strict=True)
@@ -71,9 +75,11 @@ class Weighter:
         for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(total.view_as(gradient))
         limit = self.clip_grad if self.clip_grad > 0 else float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the weighter's gradient has norm {norm}; lower --dwm-lr, or start it anew")
         self.optimizer.step()
-        return float(norm)
+        return norm
 
     def check_replicas(self) -> str:
         """Hash of the parameters, after checking that it is the same on all ranks.

@@ -151,7 +151,7 @@ def build_engine(flags: list[str], seed: int = 1234) -> Engine:
     chunks = wrap_with_ddp(bare, core_config, config.parallel, config.optimizer, config.training)
     optimizer = build_optimizer(config, chunks)
     bind_schedule_hooks(core_config, chunks, optimizer, config.parallel)
-    schedule = PipelineSchedule(chunks, core_config, layout, SEQ_LENGTH)
+    schedule = PipelineSchedule(chunks, core_config, layout, SEQ_LENGTH, check_for_nan=not config.optimizer.fp16)
     micro, dp = config.training.micro_batch, layout.dp_size
     exchange = SampleExchange(Share(micro, config.num_microbatches, layout.dp_rank, dp), layout)
     return Engine(config, layout, chunks, optimizer, schedule, exchange)

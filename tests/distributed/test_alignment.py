@@ -81,3 +81,35 @@ def test_embeddings_tied_and_untied(model: str, layout: str):
 def test_recomputed_activations(recomputation: list[str], layout: str):
     world, parallel = LAYOUTS[layout]
     check(LLAMA, run_distributed(align, world, [*LLAMA, *recomputation, *parallel]))
+
+
+def test_overlapped_pipelines_of_two_replicas():
+    _, parallel = LAYOUTS["PP2"]
+    overlapped = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+    check(LLAMA, run_distributed(align, 4, [*LLAMA, *parallel, *overlapped]))
+
+
+@pytest.mark.parametrize("flags", [["--calculate-per-token-loss"], ["--ddp-average-in-collective"]])
+def test_other_ways_to_average_gradients(flags: list[str]):
+    check(GPT, run_distributed(align, 2, [*GPT, *flags]))
+
+
+@pytest.mark.parametrize("parallel", [[], ["--sequence-parallel"]], ids=["TP2", "TP2, sequence parallel"])
+def test_norms_of_queries_and_keys_count_on_every_rank_of_heads(parallel: list[str]):
+    """Along v of these norms alone, where a part left out would show; against differences, to their curvature."""
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        engine = build_engine([*LLAMA, "--qk-layernorm", "--tensor-model-parallel-size", "2", *parallel])
+        outer = engine.outer()
+        norms = {
+            param: 10 * torch.ones_like(param) * ("q_layernorm" in name or "k_layernorm" in name)
+            for chunk in engine.chunks
+            for name, param in chunk.named_parameters()
+        }
+        batch = engine.batch(random_tokens(1), random_mask(2))
+        with engine.schedule.deterministic():
+            return outer.align(batch, norms), outer._align_by_differences(batch, norms)
+
+    for exact, differences in run_distributed(both, 2):
+        assert float((exact - differences).abs().max()) < 1e-2 * float(exact.abs().max())
+        assert float(exact.abs().max()) > 0.1

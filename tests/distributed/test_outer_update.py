@@ -1,4 +1,4 @@
-"""The outer update: the hypergradient against central differences, and nothing but the weighter is different after it."""
+"""The outer update: its hypergradient against central differences, and that it changes nothing but the weighter."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import tensor_parallel
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from megatron_dwm.runtime.parameters import ParameterCopy
 from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weights import relative_weights, target_score_gradient
 from tests.distributed.engine import (
+    GPT,
     LAYOUTS,
     LLAMA,
     NUM_SAMPLES,
@@ -32,18 +33,17 @@ from tests.distributed.harness import run_distributed
 
 def classifier(seed: int = 0) -> LlamaForSequenceClassification:
     torch.manual_seed(seed)
-    return LlamaForSequenceClassification(
-        LlamaConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=8,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=SEQ_LENGTH,
-            num_labels=1,
-            pad_token_id=0,
-        )
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=SEQ_LENGTH,
+        pad_token_id=0,
     )
+    config.update({"num_labels": 1})
+    return LlamaForSequenceClassification(config)
 
 
 def test_the_hypergradient_is_the_central_difference_of_the_target_loss_after_a_step():
@@ -53,9 +53,13 @@ def test_the_hypergradient_is_the_central_difference_of_the_target_loss_after_a_
     float64's rounding over 2e-5.
     """
     rate, temperature, epsilon = 0.05, 0.7, 1e-5
-    ((state, _),) = run_distributed(lambda: (build_engine(LLAMA).parameters(), None), 1)
+    ((state, _),) = run_distributed(lambda: (build_engine(GPT).parameters(), None), 1)
     tokens, mask, target, target_mask = random_tokens(1), random_mask(2), random_tokens(5), random_mask(6)
-    weighter = classifier().double().eval()
+    torch.manual_seed(0)
+    # GPT-2s for both: Hugging Face's Llama computes its norms in fp32 whatever the model's type.
+    config = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=8, n_head=2, n_layer=1, n_positions=SEQ_LENGTH, pad_token_id=0)
+    config.update({"num_labels": 1})
+    weighter = GPT2ForSequenceClassification(config).double().eval()
     with torch.no_grad():
         weighter.score.weight.mul_(30)
 
@@ -64,7 +68,7 @@ def test_the_hypergradient_is_the_central_difference_of_the_target_loss_after_a_
 
     def stepped() -> tuple[Reference, list[dict[str, torch.Tensor]]]:
         """θ' as a model, and the samples' gradients at θ."""
-        reference = Reference(LLAMA, state)
+        reference = Reference(GPT, state)
         losses = reference.losses(tokens, mask)
         gradients = [reference.gradient(loss) for loss in losses]
         w = relative_weights(scores().detach(), temperature) / NUM_SAMPLES
@@ -79,17 +83,14 @@ def test_the_hypergradient_is_the_central_difference_of_the_target_loss_after_a_
     scored = scores()
     scored.backward(target_score_gradient(alignments, scored.detach(), temperature, rate))
 
-    for param in (
-        weighter.score.weight,
-        weighter.model.layers[0].mlp.up_proj.weight,
-        weighter.model.embed_tokens.weight,
-    ):
+    transformer = weighter.transformer
+    for param in (weighter.score.weight, transformer.h[0].mlp.c_fc.weight, transformer.wte.weight):
         direction = torch.randn(param.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         sides = []
         for sign in (1, -1):
             param.data += sign * epsilon * direction
             moved, _ = stepped()
-            sides.append(float(moved.losses(target, target_mask).mean()))
+            sides.append(moved.losses(target, target_mask).mean().item())
             param.data -= sign * epsilon * direction
         difference = (sides[0] - sides[1]) / (2 * epsilon)
         assert abs(difference) > 1e-6
@@ -138,6 +139,7 @@ def updates(flags: list[str]) -> tuple[list[tuple[dict[str, str], dict[str, str]
         with engine.schedule.whole_parameters():
             first = fingerprint(engine)
             result = outer.run(batch, target, before)
+            assert result is not None
             pairs.append((first, fingerprint(engine)))
         hashes.append(weighter.hash())
         results.append(result)
@@ -161,3 +163,27 @@ def test_an_update_changes_the_weighter_alike_on_all_ranks_and_nothing_else(layo
         assert len(set(hashes)) == 3
         assert hashes == results[0][1]
         assert torch.equal(alignments, results[0][2])
+
+
+def trained(flags: list[str], updating: bool) -> dict[str, str]:
+    """Digests of the run after three steps with dropout, with an outer update after the first two of them or not."""
+    engine = build_engine([*flags, "--hidden-dropout", "0.2", "--attention-dropout", "0.2"])
+    outer = engine.outer(Weighter(classifier(), engine.config.weighting, torch.device("cpu")))
+    for number in range(3):
+        batch, target = (engine.batch(random_tokens(seed + number), random_mask(2)) for seed in (1, 5))
+        before = ParameterCopy(engine.chunks)
+        train_step(engine.schedule, engine.optimizer, _NoSchedule(), batch, 2, None, engine.layout)
+        if updating and number < 2:
+            with engine.schedule.whole_parameters():
+                assert outer.run(batch, target, before) is not None
+    with engine.schedule.whole_parameters():
+        digests = fingerprint(engine)
+    return {name: digests[name] for name in ("parameters", "optimiser", "random streams")}
+
+
+@pytest.mark.parametrize("differences", [[], ["--dwm-alignment", "finite-difference"]], ids=["exact", "differences"])
+@pytest.mark.parametrize("layout", ["TP2 x PP2", "TP2, sequence parallel, x DP2, distributed optimiser, overlapped"])
+def test_training_goes_on_as_if_there_had_been_no_update(layout: str, differences: list[str]):
+    world, parallel = LAYOUTS[layout]
+    flags = [*LLAMA, *parallel, *differences]
+    assert run_distributed(trained, world, flags, True) == run_distributed(trained, world, flags, False)

@@ -59,3 +59,30 @@ def test_the_direction_is_scaled_by_adams_second_moment(layout: str, precision: 
                 second = 0.9 * second + 0.1 * gradient[name].double() ** 2
             expected[name] = value.double() / ((second / (1 - 0.9**STEPS)).sqrt() + 1e-8)
         assert relative_error(found, expected) < tolerance
+
+
+def test_parameters_with_a_learning_rate_of_their_own_have_it_in_p():
+    def ratio(rates: list[str]) -> dict[str, torch.Tensor]:
+        engine = build_engine([*LLAMA, *rates])
+        batch = engine.batch(random_tokens(1), random_mask(2))
+        train_step(engine.schedule, engine.optimizer, _NoSchedule(), batch, 2, None, engine.layout)
+        direction = {p: torch.ones_like(p) for c in engine.chunks for p in c.parameters()}
+        precondition(direction, engine.optimizer, engine.layout)
+        return engine.named(dict(direction))
+
+    (plain,) = run_distributed(ratio, 1, [])
+    (decoupled,) = run_distributed(ratio, 1, ["--decoupled-lr", "0.03"])  # of the --lr 0.01 of all engines
+    for name, value in plain.items():
+        factor = 3.0 if name in ("embed_tokens.weight", "lm_head.weight") else 1.0
+        torch.testing.assert_close(decoupled[name], factor * value, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["one process", "DP2, distributed optimiser"])
+def test_before_the_optimisers_first_step_the_direction_is_unknown(layout: str):
+    def all_nan() -> bool:
+        engine = build_engine([*LLAMA, *LAYOUTS[layout][1]])
+        direction = {p: torch.ones_like(p) for c in engine.chunks for p in c.parameters()}
+        precondition(direction, engine.optimizer, engine.layout)
+        return all(bool(v.isnan().all()) for v in direction.values())
+
+    assert all(run_distributed(all_nan, LAYOUTS[layout][0]))

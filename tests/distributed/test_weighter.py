@@ -53,6 +53,20 @@ def test_steps_are_those_of_one_process_and_bitwise_alike_on_all(world: int):
         assert float((flat - expected).norm()) < 1e-3 * float((expected - start).norm())
 
 
+def test_a_gradient_that_is_not_finite_stops_every_rank_before_the_step():
+    def diverge() -> bool:
+        weighter = Weighter(classifier(), CONFIG, torch.device("cpu"))
+        tokens, gradient = batch()
+        if dist.get_rank() == 1:
+            gradient[0] = torch.inf
+        before = weighter.hash()
+        with pytest.raises(FloatingPointError, match="the weighter's gradient"):
+            weighter.step(tokens, gradient)
+        return weighter.hash() == before
+
+    assert run_distributed(diverge, 2) == [True, True]
+
+
 def test_a_replica_that_differs_is_noticed_on_every_rank():
     def check() -> str:
         weighter = Weighter(classifier(), CONFIG, torch.device("cpu"))

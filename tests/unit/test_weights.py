@@ -41,7 +41,8 @@ def test_relative_weights_are_n_times_the_softmax():
 def test_standardised_alignments_have_mean_0_and_variance_1():
     found = standardised(100 + 5 * random(1))
     assert abs(float(found.mean())) < 1e-14 and float(found.square().mean()) == pytest.approx(1, abs=1e-14)
-    assert torch.equal(standardised(torch.full((N,), 3.0)), torch.zeros(N, dtype=torch.float64))
+    for value in (3.0, 0.1, 1e-30, -3.7):
+        assert torch.equal(standardised(torch.full((N,), value)), torch.zeros(N, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.4, 3.0])
@@ -54,6 +55,17 @@ def test_the_objectives_gradient_is_autograds(temperature: float, kl_weight: flo
     found = objective_score_gradient(alignments, scores.detach(), temperature, kl_weight)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
     assert objective(alignments, scores.detach(), temperature, kl_weight) == pytest.approx(value.item(), abs=1e-13)
+
+
+def test_scores_too_far_apart_for_a_number_leave_the_objective_finite():
+    scores, alignments = torch.tensor([0.0, -2000.0, 1.0, -800.0]), random(8)[:4]
+    assert float(relative_weights(scores, 1.0)[1]) == 0
+    gradient = objective_score_gradient(alignments, scores, 1.0, 2.0)
+    assert gradient.isfinite().all() and abs(float(gradient.sum())) < 1e-15
+    # The weights are those of the two scores that count, among four.
+    w, a = torch.softmax(torch.tensor([0.0, 1.0], dtype=torch.float64), 0), standardised(alignments)[[0, 2]]
+    expected = -(w * a).sum() + 2.0 * (w * (4 * w).log()).sum()
+    assert objective(alignments, scores, 1.0, 2.0) == pytest.approx(float(expected), abs=1e-13)
 
 
 def test_the_target_losss_gradient_is_autograds_through_the_step():
@@ -82,11 +94,11 @@ def test_statistics_of_uniform_and_of_one_hot_weights():
 def test_without_a_kl_term_the_optimum_is_one_hot_and_with_it_exponential():
     alignments = random(6)
 
-    def optimum(kl_weight: float) -> torch.Tensor:
+    def optimum(kl_weight: float, rate: float) -> torch.Tensor:
         scores = torch.zeros(N, dtype=torch.float64)
-        for _ in range(20000):
-            scores -= 1.0 * objective_score_gradient(alignments, scores, 1.0, kl_weight)
+        for _ in range(1000):
+            scores -= rate * objective_score_gradient(alignments, scores, 1.0, kl_weight)
         return torch.softmax(scores, 0)
 
-    assert float(optimum(0.0).max()) > 0.99
-    torch.testing.assert_close(optimum(2.0), torch.softmax(standardised(alignments) / 2.0, 0), rtol=1e-9, atol=0)
+    assert float(optimum(0.0, 20.0).max()) > 0.99
+    torch.testing.assert_close(optimum(2.0, 2.0), torch.softmax(standardised(alignments) / 2.0, 0), rtol=1e-9, atol=0)

@@ -1,0 +1,78 @@
+"""Outer updates of fp16 training: the loss scale is undone, and what overflows under it is skipped on all ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_dwm.runtime.parameters import ParameterCopy
+from megatron_dwm.training.step import train_step
+from megatron_dwm.weighting.weighter import Weighter
+from tests.distributed.engine import (
+    LAYOUTS,
+    LLAMA,
+    Reference,
+    build_engine,
+    inner,
+    random_mask,
+    random_tokens,
+    relative_error,
+)
+from tests.distributed.harness import run_distributed
+from tests.distributed.test_alignment import align
+from tests.distributed.test_outer_update import _NoSchedule, classifier, fingerprint
+
+FP16 = [*LLAMA, "--fp16"]
+
+
+def test_the_loss_scale_is_undone():
+    """fp16 keeps 11 bits, 5e-4; errors add up to some 6e-3 over four layers. A scale left in would be a factor."""
+    ((state, found_v, exact, _, _),) = run_distributed(align, 1, [*FP16, "--loss-scale", "512"])
+    reference = Reference(LLAMA, state)
+    v = reference.gradient(reference.losses(random_tokens(5), random_mask(6)).mean())
+    losses = reference.losses(random_tokens(1), random_mask(2))
+    expected = torch.stack([inner(v, reference.gradient(loss)) for loss in losses])
+    assert relative_error(found_v, v) < 3e-2
+    assert float((exact - expected).abs().max()) < 3e-2 * float(expected.abs().max())
+
+
+def overflows(flags: list[str]) -> list[tuple[bool, bool, bool, bool]]:
+    """Of three updates: whether the step before was made, the update was, the weighter changed, anything else did."""
+    engine = build_engine([*FP16, *flags, "--initial-loss-scale", "1e30", "--hysteresis", "1"])
+    weighter = Weighter(classifier(), engine.config.weighting, torch.device("cpu"))
+    outer, seen = engine.outer(weighter), []
+    (scaler,) = (part.grad_scaler for part in engine.optimizer.chained_optimizers)
+    batch, target = engine.batch(random_tokens(1), random_mask(2)), engine.batch(random_tokens(5), random_mask(6))
+    # Too large a scale for the step; for the update alone; for neither.
+    for for_step, for_update in ((1e30, 1e30), (64.0, 1e30), (64.0, 64.0)):
+        before = ParameterCopy(engine.chunks)
+        scaler._scale.fill_(for_step)
+        step = train_step(engine.schedule, engine.optimizer, _NoSchedule(), batch, 2, None, engine.layout)
+        scaler._scale.fill_(for_update)
+        with engine.schedule.whole_parameters():
+            first, replay, digest = fingerprint(engine), len(outer.replay), weighter.hash()
+            result = outer.run(batch, target, before)
+            changed = fingerprint(engine) != first
+        assert (len(outer.replay) == replay) == (result is None)
+        seen.append((not step.skipped, result is not None, weighter.hash() != digest, changed))
+    return seen
+
+
+@pytest.mark.parametrize("layout", ["TP2 x PP2", "DP2, distributed optimiser"])
+def test_an_update_that_overflows_is_skipped_on_all_ranks_and_changes_nothing(layout: str):
+    world, parallel = LAYOUTS[layout]
+    for seen in run_distributed(overflows, world, parallel):
+        assert seen == [(False, False, False, False), (True, False, False, False), (True, True, True, False)]
+
+
+def test_an_alignment_that_is_not_finite_ends_a_run_that_checks_for_it():
+    def diverge() -> str:
+        engine = build_engine(LLAMA)
+        outer = engine.outer(Weighter(classifier(), engine.config.weighting, torch.device("cpu")))
+        batch, target = engine.batch(random_tokens(1), random_mask(2)), engine.batch(random_tokens(5), random_mask(6))
+        # Before its first step Adam has no second moment to scale the target gradient by.
+        with pytest.raises(FloatingPointError, match="an alignment is not finite"):
+            outer.run(batch, target, ParameterCopy(engine.chunks))
+        return "raised"
+
+    assert run_distributed(diverge, 1) == ["raised"]

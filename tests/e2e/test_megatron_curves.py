@@ -1,0 +1,52 @@
+"""``--dwm-mode off`` trains as Megatron-LM's pretrain_gpt.py: the same curves, by the same names, in every layout.
+
+The expected curves were recorded by tests/fixtures/megatron/record.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.launch import succeed
+from tests.fixtures.megatron.record import make_learnable_dataset, scalars
+
+RECORDED: dict[str, Any] = json.loads(
+    Path(__file__).parents[1].joinpath("fixtures", "megatron", "curves.json").read_text()
+)
+OF_THE_MACHINE = ("num-zeros",)  # counts exact zeros: rounding decides
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {"--data-path": make_learnable_dataset(tmp_path_factory.mktemp("data"))}
+
+
+def assert_curves(found: dict[str, list[list[float]]], expected: dict[str, list[list[float]]], tolerance: float) -> None:
+    assert {name for name in found if not name.endswith(" vs samples")} == set(expected)
+    for name, curve in expected.items():
+        assert [step for step, _ in found[name]] == [step for step, _ in curve], name
+        values, wanted = ([value for _, value in points] for points in (found[name], curve))
+        relative = 0.2 if name in OF_THE_MACHINE else tolerance
+        assert values == pytest.approx(wanted, rel=relative), name
+
+
+@pytest.mark.parametrize("case", RECORDED)
+def test_curves_are_megatron_lms(case: str, data: dict[str, Any], tmp_path: Path):
+    recorded = RECORDED[case]
+    board = tmp_path / "board"
+    ours = {"--dwm-mode": "off", "--transformer-impl": "local", "--tensorboard-dir": board}
+    succeed(tmp_path, recorded["processes"], recorded["flags"] | data | ours)
+    assert_curves(scalars(board), recorded["curves"], tolerance=1e-5)
+
+
+@pytest.mark.parametrize("case", ["gpt2, one process", "llama, one process", "llama, TP2xPP2"])
+def test_torch_layers_follow_the_same_curves(case: str, data: dict[str, Any], tmp_path: Path):
+    recorded = RECORDED[case]
+    board = tmp_path / "board"
+    ours = {"--dwm-mode": "off", "--transformer-impl": "torch", "--tensorboard-dir": board}
+    succeed(tmp_path, recorded["processes"], recorded["flags"] | data | ours)
+    assert_curves(scalars(board), recorded["curves"], tolerance=1e-4)

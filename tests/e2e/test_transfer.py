@@ -1,0 +1,108 @@
+"""A weighter leaves one run and serves others: frozen, as a start, and with transformers alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.config.weighting import WeightingConfig
+from megatron_dwm.data.tokenizer import build_tokenizer, vocabulary_fingerprint
+from megatron_dwm.weighting.transfer import folder_classifier
+from megatron_dwm.weighting.weighter import Weighter
+from tests.e2e.datasets import TOKENIZER, VOCAB_SIZE, counting, make_dataset, noise
+from tests.e2e.launch import LANGUAGE_MODEL, TRAINING, WEIGHTING, records, succeed
+
+TP2PP2 = {"--tensor-model-parallel-size": 2, "--pipeline-model-parallel-size": 2}
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run that learns a weighter on TP2 x PP2, and its flags."""
+    folder = tmp_path_factory.mktemp("first")
+    flags = {
+        **LANGUAGE_MODEL,
+        **TRAINING,
+        **TOKENIZER,
+        "--train-data-path": [
+            *("0.5", make_dataset(folder, "clean", counting(0))),
+            *("0.5", make_dataset(folder, "noise", noise(1))),
+        ],
+        "--dwm-valid-data-path": make_dataset(folder, "target", counting(3)),
+    }
+    succeed(folder / "log", 4, {**flags, **WEIGHTING, **TP2PP2, "--save": folder / "save"})
+    return folder / "save", flags
+
+
+def test_the_export_says_what_it_is_and_loads_with_transformers_alone(first_run):
+    save, _ = first_run
+    exports = sorted(path.name for path in (save / "weighter").iterdir())
+    assert exports == ["iter_0000012", "iter_0000020"]  # the ends of the two stages
+    manifest = json.loads((save / "weighter" / "iter_0000020" / "dwm_manifest.json").read_text())
+    assert (manifest["iteration"], manifest["stage"], manifest["mode"]) == (20, 2, "bilevel")
+    assert manifest["language_model"]["num_layers"] == 4 and manifest["sources"] == ["clean", "noise"]
+    model = AutoModelForSequenceClassification.from_pretrained(save / "weighter" / "iter_0000020")
+    tokenizer = AutoTokenizer.from_pretrained(save / "weighter" / "iter_0000020")
+    assert model(**tokenizer("5 6 7 8", return_tensors="pt")).logits.shape == (1, 1)
+
+
+def test_the_weighter_scores_what_transformers_computes(first_run):
+    folder = first_run[0] / "weighter" / "iter_0000020"
+    settings = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=VOCAB_SIZE)
+    fingerprint = vocabulary_fingerprint(build_tokenizer(settings), settings)
+    loaded = folder_classifier("--dwm-load", str(folder), 32, VOCAB_SIZE + 1, VOCAB_SIZE, fingerprint, seed=0)
+    tokens = torch.tensor([ids[:32] for ids in (*counting(0)[:20], *noise(1)[:20])])
+    scores = Weighter(loaded, WeightingConfig(), torch.device("cpu")).score(tokens)
+    with torch.no_grad():
+        expected = AutoModelForSequenceClassification.from_pretrained(folder)(input_ids=tokens).logits.squeeze(-1)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
+    assert float(scores.std()) > 1e-3
+
+
+def test_a_frozen_weighter_weighs_for_a_larger_model(first_run, tmp_path: Path):
+    save, flags = first_run
+    changes = {"--dwm-mode": "frozen", "--dwm-load": save / "weighter" / "iter_0000020"}
+    changes |= {"--dwm-valid-data-path": False, "--hidden-size": 64, "--metrics-jsonl": tmp_path / "metrics.jsonl"}
+    succeed(tmp_path / "log", 4, {**flags, **TP2PP2, **changes})
+    steps = records(tmp_path / "metrics.jsonl", "train")
+    assert len(steps) == 20 and not records(tmp_path / "metrics.jsonl", "outer_update")
+    assert all(step["effective_sample_size"] < 1 for step in steps)
+
+
+def test_the_frozen_weights_do_not_depend_on_the_layout(first_run, tmp_path: Path):
+    save, flags = first_run
+    changes = {"--dwm-mode": "frozen", "--dwm-load": save / "weighter" / "iter_0000020", "--dwm-valid-data-path": False}
+    means = []
+    for name, processes, parallel in (("one", 1, {}), ("four", 4, TP2PP2), ("two", 2, {})):
+        metrics = tmp_path / f"{name}.jsonl"
+        succeed(tmp_path / name, processes, {**flags, **parallel, **changes, "--metrics-jsonl": metrics})
+        means.append([step["weight_by_source"] for step in records(metrics, "train")])
+    # Scores are computed in other batches: fp32 rounding.
+    for other in means[1:]:
+        for expected, found in zip(means[0], other, strict=True):
+            assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["an exported weighter", "a language model"])
+def test_learning_goes_on_from_a_hugging_face_folder(first_run, kind: str, tmp_path: Path):
+    save, flags = first_run
+    start = save / "weighter" / "iter_0000020"
+    if kind == "a language model":
+        config = LlamaConfig(
+            vocab_size=101, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        )
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "lm")
+        AutoTokenizer.from_pretrained(start).save_pretrained(tmp_path / "lm")
+        start = tmp_path / "lm"
+    metrics = tmp_path / "metrics.jsonl"
+    changes = {**WEIGHTING, "--dwm-init-from": start, "--metrics-jsonl": metrics}
+    succeed(tmp_path / "log", 2, {**flags, **changes})
+    updates = records(metrics, "outer_update")
+    assert len(updates) == 8
+    uniform = set(updates[0]["samples"]["weight"]) == {1.0}
+    assert uniform == (kind == "a language model")
