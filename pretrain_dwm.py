@@ -26,6 +26,8 @@ def main() -> None:
         require_megatron_core()
         config = parse_run(None, world_size, speaks=rank == 0)
         device = select_device(local_rank)
+        if device.type == "cpu":  # advice on CUDA's queues
+            warnings.filterwarnings("ignore", message=".*async grad allreduce.*")
 
     from megatron_dwm.training.build import build_trainer, read_inputs
 
