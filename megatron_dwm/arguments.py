@@ -197,7 +197,9 @@ def read(
         if not name.startswith("-"):
             raise UserError(f"unexpected argument {name}; the flag before it takes no such value, see --help")
         if reason := why_refused(name):
-            raise UserError(f"{name} is not supported: {reason}")
+            others = [word.split("=")[0] for word in unknown[1:] if why_refused(word.split("=")[0])]
+            also = f" (nor are {', '.join(dict.fromkeys(others))})" if others else ""
+            raise UserError(f"{name} is not supported: {reason}{also}")
         alike = difflib.get_close_matches(name, parser._option_string_actions, n=1)
         raise UserError(f"unknown flag {name}; " + (f"is it {alike[0]}?" if alike else "see --help for the flags"))
     return vars(values)

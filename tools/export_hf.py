@@ -17,7 +17,7 @@ import torch
 
 from megatron_dwm.arguments import build, flag, flags_of, read
 from megatron_dwm.config.checkpoint import CheckpointConfig
-from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.model import ModelConfig, lacking_flag
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError, run_cli
 from megatron_dwm.files import written_folder
@@ -112,7 +112,10 @@ def saved_model(saved: Mapping[str, Any]) -> ModelConfig:
     for name in UNKNOWN_PARTS:
         if saved.get(name):
             raise UserError(f"the checkpoint was saved with {name}={saved[name]}, which cannot be exported")
-    return build(ModelConfig, saved)
+    if saved.get("softmax_type", "vanilla") != "vanilla":
+        raise UserError(f"the checkpoint was saved with softmax_type={saved['softmax_type']}, which cannot be exported")
+    # Megatron-LM keeps, and itself sets, values that have no effect beside the others.
+    return build(ModelConfig, {name: value for name, value in saved.items() if lacking_flag(name, saved) is None})
 
 
 def saved_tokenizer(saved: Mapping[str, Any], given: Mapping[str, Any]) -> TokenizerConfig:

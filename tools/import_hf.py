@@ -111,10 +111,12 @@ def write_checkpoint(folder: Path, full_state: dict[str, torch.Tensor], argument
     import torch.distributed.checkpoint as dcp
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
+    from megatron_dwm.training.checkpoint import VERSION
+
     dcp.save({**full_state, **_empty_extra_states(arguments["num_layers"])}, checkpoint_id=str(folder))
     common = {
         "args": Namespace(**arguments),
-        "checkpoint_version": 3.0,
+        "checkpoint_version": VERSION,
         "iteration": ITERATION,
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},

@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_dwm.arguments import flag, flags_of, require_at_least, spelled
 from megatron_dwm.errors import UserError
 
-_FP8_DETAILS = (
-    "fp8_recipe",
-    "fp8_margin",
-    "fp8_interval",
-    "fp8_amax_history_len",
-    "fp8_amax_compute_algo",
-    "fp8_wgrad",
-    "first_last_layers_bf16",
-    "num_layers_at_start_in_bf16",
-    "num_layers_at_end_in_bf16",
-)
+_NEEDED = {
+    "num_query_groups": "--group-query-attention",
+    **dict.fromkeys(
+        ("rotary_base", "rotary_percent", "rotary_interleaved", "use_rope_scaling"), "--position-embedding-type rope"
+    ),
+    "rope_scaling_factor": "--use-rope-scaling",
+    **dict.fromkeys(("recompute_method", "recompute_num_layers", "recompute_modules"), "--recompute-granularity"),
+    **dict.fromkeys(
+        (
+            "fp8_recipe",
+            "fp8_margin",
+            "fp8_interval",
+            "fp8_amax_history_len",
+            "fp8_amax_compute_algo",
+            "fp8_wgrad",
+            "first_last_layers_bf16",
+            "num_layers_at_start_in_bf16",
+            "num_layers_at_end_in_bf16",
+        ),
+        "--fp8-format",
+    ),
+}
+"""Fields that have no effect without another flag, and that flag."""
+
+
+def lacking_flag(field: str, values: Mapping[str, Any]) -> str | None:
+    """The flag without which ``field`` has no effect, if it is missing from ``values`` of ModelConfig's fields."""
+    given = {
+        "--group-query-attention": values.get("group_query_attention"),
+        "--position-embedding-type rope": values.get("position_embedding_type") == "rope"
+        or values.get("use_rotary_position_embeddings"),
+        "--use-rope-scaling": values.get("use_rope_scaling"),
+        "--recompute-granularity": values.get("recompute_granularity") or values.get("recompute_activations"),
+        "--fp8-format": values.get("fp8"),
+    }
+    needed = _NEEDED.get(field)
+    return None if needed is None or given[needed] else needed
 
 
 @dataclass(frozen=True)
@@ -166,10 +193,6 @@ class ModelConfig:
                 f"--num-attention-heads {self.num_attention_heads} is not divisible by --num-query-groups "
                 f"{self.num_query_groups}; change one"
             )
-        if self.num_query_groups != 1 and not self.group_query_attention:
-            raise UserError(
-                f"--num-query-groups {self.num_query_groups} has no effect without --group-query-attention; add that"
-            )
         if self.swiglu and self.squared_relu:
             raise UserError("--swiglu and --squared-relu exclude each other; give one")
 
@@ -186,8 +209,6 @@ class ModelConfig:
             raise UserError(
                 f"--no-position-embedding with --position-embedding-type {self.positions}; use the types rope or none"
             )
-        if not rope and self.use_rope_scaling:
-            raise UserError("--use-rope-scaling has no effect without --position-embedding-type rope; add that")
         if rope and self.head_size % 2:
             raise UserError(f"rotary embeddings need heads of an even size, not {self.head_size}; give --kv-channels")
         if not 0 < self.rotary_percent <= 1:
@@ -197,14 +218,10 @@ class ModelConfig:
         """Flags that would silently do nothing without another."""
         if self.recompute_granularity == "full" and self.recompute_method is None:
             raise UserError("--recompute-granularity full needs --recompute-method; give uniform or block")
-        if self.recompute_granularity is None and not self.recompute_activations:
-            for name in ("recompute_method", "recompute_num_layers", "recompute_modules"):
-                if getattr(self, name) is not None:
-                    raise UserError(f"{spelled(name)} has no effect without --recompute-granularity; add that")
-        if self.fp8 is None:
-            for item in flags_of(type(self)):
-                if item.field in _FP8_DETAILS and getattr(self, item.field) != item.default:
-                    raise UserError(f"{item.names[0]} has no effect without --fp8-format; add that")
+        for item in flags_of(type(self)):
+            needed = lacking_flag(item.field, vars(self))
+            if needed is not None and getattr(self, item.field) != item.default:
+                raise UserError(f"{item.names[0]} has no effect without {needed}; add that")
 
     # The required sizes as plain integers (they are None only in the parser's defaults).
     @property

@@ -74,8 +74,9 @@ REFUSED: dict[str, str] = {
         --*-clone-scatter-output-in-embedding""",
     "a NaN ends the run, nothing is run again; leave it out": """
         --rerun-mode --error-injection-rate --error-injection-type --check-for-spiky-loss --check-for-large-grads
-        --result-rejected-tracker-filename --iterations-to-skip --check-weight-hash-across-dp-replicas-interval
-        --train-sync-interval""",
+        --result-rejected-tracker-filename --iterations-to-skip""",
+    "ranks keep in step by their collectives alone; leave it out": """
+        --check-weight-hash-across-dp-replicas-interval --train-sync-interval""",
     "a failed run is started again from its last checkpoint; leave it out": """
         --inprocess-* --enable-ft-package --calc-ft-timeouts --ft-num-warmup-iters --adlr-autoresume*
         --run-workload-inspector-server""",
@@ -98,7 +99,8 @@ REFUSED: dict[str, str] = {
         --use-mp-args-from-checkpoint-args --*-use-tokenizer-model-from-checkpoint-args""",
     "use --load with --finetune": "--pretrained-checkpoint",
     "it has no effect in Megatron-LM either; leave it out": """
-        --use-dist-ckpt --dist-ckpt-format --ckpt-fully-parallel-save --tiktoken-special-tokens""",
+        --use-dist-ckpt --dist-ckpt-format --ckpt-fully-parallel-save""",
+    "use --tokenizer-special-tokens": "--tiktoken-special-tokens",
     "data are local .bin and .idx files of plain text; leave it out": """
         --per-dataset-sequences-path --dataloader-fast-cache-load --dataloader-defer-npy-index-mmap
         --object-storage-cache-path --disable-msc --fim-* --sft*""",

@@ -17,8 +17,8 @@ class TrainingConfig:
     global_batch_size: int | None = flag(
         None, "Samples in one step; micro batch size x data-parallel size if not given."
     )
-    rampup_batch_size: list[str] | None = flag(
-        None, "Batch size ramp-up.", nargs=3, refused="weights are relative to a batch of constant size"
+    rampup_batch_size: list[int] | None = flag(
+        None, "Batch size ramp-up.", nargs=3, refused="weights are relative to a batch of constant size; leave it out"
     )
     train_iters: int | None = flag(None, "Steps to train.")
     train_samples: int | None = flag(None, "Samples to train on, in place of --train-iters.")
@@ -28,7 +28,7 @@ class TrainingConfig:
     skip_train: bool = flag(False, "Only evaluate.")
     seed: int = flag(1234, "Seed of initialisation, data order and dropout.")
     data_parallel_random_init: bool = flag(
-        False, "Initialise each data-parallel rank differently.", refused="replicas start equal here"
+        False, "Initialise each data-parallel rank differently.", refused="replicas start equal; leave it out"
     )
     check_for_nan_in_loss_and_grad: bool = flag(
         True, "Do not stop at a NaN in loss or gradient.", "--no-check-for-nan-in-loss-and-grad"

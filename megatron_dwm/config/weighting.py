@@ -53,12 +53,15 @@ class WeightingConfig:
         None, "Iterations between outer updates; 50 if not given, or fewer where the window is shorter."
     )
     dwm_weighter_steps: int = flag(8, "Weighter steps in one outer update.")
-    dwm_replay: int = flag(16, "Recent aligned batches that those steps draw on.")
+    dwm_replay: int = flag(8, "Recent aligned batches that those steps draw on.")
     dwm_alignment: Literal["exact", "finite-difference"] = flag(
         "exact", "Alignment from one backward pass of single samples, or from two forward passes."
     )
     dwm_preconditioner: Literal["adam", "none"] = flag(
         "adam", "Scale the target gradient as Adam scales its step (adam), or not (none)."
+    )
+    dwm_min_effective_sample_size: float = flag(
+        0.1, "Warn when the weights' effective sample size falls below this part of the batch."
     )
     dwm_score_batch_size: int = flag(32, "Samples the weighter scores at a time.")
 
@@ -71,6 +74,10 @@ class WeightingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if not 0 <= self.dwm_min_effective_sample_size <= 1:
+            raise UserError(
+                f"--dwm-min-effective-sample-size {self.dwm_min_effective_sample_size}: must be between 0 and 1"
+            )
         if self.dwm_temperature <= 0:
             raise UserError(f"--dwm-temperature {self.dwm_temperature}: must be above 0")
         for name in ("dwm_kl_weight", "dwm_lr", "dwm_weight_decay", "dwm_clip_grad"):

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +22,15 @@ from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
 from megatron_dwm.errors import UserError
+
+_DETERMINISTIC = {
+    "NCCL_ALGO": ("Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS"),
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),  # Transformer Engine's
+}
+"""What the libraries under a GPU's run read from the environment, and values that make them deterministic."""
+
+_FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 
 def transformer_config(
@@ -48,6 +59,11 @@ def transformer_config(
     if resets_attention_mask:
         check_attention_mask(model, impl, device)
     _check_recomputation(model, parallel)
+    if device.type == "cuda":
+        if training.deterministic_mode:
+            check_determinism(impl, os.environ)
+        if model.fp8 is not None:
+            check_fp8(model, torch.cuda.get_device_capability(device))
     values = _same_named(model, parallel, training, optimizer)
     values.update(_architecture(model))
     values.update(_layout(model, parallel, device))
@@ -256,6 +272,37 @@ def check_attention_mask(model: ModelConfig, impl: str, device: torch.device) ->
         raise UserError(
             "--reset-attention-mask: the fused softmax of --transformer-impl local ignores such a mask; "
             "add --no-masked-softmax-fusion or use --transformer-impl torch"
+        )
+
+
+def check_determinism(impl: str, environment: Mapping[str, str]) -> None:
+    """Refuse ``--deterministic-mode`` on a GPU in an environment that lets libraries be otherwise.
+
+    Raises:
+        UserError: a variable is not set as it must be.
+    """
+    for name, values in _DETERMINISTIC.items():
+        if name.startswith("NVTE") and impl != "transformer_engine":
+            continue
+        found = environment.get(name)
+        if found not in values:
+            raise UserError(f"--deterministic-mode: the environment has {name}={found or ''}; set it to {values[0]}")
+
+
+def check_fp8(model: ModelConfig, capability: tuple[int, int]) -> None:
+    """Refuse FP8 on a GPU that has none.
+
+    Args:
+        capability: the GPU's compute capability.
+
+    Raises:
+        UserError: it is less than the recipe needs.
+    """
+    needed = _FP8_CAPABILITY[model.fp8_recipe]
+    if capability < needed:
+        raise UserError(
+            f"--fp8-format {model.fp8} with --fp8-recipe {model.fp8_recipe} needs a GPU of compute capability "
+            f"{needed[0]}.{needed[1]} and this one has {capability[0]}.{capability[1]}; train with --bf16"
         )
 
 

@@ -21,7 +21,7 @@ class ParameterCopy:
             chunks: DistributedDataParallel model chunks.
         """
         for chunk in chunks:
-            if False and chunk.use_forward_hook:
+            if chunk.use_forward_hook:
                 chunk.start_param_sync(force_sync=True)
         self._params = [param for chunk in chunks for param in chunk.parameters()]
         self._copies = [param.detach().clone() for param in self._params]

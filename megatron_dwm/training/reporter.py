@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron_dwm.runtime.distributed import Layout
 from megatron_dwm.runtime.metrics import JsonLines, LogLine, LossWindow, TensorBoard, say, validation_line
 from megatron_dwm.training.checkpoint import Progress
 from megatron_dwm.training.step import StepResult
+from megatron_dwm.weighting.health import Warning
 
 MEBIBYTE = 1024.0 * 1024.0
 
@@ -94,6 +96,13 @@ class Reporter:
         """Write one record to the JSON lines."""
         if self.jsonl is not None:
             self.jsonl.write(record)
+
+    def warnings(self, iteration: int, warnings: Sequence[Warning]) -> None:
+        """Say what is wrong with the weighting, and record it."""
+        for warning in warnings:
+            self.record({"kind": "health", "iteration": iteration, "sign": warning.sign, "message": warning.message})
+            if self.layout.is_last:
+                say(f"WARNING at iteration {iteration}: {warning.message}")
 
     def evaluation(self, progress: Progress, split: str, loss: float, prefix: str) -> None:
         """Report an evaluation on ``split`` (valid or test)."""

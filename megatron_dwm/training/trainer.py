@@ -92,6 +92,9 @@ class Trainer:
         self.progress.num_floating_point_operations_so_far += self.reporter.flops_per_step
 
         figures = self._weighting_figures(iteration, batch, weights)
+        if weights is not None and (updates or iteration % self.config.logging.log_interval == 0):
+            assert self.weighting is not None
+            self.reporter.warnings(iteration, self.weighting.warnings(weights))
         if before is not None:
             assert self.weighting is not None and weights is not None
             with self.schedule.whole_parameters():

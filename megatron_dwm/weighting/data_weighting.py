@@ -17,6 +17,7 @@ from megatron_dwm.data.datasets import BatchReader
 from megatron_dwm.runtime.metrics import say
 from megatron_dwm.runtime.parameters import ParameterCopy
 from megatron_dwm.weighting.exchange import SampleExchange
+from megatron_dwm.weighting.health import Warning, check_scores, check_weights
 from megatron_dwm.weighting.outer import AlignedBatch, OuterResult, OuterUpdate
 from megatron_dwm.weighting.stages import StageSchedule
 from megatron_dwm.weighting.weighter import Weighter
@@ -61,6 +62,7 @@ class DataWeighting:
         self.config, self.stages, self.exchange, self.sources = config, stages, exchange, sources
         self.target_reader = target_reader
         self.consumed_target_samples = 0
+        self.outer_updates = 0
         self.weighter: Weighter | None = None
         self.outer: OuterUpdate | None = None
         self._make_weighter, self._make_outer_update = make_weighter, make_outer_update
@@ -106,9 +108,15 @@ class DataWeighting:
         result = self.outer.run(batch, target, before)
         if result is None:
             return self._skipped(iteration)
+        self.outer_updates += 1
         index = self.exchange.gather_replicas(batch.index).tolist()
         source = self.exchange.gather_replicas(batch.source).tolist()
         return self._record(iteration, index, source, weights, result)
+
+    def warnings(self, weights: BatchWeights) -> list[Warning]:
+        """What is wrong with these weights."""
+        floor = self.config.dwm_min_effective_sample_size
+        return check_weights(weights.relative, floor) + check_scores(weights.scores, self.outer_updates)
 
     def by_source(self, batch: Batch, weights: BatchWeights | None) -> dict[str, dict[str, float]]:
         """Of each data source in the batch: its share of the gradient, Σ w over its samples, and its mean weight."""
@@ -121,8 +129,10 @@ class DataWeighting:
         return figures
 
     def _skipped(self, iteration: int) -> dict[str, Any]:
+        assert self.outer is not None
         if self.exchange.layout.is_first:
-            say(f" > outer update of iteration {iteration} skipped: gradients overflow at the present loss scale")
+            scale = float(self.outer.optimizer.get_loss_scale())
+            say(f" > outer update of iteration {iteration} skipped: an alignment is not finite at loss scale {scale:g}")
         return {"kind": "skipped_outer_update", "iteration": iteration, "stage": self.stages.stage(iteration)}
 
     def _record(
@@ -160,6 +170,7 @@ class DataWeighting:
         weighter = self.weighter
         return {
             "consumed_target_samples": self.consumed_target_samples,
+            "outer_updates": self.outer_updates,
             "weighter_config": weighter.model.config.to_json_string(use_diff=False) if weighter else None,
             "weighter": weighter.model.state_dict() if weighter else None,
             "weighter_optimizer": weighter.optimizer.state_dict() if weighter else None,
@@ -173,6 +184,7 @@ class DataWeighting:
             make_weighter: builds a weighter from a Hugging Face configuration in JSON.
         """
         self.consumed_target_samples = state["consumed_target_samples"]
+        self.outer_updates = state["outer_updates"]
         if state["weighter"] is None:
             return
         weighter = make_weighter(state["weighter_config"])

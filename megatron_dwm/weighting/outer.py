@@ -20,6 +20,7 @@ from megatron_dwm.runtime.distributed import Layout
 from megatron_dwm.runtime.parameters import ParameterCopy
 from megatron_dwm.weighting.alignment import Direction, global_norm, products_with, shift, sum_over_model
 from megatron_dwm.weighting.exchange import SampleExchange
+from megatron_dwm.weighting.health import require_alignments
 from megatron_dwm.weighting.preconditioner import precondition
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weights import objective, objective_score_gradient
@@ -89,6 +90,7 @@ class OuterUpdate:
 
         Raises:
             FloatingPointError: an alignment is not finite and the schedule checks for that.
+            RuntimeError: all alignments are zero, or the weighter's replicas differ.
         """
         with self.schedule.deterministic():
             loss_after, direction = self.target_gradient(target)
@@ -100,6 +102,8 @@ class OuterUpdate:
             if self.schedule.check_for_nan:
                 raise FloatingPointError("an alignment is not finite; lower --lr, or look at the data of this step")
             return None
+
+        require_alignments(alignments)
 
         tokens = batch.tokens[self.exchange.own_share]
         self.replay.append(AlignedBatch(tokens, alignments))

@@ -1,7 +1,11 @@
-"""Checkpoints become Hugging Face models and the other way round, whatever the layout."""
+"""Checkpoints become Hugging Face models and the other way round, whatever the layout.
+
+``tests/fixtures/megatron_args.json`` is what Megatron-LM (core_v0.16.1) saved as the arguments of two models.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,8 +29,9 @@ from transformers import (
 
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.tokenizer import build_tokenizer, save_hf_tokenizer
-from megatron_dwm.errors import EXIT_CODE, run_cli
+from megatron_dwm.errors import EXIT_CODE, UserError, run_cli
 from megatron_dwm.model.builder import build_model_chunks
+from megatron_dwm.model.hf import hf_config
 from megatron_dwm.model.transformer_config import transformer_config
 from tests.distributed import tiny
 from tests.distributed.harness import run_distributed
@@ -76,6 +81,7 @@ TRAINED: dict[str, tuple[Any, dict[str, Any], int]] = {
     "gpt2, TP2 PP2": (GPT2LMHeadModel, SIZES | TP2_PP2, 4),
     "gpt2 with its own head, one process": (GPT2LMHeadModel, SIZES | UNTIED, 1),
 }
+MEGATRON_ARGS = json.loads((Path(__file__).parents[1] / "fixtures/megatron_args.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +144,26 @@ def test_a_trained_checkpoint_becomes_a_hugging_face_model_with_its_logits_and_t
         computed = model(tiny.samples()[:, :-1]).logits
     torch.testing.assert_close(computed, logits[..., :330], rtol=1e-5, atol=1e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "log", "save"]
+
+
+@pytest.mark.parametrize("kind", MEGATRON_ARGS)
+def test_the_arguments_that_megatron_lm_saves_describe_its_model(kind: str):
+    idle = {"recompute_num_layers": 1, "fp8_recipe": "mxfp8", "rope_scaling_factor": 2.0}
+    saved = MEGATRON_ARGS[kind] | idle | ({"rotary_base": 500} if kind == "gpt2" else {})
+    model = export_hf.saved_model(saved)
+    config = hf_config(model, vocab_size=256, num_layers=model.layers)
+    assert config.model_type == kind
+    assert (config.num_hidden_layers, config.hidden_size, config.max_position_embeddings) == (4, 32, 16)
+    assert model.query_groups == (2 if kind == "llama" else 4)
+    assert export_hf.saved_tokenizer(saved, {}) == TokenizerConfig("NullTokenizer", vocab_size=255)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [*((name, 1) for name in export_hf.UNKNOWN_PARTS), ("softmax_type", "off-by-one")]
+)
+def test_a_megatron_lm_model_of_other_parts_is_refused_by_its_argument(name: str, value: Any):
+    with pytest.raises(UserError, match=f"{name}={value}"):
+        export_hf.saved_model(MEGATRON_ARGS["llama"] | {name: value})
 
 
 def _hugging_face(kind: str, tokenizer_flags: dict[str, Any], folder: Path) -> Any:

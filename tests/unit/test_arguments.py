@@ -74,12 +74,13 @@ def test_only_given_values_are_read():
         (["--parts", "2"], "--parts is not supported: there is one; leave it out"),
         (["--size", "0"], "--size 0: must be at least 1"),
         (["--rate", "nan"], "--rate nan: must be at least 1"),
-        (["--gone=3"], "--gone is not supported: it is gone; leave it out"),
+        (["--gone=3"], "--gone is not supported: it is gone; leave it out\n"),
+        (["--gone", "3", "--went", "--unknown", "--went=1"], "it is gone; leave it out (nor are --went)"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]):
     def main() -> None:
-        _parse(*argv, why_refused={"--gone": "it is gone; leave it out"}.get)
+        _parse(*argv, why_refused=dict.fromkeys(("--gone", "--went"), "it is gone; leave it out").get)
 
     with pytest.raises(SystemExit) as ended:
         run_cli(main)

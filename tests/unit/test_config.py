@@ -151,6 +151,8 @@ MISTAKES = {
     "--seq-length 64": "--seq-length 64 exceeds --max-position-embeddings 32",
     "--no-position-embedding": "--no-position-embedding with --position-embedding-type learned_absolute",
     "--use-rope-scaling": "without --position-embedding-type rope",
+    "--rotary-base 500": "--rotary-base has no effect without --position-embedding-type rope",
+    "--position-embedding-type rope --rope-scaling-factor 2": "without --use-rope-scaling",
     "--position-embedding-type rope --kv-channels 5": "heads of an even size, not 5",
     "--position-embedding-type rope --rotary-percent 0": "--rotary-percent 0.0",
     "--recompute-granularity full": "--recompute-method",

@@ -1,7 +1,7 @@
 """The flags are Megatron-LM's: same names, meaning and defaults, or refused with a reason.
 
 ``tests/fixtures/flags.json`` is what Megatron-LM's own parser (core_v0.16.1) says of its flags: spellings to
-destination, default and, where there are, choices, nargs and action.
+destination, default and, where there are, choices, nargs, action and a type other than str.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ def test_a_shared_flag_is_megatrons(name: str):
     ours, theirs = OURS[name], MEGATRON[name]
     assert ours.field == theirs["dest"]
     assert (ours.value_type is None) == (theirs.get("action") in ("StoreTrue", "StoreFalse"))
+    if ours.value_type is not None:
+        assert ours.value_type.__name__ == theirs.get("type", "str")
     if name in OTHER_DEFAULTS:
         assert ours.default != theirs["default"], "no difference any more: drop it from OTHER_DEFAULTS"
     else:

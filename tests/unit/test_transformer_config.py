@@ -19,6 +19,8 @@ from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.transformer_config import (
     check_attention_mask,
+    check_determinism,
+    check_fp8,
     has_tanh_gelu,
     resolve_transformer_impl,
     transformer_config,
@@ -262,3 +264,32 @@ def test_every_flag_of_fp8_is_a_field_of_megatron_cores_configuration():
     fields = {field.name for field in dataclasses.fields(TransformerConfig)}
     ours = {flag.field for flag in flags_of(ModelConfig) if "fp8" in flag.field or "bf16" in flag.field}
     assert len(ours) == 10 and ours <= fields
+
+
+@pytest.mark.parametrize(
+    ("recipe", "capability", "needed"),
+    [
+        ("delayed", (8, 0), "8.9"),
+        ("delayed", (8, 9), None),
+        ("blockwise", (8, 9), "9.0"),
+        ("mxfp8", (9, 0), "10.0"),
+        ("mxfp8", (10, 0), None),
+    ],
+)
+def test_fp8_is_refused_on_a_gpu_that_has_none(recipe: Any, capability: tuple[int, int], needed: str | None):
+    model = ModelConfig(**SIZES, fp8="hybrid", fp8_recipe=recipe)
+    if needed is None:
+        check_fp8(model, capability)
+    else:
+        with pytest.raises(UserError, match=f"--fp8-format hybrid .*capability {needed} .*; train with --bf16"):
+            check_fp8(model, capability)
+
+
+def test_deterministic_mode_needs_an_environment_that_allows_it():
+    settings = {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    check_determinism("torch", settings)
+    check_determinism("transformer_engine", settings | {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"})
+    with pytest.raises(UserError, match="--deterministic-mode: .* NVTE_ALLOW_NONDETERMINISTIC_ALGO=; set it to 0"):
+        check_determinism("transformer_engine", settings)
+    with pytest.raises(UserError, match="NCCL_ALGO=NVLS; set it to Ring"):
+        check_determinism("torch", settings | {"NCCL_ALGO": "NVLS"})

@@ -1,0 +1,73 @@
+"""Signs that the weighting does not work, looked for at every outer update and said aloud.
+
+A warning is a line in the log and a record of kind ``health`` in the JSON lines; the run goes on. What would make every
+further update meaningless (alignments that are not finite, or all zero, or replicas that differ) ends it instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_dwm.weighting.weights import WeightStatistics
+
+
+@dataclass(frozen=True)
+class Warning:
+    """Something that the user should look at."""
+
+    sign: str
+    """Short name, for records."""
+    message: str
+    """What was found and what can be done, on one line."""
+
+
+def check_weights(relative: torch.Tensor, floor: float) -> list[Warning]:
+    """Warn of a batch whose weights have collapsed onto few samples.
+
+    Args:
+        relative: u = N w of the batch [N].
+        floor: least effective sample size, as a part of the batch (``--dwm-min-effective-sample-size``).
+    """
+    effective = WeightStatistics.of(relative).effective_sample_size
+    if effective >= floor:
+        return []
+    return [
+        Warning(
+            "collapsed weights",
+            f"the weights have an effective sample size of {effective:.3f} of the batch, under "
+            f"--dwm-min-effective-sample-size {floor:g}; raise --dwm-kl-weight or --dwm-temperature",
+        )
+    ]
+
+
+def check_scores(scores: torch.Tensor, updates: int) -> list[Warning]:
+    """Warn of a weighter that gives all samples of a batch the same score although it has learnt.
+
+    Args:
+        scores: of the batch [N].
+        updates: outer updates that the weighter has had before it scored this batch.
+    """
+    if updates == 0 or len(scores) < 2 or float(scores.max() - scores.min()) > 0:
+        return []
+    return [
+        Warning(
+            "equal scores",
+            f"after {updates} outer updates the weighter still scores all samples alike; raise --dwm-lr, or start it "
+            "from something that can tell them apart (--dwm-init-from)",
+        )
+    ]
+
+
+def require_alignments(alignments: torch.Tensor) -> None:
+    """Refuse alignments from which nothing can be learnt.
+
+    Raises:
+        RuntimeError: all alignments [N] are exactly zero: the target gradient, or the samples', does not arrive.
+    """
+    if not bool(alignments.any()):
+        raise RuntimeError(
+            "the alignments of all samples are exactly zero, so the weighter cannot learn; check that the target set "
+            "has tokens whose loss counts (--eod-mask-loss) and that the model's parameters train"
+        )
