@@ -205,6 +205,19 @@ def read(
     return vars(values)
 
 
+def argv_of(config: Any) -> list[str]:
+    """The command line that makes ``config``: those of its flags that are not at their defaults."""
+    argv: list[str] = []
+    for item in flags_of(type(config)):
+        value = getattr(config, item.field)
+        if value == item.default:
+            continue
+        argv.append(item.names[0])
+        if item.value_type is not None:
+            argv += map(str, value if isinstance(value, list) else [value])
+    return argv
+
+
 def spelled(field: str) -> str:
     """The standard spelling of a field's flag."""
     return "--" + field.replace("_", "-")
@@ -242,12 +255,14 @@ def parse(
     prog: str | None = None,
     description: str | None,
     why_refused: Callable[[str], str | None] = lambda name: None,
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: given,
     speaks: bool = True,
 ) -> dict[str, Any]:
     """Parse ``argv`` into one object of each class; the arguments are those of :func:`read`.
 
     Args:
         classes: name to configuration class.
+        complete: makes of the values that are given, by field, those to use.
         speaks: whether this process prints warnings; of several that parse alike, one should.
 
     Returns:
@@ -256,9 +271,10 @@ def parse(
     Raises:
         UserError: unknown or refused flag, bad value, or a configuration class's check failed.
     """
-    values = read(argv, classes.values(), prog=prog, description=description, why_refused=why_refused)
+    given = read(argv, classes.values(), prog=prog, description=description, why_refused=why_refused)
+    values = complete(given)
     configs: dict[str, Any] = {name: build(config_class, values) for name, config_class in classes.items()}
     if speaks:
-        for line in deprecations(classes.values(), values):
+        for line in deprecations(classes.values(), given):
             print(line, file=sys.stderr)
     return configs

@@ -10,36 +10,19 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from megatron_dwm.arguments import build, flag, flags_of, read
 from megatron_dwm.config.checkpoint import CheckpointConfig
-from megatron_dwm.config.model import ModelConfig, lacking_flag
+from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.saved import effective_arguments, read_arguments
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError, run_cli
 from megatron_dwm.files import written_folder
 
 MODEL_KEYS = "embedding.", "decoder.", "output_layer."
-UNKNOWN_PARTS = (
-    "activation_func_clamp_value",
-    "apply_residual_connection_post_layernorm",
-    "attention_output_gate",
-    "experimental_attention_variant",
-    "glu_linear_offset",
-    "is_hybrid_model",
-    "linear_attention_freq",
-    "mtp_num_layers",
-    "no_rope_freq",
-    "openai_gelu",
-    "qk_l2_norm",
-    "quick_geglu",
-    "rotary_seq_len_interpolation_factor",
-    "window_size",
-)
-"""Arguments in Megatron-LM's checkpoints that, where set, make another model of the same tensors."""
 
 
 @dataclass(frozen=True)
@@ -86,21 +69,12 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> None:
         )
     vocab_size = max(int(tokenizer.vocab_size), saved.get("hf_vocab_size", 0))
     language_model = causal_language_model(full_state, model, vocab_size=vocab_size)
-    language_model.config.eos_token_id = int(tokenizer.eod)
+    for settings in (language_model.config, language_model.generation_config):
+        settings.eos_token_id = int(tokenizer.eod)
     disable_progress_bar()
     with written_folder(Path(config.output)) as beside:
         language_model.save_pretrained(beside)
         save_hf_tokenizer(tokenizer, tokenizer_config, beside)
-
-
-def read_arguments(folder: Path) -> dict[str, Any]:
-    """The arguments that a checkpoint was saved with."""
-    from megatron.core import dist_checkpointing
-
-    common = dist_checkpointing.load_common_state_dict(str(folder))
-    if "args" not in common:
-        raise UserError(f"{folder}: its common.pt holds no arguments; it is not a checkpoint of pretraining")
-    return vars(common["args"])
 
 
 def saved_model(saved: Mapping[str, Any]) -> ModelConfig:
@@ -109,13 +83,7 @@ def saved_model(saved: Mapping[str, Any]) -> ModelConfig:
     Raises:
         UserError: it is not a model that this programme trains.
     """
-    for name in UNKNOWN_PARTS:
-        if saved.get(name):
-            raise UserError(f"the checkpoint was saved with {name}={saved[name]}, which cannot be exported")
-    if saved.get("softmax_type", "vanilla") != "vanilla":
-        raise UserError(f"the checkpoint was saved with softmax_type={saved['softmax_type']}, which cannot be exported")
-    # Megatron-LM keeps, and itself sets, values that have no effect beside the others.
-    return build(ModelConfig, {name: value for name, value in saved.items() if lacking_flag(name, saved) is None})
+    return build(ModelConfig, effective_arguments(saved))
 
 
 def saved_tokenizer(saved: Mapping[str, Any], given: Mapping[str, Any]) -> TokenizerConfig:
@@ -140,12 +108,11 @@ def read_model(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _checkpoint_folder(config: ExportConfig) -> Path:
-    from megatron_dwm.training.checkpoint import TRACKER, find_checkpoint
+    from megatron_dwm.training.checkpoint import TRACKER, latest_checkpoint
 
-    wanted: Any = SimpleNamespace(checkpoint=CheckpointConfig(load=config.load, ckpt_step=config.ckpt_step))
-    folder = find_checkpoint(wanted)
+    folder = latest_checkpoint(CheckpointConfig(load=config.load, ckpt_step=config.ckpt_step))
     if folder is None:
-        raise UserError(f"--load {config.load}: no {TRACKER} there; give the folder that a run's --save named")
+        raise UserError(f"--load {config.load}: no {TRACKER} there; give the folder that a run saved to")
     return folder
 
 

@@ -1,11 +1,12 @@
 """Write a Hugging Face LlamaForCausalLM or GPT2LMHeadModel as a checkpoint that pretraining can start from.
 
-``pretrain_dwm.py --load CHECKPOINTS --finetune`` starts from it under any layout, with the flags of the same model.
-One process, no GPU.
+``pretrain_dwm.py --load CHECKPOINTS --finetune`` starts from it under any layout, with the flags of the same model,
+which are printed. One process, no GPU.
 """
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from argparse import Namespace
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.arguments import flag, flags_of, parse, require_at_least
+from megatron_dwm.arguments import argv_of, flag, flags_of, parse, require_at_least
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import PARTS
 from megatron_dwm.errors import UserError, run_cli
@@ -38,8 +39,8 @@ class ImportConfig:
         require_at_least(self, 1, "make_vocab_size_divisible_by")
 
 
-def import_model(config: ImportConfig) -> None:
-    """Write the checkpoint that ``config`` names, and the tracker file beside it.
+def import_model(config: ImportConfig) -> ModelConfig:
+    """Write the checkpoint that ``config`` names, and the tracker file beside it; return what model it is.
 
     Raises:
         UserError: no such model, an architecture that is not trained here, or there are checkpoints already.
@@ -73,6 +74,7 @@ def import_model(config: ImportConfig) -> None:
     with written_folder(folder) as beside:
         write_checkpoint(beside, from_hf_state_dict(state, model, padded_vocab_size=padded), arguments)
     write_text(root / TRACKER, str(ITERATION))
+    return model
 
 
 def read_hugging_face(folder: Path) -> tuple[ModelConfig, int, dict[str, torch.Tensor]]:
@@ -111,7 +113,7 @@ def write_checkpoint(folder: Path, full_state: dict[str, torch.Tensor], argument
     import torch.distributed.checkpoint as dcp
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
-    from megatron_dwm.training.checkpoint import VERSION
+    from megatron_dwm.training.state import VERSION
 
     dcp.save({**full_state, **_empty_extra_states(arguments["num_layers"])}, checkpoint_id=str(folder))
     common = {
@@ -144,7 +146,9 @@ def _empty_extra_states(num_layers: int) -> dict[str, list[None]]:
 
 def main() -> None:
     warnings.filterwarnings("ignore")  # of the libraries: a single process, no accelerator
-    import_model(parse(None, {"import": ImportConfig}, description=__doc__)["import"])
+    config: ImportConfig = parse(None, {"import": ImportConfig}, description=__doc__)["import"]
+    model = import_model(config)
+    print("the model's flags:", shlex.join([*argv_of(model), "--load", config.save, "--finetune"]))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dwm.arguments import flag
+from megatron_dwm.arguments import flag, require_at_least, spelled
 from megatron_dwm.errors import UserError
 
 
@@ -39,20 +39,30 @@ class CheckpointConfig:
     dist_ckpt_optim_fully_reshardable: bool = flag(
         False, "Save the distributed optimiser so that it can be loaded under another TP and PP size."
     )
-    async_save: bool = flag(
-        False, "Write checkpoints in the background.", refused="checkpoints are written before the next step"
-    )
+    async_save: bool = flag(False, "Write checkpoints while training goes on.")
     non_persistent_save_interval: int | None = flag(
-        None, "Iterations between non-persistent checkpoints.", refused="use --save-interval"
+        None, "Iterations between non-persistent checkpoints, of which only the newest two are kept."
+    )
+    non_persistent_ckpt_type: Literal["global"] | None = flag(
+        None, "Write non-persistent checkpoints, and load one if it is the newest: global, a folder all ranks share."
+    )
+    non_persistent_global_ckpt_dir: str | None = flag(
+        None, "Folder of non-persistent checkpoints. Default: non_persistent in the --save or --load folder."
     )
     use_checkpoint_args: bool = flag(
-        False, "Take the model's flags from the checkpoint.", refused="repeat the model's flags"
+        False, "Take the model's flags from the checkpoint; sizes only where they are not given."
     )
 
     def __post_init__(self) -> None:
-        if self.save_interval is not None and self.save_interval < 1:
-            raise UserError(f"--save-interval {self.save_interval}: must be at least 1")
-        if self.save_interval is not None and self.save is None:
-            raise UserError(f"--save-interval {self.save_interval} needs --save; give the folder")
-        if self.exit_on_missing_checkpoint and self.load is None:
-            raise UserError("--exit-on-missing-checkpoint needs --load; give the folder")
+        require_at_least(self, 1, "save_interval save_retain_interval non_persistent_save_interval")
+        for name in ("save_interval", "non_persistent_save_interval"):
+            if getattr(self, name) is not None and self.save is None:
+                raise UserError(f"{spelled(name)} {getattr(self, name)} needs --save; give the folder")
+        if self.non_persistent_save_interval is not None and self.non_persistent_ckpt_type is None:
+            raise UserError(
+                f"--non-persistent-save-interval {self.non_persistent_save_interval} needs "
+                "--non-persistent-ckpt-type global; add it"
+            )
+        for name in ("exit_on_missing_checkpoint", "use_checkpoint_args"):
+            if getattr(self, name) and self.load is None:
+                raise UserError(f"{spelled(name)} needs --load; give the folder")

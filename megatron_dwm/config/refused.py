@@ -91,10 +91,10 @@ REFUSED: dict[str, str] = {
         --wandb-* --*one-logger* --app-tag-run-* --log-progress --timing-log-* --log-timers-to-tensorboard
         --log-memory-interval --log-device-memory-used --no-barrier-with-level-1-timing --logging-level --log-energy
         --config-logger-dir""",
-    "checkpoints are torch_dist, written whole before the next step; leave it out": """
-        --load-main-params-from-ckpt --non-persistent-ckpt-type --non-persistent-global-ckpt-dir
-        --non-persistent-local-* --auto-detect-ckpt-format --ckpt-convert-*
-        --use-persistent-ckpt-worker --ckpt-assume-constant-structure --dist-ckpt-strictness
+    "--async-save starts the process it needs; leave it out": "--use-persistent-ckpt-worker",
+    "checkpoints are torch_dist, in folders that all ranks share; leave it out": """
+        --load-main-params-from-ckpt --non-persistent-local-* --auto-detect-ckpt-format --ckpt-convert-*
+        --ckpt-assume-constant-structure --dist-ckpt-strictness
         --dist-ckpt-save-pre-mcore-014 --distrib-optim-fully-reshardable-mem-efficient --replication*
         --use-mp-args-from-checkpoint-args --*-use-tokenizer-model-from-checkpoint-args""",
     "use --load with --finetune": "--pretrained-checkpoint",

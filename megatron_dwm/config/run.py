@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dwm.arguments import parse
+from megatron_dwm.arguments import build, parse
 from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.data import DataConfig
 from megatron_dwm.config.logging import LoggingConfig
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.refused import why_refused
+from megatron_dwm.config.saved import with_saved_arguments
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
 from megatron_dwm.config.weighting import WeightingConfig
@@ -66,7 +67,6 @@ class RunConfig:
         tp = self.parallel.tp
         divided = {
             "--num-attention-heads": self.model.heads,
-            "--num-query-groups": self.model.query_groups,
             "--ffn-hidden-size": self.model.ffn,
         }
         if self.model.padded_vocab_size is not None:
@@ -76,6 +76,12 @@ class RunConfig:
         for name, value in divided.items():
             if value % tp:
                 raise UserError(f"{name} {value} is not divisible by --tensor-model-parallel-size {tp}; change one")
+        groups = self.model.query_groups
+        if groups % tp and tp % groups:
+            raise UserError(
+                f"--num-query-groups {groups} is neither a multiple nor a divisor of "
+                f"--tensor-model-parallel-size {tp}; change one"
+            )
 
     def _check_batches(self) -> None:
         chunks = self.parallel.virtual_stages(self.model.layers)
@@ -135,6 +141,14 @@ class RunConfig:
                 f"--dwm-target-batch-size {self.target_batch_size} gives microbatches that are not divisible by "
                 f"--pipeline-model-parallel-size {pp}, which virtual stages need; change it"
             )
+        half = "--bf16" if self.optimizer.bf16 else "--fp16" if self.optimizer.fp16 else None
+        if half and self.weighting.dwm_alignment == "finite-difference":
+            raise UserError(
+                f"--dwm-alignment finite-difference with {half}: so small a step is lost in the parameters' rounding; "
+                "use --dwm-alignment exact"
+            )
+        if self.optimizer.optimizer == "sgd" and self.weighting.dwm_preconditioner == "adam":
+            raise UserError("--dwm-preconditioner adam needs --optimizer adam, not sgd; use --dwm-preconditioner none")
         if not self.weighting.dwm_valid_data_path and not self.data.mock_data:
             raise UserError(
                 "--dwm-mode bilevel needs --dwm-valid-data-path; give the target set, or use --dwm-mode off"
@@ -173,21 +187,37 @@ class RunConfig:
         }
 
 
-def parse_run(argv: Sequence[str] | None, world_size: int, *, speaks: bool = True) -> RunConfig:
+def parse_run(
+    argv: Sequence[str] | None,
+    world_size: int,
+    *,
+    read_saved: Callable[[CheckpointConfig], Mapping[str, Any]] | None = None,
+    speaks: bool = True,
+) -> RunConfig:
     """The configuration that ``argv`` describes for ``world_size`` processes.
 
     Args:
+        read_saved: finds the arguments of the checkpoint to load; without it there is no ``--use-checkpoint-args``.
         speaks: whether this process prints warnings of deprecated flags; one should.
 
     Raises:
         UserError: an unknown flag, a bad value, or values that contradict each other.
     """
+
+    def complete(given: dict[str, Any]) -> dict[str, Any]:
+        if not given.get("use_checkpoint_args"):
+            return given
+        if read_saved is None:
+            raise UserError("--use-checkpoint-args is not supported: nothing is loaded here; repeat the model's flags")
+        return with_saved_arguments(given, read_saved(build(CheckpointConfig, given)))
+
     parts = parse(
         argv,
         PARTS,
         prog="pretrain_dwm.py",
         description="Pretrain a Megatron-Core GPT with a data weighting model. Flags are Megatron-LM's, plus --dwm-*.",
         why_refused=why_refused,
+        complete=complete,
         speaks=speaks,
     )
     return RunConfig(world_size=world_size, **parts)

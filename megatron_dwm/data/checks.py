@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from megatron_dwm.data.datasets import Blend, DataPaths
+from megatron_dwm.data.datasets import PART_NAMES, Blend, DataPaths, sequence_lengths, split_parts
 from megatron_dwm.errors import UserError
 
-VOCABULARY_SAMPLE = 1_000_000  # tokens at the start of each file that are held against the vocabulary
+VOCABULARY_SAMPLE = 2**26  # tokens of each dataset that are held against the vocabulary,
+VOCABULARY_PIECES = 64  # in so many pieces, if there are more
 SHORTEST_DOCUMENT = 32  # tokens; shorter documents are the same by chance
 MOST_DOCUMENTS = 200_000  # documents of one dataset that are held against the target set
 
@@ -22,16 +22,12 @@ def check_data(paths: DataPaths, seq_length: int, vocab_size: int) -> None:
     Raises:
         UserError: the first fault found.
     """
-    for flag, (prefixes, _) in paths.blends().items():
-        for prefix in prefixes:
+    for flag, blend in paths.blends().items():
+        for prefix in blend[0]:
             _check_dataset(flag, prefix, vocab_size)
+        _check_parts(flag, blend, paths.split if blend is paths.shared else None, seq_length)
     if paths.target is not None:
-        tokens = sum(int(_document_lengths(prefix).sum()) for prefix in paths.target[0])
-        if tokens < seq_length + 1:
-            raise UserError(
-                f"--dwm-valid-data-path {' '.join(paths.target[0])}: {tokens} tokens are less than one sample of "
-                f"{seq_length + 1}; give a larger target set"
-            )
+        _check_target_size(paths.target, seq_length)
         for flag, blend in paths.blends().items():
             if flag != "--dwm-valid-data-path":
                 _check_apart(flag, blend, paths.target)
@@ -43,30 +39,37 @@ def _check_dataset(flag: str, prefix: str, vocab_size: int) -> None:
             raise UserError(
                 f"{flag} {prefix}: {prefix}{suffix} does not exist; give a prefix made by preprocess_data.py"
             )
-    dataset = _open(prefix, flag)
-    if len(dataset) == 0:
-        raise UserError(f"{flag} {prefix}: holds no document; preprocess the data again")
-    dtype = dataset.index.dtype
-    expected = int(dataset.sequence_lengths.sum()) * np.dtype(dtype).itemsize
+    dtype, end = _check_index(flag, prefix)
+    if end == 0:
+        raise UserError(f"{flag} {prefix}: holds no token; preprocess the data again")
     actual = Path(prefix + ".bin").stat().st_size
-    if actual < expected:
+    if actual < end:
         raise UserError(
-            f"{flag} {prefix}: {prefix}.bin has {actual} bytes where its index says {expected}; "
-            "preprocess the data again"
+            f"{flag} {prefix}: {prefix}.bin has {actual} bytes where its index says {end}; preprocess the data again"
         )
-    leading = np.fromfile(prefix + ".bin", dtype=dtype, count=VOCABULARY_SAMPLE)
-    if leading.size and int(leading.max()) >= vocab_size:
+    outside = [token for token in _extreme_tokens(prefix, dtype) if not 0 <= token < vocab_size]
+    if outside:
         raise UserError(
-            f"{flag} {prefix}: token {int(leading.max())} is outside the tokenizer's vocabulary of {vocab_size}; use "
-            "the tokenizer that the data was preprocessed with (--tokenizer-model, --vocab-size)"
+            f"{flag} {prefix}: token {outside[0]} is outside the tokenizer's vocabulary of {vocab_size}; use the "
+            "tokenizer that the data was preprocessed with (--tokenizer-model, --vocab-size)"
         )
 
 
-def _open(prefix: str, flag: str = "--data-path") -> Any:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+def _check_index(flag: str, prefix: str) -> tuple[type[np.number], int]:
+    """The type of the tokens, and the byte of the .bin file at which the last of them ends."""
+    # The index alone: an IndexedDataset that fails to open prints a traceback when it is collected.
+    from megatron.core.datasets.indexed_dataset import _IndexReader
 
     try:
-        return IndexedDataset(prefix, mmap=True)
+        index = _IndexReader(f"{prefix}.idx", multimodal=False)
+        lengths, pointers = index.sequence_lengths, index.sequence_pointers
+        if index.document_indices[-1] != len(lengths):
+            raise ValueError("its documents end where its sequences do not")
+        if len(lengths) == 0:
+            return index.dtype, 0
+        if lengths.min() < 0 or pointers.min() < 0:
+            raise ValueError("a negative length or place")
+        return index.dtype, int((pointers + lengths * np.int64(index.dtype_size)).max())
     except Exception as error:  # a damaged index fails in as many ways as there are damages
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -74,10 +77,47 @@ def _open(prefix: str, flag: str = "--data-path") -> Any:
         ) from None
 
 
-def _document_lengths(prefix: str) -> np.ndarray:
-    # A copy: the index unmaps its memory when the dataset goes, whatever arrays still look into it.
-    dataset = _open(prefix)
-    return dataset.sequence_lengths.copy()
+def _extreme_tokens(prefix: str, dtype: type[np.number]) -> tuple[int, int]:
+    """The least and the largest token; of a dataset too large to read, of pieces spread evenly over it."""
+    tokens = np.memmap(f"{prefix}.bin", dtype=dtype, mode="r")
+    pieces: list[np.ndarray] = [tokens]
+    if len(tokens) > VOCABULARY_SAMPLE:
+        size = VOCABULARY_SAMPLE // VOCABULARY_PIECES
+        starts = np.linspace(0, len(tokens) - size, VOCABULARY_PIECES).astype(np.int64)
+        pieces = [tokens[start : start + size] for start in starts]
+    return min(int(piece.min()) for piece in pieces), max(int(piece.max()) for piece in pieces)
+
+
+def _check_parts(flag: str, blend: Blend, split: str | None, seq_length: int) -> None:
+    """Refuse a dataset that has nothing to give to a part of a blend that other datasets give to.
+
+    megatron-core would look for its samples without end. It takes one epoch of each dataset of an unweighted blend,
+    which must fill a sample; it repeats those of a weighted one.
+    """
+    prefixes, weights = blend
+    least = seq_length + 1 if len(prefixes) > 1 and weights is None else 1
+    lengths = [sequence_lengths(prefix) for prefix in prefixes]
+    parts = [split_parts(split, len(own)) if split else [slice(None)] for own in lengths]
+    for number, slices in enumerate(zip(*parts, strict=True)):
+        tokens = [int(own[part].sum()) for own, part in zip(lengths, slices, strict=True)]
+        if max(tokens) == 0 or min(tokens) >= least:
+            continue
+        named = f"{flag} {prefixes[int(np.argmin(tokens))]}: "
+        if split:
+            named += f"the {PART_NAMES[number]} part of --split {split} "
+        remedy = "leave the dataset out or give more data" + (", or change --split" if split else "")
+        raise UserError(
+            f"{named}has {min(tokens)} tokens, fewer than the {least} that each dataset of a blend must give; {remedy}"
+        )
+
+
+def _check_target_size(target: Blend, seq_length: int) -> None:
+    tokens = sum(int(sequence_lengths(prefix).sum()) for prefix in target[0])
+    if tokens < seq_length + 1:
+        raise UserError(
+            f"--dwm-valid-data-path {' '.join(target[0])}: {tokens} tokens are less than one sample of "
+            f"{seq_length + 1}; give a larger target set"
+        )
 
 
 def _check_apart(flag: str, blend: Blend, target: Blend) -> None:
@@ -92,7 +132,7 @@ def _check_apart(flag: str, blend: Blend, target: Blend) -> None:
     wanted: set[bytes] = set()
     for prefix in target[0]:
         wanted |= _digests(prefix, lengths=None)
-    lengths = np.unique(np.concatenate([_document_lengths(prefix) for prefix in target[0]]))
+    lengths = np.unique(np.concatenate([sequence_lengths(prefix) for prefix in target[0]]))
     for prefix in blend[0]:
         shared = len(wanted & _digests(prefix, lengths))
         if shared:
@@ -107,7 +147,9 @@ def _digests(prefix: str, lengths: np.ndarray | None) -> set[bytes]:
 
     At most :data:`MOST_DOCUMENTS` of them, spread evenly: a corpus of terabytes is sampled, a small one read whole.
     """
-    dataset = _open(prefix)
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(prefix, mmap=True)
     candidates = dataset.sequence_lengths >= SHORTEST_DOCUMENT
     if lengths is not None:
         candidates &= np.isin(dataset.sequence_lengths, lengths)

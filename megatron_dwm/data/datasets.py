@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,6 +24,8 @@ from megatron_dwm.runtime.distributed import Layout
 Blend = tuple[list[str], list[float] | None]
 
 LEGACY_SPLIT = "969, 30, 1"  # Megatron-LM's, when --data-path comes without --split
+PART_NAMES = ("training", "validation", "test")
+_SPLIT = re.compile(r"\s*(\d+\.?\d*|\.\d+)(\s*[,/ ]\s*(\d+\.?\d*|\.\d+)){0,2}\s*")  # what megatron-core reads
 
 
 @dataclass(frozen=True)
@@ -65,21 +70,16 @@ def data_paths(data: DataConfig, target: list[str] | None) -> DataPaths:
     """Read the flags that name data.
 
     Raises:
-        UserError: a blend that is not ``prefix``, ``prefix prefix …`` or ``weight prefix weight prefix …``, or an
-            unreadable file of paths.
+        UserError: a blend that is not ``prefix``, ``prefix prefix …`` or ``weight prefix weight prefix …``, a split
+            that is not up to three numbers, or an unreadable file of paths.
     """
     words, split_words = data.data_path, [data.train_data_path, data.valid_data_path, data.test_data_path]
     if data.data_args_path is not None:
         words = _read("--data-args-path", data.data_args_path).split()
     if data.per_split_data_args_path is not None:
-        name = "--per-split-data-args-path"
-        try:
-            listed = json.loads(_read(name, data.per_split_data_args_path))
-            split_words = [listed.get(key) for key in ("train", "valid", "test")]
-        except (json.JSONDecodeError, AttributeError) as error:
-            raise UserError(
-                f'{name} {data.per_split_data_args_path}: not a JSON object of "train", "valid" and "test" ({error})'
-            ) from None
+        split_words = _read_per_split(data.per_split_data_args_path)
+    if data.split is not None and not (_SPLIT.fullmatch(data.split) and re.search("[1-9]", data.split)):
+        raise UserError(f"--split {data.split}: not up to three numbers that are not all 0; give e.g. {LEGACY_SPLIT}")
     shared = parse_blend("--data-path", words)
     flags = ("--train-data-path", "--valid-data-path", "--test-data-path")
     train, valid, test = (parse_blend(flag, part) for flag, part in zip(flags, split_words, strict=True))
@@ -99,9 +99,12 @@ def parse_blend(flag: str, words: list[str] | None) -> Blend | None:
         return None
     if len(words) == 1:
         return [words[0]], None
-    weights = [_number(word) for word in words[::2]]
-    if len(words) % 2 == 0 and None not in weights:
-        return [word.strip() for word in words[1::2]], [weight for weight in weights if weight is not None]
+    weights = [weight for word in words[::2] if (weight := _number(word)) is not None]
+    if len(words) == 2 * len(weights):
+        for word, weight in zip(words[::2], weights, strict=True):
+            if not 0 < weight < math.inf:
+                raise UserError(f"{flag}: the weight {word} is no positive number; give one, or leave its prefix out")
+        return [word.strip() for word in words[1::2]], weights
     if any(_number(word) is not None for word in words):
         raise UserError(f"{flag} {' '.join(words)}: weights and prefixes must alternate; give one weight a prefix")
     return [word.strip() for word in words], None
@@ -117,8 +120,40 @@ def _number(word: str) -> float | None:
 def _read(flag: str, path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be read ({error.strerror}); check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {path}: cannot be read ({error}); check the path") from None
+
+
+def _read_per_split(path: str) -> list[list[str] | None]:
+    name = "--per-split-data-args-path"
+    text = _read(name, path)
+    try:
+        listed = json.loads(text)
+        blends = [listed.get(key) for key in ("train", "valid", "test")]
+        if not all(blend is None or isinstance(blend, list) for blend in blends):
+            raise TypeError("a blend is no list")
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(
+            f'{name} {path}: not a JSON object of lists "train", "valid" and "test" ({error}); mend the file'
+        ) from None
+    return [None if blend is None else [str(word) for word in blend] for blend in blends]
+
+
+def split_parts(split: str, sequences: int) -> list[slice]:
+    """Which of a dataset's sequences are its training, validation and test part."""
+    from megatron.core.datasets import blended_megatron_dataset_config as core
+
+    matrix = core.convert_split_vector_to_split_matrix(core.parse_and_normalize_split(split))
+    return [slice(*(round(end * sequences) for end in ends)) if ends is not None else slice(0, 0) for ends in matrix]
+
+
+def sequence_lengths(prefix: str) -> np.ndarray:
+    """Tokens of each sequence of a dataset."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    # A copy: the index unmaps its memory when the dataset goes, whatever arrays still look into it.
+    dataset = IndexedDataset(prefix, mmap=True)
+    return dataset.sequence_lengths.copy()
 
 
 @dataclass(frozen=True)
@@ -132,10 +167,9 @@ class Datasets:
 
 
 def build_datasets(config: RunConfig, paths: DataPaths, tokenizer: Any, layout: Layout) -> Datasets:
-    """Build the datasets of a run. Every rank must call it; sizes follow Megatron-LM.
+    """Build the datasets of a run, of data that was checked. Every rank must call it; sizes follow Megatron-LM.
 
-    Raises:
-        UserError: the target set has fewer tokens than one sample.
+    A part that nothing is asked of, or that no document falls into, is None.
     """
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import MockGPTDataset
@@ -150,11 +184,16 @@ def build_datasets(config: RunConfig, paths: DataPaths, tokenizer: Any, layout: 
     eval_runs = config.train_iters // data.eval_interval + 1 if data.eval_interval else 1
     train_samples = config.training.train_samples or config.train_iters * batch
     sizes = [train_samples, eval_runs * data.eval_iters * batch, data.eval_iters * batch]
-    per_split = list(paths.per_split) if any(paths.per_split) else None
-    blends = {"blend": paths.shared, "blend_per_split": per_split, "split": paths.split}
-    if data.mock_data:
-        blends["split"] = data.split or "1,1,1"
-    core_config = _core_dataset_config(config, paths, tokenizer, **blends)
+    if any(paths.per_split):
+        per_split = [blend if size else None for blend, size in zip(paths.per_split, sizes, strict=True)]
+        core_config = _core_dataset_config(config, paths, tokenizer, blend_per_split=per_split)
+    else:
+        split = data.split or "1,1,1" if data.mock_data else paths.split
+        core_config = _core_dataset_config(config, paths, tokenizer, blend=paths.shared, split=split)
+        wanted = [size > 0 and there for size, there in zip(sizes, _parts_with_data(paths), strict=True)]
+        core_config.split_matrix = [
+            ends if is_wanted else None for ends, is_wanted in zip(core_config.split_matrix, wanted, strict=True)
+        ]
     train, valid, test = BlendedMegatronDatasetBuilder(kind, sizes, loads, core_config).build()
 
     target = None
@@ -163,11 +202,32 @@ def build_datasets(config: RunConfig, paths: DataPaths, tokenizer: Any, layout: 
         target_config = _core_dataset_config(
             config, paths, tokenizer, blend_per_split=target_blend, split="1,0,0" if data.mock_data else None
         )
-        # One epoch of the target set, which the loader then reads over and over (a mock set has no end of its own).
-        weighted = paths.target is not None and paths.target[1] is not None
-        size = config.target_batch_size * 8 if data.mock_data or weighted else None
-        target = BlendedMegatronDatasetBuilder(kind, [size, None, None], loads, target_config).build()[0]
+        target_sizes = [_target_size(config, paths.target), None, None]
+        target = BlendedMegatronDatasetBuilder(kind, target_sizes, loads, target_config).build()[0]
     return Datasets(train, valid, test, target)
+
+
+def _parts_with_data(paths: DataPaths) -> list[bool]:
+    """Whether a document of the shared blend falls into the training, validation and test part."""
+    if paths.shared is None or paths.split is None:
+        return [True] * len(PART_NAMES)
+    parts = [split_parts(paths.split, len(sequence_lengths(prefix))) for prefix in paths.shared[0]]
+    return [any(part.stop > part.start for part in same) for same in zip(*parts, strict=True)]
+
+
+def _target_size(config: RunConfig, target: Blend | None) -> int | None:
+    """Samples of the target set, which its loader reads over and over; None for one epoch of each dataset.
+
+    Of a weighted blend that is what holds each dataset at least once. A mock set has no end of its own.
+    """
+    if target is None:
+        return config.target_batch_size * 8
+    prefixes, weights = target
+    if weights is None:
+        return None
+    tokens = [int(sequence_lengths(prefix).sum()) for prefix in prefixes]
+    samples = [max(1, (own - 1) // config.model.sequence) for own in tokens]
+    return max(math.ceil(own * sum(weights) / weight) for own, weight in zip(samples, weights, strict=True))
 
 
 def _core_dataset_config(config: RunConfig, paths: DataPaths, tokenizer: Any, **blends: Any) -> Any:
@@ -209,6 +269,9 @@ class _Numbered(Dataset):
         return {**{key: item[key] for key in keys}, "index": index, "source": source}
 
 
+_NO_TOKEN = -1
+
+
 class BatchReader:
     """Yields one :class:`Batch` a step on every rank of a replica; only its first rank reads files."""
 
@@ -245,15 +308,27 @@ class BatchReader:
         if self.layout.mp_rank == 0:
             loaded = next(self.steps, None) if self.steps is not None else None
             if loaded is None:
-                raise UserError("the data ran out; lower --train-iters or give more data")
+                loaded = self._nothing()
         batch = share_batch(loaded, self.share.own_samples, self.seq, self.layout)
-        largest = int(batch.tokens.max())
+        least, largest = torch.stack(batch.tokens.aminmax()).tolist()
+        if least == _NO_TOKEN:
+            raise UserError("the data ran out; lower --train-iters or --eval-iters, or give more data")
         if largest >= self.vocab_size:
             raise UserError(
                 f"token {largest} in the data is outside the tokenizer's vocabulary of {self.vocab_size}; use the "
                 "tokenizer that the data was preprocessed with (--tokenizer-model, --vocab-size)"
             )
         return batch
+
+    def _nothing(self) -> dict[str, torch.Tensor]:
+        """What tells a replica's ranks that there is no further step, in the place of its samples.
+
+        The replicas' samplers end at the same step, so this ends every rank alike.
+        """
+        n = self.share.own_samples
+        columns = torch.full((n, self.seq), _NO_TOKEN)
+        matrices = dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"), columns)
+        return {**matrices, "index": torch.zeros(n), "source": torch.zeros(n)}
 
 
 def sequential_or_cyclic(config: RunConfig, dataset: Any, consumed: int, share: Share) -> Any:

@@ -133,8 +133,8 @@ class Encoder:
                 return Malformed(line, f"the value of {key!r} is not a string")
             try:
                 encoded.tokens[key], encoded.lengths[key] = self._tokenize(sentences)
-            except (ValueError, TypeError, OverflowError) as error:
-                return Malformed(line, f"the value of {key!r} cannot be tokenized ({error})")
+            except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+                return Malformed(line, f"the value of {key!r} cannot be tokenized ({_cause(sentences, error)})")
         return encoded
 
     def _tokenize(self, sentences: list[str]) -> tuple[np.ndarray, list[int]]:
@@ -146,6 +146,15 @@ class Encoder:
             tokens.append(self.end)
             lengths[-1] += 1
         return np.array(tokens, dtype=self.dtype), lengths
+
+
+def _cause(sentences: list[str], error: Exception) -> Exception:
+    """Why a tokenizer raised ``error``: its own words do not tell of half a surrogate pair."""
+    try:
+        "".join(sentences).encode()
+    except UnicodeEncodeError as cause:
+        return cause
+    return error
 
 
 def preprocess(config: PreprocessConfig, tokenizer_config: TokenizerConfig) -> None:

@@ -51,6 +51,11 @@ class Layout:
         return self.rank == self.world_size - 1
 
     @property
+    def place(self) -> str:
+        """Tensor and pipeline rank, as Megatron-LM writes them beside a checkpoint."""
+        return f"[ t {self.tp_rank + 1}/{self.tp_size}, p {self.pp_rank + 1}/{self.pp_size} ]"
+
+    @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 

@@ -75,6 +75,8 @@ class LossWindow:
     """Sums of the iterations since the last log line."""
 
     losses: dict[str, float] = field(default_factory=dict)
+    weighting_flops: float = 0.0
+    """Operations that plain training would not have needed."""
     advanced: int = 0
     skipped: int = 0
     nan: int = 0
@@ -106,6 +108,7 @@ class LogLine:
     skipped_samples: int
     seconds_per_iteration: float
     throughput: float | None
+    """Of the language model's steps, in TFLOP/s per GPU."""
     learning_rate: float
     global_batch_size: int
     losses: Mapping[str, float]
@@ -119,7 +122,7 @@ class LogLine:
 
     def __str__(self) -> str:
         parts = [
-            f" [{datetime.now():%Y-%m-%d %H:%M:%S.%f}] iteration {self.iteration:8d}/{self.train_iters:8d}",
+            f" [{timestamp()}] iteration {self.iteration:8d}/{self.train_iters:8d}",
             f"consumed samples: {self.consumed_samples:12d}",
         ]
         if self.skipped_samples > 0:
@@ -134,7 +137,7 @@ class LogLine:
         if self.grad_norm is not None:
             parts.append(f"grad norm: {self.grad_norm:.3f}")
         if self.num_zeros is not None:
-            parts.append(f"num zeros: {self.num_zeros}")
+            parts.append(f"num zeros: {float(self.num_zeros)}")
         if self.params_norm is not None:
             parts.append(f"params norm: {self.params_norm:.3f}")
         parts.append(f"number of skipped iterations: {self.skipped_iterations:3d}")
@@ -148,6 +151,16 @@ def validation_line(prefix: str, loss: float) -> str:
     text = f" validation loss at {prefix} | lm loss value: {loss:.6E} | lm loss PPL: {math.exp(min(20, loss)):.6E} | "
     rule = "-" * (len(text) + 1)
     return f"{rule}\n{text}\n{rule}"
+
+
+def timestamp() -> str:
+    """Now, as Megatron-LM writes it."""
+    return f"{datetime.now():%Y-%m-%d %H:%M:%S.%f}"
+
+
+def event_line(event: str) -> str:
+    """Megatron-LM's line for the time at which something happened."""
+    return f"[{event}] datetime: {timestamp()} "
 
 
 def say(message: str) -> None:

@@ -18,10 +18,11 @@ from megatron_dwm.model.transformer_config import transformer_config
 from megatron_dwm.runtime.agreement import Agreement
 from megatron_dwm.runtime.distributed import initialize, set_seeds
 from megatron_dwm.runtime.metrics import say
-from megatron_dwm.training.checkpoint import Progress, TrainingObjects, find_checkpoint, load_checkpoint
+from megatron_dwm.training.checkpoint import CheckpointWriter, find_checkpoint, load_checkpoint
 from megatron_dwm.training.optimizer import build_optimizer, build_scheduler
 from megatron_dwm.training.readers import Readers
 from megatron_dwm.training.reporter import Reporter
+from megatron_dwm.training.state import Progress, TrainingObjects
 from megatron_dwm.training.trainer import Trainer
 from megatron_dwm.weighting.data_weighting import DataWeighting
 from megatron_dwm.weighting.exchange import SampleExchange
@@ -133,7 +134,10 @@ def build_trainer(config: RunConfig, inputs: Inputs, device: torch.device, agree
     if checkpoint is not None:
         progress, dwm_state = load_checkpoint(config, checkpoint, objects, layout)
         if layout.is_first:
-            say(f"  successfully loaded checkpoint from {checkpoint} at iteration {progress.iteration}")
+            say(
+                f"  successfully loaded checkpoint from {checkpoint.parent} {layout.place} "
+                f"at iteration {progress.iteration}"
+            )
 
     schedule = PipelineSchedule(
         chunks,
@@ -152,7 +156,8 @@ def build_trainer(config: RunConfig, inputs: Inputs, device: torch.device, agree
         exporter = WeighterExporter(config, layout, inputs.paths, inputs.tokenizer, inputs.fingerprint)
     with agreement.phase("metrics"):
         reporter = Reporter(config, layout, padded, progress.iteration)
-    return Trainer(config, layout, schedule, objects, readers, weighting, exporter, reporter, progress)
+    writer = CheckpointWriter(config, objects, layout)
+    return Trainer(config, layout, schedule, objects, readers, weighting, exporter, reporter, writer, progress)
 
 
 def _build_weighting(

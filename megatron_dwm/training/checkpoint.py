@@ -1,105 +1,154 @@
-"""Checkpoints in megatron-core's ``torch_dist`` format, with Megatron-LM's folders, keys and arguments.
+"""Checkpoints in megatron-core's ``torch_dist`` format, with Megatron-LM's folders.
 
-``<save>/iter_0000100/`` holds model, optimiser, schedule and random state; ``dwm_state.pt`` in it holds the weighter's
-state; ``<save>/latest_checkpointed_iteration.txt`` names the newest. A checkpoint is written beside its place and put
+``<save>/iter_0000100/`` holds what ``state.py`` names; ``dwm_state.pt`` in it holds the weighter's state;
+``<save>/latest_checkpointed_iteration.txt`` names the newest. A checkpoint is written beside its place and put
 there when it is whole, so an interrupted save loses nothing.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import shutil
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.distributed import Layout
+from megatron_dwm.runtime.metrics import say, timestamp
 from megatron_dwm.training.optimizer import allocate_state, load_optimizer
+from megatron_dwm.training.state import VERSION as VERSION
+from megatron_dwm.training.state import (
+    Progress,
+    TrainingObjects,
+    comparable,
+    data_parallel_group,
+    set_rng_state,
+    sharded_state,
+    sharding_metadata,
+)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 DWM_STATE = "dwm_state.pt"
-VERSION = 3.0
-
-
-@dataclass
-class Progress:
-    """How far a run has come."""
-
-    iteration: int = 0
-    consumed_train_samples: int = 0
-    skipped_train_samples: int = 0
-    consumed_valid_samples: int = 0
-    num_floating_point_operations_so_far: float = 0
-
-
-@dataclass(frozen=True)
-class TrainingObjects:
-    """What a checkpoint saves and restores."""
-
-    chunks: Sequence[Any]
-    """DDP model chunks."""
-    optimizer: Any
-    scheduler: Any
+NON_PERSISTENT = "non_persistent"
 
 
 def iteration_folder(folder: Path, iteration: int) -> Path:
     return folder / f"iter_{iteration:07d}"
 
 
-def save_checkpoint(
-    config: RunConfig,
-    objects: TrainingObjects,
-    progress: Progress,
-    layout: Layout,
-    dwm_state: dict[str, Any] | None,
-) -> Path:
-    """Write a checkpoint; every rank calls it. Returns its folder."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
-    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+def non_persistent_folder(flags: CheckpointConfig, root: str) -> Path:
+    """Where the non-persistent checkpoints of a run that saves to ``root`` are."""
+    return Path(flags.non_persistent_global_ckpt_dir or Path(root) / NON_PERSISTENT)
 
-    root = Path(config.checkpoint.save or ".")
-    final = iteration_folder(root, progress.iteration)
-    beside = root / f".{final.name}.partial"
-    if layout.is_first:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    dist.barrier()
 
-    metadata = _sharding_metadata(config)
-    state = _state_dict(config, objects, progress, layout, metadata, for_saving=True)
-    strategy = get_default_save_sharded_strategy("torch_dist")
-    if config.checkpoint.ckpt_fully_parallel_save:
-        strategy = FullyParallelSaveStrategyWrapper(strategy, _data_parallel_group())
-    stored = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
-    dist_checkpointing.save(
-        state,
-        str(beside),
-        strategy,
-        preprocess_common_before_consistancy_check=_comparable,
-        content_metadata=stored,
-    )
-    dist.barrier()
-    if layout.is_first:
-        if dwm_state is not None:
-            torch.save(dwm_state, beside / DWM_STATE)
+class CheckpointWriter:
+    """Writes checkpoints; with ``--async-save`` while training goes on.
+
+    Every method is collective.
+    """
+
+    def __init__(self, config: RunConfig, objects: TrainingObjects, layout: Layout) -> None:
+        self.config, self.objects, self.layout = config, objects, layout
+        self._queue: Any = None
+        if config.checkpoint.async_save:
+            from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+            # A process with a CUDA context must not be forked: there megatron-core's own worker writes.
+            self._queue = AsyncCallsQueue(persistent=torch.cuda.is_available())
+
+    def save(self, progress: Progress, dwm_state: dict[str, Any] | None, *, persistent: bool = True) -> None:
+        """Write a checkpoint, or begin to.
+
+        Args:
+            dwm_state: the weighter's state, if there is a weighter.
+            persistent: whether it is to stay until ``--save-retain-interval`` says otherwise; of the others only the
+                newest two are kept.
+        """
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+        from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+
+        self.finish()  # one at a time
+        flags, iteration = self.config.checkpoint, progress.iteration
+        save = flags.save or "."
+        root = Path(save) if persistent else non_persistent_folder(flags, save)
+        beside = root / f".{iteration_folder(root, iteration).name}.partial"
+        self._say(f"[{timestamp()}] saving checkpoint at iteration {iteration:7d} to {root} in torch_dist format")
+        if self.layout.is_first:
+            if not persistent:
+                _drop_all_but_newest(root)
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            if dwm_state is not None:
+                torch.save(dwm_state, beside / DWM_STATE)
+        dist.barrier()
+
+        metadata = sharding_metadata(self.config)
+        state = sharded_state(self.config, self.objects, progress, self.layout, metadata, for_saving=True)
+        strategy = get_default_save_sharded_strategy("torch_dist")
+        if flags.ckpt_fully_parallel_save:
+            strategy = FullyParallelSaveStrategyWrapper(strategy, data_parallel_group())
+        request = dist_checkpointing.save(
+            state,
+            str(beside),
+            strategy,
+            async_sharded_save=self._queue is not None,
+            preprocess_common_before_consistancy_check=comparable,
+            content_metadata={key: value for key, value in metadata.items() if key != "dp_cp_group"},
+        )
+        if self._queue is None:
+            dist.barrier()
+            self._publish(root, beside, iteration)
+            dist.barrier()
+            return
+        request.add_finalize_fn(lambda: self._publish(root, beside, iteration))
+        self._queue.schedule_async_request(request)
+        self._say(f"  [{timestamp()}] scheduled an async checkpoint save at iteration {iteration:7d} to {root}")
+
+    def poll(self) -> None:
+        """Put a checkpoint that has been written in the background into its place."""
+        if self._queue is not None:
+            self._queue.maybe_finalize_async_calls(blocking=False)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is in its place."""
+        if self._queue is not None:
+            self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def close(self) -> None:
+        """Finish, and end the background's worker."""
+        if self._queue is not None:
+            self._queue.close()
+
+    def _publish(self, root: Path, beside: Path, iteration: int) -> None:
+        """Put the whole checkpoint into its place and name it as the latest; the first rank's work."""
+        if not self.layout.is_first:
+            return
+        final = iteration_folder(root, iteration)
         _sync_files(beside)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(beside, final)
         previous = _tracked_iteration(root)
-        _write_tracker(root, progress.iteration)
-        _drop_unretained(root, previous, progress.iteration, config.checkpoint.save_retain_interval)
-    dist.barrier()
-    return final
+        _write_tracker(root, iteration)
+        self._say(
+            f"  [{timestamp()}] successfully saved checkpoint from iteration {iteration:7d} to {root} "
+            f"{self.layout.place}"
+        )
+        retained = self.config.checkpoint.save_retain_interval
+        if root == Path(self.config.checkpoint.save or ".") and _unretained(root, previous, iteration, retained):
+            assert previous is not None
+            shutil.rmtree(iteration_folder(root, previous), ignore_errors=True)
+            self._say(f"  [{timestamp()}] successfully deleted checkpoint from iteration {previous:7d} at {root}")
+
+    def _say(self, message: str) -> None:
+        if self.layout.is_first:
+            say(message)
 
 
 def find_checkpoint(config: RunConfig) -> Path | None:
@@ -108,11 +157,23 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     Raises:
         UserError: a checkpoint is asked for by name, or must exist, and does not.
     """
-    flags = config.checkpoint
+    return latest_checkpoint(config.checkpoint)
+
+
+def latest_checkpoint(flags: CheckpointConfig) -> Path | None:
+    """:func:`find_checkpoint` for the checkpoint flags alone.
+
+    A non-persistent checkpoint is taken if it is as new as the persistent one, with ``--non-persistent-ckpt-type``.
+    """
     if flags.load is None:
         return None
     root = Path(flags.load)
-    iteration = flags.ckpt_step if flags.ckpt_step is not None else _tracked_iteration(root)
+    iteration = flags.ckpt_step or _tracked_iteration(root)
+    if flags.non_persistent_ckpt_type is not None:
+        other = non_persistent_folder(flags, flags.load)
+        newest = _tracked_iteration(other)
+        if newest is not None and newest >= (iteration if iteration is not None else -1):
+            root, iteration = other, newest
     if iteration is None:
         if flags.exit_on_missing_checkpoint:
             raise UserError(
@@ -161,15 +222,15 @@ def load_checkpoint(
             f"--load {flags.load}: the distributed optimiser's state was saved as {sharding} and cannot move to "
             "another TP or PP size; save with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
         )
-    metadata["dp_cp_group"] = _data_parallel_group()
+    metadata["dp_cp_group"] = data_parallel_group()
     if with_optimizer:
         allocate_state(objects.optimizer)
-    template = _state_dict(
+    template = sharded_state(
         config, objects, Progress(), layout, metadata, with_optimizer=with_optimizer, with_rng=with_rng
     )
     strategy = get_default_load_sharded_strategy(str(folder))
     if flags.ckpt_fully_parallel_load:
-        strategy = FullyParallelLoadStrategyWrapper(strategy, _data_parallel_group())
+        strategy = FullyParallelLoadStrategyWrapper(strategy, data_parallel_group())
     state = dist_checkpointing.load(template, str(folder), strategy, strict="assume_ok_unexpected")
 
     for number, chunk in enumerate(objects.chunks):
@@ -180,10 +241,11 @@ def load_checkpoint(
     elif config.optimizer.fp16 or config.optimizer.bf16:
         objects.optimizer.reload_model_params()
     if with_rng:
-        _set_rng_state(state["rng_state"][0])
+        set_rng_state(state["rng_state"][0])
     dist.barrier()
     if flags.finetune:
-        return Progress(), None
+        done = state.get("num_floating_point_operations_so_far", 0)
+        return Progress(num_floating_point_operations_so_far=done), None
     progress = Progress(
         iteration=state["iteration"],
         consumed_train_samples=getattr(saved, "consumed_train_samples", 0),
@@ -193,55 +255,6 @@ def load_checkpoint(
     )
     path = folder / DWM_STATE
     return progress, torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
-
-
-def _state_dict(
-    config: RunConfig,
-    objects: TrainingObjects,
-    progress: Progress,
-    layout: Layout,
-    metadata: dict[str, Any],
-    *,
-    for_saving: bool = False,
-    with_optimizer: bool = True,
-    with_rng: bool = True,
-) -> dict[str, Any]:
-    """The sharded state to save, or the template to load into."""
-    if for_saving:
-        with_optimizer, with_rng = not config.checkpoint.no_save_optim, not config.checkpoint.no_save_rng
-    state: dict[str, Any] = {
-        "args": _megatron_args(config, progress),
-        "checkpoint_version": VERSION,
-        "iteration": progress.iteration,
-        "num_floating_point_operations_so_far": progress.num_floating_point_operations_so_far,
-    }
-    for number, chunk in enumerate(objects.chunks):
-        key = "model" if len(objects.chunks) == 1 else f"model{number}"
-        state[key] = chunk.module.sharded_state_dict(metadata=metadata)
-    if with_optimizer:
-        state["optimizer"] = objects.optimizer.sharded_state_dict(state, is_loading=not for_saving, metadata=metadata)
-        state["opt_param_scheduler"] = objects.scheduler.state_dict()
-    if with_rng:
-        state["rng_state"] = _sharded_rng_state(layout)
-    return state
-
-
-def _megatron_args(config: RunConfig, progress: Progress) -> Namespace:
-    """The arguments as Megatron-LM keeps them: plain values under its own names."""
-    model = config.model
-    derived = {
-        "world_size": config.world_size,
-        "data_parallel_size": config.data_parallel_size,
-        "global_batch_size": config.global_batch_size,
-        "ffn_hidden_size": model.ffn,
-        "kv_channels": model.head_size,
-        "encoder_seq_length": model.sequence,
-        "virtual_pipeline_model_parallel_size": config.parallel.virtual_stages(model.layers),
-        "position_embedding_type": model.positions,
-        "train_iters": config.train_iters,
-    }
-    counts = {key: value for key, value in asdict(progress).items() if key.startswith(("consumed", "skipped"))}
-    return Namespace(**{**config.flat(), **derived, **counts})
 
 
 def _check_same_model(config: RunConfig, saved: Namespace, folder: Path) -> None:
@@ -257,64 +270,6 @@ def _check_same_model(config: RunConfig, saved: Namespace, folder: Path) -> None
                 f"--{name.replace('_', '-')} {value} is not what {folder} was saved with, {found}; "
                 "change the flag or --load"
             )
-
-
-def _sharding_metadata(config: RunConfig) -> dict[str, Any]:
-    metadata: dict[str, Any] = {
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": _data_parallel_group(),
-    }
-    if config.parallel.use_distributed_optimizer:
-        if config.checkpoint.dist_ckpt_optim_fully_reshardable:
-            metadata["distrib_optim_sharding_type"] = "fully_reshardable"
-            metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
-        else:
-            metadata["distrib_optim_sharding_type"] = "dp_reshardable"
-    return metadata
-
-
-def _data_parallel_group() -> Any:
-    from megatron.core import parallel_state
-
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
-
-
-def _sharded_rng_state(layout: Layout) -> Any:
-    from megatron.core import tensor_parallel
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
-
-    state = {
-        "random_rng_state": random.getstate(),
-        "np_rng_state": np.random.get_state(),
-        "torch_rng_state": torch.get_rng_state(),
-        "cuda_rng_state": torch.cuda.get_rng_state(),
-        "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
-    }
-    return ShardedObject(
-        "rng_state",
-        [state],
-        (layout.pp_size, layout.tp_size),
-        (layout.pp_rank, layout.tp_rank),
-        replica_id=layout.dp_rank,
-    )
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    from megatron.core import tensor_parallel
-
-    random.setstate(state["random_rng_state"])
-    np.random.set_state(state["np_rng_state"])
-    torch.set_rng_state(state["torch_rng_state"])
-    torch.cuda.set_rng_state(state["cuda_rng_state"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
-
-
-def _comparable(common: dict[str, Any]) -> dict[str, Any]:
-    """The common state without what may differ between ranks: the order of the optimiser's parameter groups."""
-    comparable = {key: value for key, value in common.items() if key != "optimizer"}
-    comparable["args"] = vars(comparable["args"])
-    return comparable
 
 
 def _sync_files(folder: Path) -> None:
@@ -343,10 +298,13 @@ def _write_tracker(root: Path, iteration: int) -> None:
     os.replace(beside, root / TRACKER)
 
 
-def _drop_unretained(root: Path, previous: int | None, current: int, retain_interval: int | None) -> None:
-    """Remove the checkpoint before this one, unless its iteration is one to keep."""
-    if retain_interval is None or previous in (None, 0, current):
-        return
-    folder = iteration_folder(root, previous)
-    if previous % retain_interval and not folder.is_symlink():
-        shutil.rmtree(folder, ignore_errors=True)
+def _unretained(root: Path, previous: int | None, current: int, retain_interval: int | None) -> bool:
+    """Whether the checkpoint before this one is not to be kept."""
+    if retain_interval is None or previous is None or previous in (0, current):
+        return False
+    return previous % retain_interval != 0 and not iteration_folder(root, previous).is_symlink()
+
+
+def _drop_all_but_newest(root: Path) -> None:
+    for folder in sorted(root.glob("iter_*"))[:-1]:
+        shutil.rmtree(folder)

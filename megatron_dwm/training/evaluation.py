@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron_dwm.data.datasets import BatchReader
 from megatron_dwm.model.schedule import PipelineSchedule
 from megatron_dwm.runtime.distributed import Layout
+from megatron_dwm.runtime.metrics import say
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,29 @@ class Evaluation:
 
 
 def evaluate(
-    schedule: PipelineSchedule, reader: BatchReader, batches: int, micro_batch_size: int, layout: Layout
+    schedule: PipelineSchedule,
+    reader: BatchReader,
+    batches: int,
+    micro_batch_size: int,
+    layout: Layout,
+    *,
+    tells: bool = False,
 ) -> Evaluation:
-    """Mean loss over the next ``batches`` batches of ``reader``, without dropout."""
+    """Mean loss over the next ``batches`` batches of ``reader``, without dropout.
+
+    Args:
+        tells: whether to print how far it is.
+    """
+    tells = tells and layout.is_first
+    if tells:
+        say(f"Evaluating on {batches * reader.share.all_samples} samples")
     sums = torch.zeros(2, device=torch.cuda.current_device())
     for chunk in schedule.chunks:
         chunk.eval()
     with torch.no_grad():
-        for _ in range(batches):
+        for number in range(batches):
+            if tells:
+                say(f"Evaluating iter {number + 1}/{batches}")
             losses = schedule.run(reader.next(), micro_batch_size, forward_only=True)
             if losses is not None:
                 sums += torch.stack([losses.total.sum(), losses.tokens.sum()])

@@ -13,7 +13,7 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.agreement import Agreement
 from megatron_dwm.runtime.distributed import Layout
 from megatron_dwm.runtime.metrics import say
-from megatron_dwm.training.checkpoint import Progress
+from megatron_dwm.training.state import Progress
 
 
 class Readers:

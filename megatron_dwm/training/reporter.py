@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from megatron_dwm.config.run import RunConfig
-from megatron_dwm.model.flops import training_flops
+from megatron_dwm.model.flops import outer_update_flops, scoring_flops, training_flops
 from megatron_dwm.runtime.distributed import Layout
 from megatron_dwm.runtime.metrics import JsonLines, LogLine, LossWindow, TensorBoard, say, validation_line
-from megatron_dwm.training.checkpoint import Progress
+from megatron_dwm.training.state import Progress
 from megatron_dwm.training.step import StepResult
 from megatron_dwm.weighting.health import Warning
 
@@ -29,8 +29,10 @@ class Reporter:
     def __init__(self, config: RunConfig, layout: Layout, padded_vocab_size: int, resumed_at: int) -> None:
         self.config, self.layout = config, layout
         self.window = LossWindow()
+        self.padded_vocab_size = padded_vocab_size
         self.flops_per_step = training_flops(config.model, padded_vocab_size, config.global_batch_size)
         self.since = time.perf_counter()
+        self.first_step = True
         self.memory_reports_left = 2
         self.jsonl: JsonLines | None = None
         self.board: TensorBoard | None = None
@@ -89,8 +91,27 @@ class Reporter:
                     **weighting,
                 }
             )
-        if progress.iteration % self.config.logging.log_interval == 0:
+        # As in Megatron-LM, a run's first step has a line of its own and counts again in the next one.
+        if self.first_step or progress.iteration % self.config.logging.log_interval == 0:
             self._log_line(progress, result, learning_rate, loss_scale, params_norm, weighting)
+            if not self.first_step:
+                self.window = LossWindow()
+                self.since = time.perf_counter()
+        self.first_step = False
+
+    def weighed(self, weighter_parameters: int, *, updated: bool) -> None:
+        """Count the operations of a step's weighting.
+
+        Args:
+            weighter_parameters: without the embedding.
+            updated: whether an outer update followed.
+        """
+        config = self.config
+        self.window.weighting_flops += scoring_flops(
+            weighter_parameters, config.global_batch_size, config.model.sequence
+        )
+        if updated:
+            self.window.weighting_flops += outer_update_flops(config, self.padded_vocab_size, weighter_parameters)
 
     def record(self, record: dict[str, Any]) -> None:
         """Write one record to the JSON lines."""
@@ -110,7 +131,8 @@ class Reporter:
             return
         say(validation_line(prefix, loss))
         self.record({"kind": "evaluation", "iteration": progress.iteration, "split": split, "lm_loss": loss})
-        if self.board is not None and split == "valid":
+        # Megatron-LM puts the test loss at the end of the validation's curve.
+        if self.board is not None and not self.config.training.skip_train:
             self.board.scalar("lm loss validation", loss, progress.iteration, progress.consumed_train_samples)
             if self.config.logging.log_validation_ppl_to_tensorboard:
                 ppl = float(torch.tensor(min(20.0, loss)).exp())
@@ -157,9 +179,13 @@ class Reporter:
         weighting: dict[str, Any],
     ) -> None:
         seconds = (time.perf_counter() - self.since) / max(1, self.window.iterations)
-        throughput = None
+        throughput, extra = None, _flat(weighting)
         if self.config.logging.log_throughput:
-            throughput = self.flops_per_step / (seconds * 1e12 * self.layout.world_size)
+            per_flop = 1 / (seconds * 1e12 * self.layout.world_size)
+            throughput = self.flops_per_step * per_flop
+            if weighting:
+                added = self.window.weighting_flops / self.window.iterations
+                extra["dwm throughput per GPU (TFLOP/s/GPU)"] = (self.flops_per_step + added) * per_flop
         if self.layout.is_last:
             say(
                 str(
@@ -179,19 +205,18 @@ class Reporter:
                         params_norm=params_norm,
                         skipped_iterations=self.window.skipped,
                         nan_iterations=self.window.nan,
-                        extra=_flat(weighting),
+                        extra=extra,
                     )
                 )
             )
-        self._report_memory(progress)
-        self.window = LossWindow()
-        self.since = time.perf_counter()
+        if self.memory_reports_left > 0:  # by the second line the optimiser's state is in it
+            self.memory_reports_left -= 1
+            self.memory(f"(after {progress.iteration} iterations)")
 
-    def _report_memory(self, progress: Progress) -> None:
-        """Megatron-LM's memory report, after the first two log lines: then the optimiser's state is in it."""
-        if not torch.cuda.is_available() or self.layout.dp_rank != 0 or self.memory_reports_left == 0:
+    def memory(self, when: str) -> None:
+        """Megatron-LM's report of the GPU's memory; silent without one."""
+        if not torch.cuda.is_available() or self.layout.dp_rank != 0:
             return
-        self.memory_reports_left -= 1
         figures = {
             "allocated": torch.cuda.memory_allocated(),
             "max allocated": torch.cuda.max_memory_allocated(),
@@ -199,7 +224,7 @@ class Reporter:
             "max reserved": torch.cuda.max_memory_reserved(),
         }
         text = " | ".join(f"{name}: {value / MEBIBYTE:.2f}" for name, value in figures.items())
-        say(f"[Rank {self.layout.rank}] (after {progress.iteration} iterations) memory (MB) | {text}")
+        say(f"[Rank {self.layout.rank}] {when} memory (MB) | {text}")
 
 
 def _flat(weighting: dict[str, Any]) -> dict[str, float]:

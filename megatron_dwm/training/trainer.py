@@ -14,12 +14,13 @@ import torch.distributed as dist
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.model.schedule import PipelineSchedule
 from megatron_dwm.runtime.distributed import Layout
-from megatron_dwm.runtime.metrics import say
+from megatron_dwm.runtime.metrics import event_line, say
 from megatron_dwm.runtime.parameters import ParameterCopy
-from megatron_dwm.training.checkpoint import Progress, TrainingObjects, save_checkpoint
+from megatron_dwm.training.checkpoint import CheckpointWriter
 from megatron_dwm.training.evaluation import evaluate
 from megatron_dwm.training.readers import Readers
 from megatron_dwm.training.reporter import Reporter
+from megatron_dwm.training.state import Progress, TrainingObjects
 from megatron_dwm.training.step import StepResult, train_step
 from megatron_dwm.weighting.data_weighting import BatchWeights, DataWeighting
 from megatron_dwm.weighting.export import WeighterExporter
@@ -39,35 +40,36 @@ class Trainer:
         weighting: DataWeighting | None,
         exporter: WeighterExporter | None,
         reporter: Reporter,
+        writer: CheckpointWriter,
         progress: Progress,
     ) -> None:
         self.config, self.layout, self.schedule, self.objects = config, layout, schedule, objects
         self.readers, self.weighting, self.exporter = readers, weighting, exporter
-        self.reporter, self.progress = reporter, progress
+        self.reporter, self.writer, self.progress = reporter, writer, progress
         self.started = time.perf_counter()
         self.stop_requested = False
+        self.saves_with_memory_report = 3
 
     def train(self) -> None:
         """Run the remaining iterations, then evaluate and save."""
         config, progress = self.config, self.progress
         self._prepare_to_stop()
-        saved_at = -1
         while not config.training.skip_train and progress.iteration < config.train_iters:
+            self.writer.poll()
             self.iterate(progress.iteration + 1)
-            saves = config.checkpoint.save_interval
-            leaving = self._leaving()
+            leaving = self._reason_to_leave()
             if config.data.eval_interval and progress.iteration % config.data.eval_interval == 0:
                 self.evaluate("valid", f"iteration {progress.iteration}")
-            if config.checkpoint.save and (leaving or (saves and progress.iteration % saves == 0)):
-                self.save()
-                saved_at = progress.iteration
+            self._save_if_due(leaving)
             if leaving:
+                self._tell(event_line(leaving))
                 break
         else:
-            if config.checkpoint.save and progress.iteration != saved_at and not config.training.skip_train:
-                self.save()
-            self.evaluate("valid", f"iteration {progress.iteration} on validation set")
-            self.evaluate("test", f"iteration {progress.iteration} on test set")
+            skipped = "skipping training (--skip-train is on) ..."
+            self._tell(skipped if config.training.skip_train else event_line("after training is done"))
+            self.evaluate("valid", f"iteration {progress.iteration} on validation set", tells=True)
+            self.evaluate("test", f"iteration {progress.iteration} on test set", tells=True)
+        self.writer.close()
         self.reporter.close()
 
     def iterate(self, iteration: int) -> None:
@@ -95,10 +97,13 @@ class Trainer:
         if weights is not None and (updates or iteration % self.config.logging.log_interval == 0):
             assert self.weighting is not None
             self.reporter.warnings(iteration, self.weighting.warnings(weights))
-        if before is not None:
+        if before is not None and not result.skipped:
             assert self.weighting is not None and weights is not None
             with self.schedule.whole_parameters():
                 self.reporter.record(self.weighting.update(iteration, batch, weights, before))
+        if weights is not None:
+            assert self.weighting is not None and self.weighting.weighter is not None
+            self.reporter.weighed(self.weighting.weighter.num_computing_parameters, updated=updates)
         self._report(result, figures)
         if self.exporter is not None and self.weighting is not None and self.weighting.stages.ends_stage(iteration):
             self.exporter.export(self.weighting, iteration)
@@ -106,8 +111,13 @@ class Trainer:
         if self.config.training.manual_gc and interval and iteration % interval == 0:
             gc.collect()
 
-    def evaluate(self, split: str, prefix: str) -> None:
-        """Evaluate on ``valid`` or ``test``, if there is such data."""
+    def evaluate(self, split: str, prefix: str, *, tells: bool = False) -> None:
+        """Evaluate on ``valid`` or ``test``, if there is such data.
+
+        Args:
+            prefix: where in the run this is, for the log.
+            tells: whether to print how far it is.
+        """
         reader = self.readers.valid if split == "valid" else self.readers.test
         if reader is None or self.config.data.eval_iters == 0:
             return
@@ -119,23 +129,42 @@ class Trainer:
                 self.config.data.eval_iters,
                 self.config.training.micro_batch,
                 self.layout,
+                tells=tells,
             )
         if split == "valid":
             self.progress.consumed_valid_samples += result.samples
         self.reporter.evaluation(self.progress, split, result.loss, prefix)
         self.reporter.resume(paused)
 
-    def save(self) -> None:
-        """Write a checkpoint, and the weighter's export beside it."""
+    def save(self, *, persistent: bool = True) -> None:
+        """Write a checkpoint, and with a persistent one the weighter's export beside it."""
         paused = self.reporter.pause()
         state = self.weighting.state_dict() if self.weighting is not None else None
+        reports, iteration = self.saves_with_memory_report > 0, self.progress.iteration
+        self.saves_with_memory_report -= 1
+        if reports:
+            self.reporter.memory(f"(before save_checkpoint for iteration {iteration})")
         with self.schedule.whole_parameters():
-            folder = save_checkpoint(self.config, self.objects, self.progress, self.layout, state)
-        if self.layout.is_first:
-            say(f"  successfully saved checkpoint from iteration {self.progress.iteration:7d} to {folder.parent}")
-        if self.exporter is not None and self.weighting is not None:
+            self.writer.save(self.progress, state, persistent=persistent)
+        if reports:
+            self.reporter.memory(f"(after save_checkpoint for iteration {iteration})")
+        if persistent and self.exporter is not None and self.weighting is not None:
             self.exporter.export(self.weighting, self.progress.iteration)
         self.reporter.resume(paused)
+
+    def _save_if_due(self, leaving: str | None) -> None:
+        flags, iteration = self.config.checkpoint, self.progress.iteration
+        if not flags.save:
+            return
+        regular = flags.save_interval and iteration % flags.save_interval == 0
+        if leaving or regular or iteration == self.config.train_iters:
+            self.save()
+        elif flags.non_persistent_save_interval and iteration % flags.non_persistent_save_interval == 0:
+            self.save(persistent=False)
+
+    def _tell(self, message: str) -> None:
+        if self.layout.is_first:
+            say(message)
 
     def _start_weighting(self, iteration: int) -> None:
         if self.weighting is None or not self.weighting.starts(iteration):
@@ -172,17 +201,21 @@ class Trainer:
             gc.disable()
             gc.collect()
 
-    def _leaving(self) -> bool:
-        """Whether the run ends here, by signal, time or interval; all ranks agree."""
+    def _reason_to_leave(self) -> str | None:
+        """Why the run ends after this iteration, if it does: signal, time or interval; all ranks agree."""
         training, iteration = self.config.training, self.progress.iteration
-        at_interval = training.exit_interval is not None and iteration % training.exit_interval == 0
-        if not training.exit_signal_handler and training.exit_duration_in_mins is None:
-            return at_interval
-        minutes = (time.perf_counter() - self.started) / 60
-        out_of_time = training.exit_duration_in_mins is not None and minutes > training.exit_duration_in_mins
-        flag = torch.tensor(float(self.stop_requested or out_of_time), device=torch.cuda.current_device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return at_interval or bool(flag)
+        if training.exit_signal_handler or training.exit_duration_in_mins is not None:
+            minutes = (time.perf_counter() - self.started) / 60
+            late = training.exit_duration_in_mins is not None and minutes > training.exit_duration_in_mins
+            flags = torch.tensor([float(self.stop_requested), float(late)], device=torch.cuda.current_device())
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+            if flags[0]:
+                return "exiting program after receiving SIGTERM."
+            if flags[1]:
+                return f"exiting program after {minutes} minutes"
+        if training.exit_interval is not None and iteration % training.exit_interval == 0:
+            return f"exiting program at iteration {iteration}"
+        return None
 
 
 def params_norm(optimizer: Any) -> float:

@@ -40,6 +40,11 @@ class Weighter:
     def num_parameters(self) -> int:
         return sum(param.numel() for param in self.model.parameters())
 
+    @property
+    def num_computing_parameters(self) -> int:
+        """Parameters without the input embedding, which is looked up."""
+        return self.num_parameters - sum(param.numel() for param in self.model.get_input_embeddings().parameters())
+
     def score(self, tokens: torch.Tensor) -> torch.Tensor:
         """Scores [m] of tokens [m, s], float32."""
         with torch.no_grad():

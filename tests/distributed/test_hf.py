@@ -91,6 +91,10 @@ def test_the_hugging_face_copy_has_the_logits_of_every_architecture(monkeypatch,
     _assert_equal_to_hf(monkeypatch, MODELS[name], "one process")
 
 
+def test_the_hugging_face_copy_has_the_logits_of_ranks_that_share_a_query_group(monkeypatch):
+    _assert_equal_to_hf(monkeypatch, MODELS["llama with tied head, wide heads, one group"], "TP2 SP")
+
+
 def _full_state(model: ModelConfig) -> dict[str, torch.Tensor]:
     tiny.initialize(LAYOUTS["one process"])
     chunks, _ = tiny.build(model, LAYOUTS["one process"])

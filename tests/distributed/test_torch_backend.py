@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "normalised grouped queries and keys": tiny.llama(qk_layernorm=True),
     "scaled by layer number": tiny.gpt(apply_query_key_layer_scaling=True),
     "wide heads, query bias": tiny.llama(kv_channels=16, add_qkv_bias=True),
+    "one query group": tiny.llama(num_query_groups=1),
 }
 
 

@@ -108,6 +108,11 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"--dwm-stage-update-iters": 2, "--dwm-update-interval": 3},
         ["--dwm-update-interval 3", "window of 2"],
     ),
+    "finite differences in half precision": (
+        {"--dwm-alignment": "finite-difference", "--bf16": True},
+        ["--dwm-alignment finite-difference", "--bf16"],
+    ),
+    "Adam's preconditioner without Adam": ({"--optimizer": "sgd"}, ["--dwm-preconditioner adam", "sgd"]),
     "endless warm-up": ({"--lr-warmup-iters": 20}, ["--lr-warmup-iters", "--train-iters"]),
     "weighter deeper than the model": ({"--dwm-num-layers": 9}, ["--dwm-num-layers 9", "--num-layers 4"]),
     "checkpoint that is not there": (

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from megatron_dwm.config.saved import UNKNOWN_PARTS, read_arguments
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.tokenizer import build_tokenizer, save_hf_tokenizer
 from megatron_dwm.errors import EXIT_CODE, UserError, run_cli
@@ -108,7 +110,7 @@ def _run(monkeypatch: pytest.MonkeyPatch, tool: Any, *argv: str | Path) -> None:
 def _megatron_logits(folder: Path) -> torch.Tensor:
     """What the checkpoint computes when megatron-core itself loads it, in one process."""
     parallel_state.initialize_model_parallel()
-    saved = export_hf.read_arguments(folder)
+    saved = read_arguments(folder)
     model = export_hf.saved_model(saved)
     config = transformer_config(model, tiny.ParallelConfig(), tiny.TRAINING, tiny.OPTIMIZER, torch.device("cpu"))
     tiny.tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -136,6 +138,7 @@ def test_a_trained_checkpoint_becomes_a_hugging_face_model_with_its_logits_and_t
     exported = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert model.config.vocab_size == tokenizer.vocab_size == len(exported) == 330
     assert model.config.eos_token_id == exported.eos_token_id == tokenizer.eod
+    assert model.generation_config.eos_token_id == tokenizer.eod
     for text in SENTENCES:
         assert exported(text, add_special_tokens=False).input_ids == tokenizer.tokenize(text)
 
@@ -158,9 +161,7 @@ def test_the_arguments_that_megatron_lm_saves_describe_its_model(kind: str):
     assert export_hf.saved_tokenizer(saved, {}) == TokenizerConfig("NullTokenizer", vocab_size=255)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [*((name, 1) for name in export_hf.UNKNOWN_PARTS), ("softmax_type", "off-by-one")]
-)
+@pytest.mark.parametrize(("name", "value"), [*((name, 1) for name in UNKNOWN_PARTS), ("softmax_type", "off-by-one")])
 def test_a_megatron_lm_model_of_other_parts_is_refused_by_its_argument(name: str, value: Any):
     with pytest.raises(UserError, match=f"{name}={value}"):
         export_hf.saved_model(MEGATRON_ARGS["llama"] | {name: value})
@@ -202,22 +203,38 @@ def _assert_same_weights(folder: Path, expected: Any) -> None:
         assert torch.equal(state[name], kept), name
 
 
+def _as_flags(line: str) -> dict[str, Any]:
+    """Flags and their values, True for a switch, of a command line without lists."""
+    words = shlex.split(line)
+    return {
+        name: True if value.startswith("--") else value
+        for name, value in zip(words, [*words[1:], "--"], strict=True)
+        if name.startswith("--")
+    }
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_weights_survive_the_way_to_megatron_and_back(
-    kind: str, tokenizer_flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    tokenizer_flags: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     model = _hugging_face(kind, tokenizer_flags, tmp_path / "hf")
     _run(monkeypatch, import_hf, "--input", tmp_path / "hf", "--save", tmp_path / "imported")
+    said, _, printed = capsys.readouterr().out.partition(": ")
+    assert said == "the model's flags"
     assert (tmp_path / "imported/latest_checkpointed_iteration.txt").read_text() == "1"
     _run(monkeypatch, export_hf, "--load", tmp_path / "imported", "--output", tmp_path / "back")
     _assert_same_weights(tmp_path / "back", model)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").config.vocab_size == 336
 
     # A step with learning rate zero, under another layout, whose vocabulary is padded otherwise.
-    flags = SIZES if kind == "gpt2" else LLAMA | UNTIED | {"--rotary-base": 5000, "--norm-epsilon": 1e-6}
-    start = {"--load": tmp_path / "imported", "--finetune": True, "--save": tmp_path / "save"}
+    start = _as_flags(printed) | {"--save": tmp_path / "save"}
+    assert start["--load"] == str(tmp_path / "imported")
     run = RUN | {"--train-iters": 1, "--lr": 0.0, "--ckpt-format": "torch_dist"}
-    succeed(tmp_path / "log", 4, {**flags, **run, **TP2_PP2, **tokenizer_flags, **start})
+    succeed(tmp_path / "log", 4, {**start, **run, **TP2_PP2, **tokenizer_flags})
     _run(monkeypatch, export_hf, "--load", tmp_path / "save", "--ckpt-step", "1", "--output", tmp_path / "tuned")
     _assert_same_weights(tmp_path / "tuned", model)
 

@@ -25,7 +25,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"--data-path": make_learnable_dataset(tmp_path_factory.mktemp("data"))}
 
 
-def assert_curves(found: dict[str, list[list[float]]], expected: dict[str, list[list[float]]], tolerance: float) -> None:
+def assert_curves(
+    found: dict[str, list[list[float]]], expected: dict[str, list[list[float]]], tolerance: float
+) -> None:
     assert {name for name in found if not name.endswith(" vs samples")} == set(expected)
     for name, curve in expected.items():
         assert [step for step, _ in found[name]] == [step for step, _ in curve], name

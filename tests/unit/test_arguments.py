@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from megatron_dwm.arguments import deprecations, flag, flags_of, parse, read, require_at_least
+from megatron_dwm.arguments import argv_of, deprecations, flag, flags_of, parse, read, require_at_least
 from megatron_dwm.errors import EXIT_CODE, UserError, run_cli
 
 
@@ -56,6 +56,11 @@ def test_values_take_the_types_of_the_fields():
 )
 def test_a_switch_that_is_on_is_turned_off_by_its_flag(argument: str, field: str):
     assert getattr(_parse("--rate", "1", argument), field) is False
+
+
+def test_a_configuration_has_a_command_line_that_makes_it():
+    argv = ["--size", "3", "--rate", "2.5", "--paths", "x", "y z", "--kind", "b", "--fast", "--no-fused"]
+    assert argv_of(_parse(*argv)) == argv
 
 
 def test_only_given_values_are_read():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.run import PARTS, RunConfig, parse_run
 from megatron_dwm.errors import EXIT_CODE, UserError, run_cli
 
@@ -64,6 +66,48 @@ def test_a_script_for_a_llama_is_accepted(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().err == "warning: --use-mcore-models is deprecated; leave it out\n"
 
 
+SAVED = {
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "group_query_attention": False,
+    "num_query_groups": 4,  # Megatron-LM sets it
+    "seq_length": 16,
+    "max_position_embeddings": 16,
+    "position_embedding_type": "rope",
+    "add_position_embedding": True,
+    "rotary_base": 500,
+    "swiglu": True,
+    "layernorm_epsilon": 1e-6,
+    "hidden_dropout": 0.0,
+    "tokenizer_type": "NullTokenizer",
+    "padded_vocab_size": 128,
+    "lr": 5.0,
+}
+
+
+def test_the_model_of_a_checkpoint_is_taken_and_what_is_given_of_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    flags = "--use-checkpoint-args --num-layers 8 --vocab-size 100 --mock-data --hidden-dropout 0.5 --train-iters 20"
+
+    def read_saved(checkpoint: CheckpointConfig) -> dict[str, Any]:
+        assert checkpoint.load == str(tmp_path)
+        return SAVED
+
+    argv = f"{flags} {TRAINING} --load {tmp_path}".split()
+    model = parse_run(argv, 1, read_saved=read_saved).model
+    assert (model.num_layers, model.hidden_size, model.seq_length, model.padded_vocab_size) == (8, 64, 16, 128)
+    assert (model.positions, model.rotary_base, model.swiglu, model.hidden_dropout) == ("rope", 500, True, 0.0)
+    assert (model.query_groups, model.layernorm_epsilon) == (4, 1e-6)
+    assert parse_run(argv, 1, read_saved=read_saved).optimizer.lr == 1e-3
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="openai_gelu=True"):
+        parse_run(argv, 1, read_saved=lambda _: SAVED | {"openai_gelu": True})
+    with pytest.raises(UserError, match="--use-checkpoint-args is not supported"):
+        parse_run(argv, 1)
+
+
 def test_flags_of_older_scripts_mean_what_they_meant():
     config = _parse(f"{RUN} --use-rotary-position-embeddings --no-position-embedding --use-flash-attn")
     assert config.model.positions == "rope"
@@ -88,6 +132,11 @@ def test_batches_follow_from_the_world():
     config = _parse(f"{RUN} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", world_size=8)
     assert (config.data_parallel_size, config.global_batch_size, config.num_microbatches) == (2, 4, 1)
     assert _parse(f"{BY_SAMPLES} --global-batch-size 6").train_iters == 10
+
+
+def test_tensor_parallel_ranks_may_share_a_query_group():
+    flags = "--tensor-model-parallel-size 4 --group-query-attention --num-query-groups 2"
+    assert _parse(f"{RUN} {flags}", world_size=4).model.query_groups == 2
 
 
 def test_the_flat_flags_hold_each_once_as_plain_values():
@@ -116,7 +165,8 @@ MISTAKES = {
     "--tensor-model-parallel-size 2 --ffn-hidden-size 33": "--ffn-hidden-size 33 is not divisible",
     "--tensor-model-parallel-size 2 --padded-vocab-size 101": "--padded-vocab-size 101 is not divisible",
     "--tensor-model-parallel-size 2 --sequence-parallel --seq-length 31": "--seq-length (with --sequence-parallel) 31",
-    "--tensor-model-parallel-size 2 --group-query-attention": "--num-query-groups 1 is not divisible",
+    "--tensor-model-parallel-size 2 --num-attention-heads 6 --hidden-size 48 --group-query-attention "
+    "--num-query-groups 3": "--num-query-groups 3 is neither a multiple nor a divisor",
     "--pipeline-model-parallel-size 4 --num-layers 6": "--num-layers 6 is not divisible",
     "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3": "is not divisible",
     "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 0": "must be at least 1",

@@ -45,6 +45,7 @@ FEWER_CHOICES = {
     "--ckpt-format": "the other formats are not written",
     "--dataloader-type": "external loaders are not plugged in",
     "--fp8-recipe": "custom quantizers are not plugged in",
+    "--non-persistent-ckpt-type": "local needs a library of its own",
     "--optimizer": "Muon is not there",
     "--position-embedding-type": "the others are for other models",
     "--tokenizer-type": "the others are for other models",
@@ -104,6 +105,7 @@ READ_BY_PROPERTIES = {
     "grad_reduce_in_bf16": "OptimizerConfig.grads_in_fp32",
     "num_layers_per_virtual_pipeline_stage": "ParallelConfig.virtual_stages",
     "num_virtual_stages_per_pipeline_rank": "ParallelConfig.virtual_stages",
+    "use_checkpoint_args": "parse_run",
     "use_rotary_position_embeddings": "ModelConfig.positions",
 }
 NO_EFFECT_AND_SAY_SO = {

@@ -289,7 +289,7 @@ def test_deterministic_mode_needs_an_environment_that_allows_it():
     settings = {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     check_determinism("torch", settings)
     check_determinism("transformer_engine", settings | {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"})
-    with pytest.raises(UserError, match="--deterministic-mode: .* NVTE_ALLOW_NONDETERMINISTIC_ALGO=; set it to 0"):
+    with pytest.raises(UserError, match=r"--deterministic-mode: .* NVTE_ALLOW_NONDETERMINISTIC_ALGO=; set it to 0"):
         check_determinism("transformer_engine", settings)
     with pytest.raises(UserError, match="NCCL_ALGO=NVLS; set it to Ring"):
         check_determinism("torch", settings | {"NCCL_ALGO": "NVLS"})

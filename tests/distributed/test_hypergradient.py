@@ -1,0 +1,91 @@
+"""A whole outer update of a real run, against the mathematics in float64.
+
+A weighted step of plain SGD takes θ to θ'; the update's alignments are those of v at θ' and of gradients at θ; and with
+them the closed form is the derivative of the target loss at θ' in the scores that weighted the step.
+
+The model is a GPT: Hugging Face's Llama rounds its norms to fp32, too coarse for the central differences (1e-5)² exact.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_dwm.runtime.parameters import ParameterCopy
+from megatron_dwm.training.step import train_step
+from megatron_dwm.weighting.outer import OuterResult
+from megatron_dwm.weighting.weighter import Weighter
+from megatron_dwm.weighting.weights import relative_weights, target_score_gradient
+from tests.distributed.engine import (
+    GPT,
+    LAYOUTS,
+    NUM_SAMPLES,
+    HfState,
+    Reference,
+    build_engine,
+    inner,
+    random_mask,
+    random_tokens,
+    relative_error,
+)
+from tests.distributed.harness import run_distributed
+from tests.distributed.test_outer_update import _NoSchedule, classifier
+
+RATE, TEMPERATURE = 0.1, 0.7
+SGD = ["--optimizer", "sgd", "--sgd-momentum", "0", "--weight-decay", "0", "--lr", str(RATE)]
+SCORES = torch.randn(NUM_SAMPLES, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def weighted_step_and_update(flags: list[str]) -> tuple[HfState, HfState, OuterResult]:
+    """θ, θ' and what the update found."""
+    engine = build_engine([*flags, *SGD, "--dwm-preconditioner", "none"])
+    outer = engine.outer(Weighter(classifier(), engine.config.weighting, torch.device("cpu")))
+    batch, target = engine.batch(random_tokens(1), random_mask(2)), engine.batch(random_tokens(5), random_mask(6))
+    u = engine.exchange.replica_part(relative_weights(SCORES, TEMPERATURE))
+    old, before = engine.parameters(), ParameterCopy(engine.chunks)
+    train_step(engine.schedule, engine.optimizer, _NoSchedule(), batch, 2, u, engine.layout)
+    with engine.schedule.whole_parameters():
+        new = engine.parameters()
+        result = outer.run(batch, target, before)
+    assert result is not None
+    return old, new, result
+
+
+def target_loss(state: HfState) -> tuple[Reference, torch.Tensor]:
+    reference = Reference(GPT, state)
+    return reference, reference.losses(random_tokens(5), random_mask(6)).mean()
+
+
+@pytest.mark.parametrize("layout", ["one process", "PP2, interleaved", "TP2 x PP2", "DP2"])
+def test_the_update_of_a_run_finds_the_derivative_of_the_target_loss_in_the_scores(layout: str):
+    world, parallel = LAYOUTS[layout]
+    results = run_distributed(weighted_step_and_update, world, [*GPT, *parallel])
+    old, new, _ = results[0]
+    at_old, loss_before = target_loss(old)
+    gradients = [at_old.gradient(loss) for loss in at_old.losses(random_tokens(1), random_mask(2))]
+
+    def stepped(scores: torch.Tensor) -> HfState:
+        w = torch.softmax(scores / TEMPERATURE, 0)
+        moves = {k: sum(wi * g[k] for wi, g in zip(w, gradients, strict=True)) for k in at_old.params}
+        return {k: old[k].double() - RATE * moves[k] for k in at_old.params}
+
+    exact = stepped(SCORES)
+    moved = {k: new[k].double() - old[k].double() for k in exact}
+    assert relative_error(moved, {k: exact[k] - old[k].double() for k in exact}) < 1e-4
+
+    at_new, loss_after = target_loss(exact)
+    v = at_new.gradient(loss_after)
+    alignments = torch.stack([inner(v, gradient) for gradient in gradients])
+    differences = []
+    for direction in 1e-5 * torch.eye(NUM_SAMPLES, dtype=torch.float64):
+        (_, above), (_, below) = (target_loss(stepped(SCORES + sign * direction)) for sign in (1, -1))
+        differences.append(float(above.detach() - below.detach()) / 2e-5)
+
+    for _, _, result in results:
+        assert result.target_loss_before == pytest.approx(loss_before.item(), abs=1e-5)
+        assert result.target_loss_after == pytest.approx(loss_after.item(), abs=1e-5)
+        assert float((result.alignments - alignments).abs().max()) < 1e-4 * float(alignments.abs().max())
+        found = target_score_gradient(result.alignments, SCORES, TEMPERATURE, RATE)
+        scale = max(map(abs, differences))
+        assert scale > 1e-3
+        assert found.tolist() == pytest.approx(differences, abs=2e-4 * scale)
