@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch.distributed as dist
 
+from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.run import parse_run
 from megatron_dwm.errors import run_cli
 from megatron_dwm.runtime.agreement import Agreement
@@ -24,7 +27,7 @@ def main() -> None:
     agreement = Agreement(rank, world_size)
     with agreement.phase("flags"):
         require_megatron_core()
-        config = parse_run(None, world_size, speaks=rank == 0)
+        config = parse_run(None, world_size, speaks=rank == 0, read_saved=_read_saved)
         device = select_device(local_rank)
         if device.type == "cpu":  # advice on CUDA's queues
             warnings.filterwarnings("ignore", message=".*async grad allreduce.*")
@@ -36,6 +39,13 @@ def main() -> None:
     trainer = build_trainer(config, inputs, device, agreement)
     trainer.train()
     dist.destroy_process_group()
+
+
+def _read_saved(flags: CheckpointConfig) -> Mapping[str, Any]:
+    # Only --use-checkpoint-args reads a checkpoint before the configuration is whole, and imports all it takes.
+    from megatron_dwm.training.checkpoint import saved_arguments
+
+    return saved_arguments(flags)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,8 @@ def build_trainer(config: RunConfig, inputs: Inputs, device: torch.device, agree
             device,
             resets_attention_mask=config.data.reset_attention_mask,
         )
+    if config.training.deterministic_mode:
+        torch.use_deterministic_algorithms(True)
     layout = initialize(
         config.parallel,
         config.parallel.virtual_stages(config.model.layers),
@@ -145,7 +147,8 @@ def build_trainer(config: RunConfig, inputs: Inputs, device: torch.device, agree
         layout,
         config.model.sequence,
         document_end=inputs.tokenizer.eod if config.data.reset_attention_mask else None,
-        check_for_nan=config.training.check_for_nan_in_loss_and_grad and not config.optimizer.fp16,
+        check_for_nan=config.training.check_for_nan_in_loss_and_grad
+        and not (config.optimizer.fp16 and not config.optimizer.loss_scale),  # a dynamic scale minds overflows itself
     )
     readers = Readers(config, inputs.paths, inputs.tokenizer, layout, agreement, progress)
     weighting = None

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.saved import read_arguments
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.distributed import Layout
 from megatron_dwm.runtime.metrics import say, timestamp
@@ -158,6 +159,18 @@ def find_checkpoint(config: RunConfig) -> Path | None:
         UserError: a checkpoint is asked for by name, or must exist, and does not.
     """
     return latest_checkpoint(config.checkpoint)
+
+
+def saved_arguments(flags: CheckpointConfig) -> dict[str, Any]:
+    """The arguments of the checkpoint that the flags name, for ``--use-checkpoint-args``.
+
+    Raises:
+        UserError: there is no checkpoint, or it holds no arguments.
+    """
+    folder = latest_checkpoint(flags)
+    if folder is None:
+        raise UserError(f"--use-checkpoint-args: --load {flags.load} holds no checkpoint; give a folder that does")
+    return read_arguments(folder)
 
 
 def latest_checkpoint(flags: CheckpointConfig) -> Path | None:

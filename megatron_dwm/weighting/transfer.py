@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.tokenizer import fingerprint_of_folder, save_hf_tokenizer
 from megatron_dwm.errors import UserError
+from megatron_dwm.files import written_folder
 
 MANIFEST = "dwm_manifest.json"
 
@@ -167,23 +166,10 @@ def export_weighter(model: Any, tokenizer: Any, tokenizer_config: Any, folder: P
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar for one small file would break the log's lines
-    beside = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    model.save_pretrained(beside)
-    save_hf_tokenizer(tokenizer, tokenizer_config, beside)
-    (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for path in beside.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(beside, folder)
-
-
-def read_manifest(folder: str) -> dict[str, Any]:
-    """The manifest of an exported weighter; empty for a folder from elsewhere."""
-    path = Path(folder) / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    with written_folder(folder) as beside:
+        model.save_pretrained(beside)
+        save_hf_tokenizer(tokenizer, tokenizer_config, beside)
+        (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def _label_settings(eod: int) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, records, succeed
+from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, pretrain, records, succeed
 from tests.e2e.test_uniform_weights import LAYOUTS, assert_same_checkpoints
 
 STAGES = {**WEIGHTING, "--dwm-stage-update-iters": 8}  # two stages of 8: iterations 5 to 12, 13 to 20
@@ -55,3 +56,20 @@ def test_a_resumed_run_equals_the_whole_one_bit_for_bit(layout: str, stop: int, 
     states = [torch.load(save / "iter_0000020" / "dwm_state.pt", weights_only=True) for save in (whole, parts)]
     assert states[0]["weighter_optimizer"]["state"]
     assert_same(*states)
+
+
+def test_the_models_flags_can_be_taken_from_the_checkpoint(tmp_path: Path):
+    flags = {**LANGUAGE_MODEL, **TRAINING, **DATA, "--dwm-mode": "off", "--deterministic-mode": True}
+    expected = records_of(tmp_path / "whole", flags | {"--save": tmp_path / "whole"})
+    succeed(tmp_path / "log", 1, {**flags, "--save": tmp_path / "parts", "--exit-interval": 10})
+    for name in LANGUAGE_MODEL:
+        del flags[name]
+    flags |= {"--load": tmp_path / "parts", "--save": tmp_path / "parts", "--use-checkpoint-args": True}
+    assert records_of(tmp_path / "parts", flags) == expected
+    missing = pretrain(tmp_path / "log", 1, {**flags, "--load": tmp_path / "nothing"})
+    assert missing.codes == [2] and "--use-checkpoint-args" in missing.errors[0]
+
+
+def records_of(save: Path, flags: dict[str, Any]) -> list[float]:
+    succeed(save.parent / "log", 1, flags)
+    return [record["lm_loss"] for record in records(save / "metrics.jsonl", "train")]
