@@ -134,6 +134,9 @@ def build_trainer(config: RunConfig, inputs: Inputs, device: torch.device, agree
     progress, dwm_state = Progress(), None
     checkpoint = find_checkpoint(config)
     if checkpoint is not None:
+        if layout.is_first:
+            iteration = int(checkpoint.name.removeprefix("iter_"))
+            say(f" loading distributed checkpoint from {checkpoint.parent} at iteration {iteration}")
         progress, dwm_state = load_checkpoint(config, checkpoint, objects, layout)
         if layout.is_first:
             say(

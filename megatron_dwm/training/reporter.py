@@ -11,13 +11,12 @@ import torch
 
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.model.flops import outer_update_flops, scoring_flops, training_flops
+from megatron_dwm.model.memory import MEBIBYTE, memory_estimate
 from megatron_dwm.runtime.distributed import Layout
 from megatron_dwm.runtime.metrics import JsonLines, LogLine, LossWindow, TensorBoard, say, validation_line
 from megatron_dwm.training.state import Progress
 from megatron_dwm.training.step import StepResult
 from megatron_dwm.weighting.health import Warning
-
-MEBIBYTE = 1024.0 * 1024.0
 
 
 class Reporter:
@@ -211,6 +210,8 @@ class Reporter:
             )
         if self.memory_reports_left > 0:  # by the second line the optimiser's state is in it
             self.memory_reports_left -= 1
+            if self.layout.is_first:
+                say("\n".join(memory_estimate(self.config, self.padded_vocab_size)))
             self.memory(f"(after {progress.iteration} iterations)")
 
     def memory(self, when: str) -> None:

@@ -1,0 +1,152 @@
+"""Checkpoints are Megatron-LM's: either programme goes on from the other's, and its flags mean the same.
+
+What Megatron-LM wrote and how it went on was recorded by tests/fixtures/megatron/record_checkpoints.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+
+from tests.e2e.launch import pretrain, succeed
+from tests.e2e.test_megatron_curves import assert_curves
+from tests.e2e.test_uniform_weights import saved_tensors
+from tests.fixtures.megatron.record import make_learnable_dataset, scalars
+from tests.fixtures.megatron.record_checkpoints import LOGGED, STOP
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "megatron"
+RECORDED: dict[str, Any] = json.loads((FIXTURES / "checkpoints.json").read_text())
+PLAIN = {"--dwm-mode": "off"}
+ALONE = RECORDED["tp2_pp2"]["loading"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {"--data-path": make_learnable_dataset(tmp_path_factory.mktemp("data"))} | PLAIN
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with Megatron-LM's checkpoint of each layout."""
+    folder = tmp_path_factory.mktemp("megatron")
+    for name in RECORDED:
+        shutil.unpack_archive(FIXTURES / f"{name}.tar.xz", folder / name)
+    return folder
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the model and its optimiser in a checkpoint, by key."""
+    saved = saved_tensors(checkpoint)
+    return {name: value for name, value in saved.items() if isinstance(value, torch.Tensor) and "rng" not in name}
+
+
+def after_the_stop(curves: dict[str, list[list[float]]]) -> dict[str, list[list[float]]]:
+    return {name: [point for point in curve if point[0] > STOP] for name, curve in curves.items()}
+
+
+@pytest.mark.parametrize("layout", RECORDED)
+def test_goes_on_from_megatron_lms_checkpoint(layout: str, data: dict[str, Any], theirs: Path, tmp_path: Path):
+    recorded = RECORDED[layout]
+    flags = recorded["flags"] | data | {"--load": theirs / layout, "--tensorboard-dir": tmp_path / "board"}
+    succeed(tmp_path, recorded["processes"], flags)
+    assert_curves(scalars(tmp_path / "board"), after_the_stop(recorded["whole"]), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_flags_of_loading_mean_the_same(case: str, data: dict[str, Any], theirs: Path, tmp_path: Path):
+    """One process goes on from TP2xPP2's checkpoint."""
+    flags = ALONE[case]["flags"] | data | {"--load": theirs / "tp2_pp2", "--tensorboard-dir": tmp_path / "board"}
+    succeed(tmp_path, 1, flags)
+    assert_curves(scalars(tmp_path / "board"), ALONE[case]["curves"], tolerance=1e-5)
+
+
+def test_the_log_is_megatron_lms(data: dict[str, Any], theirs: Path, tmp_path: Path):
+    """Line for line and character for character, but for times and the last digits of numbers."""
+    place = {"--load": theirs / "tp2_pp2", "--save": tmp_path / "save", "--save-interval": 10}
+    finished = succeed(tmp_path, 1, ALONE["one process"]["flags"] | data | place)
+    expected = (FIXTURES / "log.txt").read_text().splitlines()
+    found = [line for line in finished.output[0].splitlines() if any(text in line for text in LOGGED)]
+    assert [_shape(line) for line in found] == [_shape(line) for line in expected]
+    for ours, reference in zip(found, expected, strict=True):
+        assert _numbers(ours) == pytest.approx(_numbers(reference), rel=2e-5, abs=1.1e-3), ours
+
+
+def _timeless(line: str) -> str:
+    line = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}", "NOW", line)
+    line = re.sub(r"(iteration \(ms\)|TFLOP/s/GPU\)): \d+\.\d ", r"\1: X.X ", line)
+    return re.sub(r"(to|from) (?:/|FOLDER)\S*", r"\1 FOLDER", line)
+
+
+def _shape(line: str) -> str:
+    return re.sub(r"\d", "0", _timeless(line))
+
+
+def _numbers(line: str) -> list[float]:
+    return [float(number) for number in re.findall(r"\d+\.?\d*(?:E[+-]\d+)?", _timeless(line))]
+
+
+@pytest.mark.parametrize("layout", RECORDED)
+@pytest.mark.parametrize("saving", [{}, {"--async-save": True}], ids=["at once", "in the background"])
+def test_writes_what_megatron_lm_writes(
+    layout: str, saving: dict[str, Any], data: dict[str, Any], theirs: Path, tmp_path: Path
+):
+    recorded = RECORDED[layout]
+    save = tmp_path / "save"
+    extra = {"--save": save, "--save-interval": STOP, "--exit-interval": STOP + 1}
+    succeed(tmp_path, recorded["processes"], recorded["flags"] | data | saving | extra)
+    name = f"iter_{STOP:07d}"
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == str(STOP + 1)
+    ours, expected = tensors(save / name), tensors(theirs / layout / name)
+    assert ours.keys() == expected.keys() and len(ours) > 10
+    for key, tensor in expected.items():
+        assert ours[key].dtype == tensor.dtype and ours[key].shape == tensor.shape
+        close = torch.isclose(ours[key], tensor, rtol=1e-4, atol=1e-6)
+        # Between the parameters in a bucket of the distributed optimiser is padding: whatever lay in memory.
+        assert close.float().mean() > 0.99 if "bucket_idx" in key else close.all(), key
+    mine, common = (dist_checkpointing.load_common_state_dict(str(root / name)) for root in (save, theirs / layout))
+    assert mine.keys() == common.keys() - {"rerun_state_machine"}
+    for key in ("opt_param_scheduler", "iteration", "checkpoint_version", "num_floating_point_operations_so_far"):
+        assert mine[key] == pytest.approx(common[key])
+
+
+def test_the_distributed_optimiser_moves_to_another_layout(data: dict[str, Any], tmp_path: Path):
+    recorded = RECORDED["dp2_distributed_optimiser"]
+    flags = recorded["flags"] | data | {"--dist-ckpt-optim-fully-reshardable": True}
+    succeed(tmp_path / "log", 2, flags | {"--save": tmp_path, "--exit-interval": STOP})
+    # The validation's first curve point came before the stop; each layout rounds its sums in its own order.
+    expected = after_the_stop(recorded["whole"])
+    moved = {"--tensor-model-parallel-size": 2, "--pipeline-model-parallel-size": 2}
+    for processes, parallel in ((4, moved), (4, {}), (1, {})):
+        board = tmp_path / f"board {processes} {len(parallel)}"
+        succeed(tmp_path / "log", processes, flags | parallel | {"--load": tmp_path, "--tensorboard-dir": board})
+        assert_curves(scalars(board), expected, tolerance=1e-4)
+
+
+def test_keeps_the_checkpoints_that_it_is_told_to_keep(data: dict[str, Any], tmp_path: Path):
+    flags = ALONE["one process"]["flags"] | data | {"--eval-iters": 0, "--train-iters": 10, "--lr-decay-iters": 10}
+    save = {"--save": tmp_path, "--save-interval": 4, "--save-retain-interval": 8}
+    scratch = {"--non-persistent-save-interval": 1, "--non-persistent-ckpt-type": "global"}
+    succeed(tmp_path / "log", 1, flags | save | scratch)
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000008", "iter_0000010"]
+    kept = tmp_path / "non_persistent"
+    assert sorted(path.name for path in kept.glob("iter_*")) == ["iter_0000007", "iter_0000009"]
+
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("8")
+    loaded = "successfully loaded checkpoint from {} [ t 1/1, p 1/1 ] at iteration {}"
+    for extra, folder, iteration in (({}, tmp_path, 8), ({"--non-persistent-ckpt-type": "global"}, kept, 9)):
+        finished = succeed(tmp_path / "log", 1, flags | {"--load": tmp_path} | extra)
+        assert loaded.format(folder, iteration) in finished.output[0]
+
+
+def test_a_missing_checkpoint_ends_the_run_if_it_must_exist(data: dict[str, Any], tmp_path: Path):
+    flags = ALONE["one process"]["flags"] | data
+    finished = pretrain(tmp_path, 1, flags | {"--load": tmp_path, "--exit-on-missing-checkpoint": True})
+    assert finished.codes == [2] and "--exit-on-missing-checkpoint" in finished.errors[0]
