@@ -71,7 +71,8 @@ def test_the_log_is_megatron_lms(data: dict[str, Any], theirs: Path, tmp_path: P
     """Line for line and character for character, but for times and the last digits of numbers."""
     place = {"--load": theirs / "tp2_pp2", "--save": tmp_path / "save", "--save-interval": 10}
     finished = succeed(tmp_path, 1, ALONE["one process"]["flags"] | data | place)
-    expected = (FIXTURES / "log.txt").read_text().splitlines()
+    lines = (FIXTURES / "log.txt").read_text().splitlines()
+    expected = [line for line in lines if not re.match(r"  \w+ \.{5,} ", line)]  # its list of arguments
     found = [line for line in finished.output[0].splitlines() if any(text in line for text in LOGGED)]
     assert [_shape(line) for line in found] == [_shape(line) for line in expected]
     for ours, reference in zip(found, expected, strict=True):
