@@ -26,7 +26,7 @@ bash tools/setup_env.sh
 source .venv/bin/activate
 
 step 2 "corpus: documentation, code, comments and shuffled words from Python's own library"
-if [[ -f $RUN/corpus/prose.train.jsonl ]]; then done_already "$RUN/corpus"; else
+if [[ -f $RUN/corpus/shuffled.train.jsonl ]]; then done_already "$RUN/corpus"; else
     python tools/build_corpus.py --output "$RUN/corpus"
 fi
 

@@ -21,14 +21,22 @@ def written_folder(folder: Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
-        for path in beside.rglob("*"):
-            sync(path)
-        sync(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(beside, folder)
-        sync(folder.parent)
+        put_in_place(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def put_in_place(beside: Path, folder: Path) -> None:
+    """Have what is below ``beside`` on the disk, and make it ``folder``; one that was there goes only afterwards."""
+    for path in (*beside.rglob("*"), beside):
+        sync(path)
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, replaced)
+    os.rename(beside, folder)
+    sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_dwm.errors import UserError
+from megatron_dwm.files import write_text
 
 
 class JsonLines:
     """Appends records to a file, one JSON object a line, each flushed as it is written.
 
-    A resumed run drops the records past its first iteration, which it is about to write again.
+    A resumed run drops the records past its first iteration, which it is about to write again. A run that starts anew
+    leaves another run's records beside, under a name with their time.
     """
 
     def __init__(self, path: Path, resumed_at: int) -> None:
@@ -27,10 +29,11 @@ class JsonLines:
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = _records_until(path, resumed_at) if path.is_file() and resumed_at > 0 else []
-            beside = path.with_name(f".{path.name}.partial")
-            beside.write_text("".join(kept), encoding="utf-8")
-            beside.replace(path)
+            if path.is_file() and resumed_at > 0:
+                write_text(path, "".join(_records_until(path, resumed_at)))
+            elif path.is_file():
+                written = datetime.fromtimestamp(path.stat().st_mtime)
+                path.rename(path.with_name(f"{path.stem}.until-{written:%Y%m%d-%H%M%S-%f}{path.suffix}"))
             self._file: TextIO = path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(

@@ -18,7 +18,7 @@ from megatron_dwm.model.transformer_config import transformer_config
 from megatron_dwm.runtime.agreement import Agreement
 from megatron_dwm.runtime.distributed import initialize, set_seeds
 from megatron_dwm.runtime.metrics import say
-from megatron_dwm.training.checkpoint import CheckpointWriter, find_checkpoint, load_checkpoint
+from megatron_dwm.training.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint
 from megatron_dwm.training.optimizer import build_optimizer, build_scheduler
 from megatron_dwm.training.readers import Readers
 from megatron_dwm.training.reporter import Reporter
@@ -70,7 +70,7 @@ def read_inputs(config: RunConfig, *, reads_data: bool) -> Inputs:
     paths = data_paths(config.data, settings.dwm_valid_data_path if settings.learns else None)
     if reads_data:
         check_data(paths, config.model.sequence, int(tokenizer.vocab_size))
-    find_checkpoint(config)
+    latest_checkpoint(config.checkpoint)
     if not settings.weighs:
         return Inputs(tokenizer, paths, None, "", None)
 
@@ -132,7 +132,7 @@ def build_trainer(config: RunConfig, inputs: Inputs, device: torch.device, agree
     objects = TrainingObjects(chunks, optimizer, build_scheduler(config, optimizer))
 
     progress, dwm_state = Progress(), None
-    checkpoint = find_checkpoint(config)
+    checkpoint = latest_checkpoint(config.checkpoint)
     if checkpoint is not None:
         if layout.is_first:
             iteration = int(checkpoint.name.removeprefix("iter_"))

@@ -7,7 +7,6 @@ there when it is whole, so an interrupted save loses nothing.
 
 from __future__ import annotations
 
-import os
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -20,10 +19,10 @@ from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.config.saved import read_arguments
 from megatron_dwm.errors import UserError
+from megatron_dwm.files import put_in_place, write_text
 from megatron_dwm.runtime.distributed import Layout
 from megatron_dwm.runtime.metrics import say, timestamp
 from megatron_dwm.training.optimizer import allocate_state, load_optimizer
-from megatron_dwm.training.state import VERSION as VERSION
 from megatron_dwm.training.state import (
     Progress,
     TrainingObjects,
@@ -132,11 +131,9 @@ class CheckpointWriter:
         if not self.layout.is_first:
             return
         final = iteration_folder(root, iteration)
-        _sync_files(beside)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(beside, final)
+        put_in_place(beside, final)
         previous = _tracked_iteration(root)
-        _write_tracker(root, iteration)
+        write_text(root / TRACKER, str(iteration))
         self._say(
             f"  [{timestamp()}] successfully saved checkpoint from iteration {iteration:7d} to {root} "
             f"{self.layout.place}"
@@ -152,15 +149,6 @@ class CheckpointWriter:
             say(message)
 
 
-def find_checkpoint(config: RunConfig) -> Path | None:
-    """The checkpoint folder that ``--load`` (and ``--ckpt-step``) name; None to start anew.
-
-    Raises:
-        UserError: a checkpoint is asked for by name, or must exist, and does not.
-    """
-    return latest_checkpoint(config.checkpoint)
-
-
 def saved_arguments(flags: CheckpointConfig) -> dict[str, Any]:
     """The arguments of the checkpoint that the flags name, for ``--use-checkpoint-args``.
 
@@ -174,9 +162,12 @@ def saved_arguments(flags: CheckpointConfig) -> dict[str, Any]:
 
 
 def latest_checkpoint(flags: CheckpointConfig) -> Path | None:
-    """:func:`find_checkpoint` for the checkpoint flags alone.
+    """The checkpoint folder that ``--load`` (and ``--ckpt-step``) name; None to start anew.
 
     A non-persistent checkpoint is taken if it is as new as the persistent one, with ``--non-persistent-ckpt-type``.
+
+    Raises:
+        UserError: a checkpoint is asked for by name, or must exist, and does not.
     """
     if flags.load is None:
         return None
@@ -285,15 +276,6 @@ def _check_same_model(config: RunConfig, saved: Namespace, folder: Path) -> None
             )
 
 
-def _sync_files(folder: Path) -> None:
-    for path in [*(folder.rglob("*") if folder.is_dir() else ()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _tracked_iteration(root: Path) -> int | None:
     path = root / TRACKER
     if not path.is_file():
@@ -302,13 +284,6 @@ def _tracked_iteration(root: Path) -> int | None:
     if not text.isdigit():
         raise UserError(f"{path}: says {text!r} where an iteration belongs; write the number of a checkpoint there")
     return int(text)
-
-
-def _write_tracker(root: Path, iteration: int) -> None:
-    beside = root / f".{TRACKER}.partial"
-    beside.write_text(str(iteration))
-    _sync_files(beside)
-    os.replace(beside, root / TRACKER)
 
 
 def _unretained(root: Path, previous: int | None, current: int, retain_interval: int | None) -> bool:

@@ -55,14 +55,29 @@ class Readers:
             return
         if self.datasets.train is None:
             raise UserError("the training part of the data holds no document; change --split or give more data")
-        needed = self.config.train_iters * self.share.all_samples
-        cyclic = self.config.data.dataloader_type == "cyclic"
-        least = self.share.micro_batch_size * self.share.dp_size if cyclic else needed
-        if len(self.datasets.train) < least:
-            raise UserError(
-                f"the training data has {len(self.datasets.train)} samples, fewer than the {least} that are read; "
-                "lower --train-iters or --global-batch-size, or give more data"
-            )
+        data, iterations = self.config.data, self.config.train_iters
+        evaluations = 1 if data.eval_interval is None else iterations // data.eval_interval + 1
+        if data.eval_interval is not None:  # those before this start were paid for by it
+            evaluations -= progress.iteration // data.eval_interval
+        read = {  # batches up to the end of the run, and where reading goes on
+            "training": (self.datasets.train, iterations, 0, "--train-iters"),
+            "validation": (
+                self.datasets.valid,
+                evaluations * data.eval_iters,
+                progress.consumed_valid_samples,
+                "--eval-iters",
+            ),
+            "test": (self.datasets.test, data.eval_iters, 0, "--eval-iters"),
+        }
+        for name, (dataset, batches, consumed, flag) in read.items():
+            needed = consumed + batches * self.share.all_samples
+            if data.dataloader_type == "cyclic":
+                needed = self.share.micro_batch_size * self.share.dp_size
+            if dataset is not None and len(dataset) < needed:
+                raise UserError(
+                    f"the {name} data has {len(dataset)} samples, fewer than the {needed} that are read; "
+                    f"lower {flag} or --global-batch-size, or give more data"
+                )
 
     def _evaluated_splits(self) -> tuple[bool, bool]:
         """Whether there is validation and test data, as rank 0, which reads it, knows."""

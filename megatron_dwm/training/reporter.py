@@ -16,7 +16,7 @@ from megatron_dwm.runtime.distributed import Layout
 from megatron_dwm.runtime.metrics import JsonLines, LogLine, LossWindow, TensorBoard, say, validation_line
 from megatron_dwm.training.state import Progress
 from megatron_dwm.training.step import StepResult
-from megatron_dwm.weighting.health import Warning
+from megatron_dwm.weighting.health import Finding
 
 
 class Reporter:
@@ -117,7 +117,7 @@ class Reporter:
         if self.jsonl is not None:
             self.jsonl.write(record)
 
-    def warnings(self, iteration: int, warnings: Sequence[Warning]) -> None:
+    def warnings(self, iteration: int, warnings: Sequence[Finding]) -> None:
         """Say what is wrong with the weighting, and record it."""
         for warning in warnings:
             self.record({"kind": "health", "iteration": iteration, "sign": warning.sign, "message": warning.message})

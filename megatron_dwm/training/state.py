@@ -140,6 +140,5 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 def comparable(common: dict[str, Any]) -> dict[str, Any]:
     """The common state without what may differ between ranks: the order of the optimiser's parameter groups."""
-    comparable = {key: value for key, value in common.items() if key != "optimizer"}
-    comparable["args"] = vars(comparable["args"])
-    return comparable
+    kept = {key: value for key, value in common.items() if key != "optimizer"}
+    return kept | {"args": vars(common["args"])}

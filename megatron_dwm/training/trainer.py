@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.config.run import RunConfig
+from megatron_dwm.data.batch import Batch
 from megatron_dwm.model.schedule import PipelineSchedule
 from megatron_dwm.runtime.distributed import Layout
 from megatron_dwm.runtime.metrics import event_line, say
@@ -94,22 +95,32 @@ class Trainer:
         self.progress.num_floating_point_operations_so_far += self.reporter.flops_per_step
 
         figures = self._weighting_figures(iteration, batch, weights)
-        if weights is not None and (updates or iteration % self.config.logging.log_interval == 0):
-            assert self.weighting is not None
-            self.reporter.warnings(iteration, self.weighting.warnings(weights))
-        if before is not None and not result.skipped:
-            assert self.weighting is not None and weights is not None
-            with self.schedule.whole_parameters():
-                self.reporter.record(self.weighting.update(iteration, batch, weights, before))
-        if weights is not None:
-            assert self.weighting is not None and self.weighting.weighter is not None
-            self.reporter.weighed(self.weighting.weighter.num_computing_parameters, updated=updates)
+        if self.weighting is not None and weights is not None:
+            # A step that was skipped has moved nothing for its samples to be aligned with.
+            self._learn(self.weighting, iteration, batch, weights, None if result.skipped else before)
         self._report(result, figures)
-        if self.exporter is not None and self.weighting is not None and self.weighting.stages.ends_stage(iteration):
-            self.exporter.export(self.weighting, iteration)
         interval = self.config.training.manual_gc_interval
         if self.config.training.manual_gc and interval and iteration % interval == 0:
             gc.collect()
+
+    def _learn(
+        self,
+        weighting: DataWeighting,
+        iteration: int,
+        batch: Batch,
+        weights: BatchWeights,
+        before: ParameterCopy | None,
+    ) -> None:
+        """What follows a weighted step: the outer update, if the parameters ``before`` the step were kept for one."""
+        assert weighting.weighter is not None
+        if before is not None or iteration % self.config.logging.log_interval == 0:
+            self.reporter.warnings(iteration, weighting.warnings(weights))
+        if before is not None:
+            with self.schedule.whole_parameters():
+                self.reporter.record(weighting.update(iteration, batch, weights, before))
+        self.reporter.weighed(weighting.weighter.num_computing_parameters, updated=before is not None)
+        if self.exporter is not None and weighting.stages.ends_stage(iteration):
+            self.exporter.export(weighting, iteration)
 
     def evaluate(self, split: str, prefix: str, *, tells: bool = False) -> None:
         """Evaluate on ``valid`` or ``test``, if there is such data.
@@ -174,7 +185,7 @@ class Trainer:
         if self.layout.is_first:
             say(f" > weighting starts at iteration {iteration}: {self.weighting.describe()}")
 
-    def _weighting_figures(self, iteration: int, batch: Any, weights: BatchWeights | None) -> dict[str, Any]:
+    def _weighting_figures(self, iteration: int, batch: Batch, weights: BatchWeights | None) -> dict[str, Any]:
         if self.weighting is None:
             return {}
         figures = {

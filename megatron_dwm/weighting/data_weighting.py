@@ -17,7 +17,7 @@ from megatron_dwm.data.datasets import BatchReader
 from megatron_dwm.runtime.metrics import say
 from megatron_dwm.runtime.parameters import ParameterCopy
 from megatron_dwm.weighting.exchange import SampleExchange
-from megatron_dwm.weighting.health import Warning, check_scores, check_weights
+from megatron_dwm.weighting.health import Finding, check_scores, check_weights
 from megatron_dwm.weighting.outer import AlignedBatch, OuterResult, OuterUpdate
 from megatron_dwm.weighting.stages import StageSchedule
 from megatron_dwm.weighting.weighter import Weighter
@@ -113,7 +113,7 @@ class DataWeighting:
         source = self.exchange.gather_replicas(batch.source).tolist()
         return self._record(iteration, index, source, weights, result)
 
-    def warnings(self, weights: BatchWeights) -> list[Warning]:
+    def warnings(self, weights: BatchWeights) -> list[Finding]:
         """What is wrong with these weights."""
         floor = self.config.dwm_min_effective_sample_size
         return check_weights(weights.relative, floor) + check_scores(weights.scores, self.outer_updates)

@@ -106,14 +106,7 @@ def _work(
 
 def _call(rank: int, world_size: int, listener: socket.socket, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     port = listener.getsockname()[1]
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
+    become_rank(rank, world_size, port)
     select_device(rank)
     store = dist.TCPStore(
         "127.0.0.1",
@@ -124,6 +117,18 @@ def _call(rank: int, world_size: int, listener: socket.socket, fn: Callable[...,
     )
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=5))
     return fn(*args)
+
+
+def become_rank(rank: int, world_size: int, port: int) -> None:
+    """Give this process the environment that torchrun gives a rank, and one thread."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
 
 
 def _failure(error: BaseException) -> bytes:

@@ -41,16 +41,27 @@ def _document_mask() -> torch.Tensor:
     return ((position[:, None] < position) | (document[:, None] != document))[None, None]
 
 
-def _both_layers(model: ModelConfig, parallel: ParallelConfig, mask: torch.Tensor | None) -> None:
+Outcome = tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, tuple[str, object]]]
+"""Token losses, gradients and checkpoint keys."""
+
+
+def _both_layers(model: ModelConfig, parallel: ParallelConfig, mask: torch.Tensor | None) -> tuple[Outcome, Outcome]:
+    """What megatron-core's local layers give, and ours with the same weights."""
     tiny.initialize(parallel)
     local, local_config = tiny.build(replace(model, transformer_impl="local"), parallel)
     torch_layers, config = tiny.build(replace(model, transformer_impl="torch"), parallel, seed=99)
     torch_layers[0].load_state_dict(local[0].state_dict(), strict=True)
-    assert _sharded_keys(torch_layers[0]) == _sharded_keys(local[0])
-    expected_losses, expected = tiny.losses_and_gradients(local, local_config, parallel, mask)
-    losses, gradients = tiny.losses_and_gradients(torch_layers, config, parallel, mask)
-    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
-    _assert_close(gradients, expected, 1e-4)
+    keys = _sharded_keys(local[0]), _sharded_keys(torch_layers[0])
+    expected = tiny.losses_and_gradients(local, local_config, parallel, mask)
+    found = tiny.losses_and_gradients(torch_layers, config, parallel, mask)
+    return (*expected, keys[0]), (*found, keys[1])
+
+
+def _assert_same(outcomes: list[tuple[Outcome, Outcome]]) -> None:
+    for (expected_losses, expected, expected_keys), (losses, gradients, keys) in outcomes:
+        assert keys == expected_keys
+        torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
+        _assert_close(gradients, expected, 1e-4)
 
 
 def _sharded_keys(chunk) -> dict[str, tuple[str, object]]:
@@ -60,12 +71,18 @@ def _sharded_keys(chunk) -> dict[str, tuple[str, object]]:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("tp", [1, 2])
 def test_torch_layers_give_the_losses_and_gradients_of_local_layers(name: str, tp: int):
-    run_distributed(_both_layers, tp, ARCHITECTURES[name], ParallelConfig(tensor_model_parallel_size=tp), None)
+    parallel = ParallelConfig(tensor_model_parallel_size=tp)
+    outcomes = run_distributed(_both_layers, tp, ARCHITECTURES[name], parallel, None)
+    assert len(outcomes) == tp
+    _assert_same(outcomes)
 
 
 @pytest.mark.parametrize("model", [tiny.gpt(), tiny.llama()], ids=["gpt", "llama"])
 def test_a_document_mask_is_honoured_as_by_local_layers(model: ModelConfig):
-    run_distributed(_both_layers, 1, model, ParallelConfig(), _document_mask())
+    outcomes = run_distributed(_both_layers, 1, model, ParallelConfig(), _document_mask())
+    _assert_same(outcomes)
+    ((_, (unmasked, _, _)),) = run_distributed(_both_layers, 1, model, ParallelConfig(), None)
+    assert not torch.allclose(outcomes[0][1][0], unmasked, rtol=1e-3)
 
 
 def test_layer_norms_have_transformer_engines_checkpoint_keys():

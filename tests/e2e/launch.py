@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import pretrain_dwm
 from megatron_dwm.errors import run_cli
 from megatron_dwm.runtime.distributed import free_port
 from megatron_dwm.training import build  # noqa: F401  imported here so that the processes inherit it
+from tests.distributed.harness import become_rank
 
 LANGUAGE_MODEL = {
     "--num-layers": 4,
@@ -113,13 +112,6 @@ def _work(rank: int, world_size: int, port: int, argv: list[str], folder: Path) 
         file = os.open(folder / f"rank{rank}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(file, descriptor)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
+    become_rank(rank, world_size, port)
     sys.argv = ["pretrain_dwm.py", *argv]
     run_cli(pretrain_dwm.main, speaks=rank == 0)

@@ -22,6 +22,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     make_dataset(folder, "train", counting(0))
     make_dataset(folder, "valid", counting(1, step=2))
+    make_dataset(folder, "more_valid", counting(4, step=7))
     target = make_dataset(folder, "target", counting(2, step=3))
     make_dataset(folder, "other_vocabulary", [[500] * 60], vocab_size=501)
     make_dataset(folder, "short", [[1, 2, 3]])
@@ -123,6 +124,21 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
+def common_flags(data: Path, folder: Path) -> dict[str, Any]:
+    """Flags without a mistake, of a run that writes below ``folder``."""
+    return {
+        **LANGUAGE_MODEL,
+        **TRAINING,
+        **TOKENIZER,
+        "--train-data-path": f"{data}/train_text_document",
+        "--valid-data-path": f"{data}/valid_text_document",
+        "--dwm-valid-data-path": f"{data}/target_text_document",
+        "--save": folder / "save",
+        "--tensorboard-dir": folder / "board",
+        "--data-cache-path": folder / "cache",
+    }
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_mistake_is_one_line_and_code_2_on_every_rank(
     case: str, data: Path, weighter_of_another_tokenizer: Path, tmp_path: Path
@@ -136,17 +152,7 @@ def test_a_mistake_is_one_line_and_code_2_on_every_rank(
             return value.replace("{data}", str(data)).replace("{weighter}", str(weighter_of_another_tokenizer))
         return value
 
-    flags = {
-        **LANGUAGE_MODEL,
-        **TRAINING,
-        **TOKENIZER,
-        "--train-data-path": f"{data}/train_text_document",
-        "--valid-data-path": f"{data}/valid_text_document",
-        "--dwm-valid-data-path": f"{data}/target_text_document",
-        "--save": tmp_path / "save",
-        "--tensorboard-dir": tmp_path / "board",
-        "--data-cache-path": tmp_path / "cache",
-    }
+    flags = common_flags(data, tmp_path)
     flags.update((name, filled(value)) for name, value in changes.items())
     finished = pretrain(tmp_path / "log", 2, flags)
     assert finished.codes == [2, 2], finished.text
@@ -155,3 +161,13 @@ def test_a_mistake_is_one_line_and_code_2_on_every_rank(
     for part in expected:
         assert part in message, message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log"]
+
+
+def test_too_little_evaluation_data_is_found_before_the_first_step(data: Path, tmp_path: Path):
+    """Blends without weights are read once. Their size shows when they are built, so index caches are written."""
+    blend = [f"{data}/valid_text_document", f"{data}/more_valid_text_document"]
+    flags = {**common_flags(data, tmp_path), "--valid-data-path": blend, "--eval-iters": 8, "--eval-interval": 5}
+    finished = pretrain(tmp_path / "log", 2, flags)
+    assert finished.codes == [2, 2], finished.text
+    assert "validation data has" in "".join(finished.errors) and "--eval-iters" in "".join(finished.errors)
+    assert not (tmp_path / "save").exists()

@@ -80,3 +80,14 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--metrics-jsonl .*file/metrics\.jsonl"):
         JsonLines(tmp_path / "file" / "metrics.jsonl", resumed_at=0)
+
+
+def test_a_new_run_leaves_the_records_of_another_beside(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    for resumed_at, iteration in ((0, 1), (0, 2), (2, 3), (2, 4)):
+        records = JsonLines(path, resumed_at)
+        records.write({"iteration": iteration})
+        records.close()
+    assert path.read_text() == '{"iteration": 2}\n{"iteration": 4}\n'
+    (kept,) = tmp_path.glob("metrics.until-*.jsonl")
+    assert kept.read_text() == '{"iteration": 1}\n'
