@@ -6,15 +6,19 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 bash tools/setup_env.sh || exit
 source .venv/bin/activate
 
-# One test starts a SLURM cluster of its own. Where its programmes cannot be installed here, that test says so and fails.
-if ! PATH=$PATH:/usr/sbin type slurmctld slurmd munged sbatch &>/dev/null; then
+# One test starts a SLURM cluster of its own, one opens a page in a browser. Where their programmes cannot be installed here,
+# those tests say so and fail.
+packages=()
+PATH=$PATH:/usr/sbin type slurmctld slurmd munged sbatch &>/dev/null || packages+=(slurm-wlm munge)
+type chromium &>/dev/null || packages+=(chromium)
+if ((${#packages[@]})); then
     if [[ $EUID == 0 ]] && type apt-get &>/dev/null; then
-        echo "installing Debian's packages slurm-wlm and munge for the SLURM test"
+        echo "installing Debian's packages ${packages[*]} for the SLURM and the browser test"
         export DEBIAN_FRONTEND=noninteractive
-        log=$(apt-get -q update 2>&1 && apt-get -qy install --no-install-recommends slurm-wlm munge 2>&1) ||
+        log=$(apt-get -q update 2>&1 && apt-get -qy install --no-install-recommends "${packages[@]}" 2>&1) ||
             echo "$log" >&2
     else
-        echo "warning: the SLURM test needs Debian's packages slurm-wlm and munge; install them" >&2
+        echo "warning: the SLURM and the browser test need Debian's packages ${packages[*]}; install them" >&2
     fi
 fi
 
@@ -24,6 +28,6 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 status=0
 ruff check . || status=1
 ruff format --check . || status=1
-mypy megatron_dwm tools pretrain_dwm.py || status=1
+mypy megatron_dwm tools benchmarks pretrain_dwm.py || status=1
 pytest "$@" || status=1
 exit $status

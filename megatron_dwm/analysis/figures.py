@@ -2,14 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import matplotlib
 import numpy as np
 
+from megatron_dwm.analysis.preference import (
+    QUANTILES,
+    Correlations,
+    WeighedSamples,
+    quarters,
+    standardised,
+    weight_quantiles,
+)
 from megatron_dwm.analysis.records import RunRecords
+
+Theme = Literal["light", "dark"]
+_INK = {"light": ("#1d232b", "#8a929d", "#ffffff"), "dark": ("#e4e8ee", "#7b8490", "#171b21")}
+_COLOURS = {
+    "light": ["#3566b8", "#d9782d", "#2e8b62", "#b8476a", "#7a5bb0", "#8f6b2f", "#3a94a8", "#6b7480"],
+    "dark": ["#7ba6ee", "#f0a263", "#67c79a", "#ee86a6", "#b59bea", "#cfae6d", "#70cadd", "#a9b2be"],
+}
+
+
+@contextmanager
+def theme(name: Theme) -> Iterator[None]:
+    """Figures drawn and saved while this is open suit a light or dark page."""
+    from cycler import cycler
+
+    ink, faint, paper = _INK[name]
+    settings: Any = {
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "axes.edgecolor": faint,
+        "grid.color": faint,
+        "figure.facecolor": paper,
+        "savefig.facecolor": paper,
+        "axes.facecolor": paper,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.prop_cycle": cycler(color=_COLOURS[name]),
+        "font.size": 10,
+        "axes.titlesize": 10.5,
+        "axes.titlelocation": "left",
+    }
+    with matplotlib.rc_context(settings):
+        yield
 
 
 def training_figure(run: RunRecords) -> Any:
@@ -20,10 +65,22 @@ def training_figure(run: RunRecords) -> Any:
     losses, weights = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     draw_losses(losses, run)
     draw_by_source(weights, run, "weight_by_source", "mean relative weight")
-    weights.axhline(1.0, color="0.6", linewidth=0.8, linestyle="--")
+    _mark_uniform(weights)
     weights.set_xlabel("iteration")
     for axes in (losses, weights):
         shade_stages(axes, run)
+    return figure
+
+
+def losses_figure(run: RunRecords) -> Any:
+    """Losses over iterations."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots()
+    draw_losses(axes, run)
+    axes.set_xlabel("iteration")
+    shade_stages(axes, run)
     return figure
 
 
@@ -32,16 +89,14 @@ def draw_losses(axes: Any, run: RunRecords) -> None:
     steps = [step for step in run.steps if step["lm_loss"] is not None]
     iterations = [step["iteration"] for step in steps]
     losses = [step["lm_loss"] for step in steps]
-    axes.plot(iterations, losses, color="0.8", linewidth=0.8)
-    axes.plot(iterations, smoothed(losses), color="0.3", label="training (unweighted)")
-    for split, colour in (("valid", "tab:blue"), ("test", "tab:green")):
+    axes.plot(iterations, losses, color=_faint(), linewidth=0.8, alpha=0.6)
+    axes.plot(iterations, smoothed(losses), color=_ink(), alpha=0.8, label="training (unweighted)")
+    for split, colour in (("valid", "C0"), ("test", "C2")):
         points = run.evaluated(split)
         if points:
             axes.plot(*_points(points, "lm_loss"), "o-", markersize=3.5, color=colour, label=split)
     if run.updates:
-        axes.plot(
-            *_points(run.updates, "target_loss_after"), ".", color="tab:red", markersize=4, label="target batches"
-        )
+        axes.plot(*_points(run.updates, "target_loss_after"), ".", color="C3", markersize=4, label="target batches")
     axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False)
 
@@ -61,6 +116,146 @@ def draw_by_source(axes: Any, run: RunRecords, name: str, label: str) -> None:
         axes.text(0.5, 0.5, "no weighted step in this run", transform=axes.transAxes, ha="center")
 
 
+def weights_figure(run: RunRecords) -> Any:
+    """Quantiles of the outer updates' weights above, effective sample size below, over iterations."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.4), layout="constrained")
+    spread, size = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    if run.updates:
+        iterations = [update["iteration"] for update in run.updates]
+        low, lower, middle, upper, high = np.array([weight_quantiles(update) for update in run.updates]).T
+        percent = [f"{100 * quantile:g}" for quantile in QUANTILES]
+        spread.fill_between(
+            iterations, low, high, alpha=0.2, linewidth=0, color="C0", label=f"{percent[0]}-{percent[4]} % of samples"
+        )
+        spread.fill_between(
+            iterations, lower, upper, alpha=0.35, linewidth=0, color="C0", label=f"{percent[1]}-{percent[3]} %"
+        )
+        spread.plot(iterations, middle, color="C0", label="median")
+        spread.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    _mark_uniform(spread)
+    spread.set_ylabel("relative weight")
+    steps = [step for step in run.steps if "effective_sample_size" in step]
+    iterations, values = _points(steps, "effective_sample_size")
+    size.plot(iterations, values, color=_faint(), linewidth=0.8, alpha=0.6)
+    if values:
+        size.plot(iterations, smoothed(values), color="C2")
+    size.set_ylim(0, 1.05)
+    size.set_ylabel("effective sample size\n(part of the batch)")
+    size.set_xlabel("iteration")
+    for axes in (spread, size):
+        shade_stages(axes, run)
+    return figure
+
+
+def sources_figure(run: RunRecords) -> Any:
+    """By data source, over iterations: mean weight, share of the gradient, mean standardised alignment."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 8.4), layout="constrained")
+    weights, shares, alignments = figure.subplots(3, 1, sharex=True)
+    draw_by_source(weights, run, "weight_by_source", "mean relative weight")
+    _mark_uniform(weights)
+    draw_shares(shares, run)
+    for source in run.sources:
+        points = []
+        for update in run.updates:
+            own = np.array(update["samples"]["source"]) == source
+            if own.any():
+                points.append((update["iteration"], standardised(update["samples"]["alignment"])[own].mean()))
+        iterations, values = [x for x, _ in points], [y for _, y in points]
+        # A source that is rare is in few batches: its place in the order of colours is kept all the same.
+        alignments.plot(iterations, smoothed(values, 5) if values else [], marker="o", markersize=3, label=source)
+    alignments.axhline(0.0, color=_faint(), linewidth=0.8, linestyle="--")
+    alignments.set_ylabel("mean alignment\n(standard deviations)")
+    alignments.set_xlabel("iteration")
+    for axes in (weights, shares, alignments):
+        shade_stages(axes, run)
+    return figure
+
+
+def draw_shares(axes: Any, run: RunRecords) -> None:
+    """Each source's share of the gradient, stacked; together they are 100 %."""
+    steps = [step for step in run.steps if "share_by_source" in step]
+    if not steps:
+        axes.text(0.5, 0.5, "no shares in this run's records", transform=axes.transAxes, ha="center")
+        return
+    iterations = [step["iteration"] for step in steps]
+    stacked = [smoothed([100 * step["share_by_source"].get(source, 0.0) for step in steps]) for source in run.sources]
+    axes.stackplot(iterations, stacked, labels=run.sources, linewidth=0)
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("share of the gradient (%)")
+
+
+def correlations_figure(found: Mapping[str, Mapping[int, Correlations]]) -> Any:
+    """Rank correlation of the weight with each property by stage: within batches, and within sources.
+
+    Args:
+        found: correlations by the property's label and stage.
+    """
+    from matplotlib.figure import Figure
+
+    stages = sorted({stage for by_stage in found.values() for stage in by_stage})
+    figure = Figure(figsize=(9, 1.5 + 0.42 * len(found)), layout="constrained")
+    sides = figure.subplots(1, 2, sharey=True)
+    titles = {"in_batch": "among all samples of a batch", "in_source": "among samples of one source"}
+    image = None
+    for axes, (name, title) in zip(sides, titles.items(), strict=True):
+        values = np.array(
+            [
+                [np.nan if (rho := getattr(by_stage[stage], name)) is None else rho for stage in stages]
+                for by_stage in found.values()
+            ]
+        )
+        # The ink on a cell is dark: the middle of this map is light, and its ends are not too deep for it.
+        image = axes.imshow(values, cmap="RdBu", vmin=-1.4, vmax=1.4, aspect="auto")
+        for (row, column), rho in np.ndenumerate(values):
+            text, colour = ("n/a", _faint()) if np.isnan(rho) else (f"{round(rho, 2) + 0.0:+.2f}", "#1d232b")
+            axes.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
+        axes.set_title(title)
+        axes.set_xticks(range(len(stages)), [f"stage {stage}" for stage in stages])
+        axes.set_yticks(range(len(found)), list(found))
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    if image is not None:
+        bar = figure.colorbar(image, ax=sides, shrink=0.8, label="rank correlation with the weight")
+        bar.ax.set_ylim(-1, 1)
+        bar.outline.set_visible(False)
+    return figure
+
+
+def quarters_figure(samples: WeighedSamples, properties: Mapping[str, np.ndarray]) -> Any:
+    """Mean weight over the quarters of each property, a line for each stage.
+
+    Args:
+        properties: values of each sample [n] by the property's label.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(properties))
+    rows = -(-len(properties) // columns)
+    figure = Figure(figsize=(9, 2.6 * rows + 0.4), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    colours = matplotlib.colormaps["viridis"](np.linspace(0.28, 0.85, len(samples.stages)))
+    for axes, (label, values) in zip(grid, properties.items(), strict=False):
+        for stage, colour in zip(samples.stages, colours, strict=True):
+            own = samples.stage == stage
+            found = quarters(values[own], samples.weight[own])
+            axes.plot([q.weight for q in found], "o-", markersize=4, color=colour, label=f"stage {stage}")
+        _mark_uniform(axes)
+        axes.set_title(label)
+        axes.set_xticks([])
+        axes.set_xlabel("low → high")
+    for axes in grid[len(properties) :]:
+        axes.set_visible(False)
+    for axes in grid[::columns]:
+        axes.set_ylabel("mean relative weight")
+    if len(properties):
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=8, frameon=False)
+    return figure
+
+
 def shade_stages(axes: Any, run: RunRecords) -> None:
     """Shade every other stage; the warm-up, stage 0, stays white."""
     starts = [run.steps[0]["iteration"]]
@@ -72,7 +267,20 @@ def shade_stages(axes: Any, run: RunRecords) -> None:
     ends = [*starts[1:], run.steps[-1]["iteration"]]
     for start, end, stage in zip(starts, ends, stages, strict=True):
         if stage % 2:
-            axes.axvspan(start, end, color="0.95", zorder=0)
+            axes.axvspan(start, end, color=_faint(), alpha=0.15, linewidth=0, zorder=0)
+
+
+def _ink() -> str:
+    return matplotlib.rcParams["text.color"]
+
+
+def _faint() -> str:
+    return matplotlib.rcParams["grid.color"]
+
+
+def _mark_uniform(axes: Any) -> None:
+    """A line at weight 1."""
+    axes.axhline(1.0, color=_faint(), linewidth=0.8, linestyle="--")
 
 
 def smoothed(values: Sequence[float], width: int = 9) -> np.ndarray:
@@ -82,11 +290,23 @@ def smoothed(values: Sequence[float], width: int = 9) -> np.ndarray:
     return total / np.convolve(np.ones(len(values)), kernel, mode="same")
 
 
+def png(figure: Any) -> bytes:
+    """``figure`` as a PNG file's content."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
 def save_png(figure: Any, path: Path) -> None:
     """Write ``figure`` beside ``path``, then put it in place."""
+    write_bytes(path, png(figure))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` beside ``path``, then put it in place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial")
-    figure.savefig(beside, format="png", dpi=120)
+    beside.write_bytes(content)
     beside.replace(path)
 
 

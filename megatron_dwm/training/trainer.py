@@ -97,7 +97,7 @@ class Trainer:
         figures = self._weighting_figures(iteration, batch, weights)
         if self.weighting is not None and weights is not None:
             # A step that was skipped has moved nothing for its samples to be aligned with.
-            self._learn(self.weighting, iteration, batch, weights, None if result.skipped else before)
+            self._learn(self.weighting, iteration, batch, weights, result, None if result.skipped else before)
         self._report(result, figures)
         interval = self.config.training.manual_gc_interval
         if self.config.training.manual_gc and interval and iteration % interval == 0:
@@ -109,6 +109,7 @@ class Trainer:
         iteration: int,
         batch: Batch,
         weights: BatchWeights,
+        result: StepResult,
         before: ParameterCopy | None,
     ) -> None:
         """What follows a weighted step: the outer update, if the parameters ``before`` the step were kept for one."""
@@ -117,7 +118,7 @@ class Trainer:
             self.reporter.warnings(iteration, weighting.warnings(weights))
         if before is not None:
             with self.schedule.whole_parameters():
-                self.reporter.record(weighting.update(iteration, batch, weights, before))
+                self.reporter.record(weighting.update(iteration, batch, weights, result.sample_losses, before))
         self.reporter.weighed(weighting.weighter.num_computing_parameters, updated=before is not None)
         if self.exporter is not None and weighting.stages.ends_stage(iteration):
             self.exporter.export(weighting, iteration)

@@ -14,6 +14,7 @@ import torch
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.datasets import BatchReader
+from megatron_dwm.model.schedule import SampleLosses
 from megatron_dwm.runtime.metrics import say
 from megatron_dwm.runtime.parameters import ParameterCopy
 from megatron_dwm.weighting.exchange import SampleExchange
@@ -100,8 +101,19 @@ class DataWeighting:
         """Whether an outer update follows this iteration's step."""
         return self.outer is not None and self.stages.updates(iteration)
 
-    def update(self, iteration: int, batch: Batch, weights: BatchWeights, before: ParameterCopy) -> dict[str, Any]:
-        """Make the outer update that follows the step on ``batch``; returns its record, or that it was skipped."""
+    def update(
+        self,
+        iteration: int,
+        batch: Batch,
+        weights: BatchWeights,
+        losses: SampleLosses | None,
+        before: ParameterCopy,
+    ) -> dict[str, Any]:
+        """Make the outer update that follows the step on ``batch``; returns its record, or that it was skipped.
+
+        Args:
+            losses: that step's, on the last pipeline stage.
+        """
         assert self.outer is not None and self.target_reader is not None
         target = self.target_reader.next()
         self.consumed_target_samples += self.target_reader.share.all_samples
@@ -111,7 +123,9 @@ class DataWeighting:
         self.outer_updates += 1
         index = self.exchange.gather_replicas(batch.index).tolist()
         source = self.exchange.gather_replicas(batch.source).tolist()
-        return self._record(iteration, index, source, weights, result)
+        shared = self.outer.schedule.share_losses(losses, len(batch)).mean
+        loss = self.exchange.gather_replicas(shared).tolist()
+        return self._record(iteration, index, source, loss, weights, result)
 
     def warnings(self, weights: BatchWeights) -> list[Finding]:
         """What is wrong with these weights."""
@@ -136,7 +150,13 @@ class DataWeighting:
         return {"kind": "skipped_outer_update", "iteration": iteration, "stage": self.stages.stage(iteration)}
 
     def _record(
-        self, iteration: int, index: list[int], source: list[int], weights: BatchWeights, result: OuterResult
+        self,
+        iteration: int,
+        index: list[int],
+        source: list[int],
+        loss: list[float],
+        weights: BatchWeights,
+        result: OuterResult,
     ) -> dict[str, Any]:
         return {
             "kind": "outer_update",
@@ -155,6 +175,7 @@ class DataWeighting:
                 "score": weights.scores.tolist(),
                 "weight": weights.relative.tolist(),
                 "alignment": result.alignments.tolist(),
+                "loss": loss,
             },
         }
 

@@ -1,0 +1,261 @@
+"""A run's preference as one HTML page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_dwm.analysis import figures
+from megatron_dwm.analysis.preference import (
+    Correlations,
+    Quarter,
+    SourceFigures,
+    WeighedSamples,
+    correlations,
+    quarters,
+    stage_sources,
+)
+from megatron_dwm.analysis.records import RunRecords
+from megatron_dwm.errors import UserError
+
+
+class Property(NamedTuple):
+    """A number that describes a sample, as the page names it."""
+
+    label: str
+    digits: int
+    meaning: str
+
+
+PROPERTIES = {
+    "alignment": Property(
+        "alignment",
+        2,
+        "inner product of the sample's gradient with the target set's (after the optimiser's preconditioner), less the "
+        "batch's mean and divided by its standard deviation: what the weighter is to learn",
+    ),
+    "loss": Property("loss", 2, "mean loss of the sample's tokens at that training step, in nats per token"),
+    "length": Property("length", 0, "tokens of text in the sample, without padding and ends of documents"),
+    "documents": Property("documents", 0, "documents, or parts of one, that are packed into the sample"),
+    "characters": Property("characters per token", 2, "characters of the decoded text for each of its tokens"),
+    "distinct-1": Property("distinct-1", 3, "diversity: different tokens as a part of all tokens of the sample"),
+    "distinct-2": Property("distinct-2", 3, "diversity: different pairs of neighbours as a part of all such pairs"),
+    "similarity-1": Property(
+        "target similarity (words)",
+        3,
+        "cosine of the sample's TF-IDF vector of tokens with the mean vector of the target set",
+    ),
+    "similarity-2": Property(
+        "target similarity (order)",
+        3,
+        "the same with pairs of neighbouring tokens, which also tell the order of words",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample as the page shows it."""
+
+    source: str
+    iteration: int
+    index: int
+    weight: float
+    alignment: float
+    loss: float | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page says."""
+
+    name: str
+    run: RunRecords
+    samples: WeighedSamples
+    """Those that are described: of all outer updates, or of some, evenly spaced."""
+    sources: dict[int, dict[str, SourceFigures]]
+    """By stage and source."""
+    examples: dict[int, tuple[list[Example], list[Example]]] = field(default_factory=dict)
+    """Highest and lowest weights by stage."""
+    benefit: Mapping[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+    """What is missing, and why."""
+
+    @property
+    def described(self) -> dict[str, np.ndarray]:
+        """Properties that are known, in the page's order; none without samples."""
+        known = {"alignment": self.samples.alignment, **self.samples.properties}
+        return {name: known[name] for name in PROPERTIES if name in known and len(self.samples)}
+
+    @property
+    def correlations(self) -> dict[str, dict[int, Correlations]]:
+        """Of the weight with each property, by stage."""
+        return {name: correlations(self.samples, values) for name, values in self.described.items()}
+
+    def quarters(self, stage: int) -> dict[str, list[Quarter]]:
+        """Mean weight over the quarters of each property."""
+        own = self.samples.stage == stage
+        return {name: quarters(values[own], self.samples.weight[own]) for name, values in self.described.items()}
+
+
+def make_report(
+    name: str, run: RunRecords, samples: WeighedSamples, all_samples: WeighedSamples, **rest: Any
+) -> Report:
+    """A report of a run.
+
+    Args:
+        samples: the samples to describe.
+        all_samples: those of all outer updates.
+        rest: the other fields of :class:`Report`.
+    """
+    return Report(name, run, samples, stage_sources(run.steps, all_samples), **rest)
+
+
+def draw(report: Report) -> dict[str, Callable[[], Any]]:
+    """What draws the page's figures, by the name of their file."""
+    drawn: dict[str, Callable[[], Any]] = {"losses": partial(figures.losses_figure, report.run)}
+    if any("effective_sample_size" in step for step in report.run.steps):
+        drawn["weights"] = partial(figures.weights_figure, report.run)
+    if report.run.sources:
+        drawn["sources"] = partial(figures.sources_figure, report.run)
+    if len(report.samples):
+        found, columns = report.correlations, report.described
+        labels = {name: PROPERTIES[name].label for name in columns}
+        drawn["correlations"] = partial(
+            figures.correlations_figure, {labels[name]: by_stage for name, by_stage in found.items()}
+        )
+        drawn["quarters"] = partial(
+            figures.quarters_figure, report.samples, {labels[name]: values for name, values in columns.items()}
+        )
+    return drawn
+
+
+def write_page(report: Report, folder: Path) -> Path:
+    """Write the page and a PNG of each of its figures into ``folder``; returns the page's path."""
+    images = {}
+    for name, drawing in draw(report).items():
+        variants = {}
+        for theme in ("light", "dark"):
+            with figures.theme(theme):
+                variants[theme] = figures.png(drawing())
+        figures.write_bytes(folder / f"{name}.png", variants["light"])
+        images[name] = {theme: _data_uri(content) for theme, content in variants.items()}
+    page = folder / "preference.html"
+    figures.write_bytes(page, render(report, images).encode())
+    return page
+
+
+def render(report: Report, images: Mapping[str, Mapping[str, str]]) -> str:
+    """The page.
+
+    Args:
+        images: data URIs of the figures by name and theme.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("megatron_dwm.analysis", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(signed=_signed, tint=tint, mean=np.mean, deviation=partial(np.std, ddof=1))
+    return environment.get_template("preference.html.j2").render(
+        report=report,
+        images=images,
+        properties=PROPERTIES,
+        correlations=report.correlations,
+        facts=key_facts(report),
+    )
+
+
+class Fact(NamedTuple):
+    """One of the figures at the top of the page."""
+
+    title: str
+    value: str
+    explanation: str
+
+
+def key_facts(report: Report) -> list[Fact]:
+    """What the page comes down to: about the last stage whose batches were weighted."""
+    facts = []
+    weighted = [stage for stage in report.sources if stage > 0]
+    if weighted:
+        last = weighted[-1]
+        by_weight = sorted(
+            (found.weight, name) for name, found in report.sources[last].items() if found.weight is not None
+        )
+        for title, (weight, name) in (("counts most", by_weight[-1]), ("counts least", by_weight[0])):
+            first = report.sources[weighted[0]][name].weight
+            before = f", {first:.2f} in stage {weighted[0]}" if first is not None and weighted[0] != last else ""
+            facts.append(Fact(title, name, f"mean weight {weight:.2f} in stage {last}{before}"))
+    sizes = [step["effective_sample_size"] for step in report.run.steps if "effective_sample_size" in step]
+    if sizes:
+        tail = sizes[-max(1, len(sizes) // 4) :]
+        value = f"{100 * np.mean(tail):.0f} %"
+        facts.append(Fact("effective sample size", value, "of the batch, in the last quarter of the weighted steps"))
+    if len(report.samples):
+        last = report.samples.stages[-1]
+        rhos = {name: by_stage[last].in_batch for name, by_stage in report.correlations.items()}
+        known = [(rho, name) for name, rho in rhos.items() if rho is not None and name != "alignment"]
+        if known:
+            rho, name = max(known, key=lambda pair: abs(pair[0]))
+            label = PROPERTIES[name].label
+            facts.append(
+                Fact("goes most with", label, f"rank correlation {_signed(rho)} with the weight in stage {last}")
+            )
+        if rhos["alignment"] is not None:
+            facts.append(Fact("agrees with alignment", _signed(rhos["alignment"]), f"rank correlation in stage {last}"))
+    return facts
+
+
+def tint(value: float | None, middle: float = 1.0, span: float = 1.0) -> str:
+    """The background of a table's cell: blue above ``middle``, red below it, full at a distance of ``span``."""
+    if value is None:
+        return ""
+    distance = max(-1.0, min(1.0, (value - middle) / span))
+    colour = "var(--more)" if distance > 0 else "var(--less)"
+    return f"background:color-mix(in srgb, {colour} {abs(distance) * 60:.0f}%, transparent)"
+
+
+def read_benefit(path: Path) -> dict[str, Any]:
+    """The comparison that ``benchmarks/benefit.py --json`` writes.
+
+    Raises:
+        UserError: it is not there, or is something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for arm in found["arms"].values():
+            losses, seconds = [float(x) for x in arm["test_loss"]], [float(x) for x in arm["seconds"]]
+            if not losses or not seconds:
+                raise ValueError("an arm without a run")
+            float(arm["tokens"])
+        for name in ("gap_closed", "token_ratio", "time_ratio"):
+            if found.setdefault(name, None) is not None:
+                float(found[name])
+    except OSError as error:
+        raise UserError(f"--benefit {path}: cannot be read ({error.strerror}); check the path") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"--benefit {path}: not what benefit.py --json writes ({reason}); give its file") from None
+    return found
+
+
+def _signed(value: float | None) -> str:
+    """Two digits with a sign; ``n/a`` of nothing."""
+    return "n/a" if value is None or np.isnan(value) else f"{round(value, 2) + 0.0:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _data_uri(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()

@@ -1,0 +1,180 @@
+"""The text of a run's samples: its training and target sets, built again from what its checkpoint says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_dwm.analysis.preference import distinct, tfidf_similarity
+from megatron_dwm.arguments import build
+from megatron_dwm.config.checkpoint import CheckpointConfig
+from megatron_dwm.config.run import PARTS, RunConfig
+from megatron_dwm.errors import UserError
+
+MOST_TARGET_SAMPLES = 2000  # of the target set that others are compared with
+END_MARK = " ▪ "  # stands between two documents of a sample
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a dataset."""
+
+    tokens: np.ndarray
+    """All of its tokens, ends of documents among them."""
+    text_tokens: list[int]
+    """Those that the model is asked for and that are text: neither padding nor an end of document."""
+    documents: int
+    """Documents, or parts of one, that lie in it."""
+    source: int
+    """Number of its dataset in the blend."""
+
+
+class RunSamples:
+    """Samples of a run's training set by their index, and of its target set."""
+
+    def __init__(self, train: Any, target: Any | None, tokenizer: Any, sources: Sequence[str]) -> None:
+        """
+        Args:
+            sources: names of the training data's sources, by :attr:`Sample.source`.
+        """
+        self.train, self.target, self.tokenizer, self.sources = train, target, tokenizer, list(sources)
+
+    def sample(self, index: int) -> Sample:
+        """A training sample.
+
+        Raises:
+            UserError: there is none of that index.
+        """
+        if not 0 <= index < len(self.train):
+            raise UserError(f"the training data has {len(self.train)} samples now, and no sample {index} of the run")
+        return self._read(self.train, index)
+
+    def target_samples(self, most: int) -> list[Sample]:
+        """Samples of the target set, evenly spaced if there are more than ``most``."""
+        if self.target is None:
+            return []
+        number = min(most, len(self.target))
+        places = np.linspace(0, len(self.target) - 1, number).round().astype(int)
+        return [self._read(self.target, int(place)) for place in places]
+
+    def text(self, sample: Sample) -> str:
+        """Its text, with ``END_MARK`` where a document ends."""
+        ends = np.flatnonzero(sample.tokens == self.tokenizer.eod)
+        pieces = np.split(sample.tokens, ends)
+        words = [piece[piece != self.tokenizer.eod].tolist() for piece in pieces]
+        return END_MARK.join(self.tokenizer.detokenize(ids) if ids else "" for ids in words).strip()
+
+    def characters(self, sample: Sample) -> int:
+        """Characters of its text tokens."""
+        return len(self.tokenizer.detokenize(sample.text_tokens)) if sample.text_tokens else 0
+
+    def _read(self, dataset: Any, index: int) -> Sample:
+        item = dataset[index]
+        tokens, labels = np.asarray(item["tokens"]), np.asarray(item["labels"])
+        asked = np.asarray(item["loss_mask"]) > 0
+        end = self.tokenizer.eod
+        whole = np.concatenate([tokens[:1], labels])
+        starts = np.flatnonzero((whole != end) & (np.concatenate([[end], whole[:-1]]) == end))
+        return Sample(
+            tokens=whole,
+            text_tokens=labels[asked & (labels != end)].tolist(),
+            documents=len(starts),
+            source=int(item.get("dataset_id", 0)),
+        )
+
+
+@contextmanager
+def open_samples(folder: Path) -> Iterator[RunSamples]:
+    """The samples of the run that saved to ``folder``.
+
+    Paths in the checkpoint are as the run's command gave them: relative ones start at the present folder.
+
+    Raises:
+        UserError: there is no checkpoint, or its data or tokenizer cannot be read.
+    """
+    from megatron.core import parallel_state
+
+    from megatron_dwm.config.parallel import ParallelConfig
+    from megatron_dwm.data.datasets import build_datasets, data_paths
+    from megatron_dwm.data.tokenizer import build_tokenizer
+    from megatron_dwm.runtime.distributed import initialize
+
+    config = saved_run(folder)
+    learns = config.weighting.learns
+    paths = data_paths(config.data, config.weighting.dwm_valid_data_path if learns else None)
+    for blend in paths.blends().values():
+        for prefix in blend[0]:
+            for file in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin")):
+                if not file.is_file():
+                    raise UserError(
+                        f"the run's dataset {file} is not there; start from the folder that the run was started from, "
+                        "or put the data back"
+                    )
+    tokenizer = build_tokenizer(config.tokenizer)
+    # megatron-core asks a process group who writes index caches.
+    layout = initialize(ParallelConfig(), None, torch.device("cpu"), dist.HashStore(), 0, 1)
+    try:
+        datasets = build_datasets(config, paths, tokenizer, layout)
+        yield RunSamples(datasets.train, datasets.target, tokenizer, paths.train_sources)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def saved_run(folder: Path) -> RunConfig:
+    """The configuration of the run whose checkpoints are in ``folder``.
+
+    Raises:
+        UserError: there is no checkpoint, or none of this programme's.
+    """
+    from megatron_dwm.config.saved import read_arguments
+    from megatron_dwm.training.checkpoint import latest_checkpoint
+
+    checkpoint = latest_checkpoint(CheckpointConfig(load=str(folder)))
+    if checkpoint is None:
+        raise UserError(f"{folder} holds no checkpoint, which says what data the run read; give its --save folder")
+    saved = dict(read_arguments(checkpoint))
+    if "dwm_mode" not in saved:
+        raise UserError(f"{checkpoint} was not saved by pretrain_dwm.py; give the --save folder of one of its runs")
+    if saved.get("train_samples") is not None:
+        saved["train_iters"] = None  # kept beside, for Megatron-LM
+    parts: dict[str, Any] = {name: build(config_class, saved) for name, config_class in PARTS.items()}
+    return RunConfig(world_size=saved["world_size"], **parts)
+
+
+def text_properties(indices: np.ndarray, sources: np.ndarray, reader: RunSamples) -> dict[str, np.ndarray]:
+    """What the texts of training samples are like: length, diversity, similarity to the target set [n].
+
+    Args:
+        indices: places in the training set [n].
+        sources: names of the sources that the run had at these places [n].
+
+    Raises:
+        UserError: the training set is not what the run read.
+    """
+    samples = [reader.sample(int(index)) for index in indices]
+    for index, sample, source in zip(indices, samples, sources, strict=True):
+        if reader.sources[sample.source] != source:
+            raise UserError(
+                f"sample {index} comes from {reader.sources[sample.source]} now and came from {source} in the run; its "
+                "data or its --train-iters have changed since"
+            )
+    texts = [sample.text_tokens for sample in samples]
+    found = {
+        "length": np.array([len(text) for text in texts], dtype=float),
+        "documents": np.array([sample.documents for sample in samples], dtype=float),
+        "characters": np.array([reader.characters(sample) / max(1, len(sample.text_tokens)) for sample in samples]),
+        "distinct-1": np.array([distinct(text, 1) for text in texts]),
+        "distinct-2": np.array([distinct(text, 2) for text in texts]),
+    }
+    target = [sample.text_tokens for sample in reader.target_samples(MOST_TARGET_SAMPLES)]
+    if target:
+        found |= {f"similarity-{n}": tfidf_similarity(texts, target, n) for n in (1, 2)}
+    return found

@@ -1,0 +1,212 @@
+"""``tools/preference_report.py`` on a run of two sources, and its page in a browser."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from megatron_dwm.errors import EXIT_CODE
+from tests.e2e.datasets import TOKENIZER, counting, make_dataset, noise
+from tests.e2e.launch import LANGUAGE_MODEL, TRAINING, WEIGHTING, records, succeed
+
+ROOT = Path(__file__).parents[2]
+SECTIONS = ("summary", "strength", "sources", "properties", "samples", "benefit", "method")
+FIGURES = ("losses", "weights", "sources", "correlations", "quarters")
+WIDTH = 1100
+END = 100  # of a document, to the NullTokenizer
+
+
+def report(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user types it."""
+    command = [sys.executable, str(ROOT / "tools" / "preference_report.py"), *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The --save folder of a run on 4 processes, pipeline 2 x data 2; its data lie in data/ beside it."""
+    folder = tmp_path_factory.mktemp("run")
+    data = folder / "data"
+    data.mkdir()
+    counted = [[*document, END] for document in counting(1)]
+    train = ["0.5", make_dataset(data, "counting", counted), "0.5", make_dataset(data, "noise", noise(2))]
+    flags = {
+        **LANGUAGE_MODEL,
+        **TRAINING,
+        **WEIGHTING,
+        **TOKENIZER,
+        "--pipeline-model-parallel-size": 2,
+        "--train-data-path": train,
+        "--dwm-valid-data-path": make_dataset(data, "target", counting(3)),
+        "--save": folder / "save",
+    }
+    succeed(folder / "log", 4, flags)
+    return folder / "save"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the command has written of the run."""
+
+    folder: Path
+    page: str
+
+
+@pytest.fixture(scope="module")
+def written(run: Path) -> Written:
+    benefit = {"uniform": {"test_loss": [2.5, 2.7], "tokens": 5120, "seconds": [9.0, 11.0]}}
+    (run / "benefit.json").write_text(json.dumps({"arms": benefit, "gap_closed": 0.25, "token_ratio": 0.8}))
+    finished = report(str(run))
+    assert finished.returncode == 0 and finished.stderr == "", finished.stderr
+    assert finished.stdout == f"{run / 'preference' / 'preference.html'}\n"
+    return Written(run / "preference", (run / "preference" / "preference.html").read_text())
+
+
+def test_the_loss_of_every_sample_is_recorded(run: Path):
+    losses = {step["iteration"]: step["lm_loss"] for step in records(run / "metrics.jsonl", "train")}
+    updates = records(run / "metrics.jsonl", "outer_update")
+    assert len(updates) == 8
+    for update in updates:
+        own = update["samples"]["loss"]
+        # The samples have equally many tokens, so the step's loss is the mean of theirs.
+        assert len(own) == 8 and sum(own) / 8 == pytest.approx(losses[update["iteration"]], rel=1e-5)
+    # Counting is easier than noise once something is learnt: each loss stands at its own sample.
+    late = [pair for u in updates[-3:] for pair in zip(u["samples"]["source"], u["samples"]["loss"], strict=True)]
+    mean = {name: sum(x for n, x in late if n == name) / sum(n == name for n, _ in late) for name in dict(late)}
+    assert mean["counting"] < mean["noise"]
+
+
+def test_the_page_has_every_section_source_property_and_figure(written: Written):
+    for name in SECTIONS:
+        assert f'id="{name}"' in written.page
+    for word in ("counting", "noise", "warm-up", "stage 1", "stage 2", "distinct-1", "target similarity (order)"):
+        assert word in written.page
+    assert "not recorded" not in written.page and "in a batch</th>" in written.page
+    assert "2.6000 ± 0.1414" in written.page  # of benefit.json, found beside the records
+    for name in FIGURES:
+        assert matplotlib.image.imread(written.folder / f"{name}.png").std() > 0.01
+        assert f'id="figure-{name}"' in written.page
+
+
+def test_the_page_needs_nothing_but_itself(written: Written):
+    targets = re.findall(r'(?:src|srcset|href|action|poster)="([^"]*)"', written.page)
+    assert len(targets) > 2 * len(FIGURES)
+    assert all(target.startswith(("data:image/png;base64,", "#")) for target in targets)
+    assert "://" not in written.page and "<script" not in written.page and "@import" not in written.page
+
+
+def test_samples_are_shown_as_the_text_that_the_run_read(written: Written):
+    shown = [html.unescape(text) for text in re.findall(r"<pre>(.*?)</pre>", written.page, flags=re.S)]
+    heads = re.findall(r"<b>\S ([\d.]+)</b><b>(\w+)</b>", written.page)
+    assert len(shown) == len(heads) == 2 * 2 * 4  # two stages, both ends, four each
+    documents = []
+    for text, (_, source) in zip(shown, heads, strict=True):
+        pieces = [[int(word) for word in piece.split()] for piece in text.split("▪")]
+        counts = all((b - a) % 100 == 1 for piece in pieces for a, b in pairwise(piece))
+        assert counts == (source == "counting"), text
+        documents.append(len(pieces))
+    assert set(documents) == {1, 2}  # some go on over the end of a document
+    in_order = [float(weight) for weight, _ in heads]
+    for start in range(0, 16, 8):
+        assert in_order[start : start + 4] == sorted(in_order[start : start + 4], reverse=True)
+        assert in_order[start + 4 : start + 8] == sorted(in_order[start + 4 : start + 8])
+
+
+def test_without_the_data_the_rest_of_the_page_is_made_and_says_so(run: Path, tmp_path: Path):
+    data = run.parent / "data"
+    data.rename(run.parent / "moved")
+    try:
+        finished = report("--run", str(run), "--output", str(tmp_path / "page"))
+    finally:
+        (run.parent / "moved").rename(data)
+    assert finished.returncode == 0 and len(finished.stderr.splitlines()) == 1
+    assert "counting_text_document.idx is not there" in finished.stderr
+    page = (tmp_path / "page" / "preference.html").read_text()
+    assert "counting_text_document.idx is not there" in page and "There are no texts to show." in page
+    assert all(f'id="{name}"' in page for name in SECTIONS) and "distinct-1" in page
+
+
+def test_data_that_have_changed_since_are_noticed(run: Path, tmp_path: Path):
+    changed = tmp_path / "save"
+    shutil.copytree(run, changed)
+    lines = (changed / "metrics.jsonl").read_text().splitlines()
+    other = {"counting": "noise", "noise": "counting"}
+    with (changed / "metrics.jsonl").open("w") as file:
+        for line in lines:
+            record = json.loads(line)
+            if record["kind"] == "outer_update":
+                record["samples"]["source"] = [other[name] for name in record["samples"]["source"]]
+            file.write(json.dumps(record) + "\n")
+    finished = report(str(changed))
+    assert finished.returncode == 0 and len(finished.stderr.splitlines()) == 1
+    assert (
+        "have changed since" in finished.stderr
+        and "changed since" in (changed / "preference/preference.html").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [(["nowhere"], "nowhere: no such file"), ([], "--run"), (["nowhere", "--samples", "0"], "--samples 0")],
+)
+def test_a_users_mistake_is_one_line(flags: list[str], named: str, tmp_path: Path):
+    finished = report(*flags, cwd=tmp_path)
+    assert finished.returncode == EXIT_CODE and not finished.stdout and not list(tmp_path.iterdir())
+    assert len(finished.stderr.splitlines()) == 1 and named in finished.stderr
+
+
+def browse(profile: Path, page: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Open ``page`` in Debian's chromium."""
+    browser = shutil.which("chromium")
+    assert browser is not None, "there is no chromium; install Debian's package chromium"
+    command = [browser, "--headless", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"]
+    command += ["--enable-logging=stderr", f"--user-data-dir={profile}", *flags, page.as_uri()]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "CONSOLE" not in finished.stderr, finished.stderr
+    return finished
+
+
+MEASURE = """<script>
+addEventListener("load", () => {
+  const root = document.documentElement, images = [...document.images];
+  document.body.dataset.measured = JSON.stringify({
+    height: root.scrollHeight, width: root.scrollWidth,
+    images: images.filter(i => i.complete && i.naturalWidth > 0 && i.clientWidth > 300).length,
+    tops: [...document.querySelectorAll("section")].map(s => Math.round(s.getBoundingClientRect().top)),
+  });
+});
+</script>"""
+
+
+@pytest.mark.parametrize("width", [WIDTH, 500])
+def test_a_browser_lays_the_page_out_and_draws_all_of_it(width: int, written: Written, tmp_path: Path):
+    measured_page = tmp_path / "measured.html"
+    measured_page.write_text(written.page.replace("</body>", f"{MEASURE}</body>"))
+    found = browse(tmp_path / "profile", measured_page, f"--window-size={width},1000", "--dump-dom").stdout
+    (answer,) = re.findall(r'data-measured="([^"]*)"', found)
+    measured = json.loads(html.unescape(answer))
+    assert measured["width"] == width  # nothing sticks out: wide tables scroll by themselves
+    assert measured["images"] == len(FIGURES)
+    assert 3000 < measured["height"] < 20000 and measured["tops"] == sorted(measured["tops"])
+    assert "How strongly it chooses" in found and "Samples it counts most and least" in found
+
+    picture = tmp_path / "page.png"
+    size = f"--window-size={width},{measured['height']}"
+    browse(tmp_path / "profile", written.folder / "preference.html", size, f"--screenshot={picture}")
+    pixels = matplotlib.image.imread(picture)[..., :3]
+    assert pixels.shape[:2] == (measured["height"], width)
+    for top, bottom in zip(measured["tops"], [*measured["tops"][1:], measured["height"]], strict=True):
+        assert pixels[top:bottom].std() > 0.02, f"nothing is drawn between {top} and {bottom}"
