@@ -36,7 +36,8 @@ class _Owned:
         step = float(self.state["step"] if "step" in self.state else self.group["step"])
         second_moment = self.state["exp_avg_sq"].view(-1) / (1 - self.group["betas"][1] ** step)
         relative_rate = self.group["max_lr"] / self.base_rate if self.base_rate else 1.0
-        return relative_rate * v / (second_moment.sqrt() + self.group["eps"])
+        # In place: a large parameter must not need more room here than in the optimiser's step.
+        return (relative_rate * v).div_(second_moment.sqrt_().add_(self.group["eps"]))
 
 
 def precondition(direction: Direction, optimizer: Any, layout: Layout) -> None:
@@ -60,6 +61,15 @@ def precondition(direction: Direction, optimizer: Any, layout: Layout) -> None:
         flat[place] = scaled.to(flat)
         if sharded:
             dist.all_reduce(v, group=layout.dp_group)
+
+
+def knows_preconditioner(optimizer: Any) -> bool:
+    """Whether P is known: the optimiser has made a step, or its state was loaded. A collective call of all ranks."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    known = any("exp_avg_sq" in state for part in parts for state in part.optimizer.state.values())
+    anywhere = torch.tensor(float(known), device=torch.cuda.current_device())
+    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)  # a shard of the distributed optimiser may be empty
+    return bool(anywhere)
 
 
 def _owned(part: Any, direction: Direction) -> Iterator[tuple[torch.nn.Parameter, _Owned]]:

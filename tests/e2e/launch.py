@@ -1,4 +1,4 @@
-"""Run ``pretrain_dwm.py`` on several processes as torchrun would, from forks of the tests: imports are paid once."""
+"""Run commands on several processes as torchrun would, from forks of the tests: imports are paid once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,14 @@ class Finished:
         return "\n".join(f"--- rank {n}\n{o}{e}" for n, (o, e) in enumerate(zip(self.output, self.errors, strict=True)))
 
 
-def pretrain(folder: Path, processes: int, flags: dict[str, Any]) -> Finished:
+def pretrain(
+    folder: Path, processes: int, flags: dict[str, Any], main: Callable[[], None] = pretrain_dwm.main
+) -> Finished:
     """Run ``pretrain_dwm.py`` with ``flags`` (``True`` for a switch, ``False`` to leave a flag out).
 
     Args:
         folder: where the processes' output is kept.
+        main: of another command with these flags, which is then run instead.
     """
     argv = []
     for name, value in flags.items():
@@ -83,7 +87,9 @@ def pretrain(folder: Path, processes: int, flags: dict[str, Any]) -> Finished:
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("fork")
     port = free_port()
-    workers = [context.Process(target=_work, args=(rank, processes, port, argv, folder)) for rank in range(processes)]
+    workers = [
+        context.Process(target=_work, args=(rank, processes, port, argv, folder, main)) for rank in range(processes)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -107,11 +113,11 @@ def records(path: Path, kind: str) -> list[dict[str, Any]]:
     return [record for line in path.read_text().splitlines() if (record := json.loads(line))["kind"] == kind]
 
 
-def _work(rank: int, world_size: int, port: int, argv: list[str], folder: Path) -> None:
+def _work(rank: int, world_size: int, port: int, argv: list[str], folder: Path, main: Callable[[], None]) -> None:
     for descriptor, name in ((1, "out"), (2, "err")):
         file = os.open(folder / f"rank{rank}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(file, descriptor)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     become_rank(rank, world_size, port)
     sys.argv = ["pretrain_dwm.py", *argv]
-    run_cli(pretrain_dwm.main, speaks=rank == 0)
+    run_cli(main, speaks=rank == 0)

@@ -1,0 +1,420 @@
+"""What data weighting costs: time, throughput and memory of plain, frozen and bi-level training, side by side.
+
+    python benchmarks/overhead.py --json overhead.json
+    torchrun --nproc-per-node 4 benchmarks/overhead.py --tensor-model-parallel-size 2 <flags of pretrain_dwm.py>
+
+All modes train one model in one group of processes and take turns, and a ratio is the median over the turns, so that
+what else the machine does meets all of them alike. Nothing is saved. A second of a mode is the slowest rank's.
+
+  - plain: the training loop without a weighter (``--dwm-mode off``);
+  - bare: megatron-core's schedule, optimiser and learning rate, called by the fewest lines that do it;
+  - frozen: the training loop with a weighter that scores;
+  - bilevel: frozen steps, and one step with an outer update every ``--dwm-update-interval``. Both are measured; the
+    mode's time is their mean over an interval. With ``--steps`` of an interval or more, intervals are also run whole.
+
+Between the turns the parts of a step are timed around the functions that the run itself calls.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from measuring import Stopwatch, paired_ratio, peak_and_retained, seconds, take_turns
+from overhead_report import PARTS, table
+
+from megatron_dwm.arguments import OneLineParser, add_flags, build, flag, require_at_least
+from megatron_dwm.config.run import RunConfig, parse_run
+from megatron_dwm.data.batch import Batch
+from megatron_dwm.errors import UserError, run_cli
+from megatron_dwm.files import write_text
+from megatron_dwm.model.flops import FORWARD_AND_BACKWARD, outer_update_flops, scoring_flops, training_flops
+from megatron_dwm.runtime.agreement import Agreement
+from megatron_dwm.runtime.device import environment_rank, require_megatron_core, select_device
+from megatron_dwm.runtime.parameters import ParameterCopy
+from megatron_dwm.training import trainer as training_loop
+from megatron_dwm.training.build import build_trainer, read_inputs
+from megatron_dwm.training.trainer import Trainer
+from megatron_dwm.weighting.data_weighting import DataWeighting
+from megatron_dwm.weighting.stages import frozen_stages
+
+DEFAULT_RUN = (
+    "--num-layers 8 --hidden-size 256 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256 "
+    "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
+    "--untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0 "
+    "--micro-batch-size 2 --global-batch-size 8 --train-iters 3000 --lr 3e-4 --lr-warmup-iters 10 "
+    "--mock-data --tokenizer-type NullTokenizer --vocab-size 4095 --num-workers 0 --eval-iters 0 --log-interval 3000 "
+    "--dwm-init-from random --dwm-num-layers 1 --dwm-hidden-size 32"
+)
+"""The run that is measured if the flags describe no model; its weighter has 1.8 % of the model's parameters."""
+
+SETTLING_STEPS = 3  # first steps allocate, and Adam's preconditioner needs one
+
+
+@dataclass(frozen=True)
+class OverheadConfig:
+    """Measuring."""
+
+    json_file: str | None = flag(None, "Also write the figures to this JSON file.", "--json")
+    steps: int = flag(2, "Steps of each mode in a turn; from the update interval on, whole intervals are timed too.")
+    repeats: int = flag(12, "Turns.")
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "steps repeats")
+        if self.json_file is not None and not Path(self.json_file).absolute().parent.is_dir():
+            raise UserError(f"--json {self.json_file}: its folder does not exist; make it, or give another file")
+
+
+def parse_overhead(argv: list[str], world_size: int, *, speaks: bool = True) -> tuple[OverheadConfig, RunConfig]:
+    """The benchmark's own flags, and those of the run that it measures.
+
+    Raises:
+        UserError: bad flags, or a run that is not bi-level or too short to be measured.
+    """
+    parser = OneLineParser(
+        prog="overhead.py",
+        description="Measure what data weighting costs. All flags of pretrain_dwm.py are taken, too: they describe "
+        "the run that is measured, a small one if --num-layers is not among them.",
+    )
+    add_flags(parser, OverheadConfig)
+    own, rest = parser.parse_known_args(argv)
+    options = build(OverheadConfig, vars(own))
+    if not any(word.split("=")[0] == "--num-layers" for word in rest):
+        rest = DEFAULT_RUN.split() + rest
+    config = parse_run(rest, world_size, speaks=speaks)
+    if not config.weighting.learns:
+        raise UserError(f"--dwm-mode {config.weighting.dwm_mode}: all modes are measured; leave the flag out")
+    checkpoint = dataclasses.replace(config.checkpoint, save=None)
+    logging = dataclasses.replace(config.logging, metrics_jsonl=None, tensorboard_dir=None)
+    return options, dataclasses.replace(config, checkpoint=checkpoint, logging=logging)
+
+
+class BareLoop:
+    """Training with megatron-core's own functions and nothing else."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        self.objects, self.schedule, self.reader = trainer.objects, trainer.schedule, trainer.readers.train
+        self.config, self.forward_backward = trainer.config, get_forward_backward_func()
+
+    def step(self) -> None:
+        chunks, micro, sequence = self.schedule.chunks, self.config.training.micro_batch, self.config.model.sequence
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        self.objects.optimizer.zero_grad()
+        micros = list(self.reader.next().microbatches(micro))
+        iterators = [iter(micros) for _ in chunks]
+        self.forward_backward(
+            forward_step_func=self._forward_step,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(micros),
+            seq_length=sequence,
+            micro_batch_size=micro,
+            forward_only=False,
+        )
+        updated, _, _ = self.objects.optimizer.step()
+        if updated:
+            self.objects.scheduler.step(increment=self.config.global_batch_size)
+
+    def _forward_step(self, micros: Iterator[Batch], model: Any) -> tuple[Any, Any]:
+        micro, end = next(micros), self.schedule.document_end
+        mask = micro.document_mask(end) if end is not None else None
+        output = model(micro.tokens, micro.position_ids, mask, labels=micro.labels, loss_mask=micro.loss_mask)
+
+        def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            total = torch.sum(output.float().view(-1) * micro.loss_mask.view(-1))
+            return total, micro.loss_mask.sum().to(torch.int), {"lm loss": total.detach()}
+
+        return output, loss
+
+
+class Modes:
+    """The ways to train one and the same model."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        assert trainer.weighting is not None
+        self.bilevel, self.weighting, self.bare = trainer, trainer.weighting, BareLoop(trainer)
+        self.config, self.interval = trainer.config, trainer.weighting.stages.update_interval
+        self.plain = self._with(None)
+        for _ in range(SETTLING_STEPS):
+            self.plain.iterate(1)
+        if self.weighting.weighter is None:
+            with trainer.schedule.whole_parameters():
+                self.weighting.start()
+        weighter, outer = self.weighting.weighter, self.weighting.outer
+        assert weighter is not None and outer is not None
+        self.weighter, self.outer = weighter, outer
+        scoring = dataclasses.replace(self.weighting.config, dwm_warmup_iters=0)
+        stages = frozen_stages(scoring, self.config.train_iters)
+        exchange, sources = self.weighting.exchange, self.weighting.sources
+        frozen = DataWeighting(scoring, stages, exchange, sources, lambda: weighter, None, None)
+        frozen.start()
+        self.frozen = self._with(frozen)
+        iterations = range(1, self.config.train_iters + 1)
+        self.updating = next(number for number in iterations if self.weighting.stages.updates(number))
+        self.update()
+
+    def update(self) -> None:
+        """One iteration with an outer update.
+
+        Raises:
+            UserError: there was nothing to measure, because fp16 overflowed.
+        """
+        made = self.weighting.outer_updates
+        self.bilevel.iterate(self.updating)
+        if self.weighting.outer_updates == made:
+            raise UserError("--fp16 overflowed, so that there was no outer update; lower --initial-loss-scale")
+
+    def intervals(self, count: int) -> None:
+        """``count`` whole intervals of a bi-level run: the updating iteration is each one's last."""
+        for _ in range(count):
+            for _ in range(self.interval - 1):
+                self.frozen.iterate(1)
+            self.update()
+
+    def _with(self, weighting: DataWeighting | None) -> Trainer:
+        """The same trainer with another weighting around it."""
+        trainer = copy.copy(self.bilevel)
+        trainer.weighting = weighting
+        return trainer
+
+
+def batches_read(options: OverheadConfig, interval: int) -> int:
+    """Training batches that measuring reads."""
+    whole = options.steps // interval * interval
+    turns = options.repeats * (3 * options.steps + 1 + whole + 2)  # two more for the parts
+    return SETTLING_STEPS + 1 + turns + 6 + 1  # memory measures three steps twice; one batch for the passes
+
+
+def measure_modes(modes: Modes, options: OverheadConfig) -> dict[str, Any]:
+    """Throughput of the modes, and their ratios to plain's."""
+    steps, interval = options.steps, modes.interval
+
+    def repeated(step: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(steps):
+                step()
+
+        return run
+
+    actions: dict[str, Callable[[], Any]] = {
+        "plain": repeated(partial(modes.plain.iterate, 1)),
+        "bare": repeated(modes.bare.step),
+        "frozen": repeated(partial(modes.frozen.iterate, 1)),
+        "update": modes.update,
+    }
+    if steps >= interval:
+        actions["intervals"] = partial(modes.intervals, steps // interval)
+    times = take_turns(actions, options.repeats)
+    step_times = {name: [t / steps for t in times[name]] for name in ("plain", "bare", "frozen")}
+    bilevel = [
+        ((interval - 1) * scored + updated) / interval
+        for scored, updated in zip(step_times["frozen"], times["update"], strict=True)
+    ]
+    direct = [t / (steps // interval * interval) for t in times.get("intervals", [])]
+    tokens = modes.config.global_batch_size * modes.config.model.sequence
+    plain = step_times["plain"]
+    return {
+        "step_seconds": {
+            **{name: statistics.median(values) for name, values in step_times.items()},
+            "updating": statistics.median(times["update"]),
+            "bilevel": statistics.median(bilevel),
+        },
+        "plain_tokens_per_s": tokens / statistics.median(plain),
+        "bare_ratio": paired_ratio(step_times["bare"], plain),
+        "frozen_ratio": paired_ratio(plain, step_times["frozen"]),
+        "bilevel_ratio": paired_ratio(plain, bilevel),
+        "bilevel_ratio_of_whole_intervals": paired_ratio(plain, direct) if direct else None,
+    }
+
+
+def measure_passes(modes: Modes, repeats: int) -> dict[str, float]:
+    """The alignment pass against a plain forward-backward of the same samples."""
+    schedule, outer, trainer = modes.bilevel.schedule, modes.outer, modes.bilevel
+    batch, micro = trainer.readers.train.next(), modes.config.training.micro_batch
+
+    def forward_backward(size: int) -> None:
+        for chunk in schedule.chunks:
+            chunk.zero_grad_buffer()
+        trainer.objects.optimizer.zero_grad()
+        schedule.run(batch, size)
+
+    with schedule.whole_parameters(), schedule.deterministic():
+        _, direction = outer.target_gradient(batch)
+        times = take_turns(
+            {
+                "align": lambda: outer.align(batch, direction),
+                "single": partial(forward_backward, 1),
+                "micro": partial(forward_backward, micro),
+            },
+            repeats,
+        )
+    return {
+        "alignment_pass_ratio": paired_ratio(times["align"], times["single"]),
+        "alignment_pass_ratio_at_micro_batch_size": paired_ratio(times["align"], times["micro"]),
+    }
+
+
+def measured_parts(modes: Modes, repeats: int) -> dict[str, float]:
+    """Seconds of each part in a mean bi-level step, of this rank."""
+    watch = Stopwatch()
+    scored: list[dict[str, float]] = []
+    updated: list[dict[str, float]] = []
+    with ExitStack() as stack:
+        for target, name, part in (
+            (training_loop, "train_step", "training step"),
+            (modes.weighting, "weigh", "scoring"),
+            (modes.frozen.weighting, "weigh", "scoring"),
+            (modes.outer, "target_gradient", "target pass"),
+            (modes.outer, "target_loss", "target pass"),
+            (modes.outer, "align", "alignment pass"),
+            (ParameterCopy, "__init__", "parameter copy"),
+            (ParameterCopy, "swap", "parameter copy"),
+            (modes.weighter, "step", "weighter steps"),
+            (modes.weighter, "score", "weighter steps"),
+        ):
+            stack.enter_context(watch.around(target, name, part))
+        for _ in range(repeats):
+            for action, turns in ((partial(modes.frozen.iterate, 1), scored), (modes.update, updated)):
+                total = seconds(action)
+                parts = watch.take()
+                turns.append({**parts, "other": total - sum(parts.values())})
+
+    def typical(turns: list[dict[str, float]], part: str) -> float:
+        return statistics.median(turn.get(part, 0.0) for turn in turns)
+
+    quiet = modes.interval - 1
+    return {part: (quiet * typical(scored, part) + typical(updated, part)) / modes.interval for part in PARTS}
+
+
+def theoretical_parts(modes: Modes) -> dict[str, float]:
+    """Floating-point operations of each part in a mean bi-level step."""
+    config, vocab = modes.config, modes.bilevel.reporter.padded_vocab_size
+    weighter = modes.weighter.num_computing_parameters
+    passes = outer_update_flops(config, vocab, 0)
+    target = training_flops(config.model, vocab, config.target_batch_size) * (1 + 1 / FORWARD_AND_BACKWARD)
+    return dict.fromkeys(PARTS, 0.0) | {
+        "training step": training_flops(config.model, vocab, config.global_batch_size),
+        "scoring": scoring_flops(weighter, config.global_batch_size, config.model.sequence),
+        "target pass": target / modes.interval,
+        "alignment pass": (passes - target) / modes.interval,
+        "weighter steps": (outer_update_flops(config, vocab, weighter) - passes) / modes.interval,
+    }
+
+
+def measure_shares(modes: Modes, repeats: int) -> dict[str, dict[str, float]]:
+    """Each part's share of a bi-level run's time, as measured (mean over the ranks) and by operations."""
+    own = measured_parts(modes, repeats)
+    summed = torch.tensor(list(own.values()), dtype=torch.float64, device=torch.cuda.current_device())
+    dist.all_reduce(summed)
+    shares = {"measured": dict(zip(own, summed.tolist(), strict=True)), "theoretical": theoretical_parts(modes)}
+    return {kind: {part: x / sum(parts.values()) for part, x in parts.items()} for kind, parts in shares.items()}
+
+
+def measure_memory(modes: Modes) -> dict[str, Any]:
+    """Bytes of the rank on which an outer update takes most above a plain step; ratios in copies of that rank."""
+
+    def replayed() -> int:
+        return sum(aligned.tokens.untyped_storage().nbytes() for aligned in modes.outer.replay)
+
+    plain, _ = peak_and_retained(partial(modes.plain.iterate, 1))
+    weighted, _ = peak_and_retained(partial(modes.frozen.iterate, 1))
+    modes.outer.replay.clear()  # so that an update adds its samples, and lets go of none that came before
+    updating, retained = peak_and_retained(modes.update)
+    added = replayed() // len(modes.outer.replay)
+    parameters = [param for chunk in modes.bilevel.schedule.chunks for param in chunk.parameters()]
+    copy_of_parameters = sum(param.nbytes for param in parameters)
+    copy_of_gradients = sum(param.main_grad.nbytes for param in parameters)
+    own = {
+        "exact": torch.cuda.is_available() or dist.get_world_size() == 1,
+        "parameter_copy_bytes": copy_of_parameters,
+        "gradient_copy_bytes": copy_of_gradients,
+        "weighter_bytes": weighter_bytes(modes),
+        "replay_bytes": replayed(),
+        "plain_step_bytes": plain,
+        "weighted_step_bytes": weighted,
+        "outer_update_bytes": updating,
+        "weighted_step_above_plain_bytes": weighted - plain,
+        "outer_update_above_plain_bytes": updating - plain,
+        "retained_after_update_bytes": retained - added,
+        "outer_update_above_plain_copies": (updating - plain) / (copy_of_parameters + copy_of_gradients),
+    }
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return max(found, key=lambda rank: rank["outer_update_above_plain_copies"])
+
+
+def weighter_bytes(modes: Modes) -> int:
+    """What the weighter holds between updates: parameters, their gradients, its optimiser's state."""
+    moments = [x for state in modes.weighter.optimizer.state.values() for x in state.values()]
+    parameters = list(modes.weighter.model.parameters())
+    gradients = [param.grad for param in parameters if param.grad is not None]
+    return sum(tensor.nbytes for tensor in (*parameters, *gradients, *moments))
+
+
+def weighter_part(modes: Modes) -> float:
+    """The weighter's parameters as a part of the language model's."""
+    layout, total = modes.bilevel.layout, torch.zeros((), dtype=torch.int64, device=torch.cuda.current_device())
+    for chunk in modes.bilevel.schedule.chunks:
+        for param in chunk.parameters():
+            held_once = getattr(param, "tensor_model_parallel", False) or layout.tp_rank == 0
+            total += param.numel() * (held_once and not getattr(param, "shared", False))
+    dist.all_reduce(total, group=layout.mp_group)
+    return modes.weighter.num_parameters / int(total)
+
+
+def measure(trainer: Trainer, options: OverheadConfig) -> dict[str, Any]:
+    """All figures; every rank calls it."""
+    modes = Modes(trainer)
+    figures = measure_modes(modes, options) | measure_passes(modes, options.repeats)
+    shares = measure_shares(modes, options.repeats)
+    return figures | {
+        "theoretical_bilevel_ratio": shares["theoretical"]["training step"],
+        "weighter_part": weighter_part(modes),
+        "update_interval": modes.interval,
+        "peak_memory": measure_memory(modes),
+        "shares": shares,
+    }
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine|async grad allreduce).*")
+    rank, local_rank, world_size = environment_rank()
+    agreement = Agreement(rank, world_size)
+    with agreement.phase("flags"):
+        require_megatron_core()
+        options, config = parse_overhead(sys.argv[1:], world_size, speaks=rank == 0)
+        device = select_device(local_rank)
+    with agreement.phase("inputs"):
+        inputs = read_inputs(config, reads_data=rank == 0)
+        assert inputs.stages is not None
+        if (needed := batches_read(options, inputs.stages.update_interval)) > config.train_iters:
+            raise UserError(
+                f"--train-iters {config.train_iters}: --steps {options.steps} and --repeats {options.repeats} read "
+                f"{needed} batches; raise the one or lower the others"
+            )
+    figures = measure(build_trainer(config, inputs, device, agreement), options)
+    if rank == 0:
+        print(table(figures), flush=True)
+        if options.json_file is not None:
+            write_text(Path(options.json_file), json.dumps(figures, indent=2) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_cli(main, speaks=int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0)

@@ -1,0 +1,94 @@
+"""``benchmarks/overhead.py`` as a user starts it: its figures are there, and those that do not depend on time hold."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, Finished, pretrain
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # as python does for a script
+import overhead
+from overhead_report import PARTS, targets
+
+FLAGS = {
+    **LANGUAGE_MODEL,
+    **TRAINING,
+    **DATA,
+    **WEIGHTING,
+    # Parameters outweigh activations, which could hide the copies, and the weighter is small.
+    **{"--num-layers": 2, "--hidden-size": 128, "--seq-length": 8, "--micro-batch-size": 1, "--eval-iters": 0},
+    **{"--dwm-init-from": "random", "--dwm-hidden-size": 8, "--dwm-num-attention-heads": 1},
+    **{"--train-iters": 60, "--dwm-update-interval": 3, "--steps": 3, "--repeats": 1},
+}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "TP2, sequence parallel": (2, {"--tensor-model-parallel-size": 2, "--sequence-parallel": True}),
+}
+
+
+def measure(folder: Path, processes: int, changes: dict[str, Any]) -> Finished:
+    return pretrain(folder, processes, {**FLAGS, **changes}, overhead.main)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_figures_of_a_small_model(layout: str, tmp_path: Path):
+    processes, flags = LAYOUTS[layout]
+    finished = measure(tmp_path / "log", processes, {**flags, "--json": tmp_path / "figures.json"})
+    assert finished.codes == [0] * processes, finished.text
+    figures = json.loads((tmp_path / "figures.json").read_text())
+
+    for name in (
+        "plain_tokens_per_s",
+        "bare_ratio",
+        "frozen_ratio",
+        "bilevel_ratio",
+        "bilevel_ratio_of_whole_intervals",
+        "alignment_pass_ratio",
+        "alignment_pass_ratio_at_micro_batch_size",
+    ):
+        assert isinstance(figures[name], float) and figures[name] > 0, name
+    assert figures["update_interval"] == 3
+
+    for kind in ("measured", "theoretical"):
+        assert list(figures["shares"][kind]) == list(PARTS)
+        assert sum(figures["shares"][kind].values()) == pytest.approx(1)
+    assert min(figures["shares"]["measured"].values()) > 0
+    assert figures["shares"]["theoretical"]["training step"] == figures["theoretical_bilevel_ratio"] < 1
+
+    memory = figures["peak_memory"]
+    assert memory["gradient_copy_bytes"] == memory["parameter_copy_bytes"]
+    assert memory["plain_step_bytes"] > 0
+    assert memory["outer_update_above_plain_bytes"] == memory["outer_update_bytes"] - memory["plain_step_bytes"]
+    assert memory["exact"] == (processes == 1)
+    if memory["exact"]:
+        assert 0.5 < memory["outer_update_above_plain_copies"] <= 1
+        for name in ("weighted_step_above_plain_bytes", "retained_after_update_bytes"):
+            assert 0 <= memory[name] < 0.001 * memory["parameter_copy_bytes"]
+    assert memory["replay_bytes"] > 0 and memory["weighter_bytes"] > 0
+
+    for target in targets(figures):
+        assert str(target) in finished.output[0]
+
+
+BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "no update": ({"--dwm-mode": "off"}, ["--dwm-mode off", "leave the flag out"]),
+    "no steps": ({"--steps": 0}, ["--steps 0", "at least 1"]),
+    "too short a run": ({"--repeats": 100}, ["--train-iters 60", "--repeats 100", "raise the one"]),
+    "no folder": ({"--json": "missing/figures.json"}, ["--json missing/figures.json", "does not exist"]),
+    "unknown flag": ({"--repeat": 3}, ["unknown flag --repeat"]),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD)
+def test_a_mistake_is_one_line(mistake: str, tmp_path: Path):
+    changes, words = BAD[mistake]
+    finished = measure(tmp_path / "log", 1, changes)
+    assert finished.codes == [2]
+    last = finished.errors[0].splitlines()[-1]
+    assert last.startswith("error: ") and all(word in last for word in words), finished.text
+    assert "Traceback" not in finished.text
