@@ -33,6 +33,7 @@ REFUSED: dict[str, str] = {
     "Megatron-LM no longer has it; use --lr-warmup-fraction": "--warmup",
     "Megatron-LM no longer has it; use --tensor-model-parallel-size": "--model-parallel-size",
     "Megatron-LM no longer has it; use --recompute-activations": "--checkpoint-activations",
+    "Megatron-LM's guide has it, its parser has not; use --fp8-format hybrid": "--fp8-hybrid",
     "use --num-layers": "--encoder-num-layers",
     "use --seq-length": "--encoder-seq-length",
     "samples are weighted whole, so the sequence is not split; leave it out": """

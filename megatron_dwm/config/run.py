@@ -147,6 +147,11 @@ class RunConfig:
                 f"--dwm-alignment finite-difference with {half}: so small a step is lost in the parameters' rounding; "
                 "use --dwm-alignment exact"
             )
+        if half and self.weighting.dwm_check:
+            raise UserError(
+                f"--dwm-check with {half}: the differences that it takes are lost in the parameters' rounding; check "
+                f"once without {half}, then train without --dwm-check"
+            )
         if self.optimizer.optimizer == "sgd" and self.weighting.dwm_preconditioner == "adam":
             raise UserError("--dwm-preconditioner adam needs --optimizer adam, not sgd; use --dwm-preconditioner none")
         if not self.weighting.dwm_valid_data_path and not self.data.mock_data:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.data.batch import Batch
+from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.distributed import Layout
 
 
@@ -225,7 +226,16 @@ def scaled_loss(
     Returns:
         Σ scale · mask · loss, the number of unmasked tokens (megatron-core divides the one by the other), and the
         samples' unscaled sums.
+
+    Raises:
+        UserError: ``output`` is not a loss for each token, so the samples' losses cannot be told apart.
     """
+    if output.shape != loss_mask.shape:
+        raise UserError(
+            f"the model returns a loss of shape {list(output.shape)} where token losses {list(loss_mask.shape)} are "
+            "needed: samples cannot be weighted once their losses are reduced; leave out the loss that does so "
+            "(--cross-entropy-loss-fusion, --cross-entropy-fusion-impl)"
+        )
     losses = output.float() if output.dtype != torch.float64 else output
     scaled = losses if sample_scale is None else losses * sample_scale[:, None].to(losses.dtype)
     loss = torch.sum(scaled.reshape(-1) * loss_mask.reshape(-1))

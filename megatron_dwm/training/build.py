@@ -18,12 +18,13 @@ from megatron_dwm.model.transformer_config import transformer_config
 from megatron_dwm.runtime.agreement import Agreement
 from megatron_dwm.runtime.distributed import initialize, set_seeds
 from megatron_dwm.runtime.metrics import say
-from megatron_dwm.training.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint
+from megatron_dwm.training.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint, loading_line
 from megatron_dwm.training.optimizer import build_optimizer, build_scheduler
 from megatron_dwm.training.readers import Readers
 from megatron_dwm.training.reporter import Reporter
 from megatron_dwm.training.state import Progress, TrainingObjects
 from megatron_dwm.training.trainer import Trainer
+from megatron_dwm.weighting.check import check_at_start
 from megatron_dwm.weighting.data_weighting import DataWeighting
 from megatron_dwm.weighting.exchange import SampleExchange
 from megatron_dwm.weighting.export import WeighterExporter
@@ -135,8 +136,7 @@ def build_trainer(config: RunConfig, inputs: Inputs, device: torch.device, agree
     checkpoint = latest_checkpoint(config.checkpoint)
     if checkpoint is not None:
         if layout.is_first:
-            iteration = int(checkpoint.name.removeprefix("iter_"))
-            say(f" loading distributed checkpoint from {checkpoint.parent} at iteration {iteration}")
+            say(loading_line(checkpoint))
         progress, dwm_state = load_checkpoint(config, checkpoint, objects, layout)
         if layout.is_first:
             say(
@@ -157,6 +157,12 @@ def build_trainer(config: RunConfig, inputs: Inputs, device: torch.device, agree
     weighting = None
     if inputs.stages is not None:
         weighting = _build_weighting(config, inputs, inputs.stages, schedule, objects, readers, device, dwm_state)
+    if weighting is not None and config.weighting.dwm_check and progress.iteration < config.train_iters:
+        samples = readers.peek(progress.consumed_train_samples, weighting.consumed_target_samples)
+        with agreement.phase("hypergradient"):
+            check_at_start(
+                config.weighting, schedule, optimizer, weighting.exchange, config.training.micro_batch, *samples
+            )
     exporter = None
     if weighting is not None and config.checkpoint.save is not None:
         exporter = WeighterExporter(config, layout, inputs.paths, inputs.tokenizer, inputs.fingerprint)

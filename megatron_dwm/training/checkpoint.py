@@ -1,8 +1,9 @@
 """Checkpoints in megatron-core's ``torch_dist`` format, with Megatron-LM's folders.
 
 ``<save>/iter_0000100/`` holds what ``state.py`` names; ``dwm_state.pt`` in it holds the weighter's state;
-``<save>/latest_checkpointed_iteration.txt`` names the newest. A checkpoint is written beside its place and put
-there when it is whole, so an interrupted save loses nothing.
+``<save>/latest_checkpointed_iteration.txt`` names the newest, or says ``release``: then ``<save>/release/`` holds a
+model to start from. A checkpoint is written beside its place and put there when it is whole, so an interrupted save
+loses nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.run import RunConfig
-from megatron_dwm.config.saved import read_arguments
+from megatron_dwm.config.saved import differing_flag, read_arguments
 from megatron_dwm.errors import UserError
 from megatron_dwm.files import put_in_place, write_text
 from megatron_dwm.runtime.distributed import Layout
@@ -28,6 +29,7 @@ from megatron_dwm.training.state import (
     TrainingObjects,
     comparable,
     data_parallel_group,
+    megatron_arguments,
     set_rng_state,
     sharded_state,
     sharding_metadata,
@@ -35,11 +37,24 @@ from megatron_dwm.training.state import (
 
 TRACKER = "latest_checkpointed_iteration.txt"
 DWM_STATE = "dwm_state.pt"
+RELEASE = "release"
 NON_PERSISTENT = "non_persistent"
 
 
 def iteration_folder(folder: Path, iteration: int) -> Path:
     return folder / f"iter_{iteration:07d}"
+
+
+def iteration_of(folder: Path) -> int:
+    """The iteration at which a run goes on from a checkpoint's folder."""
+    return 0 if folder.name == RELEASE else int(folder.name.removeprefix("iter_"))
+
+
+def loading_line(folder: Path) -> str:
+    """Megatron-LM's line before a checkpoint is loaded."""
+    if folder.name == RELEASE:
+        return f" loading release distributed checkpoint from {folder.parent}"
+    return f" loading distributed checkpoint from {folder.parent} at iteration {iteration_of(folder)}"
 
 
 def non_persistent_folder(flags: CheckpointConfig, root: str) -> Path:
@@ -132,17 +147,18 @@ class CheckpointWriter:
             return
         final = iteration_folder(root, iteration)
         put_in_place(beside, final)
-        previous = _tracked_iteration(root)
+        previous = _tracked(root)
         write_text(root / TRACKER, str(iteration))
         self._say(
             f"  [{timestamp()}] successfully saved checkpoint from iteration {iteration:7d} to {root} "
             f"{self.layout.place}"
         )
         retained = self.config.checkpoint.save_retain_interval
-        if root == Path(self.config.checkpoint.save or ".") and _unretained(root, previous, iteration, retained):
+        if root == Path(self.config.checkpoint.save or ".") and _unretained(previous, final, retained):
             assert previous is not None
-            shutil.rmtree(iteration_folder(root, previous), ignore_errors=True)
-            self._say(f"  [{timestamp()}] successfully deleted checkpoint from iteration {previous:7d} at {root}")
+            shutil.rmtree(previous, ignore_errors=True)
+            number = iteration_of(previous)
+            self._say(f"  [{timestamp()}] successfully deleted checkpoint from iteration {number:7d} at {root}")
 
     def _say(self, message: str) -> None:
         if self.layout.is_first:
@@ -172,22 +188,20 @@ def latest_checkpoint(flags: CheckpointConfig) -> Path | None:
     if flags.load is None:
         return None
     root = Path(flags.load)
-    iteration = flags.ckpt_step or _tracked_iteration(root)
+    folder = iteration_folder(root, flags.ckpt_step) if flags.ckpt_step else _tracked(root)
     if flags.non_persistent_ckpt_type is not None:
-        other = non_persistent_folder(flags, flags.load)
-        newest = _tracked_iteration(other)
-        if newest is not None and newest >= (iteration if iteration is not None else -1):
-            root, iteration = other, newest
-    if iteration is None:
+        newest = _tracked(non_persistent_folder(flags, flags.load))
+        if newest is not None and (folder is None or iteration_of(newest) >= iteration_of(folder)):
+            folder = newest
+    if folder is None:
         if flags.exit_on_missing_checkpoint:
             raise UserError(
                 f"--load {root}: no {TRACKER} there; check the path, or leave out --exit-on-missing-checkpoint"
             )
         return None
-    folder = iteration_folder(root, iteration)
     if not (folder / "metadata.json").is_file():
         raise UserError(
-            f"--load {root}: {folder.name} is not a whole torch_dist checkpoint; give --ckpt-step of another"
+            f"--load {folder.parent}: {folder.name} is not a whole torch_dist checkpoint; give --ckpt-step of another"
         )
     return folder
 
@@ -198,7 +212,8 @@ def load_checkpoint(
     """Restore ``objects`` from ``folder``; every rank calls it.
 
     Returns:
-        the progress the checkpoint was saved at (zero with ``--finetune``) and the weighter's state, if it has one.
+        the progress the checkpoint was saved at (zero with ``--finetune``, iteration zero of a release) and the
+        weighter's state, if it has one.
 
     Raises:
         UserError: the checkpoint is of another model, or its optimiser cannot be loaded under this layout.
@@ -210,13 +225,14 @@ def load_checkpoint(
     flags = config.checkpoint
     common = dist_checkpointing.load_common_state_dict(str(folder))
     saved = common.get("args", Namespace())
-    _check_same_model(config, saved, folder)
+    _check_same_model(config, saved)
     same_layout = (
         getattr(saved, "tensor_model_parallel_size", 1),
         getattr(saved, "pipeline_model_parallel_size", 1),
     ) == (config.parallel.tp, config.parallel.pp)
-    with_optimizer = not (flags.finetune or flags.no_load_optim or getattr(saved, "no_save_optim", False))
-    with_rng = not (flags.finetune or flags.no_load_rng or getattr(saved, "no_save_rng", False)) and same_layout
+    anew = flags.finetune or folder.name == RELEASE
+    with_optimizer = not (anew or flags.no_load_optim or getattr(saved, "no_save_optim", False))
+    with_rng = not (anew or flags.no_load_rng or getattr(saved, "no_save_rng", False)) and same_layout
 
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
     sharding = metadata.get("distrib_optim_sharding_type")
@@ -251,46 +267,42 @@ def load_checkpoint(
         done = state.get("num_floating_point_operations_so_far", 0)
         return Progress(num_floating_point_operations_so_far=done), None
     progress = Progress(
-        iteration=state["iteration"],
+        iteration=0 if anew else state["iteration"],
         consumed_train_samples=getattr(saved, "consumed_train_samples", 0),
         skipped_train_samples=getattr(saved, "skipped_train_samples", 0),
         consumed_valid_samples=getattr(saved, "consumed_valid_samples", 0),
         num_floating_point_operations_so_far=state.get("num_floating_point_operations_so_far", 0),
     )
     path = folder / DWM_STATE
-    return progress, torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+    has_weighter = path.is_file() and not anew
+    return progress, torch.load(path, map_location="cpu", weights_only=True) if has_weighter else None
 
 
-def _check_same_model(config: RunConfig, saved: Namespace, folder: Path) -> None:
-    expected = {
-        "num_layers": config.model.layers,
-        "hidden_size": config.model.hidden,
-        "num_attention_heads": config.model.heads,
-    }
-    for name, value in expected.items():
-        found = getattr(saved, name, value)
-        if found != value:
-            raise UserError(
-                f"--{name.replace('_', '-')} {value} is not what {folder} was saved with, {found}; "
-                "change the flag or --load"
-            )
+def _check_same_model(config: RunConfig, saved: Namespace) -> None:
+    finetune = config.checkpoint.finetune
+    run = vars(megatron_arguments(config, Progress()))
+    if difference := differing_flag(run, vars(saved), finetune=finetune):
+        raise UserError(f"--load {config.checkpoint.load}: {difference}")
 
 
-def _tracked_iteration(root: Path) -> int | None:
+def _tracked(root: Path) -> Path | None:
+    """The checkpoint folder that the tracker in ``root`` names."""
     path = root / TRACKER
     if not path.is_file():
         return None
     text = path.read_text().strip()
+    if text == RELEASE:
+        return root / RELEASE
     if not text.isdigit():
         raise UserError(f"{path}: says {text!r} where an iteration belongs; write the number of a checkpoint there")
-    return int(text)
+    return iteration_folder(root, int(text))
 
 
-def _unretained(root: Path, previous: int | None, current: int, retain_interval: int | None) -> bool:
+def _unretained(previous: Path | None, current: Path, retain_interval: int | None) -> bool:
     """Whether the checkpoint before this one is not to be kept."""
-    if retain_interval is None or previous is None or previous in (0, current):
+    if retain_interval is None or previous is None or previous == current or previous.is_symlink():
         return False
-    return previous % retain_interval != 0 and not iteration_folder(root, previous).is_symlink()
+    return iteration_of(previous) % retain_interval != 0  # 0, a release, is kept
 
 
 def _drop_all_but_newest(root: Path) -> None:

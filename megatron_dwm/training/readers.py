@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_dwm.config.run import RunConfig
+from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.datasets import BatchReader, DataPaths, build_datasets, sequential_or_cyclic, shuffled
 from megatron_dwm.data.sampler import Share
 from megatron_dwm.errors import UserError
@@ -49,6 +50,10 @@ class Readers:
         """The target set's reader, ``consumed`` samples in."""
         dataset, share = self.datasets.target, self.target_share
         return self._reader(dataset, shuffled(self.config, dataset, consumed, share), share)
+
+    def peek(self, consumed_train: int, consumed_target: int) -> tuple[Batch, Batch]:
+        """The next training and target samples, which the run's own readers still have before them."""
+        return self._sequential(self.datasets.train, consumed_train).next(), self.target(consumed_target).next()
 
     def _check_sizes(self, progress: Progress) -> None:
         if self.layout.mp_rank != 0:

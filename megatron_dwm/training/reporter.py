@@ -31,6 +31,9 @@ class Reporter:
         self.padded_vocab_size = padded_vocab_size
         self.flops_per_step = training_flops(config.model, padded_vocab_size, config.global_batch_size)
         self.since = time.perf_counter()
+        """When the log line's window began, later by what is not training."""
+        self.step_since = self.since
+        """When the last step was reported, later by what is not training."""
         self.first_step = True
         self.memory_reports_left = 2
         self.jsonl: JsonLines | None = None
@@ -76,12 +79,15 @@ class Reporter:
             if value is not None:
                 numbers[name] = float(value)
         self._write_scalars(progress, numbers, weighting)
+        now = time.perf_counter()
+        seconds, self.step_since = now - self.step_since, now
         if self.jsonl is not None:
             self.jsonl.write(
                 {
                     "kind": "train",
                     "iteration": progress.iteration,
                     "consumed_samples": progress.consumed_train_samples,
+                    "seconds": seconds,
                     "lm_loss": result.loss,
                     "learning_rate": learning_rate,
                     "grad_norm": result.grad_norm,
@@ -143,7 +149,9 @@ class Reporter:
 
     def resume(self, paused_at: float) -> None:
         """Leave out of the time per iteration what has passed since :meth:`pause`."""
-        self.since += time.perf_counter() - paused_at
+        paused = time.perf_counter() - paused_at
+        self.since += paused
+        self.step_since += paused
 
     def close(self) -> None:
         if self.jsonl is not None:
@@ -156,6 +164,8 @@ class Reporter:
             return
         for name, value in numbers.items():
             self.board.scalar(name, value, progress.iteration, progress.consumed_train_samples)
+        if progress.skipped_train_samples > 0:
+            self.board.scalar("skipped-train-samples", progress.skipped_train_samples, progress.iteration)
         for name, value in weighting.items():
             parts = value if isinstance(value, dict) else {"": value}
             for source, number in parts.items():

@@ -53,7 +53,7 @@ def sharded_state(
     if for_saving:
         with_optimizer, with_rng = not config.checkpoint.no_save_optim, not config.checkpoint.no_save_rng
     state: dict[str, Any] = {
-        "args": _megatron_args(config, progress),
+        "args": megatron_arguments(config, progress),
         "checkpoint_version": VERSION,
         "iteration": progress.iteration,
         "num_floating_point_operations_so_far": progress.num_floating_point_operations_so_far,
@@ -69,7 +69,7 @@ def sharded_state(
     return state
 
 
-def _megatron_args(config: RunConfig, progress: Progress) -> Namespace:
+def megatron_arguments(config: RunConfig, progress: Progress) -> Namespace:
     """The arguments as Megatron-LM keeps them: plain values under its own names."""
     model = config.model
     derived = {

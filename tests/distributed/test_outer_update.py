@@ -187,3 +187,17 @@ def test_training_goes_on_as_if_there_had_been_no_update(layout: str, difference
     world, parallel = LAYOUTS[layout]
     flags = [*LLAMA, *parallel, *differences]
     assert run_distributed(trained, world, flags, True) == run_distributed(trained, world, flags, False)
+
+
+def test_a_replica_that_has_drifted_ends_the_run_at_the_next_update():
+    def drift() -> str:
+        engine = build_engine([*LLAMA, "--dwm-preconditioner", "none"])
+        weighter = Weighter(classifier(), engine.config.weighting, torch.device("cpu"))
+        if engine.layout.rank == 1:
+            weighter.model.score.weight.data[0, 0] += 1e-3
+        batch, target = engine.batch(random_tokens(1), random_mask(2)), engine.batch(random_tokens(5), random_mask(6))
+        with pytest.raises(RuntimeError, match="replicas differ"):
+            engine.outer(weighter).run(batch, target, ParameterCopy(engine.chunks))
+        return "noticed"
+
+    assert run_distributed(drift, 2) == ["noticed", "noticed"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from megatron.core.models.common.language_module.language_module import LanguageModule
 
+import pretrain_dwm
 from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, pretrain, records, succeed
 
 
@@ -31,3 +33,29 @@ def test_alignments_that_are_all_zero_end_the_run(tmp_path: Path):
     flags = {**LANGUAGE_MODEL, **TRAINING, **DATA, **WEIGHTING, "--lr": 0, "--init-method-std": 0}
     finished = pretrain(tmp_path / "log", 1, flags)
     assert finished.codes == [1] and "exactly zero" in finished.text
+
+
+def reduce_the_loss() -> None:
+    """The command with a model whose loss is already the mean over its tokens, as some fused losses are."""
+    token_losses = LanguageModule.compute_language_model_loss
+    LanguageModule.compute_language_model_loss = lambda self, labels, logits: token_losses(self, labels, logits).mean()
+    pretrain_dwm.main()
+
+
+def test_a_loss_that_hides_the_samples_losses_is_refused(tmp_path: Path):
+    flags = {**LANGUAGE_MODEL, **TRAINING, **DATA, **WEIGHTING, "--cross-entropy-loss-fusion": True}
+    finished = pretrain(tmp_path / "log", 1, flags, main=reduce_the_loss)
+    assert finished.codes == [2], finished.text
+    (message,) = finished.errors
+    assert message.startswith("error: the model returns a loss of shape [] where token losses [2, 32] are needed")
+    assert "--cross-entropy-loss-fusion" in message and message.count("\n") == 1
+
+
+def test_the_fused_loss_of_megatron_core_gives_token_losses(tmp_path: Path):
+    flags = {**LANGUAGE_MODEL, **TRAINING, **DATA, **WEIGHTING, "--train-iters": 8}
+    losses = []
+    for name, fused in (("plain", False), ("fused", True)):
+        metrics = tmp_path / f"{name}.jsonl"
+        succeed(tmp_path / name, 1, {**flags, "--cross-entropy-loss-fusion": fused, "--metrics-jsonl": metrics})
+        losses.append([record["lm_loss"] for record in records(metrics, "train")])
+    assert len(losses[0]) == 8 and losses[1] == pytest.approx(losses[0], rel=1e-4)

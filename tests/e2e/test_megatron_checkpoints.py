@@ -18,8 +18,8 @@ from megatron.core import dist_checkpointing
 from tests.e2e.launch import pretrain, succeed
 from tests.e2e.test_megatron_curves import assert_curves
 from tests.e2e.test_uniform_weights import saved_tensors
-from tests.fixtures.megatron.record import make_learnable_dataset, scalars
-from tests.fixtures.megatron.record_checkpoints import LOGGED, STOP
+from tests.fixtures.megatron.record import by_iteration, make_learnable_dataset, scalars
+from tests.fixtures.megatron.record_checkpoints import LOGGED, STOP, make_release
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "megatron"
 RECORDED: dict[str, Any] = json.loads((FIXTURES / "checkpoints.json").read_text())
@@ -34,10 +34,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with Megatron-LM's checkpoint of each layout."""
+    """A folder with Megatron-LM's checkpoint of each layout, and one of them as a release."""
     folder = tmp_path_factory.mktemp("megatron")
     for name in RECORDED:
         shutil.unpack_archive(FIXTURES / f"{name}.tar.xz", folder / name)
+    make_release(folder / "tp2_pp2" / f"iter_{STOP:07d}", folder / "release")
     return folder
 
 
@@ -56,15 +57,30 @@ def test_goes_on_from_megatron_lms_checkpoint(layout: str, data: dict[str, Any],
     recorded = RECORDED[layout]
     flags = recorded["flags"] | data | {"--load": theirs / layout, "--tensorboard-dir": tmp_path / "board"}
     succeed(tmp_path, recorded["processes"], flags)
-    assert_curves(scalars(tmp_path / "board"), after_the_stop(recorded["whole"]), tolerance=1e-5)
+    assert_curves(by_iteration(scalars(tmp_path / "board")), after_the_stop(recorded["whole"]), tolerance=1e-5)
 
 
 @pytest.mark.parametrize("case", ALONE)
 def test_flags_of_loading_mean_the_same(case: str, data: dict[str, Any], theirs: Path, tmp_path: Path):
     """One process goes on from TP2xPP2's checkpoint."""
-    flags = ALONE[case]["flags"] | data | {"--load": theirs / "tp2_pp2", "--tensorboard-dir": tmp_path / "board"}
+    load = theirs / ("release" if "release" in case else "tp2_pp2")
+    flags = ALONE[case]["flags"] | data | {"--load": load, "--tensorboard-dir": tmp_path / "board"}
     succeed(tmp_path, 1, flags)
-    assert_curves(scalars(tmp_path / "board"), ALONE[case]["curves"], tolerance=1e-5)
+    assert_curves(by_iteration(scalars(tmp_path / "board")), ALONE[case]["curves"], tolerance=1e-5)
+
+
+def test_skipped_samples_of_a_checkpoint_are_told(data: dict[str, Any], theirs: Path, tmp_path: Path):
+    """A run of Megatron-LM's can have skipped some; a run here cannot."""
+    load, board = tmp_path / "load", tmp_path / "board"
+    shutil.copytree(theirs / "tp2_pp2", load)
+    common = load / f"iter_{STOP:07d}" / "common.pt"
+    state = torch.load(common, weights_only=False)
+    state["args"].skipped_train_samples = 16
+    torch.save(state, common)
+    flags = ALONE["one process"]["flags"] | data | {"--load": load, "--tensorboard-dir": board, "--log-interval": 1}
+    finished = succeed(tmp_path, 1, flags | {"--exit-interval": STOP + 1})
+    assert scalars(board)["skipped-train-samples"] == [[STOP + 1, 16.0]]
+    assert "| skipped samples:           16 |" in finished.output[0]
 
 
 def test_the_log_is_megatron_lms(data: dict[str, Any], theirs: Path, tmp_path: Path):
@@ -127,7 +143,7 @@ def test_the_distributed_optimiser_moves_to_another_layout(data: dict[str, Any],
     for processes, parallel in ((4, moved), (4, {}), (1, {})):
         board = tmp_path / f"board {processes} {len(parallel)}"
         succeed(tmp_path / "log", processes, flags | parallel | {"--load": tmp_path, "--tensorboard-dir": board})
-        assert_curves(scalars(board), expected, tolerance=1e-4)
+        assert_curves(by_iteration(scalars(board)), expected, tolerance=1e-4)
 
 
 def test_keeps_the_checkpoints_that_it_is_told_to_keep(data: dict[str, Any], tmp_path: Path):
@@ -139,12 +155,29 @@ def test_keeps_the_checkpoints_that_it_is_told_to_keep(data: dict[str, Any], tmp
     kept = tmp_path / "non_persistent"
     assert sorted(path.name for path in kept.glob("iter_*")) == ["iter_0000007", "iter_0000009"]
 
-    tracker = tmp_path / "latest_checkpointed_iteration.txt"
-    tracker.write_text("8")
     loaded = "successfully loaded checkpoint from {} [ t 1/1, p 1/1 ] at iteration {}"
     for extra, folder, iteration in (({}, tmp_path, 8), ({"--non-persistent-ckpt-type": "global"}, kept, 9)):
-        finished = succeed(tmp_path / "log", 1, flags | {"--load": tmp_path} | extra)
+        finished = succeed(tmp_path / "log", 1, flags | {"--load": tmp_path, "--ckpt-step": 8} | extra)
         assert loaded.format(folder, iteration) in finished.output[0]
+
+
+OTHER_MODELS: dict[str, tuple[dict[str, Any], str]] = {
+    "of the same tensors": (
+        {"--rotary-base": 500},
+        "--rotary-base 500 is not what the checkpoint was saved with, 10000",
+    ),
+    "of other tensors": ({"--swiglu": False}, "--swiglu is not given, but was given when the checkpoint was saved"),
+    "of other sizes": ({"--ffn-hidden-size": 24}, "--ffn-hidden-size 24 is not what the checkpoint was saved with, 16"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_MODELS)
+def test_another_model_than_the_checkpoints_is_refused(case: str, data: dict[str, Any], theirs: Path, tmp_path: Path):
+    changes, said = OTHER_MODELS[case]
+    flags = ALONE["one process"]["flags"] | data | {"--load": theirs / "tp2_pp2"} | changes
+    finished = pretrain(tmp_path, 2, flags)
+    assert finished.codes == [2, 2] and "".join(finished.errors).count("\n") == 1, finished.text
+    assert finished.errors[0].startswith(f"error: --load {theirs / 'tp2_pp2'}: {said}; change it")
 
 
 def test_a_missing_checkpoint_ends_the_run_if_it_must_exist(data: dict[str, Any], tmp_path: Path):

@@ -17,7 +17,8 @@ from tests.fixtures.megatron.record import make_learnable_dataset, scalars
 RECORDED: dict[str, Any] = json.loads(
     Path(__file__).parents[1].joinpath("fixtures", "megatron", "curves.json").read_text()
 )
-OF_THE_MACHINE = ("num-zeros",)  # counts exact zeros: rounding decides
+ZEROS = "num-zeros"  # counts exact zeros: rounding makes some, and each is one of thousands
+TORCH = [case for case in RECORDED if case.startswith(("gpt2 without dropout", "llama, one", "llama, TP2xPP2"))]
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +28,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def assert_curves(
     found: dict[str, list[list[float]]], expected: dict[str, list[list[float]]], tolerance: float
-) -> None:
-    assert {name for name in found if not name.endswith(" vs samples")} == set(expected)
+) -> float:
+    """The curves have the same names, the same steps and the same values; returns the largest relative difference."""
+    assert found.keys() == expected.keys()
+    largest = 0.0
     for name, curve in expected.items():
         assert [step for step, _ in found[name]] == [step for step, _ in curve], name
         values, wanted = ([value for _, value in points] for points in (found[name], curve))
-        relative = 0.2 if name in OF_THE_MACHINE else tolerance
-        assert values == pytest.approx(wanted, rel=relative), name
+        if name.startswith(ZEROS):
+            assert values == pytest.approx(wanted, rel=0.2, abs=4), name
+            continue
+        assert values == pytest.approx(wanted, rel=tolerance), name
+        largest = max(largest, *(abs(a - b) / b if b else 0 for a, b in zip(values, wanted, strict=True)))
+    return largest
 
 
 @pytest.mark.parametrize("case", RECORDED)
@@ -45,10 +52,11 @@ def test_curves_are_megatron_lms(case: str, data: dict[str, Any], tmp_path: Path
     assert_curves(scalars(board), recorded["curves"], tolerance=1e-5)
 
 
-@pytest.mark.parametrize("case", ["llama, one process", "llama, TP2xPP2"])
+@pytest.mark.parametrize("case", TORCH)
 def test_torch_layers_follow_the_same_curves(case: str, data: dict[str, Any], tmp_path: Path):
     recorded = RECORDED[case]
     board = tmp_path / "board"
     ours = {"--dwm-mode": "off", "--transformer-impl": "torch", "--tensorboard-dir": board}
     succeed(tmp_path, recorded["processes"], recorded["flags"] | data | ours)
-    assert_curves(scalars(board), recorded["curves"], tolerance=1e-4)
+    difference = assert_curves(scalars(board), recorded["curves"], tolerance=1e-4)
+    print(f"{case}: largest relative difference {difference:.1e}")
