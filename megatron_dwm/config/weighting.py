@@ -35,10 +35,14 @@ class WeightingConfig:
     dwm_ffn_hidden_size: int | None = flag(None, "Feed-forward size of a weighter started at random.")
     dwm_temperature: float = flag(1.0, "Temperature of the softmax that turns scores into weights.")
     dwm_kl_weight: float = flag(
-        2.0,
-        "Strength of KL(weights || uniform) against standardised alignments; keeps the weights from collapsing.",
+        0.5,
+        "Strength of the weights' KL divergence from uniform ones, against standardised alignments; keeps them from "
+        "collapsing.",
     )
-    dwm_lr: float = flag(1e-3, "Learning rate of the weighter (AdamW).")
+    dwm_clip_alignment: float = flag(
+        2.0, "Cut standardised alignments off at this many standard deviations; 0 for no clipping."
+    )
+    dwm_lr: float = flag(3e-4, "Learning rate of the weighter (AdamW).")
     dwm_weight_decay: float = flag(0.01, "Weight decay of the weighter.")
     dwm_clip_grad: float = flag(1.0, "Clip the weighter's gradient to this norm; 0 for no clipping.")
     dwm_num_stages: int = flag(5, "Stages that follow the warm-up; the weighter is exported at each one's end.")
@@ -50,9 +54,9 @@ class WeightingConfig:
         "Iterations at the start of each stage in which the weighter learns; the whole stage if not given.",
     )
     dwm_update_interval: int | None = flag(
-        None, "Iterations between outer updates; 50 if not given, or fewer where the window is shorter."
+        None, "Iterations between outer updates; 100 if not given, or fewer where the window is shorter."
     )
-    dwm_weighter_steps: int = flag(8, "Weighter steps in one outer update.")
+    dwm_weighter_steps: int = flag(4, "Weighter steps in one outer update.")
     dwm_replay: int = flag(8, "Recent aligned batches that those steps draw on.")
     dwm_alignment: Literal["exact", "finite-difference"] = flag(
         "exact", "Alignment from one backward pass of single samples, or from two forward passes."
@@ -62,6 +66,11 @@ class WeightingConfig:
     )
     dwm_min_effective_sample_size: float = flag(
         0.1, "Warn when the weights' effective sample size falls below this part of the batch."
+    )
+    dwm_check: bool = flag(
+        False,
+        "Before the first iteration, hold the hypergradient of this very configuration against finite differences, and "
+        "end the run if they disagree. Nothing else changes. For fp32.",
     )
     dwm_score_batch_size: int = flag(32, "Samples the weighter scores at a time.")
 
@@ -80,7 +89,7 @@ class WeightingConfig:
             )
         if self.dwm_temperature <= 0:
             raise UserError(f"--dwm-temperature {self.dwm_temperature}: must be above 0")
-        for name in ("dwm_kl_weight", "dwm_lr", "dwm_weight_decay", "dwm_clip_grad"):
+        for name in ("dwm_kl_weight", "dwm_clip_alignment", "dwm_lr", "dwm_weight_decay", "dwm_clip_grad"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         if self.dwm_warmup_iters is not None and self.dwm_warmup_iters < 0:
@@ -91,6 +100,11 @@ class WeightingConfig:
             raise UserError(
                 f"--dwm-load {self.dwm_load} goes with --dwm-mode frozen, not {self.dwm_mode}; to learn from a "
                 "weighter on, give it as --dwm-init-from"
+            )
+
+        if self.dwm_check and not self.learns:
+            raise UserError(
+                f"--dwm-check goes with --dwm-mode bilevel, not {self.dwm_mode}, which learns nothing; leave it out"
             )
 
     @property

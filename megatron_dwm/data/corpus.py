@@ -2,7 +2,8 @@
 
 No download and no import of what is read: the library's files are parsed. Good text is ``prose``, the
 documentation; ``code`` and ``comments`` are other real text; ``shuffled`` is bad text: documentation that no
-other source holds, its words in random order. No text is in two documents, so no part or source leaks into another.
+other source holds, its words or its characters in random order. No text is in two documents, so no part or source leaks
+into another.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from megatron_dwm.arguments import flag
 from megatron_dwm.errors import UserError
@@ -43,6 +44,7 @@ _LEAST_BYTES = 200  # of a document
 _TABLE = 1000  # characters of a module's statement from which on it is a table, not code
 _SHUFFLED_SHARE = 0.3  # of the prose outside target and test
 _MOST_SHUFFLES = 10  # of one document
+_WINDOW = 8  # characters that are put in random order together
 _DIVERSITY = 8  # target and test hold at least so many documents
 
 _FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -54,6 +56,9 @@ class CorpusConfig:
 
     output: str | None = flag(None, "Folder that receives <source>.<part>.jsonl.")
     seed: int = flag(1234, "Seed of the split into parts and of the shuffling of words.")
+    shuffle: Literal["words", "characters"] = flag(
+        "words", "What the bad text has in random order: a paragraph's words, or the characters of each eight."
+    )
     prose_bytes: int = flag(1_200_000, "Most bytes of text in the train part of prose, and of comments.")
     code_bytes: int = flag(2_500_000, "Most bytes of text in the train part of code, and of shuffled.")
     heldout_bytes: int = flag(200_000, "Bytes of text in the target part, and in the test part, of each source.")
@@ -129,7 +134,7 @@ def _deal(
     }
     corpus["prose"]["train"], base = _share(corpus["prose"]["train"], _SHUFFLED_SHARE)
     corpus["shuffled"] = {
-        part: _shuffled(documents, config.code_bytes if part == "train" else config.heldout_bytes, seen, rng)
+        part: _shuffled(documents, config, config.code_bytes if part == "train" else config.heldout_bytes, seen, rng)
         for part, documents in _split(base, sum(document.size for document in base) // 8, rng).items()
     }
     for name, most in (("prose", config.prose_bytes), ("comments", config.prose_bytes), ("code", config.code_bytes)):
@@ -353,12 +358,15 @@ def _share(documents: list[Document], share: float) -> tuple[list[Document], lis
     return documents[len(second) :], second
 
 
-def _shuffled(documents: list[Document], size: int, seen: _Seen, rng: random.Random) -> list[Document]:
-    """At most ``size`` bytes of the documents with the words of each paragraph in random order, over and over."""
+def _shuffled(
+    documents: list[Document], config: CorpusConfig, size: int, seen: _Seen, rng: random.Random
+) -> list[Document]:
+    """At most ``size`` bytes of the documents with each paragraph in random order, over and over."""
+    shuffle = _shuffle_words if config.shuffle == "words" else _shuffle_characters
     results: list[Document] = []
     for turn in range(_MOST_SHUFFLES):
         for document in documents:
-            shuffled = "\n\n".join(_shuffle_words(paragraph, rng) for paragraph in _paragraphs(document.text))
+            shuffled = "\n\n".join(shuffle(paragraph, rng) for paragraph in _paragraphs(document.text))
             text = seen.new_paragraphs(shuffled)
             results.append(Document(text, f"shuffled/{document.id.removeprefix('prose/')}#{turn}"))
     return _first([document for document in results if document.size >= _LEAST_BYTES], size)
@@ -371,3 +379,9 @@ def _shuffle_words(paragraph: str, rng: random.Random) -> str:
     rng.shuffle(words)
     pieces[::2] = words
     return "".join(pieces)
+
+
+def _shuffle_characters(paragraph: str, rng: random.Random) -> str:
+    """The characters of each window in random order: frequencies are kept, spelling is not."""
+    windows = (paragraph[start : start + _WINDOW] for start in range(0, len(paragraph), _WINDOW))
+    return "".join("".join(rng.sample(window, len(window))) for window in windows)

@@ -98,6 +98,7 @@ class OuterUpdate:
             loss_before = self.target_loss(target)
             alignments = self.exchange.gather_replicas(self.align(batch, direction)).cpu()
             before.swap()
+        del direction  # as large as the gradient, and the weighter's steps need room
         if not bool(alignments.isfinite().all()):
             if self.schedule.check_for_nan:
                 raise FloatingPointError("an alignment is not finite; lower --lr, or look at the data of this step")
@@ -124,8 +125,12 @@ class OuterUpdate:
 
     def target_gradient(self, target: Batch) -> tuple[float, Direction]:
         """Mean target loss and v, its gradient, at the present parameters; preconditioned if so configured."""
+        return self.gradient(target)
+
+    def gradient(self, batch: Batch, sample_scale: torch.Tensor | None = None) -> tuple[float, Direction]:
+        """Mean loss of ``batch``, and the gradient of its loss as weighted by ``sample_scale`` [n], preconditioned."""
         self._zero_gradients()
-        losses = self.schedule.run(target, self.micro_batch_size, force_all_reduce=True)
+        losses = self.schedule.run(batch, self.micro_batch_size, sample_scale=sample_scale, force_all_reduce=True)
         scale = 1.0 / float(self.optimizer.get_loss_scale())
         direction = {
             param: param.main_grad.detach().to(torch.promote_types(param.dtype, torch.float32)) * scale
@@ -134,7 +139,7 @@ class OuterUpdate:
         self._zero_gradients()
         if self.config.dwm_preconditioner == "adam":
             precondition(direction, self.optimizer, self.layout)
-        return self._mean_over_replicas(losses, len(target)), direction
+        return self._mean_over_replicas(losses, len(batch)), direction
 
     def target_loss(self, target: Batch) -> float:
         """Mean target loss at the present parameters."""
@@ -174,15 +179,17 @@ class OuterUpdate:
         return (sides[0] - sides[1]) / (2 * epsilon)
 
     def _weighter_step(self, aligned: AlignedBatch) -> float:
-        gradient = objective_score_gradient(
-            aligned.alignments, self._scores(aligned), self.config.dwm_temperature, self.config.dwm_kl_weight
-        )
+        gradient = objective_score_gradient(aligned.alignments, self._scores(aligned), *self._objective_settings)
         own = self.exchange.share_part(gradient).to(aligned.tokens.device)
         return self.weighter.step(aligned.tokens, own)
 
     def _objective(self, aligned: AlignedBatch) -> float:
-        scores = self._scores(aligned)
-        return objective(aligned.alignments, scores, self.config.dwm_temperature, self.config.dwm_kl_weight)
+        return objective(aligned.alignments, self._scores(aligned), *self._objective_settings)
+
+    @property
+    def _objective_settings(self) -> tuple[float, float, float]:
+        config = self.config
+        return config.dwm_temperature, config.dwm_kl_weight, config.dwm_clip_alignment
 
     def _scores(self, aligned: AlignedBatch) -> torch.Tensor:
         return self.exchange.gather_shares(self.weighter.score(aligned.tokens)).cpu()

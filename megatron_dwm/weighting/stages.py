@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.errors import UserError
 
-DEFAULT_UPDATE_INTERVAL = 50
+DEFAULT_UPDATE_INTERVAL = 100
 
 
 @dataclass(frozen=True)

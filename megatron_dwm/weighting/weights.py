@@ -26,13 +26,18 @@ def log_relative_weights(scores: torch.Tensor, temperature: float) -> torch.Tens
     return shifted - shifted.exp().mean().log()
 
 
-def standardised(alignments: torch.Tensor) -> torch.Tensor:
-    """Alignments with mean 0 and variance 1 over the batch [N]; all zero if they do not differ."""
+def standardised(alignments: torch.Tensor, clip: float = 0.0) -> torch.Tensor:
+    """Alignments with mean 0 and variance 1 over the batch [N]; all zero if they do not differ.
+
+    Args:
+        clip: cut off at this many standard deviations; 0 for no clipping.
+    """
     a = alignments.double()
     if a.max() == a.min():  # their mean may differ by a rounding
         return torch.zeros_like(a)
     centred = a - a.mean()
-    return centred / centred.square().mean().sqrt()
+    result = centred / centred.square().mean().sqrt()
+    return result.clamp(-clip, clip) if clip > 0 else result
 
 
 def target_score_gradient(
@@ -44,20 +49,22 @@ def target_score_gradient(
     return -learning_rate / temperature * w * (a - (w * a).sum())
 
 
-def objective(alignments: torch.Tensor, scores: torch.Tensor, temperature: float, kl_weight: float) -> float:
-    """What the weighter minimises: -Σ â_i w_i + λ Σ w_i log(N w_i), with â the standardised alignments."""
+def objective(
+    alignments: torch.Tensor, scores: torch.Tensor, temperature: float, kl_weight: float, clip: float = 0.0
+) -> float:
+    """What the weighter minimises: -Σ â_i w_i + λ Σ w_i log(N w_i), with â the standardised, clipped alignments."""
     log_u = log_relative_weights(scores, temperature)
     w = log_u.exp() / len(log_u)
-    return float(-(standardised(alignments) * w).sum() + kl_weight * (w * log_u).sum())
+    return float(-(standardised(alignments, clip) * w).sum() + kl_weight * (w * log_u).sum())
 
 
 def objective_score_gradient(
-    alignments: torch.Tensor, scores: torch.Tensor, temperature: float, kl_weight: float
+    alignments: torch.Tensor, scores: torch.Tensor, temperature: float, kl_weight: float, clip: float = 0.0
 ) -> torch.Tensor:
     """Gradient of :func:`objective` in the scores [N]: w_i (c_i - Σ_j w_j c_j) / τ, c_i = -â_i + λ log(N w_i)."""
     log_u = log_relative_weights(scores, temperature)
     w = log_u.exp() / len(log_u)
-    c = -standardised(alignments) + kl_weight * log_u
+    c = -standardised(alignments, clip) + kl_weight * log_u
     return w * (c - (w * c).sum()) / temperature
 
 

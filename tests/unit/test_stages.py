@@ -35,7 +35,7 @@ def test_updates_fall_into_the_window_of_each_stage_at_the_interval():
 
 def test_defaults_make_the_warm_up_as_long_as_a_stage_and_the_interval_fit():
     stages = bilevel_stages(WeightingConfig(), 600)
-    assert (stages.warmup_iters, stages.stage_iters, stages.update_interval) == (100, 100, 50)
+    assert (stages.warmup_iters, stages.stage_iters, stages.update_interval) == (100, 100, 100)
     assert bilevel_stages(WeightingConfig(), 60).update_interval == 10
 
 

@@ -38,6 +38,13 @@ def test_relative_weights_are_n_times_the_softmax():
     assert torch.isfinite(relative_weights(1e4 * scores, 1.0)).all()
 
 
+def test_outlying_alignments_are_cut_off():
+    alignments = torch.cat([random(1), torch.tensor([50.0])])
+    plain, clipped = standardised(alignments), standardised(alignments, 2.0)
+    assert plain.max() > 2.5 and clipped.max() == 2.0
+    assert torch.equal(clipped[:-1], plain[:-1])
+
+
 def test_standardised_alignments_have_mean_0_and_variance_1():
     found = standardised(100 + 5 * random(1))
     assert abs(float(found.mean())) < 1e-14 and float(found.square().mean()) == pytest.approx(1, abs=1e-14)
@@ -47,14 +54,17 @@ def test_standardised_alignments_have_mean_0_and_variance_1():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.4, 3.0])
 @pytest.mark.parametrize("kl_weight", [0.0, 2.0])
-def test_the_objectives_gradient_is_autograds(temperature: float, kl_weight: float):
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_the_objectives_gradient_is_autograds(temperature: float, kl_weight: float, clip: float):
     scores, alignments = random(2).requires_grad_(), 3 + 10 * random(3)
     w = torch.softmax(scores / temperature, 0)
-    value = -(standardised(alignments) * w).sum() + kl_weight * (w * (N * w).log()).sum()
+    value = -(standardised(alignments, clip) * w).sum() + kl_weight * (w * (N * w).log()).sum()
     (expected,) = torch.autograd.grad(value, scores)
-    found = objective_score_gradient(alignments, scores.detach(), temperature, kl_weight)
+    found = objective_score_gradient(alignments, scores.detach(), temperature, kl_weight, clip)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
-    assert objective(alignments, scores.detach(), temperature, kl_weight) == pytest.approx(value.item(), abs=1e-13)
+    assert objective(alignments, scores.detach(), temperature, kl_weight, clip) == pytest.approx(
+        value.item(), abs=1e-13
+    )
 
 
 def test_scores_too_far_apart_for_a_number_leave_the_objective_finite():

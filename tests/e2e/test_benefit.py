@@ -1,0 +1,81 @@
+"""benchmarks/benefit.py as a user types it, on a mixture of their own."""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = shlex.split(
+    "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16 "
+    "--global-batch-size 16 --micro-batch-size 8 --lr-warmup-iters 2 --eval-interval 6 --eval-iters 1 "
+    "--dwm-warmup-iters 2 --dwm-update-interval 2"
+)
+WORDS = shlex.split("the weight of a sample tells how much it counts in the batch and is learnt from a target set")
+
+
+def write_texts(folder: Path, name: str, seed: int, *, garbled: bool = False) -> Path:
+    """Documents of random words, or of the same letters in random order."""
+    generator = random.Random(seed)
+    path = folder / f"{name}.jsonl"
+    with path.open("w") as file:
+        for _ in range(60):
+            text = " ".join(generator.choices(WORDS, k=80))
+            if garbled:
+                text = "".join(generator.sample(text, len(text)))
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+def benefit(*arguments: object) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "benchmarks/benefit.py", *map(str, arguments)]
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    folder = tmp_path_factory.mktemp("texts")
+    sources = [write_texts(folder, "good", 1), write_texts(folder, "bad", 2, garbled=True)]
+    target, test = write_texts(folder, "target", 3), write_texts(folder, "test", 4)
+    return ["--data", *sources, "--mix", 0.3, 0.7, "--like", "good", "--target", target, "--test", test]
+
+
+def test_all_arms_on_a_mixture_of_ones_own(mixture: list[object], tmp_path: Path):
+    output, file = tmp_path / "out", tmp_path / "benefit.json"
+    command = ["--output", output, "--json", file, "--seeds", 1, "--iterations", 12, "--vocab-size", 300, *mixture]
+    finished = benefit(*command, *SMALL)
+    assert finished.returncode == 0, finished.stderr
+    result = json.loads(file.read_text())
+    arms = result["arms"]
+    assert set(arms) == {"uniform", "random", "shuffled", "loss", "bilevel", "frozen", "oracle"}
+    assert all(len(arm["test_loss"]) == len(arm["seconds"]) == 1 for arm in arms.values())
+    assert {arm["tokens"] for arm in arms.values()} == {12 * 16 * 16}
+    losses = [arm["test_loss"][0] for arm in arms.values()]
+    assert len(set(losses)) == len(losses), "two arms trained alike"
+    uniform, bilevel, oracle = (arms[name]["test_loss"][0] for name in ("uniform", "bilevel", "oracle"))
+    assert result["gap_closed"] == pytest.approx((uniform - bilevel) / (uniform - oracle))
+    assert all(name in finished.stdout for name in arms)
+    assert (output / "benefit.png").stat().st_size > 10_000
+
+    again = benefit(*command, *SMALL)
+    assert again.returncode == 0 and json.loads(file.read_text()) == result, "finished runs were made again"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--data", "none.jsonl"], "--target"),
+        (["--data", "none.jsonl", "--target", "t", "--test", "t"], "none.jsonl"),
+        (["--seeds", "0"], "--seeds 0"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], expected: str, tmp_path: Path):
+    finished = benefit("--output", tmp_path, *arguments)
+    assert finished.returncode == 2
+    assert len(finished.stderr.splitlines()) == 1 and expected in finished.stderr
