@@ -29,5 +29,6 @@ status=0
 ruff check . || status=1
 ruff format --check . || status=1
 mypy megatron_dwm tools benchmarks pretrain_dwm.py || status=1
-pytest "$@" || status=1
+# Two files at a time; most tests wait for processes of their own.
+pytest -n 2 --dist loadfile "$@" || status=1
 exit $status
