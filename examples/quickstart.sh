@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly RUN=${1:-runs/quickstart}
-readonly ITERATIONS=${ITERATIONS:-280}
+readonly ITERATIONS=${ITERATIONS:-320}
 readonly SAVE=$RUN/checkpoints
 readonly LATEST=$SAVE/latest_checkpointed_iteration.txt
 readonly NAME=iter_$(printf %07d "$ITERATIONS")

@@ -183,6 +183,11 @@ class ModelConfig:
         for name in ("hidden_dropout", "attention_dropout"):
             if getattr(self, name) >= 1:
                 raise UserError(f"{spelled(name)} {getattr(self, name)}: must be less than 1")
+        if self.ffn < 1:
+            raise UserError(
+                f"--hidden-size {self.hidden_size} with --swiglu: the default feed-forward size, a multiple of 64 below 8/3 "
+                "of it, is zero; give --ffn-hidden-size"
+            )
         if self.kv_channels is None and self.hidden % self.heads:
             raise UserError(
                 f"--hidden-size {self.hidden_size} is not divisible by --num-attention-heads "

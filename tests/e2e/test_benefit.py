@@ -13,9 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SMALL = shlex.split(
-    "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16 "
-    "--global-batch-size 16 --micro-batch-size 8 --lr-warmup-iters 2 --eval-interval 6 --eval-iters 1 "
-    "--dwm-warmup-iters 2 --dwm-update-interval 2"
+    "--num-layers 2 --hidden-size 16 --ffn-hidden-size 32 --num-attention-heads 2 --seq-length 16 "
+    "--max-position-embeddings 16 --global-batch-size 16 --micro-batch-size 8 --lr-warmup-iters 2 --eval-interval 6 "
+    "--eval-iters 1 --dwm-warmup-iters 2 --dwm-update-interval 2"
 )
 WORDS = shlex.split("the weight of a sample tells how much it counts in the batch and is learnt from a target set")
 
@@ -53,7 +53,7 @@ def test_all_arms_on_a_mixture_of_ones_own(mixture: list[object], tmp_path: Path
     assert finished.returncode == 0, finished.stderr
     result = json.loads(file.read_text())
     arms = result["arms"]
-    assert set(arms) == {"uniform", "random", "shuffled", "loss", "bilevel", "frozen", "oracle"}
+    assert set(arms) == {"uniform", "random", "loss", "shuffled", "bilevel", "frozen", "continued", "oracle"}
     assert all(len(arm["test_loss"]) == len(arm["seconds"]) == 1 for arm in arms.values())
     assert {arm["tokens"] for arm in arms.values()} == {12 * 16 * 16}
     losses = [arm["test_loss"][0] for arm in arms.values()]

@@ -122,11 +122,13 @@ def test_writes_what_megatron_lm_writes(
     assert (save / "latest_checkpointed_iteration.txt").read_text() == str(STOP + 1)
     ours, expected = tensors(save / name), tensors(theirs / layout / name)
     assert ours.keys() == expected.keys() and len(ours) > 10
+    parameters = sum(tensor.numel() for key, tensor in expected.items() if not key.startswith("optimizer"))
     for key, tensor in expected.items():
         assert ours[key].dtype == tensor.dtype and ours[key].shape == tensor.shape
-        close = torch.isclose(ours[key], tensor, rtol=1e-4, atol=1e-6)
         # Between the parameters in a bucket of the distributed optimiser is padding: whatever lay in memory.
-        assert close.float().mean() > 0.99 if "bucket_idx" in key else close.all(), key
+        padding = tensor.numel() - parameters if "bucket_idx" in key else 0
+        different = ~torch.isclose(ours[key], tensor, rtol=1e-4, atol=1e-6)
+        assert int(different.sum()) <= padding < 0.05 * parameters, key
     mine, common = (dist_checkpointing.load_common_state_dict(str(root / name)) for root in (save, theirs / layout))
     assert mine.keys() == common.keys() - {"rerun_state_machine"}
     for key in ("opt_param_scheduler", "iteration", "checkpoint_version", "num_floating_point_operations_so_far"):

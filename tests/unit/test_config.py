@@ -159,6 +159,7 @@ MISTAKES = {
     "--no-such-flag 3": "unknown flag --no-such-flag",
     "--num-layers many": "--num-layers: invalid int value: 'many'",
     "--num-layers 0": "--num-layers 0: must be at least 1",
+    "--hidden-size 16 --swiglu": "--hidden-size 16 with --swiglu",
     "--hidden-size 30": "--hidden-size 30 is not divisible by --num-attention-heads 4",
     "--tensor-model-parallel-size 3": "world size 4 is not divisible by --tensor-model-parallel-size 3",
     "--tensor-model-parallel-size 4 --num-attention-heads 2": "--num-attention-heads 2 is not divisible",
