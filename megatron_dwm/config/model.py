@@ -185,8 +185,8 @@ class ModelConfig:
                 raise UserError(f"{spelled(name)} {getattr(self, name)}: must be less than 1")
         if self.ffn < 1:
             raise UserError(
-                f"--hidden-size {self.hidden_size} with --swiglu: the default feed-forward size, 8/3 of it in whole 64s, is "
-                "zero; give --ffn-hidden-size"
+                f"--hidden-size {self.hidden_size} with --swiglu: the default feed-forward size, 8/3 of it "
+                "in whole 64s, is zero; give --ffn-hidden-size"
             )
         if self.kv_channels is None and self.hidden % self.heads:
             raise UserError(
