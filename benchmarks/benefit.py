@@ -178,6 +178,8 @@ def table(arms: Sequence[Arm], result: dict[str, Any]) -> str:
         ("time_ratio", "of uniform's time until bilevel has its loss"),
     ):
         value = result[name]
+        if value is None and name == "gap_closed":  # there is no oracle, or no bilevel
+            continue
         lines.append(f"{'not reached' if value is None else format(value, '.2f')} {meaning}")
     return "\n".join(lines)
 
