@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class Arm:
 def main() -> None:
     options, extra = _parse()
     folder = Path(options.output)
-    mixture = _own_mixture(options, folder) if options.data else _built_in_mixture(folder, clean=options.clean)
+    mixture = _own_mixture(options, folder) if options.data else _built_in_mixture(options, folder)
     arms = [name for name in options.arms if name != "oracle" or mixture.like_target]
     seeds = range(1, options.seeds + 1)
     jobs = [(name, seed) for seed in seeds for name in arms if name not in FROM_ANOTHER_RUN]
@@ -235,6 +235,11 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--test", metavar="JSONL", help="held-out test set, with --data")
     parser.add_argument("--vocab-size", type=int, default=400, help="pieces of the tokenizer")
     options, extra = parser.parse_known_args()
+    if options.data and options.clean:
+        raise UserError("--clean is about the built-in corpus; leave it out with --data")
+    for flag in ("mix", "like", "target", "test"):
+        if getattr(options, flag) and not options.data:
+            raise UserError(f"--{flag} goes with --data; leave it out, or name your sources")
     if options.data:
         for flag in ("target", "test"):
             if getattr(options, flag) is None:
@@ -251,25 +256,22 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     return options, extra
 
 
-def _built_in_mixture(folder: Path, *, clean: bool) -> Mixture:
+def _built_in_mixture(options: argparse.Namespace, folder: Path) -> Mixture:
     corpus = folder / "corpus"
     if not (corpus / "shuffled.train.jsonl").is_file():
         _call("tools/build_corpus.py", "--output", corpus, "--shuffle", "characters")
-    names = ["prose"] if clean else list(BUILT_IN)
     texts = {name: corpus / f"{name}.train.jsonl" for name in BUILT_IN}
-    mixture = _tokenized(folder, texts, corpus / "prose.target.jsonl", corpus / "prose.test.jsonl", 400)
-    prefixes = {name: prefix for name, prefix in zip(BUILT_IN, mixture.train, strict=True)}
-    train = {prefixes[name]: BUILT_IN[name] for name in names}
-    like = [] if clean else list(LIKE_TARGET)
-    return Mixture(mixture.tokenizer, train, mixture.target, mixture.test, like)
+    whole = _tokenized(folder, texts, corpus / "prose.target.jsonl", corpus / "prose.test.jsonl", options.vocab_size)
+    parts = dict(zip(whole.train, BUILT_IN.items(), strict=True))
+    train = {prefix: part for prefix, (name, part) in parts.items() if not options.clean or name in LIKE_TARGET}
+    return replace(whole, train=train, like_target=[] if options.clean else list(LIKE_TARGET))
 
 
 def _own_mixture(options: argparse.Namespace, folder: Path) -> Mixture:
     texts = {Path(path).stem: Path(path) for path in options.data}
     mixture = _tokenized(folder, texts, Path(options.target), Path(options.test), options.vocab_size)
     parts = options.mix or [path.stat().st_size for path in texts.values()]
-    train = dict(zip(mixture.train, parts, strict=True))
-    return Mixture(mixture.tokenizer, train, mixture.target, mixture.test, options.like)
+    return replace(mixture, train=dict(zip(mixture.train, parts, strict=True)), like_target=options.like)
 
 
 def _tokenized(folder: Path, texts: dict[str, Path], target: Path, test: Path, vocab_size: int) -> Mixture:
@@ -295,8 +297,6 @@ def _run(name: str, seed: int, folder: Path, mixture: Mixture, options: argparse
     ``frozen`` and ``continued`` use the weighter that a bilevel run with another seed ended with.
     """
     place = folder / "runs" / f"{name}-{seed}"
-    if (place / "metrics.jsonl").is_file() and read_run(place).evaluated("test"):
-        return
     blend = [word for prefix, part in mixture.train.items() for word in (str(part), prefix)]
     flags = [
         *MODEL,
@@ -326,8 +326,16 @@ def _run(name: str, seed: int, folder: Path, mixture: Mixture, options: argparse
         rule = [*RULE, "--dwm-update-interval", str(options.iterations)]
         command = ["benchmarks/controls.py", "--control", name, *flags, *target, *rule]
         command += ["--sources", *mixture.like_target] if name == "oracle" else []
+    command += extra
+    written = place / "command.txt"
+    if (place / "metrics.jsonl").is_file() and read_run(place).evaluated("test"):
+        if not written.is_file() or written.read_text() != shlex.join(command):
+            raise UserError(f"{place} was made with other flags, or other data; give another --output")
+        return
     print(f"{name}, seed {seed} ...", flush=True)
-    _call(*command, *extra, log=place / "log.txt")
+    place.mkdir(parents=True, exist_ok=True)
+    write_text(written, shlex.join(command))
+    _call(*command, log=place / "log.txt")
 
 
 def _call(*command: object, log: Path | None = None) -> None:

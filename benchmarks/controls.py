@@ -8,7 +8,6 @@ The run is that of ``pretrain_dwm.py`` with the same flags; only where a batch's
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 import torch
@@ -95,5 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "controls.py"
     run_cli(main)

@@ -17,14 +17,13 @@ Between the turns the parts of a step are timed around the functions that the ru
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -34,11 +33,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from measuring import Stopwatch, paired_ratio, peak_and_retained, seconds, take_turns
+from modes import SETTLING_STEPS, Modes
 from overhead_report import PARTS, table
 
 from megatron_dwm.arguments import OneLineParser, add_flags, build, flag, require_at_least
 from megatron_dwm.config.run import RunConfig, parse_run
-from megatron_dwm.data.batch import Batch
 from megatron_dwm.errors import UserError, run_cli
 from megatron_dwm.files import write_text
 from megatron_dwm.model.flops import FORWARD_AND_BACKWARD, outer_update_flops, scoring_flops, training_flops
@@ -48,8 +47,7 @@ from megatron_dwm.runtime.parameters import ParameterCopy
 from megatron_dwm.training import trainer as training_loop
 from megatron_dwm.training.build import build_trainer, read_inputs
 from megatron_dwm.training.trainer import Trainer
-from megatron_dwm.weighting.data_weighting import DataWeighting
-from megatron_dwm.weighting.stages import frozen_stages
+from megatron_dwm.weighting.alignment import held_for_all
 
 DEFAULT_RUN = (
     "--num-layers 8 --hidden-size 256 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256 "
@@ -60,8 +58,6 @@ DEFAULT_RUN = (
     "--dwm-init-from random --dwm-num-layers 1 --dwm-hidden-size 32"
 )
 """The run that is measured if the flags describe no model; its weighter has 1.8 % of the model's parameters."""
-
-SETTLING_STEPS = 3  # first steps allocate, and Adam's preconditioner needs one
 
 
 @dataclass(frozen=True)
@@ -100,98 +96,6 @@ def parse_overhead(argv: list[str], world_size: int, *, speaks: bool = True) -> 
     checkpoint = dataclasses.replace(config.checkpoint, save=None)
     logging = dataclasses.replace(config.logging, metrics_jsonl=None, tensorboard_dir=None)
     return options, dataclasses.replace(config, checkpoint=checkpoint, logging=logging)
-
-
-class BareLoop:
-    """Training with megatron-core's own functions and nothing else."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
-        self.objects, self.schedule, self.reader = trainer.objects, trainer.schedule, trainer.readers.train
-        self.config, self.forward_backward = trainer.config, get_forward_backward_func()
-
-    def step(self) -> None:
-        chunks, micro, sequence = self.schedule.chunks, self.config.training.micro_batch, self.config.model.sequence
-        for chunk in chunks:
-            chunk.zero_grad_buffer()
-        self.objects.optimizer.zero_grad()
-        micros = list(self.reader.next().microbatches(micro))
-        iterators = [iter(micros) for _ in chunks]
-        self.forward_backward(
-            forward_step_func=self._forward_step,
-            data_iterator=iterators if len(chunks) > 1 else iterators[0],
-            model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=len(micros),
-            seq_length=sequence,
-            micro_batch_size=micro,
-            forward_only=False,
-        )
-        updated, _, _ = self.objects.optimizer.step()
-        if updated:
-            self.objects.scheduler.step(increment=self.config.global_batch_size)
-
-    def _forward_step(self, micros: Iterator[Batch], model: Any) -> tuple[Any, Any]:
-        micro, end = next(micros), self.schedule.document_end
-        mask = micro.document_mask(end) if end is not None else None
-        output = model(micro.tokens, micro.position_ids, mask, labels=micro.labels, loss_mask=micro.loss_mask)
-
-        def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            total = torch.sum(output.float().view(-1) * micro.loss_mask.view(-1))
-            return total, micro.loss_mask.sum().to(torch.int), {"lm loss": total.detach()}
-
-        return output, loss
-
-
-class Modes:
-    """The ways to train one and the same model."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        assert trainer.weighting is not None
-        self.bilevel, self.weighting, self.bare = trainer, trainer.weighting, BareLoop(trainer)
-        self.config, self.interval = trainer.config, trainer.weighting.stages.update_interval
-        self.plain = self._with(None)
-        for _ in range(SETTLING_STEPS):
-            self.plain.iterate(1)
-        if self.weighting.weighter is None:
-            with trainer.schedule.whole_parameters():
-                self.weighting.start()
-        weighter, outer = self.weighting.weighter, self.weighting.outer
-        assert weighter is not None and outer is not None
-        self.weighter, self.outer = weighter, outer
-        scoring = dataclasses.replace(self.weighting.config, dwm_warmup_iters=0)
-        stages = frozen_stages(scoring, self.config.train_iters)
-        exchange, sources = self.weighting.exchange, self.weighting.sources
-        frozen = DataWeighting(scoring, stages, exchange, sources, lambda: weighter, None, None)
-        frozen.start()
-        self.frozen = self._with(frozen)
-        iterations = range(1, self.config.train_iters + 1)
-        self.updating = next(number for number in iterations if self.weighting.stages.updates(number))
-        self.update()
-
-    def update(self) -> None:
-        """One iteration with an outer update.
-
-        Raises:
-            UserError: there was nothing to measure, because fp16 overflowed.
-        """
-        made = self.weighting.outer_updates
-        self.bilevel.iterate(self.updating)
-        if self.weighting.outer_updates == made:
-            raise UserError("--fp16 overflowed, so that there was no outer update; lower --initial-loss-scale")
-
-    def intervals(self, count: int) -> None:
-        """``count`` whole intervals of a bi-level run: the updating iteration is each one's last."""
-        for _ in range(count):
-            for _ in range(self.interval - 1):
-                self.frozen.iterate(1)
-            self.update()
-
-    def _with(self, weighting: DataWeighting | None) -> Trainer:
-        """The same trainer with another weighting around it."""
-        trainer = copy.copy(self.bilevel)
-        trainer.weighting = weighting
-        return trainer
 
 
 def batches_read(options: OverheadConfig, interval: int) -> int:
@@ -371,9 +275,7 @@ def weighter_part(modes: Modes) -> float:
     """The weighter's parameters as a part of the language model's."""
     layout, total = modes.bilevel.layout, torch.zeros((), dtype=torch.int64, device=torch.cuda.current_device())
     for chunk in modes.bilevel.schedule.chunks:
-        for param in chunk.parameters():
-            held_once = getattr(param, "tensor_model_parallel", False) or layout.tp_rank == 0
-            total += param.numel() * (held_once and not getattr(param, "shared", False))
+        total += sum(param.numel() for param in chunk.parameters() if held_for_all(param, layout))
     dist.all_reduce(total, group=layout.mp_group)
     return modes.weighter.num_parameters / int(total)
 

@@ -84,14 +84,19 @@ def sum_over_model(products: torch.Tensor, layout: Layout) -> torch.Tensor:
     return products
 
 
+def held_for_all(param: torch.nn.Parameter, layout: Layout) -> bool:
+    """Whether this rank is the one of the model-parallel ranks with the same parameter that counts it."""
+    sharded = getattr(param, "tensor_model_parallel", False)
+    # megatron-core marks the last stage's copy of a tied embedding, which carries the first stage's v.
+    return (sharded or layout.tp_rank == 0) and not getattr(param, "shared", False)
+
+
 def global_norm(direction: Direction, layout: Layout) -> float:
     """Norm of v over the whole model, each parameter counted once."""
     device = next(iter(direction)).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     for param, v in direction.items():
-        held_once = getattr(param, "tensor_model_parallel", False) or layout.tp_rank == 0
-        # megatron-core marks the last stage's copy of a tied embedding, which carries the first stage's v.
-        if held_once and not getattr(param, "shared", False):
+        if held_for_all(param, layout):
             total += v.double().square().sum()
     dist.all_reduce(total, group=layout.mp_group)
     return float(total.sqrt())

@@ -65,6 +65,8 @@ def test_all_arms_on_a_mixture_of_ones_own(mixture: list[object], tmp_path: Path
 
     again = benefit(*command, *SMALL)
     assert again.returncode == 0 and json.loads(file.read_text()) == result, "finished runs were made again"
+    changed = benefit(*command, *SMALL, "--lr", "1e-3")
+    assert changed.returncode == 2 and "was made with other flags" in changed.stderr
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,7 @@ def test_all_arms_on_a_mixture_of_ones_own(mixture: list[object], tmp_path: Path
         (["--data", "none.jsonl"], "--target"),
         (["--data", "none.jsonl", "--target", "t", "--test", "t"], "none.jsonl"),
         (["--seeds", "0"], "--seeds 0"),
+        (["--like", "prose"], "--like goes with --data"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], expected: str, tmp_path: Path):
