@@ -45,13 +45,14 @@ TRAINING = shlex.split(
     "--global-batch-size 256 --micro-batch-size 128 --lr 3e-3 --lr-decay-style constant --lr-warmup-iters 20 "
     "--weight-decay 0.1 --adam-beta2 0.95 --eval-interval 10 --eval-iters 4 --log-interval 10 --num-workers 0"
 )
+# A weighter small against this model, from the first step on; it learns in the first third of the run.
 WEIGHTING = shlex.split(
-    "--dwm-warmup-iters 24 --dwm-num-stages 1 --dwm-update-interval 8 --dwm-alignment finite-difference"
+    "--dwm-warmup-iters 0 --dwm-num-stages 1 --dwm-update-interval 8 --dwm-alignment finite-difference "
+    "--dwm-hidden-size 16 --dwm-ffn-hidden-size 32 --dwm-num-attention-heads 1 --dwm-score-batch-size 64"
 )
+LEARNS_FOR = 1 / 3
 # The controls that follow a rule carry the least of weighters, and never update it.
-RULE = shlex.split(
-    "--dwm-warmup-iters 0 --dwm-num-stages 1 --dwm-init-from random --dwm-num-layers 1 --dwm-hidden-size 8"
-)
+RULE = shlex.split("--dwm-warmup-iters 0 --dwm-num-stages 1 --dwm-hidden-size 8")
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--json", help="also write the result to this file")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
-    parser.add_argument("--iterations", type=int, default=240)
+    parser.add_argument("--iterations", type=int, default=480)
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at the same time")
     parser.add_argument("--clean", action="store_true", help="train on the target's source alone: nothing to gain")
     parser.add_argument("--data", nargs="+", metavar="JSONL", help="training sources of your own, one file each")
@@ -308,20 +309,20 @@ def _run(name: str, seed: int, folder: Path, mixture: Mixture, options: argparse
         *("--metrics-jsonl", str(place / "metrics.jsonl"), "--data-cache-path", str(place / "cache")),
     ]
     target = ["--dwm-valid-data-path", str(mixture.target)]
+    learns = [*target, *WEIGHTING, "--dwm-stage-update-iters", str(round(LEARNS_FOR * options.iterations))]
     if name == "uniform":
         command = ["pretrain_dwm.py", *flags, "--dwm-mode", "off"]
     elif name == "bilevel":
-        command = ["pretrain_dwm.py", *flags, *target, *WEIGHTING, "--save", str(place)]
+        command = ["pretrain_dwm.py", *flags, *learns, "--save", str(place)]
     elif name in FROM_ANOTHER_RUN:
         weighters = folder / "runs" / f"bilevel-{options.seeds + 1}" / "weighter"
         newest = str(max(weighters.iterdir(), key=lambda path: path.name))
         if name == "frozen":
             command = ["pretrain_dwm.py", *flags, "--dwm-mode", "frozen", "--dwm-load", newest]
         else:
-            started = ["--dwm-init-from", newest, "--dwm-warmup-iters", "0"]
-            command = ["pretrain_dwm.py", *flags, *target, *WEIGHTING, *started]
+            command = ["pretrain_dwm.py", *flags, *learns, "--dwm-init-from", newest]
     elif name == "shuffled":
-        command = ["benchmarks/controls.py", "--control", name, *flags, *target, *WEIGHTING]
+        command = ["benchmarks/controls.py", "--control", name, *flags, *learns]
     else:
         rule = [*RULE, "--dwm-update-interval", str(options.iterations)]
         command = ["benchmarks/controls.py", "--control", name, *flags, *target, *rule]

@@ -40,7 +40,7 @@ from megatron_dwm.arguments import OneLineParser, add_flags, build, flag, requir
 from megatron_dwm.config.run import RunConfig, parse_run
 from megatron_dwm.errors import UserError, run_cli
 from megatron_dwm.files import write_text
-from megatron_dwm.model.flops import FORWARD_AND_BACKWARD, outer_update_flops, scoring_flops, training_flops
+from megatron_dwm.model.flops import outer_update_flops, scoring_flops, training_flops
 from megatron_dwm.runtime.agreement import Agreement
 from megatron_dwm.runtime.device import environment_rank, require_megatron_core, select_device
 from megatron_dwm.runtime.parameters import ParameterCopy
@@ -55,7 +55,7 @@ DEFAULT_RUN = (
     "--untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0 "
     "--micro-batch-size 2 --global-batch-size 8 --train-iters 3000 --lr 3e-4 --lr-warmup-iters 10 "
     "--mock-data --tokenizer-type NullTokenizer --vocab-size 4095 --num-workers 0 --eval-iters 0 --log-interval 3000 "
-    "--dwm-init-from random --dwm-num-layers 1 --dwm-hidden-size 32"
+    "--dwm-num-layers 1 --dwm-hidden-size 32"
 )
 """The run that is measured if the flags describe no model; its weighter has 1.8 % of the model's parameters."""
 
@@ -185,7 +185,6 @@ def measured_parts(modes: Modes, repeats: int) -> dict[str, float]:
             (modes.weighting, "weigh", "scoring"),
             (modes.frozen.weighting, "weigh", "scoring"),
             (modes.outer, "target_gradient", "target pass"),
-            (modes.outer, "target_loss", "target pass"),
             (modes.outer, "align", "alignment pass"),
             (ParameterCopy, "__init__", "parameter copy"),
             (ParameterCopy, "swap", "parameter copy"),
@@ -211,7 +210,7 @@ def theoretical_parts(modes: Modes) -> dict[str, float]:
     config, vocab = modes.config, modes.bilevel.reporter.padded_vocab_size
     weighter = modes.weighter.num_computing_parameters
     passes = outer_update_flops(config, vocab, 0)
-    target = training_flops(config.model, vocab, config.target_batch_size) * (1 + 1 / FORWARD_AND_BACKWARD)
+    target = training_flops(config.model, vocab, config.target_batch_size)
     return dict.fromkeys(PARTS, 0.0) | {
         "training step": training_flops(config.model, vocab, config.global_batch_size),
         "scoring": scoring_flops(weighter, config.global_batch_size, config.model.sequence),

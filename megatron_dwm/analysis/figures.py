@@ -96,7 +96,7 @@ def draw_losses(axes: Any, run: RunRecords) -> None:
         if points:
             axes.plot(*_points(points, "lm_loss"), "o-", markersize=3.5, color=colour, label=split)
     if run.updates:
-        axes.plot(*_points(run.updates, "target_loss_after"), ".", color="C3", markersize=4, label="target batches")
+        axes.plot(*_points(run.updates, "target_loss"), ".", color="C3", markersize=4, label="target batches")
     axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False)
 

@@ -24,12 +24,16 @@ class WeightingConfig:
         None, "Target samples in one outer update; the global batch size if not given."
     )
     dwm_init_from: str = flag(
-        "lm",
+        "random",
         "What the weighter starts as: random, lm (the language model's embedding and first layers, at the end of "
-        "the warm-up), or a Hugging Face folder with the same tokenizer.",
+        "the warm-up; give it a lower --dwm-lr), or a Hugging Face folder with the same tokenizer.",
     )
-    dwm_arch: Literal["llama", "gpt2", "modernbert"] = flag("llama", "Architecture of a weighter started at random.")
-    dwm_num_layers: int = flag(2, "Layers of a weighter started at random or from the language model.")
+    dwm_arch: Literal["llama", "gpt2", "modernbert"] = flag(
+        "modernbert",
+        "Architecture of a weighter started at random. ModernBERT's score is read off the mean over the sample's tokens, "
+        "that of the others off the last one.",
+    )
+    dwm_num_layers: int = flag(1, "Layers of a weighter started at random or from the language model.")
     dwm_hidden_size: int = flag(128, "Hidden size of a weighter started at random.")
     dwm_num_attention_heads: int = flag(4, "Attention heads of a weighter started at random.")
     dwm_ffn_hidden_size: int | None = flag(None, "Feed-forward size of a weighter started at random.")
@@ -42,7 +46,7 @@ class WeightingConfig:
     dwm_clip_alignment: float = flag(
         2.0, "Cut standardised alignments off at this many standard deviations; 0 for no clipping."
     )
-    dwm_lr: float = flag(3e-4, "Learning rate of the weighter (AdamW).")
+    dwm_lr: float = flag(1e-3, "Learning rate of the weighter (AdamW).")
     dwm_weight_decay: float = flag(0.01, "Weight decay of the weighter.")
     dwm_clip_grad: float = flag(1.0, "Clip the weighter's gradient to this norm; 0 for no clipping.")
     dwm_num_stages: int = flag(5, "Stages that follow the warm-up; the weighter is exported at each one's end.")

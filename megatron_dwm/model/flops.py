@@ -38,10 +38,8 @@ def outer_update_flops(config: RunConfig, padded_vocab_size: int, weighter_param
     settings = config.weighting
     target = training_flops(config.model, padded_vocab_size, config.target_batch_size)
     batch = training_flops(config.model, padded_vocab_size, config.global_batch_size)
-    # The target's loss and gradient at the new parameters and its loss at the old ones.
-    target_passes = target * (1 + 1 / FORWARD_AND_BACKWARD)
     alignment = batch if settings.dwm_alignment == "exact" else batch * 2 / FORWARD_AND_BACKWARD
     scores = scoring_flops(weighter_parameters, config.global_batch_size, config.model.sequence)
     # The objective before and after, and for each step the scores, then a forward and backward pass.
     weighter = scores * (2 + settings.dwm_weighter_steps * (1 + FORWARD_AND_BACKWARD))
-    return target_passes + alignment + weighter
+    return target + alignment + weighter

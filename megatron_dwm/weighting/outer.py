@@ -44,9 +44,7 @@ class OuterResult:
 
     alignments: torch.Tensor
     """[N], float64, global order."""
-    target_loss_before: float
-    """Mean target loss at θ."""
-    target_loss_after: float
+    target_loss: float
     """Mean target loss at θ'."""
     objective_before: float
     objective_after: float
@@ -93,9 +91,8 @@ class OuterUpdate:
             RuntimeError: all alignments are zero, or the weighter's replicas differ.
         """
         with self.schedule.deterministic():
-            loss_after, direction = self.target_gradient(target)
+            target_loss, direction = self.target_gradient(target)
             before.swap()
-            loss_before = self.target_loss(target)
             alignments = self.exchange.gather_replicas(self.align(batch, direction)).cpu()
             before.swap()
         del direction  # as large as the gradient, and the weighter's steps need room
@@ -115,8 +112,7 @@ class OuterUpdate:
             grad_norm = self._weighter_step(self.replay[-1 - step % len(self.replay)])
         return OuterResult(
             alignments=alignments,
-            target_loss_before=loss_before,
-            target_loss_after=loss_after,
+            target_loss=target_loss,
             objective_before=first,
             objective_after=self._objective(self.replay[-1]),
             weighter_grad_norm=grad_norm,
@@ -140,12 +136,6 @@ class OuterUpdate:
         if self.config.dwm_preconditioner == "adam":
             precondition(direction, self.optimizer, self.layout)
         return self._mean_over_replicas(losses, len(batch)), direction
-
-    def target_loss(self, target: Batch) -> float:
-        """Mean target loss at the present parameters."""
-        with torch.no_grad():
-            losses = self.schedule.run(target, self.micro_batch_size, forward_only=True)
-        return self._mean_over_replicas(losses, len(target))
 
     def align(self, batch: Batch, direction: Direction) -> torch.Tensor:
         """a_i = ⟨v, ∇ l_i⟩ of this replica's samples [n], float64, at the present parameters."""

@@ -47,6 +47,7 @@ WEIGHTING = {
     "--dwm-warmup-iters": 4,
     "--dwm-num-stages": 2,
     "--dwm-update-interval": 2,
+    "--dwm-init-from": "lm",
     "--dwm-num-layers": 1,
     "--dwm-weighter-steps": 2,
 }

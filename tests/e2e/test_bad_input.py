@@ -115,7 +115,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "Adam's preconditioner without Adam": ({"--optimizer": "sgd"}, ["--dwm-preconditioner adam", "sgd"]),
     "endless warm-up": ({"--lr-warmup-iters": 20}, ["--lr-warmup-iters", "--train-iters"]),
-    "weighter deeper than the model": ({"--dwm-num-layers": 9}, ["--dwm-num-layers 9", "--num-layers 4"]),
+    "weighter deeper than the model": (
+        {"--dwm-init-from": "lm", "--dwm-num-layers": 9},
+        ["--dwm-num-layers 9", "--num-layers 4"],
+    ),
     "checkpoint that is not there": (
         {"--load": "{data}", "--exit-on-missing-checkpoint": True},
         ["--load", "--exit-on-missing-checkpoint"],

@@ -24,8 +24,7 @@ def learnt(folder: Path) -> tuple[list[Any], list[Any]]:
     """What the run's steps and outer updates were."""
     steps = [(r["lm_loss"], r["grad_norm"]) for r in records(folder / "metrics.jsonl", "train")]
     updates = [
-        (r["samples"], r["target_loss_after"], r["weighter_hash"])
-        for r in records(folder / "metrics.jsonl", "outer_update")
+        (r["samples"], r["target_loss"], r["weighter_hash"]) for r in records(folder / "metrics.jsonl", "outer_update")
     ]
     return steps, updates
 

@@ -42,7 +42,7 @@ def update(iteration: int, stage: int, weights: list[float], alignments: list[fl
         "kind": "outer_update",
         "iteration": iteration,
         "stage": stage,
-        "target_loss_after": 2.0,
+        "target_loss": 2.0,
         "samples": samples,
     }
 
