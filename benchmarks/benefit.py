@@ -48,7 +48,7 @@ TRAINING = shlex.split(
 # A weighter small against this model, from the first step on; it learns in the first third of the run.
 WEIGHTING = shlex.split(
     "--dwm-warmup-iters 0 --dwm-num-stages 1 --dwm-update-interval 8 --dwm-alignment finite-difference "
-    "--dwm-hidden-size 16 --dwm-ffn-hidden-size 32 --dwm-num-attention-heads 1 --dwm-score-batch-size 64"
+    "--dwm-hidden-size 32 --dwm-ffn-hidden-size 64 --dwm-num-attention-heads 1 --dwm-score-batch-size 64"
 )
 LEARNS_FOR = 1 / 3
 # The controls that follow a rule carry the least of weighters, and never update it.

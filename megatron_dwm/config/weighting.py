@@ -30,8 +30,8 @@ class WeightingConfig:
     )
     dwm_arch: Literal["llama", "gpt2", "modernbert"] = flag(
         "modernbert",
-        "Architecture of a weighter started at random. ModernBERT's score is read off the mean over the sample's tokens, "
-        "that of the others off the last one.",
+        "Architecture of a weighter started at random. ModernBERT scores the mean over a sample's tokens, the "
+        "others its last token.",
     )
     dwm_num_layers: int = flag(1, "Layers of a weighter started at random or from the language model.")
     dwm_hidden_size: int = flag(128, "Hidden size of a weighter started at random.")
@@ -51,7 +51,9 @@ class WeightingConfig:
     dwm_clip_grad: float = flag(1.0, "Clip the weighter's gradient to this norm; 0 for no clipping.")
     dwm_num_stages: int = flag(5, "Stages that follow the warm-up; the weighter is exported at each one's end.")
     dwm_warmup_iters: int | None = flag(
-        None, "Iterations with uniform weights before the first stage; as long as a stage if not given."
+        None,
+        "Iterations with uniform weights before the first stage; if not given, as many as in a stage with "
+        "--dwm-init-from lm, none otherwise.",
     )
     dwm_stage_update_iters: int | None = flag(
         None,

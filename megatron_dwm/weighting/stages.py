@@ -58,7 +58,10 @@ def bilevel_stages(config: WeightingConfig, train_iters: int) -> StageSchedule:
         UserError: no room for the stages, or an update window in which no update falls.
     """
     stages = config.dwm_num_stages
-    warmup = config.dwm_warmup_iters if config.dwm_warmup_iters is not None else train_iters // (stages + 1)
+    warmup = config.dwm_warmup_iters
+    if warmup is None:
+        # A copy of the language model is worth something once that has learnt something.
+        warmup = train_iters // (stages + 1) if config.dwm_init_from == "lm" else 0
     stage_iters = (train_iters - warmup) // stages
     if stage_iters < 1:
         raise UserError(

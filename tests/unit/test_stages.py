@@ -33,10 +33,11 @@ def test_updates_fall_into_the_window_of_each_stage_at_the_interval():
     assert iterations(bilevel_stages(whole, 21).updates) == [6, 8, 11, 13, 16, 18, 20]
 
 
-def test_defaults_make_the_warm_up_as_long_as_a_stage_and_the_interval_fit():
-    stages = bilevel_stages(WeightingConfig(), 600)
+def test_defaults_make_the_warm_up_fit_the_weighters_start_and_the_interval_the_stage():
+    assert bilevel_stages(WeightingConfig(), 600).warmup_iters == 0
+    stages = bilevel_stages(WeightingConfig(dwm_init_from="lm"), 600)
     assert (stages.warmup_iters, stages.stage_iters, stages.update_interval) == (100, 100, 100)
-    assert bilevel_stages(WeightingConfig(), 60).update_interval == 10
+    assert bilevel_stages(WeightingConfig(), 50).update_interval == 10
 
 
 @pytest.mark.parametrize(
