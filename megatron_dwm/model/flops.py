@@ -40,6 +40,6 @@ def outer_update_flops(config: RunConfig, padded_vocab_size: int, weighter_param
     batch = training_flops(config.model, padded_vocab_size, config.global_batch_size)
     alignment = batch if settings.dwm_alignment == "exact" else batch * 2 / FORWARD_AND_BACKWARD
     scores = scoring_flops(weighter_parameters, config.global_batch_size, config.model.sequence)
-    # The objective before and after, and for each step the scores, then a forward and backward pass.
-    weighter = scores * (2 + settings.dwm_weighter_steps * (1 + FORWARD_AND_BACKWARD))
+    # The objective before and after, and for each step a forward and backward pass.
+    weighter = scores * (2 + settings.dwm_weighter_steps * FORWARD_AND_BACKWARD)
     return target + alignment + weighter

@@ -169,20 +169,21 @@ class OuterUpdate:
         return (sides[0] - sides[1]) / (2 * epsilon)
 
     def _weighter_step(self, aligned: AlignedBatch) -> float:
-        gradient = objective_score_gradient(aligned.alignments, self._scores(aligned), *self._objective_settings)
-        own = self.exchange.share_part(gradient).to(aligned.tokens.device)
-        return self.weighter.step(aligned.tokens, own)
+        def score_gradient(own_scores: torch.Tensor) -> torch.Tensor:
+            scores = self.exchange.gather_shares(own_scores).cpu()
+            gradient = objective_score_gradient(aligned.alignments, scores, *self._objective_settings)
+            return self.exchange.share_part(gradient)
+
+        return self.weighter.step(aligned.tokens, score_gradient)
 
     def _objective(self, aligned: AlignedBatch) -> float:
-        return objective(aligned.alignments, self._scores(aligned), *self._objective_settings)
+        scores = self.exchange.gather_shares(self.weighter.score(aligned.tokens)).cpu()
+        return objective(aligned.alignments, scores, *self._objective_settings)
 
     @property
     def _objective_settings(self) -> tuple[float, float, float]:
         config = self.config
         return config.dwm_temperature, config.dwm_kl_weight, config.dwm_clip_alignment
-
-    def _scores(self, aligned: AlignedBatch) -> torch.Tensor:
-        return self.exchange.gather_shares(self.weighter.score(aligned.tokens)).cpu()
 
     def _mean_over_replicas(self, losses: Any, num_samples: int) -> float:
         mean = self.schedule.share_losses(losses, num_samples).mean.double().mean()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -48,15 +49,14 @@ class Weighter:
     def score(self, tokens: torch.Tensor) -> torch.Tensor:
         """Scores [m] of tokens [m, s], float32."""
         with torch.no_grad():
-            parts = [self._forward(part) for part in tokens.split(self.batch_size) if len(part)]
-        return torch.cat(parts) if parts else torch.zeros(0, device=tokens.device)
+            return self._score(tokens)
 
-    def step(self, tokens: torch.Tensor, score_gradient: torch.Tensor) -> float:
-        """Move the weighter along one gradient; every rank brings its own samples.
+    def step(self, tokens: torch.Tensor, score_gradient: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        """Move the weighter along one gradient; every rank brings its own samples and holds their activations.
 
         Args:
             tokens: this rank's samples [m, s].
-            score_gradient: the objective's gradient in their scores [m].
+            score_gradient: gives, for their scores [m], the objective's gradient in them [m]; may be a collective call.
 
         Returns:
             norm of the gradient over all samples, before clipping.
@@ -65,11 +65,10 @@ class Weighter:
             FloatingPointError: the gradient is not finite; on every rank, and before the step.
         """
         self.optimizer.zero_grad(set_to_none=False)
-        parts = zip(tokens.split(self.batch_size), score_gradient.split(self.batch_size), strict=True)
-        for part, gradient in parts:
-            if len(part):
-                scores = self._forward(part)
-                scores.backward(gradient.to(scores))
+        scores = self._score(tokens)
+        own_gradient = score_gradient(scores.detach()).to(scores)
+        if len(tokens):
+            scores.backward(own_gradient)
         gradients = []
         for param in self.model.parameters():
             if param.grad is None:  # this rank had no sample, or the parameter has no part in the score
@@ -111,6 +110,10 @@ class Weighter:
             digest.update(name.encode())
             digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    def _score(self, tokens: torch.Tensor) -> torch.Tensor:
+        parts = [self._forward(part) for part in tokens.split(self.batch_size) if len(part)]
+        return torch.cat(parts) if parts else torch.zeros(0, device=tokens.device)
 
     def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16) if self._autocast else nullcontext():

@@ -37,7 +37,7 @@ def learn() -> tuple[torch.Tensor, str]:
     elif dist.get_world_size() == 4:
         own = slice(dist.get_rank(), None, 3)
     for _ in range(3):
-        weighter.step(tokens[own], gradient[own])
+        weighter.step(tokens[own], lambda scores: gradient[own])
     flat = torch.cat([param.detach().flatten() for param in weighter.model.parameters()])
     return flat, weighter.check_replicas()
 
@@ -61,7 +61,7 @@ def test_a_gradient_that_is_not_finite_stops_every_rank_before_the_step():
             gradient[0] = torch.inf
         before = weighter.hash()
         with pytest.raises(FloatingPointError, match="the weighter's gradient"):
-            weighter.step(tokens, gradient)
+            weighter.step(tokens, lambda scores: gradient)
         return weighter.hash() == before
 
     assert run_distributed(diverge, 2) == [True, True]
