@@ -45,12 +45,11 @@ TRAINING = shlex.split(
     "--global-batch-size 256 --micro-batch-size 128 --lr 3e-3 --lr-decay-style constant --lr-warmup-iters 20 "
     "--weight-decay 0.1 --adam-beta2 0.95 --eval-interval 10 --eval-iters 4 --log-interval 10 --num-workers 0"
 )
-# A weighter small against this model, from the first step on; it learns in the first third of the run.
+# A weighter that is small against this model.
 WEIGHTING = shlex.split(
     "--dwm-warmup-iters 0 --dwm-num-stages 1 --dwm-update-interval 8 --dwm-alignment finite-difference "
     "--dwm-hidden-size 32 --dwm-ffn-hidden-size 64 --dwm-num-attention-heads 1 --dwm-score-batch-size 64"
 )
-LEARNS_FOR = 1 / 3
 # The controls that follow a rule carry the least of weighters, and never update it.
 RULE = shlex.split("--dwm-warmup-iters 0 --dwm-num-stages 1 --dwm-hidden-size 8")
 
@@ -309,7 +308,7 @@ def _run(name: str, seed: int, folder: Path, mixture: Mixture, options: argparse
         *("--metrics-jsonl", str(place / "metrics.jsonl"), "--data-cache-path", str(place / "cache")),
     ]
     target = ["--dwm-valid-data-path", str(mixture.target)]
-    learns = [*target, *WEIGHTING, "--dwm-stage-update-iters", str(round(LEARNS_FOR * options.iterations))]
+    learns = [*target, *WEIGHTING]
     if name == "uniform":
         command = ["pretrain_dwm.py", *flags, "--dwm-mode", "off"]
     elif name == "bilevel":
