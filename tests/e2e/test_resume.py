@@ -30,15 +30,16 @@ def assert_same(one: object, other: object, where: str = "") -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "stop"),
+    ("layout", "start", "stop"),
     [
-        pytest.param("one process", 3, id="one process, in the warm-up"),
-        *(pytest.param(layout, 10, id=f"{layout}, in the middle of a stage") for layout in LAYOUTS),
+        pytest.param("one process", "lm", 3, id="one process, in the warm-up"),
+        pytest.param("one process", "random", 10, id="one process, weighter of random weights"),
+        *(pytest.param(layout, "lm", 10, id=f"{layout}, in the middle of a stage") for layout in LAYOUTS),
     ],
 )
-def test_a_resumed_run_equals_the_whole_one_bit_for_bit(layout: str, stop: int, tmp_path: Path):
+def test_a_resumed_run_equals_the_whole_one_bit_for_bit(layout: str, start: str, stop: int, tmp_path: Path):
     processes, parallel = LAYOUTS[layout]
-    flags = {**LANGUAGE_MODEL, **TRAINING, **DATA, **parallel, **STAGES, "--eval-interval": 5}
+    flags = {**LANGUAGE_MODEL, **TRAINING, **DATA, **parallel, **STAGES, "--dwm-init-from": start, "--eval-interval": 5}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     succeed(tmp_path / "log", processes, {**flags, "--save": whole})
     for extra in ({"--exit-interval": stop}, {"--load": parts}):
