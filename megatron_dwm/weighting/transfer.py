@@ -46,7 +46,7 @@ def random_classifier(config: WeightingConfig, vocab_size: int, seq_length: int,
     if config.dwm_arch == "llama":
         sizes["num_key_value_heads"] = config.dwm_num_attention_heads
     if config.dwm_arch == "modernbert":
-        # Every layer sees the whole sample, and the score is read off the mean over its tokens. None of them is special.
+        # Every layer sees the whole sample, and the score is read off the mean over its tokens. None is special.
         sizes.update(global_attn_every_n_layers=1, classifier_pooling="mean", cls_token_id=None, sep_token_id=None)
     hf_config = AutoConfig.for_model(config.dwm_arch, vocab_size=vocab_size, **sizes, **_label_settings(eod))
     model = classifier_from_config(hf_config, seed)
