@@ -38,20 +38,20 @@ T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Stude
 MODEL = shlex.split(
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 "
     "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
-    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0"
+    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.06"
 )
 # A constant rate: the loss at each point of a run is what a run of that length ends with.
 TRAINING = shlex.split(
-    "--global-batch-size 256 --micro-batch-size 128 --lr 3e-3 --lr-decay-style constant --lr-warmup-iters 20 "
-    "--weight-decay 0.1 --adam-beta2 0.95 --eval-interval 10 --eval-iters 4 --log-interval 10 --num-workers 0"
+    "--global-batch-size 128 --micro-batch-size 128 --lr 3e-3 --lr-decay-style constant --lr-warmup-iters 20 "
+    "--weight-decay 0.1 --adam-beta2 0.95 --eval-interval 30 --eval-iters 16 --log-interval 10 --num-workers 0"
 )
 # A weighter that is small against this model.
 WEIGHTING = shlex.split(
-    "--dwm-warmup-iters 0 --dwm-num-stages 1 --dwm-update-interval 8 --dwm-alignment finite-difference "
-    "--dwm-hidden-size 32 --dwm-ffn-hidden-size 64 --dwm-num-attention-heads 1 --dwm-score-batch-size 64"
+    "--dwm-num-stages 1 --dwm-update-interval 16 --dwm-weighter-steps 8 --dwm-alignment finite-difference "
+    "--dwm-hidden-size 16 --dwm-ffn-hidden-size 32 --dwm-num-attention-heads 1 --dwm-score-batch-size 128"
 )
 # The controls that follow a rule carry the least of weighters, and never update it.
-RULE = shlex.split("--dwm-warmup-iters 0 --dwm-num-stages 1 --dwm-hidden-size 8")
+RULE = shlex.split("--dwm-num-stages 1 --dwm-hidden-size 8")
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--json", help="also write the result to this file")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
-    parser.add_argument("--iterations", type=int, default=480)
+    parser.add_argument("--iterations", type=int, default=960)
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at the same time")
     parser.add_argument("--clean", action="store_true", help="train on the target's source alone: nothing to gain")
     parser.add_argument("--data", nargs="+", metavar="JSONL", help="training sources of your own, one file each")
