@@ -45,11 +45,15 @@ TRAINING = shlex.split(
     "--global-batch-size 128 --micro-batch-size 128 --lr 3e-3 --lr-decay-style constant --lr-warmup-iters 20 "
     "--weight-decay 0.1 --adam-beta2 0.95 --eval-interval 30 --eval-iters 16 --log-interval 10 --num-workers 0"
 )
+SCORING = shlex.split("--dwm-score-batch-size 128")
 # A weighter that is small against this model.
-WEIGHTING = shlex.split(
-    "--dwm-num-stages 1 --dwm-update-interval 16 --dwm-weighter-steps 8 --dwm-alignment finite-difference "
-    "--dwm-hidden-size 16 --dwm-ffn-hidden-size 32 --dwm-num-attention-heads 1 --dwm-score-batch-size 128"
-)
+WEIGHTING = [
+    *shlex.split(
+        "--dwm-num-stages 1 --dwm-update-interval 16 --dwm-weighter-steps 8 --dwm-alignment finite-difference"
+    ),
+    *shlex.split("--dwm-hidden-size 16 --dwm-ffn-hidden-size 32 --dwm-num-attention-heads 1"),
+    *SCORING,
+]
 # The controls that follow a rule carry the least of weighters, and never update it.
 RULE = shlex.split("--dwm-num-stages 1 --dwm-hidden-size 8")
 
@@ -317,7 +321,7 @@ def _run(name: str, seed: int, folder: Path, mixture: Mixture, options: argparse
         weighters = folder / "runs" / f"bilevel-{options.seeds + 1}" / "weighter"
         newest = str(max(weighters.iterdir(), key=lambda path: path.name))
         if name == "frozen":
-            command = ["pretrain_dwm.py", *flags, "--dwm-mode", "frozen", "--dwm-load", newest]
+            command = ["pretrain_dwm.py", *flags, "--dwm-mode", "frozen", "--dwm-load", newest, *SCORING]
         else:
             command = ["pretrain_dwm.py", *flags, *learns, "--dwm-init-from", newest]
     elif name == "shuffled":
