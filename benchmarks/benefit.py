@@ -48,11 +48,11 @@ TRAINING = shlex.split(
 SCORING = shlex.split("--dwm-score-batch-size 128")
 # A weighter that is small against this model.
 WEIGHTING = [
-    *shlex.split(
-        "--dwm-num-stages 1 --dwm-update-interval 16 --dwm-weighter-steps 8 --dwm-alignment finite-difference"
-    ),
-    *shlex.split("--dwm-hidden-size 16 --dwm-ffn-hidden-size 32 --dwm-num-attention-heads 1"),
     *SCORING,
+    *shlex.split(
+        "--dwm-num-stages 1 --dwm-update-interval 16 --dwm-weighter-steps 8 --dwm-alignment finite-difference "
+        "--dwm-hidden-size 16 --dwm-ffn-hidden-size 32 --dwm-num-attention-heads 1"
+    ),
 ]
 # The controls that follow a rule carry the least of weighters, and never update it.
 RULE = shlex.split("--dwm-num-stages 1 --dwm-hidden-size 8")
