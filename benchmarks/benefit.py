@@ -14,8 +14,6 @@ import json
 import os
 import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,16 +21,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mixture import CORPORA, Mixture, made_mixture, own_mixture
+from programmes import call
+
 from megatron_dwm.analysis.figures import save_png
 from megatron_dwm.analysis.records import RunRecords, read_run
 from megatron_dwm.errors import UserError, run_cli
 from megatron_dwm.files import write_text
 
-ROOT = Path(__file__).resolve().parents[1]
 ARMS = ("uniform", "random", "loss", "shuffled", "bilevel", "frozen", "continued", "oracle")
 FROM_ANOTHER_RUN = ("frozen", "continued")
-BUILT_IN = {"prose": 0.2, "code": 0.3, "shuffled": 0.5}
-LIKE_TARGET = ("prose",)
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t of n - 1 degrees, two-sided
 
 MODEL = shlex.split(
@@ -59,19 +57,6 @@ RULE = shlex.split("--dwm-num-stages 1 --dwm-hidden-size 8")
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """Tokenized data of a comparison."""
-
-    tokenizer: Path
-    train: dict[str, float]
-    """Weight in the blend by dataset prefix."""
-    target: Path
-    test: Path
-    like_target: list[str]
-    """Names of the sources that an oracle would train on."""
-
-
-@dataclass(frozen=True)
 class Arm:
     """The runs of one weighting, by seed."""
 
@@ -95,7 +80,7 @@ class Arm:
 def main() -> None:
     options, extra = _parse()
     folder = Path(options.output)
-    mixture = _own_mixture(options, folder) if options.data else _built_in_mixture(options, folder)
+    mixture = _mixture(options, folder)
     arms = [name for name in options.arms if name != "oracle" or mixture.like_target]
     seeds = range(1, options.seeds + 1)
     jobs = [(name, seed) for seed in seeds for name in arms if name not in FROM_ANOTHER_RUN]
@@ -231,6 +216,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
     parser.add_argument("--iterations", type=int, default=960)
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at the same time")
+    parser.add_argument("--corpus", choices=CORPORA, help="what the mixture is made of, by default Python's library")
     parser.add_argument("--clean", action="store_true", help="train on the target's source alone: nothing to gain")
     parser.add_argument("--data", nargs="+", metavar="JSONL", help="training sources of your own, one file each")
     parser.add_argument("--mix", nargs="+", type=float, help="their parts of the tokens; by size if not given")
@@ -239,8 +225,10 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--test", metavar="JSONL", help="held-out test set, with --data")
     parser.add_argument("--vocab-size", type=int, default=400, help="pieces of the tokenizer")
     options, extra = parser.parse_known_args()
-    if options.data and options.clean:
-        raise UserError("--clean is about the built-in corpus; leave it out with --data")
+    for flag in ("clean", "corpus"):
+        if options.data and getattr(options, flag):
+            raise UserError(f"--{flag} is about a mixture that is made here; leave it out with --data")
+    options.corpus = options.corpus or "library"
     for flag in ("mix", "like", "target", "test"):
         if getattr(options, flag) and not options.data:
             raise UserError(f"--{flag} goes with --data; leave it out, or name your sources")
@@ -255,44 +243,20 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
             raise UserError(
                 f"--mix has {len(options.mix)} numbers for {len(options.data)} files of --data; give as many"
             )
+        unknown = sorted(set(options.like) - {Path(path).stem for path in options.data})
+        if unknown:
+            raise UserError(f"--like {unknown[0]}: no file of --data has that name; give names without .jsonl")
     if options.seeds < 1 or options.jobs < 1:
         raise UserError(f"--seeds {options.seeds} and --jobs {options.jobs} must be at least 1; change them")
     return options, extra
 
 
-def _built_in_mixture(options: argparse.Namespace, folder: Path) -> Mixture:
-    corpus = folder / "corpus"
-    if not (corpus / "shuffled.train.jsonl").is_file():
-        _call("tools/build_corpus.py", "--output", corpus, "--shuffle", "characters")
-    texts = {name: corpus / f"{name}.train.jsonl" for name in BUILT_IN}
-    whole = _tokenized(folder, texts, corpus / "prose.target.jsonl", corpus / "prose.test.jsonl", options.vocab_size)
-    parts = dict(zip(whole.train, BUILT_IN.items(), strict=True))
-    train = {prefix: part for prefix, (name, part) in parts.items() if not options.clean or name in LIKE_TARGET}
-    return replace(whole, train=train, like_target=[] if options.clean else list(LIKE_TARGET))
-
-
-def _own_mixture(options: argparse.Namespace, folder: Path) -> Mixture:
-    texts = {Path(path).stem: Path(path) for path in options.data}
-    mixture = _tokenized(folder, texts, Path(options.target), Path(options.test), options.vocab_size)
-    parts = options.mix or [path.stat().st_size for path in texts.values()]
-    return replace(mixture, train=dict(zip(mixture.train, parts, strict=True)), like_target=options.like)
-
-
-def _tokenized(folder: Path, texts: dict[str, Path], target: Path, test: Path, vocab_size: int) -> Mixture:
-    """Train a tokenizer on the training texts, and make datasets of all; what is there is kept."""
-    tokenizer, data = folder / "tokenizer.model", folder / "data"
-    if not tokenizer.is_file():
-        prefix = folder / "tokenizer"
-        _call(
-            "tools/train_tokenizer.py",
-            *("--input", *texts.values(), "--output-prefix", prefix, "--vocab-size", vocab_size),
-        )
-    flags = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer, "--append-eod")
-    for name, text in {**texts, "target": target, "test": test}.items():
-        if not (data / f"{name}_text_document.idx").is_file():
-            _call("tools/preprocess_data.py", "--input", text, "--output-prefix", data / name, *flags)
-    train = {str(data / f"{name}_text_document"): 1.0 for name in texts}
-    return Mixture(tokenizer, train, data / "target_text_document", data / "test_text_document", [])
+def _mixture(options: argparse.Namespace, folder: Path) -> Mixture:
+    if not options.data:
+        return made_mixture(folder, options.corpus, options.vocab_size, clean=options.clean)
+    texts, parts = [Path(path) for path in options.data], options.mix or []
+    mixture = own_mixture(folder, texts, parts, Path(options.target), Path(options.test), options.vocab_size)
+    return replace(mixture, like_target=options.like)
 
 
 def _run(name: str, seed: int, folder: Path, mixture: Mixture, options: argparse.Namespace, extra: list[str]) -> None:
@@ -339,24 +303,7 @@ def _run(name: str, seed: int, folder: Path, mixture: Mixture, options: argparse
     print(f"{name}, seed {seed} ...", flush=True)
     place.mkdir(parents=True, exist_ok=True)
     write_text(written, shlex.join(command))
-    _call(*command, log=place / "log.txt")
-
-
-def _call(*command: object, log: Path | None = None) -> None:
-    """Run one of the repository's programmes; what it prints goes to ``log``."""
-    place = log or Path(os.devnull)
-    if log is not None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
-    argv = [sys.executable, str(ROOT / str(command[0])), *map(str, command[1:])]
-    with place.open("w") as output:
-        finished = subprocess.run(argv, stdout=output, stderr=subprocess.PIPE, text=True, env=environment)
-        output.write(finished.stderr)
-    if finished.returncode:
-        reason = (finished.stderr.strip() or "no reason given").splitlines()[-1]
-        raise UserError(
-            f"{command[0]} ended with code {finished.returncode}: {reason}" + (f"; see {log}" if log else "")
-        )
+    call(*command, log=place / "log.txt")
 
 
 def _value(flag: str, argv: Sequence[str]) -> str:

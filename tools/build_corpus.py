@@ -1,17 +1,19 @@
-"""Make a small corpus of several sources from the standard library of this Python, without a download."""
+"""Make a corpus of several sources without a download, from what is installed: documentation, and Python itself."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from megatron_dwm.arguments import parse
-from megatron_dwm.data.corpus import CorpusConfig, build_corpus, table, write_corpus
+from megatron_dwm.data.corpus import CorpusConfig, table, write_corpus
+from megatron_dwm.data.documentation import documentation_corpus
+from megatron_dwm.data.standard_library import standard_library_corpus
 from megatron_dwm.errors import run_cli
 
 
 def main() -> None:
     config = parse(None, {"corpus": CorpusConfig}, description=__doc__)["corpus"]
-    corpus = build_corpus(config)
+    corpus = documentation_corpus(config) if config.documentation else standard_library_corpus(config)
     write_corpus(corpus, Path(config.output))
     print(table(corpus))
 

@@ -7,6 +7,7 @@ import random
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,9 @@ def test_all_arms_on_a_mixture_of_ones_own(mixture: list[object], tmp_path: Path
     assert again.returncode == 0 and json.loads(file.read_text()) == result, "finished runs were made again"
     changed = benefit(*command, *SMALL, "--lr", "1e-3")
     assert changed.returncode == 2 and "was made with other flags" in changed.stderr
+    texts = dict(pairwise(map(str, mixture)))
+    other = benefit(*command, *SMALL, "--target", texts["--test"])
+    assert other.returncode == 2 and "holds data of another mixture" in other.stderr
 
 
 @pytest.mark.parametrize(
@@ -76,6 +80,9 @@ def test_all_arms_on_a_mixture_of_ones_own(mixture: list[object], tmp_path: Path
         (["--data", "none.jsonl", "--target", "t", "--test", "t"], "none.jsonl"),
         (["--seeds", "0"], "--seeds 0"),
         (["--like", "prose"], "--like goes with --data"),
+        (["--data", __file__, "--target", __file__, "--test", __file__, "--like", "good"], "--like good: no file"),
+        (["--data", __file__, "--corpus", "documentation"], "--corpus is about a mixture that is made here"),
+        (["--data", __file__, "--clean"], "--clean is about a mixture that is made here"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], expected: str, tmp_path: Path):

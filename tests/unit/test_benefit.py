@@ -12,6 +12,7 @@ from megatron_dwm.analysis.records import RunRecords
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from benefit import Arm, catches_up, interval, summary, table
+from mixture import CORPORA
 
 
 def run(losses: list[float], *, seconds: float = 1.0) -> RunRecords:
@@ -61,3 +62,9 @@ def test_what_the_arms_do_not_give_is_null():
 def test_the_interval_is_students():
     # Standard deviation 0.1, three values: 4.30 * 0.1 / sqrt(3).
     assert interval([1.0, 1.1, 1.2]) == "1.1000 ± 0.2483"
+
+
+def test_a_mixture_of_documentation_is_of_the_packages_it_names():
+    recipe = CORPORA["documentation"]
+    assert {spec.partition(":")[2] for spec in recipe.flags[1:]} == set(recipe.train)
+    assert sum(recipe.train.values()) == pytest.approx(1) and recipe.target in recipe.train

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dwm.data.corpus import PARTS, CorpusConfig, build_corpus, write_corpus
+from megatron_dwm.data.corpus import PARTS, CorpusConfig, write_corpus
+from megatron_dwm.data.standard_library import standard_library_corpus
 from megatron_dwm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -191,7 +192,7 @@ def small(seed: int = 1) -> CorpusConfig:
 
 
 def test_text_that_modules_share_is_kept_once(tmp_path: Path) -> None:
-    corpus = build_corpus(small(), library(tmp_path))
+    corpus = standard_library_corpus(small(), library(tmp_path))
     texts = [item.text for parts in corpus.values() for documents in parts.values() for item in documents]
     assert sum("This very paragraph" in text for text in texts) <= 1
     assert sum("def shared" in text for text in texts) <= 1
@@ -199,7 +200,7 @@ def test_text_that_modules_share_is_kept_once(tmp_path: Path) -> None:
 
 
 def test_shuffling_keeps_the_words_and_changes_their_order(tmp_path: Path) -> None:
-    corpus = build_corpus(small(), library(tmp_path))
+    corpus = standard_library_corpus(small(), library(tmp_path))
     for documents in corpus["shuffled"].values():
         for document in documents:
             words = document.text.split()
@@ -213,7 +214,7 @@ def test_rerun_writes_the_same_bytes_and_another_seed_others(tmp_path: Path) -> 
     (tmp_path / "library").mkdir()
     root = library(tmp_path / "library")
     for name, seed in (("first", 1), ("again", 1), ("again", 1), ("other", 2)):
-        write_corpus(build_corpus(small(seed), root), tmp_path / name)
+        write_corpus(standard_library_corpus(small(seed), root), tmp_path / name)
 
     def written(name: str) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
@@ -225,7 +226,7 @@ def test_rerun_writes_the_same_bytes_and_another_seed_others(tmp_path: Path) -> 
 
 def test_a_library_without_sources_is_an_error_of_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no text is left for prose\.train; lower --heldout-bytes 200000"):
-        build_corpus(CorpusConfig(output="x"), tmp_path)
+        standard_library_corpus(CorpusConfig(output="x"), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,113 @@
+"""The data of a comparison: sources, a target set and a held-out test set, tokenized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from programmes import call
+
+from megatron_dwm.errors import UserError
+from megatron_dwm.files import write_text
+
+
+class Recipe(NamedTuple):
+    """A mixture that is made here, of what is installed."""
+
+    flags: tuple[str, ...]
+    """Of ``tools/build_corpus.py``."""
+    train: dict[str, float]
+    """Share of the tokens by source."""
+    target: str
+    """The source whose held-out parts are target and test."""
+
+
+CORPORA = {
+    # Half of it is characters in random order, which teach nothing.
+    "library": Recipe(("--shuffle", "characters"), {"prose": 0.2, "code": 0.3, "shuffled": 0.5}, "prose"),
+    # All of it is good text, but most of it is in another language than the target.
+    "documentation": Recipe(
+        ("--documentation", "debian:libreoffice-help-de", "debian:sqlite3-doc", "debian:cmake-doc", "pypi:torch"),
+        {"libreoffice-help-de": 0.2, "sqlite3-doc": 0.25, "cmake-doc": 0.3, "torch": 0.25},
+        "libreoffice-help-de",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Tokenized data of a comparison."""
+
+    tokenizer: Path
+    train: dict[str, float]
+    """Weight in the blend by dataset prefix."""
+    target: Path
+    test: Path
+    like_target: list[str]
+    """Names of the sources that an oracle would train on."""
+
+
+def made_mixture(folder: Path, corpus: str, vocab_size: int, *, clean: bool) -> Mixture:
+    """The mixture of ``CORPORA``; if ``clean``, training data is the target's source alone.
+
+    Raises:
+        UserError: a package is not installed, or ``folder`` holds other data.
+    """
+    recipe = CORPORA[corpus]
+    _claim(folder, repr((recipe, vocab_size)))
+    texts = {name: folder / "corpus" / f"{name}.train.jsonl" for name in recipe.train}
+    if not all(path.is_file() for path in texts.values()):
+        call("tools/build_corpus.py", "--output", folder / "corpus", *recipe.flags)
+    target, test = (folder / "corpus" / f"{recipe.target}.{part}.jsonl" for part in ("target", "test"))
+    mixture = _tokenized(folder, texts, list(recipe.train.values()), target, test, vocab_size)
+    if not clean:
+        return replace(mixture, like_target=[recipe.target])
+    return replace(mixture, train={_prefix(folder, recipe.target): 1.0})
+
+
+def own_mixture(
+    folder: Path, texts: Sequence[Path], parts: Sequence[float], target: Path, test: Path, vocab_size: int
+) -> Mixture:
+    """A mixture of a user's own JSONL files: a source each, with these parts of the tokens, by size if there are none.
+
+    Raises:
+        UserError: ``folder`` holds other data.
+    """
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (*texts, target, test)]
+    _claim(folder, repr((files, vocab_size)))
+    sizes = [path.stat().st_size for path in texts]
+    return _tokenized(folder, {path.stem: path for path in texts}, parts or sizes, target, test, vocab_size)
+
+
+def _claim(folder: Path, description: str) -> None:
+    """Refuse a folder whose data was made of something else."""
+    written = folder / "mixture.txt"
+    if written.is_file() and written.read_text() != description:
+        raise UserError(f"--output {folder} holds data of another mixture; give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(written, description)
+
+
+def _tokenized(
+    folder: Path, texts: dict[str, Path], parts: Sequence[float], target: Path, test: Path, vocab_size: int
+) -> Mixture:
+    """Train a tokenizer on the training texts, and make datasets of all; what is there is kept."""
+    tokenizer = folder / "tokenizer.model"
+    if not tokenizer.is_file():
+        prefix = folder / "tokenizer"
+        call(
+            "tools/train_tokenizer.py",
+            *("--input", *texts.values(), "--output-prefix", prefix, "--vocab-size", vocab_size),
+        )
+    flags = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer, "--append-eod")
+    for name, text in {**texts, "target": target, "test": test}.items():
+        if not Path(_prefix(folder, name) + ".idx").is_file():
+            call("tools/preprocess_data.py", "--input", text, "--output-prefix", folder / "data" / name, *flags)
+    train = {_prefix(folder, name): part for name, part in zip(texts, parts, strict=True)}
+    return Mixture(tokenizer, train, Path(_prefix(folder, "target")), Path(_prefix(folder, "test")), [])
+
+
+def _prefix(folder: Path, name: str) -> str:
+    return str(folder / "data" / f"{name}_text_document")
