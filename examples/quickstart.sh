@@ -65,6 +65,7 @@ else
         --dwm-valid-data-path "$RUN/data/target/prose_text_document" \
         --dwm-target-batch-size 128 --dwm-warmup-iters $((ITERATIONS * 3 / 8)) --dwm-num-stages 4 --dwm-update-interval 8 \
         --dwm-init-from lm --dwm-num-layers 2 --dwm-lr 1e-3 --dwm-weighter-steps 8 --dwm-kl-weight 2 \
+        --dwm-alignment finite-difference \
         --save "$SAVE" --load "$SAVE" --save-interval 80 --eval-interval 40 --eval-iters 4 --log-interval 10 \
         --tensorboard-dir "$RUN/tensorboard" --num-workers 0
 fi

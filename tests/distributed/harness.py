@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.runtime.device import select_device
+from tests.turns import several_processes
 
 Result = TypeVar("Result")
 
@@ -40,6 +41,11 @@ def run_distributed(fn: Callable[..., Result], world_size: int, *args: Any) -> l
         Exception: the error of the worker that failed first, with its traceback as the cause. The other
             workers are ended.
     """
+    with several_processes:
+        return _run(fn, world_size, args)
+
+
+def _run(fn: Callable[..., Result], world_size: int, args: tuple[Any, ...]) -> list[Result]:
     context = multiprocessing.get_context("fork")
     # The workers inherit the bound socket, so nobody can take its port before rank 0 listens on it.
     listener = socket.socket()

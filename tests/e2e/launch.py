@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_dwm.errors import run_cli
 from megatron_dwm.runtime.distributed import free_port
 from megatron_dwm.training import build  # noqa: F401  imported here so that the processes inherit it
 from tests.distributed.harness import become_rank
+from tests.turns import several_processes
 
 LANGUAGE_MODEL = {
     "--num-layers": 4,
@@ -91,10 +93,11 @@ def pretrain(
     workers = [
         context.Process(target=_work, args=(rank, processes, port, argv, folder, main)) for rank in range(processes)
     ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with several_processes if processes > 1 else nullcontext():
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
     return Finished(
         [worker.exitcode or 0 for worker in workers],
         [(folder / f"rank{rank}.out").read_text() for rank in range(processes)],

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from megatron_dwm.runtime.distributed import free_port
 from tests.e2e.slurm.cluster import Cluster, running_cluster
+from tests.turns import several_processes
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "examples" / "pretrain_1b_dwm.sh"
@@ -77,9 +78,10 @@ def test_the_submitted_script_trains_stops_and_continues_from_its_checkpoint(clu
     }
 
     def submit(*arguments: str) -> str:
-        job = cluster.run_job(
-            SCRIPT, *arguments, options=["--ntasks-per-node=4"], folder=tmp_path, environment=environment
-        )
+        with several_processes:
+            job = cluster.run_job(
+                SCRIPT, *arguments, options=["--ntasks-per-node=4"], folder=tmp_path, environment=environment
+            )
         assert job.state == "COMPLETED", job.log
         return job.log
 
