@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -15,9 +16,21 @@ from typing import Any
 import pretrain_dwm
 from megatron_dwm.errors import run_cli
 from megatron_dwm.runtime.distributed import free_port
-from megatron_dwm.training import build  # noqa: F401  imported here so that the processes inherit it
 from tests.distributed.harness import become_rank
 from tests.turns import several_processes
+
+# What a run imports on its way, here so that its processes inherit it: two seconds each.
+for module in (
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.tokenizers.text.utils.build_tokenizer",
+    "megatron_dwm.data.gpt_dataset",
+    "megatron_dwm.model.hf_weights",
+    "megatron_dwm.training.build",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.modernbert.modeling_modernbert",
+):
+    importlib.import_module(module)
 
 LANGUAGE_MODEL = {
     "--num-layers": 4,
