@@ -149,7 +149,7 @@ def measure_modes(modes: Modes, options: OverheadConfig) -> dict[str, Any]:
 
 def measure_passes(modes: Modes, repeats: int) -> dict[str, float]:
     """The alignment pass against a plain forward-backward of the same samples."""
-    schedule, outer, trainer = modes.bilevel.schedule, modes.outer, modes.bilevel
+    schedule, passes, trainer = modes.bilevel.schedule, modes.outer.passes, modes.bilevel
     batch, micro = trainer.readers.train.next(), modes.config.training.micro_batch
 
     def forward_backward(size: int) -> None:
@@ -159,10 +159,10 @@ def measure_passes(modes: Modes, repeats: int) -> dict[str, float]:
         schedule.run(batch, size)
 
     with schedule.whole_parameters(), schedule.deterministic():
-        _, direction = outer.target_gradient(batch)
+        _, direction = passes.gradient(batch)
         times = take_turns(
             {
-                "align": lambda: outer.align(batch, direction),
+                "align": lambda: passes.align(batch, direction),
                 "single": partial(forward_backward, 1),
                 "micro": partial(forward_backward, micro),
             },
@@ -184,8 +184,8 @@ def measured_parts(modes: Modes, repeats: int) -> dict[str, float]:
             (training_loop, "train_step", "training step"),
             (modes.weighting, "weigh", "scoring"),
             (modes.frozen.weighting, "weigh", "scoring"),
-            (modes.outer, "target_gradient", "target pass"),
-            (modes.outer, "align", "alignment pass"),
+            (modes.outer.passes, "gradient", "target pass"),
+            (modes.outer.passes, "align", "alignment pass"),
             (ParameterCopy, "__init__", "parameter copy"),
             (ParameterCopy, "swap", "parameter copy"),
             (modes.weighter, "step", "weighter steps"),

@@ -29,6 +29,7 @@ from megatron_dwm.weighting.data_weighting import DataWeighting
 from megatron_dwm.weighting.exchange import SampleExchange
 from megatron_dwm.weighting.export import WeighterExporter
 from megatron_dwm.weighting.outer import OuterUpdate
+from megatron_dwm.weighting.passes import AlignmentPasses
 from megatron_dwm.weighting.stages import StageSchedule, bilevel_stages, frozen_stages
 from megatron_dwm.weighting.transfer import (
     check_language_model_init,
@@ -193,9 +194,8 @@ def _build_weighting(
         return Weighter(classifier_from_json(hf_config), settings, device, bf16=config.optimizer.bf16)
 
     def make_outer_update(weighter: Weighter) -> OuterUpdate:
-        return OuterUpdate(
-            settings, schedule, objects.optimizer, weighter, exchange, layout, config.training.micro_batch
-        )
+        passes = AlignmentPasses(settings, schedule, objects.optimizer, layout, config.training.micro_batch)
+        return OuterUpdate(settings, passes, weighter, exchange)
 
     consumed = state["consumed_target_samples"] if state is not None else 0
     weighting = DataWeighting(

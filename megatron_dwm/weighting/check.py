@@ -24,7 +24,7 @@ from megatron_dwm.runtime.metrics import say
 from megatron_dwm.runtime.parameters import ParameterCopy
 from megatron_dwm.weighting.alignment import shift
 from megatron_dwm.weighting.exchange import SampleExchange
-from megatron_dwm.weighting.outer import OuterUpdate
+from megatron_dwm.weighting.passes import AlignmentPasses
 from megatron_dwm.weighting.preconditioner import knows_preconditioner
 from megatron_dwm.weighting.weights import relative_weights, target_score_gradient
 
@@ -75,9 +75,8 @@ def check_at_start(
     if unknown:
         config = replace(config, dwm_preconditioner="none")
     layout = exchange.layout
-    no_weighter: Any = None  # only the passes are wanted; there may be no weighter yet
-    outer = OuterUpdate(config, schedule, optimizer, no_weighter, exchange, layout, micro_batch_size)
-    result = check_hypergradient(outer, batch, target)
+    passes = AlignmentPasses(config, schedule, optimizer, layout, micro_batch_size)
+    result = check_hypergradient(passes, exchange, batch, target)
     if not result.passed:
         raise UserError(
             f"--dwm-check: {result}; the weighter would learn from wrong alignments: find out which kernel, fusion or "
@@ -88,31 +87,33 @@ def check_at_start(
         say(f" > --dwm-check: {result}{with_what}")
 
 
-def check_hypergradient(outer: OuterUpdate, batch: Batch, target: Batch) -> HypergradientCheck:
+def check_hypergradient(
+    passes: AlignmentPasses, exchange: SampleExchange, batch: Batch, target: Batch
+) -> HypergradientCheck:
     """Hold the closed form against central differences; every rank calls it and finds the same.
 
     Args:
-        outer: makes the passes; its weighter is not asked. Parameters are restored, gradient buffers left empty.
+        passes: of the run. Parameters are restored, gradient buffers left empty.
         batch: this replica's training samples [n].
         target: this replica's target samples.
 
     Raises:
         UserError: the hypergradient is zero or not finite, so there is nothing to compare.
     """
-    return _Check(outer, batch, target).run()
+    return _Check(passes, exchange, batch, target).run()
 
 
 class _Check:
-    def __init__(self, outer: OuterUpdate, batch: Batch, target: Batch) -> None:
-        self.outer, self.batch, self.target = outer, batch, target
-        self.temperature = outer.config.dwm_temperature
+    def __init__(self, passes: AlignmentPasses, exchange: SampleExchange, batch: Batch, target: Batch) -> None:
+        self.passes, self.exchange, self.batch, self.target = passes, exchange, batch, target
+        self.temperature = passes.config.dwm_temperature
         generator = torch.Generator().manual_seed(0)
-        draws = torch.randn(2, outer.exchange.share.all_samples, generator=generator, dtype=torch.float64)
+        draws = torch.randn(2, exchange.share.all_samples, generator=generator, dtype=torch.float64)
         self.scores = 0.5 * self.temperature * draws[0]
         self.signs = draws[1].sign()
 
     def run(self) -> HypergradientCheck:
-        schedule = self.outer.schedule
+        schedule = self.passes.schedule
         with schedule.whole_parameters(), schedule.deterministic():
             self.here = ParameterCopy(schedule.chunks)
             try:
@@ -142,17 +143,17 @@ class _Check:
     def _closed_form(self, step_size: float) -> torch.Tensor:
         """∂ l_target(θ') / ∂ s_i per unit of η [N]."""
         self._step(self.scores, step_size)
-        _, direction = self.outer.target_gradient(self.target)
+        _, direction = self.passes.gradient(self.target)
         self.here.restore()
-        alignments = self.outer.align(self.batch, direction) * self._token_shares(self.batch)
-        everywhere = self.outer.exchange.gather_replicas(alignments).cpu()
+        alignments = self.passes.align(self.batch, direction) * self._token_shares(self.batch)
+        everywhere = self.exchange.gather_replicas(alignments).cpu()
         return target_score_gradient(everywhere, self.scores, self.temperature, learning_rate=1.0)
 
     def _loss_after_step(self, scores: torch.Tensor, step_size: float) -> float:
         self._step(scores, step_size)
-        schedule, layout, target = self.outer.schedule, self.outer.layout, self.target
+        schedule, layout, target = self.passes.schedule, self.passes.layout, self.target
         with torch.no_grad():
-            losses = schedule.run(target, self.outer.micro_batch_size, forward_only=True)
+            losses = schedule.run(target, self.passes.micro_batch_size, forward_only=True)
         self.here.restore()
         means = schedule.share_losses(losses, len(target)).mean.double()
         mean = (means * self._token_shares(target)).mean()
@@ -161,18 +162,18 @@ class _Check:
 
     def _step(self, scores: torch.Tensor, step_size: float) -> None:
         """θ to θ' = θ - η P ∇ Σ w_i l_i."""
-        weights = self.outer.exchange.replica_part(relative_weights(scores, self.temperature))
-        _, gradient = self.outer.gradient(self.batch, weights.to(self.batch.tokens.device))
+        weights = self.exchange.replica_part(relative_weights(scores, self.temperature))
+        _, gradient = self.passes.gradient(self.batch, weights.to(self.batch.tokens.device))
         shift(gradient, -step_size)
 
     def _token_shares(self, batch: Batch) -> torch.Tensor:
         """What each sample's mean loss counts in the reduction [n]: 1 where samples have equally many tokens."""
         tokens = batch.loss_mask.sum(dim=1, dtype=torch.float64)
-        if self.outer.schedule.config.calculate_per_token_loss:
+        if self.passes.schedule.config.calculate_per_token_loss:
             mean = tokens.mean()
-            dist.all_reduce(mean, group=self.outer.layout.dp_group)
-            return tokens * self.outer.layout.dp_size / mean
-        micros = tokens.view(-1, self.outer.micro_batch_size)
+            dist.all_reduce(mean, group=self.passes.layout.dp_group)
+            return tokens * self.passes.layout.dp_size / mean
+        micros = tokens.view(-1, self.passes.micro_batch_size)
         return (micros / micros.mean(dim=1, keepdim=True).clamp(min=1)).flatten()
 
 

@@ -123,7 +123,7 @@ class DataWeighting:
         self.outer_updates += 1
         index = self.exchange.gather_replicas(batch.index).tolist()
         source = self.exchange.gather_replicas(batch.source).tolist()
-        shared = self.outer.schedule.share_losses(losses, len(batch)).mean
+        shared = self.outer.passes.schedule.share_losses(losses, len(batch)).mean
         loss = self.exchange.gather_replicas(shared).tolist()
         return self._record(iteration, index, source, loss, weights, result)
 
@@ -145,7 +145,7 @@ class DataWeighting:
     def _skipped(self, iteration: int) -> dict[str, Any]:
         assert self.outer is not None
         if self.exchange.layout.is_first:
-            scale = float(self.outer.optimizer.get_loss_scale())
+            scale = float(self.outer.passes.optimizer.get_loss_scale())
             say(f" > outer update of iteration {iteration} skipped: an alignment is not finite at loss scale {scale:g}")
         return {"kind": "skipped_outer_update", "iteration": iteration, "stage": self.stages.stage(iteration)}
 

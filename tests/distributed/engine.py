@@ -26,6 +26,7 @@ from megatron_dwm.runtime.distributed import Layout, current_layout, set_seeds
 from megatron_dwm.training.optimizer import build_optimizer
 from megatron_dwm.weighting.exchange import SampleExchange
 from megatron_dwm.weighting.outer import OuterUpdate
+from megatron_dwm.weighting.passes import AlignmentPasses
 
 SEQ_LENGTH = 12
 VOCAB_SIZE = 64
@@ -86,11 +87,12 @@ class Engine:
     schedule: PipelineSchedule
     exchange: SampleExchange
 
-    def outer(self, weighter: Any = None) -> OuterUpdate:
-        micro = self.config.training.micro_batch
-        return OuterUpdate(
-            self.config.weighting, self.schedule, self.optimizer, weighter, self.exchange, self.layout, micro
-        )
+    def passes(self, kind: type[AlignmentPasses] = AlignmentPasses) -> AlignmentPasses:
+        settings, micro = self.config.weighting, self.config.training.micro_batch
+        return kind(settings, self.schedule, self.optimizer, self.layout, micro)
+
+    def outer(self, weighter: Any) -> OuterUpdate:
+        return OuterUpdate(self.config.weighting, self.passes(), weighter, self.exchange)
 
     def batch(self, tokens: torch.Tensor, mask: torch.Tensor) -> Batch:
         """This replica's part of global ``tokens`` [N, s + 1] and ``mask`` [N, s]."""

@@ -16,7 +16,7 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.alignment import Direction
 from megatron_dwm.weighting.check import BOUND, HypergradientCheck, check_at_start, check_hypergradient
-from megatron_dwm.weighting.outer import OuterUpdate
+from megatron_dwm.weighting.passes import AlignmentPasses
 from tests.distributed.engine import (
     GPT,
     LAYOUTS,
@@ -47,7 +47,7 @@ def batches(engine: Engine, mask: torch.Tensor) -> tuple[Batch, Batch]:
 
 
 def checked(
-    flags: list[str], steps: int, mask: torch.Tensor, kind: type[OuterUpdate] = OuterUpdate
+    flags: list[str], steps: int, mask: torch.Tensor, kind: type[AlignmentPasses] = AlignmentPasses
 ) -> tuple[HypergradientCheck, bool]:
     """What a check after ``steps`` training steps finds, and whether it changed anything."""
     engine = build_engine([*flags, *([] if steps else ["--dwm-preconditioner", "none"])])
@@ -55,8 +55,7 @@ def checked(
     for _ in range(steps):
         train_step(engine.schedule, engine.optimizer, _NoSchedule(), batch, 2, None, engine.layout)
     before = fingerprint(engine) if not engine.config.parallel.overlap_param_gather else None
-    outer = kind(engine.config.weighting, engine.schedule, engine.optimizer, None, engine.exchange, engine.layout, 2)
-    found = check_hypergradient(outer, batch, target)
+    found = check_hypergradient(engine.passes(kind), engine.exchange, batch, target)
     return found, before is None or fingerprint(engine) == before
 
 
@@ -85,35 +84,35 @@ def test_it_passes_with_other_flags(steps: int, flags: list[str], mask: torch.Te
         assert unchanged and found.error < tolerance
 
 
-class SamplesMixedUp(OuterUpdate):
+class SamplesMixedUp(AlignmentPasses):
     def align(self, batch: Batch, direction: Direction) -> torch.Tensor:
         return super().align(batch, direction).roll(1)
 
 
-class WithoutTheFirstParameter(OuterUpdate):
+class WithoutTheFirstParameter(AlignmentPasses):
     def align(self, batch: Batch, direction: Direction) -> torch.Tensor:
         first = next(iter(direction))
         return super().align(batch, {**direction, first: torch.zeros_like(direction[first])})
 
 
-class TwiceAsLarge(OuterUpdate):
+class TwiceAsLarge(AlignmentPasses):
     def align(self, batch: Batch, direction: Direction) -> torch.Tensor:
         return 2 * super().align(batch, direction)
 
 
-class OfOneSampleMissing(OuterUpdate):
+class OfOneSampleMissing(AlignmentPasses):
     def align(self, batch: Batch, direction: Direction) -> torch.Tensor:
         alignments = super().align(batch, direction)
         alignments[0] = alignments[1:].mean()
         return alignments
 
 
-class WeightsMixedUp(OuterUpdate):
+class WeightsMixedUp(AlignmentPasses):
     def gradient(self, batch: Batch, sample_scale: torch.Tensor | None = None) -> tuple[float, Direction]:
         return super().gradient(batch, None if sample_scale is None else sample_scale.flip(0))
 
 
-class LossThatIgnoresWeights(OuterUpdate):
+class LossThatIgnoresWeights(AlignmentPasses):
     def gradient(self, batch: Batch, sample_scale: torch.Tensor | None = None) -> tuple[float, Direction]:
         return super().gradient(batch)
 
@@ -129,7 +128,7 @@ class LossThatIgnoresWeights(OuterUpdate):
         LossThatIgnoresWeights,
     ],
 )
-def test_it_notices_an_alignment_or_a_step_that_is_wrong(kind: type[OuterUpdate]):
+def test_it_notices_an_alignment_or_a_step_that_is_wrong(kind: type[AlignmentPasses]):
     for found, unchanged in run_distributed(checked, 2, LLAMA, 0, random_mask(2), kind):
         assert unchanged and not found.passed and found.error > 1.5 * BOUND
 

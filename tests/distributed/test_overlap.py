@@ -39,7 +39,7 @@ def after_steps(flags: list[str]) -> list[tuple[bool, bool, HfState, HfState]]:
     The first pass of a run reduces when all is done, later ones as the gradients come.
     """
     engine = build_engine([*flags, "--dwm-preconditioner", "none"])
-    outer, seen = engine.outer(), []
+    passes, seen = engine.passes(), []
     target = engine.batch(random_tokens(5), random_mask(6))
     for number in range(2):
         batch = engine.batch(random_tokens(number), random_mask(2))
@@ -49,7 +49,7 @@ def after_steps(flags: list[str]) -> list[tuple[bool, bool, HfState, HfState]]:
         copy = ParameterCopy(engine.chunks)
         with engine.schedule.whole_parameters(), engine.schedule.deterministic():
             whole = [param.clone() for param in params]
-            _, direction = outer.target_gradient(target)
+            _, direction = passes.gradient(target)
             state, v = engine.parameters(), engine.named(dict(direction))
             for param in params:
                 param.zero_()
