@@ -89,3 +89,11 @@ def test_a_mistake_is_one_line(arguments: list[str], expected: str, tmp_path: Pa
     finished = benefit("--output", tmp_path, *arguments)
     assert finished.returncode == 2
     assert len(finished.stderr.splitlines()) == 1 and expected in finished.stderr
+
+
+def test_documentation_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "status").touch()  # a machine on which dpkg has installed nothing
+    monkeypatch.setenv("DPKG_ADMINDIR", str(tmp_path))
+    finished = benefit("--output", tmp_path / "out", "--corpus", "documentation")
+    assert finished.returncode == 2 and len(finished.stderr.splitlines()) == 1
+    assert "debian:libreoffice-help-de: not installed; apt-get install libreoffice-help-de" in finished.stderr
