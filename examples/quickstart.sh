@@ -50,6 +50,7 @@ if [[ -d $SAVE/weighter/$NAME && -f $LATEST && $(<"$LATEST") == "$ITERATIONS" ]]
 else
     # So short a run has some 20 outer updates: the weighter learns faster than by default, and is held nearer to uniform.
     # The target set is prose; two thirds of the training data are of little use to it. Evaluation is on other prose.
+    # Finite differences: two passes over a batch align its samples, where the exact way passes each by itself.
     train=()
     for part in 0.2:prose 0.3:code 0.1:comments 0.4:shuffled; do
         train+=("${part%%:*}" "$RUN/data/train/${part##*:}_text_document")
