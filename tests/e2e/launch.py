@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import multiprocessing
@@ -10,8 +11,13 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
 
 import pretrain_dwm
 from megatron_dwm.errors import run_cli
@@ -103,8 +109,10 @@ def pretrain(
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("fork")
     port = free_port()
+    manager = _checkpoint_manager()
     workers = [
-        context.Process(target=_work, args=(rank, processes, port, argv, folder, main)) for rank in range(processes)
+        context.Process(target=_work, args=(rank, processes, port, argv, folder, main, manager))
+        for rank in range(processes)
     ]
     with several_processes if processes > 1 else nullcontext():
         for worker in workers:
@@ -130,11 +138,32 @@ def records(path: Path, kind: str) -> list[dict[str, Any]]:
     return [record for line in path.read_text().splitlines() if (record := json.loads(line))["kind"] == kind]
 
 
-def _work(rank: int, world_size: int, port: int, argv: list[str], folder: Path, main: Callable[[], None]) -> None:
+@functools.cache
+def _checkpoint_manager() -> SyncManager:
+    """The process that megatron-core keeps a rank's list of written files in.
+
+    megatron-core starts one at each rank's first checkpoint, and that process imports torch to hold the first entry;
+    this one has done so once for all runs.
+    """
+    manager = multiprocessing.get_context("spawn").Manager()
+    manager.Queue().put(WriteResult(MetadataIndex("any"), size_in_bytes=0, storage_data=None))
+    return manager
+
+
+def _work(
+    rank: int,
+    world_size: int,
+    port: int,
+    argv: list[str],
+    folder: Path,
+    main: Callable[[], None],
+    manager: SyncManager,
+) -> None:
     for descriptor, name in ((1, "out"), (2, "err")):
         file = os.open(folder / f"rank{rank}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(file, descriptor)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     become_rank(rank, world_size, port)
+    filesystem_async._results_queue = manager.Queue()
     sys.argv = ["pretrain_dwm.py", *argv]
     run_cli(main, speaks=rank == 0)
