@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.run import parse_run
 from megatron_dwm.errors import run_cli
-from megatron_dwm.runtime.agreement import Agreement
 from megatron_dwm.runtime.device import environment_rank, require_megatron_core, select_device
+from megatron_dwm.runtime.startup_sync import Agreement
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         if device.type == "cpu":  # advice on CUDA's queues
             warnings.filterwarnings("ignore", message=".*async grad allreduce.*")
 
-    from megatron_dwm.training.build import build_trainer, read_inputs
+    from megatron_dwm.training.setup import build_trainer, read_inputs
 
     with agreement.phase("inputs"):
         inputs = read_inputs(config, reads_data=rank == 0)

@@ -24,10 +24,10 @@ from typing import Any
 from mixture import CORPORA, Mixture, made_mixture, own_mixture
 from programmes import call
 
-from megatron_dwm.analysis.figures import save_png
+from megatron_dwm.analysis.plots import save_png
 from megatron_dwm.analysis.records import RunRecords, read_run
+from megatron_dwm.atomic_write import write_text
 from megatron_dwm.errors import UserError, run_cli
-from megatron_dwm.files import write_text
 
 ARMS = ("uniform", "random", "loss", "shuffled", "bilevel", "frozen", "continued", "oracle")
 FROM_ANOTHER_RUN = ("frozen", "continued")

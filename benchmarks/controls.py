@@ -16,9 +16,9 @@ import torch.distributed as dist
 from megatron_dwm.config.run import parse_run
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.errors import UserError, run_cli
-from megatron_dwm.runtime.agreement import Agreement
 from megatron_dwm.runtime.device import environment_rank, select_device
-from megatron_dwm.training.build import build_trainer, read_inputs
+from megatron_dwm.runtime.startup_sync import Agreement
+from megatron_dwm.training.setup import build_trainer, read_inputs
 from megatron_dwm.weighting.data_weighting import BatchWeights, DataWeighting
 from megatron_dwm.weighting.weights import relative_weights, standardised
 

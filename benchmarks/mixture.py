@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from programmes import call
 
+from megatron_dwm.atomic_write import write_text
 from megatron_dwm.errors import UserError
-from megatron_dwm.files import write_text
 
 
 class Recipe(NamedTuple):

@@ -13,7 +13,7 @@ from megatron_dwm.data.batch import Batch
 from megatron_dwm.errors import UserError
 from megatron_dwm.training.trainer import Trainer
 from megatron_dwm.weighting.data_weighting import DataWeighting
-from megatron_dwm.weighting.stages import frozen_stages
+from megatron_dwm.weighting.stage_schedule import frozen_stages
 
 SETTLING_STEPS = 3  # first steps allocate, and Adam's preconditioner needs one
 

@@ -36,18 +36,18 @@ from measuring import Stopwatch, paired_ratio, peak_and_retained, seconds, take_
 from modes import SETTLING_STEPS, Modes
 from overhead_report import PARTS, table
 
-from megatron_dwm.arguments import OneLineParser, add_flags, build, flag, require_at_least
+from megatron_dwm.atomic_write import write_text
+from megatron_dwm.config.flags import OneLineParser, add_flags, build, flag, require_at_least
 from megatron_dwm.config.run import RunConfig, parse_run
 from megatron_dwm.errors import UserError, run_cli
-from megatron_dwm.files import write_text
 from megatron_dwm.model.flops import outer_update_flops, scoring_flops, training_flops
-from megatron_dwm.runtime.agreement import Agreement
+from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.runtime.device import environment_rank, require_megatron_core, select_device
-from megatron_dwm.runtime.parameters import ParameterCopy
+from megatron_dwm.runtime.startup_sync import Agreement
 from megatron_dwm.training import trainer as training_loop
-from megatron_dwm.training.build import build_trainer, read_inputs
+from megatron_dwm.training.setup import build_trainer, read_inputs
 from megatron_dwm.training.trainer import Trainer
-from megatron_dwm.weighting.alignment import held_for_all
+from megatron_dwm.weighting.bilevel.alignment import held_for_all
 
 DEFAULT_RUN = (
     "--num-layers 8 --hidden-size 256 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256 "

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_dwm.arguments import parse
-from megatron_dwm.data.corpus import CorpusConfig, table, write_corpus
-from megatron_dwm.data.documentation import documentation_corpus
-from megatron_dwm.data.standard_library import standard_library_corpus
+from megatron_dwm.config.flags import parse
+from megatron_dwm.corpora.corpus import CorpusConfig, table, write_corpus
+from megatron_dwm.corpora.documentation import documentation_corpus
+from megatron_dwm.corpora.standard_library import standard_library_corpus
 from megatron_dwm.errors import run_cli
 
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.arguments import build, flag, flags_of, read
+from megatron_dwm.atomic_write import written_folder
 from megatron_dwm.config.checkpoint import CheckpointConfig
+from megatron_dwm.config.checkpoint_args import effective_arguments, read_arguments
+from megatron_dwm.config.flags import build, flag, flags_of, read
 from megatron_dwm.config.model import ModelConfig
-from megatron_dwm.config.saved import effective_arguments, read_arguments
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError, run_cli
-from megatron_dwm.files import written_folder
 
 MODEL_KEYS = "embedding.", "decoder.", "output_layer."
 
@@ -52,7 +52,7 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> None:
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from megatron_dwm.data.tokenizer import build_tokenizer, save_hf_tokenizer
+    from megatron_dwm.data.tokenizers import build_tokenizer, save_hf_tokenizer
     from megatron_dwm.model.hf import causal_language_model
 
     folder = _checkpoint_folder(config)

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.arguments import argv_of, flag, flags_of, parse, require_at_least
+from megatron_dwm.atomic_write import write_text, written_folder
+from megatron_dwm.config.flags import argv_of, flag, flags_of, parse, require_at_least
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import PARTS
 from megatron_dwm.errors import UserError, run_cli
-from megatron_dwm.files import write_text, written_folder
 
 ITERATION = 1  # Megatron-LM takes 0 for a mistake
 
@@ -45,7 +45,7 @@ def import_model(config: ImportConfig) -> ModelConfig:
     Raises:
         UserError: no such model, an architecture that is not trained here, or there are checkpoints already.
     """
-    from megatron_dwm.data.tokenizer import padded_vocab_size
+    from megatron_dwm.data.tokenizers import padded_vocab_size
     from megatron_dwm.model.hf_weights import from_hf_state_dict
     from megatron_dwm.training.checkpoint import TRACKER, iteration_folder
 
@@ -113,7 +113,7 @@ def write_checkpoint(folder: Path, full_state: dict[str, torch.Tensor], argument
     import torch.distributed.checkpoint as dcp
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
-    from megatron_dwm.training.state import VERSION
+    from megatron_dwm.training.train_state import VERSION
 
     dcp.save({**full_state, **_empty_extra_states(arguments["num_layers"])}, checkpoint_id=str(folder))
     common = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dwm.analysis.figures import save_png, training_figure
+from megatron_dwm.analysis.plots import save_png, training_figure
 from megatron_dwm.analysis.records import read_run
-from megatron_dwm.arguments import flag, parse
+from megatron_dwm.config.flags import flag, parse
 from megatron_dwm.errors import UserError, run_cli
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_dwm.analysis.page import Example, make_report, read_benefit, write_page
 from megatron_dwm.analysis.preference import WeighedSamples, evenly_spaced_updates, extremes, weighed_samples
 from megatron_dwm.analysis.records import RunRecords, read_run
-from megatron_dwm.arguments import flag, parse, require_at_least
+from megatron_dwm.config.flags import flag, parse, require_at_least
 from megatron_dwm.errors import UserError, run_cli
 
 LONGEST_TEXT = 800  # characters of a sample that the page shows

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import warnings
 
-from megatron_dwm.arguments import parse
-from megatron_dwm.config.refused import why_refused
+from megatron_dwm.config.flags import parse
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.data.preprocess import PreprocessConfig, preprocess
+from megatron_dwm.config.unsupported_flags import why_refused
+from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
 from megatron_dwm.errors import run_cli
 
 

@@ -14,8 +14,8 @@ from typing import Literal
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from megatron_dwm.arguments import flag, parse
-from megatron_dwm.data.preprocess import input_files, read_lines
+from megatron_dwm.config.flags import flag, parse
+from megatron_dwm.corpora.preprocess import input_files, read_lines
 from megatron_dwm.errors import UserError, run_cli
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dwm.arguments import Flag, flag, flags_of, parse, title_of
-from megatron_dwm.config.refused import REFUSED
+from megatron_dwm.atomic_write import write_text
+from megatron_dwm.config.flags import Flag, flag, flags_of, parse, title_of
 from megatron_dwm.config.run import PARTS
+from megatron_dwm.config.unsupported_flags import REFUSED
 from megatron_dwm.errors import run_cli
-from megatron_dwm.files import write_text
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
 INTRODUCTION = """\

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_dwm.analysis import figures
+from megatron_dwm.analysis import plots
 from megatron_dwm.analysis.preference import (
     Correlations,
     Quarter,
@@ -121,19 +121,19 @@ def make_report(
 
 def draw(report: Report) -> dict[str, Callable[[], Any]]:
     """What draws the page's figures, by the name of their file."""
-    drawn: dict[str, Callable[[], Any]] = {"losses": partial(figures.losses_figure, report.run)}
+    drawn: dict[str, Callable[[], Any]] = {"losses": partial(plots.losses_figure, report.run)}
     if any("effective_sample_size" in step for step in report.run.steps):
-        drawn["weights"] = partial(figures.weights_figure, report.run)
+        drawn["weights"] = partial(plots.weights_figure, report.run)
     if report.run.sources:
-        drawn["sources"] = partial(figures.sources_figure, report.run)
+        drawn["sources"] = partial(plots.sources_figure, report.run)
     if len(report.samples):
         found, columns = report.correlations, report.described
         labels = {name: PROPERTIES[name].label for name in columns}
         drawn["correlations"] = partial(
-            figures.correlations_figure, {labels[name]: by_stage for name, by_stage in found.items()}
+            plots.correlations_figure, {labels[name]: by_stage for name, by_stage in found.items()}
         )
         drawn["quarters"] = partial(
-            figures.quarters_figure, report.samples, {labels[name]: values for name, values in columns.items()}
+            plots.quarters_figure, report.samples, {labels[name]: values for name, values in columns.items()}
         )
     return drawn
 
@@ -144,12 +144,12 @@ def write_page(report: Report, folder: Path) -> Path:
     for name, drawing in draw(report).items():
         variants = {}
         for theme in ("light", "dark"):
-            with figures.theme(theme):
-                variants[theme] = figures.png(drawing())
-        figures.write_bytes(folder / f"{name}.png", variants["light"])
+            with plots.theme(theme):
+                variants[theme] = plots.png(drawing())
+        plots.write_bytes(folder / f"{name}.png", variants["light"])
         images[name] = {theme: _data_uri(content) for theme, content in variants.items()}
     page = folder / "preference.html"
-    figures.write_bytes(page, render(report, images).encode())
+    plots.write_bytes(page, render(report, images).encode())
     return page
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.analysis.preference import distinct, tfidf_similarity
-from megatron_dwm.arguments import build
 from megatron_dwm.config.checkpoint import CheckpointConfig
+from megatron_dwm.config.flags import build
 from megatron_dwm.config.run import PARTS, RunConfig
 from megatron_dwm.errors import UserError
 
@@ -103,8 +103,8 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
 
     from megatron_dwm.config.parallel import ParallelConfig
     from megatron_dwm.data.datasets import build_datasets, data_paths
-    from megatron_dwm.data.tokenizer import build_tokenizer
-    from megatron_dwm.runtime.distributed import initialize
+    from megatron_dwm.data.tokenizers import build_tokenizer
+    from megatron_dwm.runtime.process_groups import initialize
 
     config = saved_run(folder)
     learns = config.weighting.learns
@@ -134,7 +134,7 @@ def saved_run(folder: Path) -> RunConfig:
     Raises:
         UserError: there is no checkpoint, or none of this programme's.
     """
-    from megatron_dwm.config.saved import read_arguments
+    from megatron_dwm.config.checkpoint_args import read_arguments
     from megatron_dwm.training.checkpoint import latest_checkpoint
 
     checkpoint = latest_checkpoint(CheckpointConfig(load=str(folder)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dwm.arguments import flag, require_at_least
+from megatron_dwm.config.flags import flag, require_at_least
 from megatron_dwm.errors import UserError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dwm.arguments import flag
+from megatron_dwm.config.flags import flag
 from megatron_dwm.errors import UserError
 
 

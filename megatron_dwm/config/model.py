@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_dwm.arguments import flag, flags_of, require_at_least, spelled
+from megatron_dwm.config.flags import flag, flags_of, require_at_least, spelled
 from megatron_dwm.errors import UserError
 
 _NEEDED = {

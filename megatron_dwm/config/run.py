@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dwm.arguments import build, parse
 from megatron_dwm.config.checkpoint import CheckpointConfig
+from megatron_dwm.config.checkpoint_args import with_saved_arguments
 from megatron_dwm.config.data import DataConfig
+from megatron_dwm.config.flags import build, parse
 from megatron_dwm.config.logging import LoggingConfig
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.parallel import ParallelConfig
-from megatron_dwm.config.refused import why_refused
-from megatron_dwm.config.saved import with_saved_arguments
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
+from megatron_dwm.config.unsupported_flags import why_refused
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.errors import UserError
 

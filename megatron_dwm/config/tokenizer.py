@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_dwm.arguments import flag, require_at_least
+from megatron_dwm.config.flags import flag, require_at_least
 from megatron_dwm.errors import UserError
 
 TokenizerType = Literal[

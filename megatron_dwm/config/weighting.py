@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dwm.arguments import flag
+from megatron_dwm.config.flags import flag
 from megatron_dwm.errors import UserError
 
 

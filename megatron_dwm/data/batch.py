@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_dwm.runtime.distributed import Layout
+from megatron_dwm.runtime.process_groups import Layout
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.batch import Batch, share_batch
 from megatron_dwm.data.sampler import CyclicSampler, SequentialSampler, Share, ShuffledSampler
 from megatron_dwm.errors import UserError
-from megatron_dwm.runtime.distributed import Layout
+from megatron_dwm.runtime.process_groups import Layout
 
 Blend = tuple[list[str], list[float] | None]
 

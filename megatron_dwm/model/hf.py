@@ -13,7 +13,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.errors import UserError
-from megatron_dwm.model.builder import current_device
+from megatron_dwm.model.gpt import current_device
 from megatron_dwm.model.hf_weights import is_llama, to_hf_state_dict
 from megatron_dwm.model.transformer_config import has_tanh_gelu
 

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_dwm.atomic_write import put_in_place, write_text
 from megatron_dwm.config.checkpoint import CheckpointConfig
+from megatron_dwm.config.checkpoint_args import differing_flag, read_arguments
 from megatron_dwm.config.run import RunConfig
-from megatron_dwm.config.saved import differing_flag, read_arguments
 from megatron_dwm.errors import UserError
-from megatron_dwm.files import put_in_place, write_text
-from megatron_dwm.runtime.distributed import Layout
-from megatron_dwm.runtime.metrics import say, timestamp
+from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.runtime.record_writers import say, timestamp
 from megatron_dwm.training.optimizer import allocate_state, load_optimizer
-from megatron_dwm.training.state import (
+from megatron_dwm.training.train_state import (
     Progress,
     TrainingObjects,
     comparable,

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.data.datasets import BatchReader
-from megatron_dwm.model.schedule import PipelineSchedule
-from megatron_dwm.runtime.distributed import Layout
-from megatron_dwm.runtime.metrics import say
+from megatron_dwm.model.engine import PipelineSchedule
+from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.runtime.record_writers import say
 
 
 @dataclass(frozen=True)

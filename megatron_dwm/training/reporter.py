@@ -12,11 +12,11 @@ import torch
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.model.flops import outer_update_flops, scoring_flops, training_flops
 from megatron_dwm.model.memory import MEBIBYTE, memory_estimate
-from megatron_dwm.runtime.distributed import Layout
-from megatron_dwm.runtime.metrics import JsonLines, LogLine, LossWindow, TensorBoard, say, validation_line
-from megatron_dwm.training.state import Progress
+from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.runtime.record_writers import JsonLines, LogLine, LossWindow, TensorBoard, say, validation_line
 from megatron_dwm.training.step import StepResult
-from megatron_dwm.weighting.health import Finding
+from megatron_dwm.training.train_state import Progress
+from megatron_dwm.weighting.bilevel.health import Finding
 
 
 class Reporter:

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.model.schedule import PipelineSchedule, SampleLosses
-from megatron_dwm.runtime.distributed import Layout
+from megatron_dwm.model.engine import PipelineSchedule, SampleLosses
+from megatron_dwm.runtime.process_groups import Layout
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ import torch.distributed as dist
 
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.model.schedule import PipelineSchedule
-from megatron_dwm.runtime.distributed import Layout
-from megatron_dwm.runtime.metrics import event_line, say
-from megatron_dwm.runtime.parameters import ParameterCopy
+from megatron_dwm.model.engine import PipelineSchedule
+from megatron_dwm.model.parameter_copy import ParameterCopy
+from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.runtime.record_writers import event_line, say
 from megatron_dwm.training.checkpoint import CheckpointWriter
+from megatron_dwm.training.dataloaders import Readers
 from megatron_dwm.training.evaluation import evaluate
-from megatron_dwm.training.readers import Readers
 from megatron_dwm.training.reporter import Reporter
-from megatron_dwm.training.state import Progress, TrainingObjects
 from megatron_dwm.training.step import StepResult, train_step
+from megatron_dwm.training.train_state import Progress, TrainingObjects
 from megatron_dwm.weighting.data_weighting import BatchWeights, DataWeighting
 from megatron_dwm.weighting.export import WeighterExporter
 from megatron_dwm.weighting.weights import WeightStatistics

@@ -14,13 +14,13 @@ import torch
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.datasets import BatchReader
-from megatron_dwm.model.schedule import SampleLosses
-from megatron_dwm.runtime.metrics import say
-from megatron_dwm.runtime.parameters import ParameterCopy
-from megatron_dwm.weighting.exchange import SampleExchange
-from megatron_dwm.weighting.health import Finding, check_scores, check_weights
-from megatron_dwm.weighting.outer import AlignedBatch, OuterResult, OuterUpdate
-from megatron_dwm.weighting.stages import StageSchedule
+from megatron_dwm.model.engine import SampleLosses
+from megatron_dwm.model.parameter_copy import ParameterCopy
+from megatron_dwm.runtime.record_writers import say
+from megatron_dwm.weighting.bilevel.health import Finding, check_scores, check_weights
+from megatron_dwm.weighting.bilevel.outer_update import AlignedBatch, OuterResult, OuterUpdate
+from megatron_dwm.weighting.sample_gather import SampleExchange
+from megatron_dwm.weighting.stage_schedule import StageSchedule
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weights import WeightStatistics, relative_weights
 

@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.datasets import DataPaths
-from megatron_dwm.runtime.distributed import Layout
-from megatron_dwm.runtime.metrics import say
+from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.runtime.record_writers import say
 from megatron_dwm.weighting.data_weighting import DataWeighting
-from megatron_dwm.weighting.transfer import export_weighter
+from megatron_dwm.weighting.weighter_init import export_weighter
 
 
 class WeighterExporter:

@@ -17,16 +17,16 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron_dwm.config.run import RunConfig, parse_run
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.sampler import Share
-from megatron_dwm.model.builder import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
+from megatron_dwm.model.engine import PipelineSchedule
+from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
 from megatron_dwm.model.hf import gather_full_state
 from megatron_dwm.model.hf_weights import to_hf_state_dict
-from megatron_dwm.model.schedule import PipelineSchedule
 from megatron_dwm.model.transformer_config import transformer_config
-from megatron_dwm.runtime.distributed import Layout, current_layout, set_seeds
+from megatron_dwm.runtime.process_groups import Layout, current_layout, set_seeds
 from megatron_dwm.training.optimizer import build_optimizer
-from megatron_dwm.weighting.exchange import SampleExchange
-from megatron_dwm.weighting.outer import OuterUpdate
-from megatron_dwm.weighting.passes import AlignmentPasses
+from megatron_dwm.weighting.bilevel.lm_gradients import AlignmentPasses
+from megatron_dwm.weighting.bilevel.outer_update import OuterUpdate
+from megatron_dwm.weighting.sample_gather import SampleExchange
 
 SEQ_LENGTH = 12
 VOCAB_SIZE = 64

@@ -11,9 +11,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_dwm.runtime.parameters import ParameterCopy
+from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.training.step import train_step
-from megatron_dwm.weighting.outer import OuterResult
+from megatron_dwm.weighting.bilevel.outer_update import OuterResult
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weights import relative_weights, target_score_gradient
 from tests.distributed.engine import (

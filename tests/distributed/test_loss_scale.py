@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_dwm.runtime.parameters import ParameterCopy
+from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.weighter import Weighter
 from tests.distributed.engine import (

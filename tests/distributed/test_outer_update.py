@@ -10,7 +10,7 @@ import torch
 from megatron.core import tensor_parallel
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from megatron_dwm.runtime.parameters import ParameterCopy
+from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weights import relative_weights, target_score_gradient

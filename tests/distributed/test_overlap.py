@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dwm.runtime.parameters import ParameterCopy
+from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.training.step import train_step
 from tests.distributed.engine import (
     LLAMA,

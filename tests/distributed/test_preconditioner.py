@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_dwm.training.step import train_step
-from megatron_dwm.weighting.preconditioner import precondition
+from megatron_dwm.weighting.bilevel.preconditioner import precondition
 from tests.distributed.engine import (
     LAYOUTS,
     LLAMA,

@@ -9,8 +9,8 @@ from megatron.core import parallel_state
 
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.sampler import Share
-from megatron_dwm.runtime.distributed import current_layout
-from megatron_dwm.weighting.exchange import SampleExchange
+from megatron_dwm.runtime.process_groups import current_layout
+from megatron_dwm.weighting.sample_gather import SampleExchange
 from megatron_dwm.weighting.weighter import Weighter
 from tests.distributed.engine import SEQ_LENGTH, VOCAB_SIZE
 from tests.distributed.harness import run_distributed

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.data.preprocess import PreprocessConfig, preprocess
+from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
 
 VOCAB_SIZE = 100
 TOKENIZER = {"--tokenizer-type": "NullTokenizer", "--vocab-size": VOCAB_SIZE}

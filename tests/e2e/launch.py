@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 import pretrain_dwm
 from megatron_dwm.errors import run_cli
-from megatron_dwm.runtime.distributed import free_port
+from megatron_dwm.runtime.process_groups import free_port
 from tests.distributed.harness import become_rank
 from tests.turns import several_processes
 
@@ -32,7 +32,7 @@ for module in (
     "megatron.core.tokenizers.text.utils.build_tokenizer",
     "megatron_dwm.data.gpt_dataset",
     "megatron_dwm.model.hf_weights",
-    "megatron_dwm.training.build",
+    "megatron_dwm.training.setup",
     "transformers.models.llama.modeling_llama",
     "transformers.models.modernbert.modeling_modernbert",
 ):

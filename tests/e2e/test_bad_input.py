@@ -10,8 +10,8 @@ import pytest
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.data.tokenizer import build_tokenizer
-from megatron_dwm.weighting.transfer import export_weighter
+from megatron_dwm.data.tokenizers import build_tokenizer
+from megatron_dwm.weighting.weighter_init import export_weighter
 from tests.e2e.datasets import TOKENIZER, counting, make_dataset, noise
 from tests.e2e.launch import LANGUAGE_MODEL, TRAINING, pretrain
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 SMALL = shlex.split(
     "--num-layers 2 --hidden-size 16 --ffn-hidden-size 32 --num-attention-heads 2 --seq-length 16 "
     "--max-position-embeddings 16 --global-batch-size 16 --micro-batch-size 8 --lr-warmup-iters 2 --eval-interval 6 "

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import pretrain_dwm
-from megatron_dwm.weighting import alignment
+from megatron_dwm.weighting.bilevel import alignment
 from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, pretrain, records, succeed
 from tests.e2e.test_uniform_weights import LAYOUTS, assert_same_checkpoints
 

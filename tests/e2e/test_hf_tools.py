@@ -28,16 +28,17 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from megatron_dwm.config.saved import UNKNOWN_PARTS, read_arguments
+from megatron_dwm.config.checkpoint_args import UNKNOWN_PARTS, read_arguments
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.data.tokenizer import build_tokenizer, save_hf_tokenizer
+from megatron_dwm.data.tokenizers import build_tokenizer, save_hf_tokenizer
 from megatron_dwm.errors import EXIT_CODE, UserError, run_cli
-from megatron_dwm.model.builder import build_model_chunks
+from megatron_dwm.model.gpt import build_model_chunks
 from megatron_dwm.model.hf import hf_config
 from megatron_dwm.model.transformer_config import transformer_config
 from tests.distributed import tiny
 from tests.distributed.harness import run_distributed
 from tests.e2e.launch import succeed
+from tests.paths import FIXTURES
 from tools import export_hf, import_hf
 
 SENTENCES = [
@@ -83,7 +84,7 @@ TRAINED: dict[str, tuple[Any, dict[str, Any], int]] = {
     "gpt2, TP2 PP2": (GPT2LMHeadModel, SIZES | TP2_PP2, 4),
     "gpt2 with its own head, one process": (GPT2LMHeadModel, SIZES | UNTIED, 1),
 }
-MEGATRON_ARGS = json.loads((Path(__file__).parents[1] / "fixtures/megatron_args.json").read_text())
+MEGATRON_ARGS = json.loads((FIXTURES / "megatron_args.json").read_text())
 
 
 @pytest.fixture(scope="module")

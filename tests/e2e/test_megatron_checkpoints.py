@@ -20,9 +20,10 @@ from tests.e2e.test_megatron_curves import assert_curves
 from tests.e2e.test_uniform_weights import saved_tensors
 from tests.fixtures.megatron.record import by_iteration, make_learnable_dataset, scalars
 from tests.fixtures.megatron.record_checkpoints import LOGGED, STOP, make_release
+from tests.paths import FIXTURES
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "megatron"
-RECORDED: dict[str, Any] = json.loads((FIXTURES / "checkpoints.json").read_text())
+MEGATRON = FIXTURES / "megatron"
+RECORDED: dict[str, Any] = json.loads((MEGATRON / "checkpoints.json").read_text())
 PLAIN = {"--dwm-mode": "off"}
 ALONE = RECORDED["tp2_pp2"]["loading"]
 
@@ -37,7 +38,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with Megatron-LM's checkpoint of each layout, and one of them as a release."""
     folder = tmp_path_factory.mktemp("megatron")
     for name in RECORDED:
-        shutil.unpack_archive(FIXTURES / f"{name}.tar.xz", folder / name)
+        shutil.unpack_archive(MEGATRON / f"{name}.tar.xz", folder / name)
     make_release(folder / "tp2_pp2" / f"iter_{STOP:07d}", folder / "release")
     return folder
 
@@ -87,7 +88,7 @@ def test_the_log_is_megatron_lms(data: dict[str, Any], theirs: Path, tmp_path: P
     """Line for line and character for character, but for times and the last digits of numbers."""
     place = {"--load": theirs / "tp2_pp2", "--save": tmp_path / "save", "--save-interval": 10}
     finished = succeed(tmp_path, 1, ALONE["one process"]["flags"] | data | place)
-    lines = (FIXTURES / "log.txt").read_text().splitlines()
+    lines = (MEGATRON / "log.txt").read_text().splitlines()
     expected = [line for line in lines if not re.match(r"  \w+ \.{5,} ", line)]  # its list of arguments
     found = [line for line in finished.output[0].splitlines() if any(text in line for text in LOGGED)]
     assert [_shape(line) for line in found] == [_shape(line) for line in expected]

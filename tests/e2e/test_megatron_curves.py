@@ -13,10 +13,9 @@ import pytest
 
 from tests.e2e.launch import succeed
 from tests.fixtures.megatron.record import make_learnable_dataset, scalars
+from tests.paths import FIXTURES
 
-RECORDED: dict[str, Any] = json.loads(
-    Path(__file__).parents[1].joinpath("fixtures", "megatron", "curves.json").read_text()
-)
+RECORDED: dict[str, Any] = json.loads((FIXTURES / "megatron" / "curves.json").read_text())
 ZEROS = "num-zeros"  # counts exact zeros: rounding makes some, and each is one of thousands
 TORCH = [case for case in RECORDED if case.startswith(("gpt2 without dropout", "llama, one", "llama, TP2xPP2"))]
 

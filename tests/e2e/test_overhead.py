@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, Finished, pretrain
+from tests.paths import ROOT
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # as python does for a script
+sys.path.insert(0, str(ROOT / "benchmarks"))  # as python does for a script
 import overhead
 from overhead_report import PARTS, targets
 

@@ -19,8 +19,8 @@ import pytest
 from megatron_dwm.errors import EXIT_CODE
 from tests.e2e.datasets import TOKENIZER, counting, make_dataset, noise
 from tests.e2e.launch import LANGUAGE_MODEL, TRAINING, WEIGHTING, records, succeed
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 SECTIONS = ("summary", "strength", "sources", "properties", "samples", "benefit", "method")
 FIGURES = ("losses", "weights", "sources", "correlations", "quarters")
 WIDTH = 1100

@@ -10,15 +10,15 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from megatron_dwm.analysis.records import read_run
+from tests.paths import ROOT
 from tests.turns import several_processes
 
-REPOSITORY = Path(__file__).parents[2]
 ITERATIONS = 160
 
 
 def quickstart(folder: Path) -> str:
     environment = {**os.environ, "ITERATIONS": str(ITERATIONS)}
-    command = ["bash", str(REPOSITORY / "examples" / "quickstart.sh"), str(folder)]
+    command = ["bash", str(ROOT / "examples" / "quickstart.sh"), str(folder)]
     with several_processes:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from megatron_dwm.runtime.distributed import free_port
+from megatron_dwm.runtime.process_groups import free_port
 from tests.e2e.slurm.cluster import Cluster, running_cluster
+from tests.paths import ROOT
 from tests.turns import several_processes
 
-REPOSITORY = Path(__file__).parents[2]
-SCRIPT = REPOSITORY / "examples" / "pretrain_1b_dwm.sh"
+SCRIPT = ROOT / "examples" / "pretrain_1b_dwm.sh"
 VOCAB_SIZE = 60
 
 TINY = {
@@ -60,7 +60,7 @@ def _make_dataset(folder: Path, name: str, seed: int) -> str:
     source = folder / f"{name}.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB_SIZE)]
-    command = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py"), "--input", str(source)]
+    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(source)]
     subprocess.run([*command, "--output-prefix", str(folder / name), "--workers", "1", *tokenizer], check=True)
     return str(folder / f"{name}_text_document")
 
@@ -69,7 +69,7 @@ def test_the_submitted_script_trains_stops_and_continues_from_its_checkpoint(clu
     save = tmp_path / "run"
     environment = {
         **TINY,
-        "REPO_DIR": str(REPOSITORY),
+        "REPO_DIR": str(ROOT),
         "PYTHON": sys.executable,
         "MASTER_PORT": str(free_port()),
         "DATA_PATH": _make_dataset(tmp_path, "train", seed=0),

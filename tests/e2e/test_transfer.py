@@ -12,9 +12,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.weighting import WeightingConfig
-from megatron_dwm.data.tokenizer import build_tokenizer, vocabulary_fingerprint
-from megatron_dwm.weighting.transfer import folder_classifier
+from megatron_dwm.data.tokenizers import build_tokenizer, vocabulary_fingerprint
 from megatron_dwm.weighting.weighter import Weighter
+from megatron_dwm.weighting.weighter_init import folder_classifier
 from tests.e2e.datasets import TOKENIZER, VOCAB_SIZE, counting, make_dataset, noise
 from tests.e2e.launch import LANGUAGE_MODEL, TRAINING, WEIGHTING, records, succeed
 

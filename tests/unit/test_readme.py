@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 import subprocess
-from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 UNMAPPED = {".gitignore", "README.md"}
 
 
 def mapped_paths() -> list[str]:
     """The paths in the map's first column; ``a/b.py`` followed by ``c.py`` means ``a/c.py``."""
-    section = (REPOSITORY / "README.md").read_text().split("## Map")[1]
+    section = (ROOT / "README.md").read_text().split("## Map")[1]
     paths = []
     for row in section.splitlines():
         folder = ""
@@ -27,25 +27,25 @@ def mapped_paths() -> list[str]:
 def test_everything_on_the_map_is_there():
     paths = mapped_paths()
     assert len(paths) > 50
-    assert [path for path in paths if not (REPOSITORY / path).exists()] == []
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_every_file_is_on_the_map():
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=REPOSITORY,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     ).stdout.split()
-    files = {path for path in listed if (REPOSITORY / path).exists() and not path.endswith("__init__.py")} - UNMAPPED
+    files = {path for path in listed if (ROOT / path).exists() and not path.endswith("__init__.py")} - UNMAPPED
     paths = mapped_paths()
     folders = tuple(path for path in paths if path.endswith("/"))
     assert [file for file in sorted(files) if file not in paths and not file.startswith(folders)] == []
 
 
 def test_relative_links_lead_somewhere():
-    for page in [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,0 +1,175 @@
+"""The arguments that a checkpoint was saved with, by this programme or Megatron-LM, as flags again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_dwm.config.flags import flags_of
+from megatron_dwm.config.model import ModelConfig, lacking_flag
+from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.errors import UserError
+
+UNKNOWN_PARTS = (
+    "activation_func_clamp_value",
+    "apply_residual_connection_post_layernorm",
+    "attention_output_gate",
+    "experimental_attention_variant",
+    "glu_linear_offset",
+    "is_hybrid_model",
+    "linear_attention_freq",
+    "mtp_num_layers",
+    "multi_latent_attention",
+    "no_rope_freq",
+    "num_experts",
+    "openai_gelu",
+    "qk_l2_norm",
+    "quick_geglu",
+    "rotary_seq_len_interpolation_factor",
+    "window_size",
+)
+"""Arguments in Megatron-LM's checkpoints that, where set, make another model of the same tensors."""
+
+_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
+_PARTS = (
+    "num_query_groups",
+    "position_embedding_type",
+    "normalization",
+    "qk_layernorm",
+    "swiglu",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "untie_embeddings_and_output_weights",
+)
+"""With the sizes, what makes the model's tensors."""
+_FUNCTION = (
+    "add_position_embedding",
+    "squared_relu",
+    "rotary_base",
+    "rotary_percent",
+    "rotary_interleaved",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "layernorm_epsilon",
+    "layernorm_zero_centered_gamma",
+)
+"""What the model computes with the same tensors."""
+
+# Megatron-LM takes these from the checkpoint, but for four, and so trains another model where they are not given again:
+# use_rope_scaling, rope_scaling_factor, layernorm_epsilon and qk_layernorm.
+_ALWAYS = (
+    *_PARTS,
+    *_FUNCTION,
+    "group_query_attention",
+    "use_rotary_position_embeddings",
+    "apply_query_key_layer_scaling",
+    "attention_dropout",
+    "hidden_dropout",
+    "tiktoken_pattern",
+)
+_IF_NOT_GIVEN = (
+    *_SIZES,
+    "seq_length",
+    "max_position_embeddings",
+    "padded_vocab_size",
+    "tokenizer_type",
+    "tokenizer_model",
+)
+
+
+def read_arguments(folder: Path) -> dict[str, Any]:
+    """The arguments that the checkpoint in ``folder`` was saved with.
+
+    Raises:
+        UserError: it has none.
+    """
+    from megatron.core import dist_checkpointing
+
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    if "args" not in common:
+        raise UserError(f"{folder}: its common.pt holds no arguments; it is not a checkpoint of pretraining")
+    return vars(common["args"])
+
+
+def effective_arguments(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """``saved`` without values that have no effect beside the others, which Megatron-LM keeps and itself sets.
+
+    Raises:
+        UserError: they describe a model that this programme does not train.
+    """
+    foreign = {name: saved[name] for name in UNKNOWN_PARTS if saved.get(name)}
+    if saved.get("softmax_type", "vanilla") != "vanilla":
+        foreign["softmax_type"] = saved["softmax_type"]
+    for name, value in foreign.items():
+        raise UserError(
+            f"--load: the checkpoint was saved with {name}={value}; there is no such model here, give another"
+        )
+    return {name: value for name, value in saved.items() if lacking_flag(name, saved) is None}
+
+
+def with_saved_arguments(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``--use-checkpoint-args`` makes of the flags.
+
+    As in Megatron-LM, the architecture is the checkpoint's whatever the flags say, and sizes are where they are not
+    given. So is the tokenizer, which Megatron-LM always takes from the checkpoint.
+
+    Args:
+        given: values of the flags that were given, by field.
+        saved: a checkpoint's arguments.
+
+    Raises:
+        UserError: they describe a model that this programme does not train.
+    """
+    known = {name: value for name, value in effective_arguments(saved).items() if value is not None}
+    own = {name: value for name, value in given.items() if name not in _ALWAYS or name not in saved}
+    taken = {name: known[name] for name in (*_IF_NOT_GIVEN, *_ALWAYS) if name in known}
+    return taken | own
+
+
+def differing_flag(run: Mapping[str, Any], saved: Mapping[str, Any], *, finetune: bool = False) -> str | None:
+    """How the model of a run's arguments differs from the one that a checkpoint's describe; None if it does not.
+
+    Args:
+        run: what the run would save as its arguments.
+        saved: what the checkpoint was saved with.
+        finetune: whether the model may compute something else with the same tensors.
+
+    Returns:
+        the flag, its value and the checkpoint's, and a remedy.
+
+    Raises:
+        UserError: the checkpoint's arguments describe a model that this programme does not train.
+    """
+    ours, theirs = _architecture(run), _architecture(saved)
+    names = [*_SIZES, *_PARTS, *(() if finetune else _FUNCTION)]
+    if ours.get("position_embedding_type") == "learned_absolute":
+        names.append("max_position_embeddings")
+    if run.get("vocab_file") and not finetune:  # as in Megatron-LM
+        names += ["max_position_embeddings", "make_vocab_size_divisible_by", "tokenizer_type"]
+    for name in names:
+        value, found = ours.get(name), theirs.get(name)
+        if value is not None and found is not None and value != found:
+            remedy = "change it, or load with --finetune" if name in _FUNCTION else "change it, or --load"
+            return f"{_difference(name, value, found)}; {remedy}"
+    return None
+
+
+def _difference(name: str, value: Any, found: Any) -> str:
+    (item,) = (item for config in (ModelConfig, TokenizerConfig) for item in flags_of(config) if item.field == name)
+    if item.value_type is not None:
+        return f"{item.names[0]} {value} is not what the checkpoint was saved with, {found}"
+    here, there = ("not given" if side == item.default else "given" for side in (value, found))
+    return f"{item.names[0]} is {here}, but was {there} when the checkpoint was saved"
+
+
+def _architecture(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """``arguments`` with each choice said once: flags that say the same give the same."""
+    known = effective_arguments(arguments)
+    if known.get("use_rotary_position_embeddings"):
+        known["position_embedding_type"] = "rope"
+    if not known.get("group_query_attention"):
+        known["num_query_groups"] = known.get("num_attention_heads")
+    if known.get("add_bias_linear"):
+        known["add_qkv_bias"] = True
+    return known

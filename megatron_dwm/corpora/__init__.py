@@ -1,0 +1,1 @@
+"""Corpora made of what is installed, and datasets made of text."""

@@ -1,0 +1,154 @@
+"""A corpus: sources of text in parts for training, target and test, and no text in two of them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from megatron_dwm.config.flags import flag
+from megatron_dwm.errors import UserError
+
+PARTS = ("train", "target", "test")
+
+LEAST_BYTES = 200  # of a document
+_DIVERSITY = 8  # target and test hold at least so many documents
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Corpus."""
+
+    output: str | None = flag(None, "Folder that receives <source>.<part>.jsonl.")
+    seed: int = flag(1234, "Seed of the split into parts and of the shuffling of words.")
+    shuffle: Literal["words", "characters"] = flag(
+        "words", "What the bad text has in random order: a paragraph's words, or the characters of each eight."
+    )
+    prose_bytes: int = flag(1_200_000, "Most bytes of text in the train part of prose, and of comments.")
+    code_bytes: int = flag(2_500_000, "Most bytes of text in the train part of code, and of shuffled.")
+    documentation: list[str] = flag(
+        [],
+        "Make the corpus of the documentation of installed packages instead, one source each: debian:NAME for what "
+        "Debian's package NAME installs, pypi:NAME for a Python distribution.",
+    )
+    documentation_bytes: int = flag(4_000_000, "Most bytes of text in the train part of each package's documentation.")
+    heldout_bytes: int = flag(200_000, "Bytes of text in the target part, and in the test part, of each source.")
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise UserError("--output is missing; give a folder")
+        if Path(self.output).exists() and not Path(self.output).is_dir():
+            raise UserError(f"--output {self.output}: no folder; give another path")
+        for name, value in (
+            ("--prose-bytes", self.prose_bytes),
+            ("--code-bytes", self.code_bytes),
+            ("--documentation-bytes", self.documentation_bytes),
+            ("--heldout-bytes", self.heldout_bytes),
+        ):
+            if value < 1:
+                raise UserError(f"{name} {value} is less than 1; give a positive number")
+
+
+class Document(NamedTuple):
+    """A text and where it is from: its source, and a file or an entry there."""
+
+    text: str
+    id: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of text."""
+        return len(self.text.encode())
+
+
+Corpus = dict[str, dict[str, list[Document]]]  # source -> part -> documents
+
+
+class Seen:
+    """The texts that have been used, told apart by their words alone: case, punctuation and layout do not count."""
+
+    def __init__(self) -> None:
+        self._keys: set[str] = set()
+
+    @staticmethod
+    def _key(text: str) -> str:
+        return " ".join(re.findall(r"\w+", text.lower()))
+
+    def __contains__(self, text: str) -> bool:
+        return self._key(text) in self._keys
+
+    def add(self, text: str) -> bool:
+        """Whether ``text`` has words and is new."""
+        key = self._key(text)
+        if not key or key in self._keys:
+            return False
+        self._keys.add(key)
+        return True
+
+    def new_paragraphs(self, text: str) -> str:
+        """``text`` without the paragraphs that were seen before."""
+        return "\n\n".join(paragraph for paragraph in paragraphs(text) if self.add(paragraph))
+
+
+def paragraphs(text: str) -> list[str]:
+    return [paragraph.rstrip() for paragraph in re.split(r"\n\s*\n", text.strip("\n")) if paragraph.strip()]
+
+
+def split(documents: Iterable[Document], heldout_bytes: int, rng: random.Random) -> dict[str, list[Document]]:
+    """Deal the documents out at random: target and test get ``heldout_bytes`` each, train the rest."""
+    left = [document for document in documents if document.size >= LEAST_BYTES]
+    rng.shuffle(left)
+    parts: dict[str, list[Document]] = {}
+    for part in ("target", "test"):
+        small = [document for document in left if document.size * _DIVERSITY <= heldout_bytes]
+        parts[part] = first(small, heldout_bytes)
+        taken = {document.id for document in parts[part]}
+        left = [document for document in left if document.id not in taken]
+    return {"train": left, **parts}
+
+
+def first(documents: list[Document], size: int) -> list[Document]:
+    """As many of the first documents as fit into ``size`` bytes."""
+    ends = itertools.accumulate(document.size for document in documents)
+    return [document for document, end in zip(documents, ends, strict=True) if end <= size]
+
+
+def write_corpus(corpus: Corpus, folder: Path) -> None:
+    """Write ``folder/<source>.<part>.jsonl``: objects with ``text``, ``source`` and ``id``.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".corpus-") as scratch:
+            for source, parts in corpus.items():
+                for part, documents in parts.items():
+                    with Path(scratch, f"{source}.{part}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+                        for document in documents:
+                            line = {"text": document.text, "source": source, "id": document.id}
+                            file.write(json.dumps(line) + "\n")
+                        file.flush()
+                        os.fsync(file.fileno())
+            for path in sorted(Path(scratch).iterdir()):
+                os.replace(path, folder / path.name)
+    except OSError as error:
+        raise UserError(
+            f"--output {folder}: cannot be written ({error.strerror or error}); give another path"
+        ) from error
+
+
+def table(corpus: Corpus) -> str:
+    """Sources by parts, with the number of documents and the bytes of text."""
+    lines = [f"{'source':<10}" + "".join(f"{part + ' docs':>14}{'bytes':>11}" for part in PARTS)]
+    for source, parts in corpus.items():
+        cells = ((len(parts[part]), sum(document.size for document in parts[part])) for part in PARTS)
+        lines.append(f"{source:<10}" + "".join(f"{documents:>14,}{size:>11,}" for documents, size in cells))
+    return "\n".join(lines)

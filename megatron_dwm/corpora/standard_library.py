@@ -1,0 +1,260 @@
+"""The built-in corpus, made from the interpreter's own standard library.
+
+No download and no import of what is read: the library's files are parsed. Good text is ``prose``, the
+documentation; ``code`` and ``comments`` are other real text; ``shuffled`` is bad text: documentation that no
+other source holds, its words or its characters in random order. No text is in two documents, so no part or source leaks
+into another.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import io
+import random
+import re
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_dwm.corpora.corpus import LEAST_BYTES, Corpus, CorpusConfig, Document, Seen, first, paragraphs, split
+from megatron_dwm.errors import UserError
+
+_NOT_READ = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+}  # other packages, not everywhere, tables
+_TOPICS = "pydoc_data/topics.py"
+_LEAST_WORDS = 8  # of what counts as text that must not be twice, and of a comment
+_TABLE = 1000  # characters of a module's statement from which on it is a table, not code
+_SHUFFLED_SHARE = 0.3  # of the prose outside target and test
+_MOST_SHUFFLES = 10  # of one document
+_WINDOW = 8  # characters that are put in random order together
+
+_FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def standard_library_corpus(config: CorpusConfig, library: Path | None = None) -> Corpus:
+    """Make the corpus of ``library``, by default the running interpreter's standard library.
+
+    Raises:
+        UserError: the library's sources are not there, or are too few for the sizes asked for.
+    """
+    root = library or Path(sysconfig.get_path("stdlib"))
+    seen = Seen()
+    modules = list(_modules(root))
+    prose = []
+    for module in modules:
+        texts = _topics(module.tree) if module.name == _TOPICS else [(module.name, docstrings(module.tree))]
+        prose += [Document(seen.new_paragraphs(text), f"prose/{name}") for name, text in texts]
+    comments = [
+        Document(seen.new_paragraphs(_comments(module.source)), f"comments/{module.name}") for module in modules
+    ]
+    code = [
+        Document(_Code(seen).text(module.tree), f"code/{module.name}") for module in modules if module.name != _TOPICS
+    ]
+    corpus = _deal(prose, comments, code, config, seen)
+    for source, parts in corpus.items():
+        for part, documents in parts.items():
+            if not documents:
+                raise UserError(
+                    f"{root}: no text is left for {source}.{part}; lower --heldout-bytes {config.heldout_bytes}, "
+                    "raise the other sizes, or use a Python that has the sources of its standard library"
+                )
+    return corpus
+
+
+def _deal(
+    prose: list[Document], comments: list[Document], code: list[Document], config: CorpusConfig, seen: Seen
+) -> Corpus:
+    """Split the sources into parts of the sizes asked for, and make bad text of a share of the prose."""
+    rng = random.Random(config.seed)
+    corpus = {
+        "prose": split(prose, config.heldout_bytes, rng),
+        "code": split(code, config.heldout_bytes, rng),
+        "comments": split(comments, config.heldout_bytes, rng),
+    }
+    corpus["prose"]["train"], base = _share(corpus["prose"]["train"], _SHUFFLED_SHARE)
+    corpus["shuffled"] = {
+        part: _shuffled(documents, config, config.code_bytes if part == "train" else config.heldout_bytes, seen, rng)
+        for part, documents in split(base, sum(document.size for document in base) // 8, rng).items()
+    }
+    for name, most in (("prose", config.prose_bytes), ("comments", config.prose_bytes), ("code", config.code_bytes)):
+        corpus[name]["train"] = first(corpus[name]["train"], most)
+    return corpus
+
+
+class _Module(NamedTuple):
+    """A file of the library: its path below the library's folder, its text, its syntax tree."""
+
+    name: str
+    source: bytes
+    tree: ast.Module
+
+
+def _modules(root: Path) -> Iterator[_Module]:
+    """The modules below ``root``, in the order of their paths."""
+    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    for name, path in sorted(paths.items()):
+        # What _sysconfigdata holds is how this interpreter was built.
+        if _NOT_READ & set(name.split("/")) or name.startswith("_sysconfigdata"):
+            continue
+        source = path.read_bytes()
+        tree = parsed(source)
+        if tree is not None:
+            yield _Module(name, source, tree)
+
+
+def parsed(source: bytes) -> ast.Module | None:
+    """The syntax tree; None of a sample of broken or old source."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in old modules
+            return ast.parse(source)
+    except (SyntaxError, ValueError):
+        return None
+
+
+def _topics(tree: ast.Module) -> list[tuple[str, str]]:
+    """Name and text of the entries of pydoc's dictionary of topics."""
+    dictionaries = [
+        node.value for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
+    ]
+    return [(f"topic:{name}", _prose(text)) for node in dictionaries for name, text in ast.literal_eval(node).items()]
+
+
+def docstrings(tree: ast.Module) -> str:
+    """The documentation of a module, its classes and its functions."""
+    texts = (
+        ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef, *_FUNCTION))
+    )
+    return _prose("\n\n".join(text for text in texts if text))
+
+
+def _prose(text: str) -> str:
+    """``text`` without examples of a session with the interpreter, and without what UTF-8 cannot write."""
+    text = text.encode("utf-8", "ignore").decode()
+    return "\n\n".join(paragraph for paragraph in paragraphs(text) if ">>>" not in paragraph)
+
+
+def _comments(source: bytes) -> str:
+    """The comments of some length, without their marks; those on consecutive lines are one."""
+    blocks: list[list[str]] = []
+    below = (-1, -1)  # where the next line of the last block would begin
+    for token in tokenize.tokenize(io.BytesIO(source).readline):
+        if token.type != tokenize.COMMENT:
+            continue
+        if token.start != below:
+            blocks.append([])
+        blocks[-1].append(token.string)
+        below = (token.start[0] + 1, token.start[1])
+    return "\n\n".join(filter(None, map(_comment, blocks)))
+
+
+def _comment(lines: list[str]) -> str:
+    text = inspect.cleandoc("\n".join(line.lstrip("#") for line in ["", *lines]))
+    return text if len(text.split()) >= _LEAST_WORDS else ""
+
+
+class _Code(ast.NodeTransformer):
+    """Takes out docstrings and whatever holds text seen before, and adds what is left to the text seen."""
+
+    def __init__(self, seen: Seen) -> None:
+        self._seen = seen
+
+    def text(self, tree: ast.Module) -> str:
+        """The source of the module, whose tree is changed."""
+        self.generic_visit(tree)
+        tree.body = [statement for statement in tree.body if self._is_kept(statement)]
+        return ast.unparse(tree)
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        # No statement is inside an expression.
+        return node if isinstance(node, ast.expr) else super().visit(node)
+
+    def visit_Expr(self, node: ast.Expr) -> ast.stmt:
+        # A string that stands by itself documents what is above it.
+        is_string = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return ast.Pass() if is_string else node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.stmt:
+        return self._definition(node)
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.stmt:
+        return self._definition(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.stmt:
+        return self._definition(node)
+
+    def _definition(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> ast.stmt:
+        self.generic_visit(node)  # what is inside first, so that a class is judged by what is left of it
+        node.body = [statement for statement in node.body if not isinstance(statement, ast.Pass)] or [ast.Pass()]
+        return node if self._is_new(node.body) else ast.Pass()
+
+    def _is_kept(self, statement: ast.stmt) -> bool:
+        """Whether a statement of the module stays."""
+        if isinstance(statement, (ast.ClassDef, *_FUNCTION)):
+            return True  # judged already
+        if isinstance(statement, ast.Pass):
+            return False
+        is_code = not isinstance(statement, (ast.Assign, ast.AnnAssign)) or len(ast.unparse(statement)) < _TABLE
+        return is_code and self._is_new([statement])
+
+    def _is_new(self, body: list[ast.stmt]) -> bool:
+        text = "\n".join(ast.unparse(statement) for statement in body)
+        if len(re.findall(r"\w+", text)) < _LEAST_WORDS:
+            return True
+        strings = [
+            node.value
+            for statement in body
+            for node in ast.walk(statement)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        copied = any(
+            len(paragraph.split()) >= _LEAST_WORDS and paragraph in self._seen
+            for string in strings
+            for paragraph in paragraphs(string)
+        )
+        return not copied and self._seen.add(text)
+
+
+def _share(documents: list[Document], share: float) -> tuple[list[Document], list[Document]]:
+    """The documents in two, the second of at most ``share`` of the bytes."""
+    second = first(documents, int(share * sum(document.size for document in documents)))
+    return documents[len(second) :], second
+
+
+def _shuffled(
+    documents: list[Document], config: CorpusConfig, size: int, seen: Seen, rng: random.Random
+) -> list[Document]:
+    """At most ``size`` bytes of the documents with each paragraph in random order, over and over."""
+    shuffle = _shuffle_words if config.shuffle == "words" else _shuffle_characters
+    results: list[Document] = []
+    for turn in range(_MOST_SHUFFLES):
+        for document in documents:
+            shuffled = "\n\n".join(shuffle(paragraph, rng) for paragraph in paragraphs(document.text))
+            text = seen.new_paragraphs(shuffled)
+            results.append(Document(text, f"shuffled/{document.id.removeprefix('prose/')}#{turn}"))
+    return first([document for document in results if document.size >= LEAST_BYTES], size)
+
+
+def _shuffle_words(paragraph: str, rng: random.Random) -> str:
+    """The words in random order, in the layout of the original."""
+    pieces = re.split(r"(\s+)", paragraph)
+    words = pieces[::2]
+    rng.shuffle(words)
+    pieces[::2] = words
+    return "".join(pieces)
+
+
+def _shuffle_characters(paragraph: str, rng: random.Random) -> str:
+    """The characters of each window in random order: frequencies are kept, spelling is not."""
+    windows = (paragraph[start : start + _WINDOW] for start in range(0, len(paragraph), _WINDOW))
+    return "".join("".join(rng.sample(window, len(window))) for window in windows)

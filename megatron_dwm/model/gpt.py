@@ -1,0 +1,161 @@
+"""The language model of this rank: its chunks, their data-parallel wrapping, the schedule's hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.parallel import ParallelConfig
+from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
+from megatron_dwm.model.torch_layers import torch_block_spec
+from megatron_dwm.model.transformer_config import resolve_transformer_impl
+
+
+def build_model_chunks(
+    config: TransformerConfig, model: ModelConfig, *, vocab_size: int, fp16_lm_cross_entropy: bool = False
+) -> list[GPTModel]:
+    """This rank's chunks of the model, one for each of its virtual pipeline stages, on its device.
+
+    Args:
+        config: what :func:`~megatron_dwm.model.transformer_config.transformer_config` made of the flags.
+        vocab_size: padded size of the vocabulary.
+        fp16_lm_cross_entropy: compute the loss in fp16.
+    """
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    device = current_device()
+    stages = [None] if (count := config.virtual_pipeline_model_parallel_size) is None else list(range(count))
+    chunks = []
+    for stage in stages:
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=_layer_spec(config, resolve_transformer_impl(model, device), stage),
+            vocab_size=vocab_size,
+            max_sequence_length=model.max_position_embeddings or model.sequence,
+            pre_process=is_pp_first_stage(groups.pp) and is_vp_first_stage(stage, count),
+            post_process=is_pp_last_stage(groups.pp) and is_vp_last_stage(stage, count),
+            fp16_lm_cross_entropy=fp16_lm_cross_entropy,
+            parallel_output=True,
+            share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+            position_embedding_type=model.positions,
+            rotary_percent=model.rotary_percent,
+            rotary_base=model.rotary_base,
+            rope_scaling=model.use_rope_scaling,
+            rope_scaling_factor=model.rope_scaling_factor,
+            vp_stage=stage,
+            pg_collection=groups,
+        )
+        for param in chunk.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
+        chunks.append(chunk.to(device))
+    if groups.dp.rank() == 0:
+        print(
+            " > number of parameters on (tensor, pipeline) model parallel rank "
+            f"({groups.tp.rank()}, {groups.pp.rank()}): {_num_parameters(chunks)}",
+            flush=True,
+        )
+    return chunks
+
+
+def wrap_with_ddp(
+    chunks: Sequence[GPTModel],
+    config: TransformerConfig,
+    parallel: ParallelConfig,
+    optimizer: OptimizerConfig,
+    training: TrainingConfig,
+) -> list[DistributedDataParallel]:
+    """The chunks in their training precision, with gradient buffers and data-parallel communication."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=optimizer.grads_in_fp32,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        align_param_gather=_aligns_param_gather(config, parallel),
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        # With a dynamic loss scale, overflows are the scaler's business.
+        check_for_nan_in_grad=training.check_for_nan_in_loss_and_grad
+        and not (optimizer.fp16 and not optimizer.loss_scale),
+        bucket_size=_num_parameters(chunks) // parallel.ddp_num_buckets
+        if parallel.ddp_num_buckets
+        else parallel.ddp_bucket_size,
+        average_in_collective=parallel.ddp_average_in_collective,
+    )
+    half = config.fp16 or config.bf16
+    return [
+        DistributedDataParallel(
+            config=config,
+            ddp_config=ddp_config,
+            module=Float16Module(config, chunk) if half else chunk,
+            # The first chunk's communication is the one that no compute of another chunk hides.
+            disable_bucketing=index > 0,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def bind_schedule_hooks(
+    config: TransformerConfig,
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: Any,
+    parallel: ParallelConfig,
+) -> None:
+    """Tell megatron-core's schedules how to scale the loss and when to communicate."""
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
+        config.no_sync_func = _one_or_all([chunk.no_sync for chunk in chunks])
+        if parallel.align_grad_reduce:
+            config.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in chunks])
+    if parallel.overlap_param_gather and _aligns_param_gather(config, parallel):
+        config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in chunks])
+
+
+def current_device() -> torch.device:
+    """The device that :func:`megatron_dwm.runtime.device.select_device` chose."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _layer_spec(config: TransformerConfig, impl: str, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+    if impl == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    if impl == "local":
+        return get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    return torch_block_spec(config, vp_stage)
+
+
+def _aligns_param_gather(config: TransformerConfig, parallel: ParallelConfig) -> bool:
+    return parallel.align_param_gather and config.virtual_pipeline_model_parallel_size is not None
+
+
+def _num_parameters(chunks: Sequence[torch.nn.Module]) -> int:
+    return sum(param.numel() for chunk in chunks for param in chunk.parameters())
+
+
+def _one_or_all(hooks: list[Any]) -> Any:
+    """megatron-core wants a list only where there are several chunks."""
+    return hooks if len(hooks) > 1 else hooks[0]

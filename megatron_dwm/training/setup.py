@@ -1,0 +1,223 @@
+"""From the configuration to a Trainer: every part built once, in the order in which they need each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_dwm.config.run import RunConfig
+from megatron_dwm.data.datasets import DataPaths, data_paths
+from megatron_dwm.data.tokenizers import build_tokenizer, padded_vocab_size, vocabulary_fingerprint
+from megatron_dwm.data.validation import check_data
+from megatron_dwm.model.engine import PipelineSchedule
+from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
+from megatron_dwm.model.transformer_config import transformer_config
+from megatron_dwm.runtime.process_groups import initialize, set_seeds
+from megatron_dwm.runtime.record_writers import say
+from megatron_dwm.runtime.startup_sync import Agreement
+from megatron_dwm.training.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint, loading_line
+from megatron_dwm.training.dataloaders import Readers
+from megatron_dwm.training.optimizer import build_optimizer, build_scheduler
+from megatron_dwm.training.reporter import Reporter
+from megatron_dwm.training.train_state import Progress, TrainingObjects
+from megatron_dwm.training.trainer import Trainer
+from megatron_dwm.weighting.bilevel.gradient_check import check_at_start
+from megatron_dwm.weighting.bilevel.lm_gradients import AlignmentPasses
+from megatron_dwm.weighting.bilevel.outer_update import OuterUpdate
+from megatron_dwm.weighting.data_weighting import DataWeighting
+from megatron_dwm.weighting.export import WeighterExporter
+from megatron_dwm.weighting.sample_gather import SampleExchange
+from megatron_dwm.weighting.stage_schedule import StageSchedule, bilevel_stages, frozen_stages
+from megatron_dwm.weighting.weighter import Weighter
+from megatron_dwm.weighting.weighter_init import (
+    check_language_model_init,
+    classifier_from_json,
+    folder_classifier,
+    language_model_classifier,
+    random_classifier,
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, checked before any process waits for another."""
+
+    tokenizer: Any
+    paths: DataPaths
+    stages: StageSchedule | None
+    fingerprint: str
+    """Of the tokenizer's vocabulary; empty without a weighter."""
+    folder_weighter: Any | None
+    """The classifier that --dwm-load or --dwm-init-from name, if they name a folder."""
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.tokenizer.vocab_size)
+
+
+def read_inputs(config: RunConfig, *, reads_data: bool) -> Inputs:
+    """Open and check the tokenizer, the data and the weighter's folder.
+
+    Args:
+        reads_data: whether this process opens the datasets (one of a run is enough).
+
+    Raises:
+        UserError: whatever is wrong with them.
+    """
+    settings = config.weighting
+    tokenizer = build_tokenizer(config.tokenizer)
+    paths = data_paths(config.data, settings.dwm_valid_data_path if settings.learns else None)
+    if reads_data:
+        check_data(paths, config.model.sequence, int(tokenizer.vocab_size))
+    latest_checkpoint(config.checkpoint)
+    if not settings.weighs:
+        return Inputs(tokenizer, paths, None, "", None)
+
+    stages = (
+        bilevel_stages(settings, config.train_iters) if settings.learns else frozen_stages(settings, config.train_iters)
+    )
+    fingerprint = vocabulary_fingerprint(tokenizer, config.tokenizer)
+    flag, folder = (
+        ("--dwm-load", settings.dwm_load) if settings.dwm_load else ("--dwm-init-from", settings.dwm_init_from)
+    )
+    assert folder is not None
+    if settings.learns and folder == "lm":
+        check_language_model_init(config.model, settings)
+    if folder in ("lm", "random"):
+        return Inputs(tokenizer, paths, stages, fingerprint, None)
+    vocab, eod = int(tokenizer.vocab_size), int(tokenizer.eod)
+    classifier = folder_classifier(flag, folder, config.model.sequence, vocab, eod, fingerprint, config.training.seed)
+    return Inputs(tokenizer, paths, stages, fingerprint, classifier)
+
+
+def build_trainer(config: RunConfig, inputs: Inputs, device: torch.device, agreement: Agreement) -> Trainer:
+    """Build everything and load the checkpoint; every rank calls it.
+
+    Raises:
+        UserError: flags that the model, the data or the checkpoint do not fit.
+    """
+    with agreement.phase("model configuration"):
+        core_config = transformer_config(
+            config.model,
+            config.parallel,
+            config.training,
+            config.optimizer,
+            device,
+            resets_attention_mask=config.data.reset_attention_mask,
+        )
+    if config.training.deterministic_mode:
+        torch.use_deterministic_algorithms(True)
+    layout = initialize(
+        config.parallel,
+        config.parallel.virtual_stages(config.model.layers),
+        device,
+        agreement.store,
+        agreement.rank,
+        agreement.world_size,
+    )
+    set_seeds(config.training.seed, layout)
+    padded = config.model.padded_vocab_size or padded_vocab_size(
+        inputs.vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.tp
+    )
+    bare = build_model_chunks(
+        core_config,
+        config.model,
+        vocab_size=padded,
+        fp16_lm_cross_entropy=config.optimizer.fp16_lm_cross_entropy,
+    )
+    chunks = wrap_with_ddp(bare, core_config, config.parallel, config.optimizer, config.training)
+    optimizer = build_optimizer(config, chunks)
+    bind_schedule_hooks(core_config, chunks, optimizer, config.parallel)
+    objects = TrainingObjects(chunks, optimizer, build_scheduler(config, optimizer))
+
+    progress, dwm_state = Progress(), None
+    checkpoint = latest_checkpoint(config.checkpoint)
+    if checkpoint is not None:
+        if layout.is_first:
+            say(loading_line(checkpoint))
+        progress, dwm_state = load_checkpoint(config, checkpoint, objects, layout)
+        if layout.is_first:
+            say(
+                f"  successfully loaded checkpoint from {checkpoint.parent} {layout.place} "
+                f"at iteration {progress.iteration}"
+            )
+
+    schedule = PipelineSchedule(
+        chunks,
+        core_config,
+        layout,
+        config.model.sequence,
+        document_end=inputs.tokenizer.eod if config.data.reset_attention_mask else None,
+        check_for_nan=config.training.check_for_nan_in_loss_and_grad
+        and not (config.optimizer.fp16 and not config.optimizer.loss_scale),  # a dynamic scale minds overflows itself
+    )
+    readers = Readers(config, inputs.paths, inputs.tokenizer, layout, agreement, progress)
+    weighting = None
+    if inputs.stages is not None:
+        weighting = _build_weighting(config, inputs, inputs.stages, schedule, objects, readers, device, dwm_state)
+    if weighting is not None and config.weighting.dwm_check and progress.iteration < config.train_iters:
+        samples = readers.peek(progress.consumed_train_samples, weighting.consumed_target_samples)
+        with agreement.phase("hypergradient"):
+            check_at_start(
+                config.weighting, schedule, optimizer, weighting.exchange, config.training.micro_batch, *samples
+            )
+    exporter = None
+    if weighting is not None and config.checkpoint.save is not None:
+        exporter = WeighterExporter(config, layout, inputs.paths, inputs.tokenizer, inputs.fingerprint)
+    with agreement.phase("metrics"):
+        reporter = Reporter(config, layout, padded, progress.iteration)
+    writer = CheckpointWriter(config, objects, layout)
+    return Trainer(config, layout, schedule, objects, readers, weighting, exporter, reporter, writer, progress)
+
+
+def _build_weighting(
+    config: RunConfig,
+    inputs: Inputs,
+    stages: StageSchedule,
+    schedule: PipelineSchedule,
+    objects: TrainingObjects,
+    readers: Readers,
+    device: torch.device,
+    state: dict[str, Any] | None,
+) -> DataWeighting:
+    settings, layout = config.weighting, readers.layout
+    exchange = SampleExchange(readers.share, layout)
+    make_classifier = _classifier_maker(config, inputs, schedule)
+
+    def make_weighter() -> Weighter:
+        return Weighter(make_classifier(), settings, device, bf16=config.optimizer.bf16)
+
+    def restore_weighter(hf_config: str) -> Weighter:
+        return Weighter(classifier_from_json(hf_config), settings, device, bf16=config.optimizer.bf16)
+
+    def make_outer_update(weighter: Weighter) -> OuterUpdate:
+        passes = AlignmentPasses(settings, schedule, objects.optimizer, layout, config.training.micro_batch)
+        return OuterUpdate(settings, passes, weighter, exchange)
+
+    consumed = state["consumed_target_samples"] if state is not None else 0
+    weighting = DataWeighting(
+        settings,
+        stages,
+        exchange,
+        inputs.paths.train_sources,
+        make_weighter,
+        make_outer_update if settings.learns else None,
+        readers.target(consumed) if settings.learns else None,
+    )
+    if state is not None and settings.learns:
+        weighting.load_state_dict(state, restore_weighter)
+    return weighting
+
+
+def _classifier_maker(config: RunConfig, inputs: Inputs, schedule: PipelineSchedule) -> Callable[[], Any]:
+    """How the weighter that the flags ask for is made when its time comes; a collective call."""
+    settings, vocab, seed = config.weighting, inputs.vocab_size, config.training.seed
+    eod = int(inputs.tokenizer.eod)
+    if inputs.folder_weighter is not None:
+        return lambda: inputs.folder_weighter
+    if settings.dwm_init_from == "random":
+        return lambda: random_classifier(settings, vocab, config.model.sequence, eod, seed)
+    return lambda: language_model_classifier(schedule.chunks, config.model, settings, vocab, eod, seed)

@@ -1,0 +1,1 @@
+"""How the weighter is learnt: alignment of gradients, and the outer update."""

@@ -1,0 +1,109 @@
+"""Alignment of samples with the target: a_i = ⟨v, ∇ l_i(θ)⟩ (docs/method.md).
+
+Exact: one backward pass over microbatches of one sample. A hook on every parameter sees that sample's gradient just
+before data parallelism takes it, and adds its product with v. Finite difference: two forward passes at θ ± εv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_dwm.runtime.process_groups import Layout
+
+Direction = dict[torch.nn.Parameter, torch.Tensor]
+"""v, by parameter: the shape of the parameter, float32 (float64 for float64 models)."""
+
+
+def counts_here(name: str, param: torch.nn.Parameter, layout: Layout) -> bool:
+    """Whether this rank's product for the parameter belongs in the sum over the model-parallel group.
+
+    A parameter that the TP ranks hold in full has the same gradient on all of them, and counts once. Where its
+    gradients are parts of a sum all count: norms and biases under sequence parallelism, and norms of queries and keys,
+    whose heads the ranks divide. Tied embeddings on two pipeline stages each hold a part.
+    """
+    sharded = getattr(param, "tensor_model_parallel", False)
+    of_heads = "q_layernorm" in name or "k_layernorm" in name  # megatron-core knows them by name, too
+    partial = getattr(param, "sequence_parallel", False) or of_heads
+    return sharded or partial or layout.tp_rank == 0
+
+
+@contextmanager
+def products_with(
+    direction: Direction, chunks: Sequence[torch.nn.Module], num_samples: int, layout: Layout
+) -> Iterator[torch.Tensor]:
+    """While open, backward passes of single-sample microbatches add ⟨v, gradient⟩ to the yielded tensor [n], float64.
+
+    The k-th gradient a parameter receives belongs to the k-th microbatch of its model chunk in all of megatron-core's
+    schedules. The sum is this rank's part; :func:`sum_over_model` completes it.
+    """
+    device = next(chunks[0].parameters()).device
+    products = torch.zeros(num_samples, dtype=torch.float64, device=device)
+    seen: dict[Any, int] = {}
+
+    def add_product(param: Any) -> None:
+        sample = seen.get(param, 0)
+        seen[param] = sample + 1
+        assert param.grad is not None
+        products[sample] += inner_product(param.grad, direction[param])
+        param.grad_added_to_main_grad = True  # nobody wants the sum of these gradients: DDP need not form it
+
+    handles = [
+        param.register_post_accumulate_grad_hook(add_product)
+        for chunk in chunks
+        for name, param in chunk.named_parameters()
+        if param.requires_grad and counts_here(name, param, layout)
+    ]
+    try:
+        yield products
+    finally:
+        for handle in handles:
+            handle.remove()
+        for param in seen:
+            param.grad_added_to_main_grad = False
+
+
+def inner_product(gradient: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """⟨gradient, v⟩, float64.
+
+    torch's dot product is several times as fast as multiplying and summing, but on a CPU it adds up in one pass, whose
+    rounding grows with the length. So long tensors are taken in parts, and the parts are summed in float64.
+    """
+    size = 1 << (16 if gradient.is_cpu else 24)  # a GPU adds up in a tree, and wants few and long ones
+    pairs = zip(gradient.reshape(-1).split(size), v.reshape(-1).split(size), strict=True)
+    return torch.stack([torch.dot(g.to(w.dtype), w) for g, w in pairs]).sum(dtype=torch.float64)
+
+
+def sum_over_model(products: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Each rank's parts [n] to alignments [n], the same on all ranks of the replica."""
+    dist.all_reduce(products, group=layout.mp_group)
+    return products
+
+
+def held_for_all(param: torch.nn.Parameter, layout: Layout) -> bool:
+    """Whether this rank is the one of the model-parallel ranks with the same parameter that counts it."""
+    sharded = getattr(param, "tensor_model_parallel", False)
+    # megatron-core marks the last stage's copy of a tied embedding, which carries the first stage's v.
+    return (sharded or layout.tp_rank == 0) and not getattr(param, "shared", False)
+
+
+def global_norm(direction: Direction, layout: Layout) -> float:
+    """Norm of v over the whole model, each parameter counted once."""
+    device = next(iter(direction)).device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for param, v in direction.items():
+        if held_for_all(param, layout):
+            total += v.double().square().sum()
+    dist.all_reduce(total, group=layout.mp_group)
+    return float(total.sqrt())
+
+
+def shift(direction: Direction, distance: float) -> None:
+    """θ += distance · v, in place."""
+    with torch.no_grad():
+        for param, v in direction.items():
+            param.data.add_(v.to(param.dtype), alpha=distance)

@@ -1,0 +1,188 @@
+"""``--dwm-check``: the hypergradient of the user's own configuration against central differences (docs/method.md).
+
+One step θ' = θ - η P ∇ Σ w_i l_i of plain gradient descent is made by hand, for scores s and for s ± δd, with the
+gradient that training would use. The difference of the target loss at the two θ' is held against the closed form
+∂ l_target(θ') / ∂ s_i, with the alignments that an outer update would use. Nothing is different afterwards.
+
+Shape legend: N samples of the global batch, n of this replica.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_dwm.config.weighting import WeightingConfig
+from megatron_dwm.data.batch import Batch
+from megatron_dwm.errors import UserError
+from megatron_dwm.model.engine import PipelineSchedule
+from megatron_dwm.model.parameter_copy import ParameterCopy
+from megatron_dwm.runtime.record_writers import say
+from megatron_dwm.weighting.bilevel.alignment import shift
+from megatron_dwm.weighting.bilevel.lm_gradients import AlignmentPasses
+from megatron_dwm.weighting.bilevel.preconditioner import knows_preconditioner
+from megatron_dwm.weighting.sample_gather import SampleExchange
+from megatron_dwm.weighting.weights import relative_weights, target_score_gradient
+
+# Of the relative error. In fp32 it was 1.4e-3 and less in every layout with exact alignments, and 6.6e-3 and less with
+# those of finite differences; in bf16 it is 0.1 and more, whatever the step, which is why that is refused.
+BOUND = 1e-2
+SCORE_DISTANCE = 0.05  # δ in temperatures: the softmax's own curvature is then some 1e-3 of the difference
+LOSS_DIFFERENCE = 2e-3  # nats between the two sides, for which η is chosen: small, yet far above fp32's rounding
+
+
+@dataclass(frozen=True)
+class HypergradientCheck:
+    """What the check found."""
+
+    derivative: float
+    """Of the target loss in the scores along the hypergradient, in closed form."""
+    difference: float
+    """The same from central differences."""
+    error: float
+    """The larger of two directions' errors, relative to ``derivative``."""
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= BOUND  # NaN does not pass
+
+    def __str__(self) -> str:
+        return (
+            f"hypergradient {self.derivative:.6e} by finite differences {self.difference:.6e}, "
+            f"relative error {self.error:.1e} (bound {BOUND:g})"
+        )
+
+
+def check_at_start(
+    config: WeightingConfig,
+    schedule: PipelineSchedule,
+    optimizer: Any,
+    exchange: SampleExchange,
+    micro_batch_size: int,
+    batch: Batch,
+    target: Batch,
+) -> None:
+    """Check the hypergradient and say how it went; every rank calls it.
+
+    Raises:
+        UserError: on every rank, if the check fails or there is nothing to check.
+    """
+    unknown = config.dwm_preconditioner == "adam" and not knows_preconditioner(optimizer)
+    if unknown:
+        config = replace(config, dwm_preconditioner="none")
+    layout = exchange.layout
+    passes = AlignmentPasses(config, schedule, optimizer, layout, micro_batch_size)
+    result = check_hypergradient(passes, exchange, batch, target)
+    if not result.passed:
+        raise UserError(
+            f"--dwm-check: {result}; the weighter would learn from wrong alignments: find out which kernel, fusion or "
+            "parallel flag it needs by leaving them out one by one"
+        )
+    if layout.is_first:
+        with_what = ", without Adam's preconditioner, which is unknown before the first step" if unknown else ""
+        say(f" > --dwm-check: {result}{with_what}")
+
+
+def check_hypergradient(
+    passes: AlignmentPasses, exchange: SampleExchange, batch: Batch, target: Batch
+) -> HypergradientCheck:
+    """Hold the closed form against central differences; every rank calls it and finds the same.
+
+    Args:
+        passes: of the run. Parameters are restored, gradient buffers left empty.
+        batch: this replica's training samples [n].
+        target: this replica's target samples.
+
+    Raises:
+        UserError: the hypergradient is zero or not finite, so there is nothing to compare.
+    """
+    return _Check(passes, exchange, batch, target).run()
+
+
+class _Check:
+    def __init__(self, passes: AlignmentPasses, exchange: SampleExchange, batch: Batch, target: Batch) -> None:
+        self.passes, self.exchange, self.batch, self.target = passes, exchange, batch, target
+        self.temperature = passes.config.dwm_temperature
+        generator = torch.Generator().manual_seed(0)
+        draws = torch.randn(2, exchange.share.all_samples, generator=generator, dtype=torch.float64)
+        self.scores = 0.5 * self.temperature * draws[0]
+        self.signs = draws[1].sign()
+
+    def run(self) -> HypergradientCheck:
+        schedule = self.passes.schedule
+        with schedule.whole_parameters(), schedule.deterministic():
+            self.here = ParameterCopy(schedule.chunks)
+            try:
+                return self._run()
+            finally:
+                self.here.restore()
+
+    def _run(self) -> HypergradientCheck:
+        widest = SCORE_DISTANCE * self.temperature
+        step_size = LOSS_DIFFERENCE / (2 * widest * _own_slope(self._closed_form(step_size=0.0)))
+        gradient = step_size * self._closed_form(step_size)
+        # The loss may be steeper at θ' than it is at θ, where η was chosen.
+        distance = min(widest, LOSS_DIFFERENCE / (2 * _own_slope(gradient)))
+
+        directions = [gradient / gradient.abs().max(), self.signs]
+        derivatives = [float((direction * gradient).sum()) for direction in directions]
+        differences = []
+        for direction in directions:
+            above, below = (
+                self._loss_after_step(self.scores + side * direction, step_size) for side in (distance, -distance)
+            )
+            differences.append((above - below) / (2 * distance))
+        errors = [abs(one - other) for one, other in zip(derivatives, differences, strict=True)]
+        error = max(errors) if all(map(math.isfinite, errors)) else math.nan
+        return HypergradientCheck(derivatives[0], differences[0], error / derivatives[0])
+
+    def _closed_form(self, step_size: float) -> torch.Tensor:
+        """∂ l_target(θ') / ∂ s_i per unit of η [N]."""
+        self._step(self.scores, step_size)
+        _, direction = self.passes.gradient(self.target)
+        self.here.restore()
+        alignments = self.passes.align(self.batch, direction) * self._token_shares(self.batch)
+        everywhere = self.exchange.gather_replicas(alignments).cpu()
+        return target_score_gradient(everywhere, self.scores, self.temperature, learning_rate=1.0)
+
+    def _loss_after_step(self, scores: torch.Tensor, step_size: float) -> float:
+        self._step(scores, step_size)
+        schedule, layout, target = self.passes.schedule, self.passes.layout, self.target
+        with torch.no_grad():
+            losses = schedule.run(target, self.passes.micro_batch_size, forward_only=True)
+        self.here.restore()
+        means = schedule.share_losses(losses, len(target)).mean.double()
+        mean = (means * self._token_shares(target)).mean()
+        dist.all_reduce(mean, group=layout.dp_group)
+        return float(mean) / layout.dp_size
+
+    def _step(self, scores: torch.Tensor, step_size: float) -> None:
+        """θ to θ' = θ - η P ∇ Σ w_i l_i."""
+        weights = self.exchange.replica_part(relative_weights(scores, self.temperature))
+        _, gradient = self.passes.gradient(self.batch, weights.to(self.batch.tokens.device))
+        shift(gradient, -step_size)
+
+    def _token_shares(self, batch: Batch) -> torch.Tensor:
+        """What each sample's mean loss counts in the reduction [n]: 1 where samples have equally many tokens."""
+        tokens = batch.loss_mask.sum(dim=1, dtype=torch.float64)
+        if self.passes.schedule.config.calculate_per_token_loss:
+            mean = tokens.mean()
+            dist.all_reduce(mean, group=self.passes.layout.dp_group)
+            return tokens * self.passes.layout.dp_size / mean
+        micros = tokens.view(-1, self.passes.micro_batch_size)
+        return (micros / micros.mean(dim=1, keepdim=True).clamp(min=1)).flatten()
+
+
+def _own_slope(gradient: torch.Tensor) -> float:
+    """Derivative along the gradient [N] itself, scaled so that no score moves faster than 1."""
+    slope = float(gradient.square().sum() / gradient.abs().max())
+    if not 0 < slope < math.inf:
+        raise UserError(
+            f"--dwm-check: the hypergradient of the first {len(gradient)} samples is zero or not finite; use a "
+            "--global-batch-size of 2 or more, and look at the losses of --train-data-path and --dwm-valid-data-path"
+        )
+    return slope

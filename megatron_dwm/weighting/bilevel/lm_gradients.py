@@ -1,0 +1,95 @@
+"""The passes over the language model that an outer update is made of: a gradient, and samples' alignments with it.
+
+Shape legend: n samples of this replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_dwm.config.weighting import WeightingConfig
+from megatron_dwm.data.batch import Batch
+from megatron_dwm.model.engine import PipelineSchedule
+from megatron_dwm.model.parameter_copy import ParameterCopy
+from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.weighting.bilevel.alignment import Direction, global_norm, products_with, shift, sum_over_model
+from megatron_dwm.weighting.bilevel.preconditioner import precondition
+
+FINITE_DIFFERENCE_DISTANCE = 1e-2  # how far θ is moved along v, in norm
+
+
+class AlignmentPasses:
+    """Gradients and alignments at the present parameters, which are left as they were; gradient buffers are emptied."""
+
+    def __init__(
+        self,
+        config: WeightingConfig,
+        schedule: PipelineSchedule,
+        optimizer: Any,
+        layout: Layout,
+        micro_batch_size: int,
+    ) -> None:
+        self.config, self.schedule, self.optimizer = config, schedule, optimizer
+        self.layout, self.micro_batch_size = layout, micro_batch_size
+
+    def gradient(self, batch: Batch, sample_scale: torch.Tensor | None = None) -> tuple[float, Direction]:
+        """Mean loss of ``batch``, and the gradient of its loss as weighted by ``sample_scale`` [n], preconditioned."""
+        self._zero_gradients()
+        losses = self.schedule.run(batch, self.micro_batch_size, sample_scale=sample_scale, force_all_reduce=True)
+        scale = 1.0 / float(self.optimizer.get_loss_scale())
+        direction = {
+            param: param.main_grad.detach().to(torch.promote_types(param.dtype, torch.float32)) * scale
+            for param in self._params()
+        }
+        self._zero_gradients()
+        if self.config.dwm_preconditioner == "adam":
+            precondition(direction, self.optimizer, self.layout)
+        return self._mean_over_replicas(losses, len(batch)), direction
+
+    def align(self, batch: Batch, direction: Direction) -> torch.Tensor:
+        """a_i = ⟨v, ∇ l_i⟩ of this replica's samples [n], float64, at the present parameters."""
+        if self.config.dwm_alignment == "finite-difference":
+            return self._align_by_differences(batch, direction)
+        self._zero_gradients()
+        chunks = self.schedule.chunks
+        with (
+            self.schedule.unsynchronised(),
+            products_with(direction, chunks, len(batch), self.layout) as products,
+        ):
+            self.schedule.run(batch, 1)
+        self._zero_gradients()
+        # The schedule divides each microbatch's loss by their number, and fp16 training scales it.
+        products *= len(batch) / float(self.optimizer.get_loss_scale())
+        return sum_over_model(products, self.layout)
+
+    def _align_by_differences(self, batch: Batch, direction: Direction) -> torch.Tensor:
+        norm = global_norm(direction, self.layout)
+        if norm == 0:
+            return torch.zeros(len(batch), dtype=torch.float64, device=batch.tokens.device)
+        epsilon = FINITE_DIFFERENCE_DISTANCE / norm
+        here = ParameterCopy(self.schedule.chunks)
+        sides = []
+        for distance in (epsilon, -epsilon):
+            shift(direction, distance)
+            with torch.no_grad():
+                losses = self.schedule.run(batch, self.micro_batch_size, forward_only=True)
+            sides.append(self.schedule.share_losses(losses, len(batch)).mean.double())
+            here.restore()
+        return (sides[0] - sides[1]) / (2 * epsilon)
+
+    def _mean_over_replicas(self, losses: Any, num_samples: int) -> float:
+        mean = self.schedule.share_losses(losses, num_samples).mean.double().mean()
+        dist.all_reduce(mean, group=self.layout.dp_group)
+        return float(mean) / self.layout.dp_size
+
+    def _params(self) -> Sequence[Any]:
+        return [p for chunk in self.schedule.chunks for p in chunk.parameters() if p.requires_grad]
+
+    def _zero_gradients(self) -> None:
+        for chunk in self.schedule.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()

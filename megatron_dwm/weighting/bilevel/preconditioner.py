@@ -1,0 +1,90 @@
+"""Adam's preconditioner P, applied to the target gradient: a_i = ⟨P v, ∇ l_i⟩.
+
+A step of Adam moves θ by -η P m, with P = 1 / (sqrt(second moment, bias-corrected) + ε); through m it depends on this
+step's gradient linearly. ⟨v, P ∇ l_i⟩ is therefore how much sample i's weight moves the target loss, to first order.
+Parameters that learn at a rate of their own (``--decoupled-lr``) have P scaled by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.weighting.bilevel.alignment import Direction
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """The part of a parameter whose optimiser state this rank holds."""
+
+    place: slice
+    """Of the flattened parameter."""
+    state: dict[str, Any]
+    group: dict[str, Any]
+    base_rate: float
+    """Learning rate that P is relative to."""
+
+    def preconditioned(self, v: torch.Tensor) -> torch.Tensor:
+        """``v`` is flat and of this part."""
+        if "exp_avg_sq" not in self.state:  # no step has been made yet: P is unknown, and so is what follows from it
+            return torch.full_like(v, torch.nan)
+        step = float(self.state["step"] if "step" in self.state else self.group["step"])
+        second_moment = self.state["exp_avg_sq"].view(-1) / (1 - self.group["betas"][1] ** step)
+        relative_rate = self.group["max_lr"] / self.base_rate if self.base_rate else 1.0
+        # In place: a large parameter must not need more room here than in the optimiser's step.
+        return (relative_rate * v).div_(second_moment.sqrt_().add_(self.group["eps"]))
+
+
+def precondition(direction: Direction, optimizer: Any, layout: Layout) -> None:
+    """v ← P v, in place; NaN before the optimiser's first step.
+
+    Under the distributed optimiser each data-parallel rank scales the part whose state it holds; the parts are summed.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    owned = {param: own for part in parts for param, own in _owned(part, direction)}
+    sharded = any(isinstance(part, DistributedOptimizer) for part in parts)
+    for param, v in direction.items():
+        flat = v.view(-1)
+        place, scaled = slice(0, 0), flat[:0]
+        if param in owned:
+            place = owned[param].place
+            scaled = owned[param].preconditioned(flat[place])
+        if sharded:
+            v.zero_()
+        flat[place] = scaled.to(flat)
+        if sharded:
+            dist.all_reduce(v, group=layout.dp_group)
+
+
+def knows_preconditioner(optimizer: Any) -> bool:
+    """Whether P is known: the optimiser has made a step, or its state was loaded. A collective call of all ranks."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    known = any("exp_avg_sq" in state for part in parts for state in part.optimizer.state.values())
+    anywhere = torch.tensor(float(known), device=torch.cuda.current_device())
+    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)  # a shard of the distributed optimiser may be empty
+    return bool(anywhere)
+
+
+def _owned(part: Any, direction: Direction) -> Iterator[tuple[torch.nn.Parameter, _Owned]]:
+    """What ``part`` of the optimiser holds on this rank, by parameter."""
+    groups, states, base_rate = part.optimizer.param_groups, part.optimizer.state, part.config.lr
+    if hasattr(part, "model_param_group_index_map"):
+        for param, (group_index, order) in part.model_param_group_index_map.items():
+            place = part._get_model_param_range_map(param)["param"]
+            group = groups[group_index]
+            state = states.get(group["params"][order], {})
+            yield param, _Owned(slice(place.start, place.end), state, group, base_rate)
+        return
+    group_of = {main: group for group in groups for main in group["params"]}
+    for param in direction:
+        main = getattr(param, "main_param", None)
+        main = param if main is None else main
+        if main in group_of:
+            yield param, _Owned(slice(None), states.get(main, {}), group_of[main], base_rate)

@@ -1,0 +1,187 @@
+"""Where a weighter comes from and where it goes: random, the language model, a Hugging Face folder; and the export.
+
+An exported weighter is a folder that ``AutoModelForSequenceClassification.from_pretrained`` loads: config.json,
+model.safetensors, the tokenizer, and ``dwm_manifest.json`` which says what run it is from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dwm.atomic_write import written_folder
+from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.weighting import WeightingConfig
+from megatron_dwm.data.tokenizers import fingerprint_of_folder, save_hf_tokenizer
+from megatron_dwm.errors import UserError
+
+MANIFEST = "dwm_manifest.json"
+
+
+def random_classifier(config: WeightingConfig, vocab_size: int, seq_length: int, eod: int, seed: int) -> Any:
+    """A classifier of ``--dwm-arch`` and the size flags, the same on every rank."""
+    from transformers import AutoConfig
+
+    sizes: dict[str, Any] = {
+        "hidden_size": config.dwm_hidden_size,
+        "num_hidden_layers": config.dwm_num_layers,
+        "num_attention_heads": config.dwm_num_attention_heads,
+        "max_position_embeddings": seq_length,
+    }
+    if config.dwm_hidden_size % config.dwm_num_attention_heads:
+        raise UserError(
+            f"--dwm-hidden-size {config.dwm_hidden_size} is not divisible by --dwm-num-attention-heads "
+            f"{config.dwm_num_attention_heads}; change one"
+        )
+    ffn = config.dwm_ffn_hidden_size or 4 * config.dwm_hidden_size
+    if config.dwm_arch == "gpt2":
+        sizes["n_inner"] = ffn
+    else:
+        sizes["intermediate_size"] = ffn
+    if config.dwm_arch == "llama":
+        sizes["num_key_value_heads"] = config.dwm_num_attention_heads
+    if config.dwm_arch == "modernbert":
+        # Every layer sees the whole sample, and the score is read off the mean over its tokens. None is special.
+        sizes.update(global_attn_every_n_layers=1, classifier_pooling="mean", cls_token_id=None, sep_token_id=None)
+    hf_config = AutoConfig.for_model(config.dwm_arch, vocab_size=vocab_size, **sizes, **_label_settings(eod))
+    model = classifier_from_config(hf_config, seed)
+    zero_head(model)
+    return model
+
+
+def language_model_classifier(
+    chunks: Sequence[Any], model: ModelConfig, config: WeightingConfig, vocab_size: int, eod: int, seed: int
+) -> Any:
+    """A classifier whose embedding and layers are the language model's first ones; every rank must call it.
+
+    Raises:
+        UserError: the language model's architecture has no Hugging Face counterpart, or it has too few layers.
+    """
+    from megatron_dwm.model.hf import gather_first_layers, hf_config
+
+    check_language_model_init(model, config)
+    settings = hf_config(model, vocab_size=vocab_size, num_layers=config.dwm_num_layers)
+    settings.update(_label_settings(eod))
+    classifier = classifier_from_config(settings, seed)
+    state = gather_first_layers(chunks, model, num_layers=config.dwm_num_layers, vocab_size=vocab_size)
+    classifier.base_model.load_state_dict(state)
+    zero_head(classifier)
+    return classifier
+
+
+def check_language_model_init(model: ModelConfig, config: WeightingConfig) -> None:
+    """Raise UserError, before anything is built, if the weighter cannot be started from this language model."""
+    from megatron_dwm.model.hf import hf_config
+
+    if config.dwm_num_layers > model.layers:
+        raise UserError(
+            f"--dwm-num-layers {config.dwm_num_layers} exceeds --num-layers {model.layers}; "
+            "--dwm-init-from lm copies the language model's first layers"
+        )
+    try:
+        hf_config(model, vocab_size=8, num_layers=config.dwm_num_layers)
+    except UserError as error:
+        raise UserError(f"--dwm-init-from lm: {error}; or use --dwm-init-from random") from None
+
+
+def folder_classifier(
+    flag: str, folder: str, seq_length: int, vocab_size: int, eod: int, fingerprint: str, seed: int
+) -> Any:
+    """A classifier from any Hugging Face folder with the run's tokenizer; a language model's gets a new head.
+
+    Args:
+        flag: the flag that names ``folder``, for messages.
+        eod: end-of-document token, which pads where the folder names no token for that.
+
+    Raises:
+        UserError: the folder is missing, cannot be loaded, has more than one label, another tokenizer, or is made for
+            shorter samples.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"{flag} {folder}: no config.json there; give a Hugging Face model folder")
+    if fingerprint_of_folder(Path(folder)) != fingerprint:
+        raise UserError(
+            f"{flag} {folder}: its tokenizer is not this run's; use a weighter trained with the same tokenizer"
+        )
+    try:
+        hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with _seeded(seed):
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                folder, num_labels=1, dtype=torch.float32, output_loading_info=True, local_files_only=True
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{flag} {folder}: cannot be loaded as a classifier with one label ({reason})") from None
+    positions = getattr(hf_config, "max_position_embeddings", None)
+    if positions is not None and positions < seq_length:
+        raise UserError(
+            f"{flag} {folder}: made for {positions} positions, fewer than --seq-length {seq_length}; "
+            "use another weighter"
+        )
+    if hf_config.vocab_size < vocab_size:
+        raise UserError(
+            f"{flag} {folder}: its {hf_config.vocab_size} embeddings are fewer than the {vocab_size} tokens"
+        )
+    if model.config.pad_token_id is None:  # a language model's; without one a classifier takes no batches
+        model.config.pad_token_id = eod
+    if report["missing_keys"]:
+        zero_head(model)
+    return model
+
+
+def classifier_from_config(hf_config: Any, seed: int) -> Any:
+    """A classifier with weights drawn from ``seed``, leaving the global random state as it is."""
+    from transformers import AutoModelForSequenceClassification
+
+    with _seeded(seed):
+        return AutoModelForSequenceClassification.from_config(hf_config)
+
+
+def classifier_from_json(hf_config: str) -> Any:
+    """A classifier of the architecture in a Hugging Face configuration's JSON; its weights are to be loaded."""
+    from transformers import AutoConfig
+
+    values = json.loads(hf_config)
+    return classifier_from_config(AutoConfig.for_model(**values), seed=0)
+
+
+def zero_head(model: Any) -> None:
+    """Make all scores exactly 0, so that an untrained weighter gives uniform weights."""
+    heads = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1]
+    head = heads[-1]
+    torch.nn.init.zeros_(head.weight)
+    if head.bias is not None:
+        torch.nn.init.zeros_(head.bias)
+
+
+def export_weighter(model: Any, tokenizer: Any, tokenizer_config: Any, folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the weighter beside ``folder``, then put it in place. One rank calls it."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar for one small file would break the log's lines
+    with written_folder(folder) as beside:
+        model.save_pretrained(beside)
+        save_hf_tokenizer(tokenizer, tokenizer_config, beside)
+        (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _label_settings(eod: int) -> dict[str, Any]:
+    # The pad token tells the classifier where a sample ends; samples are full, so the last token is read.
+    return {"num_labels": 1, "pad_token_id": eod, "eos_token_id": eod, "bos_token_id": None}
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Any:
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

@@ -1,0 +1,70 @@
+"""The figures of benchmarks/benefit.py, from made-up records and by hand."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from megatron_dwm.analysis.records import RunRecords
+from tests.paths import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from benefit import Arm, catches_up, interval, summary, table
+from mixture import CORPORA
+
+
+def run(losses: list[float], *, seconds: float = 1.0) -> RunRecords:
+    """A run of 10 iterations for each evaluation loss; the test loss is the last of them."""
+    steps = [{"iteration": i + 1, "seconds": seconds, "consumed_samples": 4 * (i + 1)} for i in range(10 * len(losses))]
+    points = [{"iteration": 10 * (k + 1), "split": "valid", "lm_loss": loss} for k, loss in enumerate(losses)]
+    points.append({"iteration": 10 * len(losses), "split": "test", "lm_loss": losses[-1]})
+    return RunRecords(steps, [], points)
+
+
+UNIFORM = run([5.0, 4.0, 3.5, 3.0])
+
+
+def test_catching_up_is_found_between_evaluations():
+    tokens, time = catches_up(UNIFORM, run([4.5, 3.5, 2.5, 2.0], seconds=1.2)) or (0, 0)
+    assert tokens == pytest.approx(25 / 40)  # 3.0 lies halfway from 3.5 to 2.5
+    assert time == pytest.approx(25 * 1.2 / 40)
+
+
+def test_a_loss_that_rises_again_has_not_caught_up():
+    tokens, _ = catches_up(UNIFORM, run([2.9, 3.4, 3.2, 2.8])) or (0, 0)
+    assert tokens == pytest.approx(35 / 40)
+
+
+def test_a_run_that_stays_worse_never_catches_up():
+    assert catches_up(UNIFORM, run([5.0, 4.0, 3.5, 3.1])) is None
+
+
+def test_the_summary_compares_means_over_seeds():
+    arms = [
+        Arm("uniform", [UNIFORM, run([5.0, 4.0, 3.6, 3.2])]),
+        Arm("bilevel", [run([4.5, 3.5, 2.5, 2.0]), run([4.6, 3.6, 2.8, 2.6])]),
+        Arm("oracle", [run([3.0, 2.0, 1.5, 1.0]), run([3.0, 2.0, 1.5, 1.2])]),
+    ]
+    result = summary(arms, sequence=8)
+    assert result["arms"]["bilevel"] == {"test_loss": [2.0, 2.6], "tokens": 160 * 8, "seconds": [40.0, 40.0]}
+    assert result["gap_closed"] == pytest.approx((3.1 - 2.3) / (3.1 - 1.1))
+    assert result["token_ratio"] == pytest.approx((25 / 40 + 25 / 40) / 2)
+    assert "0.40 of the gap" in table(arms, result)
+
+
+def test_what_the_arms_do_not_give_is_null():
+    result = summary([Arm("uniform", [UNIFORM])], sequence=8)
+    assert (result["gap_closed"], result["token_ratio"], result["time_ratio"]) == (None, None, None)
+
+
+def test_the_interval_is_students():
+    # Standard deviation 0.1, three values: 4.30 * 0.1 / sqrt(3).
+    assert interval([1.0, 1.1, 1.2]) == "1.1000 ± 0.2483"
+
+
+def test_a_mixture_of_documentation_is_of_the_packages_it_names():
+    recipe = CORPORA["documentation"]
+    assert {spec.partition(":")[2] for spec in recipe.flags[1:]} == set(recipe.train)
+    assert sum(recipe.train.values()) == pytest.approx(1) and recipe.target in recipe.train

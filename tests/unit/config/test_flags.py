@@ -1,0 +1,123 @@
+"""Flags from dataclasses: what they become, and what a mistake says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+
+from megatron_dwm.config.flags import argv_of, deprecations, flag, flags_of, parse, read, require_at_least
+from megatron_dwm.errors import EXIT_CODE, UserError, run_cli
+
+
+@dataclass(frozen=True)
+class Small:
+    """A few flags.
+
+    Of every kind.
+    """
+
+    size: int | None = flag(None, "A number.")
+    rate: float = flag(0.5, "100% of a number.")
+    paths: list[str] | None = flag(None, "Words.", nargs="*")
+    triple: list[int] | None = flag(None, "Three numbers.", nargs=3)
+    kind: Literal["a", "b"] = flag("a", "A choice.")
+    fast: bool = flag(False, "A switch.")
+    fused: bool = flag(True, "A switch that turns off.")
+    renamed: bool = flag(True, "Another.", "--without-renamed", "--disable-renamed")
+    parts: int = flag(1, "Refused but at its default.", refused="there is one; leave it out")
+    old: bool = flag(False, "Still works.", deprecated="use --kind b")
+    derived: int = 3
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "size rate")
+
+
+def _parse(*argv: str, **options: Any) -> Small:
+    return parse(list(argv), {"small": Small}, prog="test", description="A test.", **options)["small"]
+
+
+def test_defaults_are_those_of_the_class():
+    assert _parse("--rate", "1") == Small(rate=1.0)
+
+
+def test_values_take_the_types_of_the_fields():
+    small = _parse(
+        "--size", "3", "--rate", "2", "--paths", "x", "y", "--triple", "1", "2", "3", "--kind", "b", "--fast"
+    )
+    assert (small.size, small.rate, small.paths, small.triple, small.kind) == (3, 2.0, ["x", "y"], [1, 2, 3], "b")
+    assert small.fast
+
+
+@pytest.mark.parametrize(
+    ("argument", "field"),
+    [("--no-fused", "fused"), ("--without-renamed", "renamed"), ("--disable-renamed", "renamed")],
+)
+def test_a_switch_that_is_on_is_turned_off_by_its_flag(argument: str, field: str):
+    assert getattr(_parse("--rate", "1", argument), field) is False
+
+
+def test_a_configuration_has_a_command_line_that_makes_it():
+    argv = ["--size", "3", "--rate", "2.5", "--paths", "x", "y z", "--kind", "b", "--fast", "--no-fused"]
+    assert argv_of(_parse(*argv)) == argv
+
+
+def test_only_given_values_are_read():
+    assert read(["--size", "4", "--no-fused"], [Small], description=None) == {"size": 4, "fused": False}
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--size", "many"], "--size: invalid int value: 'many'"),
+        (["--kind", "c"], "--kind: invalid choice: 'c'"),
+        (["--siz", "3"], "unknown flag --siz; is it --size?"),
+        (["--qqqq"], "unknown flag --qqqq; see --help"),
+        (["--fast", "3"], "unexpected argument 3"),
+        (["--triple", "1", "2"], "--triple: expected 3 arguments"),
+        (["--parts", "2"], "--parts is not supported: there is one; leave it out"),
+        (["--size", "0"], "--size 0: must be at least 1"),
+        (["--rate", "nan"], "--rate nan: must be at least 1"),
+        (["--gone=3"], "--gone is not supported: it is gone; leave it out\n"),
+        (["--gone", "3", "--went", "--unknown", "--went=1"], "it is gone; leave it out (nor are --went)"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+    def main() -> None:
+        _parse(*argv, why_refused=dict.fromkeys(("--gone", "--went"), "it is gone; leave it out").get)
+
+    with pytest.raises(SystemExit) as ended:
+        run_cli(main)
+    assert ended.value.code == EXIT_CODE == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert said in captured.err
+
+
+def test_a_refused_flag_may_repeat_its_default():
+    assert _parse("--rate", "1", "--parts", "1").parts == 1
+
+
+def test_a_deprecated_flag_works_and_says_what_to_use(capsys: pytest.CaptureFixture[str]):
+    assert _parse("--rate", "1", "--old").old
+    assert capsys.readouterr().err == "warning: --old is deprecated; use --kind b\n"
+    assert _parse("--rate", "1", "--old", speaks=False).old
+    assert _parse("--rate", "1").fused
+    assert capsys.readouterr().err == ""
+    assert deprecations([Small], ["size"]) == []
+
+
+def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        _parse("--help")
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "A few flags:" in text and "100% of a number" in text
+    assert all(name in text for item in flags_of(Small) for name in item.names)
+
+
+def test_fields_without_a_flag_are_left_alone():
+    assert "derived" not in {item.field for item in flags_of(Small)}
+    with pytest.raises(UserError):
+        _parse("--derived", "4")

@@ -1,0 +1,141 @@
+"""The flags are Megatron-LM's: same names, meaning and defaults, or refused with a reason.
+
+``tests/fixtures/flags.json`` is what Megatron-LM's own parser (core_v0.16.1) says of its flags: spellings to
+destination, default and, where there are, choices, nargs, action and a type other than str.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+import pytest
+from megatron.core.optimizer.optimizer_config import AdamOptimizerConfig, SGDOptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dwm.config.flags import Flag, flags_of
+from megatron_dwm.config.run import PARTS
+from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.config.unsupported_flags import REFUSED, why_refused
+from tests.paths import ROOT
+
+FIXTURE: dict[str, dict[str, Any]] = json.loads((ROOT / "tests/fixtures/flags.json").read_text())
+MEGATRON = {name: entry for names, entry in FIXTURE.items() for name in names.split()}
+OURS: dict[str, Flag] = {
+    name: item for config_class in PARTS.values() for item in flags_of(config_class) for name in item.names
+}
+SHARED = sorted(OURS.keys() & MEGATRON.keys())
+
+OTHER_DEFAULTS = {
+    "--transformer-impl": "Transformer Engine only where it is installed",
+    "--tokenizer-type": "Megatron-LM's pretraining script makes None the same",
+    "--use-cpu-initialization": "None and False say the same",
+    "--no-save-optim": "None and False say the same",
+    "--no-save-rng": "None and False say the same",
+    "--no-load-optim": "None and False say the same",
+    "--no-load-rng": "None and False say the same",
+}
+FEWER_CHOICES = {
+    "--ckpt-format": "the other formats are not written",
+    "--dataloader-type": "external loaders are not plugged in",
+    "--fp8-recipe": "custom quantizers are not plugged in",
+    "--non-persistent-ckpt-type": "local needs a library of its own",
+    "--optimizer": "Muon is not there",
+    "--position-embedding-type": "the others are for other models",
+    "--tokenizer-type": "the others are for other models",
+}
+IN_ITS_GUIDE_ALONE = {"--fp8-hybrid"}
+OTHER_CHOICES = {"--transformer-impl": "torch is our own; inference is not there"}
+
+
+def test_flags_of_our_own_do_not_sound_like_megatrons():
+    assert all(name.startswith("--dwm-") or name == "--metrics-jsonl" for name in OURS.keys() - MEGATRON.keys())
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_shared_flag_is_megatrons(name: str):
+    ours, theirs = OURS[name], MEGATRON[name]
+    assert ours.field == theirs["dest"]
+    assert (ours.value_type is None) == (theirs.get("action") in ("StoreTrue", "StoreFalse"))
+    if ours.value_type is not None:
+        assert ours.value_type.__name__ == theirs.get("type", "str")
+    if name in OTHER_DEFAULTS:
+        assert ours.default != theirs["default"], "no difference any more: drop it from OTHER_DEFAULTS"
+    else:
+        assert ours.default == theirs["default"]
+    assert ours.nargs == theirs.get("nargs")
+    choices, known = set(ours.choices or ()), set(theirs.get("choices", ()))
+    if name in FEWER_CHOICES:
+        assert choices < known
+    elif name in OTHER_CHOICES:
+        assert choices - known and known - choices
+    else:
+        assert choices == known
+
+
+def test_a_shared_flag_has_all_its_spellings():
+    for spellings in (names.split() for names in FIXTURE):
+        known = [name in OURS for name in spellings]
+        assert all(known) or not any(known), spellings
+
+
+@pytest.mark.parametrize("name", sorted(MEGATRON.keys() - OURS.keys()))
+def test_a_flag_that_is_not_here_is_refused_with_reason_and_remedy(name: str):
+    reason = why_refused(name)
+    assert reason is not None and "\n" not in reason
+    assert "; " in reason or reason.startswith("use ")
+
+
+def test_refusals_concern_flags_of_megatrons_that_are_not_here():
+    for patterns in REFUSED.values():
+        for pattern in patterns.split():
+            matched = {name for name in (*MEGATRON, *IN_ITS_GUIDE_ALONE) if fnmatchcase(name, pattern)}
+            assert matched - OURS.keys(), f"{pattern} refuses nothing"
+    assert why_refused("--no-such-flag") is None
+
+
+READ_BY_PROPERTIES = {
+    "accumulate_allreduce_grads_in_fp32": "OptimizerConfig.grads_in_fp32",
+    "dwm_target_batch_size": "RunConfig.target_batch_size",
+    "grad_reduce_in_bf16": "OptimizerConfig.grads_in_fp32",
+    "num_layers_per_virtual_pipeline_stage": "ParallelConfig.virtual_stages",
+    "num_virtual_stages_per_pipeline_rank": "ParallelConfig.virtual_stages",
+    "use_checkpoint_args": "parse_run",
+    "use_rotary_position_embeddings": "ModelConfig.positions",
+}
+NO_EFFECT_AND_SAY_SO = {
+    "add_position_embedding",
+    "ckpt_format",
+    "create_attention_mask_in_dataloader",
+    "deprecated_use_mcore_models",
+    "use_flash_attn",
+}
+
+
+def test_no_flag_is_silently_ignored():
+    """Every field is read outside the configuration, or passed on to megatron-core under its name, or refused."""
+    kinds = TransformerConfig, AdamOptimizerConfig, SGDOptimizerConfig, TokenizerConfig
+    core = {field.name for kind in kinds for field in fields(kind)}  # megatron-core's tokenizers get all flags too
+    source = "\n".join(
+        path.read_text() for path in (ROOT / "megatron_dwm").rglob("*.py") if path.parent.name != "config"
+    )
+    ignored = {
+        item.field
+        for item in OURS.values()
+        if item.refused is None
+        and item.field not in core
+        and not re.search(rf"\.{item.field}\b|[\"']{item.field}[\"']", source)
+    }
+    assert ignored - READ_BY_PROPERTIES.keys() - NO_EFFECT_AND_SAY_SO == set()
+
+
+def test_the_page_of_flags_is_up_to_date():
+    """If it is not: ``python tools/write_flags.py``."""
+    command = [sys.executable, str(ROOT / "tools/write_flags.py"), "--check"]
+    checked = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
+    assert checked.returncode == 0, checked.stderr

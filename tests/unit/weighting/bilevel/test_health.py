@@ -1,0 +1,42 @@
+"""Signs of a weighting that does not work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_dwm.errors import UserError
+from megatron_dwm.model.engine import scaled_loss
+from megatron_dwm.weighting.bilevel.health import check_scores, check_weights, require_alignments
+
+
+def test_collapsed_weights_are_noticed_below_the_floor_only():
+    one_hot = torch.zeros(10)
+    one_hot[3] = 10
+    (warning,) = check_weights(one_hot, floor=0.2)
+    assert "0.100 of the batch" in warning.message and "--dwm-min-effective-sample-size 0.2" in warning.message
+    assert check_weights(one_hot, floor=0.05) == [] and check_weights(torch.ones(10), floor=0.99) == []
+
+
+def test_equal_scores_are_a_sign_only_after_learning():
+    equal = torch.full((5,), 0.3)
+    assert check_scores(equal, updates=0) == []
+    assert "after 4 outer updates" in check_scores(equal, updates=4)[0].message
+    assert check_scores(torch.arange(5.0), updates=4) == []
+
+
+def test_alignments_that_are_all_zero_end_the_run():
+    require_alignments(torch.tensor([0.0, 1e-30]))
+    with pytest.raises(RuntimeError, match="exactly zero"):
+        require_alignments(torch.zeros(5))
+
+
+@pytest.mark.parametrize(
+    "hidden", [torch.tensor(2.0), torch.ones(3), torch.ones(6), torch.ones(2, 3), torch.ones(3, 1)]
+)
+def test_a_loss_that_is_not_of_tokens_is_refused(hidden: torch.Tensor):
+    """A scalar, a loss of each sample, flattened tokens, [s, b], and what would broadcast."""
+    mask, scale = torch.ones(3, 2), torch.ones(3)
+    with pytest.raises(UserError, match=r"where token losses \[3, 2\] are needed.*--cross-entropy-loss-fusion"):
+        scaled_loss(mask, scale, hidden)
+    scaled_loss(mask, scale, torch.ones(3, 2))

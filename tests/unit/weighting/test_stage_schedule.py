@@ -1,0 +1,59 @@
+"""When the weighter weighs, learns and is exported."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_dwm.config.weighting import WeightingConfig
+from megatron_dwm.errors import UserError
+from megatron_dwm.weighting.stage_schedule import bilevel_stages, frozen_stages
+
+CONFIG = WeightingConfig(
+    dwm_warmup_iters=4, dwm_num_stages=3, dwm_stage_update_iters=4, dwm_update_interval=2, dwm_valid_data_path=["x"]
+)
+
+
+def iterations(holds, train_iters: int = 21) -> list[int]:
+    return [iteration for iteration in range(1, train_iters + 1) if holds(iteration)]
+
+
+def test_stages_follow_the_warm_up_and_the_last_takes_the_rest():
+    stages = bilevel_stages(CONFIG, 21)
+    assert [stages.stage(i) for i in range(1, 22)] == [0] * 4 + [1] * 5 + [2] * 5 + [3] * 7
+    assert iterations(stages.weighs) == list(range(5, 22))
+    assert iterations(stages.starts_stage) == [5, 10, 15]
+    assert iterations(stages.ends_stage) == [9, 14, 21]
+
+
+def test_updates_fall_into_the_window_of_each_stage_at_the_interval():
+    assert iterations(bilevel_stages(CONFIG, 21).updates) == [6, 8, 11, 13, 16, 18]
+    whole = replace(CONFIG, dwm_stage_update_iters=None)
+    assert iterations(bilevel_stages(whole, 21).updates) == [6, 8, 11, 13, 16, 18, 20]
+
+
+def test_defaults_make_the_warm_up_fit_the_weighters_start_and_the_interval_the_stage():
+    assert bilevel_stages(WeightingConfig(), 600).warmup_iters == 0
+    stages = bilevel_stages(WeightingConfig(dwm_init_from="lm"), 600)
+    assert (stages.warmup_iters, stages.stage_iters, stages.update_interval) == (100, 100, 100)
+    assert bilevel_stages(WeightingConfig(), 50).update_interval == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "train_iters", "named"),
+    [
+        ({}, 6, "--train-iters 6"),
+        ({"dwm_update_interval": 5}, 21, "--dwm-update-interval 5"),
+        ({"dwm_update_interval": 6, "dwm_stage_update_iters": None}, 21, "--dwm-update-interval 6"),
+    ],
+)
+def test_a_schedule_in_which_nothing_is_learnt_is_refused(changes: dict, train_iters: int, named: str):
+    with pytest.raises(UserError, match=named):
+        bilevel_stages(replace(CONFIG, **changes), train_iters)
+
+
+def test_a_frozen_weighter_weighs_from_the_start_and_never_learns():
+    config = WeightingConfig(dwm_mode="frozen", dwm_load="somewhere")
+    stages = frozen_stages(config, 21)
+    assert iterations(stages.weighs) == list(range(1, 22)) and iterations(stages.updates) == []
