@@ -16,7 +16,7 @@ from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.run import parse_run
 from megatron_dwm.errors import run_cli
 from megatron_dwm.runtime.device import environment_rank, require_megatron_core, select_device
-from megatron_dwm.runtime.startup_sync import Agreement
+from megatron_dwm.runtime.startup_sync import StartupSync
 
 
 def main() -> None:
@@ -24,8 +24,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine).*")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(load_state_dict|ShardedTensor).*")
     rank, local_rank, world_size = environment_rank()
-    agreement = Agreement(rank, world_size)
-    with agreement.phase("flags"):
+    startup_sync = StartupSync(rank, world_size)
+    with startup_sync.phase("flags"):
         require_megatron_core()
         config = parse_run(None, world_size, speaks=rank == 0, read_saved=_read_saved)
         device = select_device(local_rank)
@@ -34,9 +34,9 @@ def main() -> None:
 
     from megatron_dwm.training.setup import build_trainer, read_inputs
 
-    with agreement.phase("inputs"):
+    with startup_sync.phase("inputs"):
         inputs = read_inputs(config, reads_data=rank == 0)
-    trainer = build_trainer(config, inputs, device, agreement)
+    trainer = build_trainer(config, inputs, device, startup_sync)
     trainer.train()
     dist.destroy_process_group()
 

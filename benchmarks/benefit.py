@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from mixture import CORPORA, Mixture, made_mixture, own_mixture
-from programmes import call
+from programs import call
 
 from megatron_dwm.analysis.plots import save_png
 from megatron_dwm.analysis.records import RunRecords, read_run
-from megatron_dwm.atomic_write import write_text
+from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.errors import UserError, run_cli
 
 ARMS = ("uniform", "random", "loss", "shuffled", "bilevel", "frozen", "continued", "oracle")
@@ -100,7 +100,7 @@ def main() -> None:
     print(table(found, result))
     save_png(figure(found, sequence), folder / "benefit.png")
     for path in filter(None, (options.json, folder / "benefit.json")):
-        write_text(Path(path), json.dumps(result, indent=2) + "\n")
+        atomic_write_text(Path(path), json.dumps(result, indent=2) + "\n")
 
 
 def summary(arms: Sequence[Arm], sequence: int) -> dict[str, Any]:
@@ -197,10 +197,10 @@ def figure(arms: Sequence[Arm], sequence: int) -> Any:
             statistics.mean(sum(s["seconds"] for s in run.steps if s["iteration"] <= i) for run in arm.runs)
             for i in iterations
         ]
-        colour = f"C{number}"
-        over_tokens.plot([i * per_iteration / 1e6 for i in iterations], mean, color=colour, label=arm.name)
-        over_tokens.fill_between([i * per_iteration / 1e6 for i in iterations], low, high, color=colour, alpha=0.15)
-        over_time.plot(seconds, mean, color=colour, label=arm.name)
+        color = f"C{number}"
+        over_tokens.plot([i * per_iteration / 1e6 for i in iterations], mean, color=color, label=arm.name)
+        over_tokens.fill_between([i * per_iteration / 1e6 for i in iterations], low, high, color=color, alpha=0.15)
+        over_time.plot(seconds, mean, color=color, label=arm.name)
     over_tokens.set_xlabel("million tokens")
     over_tokens.set_ylabel("loss on held-out text like the target (nats per token)")
     over_time.set_xlabel("seconds of training, all overhead inside")
@@ -302,7 +302,7 @@ def _run(name: str, seed: int, folder: Path, mixture: Mixture, options: argparse
         return
     print(f"{name}, seed {seed} ...", flush=True)
     place.mkdir(parents=True, exist_ok=True)
-    write_text(written, shlex.join(command))
+    atomic_write_text(written, shlex.join(command))
     call(*command, log=place / "log.txt")
 
 

@@ -17,10 +17,10 @@ from megatron_dwm.config.run import parse_run
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.errors import UserError, run_cli
 from megatron_dwm.runtime.device import environment_rank, select_device
-from megatron_dwm.runtime.startup_sync import Agreement
+from megatron_dwm.runtime.startup_sync import StartupSync
 from megatron_dwm.training.setup import build_trainer, read_inputs
-from megatron_dwm.weighting.data_weighting import BatchWeights, DataWeighting
-from megatron_dwm.weighting.weights import relative_weights, standardised
+from megatron_dwm.weighting.data_weighting import DataWeighting, SampleWeights
+from megatron_dwm.weighting.weights import standardized, weights_from_scores
 
 CONTROLS = ("random", "loss", "oracle", "shuffled")
 
@@ -35,15 +35,15 @@ class Control:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.weighting, name)
 
-    def weigh(self, iteration: int, batch: Batch) -> BatchWeights | None:
+    def weigh(self, iteration: int, batch: Batch) -> SampleWeights | None:
         """The weights that the rule gives; uniform wherever the weighting's are uniform by schedule."""
         learnt = self.weighting.weigh(iteration, batch)
         if learnt is None:
             return None
         scores = getattr(self, f"_{self.options.control}")(batch, learnt.scores)
-        relative = relative_weights(scores, 1.0)
-        exchange = self.weighting.exchange
-        return BatchWeights(scores, relative, exchange.replica_part(relative).to(batch.tokens.device))
+        relative = weights_from_scores(scores, 1.0)
+        sample_gather = self.weighting.sample_gather
+        return SampleWeights(scores, relative, sample_gather.select_replica(relative).to(batch.tokens.device))
 
     def _shuffled(self, batch: Batch, scores: torch.Tensor) -> torch.Tensor:
         """The learnt scores, each given to another sample."""
@@ -54,17 +54,17 @@ class Control:
         return self.options.strength * torch.randn(len(scores), generator=self.generator)
 
     def _loss(self, batch: Batch, scores: torch.Tensor) -> torch.Tensor:
-        """Samples with a high loss count for more: the language model's losses before the step, standardised."""
-        schedule, micro = self.trainer.schedule, self.trainer.config.training.micro_batch
-        with torch.no_grad(), schedule.deterministic():
-            losses = schedule.run(batch, micro, forward_only=True)
-        means = schedule.share_losses(losses, len(batch)).mean
-        return self.options.strength * standardised(self.weighting.exchange.gather_replicas(means).cpu())
+        """Samples with a high loss count for more: the language model's losses before the step, standardized."""
+        engine, micro = self.trainer.engine, self.trainer.config.training.micro_batch
+        with torch.no_grad(), engine.deterministic():
+            losses = engine.run(batch, micro, forward_only=True)
+        means = engine.broadcast_losses(losses, len(batch)).mean
+        return self.options.strength * standardized(self.weighting.sample_gather.gather_from_replicas(means).cpu())
 
     def _oracle(self, batch: Batch, scores: torch.Tensor) -> torch.Tensor:
         """Only samples of the sources that are like the target count."""
         wanted = [number for number, name in enumerate(self.weighting.sources) if name in self.options.sources]
-        source = self.weighting.exchange.gather_replicas(batch.source).cpu()
+        source = self.weighting.sample_gather.gather_from_replicas(batch.source).cpu()
         like = torch.isin(source, torch.tensor(wanted))
         return torch.where(like, 0.0, float("-inf")) if bool(like.any()) else torch.zeros(len(source))
 
@@ -77,15 +77,15 @@ def main() -> None:
     options, argv = parser.parse_known_args()
 
     rank, local_rank, world_size = environment_rank()
-    agreement = Agreement(rank, world_size)
-    with agreement.phase("flags"):
+    startup_sync = StartupSync(rank, world_size)
+    with startup_sync.phase("flags"):
         config = parse_run(argv, world_size, speaks=rank == 0)
         device = select_device(local_rank)
-    with agreement.phase("inputs"):
+    with startup_sync.phase("inputs"):
         inputs = read_inputs(config, reads_data=rank == 0)
         if options.control == "oracle" and not set(options.sources) & set(inputs.paths.train_sources):
             raise UserError(f"--sources {options.sources}: none of {inputs.paths.train_sources}; name some of these")
-    trainer = build_trainer(config, inputs, device, agreement)
+    trainer = build_trainer(config, inputs, device, startup_sync)
     if trainer.weighting is None:
         raise UserError("--dwm-mode off has no weights to control; leave it out")
     trainer.weighting = Control(trainer.weighting, trainer, options, config.training.seed)  # type: ignore[assignment]

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from programmes import call
+from programs import call
 
-from megatron_dwm.atomic_write import write_text
+from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.errors import UserError
 
 
@@ -87,7 +87,7 @@ def _claim(folder: Path, description: str) -> None:
     if written.is_file() and written.read_text() != description:
         raise UserError(f"--output {folder} holds data of another mixture; give another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(written, description)
+    atomic_write_text(written, description)
 
 
 def _tokenized(

@@ -24,15 +24,15 @@ class BareLoop:
     def __init__(self, trainer: Trainer) -> None:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        self.objects, self.schedule, self.reader = trainer.objects, trainer.schedule, trainer.readers.train
+        self.components, self.engine, self.batch_loader = trainer.components, trainer.engine, trainer.dataloaders.train
         self.config, self.forward_backward = trainer.config, get_forward_backward_func()
 
     def step(self) -> None:
-        chunks, micro, sequence = self.schedule.chunks, self.config.training.micro_batch, self.config.model.sequence
+        chunks, micro, sequence = self.engine.chunks, self.config.training.micro_batch, self.config.model.sequence
         for chunk in chunks:
             chunk.zero_grad_buffer()
-        self.objects.optimizer.zero_grad()
-        micros = list(self.reader.next().microbatches(micro))
+        self.components.optimizer.zero_grad()
+        micros = list(self.batch_loader.next_batch().microbatches(micro))
         iterators = [iter(micros) for _ in chunks]
         self.forward_backward(
             forward_step_func=self._forward_step,
@@ -43,12 +43,12 @@ class BareLoop:
             micro_batch_size=micro,
             forward_only=False,
         )
-        updated, _, _ = self.objects.optimizer.step()
+        updated, _, _ = self.components.optimizer.step()
         if updated:
-            self.objects.scheduler.step(increment=self.config.global_batch_size)
+            self.components.scheduler.step(increment=self.config.global_batch_size)
 
     def _forward_step(self, micros: Iterator[Batch], model: Any) -> tuple[Any, Any]:
-        micro, end = next(micros), self.schedule.document_end
+        micro, end = next(micros), self.engine.document_end
         mask = micro.document_mask(end) if end is not None else None
         output = model(micro.tokens, micro.position_ids, mask, labels=micro.labels, loss_mask=micro.loss_mask)
 
@@ -70,15 +70,15 @@ class Modes:
         for _ in range(SETTLING_STEPS):
             self.plain.iterate(1)
         if self.weighting.weighter is None:
-            with trainer.schedule.whole_parameters():
+            with trainer.engine.full_parameters():
                 self.weighting.start()
         weighter, outer = self.weighting.weighter, self.weighting.outer
         assert weighter is not None and outer is not None
         self.weighter, self.outer = weighter, outer
         scoring = dataclasses.replace(self.weighting.config, dwm_warmup_iters=0)
         stages = frozen_stages(scoring, self.config.train_iters)
-        exchange, sources = self.weighting.exchange, self.weighting.sources
-        frozen = DataWeighting(scoring, stages, exchange, sources, lambda: weighter, None, None)
+        sample_gather, sources = self.weighting.sample_gather, self.weighting.sources
+        frozen = DataWeighting(scoring, stages, sample_gather, sources, lambda: weighter, None, None)
         frozen.start()
         self.frozen = self._with(frozen)
         iterations = range(1, self.config.train_iters + 1)

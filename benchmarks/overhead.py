@@ -7,7 +7,7 @@ All modes train one model in one group of processes and take turns, and a ratio 
 what else the machine does meets all of them alike. Nothing is saved. A second of a mode is the slowest rank's.
 
   - plain: the training loop without a weighter (``--dwm-mode off``);
-  - bare: megatron-core's schedule, optimiser and learning rate, called by the fewest lines that do it;
+  - bare: megatron-core's schedule, optimizer and learning rate, called by the fewest lines that do it;
   - frozen: the training loop with a weighter that scores;
   - bilevel: frozen steps, and one step with an outer update every ``--dwm-update-interval``. Both are measured; the
     mode's time is their mean over an interval. With ``--steps`` of an interval or more, intervals are also run whole.
@@ -36,14 +36,14 @@ from measuring import Stopwatch, paired_ratio, peak_and_retained, seconds, take_
 from modes import SETTLING_STEPS, Modes
 from overhead_report import PARTS, table
 
-from megatron_dwm.atomic_write import write_text
+from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.config.flags import OneLineParser, add_flags, build, flag, require_at_least
 from megatron_dwm.config.run import RunConfig, parse_run
 from megatron_dwm.errors import UserError, run_cli
 from megatron_dwm.model.flops import outer_update_flops, scoring_flops, training_flops
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.runtime.device import environment_rank, require_megatron_core, select_device
-from megatron_dwm.runtime.startup_sync import Agreement
+from megatron_dwm.runtime.startup_sync import StartupSync
 from megatron_dwm.training import trainer as training_loop
 from megatron_dwm.training.setup import build_trainer, read_inputs
 from megatron_dwm.training.trainer import Trainer
@@ -149,20 +149,20 @@ def measure_modes(modes: Modes, options: OverheadConfig) -> dict[str, Any]:
 
 def measure_passes(modes: Modes, repeats: int) -> dict[str, float]:
     """The alignment pass against a plain forward-backward of the same samples."""
-    schedule, passes, trainer = modes.bilevel.schedule, modes.outer.passes, modes.bilevel
-    batch, micro = trainer.readers.train.next(), modes.config.training.micro_batch
+    engine, lm_gradients, trainer = modes.bilevel.engine, modes.outer.lm_gradients, modes.bilevel
+    batch, micro = trainer.dataloaders.train.next_batch(), modes.config.training.micro_batch
 
     def forward_backward(size: int) -> None:
-        for chunk in schedule.chunks:
+        for chunk in engine.chunks:
             chunk.zero_grad_buffer()
-        trainer.objects.optimizer.zero_grad()
-        schedule.run(batch, size)
+        trainer.components.optimizer.zero_grad()
+        engine.run(batch, size)
 
-    with schedule.whole_parameters(), schedule.deterministic():
-        _, direction = passes.gradient(batch)
+    with engine.full_parameters(), engine.deterministic():
+        _, direction = lm_gradients.gradient(batch)
         times = take_turns(
             {
-                "align": lambda: passes.align(batch, direction),
+                "align": lambda: lm_gradients.align(batch, direction),
                 "single": partial(forward_backward, 1),
                 "micro": partial(forward_backward, micro),
             },
@@ -184,8 +184,8 @@ def measured_parts(modes: Modes, repeats: int) -> dict[str, float]:
             (training_loop, "train_step", "training step"),
             (modes.weighting, "weigh", "scoring"),
             (modes.frozen.weighting, "weigh", "scoring"),
-            (modes.outer.passes, "gradient", "target pass"),
-            (modes.outer.passes, "align", "alignment pass"),
+            (modes.outer.lm_gradients, "gradient", "target pass"),
+            (modes.outer.lm_gradients, "align", "alignment pass"),
             (ParameterCopy, "__init__", "parameter copy"),
             (ParameterCopy, "swap", "parameter copy"),
             (modes.weighter, "step", "weighter steps"),
@@ -209,14 +209,14 @@ def theoretical_parts(modes: Modes) -> dict[str, float]:
     """Floating-point operations of each part in a mean bi-level step."""
     config, vocab = modes.config, modes.bilevel.reporter.padded_vocab_size
     weighter = modes.weighter.num_computing_parameters
-    passes = outer_update_flops(config, vocab, 0)
+    lm_gradients = outer_update_flops(config, vocab, 0)
     target = training_flops(config.model, vocab, config.target_batch_size)
     return dict.fromkeys(PARTS, 0.0) | {
         "training step": training_flops(config.model, vocab, config.global_batch_size),
         "scoring": scoring_flops(weighter, config.global_batch_size, config.model.sequence),
         "target pass": target / modes.interval,
-        "alignment pass": (passes - target) / modes.interval,
-        "weighter steps": (outer_update_flops(config, vocab, weighter) - passes) / modes.interval,
+        "alignment pass": (lm_gradients - target) / modes.interval,
+        "weighter steps": (outer_update_flops(config, vocab, weighter) - lm_gradients) / modes.interval,
     }
 
 
@@ -240,7 +240,7 @@ def measure_memory(modes: Modes) -> dict[str, Any]:
     modes.outer.replay.clear()  # so that an update adds its samples, and lets go of none that came before
     updating, retained = peak_and_retained(modes.update)
     added = replayed() // len(modes.outer.replay)
-    parameters = [param for chunk in modes.bilevel.schedule.chunks for param in chunk.parameters()]
+    parameters = [param for chunk in modes.bilevel.engine.chunks for param in chunk.parameters()]
     copy_of_parameters = sum(param.nbytes for param in parameters)
     copy_of_gradients = sum(param.main_grad.nbytes for param in parameters)
     own = {
@@ -263,7 +263,7 @@ def measure_memory(modes: Modes) -> dict[str, Any]:
 
 
 def weighter_bytes(modes: Modes) -> int:
-    """What the weighter holds between updates: parameters, their gradients, its optimiser's state."""
+    """What the weighter holds between updates: parameters, their gradients, its optimizer's state."""
     moments = [x for state in modes.weighter.optimizer.state.values() for x in state.values()]
     parameters = list(modes.weighter.model.parameters())
     gradients = [param.grad for param in parameters if param.grad is not None]
@@ -272,10 +272,13 @@ def weighter_bytes(modes: Modes) -> int:
 
 def weighter_part(modes: Modes) -> float:
     """The weighter's parameters as a part of the language model's."""
-    layout, total = modes.bilevel.layout, torch.zeros((), dtype=torch.int64, device=torch.cuda.current_device())
-    for chunk in modes.bilevel.schedule.chunks:
-        total += sum(param.numel() for param in chunk.parameters() if held_for_all(param, layout))
-    dist.all_reduce(total, group=layout.mp_group)
+    parallel_state, total = (
+        modes.bilevel.parallel_state,
+        torch.zeros((), dtype=torch.int64, device=torch.cuda.current_device()),
+    )
+    for chunk in modes.bilevel.engine.chunks:
+        total += sum(param.numel() for param in chunk.parameters() if held_for_all(param, parallel_state))
+    dist.all_reduce(total, group=parallel_state.mp_group)
     return modes.weighter.num_parameters / int(total)
 
 
@@ -296,12 +299,12 @@ def measure(trainer: Trainer, options: OverheadConfig) -> dict[str, Any]:
 def main() -> None:
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine|async grad allreduce).*")
     rank, local_rank, world_size = environment_rank()
-    agreement = Agreement(rank, world_size)
-    with agreement.phase("flags"):
+    startup_sync = StartupSync(rank, world_size)
+    with startup_sync.phase("flags"):
         require_megatron_core()
         options, config = parse_overhead(sys.argv[1:], world_size, speaks=rank == 0)
         device = select_device(local_rank)
-    with agreement.phase("inputs"):
+    with startup_sync.phase("inputs"):
         inputs = read_inputs(config, reads_data=rank == 0)
         assert inputs.stages is not None
         if (needed := batches_read(options, inputs.stages.update_interval)) > config.train_iters:
@@ -309,11 +312,11 @@ def main() -> None:
                 f"--train-iters {config.train_iters}: --steps {options.steps} and --repeats {options.repeats} read "
                 f"{needed} batches; raise the one or lower the others"
             )
-    figures = measure(build_trainer(config, inputs, device, agreement), options)
+    figures = measure(build_trainer(config, inputs, device, startup_sync), options)
     if rank == 0:
         print(table(figures), flush=True)
         if options.json_file is not None:
-            write_text(Path(options.json_file), json.dumps(figures, indent=2) + "\n")
+            atomic_write_text(Path(options.json_file), json.dumps(figures, indent=2) + "\n")
     dist.destroy_process_group()
 
 

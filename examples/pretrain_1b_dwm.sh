@@ -136,7 +136,7 @@ else
 fi
 if [[ $DWM_MODE == bilevel ]]; then ARGS+=(--dwm-valid-data-path $TARGET_DATA_PATH); fi
 
-# Flags that are left to the programme unless their variable is set.
+# Flags that are left to the program unless their variable is set.
 for name in TOKENIZER_MODEL VOCAB_SIZE VOCAB_FILE MERGE_FILE DATA_CACHE_PATH DISTRIBUTED_BACKEND TRANSFORMER_IMPL \
     ${!DWM_@}; do
     if [[ -n ${!name:-} ]]; then

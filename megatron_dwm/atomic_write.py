@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def written_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill that becomes ``folder`` when the block ends, in place of one that was there.
 
     If the block raises, ``folder`` is as it was.
@@ -21,12 +21,12 @@ def written_folder(folder: Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
-        put_in_place(beside, folder)
+        publish_folder(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def put_in_place(beside: Path, folder: Path) -> None:
+def publish_folder(beside: Path, folder: Path) -> None:
     """Have what is below ``beside`` on the disk, and make it ``folder``; one that was there goes only afterwards."""
     for path in (*beside.rglob("*"), beside):
         sync(path)
@@ -39,7 +39,7 @@ def put_in_place(beside: Path, folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def atomic_write_text(path: Path, text: str) -> None:
     """Write ``text`` beside ``path``, then put it in place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp{os.getpid()}")

@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 bash tools/setup_env.sh || exit
 source .venv/bin/activate
 
-# One test starts a SLURM cluster of its own, one opens a page in a browser. Where their programmes cannot be installed here,
+# One test starts a SLURM cluster of its own, one opens a page in a browser. Where their programs cannot be installed here,
 # those tests say so and fail.
 packages=()
 PATH=$PATH:/usr/sbin type slurmctld slurmd munged sbatch &>/dev/null || packages+=(slurm-wlm munge)

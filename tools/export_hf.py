@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.atomic_write import written_folder
+from megatron_dwm.atomic_write import atomic_folder
 from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.checkpoint_args import effective_arguments, read_arguments
-from megatron_dwm.config.flags import build, flag, flags_of, read
+from megatron_dwm.config.flags import build, declared_flags, flag, read
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError, run_cli
@@ -72,7 +72,7 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> None:
     for settings in (language_model.config, language_model.generation_config):
         settings.eos_token_id = int(tokenizer.eod)
     disable_progress_bar()
-    with written_folder(Path(config.output)) as beside:
+    with atomic_folder(Path(config.output)) as beside:
         language_model.save_pretrained(beside)
         save_hf_tokenizer(tokenizer, tokenizer_config, beside)
 
@@ -81,14 +81,14 @@ def saved_model(saved: Mapping[str, Any]) -> ModelConfig:
     """The model that a checkpoint's arguments describe.
 
     Raises:
-        UserError: it is not a model that this programme trains.
+        UserError: it is not a model that this program trains.
     """
     return build(ModelConfig, effective_arguments(saved))
 
 
 def saved_tokenizer(saved: Mapping[str, Any], given: Mapping[str, Any]) -> TokenizerConfig:
     """The tokenizer of a checkpoint's arguments, ``given`` flags first."""
-    usable = {item.field for item in flags_of(TokenizerConfig) if item.refused is None}
+    usable = {item.field for item in declared_flags(TokenizerConfig) if item.refused is None}
     return build(TokenizerConfig, {key: saved[key] for key in usable & saved.keys()} | dict(given))
 
 
@@ -119,7 +119,7 @@ def _checkpoint_folder(config: ExportConfig) -> Path:
 def main() -> None:
     warnings.filterwarnings("ignore")  # of the libraries: a single process, no accelerator
     given = read(None, [ExportConfig, TokenizerConfig], description=__doc__)
-    fields = {item.field for item in flags_of(TokenizerConfig)}
+    fields = {item.field for item in declared_flags(TokenizerConfig)}
     export(build(ExportConfig, given), {key: value for key, value in given.items() if key in fields})
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.atomic_write import write_text, written_folder
-from megatron_dwm.config.flags import argv_of, flag, flags_of, parse, require_at_least
+from megatron_dwm.atomic_write import atomic_folder, atomic_write_text
+from megatron_dwm.config.flags import declared_flags, flag, parse, require_at_least, to_argv
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import PARTS
 from megatron_dwm.errors import UserError, run_cli
@@ -55,8 +55,8 @@ def import_model(config: ImportConfig) -> ModelConfig:
     model, vocab_size, state = read_hugging_face(Path(config.input))
     padded = padded_vocab_size(vocab_size, config.make_vocab_size_divisible_by, 1)
     arguments = {
-        **{item.field: item.default for part in PARTS.values() for item in flags_of(part)},
-        **{item.field: getattr(model, item.field) for item in flags_of(ModelConfig)},
+        **{item.field: item.default for part in PARTS.values() for item in declared_flags(part)},
+        **{item.field: getattr(model, item.field) for item in declared_flags(ModelConfig)},
         "ffn_hidden_size": model.ffn,
         "kv_channels": model.head_size,
         "padded_vocab_size": padded,
@@ -71,9 +71,9 @@ def import_model(config: ImportConfig) -> ModelConfig:
         "no_save_rng": True,
     }
     folder = iteration_folder(root, ITERATION)
-    with written_folder(folder) as beside:
+    with atomic_folder(folder) as beside:
         write_checkpoint(beside, from_hf_state_dict(state, model, padded_vocab_size=padded), arguments)
-    write_text(root / TRACKER, str(ITERATION))
+    atomic_write_text(root / TRACKER, str(ITERATION))
     return model
 
 
@@ -81,7 +81,7 @@ def read_hugging_face(folder: Path) -> tuple[ModelConfig, int, dict[str, torch.T
     """The model's configuration, its vocabulary's size and its state (see :mod:`megatron_dwm.model.hf_weights`).
 
     Raises:
-        UserError: it cannot be read, or is not a model that this programme trains.
+        UserError: it cannot be read, or is not a model that this program trains.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -148,7 +148,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")  # of the libraries: a single process, no accelerator
     config: ImportConfig = parse(None, {"import": ImportConfig}, description=__doc__)["import"]
     model = import_model(config)
-    print("the model's flags:", shlex.join([*argv_of(model), "--load", config.save, "--finetune"]))
+    print("the model's flags:", shlex.join([*to_argv(model), "--load", config.save, "--finetune"]))
 
 
 if __name__ == "__main__":

@@ -55,12 +55,12 @@ def described(folder: Path, samples: WeighedSamples, examples: int) -> tuple[Wei
     """
     from megatron_dwm.analysis.samples import open_samples, text_properties
 
-    with open_samples(folder) as reader:
-        found = text_properties(samples.index, samples.source, reader)
+    with open_samples(folder) as batch_loader:
+        found = text_properties(samples.index, samples.source, batch_loader)
         samples = replace(samples, properties=samples.properties | found)
 
         def shown(row: int) -> Example:
-            text = reader.text(reader.sample(int(samples.index[row])))
+            text = batch_loader.text(batch_loader.sample(int(samples.index[row])))
             return Example(
                 source=str(samples.source[row]),
                 iteration=int(samples.iteration[row]),

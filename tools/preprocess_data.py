@@ -7,14 +7,14 @@ import warnings
 
 from megatron_dwm.config.flags import parse
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.config.unsupported_flags import why_refused
+from megatron_dwm.config.unsupported_flags import reason_unsupported
 from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
 from megatron_dwm.errors import run_cli
 
 
 def main() -> None:
     classes = {"preprocess": PreprocessConfig, "tokenizer": TokenizerConfig}
-    configs = parse(None, classes, description=__doc__, why_refused=why_refused)
+    configs = parse(None, classes, description=__doc__, reason_unsupported=reason_unsupported)
     # Each worker tokenizes one text at a time; threads beside them would only warn about the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")

@@ -73,7 +73,7 @@ def _texts(paths: Iterable[str], key: str) -> Iterator[str]:
 def _train(lines: list[str], config: TrainTokenizerConfig) -> bytes:
     """The model, as the bytes of its file.
 
-    Nothing of the text is normalised away and any character can be spelled in bytes, so that decoding gives the
+    Nothing of the text is normalized away and any character can be spelled in bytes, so that decoding gives the
     text back; this is also what a ``tokenizers`` BPE can equal exactly.
 
     Raises:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dwm.atomic_write import write_text
-from megatron_dwm.config.flags import Flag, flag, flags_of, parse, title_of
+from megatron_dwm.atomic_write import atomic_write_text
+from megatron_dwm.config.flags import Flag, declared_flags, flag, parse, title_of
 from megatron_dwm.config.run import PARTS
-from megatron_dwm.config.unsupported_flags import REFUSED
+from megatron_dwm.config.unsupported_flags import UNSUPPORTED
 from megatron_dwm.errors import run_cli
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
@@ -35,11 +35,11 @@ def render() -> str:
     """The page."""
     sections = [INTRODUCTION]
     for config_class in PARTS.values():
-        rows = "".join(_row(item) for item in flags_of(config_class))
+        rows = "".join(_row(item) for item in declared_flags(config_class))
         sections.append(f"## {title_of(config_class)}\n\n| Flag | Default | Meaning |\n|---|---|---|\n{rows}")
     rows = "".join(
         f"| {_sentence(reason)} | {' '.join(f'`{name}`' for name in names.split())} |\n"
-        for reason, names in REFUSED.items()
+        for reason, names in UNSUPPORTED.items()
     )
     sections.append(f"## Not supported\n\n| Why | Flags |\n|---|---|\n{rows}")
     return "\n".join(sections)
@@ -79,7 +79,7 @@ def main() -> None:
         if not PAGE.is_file() or PAGE.read_text() != page:
             raise SystemExit(f"{PAGE} is stale; run python tools/write_flags.py")
         return
-    write_text(PAGE, page)
+    atomic_write_text(PAGE, page)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ PROPERTIES = {
     "alignment": Property(
         "alignment",
         2,
-        "inner product of the sample's gradient with the target set's (after the optimiser's preconditioner), less the "
+        "inner product of the sample's gradient with the target set's (after the optimizer's preconditioner), less the "
         "batch's mean and divided by its standard deviation: what the weighter is to learn",
     ),
     "loss": Property("loss", 2, "mean loss of the sample's tokens at that training step, in nats per token"),
@@ -46,7 +46,7 @@ PROPERTIES = {
     "documents": Property("documents", 0, "documents, or parts of one, that are packed into the sample"),
     "characters": Property("characters per token", 2, "characters of the decoded text for each of its tokens"),
     "distinct-1": Property("distinct-1", 3, "diversity: different tokens as a part of all tokens of the sample"),
-    "distinct-2": Property("distinct-2", 3, "diversity: different pairs of neighbours as a part of all such pairs"),
+    "distinct-2": Property("distinct-2", 3, "diversity: different pairs of neighbors as a part of all such pairs"),
     "similarity-1": Property(
         "target similarity (words)",
         3,
@@ -55,7 +55,7 @@ PROPERTIES = {
     "similarity-2": Property(
         "target similarity (order)",
         3,
-        "the same with pairs of neighbouring tokens, which also tell the order of words",
+        "the same with pairs of neighboring tokens, which also tell the order of words",
     ),
 }
 
@@ -107,7 +107,7 @@ class Report:
 
 
 def make_report(
-    name: str, run: RunRecords, samples: WeighedSamples, all_samples: WeighedSamples, **rest: Any
+    name: str, run: RunRecords, samples: WeighedSamples, global_samples: WeighedSamples, **rest: Any
 ) -> Report:
     """A report of a run.
 
@@ -116,7 +116,7 @@ def make_report(
         all_samples: those of all outer updates.
         rest: the other fields of :class:`Report`.
     """
-    return Report(name, run, samples, stage_sources(run.steps, all_samples), **rest)
+    return Report(name, run, samples, stage_sources(run.steps, global_samples), **rest)
 
 
 def draw(report: Report) -> dict[str, Callable[[], Any]]:
@@ -224,8 +224,8 @@ def tint(value: float | None, middle: float = 1.0, span: float = 1.0) -> str:
     if value is None:
         return ""
     distance = max(-1.0, min(1.0, (value - middle) / span))
-    colour = "var(--more)" if distance > 0 else "var(--less)"
-    return f"background:color-mix(in srgb, {colour} {abs(distance) * 60:.0f}%, transparent)"
+    color = "var(--more)" if distance > 0 else "var(--less)"
+    return f"background:color-mix(in srgb, {color} {abs(distance) * 60:.0f}%, transparent)"
 
 
 def read_benefit(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from megatron_dwm.analysis.preference import (
     Correlations,
     WeighedSamples,
     quarters,
-    standardised,
+    standardized,
     weight_quantiles,
 )
 from megatron_dwm.analysis.records import RunRecords
@@ -91,10 +91,10 @@ def draw_losses(axes: Any, run: RunRecords) -> None:
     losses = [step["lm_loss"] for step in steps]
     axes.plot(iterations, losses, color=_faint(), linewidth=0.8, alpha=0.6)
     axes.plot(iterations, smoothed(losses), color=_ink(), alpha=0.8, label="training (unweighted)")
-    for split, colour in (("valid", "C0"), ("test", "C2")):
+    for split, color in (("valid", "C0"), ("test", "C2")):
         points = run.evaluated(split)
         if points:
-            axes.plot(*_points(points, "lm_loss"), "o-", markersize=3.5, color=colour, label=split)
+            axes.plot(*_points(points, "lm_loss"), "o-", markersize=3.5, color=color, label=split)
     if run.updates:
         axes.plot(*_points(run.updates, "target_loss"), ".", color="C3", markersize=4, label="target batches")
     axes.set_ylabel("loss (nats per token)")
@@ -150,7 +150,7 @@ def weights_figure(run: RunRecords) -> Any:
 
 
 def sources_figure(run: RunRecords) -> Any:
-    """By data source, over iterations: mean weight, share of the gradient, mean standardised alignment."""
+    """By data source, over iterations: mean weight, share of the gradient, mean standardized alignment."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 8.4), layout="constrained")
@@ -163,9 +163,9 @@ def sources_figure(run: RunRecords) -> Any:
         for update in run.updates:
             own = np.array(update["samples"]["source"]) == source
             if own.any():
-                points.append((update["iteration"], standardised(update["samples"]["alignment"])[own].mean()))
+                points.append((update["iteration"], standardized(update["samples"]["alignment"])[own].mean()))
         iterations, values = [x for x, _ in points], [y for _, y in points]
-        # A source that is rare is in few batches: its place in the order of colours is kept all the same.
+        # A source that is rare is in few batches: its place in the order of colors is kept all the same.
         alignments.plot(iterations, smoothed(values, 5) if values else [], marker="o", markersize=3, label=source)
     alignments.axhline(0.0, color=_faint(), linewidth=0.8, linestyle="--")
     alignments.set_ylabel("mean alignment\n(standard deviations)")
@@ -211,8 +211,8 @@ def correlations_figure(found: Mapping[str, Mapping[int, Correlations]]) -> Any:
         # The ink on a cell is dark: the middle of this map is light, and its ends are not too deep for it.
         image = axes.imshow(values, cmap="RdBu", vmin=-1.4, vmax=1.4, aspect="auto")
         for (row, column), rho in np.ndenumerate(values):
-            text, colour = ("n/a", _faint()) if np.isnan(rho) else (f"{round(rho, 2) + 0.0:+.2f}", "#1d232b")
-            axes.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
+            text, color = ("n/a", _faint()) if np.isnan(rho) else (f"{round(rho, 2) + 0.0:+.2f}", "#1d232b")
+            axes.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
         axes.set_title(title)
         axes.set_xticks(range(len(stages)), [f"stage {stage}" for stage in stages])
         axes.set_yticks(range(len(found)), list(found))
@@ -237,12 +237,12 @@ def quarters_figure(samples: WeighedSamples, properties: Mapping[str, np.ndarray
     rows = -(-len(properties) // columns)
     figure = Figure(figsize=(9, 2.6 * rows + 0.4), layout="constrained")
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-    colours = matplotlib.colormaps["viridis"](np.linspace(0.28, 0.85, len(samples.stages)))
+    colors = matplotlib.colormaps["viridis"](np.linspace(0.28, 0.85, len(samples.stages)))
     for axes, (label, values) in zip(grid, properties.items(), strict=False):
-        for stage, colour in zip(samples.stages, colours, strict=True):
+        for stage, color in zip(samples.stages, colors, strict=True):
             own = samples.stage == stage
             found = quarters(values[own], samples.weight[own])
-            axes.plot([q.weight for q in found], "o-", markersize=4, color=colour, label=f"stage {stage}")
+            axes.plot([q.weight for q in found], "o-", markersize=4, color=color, label=f"stage {stage}")
         _mark_uniform(axes)
         axes.set_title(label)
         axes.set_xticks([])

@@ -28,7 +28,7 @@ class WeighedSamples:
     source: np.ndarray
     weight: np.ndarray
     alignment: np.ndarray
-    """Standardised within the batch: how many standard deviations above its mean."""
+    """Standardized within the batch: how many standard deviations above its mean."""
     properties: dict[str, np.ndarray] = field(default_factory=dict)
     """Numbers that describe the samples, by name [n]; NaN where one is not known."""
 
@@ -55,7 +55,7 @@ def weighed_samples(updates: Sequence[Record]) -> WeighedSamples:
     def repeated(name: str) -> np.ndarray:
         return np.array([u[name] for u in updates for _ in u["samples"]["index"]], dtype=int)
 
-    batches = [standardised(update["samples"]["alignment"]) for update in updates]
+    batches = [standardized(update["samples"]["alignment"]) for update in updates]
     has_loss = bool(updates) and all("loss" in update["samples"] for update in updates)
     return WeighedSamples(
         iteration=repeated("iteration"),
@@ -68,7 +68,7 @@ def weighed_samples(updates: Sequence[Record]) -> WeighedSamples:
     )
 
 
-def standardised(values: Sequence[float]) -> np.ndarray:
+def standardized(values: Sequence[float]) -> np.ndarray:
     """Mean 0 and variance 1; all 0 if the values do not differ."""
     array = np.asarray(values, dtype=float)
     if len(array) == 0 or array.max() == array.min():
@@ -92,12 +92,12 @@ class SourceFigures:
 
     weight: float | None
     """Mean relative weight of its samples."""
-    share: float
+    partition: float
     """Part of the batches' gradient, Σ w over its samples, mean over the steps."""
     part: float | None
     """Part of the batches' samples."""
     alignment: float | None
-    """Mean standardised alignment of its samples at the outer updates."""
+    """Mean standardized alignment of its samples at the outer updates."""
 
 
 def stage_sources(steps: Sequence[Record], samples: WeighedSamples) -> dict[int, dict[str, SourceFigures]]:
@@ -118,11 +118,11 @@ def stage_sources(steps: Sequence[Record], samples: WeighedSamples) -> dict[int,
 def _source_figures(name: str, steps: Sequence[Record], samples: WeighedSamples) -> SourceFigures:
     shares = [step["share_by_source"].get(name, 0.0) for step in steps]
     weights = [step.get("weight_by_source", {}).get(name, 1.0) for step in steps]
-    parts = [share / weight for share, weight in zip(shares, weights, strict=True) if weight > 0]
+    parts = [partition / weight for partition, weight in zip(shares, weights, strict=True) if weight > 0]
     aligned = samples.alignment[samples.source == name]
     return SourceFigures(
         weight=sum(shares) / sum(parts) if sum(parts) > 0 else None,
-        share=float(np.mean(shares)),
+        partition=float(np.mean(shares)),
         part=float(np.mean(parts)) if parts else None,
         alignment=float(aligned.mean()) if len(aligned) else None,
     )

@@ -99,7 +99,7 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
     Raises:
         UserError: there is no checkpoint, or its data or tokenizer cannot be read.
     """
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state as mpu
 
     from megatron_dwm.config.parallel import ParallelConfig
     from megatron_dwm.data.datasets import build_datasets, data_paths
@@ -119,12 +119,12 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
                     )
     tokenizer = build_tokenizer(config.tokenizer)
     # megatron-core asks a process group who writes index caches.
-    layout = initialize(ParallelConfig(), None, torch.device("cpu"), dist.HashStore(), 0, 1)
+    parallel_state = initialize(ParallelConfig(), None, torch.device("cpu"), dist.HashStore(), 0, 1)
     try:
-        datasets = build_datasets(config, paths, tokenizer, layout)
+        datasets = build_datasets(config, paths, tokenizer, parallel_state)
         yield RunSamples(datasets.train, datasets.target, tokenizer, paths.train_sources)
     finally:
-        parallel_state.destroy_model_parallel()
+        mpu.destroy_model_parallel()
         dist.destroy_process_group()
 
 
@@ -132,7 +132,7 @@ def saved_run(folder: Path) -> RunConfig:
     """The configuration of the run whose checkpoints are in ``folder``.
 
     Raises:
-        UserError: there is no checkpoint, or none of this programme's.
+        UserError: there is no checkpoint, or none of this program's.
     """
     from megatron_dwm.config.checkpoint_args import read_arguments
     from megatron_dwm.training.checkpoint import latest_checkpoint

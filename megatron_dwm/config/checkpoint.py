@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dwm.config.flags import flag, require_at_least, spelled
+from megatron_dwm.config.flags import flag, flag_name, require_at_least
 from megatron_dwm.errors import UserError
 
 
@@ -21,9 +21,9 @@ class CheckpointConfig:
         None, "Keep only checkpoints whose iteration is divisible by this, and the last."
     )
     load: str | None = flag(None, "Folder to continue from.")
-    no_save_optim: bool = flag(False, "Leave the optimiser's state out of checkpoints.")
+    no_save_optim: bool = flag(False, "Leave the optimizer's state out of checkpoints.")
     no_save_rng: bool = flag(False, "Leave the random state out of checkpoints.")
-    no_load_optim: bool = flag(False, "Do not load the optimiser's state.")
+    no_load_optim: bool = flag(False, "Do not load the optimizer's state.")
     no_load_rng: bool = flag(False, "Do not load the random state.")
     finetune: bool = flag(False, "Load the weights only and start at iteration 0.")
     ckpt_step: int | None = flag(None, "Iteration to load, in place of the latest.")
@@ -37,7 +37,7 @@ class CheckpointConfig:
     )
     ckpt_fully_parallel_load: bool = flag(False, "Spread loading over data-parallel ranks.")
     dist_ckpt_optim_fully_reshardable: bool = flag(
-        False, "Save the distributed optimiser so that it can be loaded under another TP and PP size."
+        False, "Save the distributed optimizer so that it can be loaded under another TP and PP size."
     )
     async_save: bool = flag(False, "Write checkpoints while training goes on.")
     non_persistent_save_interval: int | None = flag(
@@ -57,7 +57,7 @@ class CheckpointConfig:
         require_at_least(self, 1, "save_interval save_retain_interval non_persistent_save_interval")
         for name in ("save_interval", "non_persistent_save_interval"):
             if getattr(self, name) is not None and self.save is None:
-                raise UserError(f"{spelled(name)} {getattr(self, name)} needs --save; give the folder")
+                raise UserError(f"{flag_name(name)} {getattr(self, name)} needs --save; give the folder")
         if self.non_persistent_save_interval is not None and self.non_persistent_ckpt_type is None:
             raise UserError(
                 f"--non-persistent-save-interval {self.non_persistent_save_interval} needs "
@@ -65,4 +65,4 @@ class CheckpointConfig:
             )
         for name in ("exit_on_missing_checkpoint", "use_checkpoint_args"):
             if getattr(self, name) and self.load is None:
-                raise UserError(f"{spelled(name)} needs --load; give the folder")
+                raise UserError(f"{flag_name(name)} needs --load; give the folder")

@@ -1,4 +1,4 @@
-"""The arguments that a checkpoint was saved with, by this programme or Megatron-LM, as flags again."""
+"""The arguments that a checkpoint was saved with, by this program or Megatron-LM, as flags again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dwm.config.flags import flags_of
+from megatron_dwm.config.flags import declared_flags
 from megatron_dwm.config.model import ModelConfig, lacking_flag
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError
@@ -96,7 +96,7 @@ def effective_arguments(saved: Mapping[str, Any]) -> dict[str, Any]:
     """``saved`` without values that have no effect beside the others, which Megatron-LM keeps and itself sets.
 
     Raises:
-        UserError: they describe a model that this programme does not train.
+        UserError: they describe a model that this program does not train.
     """
     foreign = {name: saved[name] for name in UNKNOWN_PARTS if saved.get(name)}
     if saved.get("softmax_type", "vanilla") != "vanilla":
@@ -119,7 +119,7 @@ def with_saved_arguments(given: Mapping[str, Any], saved: Mapping[str, Any]) -> 
         saved: a checkpoint's arguments.
 
     Raises:
-        UserError: they describe a model that this programme does not train.
+        UserError: they describe a model that this program does not train.
     """
     known = {name: value for name, value in effective_arguments(saved).items() if value is not None}
     own = {name: value for name, value in given.items() if name not in _ALWAYS or name not in saved}
@@ -139,7 +139,7 @@ def differing_flag(run: Mapping[str, Any], saved: Mapping[str, Any], *, finetune
         the flag, its value and the checkpoint's, and a remedy.
 
     Raises:
-        UserError: the checkpoint's arguments describe a model that this programme does not train.
+        UserError: the checkpoint's arguments describe a model that this program does not train.
     """
     ours, theirs = _architecture(run), _architecture(saved)
     names = [*_SIZES, *_PARTS, *(() if finetune else _FUNCTION)]
@@ -156,7 +156,9 @@ def differing_flag(run: Mapping[str, Any], saved: Mapping[str, Any], *, finetune
 
 
 def _difference(name: str, value: Any, found: Any) -> str:
-    (item,) = (item for config in (ModelConfig, TokenizerConfig) for item in flags_of(config) if item.field == name)
+    (item,) = (
+        item for config in (ModelConfig, TokenizerConfig) for item in declared_flags(config) if item.field == name
+    )
     if item.value_type is not None:
         return f"{item.names[0]} {value} is not what the checkpoint was saved with, {found}"
     here, there = ("not given" if side == item.default else "given" for side in (value, found))

@@ -30,7 +30,7 @@ class FlagInfo:
     help: str
     names: tuple[str, ...] = ()
     nargs: str | int | None = None
-    refused: str | None = None  # why the flag is recognised but cannot be used
+    refused: str | None = None  # why the flag is recognized but cannot be used
     deprecated: str | None = None  # what to do instead
 
 
@@ -73,7 +73,7 @@ class Flag:
     deprecated: str | None
 
 
-def flags_of(config_class: type) -> list[Flag]:
+def declared_flags(config_class: type) -> list[Flag]:
     """The flags that ``config_class`` declares, in order."""
     hints = typing.get_type_hints(config_class)
     return [_flag_of(field, hints[field.name]) for field in dataclasses.fields(config_class) if _META in field.metadata]
@@ -130,7 +130,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
     A flag that is not given leaves no value: :func:`build` knows the defaults.
     """
     group = parser.add_argument_group(title_of(config_class))
-    for item in flags_of(config_class):
+    for item in declared_flags(config_class):
         help_text = item.help.replace("%", "%%")
         if item.value_type is None:
             action = "store_false" if item.default else "store_true"
@@ -160,7 +160,7 @@ def build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
         UserError: a refused flag was given, or the class's own checks fail.
     """
     own: dict[str, Any] = {}
-    for item in flags_of(config_class):
+    for item in declared_flags(config_class):
         if item.field not in values:
             continue
         value = values[item.field]
@@ -176,12 +176,12 @@ def read(
     *,
     prog: str | None = None,
     description: str | None,
-    why_refused: Callable[[str], str | None] = lambda name: None,
+    reason_unsupported: Callable[[str], str | None] = lambda name: None,
 ) -> dict[str, Any]:
     """The values of the flags that ``argv`` gives, by field.
 
     Args:
-        argv: the arguments, without the programme's name; ``None`` takes ``sys.argv``.
+        argv: the arguments, without the program's name; ``None`` takes ``sys.argv``.
         classes: the configuration classes whose flags there are.
         why_refused: tells of a flag that no class declares why it cannot be used, or None if it is unknown.
 
@@ -196,8 +196,8 @@ def read(
         name = unknown[0].split("=")[0]
         if not name.startswith("-"):
             raise UserError(f"unexpected argument {name}; the flag before it takes no such value, see --help")
-        if reason := why_refused(name):
-            others = [word.split("=")[0] for word in unknown[1:] if why_refused(word.split("=")[0])]
+        if reason := reason_unsupported(name):
+            others = [word.split("=")[0] for word in unknown[1:] if reason_unsupported(word.split("=")[0])]
             also = f" (nor are {', '.join(dict.fromkeys(others))})" if others else ""
             raise UserError(f"{name} is not supported: {reason}{also}")
         alike = difflib.get_close_matches(name, parser._option_string_actions, n=1)
@@ -205,10 +205,10 @@ def read(
     return vars(values)
 
 
-def argv_of(config: Any) -> list[str]:
+def to_argv(config: Any) -> list[str]:
     """The command line that makes ``config``: those of its flags that are not at their defaults."""
     argv: list[str] = []
-    for item in flags_of(type(config)):
+    for item in declared_flags(type(config)):
         value = getattr(config, item.field)
         if value == item.default:
             continue
@@ -218,7 +218,7 @@ def argv_of(config: Any) -> list[str]:
     return argv
 
 
-def spelled(field: str) -> str:
+def flag_name(field: str) -> str:
     """The standard spelling of a field's flag."""
     return "--" + field.replace("_", "-")
 
@@ -235,7 +235,7 @@ def require_at_least(config: Any, least: float, fields: str) -> None:
     for field in fields.split():
         value = getattr(config, field)
         if value is not None and not value >= least:
-            raise UserError(f"{spelled(field)} {value}: must be at least {least}")
+            raise UserError(f"{flag_name(field)} {value}: must be at least {least}")
 
 
 def deprecations(classes: Iterable[type], given: Iterable[str]) -> list[str]:
@@ -243,7 +243,7 @@ def deprecations(classes: Iterable[type], given: Iterable[str]) -> list[str]:
     return [
         f"warning: {item.names[0]} is deprecated; {item.deprecated}"
         for config_class in classes
-        for item in flags_of(config_class)
+        for item in declared_flags(config_class)
         if item.deprecated is not None and item.field in given
     ]
 
@@ -254,7 +254,7 @@ def parse(
     *,
     prog: str | None = None,
     description: str | None,
-    why_refused: Callable[[str], str | None] = lambda name: None,
+    reason_unsupported: Callable[[str], str | None] = lambda name: None,
     complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: given,
     speaks: bool = True,
 ) -> dict[str, Any]:
@@ -271,7 +271,7 @@ def parse(
     Raises:
         UserError: unknown or refused flag, bad value, or a configuration class's check failed.
     """
-    given = read(argv, classes.values(), prog=prog, description=description, why_refused=why_refused)
+    given = read(argv, classes.values(), prog=prog, description=description, reason_unsupported=reason_unsupported)
     values = complete(given)
     configs: dict[str, Any] = {name: build(config_class, values) for name, config_class in classes.items()}
     if speaks:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_dwm.config.flags import flag, flags_of, require_at_least, spelled
+from megatron_dwm.config.flags import declared_flags, flag, flag_name, require_at_least
 from megatron_dwm.errors import UserError
 
 _NEEDED = {
@@ -95,7 +95,7 @@ class ModelConfig:
     hidden_dropout: float = flag(0.1, "Dropout probability of hidden states.")
     attention_dropout: float = flag(0.1, "Dropout probability of attention weights.")
     init_method_std: float = flag(0.02, "Standard deviation of the initial weights.")
-    init_method_xavier_uniform: bool = flag(False, "Initialise weights Xavier-uniform.")
+    init_method_xavier_uniform: bool = flag(False, "Initialize weights Xavier-uniform.")
     embedding_init_method_std: float | None = flag(
         None, "Standard deviation of the initial embeddings; weight decay then leaves them alone."
     )
@@ -167,7 +167,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
             if getattr(self, name) is None:
-                raise UserError(f"{spelled(name)} is missing; every run needs it")
+                raise UserError(f"{flag_name(name)} is missing; every run needs it")
         require_at_least(
             self,
             1,
@@ -182,7 +182,7 @@ class ModelConfig:
     def _check_sizes(self) -> None:
         for name in ("hidden_dropout", "attention_dropout"):
             if getattr(self, name) >= 1:
-                raise UserError(f"{spelled(name)} {getattr(self, name)}: must be less than 1")
+                raise UserError(f"{flag_name(name)} {getattr(self, name)}: must be less than 1")
         if self.ffn < 1:
             raise UserError(
                 f"--hidden-size {self.hidden_size} with --swiglu: the default feed-forward size, 8/3 of it "
@@ -223,7 +223,7 @@ class ModelConfig:
         """Flags that would silently do nothing without another."""
         if self.recompute_granularity == "full" and self.recompute_method is None:
             raise UserError("--recompute-granularity full needs --recompute-method; give uniform or block")
-        for item in flags_of(type(self)):
+        for item in declared_flags(type(self)):
             needed = lacking_flag(item.field, vars(self))
             if needed is not None and getattr(self, item.field) != item.default:
                 raise UserError(f"{item.names[0]} has no effect without {needed}; add that")

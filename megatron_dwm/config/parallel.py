@@ -35,7 +35,7 @@ class ParallelConfig:
         "Do not overlap pipeline communication with compute in the interleaved schedule.",
         "--no-overlap-p2p-communication",
     )
-    use_distributed_optimizer: bool = flag(False, "Shard the optimiser's state over data-parallel ranks.")
+    use_distributed_optimizer: bool = flag(False, "Shard the optimizer's state over data-parallel ranks.")
     overlap_grad_reduce: bool = flag(False, "Overlap gradient reduction with the backward pass.")
     overlap_param_gather: bool = flag(False, "Overlap parameter all-gather with the forward pass.")
     align_grad_reduce: bool = flag(True, "Do not align gradient reduction over stages.", "--no-align-grad-reduce")

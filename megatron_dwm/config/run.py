@@ -16,7 +16,7 @@ from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
-from megatron_dwm.config.unsupported_flags import why_refused
+from megatron_dwm.config.unsupported_flags import reason_unsupported
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.errors import UserError
 
@@ -221,7 +221,7 @@ def parse_run(
         PARTS,
         prog="pretrain_dwm.py",
         description="Pretrain a Megatron-Core GPT with a data weighting model. Flags are Megatron-LM's, plus --dwm-*.",
-        why_refused=why_refused,
+        reason_unsupported=reason_unsupported,
         complete=complete,
         speaks=speaks,
     )

@@ -35,7 +35,7 @@ class TokenizerConfig:
     )
     tokenizer_metadata: str | None = flag(None, "Path to a tokenizer metadata JSON file.")
     tokenizer_special_tokens: list[str] | None = flag(None, "Special tokens to add to the tokenizer.")
-    tokenizer_sentencepiece_legacy: bool = flag(False, "Use the SentencePiece tokenizer wrapper's legacy behaviour.")
+    tokenizer_sentencepiece_legacy: bool = flag(False, "Use the SentencePiece tokenizer wrapper's legacy behavior.")
     tokenizer_hf_use_fast: bool = flag(False, "Use the fast Hugging Face tokenizer.")
     tokenizer_hf_include_special_tokens: bool = flag(
         False, "Let a Hugging Face tokenizer add its special tokens to each text."

@@ -1,11 +1,11 @@
-"""Flags of the training run: batches, length, optimiser, precision, seeds."""
+"""Flags of the training run: batches, length, optimizer, precision, seeds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dwm.config.flags import flag, require_at_least, spelled
+from megatron_dwm.config.flags import flag, flag_name, require_at_least
 from megatron_dwm.errors import UserError
 
 
@@ -26,9 +26,9 @@ class TrainingConfig:
     exit_duration_in_mins: int | None = flag(None, "Save and stop after this many minutes.")
     exit_signal_handler: bool = flag(False, "Save and stop on SIGTERM.")
     skip_train: bool = flag(False, "Only evaluate.")
-    seed: int = flag(1234, "Seed of initialisation, data order and dropout.")
+    seed: int = flag(1234, "Seed of initialization, data order and dropout.")
     data_parallel_random_init: bool = flag(
-        False, "Initialise each data-parallel rank differently.", refused="replicas start equal; leave it out"
+        False, "Initialize each data-parallel rank differently.", refused="replicas start equal; leave it out"
     )
     check_for_nan_in_loss_and_grad: bool = flag(
         True, "Do not stop at a NaN in loss or gradient.", "--no-check-for-nan-in-loss-and-grad"
@@ -41,8 +41,8 @@ class TrainingConfig:
     manual_gc: bool = flag(False, "Collect Python garbage at a fixed interval instead of when it likes.")
     manual_gc_interval: int = flag(0, "Steps between garbage collections; 0 for none.")
     deterministic_mode: bool = flag(False, "Use deterministic kernels only.")
-    use_cpu_initialization: bool = flag(False, "Initialise weights on the CPU, the same for every TP size.")
-    perform_initialization: bool = flag(True, "Do not initialise weights.", "--no-initialization")
+    use_cpu_initialization: bool = flag(False, "Initialize weights on the CPU, the same for every TP size.")
+    perform_initialization: bool = flag(True, "Do not initialize weights.", "--no-initialization")
 
     def __post_init__(self) -> None:
         if self.micro_batch_size is None:
@@ -66,9 +66,9 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Optimiser, learning rate and precision."""
+    """Optimizer, learning rate and precision."""
 
-    optimizer: Literal["adam", "sgd"] = flag("adam", "Optimiser: Adam with decoupled weight decay, or SGD.")
+    optimizer: Literal["adam", "sgd"] = flag("adam", "Optimizer: Adam with decoupled weight decay, or SGD.")
     lr: float | None = flag(None, "Peak learning rate.")
     min_lr: float = flag(0.0, "Lowest learning rate.")
     decoupled_lr: float | None = flag(None, "Learning rate of the embedding and output layers.")
@@ -144,13 +144,13 @@ class OptimizerConfig:
         for name in ("adam_beta1", "adam_beta2", "lr_warmup_fraction"):
             value = getattr(self, name)
             if value is not None and value >= 1:
-                raise UserError(f"{spelled(name)} {value}: must be less than 1")
+                raise UserError(f"{flag_name(name)} {value}: must be less than 1")
 
     def _check_learning_rates(self) -> None:
         assert self.lr is not None
         for name in ("min_lr", "lr_warmup_init"):
             if getattr(self, name) > self.lr:
-                raise UserError(f"{spelled(name)} {getattr(self, name)} exceeds --lr {self.lr}; lower it")
+                raise UserError(f"{flag_name(name)} {getattr(self, name)} exceeds --lr {self.lr}; lower it")
         if self.decoupled_min_lr is not None and self.decoupled_lr is None:
             raise UserError(f"--decoupled-min-lr {self.decoupled_min_lr} has no effect without --decoupled-lr; add it")
         if self.decoupled_lr is not None and (self.decoupled_min_lr or 0.0) > self.decoupled_lr:

@@ -1,4 +1,4 @@
-"""Megatron-LM's flags that this programme does not have, and why: none of them is silently ignored.
+"""Megatron-LM's flags that this program does not have, and why: none of them is silently ignored.
 
 Flags that scripts also give with a value that changes nothing (``--context-parallel-size 1``) are declared with the
 others, as ``refused``.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-REFUSED: dict[str, str] = {
+UNSUPPORTED: dict[str, str] = {
     "only dense models are trained; leave it out": """
         --moe-* --expert-tensor-parallel-size --overlap-moe-expert-parallel-comm
         --ep-overlap-early-attn-memory-release""",
@@ -65,7 +65,7 @@ REFUSED: dict[str, str] = {
         --fp8-param-gather --keep-fp8-transpose-cache --reuse-grad-buf-for-mxfp8-param-ag""",
     "the FP8 recipes are Transformer Engine's own; leave it out": "--fp8-quantizer-factory --te-precision-config-file",
     "there is no FP4 training; use --bf16 or --fp8-format": "--fp4-*",
-    "the optimisers are megatron-core's Adam and SGD with fp32 state; leave it out": """
+    "the optimizers are megatron-core's Adam and SGD with fp32 state; leave it out": """
         --muon-* --use-precision-aware-optimizer --main-grads-dtype --main-params-dtype --exp-avg-dtype
         --exp-avg-sq-dtype --optimizer-cpu-offload --optimizer-offload-fraction --use-torch-optimizer-for-cpu-offload
         --overlap-cpu-optimizer-d2h-h2d --no-pin-cpu-grads --no-pin-cpu-params --dump-param-to-param-group-map
@@ -105,7 +105,7 @@ REFUSED: dict[str, str] = {
     "data are local .bin and .idx files of plain text; leave it out": """
         --per-dataset-sequences-path --dataloader-fast-cache-load --dataloader-defer-npy-index-mmap
         --object-storage-cache-path --disable-msc --fim-* --sft*""",
-    "this programme pretrains only; leave it out": """
+    "this program pretrains only; leave it out": """
         --inference-* --*-chunked-prefill --flash-decode --max-tokens-to-oom --mlp-chunks-for-prefill
         --use-legacy-static-engine --decode-only-cuda-graphs --nccl-all-reduce-for-prefill --no-inference-wandb-logging
         --perform-rl-step --rl-* --no-rl-* --grpo-* --langrl-* --no-langrl-* --refit-method --test-mode""",
@@ -113,9 +113,9 @@ REFUSED: dict[str, str] = {
 """Reason and remedy to flags, by name or shell pattern."""
 
 
-def why_refused(name: str) -> str | None:
+def reason_unsupported(name: str) -> str | None:
     """The reason and the remedy for a flag of Megatron-LM's that is not here; None if it is none of its flags."""
-    for reason, patterns in REFUSED.items():
+    for reason, patterns in UNSUPPORTED.items():
         if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
             return reason
     return None

@@ -40,11 +40,11 @@ class WeightingConfig:
     dwm_temperature: float = flag(1.0, "Temperature of the softmax that turns scores into weights.")
     dwm_kl_weight: float = flag(
         0.5,
-        "Strength of the weights' KL divergence from uniform ones, against standardised alignments; keeps them from "
+        "Strength of the weights' KL divergence from uniform ones, against standardized alignments; keeps them from "
         "collapsing.",
     )
     dwm_clip_alignment: float = flag(
-        2.0, "Cut standardised alignments off at this many standard deviations; 0 for no clipping."
+        2.0, "Cut standardized alignments off at this many standard deviations; 0 for no clipping."
     )
     dwm_lr: float = flag(1e-3, "Learning rate of the weighter (AdamW).")
     dwm_weight_decay: float = flag(0.01, "Weight decay of the weighter.")

@@ -225,9 +225,9 @@ class _Code(ast.NodeTransformer):
         return not copied and self._seen.add(text)
 
 
-def _share(documents: list[Document], share: float) -> tuple[list[Document], list[Document]]:
+def _share(documents: list[Document], partition: float) -> tuple[list[Document], list[Document]]:
     """The documents in two, the second of at most ``share`` of the bytes."""
-    second = first(documents, int(share * sum(document.size for document in documents)))
+    second = first(documents, int(partition * sum(document.size for document in documents)))
     return documents[len(second) :], second
 
 

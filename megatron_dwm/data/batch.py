@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.runtime.process_groups import ParallelState
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ class Batch:
         return ~(same & causal)[:, None]
 
 
-def share_batch(loaded: dict[str, torch.Tensor] | None, num_samples: int, seq: int, layout: Layout) -> Batch:
+def broadcast_batch(
+    loaded: dict[str, torch.Tensor] | None, num_samples: int, seq: int, parallel_state: ParallelState
+) -> Batch:
     """Hand the samples that the first rank of a model replica has loaded to all its ranks.
 
     Args:
@@ -76,9 +78,9 @@ def share_batch(loaded: dict[str, torch.Tensor] | None, num_samples: int, seq: i
         packed = torch.cat([column.to(torch.int64) for column in columns], dim=1).to(device)
     else:
         packed = torch.empty(num_samples, 4 * seq + 2, dtype=torch.int64, device=device)
-    if layout.mp_size > 1:
-        first = dist.get_global_rank(layout.mp_group, 0)
-        dist.broadcast(packed, first, group=layout.mp_group)
+    if parallel_state.mp_size > 1:
+        first = dist.get_global_rank(parallel_state.mp_group, 0)
+        dist.broadcast(packed, first, group=parallel_state.mp_group)
     tokens, labels, mask, positions, index, source = packed.split([seq, seq, seq, seq, 1, 1], dim=1)
     return Batch(
         tokens=tokens.contiguous(),

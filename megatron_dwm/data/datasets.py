@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_dwm.config.data import DataConfig
 from megatron_dwm.config.run import RunConfig
-from megatron_dwm.data.batch import Batch, share_batch
-from megatron_dwm.data.sampler import CyclicSampler, SequentialSampler, Share, ShuffledSampler
+from megatron_dwm.data.batch import Batch, broadcast_batch
+from megatron_dwm.data.sampler import BatchPartition, CyclicSampler, SequentialSampler, ShuffledSampler
 from megatron_dwm.errors import UserError
-from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.runtime.process_groups import ParallelState
 
 Blend = tuple[list[str], list[float] | None]
 
@@ -166,7 +166,7 @@ class Datasets:
     target: Any | None
 
 
-def build_datasets(config: RunConfig, paths: DataPaths, tokenizer: Any, layout: Layout) -> Datasets:
+def build_datasets(config: RunConfig, paths: DataPaths, tokenizer: Any, parallel_state: ParallelState) -> Datasets:
     """Build the datasets of a run, of data that was checked. Every rank must call it; sizes follow Megatron-LM.
 
     A part that nothing is asked of, or that no document falls into, is None.
@@ -177,7 +177,7 @@ def build_datasets(config: RunConfig, paths: DataPaths, tokenizer: Any, layout: 
     from megatron_dwm.data.gpt_dataset import StampedGPTDataset
 
     def loads() -> bool:
-        return layout.mp_rank == 0
+        return parallel_state.mp_rank == 0
 
     data, batch = config.data, config.global_batch_size
     kind = MockGPTDataset if data.mock_data else StampedGPTDataset
@@ -272,20 +272,20 @@ class _Numbered(Dataset):
 _NO_TOKEN = -1
 
 
-class BatchReader:
+class BatchLoader:
     """Yields one :class:`Batch` a step on every rank of a replica; only its first rank reads files."""
 
     def __init__(
         self,
         dataset: Any,
         sampler: Any,
-        share: Share,
+        partition: BatchPartition,
         seq: int,
-        layout: Layout,
+        parallel_state: ParallelState,
         vocab_size: int,
         num_workers: int,
     ) -> None:
-        self.share, self.seq, self.layout, self.vocab_size = share, seq, layout, vocab_size
+        self.partition, self.seq, self.parallel_state, self.vocab_size = partition, seq, parallel_state, vocab_size
         self.steps: Iterator[dict[str, torch.Tensor]] | None = None
         if dataset is not None:
             loader = DataLoader(
@@ -298,18 +298,18 @@ class BatchReader:
             )
             self.steps = iter(loader)
 
-    def next(self) -> Batch:
+    def next_batch(self) -> Batch:
         """The next step's samples.
 
         Raises:
             UserError: a token outside the vocabulary, or no data left.
         """
         loaded = None
-        if self.layout.mp_rank == 0:
+        if self.parallel_state.mp_rank == 0:
             loaded = next(self.steps, None) if self.steps is not None else None
             if loaded is None:
                 loaded = self._nothing()
-        batch = share_batch(loaded, self.share.own_samples, self.seq, self.layout)
+        batch = broadcast_batch(loaded, self.partition.replica_samples, self.seq, self.parallel_state)
         least, largest = torch.stack(batch.tokens.aminmax()).tolist()
         if least == _NO_TOKEN:
             raise UserError("the data ran out; lower --train-iters or --eval-iters, or give more data")
@@ -325,20 +325,20 @@ class BatchReader:
 
         The replicas' samplers end at the same step, so this ends every rank alike.
         """
-        n = self.share.own_samples
+        n = self.partition.replica_samples
         columns = torch.full((n, self.seq), _NO_TOKEN)
         matrices = dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"), columns)
         return {**matrices, "index": torch.zeros(n), "source": torch.zeros(n)}
 
 
-def sequential_or_cyclic(config: RunConfig, dataset: Any, consumed: int, share: Share) -> Any:
+def sequential_or_cyclic(config: RunConfig, dataset: Any, consumed: int, partition: BatchPartition) -> Any:
     """The sampler that ``--dataloader-type`` names."""
     total = len(dataset) if dataset is not None else 0
     if config.data.dataloader_type == "cyclic":
-        return CyclicSampler(total, consumed, share, config.data.data_sharding)
-    return SequentialSampler(total, consumed, share)
+        return CyclicSampler(total, consumed, partition, config.data.data_sharding)
+    return SequentialSampler(total, consumed, partition)
 
 
-def shuffled(config: RunConfig, dataset: Any, consumed: int, share: Share) -> ShuffledSampler:
+def shuffled(config: RunConfig, dataset: Any, consumed: int, partition: BatchPartition) -> ShuffledSampler:
     """The target set's sampler."""
-    return ShuffledSampler(len(dataset) if dataset is not None else 1, consumed, share, config.training.seed)
+    return ShuffledSampler(len(dataset) if dataset is not None else 1, consumed, partition, config.training.seed)

@@ -13,7 +13,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchPartition:
     """How one step's samples are divided."""
 
     micro_batch_size: int
@@ -22,12 +22,12 @@ class Share:
     dp_size: int
 
     @property
-    def all_samples(self) -> int:
+    def global_samples(self) -> int:
         """Samples of one step over all replicas."""
         return self.micro_batch_size * self.num_microbatches * self.dp_size
 
     @property
-    def own_samples(self) -> int:
+    def replica_samples(self) -> int:
         """Samples of one step on this replica."""
         return self.micro_batch_size * self.num_microbatches
 
@@ -45,13 +45,13 @@ class Share:
 class SequentialSampler:
     """Reads a dataset once, in its own order; an incomplete last step is left out."""
 
-    def __init__(self, total: int, consumed: int, share: Share) -> None:
-        self.total, self.consumed, self.share = total, consumed, share
+    def __init__(self, total: int, consumed: int, partition: BatchPartition) -> None:
+        self.total, self.consumed, self.partition = total, consumed, partition
 
     def __iter__(self) -> Iterator[list[int]]:
-        size = self.share.all_samples
+        size = self.partition.global_samples
         for start in range(self.consumed, self.total - size + 1, size):
-            yield self.share.own(list(range(start, start + size)))
+            yield self.partition.own(list(range(start, start + size)))
 
 
 class ShuffledSampler:
@@ -60,8 +60,8 @@ class ShuffledSampler:
     No sample is left out of an epoch: a step may straddle two.
     """
 
-    def __init__(self, total: int, consumed: int, share: Share, seed: int) -> None:
-        self.total, self.consumed, self.share, self.seed = total, consumed, share, seed
+    def __init__(self, total: int, consumed: int, partition: BatchPartition, seed: int) -> None:
+        self.total, self.consumed, self.partition, self.seed = total, consumed, partition, seed
 
     def __iter__(self) -> Iterator[list[int]]:
         step: list[int] = []
@@ -70,8 +70,8 @@ class ShuffledSampler:
             generator = torch.Generator().manual_seed(self.seed + epoch)
             for index in torch.randperm(self.total, generator=generator).tolist()[offset:]:
                 step.append(index)
-                if len(step) == self.share.all_samples:
-                    yield self.share.own(step)
+                if len(step) == self.partition.global_samples:
+                    yield self.partition.own(step)
                     step = []
             epoch, offset = epoch + 1, 0
 
@@ -84,19 +84,19 @@ class CyclicSampler:
     when ``sharded`` is off, and then is ahead of the others for good.)
     """
 
-    def __init__(self, total: int, consumed: int, share: Share, sharded: bool) -> None:
-        self.total, self.consumed, self.share, self.sharded = total, consumed, share, sharded
+    def __init__(self, total: int, consumed: int, partition: BatchPartition, sharded: bool) -> None:
+        self.total, self.consumed, self.partition, self.sharded = total, consumed, partition, sharded
 
     def __iter__(self) -> Iterator[list[int]]:
         step: list[int] = []
         for microbatch in self._microbatches():
             step += microbatch
-            if len(step) == self.share.own_samples:
+            if len(step) == self.partition.replica_samples:
                 yield step
                 step = []
 
     def _microbatches(self) -> Iterator[list[int]]:
-        size, ranks = self.share.micro_batch_size, self.share.dp_size
+        size, ranks = self.partition.micro_batch_size, self.partition.dp_size
         epoch_samples = self.total - self.total % (size * ranks)
         epoch, offset = divmod(self.consumed, epoch_samples)
         offset -= offset % (size * ranks)  # what another batch size consumed may end within a microbatch
@@ -105,10 +105,10 @@ class CyclicSampler:
             if self.sharded:
                 bucket = epoch_samples // ranks
                 order = torch.randperm(bucket, generator=generator)[offset // ranks :]
-                own = (order + self.share.dp_rank * bucket).tolist()
+                own = (order + self.partition.dp_rank * bucket).tolist()
             else:
                 order = torch.randperm(self.total // size * size, generator=generator)[offset:]
-                own = order[self.share.dp_rank :: ranks].tolist()
+                own = order[self.partition.dp_rank :: ranks].tolist()
             for start in range(0, (epoch_samples - offset) // ranks, size):
                 yield own[start : start + size]
             epoch, offset = epoch + 1, 0

@@ -246,7 +246,7 @@ def _from_sentencepiece(tokenizer: MegatronTokenizerText) -> PreTrainedTokenizer
     """A ``tokenizers`` BPE where that is exact; else SentencePiece itself, wrapped by transformers.
 
     Not exact in ``tokenizers``: Unigram (scores are summed in another precision, and runs such as ``=====``
-    are ties), normalisation by a character map (combining marks), user-defined symbols by a leading space.
+    are ties), normalization by a character map (combining marks), user-defined symbols by a leading space.
     """
     from transformers import PreTrainedTokenizerFast, SentencePieceBackend
     from transformers.convert_slow_tokenizer import import_protobuf
@@ -287,7 +287,7 @@ def _sentencepiece_bpe(model: Any) -> Any:
 
     ids = {piece.piece: index for index, piece in enumerate(model.pieces)}
     normal = {piece.piece for piece in model.pieces if piece.type == _NORMAL}
-    # SentencePiece joins whichever neighbours make the best piece: every way to split a piece is a merge.
+    # SentencePiece joins whichever neighbors make the best piece: every way to split a piece is a merge.
     merges = sorted(
         (-piece.score, ids[piece.piece[:cut]], ids[piece.piece[cut:]])
         for piece in model.pieces

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.errors import UserError
-from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.runtime.process_groups import ParallelState
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SampleLosses:
         return self.total / self.tokens.clamp(min=1)
 
 
-class PipelineSchedule:
+class PipelineEngine:
     """Runs forward and backward passes of the model over batches.
 
     The loss of a microbatch is Megatron-LM's, Σ mask · loss / Σ mask, with each sample's token losses multiplied by its
@@ -45,7 +45,7 @@ class PipelineSchedule:
         self,
         chunks: Sequence[Any],
         config: Any,
-        layout: Layout,
+        parallel_state: ParallelState,
         seq_length: int,
         *,
         document_end: int | None = None,
@@ -58,7 +58,12 @@ class PipelineSchedule:
             document_end: end-of-document token that attention must not cross, if any.
             check_for_nan: raise FloatingPointError at a loss that is not finite.
         """
-        self.chunks, self.config, self.layout, self.seq_length = list(chunks), config, layout, seq_length
+        self.chunks, self.config, self.parallel_state, self.seq_length = (
+            list(chunks),
+            config,
+            parallel_state,
+            seq_length,
+        )
         self.document_end, self.check_for_nan = document_end, check_for_nan
 
     def run(
@@ -66,7 +71,7 @@ class PipelineSchedule:
         batch: Batch,
         micro_batch_size: int,
         *,
-        sample_scale: torch.Tensor | None = None,
+        sample_weights: torch.Tensor | None = None,
         forward_only: bool = False,
         force_all_reduce: bool = False,
     ) -> SampleLosses | None:
@@ -77,7 +82,7 @@ class PipelineSchedule:
             sample_scale: factor of each sample's token losses [n], if any.
             forward_only: losses only, no gradients.
             force_all_reduce: leave the whole gradient on every data-parallel rank, also under the distributed
-                optimiser.
+                optimizer.
 
         Returns:
             the samples' unscaled losses on the last pipeline stage, None on the others.
@@ -85,8 +90,8 @@ class PipelineSchedule:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         scales = [None] * (len(batch) // micro_batch_size)
-        if sample_scale is not None:
-            scales = list(sample_scale.to(batch.loss_mask).split(micro_batch_size))
+        if sample_weights is not None:
+            scales = list(sample_weights.to(batch.loss_mask).split(micro_batch_size))
         micros = list(zip(batch.microbatches(micro_batch_size), scales, strict=True))
         iterators = [iter(micros) for _ in self.chunks]
         for chunk in self.chunks:
@@ -109,7 +114,7 @@ class PipelineSchedule:
         finally:
             for chunk in self.chunks:
                 chunk.force_all_reduce = False
-        if not self.layout.is_last_stage:
+        if not self.parallel_state.is_last_pipeline_stage:
             return None
         losses = SampleLosses(
             torch.cat([report["total"] for report in reports]),
@@ -123,21 +128,21 @@ class PipelineSchedule:
         micro, scale = next(micros)
         mask = micro.document_mask(self.document_end) if self.document_end is not None else None
         output = model(micro.tokens, micro.position_ids, mask, labels=micro.labels, loss_mask=micro.loss_mask)
-        return output, partial(scaled_loss, micro.loss_mask, scale)
+        return output, partial(weighted_loss, micro.loss_mask, scale)
 
-    def share_losses(self, losses: SampleLosses | None, num_samples: int) -> SampleLosses:
+    def broadcast_losses(self, losses: SampleLosses | None, num_samples: int) -> SampleLosses:
         """The last stage's losses on every rank of the replica."""
         if losses is not None:
             packed = torch.stack([losses.total, losses.tokens])
         else:
             packed = torch.empty(2, num_samples, device=torch.cuda.current_device())
-        if self.layout.pp_size > 1:
-            last = dist.get_global_rank(self.layout.pp_group, self.layout.pp_size - 1)
-            dist.broadcast(packed, last, group=self.layout.pp_group)
+        if self.parallel_state.pp_size > 1:
+            last = dist.get_global_rank(self.parallel_state.pp_group, self.parallel_state.pp_size - 1)
+            dist.broadcast(packed, last, group=self.parallel_state.pp_group)
         return SampleLosses(packed[0], packed[1])
 
     @contextmanager
-    def whole_parameters(self) -> Iterator[None]:
+    def full_parameters(self) -> Iterator[None]:
         """While open, every rank holds all of the latest parameters, and forward passes gather none.
 
         Without ``--overlap-param-gather`` that is always so.
@@ -153,7 +158,7 @@ class PipelineSchedule:
                 chunk.enable_forward_pre_hook()
 
     @contextmanager
-    def unsynchronised(self) -> Iterator[None]:
+    def unsynchronized(self) -> Iterator[None]:
         """While open, gradients stay on their rank and each microbatch's loss is its mean token loss.
 
         Fused gradient accumulation is off: it would leave ``param.grad`` without the gradient.
@@ -213,8 +218,8 @@ def _attributes(target: Any, values: dict[str, Any]) -> Iterator[None]:
             setattr(target, name, value)
 
 
-def scaled_loss(
-    loss_mask: torch.Tensor, sample_scale: torch.Tensor | None, output: torch.Tensor
+def weighted_loss(
+    loss_mask: torch.Tensor, sample_weights: torch.Tensor | None, output: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Megatron-LM's loss of one microbatch, with each sample's token losses multiplied by its scale.
 
@@ -237,7 +242,7 @@ def scaled_loss(
             "(--cross-entropy-loss-fusion, --cross-entropy-fusion-impl)"
         )
     losses = output.float() if output.dtype != torch.float64 else output
-    scaled = losses if sample_scale is None else losses * sample_scale[:, None].to(losses.dtype)
+    scaled = losses if sample_weights is None else losses * sample_weights[:, None].to(losses.dtype)
     loss = torch.sum(scaled.reshape(-1) * loss_mask.reshape(-1))
     num_tokens = loss_mask.sum().detach().to(torch.int)
     report = {"total": (losses * loss_mask).sum(dim=1).detach(), "tokens": loss_mask.sum(dim=1)}

@@ -30,7 +30,7 @@ def gather_first_layers(
     """The first layers as the state of a LlamaModel or GPT2Model with ``num_layers`` layers, on every rank.
 
     Every rank must call it. Parameters must be up to date, which they are not between a step of a distributed
-    optimiser with overlapped gathering and the next forward pass.
+    optimizer with overlapped gathering and the next forward pass.
 
     Args:
         chunks: this rank's model chunks, wrapped or not.

@@ -43,7 +43,7 @@ def _weights_and_optimizer(config: RunConfig, vocab: int) -> tuple[float, list[s
     ]
     if pp > 1:
         lines.append(f"Number of parameters in other shards in billions: {block / (pp * tp) / BILLION:.4f}")
-    # 16-bit weights, fp32 gradients, master weights and two moments; the distributed optimiser shards the last three.
+    # 16-bit weights, fp32 gradients, master weights and two moments; the distributed optimizer shards the last three.
     sharded = config.parallel.use_distributed_optimizer
     return fullest * (6 + 12 / (config.data_parallel_size if sharded else 1)), lines
 

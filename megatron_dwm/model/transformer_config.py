@@ -220,7 +220,7 @@ def _check_architecture(
     if parallel.virtual_stages(model.layers) and not parallel.overlap_p2p_comm and parallel.pp == 2:
         raise UserError(
             "--no-overlap-p2p-communication with virtual stages and --pipeline-model-parallel-size 2: both "
-            "neighbours of a stage are the same rank; leave it out or use 3 or more stages"
+            "neighbors of a stage are the same rank; leave it out or use 3 or more stages"
         )
 
 

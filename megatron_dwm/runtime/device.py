@@ -114,7 +114,7 @@ def _integer(name: str, slurm_name: str, default: int) -> int:
 
 
 def require_megatron_core() -> None:
-    """Refuse a megatron-core other than the 0.16 series, whose interfaces and checkpoints this programme is made for.
+    """Refuse a megatron-core other than the 0.16 series, whose interfaces and checkpoints this program is made for.
 
     Raises:
         UserError: it is missing or of another version.

@@ -15,7 +15,7 @@ from megatron_dwm.config.parallel import ParallelConfig
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelState:
     """Where this process stands; sizes and ranks of the groups it belongs to."""
 
     rank: int
@@ -41,12 +41,12 @@ class Layout:
         return dist.get_rank(self.mp_group)
 
     @property
-    def is_first(self) -> bool:
+    def is_first_rank(self) -> bool:
         """Whether this is the process that writes files and prints messages."""
         return self.rank == 0
 
     @property
-    def is_last(self) -> bool:
+    def is_last_rank(self) -> bool:
         """Whether this is the process that prints the log line, as in Megatron-LM."""
         return self.rank == self.world_size - 1
 
@@ -56,7 +56,7 @@ class Layout:
         return f"[ t {self.tp_rank + 1}/{self.tp_size}, p {self.pp_rank + 1}/{self.pp_size} ]"
 
     @property
-    def is_last_stage(self) -> bool:
+    def is_last_pipeline_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
 
@@ -67,7 +67,7 @@ def initialize(
     store: dist.Store,
     rank: int,
     world_size: int,
-) -> Layout:
+) -> ParallelState:
     """Join the other processes through ``store`` and build megatron-core's groups."""
     from megatron.core import parallel_state as mpu
 
@@ -86,14 +86,14 @@ def initialize(
         order="tp-cp-ep-pp-dp" if parallel.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
         create_gloo_process_groups=parallel.enable_gloo_process_groups,
     )
-    return current_layout()
+    return current_parallel_state()
 
 
-def current_layout() -> Layout:
+def current_parallel_state() -> ParallelState:
     """The layout of the groups that megatron-core holds."""
     from megatron.core import parallel_state as mpu
 
-    return Layout(
+    return ParallelState(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         tp_rank=mpu.get_tensor_model_parallel_rank(),
@@ -109,11 +109,11 @@ def current_layout() -> Layout:
     )
 
 
-def set_seeds(seed: int, layout: Layout) -> None:
+def set_seeds(seed: int, parallel_state: ParallelState) -> None:
     """Seed every generator as Megatron-LM does: pipeline stages differ by 100, TP ranks by the tracker's offsets."""
     from megatron.core import tensor_parallel
 
-    stage_seed = seed + 100 * layout.pp_rank
+    stage_seed = seed + 100 * parallel_state.pp_rank
     random.seed(stage_seed)
     np.random.seed(stage_seed)
     torch.manual_seed(stage_seed)

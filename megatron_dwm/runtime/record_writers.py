@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_dwm.atomic_write import write_text
+from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.errors import UserError
 
 
@@ -30,7 +30,7 @@ class JsonLines:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file() and resumed_at > 0:
-                write_text(path, "".join(_records_until(path, resumed_at)))
+                atomic_write_text(path, "".join(_records_until(path, resumed_at)))
             elif path.is_file():
                 written = datetime.fromtimestamp(path.stat().st_mtime)
                 path.rename(path.with_name(f"{path.stem}.until-{written:%Y%m%d-%H%M%S-%f}{path.suffix}"))

@@ -21,7 +21,7 @@ from megatron_dwm.runtime.process_groups import free_port
 PATIENCE = timedelta(hours=2)  # one rank may build a large dataset's index while the others wait
 
 
-class Agreement:
+class StartupSync:
     """Phases that all ranks finish together, or fail together with the same error."""
 
     def __init__(self, rank: int, world_size: int) -> None:

@@ -1,1 +1,1 @@
-"""Step, loop, optimiser, checkpoints, evaluation."""
+"""Step, loop, optimizer, checkpoints, evaluation."""

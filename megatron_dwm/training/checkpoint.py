@@ -16,17 +16,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dwm.atomic_write import put_in_place, write_text
+from megatron_dwm.atomic_write import atomic_write_text, publish_folder
 from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.checkpoint_args import differing_flag, read_arguments
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.errors import UserError
-from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.runtime.record_writers import say, timestamp
 from megatron_dwm.training.optimizer import allocate_state, load_optimizer
 from megatron_dwm.training.train_state import (
-    Progress,
-    TrainingObjects,
+    TrainComponents,
+    TrainState,
     comparable,
     data_parallel_group,
     megatron_arguments,
@@ -68,8 +68,8 @@ class CheckpointWriter:
     Every method is collective.
     """
 
-    def __init__(self, config: RunConfig, objects: TrainingObjects, layout: Layout) -> None:
-        self.config, self.objects, self.layout = config, objects, layout
+    def __init__(self, config: RunConfig, components: TrainComponents, parallel_state: ParallelState) -> None:
+        self.config, self.components, self.parallel_state = config, components, parallel_state
         self._queue: Any = None
         if config.checkpoint.async_save:
             from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -77,7 +77,7 @@ class CheckpointWriter:
             # A process with a CUDA context must not be forked: there megatron-core's own worker writes.
             self._queue = AsyncCallsQueue(persistent=torch.cuda.is_available())
 
-    def save(self, progress: Progress, dwm_state: dict[str, Any] | None, *, persistent: bool = True) -> None:
+    def save(self, train_state: TrainState, dwm_state: dict[str, Any] | None, *, persistent: bool = True) -> None:
         """Write a checkpoint, or begin to.
 
         Args:
@@ -90,12 +90,12 @@ class CheckpointWriter:
         from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
         self.finish()  # one at a time
-        flags, iteration = self.config.checkpoint, progress.iteration
+        flags, iteration = self.config.checkpoint, train_state.iteration
         save = flags.save or "."
         root = Path(save) if persistent else non_persistent_folder(flags, save)
         beside = root / f".{iteration_folder(root, iteration).name}.partial"
         self._say(f"[{timestamp()}] saving checkpoint at iteration {iteration:7d} to {root} in torch_dist format")
-        if self.layout.is_first:
+        if self.parallel_state.is_first_rank:
             if not persistent:
                 _drop_all_but_newest(root)
             shutil.rmtree(beside, ignore_errors=True)
@@ -105,7 +105,7 @@ class CheckpointWriter:
         dist.barrier()
 
         metadata = sharding_metadata(self.config)
-        state = sharded_state(self.config, self.objects, progress, self.layout, metadata, for_saving=True)
+        state = sharded_state(self.config, self.components, train_state, self.parallel_state, metadata, for_saving=True)
         strategy = get_default_save_sharded_strategy("torch_dist")
         if flags.ckpt_fully_parallel_save:
             strategy = FullyParallelSaveStrategyWrapper(strategy, data_parallel_group())
@@ -143,15 +143,15 @@ class CheckpointWriter:
 
     def _publish(self, root: Path, beside: Path, iteration: int) -> None:
         """Put the whole checkpoint into its place and name it as the latest; the first rank's work."""
-        if not self.layout.is_first:
+        if not self.parallel_state.is_first_rank:
             return
         final = iteration_folder(root, iteration)
-        put_in_place(beside, final)
+        publish_folder(beside, final)
         previous = _tracked(root)
-        write_text(root / TRACKER, str(iteration))
+        atomic_write_text(root / TRACKER, str(iteration))
         self._say(
             f"  [{timestamp()}] successfully saved checkpoint from iteration {iteration:7d} to {root} "
-            f"{self.layout.place}"
+            f"{self.parallel_state.place}"
         )
         retained = self.config.checkpoint.save_retain_interval
         if root == Path(self.config.checkpoint.save or ".") and _unretained(previous, final, retained):
@@ -161,7 +161,7 @@ class CheckpointWriter:
             self._say(f"  [{timestamp()}] successfully deleted checkpoint from iteration {number:7d} at {root}")
 
     def _say(self, message: str) -> None:
-        if self.layout.is_first:
+        if self.parallel_state.is_first_rank:
             say(message)
 
 
@@ -207,8 +207,8 @@ def latest_checkpoint(flags: CheckpointConfig) -> Path | None:
 
 
 def load_checkpoint(
-    config: RunConfig, folder: Path, objects: TrainingObjects, layout: Layout
-) -> tuple[Progress, dict[str, Any] | None]:
+    config: RunConfig, folder: Path, components: TrainComponents, parallel_state: ParallelState
+) -> tuple[TrainState, dict[str, Any] | None]:
     """Restore ``objects`` from ``folder``; every rank calls it.
 
     Returns:
@@ -216,7 +216,7 @@ def load_checkpoint(
         weighter's state, if it has one.
 
     Raises:
-        UserError: the checkpoint is of another model, or its optimiser cannot be loaded under this layout.
+        UserError: the checkpoint is of another model, or its optimizer cannot be loaded under this layout.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
@@ -239,34 +239,34 @@ def load_checkpoint(
     moves_optimizer = with_optimizer and config.parallel.use_distributed_optimizer and not same_layout
     if moves_optimizer and sharding != "fully_reshardable":
         raise UserError(
-            f"--load {flags.load}: the distributed optimiser's state was saved as {sharding} and cannot move to "
+            f"--load {flags.load}: the distributed optimizer's state was saved as {sharding} and cannot move to "
             "another TP or PP size; save with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
         )
     metadata["dp_cp_group"] = data_parallel_group()
     if with_optimizer:
-        allocate_state(objects.optimizer)
+        allocate_state(components.optimizer)
     template = sharded_state(
-        config, objects, Progress(), layout, metadata, with_optimizer=with_optimizer, with_rng=with_rng
+        config, components, TrainState(), parallel_state, metadata, with_optimizer=with_optimizer, with_rng=with_rng
     )
     strategy = get_default_load_sharded_strategy(str(folder))
     if flags.ckpt_fully_parallel_load:
         strategy = FullyParallelLoadStrategyWrapper(strategy, data_parallel_group())
     state = dist_checkpointing.load(template, str(folder), strategy, strict="assume_ok_unexpected")
 
-    for number, chunk in enumerate(objects.chunks):
-        chunk.load_state_dict(state["model" if len(objects.chunks) == 1 else f"model{number}"])
+    for number, chunk in enumerate(components.chunks):
+        chunk.load_state_dict(state["model" if len(components.chunks) == 1 else f"model{number}"])
     if with_optimizer:
-        load_optimizer(objects.optimizer, state["optimizer"])
-        objects.scheduler.load_state_dict(state["opt_param_scheduler"])
+        load_optimizer(components.optimizer, state["optimizer"])
+        components.scheduler.load_state_dict(state["opt_param_scheduler"])
     elif config.optimizer.fp16 or config.optimizer.bf16:
-        objects.optimizer.reload_model_params()
+        components.optimizer.reload_model_params()
     if with_rng:
         set_rng_state(state["rng_state"][0])
     dist.barrier()
     if flags.finetune:
         done = state.get("num_floating_point_operations_so_far", 0)
-        return Progress(num_floating_point_operations_so_far=done), None
-    progress = Progress(
+        return TrainState(num_floating_point_operations_so_far=done), None
+    train_state = TrainState(
         iteration=0 if anew else state["iteration"],
         consumed_train_samples=getattr(saved, "consumed_train_samples", 0),
         skipped_train_samples=getattr(saved, "skipped_train_samples", 0),
@@ -275,12 +275,12 @@ def load_checkpoint(
     )
     path = folder / DWM_STATE
     has_weighter = path.is_file() and not anew
-    return progress, torch.load(path, map_location="cpu", weights_only=True) if has_weighter else None
+    return train_state, torch.load(path, map_location="cpu", weights_only=True) if has_weighter else None
 
 
 def _check_same_model(config: RunConfig, saved: Namespace) -> None:
     finetune = config.checkpoint.finetune
-    run = vars(megatron_arguments(config, Progress()))
+    run = vars(megatron_arguments(config, TrainState()))
     if difference := differing_flag(run, vars(saved), finetune=finetune):
         raise UserError(f"--load {config.checkpoint.load}: {difference}")
 

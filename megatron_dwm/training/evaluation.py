@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_dwm.data.datasets import BatchReader
-from megatron_dwm.model.engine import PipelineSchedule
-from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.data.datasets import BatchLoader
+from megatron_dwm.model.engine import PipelineEngine
+from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.runtime.record_writers import say
 
 
@@ -24,11 +24,11 @@ class Evaluation:
 
 
 def evaluate(
-    schedule: PipelineSchedule,
-    reader: BatchReader,
+    engine: PipelineEngine,
+    batch_loader: BatchLoader,
     batches: int,
     micro_batch_size: int,
-    layout: Layout,
+    parallel_state: ParallelState,
     *,
     tells: bool = False,
 ) -> Evaluation:
@@ -37,21 +37,21 @@ def evaluate(
     Args:
         tells: whether to print how far it is.
     """
-    tells = tells and layout.is_first
+    tells = tells and parallel_state.is_first_rank
     if tells:
-        say(f"Evaluating on {batches * reader.share.all_samples} samples")
+        say(f"Evaluating on {batches * batch_loader.partition.global_samples} samples")
     sums = torch.zeros(2, device=torch.cuda.current_device())
-    for chunk in schedule.chunks:
+    for chunk in engine.chunks:
         chunk.eval()
     with torch.no_grad():
         for number in range(batches):
             if tells:
                 say(f"Evaluating iter {number + 1}/{batches}")
-            losses = schedule.run(reader.next(), micro_batch_size, forward_only=True)
+            losses = engine.run(batch_loader.next_batch(), micro_batch_size, forward_only=True)
             if losses is not None:
                 sums += torch.stack([losses.total.sum(), losses.tokens.sum()])
-    for chunk in schedule.chunks:
+    for chunk in engine.chunks:
         chunk.train()
-    dist.all_reduce(sums, group=layout.dp_group)
-    loss = float(sums[0] / sums[1]) if layout.is_last_stage else float("nan")
-    return Evaluation(loss, batches * reader.share.all_samples)
+    dist.all_reduce(sums, group=parallel_state.dp_group)
+    loss = float(sums[0] / sums[1]) if parallel_state.is_last_pipeline_stage else float("nan")
+    return Evaluation(loss, batches * batch_loader.partition.global_samples)

@@ -1,4 +1,4 @@
-"""megatron-core's optimiser and learning-rate schedule, from the flags."""
+"""megatron-core's optimizer and learning-rate schedule, from the flags."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_dwm.config.run import RunConfig
 
 
 def build_optimizer(config: RunConfig, chunks: Sequence[Any]) -> Any:
-    """megatron-core's optimiser over DDP ``chunks``."""
+    """megatron-core's optimizer over DDP ``chunks``."""
     from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
     from megatron.core.optimizer.optimizer_config import AdamOptimizerConfig, SGDOptimizerConfig
 
@@ -33,7 +33,7 @@ def build_optimizer(config: RunConfig, chunks: Sequence[Any]) -> Any:
 
 
 def allocate_state(optimizer: Any) -> None:
-    """Give a new distributed optimiser the state that a checkpoint is loaded into.
+    """Give a new distributed optimizer the state that a checkpoint is loaded into.
 
     megatron-core counts on Transformer Engine's or Apex's Adam to have some; torch's has none before its first step.
     The parameters may move: they are loaded next.
@@ -44,7 +44,7 @@ def allocate_state(optimizer: Any) -> None:
 
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict`` that also holds for torch's Adam under the distributed optimiser.
+    """``optimizer.load_state_dict`` that also holds for torch's Adam under the distributed optimizer.
 
     torch keeps a step count for each parameter. megatron-core hands all of them one tensor, which would then be
     counted up once a parameter, and does not find it among the tensors of a fully reshardable checkpoint.

@@ -12,11 +12,11 @@ import torch
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.model.flops import outer_update_flops, scoring_flops, training_flops
 from megatron_dwm.model.memory import MEBIBYTE, memory_estimate
-from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.runtime.record_writers import JsonLines, LogLine, LossWindow, TensorBoard, say, validation_line
 from megatron_dwm.training.step import StepResult
-from megatron_dwm.training.train_state import Progress
-from megatron_dwm.weighting.bilevel.health import Finding
+from megatron_dwm.training.train_state import TrainState
+from megatron_dwm.weighting.bilevel.health import HealthWarning
 
 
 class Reporter:
@@ -25,8 +25,10 @@ class Reporter:
     As in Megatron-LM the last rank reports: it is on the last pipeline stage, which knows the losses.
     """
 
-    def __init__(self, config: RunConfig, layout: Layout, padded_vocab_size: int, resumed_at: int) -> None:
-        self.config, self.layout = config, layout
+    def __init__(
+        self, config: RunConfig, parallel_state: ParallelState, padded_vocab_size: int, resumed_at: int
+    ) -> None:
+        self.config, self.parallel_state = config, parallel_state
         self.window = LossWindow()
         self.padded_vocab_size = padded_vocab_size
         self.flops_per_step = training_flops(config.model, padded_vocab_size, config.global_batch_size)
@@ -38,7 +40,7 @@ class Reporter:
         self.memory_reports_left = 2
         self.jsonl: JsonLines | None = None
         self.board: TensorBoard | None = None
-        if layout.is_last:
+        if parallel_state.is_last_rank:
             path = config.logging.metrics_jsonl
             if path is None and config.checkpoint.save is not None:
                 path = str(Path(config.checkpoint.save) / "metrics.jsonl")
@@ -48,7 +50,7 @@ class Reporter:
 
     def step(
         self,
-        progress: Progress,
+        train_state: TrainState,
         result: StepResult,
         learning_rate: float,
         loss_scale: float,
@@ -70,7 +72,7 @@ class Reporter:
         if self.config.logging.log_loss_scale_to_tensorboard:
             numbers["loss-scale"] = loss_scale
         if self.config.logging.log_world_size_to_tensorboard:
-            numbers["world-size"] = float(self.layout.world_size)
+            numbers["world-size"] = float(self.parallel_state.world_size)
         for name, value in (
             ("grad-norm", result.grad_norm),
             ("num-zeros", result.num_zeros),
@@ -78,15 +80,15 @@ class Reporter:
         ):
             if value is not None:
                 numbers[name] = float(value)
-        self._write_scalars(progress, numbers, weighting)
+        self._write_scalars(train_state, numbers, weighting)
         now = time.perf_counter()
         seconds, self.step_since = now - self.step_since, now
         if self.jsonl is not None:
             self.jsonl.write(
                 {
                     "kind": "train",
-                    "iteration": progress.iteration,
-                    "consumed_samples": progress.consumed_train_samples,
+                    "iteration": train_state.iteration,
+                    "consumed_samples": train_state.consumed_train_samples,
                     "seconds": seconds,
                     "lm_loss": result.loss,
                     "learning_rate": learning_rate,
@@ -97,8 +99,8 @@ class Reporter:
                 }
             )
         # As in Megatron-LM, a run's first step has a line of its own and counts again in the next one.
-        if self.first_step or progress.iteration % self.config.logging.log_interval == 0:
-            self._log_line(progress, result, learning_rate, loss_scale, params_norm, weighting)
+        if self.first_step or train_state.iteration % self.config.logging.log_interval == 0:
+            self._log_line(train_state, result, learning_rate, loss_scale, params_norm, weighting)
             if not self.first_step:
                 self.window = LossWindow()
                 self.since = time.perf_counter()
@@ -123,25 +125,27 @@ class Reporter:
         if self.jsonl is not None:
             self.jsonl.write(record)
 
-    def warnings(self, iteration: int, warnings: Sequence[Finding]) -> None:
+    def warnings(self, iteration: int, warnings: Sequence[HealthWarning]) -> None:
         """Say what is wrong with the weighting, and record it."""
         for warning in warnings:
             self.record({"kind": "health", "iteration": iteration, "sign": warning.sign, "message": warning.message})
-            if self.layout.is_last:
+            if self.parallel_state.is_last_rank:
                 say(f"WARNING at iteration {iteration}: {warning.message}")
 
-    def evaluation(self, progress: Progress, split: str, loss: float, prefix: str) -> None:
+    def evaluation(self, train_state: TrainState, split: str, loss: float, prefix: str) -> None:
         """Report an evaluation on ``split`` (valid or test)."""
-        if not self.layout.is_last:
+        if not self.parallel_state.is_last_rank:
             return
         say(validation_line(prefix, loss))
-        self.record({"kind": "evaluation", "iteration": progress.iteration, "split": split, "lm_loss": loss})
+        self.record({"kind": "evaluation", "iteration": train_state.iteration, "split": split, "lm_loss": loss})
         # Megatron-LM puts the test loss at the end of the validation's curve.
         if self.board is not None and not self.config.training.skip_train:
-            self.board.scalar("lm loss validation", loss, progress.iteration, progress.consumed_train_samples)
+            self.board.scalar("lm loss validation", loss, train_state.iteration, train_state.consumed_train_samples)
             if self.config.logging.log_validation_ppl_to_tensorboard:
                 ppl = float(torch.tensor(min(20.0, loss)).exp())
-                self.board.scalar("lm loss validation ppl", ppl, progress.iteration, progress.consumed_train_samples)
+                self.board.scalar(
+                    "lm loss validation ppl", ppl, train_state.iteration, train_state.consumed_train_samples
+                )
 
     def pause(self) -> float:
         """Stop the clock (before an evaluation or a save); returns what :meth:`resume` needs."""
@@ -159,28 +163,28 @@ class Reporter:
         if self.board is not None:
             self.board.close()
 
-    def _write_scalars(self, progress: Progress, numbers: dict[str, float], weighting: dict[str, Any]) -> None:
-        if self.board is None or progress.iteration % self.config.logging.tensorboard_log_interval:
+    def _write_scalars(self, train_state: TrainState, numbers: dict[str, float], weighting: dict[str, Any]) -> None:
+        if self.board is None or train_state.iteration % self.config.logging.tensorboard_log_interval:
             return
         for name, value in numbers.items():
-            self.board.scalar(name, value, progress.iteration, progress.consumed_train_samples)
-        if progress.skipped_train_samples > 0:
-            self.board.scalar("skipped-train-samples", progress.skipped_train_samples, progress.iteration)
+            self.board.scalar(name, value, train_state.iteration, train_state.consumed_train_samples)
+        if train_state.skipped_train_samples > 0:
+            self.board.scalar("skipped-train-samples", train_state.skipped_train_samples, train_state.iteration)
         for name, value in weighting.items():
             parts = value if isinstance(value, dict) else {"": value}
             for source, number in parts.items():
                 label = f"dwm/{name}/{source}" if source else f"dwm/{name}"
-                self.board.scalar(label, number, progress.iteration)
+                self.board.scalar(label, number, train_state.iteration)
         if self.config.logging.log_memory_to_tensorboard and torch.cuda.is_available():
             stats = torch.cuda.memory_stats()
-            self.board.scalar("mem-reserved-bytes", stats["reserved_bytes.all.current"], progress.iteration)
-            self.board.scalar("mem-allocated-bytes", stats["allocated_bytes.all.current"], progress.iteration)
-            self.board.scalar("mem-max-allocated-bytes", stats["allocated_bytes.all.peak"], progress.iteration)
-            self.board.scalar("mem-allocated-count", stats["allocation.all.current"], progress.iteration)
+            self.board.scalar("mem-reserved-bytes", stats["reserved_bytes.all.current"], train_state.iteration)
+            self.board.scalar("mem-allocated-bytes", stats["allocated_bytes.all.current"], train_state.iteration)
+            self.board.scalar("mem-max-allocated-bytes", stats["allocated_bytes.all.peak"], train_state.iteration)
+            self.board.scalar("mem-allocated-count", stats["allocation.all.current"], train_state.iteration)
 
     def _log_line(
         self,
-        progress: Progress,
+        train_state: TrainState,
         result: StepResult,
         learning_rate: float,
         loss_scale: float,
@@ -190,19 +194,19 @@ class Reporter:
         seconds = (time.perf_counter() - self.since) / max(1, self.window.iterations)
         throughput, extra = None, _flat(weighting)
         if self.config.logging.log_throughput:
-            per_flop = 1 / (seconds * 1e12 * self.layout.world_size)
+            per_flop = 1 / (seconds * 1e12 * self.parallel_state.world_size)
             throughput = self.flops_per_step * per_flop
             if weighting:
                 added = self.window.weighting_flops / self.window.iterations
                 extra["dwm throughput per GPU (TFLOP/s/GPU)"] = (self.flops_per_step + added) * per_flop
-        if self.layout.is_last:
+        if self.parallel_state.is_last_rank:
             say(
                 str(
                     LogLine(
-                        iteration=progress.iteration,
+                        iteration=train_state.iteration,
                         train_iters=self.config.train_iters,
-                        consumed_samples=progress.consumed_train_samples,
-                        skipped_samples=progress.skipped_train_samples,
+                        consumed_samples=train_state.consumed_train_samples,
+                        skipped_samples=train_state.skipped_train_samples,
                         seconds_per_iteration=seconds,
                         throughput=throughput,
                         learning_rate=learning_rate,
@@ -218,15 +222,15 @@ class Reporter:
                     )
                 )
             )
-        if self.memory_reports_left > 0:  # by the second line the optimiser's state is in it
+        if self.memory_reports_left > 0:  # by the second line the optimizer's state is in it
             self.memory_reports_left -= 1
-            if self.layout.is_first:
+            if self.parallel_state.is_first_rank:
                 say("\n".join(memory_estimate(self.config, self.padded_vocab_size)))
-            self.memory(f"(after {progress.iteration} iterations)")
+            self.memory(f"(after {train_state.iteration} iterations)")
 
     def memory(self, when: str) -> None:
         """Megatron-LM's report of the GPU's memory; silent without one."""
-        if not torch.cuda.is_available() or self.layout.dp_rank != 0:
+        if not torch.cuda.is_available() or self.parallel_state.dp_rank != 0:
             return
         figures = {
             "allocated": torch.cuda.memory_allocated(),
@@ -235,7 +239,7 @@ class Reporter:
             "max reserved": torch.cuda.max_memory_reserved(),
         }
         text = " | ".join(f"{name}: {value / MEBIBYTE:.2f}" for name, value in figures.items())
-        say(f"[Rank {self.layout.rank}] {when} memory (MB) | {text}")
+        say(f"[Rank {self.parallel_state.rank}] {when} memory (MB) | {text}")
 
 
 def _flat(weighting: dict[str, Any]) -> dict[str, float]:

@@ -12,24 +12,24 @@ from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.datasets import DataPaths, data_paths
 from megatron_dwm.data.tokenizers import build_tokenizer, padded_vocab_size, vocabulary_fingerprint
 from megatron_dwm.data.validation import check_data
-from megatron_dwm.model.engine import PipelineSchedule
+from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
 from megatron_dwm.model.transformer_config import transformer_config
 from megatron_dwm.runtime.process_groups import initialize, set_seeds
 from megatron_dwm.runtime.record_writers import say
-from megatron_dwm.runtime.startup_sync import Agreement
+from megatron_dwm.runtime.startup_sync import StartupSync
 from megatron_dwm.training.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint, loading_line
-from megatron_dwm.training.dataloaders import Readers
+from megatron_dwm.training.dataloaders import Dataloaders
 from megatron_dwm.training.optimizer import build_optimizer, build_scheduler
 from megatron_dwm.training.reporter import Reporter
-from megatron_dwm.training.train_state import Progress, TrainingObjects
+from megatron_dwm.training.train_state import TrainComponents, TrainState
 from megatron_dwm.training.trainer import Trainer
 from megatron_dwm.weighting.bilevel.gradient_check import check_at_start
-from megatron_dwm.weighting.bilevel.lm_gradients import AlignmentPasses
+from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.outer_update import OuterUpdate
 from megatron_dwm.weighting.data_weighting import DataWeighting
 from megatron_dwm.weighting.export import WeighterExporter
-from megatron_dwm.weighting.sample_gather import SampleExchange
+from megatron_dwm.weighting.sample_gather import SampleGather
 from megatron_dwm.weighting.stage_schedule import StageSchedule, bilevel_stages, frozen_stages
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_init import (
@@ -93,13 +93,13 @@ def read_inputs(config: RunConfig, *, reads_data: bool) -> Inputs:
     return Inputs(tokenizer, paths, stages, fingerprint, classifier)
 
 
-def build_trainer(config: RunConfig, inputs: Inputs, device: torch.device, agreement: Agreement) -> Trainer:
+def build_trainer(config: RunConfig, inputs: Inputs, device: torch.device, startup_sync: StartupSync) -> Trainer:
     """Build everything and load the checkpoint; every rank calls it.
 
     Raises:
         UserError: flags that the model, the data or the checkpoint do not fit.
     """
-    with agreement.phase("model configuration"):
+    with startup_sync.phase("model configuration"):
         core_config = transformer_config(
             config.model,
             config.parallel,
@@ -110,15 +110,15 @@ def build_trainer(config: RunConfig, inputs: Inputs, device: torch.device, agree
         )
     if config.training.deterministic_mode:
         torch.use_deterministic_algorithms(True)
-    layout = initialize(
+    parallel_state = initialize(
         config.parallel,
         config.parallel.virtual_stages(config.model.layers),
         device,
-        agreement.store,
-        agreement.rank,
-        agreement.world_size,
+        startup_sync.store,
+        startup_sync.rank,
+        startup_sync.world_size,
     )
-    set_seeds(config.training.seed, layout)
+    set_seeds(config.training.seed, parallel_state)
     padded = config.model.padded_vocab_size or padded_vocab_size(
         inputs.vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.tp
     )
@@ -131,61 +131,63 @@ def build_trainer(config: RunConfig, inputs: Inputs, device: torch.device, agree
     chunks = wrap_with_ddp(bare, core_config, config.parallel, config.optimizer, config.training)
     optimizer = build_optimizer(config, chunks)
     bind_schedule_hooks(core_config, chunks, optimizer, config.parallel)
-    objects = TrainingObjects(chunks, optimizer, build_scheduler(config, optimizer))
+    components = TrainComponents(chunks, optimizer, build_scheduler(config, optimizer))
 
-    progress, dwm_state = Progress(), None
+    train_state, dwm_state = TrainState(), None
     checkpoint = latest_checkpoint(config.checkpoint)
     if checkpoint is not None:
-        if layout.is_first:
+        if parallel_state.is_first_rank:
             say(loading_line(checkpoint))
-        progress, dwm_state = load_checkpoint(config, checkpoint, objects, layout)
-        if layout.is_first:
+        train_state, dwm_state = load_checkpoint(config, checkpoint, components, parallel_state)
+        if parallel_state.is_first_rank:
             say(
-                f"  successfully loaded checkpoint from {checkpoint.parent} {layout.place} "
-                f"at iteration {progress.iteration}"
+                f"  successfully loaded checkpoint from {checkpoint.parent} {parallel_state.place} "
+                f"at iteration {train_state.iteration}"
             )
 
-    schedule = PipelineSchedule(
+    engine = PipelineEngine(
         chunks,
         core_config,
-        layout,
+        parallel_state,
         config.model.sequence,
         document_end=inputs.tokenizer.eod if config.data.reset_attention_mask else None,
         check_for_nan=config.training.check_for_nan_in_loss_and_grad
         and not (config.optimizer.fp16 and not config.optimizer.loss_scale),  # a dynamic scale minds overflows itself
     )
-    readers = Readers(config, inputs.paths, inputs.tokenizer, layout, agreement, progress)
+    dataloaders = Dataloaders(config, inputs.paths, inputs.tokenizer, parallel_state, startup_sync, train_state)
     weighting = None
     if inputs.stages is not None:
-        weighting = _build_weighting(config, inputs, inputs.stages, schedule, objects, readers, device, dwm_state)
-    if weighting is not None and config.weighting.dwm_check and progress.iteration < config.train_iters:
-        samples = readers.peek(progress.consumed_train_samples, weighting.consumed_target_samples)
-        with agreement.phase("hypergradient"):
+        weighting = _build_weighting(config, inputs, inputs.stages, engine, components, dataloaders, device, dwm_state)
+    if weighting is not None and config.weighting.dwm_check and train_state.iteration < config.train_iters:
+        samples = dataloaders.peek(train_state.consumed_train_samples, weighting.consumed_target_samples)
+        with startup_sync.phase("hypergradient"):
             check_at_start(
-                config.weighting, schedule, optimizer, weighting.exchange, config.training.micro_batch, *samples
+                config.weighting, engine, optimizer, weighting.sample_gather, config.training.micro_batch, *samples
             )
     exporter = None
     if weighting is not None and config.checkpoint.save is not None:
-        exporter = WeighterExporter(config, layout, inputs.paths, inputs.tokenizer, inputs.fingerprint)
-    with agreement.phase("metrics"):
-        reporter = Reporter(config, layout, padded, progress.iteration)
-    writer = CheckpointWriter(config, objects, layout)
-    return Trainer(config, layout, schedule, objects, readers, weighting, exporter, reporter, writer, progress)
+        exporter = WeighterExporter(config, parallel_state, inputs.paths, inputs.tokenizer, inputs.fingerprint)
+    with startup_sync.phase("metrics"):
+        reporter = Reporter(config, parallel_state, padded, train_state.iteration)
+    writer = CheckpointWriter(config, components, parallel_state)
+    return Trainer(
+        config, parallel_state, engine, components, dataloaders, weighting, exporter, reporter, writer, train_state
+    )
 
 
 def _build_weighting(
     config: RunConfig,
     inputs: Inputs,
     stages: StageSchedule,
-    schedule: PipelineSchedule,
-    objects: TrainingObjects,
-    readers: Readers,
+    engine: PipelineEngine,
+    components: TrainComponents,
+    dataloaders: Dataloaders,
     device: torch.device,
     state: dict[str, Any] | None,
 ) -> DataWeighting:
-    settings, layout = config.weighting, readers.layout
-    exchange = SampleExchange(readers.share, layout)
-    make_classifier = _classifier_maker(config, inputs, schedule)
+    settings, parallel_state = config.weighting, dataloaders.parallel_state
+    sample_gather = SampleGather(dataloaders.partition, parallel_state)
+    make_classifier = _classifier_maker(config, inputs, engine)
 
     def make_weighter() -> Weighter:
         return Weighter(make_classifier(), settings, device, bf16=config.optimizer.bf16)
@@ -194,25 +196,25 @@ def _build_weighting(
         return Weighter(classifier_from_json(hf_config), settings, device, bf16=config.optimizer.bf16)
 
     def make_outer_update(weighter: Weighter) -> OuterUpdate:
-        passes = AlignmentPasses(settings, schedule, objects.optimizer, layout, config.training.micro_batch)
-        return OuterUpdate(settings, passes, weighter, exchange)
+        lm_gradients = LMGradients(settings, engine, components.optimizer, parallel_state, config.training.micro_batch)
+        return OuterUpdate(settings, lm_gradients, weighter, sample_gather)
 
     consumed = state["consumed_target_samples"] if state is not None else 0
     weighting = DataWeighting(
         settings,
         stages,
-        exchange,
+        sample_gather,
         inputs.paths.train_sources,
         make_weighter,
         make_outer_update if settings.learns else None,
-        readers.target(consumed) if settings.learns else None,
+        dataloaders.target(consumed) if settings.learns else None,
     )
     if state is not None and settings.learns:
         weighting.load_state_dict(state, restore_weighter)
     return weighting
 
 
-def _classifier_maker(config: RunConfig, inputs: Inputs, schedule: PipelineSchedule) -> Callable[[], Any]:
+def _classifier_maker(config: RunConfig, inputs: Inputs, engine: PipelineEngine) -> Callable[[], Any]:
     """How the weighter that the flags ask for is made when its time comes; a collective call."""
     settings, vocab, seed = config.weighting, inputs.vocab_size, config.training.seed
     eod = int(inputs.tokenizer.eod)
@@ -220,4 +222,4 @@ def _classifier_maker(config: RunConfig, inputs: Inputs, schedule: PipelineSched
         return lambda: inputs.folder_weighter
     if settings.dwm_init_from == "random":
         return lambda: random_classifier(settings, vocab, config.model.sequence, eod, seed)
-    return lambda: language_model_classifier(schedule.chunks, config.model, settings, vocab, eod, seed)
+    return lambda: language_model_classifier(engine.chunks, config.model, settings, vocab, eod, seed)

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.model.engine import PipelineSchedule, SampleLosses
-from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.model.engine import PipelineEngine, SampleLosses
+from megatron_dwm.runtime.process_groups import ParallelState
 
 
 @dataclass(frozen=True)
@@ -28,29 +28,29 @@ class StepResult:
 
 
 def train_step(
-    schedule: PipelineSchedule,
+    engine: PipelineEngine,
     optimizer: Any,
     scheduler: Any,
     batch: Batch,
     micro_batch_size: int,
-    sample_scale: torch.Tensor | None,
-    layout: Layout,
+    sample_weights: torch.Tensor | None,
+    parallel_state: ParallelState,
 ) -> StepResult:
-    """Forward and backward passes over ``batch``, one optimiser step, one schedule step.
+    """Forward and backward passes over ``batch``, one optimizer step, one schedule step.
 
     Args:
         sample_scale: relative weights of this replica's samples [n]; None trains plainly.
     """
-    for chunk in schedule.chunks:
+    for chunk in engine.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    losses = schedule.run(batch, micro_batch_size, sample_scale=sample_scale)
+    losses = engine.run(batch, micro_batch_size, sample_weights=sample_weights)
     updated, grad_norm, num_zeros = optimizer.step()
-    updated = bool(_reduce_over_model(float(updated), dist.ReduceOp.MIN, layout))
+    updated = bool(_reduce_over_model(float(updated), dist.ReduceOp.MIN, parallel_state))
     if updated:
-        scheduler.step(increment=len(batch) * layout.dp_size)
+        scheduler.step(increment=len(batch) * parallel_state.dp_size)
     return StepResult(
-        loss=token_mean(losses, layout) if losses is not None else None,
+        loss=token_mean(losses, parallel_state) if losses is not None else None,
         grad_norm=float(grad_norm) if grad_norm is not None else None,
         num_zeros=num_zeros,
         skipped=not updated,
@@ -58,14 +58,14 @@ def train_step(
     )
 
 
-def token_mean(losses: SampleLosses, layout: Layout) -> float:
+def token_mean(losses: SampleLosses, parallel_state: ParallelState) -> float:
     """Mean token loss over all replicas; the last pipeline stage's ranks call it."""
     sums = torch.stack([losses.total.sum(), losses.tokens.sum()])
-    dist.all_reduce(sums, group=layout.dp_group)
+    dist.all_reduce(sums, group=parallel_state.dp_group)
     return float(sums[0] / sums[1])
 
 
-def _reduce_over_model(value: float, op: Any, layout: Layout) -> float:
+def _reduce_over_model(value: float, op: Any, parallel_state: ParallelState) -> float:
     tensor = torch.tensor(value, device=torch.cuda.current_device())
-    dist.all_reduce(tensor, op=op, group=layout.mp_group)
+    dist.all_reduce(tensor, op=op, group=parallel_state.mp_group)
     return float(tensor)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, by Megatron-LM's keys: model, optimiser, schedule, random state and arguments."""
+"""What a checkpoint holds, by Megatron-LM's keys: model, optimizer, schedule, random state and arguments."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from megatron_dwm.config.run import RunConfig
-from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.runtime.process_groups import ParallelState
 
 VERSION = 3.0
 
 
 @dataclass
-class Progress:
+class TrainState:
     """How far a run has come."""
 
     iteration: int = 0
@@ -29,7 +29,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class TrainingObjects:
+class TrainComponents:
     """What a checkpoint saves and restores."""
 
     chunks: Sequence[Any]
@@ -40,9 +40,9 @@ class TrainingObjects:
 
 def sharded_state(
     config: RunConfig,
-    objects: TrainingObjects,
-    progress: Progress,
-    layout: Layout,
+    components: TrainComponents,
+    train_state: TrainState,
+    parallel_state: ParallelState,
     metadata: dict[str, Any],
     *,
     for_saving: bool = False,
@@ -53,23 +53,25 @@ def sharded_state(
     if for_saving:
         with_optimizer, with_rng = not config.checkpoint.no_save_optim, not config.checkpoint.no_save_rng
     state: dict[str, Any] = {
-        "args": megatron_arguments(config, progress),
+        "args": megatron_arguments(config, train_state),
         "checkpoint_version": VERSION,
-        "iteration": progress.iteration,
-        "num_floating_point_operations_so_far": progress.num_floating_point_operations_so_far,
+        "iteration": train_state.iteration,
+        "num_floating_point_operations_so_far": train_state.num_floating_point_operations_so_far,
     }
-    for number, chunk in enumerate(objects.chunks):
-        key = "model" if len(objects.chunks) == 1 else f"model{number}"
+    for number, chunk in enumerate(components.chunks):
+        key = "model" if len(components.chunks) == 1 else f"model{number}"
         state[key] = chunk.module.sharded_state_dict(metadata=metadata)
     if with_optimizer:
-        state["optimizer"] = objects.optimizer.sharded_state_dict(state, is_loading=not for_saving, metadata=metadata)
-        state["opt_param_scheduler"] = objects.scheduler.state_dict()
+        state["optimizer"] = components.optimizer.sharded_state_dict(
+            state, is_loading=not for_saving, metadata=metadata
+        )
+        state["opt_param_scheduler"] = components.scheduler.state_dict()
     if with_rng:
-        state["rng_state"] = _sharded_rng_state(layout)
+        state["rng_state"] = _sharded_rng_state(parallel_state)
     return state
 
 
-def megatron_arguments(config: RunConfig, progress: Progress) -> Namespace:
+def megatron_arguments(config: RunConfig, train_state: TrainState) -> Namespace:
     """The arguments as Megatron-LM keeps them: plain values under its own names."""
     model = config.model
     derived = {
@@ -83,7 +85,7 @@ def megatron_arguments(config: RunConfig, progress: Progress) -> Namespace:
         "position_embedding_type": model.positions,
         "train_iters": config.train_iters,
     }
-    counts = {key: value for key, value in asdict(progress).items() if key.startswith(("consumed", "skipped"))}
+    counts = {key: value for key, value in asdict(train_state).items() if key.startswith(("consumed", "skipped"))}
     return Namespace(**{**config.flat(), **derived, **counts})
 
 
@@ -108,7 +110,7 @@ def data_parallel_group() -> Any:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
-def _sharded_rng_state(layout: Layout) -> Any:
+def _sharded_rng_state(parallel_state: ParallelState) -> Any:
     from megatron.core import tensor_parallel
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
@@ -122,9 +124,9 @@ def _sharded_rng_state(layout: Layout) -> Any:
     return ShardedObject(
         "rng_state",
         [state],
-        (layout.pp_size, layout.tp_size),
-        (layout.pp_rank, layout.tp_rank),
-        replica_id=layout.dp_rank,
+        (parallel_state.pp_size, parallel_state.tp_size),
+        (parallel_state.pp_rank, parallel_state.tp_rank),
+        replica_id=parallel_state.dp_rank,
     )
 
 
@@ -139,6 +141,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def comparable(common: dict[str, Any]) -> dict[str, Any]:
-    """The common state without what may differ between ranks: the order of the optimiser's parameter groups."""
+    """The common state without what may differ between ranks: the order of the optimizer's parameter groups."""
     kept = {key: value for key, value in common.items() if key != "optimizer"}
     return kept | {"args": vars(common["args"])}

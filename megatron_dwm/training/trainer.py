@@ -13,17 +13,17 @@ import torch.distributed as dist
 
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.model.engine import PipelineSchedule
+from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.parameter_copy import ParameterCopy
-from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.runtime.record_writers import event_line, say
 from megatron_dwm.training.checkpoint import CheckpointWriter
-from megatron_dwm.training.dataloaders import Readers
+from megatron_dwm.training.dataloaders import Dataloaders
 from megatron_dwm.training.evaluation import evaluate
 from megatron_dwm.training.reporter import Reporter
 from megatron_dwm.training.step import StepResult, train_step
-from megatron_dwm.training.train_state import Progress, TrainingObjects
-from megatron_dwm.weighting.data_weighting import BatchWeights, DataWeighting
+from megatron_dwm.training.train_state import TrainComponents, TrainState
+from megatron_dwm.weighting.data_weighting import DataWeighting, SampleWeights
 from megatron_dwm.weighting.export import WeighterExporter
 from megatron_dwm.weighting.weights import WeightStatistics
 
@@ -34,33 +34,33 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        layout: Layout,
-        schedule: PipelineSchedule,
-        objects: TrainingObjects,
-        readers: Readers,
+        parallel_state: ParallelState,
+        engine: PipelineEngine,
+        components: TrainComponents,
+        dataloaders: Dataloaders,
         weighting: DataWeighting | None,
         exporter: WeighterExporter | None,
         reporter: Reporter,
         writer: CheckpointWriter,
-        progress: Progress,
+        train_state: TrainState,
     ) -> None:
-        self.config, self.layout, self.schedule, self.objects = config, layout, schedule, objects
-        self.readers, self.weighting, self.exporter = readers, weighting, exporter
-        self.reporter, self.writer, self.progress = reporter, writer, progress
+        self.config, self.parallel_state, self.engine, self.components = config, parallel_state, engine, components
+        self.dataloaders, self.weighting, self.exporter = dataloaders, weighting, exporter
+        self.reporter, self.writer, self.train_state = reporter, writer, train_state
         self.started = time.perf_counter()
         self.stop_requested = False
         self.saves_with_memory_report = 3
 
     def train(self) -> None:
         """Run the remaining iterations, then evaluate and save."""
-        config, progress = self.config, self.progress
+        config, train_state = self.config, self.train_state
         self._prepare_to_stop()
-        while not config.training.skip_train and progress.iteration < config.train_iters:
+        while not config.training.skip_train and train_state.iteration < config.train_iters:
             self.writer.poll()
-            self.iterate(progress.iteration + 1)
+            self.iterate(train_state.iteration + 1)
             leaving = self._reason_to_leave()
-            if config.data.eval_interval and progress.iteration % config.data.eval_interval == 0:
-                self.evaluate("valid", f"iteration {progress.iteration}")
+            if config.data.eval_interval and train_state.iteration % config.data.eval_interval == 0:
+                self.evaluate("valid", f"iteration {train_state.iteration}")
             self._save_if_due(leaving)
             if leaving:
                 self._tell(event_line(leaving))
@@ -68,31 +68,31 @@ class Trainer:
         else:
             skipped = "skipping training (--skip-train is on) ..."
             self._tell(skipped if config.training.skip_train else event_line("after training is done"))
-            self.evaluate("valid", f"iteration {progress.iteration} on validation set", tells=True)
-            self.evaluate("test", f"iteration {progress.iteration} on test set", tells=True)
+            self.evaluate("valid", f"iteration {train_state.iteration} on validation set", tells=True)
+            self.evaluate("test", f"iteration {train_state.iteration} on test set", tells=True)
         self.writer.close()
         self.reporter.close()
 
     def iterate(self, iteration: int) -> None:
         """One iteration: weigh the batch, step the language model, update the weighter if it is time."""
-        batch = self.readers.train.next()
+        batch = self.dataloaders.train.next_batch()
         self._start_weighting(iteration)
         weights = self.weighting.weigh(iteration, batch) if self.weighting is not None else None
         updates = self.weighting is not None and self.weighting.updates(iteration)
-        before = ParameterCopy(self.schedule.chunks) if updates else None
+        before = ParameterCopy(self.engine.chunks) if updates else None
 
         result = train_step(
-            self.schedule,
-            self.objects.optimizer,
-            self.objects.scheduler,
+            self.engine,
+            self.components.optimizer,
+            self.components.scheduler,
             batch,
             self.config.training.micro_batch,
             weights.own if weights is not None else None,
-            self.layout,
+            self.parallel_state,
         )
-        self.progress.iteration = iteration
-        self.progress.consumed_train_samples += self.config.global_batch_size
-        self.progress.num_floating_point_operations_so_far += self.reporter.flops_per_step
+        self.train_state.iteration = iteration
+        self.train_state.consumed_train_samples += self.config.global_batch_size
+        self.train_state.num_floating_point_operations_so_far += self.reporter.flops_per_step
 
         figures = self._weighting_figures(iteration, batch, weights)
         if self.weighting is not None and weights is not None:
@@ -108,7 +108,7 @@ class Trainer:
         weighting: DataWeighting,
         iteration: int,
         batch: Batch,
-        weights: BatchWeights,
+        weights: SampleWeights,
         result: StepResult,
         before: ParameterCopy | None,
     ) -> None:
@@ -117,7 +117,7 @@ class Trainer:
         if before is not None or iteration % self.config.logging.log_interval == 0:
             self.reporter.warnings(iteration, weighting.warnings(weights))
         if before is not None:
-            with self.schedule.whole_parameters():
+            with self.engine.full_parameters():
                 self.reporter.record(weighting.update(iteration, batch, weights, result.sample_losses, before))
         self.reporter.weighed(weighting.weighter.num_computing_parameters, updated=before is not None)
         if self.exporter is not None and weighting.stages.ends_stage(iteration):
@@ -130,42 +130,42 @@ class Trainer:
             prefix: where in the run this is, for the log.
             tells: whether to print how far it is.
         """
-        reader = self.readers.valid if split == "valid" else self.readers.test
-        if reader is None or self.config.data.eval_iters == 0:
+        batch_loader = self.dataloaders.valid if split == "valid" else self.dataloaders.test
+        if batch_loader is None or self.config.data.eval_iters == 0:
             return
         paused = self.reporter.pause()
-        with self.schedule.whole_parameters():
+        with self.engine.full_parameters():
             result = evaluate(
-                self.schedule,
-                reader,
+                self.engine,
+                batch_loader,
                 self.config.data.eval_iters,
                 self.config.training.micro_batch,
-                self.layout,
+                self.parallel_state,
                 tells=tells,
             )
         if split == "valid":
-            self.progress.consumed_valid_samples += result.samples
-        self.reporter.evaluation(self.progress, split, result.loss, prefix)
+            self.train_state.consumed_valid_samples += result.samples
+        self.reporter.evaluation(self.train_state, split, result.loss, prefix)
         self.reporter.resume(paused)
 
     def save(self, *, persistent: bool = True) -> None:
         """Write a checkpoint, and with a persistent one the weighter's export beside it."""
         paused = self.reporter.pause()
         state = self.weighting.state_dict() if self.weighting is not None else None
-        reports, iteration = self.saves_with_memory_report > 0, self.progress.iteration
+        reports, iteration = self.saves_with_memory_report > 0, self.train_state.iteration
         self.saves_with_memory_report -= 1
         if reports:
             self.reporter.memory(f"(before save_checkpoint for iteration {iteration})")
-        with self.schedule.whole_parameters():
-            self.writer.save(self.progress, state, persistent=persistent)
+        with self.engine.full_parameters():
+            self.writer.save(self.train_state, state, persistent=persistent)
         if reports:
             self.reporter.memory(f"(after save_checkpoint for iteration {iteration})")
         if persistent and self.exporter is not None and self.weighting is not None:
-            self.exporter.export(self.weighting, self.progress.iteration)
+            self.exporter.export(self.weighting, self.train_state.iteration)
         self.reporter.resume(paused)
 
     def _save_if_due(self, leaving: str | None) -> None:
-        flags, iteration = self.config.checkpoint, self.progress.iteration
+        flags, iteration = self.config.checkpoint, self.train_state.iteration
         if not flags.save:
             return
         regular = flags.save_interval and iteration % flags.save_interval == 0
@@ -175,18 +175,18 @@ class Trainer:
             self.save(persistent=False)
 
     def _tell(self, message: str) -> None:
-        if self.layout.is_first:
+        if self.parallel_state.is_first_rank:
             say(message)
 
     def _start_weighting(self, iteration: int) -> None:
         if self.weighting is None or not self.weighting.starts(iteration):
             return
-        with self.schedule.whole_parameters():
+        with self.engine.full_parameters():
             self.weighting.start()
-        if self.layout.is_first:
+        if self.parallel_state.is_first_rank:
             say(f" > weighting starts at iteration {iteration}: {self.weighting.describe()}")
 
-    def _weighting_figures(self, iteration: int, batch: Batch, weights: BatchWeights | None) -> dict[str, Any]:
+    def _weighting_figures(self, iteration: int, batch: Batch, weights: SampleWeights | None) -> dict[str, Any]:
         if self.weighting is None:
             return {}
         figures = {
@@ -196,11 +196,13 @@ class Trainer:
         return figures | asdict(WeightStatistics.of(weights.relative)) if weights is not None else figures
 
     def _report(self, result: StepResult, figures: dict[str, Any]) -> None:
-        optimizer = self.objects.optimizer
+        optimizer = self.components.optimizer
         groups = [group for group in optimizer.param_groups if group["params"]]
         standard = [group for group in groups if group.get("default_config", True)] or groups
         norm = params_norm(optimizer) if self.config.logging.log_params_norm else None
-        self.reporter.step(self.progress, result, standard[-1]["lr"], float(optimizer.get_loss_scale()), norm, figures)
+        self.reporter.step(
+            self.train_state, result, standard[-1]["lr"], float(optimizer.get_loss_scale()), norm, figures
+        )
 
     def _prepare_to_stop(self) -> None:
         if self.config.training.exit_signal_handler:
@@ -215,7 +217,7 @@ class Trainer:
 
     def _reason_to_leave(self) -> str | None:
         """Why the run ends after this iteration, if it does: signal, time or interval; all ranks agree."""
-        training, iteration = self.config.training, self.progress.iteration
+        training, iteration = self.config.training, self.train_state.iteration
         if training.exit_signal_handler or training.exit_duration_in_mins is not None:
             minutes = (time.perf_counter() - self.started) / 60
             late = training.exit_duration_in_mins is not None and minutes > training.exit_duration_in_mins

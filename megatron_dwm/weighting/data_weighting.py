@@ -13,20 +13,20 @@ import torch
 
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.data.datasets import BatchReader
+from megatron_dwm.data.datasets import BatchLoader
 from megatron_dwm.model.engine import SampleLosses
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.runtime.record_writers import say
-from megatron_dwm.weighting.bilevel.health import Finding, check_scores, check_weights
+from megatron_dwm.weighting.bilevel.health import HealthWarning, check_scores, check_weights
 from megatron_dwm.weighting.bilevel.outer_update import AlignedBatch, OuterResult, OuterUpdate
-from megatron_dwm.weighting.sample_gather import SampleExchange
+from megatron_dwm.weighting.sample_gather import SampleGather
 from megatron_dwm.weighting.stage_schedule import StageSchedule
 from megatron_dwm.weighting.weighter import Weighter
-from megatron_dwm.weighting.weights import WeightStatistics, relative_weights
+from megatron_dwm.weighting.weights import WeightStatistics, weights_from_scores
 
 
 @dataclass(frozen=True)
-class BatchWeights:
+class SampleWeights:
     """The weights of one step's samples."""
 
     scores: torch.Tensor
@@ -47,11 +47,11 @@ class DataWeighting:
         self,
         config: WeightingConfig,
         stages: StageSchedule,
-        exchange: SampleExchange,
+        sample_gather: SampleGather,
         sources: list[str],
         make_weighter: Callable[[], Weighter],
         make_outer_update: Callable[[Weighter], OuterUpdate] | None,
-        target_reader: BatchReader | None,
+        target_loader: BatchLoader | None,
     ) -> None:
         """
         Args:
@@ -60,8 +60,8 @@ class DataWeighting:
             make_outer_update: None when nothing is learned.
             target_reader: reads the target set; None when nothing is learned.
         """
-        self.config, self.stages, self.exchange, self.sources = config, stages, exchange, sources
-        self.target_reader = target_reader
+        self.config, self.stages, self.sample_gather, self.sources = config, stages, sample_gather, sources
+        self.target_loader = target_loader
         self.consumed_target_samples = 0
         self.outer_updates = 0
         self.weighter: Weighter | None = None
@@ -87,15 +87,15 @@ class DataWeighting:
         kind = type(self.weighter.model).__name__
         return f"{kind} of {self.weighter.num_parameters} parameters, {self.config.dwm_mode}"
 
-    def weigh(self, iteration: int, batch: Batch) -> BatchWeights | None:
+    def weigh(self, iteration: int, batch: Batch) -> SampleWeights | None:
         """The weights of this iteration's samples; None while they are uniform by schedule."""
         if not self.stages.weighs(iteration):
             return None
         assert self.weighter is not None
-        own_scores = self.weighter.score(batch.tokens[self.exchange.own_share])
-        scores = self.exchange.gather_shares(own_scores).cpu()
-        relative = relative_weights(scores, self.config.dwm_temperature)
-        return BatchWeights(scores, relative, self.exchange.replica_part(relative).to(batch.tokens.device))
+        own_scores = self.weighter.score(batch.tokens[self.sample_gather.rank_slice])
+        scores = self.sample_gather.gather_from_ranks(own_scores).cpu()
+        relative = weights_from_scores(scores, self.config.dwm_temperature)
+        return SampleWeights(scores, relative, self.sample_gather.select_replica(relative).to(batch.tokens.device))
 
     def updates(self, iteration: int) -> bool:
         """Whether an outer update follows this iteration's step."""
@@ -105,7 +105,7 @@ class DataWeighting:
         self,
         iteration: int,
         batch: Batch,
-        weights: BatchWeights,
+        weights: SampleWeights,
         losses: SampleLosses | None,
         before: ParameterCopy,
     ) -> dict[str, Any]:
@@ -114,27 +114,27 @@ class DataWeighting:
         Args:
             losses: that step's, on the last pipeline stage.
         """
-        assert self.outer is not None and self.target_reader is not None
-        target = self.target_reader.next()
-        self.consumed_target_samples += self.target_reader.share.all_samples
+        assert self.outer is not None and self.target_loader is not None
+        target = self.target_loader.next_batch()
+        self.consumed_target_samples += self.target_loader.partition.global_samples
         result = self.outer.run(batch, target, before)
         if result is None:
             return self._skipped(iteration)
         self.outer_updates += 1
-        index = self.exchange.gather_replicas(batch.index).tolist()
-        source = self.exchange.gather_replicas(batch.source).tolist()
-        shared = self.outer.passes.schedule.share_losses(losses, len(batch)).mean
-        loss = self.exchange.gather_replicas(shared).tolist()
+        index = self.sample_gather.gather_from_replicas(batch.index).tolist()
+        source = self.sample_gather.gather_from_replicas(batch.source).tolist()
+        shared = self.outer.lm_gradients.engine.broadcast_losses(losses, len(batch)).mean
+        loss = self.sample_gather.gather_from_replicas(shared).tolist()
         return self._record(iteration, index, source, loss, weights, result)
 
-    def warnings(self, weights: BatchWeights) -> list[Finding]:
+    def warnings(self, weights: SampleWeights) -> list[HealthWarning]:
         """What is wrong with these weights."""
         floor = self.config.dwm_min_effective_sample_size
         return check_weights(weights.relative, floor) + check_scores(weights.scores, self.outer_updates)
 
-    def by_source(self, batch: Batch, weights: BatchWeights | None) -> dict[str, dict[str, float]]:
+    def by_source(self, batch: Batch, weights: SampleWeights | None) -> dict[str, dict[str, float]]:
         """Of each data source in the batch: its share of the gradient, Σ w over its samples, and its mean weight."""
-        source = self.exchange.gather_replicas(batch.source).cpu()
+        source = self.sample_gather.gather_from_replicas(batch.source).cpu()
         relative = weights.relative if weights is not None else torch.ones(len(source), dtype=torch.float64)
         present = {name: source == number for number, name in enumerate(self.sources) if bool((source == number).any())}
         figures = {"share_by_source": {name: float(relative[own].sum()) / len(source) for name, own in present.items()}}
@@ -144,8 +144,8 @@ class DataWeighting:
 
     def _skipped(self, iteration: int) -> dict[str, Any]:
         assert self.outer is not None
-        if self.exchange.layout.is_first:
-            scale = float(self.outer.passes.optimizer.get_loss_scale())
+        if self.sample_gather.parallel_state.is_first_rank:
+            scale = float(self.outer.lm_gradients.optimizer.get_loss_scale())
             say(f" > outer update of iteration {iteration} skipped: an alignment is not finite at loss scale {scale:g}")
         return {"kind": "skipped_outer_update", "iteration": iteration, "stage": self.stages.stage(iteration)}
 
@@ -155,7 +155,7 @@ class DataWeighting:
         index: list[int],
         source: list[int],
         loss: list[float],
-        weights: BatchWeights,
+        weights: SampleWeights,
         result: OuterResult,
     ) -> dict[str, Any]:
         return {
@@ -185,7 +185,7 @@ class DataWeighting:
         """
         replay = []
         for aligned in self.outer.replay if self.outer is not None else ():
-            tokens = self.exchange.gather_shares(aligned.tokens).to("cpu", torch.int32)
+            tokens = self.sample_gather.gather_from_ranks(aligned.tokens).to("cpu", torch.int32)
             replay.append({"tokens": tokens, "alignments": aligned.alignments})
         weighter = self.weighter
         return {
@@ -214,5 +214,5 @@ class DataWeighting:
         if self.outer is not None:
             device = torch.device(torch.cuda.current_device())
             for entry in state["replay"]:
-                own = self.exchange.share_part(entry["tokens"]).to(device, torch.int64)
+                own = self.sample_gather.select_rank(entry["tokens"]).to(device, torch.int64)
                 self.outer.replay.append(AlignedBatch(own, entry["alignments"]))

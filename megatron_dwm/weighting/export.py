@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.datasets import DataPaths
-from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.runtime.record_writers import say
 from megatron_dwm.weighting.data_weighting import DataWeighting
 from megatron_dwm.weighting.weighter_init import export_weighter
@@ -18,9 +18,11 @@ from megatron_dwm.weighting.weighter_init import export_weighter
 class WeighterExporter:
     """Writes ``<save>/weighter/iter_XXXXXXX/`` at saves and at the ends of stages."""
 
-    def __init__(self, config: RunConfig, layout: Layout, paths: DataPaths, tokenizer: Any, fingerprint: str) -> None:
+    def __init__(
+        self, config: RunConfig, parallel_state: ParallelState, paths: DataPaths, tokenizer: Any, fingerprint: str
+    ) -> None:
         assert config.checkpoint.save is not None
-        self.config, self.layout, self.paths = config, layout, paths
+        self.config, self.parallel_state, self.paths = config, parallel_state, paths
         self.tokenizer, self.fingerprint = tokenizer, fingerprint
         self.root = Path(config.checkpoint.save) / "weighter"
         self.last: tuple[int, str] | None = None
@@ -30,7 +32,7 @@ class WeighterExporter:
         weighter = weighting.weighter
         if weighter is None:
             return
-        if self.layout.is_first:
+        if self.parallel_state.is_first_rank:
             digest = weighter.hash()
             if self.last != (iteration, digest):
                 folder = self.root / f"iter_{iteration:07d}"

@@ -10,47 +10,49 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megatron_dwm.data.sampler import Share
-from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.data.sampler import BatchPartition
+from megatron_dwm.runtime.process_groups import ParallelState
 
 
-class SampleExchange:
+class SampleGather:
     """Gathers values per sample over the ranks of one step's batch."""
 
-    def __init__(self, share: Share, layout: Layout) -> None:
-        self.share, self.layout = share, layout
-        self.n = share.own_samples
-        self.largest_share = -(-self.n // layout.mp_size)
+    def __init__(self, partition: BatchPartition, parallel_state: ParallelState) -> None:
+        self.partition, self.parallel_state = partition, parallel_state
+        self.n = partition.replica_samples
+        self.max_rank_samples = -(-self.n // parallel_state.mp_size)
 
     @property
-    def own_share(self) -> slice:
+    def rank_slice(self) -> slice:
         """The part of the replica's samples that this rank scores: the model-parallel ranks divide them."""
-        start = min(self.layout.mp_rank * self.largest_share, self.n)
-        return slice(start, min(start + self.largest_share, self.n))
+        start = min(self.parallel_state.mp_rank * self.max_rank_samples, self.n)
+        return slice(start, min(start + self.max_rank_samples, self.n))
 
-    def gather_shares(self, values: torch.Tensor) -> torch.Tensor:
+    def gather_from_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """This rank's [c, …] to the whole batch's [N, …], on every rank."""
-        return self.gather_replicas(self._gather_model_parallel(values))
+        return self.gather_from_replicas(self._gather_model_parallel(values))
 
-    def gather_replicas(self, values: torch.Tensor) -> torch.Tensor:
+    def gather_from_replicas(self, values: torch.Tensor) -> torch.Tensor:
         """This replica's [n, …] to the whole batch's [N, …], on every rank."""
-        gathered = [torch.empty_like(values) for _ in range(self.layout.dp_size)]
-        dist.all_gather(gathered, values.contiguous(), group=self.layout.dp_group)
-        by_rank = torch.stack(gathered).unflatten(1, (self.share.num_microbatches, self.share.micro_batch_size))
+        gathered = [torch.empty_like(values) for _ in range(self.parallel_state.dp_size)]
+        dist.all_gather(gathered, values.contiguous(), group=self.parallel_state.dp_group)
+        by_rank = torch.stack(gathered).unflatten(1, (self.partition.num_microbatches, self.partition.micro_batch_size))
         return by_rank.transpose(0, 1).flatten(0, 2)
 
-    def replica_part(self, values: torch.Tensor) -> torch.Tensor:
+    def select_replica(self, values: torch.Tensor) -> torch.Tensor:
         """The whole batch's [N, …] to this replica's [n, …]."""
-        grid = values.unflatten(0, (self.share.num_microbatches, self.layout.dp_size, self.share.micro_batch_size))
-        return grid[:, self.layout.dp_rank].flatten(0, 1)
+        grid = values.unflatten(
+            0, (self.partition.num_microbatches, self.parallel_state.dp_size, self.partition.micro_batch_size)
+        )
+        return grid[:, self.parallel_state.dp_rank].flatten(0, 1)
 
-    def share_part(self, values: torch.Tensor) -> torch.Tensor:
+    def select_rank(self, values: torch.Tensor) -> torch.Tensor:
         """The whole batch's [N, …] to this rank's share [c, …]."""
-        return self.replica_part(values)[self.own_share]
+        return self.select_replica(values)[self.rank_slice]
 
     def _gather_model_parallel(self, values: torch.Tensor) -> torch.Tensor:
-        padded = values.new_zeros(self.largest_share, *values.shape[1:])
+        padded = values.new_zeros(self.max_rank_samples, *values.shape[1:])
         padded[: len(values)] = values
-        gathered = [torch.empty_like(padded) for _ in range(self.layout.mp_size)]
-        dist.all_gather(gathered, padded, group=self.layout.mp_group)
+        gathered = [torch.empty_like(padded) for _ in range(self.parallel_state.mp_size)]
+        dist.all_gather(gathered, padded, group=self.parallel_state.mp_group)
         return torch.cat(gathered)[: self.n]

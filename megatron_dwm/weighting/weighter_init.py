@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.atomic_write import written_folder
+from megatron_dwm.atomic_write import atomic_folder
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.tokenizers import fingerprint_of_folder, save_hf_tokenizer
@@ -166,7 +166,7 @@ def export_weighter(model: Any, tokenizer: Any, tokenizer_config: Any, folder: P
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar for one small file would break the log's lines
-    with written_folder(folder) as beside:
+    with atomic_folder(folder) as beside:
         model.save_pretrained(beside)
         save_hf_tokenizer(tokenizer, tokenizer_config, beside)
         (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 
 
-def relative_weights(scores: torch.Tensor, temperature: float) -> torch.Tensor:
+def weights_from_scores(scores: torch.Tensor, temperature: float) -> torch.Tensor:
     """u = N softmax(s / temperature) [N]; exactly 1.0 everywhere when all scores are equal."""
-    return log_relative_weights(scores, temperature).exp()
+    return log_weights_from_scores(scores, temperature).exp()
 
 
-def log_relative_weights(scores: torch.Tensor, temperature: float) -> torch.Tensor:
+def log_weights_from_scores(scores: torch.Tensor, temperature: float) -> torch.Tensor:
     """log u = s/t - logmeanexp(s/t) [N]: finite where u itself is too small for a number.
 
     With the largest score taken out, equal scores leave exactly 0.
@@ -26,7 +26,7 @@ def log_relative_weights(scores: torch.Tensor, temperature: float) -> torch.Tens
     return shifted - shifted.exp().mean().log()
 
 
-def standardised(alignments: torch.Tensor, clip: float = 0.0) -> torch.Tensor:
+def standardized(alignments: torch.Tensor, clip: float = 0.0) -> torch.Tensor:
     """Alignments with mean 0 and variance 1 over the batch [N]; all zero if they do not differ.
 
     Args:
@@ -35,8 +35,8 @@ def standardised(alignments: torch.Tensor, clip: float = 0.0) -> torch.Tensor:
     a = alignments.double()
     if a.max() == a.min():  # their mean may differ by a rounding
         return torch.zeros_like(a)
-    centred = a - a.mean()
-    result = centred / centred.square().mean().sqrt()
+    centered = a - a.mean()
+    result = centered / centered.square().mean().sqrt()
     return result.clamp(-clip, clip) if clip > 0 else result
 
 
@@ -44,7 +44,7 @@ def target_score_gradient(
     alignments: torch.Tensor, scores: torch.Tensor, temperature: float, learning_rate: float
 ) -> torch.Tensor:
     """∂ l_val(θ') / ∂ s_i = -η/τ · w_i (a_i - Σ_j w_j a_j) [N], for θ' = θ - η ∇Σ w_i l_i."""
-    w = relative_weights(scores, temperature) / len(scores)
+    w = weights_from_scores(scores, temperature) / len(scores)
     a = alignments.double()
     return -learning_rate / temperature * w * (a - (w * a).sum())
 
@@ -52,19 +52,19 @@ def target_score_gradient(
 def objective(
     alignments: torch.Tensor, scores: torch.Tensor, temperature: float, kl_weight: float, clip: float = 0.0
 ) -> float:
-    """What the weighter minimises: -Σ â_i w_i + λ Σ w_i log(N w_i), with â the standardised, clipped alignments."""
-    log_u = log_relative_weights(scores, temperature)
+    """What the weighter minimizes: -Σ â_i w_i + λ Σ w_i log(N w_i), with â the standardized, clipped alignments."""
+    log_u = log_weights_from_scores(scores, temperature)
     w = log_u.exp() / len(log_u)
-    return float(-(standardised(alignments, clip) * w).sum() + kl_weight * (w * log_u).sum())
+    return float(-(standardized(alignments, clip) * w).sum() + kl_weight * (w * log_u).sum())
 
 
 def objective_score_gradient(
     alignments: torch.Tensor, scores: torch.Tensor, temperature: float, kl_weight: float, clip: float = 0.0
 ) -> torch.Tensor:
     """Gradient of :func:`objective` in the scores [N]: w_i (c_i - Σ_j w_j c_j) / τ, c_i = -â_i + λ log(N w_i)."""
-    log_u = log_relative_weights(scores, temperature)
+    log_u = log_weights_from_scores(scores, temperature)
     w = log_u.exp() / len(log_u)
-    c = -standardised(alignments, clip) + kl_weight * log_u
+    c = -standardized(alignments, clip) + kl_weight * log_u
     return w * (c - (w * c).sum()) / temperature
 
 

@@ -11,22 +11,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import parallel_state as mpu
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_dwm.config.run import RunConfig, parse_run
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.data.sampler import Share
-from megatron_dwm.model.engine import PipelineSchedule
+from megatron_dwm.data.sampler import BatchPartition
+from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
 from megatron_dwm.model.hf import gather_full_state
 from megatron_dwm.model.hf_weights import to_hf_state_dict
 from megatron_dwm.model.transformer_config import transformer_config
-from megatron_dwm.runtime.process_groups import Layout, current_layout, set_seeds
+from megatron_dwm.runtime.process_groups import ParallelState, current_parallel_state, set_seeds
 from megatron_dwm.training.optimizer import build_optimizer
-from megatron_dwm.weighting.bilevel.lm_gradients import AlignmentPasses
+from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.outer_update import OuterUpdate
-from megatron_dwm.weighting.sample_gather import SampleExchange
+from megatron_dwm.weighting.sample_gather import SampleGather
 
 SEQ_LENGTH = 12
 VOCAB_SIZE = 64
@@ -62,8 +62,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     ),
     "TP2 x PP2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
     "DP2": (2, []),
-    "DP2, distributed optimiser": (2, ["--use-distributed-optimizer"]),
-    "TP2, sequence parallel, x DP2, distributed optimiser, overlapped": (
+    "DP2, distributed optimizer": (2, ["--use-distributed-optimizer"]),
+    "TP2, sequence parallel, x DP2, distributed optimizer, overlapped": (
         4,
         [
             *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
@@ -81,22 +81,22 @@ class Engine:
     """The parts of a run that the mathematics concerns."""
 
     config: RunConfig
-    layout: Layout
+    parallel_state: ParallelState
     chunks: list[Any]
     optimizer: Any
-    schedule: PipelineSchedule
-    exchange: SampleExchange
+    engine: PipelineEngine
+    sample_gather: SampleGather
 
-    def passes(self, kind: type[AlignmentPasses] = AlignmentPasses) -> AlignmentPasses:
+    def lm_gradients(self, kind: type[LMGradients] = LMGradients) -> LMGradients:
         settings, micro = self.config.weighting, self.config.training.micro_batch
-        return kind(settings, self.schedule, self.optimizer, self.layout, micro)
+        return kind(settings, self.engine, self.optimizer, self.parallel_state, micro)
 
     def outer(self, weighter: Any) -> OuterUpdate:
-        return OuterUpdate(self.config.weighting, self.passes(), weighter, self.exchange)
+        return OuterUpdate(self.config.weighting, self.lm_gradients(), weighter, self.sample_gather)
 
     def batch(self, tokens: torch.Tensor, mask: torch.Tensor) -> Batch:
         """This replica's part of global ``tokens`` [N, s + 1] and ``mask`` [N, s]."""
-        own, own_mask = self.exchange.replica_part(tokens), self.exchange.replica_part(mask)
+        own, own_mask = self.sample_gather.select_replica(tokens), self.sample_gather.select_replica(mask)
         positions = torch.arange(SEQ_LENGTH).expand(len(own), -1).contiguous()
         index = torch.arange(len(own))
         inputs, labels = own[:, :-1].contiguous(), own[:, 1:].contiguous()
@@ -106,7 +106,7 @@ class Engine:
         return self.named({p: p.data for chunk in self.chunks for p in chunk.parameters()})
 
     def gradient(self) -> HfState:
-        """What lies in the gradient buffers; of the distributed optimiser the shards that ranks own, put together."""
+        """What lies in the gradient buffers; of the distributed optimizer the shards that ranks own, put together."""
         tensors = {}
         for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             for chunk in self.chunks:
@@ -117,7 +117,7 @@ class Engine:
                         if param in part.model_param_group_index_map:
                             owned = part._get_model_param_range_map(param)["param"]
                             flat[owned.start : owned.end] = value.view(-1)[owned.start : owned.end]
-                        dist.all_reduce(flat, group=self.layout.dp_group)
+                        dist.all_reduce(flat, group=self.parallel_state.dp_group)
                         value = flat.view_as(value)
                     tensors[param] = value
         return self.named(tensors)
@@ -141,8 +141,8 @@ def build_engine(flags: list[str], seed: int = 1234) -> Engine:
         config.model, config.parallel, config.training, config.optimizer, torch.device("cpu")
     )
     parallel, virtual = config.parallel, config.parallel.virtual_stages(config.model.layers)
-    parallel_state.initialize_model_parallel(parallel.tp, parallel.pp, virtual)
-    layout = current_layout()
+    mpu.initialize_model_parallel(parallel.tp, parallel.pp, virtual)
+    layout = current_parallel_state()
     set_seeds(seed, layout)
     bare = build_model_chunks(core_config, config.model, vocab_size=VOCAB_SIZE)
     noise = torch.Generator().manual_seed(seed + layout.pp_rank)
@@ -153,10 +153,10 @@ def build_engine(flags: list[str], seed: int = 1234) -> Engine:
     chunks = wrap_with_ddp(bare, core_config, config.parallel, config.optimizer, config.training)
     optimizer = build_optimizer(config, chunks)
     bind_schedule_hooks(core_config, chunks, optimizer, config.parallel)
-    schedule = PipelineSchedule(chunks, core_config, layout, SEQ_LENGTH, check_for_nan=not config.optimizer.fp16)
+    schedule = PipelineEngine(chunks, core_config, layout, SEQ_LENGTH, check_for_nan=not config.optimizer.fp16)
     micro, dp = config.training.micro_batch, layout.dp_size
-    exchange = SampleExchange(Share(micro, config.num_microbatches, layout.dp_rank, dp), layout)
-    return Engine(config, layout, chunks, optimizer, schedule, exchange)
+    sample_gather = SampleGather(BatchPartition(micro, config.num_microbatches, layout.dp_rank, dp), layout)
+    return Engine(config, layout, chunks, optimizer, schedule, sample_gather)
 
 
 def random_tokens(seed: int) -> torch.Tensor:

@@ -35,13 +35,13 @@ TIED_LLAMA = [flag for flag in LLAMA if flag not in UNTIED]
 def align(flags: list[str]) -> tuple[HfState, HfState, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The model, v, exact and finite-difference alignments of the whole batch, and the mean target loss."""
     engine = build_engine([*flags, "--dwm-preconditioner", "none"])
-    passes = engine.passes()
+    passes = engine.lm_gradients()
     state = engine.parameters()
     batch, target = engine.batch(random_tokens(1), random_mask(2)), engine.batch(random_tokens(5), random_mask(6))
-    with engine.schedule.whole_parameters(), engine.schedule.deterministic():
+    with engine.engine.full_parameters(), engine.engine.deterministic():
         loss, direction = passes.gradient(target)
-        exact = engine.exchange.gather_replicas(passes.align(batch, direction))
-        differences = engine.exchange.gather_replicas(passes._align_by_differences(batch, direction))
+        exact = engine.sample_gather.gather_from_replicas(passes.align(batch, direction))
+        differences = engine.sample_gather.gather_from_replicas(passes._align_by_differences(batch, direction))
     return state, engine.named(dict(direction)), exact, differences, torch.tensor(loss)
 
 
@@ -100,14 +100,14 @@ def test_norms_of_queries_and_keys_count_on_every_rank_of_heads(parallel: list[s
 
     def both() -> tuple[torch.Tensor, torch.Tensor]:
         engine = build_engine([*LLAMA, "--qk-layernorm", "--tensor-model-parallel-size", "2", *parallel])
-        passes = engine.passes()
+        passes = engine.lm_gradients()
         norms = {
             param: 10 * torch.ones_like(param) * ("q_layernorm" in name or "k_layernorm" in name)
             for chunk in engine.chunks
             for name, param in chunk.named_parameters()
         }
         batch = engine.batch(random_tokens(1), random_mask(2))
-        with engine.schedule.deterministic():
+        with engine.engine.deterministic():
             return passes.align(batch, norms), passes._align_by_differences(batch, norms)
 
     for exact, differences in run_distributed(both, 2):

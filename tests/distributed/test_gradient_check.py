@@ -16,7 +16,7 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.bilevel.alignment import Direction
 from megatron_dwm.weighting.bilevel.gradient_check import BOUND, HypergradientCheck, check_at_start, check_hypergradient
-from megatron_dwm.weighting.bilevel.lm_gradients import AlignmentPasses
+from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from tests.distributed.engine import (
     GPT,
     LAYOUTS,
@@ -47,15 +47,15 @@ def batches(engine: Engine, mask: torch.Tensor) -> tuple[Batch, Batch]:
 
 
 def checked(
-    flags: list[str], steps: int, mask: torch.Tensor, kind: type[AlignmentPasses] = AlignmentPasses
+    flags: list[str], steps: int, mask: torch.Tensor, kind: type[LMGradients] = LMGradients
 ) -> tuple[HypergradientCheck, bool]:
     """What a check after ``steps`` training steps finds, and whether it changed anything."""
     engine = build_engine([*flags, *([] if steps else ["--dwm-preconditioner", "none"])])
     batch, target = batches(engine, mask)
     for _ in range(steps):
-        train_step(engine.schedule, engine.optimizer, _NoSchedule(), batch, 2, None, engine.layout)
+        train_step(engine.engine, engine.optimizer, _NoSchedule(), batch, 2, None, engine.parallel_state)
     before = fingerprint(engine) if not engine.config.parallel.overlap_param_gather else None
-    found = check_hypergradient(engine.passes(kind), engine.exchange, batch, target)
+    found = check_hypergradient(engine.lm_gradients(kind), engine.sample_gather, batch, target)
     return found, before is None or fingerprint(engine) == before
 
 
@@ -79,41 +79,41 @@ def test_it_passes_in_every_layout_and_changes_nothing(layout: str):
     ids=["Adam's preconditioner", "loss per token", "samples of unequal length", "finite differences"],
 )
 def test_it_passes_with_other_flags(steps: int, flags: list[str], mask: torch.Tensor, tolerance: float):
-    world, parallel = LAYOUTS["DP2, distributed optimiser"]
+    world, parallel = LAYOUTS["DP2, distributed optimizer"]
     for found, unchanged in run_distributed(checked, world, [*GPT, *parallel, *flags], steps, mask):
         assert unchanged and found.error < tolerance
 
 
-class SamplesMixedUp(AlignmentPasses):
+class SamplesMixedUp(LMGradients):
     def align(self, batch: Batch, direction: Direction) -> torch.Tensor:
         return super().align(batch, direction).roll(1)
 
 
-class WithoutTheFirstParameter(AlignmentPasses):
+class WithoutTheFirstParameter(LMGradients):
     def align(self, batch: Batch, direction: Direction) -> torch.Tensor:
         first = next(iter(direction))
         return super().align(batch, {**direction, first: torch.zeros_like(direction[first])})
 
 
-class TwiceAsLarge(AlignmentPasses):
+class TwiceAsLarge(LMGradients):
     def align(self, batch: Batch, direction: Direction) -> torch.Tensor:
         return 2 * super().align(batch, direction)
 
 
-class OfOneSampleMissing(AlignmentPasses):
+class OfOneSampleMissing(LMGradients):
     def align(self, batch: Batch, direction: Direction) -> torch.Tensor:
         alignments = super().align(batch, direction)
         alignments[0] = alignments[1:].mean()
         return alignments
 
 
-class WeightsMixedUp(AlignmentPasses):
-    def gradient(self, batch: Batch, sample_scale: torch.Tensor | None = None) -> tuple[float, Direction]:
-        return super().gradient(batch, None if sample_scale is None else sample_scale.flip(0))
+class WeightsMixedUp(LMGradients):
+    def gradient(self, batch: Batch, sample_weights: torch.Tensor | None = None) -> tuple[float, Direction]:
+        return super().gradient(batch, None if sample_weights is None else sample_weights.flip(0))
 
 
-class LossThatIgnoresWeights(AlignmentPasses):
-    def gradient(self, batch: Batch, sample_scale: torch.Tensor | None = None) -> tuple[float, Direction]:
+class LossThatIgnoresWeights(LMGradients):
+    def gradient(self, batch: Batch, sample_weights: torch.Tensor | None = None) -> tuple[float, Direction]:
         return super().gradient(batch)
 
 
@@ -128,7 +128,7 @@ class LossThatIgnoresWeights(AlignmentPasses):
         LossThatIgnoresWeights,
     ],
 )
-def test_it_notices_an_alignment_or_a_step_that_is_wrong(kind: type[AlignmentPasses]):
+def test_it_notices_an_alignment_or_a_step_that_is_wrong(kind: type[LMGradients]):
     for found, unchanged in run_distributed(checked, 2, LLAMA, 0, random_mask(2), kind):
         assert unchanged and not found.passed and found.error > 1.5 * BOUND
 
@@ -138,7 +138,7 @@ def refusal(flags: list[str], spoil: Callable[[Engine], None], mask: torch.Tenso
     spoil(engine)
     batch, target = batches(engine, mask)
     with pytest.raises(UserError) as caught:
-        check_at_start(engine.config.weighting, engine.schedule, engine.optimizer, engine.exchange, 2, batch, target)
+        check_at_start(engine.config.weighting, engine.engine, engine.optimizer, engine.sample_gather, 2, batch, target)
     return str(caught.value)
 
 

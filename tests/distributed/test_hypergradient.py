@@ -15,7 +15,7 @@ from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.bilevel.outer_update import OuterResult
 from megatron_dwm.weighting.weighter import Weighter
-from megatron_dwm.weighting.weights import relative_weights, target_score_gradient
+from megatron_dwm.weighting.weights import target_score_gradient, weights_from_scores
 from tests.distributed.engine import (
     GPT,
     LAYOUTS,
@@ -41,10 +41,10 @@ def weighted_step_and_update(flags: list[str]) -> tuple[HfState, HfState, OuterR
     engine = build_engine([*flags, *SGD, "--dwm-preconditioner", "none"])
     outer = engine.outer(Weighter(classifier(), engine.config.weighting, torch.device("cpu")))
     batch, target = engine.batch(random_tokens(1), random_mask(2)), engine.batch(random_tokens(5), random_mask(6))
-    u = engine.exchange.replica_part(relative_weights(SCORES, TEMPERATURE))
+    u = engine.sample_gather.select_replica(weights_from_scores(SCORES, TEMPERATURE))
     old, before = engine.parameters(), ParameterCopy(engine.chunks)
-    train_step(engine.schedule, engine.optimizer, _NoSchedule(), batch, 2, u, engine.layout)
-    with engine.schedule.whole_parameters():
+    train_step(engine.engine, engine.optimizer, _NoSchedule(), batch, 2, u, engine.parallel_state)
+    with engine.engine.full_parameters():
         new = engine.parameters()
         result = outer.run(batch, target, before)
     assert result is not None

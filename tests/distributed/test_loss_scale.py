@@ -47,9 +47,9 @@ def overflows(flags: list[str]) -> list[tuple[bool, bool, bool, bool]]:
     for for_step, for_update in ((1e30, 1e30), (64.0, 1e30), (64.0, 64.0)):
         before = ParameterCopy(engine.chunks)
         scaler._scale.fill_(for_step)
-        step = train_step(engine.schedule, engine.optimizer, _NoSchedule(), batch, 2, None, engine.layout)
+        step = train_step(engine.engine, engine.optimizer, _NoSchedule(), batch, 2, None, engine.parallel_state)
         scaler._scale.fill_(for_update)
-        with engine.schedule.whole_parameters():
+        with engine.engine.full_parameters():
             first, replay, digest = fingerprint(engine), len(outer.replay), weighter.hash()
             result = outer.run(batch, target, before)
             changed = fingerprint(engine) != first
@@ -58,7 +58,7 @@ def overflows(flags: list[str]) -> list[tuple[bool, bool, bool, bool]]:
     return seen
 
 
-@pytest.mark.parametrize("layout", ["TP2 x PP2", "DP2, distributed optimiser"])
+@pytest.mark.parametrize("layout", ["TP2 x PP2", "DP2, distributed optimizer"])
 def test_an_update_that_overflows_is_skipped_on_all_ranks_and_changes_nothing(layout: str):
     world, parallel = LAYOUTS[layout]
     for seen in run_distributed(overflows, world, parallel):

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig,
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.weighter import Weighter
-from megatron_dwm.weighting.weights import relative_weights, target_score_gradient
+from megatron_dwm.weighting.weights import target_score_gradient, weights_from_scores
 from tests.distributed.engine import (
     GPT,
     LAYOUTS,
@@ -71,7 +71,7 @@ def test_the_hypergradient_is_the_central_difference_of_the_target_loss_after_a_
         reference = Reference(GPT, state)
         losses = reference.losses(tokens, mask)
         gradients = [reference.gradient(loss) for loss in losses]
-        w = relative_weights(scores().detach(), temperature) / NUM_SAMPLES
+        w = weights_from_scores(scores().detach(), temperature) / NUM_SAMPLES
         with torch.no_grad():
             for name, param in reference.params.items():
                 param -= rate * sum(weight * gradient[name] for weight, gradient in zip(w, gradients, strict=True))
@@ -102,7 +102,7 @@ def fingerprint(engine: Engine) -> dict[str, str]:
     tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
     tensors = {
         "parameters": [p.data for chunk in engine.chunks for p in chunk.parameters()],
-        "optimiser": [
+        "optimizer": [
             value
             for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
             for state in part.optimizer.state.values()
@@ -115,7 +115,7 @@ def fingerprint(engine: Engine) -> dict[str, str]:
         "hooks": [chunk.use_forward_hook for chunk in engine.chunks],
         "training": [module.training for chunk in engine.chunks for module in chunk.modules()],
         "dropout": [getattr(module, "hidden_dropout", None) for chunk in engine.chunks for module in chunk.modules()],
-        "configuration": {k: str(v) for k, v in vars(engine.schedule.config).items() if "func" in k},
+        "configuration": {k: str(v) for k, v in vars(engine.engine.config).items() if "func" in k},
     }
     digests = {
         name: hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in values)).hexdigest()
@@ -135,8 +135,8 @@ def updates(flags: list[str]) -> tuple[list[tuple[dict[str, str], dict[str, str]
         batch = engine.batch(random_tokens(1 + number), random_mask(2))
         target = engine.batch(random_tokens(5 + number), random_mask(6))
         before = ParameterCopy(engine.chunks)
-        train_step(engine.schedule, engine.optimizer, _NoSchedule(), batch, 2, None, engine.layout)
-        with engine.schedule.whole_parameters():
+        train_step(engine.engine, engine.optimizer, _NoSchedule(), batch, 2, None, engine.parallel_state)
+        with engine.engine.full_parameters():
             first = fingerprint(engine)
             result = outer.run(batch, target, before)
             assert result is not None
@@ -152,7 +152,7 @@ class _NoSchedule:
 
 
 @pytest.mark.parametrize(
-    "layout", ["TP2 x PP2", "PP2, interleaved", "TP2, sequence parallel, x DP2, distributed optimiser, overlapped"]
+    "layout", ["TP2 x PP2", "PP2, interleaved", "TP2, sequence parallel, x DP2, distributed optimizer, overlapped"]
 )
 def test_an_update_changes_the_weighter_alike_on_all_ranks_and_nothing_else(layout: str):
     world, parallel = LAYOUTS[layout]
@@ -172,17 +172,17 @@ def trained(flags: list[str], updating: bool) -> dict[str, str]:
     for number in range(3):
         batch, target = (engine.batch(random_tokens(seed + number), random_mask(2)) for seed in (1, 5))
         before = ParameterCopy(engine.chunks)
-        train_step(engine.schedule, engine.optimizer, _NoSchedule(), batch, 2, None, engine.layout)
+        train_step(engine.engine, engine.optimizer, _NoSchedule(), batch, 2, None, engine.parallel_state)
         if updating and number < 2:
-            with engine.schedule.whole_parameters():
+            with engine.engine.full_parameters():
                 assert outer.run(batch, target, before) is not None
-    with engine.schedule.whole_parameters():
+    with engine.engine.full_parameters():
         digests = fingerprint(engine)
-    return {name: digests[name] for name in ("parameters", "optimiser", "random streams")}
+    return {name: digests[name] for name in ("parameters", "optimizer", "random streams")}
 
 
 @pytest.mark.parametrize("differences", [[], ["--dwm-alignment", "finite-difference"]], ids=["exact", "differences"])
-@pytest.mark.parametrize("layout", ["TP2 x PP2", "TP2, sequence parallel, x DP2, distributed optimiser, overlapped"])
+@pytest.mark.parametrize("layout", ["TP2 x PP2", "TP2, sequence parallel, x DP2, distributed optimizer, overlapped"])
 def test_training_goes_on_as_if_there_had_been_no_update(layout: str, differences: list[str]):
     world, parallel = LAYOUTS[layout]
     flags = [*LLAMA, *parallel, *differences]
@@ -193,7 +193,7 @@ def test_a_replica_that_has_drifted_ends_the_run_at_the_next_update():
     def drift() -> str:
         engine = build_engine([*LLAMA, "--dwm-preconditioner", "none"])
         weighter = Weighter(classifier(), engine.config.weighting, torch.device("cpu"))
-        if engine.layout.rank == 1:
+        if engine.parallel_state.rank == 1:
             weighter.model.score.weight.data[0, 0] += 1e-3
         batch, target = engine.batch(random_tokens(1), random_mask(2)), engine.batch(random_tokens(5), random_mask(6))
         with pytest.raises(RuntimeError, match="replicas differ"):

@@ -39,15 +39,15 @@ def after_steps(flags: list[str]) -> list[tuple[bool, bool, HfState, HfState]]:
     The first pass of a run reduces when all is done, later ones as the gradients come.
     """
     engine = build_engine([*flags, "--dwm-preconditioner", "none"])
-    passes, seen = engine.passes(), []
+    passes, seen = engine.lm_gradients(), []
     target = engine.batch(random_tokens(5), random_mask(6))
     for number in range(2):
         batch = engine.batch(random_tokens(number), random_mask(2))
-        train_step(engine.schedule, engine.optimizer, _NoSchedule(), batch, 2, None, engine.layout)
+        train_step(engine.engine, engine.optimizer, _NoSchedule(), batch, 2, None, engine.parallel_state)
         params = [param.data for chunk in engine.chunks for param in chunk.parameters()]
         present = [param.clone() for param in params]
         copy = ParameterCopy(engine.chunks)
-        with engine.schedule.whole_parameters(), engine.schedule.deterministic():
+        with engine.engine.full_parameters(), engine.engine.deterministic():
             whole = [param.clone() for param in params]
             _, direction = passes.gradient(target)
             state, v = engine.parameters(), engine.named(dict(direction))

@@ -28,13 +28,13 @@ def preconditioned(flags: list[str]) -> tuple[list[HfState], HfState, HfState]:
     gradients = []
     for number in range(STEPS):
         batch = engine.batch(random_tokens(number), random_mask(2))
-        train_step(engine.schedule, engine.optimizer, _NoSchedule(), batch, 2, None, engine.layout)
+        train_step(engine.engine, engine.optimizer, _NoSchedule(), batch, 2, None, engine.parallel_state)
         gradients.append(engine.gradient())
     direction = {p: torch.randn(p.shape, dtype=torch.float32) for c in engine.chunks for p in c.parameters()}
     for v in direction.values():
         torch.distributed.broadcast(v, 0)
     before = engine.named(dict(direction))
-    precondition(direction, engine.optimizer, engine.layout)
+    precondition(direction, engine.optimizer, engine.parallel_state)
     return gradients, before, engine.named(dict(direction))
 
 
@@ -43,10 +43,10 @@ def preconditioned(flags: list[str]) -> tuple[list[HfState], HfState, HfState]:
     [
         ("one process", [], 1e-5),
         ("DP2", [], 1e-5),
-        ("DP2, distributed optimiser", [], 1e-5),
+        ("DP2, distributed optimizer", [], 1e-5),
         # The result is handed back through bf16 parameters here, which keep 8 bits.
         ("one process", ["--bf16"], 1e-2),
-        ("DP2, distributed optimiser", ["--bf16"], 1e-2),
+        ("DP2, distributed optimizer", ["--bf16"], 1e-2),
     ],
 )
 def test_the_direction_is_scaled_by_adams_second_moment(layout: str, precision: list[str], tolerance: float):
@@ -65,9 +65,9 @@ def test_parameters_with_a_learning_rate_of_their_own_have_it_in_p():
     def ratio(rates: list[str]) -> dict[str, torch.Tensor]:
         engine = build_engine([*LLAMA, *rates])
         batch = engine.batch(random_tokens(1), random_mask(2))
-        train_step(engine.schedule, engine.optimizer, _NoSchedule(), batch, 2, None, engine.layout)
+        train_step(engine.engine, engine.optimizer, _NoSchedule(), batch, 2, None, engine.parallel_state)
         direction = {p: torch.ones_like(p) for c in engine.chunks for p in c.parameters()}
-        precondition(direction, engine.optimizer, engine.layout)
+        precondition(direction, engine.optimizer, engine.parallel_state)
         return engine.named(dict(direction))
 
     (plain,) = run_distributed(ratio, 1, [])
@@ -77,12 +77,12 @@ def test_parameters_with_a_learning_rate_of_their_own_have_it_in_p():
         torch.testing.assert_close(decoupled[name], factor * value, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("layout", ["one process", "DP2, distributed optimiser"])
-def test_before_the_optimisers_first_step_the_direction_is_unknown(layout: str):
+@pytest.mark.parametrize("layout", ["one process", "DP2, distributed optimizer"])
+def test_before_the_optimizers_first_step_the_direction_is_unknown(layout: str):
     def all_nan() -> bool:
         engine = build_engine([*LLAMA, *LAYOUTS[layout][1]])
         direction = {p: torch.ones_like(p) for c in engine.chunks for p in c.parameters()}
-        precondition(direction, engine.optimizer, engine.layout)
+        precondition(direction, engine.optimizer, engine.parallel_state)
         return all(bool(v.isnan().all()) for v in direction.values())
 
     assert all(run_distributed(all_nan, LAYOUTS[layout][0]))

@@ -7,9 +7,9 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_dwm.config.weighting import WeightingConfig
-from megatron_dwm.data.sampler import Share
-from megatron_dwm.runtime.process_groups import current_layout
-from megatron_dwm.weighting.sample_gather import SampleExchange
+from megatron_dwm.data.sampler import BatchPartition
+from megatron_dwm.runtime.process_groups import current_parallel_state
+from megatron_dwm.weighting.sample_gather import SampleGather
 from megatron_dwm.weighting.weighter import Weighter
 from tests.distributed.engine import SEQ_LENGTH, VOCAB_SIZE
 from tests.distributed.harness import run_distributed
@@ -21,14 +21,14 @@ CONFIG = WeightingConfig(dwm_score_batch_size=2, dwm_valid_data_path=["x"])
 def scored(tp: int, pp: int, microbatches: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Scores of the whole batch by shares and by this rank alone, and the size of its share."""
     parallel_state.initialize_model_parallel(tp, pp)
-    layout = current_layout()
-    exchange = SampleExchange(Share(1, microbatches, layout.dp_rank, layout.dp_size), layout)
+    layout = current_parallel_state()
+    sample_gather = SampleGather(BatchPartition(1, microbatches, layout.dp_rank, layout.dp_size), layout)
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(1, VOCAB_SIZE, (exchange.share.all_samples, SEQ_LENGTH), generator=generator)
+    tokens = torch.randint(1, VOCAB_SIZE, (sample_gather.partition.global_samples, SEQ_LENGTH), generator=generator)
     weighter = Weighter(classifier(), CONFIG, torch.device("cpu"))
-    own = exchange.share_part(tokens)
-    assert torch.equal(own, exchange.replica_part(tokens)[exchange.own_share])
-    return exchange.gather_shares(weighter.score(own)), weighter.score(tokens), len(own)
+    own = sample_gather.select_rank(tokens)
+    assert torch.equal(own, sample_gather.select_replica(tokens)[sample_gather.rank_slice])
+    return sample_gather.gather_from_ranks(weighter.score(own)), weighter.score(tokens), len(own)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from tests.distributed.harness import run_distributed
 ARCHITECTURES = {
     "learned positions, LayerNorm": tiny.gpt(),
     "rotary, RMSNorm, SwiGLU, grouped queries": tiny.llama(),
-    "normalised queries and keys": tiny.gpt(qk_layernorm=True),
-    "normalised grouped queries and keys": tiny.llama(qk_layernorm=True),
+    "normalized queries and keys": tiny.gpt(qk_layernorm=True),
+    "normalized grouped queries and keys": tiny.llama(qk_layernorm=True),
     "scaled by layer number": tiny.gpt(apply_query_key_layer_scaling=True),
     "wide heads, query bias": tiny.llama(kv_channels=16, add_qkv_bias=True),
     "one query group": tiny.llama(num_query_groups=1),

@@ -27,7 +27,7 @@ TOLERANCE = 2e-5
 MODELS = {"gpt, tied": GPT, "llama, untied": LLAMA}
 
 
-def relative_weights() -> torch.Tensor:
+def weights_from_scores() -> torch.Tensor:
     """u = N w [N] of random scores."""
     scores = torch.randn(NUM_SAMPLES, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     return NUM_SAMPLES * torch.softmax(1.5 * scores, 0)
@@ -37,10 +37,10 @@ def weighted_gradient(flags: list[str], u: torch.Tensor | None, mask: torch.Tens
     engine = build_engine(flags)
     state = engine.parameters()
     batch = engine.batch(random_tokens(1), mask)
-    scale = engine.exchange.replica_part(u) if u is not None else None
+    scale = engine.sample_gather.select_replica(u) if u is not None else None
     for chunk in engine.chunks:
         chunk.zero_grad_buffer()
-    engine.schedule.run(batch, engine.config.training.micro_batch, sample_scale=scale)
+    engine.engine.run(batch, engine.config.training.micro_batch, sample_weights=scale)
     return state, engine.gradient()
 
 
@@ -48,7 +48,7 @@ def weighted_gradient(flags: list[str], u: torch.Tensor | None, mask: torch.Tens
 @pytest.mark.parametrize("model", MODELS)
 def test_the_gradient_is_that_of_the_weighted_sum(model: str, layout: str):
     world, parallel = LAYOUTS[layout]
-    mask, u = random_mask(2), relative_weights()
+    mask, u = random_mask(2), weights_from_scores()
     results = run_distributed(weighted_gradient, world, [*MODELS[model], *parallel], u, mask)
     reference = Reference(MODELS[model], results[0][0])
     expected = reference.gradient((u / NUM_SAMPLES * reference.losses(random_tokens(1), mask)).sum())
@@ -64,7 +64,7 @@ def test_a_scale_of_exactly_one_changes_no_bit():
 
 
 def test_samples_of_unequal_length_count_by_their_tokens_in_a_microbatch_as_in_megatron():
-    u = relative_weights()
+    u = weights_from_scores()
     mask = random_mask(4, masked=0)
     for sample in range(NUM_SAMPLES):
         mask[sample, : sample % 4] = 0

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dwm.config.weighting import WeightingConfig
-from megatron_dwm.data.sampler import Share
-from megatron_dwm.runtime.process_groups import current_layout
-from megatron_dwm.weighting.sample_gather import SampleExchange
+from megatron_dwm.data.sampler import BatchPartition
+from megatron_dwm.runtime.process_groups import current_parallel_state
+from megatron_dwm.weighting.sample_gather import SampleGather
 from megatron_dwm.weighting.weighter import Weighter
 from tests.distributed.engine import SEQ_LENGTH, VOCAB_SIZE
 from tests.distributed.harness import run_distributed
@@ -86,14 +86,14 @@ def test_values_are_gathered_in_the_datas_order_whatever_the_layout(
 ):
     def exchanged() -> tuple[torch.Tensor, torch.Tensor, bool]:
         parallel_state.initialize_model_parallel(tp, pp)
-        layout = current_layout()
-        share = Share(micro, microbatches, layout.dp_rank, layout.dp_size)
-        exchange = SampleExchange(share, layout)
-        everything = torch.arange(share.all_samples * 2).view(-1, 2)
-        replica = exchange.replica_part(everything)
-        in_order = torch.equal(replica[:, 0] // 2, torch.tensor(share.own(list(range(share.all_samples)))))
-        own = exchange.share_part(everything)
-        return exchange.gather_replicas(replica), exchange.gather_shares(own), in_order
+        layout = current_parallel_state()
+        share = BatchPartition(micro, microbatches, layout.dp_rank, layout.dp_size)
+        sample_gather = SampleGather(share, layout)
+        everything = torch.arange(share.global_samples * 2).view(-1, 2)
+        replica = sample_gather.select_replica(everything)
+        in_order = torch.equal(replica[:, 0] // 2, torch.tensor(share.own(list(range(share.global_samples)))))
+        own = sample_gather.select_rank(everything)
+        return sample_gather.gather_from_replicas(replica), sample_gather.gather_from_ranks(own), in_order
 
     for replicas, shares, in_order in run_distributed(exchanged, world):
         expected = torch.arange(len(replicas) * 2).view(-1, 2)

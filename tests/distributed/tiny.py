@@ -129,7 +129,7 @@ def logits(chunks: list[Any], mask: torch.Tensor | None = None) -> torch.Tensor 
 
 
 class _NoLossScale:
-    """The part of megatron-core's optimiser that the schedules call."""
+    """The part of megatron-core's optimizer that the schedules call."""
 
     @staticmethod
     def scale_loss(loss: torch.Tensor) -> torch.Tensor:

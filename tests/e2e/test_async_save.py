@@ -33,7 +33,7 @@ FLAGS: dict[str, Any] = {
 
 
 def killed_while_it_writes(save: Path) -> Callable[[], None]:
-    """The programme, whose process is killed with its children as soon as shards of the second checkpoint show up.
+    """The program, whose process is killed with its children as soon as shards of the second checkpoint show up.
 
     Should they have become the checkpoint before that is seen, it is killed then.
     """

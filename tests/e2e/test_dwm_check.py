@@ -43,7 +43,7 @@ def test_a_checked_run_is_the_unchecked_one_bit_for_bit(layout: str, tmp_path: P
     assert_same_checkpoints(tmp_path / "plain" / "iter_0000012", tmp_path / "checked" / "iter_0000012")
 
 
-def test_a_resumed_run_is_checked_with_its_optimisers_state_and_goes_on_as_without(tmp_path: Path):
+def test_a_resumed_run_is_checked_with_its_optimizers_state_and_goes_on_as_without(tmp_path: Path):
     whole, parts = {**FLAGS, "--save": tmp_path / "whole"}, {**FLAGS, "--save": tmp_path / "parts"}
     succeed(tmp_path / "log1", 1, whole)
     succeed(tmp_path / "log2", 1, {**parts, "--exit-interval": 7})

@@ -1,7 +1,7 @@
 """From one checkpoint every layout goes on alike: losses, scores, weights, alignments, and the weighter itself.
 
 All to 1e-5 (scores, weights and alignments: of their spread; measured: at most 6e-7), the rounding of fp32 over four
-steps. Adam's epsilon is 1e-4 here: right after a checkpoint is loaded without the optimiser's state, the second moment
+steps. Adam's epsilon is 1e-4 here: right after a checkpoint is loaded without the optimizer's state, the second moment
 is one squared gradient, and with the usual 1e-8 the elements whose gradient is nothing but rounding would be divided by
 that rounding: they alone moved an alignment by 0.3 % of the spread from one layout to the next.
 """
@@ -28,8 +28,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2, interleaved": (2, {**PP2, "--num-virtual-stages-per-pipeline-rank": 2}),
     "TP2 x PP2": (4, {**TP2, **PP2}),
     "DP2": (2, {}),
-    "DP2, distributed optimiser": (2, SHARDED),
-    "TP2 x DP2, distributed optimiser, overlapped": (
+    "DP2, distributed optimizer": (2, SHARDED),
+    "TP2 x DP2, distributed optimizer, overlapped": (
         4,
         {**TP2, **SHARDED, "--overlap-grad-reduce": True, "--overlap-param-gather": True},
     ),

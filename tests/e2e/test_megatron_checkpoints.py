@@ -1,4 +1,4 @@
-"""Checkpoints are Megatron-LM's: either programme goes on from the other's, and its flags mean the same.
+"""Checkpoints are Megatron-LM's: either program goes on from the other's, and its flags mean the same.
 
 What Megatron-LM wrote and how it went on was recorded by tests/fixtures/megatron/record_checkpoints.py.
 """
@@ -44,7 +44,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The tensors of the model and its optimiser in a checkpoint, by key."""
+    """The tensors of the model and its optimizer in a checkpoint, by key."""
     saved = saved_tensors(checkpoint)
     return {name: value for name, value in saved.items() if isinstance(value, torch.Tensor) and "rng" not in name}
 
@@ -126,7 +126,7 @@ def test_writes_what_megatron_lm_writes(
     parameters = sum(tensor.numel() for key, tensor in expected.items() if not key.startswith("optimizer"))
     for key, tensor in expected.items():
         assert ours[key].dtype == tensor.dtype and ours[key].shape == tensor.shape
-        # Between the parameters in a bucket of the distributed optimiser is padding: whatever lay in memory.
+        # Between the parameters in a bucket of the distributed optimizer is padding: whatever lay in memory.
         padding = tensor.numel() - parameters if "bucket_idx" in key else 0
         different = ~torch.isclose(ours[key], tensor, rtol=1e-4, atol=1e-6)
         assert int(different.sum()) <= padding < 0.05 * parameters, key
@@ -136,8 +136,8 @@ def test_writes_what_megatron_lm_writes(
         assert mine[key] == pytest.approx(common[key])
 
 
-def test_the_distributed_optimiser_moves_to_another_layout(data: dict[str, Any], tmp_path: Path):
-    recorded = RECORDED["dp2_distributed_optimiser"]
+def test_the_distributed_optimizer_moves_to_another_layout(data: dict[str, Any], tmp_path: Path):
+    recorded = RECORDED["dp2_distributed_optimizer"]
     flags = recorded["flags"] | data | {"--dist-ckpt-optim-fully-reshardable": True}
     succeed(tmp_path / "log", 2, flags | {"--save": tmp_path, "--exit-interval": STOP})
     # The validation's first curve point came before the stop; each layout rounds its sums in its own order.

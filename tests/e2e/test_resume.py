@@ -1,4 +1,4 @@
-"""A run that stops and resumes is the run that did not stop, bit for bit, weighter and its optimiser included."""
+"""A run that stops and resumes is the run that did not stop, bit for bit, weighter and its optimizer included."""
 
 from __future__ import annotations
 

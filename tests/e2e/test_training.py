@@ -21,7 +21,7 @@ GPT = {
     "--untie-embeddings-and-output-weights": False,
 }
 FEATURES: dict[str, tuple[int, dict[str, Any]]] = {
-    "bf16, TP2 with sequence parallelism, distributed optimiser": (
+    "bf16, TP2 with sequence parallelism, distributed optimizer": (
         2,
         {**TP2, "--sequence-parallel": True, "--use-distributed-optimizer": True, "--bf16": True},
     ),

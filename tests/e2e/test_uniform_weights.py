@@ -15,7 +15,7 @@ from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, records,
 LAYOUTS = {
     "one process": (1, {}),
     "TP2 x PP2": (4, {"--tensor-model-parallel-size": 2, "--pipeline-model-parallel-size": 2}),
-    "TP2 with sequence parallelism x DP2 with a distributed optimiser": (
+    "TP2 with sequence parallelism x DP2 with a distributed optimizer": (
         4,
         {
             "--tensor-model-parallel-size": 2,

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.runtime.process_groups import ParallelState
 
 Direction = dict[torch.nn.Parameter, torch.Tensor]
 """v, by parameter: the shape of the parameter, float32 (float64 for float64 models)."""
 
 
-def counts_here(name: str, param: torch.nn.Parameter, layout: Layout) -> bool:
+def counts_here(name: str, param: torch.nn.Parameter, parallel_state: ParallelState) -> bool:
     """Whether this rank's product for the parameter belongs in the sum over the model-parallel group.
 
     A parameter that the TP ranks hold in full has the same gradient on all of them, and counts once. Where its
@@ -29,12 +29,12 @@ def counts_here(name: str, param: torch.nn.Parameter, layout: Layout) -> bool:
     sharded = getattr(param, "tensor_model_parallel", False)
     of_heads = "q_layernorm" in name or "k_layernorm" in name  # megatron-core knows them by name, too
     partial = getattr(param, "sequence_parallel", False) or of_heads
-    return sharded or partial or layout.tp_rank == 0
+    return sharded or partial or parallel_state.tp_rank == 0
 
 
 @contextmanager
 def products_with(
-    direction: Direction, chunks: Sequence[torch.nn.Module], num_samples: int, layout: Layout
+    direction: Direction, chunks: Sequence[torch.nn.Module], num_samples: int, parallel_state: ParallelState
 ) -> Iterator[torch.Tensor]:
     """While open, backward passes of single-sample microbatches add ⟨v, gradient⟩ to the yielded tensor [n], float64.
 
@@ -56,7 +56,7 @@ def products_with(
         param.register_post_accumulate_grad_hook(add_product)
         for chunk in chunks
         for name, param in chunk.named_parameters()
-        if param.requires_grad and counts_here(name, param, layout)
+        if param.requires_grad and counts_here(name, param, parallel_state)
     ]
     try:
         yield products
@@ -78,27 +78,27 @@ def inner_product(gradient: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.dot(g.to(w.dtype), w) for g, w in pairs]).sum(dtype=torch.float64)
 
 
-def sum_over_model(products: torch.Tensor, layout: Layout) -> torch.Tensor:
+def sum_over_model(products: torch.Tensor, parallel_state: ParallelState) -> torch.Tensor:
     """Each rank's parts [n] to alignments [n], the same on all ranks of the replica."""
-    dist.all_reduce(products, group=layout.mp_group)
+    dist.all_reduce(products, group=parallel_state.mp_group)
     return products
 
 
-def held_for_all(param: torch.nn.Parameter, layout: Layout) -> bool:
+def held_for_all(param: torch.nn.Parameter, parallel_state: ParallelState) -> bool:
     """Whether this rank is the one of the model-parallel ranks with the same parameter that counts it."""
     sharded = getattr(param, "tensor_model_parallel", False)
     # megatron-core marks the last stage's copy of a tied embedding, which carries the first stage's v.
-    return (sharded or layout.tp_rank == 0) and not getattr(param, "shared", False)
+    return (sharded or parallel_state.tp_rank == 0) and not getattr(param, "shared", False)
 
 
-def global_norm(direction: Direction, layout: Layout) -> float:
+def global_norm(direction: Direction, parallel_state: ParallelState) -> float:
     """Norm of v over the whole model, each parameter counted once."""
     device = next(iter(direction)).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     for param, v in direction.items():
-        if held_for_all(param, layout):
+        if held_for_all(param, parallel_state):
             total += v.double().square().sum()
-    dist.all_reduce(total, group=layout.mp_group)
+    dist.all_reduce(total, group=parallel_state.mp_group)
     return float(total.sqrt())
 
 

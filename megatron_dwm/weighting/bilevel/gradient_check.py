@@ -19,14 +19,14 @@ import torch.distributed as dist
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.errors import UserError
-from megatron_dwm.model.engine import PipelineSchedule
+from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.runtime.record_writers import say
 from megatron_dwm.weighting.bilevel.alignment import shift
-from megatron_dwm.weighting.bilevel.lm_gradients import AlignmentPasses
+from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.preconditioner import knows_preconditioner
-from megatron_dwm.weighting.sample_gather import SampleExchange
-from megatron_dwm.weighting.weights import relative_weights, target_score_gradient
+from megatron_dwm.weighting.sample_gather import SampleGather
+from megatron_dwm.weighting.weights import target_score_gradient, weights_from_scores
 
 # Of the relative error. In fp32 it was 1.4e-3 and less in every layout with exact alignments, and 6.6e-3 and less with
 # those of finite differences; in bf16 it is 0.1 and more, whatever the step, which is why that is refused.
@@ -59,9 +59,9 @@ class HypergradientCheck:
 
 def check_at_start(
     config: WeightingConfig,
-    schedule: PipelineSchedule,
+    engine: PipelineEngine,
     optimizer: Any,
-    exchange: SampleExchange,
+    sample_gather: SampleGather,
     micro_batch_size: int,
     batch: Batch,
     target: Batch,
@@ -74,21 +74,21 @@ def check_at_start(
     unknown = config.dwm_preconditioner == "adam" and not knows_preconditioner(optimizer)
     if unknown:
         config = replace(config, dwm_preconditioner="none")
-    layout = exchange.layout
-    passes = AlignmentPasses(config, schedule, optimizer, layout, micro_batch_size)
-    result = check_hypergradient(passes, exchange, batch, target)
+    parallel_state = sample_gather.parallel_state
+    lm_gradients = LMGradients(config, engine, optimizer, parallel_state, micro_batch_size)
+    result = check_hypergradient(lm_gradients, sample_gather, batch, target)
     if not result.passed:
         raise UserError(
             f"--dwm-check: {result}; the weighter would learn from wrong alignments: find out which kernel, fusion or "
             "parallel flag it needs by leaving them out one by one"
         )
-    if layout.is_first:
+    if parallel_state.is_first_rank:
         with_what = ", without Adam's preconditioner, which is unknown before the first step" if unknown else ""
         say(f" > --dwm-check: {result}{with_what}")
 
 
 def check_hypergradient(
-    passes: AlignmentPasses, exchange: SampleExchange, batch: Batch, target: Batch
+    lm_gradients: LMGradients, sample_gather: SampleGather, batch: Batch, target: Batch
 ) -> HypergradientCheck:
     """Hold the closed form against central differences; every rank calls it and finds the same.
 
@@ -100,22 +100,22 @@ def check_hypergradient(
     Raises:
         UserError: the hypergradient is zero or not finite, so there is nothing to compare.
     """
-    return _Check(passes, exchange, batch, target).run()
+    return _Check(lm_gradients, sample_gather, batch, target).run()
 
 
 class _Check:
-    def __init__(self, passes: AlignmentPasses, exchange: SampleExchange, batch: Batch, target: Batch) -> None:
-        self.passes, self.exchange, self.batch, self.target = passes, exchange, batch, target
-        self.temperature = passes.config.dwm_temperature
+    def __init__(self, lm_gradients: LMGradients, sample_gather: SampleGather, batch: Batch, target: Batch) -> None:
+        self.lm_gradients, self.sample_gather, self.batch, self.target = lm_gradients, sample_gather, batch, target
+        self.temperature = lm_gradients.config.dwm_temperature
         generator = torch.Generator().manual_seed(0)
-        draws = torch.randn(2, exchange.share.all_samples, generator=generator, dtype=torch.float64)
+        draws = torch.randn(2, sample_gather.partition.global_samples, generator=generator, dtype=torch.float64)
         self.scores = 0.5 * self.temperature * draws[0]
         self.signs = draws[1].sign()
 
     def run(self) -> HypergradientCheck:
-        schedule = self.passes.schedule
-        with schedule.whole_parameters(), schedule.deterministic():
-            self.here = ParameterCopy(schedule.chunks)
+        engine = self.lm_gradients.engine
+        with engine.full_parameters(), engine.deterministic():
+            self.here = ParameterCopy(engine.chunks)
             try:
                 return self._run()
             finally:
@@ -143,37 +143,37 @@ class _Check:
     def _closed_form(self, step_size: float) -> torch.Tensor:
         """∂ l_target(θ') / ∂ s_i per unit of η [N]."""
         self._step(self.scores, step_size)
-        _, direction = self.passes.gradient(self.target)
+        _, direction = self.lm_gradients.gradient(self.target)
         self.here.restore()
-        alignments = self.passes.align(self.batch, direction) * self._token_shares(self.batch)
-        everywhere = self.exchange.gather_replicas(alignments).cpu()
+        alignments = self.lm_gradients.align(self.batch, direction) * self._token_shares(self.batch)
+        everywhere = self.sample_gather.gather_from_replicas(alignments).cpu()
         return target_score_gradient(everywhere, self.scores, self.temperature, learning_rate=1.0)
 
     def _loss_after_step(self, scores: torch.Tensor, step_size: float) -> float:
         self._step(scores, step_size)
-        schedule, layout, target = self.passes.schedule, self.passes.layout, self.target
+        engine, parallel_state, target = self.lm_gradients.engine, self.lm_gradients.parallel_state, self.target
         with torch.no_grad():
-            losses = schedule.run(target, self.passes.micro_batch_size, forward_only=True)
+            losses = engine.run(target, self.lm_gradients.micro_batch_size, forward_only=True)
         self.here.restore()
-        means = schedule.share_losses(losses, len(target)).mean.double()
+        means = engine.broadcast_losses(losses, len(target)).mean.double()
         mean = (means * self._token_shares(target)).mean()
-        dist.all_reduce(mean, group=layout.dp_group)
-        return float(mean) / layout.dp_size
+        dist.all_reduce(mean, group=parallel_state.dp_group)
+        return float(mean) / parallel_state.dp_size
 
     def _step(self, scores: torch.Tensor, step_size: float) -> None:
         """θ to θ' = θ - η P ∇ Σ w_i l_i."""
-        weights = self.exchange.replica_part(relative_weights(scores, self.temperature))
-        _, gradient = self.passes.gradient(self.batch, weights.to(self.batch.tokens.device))
+        weights = self.sample_gather.select_replica(weights_from_scores(scores, self.temperature))
+        _, gradient = self.lm_gradients.gradient(self.batch, weights.to(self.batch.tokens.device))
         shift(gradient, -step_size)
 
     def _token_shares(self, batch: Batch) -> torch.Tensor:
         """What each sample's mean loss counts in the reduction [n]: 1 where samples have equally many tokens."""
         tokens = batch.loss_mask.sum(dim=1, dtype=torch.float64)
-        if self.passes.schedule.config.calculate_per_token_loss:
+        if self.lm_gradients.engine.config.calculate_per_token_loss:
             mean = tokens.mean()
-            dist.all_reduce(mean, group=self.passes.layout.dp_group)
-            return tokens * self.passes.layout.dp_size / mean
-        micros = tokens.view(-1, self.passes.micro_batch_size)
+            dist.all_reduce(mean, group=self.lm_gradients.parallel_state.dp_group)
+            return tokens * self.lm_gradients.parallel_state.dp_size / mean
+        micros = tokens.view(-1, self.lm_gradients.micro_batch_size)
         return (micros / micros.mean(dim=1, keepdim=True).clamp(min=1)).flatten()
 
 

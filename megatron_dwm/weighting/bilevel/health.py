@@ -14,7 +14,7 @@ from megatron_dwm.weighting.weights import WeightStatistics
 
 
 @dataclass(frozen=True)
-class Finding:
+class HealthWarning:
     """Something that the user should look at."""
 
     sign: str
@@ -23,7 +23,7 @@ class Finding:
     """What was found and what can be done, on one line."""
 
 
-def check_weights(relative: torch.Tensor, floor: float) -> list[Finding]:
+def check_weights(relative: torch.Tensor, floor: float) -> list[HealthWarning]:
     """Warn of a batch whose weights have collapsed onto few samples.
 
     Args:
@@ -34,7 +34,7 @@ def check_weights(relative: torch.Tensor, floor: float) -> list[Finding]:
     if effective >= floor:
         return []
     return [
-        Finding(
+        HealthWarning(
             "collapsed weights",
             f"the weights have an effective sample size of {effective:.3f} of the batch, under "
             f"--dwm-min-effective-sample-size {floor:g}; raise --dwm-kl-weight or --dwm-temperature",
@@ -42,7 +42,7 @@ def check_weights(relative: torch.Tensor, floor: float) -> list[Finding]:
     ]
 
 
-def check_scores(scores: torch.Tensor, updates: int) -> list[Finding]:
+def check_scores(scores: torch.Tensor, updates: int) -> list[HealthWarning]:
     """Warn of a weighter that gives all samples of a batch the same score although it has learnt.
 
     Args:
@@ -52,7 +52,7 @@ def check_scores(scores: torch.Tensor, updates: int) -> list[Finding]:
     if updates == 0 or len(scores) < 2 or float(scores.max() - scores.min()) > 0:
         return []
     return [
-        Finding(
+        HealthWarning(
             "equal scores",
             f"after {updates} outer updates the weighter still scores all samples alike; raise --dwm-lr, or start it "
             "from something that can tell them apart (--dwm-init-from)",

@@ -13,33 +13,33 @@ import torch.distributed as dist
 
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.model.engine import PipelineSchedule
+from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.parameter_copy import ParameterCopy
-from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.weighting.bilevel.alignment import Direction, global_norm, products_with, shift, sum_over_model
 from megatron_dwm.weighting.bilevel.preconditioner import precondition
 
 FINITE_DIFFERENCE_DISTANCE = 1e-2  # how far θ is moved along v, in norm
 
 
-class AlignmentPasses:
+class LMGradients:
     """Gradients and alignments at the present parameters, which are left as they were; gradient buffers are emptied."""
 
     def __init__(
         self,
         config: WeightingConfig,
-        schedule: PipelineSchedule,
+        engine: PipelineEngine,
         optimizer: Any,
-        layout: Layout,
+        parallel_state: ParallelState,
         micro_batch_size: int,
     ) -> None:
-        self.config, self.schedule, self.optimizer = config, schedule, optimizer
-        self.layout, self.micro_batch_size = layout, micro_batch_size
+        self.config, self.engine, self.optimizer = config, engine, optimizer
+        self.parallel_state, self.micro_batch_size = parallel_state, micro_batch_size
 
-    def gradient(self, batch: Batch, sample_scale: torch.Tensor | None = None) -> tuple[float, Direction]:
+    def gradient(self, batch: Batch, sample_weights: torch.Tensor | None = None) -> tuple[float, Direction]:
         """Mean loss of ``batch``, and the gradient of its loss as weighted by ``sample_scale`` [n], preconditioned."""
         self._zero_gradients()
-        losses = self.schedule.run(batch, self.micro_batch_size, sample_scale=sample_scale, force_all_reduce=True)
+        losses = self.engine.run(batch, self.micro_batch_size, sample_weights=sample_weights, force_all_reduce=True)
         scale = 1.0 / float(self.optimizer.get_loss_scale())
         direction = {
             param: param.main_grad.detach().to(torch.promote_types(param.dtype, torch.float32)) * scale
@@ -47,7 +47,7 @@ class AlignmentPasses:
         }
         self._zero_gradients()
         if self.config.dwm_preconditioner == "adam":
-            precondition(direction, self.optimizer, self.layout)
+            precondition(direction, self.optimizer, self.parallel_state)
         return self._mean_over_replicas(losses, len(batch)), direction
 
     def align(self, batch: Batch, direction: Direction) -> torch.Tensor:
@@ -55,41 +55,41 @@ class AlignmentPasses:
         if self.config.dwm_alignment == "finite-difference":
             return self._align_by_differences(batch, direction)
         self._zero_gradients()
-        chunks = self.schedule.chunks
+        chunks = self.engine.chunks
         with (
-            self.schedule.unsynchronised(),
-            products_with(direction, chunks, len(batch), self.layout) as products,
+            self.engine.unsynchronized(),
+            products_with(direction, chunks, len(batch), self.parallel_state) as products,
         ):
-            self.schedule.run(batch, 1)
+            self.engine.run(batch, 1)
         self._zero_gradients()
         # The schedule divides each microbatch's loss by their number, and fp16 training scales it.
         products *= len(batch) / float(self.optimizer.get_loss_scale())
-        return sum_over_model(products, self.layout)
+        return sum_over_model(products, self.parallel_state)
 
     def _align_by_differences(self, batch: Batch, direction: Direction) -> torch.Tensor:
-        norm = global_norm(direction, self.layout)
+        norm = global_norm(direction, self.parallel_state)
         if norm == 0:
             return torch.zeros(len(batch), dtype=torch.float64, device=batch.tokens.device)
         epsilon = FINITE_DIFFERENCE_DISTANCE / norm
-        here = ParameterCopy(self.schedule.chunks)
+        here = ParameterCopy(self.engine.chunks)
         sides = []
         for distance in (epsilon, -epsilon):
             shift(direction, distance)
             with torch.no_grad():
-                losses = self.schedule.run(batch, self.micro_batch_size, forward_only=True)
-            sides.append(self.schedule.share_losses(losses, len(batch)).mean.double())
+                losses = self.engine.run(batch, self.micro_batch_size, forward_only=True)
+            sides.append(self.engine.broadcast_losses(losses, len(batch)).mean.double())
             here.restore()
         return (sides[0] - sides[1]) / (2 * epsilon)
 
     def _mean_over_replicas(self, losses: Any, num_samples: int) -> float:
-        mean = self.schedule.share_losses(losses, num_samples).mean.double().mean()
-        dist.all_reduce(mean, group=self.layout.dp_group)
-        return float(mean) / self.layout.dp_size
+        mean = self.engine.broadcast_losses(losses, num_samples).mean.double().mean()
+        dist.all_reduce(mean, group=self.parallel_state.dp_group)
+        return float(mean) / self.parallel_state.dp_size
 
     def _params(self) -> Sequence[Any]:
-        return [p for chunk in self.schedule.chunks for p in chunk.parameters() if p.requires_grad]
+        return [p for chunk in self.engine.chunks for p in chunk.parameters() if p.requires_grad]
 
     def _zero_gradients(self) -> None:
-        for chunk in self.schedule.chunks:
+        for chunk in self.engine.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()

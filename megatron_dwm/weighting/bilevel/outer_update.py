@@ -14,8 +14,8 @@ from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.weighting.bilevel.health import require_alignments
-from megatron_dwm.weighting.bilevel.lm_gradients import AlignmentPasses
-from megatron_dwm.weighting.sample_gather import SampleExchange
+from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
+from megatron_dwm.weighting.sample_gather import SampleGather
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weights import objective, objective_score_gradient
 
@@ -50,9 +50,14 @@ class OuterUpdate:
     """Updates the weighter from the alignment of samples with the target."""
 
     def __init__(
-        self, config: WeightingConfig, passes: AlignmentPasses, weighter: Weighter, exchange: SampleExchange
+        self, config: WeightingConfig, lm_gradients: LMGradients, weighter: Weighter, sample_gather: SampleGather
     ) -> None:
-        self.config, self.passes, self.weighter, self.exchange = config, passes, weighter, exchange
+        self.config, self.lm_gradients, self.weighter, self.sample_gather = (
+            config,
+            lm_gradients,
+            weighter,
+            sample_gather,
+        )
         self.replay: deque[AlignedBatch] = deque(maxlen=config.dwm_replay)
 
     def run(self, batch: Batch, target: Batch, before: ParameterCopy) -> OuterResult | None:
@@ -74,21 +79,21 @@ class OuterUpdate:
             FloatingPointError: an alignment is not finite and the schedule checks for that.
             RuntimeError: all alignments are zero, or the weighter's replicas differ.
         """
-        schedule = self.passes.schedule
-        with schedule.deterministic():
-            target_loss, direction = self.passes.gradient(target)
+        engine = self.lm_gradients.engine
+        with engine.deterministic():
+            target_loss, direction = self.lm_gradients.gradient(target)
             before.swap()
-            alignments = self.exchange.gather_replicas(self.passes.align(batch, direction)).cpu()
+            alignments = self.sample_gather.gather_from_replicas(self.lm_gradients.align(batch, direction)).cpu()
             before.swap()
         del direction  # as large as the gradient, and the weighter's steps need room
         if not bool(alignments.isfinite().all()):
-            if schedule.check_for_nan:
+            if engine.check_for_nan:
                 raise FloatingPointError("an alignment is not finite; lower --lr, or look at the data of this step")
             return None
 
         require_alignments(alignments)
 
-        tokens = batch.tokens[self.exchange.own_share]
+        tokens = batch.tokens[self.sample_gather.rank_slice]
         self.replay.append(AlignedBatch(tokens, alignments))
         first = self._objective(self.replay[-1])
         grad_norm = 0.0
@@ -106,14 +111,14 @@ class OuterUpdate:
 
     def _weighter_step(self, aligned: AlignedBatch) -> float:
         def score_gradient(own_scores: torch.Tensor) -> torch.Tensor:
-            scores = self.exchange.gather_shares(own_scores).cpu()
+            scores = self.sample_gather.gather_from_ranks(own_scores).cpu()
             gradient = objective_score_gradient(aligned.alignments, scores, *self._objective_settings)
-            return self.exchange.share_part(gradient)
+            return self.sample_gather.select_rank(gradient)
 
         return self.weighter.step(aligned.tokens, score_gradient)
 
     def _objective(self, aligned: AlignedBatch) -> float:
-        scores = self.exchange.gather_shares(self.weighter.score(aligned.tokens)).cpu()
+        scores = self.sample_gather.gather_from_ranks(self.weighter.score(aligned.tokens)).cpu()
         return objective(aligned.alignments, scores, *self._objective_settings)
 
     @property

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dwm.runtime.process_groups import Layout
+from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.weighting.bilevel.alignment import Direction
 
 
 @dataclass(frozen=True)
 class _Owned:
-    """The part of a parameter whose optimiser state this rank holds."""
+    """The part of a parameter whose optimizer state this rank holds."""
 
     place: slice
     """Of the flattened parameter."""
@@ -36,14 +36,14 @@ class _Owned:
         step = float(self.state["step"] if "step" in self.state else self.group["step"])
         second_moment = self.state["exp_avg_sq"].view(-1) / (1 - self.group["betas"][1] ** step)
         relative_rate = self.group["max_lr"] / self.base_rate if self.base_rate else 1.0
-        # In place: a large parameter must not need more room here than in the optimiser's step.
+        # In place: a large parameter must not need more room here than in the optimizer's step.
         return (relative_rate * v).div_(second_moment.sqrt_().add_(self.group["eps"]))
 
 
-def precondition(direction: Direction, optimizer: Any, layout: Layout) -> None:
-    """v ← P v, in place; NaN before the optimiser's first step.
+def precondition(direction: Direction, optimizer: Any, parallel_state: ParallelState) -> None:
+    """v ← P v, in place; NaN before the optimizer's first step.
 
-    Under the distributed optimiser each data-parallel rank scales the part whose state it holds; the parts are summed.
+    Under the distributed optimizer each data-parallel rank scales the part whose state it holds; the parts are summed.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -60,20 +60,20 @@ def precondition(direction: Direction, optimizer: Any, layout: Layout) -> None:
             v.zero_()
         flat[place] = scaled.to(flat)
         if sharded:
-            dist.all_reduce(v, group=layout.dp_group)
+            dist.all_reduce(v, group=parallel_state.dp_group)
 
 
 def knows_preconditioner(optimizer: Any) -> bool:
-    """Whether P is known: the optimiser has made a step, or its state was loaded. A collective call of all ranks."""
+    """Whether P is known: the optimizer has made a step, or its state was loaded. A collective call of all ranks."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     known = any("exp_avg_sq" in state for part in parts for state in part.optimizer.state.values())
     anywhere = torch.tensor(float(known), device=torch.cuda.current_device())
-    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)  # a shard of the distributed optimiser may be empty
+    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)  # a shard of the distributed optimizer may be empty
     return bool(anywhere)
 
 
 def _owned(part: Any, direction: Direction) -> Iterator[tuple[torch.nn.Parameter, _Owned]]:
-    """What ``part`` of the optimiser holds on this rank, by parameter."""
+    """What ``part`` of the optimizer holds on this rank, by parameter."""
     groups, states, base_rate = part.optimizer.param_groups, part.optimizer.state, part.config.lr
     if hasattr(part, "model_param_group_index_map"):
         for param, (group_index, order) in part.model_param_group_index_map.items():

@@ -153,11 +153,11 @@ class Cluster:
 
     def _launch(self, *command: str) -> None:
         name, *arguments = command
-        programme = shutil.which(name, path=PATH)
-        assert programme is not None
+        program = shutil.which(name, path=PATH)
+        assert program is not None
         with open(self.folder / f"{name}.log", "wb") as log:
             self._daemons[name] = subprocess.Popen(
-                [programme, *arguments],
+                [program, *arguments],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

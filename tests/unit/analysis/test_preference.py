@@ -20,7 +20,7 @@ from megatron_dwm.analysis.preference import (
     rank_correlation,
     ranks,
     stage_sources,
-    standardised,
+    standardized,
     tfidf_similarity,
     weighed_samples,
     weight_quantiles,
@@ -47,13 +47,13 @@ def update(iteration: int, stage: int, weights: list[float], alignments: list[fl
     }
 
 
-def test_samples_of_updates_become_rows_with_alignments_standardised_in_their_batch():
+def test_samples_of_updates_become_rows_with_alignments_standardized_in_their_batch():
     samples = weighed_samples([update(3, 1, [0.5, 1.5], [1.0, 3.0]), update(5, 2, [1.2, 0.8], [10.0, 10.0])])
     assert samples.iteration.tolist() == [3, 3, 5, 5] and samples.stages == [1, 2]
     assert samples.index.tolist() == [30, 31, 50, 51] and samples.source.tolist() == ["a", "b", "a", "b"]
     assert samples.alignment.tolist() == [-1.0, 1.0, 0.0, 0.0]
     assert samples.properties == {}
-    assert len(weighed_samples([])) == 0 and standardised([]).tolist() == []
+    assert len(weighed_samples([])) == 0 and standardized([]).tolist() == []
 
 
 def test_losses_are_a_property_if_every_record_has_them():
@@ -81,7 +81,7 @@ def test_figures_by_source_count_every_sample_once():
     assert found[0]["a"].weight == 1.0 and found[0]["a"].alignment is None
     assert found[1]["a"].weight == pytest.approx((4 * 2.0 + 8 * 0.5) / 12)
     assert found[1]["b"].weight == pytest.approx((6 / 3 + 2 * 3.0) / 8)
-    assert found[1]["a"].share == pytest.approx(0.6) and found[1]["a"].part == pytest.approx(0.6)
+    assert found[1]["a"].partition == pytest.approx(0.6) and found[1]["a"].part == pytest.approx(0.6)
     assert found[1]["a"].alignment == -1.0 and found[1]["b"].alignment == 1.0
 
 
@@ -89,7 +89,7 @@ def test_a_source_that_is_absent_has_no_weight():
     found = stage_sources(
         [{"stage": 1, "share_by_source": {"a": 1.0}}, {"stage": 2, "share_by_source": {"b": 1.0}}], weighed_samples([])
     )
-    assert found[2]["a"].weight is None and found[2]["a"].share == 0.0 and found[1]["a"].weight == 1.0
+    assert found[2]["a"].weight is None and found[2]["a"].partition == 0.0 and found[1]["a"].weight == 1.0
 
 
 def test_equal_values_share_the_mean_of_their_ranks():

@@ -12,11 +12,11 @@ import pytest
 
 from megatron_dwm.config import checkpoint_args
 from megatron_dwm.config.checkpoint_args import differing_flag
-from megatron_dwm.config.flags import flags_of
+from megatron_dwm.config.flags import declared_flags
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import parse_run
 from megatron_dwm.errors import UserError
-from megatron_dwm.training.train_state import Progress, megatron_arguments
+from megatron_dwm.training.train_state import TrainState, megatron_arguments
 from tests.paths import FIXTURES
 
 MEGATRON: dict[str, dict[str, Any]] = json.loads((FIXTURES / "megatron_args.json").read_text())
@@ -34,7 +34,7 @@ FLAGS = {
 
 
 def arguments(flags: str) -> dict[str, Any]:
-    return vars(megatron_arguments(parse_run(flags.split(), 1), Progress()))
+    return vars(megatron_arguments(parse_run(flags.split(), 1), TrainState()))
 
 
 @pytest.mark.parametrize("kind", FLAGS)
@@ -165,6 +165,6 @@ def test_every_field_of_the_model_is_compared_or_known_not_to_matter():
         *checkpoint_args.UNKNOWN_PARTS,
     }
     rest = SAID_OTHERWISE | SIZES_OF_DATA | TRAINING | HOW_IT_IS_COMPUTED
-    fields = {item.field for item in flags_of(ModelConfig)}
+    fields = {item.field for item in declared_flags(ModelConfig)}
     kernels = {name for name in fields if name.endswith("_fusion") or name.startswith(("recompute_", "fp8"))}
     assert fields - compared - kernels == rest

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from megatron_dwm.config.flags import argv_of, deprecations, flag, flags_of, parse, read, require_at_least
+from megatron_dwm.config.flags import declared_flags, deprecations, flag, parse, read, require_at_least, to_argv
 from megatron_dwm.errors import EXIT_CODE, UserError, run_cli
 
 
@@ -60,7 +60,7 @@ def test_a_switch_that_is_on_is_turned_off_by_its_flag(argument: str, field: str
 
 def test_a_configuration_has_a_command_line_that_makes_it():
     argv = ["--size", "3", "--rate", "2.5", "--paths", "x", "y z", "--kind", "b", "--fast", "--no-fused"]
-    assert argv_of(_parse(*argv)) == argv
+    assert to_argv(_parse(*argv)) == argv
 
 
 def test_only_given_values_are_read():
@@ -85,7 +85,7 @@ def test_only_given_values_are_read():
 )
 def test_a_mistake_is_one_line_and_code_2(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]):
     def main() -> None:
-        _parse(*argv, why_refused=dict.fromkeys(("--gone", "--went"), "it is gone; leave it out").get)
+        _parse(*argv, reason_unsupported=dict.fromkeys(("--gone", "--went"), "it is gone; leave it out").get)
 
     with pytest.raises(SystemExit) as ended:
         run_cli(main)
@@ -114,10 +114,10 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]):
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert "A few flags:" in text and "100% of a number" in text
-    assert all(name in text for item in flags_of(Small) for name in item.names)
+    assert all(name in text for item in declared_flags(Small) for name in item.names)
 
 
 def test_fields_without_a_flag_are_left_alone():
-    assert "derived" not in {item.field for item in flags_of(Small)}
+    assert "derived" not in {item.field for item in declared_flags(Small)}
     with pytest.raises(UserError):
         _parse("--derived", "4")

@@ -18,16 +18,16 @@ import pytest
 from megatron.core.optimizer.optimizer_config import AdamOptimizerConfig, SGDOptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dwm.config.flags import Flag, flags_of
+from megatron_dwm.config.flags import Flag, declared_flags
 from megatron_dwm.config.run import PARTS
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.config.unsupported_flags import REFUSED, why_refused
+from megatron_dwm.config.unsupported_flags import UNSUPPORTED, reason_unsupported
 from tests.paths import ROOT
 
 FIXTURE: dict[str, dict[str, Any]] = json.loads((ROOT / "tests/fixtures/flags.json").read_text())
 MEGATRON = {name: entry for names, entry in FIXTURE.items() for name in names.split()}
 OURS: dict[str, Flag] = {
-    name: item for config_class in PARTS.values() for item in flags_of(config_class) for name in item.names
+    name: item for config_class in PARTS.values() for item in declared_flags(config_class) for name in item.names
 }
 SHARED = sorted(OURS.keys() & MEGATRON.keys())
 
@@ -86,17 +86,17 @@ def test_a_shared_flag_has_all_its_spellings():
 
 @pytest.mark.parametrize("name", sorted(MEGATRON.keys() - OURS.keys()))
 def test_a_flag_that_is_not_here_is_refused_with_reason_and_remedy(name: str):
-    reason = why_refused(name)
+    reason = reason_unsupported(name)
     assert reason is not None and "\n" not in reason
     assert "; " in reason or reason.startswith("use ")
 
 
 def test_refusals_concern_flags_of_megatrons_that_are_not_here():
-    for patterns in REFUSED.values():
+    for patterns in UNSUPPORTED.values():
         for pattern in patterns.split():
             matched = {name for name in (*MEGATRON, *IN_ITS_GUIDE_ALONE) if fnmatchcase(name, pattern)}
             assert matched - OURS.keys(), f"{pattern} refuses nothing"
-    assert why_refused("--no-such-flag") is None
+    assert reason_unsupported("--no-such-flag") is None
 
 
 READ_BY_PROPERTIES = {

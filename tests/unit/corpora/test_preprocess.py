@@ -41,7 +41,7 @@ def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return 0
 
 
-def flags_of(case: list[str], inputs: Path) -> list[str]:
+def declared_flags(case: list[str], inputs: Path) -> list[str]:
     return [flag.format(folder=inputs) for flag in case]
 
 
@@ -68,7 +68,7 @@ def test_the_cases_are_those_that_were_recorded() -> None:
 def test_the_bytes_are_megatron_lms(name: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     workers = case[case.index("--partitions") + 1] if "--partitions" in case else 1
-    flags = flags_of(case, inputs)
+    flags = declared_flags(case, inputs)
     assert run_tool(monkeypatch, *flags, "--workers", workers, "--output-prefix", tmp_path / "made") == 0
     assert hashes(tmp_path, keys_of(case)) == RECORDED[name]["sha256"]
 
@@ -79,14 +79,14 @@ def test_the_bytes_are_megatron_lms(name: str, inputs: Path, tmp_path: Path, mon
 def test_more_workers_write_the_same(
     name: str, workers: int, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = flags_of(CASES[name], inputs)
+    flags = declared_flags(CASES[name], inputs)
     assert run_tool(monkeypatch, *flags, "--workers", workers, "--output-prefix", tmp_path / "made") == 0
     assert hashes(tmp_path, keys_of(CASES[name])) == RECORDED[name]["sha256"]
 
 
 def test_gzip_of_one_partition_is_read_too(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Megatron-LM unpacks only what it deals out to several partitions.
-    flags = ["--input", inputs / "texts.jsonl.gz", *flags_of(SENTENCEPIECE, inputs), "--append-eod"]
+    flags = ["--input", inputs / "texts.jsonl.gz", *declared_flags(SENTENCEPIECE, inputs), "--append-eod"]
     assert run_tool(monkeypatch, *flags, "--workers", 1, "--output-prefix", tmp_path / "made") == 0
     assert hashes(tmp_path, ["text"]) == RECORDED["one-key-eod"]["sha256"]
 
@@ -104,7 +104,7 @@ def test_files_of_a_pattern_are_one_input(
     for path, part in zip(glob.glob(pattern), (lines[:40], lines[40:41], lines[41:]), strict=True):
         content = "\n".join(part).encode()
         Path(path).write_bytes(gzip.compress(content) if path.endswith(".gz") else content)
-    flags = ["--input", pattern, *flags_of(SENTENCEPIECE, inputs), "--partitions", partitions]
+    flags = ["--input", pattern, *declared_flags(SENTENCEPIECE, inputs), "--partitions", partitions]
     assert run_tool(monkeypatch, *flags, "--workers", partitions, "--output-prefix", tmp_path / "out" / "made") == 0
     assert hashes(tmp_path / "out", ["text"]) == RECORDED[recorded]["sha256"]
 
@@ -174,7 +174,7 @@ def test_text_that_the_tokenizer_cannot_encode_is_malformed(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_lines(tmp_path / "texts.jsonl", ['{"text": "good"}', '{"text": "half of a pair: \\ud800"}'])
-    flags = ["--input", path, *flags_of(SENTENCEPIECE, inputs), "--output-prefix", tmp_path / "out" / "made"]
+    flags = ["--input", path, *declared_flags(SENTENCEPIECE, inputs), "--output-prefix", tmp_path / "out" / "made"]
     assert run_tool(monkeypatch, *flags, "--workers", 1) == 2
     message = capsys.readouterr().err
     assert message.startswith(f"error: --input {path}, line 2: the value of 'text' cannot be tokenized ('utf-8' ")
@@ -255,7 +255,7 @@ def test_flags_of_megatron_lms_tool_that_are_not_here_are_refused_with_a_reason(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    required = [*flags_of([*TEXTS, *SENTENCEPIECE], inputs), "--output-prefix", tmp_path / "made"]
+    required = [*declared_flags([*TEXTS, *SENTENCEPIECE], inputs), "--output-prefix", tmp_path / "made"]
     assert run_tool(monkeypatch, *required, *flags) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
     assert list(tmp_path.iterdir()) == []
@@ -263,7 +263,7 @@ def test_flags_of_megatron_lms_tool_that_are_not_here_are_refused_with_a_reason(
 
 def test_a_rerun_replaces_what_is_there(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = ["--workers", 1, "--output-prefix", tmp_path / "made"]
-    assert run_tool(monkeypatch, *flags_of(CASES["one-key"], inputs), *prefix) == 0
+    assert run_tool(monkeypatch, *declared_flags(CASES["one-key"], inputs), *prefix) == 0
     shutil.copy(tmp_path / "made_text_document.bin", tmp_path / "made_text_document.idx")
-    assert run_tool(monkeypatch, *flags_of(CASES["one-key-eod"], inputs), *prefix) == 0
+    assert run_tool(monkeypatch, *declared_flags(CASES["one-key-eod"], inputs), *prefix) == 0
     assert hashes(tmp_path, ["text"]) == RECORDED["one-key-eod"]["sha256"]

@@ -19,7 +19,7 @@ from megatron_dwm.data.tokenizers import build_tokenizer, to_hf_tokenizer
 from tests.paths import ROOT
 
 TEXTS = [inspect.getsource(textwrap), *(f"The dog {n} jumps over\n\n\tthe naïve fox." for n in range(200))]
-# Leading, trailing and repeated spaces, tabs, line ends, forms a normalisation would change, unseen characters.
+# Leading, trailing and repeated spaces, tabs, line ends, forms a normalization would change, unseen characters.
 UNSEEN = "  def f(x):\n\t    return  'ﬁ ① e\u0301 你好 \U0001f600' # 12345 \r\n "
 
 

@@ -19,7 +19,7 @@ from megatron_dwm.config.data import DataConfig
 from megatron_dwm.config.run import RunConfig, parse_run
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.datasets import (
-    BatchReader,
+    BatchLoader,
     DataPaths,
     Datasets,
     build_datasets,
@@ -31,11 +31,11 @@ from megatron_dwm.data.datasets import (
     shuffled,
     split_parts,
 )
-from megatron_dwm.data.sampler import SequentialSampler, Share
+from megatron_dwm.data.sampler import BatchPartition, SequentialSampler
 from megatron_dwm.data.tokenizers import build_tokenizer
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.device import select_device
-from megatron_dwm.runtime.process_groups import Layout, current_layout
+from megatron_dwm.runtime.process_groups import ParallelState, current_parallel_state
 from tests.distributed import tiny
 from tests.distributed.harness import run_distributed
 from tests.distributed.tiny import ParallelConfig
@@ -166,7 +166,7 @@ def run_config(world_size: int, flags: list[str]) -> RunConfig:
 
 
 def with_datasets(
-    work: Callable[[RunConfig, Datasets, Layout], Any],
+    work: Callable[[RunConfig, Datasets, ParallelState], Any],
     flags: list[str],
     world_size: int = 1,
     parallel: ParallelConfig | None = None,
@@ -178,23 +178,23 @@ def with_datasets(
         tiny.initialize(parallel)
         config = run_config(world_size, flags)
         paths = data_paths(config.data, config.weighting.dwm_valid_data_path if config.weighting.learns else None)
-        layout = current_layout()
+        layout = current_parallel_state()
         return work(config, build_datasets(config, paths, build_tokenizer(config.tokenizer), layout), layout)
 
     return run_distributed(on_rank, world_size)
 
 
-def lengths(config: RunConfig, datasets: Datasets, layout: Layout) -> list[int | None]:
+def lengths(config: RunConfig, datasets: Datasets, layout: ParallelState) -> list[int | None]:
     parts = (datasets.train, datasets.valid, datasets.test, datasets.target)
     return [None if part is None else len(part) for part in parts]
 
 
-def sources(config: RunConfig, datasets: Datasets, layout: Layout) -> tuple[list[int], list[int], list[int]]:
+def sources(config: RunConfig, datasets: Datasets, layout: ParallelState) -> tuple[list[int], list[int], list[int]]:
     """Number, token and index of every sample that 8 steps read."""
-    share = Share(1, 4 // layout.dp_size, layout.dp_rank, layout.dp_size)
+    share = BatchPartition(1, 4 // layout.dp_size, layout.dp_rank, layout.dp_size)
     sampler = sequential_or_cyclic(config, datasets.train, 0, share)
-    reader = BatchReader(datasets.train, sampler, share, SEQUENCE, layout, VOCAB + 1, config.data.num_workers)
-    batches = [reader.next() for _ in range(8)]
+    reader = BatchLoader(datasets.train, sampler, share, SEQUENCE, layout, VOCAB + 1, config.data.num_workers)
+    batches = [reader.next_batch() for _ in range(8)]
     for batch in batches:
         assert torch.equal(batch.tokens, batch.tokens[:, :1].expand(-1, SEQUENCE)) and batch.loss_mask.all()
         assert torch.equal(batch.labels, batch.tokens) and batch.position_ids[0].tolist() == list(range(SEQUENCE))
@@ -311,12 +311,12 @@ def alone(work: Callable[[], Any]) -> Any:
         process.join()
 
 
-def counting_reader(dataset: Counting, layout: Layout, consumed: int = 0, workers: int = 0) -> BatchReader:
+def counting_reader(dataset: Counting, layout: ParallelState, consumed: int = 0, workers: int = 0) -> BatchLoader:
     """Of steps of 8 samples in order."""
-    share = Share(2, 4 // layout.dp_size, layout.dp_rank, layout.dp_size)
+    share = BatchPartition(2, 4 // layout.dp_size, layout.dp_rank, layout.dp_size)
     own = dataset if layout.mp_rank == 0 else None
     sampler = SequentialSampler(len(dataset) if own is not None else 0, consumed, share)
-    return BatchReader(own, sampler, share, SEQUENCE, layout, 100, workers)
+    return BatchLoader(own, sampler, share, SEQUENCE, layout, 100, workers)
 
 
 def samples_of(batch: Batch) -> list[int]:
@@ -342,11 +342,11 @@ def test_ranks_of_a_replica_read_the_same_and_all_ranks_end_together(layout: str
 
     def read() -> tuple[int, list[list[int]], str]:
         tiny.initialize(parallel)
-        reader = counting_reader(Counting(20), current_layout())
-        steps = [samples_of(reader.next()) for _ in range(2)]
+        reader = counting_reader(Counting(20), current_parallel_state())
+        steps = [samples_of(reader.next_batch()) for _ in range(2)]
         with pytest.raises(UserError) as raised:
-            reader.next()
-        return current_layout().dp_rank, steps, str(raised.value)
+            reader.next_batch()
+        return current_parallel_state().dp_rank, steps, str(raised.value)
 
     results = run_distributed(read, world_size)
     dp_size = world_size // (parallel.tp * parallel.pp)
@@ -363,10 +363,10 @@ def test_ranks_of_a_replica_read_the_same_and_all_ranks_end_together(layout: str
 def test_a_token_outside_the_vocabulary_is_an_error_on_every_rank_of_the_replica() -> None:
     def read() -> str:
         tiny.initialize(ParallelConfig(tensor_model_parallel_size=2))
-        reader = counting_reader(Counting(20, outlier=11), current_layout())
-        reader.next()
+        reader = counting_reader(Counting(20, outlier=11), current_parallel_state())
+        reader.next_batch()
         with pytest.raises(UserError) as raised:
-            reader.next()
+            reader.next_batch()
         return str(raised.value)
 
     for message in run_distributed(read, 2):
@@ -376,9 +376,9 @@ def test_a_token_outside_the_vocabulary_is_an_error_on_every_rank_of_the_replica
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_reader_resumes_where_one_stopped(workers: int) -> None:
     def read() -> tuple[list[list[int]], list[list[int]]]:
-        layout, dataset = current_layout(), Counting(40)
+        layout, dataset = current_parallel_state(), Counting(40)
         whole, resumed = (counting_reader(dataset, layout, consumed, workers) for consumed in (0, 16))
-        return [samples_of(whole.next()) for _ in range(5)], [samples_of(resumed.next()) for _ in range(3)]
+        return [samples_of(whole.next_batch()) for _ in range(5)], [samples_of(resumed.next_batch()) for _ in range(3)]
 
     whole, resumed = alone(read)
     assert resumed == whole[2:]
@@ -388,8 +388,8 @@ def test_a_reader_resumes_where_one_stopped(workers: int) -> None:
 def test_a_reader_leaves_the_random_numbers_of_the_run_alone(workers: int) -> None:
     def read() -> bool:
         before = torch.get_rng_state()
-        reader = counting_reader(Counting(40), current_layout(), workers=workers)
-        reader.next()
+        reader = counting_reader(Counting(40), current_parallel_state(), workers=workers)
+        reader.next_batch()
         return torch.equal(before, torch.get_rng_state())
 
     assert alone(read) is True
@@ -398,11 +398,11 @@ def test_a_reader_leaves_the_random_numbers_of_the_run_alone(workers: int) -> No
 def test_a_target_set_smaller_than_a_step_is_read_over_and_over(tmp_path: Path) -> None:
     """3 samples, 4 a step."""
 
-    def read(config: RunConfig, datasets: Datasets, layout: Layout) -> list[list[int]]:
-        share = Share(1, 4, 0, 1)
+    def read(config: RunConfig, datasets: Datasets, layout: ParallelState) -> list[list[int]]:
+        share = BatchPartition(1, 4, 0, 1)
         sampler = shuffled(config, datasets.target, 0, share)
-        reader = BatchReader(datasets.target, sampler, share, SEQUENCE, layout, VOCAB + 1, 0)
-        return [reader.next().index.tolist() for _ in range(3)]
+        reader = BatchLoader(datasets.target, sampler, share, SEQUENCE, layout, VOCAB + 1, 0)
+        return [reader.next_batch().index.tolist() for _ in range(3)]
 
     train, target = write(tmp_path, "train", 1, 40), write(tmp_path, "target", 10, 3)
     (steps,) = with_datasets(read, ["--train-data-path", train, "--dwm-valid-data-path", target])

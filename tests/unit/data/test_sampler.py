@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from megatron_dwm.data.sampler import CyclicSampler, SequentialSampler, Share, ShuffledSampler
+from megatron_dwm.data.sampler import BatchPartition, CyclicSampler, SequentialSampler, ShuffledSampler
 
-MakeSampler = Callable[[int, Share], Any]  # of the samples consumed and a share
+MakeSampler = Callable[[int, BatchPartition], Any]  # of the samples consumed and a share
 
 
-def shares(dp: int, micro: int = 2, microbatches: int = 2) -> list[Share]:
-    return [Share(micro, microbatches, rank, dp) for rank in range(dp)]
+def shares(dp: int, micro: int = 2, microbatches: int = 2) -> list[BatchPartition]:
+    return [BatchPartition(micro, microbatches, rank, dp) for rank in range(dp)]
 
 
 def flat(steps: Iterable[list[int]]) -> list[int]:
@@ -38,7 +38,7 @@ def test_a_step_is_dealt_out_by_microbatch_then_by_rank() -> None:
     step = list(range(8))
     assert first.own(step) == [0, 1, 4, 5]
     assert second.own(step) == [2, 3, 6, 7]
-    assert first.all_samples == 8 and first.own_samples == 4
+    assert first.global_samples == 8 and first.replica_samples == 4
 
 
 # What Megatron-LM's samplers (core_v0.16.1) yield to each rank, microbatch by microbatch.
@@ -82,7 +82,7 @@ MEGATRON_LM: dict[str, tuple[MakeSampler, int, int, list[list[list[int]]]]] = {
 def test_order_is_that_of_megatron_lm(case: str, microbatches: int) -> None:
     sampler, micro, consumed, expected = MEGATRON_LM[case]
     for rank, own in enumerate(expected):
-        share = Share(micro, microbatches, rank, len(expected))
+        share = BatchPartition(micro, microbatches, rank, len(expected))
         steps = islice(sampler(consumed, share), len(own) // microbatches)
         assert list(steps) == [flat(own[at : at + microbatches]) for at in range(0, len(own), microbatches)]
 
@@ -124,7 +124,7 @@ def test_reading_resumes_where_it_stopped(sampler: MakeSampler, dp: int, rank: i
     share = shares(dp)[rank]
     whole = list(islice(sampler(0, share), 30))
     for done in (1, 7, 20):
-        assert list(islice(sampler(done * share.all_samples, share), 30 - done)) == whole[done:]
+        assert list(islice(sampler(done * share.global_samples, share), 30 - done)) == whole[done:]
 
 
 @pytest.mark.parametrize("sampler", [sequential(64), shuffled(64), cyclic(64, sharded=False)])

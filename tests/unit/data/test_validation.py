@@ -116,7 +116,7 @@ def test_a_damaged_index_is_named(damage: str, tmp_path: Path) -> None:
 def test_a_damaged_index_prints_one_line_and_no_traceback(tmp_path: Path) -> None:
     prefix = write(tmp_path, "train", texts(0))
     Path(prefix + ".idx").write_bytes(b"something else altogether, and longer than a header is")
-    programme = (
+    program = (
         "import sys\n"
         "from megatron_dwm.data.validation import check_data\n"
         "from megatron_dwm.data.datasets import DataPaths\n"
@@ -124,7 +124,7 @@ def test_a_damaged_index_prints_one_line_and_no_traceback(tmp_path: Path) -> Non
         "data = DataPaths(None, (([sys.argv[1]], None), None, None), None, None)\n"
         "run_cli(lambda: check_data(data, 32, 100))\n"
     )
-    command = [sys.executable, "-W", "ignore", "-c", programme, prefix]
+    command = [sys.executable, "-W", "ignore", "-c", program, prefix]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: --train-data-path {prefix}: ") and result.stderr.count("\n") == 1

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dwm.config.flags import flags_of
+from megatron_dwm.config.flags import declared_flags
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
@@ -123,7 +123,7 @@ def test_recomputing_activations_is_selective_recomputation():
     assert (config.recompute_granularity, config.recompute_modules) == ("selective", ["core_attn"])
 
 
-def test_xavier_initialises_every_layer():
+def test_xavier_initializes_every_layer():
     config = _config(init_method_xavier_uniform=True)
     assert config.init_method is config.output_layer_init_method is torch.nn.init.xavier_uniform_
 
@@ -262,7 +262,7 @@ def test_the_mask_is_checked_on_the_way_to_the_configuration():
 
 def test_every_flag_of_fp8_is_a_field_of_megatron_cores_configuration():
     fields = {field.name for field in dataclasses.fields(TransformerConfig)}
-    ours = {flag.field for flag in flags_of(ModelConfig) if "fp8" in flag.field or "bf16" in flag.field}
+    ours = {flag.field for flag in declared_flags(ModelConfig) if "fp8" in flag.field or "bf16" in flag.field}
     assert len(ours) == 10 and ours <= fields
 
 

@@ -11,9 +11,9 @@ from megatron_dwm.weighting.weights import (
     WeightStatistics,
     objective,
     objective_score_gradient,
-    relative_weights,
-    standardised,
+    standardized,
     target_score_gradient,
+    weights_from_scores,
 )
 
 N = 7
@@ -27,29 +27,29 @@ def random(seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("count", [1, 3, 7, 10, 1000])
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 def test_equal_scores_weigh_exactly_one(value: float, count: int, temperature: float):
-    weights = relative_weights(torch.full((count,), value), temperature)
+    weights = weights_from_scores(torch.full((count,), value), temperature)
     assert torch.equal(weights, torch.ones(count, dtype=torch.float64))
 
 
 def test_relative_weights_are_n_times_the_softmax():
     scores = random(0)
     expected = N * torch.softmax(scores / 0.7, 0)
-    torch.testing.assert_close(relative_weights(scores, 0.7), expected, rtol=1e-14, atol=0)
-    assert torch.isfinite(relative_weights(1e4 * scores, 1.0)).all()
+    torch.testing.assert_close(weights_from_scores(scores, 0.7), expected, rtol=1e-14, atol=0)
+    assert torch.isfinite(weights_from_scores(1e4 * scores, 1.0)).all()
 
 
 def test_outlying_alignments_are_cut_off():
     alignments = torch.cat([random(1), torch.tensor([50.0])])
-    plain, clipped = standardised(alignments), standardised(alignments, 2.0)
+    plain, clipped = standardized(alignments), standardized(alignments, 2.0)
     assert plain.max() > 2.5 and clipped.max() == 2.0
     assert torch.equal(clipped[:-1], plain[:-1])
 
 
-def test_standardised_alignments_have_mean_0_and_variance_1():
-    found = standardised(100 + 5 * random(1))
+def test_standardized_alignments_have_mean_0_and_variance_1():
+    found = standardized(100 + 5 * random(1))
     assert abs(float(found.mean())) < 1e-14 and float(found.square().mean()) == pytest.approx(1, abs=1e-14)
     for value in (3.0, 0.1, 1e-30, -3.7):
-        assert torch.equal(standardised(torch.full((N,), value)), torch.zeros(N, dtype=torch.float64))
+        assert torch.equal(standardized(torch.full((N,), value)), torch.zeros(N, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.4, 3.0])
@@ -58,7 +58,7 @@ def test_standardised_alignments_have_mean_0_and_variance_1():
 def test_the_objectives_gradient_is_autograds(temperature: float, kl_weight: float, clip: float):
     scores, alignments = random(2).requires_grad_(), 3 + 10 * random(3)
     w = torch.softmax(scores / temperature, 0)
-    value = -(standardised(alignments, clip) * w).sum() + kl_weight * (w * (N * w).log()).sum()
+    value = -(standardized(alignments, clip) * w).sum() + kl_weight * (w * (N * w).log()).sum()
     (expected,) = torch.autograd.grad(value, scores)
     found = objective_score_gradient(alignments, scores.detach(), temperature, kl_weight, clip)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
@@ -69,11 +69,11 @@ def test_the_objectives_gradient_is_autograds(temperature: float, kl_weight: flo
 
 def test_scores_too_far_apart_for_a_number_leave_the_objective_finite():
     scores, alignments = torch.tensor([0.0, -2000.0, 1.0, -800.0]), random(8)[:4]
-    assert float(relative_weights(scores, 1.0)[1]) == 0
+    assert float(weights_from_scores(scores, 1.0)[1]) == 0
     gradient = objective_score_gradient(alignments, scores, 1.0, 2.0)
     assert gradient.isfinite().all() and abs(float(gradient.sum())) < 1e-15
     # The weights are those of the two scores that count, among four.
-    w, a = torch.softmax(torch.tensor([0.0, 1.0], dtype=torch.float64), 0), standardised(alignments)[[0, 2]]
+    w, a = torch.softmax(torch.tensor([0.0, 1.0], dtype=torch.float64), 0), standardized(alignments)[[0, 2]]
     expected = -(w * a).sum() + 2.0 * (w * (4 * w).log()).sum()
     assert objective(alignments, scores, 1.0, 2.0) == pytest.approx(float(expected), abs=1e-13)
 
@@ -111,4 +111,4 @@ def test_without_a_kl_term_the_optimum_is_one_hot_and_with_it_exponential():
         return torch.softmax(scores, 0)
 
     assert float(optimum(0.0, 20.0).max()) > 0.99
-    torch.testing.assert_close(optimum(2.0, 2.0), torch.softmax(standardised(alignments) / 2.0, 0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(optimum(2.0, 2.0), torch.softmax(standardized(alignments) / 2.0, 0), rtol=1e-9, atol=0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_dwm.errors import UserError
-from megatron_dwm.model.engine import scaled_loss
+from megatron_dwm.model.engine import weighted_loss
 from megatron_dwm.weighting.bilevel.health import check_scores, check_weights, require_alignments
 
 
@@ -38,5 +38,5 @@ def test_a_loss_that_is_not_of_tokens_is_refused(hidden: torch.Tensor):
     """A scalar, a loss of each sample, flattened tokens, [s, b], and what would broadcast."""
     mask, scale = torch.ones(3, 2), torch.ones(3)
     with pytest.raises(UserError, match=r"where token losses \[3, 2\] are needed.*--cross-entropy-loss-fusion"):
-        scaled_loss(mask, scale, hidden)
-    scaled_loss(mask, scale, torch.ones(3, 2))
+        weighted_loss(mask, scale, hidden)
+    weighted_loss(mask, scale, torch.ones(3, 2))

@@ -1,4 +1,4 @@
-"""Running the repository's programmes as a user would."""
+"""Running the repository's programs as a user would."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def call(*command: object, log: Path | None = None) -> None:
-    """Run a programme, named by its path in the repository, with flags; what it prints goes to ``log``.
+    """Run a program, named by its path in the repository, with flags; what it prints goes to ``log``.
 
     Raises:
         UserError: it ended with another code than 0.
