@@ -52,8 +52,6 @@ WEIGHTING = [
         "--dwm-hidden-size 16 --dwm-ffn-hidden-size 32 --dwm-num-attention-heads 1"
     ),
 ]
-# The controls that follow a rule carry the least of weighters, and never update it.
-RULE = shlex.split("--dwm-num-stages 1 --dwm-hidden-size 8")
 
 
 @dataclass(frozen=True)
@@ -275,7 +273,7 @@ def _run(name: str, seed: int, folder: Path, mixture: Mixture, options: argparse
         *("--valid-data-path", str(mixture.test), "--test-data-path", str(mixture.test)),
         *("--metrics-jsonl", str(place / "metrics.jsonl"), "--data-cache-path", str(place / "cache")),
     ]
-    target = ["--dwm-valid-data-path", str(mixture.target)]
+    target = ["--dwm-target-data-path", str(mixture.target)]
     learns = [*target, *WEIGHTING]
     if name == "uniform":
         command = ["pretrain_dwm.py", *flags, "--dwm-mode", "off"]
@@ -289,11 +287,10 @@ def _run(name: str, seed: int, folder: Path, mixture: Mixture, options: argparse
         else:
             command = ["pretrain_dwm.py", *flags, *learns, "--dwm-init-from", newest]
     elif name == "shuffled":
-        command = ["benchmarks/controls.py", "--control", name, *flags, *learns]
+        command = ["pretrain_dwm.py", *flags, *learns, *mode_rule(name)]
     else:
-        rule = [*RULE, "--dwm-update-interval", str(options.iterations)]
-        command = ["benchmarks/controls.py", "--control", name, *flags, *target, *rule]
-        command += ["--sources", *mixture.like_target] if name == "oracle" else []
+        sources = ["--dwm-rule-sources", *mixture.like_target] if name == "oracle" else []
+        command = ["pretrain_dwm.py", *flags, *mode_rule(name), *sources]
     command += extra
     written = place / "command.txt"
     if (place / "metrics.jsonl").is_file() and read_run(place).evaluated("test"):
@@ -304,6 +301,11 @@ def _run(name: str, seed: int, folder: Path, mixture: Mixture, options: argparse
     place.mkdir(parents=True, exist_ok=True)
     atomic_write_text(written, shlex.join(command))
     call(*command, log=place / "log.txt")
+
+
+def mode_rule(rule: str) -> list[str]:
+    """Return the flags of weights that follow ``rule``."""
+    return ["--dwm-mode", "rule", "--dwm-rule", rule]
 
 
 def _value(flag: str, argv: Sequence[str]) -> str:

@@ -1,9 +1,7 @@
-"""Plain, bare, frozen and bi-level training of one and the same model."""
+"""Plain, bare, frozen and bilevel training of one and the same model."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +10,12 @@ import torch
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.errors import UserError
 from megatron_dwm.training.trainer import Trainer
-from megatron_dwm.weighting.data_weighting import DataWeighting
-from megatron_dwm.weighting.stage_schedule import frozen_stages
+from megatron_dwm.weighting.bilevel.weighting import BilevelWeighting
+from megatron_dwm.weighting.export import NoExport
+from megatron_dwm.weighting.frozen import FrozenWeighting
+from megatron_dwm.weighting.policy import SampleWeighting
+from megatron_dwm.weighting.uniform import UniformWeighting
+from megatron_dwm.weighting.warmup import WarmupWeighting
 
 SETTLING_STEPS = 3  # first steps allocate, and Adam's preconditioner needs one
 
@@ -60,51 +62,52 @@ class BareLoop:
 
 
 class Modes:
-    """The ways to train one and the same model."""
+    """The ways to train one and the same model: trainers that differ in their weighting alone."""
 
     def __init__(self, trainer: Trainer) -> None:
-        assert trainer.weighting is not None
-        self.bilevel, self.weighting, self.bare = trainer, trainer.weighting, BareLoop(trainer)
-        self.config, self.interval = trainer.config, trainer.weighting.stages.update_interval
-        self.plain = self._with(None)
+        """
+        Args:
+            trainer: of a bilevel run that has made no step.
+        """
+        self.bare, self.plain = BareLoop(trainer), trainer.with_weighting(UniformWeighting())
         for _ in range(SETTLING_STEPS):
-            self.plain.iterate(1)
-        if self.weighting.weighter is None:
-            with trainer.engine.full_parameters():
-                self.weighting.start()
-        weighter, outer = self.weighting.weighter, self.weighting.outer
-        assert weighter is not None and outer is not None
-        self.weighter, self.outer = weighter, outer
-        scoring = dataclasses.replace(self.weighting.config, dwm_warmup_iters=0)
-        stages = frozen_stages(scoring, self.config.train_iters)
-        sample_gather, sources = self.weighting.sample_gather, self.weighting.sources
-        frozen = DataWeighting(scoring, stages, sample_gather, sources, lambda: weighter, None, None)
-        frozen.start()
-        self.frozen = self._with(frozen)
-        iterations = range(1, self.config.train_iters + 1)
-        self.updating = next(number for number in iterations if self.weighting.stages.updates(number))
+            self.plain.train_iteration(1)
+        self.config = trainer.config
+        self.weighting = started(trainer.weighting, self.config.train_iters)
+        stages = self.weighting.stages
+        self.interval = stages.update_interval
+        self.updating = next(n for n in range(1, self.config.train_iters + 1) if stages.is_update(n))
+        self.weighter, self.outer = self.weighting.weighter, self.weighting.outer_update
+        self.bilevel = trainer.with_weighting(self.weighting)
+        weight_metrics, options = self.weighting.weight_metrics, self.weighting.options
+        self.frozen = trainer.with_weighting(
+            FrozenWeighting(weight_metrics, options, self.weighter, NoExport(), flops_per_batch=0.0)
+        )
         self.update()
 
     def update(self) -> None:
-        """One iteration with an outer update.
+        """Run one iteration with an outer update.
 
         Raises:
             UserError: there was nothing to measure, because fp16 overflowed.
         """
-        made = self.weighting.outer_updates
-        self.bilevel.iterate(self.updating)
-        if self.weighting.outer_updates == made:
+        updates_before = self.weighting.num_updates
+        self.bilevel.train_iteration(self.updating)
+        if self.weighting.num_updates == updates_before:
             raise UserError("--fp16 overflowed, so that there was no outer update; lower --initial-loss-scale")
 
     def intervals(self, count: int) -> None:
-        """``count`` whole intervals of a bi-level run: the updating iteration is each one's last."""
+        """Run ``count`` whole intervals of a bilevel run: the updating iteration is each one's last."""
         for _ in range(count):
             for _ in range(self.interval - 1):
-                self.frozen.iterate(1)
+                self.frozen.train_iteration(1)
             self.update()
 
-    def _with(self, weighting: DataWeighting | None) -> Trainer:
-        """The same trainer with another weighting around it."""
-        trainer = copy.copy(self.bilevel)
-        trainer.weighting = weighting
-        return trainer
+
+def started(weighting: SampleWeighting, iteration: int) -> BilevelWeighting:
+    """Return the bilevel weighting of a run, started although its warm-up may not be over."""
+    weighting.before_step(iteration)
+    current = weighting.current if isinstance(weighting, WarmupWeighting) else weighting
+    if not isinstance(current, BilevelWeighting):
+        raise UserError(f"{type(current).__name__} learns nothing; measure a run of --dwm-mode bilevel")
+    return current

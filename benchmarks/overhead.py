@@ -19,10 +19,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,17 +35,17 @@ from modes import SETTLING_STEPS, Modes
 from overhead_report import PARTS, table
 
 from megatron_dwm.atomic_write import atomic_write_text
+from megatron_dwm.cli.launch import Process, build_trainer, run_program
 from megatron_dwm.config.flags import OneLineParser, add_flags, build, flag, require_at_least
 from megatron_dwm.config.run import RunConfig, parse_run
-from megatron_dwm.errors import UserError, run_cli
-from megatron_dwm.model.flops import outer_update_flops, scoring_flops, training_flops
+from megatron_dwm.errors import UserError
+from megatron_dwm.model.flops import training_flops
 from megatron_dwm.model.parameter_copy import ParameterCopy
-from megatron_dwm.runtime.device import environment_rank, require_megatron_core, select_device
-from megatron_dwm.runtime.startup_sync import StartupSync
 from megatron_dwm.training import trainer as training_loop
-from megatron_dwm.training.setup import build_trainer, read_inputs
 from megatron_dwm.training.trainer import Trainer
 from megatron_dwm.weighting.bilevel.alignment import held_for_all
+from megatron_dwm.weighting.flops import outer_update_flops, scoring_flops
+from megatron_dwm.weighting.stage_schedule import bilevel_stages
 
 DEFAULT_RUN = (
     "--num-layers 8 --hidden-size 256 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256 "
@@ -74,7 +72,7 @@ class OverheadConfig:
             raise UserError(f"--json {self.json_file}: its folder does not exist; make it, or give another file")
 
 
-def parse_overhead(argv: list[str], world_size: int, *, speaks: bool = True) -> tuple[OverheadConfig, RunConfig]:
+def parse_overhead(argv: list[str], world_size: int) -> tuple[OverheadConfig, RunConfig]:
     """The benchmark's own flags, and those of the run that it measures.
 
     Raises:
@@ -90,9 +88,15 @@ def parse_overhead(argv: list[str], world_size: int, *, speaks: bool = True) -> 
     options = build(OverheadConfig, vars(own))
     if not any(word.split("=")[0] == "--num-layers" for word in rest):
         rest = DEFAULT_RUN.split() + rest
-    config = parse_run(rest, world_size, speaks=speaks)
-    if not config.weighting.learns:
+    config = parse_run(rest, world_size)
+    if not config.weighting.needs_target:
         raise UserError(f"--dwm-mode {config.weighting.dwm_mode}: all modes are measured; leave the flag out")
+    stages = bilevel_stages(config.weighting, config.train_iters)
+    if (needed := batches_read(options, stages.update_interval)) > config.train_iters:
+        raise UserError(
+            f"--train-iters {config.train_iters}: --steps {options.steps} and --repeats {options.repeats} read "
+            f"{needed} batches; raise the one or lower the others"
+        )
     checkpoint = dataclasses.replace(config.checkpoint, save=None)
     logging = dataclasses.replace(config.logging, metrics_jsonl=None, tensorboard_dir=None)
     return options, dataclasses.replace(config, checkpoint=checkpoint, logging=logging)
@@ -117,9 +121,9 @@ def measure_modes(modes: Modes, options: OverheadConfig) -> dict[str, Any]:
         return run
 
     actions: dict[str, Callable[[], Any]] = {
-        "plain": repeated(partial(modes.plain.iterate, 1)),
+        "plain": repeated(partial(modes.plain.train_iteration, 1)),
         "bare": repeated(modes.bare.step),
-        "frozen": repeated(partial(modes.frozen.iterate, 1)),
+        "frozen": repeated(partial(modes.frozen.train_iteration, 1)),
         "update": modes.update,
     }
     if steps >= interval:
@@ -186,14 +190,14 @@ def measured_parts(modes: Modes, repeats: int) -> dict[str, float]:
             (modes.frozen.weighting, "weigh", "scoring"),
             (modes.outer.lm_gradients, "gradient", "target pass"),
             (modes.outer.lm_gradients, "align", "alignment pass"),
-            (ParameterCopy, "__init__", "parameter copy"),
+            (ParameterCopy, "take", "parameter copy"),
             (ParameterCopy, "swap", "parameter copy"),
             (modes.weighter, "step", "weighter steps"),
             (modes.weighter, "score", "weighter steps"),
         ):
             stack.enter_context(watch.around(target, name, part))
         for _ in range(repeats):
-            for action, turns in ((partial(modes.frozen.iterate, 1), scored), (modes.update, updated)):
+            for action, turns in ((partial(modes.frozen.train_iteration, 1), scored), (modes.update, updated)):
                 total = seconds(action)
                 parts = watch.take()
                 turns.append({**parts, "other": total - sum(parts.values())})
@@ -235,8 +239,8 @@ def measure_memory(modes: Modes) -> dict[str, Any]:
     def replayed() -> int:
         return sum(aligned.tokens.untyped_storage().nbytes() for aligned in modes.outer.replay)
 
-    plain, _ = peak_and_retained(partial(modes.plain.iterate, 1))
-    weighted, _ = peak_and_retained(partial(modes.frozen.iterate, 1))
+    plain, _ = peak_and_retained(partial(modes.plain.train_iteration, 1))
+    weighted, _ = peak_and_retained(partial(modes.frozen.train_iteration, 1))
     modes.outer.replay.clear()  # so that an update adds its samples, and lets go of none that came before
     updating, retained = peak_and_retained(modes.update)
     added = replayed() // len(modes.outer.replay)
@@ -297,28 +301,16 @@ def measure(trainer: Trainer, options: OverheadConfig) -> dict[str, Any]:
 
 
 def main() -> None:
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine|async grad allreduce).*")
-    rank, local_rank, world_size = environment_rank()
-    startup_sync = StartupSync(rank, world_size)
-    with startup_sync.phase("flags"):
-        require_megatron_core()
-        options, config = parse_overhead(sys.argv[1:], world_size, speaks=rank == 0)
-        device = select_device(local_rank)
-    with startup_sync.phase("inputs"):
-        inputs = read_inputs(config, reads_data=rank == 0)
-        assert inputs.stages is not None
-        if (needed := batches_read(options, inputs.stages.update_interval)) > config.train_iters:
-            raise UserError(
-                f"--train-iters {config.train_iters}: --steps {options.steps} and --repeats {options.repeats} read "
-                f"{needed} batches; raise the one or lower the others"
-            )
-    figures = measure(build_trainer(config, inputs, device, startup_sync), options)
-    if rank == 0:
-        print(table(figures), flush=True)
-        if options.json_file is not None:
-            atomic_write_text(Path(options.json_file), json.dumps(figures, indent=2) + "\n")
-    dist.destroy_process_group()
+    def program(process: Process) -> None:
+        (options, config), device = process.parse(partial(parse_overhead, sys.argv[1:]))
+        figures = measure(build_trainer(config, device, process), options)
+        if process.rank == 0:
+            print(table(figures), flush=True)
+            if options.json_file is not None:
+                atomic_write_text(Path(options.json_file), json.dumps(figures, indent=2) + "\n")
+
+    run_program(program)
 
 
 if __name__ == "__main__":
-    run_cli(main, speaks=int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0)
+    main()

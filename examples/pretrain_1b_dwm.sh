@@ -134,7 +134,7 @@ if [[ -n ${VALID_DATA_PATH:-} ]]; then
 else
     ARGS+=(--data-path $DATA_PATH --split "$SPLIT")
 fi
-if [[ $DWM_MODE == bilevel ]]; then ARGS+=(--dwm-valid-data-path $TARGET_DATA_PATH); fi
+if [[ $DWM_MODE == bilevel ]]; then ARGS+=(--dwm-target-data-path $TARGET_DATA_PATH); fi
 
 # Flags that are left to the program unless their variable is set.
 for name in TOKENIZER_MODEL VOCAB_SIZE VOCAB_FILE MERGE_FILE DATA_CACHE_PATH DISTRIBUTED_BACKEND TRANSFORMER_IMPL \

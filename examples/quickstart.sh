@@ -63,7 +63,7 @@ else
         --micro-batch-size 16 --global-batch-size 64 --train-iters "$ITERATIONS" \
         --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20 --weight-decay 0.1 --adam-beta2 0.95 \
         "${TOKENIZER[@]}" --train-data-path "${train[@]}" --valid-data-path "$RUN/data/test/prose_text_document" \
-        --dwm-valid-data-path "$RUN/data/target/prose_text_document" \
+        --dwm-target-data-path "$RUN/data/target/prose_text_document" \
         --dwm-target-batch-size 128 --dwm-warmup-iters $((ITERATIONS * 3 / 8)) --dwm-num-stages 4 --dwm-update-interval 8 \
         --dwm-init-from lm --dwm-num-layers 2 --dwm-lr 1e-3 --dwm-weighter-steps 8 --dwm-kl-weight 2 \
         --dwm-alignment finite-difference \

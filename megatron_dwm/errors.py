@@ -15,15 +15,18 @@ class UserError(Exception):
     """
 
 
-def run_cli(main: Callable[[], None], *, speaks: bool = True) -> None:
-    """Run a command's ``main``, turning a :class:`UserError` into its line and exit code.
+def print_error(error: UserError) -> None:
+    """Print the error's one line on standard error."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
-    Args:
-        speaks: whether this process prints the line; of several that fail alike, one should.
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run the ``main`` of a command of one process, turning a :class:`UserError` into its line and exit code.
+
+    Programs of several ranks start through ``megatron_dwm.cli.launch`` instead.
     """
     try:
         main()
     except UserError as error:
-        if speaks:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print_error(error)
         raise SystemExit(EXIT_CODE) from None

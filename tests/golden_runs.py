@@ -80,7 +80,7 @@ def record(checkout: Path, output: Path) -> None:
                 f"--valid-data-path {data}/valid_text_document --data-cache-path {output}/cache --save {save}"
             )
             if mode == "bilevel":
-                paths += f" --dwm-valid-data-path {data}/target_text_document"
+                paths += f" --dwm-target-data-path {data}/target_text_document"
             flags = f"{MODEL} {TRAINING} {parallel} {weighting} {paths}"
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
             command = [*torchrun, str(checkout / "pretrain_dwm.py"), *flags.split()]

@@ -107,8 +107,8 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
     from megatron_dwm.runtime.process_groups import initialize
 
     config = saved_run(folder)
-    learns = config.weighting.learns
-    paths = data_paths(config.data, config.weighting.dwm_valid_data_path if learns else None)
+    learns = config.weighting.needs_target
+    paths = data_paths(config.data, config.weighting.dwm_target_data_path if learns else None)
     for blend in paths.blends().values():
         for prefix in blend[0]:
             for file in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin")):

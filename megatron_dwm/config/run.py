@@ -122,7 +122,7 @@ class RunConfig:
             )
 
     def _check_outer_update(self) -> None:
-        if not self.weighting.learns:
+        if not self.weighting.needs_target:
             return
         if self.model.fp8 is not None and self.model.fp8_recipe == "delayed":
             raise UserError(
@@ -154,9 +154,9 @@ class RunConfig:
             )
         if self.optimizer.optimizer == "sgd" and self.weighting.dwm_preconditioner == "adam":
             raise UserError("--dwm-preconditioner adam needs --optimizer adam, not sgd; use --dwm-preconditioner none")
-        if not self.weighting.dwm_valid_data_path and not self.data.mock_data:
+        if not self.weighting.dwm_target_data_path and not self.data.mock_data:
             raise UserError(
-                "--dwm-mode bilevel needs --dwm-valid-data-path; give the target set, or use --dwm-mode off"
+                "--dwm-mode bilevel needs --dwm-target-data-path; give the target set, or use --dwm-mode off"
             )
 
     @property

@@ -13,12 +13,19 @@ from megatron_dwm.errors import UserError
 class WeightingConfig:
     """Data weighting model (DWM)."""
 
-    dwm_mode: Literal["off", "frozen", "bilevel"] = flag(
+    dwm_mode: Literal["off", "frozen", "bilevel", "rule"] = flag(
         "bilevel", "off: plain Megatron; frozen: use the weighter of --dwm-load; bilevel: learn it."
     )
+    dwm_rule: Literal["random", "loss", "shuffled", "oracle"] | None = flag(None, "Rule.")
+    dwm_rule_strength: float = flag(1.0, "Strength.")
+    dwm_rule_sources: list[str] | None = flag(None, "Sources.")
     dwm_load: str | None = flag(None, "Exported weighter to use (frozen mode).")
-    dwm_valid_data_path: list[str] | None = flag(
-        None, "Dataset prefix or blend of the target set, whose loss the weighter lowers.", nargs="*"
+    dwm_target_data_path: list[str] | None = flag(
+        None,
+        "Dataset prefix or blend of the target set, whose loss the weighter lowers.",
+        "--dwm-target-data-path",
+        "--dwm-valid-data-path",
+        nargs="*",
     )
     dwm_target_batch_size: int | None = flag(
         None, "Target samples in one outer update; the global batch size if not given."
@@ -108,16 +115,16 @@ class WeightingConfig:
                 "weighter on, give it as --dwm-init-from"
             )
 
-        if self.dwm_check and not self.learns:
+        if self.dwm_check and not self.needs_target:
             raise UserError(
                 f"--dwm-check goes with --dwm-mode bilevel, not {self.dwm_mode}, which learns nothing; leave it out"
             )
 
     @property
-    def weighs(self) -> bool:
+    def has_weighter(self) -> bool:
         """Whether a weighter exists at all."""
-        return self.dwm_mode != "off"
+        return self.dwm_mode in ("frozen", "bilevel") or self.dwm_rule == "shuffled"
 
     @property
-    def learns(self) -> bool:
-        return self.dwm_mode == "bilevel"
+    def needs_target(self) -> bool:
+        return self.dwm_mode == "bilevel" or self.dwm_rule == "shuffled"

@@ -44,7 +44,7 @@ class DataPaths:
             "--train-data-path": self.per_split[0],
             "--valid-data-path": self.per_split[1],
             "--test-data-path": self.per_split[2],
-            "--dwm-valid-data-path": self.target,
+            "--dwm-target-data-path": self.target,
         }
         return {name: blend for name, blend in named.items() if blend is not None}
 
@@ -88,7 +88,7 @@ def data_paths(data: DataConfig, target: list[str] | None) -> DataPaths:
     return DataPaths(
         shared=shared,
         per_split=(train, valid, test),
-        target=parse_blend("--dwm-valid-data-path", target),
+        target=parse_blend("--dwm-target-data-path", target),
         split=(data.split or LEGACY_SPLIT) if shared else None,
     )
 
@@ -197,7 +197,7 @@ def build_datasets(config: RunConfig, paths: DataPaths, tokenizer: Any, parallel
     train, valid, test = BlendedMegatronDatasetBuilder(kind, sizes, loads, core_config).build()
 
     target = None
-    if config.weighting.learns:
+    if config.weighting.needs_target:
         target_blend = None if data.mock_data else [paths.target, None, None]
         target_config = _core_dataset_config(
             config, paths, tokenizer, blend_per_split=target_blend, split="1,0,0" if data.mock_data else None

@@ -29,7 +29,7 @@ def check_data(paths: DataPaths, seq_length: int, vocab_size: int) -> None:
     if paths.target is not None:
         _check_target_size(paths.target, seq_length)
         for flag, blend in paths.blends().items():
-            if flag != "--dwm-valid-data-path":
+            if flag != "--dwm-target-data-path":
                 _check_apart(flag, blend, paths.target)
 
 
@@ -115,7 +115,7 @@ def _check_target_size(target: Blend, seq_length: int) -> None:
     tokens = sum(int(sequence_lengths(prefix).sum()) for prefix in target[0])
     if tokens < seq_length + 1:
         raise UserError(
-            f"--dwm-valid-data-path {' '.join(target[0])}: {tokens} tokens are less than one sample of "
+            f"--dwm-target-data-path {' '.join(target[0])}: {tokens} tokens are less than one sample of "
             f"{seq_length + 1}; give a larger target set"
         )
 
@@ -126,7 +126,7 @@ def _check_apart(flag: str, blend: Blend, target: Blend) -> None:
     for prefix in blend[0]:
         if Path(prefix).resolve() in target_files:
             raise UserError(
-                f"--dwm-valid-data-path {prefix} is also named by {flag}; the target set must be apart from the data "
+                f"--dwm-target-data-path {prefix} is also named by {flag}; the target set must be apart from the data "
                 "that is trained and evaluated on"
             )
     wanted: set[bytes] = set()
@@ -137,7 +137,7 @@ def _check_apart(flag: str, blend: Blend, target: Blend) -> None:
         shared = len(wanted & _digests(prefix, lengths))
         if shared:
             raise UserError(
-                f"--dwm-valid-data-path {' '.join(target[0])}: {shared} of its documents also stand in {flag} "
+                f"--dwm-target-data-path {' '.join(target[0])}: {shared} of its documents also stand in {flag} "
                 f"{prefix}; the target set must be apart from the data that is trained and evaluated on"
             )
 

@@ -9,21 +9,34 @@ import torch
 
 
 class ParameterCopy:
-    """A copy of the latest parameters of model chunks.
-
-    With ``--overlap-param-gather`` a rank holds only its own shards of them until the next forward pass; they are
-    gathered first, which makes this a collective call of the data-parallel group.
-    """
+    """A copy of model chunks' parameters: taken, exchanged with the model's or put back, and dropped."""
 
     def __init__(self, chunks: Sequence[Any]) -> None:
         """
         Args:
             chunks: DistributedDataParallel model chunks.
         """
-        for chunk in chunks:
+        self._chunks = list(chunks)
+        self._params: list[torch.nn.Parameter] = []
+        self._copies: list[torch.Tensor] = []
+
+    @classmethod
+    def taken(cls, chunks: Sequence[Any]) -> ParameterCopy:
+        """Return a copy of the present parameters; a collective call as :meth:`take` is."""
+        copy = cls(chunks)
+        copy.take()
+        return copy
+
+    def take(self) -> None:
+        """Copy the latest parameters.
+
+        With ``--overlap-param-gather`` a rank holds only its shards of them until the next forward pass; they are
+        gathered first, which makes this a collective call of the data-parallel group.
+        """
+        for chunk in self._chunks:
             if chunk.use_forward_hook:
                 chunk.start_param_sync(force_sync=True)
-        self._params = [param for chunk in chunks for param in chunk.parameters()]
+        self._params = [param for chunk in self._chunks for param in chunk.parameters()]
         self._copies = [param.detach().clone() for param in self._params]
 
     def swap(self) -> None:
@@ -39,3 +52,7 @@ class ParameterCopy:
         with torch.no_grad():
             for param, copy in zip(self._params, self._copies, strict=True):
                 param.data.copy_(copy)
+
+    def drop(self) -> None:
+        """Free the copy's memory."""
+        self._params, self._copies = [], []

@@ -51,7 +51,7 @@ class ParallelState:
         return self.rank == self.world_size - 1
 
     @property
-    def place(self) -> str:
+    def tp_pp_label(self) -> str:
         """Tensor and pipeline rank, as Megatron-LM writes them beside a checkpoint."""
         return f"[ t {self.tp_rank + 1}/{self.tp_size}, p {self.pp_rank + 1}/{self.pp_size} ]"
 

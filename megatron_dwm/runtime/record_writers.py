@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.errors import UserError
+from megatron_dwm.runtime.logging import timestamp
 
 
 class JsonLines:
@@ -84,7 +85,9 @@ class LossWindow:
     skipped: int = 0
     nan: int = 0
 
-    def add(self, losses: Mapping[str, float], skipped: bool) -> None:
+    def add(self, losses: Mapping[str, float], skipped: bool, weighting_flops: float = 0.0) -> None:
+        """Add one iteration; the losses of a skipped one do not count."""
+        self.weighting_flops += weighting_flops
         for name, value in losses.items():
             if not skipped:
                 self.losses[name] = self.losses.get(name, 0.0) + value
@@ -154,11 +157,6 @@ def validation_line(prefix: str, loss: float) -> str:
     text = f" validation loss at {prefix} | lm loss value: {loss:.6E} | lm loss PPL: {math.exp(min(20, loss)):.6E} | "
     rule = "-" * (len(text) + 1)
     return f"{rule}\n{text}\n{rule}"
-
-
-def timestamp() -> str:
-    """Now, as Megatron-LM writes it."""
-    return f"{datetime.now():%Y-%m-%d %H:%M:%S.%f}"
 
 
 def event_line(event: str) -> str:

@@ -1,24 +1,39 @@
 """One rank's error is every rank's error.
 
 A user's error may show itself on one process only: a file that is missing on one node, a dataset that only the first
-rank of a replica opens. Processes that did not see it would wait for the others in a collective until a timeout. Here
-every rank ends each phase of the start-up by telling the others how it went, through the rendezvous store, which
-needs no process group.
+rank of a replica opens. Processes that did not see it would wait for the others in a collective until a timeout. So
+every rank ends each phase of the start-up by telling the others how it went, and after the start-up a thread of each
+rank looks for a failure that another one has reported. Both go through the rendezvous store, which needs no process
+group.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import EXIT_CODE, UserError
 from megatron_dwm.runtime.process_groups import free_port
 
-PATIENCE = timedelta(hours=2)  # one rank may build a large dataset's index while the others wait
+PATIENCE = timedelta(hours=2)
+"""One rank may build a large dataset's index while the others wait."""
+POLL_SECONDS = 2.0
+"""Between two looks for another rank's failure: rarely enough for a store that thousands of ranks ask."""
+LINGER_SECONDS = 4 * POLL_SECONDS
+"""The store ends with the process that holds it, so the first rank stays until the others have read of a failure."""
+
+
+class PeerError(UserError):
+    """A user's error that another rank has found and printed."""
 
 
 class StartupSync:
@@ -28,8 +43,12 @@ class StartupSync:
         """Meet the other ranks at MASTER_ADDR:MASTER_PORT; a lone process meets itself.
 
         Raises:
-            UserError: the variables that name the meeting point are missing.
+            UserError: the rank is not one of the world's, or the variables that name the meeting point are missing.
         """
+        if not 0 <= rank < world_size:
+            raise UserError(
+                f"RANK={rank} is not between 0 and WORLD_SIZE={world_size}; start the run with torchrun or srun"
+            )
         if world_size == 1 and "MASTER_ADDR" not in os.environ:
             os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
         for name in ("MASTER_ADDR", "MASTER_PORT"):
@@ -39,29 +58,111 @@ class StartupSync:
         self.rank, self.world_size = rank, world_size
         self.store, _, _ = next(dist.rendezvous("env://"))
         self._phases = dist.PrefixStore("phases", self.store)
+        self._failures = dist.PrefixStore("failures", self.store)
+        self._finished = threading.Event()
+        self._agreed_error: UserError | None = None
+        self._everybody_knows = False
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Run a block on every rank; if any rank's raises a UserError, all ranks raise it.
+        """Run a block on every rank; if any rank's raises a UserError, all ranks raise one.
 
-        The block must not wait for other ranks after a point at which it can raise.
+        The rank whose error arrives first raises it as it is; the others raise a :class:`PeerError`, so that it is
+        printed once. The block must not wait for other ranks after a point at which it can raise.
         """
         error: UserError | None = None
         try:
             yield
         except UserError as caught:
             error = caught
-        if error is not None:
+        is_first_error = error is not None and self._phases.add(f"{name}/errors", 1) == 1
+        if is_first_error:
             self._phases.set(f"{name}/error", str(error))
         if self._phases.add(f"{name}/arrived", 1) == self.world_size:
             self._phases.set(f"{name}/complete", "yes")
         self._phases.wait([f"{name}/complete"], PATIENCE)
-        if not self._phases.check([f"{name}/error"]):
+        if not self._phases.check([f"{name}/errors"]):
             return
+        self._phases.wait([f"{name}/error"], PATIENCE)
         message = self._phases.get(f"{name}/error").decode()
-        # The store ends with the process that holds it, which therefore leaves last.
         if self._phases.add(f"{name}/read", 1) == self.world_size:
             self._phases.set(f"{name}/everybody-read", "yes")
         if self.rank == 0:
             self._phases.wait([f"{name}/everybody-read"], PATIENCE)
-        raise UserError(message) from error
+        if is_first_error and error is not None:
+            self._agreed_error = error
+            raise error
+        raise PeerError(message)
+
+    def watch_peers(self) -> None:
+        """From now on, end this process when another one reports a failure.
+
+        A rank that waits in a collective for one that has failed would otherwise wait until the collective's timeout.
+        It ends within :data:`POLL_SECONDS`, with the exit code of a user's error or 1.
+        """
+        if self.world_size > 1:
+            threading.Thread(target=self._watch, name="peer-watch", daemon=True).start()
+
+    def report_failure(self, error: BaseException) -> bool:
+        """Tell the other ranks why this one ends.
+
+        Returns:
+            whether this is the first failure of the run: those that follow from it need not be printed.
+        """
+        self._finished.set()
+        if self.world_size == 1 or error is self._agreed_error:  # nobody else there, or all know of it
+            self._everybody_knows = True
+            return True
+        code = EXIT_CODE if isinstance(error, UserError) else 1
+        text = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+        try:
+            is_first = self._failures.add("count", 1) == 1
+            if is_first:
+                self._failures.set("first", json.dumps({"rank": self.rank, "code": code, "reason": reason}))
+        except RuntimeError:  # the store has ended with the rank that holds it
+            return True
+        return is_first
+
+    def end_with_first_failure(self) -> NoReturn:
+        """End this process with the run's first failure, which another rank has reported."""
+        self._end(json.loads(self._failures.get("first")), self._failures)
+
+    def finish(self) -> None:
+        """Stop watching: the run has ended well, and its ranks leave one after the other."""
+        self._finished.set()
+
+    def linger(self) -> None:
+        """Stay after a reported failure until the others have read of it, if this is the rank that holds the store."""
+        if not self._everybody_knows:
+            self._linger(self._failures)
+
+    def _linger(self, store: dist.Store) -> None:
+        deadline = time.monotonic() + LINGER_SECONDS
+        while self.rank == 0 and time.monotonic() < deadline:
+            if store.add("read", 0) + store.add("count", 0) >= self.world_size:
+                return
+            time.sleep(0.1)
+
+    def _watch(self) -> None:
+        # A connection of its own: the run's may be held by a wait.
+        store = dist.PrefixStore("failures", self.store.clone())
+        while not self._finished.wait(POLL_SECONDS):
+            try:
+                if not store.check(["first"]):
+                    continue
+                failure = json.loads(store.get("first"))
+                store.add("read", 1)
+            except RuntimeError:  # the store has ended; whoever waits for its holder finds out
+                return
+            if self._finished.is_set():
+                return
+            self._end(failure, store)
+
+    def _end(self, failure: dict[str, Any], store: dist.Store) -> NoReturn:
+        if failure["code"] != EXIT_CODE:  # a user's error is one line, which the rank that found it has printed
+            line = f"error: rank {self.rank} ends because rank {failure['rank']} failed ({failure['reason']})"
+            print(line, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        self._linger(store)
+        os._exit(failure["code"])  # no cleanup: what it would wait for may be gone

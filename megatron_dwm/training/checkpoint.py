@@ -8,6 +8,7 @@ loses nothing.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -21,8 +22,8 @@ from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.checkpoint_args import differing_flag, read_arguments
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.errors import UserError
+from megatron_dwm.runtime.logging import timestamp
 from megatron_dwm.runtime.process_groups import ParallelState
-from megatron_dwm.runtime.record_writers import say, timestamp
 from megatron_dwm.training.optimizer import allocate_state, load_optimizer
 from megatron_dwm.training.train_state import (
     TrainComponents,
@@ -34,6 +35,8 @@ from megatron_dwm.training.train_state import (
     sharded_state,
     sharding_metadata,
 )
+
+logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 DWM_STATE = "dwm_state.pt"
@@ -77,11 +80,11 @@ class CheckpointWriter:
             # A process with a CUDA context must not be forked: there megatron-core's own worker writes.
             self._queue = AsyncCallsQueue(persistent=torch.cuda.is_available())
 
-    def save(self, train_state: TrainState, dwm_state: dict[str, Any] | None, *, persistent: bool = True) -> None:
+    def save(self, train_state: TrainState, dwm_state: dict[str, Any], *, persistent: bool = True) -> None:
         """Write a checkpoint, or begin to.
 
         Args:
-            dwm_state: the weighter's state, if there is a weighter.
+            dwm_state: the weighting's state; none is written if it is empty.
             persistent: whether it is to stay until ``--save-retain-interval`` says otherwise; of the others only the
                 newest two are kept.
         """
@@ -94,13 +97,13 @@ class CheckpointWriter:
         save = flags.save or "."
         root = Path(save) if persistent else non_persistent_folder(flags, save)
         beside = root / f".{iteration_folder(root, iteration).name}.partial"
-        self._say(f"[{timestamp()}] saving checkpoint at iteration {iteration:7d} to {root} in torch_dist format")
+        logger.info(f"[{timestamp()}] saving checkpoint at iteration {iteration:7d} to {root} in torch_dist format")
         if self.parallel_state.is_first_rank:
             if not persistent:
                 _drop_all_but_newest(root)
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
-            if dwm_state is not None:
+            if dwm_state:
                 torch.save(dwm_state, beside / DWM_STATE)
         dist.barrier()
 
@@ -124,7 +127,7 @@ class CheckpointWriter:
             return
         request.add_finalize_fn(lambda: self._publish(root, beside, iteration))
         self._queue.schedule_async_request(request)
-        self._say(f"  [{timestamp()}] scheduled an async checkpoint save at iteration {iteration:7d} to {root}")
+        logger.info(f"  [{timestamp()}] scheduled an async checkpoint save at iteration {iteration:7d} to {root}")
 
     def poll(self) -> None:
         """Put a checkpoint that has been written in the background into its place."""
@@ -149,20 +152,16 @@ class CheckpointWriter:
         publish_folder(beside, final)
         previous = _tracked(root)
         atomic_write_text(root / TRACKER, str(iteration))
-        self._say(
+        logger.info(
             f"  [{timestamp()}] successfully saved checkpoint from iteration {iteration:7d} to {root} "
-            f"{self.parallel_state.place}"
+            f"{self.parallel_state.tp_pp_label}"
         )
         retained = self.config.checkpoint.save_retain_interval
         if root == Path(self.config.checkpoint.save or ".") and _unretained(previous, final, retained):
             assert previous is not None
             shutil.rmtree(previous, ignore_errors=True)
             number = iteration_of(previous)
-            self._say(f"  [{timestamp()}] successfully deleted checkpoint from iteration {number:7d} at {root}")
-
-    def _say(self, message: str) -> None:
-        if self.parallel_state.is_first_rank:
-            say(message)
+            logger.info(f"  [{timestamp()}] successfully deleted checkpoint from iteration {number:7d} at {root}")
 
 
 def saved_arguments(flags: CheckpointConfig) -> dict[str, Any]:

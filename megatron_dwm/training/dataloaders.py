@@ -1,7 +1,8 @@
-"""The readers of a run's splits."""
+"""The batch loaders of a run's splits."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch.distributed as dist
@@ -12,9 +13,10 @@ from megatron_dwm.data.datasets import BatchLoader, DataPaths, build_datasets, s
 from megatron_dwm.data.sampler import BatchPartition
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.process_groups import ParallelState
-from megatron_dwm.runtime.record_writers import say
 from megatron_dwm.runtime.startup_sync import StartupSync
 from megatron_dwm.training.train_state import TrainState
+
+logger = logging.getLogger(__name__)
 
 
 class Dataloaders:
@@ -51,7 +53,7 @@ class Dataloaders:
     def target(self, consumed: int) -> BatchLoader:
         """The target set's reader, ``consumed`` samples in."""
         dataset, partition = self.datasets.target, self.target_partition
-        return self._reader(dataset, shuffled(self.config, dataset, consumed, partition), partition)
+        return self._loader(dataset, shuffled(self.config, dataset, consumed, partition), partition)
 
     def peek(self, consumed_train: int, consumed_target: int) -> tuple[Batch, Batch]:
         """The next training and target samples, which the run's own readers still have before them."""
@@ -92,17 +94,17 @@ class Dataloaders:
         """Whether there is validation and test data, as rank 0, which reads it, knows."""
         present = [self.datasets.valid is not None, self.datasets.test is not None]
         dist.broadcast_object_list(present, src=0)
-        if self.parallel_state.is_first_rank and self.config.data.eval_iters > 0:
+        if self.config.data.eval_iters > 0:
             for name, there in zip(("validation", "test"), present, strict=True):
                 if not there:
-                    say(f" > no {name} data, so there is no {name} loss")
+                    logger.info(f" > no {name} data, so there is no {name} loss")
         return present[0], present[1]
 
     def _sequential(self, dataset: Any, consumed: int) -> BatchLoader:
-        return self._reader(
+        return self._loader(
             dataset, sequential_or_cyclic(self.config, dataset, consumed, self.partition), self.partition
         )
 
-    def _reader(self, dataset: Any, sampler: Any, partition: BatchPartition) -> BatchLoader:
+    def _loader(self, dataset: Any, sampler: Any, partition: BatchPartition) -> BatchLoader:
         sequence, workers = self.config.model.sequence, self.config.data.num_workers
         return BatchLoader(dataset, sampler, partition, sequence, self.parallel_state, self.vocab_size, workers)

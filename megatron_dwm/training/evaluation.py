@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,8 @@ import torch.distributed as dist
 from megatron_dwm.data.datasets import BatchLoader
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.runtime.process_groups import ParallelState
-from megatron_dwm.runtime.record_writers import say
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,23 +32,22 @@ def evaluate(
     micro_batch_size: int,
     parallel_state: ParallelState,
     *,
-    tells: bool = False,
+    log_progress: bool = False,
 ) -> Evaluation:
-    """Mean loss over the next ``batches`` batches of ``reader``, without dropout.
+    """Return the mean loss over the next ``batches`` batches of ``reader``, without dropout.
 
     Args:
-        tells: whether to print how far it is.
+        log_progress: whether to log each batch.
     """
-    tells = tells and parallel_state.is_first_rank
-    if tells:
-        say(f"Evaluating on {batches * batch_loader.partition.global_samples} samples")
+    if log_progress:
+        logger.info(f"Evaluating on {batches * batch_loader.partition.global_samples} samples")
     sums = torch.zeros(2, device=torch.cuda.current_device())
     for chunk in engine.chunks:
         chunk.eval()
     with torch.no_grad():
         for number in range(batches):
-            if tells:
-                say(f"Evaluating iter {number + 1}/{batches}")
+            if log_progress:
+                logger.info(f"Evaluating iter {number + 1}/{batches}")
             losses = engine.run(batch_loader.next_batch(), micro_batch_size, forward_only=True)
             if losses is not None:
                 sums += torch.stack([losses.total.sum(), losses.tokens.sum()])

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_dwm.config.run import RunConfig
-from megatron_dwm.model.flops import outer_update_flops, scoring_flops, training_flops
+from megatron_dwm.model.flops import training_flops
 from megatron_dwm.model.memory import MEBIBYTE, memory_estimate
+from megatron_dwm.runtime.logging import EVERY_RANK, LAST_RANK
 from megatron_dwm.runtime.process_groups import ParallelState
-from megatron_dwm.runtime.record_writers import JsonLines, LogLine, LossWindow, TensorBoard, say, validation_line
+from megatron_dwm.runtime.record_writers import JsonLines, LogLine, LossWindow, TensorBoard, validation_line
 from megatron_dwm.training.step import StepResult
 from megatron_dwm.training.train_state import TrainState
-from megatron_dwm.weighting.bilevel.health import HealthWarning
+
+logger = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -52,18 +56,21 @@ class Reporter:
         self,
         train_state: TrainState,
         result: StepResult,
+        *,
         learning_rate: float,
         loss_scale: float,
         params_norm: float | None,
         weighting: dict[str, Any],
+        weighting_flops: float,
     ) -> None:
         """Report one training step.
 
         Args:
-            weighting: the step's weighting figures, empty without a weighter: numbers, and dicts of numbers by source.
+            weighting: figures of the step's weights, empty for plain training: numbers, and dicts of numbers by source.
+            weighting_flops: operations of all ranks that plain training would not have needed.
         """
         losses = {} if result.loss is None else {"lm loss": result.loss}
-        self.window.add(losses, result.skipped)
+        self.window.add(losses, result.skipped, weighting_flops)
         numbers: dict[str, float] = {
             "learning-rate": learning_rate,
             "batch-size": float(self.config.global_batch_size),
@@ -106,37 +113,17 @@ class Reporter:
                 self.since = time.perf_counter()
         self.first_step = False
 
-    def weighed(self, weighter_parameters: int, *, updated: bool) -> None:
-        """Count the operations of a step's weighting.
-
-        Args:
-            weighter_parameters: without the embedding.
-            updated: whether an outer update followed.
-        """
-        config = self.config
-        self.window.weighting_flops += scoring_flops(
-            weighter_parameters, config.global_batch_size, config.model.sequence
-        )
-        if updated:
-            self.window.weighting_flops += outer_update_flops(config, self.padded_vocab_size, weighter_parameters)
-
-    def record(self, record: dict[str, Any]) -> None:
-        """Write one record to the JSON lines."""
+    def record(self, *records: dict[str, Any]) -> None:
+        """Write records to the JSON lines."""
         if self.jsonl is not None:
-            self.jsonl.write(record)
-
-    def warnings(self, iteration: int, warnings: Sequence[HealthWarning]) -> None:
-        """Say what is wrong with the weighting, and record it."""
-        for warning in warnings:
-            self.record({"kind": "health", "iteration": iteration, "sign": warning.sign, "message": warning.message})
-            if self.parallel_state.is_last_rank:
-                say(f"WARNING at iteration {iteration}: {warning.message}")
+            for record in records:
+                self.jsonl.write(record)
 
     def evaluation(self, train_state: TrainState, split: str, loss: float, prefix: str) -> None:
         """Report an evaluation on ``split`` (valid or test)."""
         if not self.parallel_state.is_last_rank:
             return
-        say(validation_line(prefix, loss))
+        logger.info(validation_line(prefix, loss), extra=LAST_RANK)
         self.record({"kind": "evaluation", "iteration": train_state.iteration, "split": split, "lm_loss": loss})
         # Megatron-LM puts the test loss at the end of the validation's curve.
         if self.board is not None and not self.config.training.skip_train:
@@ -147,15 +134,16 @@ class Reporter:
                     "lm loss validation ppl", ppl, train_state.iteration, train_state.consumed_train_samples
                 )
 
-    def pause(self) -> float:
-        """Stop the clock (before an evaluation or a save); returns what :meth:`resume` needs."""
-        return time.perf_counter()
-
-    def resume(self, paused_at: float) -> None:
-        """Leave out of the time per iteration what has passed since :meth:`pause`."""
-        paused = time.perf_counter() - paused_at
-        self.since += paused
-        self.step_since += paused
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While open (an evaluation, a save), time does not count as that of an iteration."""
+        paused_at = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - paused_at
+            self.since += seconds
+            self.step_since += seconds
 
     def close(self) -> None:
         if self.jsonl is not None:
@@ -199,33 +187,28 @@ class Reporter:
             if weighting:
                 added = self.window.weighting_flops / self.window.iterations
                 extra["dwm throughput per GPU (TFLOP/s/GPU)"] = (self.flops_per_step + added) * per_flop
-        if self.parallel_state.is_last_rank:
-            say(
-                str(
-                    LogLine(
-                        iteration=train_state.iteration,
-                        train_iters=self.config.train_iters,
-                        consumed_samples=train_state.consumed_train_samples,
-                        skipped_samples=train_state.skipped_train_samples,
-                        seconds_per_iteration=seconds,
-                        throughput=throughput,
-                        learning_rate=learning_rate,
-                        global_batch_size=self.config.global_batch_size,
-                        losses=self.window.averages(),
-                        loss_scale=loss_scale,
-                        grad_norm=result.grad_norm,
-                        num_zeros=result.num_zeros,
-                        params_norm=params_norm,
-                        skipped_iterations=self.window.skipped,
-                        nan_iterations=self.window.nan,
-                        extra=extra,
-                    )
-                )
-            )
+        line = LogLine(
+            iteration=train_state.iteration,
+            train_iters=self.config.train_iters,
+            consumed_samples=train_state.consumed_train_samples,
+            skipped_samples=train_state.skipped_train_samples,
+            seconds_per_iteration=seconds,
+            throughput=throughput,
+            learning_rate=learning_rate,
+            global_batch_size=self.config.global_batch_size,
+            losses=self.window.averages(),
+            loss_scale=loss_scale,
+            grad_norm=result.grad_norm,
+            num_zeros=result.num_zeros,
+            params_norm=params_norm,
+            skipped_iterations=self.window.skipped,
+            nan_iterations=self.window.nan,
+            extra=extra,
+        )
+        logger.info(str(line), extra=LAST_RANK)
         if self.memory_reports_left > 0:  # by the second line the optimizer's state is in it
             self.memory_reports_left -= 1
-            if self.parallel_state.is_first_rank:
-                say("\n".join(memory_estimate(self.config, self.padded_vocab_size)))
+            logger.info("\n".join(memory_estimate(self.config, self.padded_vocab_size)))
             self.memory(f"(after {train_state.iteration} iterations)")
 
     def memory(self, when: str) -> None:
@@ -239,7 +222,7 @@ class Reporter:
             "max reserved": torch.cuda.max_memory_reserved(),
         }
         text = " | ".join(f"{name}: {value / MEBIBYTE:.2f}" for name, value in figures.items())
-        say(f"[Rank {self.parallel_state.rank}] {when} memory (MB) | {text}")
+        logger.info(f"[Rank {self.parallel_state.rank}] {when} memory (MB) | {text}", extra=EVERY_RANK)
 
 
 def _flat(weighting: dict[str, Any]) -> dict[str, float]:

@@ -36,10 +36,10 @@ def train_step(
     sample_weights: torch.Tensor | None,
     parallel_state: ParallelState,
 ) -> StepResult:
-    """Forward and backward passes over ``batch``, one optimizer step, one schedule step.
+    """Run forward and backward passes over ``batch``, one optimizer step and one step of the learning-rate schedule.
 
     Args:
-        sample_scale: relative weights of this replica's samples [n]; None trains plainly.
+        sample_weights: of this replica's samples [n]; None trains plainly.
     """
     for chunk in engine.chunks:
         chunk.zero_grad_buffer()
@@ -59,7 +59,7 @@ def train_step(
 
 
 def token_mean(losses: SampleLosses, parallel_state: ParallelState) -> float:
-    """Mean token loss over all replicas; the last pipeline stage's ranks call it."""
+    """Return the mean token loss over all replicas; the last pipeline stage's ranks call it."""
     sums = torch.stack([losses.total.sum(), losses.tokens.sum()])
     dist.all_reduce(sums, group=parallel_state.dp_group)
     return float(sums[0] / sums[1])

@@ -27,6 +27,12 @@ class TrainState:
     consumed_valid_samples: int = 0
     num_floating_point_operations_so_far: float = 0
 
+    def advance(self, iteration: int, samples: int, flops: float) -> None:
+        """Count one iteration."""
+        self.iteration = iteration
+        self.consumed_train_samples += samples
+        self.num_floating_point_operations_so_far += flops
+
 
 @dataclass(frozen=True)
 class TrainComponents:

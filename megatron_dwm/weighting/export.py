@@ -1,78 +1,117 @@
-"""Exports of the weighter in the course of a run."""
+"""Exports of the weighter in the course of a run.
+
+An exported weighter is a folder that ``AutoModelForSequenceClassification.from_pretrained`` loads: config.json,
+model.safetensors, the tokenizer, and ``dwm_manifest.json``, which says what run it is from.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 
+from megatron_dwm.atomic_write import atomic_folder
 from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.datasets import DataPaths
-from megatron_dwm.runtime.process_groups import ParallelState
-from megatron_dwm.runtime.record_writers import say
-from megatron_dwm.weighting.data_weighting import DataWeighting
-from megatron_dwm.weighting.weighter_init import export_weighter
+from megatron_dwm.data.tokenizers import save_hf_tokenizer
+from megatron_dwm.weighting.weighter import Weighter
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "dwm_manifest.json"
 
 
-class WeighterExporter:
-    """Writes ``<save>/weighter/iter_XXXXXXX/`` at saves and at the ends of stages."""
+class WeighterExporter(Protocol):
+    """Writes the weighter where a run keeps its exports."""
+
+    def export(self, weighter: Weighter, iteration: int, stage: int) -> None:
+        """Export the weighter as it is after ``iteration``; every rank calls it."""
+
+
+class NoExport:
+    """The exporter of a run without ``--save``."""
+
+    def export(self, weighter: Weighter, iteration: int, stage: int) -> None:
+        """Write nothing."""
+
+
+class FolderExporter:
+    """Writes ``<save>/weighter/iter_XXXXXXX/``, each once."""
 
     def __init__(
-        self, config: RunConfig, parallel_state: ParallelState, paths: DataPaths, tokenizer: Any, fingerprint: str
+        self, root: Path, tokenizer: Any, tokenizer_config: TokenizerConfig, run_facts: Mapping[str, Any]
     ) -> None:
-        assert config.checkpoint.save is not None
-        self.config, self.parallel_state, self.paths = config, parallel_state, paths
-        self.tokenizer, self.fingerprint = tokenizer, fingerprint
-        self.root = Path(config.checkpoint.save) / "weighter"
-        self.last: tuple[int, str] | None = None
+        """
+        Args:
+            run_facts: what the manifest says of the run (:func:`run_facts`).
+        """
+        self.root, self.tokenizer, self.tokenizer_config = root, tokenizer, tokenizer_config
+        self.run_facts = run_facts
+        self._last: tuple[int, str] | None = None
 
-    def export(self, weighting: DataWeighting, iteration: int) -> None:
-        """Export the weighter, if it is alive and this iteration's is not there yet; every rank calls it."""
-        weighter = weighting.weighter
-        if weighter is None:
-            return
-        if self.parallel_state.is_first_rank:
+    def export(self, weighter: Weighter, iteration: int, stage: int) -> None:
+        """Write the export on the first rank, unless this iteration's is there; a weighter of NaN is not exported."""
+        if dist.get_rank() == 0:
             digest = weighter.hash()
-            if self.last != (iteration, digest):
-                folder = self.root / f"iter_{iteration:07d}"
-                export_weighter(
-                    weighter.model,
-                    self.tokenizer,
-                    self.config.tokenizer,
-                    folder,
-                    self.manifest(weighting, iteration, digest),
-                )
-                say(f" > exported the weighter to {folder}")
-                self.last = (iteration, digest)
+            folder = self.root / f"iter_{iteration:07d}"
+            if not all(bool(torch.isfinite(param).all()) for param in weighter.model.parameters()):
+                logger.warning(f"the weighter of iteration {iteration} is not finite and is not exported to {folder}")
+            elif self._last != (iteration, digest):
+                manifest = self._manifest(weighter, iteration, stage, digest)
+                export_weighter(weighter.model, self.tokenizer, self.tokenizer_config, folder, manifest)
+                logger.info(f" > exported the weighter to {folder}")
+                self._last = (iteration, digest)
         dist.barrier()
 
-    def manifest(self, weighting: DataWeighting, iteration: int, digest: str) -> dict[str, Any]:
-        """What the export says of itself."""
-        assert weighting.weighter is not None
-        model = self.config.model
+    def _manifest(self, weighter: Weighter, iteration: int, stage: int, digest: str) -> dict[str, Any]:
         return {
             "iteration": iteration,
-            "stage": weighting.stages.stage(iteration),
-            "mode": self.config.weighting.dwm_mode,
-            "initialised_from": self.config.weighting.dwm_load or self.config.weighting.dwm_init_from,
-            "temperature": self.config.weighting.dwm_temperature,
-            "kl_weight": self.config.weighting.dwm_kl_weight,
-            "weighter_parameters": weighting.weighter.num_parameters,
+            "stage": stage,
+            "weighter_parameters": weighter.num_parameters,
             "weighter_sha256": digest,
-            "tokenizer_fingerprint": self.fingerprint,
-            "data": {
-                flag: {"prefixes": prefixes, "weights": weights}
-                for flag, (prefixes, weights) in self.paths.blends().items()
-            },
-            "sources": weighting.sources,
-            "language_model": {
-                "num_layers": model.layers,
-                "hidden_size": model.hidden,
-                "num_attention_heads": model.heads,
-                "num_query_groups": model.query_groups,
-                "ffn_hidden_size": model.ffn,
-                "seq_length": model.sequence,
-            },
-            "global_batch_size": self.config.global_batch_size,
+            **self.run_facts,
         }
+
+
+def export_weighter(
+    model: Any, tokenizer: Any, tokenizer_config: TokenizerConfig, folder: Path, manifest: Mapping[str, Any]
+) -> None:
+    """Write a weighter's classifier, tokenizer and manifest beside ``folder``, then put them in place."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar for one small file would break the log's lines
+    with atomic_folder(folder) as beside:
+        model.save_pretrained(beside)
+        save_hf_tokenizer(tokenizer, tokenizer_config, beside)
+        (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def run_facts(config: RunConfig, paths: DataPaths, tokenizer_fingerprint: str) -> dict[str, Any]:
+    """Return what a manifest says of the run that the weighter is from."""
+    model, settings = config.model, config.weighting
+    return {
+        "mode": settings.dwm_mode,
+        "initialised_from": settings.dwm_load or settings.dwm_init_from,
+        "temperature": settings.dwm_temperature,
+        "kl_weight": settings.dwm_kl_weight,
+        "tokenizer_fingerprint": tokenizer_fingerprint,
+        "data": {
+            flag: {"prefixes": prefixes, "weights": weights} for flag, (prefixes, weights) in paths.blends().items()
+        },
+        "sources": paths.train_sources,
+        "language_model": {
+            "num_layers": model.layers,
+            "hidden_size": model.hidden,
+            "num_attention_heads": model.heads,
+            "num_query_groups": model.query_groups,
+            "ffn_hidden_size": model.ffn,
+            "seq_length": model.sequence,
+        },
+        "global_batch_size": config.global_batch_size,
+    }

@@ -31,24 +31,21 @@ class StageSchedule:
             return 0
         return min(1 + (iteration - self.warmup_iters - 1) // self.stage_iters, self.num_stages)
 
-    def weighs(self, iteration: int) -> bool:
+    def is_weighted(self, iteration: int) -> bool:
         """Whether this iteration's samples are weighted by the weighter."""
         return iteration > self.warmup_iters
 
-    def updates(self, iteration: int) -> bool:
+    def is_update(self, iteration: int) -> bool:
         """Whether an outer update follows this iteration's step."""
-        if not self.weighs(iteration):
+        if not self.is_weighted(iteration):
             return False
         place = iteration - self.warmup_iters - (self.stage(iteration) - 1) * self.stage_iters
         return place <= self.update_iters and place % self.update_interval == 0
 
-    def starts_stage(self, iteration: int) -> bool:
-        return self.weighs(iteration) and self.stage(iteration) != self.stage(iteration - 1)
-
-    def ends_stage(self, iteration: int) -> bool:
+    def is_stage_end(self, iteration: int) -> bool:
         """Whether this is a stage's last iteration (the warm-up is none)."""
         ends_run = iteration == self.train_iters
-        return self.weighs(iteration) and (ends_run or self.stage(iteration) != self.stage(iteration + 1))
+        return self.is_weighted(iteration) and (ends_run or self.stage(iteration) != self.stage(iteration + 1))
 
 
 def bilevel_stages(config: WeightingConfig, train_iters: int) -> StageSchedule:

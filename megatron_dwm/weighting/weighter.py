@@ -46,6 +46,14 @@ class Weighter:
         """Parameters without the input embedding, which is looked up."""
         return self.num_parameters - sum(param.numel() for param in self.model.get_input_embeddings().parameters())
 
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take the parameters and the optimizer's moments of :func:`weighter_state`; learning rate and decay stay."""
+        self.model.load_state_dict(state["weighter"])
+        flags = [(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["weighter_optimizer"])
+        for group, (lr, weight_decay) in zip(self.optimizer.param_groups, flags, strict=True):
+            group["lr"], group["weight_decay"] = lr, weight_decay
+
     def score(self, tokens: torch.Tensor) -> torch.Tensor:
         """Scores [m] of tokens [m, s], float32."""
         with torch.no_grad():
@@ -119,3 +127,12 @@ class Weighter:
         with torch.autocast("cuda", torch.bfloat16) if self._autocast else nullcontext():
             logits = self.model(input_ids=tokens, use_cache=False).logits
         return logits.squeeze(-1).float()
+
+
+def weighter_state(weighter: Weighter) -> dict[str, Any]:
+    """Return what a checkpoint keeps of a weighter: its configuration, parameters and optimizer."""
+    return {
+        "weighter_config": weighter.model.config.to_json_string(use_diff=False),
+        "weighter": weighter.model.state_dict(),
+        "weighter_optimizer": weighter.optimizer.state_dict(),
+    }

@@ -1,8 +1,4 @@
-"""Where a weighter comes from and where it goes: random, the language model, a Hugging Face folder; and the export.
-
-An exported weighter is a folder that ``AutoModelForSequenceClassification.from_pretrained`` loads: config.json,
-model.safetensors, the tokenizer, and ``dwm_manifest.json`` which says what run it is from.
-"""
+"""What a weighter starts as: random parameters, layers of the language model, or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -14,16 +10,13 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.atomic_write import atomic_folder
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.weighting import WeightingConfig
-from megatron_dwm.data.tokenizers import fingerprint_of_folder, save_hf_tokenizer
+from megatron_dwm.data.tokenizers import fingerprint_of_folder
 from megatron_dwm.errors import UserError
 
-MANIFEST = "dwm_manifest.json"
 
-
-def random_classifier(config: WeightingConfig, vocab_size: int, seq_length: int, eod: int, seed: int) -> Any:
+def random_weighter_model(config: WeightingConfig, vocab_size: int, seq_length: int, eod: int, seed: int) -> Any:
     """A classifier of ``--dwm-arch`` and the size flags, the same on every rank."""
     from transformers import AutoConfig
 
@@ -49,12 +42,12 @@ def random_classifier(config: WeightingConfig, vocab_size: int, seq_length: int,
         # Every layer sees the whole sample, and the score is read off the mean over its tokens. None is special.
         sizes.update(global_attn_every_n_layers=1, classifier_pooling="mean", cls_token_id=None, sep_token_id=None)
     hf_config = AutoConfig.for_model(config.dwm_arch, vocab_size=vocab_size, **sizes, **_label_settings(eod))
-    model = classifier_from_config(hf_config, seed)
+    model = model_from_config(hf_config, seed)
     zero_head(model)
     return model
 
 
-def language_model_classifier(
+def weighter_model_from_lm(
     chunks: Sequence[Any], model: ModelConfig, config: WeightingConfig, vocab_size: int, eod: int, seed: int
 ) -> Any:
     """A classifier whose embedding and layers are the language model's first ones; every rank must call it.
@@ -64,17 +57,17 @@ def language_model_classifier(
     """
     from megatron_dwm.model.hf import gather_first_layers, hf_config
 
-    check_language_model_init(model, config)
+    check_init_from_lm(model, config)
     settings = hf_config(model, vocab_size=vocab_size, num_layers=config.dwm_num_layers)
     settings.update(_label_settings(eod))
-    classifier = classifier_from_config(settings, seed)
+    classifier = model_from_config(settings, seed)
     state = gather_first_layers(chunks, model, num_layers=config.dwm_num_layers, vocab_size=vocab_size)
     classifier.base_model.load_state_dict(state)
     zero_head(classifier)
     return classifier
 
 
-def check_language_model_init(model: ModelConfig, config: WeightingConfig) -> None:
+def check_init_from_lm(model: ModelConfig, config: WeightingConfig) -> None:
     """Raise UserError, before anything is built, if the weighter cannot be started from this language model."""
     from megatron_dwm.model.hf import hf_config
 
@@ -89,7 +82,7 @@ def check_language_model_init(model: ModelConfig, config: WeightingConfig) -> No
         raise UserError(f"--dwm-init-from lm: {error}; or use --dwm-init-from random") from None
 
 
-def folder_classifier(
+def weighter_model_from_folder(
     flag: str, folder: str, seq_length: int, vocab_size: int, eod: int, fingerprint: str, seed: int
 ) -> Any:
     """A classifier from any Hugging Face folder with the run's tokenizer; a language model's gets a new head.
@@ -136,7 +129,7 @@ def folder_classifier(
     return model
 
 
-def classifier_from_config(hf_config: Any, seed: int) -> Any:
+def model_from_config(hf_config: Any, seed: int) -> Any:
     """A classifier with weights drawn from ``seed``, leaving the global random state as it is."""
     from transformers import AutoModelForSequenceClassification
 
@@ -144,12 +137,12 @@ def classifier_from_config(hf_config: Any, seed: int) -> Any:
         return AutoModelForSequenceClassification.from_config(hf_config)
 
 
-def classifier_from_json(hf_config: str) -> Any:
+def weighter_model_from_json(hf_config: str) -> Any:
     """A classifier of the architecture in a Hugging Face configuration's JSON; its weights are to be loaded."""
     from transformers import AutoConfig
 
     values = json.loads(hf_config)
-    return classifier_from_config(AutoConfig.for_model(**values), seed=0)
+    return model_from_config(AutoConfig.for_model(**values), seed=0)
 
 
 def zero_head(model: Any) -> None:
@@ -159,17 +152,6 @@ def zero_head(model: Any) -> None:
     torch.nn.init.zeros_(head.weight)
     if head.bias is not None:
         torch.nn.init.zeros_(head.bias)
-
-
-def export_weighter(model: Any, tokenizer: Any, tokenizer_config: Any, folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the weighter beside ``folder``, then put it in place. One rank calls it."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # a bar for one small file would break the log's lines
-    with atomic_folder(folder) as beside:
-        model.save_pretrained(beside)
-        save_hf_tokenizer(tokenizer, tokenizer_config, beside)
-        (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def _label_settings(eod: int) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def refusal(flags: list[str], spoil: Callable[[Engine], None], mask: torch.Tenso
     spoil(engine)
     batch, target = batches(engine, mask)
     with pytest.raises(UserError) as caught:
-        check_at_start(engine.config.weighting, engine.engine, engine.optimizer, engine.sample_gather, 2, batch, target)
+        check_at_start(engine.lm_gradients(), engine.sample_gather, batch, target)
     return str(caught.value)
 
 

@@ -42,7 +42,7 @@ def weighted_step_and_update(flags: list[str]) -> tuple[HfState, HfState, OuterR
     outer = engine.outer(Weighter(classifier(), engine.config.weighting, torch.device("cpu")))
     batch, target = engine.batch(random_tokens(1), random_mask(2)), engine.batch(random_tokens(5), random_mask(6))
     u = engine.sample_gather.select_replica(weights_from_scores(SCORES, TEMPERATURE))
-    old, before = engine.parameters(), ParameterCopy(engine.chunks)
+    old, before = engine.parameters(), ParameterCopy.taken(engine.chunks)
     train_step(engine.engine, engine.optimizer, _NoSchedule(), batch, 2, u, engine.parallel_state)
     with engine.engine.full_parameters():
         new = engine.parameters()

@@ -134,7 +134,7 @@ def updates(flags: list[str]) -> tuple[list[tuple[dict[str, str], dict[str, str]
     for number in range(2):
         batch = engine.batch(random_tokens(1 + number), random_mask(2))
         target = engine.batch(random_tokens(5 + number), random_mask(6))
-        before = ParameterCopy(engine.chunks)
+        before = ParameterCopy.taken(engine.chunks)
         train_step(engine.engine, engine.optimizer, _NoSchedule(), batch, 2, None, engine.parallel_state)
         with engine.engine.full_parameters():
             first = fingerprint(engine)
@@ -171,7 +171,7 @@ def trained(flags: list[str], updating: bool) -> dict[str, str]:
     outer = engine.outer(Weighter(classifier(), engine.config.weighting, torch.device("cpu")))
     for number in range(3):
         batch, target = (engine.batch(random_tokens(seed + number), random_mask(2)) for seed in (1, 5))
-        before = ParameterCopy(engine.chunks)
+        before = ParameterCopy.taken(engine.chunks)
         train_step(engine.engine, engine.optimizer, _NoSchedule(), batch, 2, None, engine.parallel_state)
         if updating and number < 2:
             with engine.engine.full_parameters():
@@ -197,7 +197,7 @@ def test_a_replica_that_has_drifted_ends_the_run_at_the_next_update():
             weighter.model.score.weight.data[0, 0] += 1e-3
         batch, target = engine.batch(random_tokens(1), random_mask(2)), engine.batch(random_tokens(5), random_mask(6))
         with pytest.raises(RuntimeError, match="replicas differ"):
-            engine.outer(weighter).run(batch, target, ParameterCopy(engine.chunks))
+            engine.outer(weighter).run(batch, target, ParameterCopy.taken(engine.chunks))
         return "noticed"
 
     assert run_distributed(drift, 2) == ["noticed", "noticed"]

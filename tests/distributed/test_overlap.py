@@ -46,7 +46,7 @@ def after_steps(flags: list[str]) -> list[tuple[bool, bool, HfState, HfState]]:
         train_step(engine.engine, engine.optimizer, _NoSchedule(), batch, 2, None, engine.parallel_state)
         params = [param.data for chunk in engine.chunks for param in chunk.parameters()]
         present = [param.clone() for param in params]
-        copy = ParameterCopy(engine.chunks)
+        copy = ParameterCopy.taken(engine.chunks)
         with engine.engine.full_parameters(), engine.engine.deterministic():
             whole = [param.clone() for param in params]
             _, direction = passes.gradient(target)

@@ -15,7 +15,7 @@ from tests.distributed.engine import SEQ_LENGTH, VOCAB_SIZE
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_outer_update import classifier
 
-CONFIG = WeightingConfig(dwm_score_batch_size=2, dwm_valid_data_path=["x"])
+CONFIG = WeightingConfig(dwm_score_batch_size=2, dwm_target_data_path=["x"])
 
 
 def scored(tp: int, pp: int, microbatches: int) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -17,7 +17,7 @@ from tests.distributed.harness import run_distributed
 from tests.distributed.test_outer_update import classifier
 
 SAMPLES = 10
-CONFIG = WeightingConfig(dwm_lr=1e-2, dwm_score_batch_size=3, dwm_valid_data_path=["x"])
+CONFIG = WeightingConfig(dwm_lr=1e-2, dwm_score_batch_size=3, dwm_target_data_path=["x"])
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,8 +19,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
-import pretrain_dwm
-from megatron_dwm.errors import run_cli
+from megatron_dwm.cli import pretrain as pretrain_command
 from megatron_dwm.runtime.process_groups import free_port
 from tests.distributed.harness import become_rank
 from tests.turns import several_processes
@@ -33,6 +32,7 @@ for module in (
     "megatron_dwm.data.gpt_dataset",
     "megatron_dwm.model.hf_weights",
     "megatron_dwm.training.setup",
+    "megatron_dwm.weighting.build",
     "transformers.models.llama.modeling_llama",
     "transformers.models.modernbert.modeling_modernbert",
 ):
@@ -92,7 +92,7 @@ class Finished:
 
 
 def pretrain(
-    folder: Path, processes: int, flags: dict[str, Any], main: Callable[[], None] = pretrain_dwm.main
+    folder: Path, processes: int, flags: dict[str, Any], main: Callable[[], None] = pretrain_command.main
 ) -> Finished:
     """Run ``pretrain_dwm.py`` with ``flags`` (``True`` for a switch, ``False`` to leave a flag out).
 
@@ -166,4 +166,4 @@ def _work(
     become_rank(rank, world_size, port)
     filesystem_async._results_queue = manager.Queue()
     sys.argv = ["pretrain_dwm.py", *argv]
-    run_cli(main, speaks=rank == 0)
+    main()

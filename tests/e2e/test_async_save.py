@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-import pretrain_dwm
+from megatron_dwm.cli import pretrain as pretrain_command
 from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, pretrain, records, succeed
 from tests.e2e.test_uniform_weights import assert_same_checkpoints
 
@@ -50,7 +50,7 @@ def killed_while_it_writes(save: Path) -> Callable[[], None]:
     def main() -> None:
         watcher = threading.Thread(target=watch)
         watcher.start()
-        pretrain_dwm.main()
+        pretrain_command.main()
         watcher.join()
 
     return main

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.tokenizers import build_tokenizer
-from megatron_dwm.weighting.weighter_init import export_weighter
+from megatron_dwm.weighting.export import export_weighter
 from tests.e2e.datasets import TOKENIZER, counting, make_dataset, noise
 from tests.e2e.launch import LANGUAGE_MODEL, TRAINING, pretrain
 
@@ -48,7 +48,7 @@ def weighter_of_another_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> P
 
 CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "missing training file": ({"--train-data-path": "{data}/nothing"}, ["--train-data-path", "nothing.idx"]),
-    "missing target file": ({"--dwm-valid-data-path": "{data}/nothing"}, ["--dwm-valid-data-path", "nothing.idx"]),
+    "missing target file": ({"--dwm-target-data-path": "{data}/nothing"}, ["--dwm-target-data-path", "nothing.idx"]),
     "unreadable index": ({"--train-data-path": "{data}/no_index"}, ["--train-data-path", "no_index.idx"]),
     "truncated data": ({"--train-data-path": "{data}/cut"}, ["--train-data-path", "cut.bin", "100 bytes"]),
     "data of another tokenizer": (
@@ -80,29 +80,29 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"--tensor-model-parallel-size": 2, "--pipeline-model-parallel-size": 2},
         ["world size 2", "--tensor-model-parallel-size 2"],
     ),
-    "no target set": ({"--dwm-valid-data-path": False}, ["--dwm-valid-data-path"]),
+    "no target set": ({"--dwm-target-data-path": False}, ["--dwm-target-data-path"]),
     "empty target set": (
-        {"--dwm-valid-data-path": "{data}/short_text_document"},
-        ["--dwm-valid-data-path", "3 tokens", "33"],
+        {"--dwm-target-data-path": "{data}/short_text_document"},
+        ["--dwm-target-data-path", "3 tokens", "33"],
     ),
     "target is training data": (
-        {"--dwm-valid-data-path": "{data}/train_text_document"},
-        ["--dwm-valid-data-path", "--train-data-path"],
+        {"--dwm-target-data-path": "{data}/train_text_document"},
+        ["--dwm-target-data-path", "--train-data-path"],
     ),
     "target is evaluation data": (
-        {"--dwm-valid-data-path": "{data}/valid_text_document"},
-        ["--dwm-valid-data-path", "--valid-data-path"],
+        {"--dwm-target-data-path": "{data}/valid_text_document"},
+        ["--dwm-target-data-path", "--valid-data-path"],
     ),
     "target documents in the training data": (
         {"--train-data-path": ["{data}/train_text_document", "{data}/overlapping_text_document"]},
-        ["--dwm-valid-data-path", "3 of its documents", "--train-data-path"],
+        ["--dwm-target-data-path", "3 of its documents", "--train-data-path"],
     ),
     "weighter of another tokenizer": (
-        {"--dwm-mode": "frozen", "--dwm-load": "{weighter}", "--dwm-valid-data-path": False},
+        {"--dwm-mode": "frozen", "--dwm-load": "{weighter}", "--dwm-target-data-path": False},
         ["--dwm-load", "tokenizer"],
     ),
     "no weighter there": (
-        {"--dwm-mode": "frozen", "--dwm-load": "{data}", "--dwm-valid-data-path": False},
+        {"--dwm-mode": "frozen", "--dwm-load": "{data}", "--dwm-target-data-path": False},
         ["--dwm-load", "config.json"],
     ),
     "update window without an update": (
@@ -135,7 +135,7 @@ def common_flags(data: Path, folder: Path) -> dict[str, Any]:
         **TOKENIZER,
         "--train-data-path": f"{data}/train_text_document",
         "--valid-data-path": f"{data}/valid_text_document",
-        "--dwm-valid-data-path": f"{data}/target_text_document",
+        "--dwm-target-data-path": f"{data}/target_text_document",
         "--save": folder / "save",
         "--tensorboard-dir": folder / "board",
         "--data-cache-path": folder / "cache",

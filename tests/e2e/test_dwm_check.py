@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import pretrain_dwm
+from megatron_dwm.cli import pretrain as pretrain_command
 from megatron_dwm.weighting.bilevel import alignment
 from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, pretrain, records, succeed
 from tests.e2e.test_uniform_weights import LAYOUTS, assert_same_checkpoints
@@ -56,8 +56,8 @@ def test_a_resumed_run_is_checked_with_its_optimizers_state_and_goes_on_as_witho
 
 def count_one_shard() -> None:
     """The command with alignments that leave out the second tensor-parallel rank's shards."""
-    alignment.counts_here = lambda name, param, layout: layout.tp_rank == 0
-    pretrain_dwm.main()
+    alignment.counts_here = lambda name, param, parallel_state: parallel_state.tp_rank == 0
+    pretrain_command.main()
 
 
 def test_wrong_alignments_end_the_run_before_it_writes_anything(tmp_path: Path):

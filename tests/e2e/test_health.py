@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from megatron.core.models.common.language_module.language_module import LanguageModule
 
-import pretrain_dwm
+from megatron_dwm.cli import pretrain as pretrain_command
 from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, pretrain, records, succeed
 
 
@@ -25,7 +25,7 @@ def test_a_sign_is_logged_and_recorded(changes: dict, sign: str, named: str, tmp
     finished = succeed(tmp_path / "log", 1, flags)
     signs = [record["sign"] for record in records(metrics, "health")]
     assert len(signs) > 5 and set(signs) == {sign}
-    assert "WARNING at iteration" in finished.output[0] and named in finished.output[0]
+    assert "warning: iteration" in finished.errors[0] and named in finished.errors[0]
 
 
 def test_alignments_that_are_all_zero_end_the_run(tmp_path: Path):
@@ -39,7 +39,7 @@ def reduce_the_loss() -> None:
     """The command with a model whose loss is already the mean over its tokens, as some fused losses are."""
     token_losses = LanguageModule.compute_language_model_loss
     LanguageModule.compute_language_model_loss = lambda self, labels, logits: token_losses(self, labels, logits).mean()
-    pretrain_dwm.main()
+    pretrain_command.main()
 
 
 def test_a_loss_that_hides_the_samples_losses_is_refused(tmp_path: Path):

@@ -60,7 +60,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "--dwm-num-stages": 1,
         "--train-data-path": train,
         "--valid-data-path": make_dataset(folder, "valid", counting(2)),
-        "--dwm-valid-data-path": make_dataset(folder, "target", counting(3)),
+        "--dwm-target-data-path": make_dataset(folder, "target", counting(3)),
     }
     succeed(folder / "log", 1, {**common, "--save": folder / "start", "--exit-interval": START})
     return {**common, "--load": folder / "start", "--no-load-optim": True, "--no-load-rng": True}

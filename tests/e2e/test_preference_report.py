@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **TOKENIZER,
         "--pipeline-model-parallel-size": 2,
         "--train-data-path": train,
-        "--dwm-valid-data-path": make_dataset(data, "target", counting(3)),
+        "--dwm-target-data-path": make_dataset(data, "target", counting(3)),
         "--save": folder / "save",
     }
     succeed(folder / "log", 4, flags)

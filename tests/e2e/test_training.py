@@ -91,7 +91,7 @@ def test_a_run_with_this_feature_learns(feature: str, tmp_path: Path):
         **WEIGHTING,
         "--train-data-path": ["0.5", sources[0], "0.5", sources[1]],
         "--valid-data-path": make_dataset(tmp_path, "valid", counting(2)),
-        "--dwm-valid-data-path": make_dataset(tmp_path, "target", counting(3)),
+        "--dwm-target-data-path": make_dataset(tmp_path, "target", counting(3)),
         "--save": tmp_path / "save",
         "--tensorboard-dir": tmp_path / "board",
         **changes,

@@ -14,7 +14,7 @@ from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.tokenizers import build_tokenizer, vocabulary_fingerprint
 from megatron_dwm.weighting.weighter import Weighter
-from megatron_dwm.weighting.weighter_init import folder_classifier
+from megatron_dwm.weighting.weighter_init import weighter_model_from_folder
 from tests.e2e.datasets import TOKENIZER, VOCAB_SIZE, counting, make_dataset, noise
 from tests.e2e.launch import LANGUAGE_MODEL, TRAINING, WEIGHTING, records, succeed
 
@@ -33,7 +33,7 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
             *("0.5", make_dataset(folder, "clean", counting(0))),
             *("0.5", make_dataset(folder, "noise", noise(1))),
         ],
-        "--dwm-valid-data-path": make_dataset(folder, "target", counting(3)),
+        "--dwm-target-data-path": make_dataset(folder, "target", counting(3)),
     }
     succeed(folder / "log", 4, {**flags, **WEIGHTING, **TP2PP2, "--save": folder / "save"})
     return folder / "save", flags
@@ -55,7 +55,7 @@ def test_the_weighter_scores_what_transformers_computes(first_run):
     folder = first_run[0] / "weighter" / "iter_0000020"
     settings = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=VOCAB_SIZE)
     fingerprint = vocabulary_fingerprint(build_tokenizer(settings), settings)
-    loaded = folder_classifier("--dwm-load", str(folder), 32, VOCAB_SIZE + 1, VOCAB_SIZE, fingerprint, seed=0)
+    loaded = weighter_model_from_folder("--dwm-load", str(folder), 32, VOCAB_SIZE + 1, VOCAB_SIZE, fingerprint, seed=0)
     tokens = torch.tensor([ids[:32] for ids in (*counting(0)[:20], *noise(1)[:20])])
     scores = Weighter(loaded, WeightingConfig(), torch.device("cpu")).score(tokens)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_the_weighter_scores_what_transformers_computes(first_run):
 def test_a_frozen_weighter_weighs_for_a_larger_model(first_run, tmp_path: Path):
     save, flags = first_run
     changes = {"--dwm-mode": "frozen", "--dwm-load": save / "weighter" / "iter_0000020"}
-    changes |= {"--dwm-valid-data-path": False, "--hidden-size": 64, "--metrics-jsonl": tmp_path / "metrics.jsonl"}
+    changes |= {"--dwm-target-data-path": False, "--hidden-size": 64, "--metrics-jsonl": tmp_path / "metrics.jsonl"}
     succeed(tmp_path / "log", 4, {**flags, **TP2PP2, **changes})
     steps = records(tmp_path / "metrics.jsonl", "train")
     assert len(steps) == 20 and not records(tmp_path / "metrics.jsonl", "outer_update")
@@ -76,7 +76,11 @@ def test_a_frozen_weighter_weighs_for_a_larger_model(first_run, tmp_path: Path):
 
 def test_the_frozen_weights_do_not_depend_on_the_layout(first_run, tmp_path: Path):
     save, flags = first_run
-    changes = {"--dwm-mode": "frozen", "--dwm-load": save / "weighter" / "iter_0000020", "--dwm-valid-data-path": False}
+    changes = {
+        "--dwm-mode": "frozen",
+        "--dwm-load": save / "weighter" / "iter_0000020",
+        "--dwm-target-data-path": False,
+    }
     means = []
     for name, processes, parallel in (("one", 1, {}), ("four", 4, TP2PP2), ("two", 2, {})):
         metrics = tmp_path / f"{name}.jsonl"

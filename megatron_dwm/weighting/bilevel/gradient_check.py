@@ -9,24 +9,23 @@ Shape legend: N samples of the global batch, n of this replica.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.errors import UserError
-from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.parameter_copy import ParameterCopy
-from megatron_dwm.runtime.record_writers import say
 from megatron_dwm.weighting.bilevel.alignment import shift
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.preconditioner import knows_preconditioner
 from megatron_dwm.weighting.sample_gather import SampleGather
 from megatron_dwm.weighting.weights import target_score_gradient, weights_from_scores
+
+logger = logging.getLogger(__name__)
 
 # Of the relative error. In fp32 it was 1.4e-3 and less in every layout with exact alignments, and 6.6e-3 and less with
 # those of finite differences; in bf16 it is 0.1 and more, whatever the step, which is why that is refused.
@@ -57,34 +56,24 @@ class HypergradientCheck:
         )
 
 
-def check_at_start(
-    config: WeightingConfig,
-    engine: PipelineEngine,
-    optimizer: Any,
-    sample_gather: SampleGather,
-    micro_batch_size: int,
-    batch: Batch,
-    target: Batch,
-) -> None:
-    """Check the hypergradient and say how it went; every rank calls it.
+def check_at_start(lm_gradients: LMGradients, sample_gather: SampleGather, batch: Batch, target: Batch) -> None:
+    """Check the hypergradient and log how it went; every rank calls it.
 
     Raises:
         UserError: on every rank, if the check fails or there is nothing to check.
     """
-    unknown = config.dwm_preconditioner == "adam" and not knows_preconditioner(optimizer)
-    if unknown:
-        config = replace(config, dwm_preconditioner="none")
-    parallel_state = sample_gather.parallel_state
-    lm_gradients = LMGradients(config, engine, optimizer, parallel_state, micro_batch_size)
+    config = lm_gradients.config
+    is_unknown = config.dwm_preconditioner == "adam" and not knows_preconditioner(lm_gradients.optimizer)
+    if is_unknown:
+        lm_gradients = lm_gradients.with_config(replace(config, dwm_preconditioner="none"))
     result = check_hypergradient(lm_gradients, sample_gather, batch, target)
     if not result.passed:
         raise UserError(
             f"--dwm-check: {result}; the weighter would learn from wrong alignments: find out which kernel, fusion or "
             "parallel flag it needs by leaving them out one by one"
         )
-    if parallel_state.is_first_rank:
-        with_what = ", without Adam's preconditioner, which is unknown before the first step" if unknown else ""
-        say(f" > --dwm-check: {result}{with_what}")
+    note = ", without Adam's preconditioner, which is unknown before the first step" if is_unknown else ""
+    logger.info(f" > --dwm-check: {result}{note}")
 
 
 def check_hypergradient(
@@ -115,7 +104,7 @@ class _Check:
     def run(self) -> HypergradientCheck:
         engine = self.lm_gradients.engine
         with engine.full_parameters(), engine.deterministic():
-            self.here = ParameterCopy(engine.chunks)
+            self.here = ParameterCopy.taken(engine.chunks)
             try:
                 return self._run()
             finally:
@@ -183,6 +172,6 @@ def _own_slope(gradient: torch.Tensor) -> float:
     if not 0 < slope < math.inf:
         raise UserError(
             f"--dwm-check: the hypergradient of the first {len(gradient)} samples is zero or not finite; use a "
-            "--global-batch-size of 2 or more, and look at the losses of --train-data-path and --dwm-valid-data-path"
+            "--global-batch-size of 2 or more, and look at the losses of --train-data-path and --dwm-target-data-path"
         )
     return slope

@@ -36,6 +36,10 @@ class LMGradients:
         self.config, self.engine, self.optimizer = config, engine, optimizer
         self.parallel_state, self.micro_batch_size = parallel_state, micro_batch_size
 
+    def with_config(self, config: WeightingConfig) -> LMGradients:
+        """Return the same passes with other settings."""
+        return type(self)(config, self.engine, self.optimizer, self.parallel_state, self.micro_batch_size)
+
     def gradient(self, batch: Batch, sample_weights: torch.Tensor | None = None) -> tuple[float, Direction]:
         """Mean loss of ``batch``, and the gradient of its loss as weighted by ``sample_scale`` [n], preconditioned."""
         self._zero_gradients()
@@ -71,7 +75,7 @@ class LMGradients:
         if norm == 0:
             return torch.zeros(len(batch), dtype=torch.float64, device=batch.tokens.device)
         epsilon = FINITE_DIFFERENCE_DISTANCE / norm
-        here = ParameterCopy(self.engine.chunks)
+        here = ParameterCopy.taken(self.engine.chunks)
         sides = []
         for distance in (epsilon, -epsilon):
             shift(direction, distance)

@@ -60,6 +60,11 @@ class OuterUpdate:
         )
         self.replay: deque[AlignedBatch] = deque(maxlen=config.dwm_replay)
 
+    @property
+    def loss_scale(self) -> float:
+        """The optimizer's present loss scale."""
+        return float(self.lm_gradients.optimizer.get_loss_scale())
+
     def run(self, batch: Batch, target: Batch, before: ParameterCopy) -> OuterResult | None:
         """Align ``batch`` with ``target`` and move the weighter.
 

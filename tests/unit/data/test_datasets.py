@@ -177,7 +177,9 @@ def with_datasets(
     def on_rank() -> Any:
         tiny.initialize(parallel)
         config = run_config(world_size, flags)
-        paths = data_paths(config.data, config.weighting.dwm_valid_data_path if config.weighting.learns else None)
+        paths = data_paths(
+            config.data, config.weighting.dwm_target_data_path if config.weighting.needs_target else None
+        )
         layout = current_parallel_state()
         return work(config, build_datasets(config, paths, build_tokenizer(config.tokenizer), layout), layout)
 
@@ -268,7 +270,7 @@ def test_a_part_that_is_empty_or_not_asked_for_is_none(flags: list[str], there: 
 def test_a_target_set_holds_each_of_its_datasets(target: list[str], size: int, tmp_path: Path) -> None:
     train, a, b = write(tmp_path, "train", 1, 40), write(tmp_path, "a", 10, 40), write(tmp_path, "b", 20, 10)
     words = [word.format(a=a, b=b) for word in target]
-    ((*_, length),) = with_datasets(lengths, ["--train-data-path", train, "--dwm-valid-data-path", *words])
+    ((*_, length),) = with_datasets(lengths, ["--train-data-path", train, "--dwm-target-data-path", *words])
     assert length == size
 
 
@@ -405,5 +407,5 @@ def test_a_target_set_smaller_than_a_step_is_read_over_and_over(tmp_path: Path) 
         return [reader.next_batch().index.tolist() for _ in range(3)]
 
     train, target = write(tmp_path, "train", 1, 40), write(tmp_path, "target", 10, 3)
-    (steps,) = with_datasets(read, ["--train-data-path", train, "--dwm-valid-data-path", target])
+    (steps,) = with_datasets(read, ["--train-data-path", train, "--dwm-target-data-path", target])
     assert sorted(chain.from_iterable(steps)) == sorted([0, 1, 2] * 4)

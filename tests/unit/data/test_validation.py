@@ -223,7 +223,7 @@ def test_a_dataset_of_an_unweighted_blend_must_fill_a_sample(tmp_path: Path) -> 
 @pytest.mark.parametrize("weights", [None, [1.0]])
 def test_a_target_set_of_less_than_a_sample_is_refused(weights: list[float] | None, tmp_path: Path) -> None:
     train, target = write(tmp_path, "train", texts(0)), write(tmp_path, "target", [[1] * 20, [2] * 12])
-    with pytest.raises(UserError, match=rf"--dwm-valid-data-path {target}: 32 tokens are less than one sample of 33;"):
+    with pytest.raises(UserError, match=rf"--dwm-target-data-path {target}: 32 tokens are less than one sample of 33;"):
         check(paths(train, target=([target], weights)))
 
 
@@ -236,7 +236,7 @@ def test_a_target_set_that_is_trained_or_evaluated_on_is_refused(flag: str, spel
     valid = ([again], None) if flag == "--valid-data-path" else None
     test = ([again], None) if flag == "--test-data-path" else None
     blend = ([train, again], [0.5, 0.5]) if flag == "--train-data-path" else ([train], None)
-    with pytest.raises(UserError, match=rf"--dwm-valid-data-path {again} is also named by {flag};"):
+    with pytest.raises(UserError, match=rf"--dwm-target-data-path {again} is also named by {flag};"):
         check(paths(blend, valid, test, target))
 
 

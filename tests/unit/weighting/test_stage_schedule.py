@@ -11,7 +11,7 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.weighting.stage_schedule import bilevel_stages, frozen_stages
 
 CONFIG = WeightingConfig(
-    dwm_warmup_iters=4, dwm_num_stages=3, dwm_stage_update_iters=4, dwm_update_interval=2, dwm_valid_data_path=["x"]
+    dwm_warmup_iters=4, dwm_num_stages=3, dwm_stage_update_iters=4, dwm_update_interval=2, dwm_target_data_path=["x"]
 )
 
 
@@ -22,15 +22,14 @@ def iterations(holds, train_iters: int = 21) -> list[int]:
 def test_stages_follow_the_warm_up_and_the_last_takes_the_rest():
     stages = bilevel_stages(CONFIG, 21)
     assert [stages.stage(i) for i in range(1, 22)] == [0] * 4 + [1] * 5 + [2] * 5 + [3] * 7
-    assert iterations(stages.weighs) == list(range(5, 22))
-    assert iterations(stages.starts_stage) == [5, 10, 15]
-    assert iterations(stages.ends_stage) == [9, 14, 21]
+    assert iterations(stages.is_weighted) == list(range(5, 22))
+    assert iterations(stages.is_stage_end) == [9, 14, 21]
 
 
 def test_updates_fall_into_the_window_of_each_stage_at_the_interval():
-    assert iterations(bilevel_stages(CONFIG, 21).updates) == [6, 8, 11, 13, 16, 18]
+    assert iterations(bilevel_stages(CONFIG, 21).is_update) == [6, 8, 11, 13, 16, 18]
     whole = replace(CONFIG, dwm_stage_update_iters=None)
-    assert iterations(bilevel_stages(whole, 21).updates) == [6, 8, 11, 13, 16, 18, 20]
+    assert iterations(bilevel_stages(whole, 21).is_update) == [6, 8, 11, 13, 16, 18, 20]
 
 
 def test_defaults_make_the_warm_up_fit_the_weighters_start_and_the_interval_the_stage():
@@ -56,4 +55,4 @@ def test_a_schedule_in_which_nothing_is_learnt_is_refused(changes: dict, train_i
 def test_a_frozen_weighter_weighs_from_the_start_and_never_learns():
     config = WeightingConfig(dwm_mode="frozen", dwm_load="somewhere")
     stages = frozen_stages(config, 21)
-    assert iterations(stages.weighs) == list(range(1, 22)) and iterations(stages.updates) == []
+    assert iterations(stages.is_weighted) == list(range(1, 22)) and iterations(stages.is_update) == []

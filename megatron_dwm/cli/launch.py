@@ -1,0 +1,163 @@
+"""The start and the end of every program that runs on several ranks.
+
+:func:`run_program` finds the ranks, meets them, runs the program, and ends this process so that a failure is printed
+once, by the rank that found it, and reaches every other rank. :func:`build_trainer` makes of a configuration what
+trains.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_dwm.config.checkpoint import CheckpointConfig
+from megatron_dwm.config.run import RunConfig, parse_run
+from megatron_dwm.errors import EXIT_CODE, UserError, print_error
+from megatron_dwm.runtime.device import environment_rank, require_megatron_core, select_device
+from megatron_dwm.runtime.logging import configure_logging
+from megatron_dwm.runtime.startup_sync import PeerError, StartupSync
+from megatron_dwm.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+Flags = TypeVar("Flags")
+
+
+@dataclass(frozen=True)
+class Process:
+    """One of the processes of a program."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    startup_sync: StartupSync
+
+    def parse(self, read_flags: Callable[[int], Flags]) -> tuple[Flags, torch.device]:
+        """Read the flags and choose the device.
+
+        Args:
+            read_flags: makes the program's configuration for a number of ranks.
+
+        Raises:
+            UserError: on every rank, if one finds a bad flag.
+        """
+        with self.startup_sync.phase("flags"):
+            require_megatron_core()
+            config = read_flags(self.world_size)
+            device = select_device(self.local_rank)
+        if device.type == "cpu":  # advice on CUDA's queues
+            warnings.filterwarnings("ignore", message=".*async grad allreduce.*")
+        return config, device
+
+
+def read_run_flags(argv: Sequence[str] | None, world_size: int) -> RunConfig:
+    """Return the configuration of a pretraining run; ``argv`` None takes this process's command line.
+
+    Raises:
+        UserError: a bad flag, or ``--use-checkpoint-args`` without a checkpoint.
+    """
+    return parse_run(argv, world_size, read_saved=_read_saved)
+
+
+def run_program(program: Callable[[Process], None]) -> None:
+    """Run ``program`` on this rank of torchrun, srun, mpirun or a lone process.
+
+    A user's error ends all ranks with exit code 2, after the one line of the rank that found it; any other failure ends
+    them with code 1, after its traceback and one line of each other rank.
+    """
+    # megatron-core warns on every process that optional packages are missing, and of torch interfaces it still uses.
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine).*")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(load_state_dict|ShardedTensor).*")
+    try:
+        rank, local_rank, world_size = environment_rank()
+        configure_logging(rank, world_size)
+        startup_sync = StartupSync(rank, world_size)
+    except UserError as error:
+        print_error(error)
+        raise SystemExit(EXIT_CODE) from None
+    startup_sync.watch_peers()
+    try:
+        program(Process(rank, local_rank, world_size, startup_sync))
+    except (Exception, KeyboardInterrupt) as error:
+        _end_failed(error, startup_sync)
+    startup_sync.finish()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def build_trainer(config: RunConfig, device: torch.device, process: Process) -> Trainer:
+    """Build everything that a run needs and load its checkpoint; every rank calls it.
+
+    Raises:
+        UserError: on every rank, if data, tokenizer, weighter, model or checkpoint do not fit the flags.
+    """
+    # Imported here, after the flags are known to be good: these imports take seconds.
+    from megatron_dwm.training.dataloaders import Dataloaders
+    from megatron_dwm.training.setup import build_language_model, build_trainer_parts, load_if_there, read_inputs
+    from megatron_dwm.weighting.build import WeightingContext, build_weighting, check_gradients, read_weighting_inputs
+
+    with process.startup_sync.phase("inputs"):
+        inputs = read_inputs(config, should_check_data=process.rank == 0)
+        weighting_inputs = read_weighting_inputs(config, inputs.tokenizer)
+    language_model = build_language_model(config, inputs, device, process.startup_sync)
+    train_state, weighting_state = load_if_there(config, language_model)
+    dataloaders = Dataloaders(
+        config, inputs.paths, inputs.tokenizer, language_model.parallel_state, process.startup_sync, train_state
+    )
+    context = WeightingContext(
+        config=config,
+        inputs=weighting_inputs,
+        paths=inputs.paths,
+        tokenizer=inputs.tokenizer,
+        padded_vocab_size=language_model.padded_vocab_size,
+        engine=language_model.engine,
+        optimizer=language_model.components.optimizer,
+        partition=dataloaders.partition,
+        parallel_state=language_model.parallel_state,
+        make_target_loader=dataloaders.target,
+        device=device,
+    )
+    with process.startup_sync.phase("weighting"):
+        weighting = build_weighting(context)
+        weighting.load_state_dict(weighting_state)
+    if config.weighting.dwm_check and train_state.iteration < config.train_iters:
+        consumed_target = weighting_state.get("consumed_target_samples", 0)
+        batch, target = dataloaders.peek(train_state.consumed_train_samples, consumed_target)
+        with process.startup_sync.phase("hypergradient"):
+            check_gradients(context, batch, target)
+    parts = build_trainer_parts(config, language_model, dataloaders, train_state, process.startup_sync)
+    return Trainer(config, parts, weighting)
+
+
+def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
+    """End this process after a failure; it is printed here unless another rank's came first.
+
+    Raises:
+        SystemExit: always.
+    """
+    sys.stdout.flush()
+    if isinstance(error, PeerError):
+        raise SystemExit(EXIT_CODE) from None
+    if not startup_sync.report_failure(error):
+        startup_sync.end_with_first_failure()
+    if isinstance(error, UserError):
+        print_error(error)
+    else:
+        traceback.print_exception(error)
+    startup_sync.linger()
+    raise SystemExit(EXIT_CODE if isinstance(error, UserError) else 1) from None
+
+
+def _read_saved(flags: CheckpointConfig) -> Mapping[str, Any]:
+    # Only --use-checkpoint-args reads a checkpoint before the configuration is whole, and imports all it takes.
+    from megatron_dwm.training.checkpoint import saved_arguments
+
+    return saved_arguments(flags)

@@ -1,0 +1,51 @@
+"""Logging of a run: which rank prints a message, and where.
+
+Every module has ``logger = logging.getLogger(__name__)``. Messages up to INFO go to standard output as they are, since
+Megatron-LM's log lines are read by programs; warnings and errors go to standard error behind their level. As in
+Megatron-LM, one rank prints: the first, unless the message names others by ``extra=LAST_RANK`` or ``extra=EVERY_RANK``.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from datetime import datetime
+
+LAST_RANK = {"printing_rank": "last"}
+"""For ``extra``: the last rank prints, which is on the last pipeline stage and knows the losses."""
+EVERY_RANK = {"printing_rank": "every"}
+"""For ``extra``: every rank that logs the message prints it."""
+
+
+class _RankHandler(logging.Handler):
+    """Prints the messages that are this rank's to print."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        super().__init__()
+        self.rank, self.world_size = rank, world_size
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        printing_rank = getattr(record, "printing_rank", "first")
+        expected = {"first": 0, "last": self.world_size - 1, "every": self.rank}[printing_rank]
+        return self.rank == expected and bool(super().filter(record))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        # The streams are looked up at each message: whoever redirects them later is heard.
+        if record.levelno >= logging.WARNING:
+            print(f"{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stdout, flush=True)
+
+
+def configure_logging(rank: int = 0, world_size: int = 1, level: int = logging.INFO) -> None:
+    """Print the package's messages on the ranks that they are meant for; a second call replaces the first."""
+    package = logging.getLogger("megatron_dwm")
+    package.handlers = [_RankHandler(rank, world_size)]
+    package.setLevel(level)
+    package.propagate = False
+
+
+def timestamp() -> str:
+    """Return the present time as Megatron-LM writes it."""
+    return f"{datetime.now():%Y-%m-%d %H:%M:%S.%f}"

@@ -1,0 +1,45 @@
+"""Why a run ends before its last iteration: a signal, its time, or an interval."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from megatron_dwm.config.training import TrainingConfig
+
+
+class StopRequest:
+    """Watches for what ends a run early, so that it can save before it leaves."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config = config
+        self._started = time.perf_counter()
+        self._is_signaled = False
+
+    def listen(self) -> None:
+        """Take SIGTERM as a request to save and leave, if ``--exit-signal-handler`` asks for it."""
+        if self.config.exit_signal_handler:
+            signal.signal(signal.SIGTERM, self._receive)
+
+    def reason(self, iteration: int) -> str | None:
+        """Return why the run ends after this iteration, None if it goes on; all ranks find the same."""
+        config = self.config
+        if config.exit_signal_handler or config.exit_duration_in_mins is not None:
+            minutes = (time.perf_counter() - self._started) / 60
+            is_late = config.exit_duration_in_mins is not None and minutes > config.exit_duration_in_mins
+            requests = torch.tensor([float(self._is_signaled), float(is_late)], device=torch.cuda.current_device())
+            dist.all_reduce(requests, op=dist.ReduceOp.MAX)
+            if requests[0]:
+                return "exiting program after receiving SIGTERM."
+            if requests[1]:
+                return f"exiting program after {minutes} minutes"
+        if config.exit_interval is not None and iteration % config.exit_interval == 0:
+            return f"exiting program at iteration {iteration}"
+        return None
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        self._is_signaled = True

@@ -1,0 +1,168 @@
+"""Weights of a weighter that learns in the course of the run: the method (docs/method.md).
+
+Shape legend: N samples of the global batch, n of this replica.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from megatron_dwm.data.batch import Batch
+from megatron_dwm.data.datasets import BatchLoader
+from megatron_dwm.model.engine import PipelineEngine
+from megatron_dwm.model.gpt import current_device
+from megatron_dwm.model.parameter_copy import ParameterCopy
+from megatron_dwm.weighting.bilevel.health import HealthWarning, check_scores
+from megatron_dwm.weighting.bilevel.outer_update import AlignedBatch, OuterResult, OuterUpdate
+from megatron_dwm.weighting.export import WeighterExporter
+from megatron_dwm.weighting.policy import Record, SampleWeights, State, StepOutcome
+from megatron_dwm.weighting.scored import ScoredWeighting, ScoringOptions
+from megatron_dwm.weighting.weight_metrics import WeightMetrics
+from megatron_dwm.weighting.weighter import Weighter, weighter_state
+from megatron_dwm.weighting.weights import WeightStatistics
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BilevelFlops:
+    """Operations of all ranks that weighting adds to plain training."""
+
+    per_batch: float
+    """Of scoring one global batch."""
+    per_update: float
+    """Of one outer update."""
+
+
+@dataclass(frozen=True)
+class BilevelParts:
+    """What bilevel weighting is made of."""
+
+    engine: PipelineEngine
+    weighter: Weighter
+    outer_update: OuterUpdate
+    target_loader: BatchLoader
+    exporter: WeighterExporter
+    flops: BilevelFlops
+
+
+class BilevelWeighting(ScoredWeighting):
+    """Scores batches with a weighter, and updates it from the alignment of samples with the target set.
+
+    The language model's parameters before a step that an outer update follows are copied before it.
+    """
+
+    def __init__(self, weight_metrics: WeightMetrics, options: ScoringOptions, parts: BilevelParts) -> None:
+        super().__init__(weight_metrics, options)
+        self.engine, self.weighter, self.outer_update = parts.engine, parts.weighter, parts.outer_update
+        self.target_loader, self.exporter, self._flops = parts.target_loader, parts.exporter, parts.flops
+        self.stages, self.sources = weight_metrics.stages, weight_metrics.sources
+        self.consumed_target_samples = 0
+        self.num_updates = 0
+        self._parameters_before = ParameterCopy(parts.engine.chunks)
+
+    def before_step(self, iteration: int) -> None:
+        """Copy the parameters if an outer update follows; gathers shards over the data-parallel group."""
+        if self.stages.is_update(iteration):
+            self._parameters_before.take()
+
+    def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
+        """Let each rank score its part of the replica's samples, and gather."""
+        rank_scores = self.weighter.score(batch.tokens[self.sample_gather.rank_slice])
+        return self.sample_gather.gather_from_ranks(rank_scores).cpu()
+
+    def after_step(
+        self, iteration: int, batch: Batch, weights: SampleWeights | None, outcome: StepOutcome
+    ) -> list[Record]:
+        """Make the outer update if it is due, and export the weighter at the end of a stage.
+
+        A step that was skipped has moved nothing for its samples to be aligned with.
+        """
+        if weights is None:
+            return []
+        is_update = self.stages.is_update(iteration) and not outcome.skipped
+        should_check = is_update or iteration % self.options.check_interval == 0
+        records = self.health_records(iteration, weights) if should_check else []
+        if is_update:
+            with self.engine.full_parameters():
+                records.append(self._update(iteration, batch, weights, outcome))
+        self._parameters_before.drop()
+        if self.stages.is_stage_end(iteration):
+            self.exporter.export(self.weighter, iteration, self.stages.stage(iteration))
+        return records
+
+    def health_warnings(self, weights: SampleWeights) -> list[HealthWarning]:
+        """Return what is wrong with the weights of one batch, equal scores after updates included."""
+        return super().health_warnings(weights) + check_scores(weights.scores, self.num_updates)
+
+    def flops(self, iteration: int, outcome: StepOutcome) -> float:
+        """Return the operations of scoring, and of the outer update if one was made."""
+        is_update = self.stages.is_update(iteration) and not outcome.skipped
+        return self._flops.per_batch + (self._flops.per_update if is_update else 0.0)
+
+    def after_save(self, iteration: int) -> None:
+        """Export the weighter."""
+        self.exporter.export(self.weighter, iteration, self.stages.stage(iteration))
+
+    def state_dict(self) -> State:
+        """Return the weighter, its optimizer, the replay in global order, and what was consumed."""
+        replay = []
+        for aligned in self.outer_update.replay:
+            tokens = self.sample_gather.gather_from_ranks(aligned.tokens).to("cpu", torch.int32)
+            replay.append({"tokens": tokens, "alignments": aligned.alignments})
+        return {
+            "consumed_target_samples": self.consumed_target_samples,
+            "outer_updates": self.num_updates,
+            **weighter_state(self.weighter),
+            "replay": replay,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue with the replay and the counts of ``state``; the weighter was made of it already."""
+        self.consumed_target_samples = state["consumed_target_samples"]
+        self.num_updates = state["outer_updates"]
+        for entry in state["replay"]:
+            tokens = self.sample_gather.select_rank(entry["tokens"]).to(current_device(), torch.int64)
+            self.outer_update.replay.append(AlignedBatch(tokens, entry["alignments"]))
+
+    def _update(self, iteration: int, batch: Batch, weights: SampleWeights, outcome: StepOutcome) -> Record:
+        target = self.target_loader.next_batch()
+        self.consumed_target_samples += self.target_loader.partition.global_samples
+        result = self.outer_update.run(batch, target, self._parameters_before)
+        if result is None:
+            logger.info(
+                f" > outer update of iteration {iteration} skipped: an alignment is not finite at loss scale "
+                f"{self.outer_update.loss_scale:g}"
+            )
+            return {"kind": "skipped_outer_update", "iteration": iteration, "stage": self.stages.stage(iteration)}
+        self.num_updates += 1
+        losses = self.engine.broadcast_losses(outcome.sample_losses, len(batch)).mean
+        samples = {
+            "index": self.sample_gather.gather_from_replicas(batch.index).tolist(),
+            "source": [self.sources[n] for n in self.sample_gather.gather_from_replicas(batch.source).tolist()],
+            "score": weights.scores.tolist(),
+            "weight": weights.weights.tolist(),
+            "alignment": result.alignments.tolist(),
+            "loss": self.sample_gather.gather_from_replicas(losses).tolist(),
+        }
+        return self._record(iteration, weights, result, samples)
+
+    def _record(
+        self, iteration: int, weights: SampleWeights, result: OuterResult, samples: dict[str, list[Any]]
+    ) -> Record:
+        return {
+            "kind": "outer_update",
+            "iteration": iteration,
+            "stage": self.stages.stage(iteration),
+            "target_loss": result.target_loss,
+            **asdict(WeightStatistics.of(weights.weights)),
+            "objective_before": result.objective_before,
+            "objective_after": result.objective_after,
+            "weighter_grad_norm": result.weighter_grad_norm,
+            "weighter_hash": result.weighter_hash,
+            "samples": samples,
+        }

@@ -1,0 +1,238 @@
+"""From the flags to the weighting of a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dwm.config.run import RunConfig
+from megatron_dwm.data.batch import Batch
+from megatron_dwm.data.datasets import BatchLoader, DataPaths
+from megatron_dwm.data.sampler import BatchPartition
+from megatron_dwm.data.tokenizers import vocabulary_fingerprint
+from megatron_dwm.model.engine import PipelineEngine
+from megatron_dwm.runtime.process_groups import ParallelState
+from megatron_dwm.weighting.bilevel.gradient_check import check_at_start
+from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
+from megatron_dwm.weighting.bilevel.outer_update import OuterUpdate
+from megatron_dwm.weighting.bilevel.weighting import BilevelFlops, BilevelParts, BilevelWeighting
+from megatron_dwm.weighting.export import FolderExporter, NoExport, WeighterExporter, run_facts
+from megatron_dwm.weighting.flops import forward_flops, outer_update_flops, scoring_flops
+from megatron_dwm.weighting.frozen import FrozenWeighting
+from megatron_dwm.weighting.policy import SampleWeighting, State
+from megatron_dwm.weighting.rules import LossWeighting, OracleWeighting, RandomWeighting, ShuffledWeighting
+from megatron_dwm.weighting.sample_gather import SampleGather
+from megatron_dwm.weighting.scored import ScoringOptions
+from megatron_dwm.weighting.stage_schedule import StageSchedule, bilevel_stages, frozen_stages
+from megatron_dwm.weighting.uniform import UniformWeighting
+from megatron_dwm.weighting.warmup import Start, WarmupWeighting
+from megatron_dwm.weighting.weight_metrics import WeightMetrics
+from megatron_dwm.weighting.weighter import Weighter
+from megatron_dwm.weighting.weighter_init import (
+    check_init_from_lm,
+    random_weighter_model,
+    weighter_model_from_folder,
+    weighter_model_from_json,
+    weighter_model_from_lm,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WeightingInputs:
+    """What the weighting reads, checked before any process waits for another."""
+
+    stages: StageSchedule
+    tokenizer_fingerprint: str
+    """Of the tokenizer's vocabulary; empty without a weighter."""
+    folder_model: Any | None
+    """The classifier that ``--dwm-load`` or ``--dwm-init-from`` names, if it names a folder."""
+
+
+def read_weighting_inputs(config: RunConfig, tokenizer: Any) -> WeightingInputs:
+    """Open and check the weighter's folder, and lay out the stages.
+
+    Raises:
+        UserError: the folder does not fit, or the stages do not fit into the run.
+    """
+    settings = config.weighting
+    if not settings.needs_target:
+        stages = frozen_stages(settings, config.train_iters)
+    else:
+        stages = bilevel_stages(settings, config.train_iters)
+    if not settings.has_weighter:
+        return WeightingInputs(stages, "", None)
+    fingerprint = vocabulary_fingerprint(tokenizer, config.tokenizer)
+    flag, folder = "--dwm-init-from", settings.dwm_init_from
+    if settings.dwm_load is not None:
+        flag, folder = "--dwm-load", settings.dwm_load
+    if folder == "lm":
+        check_init_from_lm(config.model, settings)
+    if folder in ("lm", "random"):
+        return WeightingInputs(stages, fingerprint, None)
+    vocab, eod = int(tokenizer.vocab_size), int(tokenizer.eod)
+    model = weighter_model_from_folder(
+        flag, folder, config.model.sequence, vocab, eod, fingerprint, config.training.seed
+    )
+    return WeightingInputs(stages, fingerprint, model)
+
+
+@dataclass(frozen=True)
+class WeightingContext:
+    """The parts of a run that a weighting works with."""
+
+    config: RunConfig
+    inputs: WeightingInputs
+    paths: DataPaths
+    tokenizer: Any
+    padded_vocab_size: int
+    engine: PipelineEngine
+    optimizer: Any
+    partition: BatchPartition
+    parallel_state: ParallelState
+    make_target_loader: Callable[[int], BatchLoader]
+    """Reads the target set, from a number of consumed samples on."""
+    device: torch.device
+
+
+def build_weighting(context: WeightingContext) -> SampleWeighting:
+    """Return the weighting that ``--dwm-mode`` names.
+
+    Raises:
+        UserError: flags that do not fit the data.
+    """
+    if context.config.weighting.dwm_mode == "off":
+        return UniformWeighting()
+    return _Builder(context).build()
+
+
+def check_gradients(context: WeightingContext, batch: Batch, target: Batch) -> None:
+    """Hold the run's hypergradient against finite differences (``--dwm-check``); every rank calls it.
+
+    Raises:
+        UserError: on every rank, if they differ or there is nothing to check.
+    """
+    check_at_start(lm_gradients(context), SampleGather(context.partition, context.parallel_state), batch, target)
+
+
+def lm_gradients(context: WeightingContext) -> LMGradients:
+    """Return the passes over the language model that an outer update is made of."""
+    config, micro_batch_size = context.config, context.config.training.micro_batch
+    return LMGradients(config.weighting, context.engine, context.optimizer, context.parallel_state, micro_batch_size)
+
+
+class _Builder:
+    def __init__(self, context: WeightingContext) -> None:
+        self.context, self.config, self.inputs = context, context.config, context.inputs
+        self.settings, self.engine = context.config.weighting, context.engine
+        self.sample_gather = SampleGather(context.partition, context.parallel_state)
+        self.weight_metrics = WeightMetrics(self.inputs.stages, self.sample_gather, context.paths.train_sources)
+        self.options = ScoringOptions(
+            temperature=self.settings.dwm_temperature,
+            min_effective_sample_size=self.settings.dwm_min_effective_sample_size,
+            check_interval=self.config.logging.log_interval,
+        )
+
+    def build(self) -> SampleWeighting:
+        return WarmupWeighting(self.inputs.stages, self.weight_metrics, self._start())
+
+    def _start(self) -> Start:
+        if self.settings.needs_target:
+            return self._start_bilevel
+        return self._start_frozen if self.settings.dwm_mode == "frozen" else self._start_rule()
+
+    def _start_rule(self) -> Start:
+        settings, training = self.settings, self.config.training
+        rule: RandomWeighting | LossWeighting | OracleWeighting
+        if settings.dwm_rule == "random":
+            rule = RandomWeighting(self.weight_metrics, self.options, settings.dwm_rule_strength, training.seed)
+        elif settings.dwm_rule == "loss":
+            flops = forward_flops(self.config.model, self.context.padded_vocab_size, self.config.global_batch_size)
+            strength, micro = settings.dwm_rule_strength, training.micro_batch
+            rule = LossWeighting(self.weight_metrics, self.options, strength, self.engine, micro, flops)
+        else:
+            rule = OracleWeighting(self.weight_metrics, self.options, settings.dwm_rule_sources or [])
+
+        def start(iteration: int, state: State) -> SampleWeighting:
+            rule.load_state_dict(state)
+            logger.info(f" > weighting starts at iteration {iteration}: the rule {settings.dwm_rule}")
+            return rule
+
+        return start
+
+    def _start_frozen(self, iteration: int, state: State) -> SampleWeighting:
+        weighter = self._weighter(self._new_model())
+        self._announce(iteration, weighter)
+        flops = self._scoring_flops(weighter)
+        return FrozenWeighting(self.weight_metrics, self.options, weighter, self._exporter(), flops)
+
+    def _start_bilevel(self, iteration: int, state: State) -> SampleWeighting:
+        is_restored = state.get("weighter") is not None
+        if is_restored:
+            weighter = self._weighter(weighter_model_from_json(state["weighter_config"]))
+            weighter.load_state(state)
+        else:
+            weighter = self._weighter(self._new_model())
+            if iteration > self.inputs.stages.warmup_iters + 1:
+                logger.warning(
+                    f"the checkpoint holds no weighter, so a new one starts at iteration {iteration}; to go on with "
+                    "an earlier one, give its export as --dwm-init-from"
+                )
+            self._announce(iteration, weighter)
+        parts = BilevelParts(
+            self.engine,
+            weighter,
+            self._outer_update(weighter),
+            self.context.make_target_loader(state.get("consumed_target_samples", 0)),
+            self._exporter(),
+            BilevelFlops(self._scoring_flops(weighter), self._update_flops(weighter)),
+        )
+        if self.settings.dwm_mode == "rule":
+            shuffle_seed = self.config.training.seed
+            weighting: BilevelWeighting = ShuffledWeighting(self.weight_metrics, self.options, parts, shuffle_seed)
+        else:
+            weighting = BilevelWeighting(self.weight_metrics, self.options, parts)
+        if is_restored:
+            weighting.load_state_dict(state)
+        return weighting
+
+    def _outer_update(self, weighter: Weighter) -> OuterUpdate:
+        return OuterUpdate(self.settings, lm_gradients(self.context), weighter, self.sample_gather)
+
+    def _weighter(self, model: Any) -> Weighter:
+        return Weighter(model, self.settings, self.context.device, bf16=self.config.optimizer.bf16)
+
+    def _new_model(self) -> Any:
+        """Make the classifier that the flags ask for; a collective call of all ranks."""
+        settings, model, seed = self.settings, self.config.model, self.config.training.seed
+        vocab, eod = int(self.context.tokenizer.vocab_size), int(self.context.tokenizer.eod)
+        if self.inputs.folder_model is not None:
+            return self.inputs.folder_model
+        if settings.dwm_init_from == "random":
+            return random_weighter_model(settings, vocab, model.sequence, eod, seed)
+        with self.engine.full_parameters():
+            return weighter_model_from_lm(self.engine.chunks, model, settings, vocab, eod, seed)
+
+    def _announce(self, iteration: int, weighter: Weighter) -> None:
+        kind, size, mode = type(weighter.model).__name__, weighter.num_parameters, self.settings.dwm_mode
+        logger.info(f" > weighting starts at iteration {iteration}: {kind} of {size} parameters, {mode}")
+
+    def _exporter(self) -> WeighterExporter:
+        save = self.config.checkpoint.save
+        if save is None:
+            return NoExport()
+        facts = run_facts(self.config, self.context.paths, self.inputs.tokenizer_fingerprint)
+        return FolderExporter(Path(save) / "weighter", self.context.tokenizer, self.config.tokenizer, facts)
+
+    def _scoring_flops(self, weighter: Weighter) -> float:
+        parameters, samples = weighter.num_computing_parameters, self.config.global_batch_size
+        return scoring_flops(parameters, samples, self.config.model.sequence)
+
+    def _update_flops(self, weighter: Weighter) -> float:
+        return outer_update_flops(self.config, self.context.padded_vocab_size, weighter.num_computing_parameters)

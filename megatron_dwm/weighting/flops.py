@@ -1,0 +1,35 @@
+"""Floating-point operations of weighting, beyond those of plain training."""
+
+from __future__ import annotations
+
+from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.run import RunConfig
+from megatron_dwm.model.flops import FORWARD_AND_BACKWARD, MULTIPLY_AND_ADD, training_flops
+
+
+def forward_flops(model: ModelConfig, padded_vocab_size: int, samples: int) -> float:
+    """Return the operations of one forward pass of the language model over ``samples``."""
+    return training_flops(model, padded_vocab_size, samples) / FORWARD_AND_BACKWARD
+
+
+def scoring_flops(weighter_parameters: int, samples: int, seq_length: int) -> float:
+    """Return the operations of scoring: one multiplication and addition for each parameter and token.
+
+    Args:
+        weighter_parameters: without the embedding, which is looked up.
+        samples: how many are scored.
+        seq_length: tokens of a sample.
+    """
+    return float(MULTIPLY_AND_ADD * weighter_parameters * samples * seq_length)
+
+
+def outer_update_flops(config: RunConfig, padded_vocab_size: int, weighter_parameters: int) -> float:
+    """Return the operations of one outer update: passes of the language model, and the weighter's steps."""
+    settings = config.weighting
+    target = training_flops(config.model, padded_vocab_size, config.target_batch_size)
+    batch = training_flops(config.model, padded_vocab_size, config.global_batch_size)
+    alignment = batch if settings.dwm_alignment == "exact" else batch * 2 / FORWARD_AND_BACKWARD
+    scores = scoring_flops(weighter_parameters, config.global_batch_size, config.model.sequence)
+    # The objective before and after, and for each step a forward and backward pass.
+    weighter = scores * (2 + settings.dwm_weighter_steps * FORWARD_AND_BACKWARD)
+    return target + alignment + weighter

@@ -1,0 +1,91 @@
+"""The door between training and weighting: all that training knows of how samples get their weights.
+
+The training loop is five calls: next batch, :meth:`~SampleWeighting.before_step`, :meth:`~SampleWeighting.weigh`, the
+step, :meth:`~SampleWeighting.after_step`. A way of weighting is one class with these methods; ``docs/extending.md``
+shows one. Every rank calls every method, with the same iteration, in this order: what a method communicates is part of
+the protocol, and stands in its docstring.
+
+Shape legend: N samples of the global batch, n of this replica.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from megatron_dwm.data.batch import Batch
+from megatron_dwm.model.engine import SampleLosses
+
+Record = dict[str, Any]
+"""One line of the run's JSON-lines file; ``kind`` says what it is about."""
+State = dict[str, Any]
+"""What a checkpoint keeps: tensors, numbers, strings, and lists and dicts of them."""
+
+
+@dataclass(frozen=True)
+class SampleWeights:
+    """Weights of one step's samples. Their mean is 1, so that 1.0 everywhere is the plain loss, bit for bit."""
+
+    scores: torch.Tensor
+    """[N], in global order (microbatch, data-parallel rank, place), on the CPU."""
+    weights: torch.Tensor
+    """N softmax(scores / temperature) [N], float64, in global order, on the CPU."""
+    replica_weights: torch.Tensor
+    """Those of this replica's samples [n], on its device."""
+
+
+class StepOutcome(Protocol):
+    """What a training step tells the weighting."""
+
+    @property
+    def skipped(self) -> bool:
+        """Whether no update was made, because the gradient overflowed (fp16)."""
+
+    @property
+    def sample_losses(self) -> SampleLosses | None:
+        """This replica's losses before the step; None but on the last pipeline stage."""
+
+
+class SampleWeighting(Protocol):
+    """A way to weigh the samples of each batch."""
+
+    def before_step(self, iteration: int) -> None:
+        """Prepare for an iteration, which counts from 1.
+
+        May gather parameters over all groups; afterwards the model holds the parameters that it held before.
+        """
+
+    def weigh(self, iteration: int, batch: Batch) -> SampleWeights | None:
+        """Give this replica's ``batch`` its weights; None trains it plainly.
+
+        May gather over the model-parallel and then the data-parallel group.
+        """
+
+    def after_step(
+        self, iteration: int, batch: Batch, weights: SampleWeights | None, outcome: StepOutcome
+    ) -> list[Record]:
+        """Learn from the step that was made, and return what is to be recorded of it.
+
+        May run passes over the model and communicate over all groups. Parameters, optimizer state, random streams and
+        data order of the language model are afterwards what they were before.
+        """
+
+    def metrics(self, iteration: int, batch: Batch, weights: SampleWeights | None) -> dict[str, Any]:
+        """Return figures of the step's weights for the log: numbers, and dicts of numbers by source.
+
+        May gather over the data-parallel group.
+        """
+
+    def flops(self, iteration: int, outcome: StepOutcome) -> float:
+        """Return the operations of all ranks in this iteration beyond those of plain training. No communication."""
+
+    def after_save(self, iteration: int) -> None:
+        """Write what belongs beside a persistent checkpoint. May wait for all ranks."""
+
+    def state_dict(self) -> State:
+        """Return what a resumed run needs, in any layout; empty if nothing. May gather over all groups."""
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue from :meth:`state_dict`. No communication."""

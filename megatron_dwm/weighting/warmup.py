@@ -1,0 +1,87 @@
+"""Uniform weights until the warm-up is over, then another weighting."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from megatron_dwm.data.batch import Batch
+from megatron_dwm.weighting.policy import Record, SampleWeighting, SampleWeights, State, StepOutcome
+from megatron_dwm.weighting.stage_schedule import StageSchedule
+from megatron_dwm.weighting.uniform import UniformWeighting
+from megatron_dwm.weighting.weight_metrics import WeightMetrics
+
+logger = logging.getLogger(__name__)
+
+Start = Callable[[int, State], SampleWeighting]
+"""Makes the weighting of an iteration from the state of a checkpoint (empty if there is none); a collective call."""
+
+NOT_STARTED: State = {
+    "consumed_target_samples": 0,
+    "outer_updates": 0,
+    "weighter_config": None,
+    "weighter": None,
+    "weighter_optimizer": None,
+    "replay": [],
+}
+"""State before the first weighted iteration, under the names of all checkpoints so far."""
+
+
+class WarmupWeighting:
+    """Trains plainly in the warm-up; before its first weighted iteration it starts the weighting that follows.
+
+    A weighting that starts late can be made of what the language model has learned by then.
+    """
+
+    def __init__(self, stages: StageSchedule, weight_metrics: WeightMetrics, start: Start) -> None:
+        self.stages, self.weight_metrics, self._start = stages, weight_metrics, start
+        self._state: State = {}
+        self._current: SampleWeighting = UniformWeighting()
+        self._has_started = False
+
+    @property
+    def current(self) -> SampleWeighting:
+        """The weighting that weighs at present."""
+        return self._current
+
+    def before_step(self, iteration: int) -> None:
+        """Start the weighting if its time has come."""
+        if not self._has_started and self.stages.is_weighted(iteration):
+            self._current = self._start(iteration, self._state)
+            self._has_started, self._state = True, {}
+        self._current.before_step(iteration)
+
+    def weigh(self, iteration: int, batch: Batch) -> SampleWeights | None:
+        """Weigh as the present weighting does."""
+        return self._current.weigh(iteration, batch)
+
+    def after_step(
+        self, iteration: int, batch: Batch, weights: SampleWeights | None, outcome: StepOutcome
+    ) -> list[Record]:
+        """Learn as the present weighting does."""
+        return self._current.after_step(iteration, batch, weights, outcome)
+
+    def metrics(self, iteration: int, batch: Batch, weights: SampleWeights | None) -> dict[str, Any]:
+        """Return the figures of the step's weights; in the warm-up those of uniform ones."""
+        if self._has_started:
+            return self._current.metrics(iteration, batch, weights)
+        return self.weight_metrics(iteration, batch, weights)
+
+    def flops(self, iteration: int, outcome: StepOutcome) -> float:
+        """Return the present weighting's operations."""
+        return self._current.flops(iteration, outcome)
+
+    def after_save(self, iteration: int) -> None:
+        """Write what the present weighting writes."""
+        self._current.after_save(iteration)
+
+    def state_dict(self) -> State:
+        """Return the present weighting's state; before it has started, the state that it will start from."""
+        if self._has_started:
+            return self._current.state_dict()
+        return self._state or NOT_STARTED
+
+    def load_state_dict(self, state: State) -> None:
+        """Keep ``state`` for the start of the weighting."""
+        self._state = state

@@ -1,0 +1,48 @@
+"""Figures of a step's weights, for the log and the records.
+
+Shape legend: N samples of the global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from megatron_dwm.data.batch import Batch
+from megatron_dwm.weighting.policy import SampleWeights
+from megatron_dwm.weighting.sample_gather import SampleGather
+from megatron_dwm.weighting.stage_schedule import StageSchedule
+from megatron_dwm.weighting.weights import WeightStatistics
+
+
+class WeightMetrics:
+    """Computes the figures of each step's weights: stage, by source, and distance from uniform weights."""
+
+    def __init__(self, stages: StageSchedule, sample_gather: SampleGather, sources: Sequence[str]) -> None:
+        """
+        Args:
+            sources: names of the training data's sources, by ``Batch.source``.
+        """
+        self.stages, self.sample_gather, self.sources = stages, sample_gather, list(sources)
+
+    def __call__(self, iteration: int, batch: Batch, weights: SampleWeights | None) -> dict[str, Any]:
+        """Return the figures of one step; gathers over the data-parallel group.
+
+        ``share_by_source`` is the fraction of the loss, Σ w over a source's samples; ``weight_by_source`` is the mean
+        weight of a source's samples.
+        """
+        source = self.sample_gather.gather_from_replicas(batch.source).cpu()
+        values = weights.weights if weights is not None else torch.ones(len(source), dtype=torch.float64)
+        of_source = {name: source == number for number, name in enumerate(self.sources)}
+        present = {name: members for name, members in of_source.items() if bool(members.any())}
+        figures: dict[str, Any] = {
+            "stage": self.stages.stage(iteration),
+            "share_by_source": {name: float(values[members].sum()) / len(source) for name, members in present.items()},
+        }
+        if weights is None:
+            return figures
+        figures["weight_by_source"] = {name: float(values[members].mean()) for name, members in present.items()}
+        return figures | asdict(WeightStatistics.of(values))
