@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_dwm.data.datasets import PART_NAMES, Blend, DataPaths, sequence_lengths, split_parts
+from megatron_dwm.data.blend import SPLIT_NAMES, TARGET_FLAG, Blend, DataPaths, split_slices
+from megatron_dwm.data.index_file import sequence_lengths
 from megatron_dwm.errors import UserError
 
 VOCABULARY_SAMPLE = 2**26  # tokens of each dataset that are held against the vocabulary,
@@ -29,7 +30,7 @@ def check_data(paths: DataPaths, seq_length: int, vocab_size: int) -> None:
     if paths.target is not None:
         _check_target_size(paths.target, seq_length)
         for flag, blend in paths.blends().items():
-            if flag != "--dwm-valid-data-path":
+            if flag != TARGET_FLAG:
                 _check_apart(flag, blend, paths.target)
 
 
@@ -97,14 +98,14 @@ def _check_parts(flag: str, blend: Blend, split: str | None, seq_length: int) ->
     prefixes, weights = blend
     least = seq_length + 1 if len(prefixes) > 1 and weights is None else 1
     lengths = [sequence_lengths(prefix) for prefix in prefixes]
-    parts = [split_parts(split, len(own)) if split else [slice(None)] for own in lengths]
+    parts = [split_slices(split, len(of_dataset)) if split else [slice(None)] for of_dataset in lengths]
     for number, slices in enumerate(zip(*parts, strict=True)):
-        tokens = [int(own[part].sum()) for own, part in zip(lengths, slices, strict=True)]
+        tokens = [int(of_dataset[part].sum()) for of_dataset, part in zip(lengths, slices, strict=True)]
         if max(tokens) == 0 or min(tokens) >= least:
             continue
         named = f"{flag} {prefixes[int(np.argmin(tokens))]}: "
         if split:
-            named += f"the {PART_NAMES[number]} part of --split {split} "
+            named += f"the {SPLIT_NAMES[number]} part of --split {split} "
         remedy = "leave the dataset out or give more data" + (", or change --split" if split else "")
         raise UserError(
             f"{named}has {min(tokens)} tokens, fewer than the {least} that each dataset of a blend must give; {remedy}"
@@ -115,7 +116,7 @@ def _check_target_size(target: Blend, seq_length: int) -> None:
     tokens = sum(int(sequence_lengths(prefix).sum()) for prefix in target[0])
     if tokens < seq_length + 1:
         raise UserError(
-            f"--dwm-valid-data-path {' '.join(target[0])}: {tokens} tokens are less than one sample of "
+            f"{TARGET_FLAG} {' '.join(target[0])}: {tokens} tokens are less than one sample of "
             f"{seq_length + 1}; give a larger target set"
         )
 
@@ -126,7 +127,7 @@ def _check_apart(flag: str, blend: Blend, target: Blend) -> None:
     for prefix in blend[0]:
         if Path(prefix).resolve() in target_files:
             raise UserError(
-                f"--dwm-valid-data-path {prefix} is also named by {flag}; the target set must be apart from the data "
+                f"{TARGET_FLAG} {prefix} is also named by {flag}; the target set must be apart from the data "
                 "that is trained and evaluated on"
             )
     wanted: set[bytes] = set()
@@ -137,7 +138,7 @@ def _check_apart(flag: str, blend: Blend, target: Blend) -> None:
         shared = len(wanted & _digests(prefix, lengths))
         if shared:
             raise UserError(
-                f"--dwm-valid-data-path {' '.join(target[0])}: {shared} of its documents also stand in {flag} "
+                f"{TARGET_FLAG} {' '.join(target[0])}: {shared} of its documents also stand in {flag} "
                 f"{prefix}; the target set must be apart from the data that is trained and evaluated on"
             )
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from megatron_dwm.config.run import RunConfig
-from megatron_dwm.data.datasets import DataPaths, data_paths
-from megatron_dwm.data.tokenizers import build_tokenizer, padded_vocab_size, vocabulary_fingerprint
+from megatron_dwm.data.blend import DataPaths, data_paths
+from megatron_dwm.data.hf_tokenizers import vocabulary_fingerprint
+from megatron_dwm.data.tokenizers import build_tokenizer, padded_vocab_size
 from megatron_dwm.data.validation import check_data
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap_with_ddp

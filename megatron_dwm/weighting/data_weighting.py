@@ -13,7 +13,7 @@ import torch
 
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.data.datasets import BatchLoader
+from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.model.engine import SampleLosses
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.runtime.record_writers import say

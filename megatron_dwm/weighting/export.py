@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_dwm.config.run import RunConfig
-from megatron_dwm.data.datasets import DataPaths
+from megatron_dwm.data.blend import DataPaths
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.runtime.record_writers import say
 from megatron_dwm.weighting.data_weighting import DataWeighting

@@ -11,26 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_dwm.data import validation
-from megatron_dwm.data.datasets import LEGACY_SPLIT, Blend, DataPaths
+from megatron_dwm.data.blend import LEGACY_SPLIT, Blend, DataPaths
 from megatron_dwm.data.validation import check_data
 from megatron_dwm.errors import UserError
 from tests.paths import ROOT
+from tests.unit.data.made_data import write_dataset as write
 
 SEQUENCE = 32
 VOCAB = 100
 HEADER = 34  # bytes of an index before the lengths: 9 of magic, 8 version, 1 type, 8 sequences, 8 documents
-
-
-def write(folder: Path, name: str, documents: list[list[int]], dtype: type[np.number] = np.uint16) -> str:
-    prefix = str(folder / name)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    for document in documents:
-        builder.add_document(np.array(document), [len(document)] if document else [])
-    builder.finalize(f"{prefix}.idx")
-    return prefix
 
 
 def texts(seed: int, number: int = 10, length: int = 40) -> list[list[int]]:
@@ -119,7 +110,7 @@ def test_a_damaged_index_prints_one_line_and_no_traceback(tmp_path: Path) -> Non
     program = (
         "import sys\n"
         "from megatron_dwm.data.validation import check_data\n"
-        "from megatron_dwm.data.datasets import DataPaths\n"
+        "from megatron_dwm.data.blend import DataPaths\n"
         "from megatron_dwm.errors import run_cli\n"
         "data = DataPaths(None, (([sys.argv[1]], None), None, None), None, None)\n"
         "run_cli(lambda: check_data(data, 32, 100))\n"
