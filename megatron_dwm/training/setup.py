@@ -72,7 +72,7 @@ def read_inputs(config: RunConfig, *, reads_data: bool) -> Inputs:
     tokenizer = build_tokenizer(config.tokenizer)
     paths = data_paths(config.data, settings.dwm_valid_data_path if settings.learns else None)
     if reads_data:
-        check_data(paths, config.model.sequence, int(tokenizer.vocab_size))
+        check_data(paths, config.model.sequence, int(tokenizer.vocab_size), has_evaluation=config.data.eval_iters > 0)
     latest_checkpoint(config.checkpoint)
     if not settings.weighs:
         return Inputs(tokenizer, paths, None, "", None)
