@@ -52,7 +52,8 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> None:
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from megatron_dwm.data.tokenizers import build_tokenizer, save_hf_tokenizer
+    from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
+    from megatron_dwm.data.tokenizers import build_tokenizer
     from megatron_dwm.model.hf import causal_language_model
 
     folder = _checkpoint_folder(config)

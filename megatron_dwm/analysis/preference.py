@@ -92,7 +92,7 @@ class SourceFigures:
 
     weight: float | None
     """Mean relative weight of its samples."""
-    partition: float
+    fraction: float
     """Part of the batches' gradient, Σ w over its samples, mean over the steps."""
     part: float | None
     """Part of the batches' samples."""
@@ -118,11 +118,11 @@ def stage_sources(steps: Sequence[Record], samples: WeighedSamples) -> dict[int,
 def _source_figures(name: str, steps: Sequence[Record], samples: WeighedSamples) -> SourceFigures:
     shares = [step["share_by_source"].get(name, 0.0) for step in steps]
     weights = [step.get("weight_by_source", {}).get(name, 1.0) for step in steps]
-    parts = [partition / weight for partition, weight in zip(shares, weights, strict=True) if weight > 0]
+    parts = [fraction / weight for fraction, weight in zip(shares, weights, strict=True) if weight > 0]
     aligned = samples.alignment[samples.source == name]
     return SourceFigures(
         weight=sum(shares) / sum(parts) if sum(parts) > 0 else None,
-        partition=float(np.mean(shares)),
+        fraction=float(np.mean(shares)),
         part=float(np.mean(parts)) if parts else None,
         alignment=float(aligned.mean()) if len(aligned) else None,
     )

@@ -102,7 +102,8 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
     from megatron.core import parallel_state as mpu
 
     from megatron_dwm.config.parallel import ParallelConfig
-    from megatron_dwm.data.datasets import build_datasets, data_paths
+    from megatron_dwm.data.blend import data_paths
+    from megatron_dwm.data.datasets import build_datasets, split_sizes
     from megatron_dwm.data.tokenizers import build_tokenizer
     from megatron_dwm.runtime.process_groups import initialize
 
@@ -121,7 +122,16 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
     # megatron-core asks a process group who writes index caches.
     parallel_state = initialize(ParallelConfig(), None, torch.device("cpu"), dist.HashStore(), 0, 1)
     try:
-        datasets = build_datasets(config, paths, tokenizer, parallel_state)
+        datasets = build_datasets(
+            config.data,
+            paths,
+            split_sizes(config.data, config.train_iters, config.training.train_samples, config.global_batch_size),
+            tokenizer,
+            parallel_state,
+            sequence=config.model.sequence,
+            seed=config.training.seed,
+            target_batch_size=config.target_batch_size if learns else None,
+        )
         yield RunSamples(datasets.train, datasets.target, tokenizer, paths.train_sources)
     finally:
         mpu.destroy_model_parallel()

@@ -1,1 +1,1 @@
-"""Corpora made of what is installed, and datasets made of text."""
+"""Corpora of text from installed packages, and datasets preprocessed from text."""

@@ -1,4 +1,4 @@
-"""A corpus: sources of text in parts for training, target and test, and no text in two of them."""
+"""A corpus: sources of text, each in parts for training, target and test, with no text in two of them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from megatron_dwm.errors import UserError
 
 PARTS = ("train", "target", "test")
 
-LEAST_BYTES = 200  # of a document
-_DIVERSITY = 8  # target and test hold at least so many documents
+LEAST_BYTES = 200  # of a document: shorter texts are fragments
+_DIVERSITY = 8  # target and test hold at least so many documents, so that none of them is one long text
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class CorpusConfig:
     output: str | None = flag(None, "Folder that receives <source>.<part>.jsonl.")
     seed: int = flag(1234, "Seed of the split into parts and of the shuffling of words.")
     shuffle: Literal["words", "characters"] = flag(
-        "words", "What the bad text has in random order: a paragraph's words, or the characters of each eight."
+        "words", "What is shuffled in the bad text: the words of a paragraph, or the characters of each run of eight."
     )
     prose_bytes: int = flag(1_200_000, "Most bytes of text in the train part of prose, and of comments.")
     code_bytes: int = flag(2_500_000, "Most bytes of text in the train part of code, and of shuffled.")
@@ -45,7 +45,7 @@ class CorpusConfig:
         if not self.output:
             raise UserError("--output is missing; give a folder")
         if Path(self.output).exists() and not Path(self.output).is_dir():
-            raise UserError(f"--output {self.output}: no folder; give another path")
+            raise UserError(f"--output {self.output}: not a folder; give another path")
         for name, value in (
             ("--prose-bytes", self.prose_bytes),
             ("--code-bytes", self.code_bytes),
@@ -57,7 +57,7 @@ class CorpusConfig:
 
 
 class Document(NamedTuple):
-    """A text and where it is from: its source, and a file or an entry there."""
+    """A text and its origin: a source, and a file or an entry there."""
 
     text: str
     id: str
@@ -72,7 +72,7 @@ Corpus = dict[str, dict[str, list[Document]]]  # source -> part -> documents
 
 
 class Seen:
-    """The texts that have been used, told apart by their words alone: case, punctuation and layout do not count."""
+    """The texts that have been used, compared by their words alone: case, punctuation and layout do not count."""
 
     def __init__(self) -> None:
         self._keys: set[str] = set()
@@ -85,7 +85,7 @@ class Seen:
         return self._key(text) in self._keys
 
     def add(self, text: str) -> bool:
-        """Whether ``text`` has words and is new."""
+        """Add ``text``; return whether it has words and is new."""
         key = self._key(text)
         if not key or key in self._keys:
             return False
@@ -93,16 +93,17 @@ class Seen:
         return True
 
     def new_paragraphs(self, text: str) -> str:
-        """``text`` without the paragraphs that were seen before."""
+        """Return ``text`` without the paragraphs that were seen before."""
         return "\n\n".join(paragraph for paragraph in paragraphs(text) if self.add(paragraph))
 
 
 def paragraphs(text: str) -> list[str]:
+    """Return the paragraphs of a text, which empty lines divide."""
     return [paragraph.rstrip() for paragraph in re.split(r"\n\s*\n", text.strip("\n")) if paragraph.strip()]
 
 
 def split(documents: Iterable[Document], heldout_bytes: int, rng: random.Random) -> dict[str, list[Document]]:
-    """Deal the documents out at random: target and test get ``heldout_bytes`` each, train the rest."""
+    """Divide the documents at random: target and test get ``heldout_bytes`` each, train the rest."""
     left = [document for document in documents if document.size >= LEAST_BYTES]
     rng.shuffle(left)
     parts: dict[str, list[Document]] = {}
@@ -115,7 +116,7 @@ def split(documents: Iterable[Document], heldout_bytes: int, rng: random.Random)
 
 
 def first(documents: list[Document], size: int) -> list[Document]:
-    """As many of the first documents as fit into ``size`` bytes."""
+    """Return as many of the first documents as fit into ``size`` bytes."""
     ends = itertools.accumulate(document.size for document in documents)
     return [document for document, end in zip(documents, ends, strict=True) if end <= size]
 
@@ -146,7 +147,7 @@ def write_corpus(corpus: Corpus, folder: Path) -> None:
 
 
 def table(corpus: Corpus) -> str:
-    """Sources by parts, with the number of documents and the bytes of text."""
+    """Return a table of sources and parts, with the number of documents and the bytes of text."""
     lines = [f"{'source':<10}" + "".join(f"{part + ' docs':>14}{'bytes':>11}" for part in PARTS)]
     for source, parts in corpus.items():
         cells = ((len(parts[part]), sum(document.size for document in parts[part])) for part in PARTS)

@@ -1,8 +1,7 @@
 """A corpus of installed documentation, larger and more varied than the built-in one: a source for each package.
 
-Debian's packages say themselves what files they have and of which version, and so do Python's distributions. Read are
-HTML pages, texts, and the docstrings of modules. Of a package with HTML pages the texts are left out: often they are
-the same pages once more.
+Debian's packages list their files and their version, and so do Python's distributions. HTML pages, texts and the
+docstrings of modules are read. Of a package with HTML pages the texts are left out: they are often the same pages.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ _NOT_READ = re.compile(r"(^|/)(tests?|[^/]*\.dist-info)/")
 
 
 class Package(NamedTuple):
-    """An installed package: what names it in ``--documentation``, its version, its files."""
+    """An installed package: its name in ``--documentation``, its version, its files."""
 
     spec: str
     version: str
     files: dict[str, Path]
-    """Where each file is, by the name that it has in any place the package is installed to."""
+    """The path of each file, by its name relative to wherever the package is installed."""
 
     @property
     def name(self) -> str:
-        """What its source is called."""
+        """The name of its source."""
         return self.spec.partition(":")[2]
 
 
@@ -71,7 +70,7 @@ def documentation_corpus(config: CorpusConfig) -> Corpus:
 
 
 def installed(spec: str) -> Package:
-    """The package that ``debian:NAME`` or ``pypi:NAME`` names.
+    """Return the package that ``debian:NAME`` or ``pypi:NAME`` names.
 
     Raises:
         UserError: it is not installed, or its files are not on this machine.
@@ -83,7 +82,7 @@ def installed(spec: str) -> Package:
 
 
 def texts(package: Package) -> Iterator[tuple[str, str]]:
-    """Name and text of the files that hold documentation, in the order of their names."""
+    """Yield name and text of the files that hold documentation, in the order of their names."""
     kinds = {_suffix(path) for path in package.files.values()}
     wanted = {".py", *(_PAGES if _PAGES & kinds else _TEXTS)}
     for name, path in sorted(package.files.items()):
@@ -120,11 +119,12 @@ def _pypi(spec: str, name: str) -> Package:
 
 
 def _suffix(path: PurePath) -> str:
-    """Of what kind a file is, compressed or not."""
+    """Return the suffix of a file, without that of its compression."""
     return PurePath(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
 def _text(path: Path) -> str:
+    """Return the documentation in a file."""
     content = path.read_bytes()
     if path.suffix == ".gz":
         content = gzip.decompress(content)
@@ -137,13 +137,13 @@ def _text(path: Path) -> str:
 
 
 def _page(content: bytes) -> str:
-    """The text of an HTML page, without its navigation."""
-    # Imported here: whoever makes the built-in corpus does not need it.
+    """Return the text of an HTML page, without its navigation."""
+    # Imported here: the built-in corpus does not need it.
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding
     from resiliparse.parse.html import HTMLTree
 
-    try:  # what is valid UTF-8 is UTF-8; a page in something else says so
+    try:  # valid UTF-8 is UTF-8; a page in another encoding names it
         page = content.decode()
     except UnicodeDecodeError:
         page = bytes_to_str(content, detect_encoding(content, from_html_meta=True) or "utf-8")

@@ -1,8 +1,8 @@
-"""The built-in corpus, made from the interpreter's own standard library.
+"""The built-in corpus, made from the interpreter's standard library.
 
-No download and no import of what is read: the library's files are parsed. Good text is ``prose``, the
-documentation; ``code`` and ``comments`` are other real text; ``shuffled`` is bad text: documentation that no
-other source holds, its words or its characters in random order. No text is in two documents, so no part or source leaks
+Nothing is downloaded, and nothing that is read is imported: the library's files are parsed. Good text is ``prose``, the
+documentation; ``code`` and ``comments`` are other real text; ``shuffled`` is bad text: documentation that no other
+source holds, with its words or its characters in random order. No text is in two documents, so no part or source leaks
 into another.
 """
 
@@ -23,18 +23,12 @@ from typing import NamedTuple
 from megatron_dwm.corpora.corpus import LEAST_BYTES, Corpus, CorpusConfig, Document, Seen, first, paragraphs, split
 from megatron_dwm.errors import UserError
 
-_NOT_READ = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idle_test",
-    "encodings",
-}  # other packages, not everywhere, tables
+# Other packages; tests, which not every interpreter has; tables.
+_NOT_READ = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
 _TOPICS = "pydoc_data/topics.py"
-_LEAST_WORDS = 8  # of what counts as text that must not be twice, and of a comment
-_TABLE = 1000  # characters of a module's statement from which on it is a table, not code
-_SHUFFLED_SHARE = 0.3  # of the prose outside target and test
+_LEAST_WORDS = 8  # shorter statements may occur twice, and shorter comments are left out
+_TABLE = 1000  # an assignment in a module of at least so many characters is a table, not code
+_SHUFFLED_FRACTION = 0.3  # of the prose outside target and test
 _MOST_SHUFFLES = 10  # of one document
 _WINDOW = 8  # characters that are put in random order together
 
@@ -74,14 +68,14 @@ def standard_library_corpus(config: CorpusConfig, library: Path | None = None) -
 def _deal(
     prose: list[Document], comments: list[Document], code: list[Document], config: CorpusConfig, seen: Seen
 ) -> Corpus:
-    """Split the sources into parts of the sizes asked for, and make bad text of a share of the prose."""
+    """Split the sources into parts of the configured sizes, and make bad text of a fraction of the prose."""
     rng = random.Random(config.seed)
     corpus = {
         "prose": split(prose, config.heldout_bytes, rng),
         "code": split(code, config.heldout_bytes, rng),
         "comments": split(comments, config.heldout_bytes, rng),
     }
-    corpus["prose"]["train"], base = _share(corpus["prose"]["train"], _SHUFFLED_SHARE)
+    corpus["prose"]["train"], base = _divide(corpus["prose"]["train"], _SHUFFLED_FRACTION)
     corpus["shuffled"] = {
         part: _shuffled(documents, config, config.code_bytes if part == "train" else config.heldout_bytes, seen, rng)
         for part, documents in split(base, sum(document.size for document in base) // 8, rng).items()
@@ -100,10 +94,10 @@ class _Module(NamedTuple):
 
 
 def _modules(root: Path) -> Iterator[_Module]:
-    """The modules below ``root``, in the order of their paths."""
+    """Yield the modules below ``root``, in the order of their paths."""
     paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
     for name, path in sorted(paths.items()):
-        # What _sysconfigdata holds is how this interpreter was built.
+        # _sysconfigdata holds how this interpreter was built, which differs between machines.
         if _NOT_READ & set(name.split("/")) or name.startswith("_sysconfigdata"):
             continue
         source = path.read_bytes()
@@ -113,7 +107,7 @@ def _modules(root: Path) -> Iterator[_Module]:
 
 
 def parsed(source: bytes) -> ast.Module | None:
-    """The syntax tree; None of a sample of broken or old source."""
+    """Return the syntax tree, or None for source that does not parse (samples of broken or old code)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in old modules
@@ -123,7 +117,7 @@ def parsed(source: bytes) -> ast.Module | None:
 
 
 def _topics(tree: ast.Module) -> list[tuple[str, str]]:
-    """Name and text of the entries of pydoc's dictionary of topics."""
+    """Return name and text of the entries of pydoc's dictionary of topics."""
     dictionaries = [
         node.value for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
     ]
@@ -131,7 +125,7 @@ def _topics(tree: ast.Module) -> list[tuple[str, str]]:
 
 
 def docstrings(tree: ast.Module) -> str:
-    """The documentation of a module, its classes and its functions."""
+    """Return the documentation of a module, its classes and its functions."""
     texts = (
         ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef, *_FUNCTION))
     )
@@ -139,15 +133,15 @@ def docstrings(tree: ast.Module) -> str:
 
 
 def _prose(text: str) -> str:
-    """``text`` without examples of a session with the interpreter, and without what UTF-8 cannot write."""
+    """Return ``text`` without examples of interpreter sessions, and without what UTF-8 cannot encode."""
     text = text.encode("utf-8", "ignore").decode()
     return "\n\n".join(paragraph for paragraph in paragraphs(text) if ">>>" not in paragraph)
 
 
 def _comments(source: bytes) -> str:
-    """The comments of some length, without their marks; those on consecutive lines are one."""
+    """Return the longer comments, without their marks; those on consecutive lines are one."""
     blocks: list[list[str]] = []
-    below = (-1, -1)  # where the next line of the last block would begin
+    below = (-1, -1)  # the place of a comment that would continue the last block
     for token in tokenize.tokenize(io.BytesIO(source).readline):
         if token.type != tokenize.COMMENT:
             continue
@@ -164,13 +158,13 @@ def _comment(lines: list[str]) -> str:
 
 
 class _Code(ast.NodeTransformer):
-    """Takes out docstrings and whatever holds text seen before, and adds what is left to the text seen."""
+    """A transformer that removes docstrings and statements with text seen before, and marks the rest as seen."""
 
     def __init__(self, seen: Seen) -> None:
         self._seen = seen
 
     def text(self, tree: ast.Module) -> str:
-        """The source of the module, whose tree is changed."""
+        """Return the source of the module; its tree is changed."""
         self.generic_visit(tree)
         tree.body = [statement for statement in tree.body if self._is_kept(statement)]
         return ast.unparse(tree)
@@ -180,7 +174,7 @@ class _Code(ast.NodeTransformer):
         return node if isinstance(node, ast.expr) else super().visit(node)
 
     def visit_Expr(self, node: ast.Expr) -> ast.stmt:
-        # A string that stands by itself documents what is above it.
+        # A string that is a statement documents what is above it.
         is_string = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
         return ast.Pass() if is_string else node
 
@@ -194,14 +188,14 @@ class _Code(ast.NodeTransformer):
         return self._definition(node)
 
     def _definition(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> ast.stmt:
-        self.generic_visit(node)  # what is inside first, so that a class is judged by what is left of it
+        self.generic_visit(node)  # the inside first: a class is compared by what is left of it
         node.body = [statement for statement in node.body if not isinstance(statement, ast.Pass)] or [ast.Pass()]
         return node if self._is_new(node.body) else ast.Pass()
 
     def _is_kept(self, statement: ast.stmt) -> bool:
-        """Whether a statement of the module stays."""
+        """Return whether a statement of the module stays."""
         if isinstance(statement, (ast.ClassDef, *_FUNCTION)):
-            return True  # judged already
+            return True  # compared when it was visited
         if isinstance(statement, ast.Pass):
             return False
         is_code = not isinstance(statement, (ast.Assign, ast.AnnAssign)) or len(ast.unparse(statement)) < _TABLE
@@ -225,16 +219,16 @@ class _Code(ast.NodeTransformer):
         return not copied and self._seen.add(text)
 
 
-def _share(documents: list[Document], partition: float) -> tuple[list[Document], list[Document]]:
-    """The documents in two, the second of at most ``share`` of the bytes."""
-    second = first(documents, int(partition * sum(document.size for document in documents)))
+def _divide(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
+    """Divide the documents in two; the second part has at most ``fraction`` of the bytes."""
+    second = first(documents, int(fraction * sum(document.size for document in documents)))
     return documents[len(second) :], second
 
 
 def _shuffled(
     documents: list[Document], config: CorpusConfig, size: int, seen: Seen, rng: random.Random
 ) -> list[Document]:
-    """At most ``size`` bytes of the documents with each paragraph in random order, over and over."""
+    """Return at most ``size`` bytes of the documents with each paragraph shuffled, again and again."""
     shuffle = _shuffle_words if config.shuffle == "words" else _shuffle_characters
     results: list[Document] = []
     for turn in range(_MOST_SHUFFLES):
@@ -246,7 +240,7 @@ def _shuffled(
 
 
 def _shuffle_words(paragraph: str, rng: random.Random) -> str:
-    """The words in random order, in the layout of the original."""
+    """Shuffle the words; the white space stays in place."""
     pieces = re.split(r"(\s+)", paragraph)
     words = pieces[::2]
     rng.shuffle(words)
@@ -255,6 +249,6 @@ def _shuffle_words(paragraph: str, rng: random.Random) -> str:
 
 
 def _shuffle_characters(paragraph: str, rng: random.Random) -> str:
-    """The characters of each window in random order: frequencies are kept, spelling is not."""
+    """Shuffle the characters within each window: their frequencies are kept, the spelling is not."""
     windows = (paragraph[start : start + _WINDOW] for start in range(0, len(paragraph), _WINDOW))
     return "".join("".join(rng.sample(window, len(window))) for window in windows)

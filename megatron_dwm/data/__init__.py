@@ -1,1 +1,1 @@
-"""Tokenizers, datasets, samplers and the Batch type."""
+"""Tokenizers, datasets, samplers, loaders and the Batch type."""

@@ -16,7 +16,7 @@ from megatron_dwm.runtime.process_groups import ParallelState
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples in the order in which their microbatches are trained on."""
+    """Samples, in the order in which their microbatches are trained on."""
 
     tokens: torch.Tensor
     """Input tokens [n, s], int64."""
@@ -45,12 +45,12 @@ class Batch:
         )
 
     def microbatches(self, size: int) -> Iterator[Batch]:
-        """Consecutive parts of ``size`` samples."""
+        """Yield consecutive parts of ``size`` samples."""
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
     def document_mask(self, eod: int) -> torch.Tensor:
-        """Where attention is forbidden [n, 1, s, s]: later positions and other documents.
+        """Return where attention is forbidden [n, 1, s, s]: later positions and other documents.
 
         An end-of-document token belongs to the document it ends.
         """
@@ -64,7 +64,7 @@ class Batch:
 def broadcast_batch(
     loaded: dict[str, torch.Tensor] | None, num_samples: int, seq: int, parallel_state: ParallelState
 ) -> Batch:
-    """Hand the samples that the first rank of a model replica has loaded to all its ranks.
+    """Broadcast the samples that the first rank of a model replica has loaded to all its ranks.
 
     Args:
         loaded: collated dataset items on the replica's first rank, None elsewhere.
@@ -81,7 +81,7 @@ def broadcast_batch(
     if parallel_state.mp_size > 1:
         first = dist.get_global_rank(parallel_state.mp_group, 0)
         dist.broadcast(packed, first, group=parallel_state.mp_group)
-    tokens, labels, mask, positions, index, source = packed.split([seq, seq, seq, seq, 1, 1], dim=1)
+    tokens, labels, mask, positions, index, source = torch.split(packed, [seq, seq, seq, seq, 1, 1], dim=1)
     return Batch(
         tokens=tokens.contiguous(),
         labels=labels.contiguous(),

@@ -1,7 +1,7 @@
-"""megatron-core's GPT dataset, with an index cache that notices when the data has changed.
+"""megatron-core's GPT dataset, with an index cache that is built again when the data has changed.
 
-megatron-core keys its cache by path alone: data preprocessed again under the same prefix would be read with the old
-shuffle index, past the end or in part.
+megatron-core keys its cache by path alone: data that was preprocessed again under the same prefix would be read through
+the old shuffle index, past its end or only in part.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _PROBE = 65536  # bytes read at each end of an index
 
 
 @dataclass
-class StampedGPTDatasetConfig(GPTDatasetConfig):
-    """GPTDatasetConfig with the data's :func:`data_stamp`."""
+class StampedGPTDatasetConfig(GPTDatasetConfig):  # type: ignore[misc]  # megatron-core has no type information
+    """A GPTDatasetConfig with the data's :func:`data_stamp`."""
 
     stamp: str = ""
 
 
-class StampedGPTDataset(GPTDataset):
-    """GPTDataset whose cache belongs to one state of its files."""
+class StampedGPTDataset(GPTDataset):  # type: ignore[misc]
+    """A GPTDataset whose cache belongs to one state of its files."""
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
@@ -32,7 +32,10 @@ class StampedGPTDataset(GPTDataset):
 
 
 def data_stamp(prefixes: Iterable[str]) -> str:
-    """Digest of the datasets' sizes and of both ends of their indexes, the same on every node that holds a copy."""
+    """Return a digest of the datasets' sizes and of both ends of their indexes.
+
+    Nothing in it depends on the machine, so that nodes with their own copies of the data agree.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for prefix in prefixes:
         index = Path(prefix + ".idx")

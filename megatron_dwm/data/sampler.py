@@ -6,8 +6,9 @@ consecutive runs of samples. Samplers start from the number of samples consumed,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -31,8 +32,8 @@ class BatchPartition:
         """Samples of one step on this replica."""
         return self.micro_batch_size * self.num_microbatches
 
-    def own(self, step: list[int]) -> list[int]:
-        """This replica's part of one step's samples, in the order it trains on them."""
+    def replica_indices(self, step: list[int]) -> list[int]:
+        """Return this replica's part of one step's samples, in the order in which it trains on them."""
         stride = self.micro_batch_size * self.dp_size
         start = self.dp_rank * self.micro_batch_size
         return [
@@ -42,8 +43,23 @@ class BatchPartition:
         ]
 
 
+def build_sampler(
+    kind: Literal["single", "cyclic"] | None, total: int, consumed: int, partition: BatchPartition, *, is_sharded: bool
+) -> Iterable[list[int]]:
+    """Build the sampler that ``--dataloader-type`` names.
+
+    Args:
+        total: samples of the dataset.
+        consumed: samples that all replicas together have read.
+        is_sharded: whether a cyclic sampler gives each replica a part of the dataset.
+    """
+    if kind == "cyclic":
+        return CyclicSampler(total, consumed, partition, is_sharded)
+    return SequentialSampler(total, consumed, partition)
+
+
 class SequentialSampler:
-    """Reads a dataset once, in its own order; an incomplete last step is left out."""
+    """A sampler that reads a dataset once, in the dataset's order; an incomplete last step is left out."""
 
     def __init__(self, total: int, consumed: int, partition: BatchPartition) -> None:
         self.total, self.consumed, self.partition = total, consumed, partition
@@ -51,11 +67,11 @@ class SequentialSampler:
     def __iter__(self) -> Iterator[list[int]]:
         size = self.partition.global_samples
         for start in range(self.consumed, self.total - size + 1, size):
-            yield self.partition.own(list(range(start, start + size)))
+            yield self.partition.replica_indices(list(range(start, start + size)))
 
 
 class ShuffledSampler:
-    """Reads a dataset over and over, in a new order each epoch, the order drawn from ``seed`` and the epoch.
+    """A sampler that reads a dataset over and over; the order of an epoch is drawn from ``seed`` and the epoch.
 
     No sample is left out of an epoch: a step may straddle two.
     """
@@ -71,7 +87,7 @@ class ShuffledSampler:
             for index in torch.randperm(self.total, generator=generator).tolist()[offset:]:
                 step.append(index)
                 if len(step) == self.partition.global_samples:
-                    yield self.partition.own(step)
+                    yield self.partition.replica_indices(step)
                     step = []
             epoch, offset = epoch + 1, 0
 
@@ -79,13 +95,13 @@ class ShuffledSampler:
 class CyclicSampler:
     """Megatron-LM's ``--dataloader-type cyclic``: shuffled epochs of whole microbatches.
 
-    With ``sharded``, each data-parallel rank shuffles a contiguous part of the dataset of its own. An epoch gives
-    every rank the same number of microbatches. (In Megatron-LM one rank may draw one more from the samples left over
-    when ``sharded`` is off, and then is ahead of the others for good.)
+    With ``is_sharded``, each data-parallel rank shuffles its own contiguous part of the dataset. An epoch gives every
+    rank the same number of microbatches. (In Megatron-LM one rank may draw one more from the samples left over when
+    sharding is off, and then stays ahead of the others.)
     """
 
-    def __init__(self, total: int, consumed: int, partition: BatchPartition, sharded: bool) -> None:
-        self.total, self.consumed, self.partition, self.sharded = total, consumed, partition, sharded
+    def __init__(self, total: int, consumed: int, partition: BatchPartition, is_sharded: bool) -> None:
+        self.total, self.consumed, self.partition, self.is_sharded = total, consumed, partition, is_sharded
 
     def __iter__(self) -> Iterator[list[int]]:
         step: list[int] = []
@@ -99,16 +115,16 @@ class CyclicSampler:
         size, ranks = self.partition.micro_batch_size, self.partition.dp_size
         epoch_samples = self.total - self.total % (size * ranks)
         epoch, offset = divmod(self.consumed, epoch_samples)
-        offset -= offset % (size * ranks)  # what another batch size consumed may end within a microbatch
+        offset -= offset % (size * ranks)  # a run of another batch size may have stopped within a microbatch
         while True:
             generator = torch.Generator().manual_seed(epoch)
-            if self.sharded:
+            if self.is_sharded:
                 bucket = epoch_samples // ranks
                 order = torch.randperm(bucket, generator=generator)[offset // ranks :]
-                own = (order + self.partition.dp_rank * bucket).tolist()
+                samples = (order + self.partition.dp_rank * bucket).tolist()
             else:
                 order = torch.randperm(self.total // size * size, generator=generator)[offset:]
-                own = order[self.partition.dp_rank :: ranks].tolist()
+                samples = order[self.partition.dp_rank :: ranks].tolist()
             for start in range(0, (epoch_samples - offset) // ranks, size):
-                yield own[start : start + size]
+                yield samples[start : start + size]
             epoch, offset = epoch + 1, 0

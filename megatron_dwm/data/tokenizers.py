@@ -1,52 +1,21 @@
-"""Tokenizers: Megatron-Core's, built from the flags, and their Hugging Face twins.
-
-A data weighting model is a Hugging Face folder with a tokenizer in it, while the language model is fed by
-a Megatron-Core tokenizer. The twin made here gives the same ids for the same text, so that the two can share
-samples.
-"""
+"""Megatron-Core's tokenizers, built from the flags."""
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
-    from transformers import PreTrainedTokenizerBase
-
-# Piece types of SentencePiece's model file (sentencepiece_model.proto, ModelProto.SentencePiece.Type).
-_NORMAL, _UNKNOWN, _CONTROL = 1, 2, 3
-_FAST_TYPES = {_NORMAL, _UNKNOWN, _CONTROL, 6}  # 6: a byte of byte fallback
-_BPE_MODEL = 2
-_SPACE = "▁"  # how SentencePiece writes a space
-
-# One text for each thing a conversion can get wrong: spaces at either end and in runs, line ends, tabs, text
-# that looks like control pieces, compatibility forms, combining marks, characters that only bytes can spell.
-_PROBES = (
-    "",
-    " ",
-    "Hello world",
-    " Hello  world   again ",
-    "\n\n\tif x == 1:\n        return 'y'  # 12345\r\n",
-    "====== 000000 ...........",
-    "<s>a</s> <unk><pad> <0x41><0x0A> <|endoftext|>",
-    "Ünïcödé \ufb01ne \u2460\u2461 \uff46\uff55\uff4c\uff4c e\u0301 \u00a0x\u200b\u2581y",
-    "\u4f60\u597d \u0917\u0940\u0924 \U0001f600\U0001f469\u200d\U0001f680 \x00\x7f",
-)
-_NUMBER_PROBES = ("0", "0 1 1 0")
 
 
 def build_tokenizer(config: TokenizerConfig) -> MegatronTokenizerText:
@@ -73,11 +42,11 @@ def _core_build(config: TokenizerConfig) -> MegatronTokenizerText:
 
 
 def _build_gpt2(config: TokenizerConfig) -> MegatronTokenizerText:
-    """GPT-2's byte-level BPE from a vocabulary and a merge file.
+    """Build GPT-2's byte-level BPE from a vocabulary and a merge file.
 
-    Megatron-Core looks for "gpt2" on a hub even when both files are given: it gets a folder that holds them.
+    Megatron-Core looks up "gpt2" on a hub even when both files are given, so it is given a folder that holds them.
     """
-    assert config.vocab_file is not None and config.merge_file is not None  # TokenizerConfig checked
+    assert config.vocab_file is not None and config.merge_file is not None  # checked by TokenizerConfig
     with tempfile.TemporaryDirectory() as folder:
         shutil.copyfile(config.vocab_file, Path(folder, "vocab.json"))
         shutil.copyfile(config.merge_file, Path(folder, "merges.txt"))
@@ -90,7 +59,7 @@ def _build_gpt2(config: TokenizerConfig) -> MegatronTokenizerText:
             merge_file=None,
         )
         tokenizer = _core_build(in_folder)
-    # The data sets name their caches after these, so they must not hold the folder's random name.
+    # The names of the datasets' index caches follow from these, so they must not hold the folder's random name.
     tokenizer.path = "GPT2BPETokenizer"
     tokenizer._tokenizer.tokenizer.name_or_path = "gpt2"
     tokenizer.additional_args |= {"vocab_file": config.vocab_file, "merges_file": config.merge_file}
@@ -98,7 +67,7 @@ def _build_gpt2(config: TokenizerConfig) -> MegatronTokenizerText:
 
 
 def _name_control_pieces(tokenizer: MegatronTokenizerText) -> None:
-    """Give the legacy SentencePiece wrapper the names by which it looks up its own ids."""
+    """Set the names by which the legacy SentencePiece wrapper looks up the ids of its control pieces."""
     library = tokenizer._tokenizer
     pieces = library.tokenizer
     for name in ("bos", "eos", "pad"):
@@ -127,246 +96,25 @@ def _build_failure(config: TokenizerConfig, error: Exception) -> str:
 
 
 def end_of_document(tokenizer: MegatronTokenizerText, config: TokenizerConfig) -> int:
-    """The id that ends a document.
+    """Return the id that ends a document.
 
     Raises:
         UserError: the tokenizer has none.
     """
     end = getattr(tokenizer, "eod", None)
     if end is None or end < 0:
-        raise UserError(f"{_described(config)} has no end-of-document token; use one with an end-of-sentence token")
-    return end
+        raise UserError(
+            f"{describe_tokenizer(config)} has no end-of-document token; use one with an end-of-sentence token"
+        )
+    return int(end)
 
 
 def padded_vocab_size(vocab_size: int, make_vocab_size_divisible_by: int, tensor_model_parallel_size: int) -> int:
-    """``vocab_size``, rounded up to a multiple of the other two's product."""
+    """Round ``vocab_size`` up to a multiple of the product of the other two."""
     multiple = make_vocab_size_divisible_by * tensor_model_parallel_size
     return math.ceil(vocab_size / multiple) * multiple
 
 
-def to_hf_tokenizer(tokenizer: MegatronTokenizerText, config: TokenizerConfig) -> PreTrainedTokenizerBase:
-    """The Hugging Face tokenizer that gives the ids ``tokenizer.tokenize`` gives; its ``eos`` is ``eod``.
-
-    With ``add_special_tokens=False``, that is, unless ``--tokenizer-hf-include-special-tokens`` is given.
-
-    Raises:
-        UserError: the tokenizer has no end-of-document token, or transformers has nothing that equals it.
-    """
-    end_of_document(tokenizer, config)
-    convert = {
-        "sentencepiece": _from_sentencepiece,
-        "huggingface": _from_hugging_face,
-        "tiktoken": _from_tiktoken,
-        "null": _from_null,
-    }[tokenizer.library]
-    twin = convert(tokenizer)
-    _check_same_ids(tokenizer, twin, config)
-    return twin
-
-
-def save_hf_tokenizer(tokenizer: MegatronTokenizerText, config: TokenizerConfig, directory: Path) -> None:
-    """Write the twin (:func:`to_hf_tokenizer`) for ``AutoTokenizer.from_pretrained(directory)``.
-
-    Where ``directory`` holds a model's ``config.json``, write the tokenizer after it: a few model types make
-    ``AutoTokenizer`` rebuild the tokenizer in its own way, which is found out here.
-
-    Raises:
-        UserError: as :func:`to_hf_tokenizer`, or the folder does not load as the same tokenizer.
-    """
-    twin = to_hf_tokenizer(tokenizer, config)
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".tokenizer-") as beside:
-        twin.save_pretrained(beside)
-        for written in Path(beside).iterdir():
-            os.replace(written, directory / written.name)
-    _check_same_ids(tokenizer, _load_folder(directory), config)
-
-
-def vocabulary_fingerprint(tokenizer: MegatronTokenizerText, config: TokenizerConfig) -> str:
-    """SHA-256 (hex) of the (token, id) pairs: :func:`fingerprint_of_folder` says of the exported folder."""
-    return _fingerprint(to_hf_tokenizer(tokenizer, config).get_vocab())
-
-
-def fingerprint_of_folder(directory: Path) -> str:
-    """SHA-256 (hex) of the (token, id) pairs of the tokenizer in a Hugging Face folder.
-
-    Raises:
-        UserError: the folder holds no tokenizer that loads.
-    """
-    return _fingerprint(_load_folder(directory).get_vocab())
-
-
-def _fingerprint(vocabulary: Mapping[str, int]) -> str:
-    pairs = sorted(vocabulary.items(), key=lambda pair: (pair[1], pair[0]))
-    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
-
-
-def _load_folder(directory: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    # Without one of these AutoTokenizer makes up an empty tokenizer from config.json.
-    if not any((directory / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
-        raise UserError(f"{directory}: no Hugging Face tokenizer there; put tokenizer.json beside the model")
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except Exception as error:  # transformers raises whatever the tokenizer's class raises
-        raise UserError(f"{directory}: its tokenizer does not load: {error}; save it again") from error
-
-
-def _check_same_ids(tokenizer: MegatronTokenizerText, twin: PreTrainedTokenizerBase, config: TokenizerConfig) -> None:
-    problem = f"{_described(config)} cannot be written as a Hugging Face {type(twin).__name__}"
-    special = tokenizer.library == "huggingface" and config.tokenizer_hf_include_special_tokens
-    for text in _NUMBER_PROBES if tokenizer.library == "null" else _PROBES:
-        expected = list(tokenizer.tokenize(text))
-        actual = twin(text, add_special_tokens=special).input_ids
-        if actual != expected:
-            raise UserError(
-                f"{problem}: {text!r} gets the ids {actual} instead of {expected}; use another tokenizer or model type"
-            )
-    end = end_of_document(tokenizer, config)
-    if twin.eos_token_id != end:
-        raise UserError(
-            f"{problem}: its end of document would be {twin.eos_token_id} instead of {end}; "
-            "use another tokenizer or model type"
-        )
-
-
-def _described(config: TokenizerConfig) -> str:
+def describe_tokenizer(config: TokenizerConfig) -> str:
+    """Return the type and the file of a tokenizer, for messages."""
     return f"--tokenizer-type {config.tokenizer_type} ({config.tokenizer_model or config.vocab_file})"
-
-
-def _from_hugging_face(tokenizer: MegatronTokenizerText) -> PreTrainedTokenizerBase:
-    twin = copy.deepcopy(tokenizer._tokenizer.tokenizer)
-    if twin.pad_token is None:
-        twin.pad_token = twin.eos_token
-    return twin
-
-
-def _from_sentencepiece(tokenizer: MegatronTokenizerText) -> PreTrainedTokenizerBase:
-    """A ``tokenizers`` BPE where that is exact; else SentencePiece itself, wrapped by transformers.
-
-    Not exact in ``tokenizers``: Unigram (scores are summed in another precision, and runs such as ``=====``
-    are ties), normalization by a character map (combining marks), user-defined symbols by a leading space.
-    """
-    from transformers import PreTrainedTokenizerFast, SentencePieceBackend
-    from transformers.convert_slow_tokenizer import import_protobuf
-
-    library = tokenizer._tokenizer
-    if library.special_token_to_id:
-        raise UserError(
-            "--tokenizer-special-tokens with --tokenizer-sentencepiece-legacy cannot be written as a Hugging "
-            "Face tokenizer; train the SentencePiece model with these tokens"
-        )
-    pieces = library.tokenizer
-    model = import_protobuf().ModelProto.FromString(pieces.serialized_model_proto())
-    names = {
-        f"{name}_token": pieces.id_to_piece(index)
-        for name in ("bos", "eos", "unk", "pad")
-        if (index := getattr(pieces, f"{name}_id")()) >= 0
-    }
-    names.setdefault("pad_token", names["eos_token"])
-    # SentencePiece never reads control pieces from text: split_special_tokens says the same to transformers.
-    options: dict[str, Any] = {
-        "split_special_tokens": True,
-        "model_input_names": ["input_ids", "attention_mask"],
-        **names,
-    }
-    if (
-        model.trainer_spec.model_type == _BPE_MODEL
-        and not model.normalizer_spec.precompiled_charsmap
-        and not model.trainer_spec.treat_whitespace_as_suffix
-        and {piece.type for piece in model.pieces} <= _FAST_TYPES
-    ):
-        return PreTrainedTokenizerFast(tokenizer_object=_sentencepiece_bpe(model), **options)
-    return SentencePieceBackend(vocab_file=tokenizer.path, **options)
-
-
-def _sentencepiece_bpe(model: Any) -> Any:
-    """``tokenizers.Tokenizer`` of a SentencePiece BPE model (a ``ModelProto``)."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-
-    ids = {piece.piece: index for index, piece in enumerate(model.pieces)}
-    normal = {piece.piece for piece in model.pieces if piece.type == _NORMAL}
-    # SentencePiece joins whichever neighbors make the best piece: every way to split a piece is a merge.
-    merges = sorted(
-        (-piece.score, ids[piece.piece[:cut]], ids[piece.piece[cut:]])
-        for piece in model.pieces
-        if piece.type == _NORMAL
-        for cut in range(1, len(piece.piece))
-        if piece.piece[:cut] in normal and piece.piece[cut:] in normal
-    )
-    spec, normalizer = model.trainer_spec, model.normalizer_spec
-    bpe = Tokenizer(
-        models.BPE(
-            vocab=ids,
-            merges=[(model.pieces[left].piece, model.pieces[right].piece) for _, left, right in merges],
-            unk_token=model.pieces[spec.unk_id].piece,
-            fuse_unk=True,
-            byte_fallback=spec.byte_fallback,
-        )
-    )
-    steps: list[Any] = []
-    if normalizer.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if normalizer.add_dummy_prefix:
-        steps.append(normalizers.Prepend(_SPACE))
-    bpe.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
-    strip = [decoders.Strip(" ", 1, 0)] if normalizer.add_dummy_prefix else []
-    bpe.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-    bpe.add_special_tokens(
-        [
-            AddedToken(piece.piece, normalized=False, special=True)
-            for piece in model.pieces
-            if piece.type in (_UNKNOWN, _CONTROL)
-        ]
-    )
-    return bpe
-
-
-def _from_tiktoken(tokenizer: MegatronTokenizerText) -> PreTrainedTokenizerBase:
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    library = tokenizer._tokenizer
-
-    class Ranks(TikTokenConverter):
-        """The converter, given the ranks Megatron-Core has read instead of a file."""
-
-        @staticmethod
-        def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
-            return library.token2id
-
-    vocabulary, merges = Ranks().extract_vocab_merges_from_model("")
-    vocabulary |= {token: index for index, token in enumerate(library.special_tokens)}
-    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, ignore_merges=True))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(library.tokenizer._pat_str), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in library.special_tokens])
-    names = {
-        f"{name}_token": library.special_tokens[getattr(library, f"{name}_id")]
-        for name in ("unk", "bos", "eos", "mask", "pad", "cls", "sep")
-    }
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_input_names=["input_ids", "attention_mask"], **names)
-
-
-def _from_null(tokenizer: MegatronTokenizerText) -> PreTrainedTokenizerBase:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    numbers = Tokenizer(models.WordLevel(vocab={str(index): index for index in range(tokenizer.vocab_size)}))
-    numbers.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    end = str(tokenizer.eod)
-    # Without split_special_tokens the end's number would be found inside longer numbers.
-    return PreTrainedTokenizerFast(
-        tokenizer_object=numbers,
-        eos_token=end,
-        pad_token=end,
-        split_special_tokens=True,
-        model_input_names=["input_ids", "attention_mask"],
-    )

@@ -1,110 +1,156 @@
-"""What can be wrong with data, found before any process waits for another."""
+"""Faults in data that are found before any process waits for another."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from megatron_dwm.data.datasets import PART_NAMES, Blend, DataPaths, sequence_lengths, split_parts
+from megatron_dwm.data.blend import SPLIT_NAMES, TARGET_FLAG, Blend, DataPaths, split_slices
+from megatron_dwm.data.index_file import IndexFile, sequence_lengths
 from megatron_dwm.errors import UserError
 
-VOCABULARY_SAMPLE = 2**26  # tokens of each dataset that are held against the vocabulary,
-VOCABULARY_PIECES = 64  # in so many pieces, if there are more
-SHORTEST_DOCUMENT = 32  # tokens; shorter documents are the same by chance
-MOST_DOCUMENTS = 200_000  # documents of one dataset that are held against the target set
+VOCABULARY_SAMPLE = 2**26  # tokens of each dataset that a run compares with the vocabulary,
+VOCABULARY_PIECES = 64  # in so many pieces spread over the dataset, if it has more
+SHORTEST_DOCUMENT = 32  # tokens; shorter documents are equal by chance
+MOST_DOCUMENTS = 200_000  # documents of one dataset that are compared with the target set
+MASK_SAMPLES = 64  # samples of a dataset of which at least one must have a token whose loss counts
+_PIECE = 2**24  # tokens that are read at a time
 
 
-def check_data(paths: DataPaths, seq_length: int, vocab_size: int) -> None:
-    """Check that the named datasets exist, are readable, fit the vocabulary and keep the target set apart.
+def check_data(paths: DataPaths, seq_length: int, vocab_size: int, *, has_evaluation: bool) -> None:
+    """Check that the named datasets exist, are whole, fit the vocabulary and do not hold the target set.
+
+    Args:
+        has_evaluation: whether the run evaluates; else the size of validation and test data does not matter.
 
     Raises:
         UserError: the first fault found.
     """
     for flag, blend in paths.blends().items():
         for prefix in blend[0]:
-            _check_dataset(flag, prefix, vocab_size)
-        _check_parts(flag, blend, paths.split if blend is paths.shared else None, seq_length)
+            check_dataset(f"{flag} {prefix}", prefix, vocab_size, sample=VOCABULARY_SAMPLE)
+        is_evaluation = flag in ("--valid-data-path", "--test-data-path")
+        if has_evaluation or not is_evaluation:
+            split = paths.split if blend is paths.shared else None
+            _check_parts(flag, blend, split, seq_length, len(SPLIT_NAMES) if has_evaluation else 1)
     if paths.target is not None:
         _check_target_size(paths.target, seq_length)
         for flag, blend in paths.blends().items():
-            if flag != "--dwm-target-data-path":
+            if flag != TARGET_FLAG:
                 _check_apart(flag, blend, paths.target)
 
 
-def _check_dataset(flag: str, prefix: str, vocab_size: int) -> None:
+def check_dataset(
+    name: str,
+    prefix: str,
+    vocab_size: int | None,
+    *,
+    sample: int | None = None,
+    index_progress: Callable[[int], object] = lambda entries: None,
+    token_progress: Callable[[int], object] = lambda tokens: None,
+) -> IndexFile:
+    """Check both files of a dataset: the index in every entry, the tokens against the vocabulary.
+
+    Args:
+        name: how messages name the dataset.
+        vocab_size: tokens must be below it; None for no vocabulary to compare with.
+        sample: at most so many tokens are read, in pieces spread evenly; None for all of them.
+        index_progress: called with the number of index entries checked since its last call.
+        token_progress: called with the number of tokens read since its last call.
+
+    Raises:
+        UserError: a file is missing or damaged, or a token is outside the vocabulary.
+    """
     for suffix in (".idx", ".bin"):
-        if not Path(prefix + suffix).is_file():
-            raise UserError(
-                f"{flag} {prefix}: {prefix}{suffix} does not exist; give a prefix made by preprocess_data.py"
-            )
-    dtype, end = _check_index(flag, prefix)
-    if end == 0:
-        raise UserError(f"{flag} {prefix}: holds no token; preprocess the data again")
-    actual = Path(prefix + ".bin").stat().st_size
-    if actual < end:
-        raise UserError(
-            f"{flag} {prefix}: {prefix}.bin has {actual} bytes where its index says {end}; preprocess the data again"
-        )
-    outside = [token for token in _extreme_tokens(prefix, dtype) if not 0 <= token < vocab_size]
-    if outside:
-        raise UserError(
-            f"{flag} {prefix}: token {outside[0]} is outside the tokenizer's vocabulary of {vocab_size}; use the "
-            "tokenizer that the data was preprocessed with (--tokenizer-model, --vocab-size)"
-        )
-
-
-def _check_index(flag: str, prefix: str) -> tuple[type[np.number], int]:
-    """The type of the tokens, and the byte of the .bin file at which the last of them ends."""
-    # The index alone: an IndexedDataset that fails to open prints a traceback when it is collected.
-    from megatron.core.datasets.indexed_dataset import _IndexReader
-
+        if not os.path.isfile(prefix + suffix):  # unlike pathlib's, false also for names that are too long
+            raise UserError(f"{name}: {prefix}{suffix} does not exist; give a prefix made by preprocess_data.py")
     try:
-        index = _IndexReader(f"{prefix}.idx", multimodal=False)
-        lengths, pointers = index.sequence_lengths, index.sequence_pointers
-        if index.document_indices[-1] != len(lengths):
-            raise ValueError("its documents end where its sequences do not")
-        if len(lengths) == 0:
-            return index.dtype, 0
-        if lengths.min() < 0 or pointers.min() < 0:
-            raise ValueError("a negative length or place")
-        return index.dtype, int((pointers + lengths * np.int64(index.dtype_size)).max())
-    except Exception as error:  # a damaged index fails in as many ways as there are damages
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        index = IndexFile.open(prefix)
+        expected = index.check(index_progress)
+        actual = Path(prefix + ".bin").stat().st_size
+    except (ValueError, OSError) as error:
+        raise UserError(f"{name}: {prefix}.idx is not a valid index ({error}); preprocess the data again") from None
+    if expected == 0:
+        raise UserError(f"{name}: it holds no token; preprocess the data again")
+    if actual != expected:
         raise UserError(
-            f"{flag} {prefix}: {prefix}.idx is not an index ({reason}); preprocess the data again"
-        ) from None
+            f"{name}: {prefix}.bin has {actual} bytes where its index says {expected}, so that the two files are not "
+            "of one dataset; preprocess the data again"
+        )
+    tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
+    for start, piece in _pieces(tokens, sample):
+        extremes = (int(piece.min()), int(piece.max()))
+        outside = [token for token in extremes if token < 0 or (vocab_size is not None and token >= vocab_size)]
+        if outside:
+            place = start + int(np.argmax(piece == outside[0]))
+            of = "negative" if vocab_size is None else f"outside the tokenizer's vocabulary of {vocab_size}"
+            raise UserError(
+                f"{name}: token {outside[0]} at place {place} is {of}; use the tokenizer that the data was "
+                "preprocessed with (--tokenizer-model, --vocab-size)"
+            )
+        token_progress(len(piece))
+    return index
 
 
-def _extreme_tokens(prefix: str, dtype: type[np.number]) -> tuple[int, int]:
-    """The least and the largest token; of a dataset too large to read, of pieces spread evenly over it."""
-    tokens = np.memmap(f"{prefix}.bin", dtype=dtype, mode="r")
-    pieces: list[np.ndarray] = [tokens]
-    if len(tokens) > VOCABULARY_SAMPLE:
-        size = VOCABULARY_SAMPLE // VOCABULARY_PIECES
-        starts = np.linspace(0, len(tokens) - size, VOCABULARY_PIECES).astype(np.int64)
-        pieces = [tokens[start : start + size] for start in starts]
-    return min(int(piece.min()) for piece in pieces), max(int(piece.max()) for piece in pieces)
+def _pieces(tokens: npt.NDArray[Any], sample: int | None) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """Yield the start and the tokens of pieces that cover the data, or of ``sample`` tokens spread evenly over it."""
+    if sample is None or len(tokens) <= sample:
+        for start in range(0, len(tokens), _PIECE):
+            yield start, tokens[start : start + _PIECE]
+    else:
+        size = sample // VOCABULARY_PIECES
+        for start in np.linspace(0, len(tokens) - size, VOCABULARY_PIECES).astype(np.int64).tolist():
+            yield start, tokens[start : start + size]
 
 
-def _check_parts(flag: str, blend: Blend, split: str | None, seq_length: int) -> None:
-    """Refuse a dataset that has nothing to give to a part of a blend that other datasets give to.
+def check_masks(name: str, dataset: Any) -> None:
+    """Refuse a dataset whose samples have no token whose loss counts: nothing would be learned from it.
+
+    :data:`MASK_SAMPLES` samples are read, spread evenly.
+
+    Args:
+        name: how messages name the dataset.
+        dataset: the samples; None passes.
+
+    Raises:
+        UserError: all of these samples are masked throughout.
+    """
+    if dataset is None or len(dataset) == 0:
+        return
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, MASK_SAMPLES).astype(np.int64)).tolist()
+    if not any(bool(dataset[index]["loss_mask"].any()) for index in chosen):
+        raise UserError(
+            f"the {name} data has no token whose loss counts in {len(chosen)} samples spread over it: all are pad or, "
+            "with --eod-mask-loss, end-of-document tokens; give other data or leave --eod-mask-loss out"
+        )
+
+
+def _check_parts(flag: str, blend: Blend, split: str | None, seq_length: int, num_read: int) -> None:
+    """Refuse a dataset that has no data for a part of a blend that other datasets have data for.
 
     megatron-core would look for its samples without end. It takes one epoch of each dataset of an unweighted blend,
-    which must fill a sample; it repeats those of a weighted one.
+    which must fill a sample; it repeats the datasets of a weighted one.
+
+    Args:
+        num_read: how many of the parts training, validation and test the run reads.
     """
     prefixes, weights = blend
     least = seq_length + 1 if len(prefixes) > 1 and weights is None else 1
     lengths = [sequence_lengths(prefix) for prefix in prefixes]
-    parts = [split_parts(split, len(own)) if split else [slice(None)] for own in lengths]
+    parts = [split_slices(split, len(of_dataset))[:num_read] if split else [slice(None)] for of_dataset in lengths]
     for number, slices in enumerate(zip(*parts, strict=True)):
-        tokens = [int(own[part].sum()) for own, part in zip(lengths, slices, strict=True)]
+        tokens = [int(of_dataset[part].sum()) for of_dataset, part in zip(lengths, slices, strict=True)]
         if max(tokens) == 0 or min(tokens) >= least:
             continue
         named = f"{flag} {prefixes[int(np.argmin(tokens))]}: "
         if split:
-            named += f"the {PART_NAMES[number]} part of --split {split} "
+            named += f"the {SPLIT_NAMES[number]} part of --split {split} "
         remedy = "leave the dataset out or give more data" + (", or change --split" if split else "")
         raise UserError(
             f"{named}has {min(tokens)} tokens, fewer than the {least} that each dataset of a blend must give; {remedy}"
@@ -115,18 +161,18 @@ def _check_target_size(target: Blend, seq_length: int) -> None:
     tokens = sum(int(sequence_lengths(prefix).sum()) for prefix in target[0])
     if tokens < seq_length + 1:
         raise UserError(
-            f"--dwm-target-data-path {' '.join(target[0])}: {tokens} tokens are less than one sample of "
+            f"{TARGET_FLAG} {' '.join(target[0])}: {tokens} tokens are less than one sample of "
             f"{seq_length + 1}; give a larger target set"
         )
 
 
 def _check_apart(flag: str, blend: Blend, target: Blend) -> None:
-    """Refuse target documents that also stand in ``blend``: by file first, then by content."""
+    """Refuse target documents that are also in ``blend``: compared by file first, then by content."""
     target_files = {Path(prefix).resolve(): prefix for prefix in target[0]}
     for prefix in blend[0]:
         if Path(prefix).resolve() in target_files:
             raise UserError(
-                f"--dwm-target-data-path {prefix} is also named by {flag}; the target set must be apart from the data "
+                f"{TARGET_FLAG} {prefix} is also named by {flag}; the target set must be apart from the data "
                 "that is trained and evaluated on"
             )
     wanted: set[bytes] = set()
@@ -134,26 +180,29 @@ def _check_apart(flag: str, blend: Blend, target: Blend) -> None:
         wanted |= _digests(prefix, lengths=None)
     lengths = np.unique(np.concatenate([sequence_lengths(prefix) for prefix in target[0]]))
     for prefix in blend[0]:
-        shared = len(wanted & _digests(prefix, lengths))
-        if shared:
+        common = len(wanted & _digests(prefix, lengths))
+        if common:
             raise UserError(
-                f"--dwm-target-data-path {' '.join(target[0])}: {shared} of its documents also stand in {flag} "
+                f"{TARGET_FLAG} {' '.join(target[0])}: {common} of its documents are also in {flag} "
                 f"{prefix}; the target set must be apart from the data that is trained and evaluated on"
             )
 
 
-def _digests(prefix: str, lengths: np.ndarray | None) -> set[bytes]:
-    """Digests of a dataset's documents that are long enough to tell (and, if given, of one of ``lengths``).
+def _digests(prefix: str, lengths: npt.NDArray[np.int32] | None) -> set[bytes]:
+    """Return digests of a dataset's longer documents (and, if given, only of those with one of ``lengths``).
 
-    At most :data:`MOST_DOCUMENTS` of them, spread evenly: a corpus of terabytes is sampled, a small one read whole.
+    At most :data:`MOST_DOCUMENTS` are read, spread evenly: a corpus of terabytes is sampled, a small one read whole.
     """
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    dataset = IndexedDataset(prefix, mmap=True)
-    candidates = dataset.sequence_lengths >= SHORTEST_DOCUMENT
+    index = IndexFile.open(prefix)
+    is_candidate = index.lengths >= SHORTEST_DOCUMENT
     if lengths is not None:
-        candidates &= np.isin(dataset.sequence_lengths, lengths)
-    chosen = np.flatnonzero(candidates)
+        is_candidate &= np.isin(index.lengths, lengths)
+    chosen = np.flatnonzero(is_candidate)
     if len(chosen) > MOST_DOCUMENTS:
         chosen = chosen[np.linspace(0, len(chosen) - 1, MOST_DOCUMENTS).astype(np.int64)]
-    return {hashlib.blake2b(dataset[int(i)].astype(np.int64).tobytes(), digest_size=16).digest() for i in chosen}
+    tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
+    starts, counts = index.places[chosen] // index.dtype.itemsize, index.lengths[chosen]
+    return {
+        hashlib.blake2b(tokens[start : start + count].astype(np.int64).tobytes(), digest_size=16).digest()
+        for start, count in zip(starts.tolist(), counts.tolist(), strict=True)
+    }

@@ -9,8 +9,10 @@ import torch.distributed as dist
 
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.data.datasets import BatchLoader, DataPaths, build_datasets, sequential_or_cyclic, shuffled
-from megatron_dwm.data.sampler import BatchPartition
+from megatron_dwm.data.blend import DataPaths
+from megatron_dwm.data.datasets import build_datasets, split_sizes
+from megatron_dwm.data.loader import BatchLoader
+from megatron_dwm.data.sampler import BatchPartition, ShuffledSampler, build_sampler
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.runtime.startup_sync import StartupSync
@@ -42,7 +44,16 @@ class Dataloaders:
         self.target_partition = BatchPartition(
             micro, config.target_batch_size // (micro * dp), parallel_state.dp_rank, dp
         )
-        self.datasets = build_datasets(config, paths, tokenizer, parallel_state)
+        self.datasets = build_datasets(
+            config.data,
+            paths,
+            split_sizes(config.data, config.train_iters, config.training.train_samples, config.global_batch_size),
+            tokenizer,
+            parallel_state,
+            sequence=config.model.sequence,
+            seed=config.training.seed,
+            target_batch_size=config.target_batch_size if config.weighting.needs_target else None,
+        )
         with startup_sync.phase("datasets"):
             self._check_sizes(train_state)
         self.train = self._sequential(self.datasets.train, train_state.consumed_train_samples)
@@ -53,7 +64,9 @@ class Dataloaders:
     def target(self, consumed: int) -> BatchLoader:
         """The target set's reader, ``consumed`` samples in."""
         dataset, partition = self.datasets.target, self.target_partition
-        return self._loader(dataset, shuffled(self.config, dataset, consumed, partition), partition)
+        total = len(dataset) if dataset is not None else 1
+        sampler = ShuffledSampler(total, consumed, partition, self.config.training.seed)
+        return self._loader(dataset, sampler, partition)
 
     def peek(self, consumed_train: int, consumed_target: int) -> tuple[Batch, Batch]:
         """The next training and target samples, which the run's own readers still have before them."""
@@ -101,9 +114,9 @@ class Dataloaders:
         return present[0], present[1]
 
     def _sequential(self, dataset: Any, consumed: int) -> BatchLoader:
-        return self._loader(
-            dataset, sequential_or_cyclic(self.config, dataset, consumed, self.partition), self.partition
-        )
+        data, total = self.config.data, len(dataset) if dataset is not None else 0
+        sampler = build_sampler(data.dataloader_type, total, consumed, self.partition, is_sharded=data.data_sharding)
+        return self._loader(dataset, sampler, self.partition)
 
     def _loader(self, dataset: Any, sampler: Any, partition: BatchPartition) -> BatchLoader:
         sequence, workers = self.config.model.sequence, self.config.data.num_workers

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_dwm.data.datasets import BatchLoader
+from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.runtime.process_groups import ParallelState
 

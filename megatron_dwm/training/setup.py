@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_dwm.config.run import RunConfig
-from megatron_dwm.data.datasets import DataPaths, data_paths
+from megatron_dwm.data.blend import DataPaths, data_paths
 from megatron_dwm.data.tokenizers import build_tokenizer, padded_vocab_size
 from megatron_dwm.data.validation import check_data
 from megatron_dwm.model.engine import PipelineEngine
@@ -64,7 +64,7 @@ def read_inputs(config: RunConfig, *, should_check_data: bool) -> RunInputs:
     tokenizer = build_tokenizer(config.tokenizer)
     paths = data_paths(config.data, settings.dwm_target_data_path if settings.needs_target else None)
     if should_check_data:
-        check_data(paths, config.model.sequence, int(tokenizer.vocab_size))
+        check_data(paths, config.model.sequence, int(tokenizer.vocab_size), has_evaluation=config.data.eval_iters > 0)
     latest_checkpoint(config.checkpoint)
     return RunInputs(tokenizer, paths)
 

@@ -12,9 +12,10 @@ import torch
 
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.data.datasets import BatchLoader, DataPaths
+from megatron_dwm.data.blend import DataPaths
+from megatron_dwm.data.hf_tokenizers import vocabulary_fingerprint
+from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.data.sampler import BatchPartition
-from megatron_dwm.data.tokenizers import vocabulary_fingerprint
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.weighting.bilevel.gradient_check import check_at_start

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from megatron_dwm.atomic_write import atomic_folder
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.data.datasets import DataPaths
-from megatron_dwm.data.tokenizers import save_hf_tokenizer
+from megatron_dwm.data.blend import DataPaths
+from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
 from megatron_dwm.weighting.weighter import Weighter
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import torch
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.weighting import WeightingConfig
-from megatron_dwm.data.tokenizers import fingerprint_of_folder
+from megatron_dwm.data.hf_tokenizers import fingerprint_of_folder
 from megatron_dwm.errors import UserError
 
 

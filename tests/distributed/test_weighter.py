@@ -91,7 +91,8 @@ def test_values_are_gathered_in_the_datas_order_whatever_the_layout(
         sample_gather = SampleGather(share, layout)
         everything = torch.arange(share.global_samples * 2).view(-1, 2)
         replica = sample_gather.select_replica(everything)
-        in_order = torch.equal(replica[:, 0] // 2, torch.tensor(share.own(list(range(share.global_samples)))))
+        expected = torch.tensor(share.replica_indices(list(range(share.global_samples))))
+        in_order = torch.equal(replica[:, 0] // 2, expected)
         own = sample_gather.select_rank(everything)
         return sample_gather.gather_from_replicas(replica), sample_gather.gather_from_ranks(own), in_order
 

@@ -26,7 +26,7 @@ def counting(seed: int, documents: int = 40, length: int = 50, step: int = 1) ->
     """Documents that count upwards by ``step`` from a random start: easy to learn."""
     generator = random.Random(seed)
     starts = [generator.randrange(VOCAB_SIZE) for _ in range(documents)]
-    # Each document has a length of its own, so that two of them are the same only if they come from the same seed.
+    # All documents differ in length, so that two of them are the same only if they come from the same seed.
     return [[(start + step * i) % VOCAB_SIZE for i in range(length + n)] for n, start in enumerate(starts)]
 
 

@@ -30,7 +30,8 @@ from transformers import (
 
 from megatron_dwm.config.checkpoint_args import UNKNOWN_PARTS, read_arguments
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.data.tokenizers import build_tokenizer, save_hf_tokenizer
+from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
+from megatron_dwm.data.tokenizers import build_tokenizer
 from megatron_dwm.errors import EXIT_CODE, UserError, run_cli
 from megatron_dwm.model.gpt import build_model_chunks
 from megatron_dwm.model.hf import hf_config

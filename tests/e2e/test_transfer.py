@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.weighting import WeightingConfig
-from megatron_dwm.data.tokenizers import build_tokenizer, vocabulary_fingerprint
+from megatron_dwm.data.hf_tokenizers import vocabulary_fingerprint
+from megatron_dwm.data.tokenizers import build_tokenizer
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_init import weighter_model_from_folder
 from tests.e2e.datasets import TOKENIZER, VOCAB_SIZE, counting, make_dataset, noise

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.data.datasets import BatchLoader
+from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.gpt import current_device
 from megatron_dwm.model.parameter_copy import ParameterCopy

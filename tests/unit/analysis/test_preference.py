@@ -81,7 +81,7 @@ def test_figures_by_source_count_every_sample_once():
     assert found[0]["a"].weight == 1.0 and found[0]["a"].alignment is None
     assert found[1]["a"].weight == pytest.approx((4 * 2.0 + 8 * 0.5) / 12)
     assert found[1]["b"].weight == pytest.approx((6 / 3 + 2 * 3.0) / 8)
-    assert found[1]["a"].partition == pytest.approx(0.6) and found[1]["a"].part == pytest.approx(0.6)
+    assert found[1]["a"].fraction == pytest.approx(0.6) and found[1]["a"].part == pytest.approx(0.6)
     assert found[1]["a"].alignment == -1.0 and found[1]["b"].alignment == 1.0
 
 
@@ -89,7 +89,7 @@ def test_a_source_that_is_absent_has_no_weight():
     found = stage_sources(
         [{"stage": 1, "share_by_source": {"a": 1.0}}, {"stage": 2, "share_by_source": {"b": 1.0}}], weighed_samples([])
     )
-    assert found[2]["a"].weight is None and found[2]["a"].partition == 0.0 and found[1]["a"].weight == 1.0
+    assert found[2]["a"].weight is None and found[2]["a"].fraction == 0.0 and found[1]["a"].weight == 1.0
 
 
 def test_equal_values_share_the_mean_of_their_ranks():

@@ -16,7 +16,7 @@ import pytest
 
 from megatron_dwm.corpora.corpus import PARTS
 from tests.paths import ROOT
-from tests.unit.corpora.test_standard_library import long_paragraphs
+from tests.unit.corpora.test_standard_library import Lines, long_paragraphs
 
 WORDS = shlex.split("a page tells what the option does and when it is of use to those who run the server at night")
 PAGE = """<!DOCTYPE html><html><head><meta charset="{code}"><style>p {{ color: red }}</style></head><body>
@@ -29,7 +29,7 @@ Admin = dict[str, str]  # the environment in which dpkg knows the package
 
 @pytest.fixture(scope="module")
 def admin(tmp_path_factory: pytest.TempPathFactory) -> Admin:
-    """A package manual-doc of version 1.2-3, installed into a dpkg database of the test's own."""
+    """A package manual-doc of version 1.2-3, installed into a dpkg database that the test makes."""
     folder = tmp_path_factory.mktemp("dpkg")
     files = folder / "build" / str(folder).lstrip("/") / "doc"
     (files / "tests").mkdir(parents=True)
@@ -73,7 +73,7 @@ def build(environment: Admin, *arguments: object) -> subprocess.CompletedProcess
 
 
 @pytest.fixture(scope="module")
-def lines(admin: Admin, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[dict[str, str]]]:
+def lines(admin: Admin, tmp_path_factory: pytest.TempPathFactory) -> Lines:
     folder = tmp_path_factory.mktemp("corpus")
     made = build(
         admin, "--output", folder, "--documentation", "debian:manual-doc", "pypi:numpy", "--heldout-bytes", 6000
@@ -88,7 +88,7 @@ def lines(admin: Admin, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
     }
 
 
-def test_each_package_is_a_source_with_its_version(lines):
+def test_each_package_is_a_source_with_its_version(lines: Lines) -> None:
     for (name, _), documents in lines.items():
         assert documents and all(document["source"] == name for document in documents)
     pages = {item["id"] for part in PARTS for item in lines["manual-doc", part]}
@@ -97,14 +97,14 @@ def test_each_package_is_a_source_with_its_version(lines):
     assert any(re.fullmatch(r"pypi:numpy=\d+\.\d+\.\d+/numpy/ma/core.py", id) for id in modules)
 
 
-def test_pages_are_text_without_what_surrounds_it(lines):
+def test_pages_are_text_without_what_surrounds_it(lines: Lines) -> None:
     texts = [item["text"] for part in PARTS for item in lines["manual-doc", part]]
     assert all("Grüße & café number" in text for text in texts), "characters of a page are not what they were"
     assert not any(word in text for text in texts for word in ("<", "color: red", "Up to the chapter"))
     assert not any("what only a test says" in text or "the same page as text" in text for text in texts)
 
 
-def test_no_paragraph_is_in_two_places(lines):
+def test_no_paragraph_is_in_two_places(lines: Lines) -> None:
     paragraphs = [
         paragraph for documents in lines.values() for item in documents for paragraph in long_paragraphs(item["text"])
     ]
@@ -123,14 +123,14 @@ def test_no_paragraph_is_in_two_places(lines):
         (["pypi:jinja2", "--documentation-bytes", "0"], "--documentation-bytes 0 is less than 1"),
     ],
 )
-def test_a_mistake_is_one_line(arguments: list[str], message: str, admin: Admin, tmp_path: Path):
+def test_a_mistake_is_one_line(arguments: list[str], message: str, admin: Admin, tmp_path: Path) -> None:
     finished = build(admin, "--output", tmp_path / "out", "--documentation", *arguments)
     assert finished.returncode == 2
     assert finished.stderr.startswith(f"error: {message}") and finished.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_a_package_whose_documentation_was_left_out_is_refused(admin: Admin, tmp_path: Path):
+def test_a_package_whose_documentation_was_left_out_is_refused(admin: Admin, tmp_path: Path) -> None:
     files = subprocess.run(["dpkg-query", "--listfiles", "manual-doc"], capture_output=True, text=True, env=admin)
     moved = {Path(line): Path(line + ".away") for line in files.stdout.splitlines() if Path(line).is_file()}
     for path, away in moved.items():

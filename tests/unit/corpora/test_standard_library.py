@@ -86,7 +86,7 @@ def test_files_are_exactly_the_sources_and_parts(built: tuple[Path, str]) -> Non
     )
 
 
-def test_lines_name_their_source_and_have_an_id_of_their_own(lines: Lines) -> None:
+def test_lines_name_their_source_and_have_unique_ids(lines: Lines) -> None:
     for (source, _), objects in lines.items():
         for item in objects:
             assert item.keys() == {"text", "source", "id"}
@@ -105,7 +105,7 @@ def test_the_table_tells_documents_and_bytes(built: tuple[Path, str], lines: Lin
         assert rows[source] == [str(number) for number in chain(*sizes)]
 
 
-def test_sizes_suit_an_experiment_with_a_small_share_of_good_text(lines: Lines) -> None:
+def test_sizes_suit_an_experiment_with_a_small_fraction_of_good_text(lines: Lines) -> None:
     sizes = {key: sum(len(item["text"].encode()) for item in objects) for key, objects in lines.items()}
     assert 800_000 <= sizes["prose", "train"] <= 1_200_000
     assert 2_000_000 <= sizes["code", "train"] <= 2_500_000
@@ -180,7 +180,7 @@ def library(folder: Path) -> Path:
         (folder / f"module{number}.py").write_text(
             f'"""{" ".join(words)}\n\nThis very paragraph is in every one of the modules here.\n"""\n'
             f"# {' '.join(reversed(words))}\n"
-            f"def own{number}(a):\n    {chr(10).join(f'    {word} = a.{word}' for word in words[:12]).strip()}\n"
+            f"def single{number}(a):\n    {chr(10).join(f'    {word} = a.{word}' for word in words[:12]).strip()}\n"
             "def shared(a, b):\n    '''Add.'''\n    return a + b + a.c + b.c + a.d + b.d + a.e + b.e\n"
         )
     (folder / "broken.py").write_text("def :\n")
@@ -196,7 +196,7 @@ def test_text_that_modules_share_is_kept_once(tmp_path: Path) -> None:
     texts = [item.text for parts in corpus.values() for documents in parts.values() for item in documents]
     assert sum("This very paragraph" in text for text in texts) <= 1
     assert sum("def shared" in text for text in texts) <= 1
-    assert sum("def own" in text for text in texts) > 10
+    assert sum("def single" in text for text in texts) > 10
 
 
 def test_shuffling_keeps_the_words_and_changes_their_order(tmp_path: Path) -> None:
@@ -204,10 +204,10 @@ def test_shuffling_keeps_the_words_and_changes_their_order(tmp_path: Path) -> No
     for documents in corpus["shuffled"].values():
         for document in documents:
             words = document.text.split()
-            own = [word for word in words if word.startswith("word")]
-            number = own[0].split("x")[0]
-            assert sorted(own) == sorted(f"{number}x{index}" for index in range(40))
-            assert own != [f"{number}x{index}" for index in range(40)]
+            in_document = [word for word in words if word.startswith("word")]
+            number = in_document[0].split("x")[0]
+            assert sorted(in_document) == sorted(f"{number}x{index}" for index in range(40))
+            assert in_document != [f"{number}x{index}" for index in range(40)]
 
 
 def test_rerun_writes_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers.models import BPE
 
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.data.tokenizers import build_tokenizer, to_hf_tokenizer
+from megatron_dwm.data.hf_tokenizers import to_hf_tokenizer
+from megatron_dwm.data.tokenizers import build_tokenizer
 from tests.paths import ROOT
 
 TEXTS = [inspect.getsource(textwrap), *(f"The dog {n} jumps over\n\n\tthe naïve fox." for n in range(200))]
@@ -66,16 +67,16 @@ def test_any_text_comes_back_from_its_ids(trained: tuple[str, Path]) -> None:
         assert pieces.unk_id() not in pieces.encode(text)
 
 
-def test_bpe_has_a_twin_in_tokenizers(trained: tuple[str, Path]) -> None:
+def test_bpe_has_a_counterpart_in_tokenizers(trained: tuple[str, Path]) -> None:
     kind, prefix = trained
     config = TokenizerConfig(tokenizer_type="GPTSentencePieceTokenizer", tokenizer_model=f"{prefix}.model")
     tokenizer = build_tokenizer(config)
-    twin = to_hf_tokenizer(tokenizer, config)
-    backend = getattr(twin, "backend_tokenizer", None)
+    counterpart = to_hf_tokenizer(tokenizer, config)
+    backend = getattr(counterpart, "backend_tokenizer", None)
     assert (backend is not None and isinstance(backend.model, BPE)) == (kind == "bpe")
     for text in (UNSEEN, TEXTS[0]):
-        assert twin(text, add_special_tokens=False).input_ids == tokenizer.tokenize(text)
-    assert tokenizer.eod == twin.eos_token_id
+        assert counterpart(text, add_special_tokens=False).input_ids == tokenizer.tokenize(text)
+    assert tokenizer.eod == counterpart.eos_token_id
 
 
 def test_rerun_with_the_same_text_in_other_files_writes_the_same_bytes(

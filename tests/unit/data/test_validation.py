@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import shutil
-import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_dwm.data import validation
-from megatron_dwm.data.datasets import LEGACY_SPLIT, Blend, DataPaths
+from megatron_dwm.data.blend import LEGACY_SPLIT, Blend, DataPaths
 from megatron_dwm.data.validation import check_data
 from megatron_dwm.errors import UserError
 from tests.paths import ROOT
+from tests.unit.data.made_data import write_dataset as write
+from tests.unit.data.test_index_file import DAMAGES
 
 SEQUENCE = 32
 VOCAB = 100
 HEADER = 34  # bytes of an index before the lengths: 9 of magic, 8 version, 1 type, 8 sequences, 8 documents
-
-
-def write(folder: Path, name: str, documents: list[list[int]], dtype: type[np.number] = np.uint16) -> str:
-    prefix = str(folder / name)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    for document in documents:
-        builder.add_document(np.array(document), [len(document)] if document else [])
-    builder.finalize(f"{prefix}.idx")
-    return prefix
 
 
 def texts(seed: int, number: int = 10, length: int = 40) -> list[list[int]]:
@@ -55,8 +45,8 @@ def shared(blend: Blend, split: str) -> DataPaths:
     return DataPaths(shared=blend, per_split=(None, None, None), target=None, split=split)
 
 
-def check(data: DataPaths, vocab: int = VOCAB) -> None:
-    check_data(data, SEQUENCE, vocab)
+def check(data: DataPaths, vocab: int = VOCAB, has_evaluation: bool = True) -> None:
+    check_data(data, SEQUENCE, vocab, has_evaluation=has_evaluation)
 
 
 def test_good_data_passes(tmp_path: Path) -> None:
@@ -76,40 +66,14 @@ def test_a_file_that_is_missing_is_named(suffix: str, tmp_path: Path) -> None:
         check(paths(prefix))
 
 
-def changed(at: int, form: str, value: int) -> Callable[[bytes], bytes]:
-    """An index with one number changed."""
-
-    def damage(index: bytes) -> bytes:
-        packed = struct.pack(form, value)
-        return index[:at] + packed + index[at + len(packed) :]
-
-    return damage
-
-
-DAMAGES: dict[str, Callable[[bytes], bytes]] = {
-    "not an index": lambda index: b"something else altogether, and longer than a header is",
-    "empty": lambda index: b"",
-    "cut in the magic": lambda index: index[:5],
-    "cut in the header": lambda index: index[: HEADER - 3],
-    "cut in the lengths": lambda index: index[: HEADER + 6],
-    "cut in the places": lambda index: index[: HEADER + 10 * 4 + 9],
-    "cut in the documents": lambda index: index[:-5],
-    "another version": changed(9, "<Q", 2),
-    "unknown type": changed(17, "<B", 77),
-    "more sequences than there are": changed(18, "<Q", 10**12),
-    "fewer sequences than there are": changed(18, "<Q", 9),
-    "no documents": changed(26, "<Q", 0),
-    "a negative length": changed(HEADER, "<i", -1),
-    "a negative place": changed(HEADER + 10 * 4, "<q", -2),
-}
-
-
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_index_is_named(damage: str, tmp_path: Path) -> None:
     prefix = write(tmp_path, "train", texts(0))
     index = Path(prefix + ".idx")
     index.write_bytes(DAMAGES[damage](index.read_bytes()))
-    with pytest.raises(UserError, match=rf"--train-data-path {prefix}: {index} is not an index \(.+\); preprocess"):
+    with pytest.raises(
+        UserError, match=rf"--train-data-path {prefix}: {index} is not a valid index \(.+\); preprocess"
+    ):
         check(paths(prefix))
 
 
@@ -119,10 +83,10 @@ def test_a_damaged_index_prints_one_line_and_no_traceback(tmp_path: Path) -> Non
     program = (
         "import sys\n"
         "from megatron_dwm.data.validation import check_data\n"
-        "from megatron_dwm.data.datasets import DataPaths\n"
+        "from megatron_dwm.data.blend import DataPaths\n"
         "from megatron_dwm.errors import run_cli\n"
         "data = DataPaths(None, (([sys.argv[1]], None), None, None), None, None)\n"
-        "run_cli(lambda: check_data(data, 32, 100))\n"
+        "run_cli(lambda: check_data(data, 32, 100, has_evaluation=True))\n"
     )
     command = [sys.executable, "-W", "ignore", "-c", program, prefix]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -130,28 +94,21 @@ def test_a_damaged_index_prints_one_line_and_no_traceback(tmp_path: Path) -> Non
     assert result.stderr.startswith(f"error: --train-data-path {prefix}: ") and result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("cut", [1, 100, 800])
-def test_truncated_data_is_named_with_both_sizes(cut: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [-800, -100, -1, 1, 100])
+def test_data_of_another_size_than_its_index_says_is_named_with_both_sizes(change: int, tmp_path: Path) -> None:
+    """Cut short, or the data of another preprocessing beside this index."""
     prefix = write(tmp_path, "train", texts(0))
     file = Path(prefix + ".bin")
     whole = file.read_bytes()
-    file.write_bytes(whole[:-cut])
-    with pytest.raises(UserError, match=rf"{file} has {len(whole) - cut} bytes where its index says {len(whole)};"):
-        check(paths(prefix))
-
-
-def test_an_index_that_points_behind_the_data_is_refused(tmp_path: Path) -> None:
-    prefix = write(tmp_path, "train", texts(0))
-    index = Path(prefix + ".idx")
-    index.write_bytes(changed(HEADER + 10 * 4, "<q", 10**9)(index.read_bytes()))
-    with pytest.raises(UserError, match=rf"{prefix}.bin has \d+ bytes where its index says 10000000\d\d;"):
+    file.write_bytes(whole[:change] if change < 0 else whole + bytes(change))
+    with pytest.raises(UserError, match=rf"{file} has {len(whole) + change} bytes where its index says {len(whole)},"):
         check(paths(prefix))
 
 
 @pytest.mark.parametrize("documents", [[], [[]], [[], []]])
 def test_data_without_a_token_is_refused(documents: list[list[int]], tmp_path: Path) -> None:
     prefix = write(tmp_path, "train", documents)
-    with pytest.raises(UserError, match=rf"--train-data-path {prefix}: holds no token"):
+    with pytest.raises(UserError, match=rf"--train-data-path {prefix}: it holds no token"):
         check(paths(prefix))
 
 
@@ -164,14 +121,16 @@ def test_a_token_outside_the_vocabulary_is_named(place: int, token: int, tmp_pat
     tokens = [index % VOCAB for index in range(200)]
     tokens[place] = token
     prefix = write(tmp_path, "train", [tokens])
-    with pytest.raises(UserError, match=rf"--train-data-path {prefix}: token {token} is outside .* vocabulary of 100;"):
+    with pytest.raises(
+        UserError, match=rf"--train-data-path {prefix}: token {token} at place {place} is outside .* vocabulary of 100;"
+    ):
         check(paths(prefix))
     check(paths(prefix), vocab=token + 1)
 
 
 def test_a_negative_token_is_named(tmp_path: Path) -> None:
     prefix = write(tmp_path, "train", [[1, 2, -3] * 20], dtype=np.int32)
-    with pytest.raises(UserError, match=r"token -3 is outside"):
+    with pytest.raises(UserError, match=r"token -3 at place 2 is outside"):
         check(paths(prefix))
 
 
@@ -183,7 +142,7 @@ def test_of_large_data_pieces_from_first_to_last_are_read(
     tokens = np.arange(10_000) % VOCAB
     tokens[max(0, place - 60) : place + 60] = 200  # longer than the gaps between the pieces
     prefix = write(tmp_path, "train", [tokens.tolist()])
-    with pytest.raises(UserError, match=r"token 200 is outside"):
+    with pytest.raises(UserError, match=r"token 200 at place \d+ is outside"):
         check(paths(prefix))
 
 
@@ -210,6 +169,22 @@ def test_a_part_that_one_dataset_of_a_blend_gives_nothing_to_is_refused(
         rf"fewer than the {least} ",
     ):
         check(shared((prefixes, weights), "9,1,0"))
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.5], None])
+def test_parts_that_a_run_without_evaluation_does_not_read_may_be_empty(
+    weights: list[float] | None, tmp_path: Path
+) -> None:
+    """The large dataset has a validation part, the small one has none."""
+    large, small = write(tmp_path, "large", [[1] * 50] * 10), write(tmp_path, "small", [[2] * 50])
+    blend = ([large, small], weights)
+    with pytest.raises(UserError, match=rf"{small}: the validation part of --split 9,1,0 has 0 tokens"):
+        check(shared(blend, "9,1,0"))
+    check(shared(blend, "9,1,0"), has_evaluation=False)
+    empty = write(tmp_path, "empty", [[3]])
+    with pytest.raises(UserError, match=rf"--valid-data-path {empty}: has 1 tokens"):
+        check(paths(large, ([large, empty], None)))
+    check(paths(large, ([large, empty], None)), has_evaluation=False)
 
 
 def test_a_dataset_of_an_unweighted_blend_must_fill_a_sample(tmp_path: Path) -> None:
@@ -247,14 +222,14 @@ def test_target_documents_in_other_data_are_counted(flag: str, tmp_path: Path) -
     valid = ([leaking], None) if flag == "--valid-data-path" else None
     test = ([leaking], None) if flag == "--test-data-path" else None
     blend = ([train, leaking], None) if flag == "--train-data-path" else ([train], None)
-    with pytest.raises(UserError, match=rf"{target}: 3 of its documents also stand in {flag} {leaking};"):
+    with pytest.raises(UserError, match=rf"{target}: 3 of its documents are also in {flag} {leaking};"):
         check(paths(blend, valid, test, target))
 
 
 def test_target_documents_in_data_that_is_split_are_counted(tmp_path: Path) -> None:
     target, leaking = write(tmp_path, "target", texts(1)), write(tmp_path, "leaking", [*texts(2), texts(1)[9]])
     data = DataPaths(([leaking], None), (None, None, None), ([target], None), LEGACY_SPLIT)
-    with pytest.raises(UserError, match=rf"{target}: 1 of its documents also stand in --data-path {leaking};"):
+    with pytest.raises(UserError, match=rf"{target}: 1 of its documents are also in --data-path {leaking};"):
         check(data)
 
 
@@ -262,7 +237,7 @@ def test_a_copy_of_the_target_set_is_found_by_its_content(tmp_path: Path) -> Non
     train, target = write(tmp_path, "train", texts(0)), write(tmp_path, "target", texts(1))
     for suffix in (".bin", ".idx"):
         shutil.copy(target + suffix, f"{tmp_path}/copy{suffix}")
-    with pytest.raises(UserError, match=r"10 of its documents also stand in --train-data-path .*copy;"):
+    with pytest.raises(UserError, match=r"10 of its documents are also in --train-data-path .*copy;"):
         check(paths(([train, f"{tmp_path}/copy"], None), target=target))
 
 

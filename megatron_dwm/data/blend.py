@@ -1,0 +1,150 @@
+"""Which datasets a run reads: the flags that name them, as blends of dataset prefixes with weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dwm.config.data import DataConfig
+from megatron_dwm.errors import UserError
+
+Blend = tuple[list[str], list[float] | None]
+"""Dataset prefixes and, if given, one weight for each."""
+
+LEGACY_SPLIT = "969, 30, 1"  # Megatron-LM's default for --data-path without --split
+SPLIT_NAMES = ("training", "validation", "test")
+TARGET_FLAG = "--dwm-target-data-path"
+_SPLIT = re.compile(r"\s*(\d+\.?\d*|\.\d+)(\s*[,/ ]\s*(\d+\.?\d*|\.\d+)){0,2}\s*")  # the format megatron-core parses
+
+
+@dataclass(frozen=True)
+class DataPaths:
+    """The datasets of a run: one blend divided by ``split``, or one blend for each split."""
+
+    shared: Blend | None
+    per_split: tuple[Blend | None, Blend | None, Blend | None]
+    target: Blend | None
+    split: str | None
+
+    def blends(self) -> dict[str, Blend]:
+        """Return the blends that were given, by the flag that names each."""
+        named = {
+            "--data-path": self.shared,
+            "--train-data-path": self.per_split[0],
+            "--valid-data-path": self.per_split[1],
+            "--test-data-path": self.per_split[2],
+            TARGET_FLAG: self.target,
+        }
+        return {name: blend for name, blend in named.items() if blend is not None}
+
+    @property
+    def train(self) -> Blend | None:
+        return self.shared or self.per_split[0]
+
+    @property
+    def train_sources(self) -> list[str]:
+        """A short name for each dataset of the training blend, in the order of ``Batch.source``."""
+        if self.train is None:
+            return ["mock"]
+        return short_names(self.train[0])
+
+
+def short_names(prefixes: Sequence[str]) -> list[str]:
+    """Return the file names of dataset prefixes without preprocessing's suffix, or whole prefixes if names repeat."""
+    names = [Path(prefix).name.removesuffix("_document").removesuffix("_text") for prefix in prefixes]
+    return names if len(set(names)) == len(names) else list(prefixes)
+
+
+def data_paths(data: DataConfig, target: list[str] | None) -> DataPaths:
+    """Read the flags that name datasets.
+
+    Args:
+        data: the data flags.
+        target: the words of the flag that names the target set; None if the run needs no target set.
+
+    Raises:
+        UserError: a blend that is not ``prefix``, ``prefix prefix ...`` or ``weight prefix weight prefix ...``, a
+            split that is not up to three numbers, or an unreadable file of paths.
+    """
+    words, split_words = data.data_path, [data.train_data_path, data.valid_data_path, data.test_data_path]
+    if data.data_args_path is not None:
+        words = _read("--data-args-path", data.data_args_path).split()
+    if data.per_split_data_args_path is not None:
+        split_words = _read_per_split(data.per_split_data_args_path)
+    if data.split is not None and not (_SPLIT.fullmatch(data.split) and re.search("[1-9]", data.split)):
+        raise UserError(f"--split {data.split}: not up to three numbers that are not all 0; give e.g. {LEGACY_SPLIT}")
+    shared = parse_blend("--data-path", words)
+    flags = ("--train-data-path", "--valid-data-path", "--test-data-path")
+    train, valid, test = (parse_blend(flag, part) for flag, part in zip(flags, split_words, strict=True))
+    if shared is None and not data.mock_data and train is None:
+        raise UserError("--train-data-path is missing; evaluation data alone is not enough, give training data")
+    return DataPaths(
+        shared=shared,
+        per_split=(train, valid, test),
+        target=parse_blend(TARGET_FLAG, target),
+        split=(data.split or LEGACY_SPLIT) if shared else None,
+    )
+
+
+def parse_blend(flag: str, words: list[str] | None) -> Blend | None:
+    """Parse ``prefix ...`` or ``weight prefix weight prefix ...``.
+
+    Raises:
+        UserError: weights and prefixes do not alternate, or a weight is not a positive number.
+    """
+    if not words:
+        return None
+    if len(words) == 1:
+        return [words[0]], None
+    weights = [weight for word in words[::2] if (weight := _number(word)) is not None]
+    if len(words) == 2 * len(weights):
+        for word, weight in zip(words[::2], weights, strict=True):
+            if not 0 < weight < math.inf:
+                raise UserError(f"{flag}: the weight {word} is not a positive number; give one, or drop its prefix")
+        return [word.strip() for word in words[1::2]], weights
+    if any(_number(word) is not None for word in words):
+        raise UserError(f"{flag} {' '.join(words)}: weights and prefixes must alternate; give one weight a prefix")
+    return [word.strip() for word in words], None
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def _read(flag: str, path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {path}: cannot be read ({error}); check the path") from None
+
+
+def _read_per_split(path: str) -> list[list[str] | None]:
+    name = "--per-split-data-args-path"
+    text = _read(name, path)
+    try:
+        listed = json.loads(text)
+        blends = [listed.get(key) for key in ("train", "valid", "test")]
+        if not all(blend is None or isinstance(blend, list) for blend in blends):
+            raise TypeError("a blend is not a list")
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(
+            f'{name} {path}: not a JSON object of lists "train", "valid" and "test" ({error}); correct the file'
+        ) from None
+    return [None if blend is None else [str(word) for word in blend] for blend in blends]
+
+
+def split_slices(split: str, num_sequences: int) -> list[slice]:
+    """Return which of a dataset's sequences are its training, validation and test part, as megatron-core divides."""
+    from megatron.core.datasets import blended_megatron_dataset_config as core
+
+    matrix = core.convert_split_vector_to_split_matrix(core.parse_and_normalize_split(split))
+    return [
+        slice(*(round(end * num_sequences) for end in ends)) if ends is not None else slice(0, 0) for ends in matrix
+    ]

@@ -1,0 +1,102 @@
+"""The batches of one dataset, step by step, on every rank of a model replica."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_dwm.data.batch import Batch, broadcast_batch
+from megatron_dwm.data.sampler import BatchPartition
+from megatron_dwm.errors import UserError
+from megatron_dwm.runtime.process_groups import ParallelState
+
+_NO_TOKEN = -1  # in every place of a batch that says that the data has ended
+
+
+class NumberedDataset(Dataset[dict[str, Any]]):
+    """A dataset whose items also hold their index, and the number of the dataset in the blend that each is from."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = dict(self.dataset[index])
+        source = int(item.pop("dataset_id", 0))
+        keys = ("tokens", "labels", "loss_mask", "position_ids")
+        return {**{key: item[key] for key in keys}, "index": index, "source": source}
+
+
+class BatchLoader:
+    """One :class:`Batch` a step on every rank of a replica; only the replica's first rank reads files."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        sampler: Iterable[list[int]],
+        partition: BatchPartition,
+        seq: int,
+        parallel_state: ParallelState,
+        vocab_size: int,
+        num_workers: int,
+    ) -> None:
+        """Start reading.
+
+        Args:
+            dataset: the samples; None on ranks that do not read.
+            sampler: for each step the indices of this replica's samples.
+            partition: how many samples a step has.
+            seq: tokens of one sample.
+            vocab_size: tokens from this id on are refused.
+            num_workers: processes that read ahead; with 0 this process reads.
+        """
+        self.partition, self.seq, self.parallel_state, self.vocab_size = partition, seq, parallel_state, vocab_size
+        self.steps: Iterator[dict[str, torch.Tensor]] | None = None
+        if dataset is not None:
+            loader = DataLoader(
+                NumberedDataset(dataset),
+                batch_sampler=sampler,
+                num_workers=num_workers,
+                pin_memory=torch.cuda.is_available(),
+                persistent_workers=num_workers > 0,
+                # A loader draws a seed when it starts; without a generator it would draw from the run's own stream.
+                generator=torch.Generator(),
+            )
+            self.steps = iter(loader)
+
+    def next_batch(self) -> Batch:
+        """Return the next step's samples; a collective call of the replica's ranks.
+
+        Raises:
+            UserError: a token outside the vocabulary, or no data left.
+        """
+        loaded = None
+        if self.parallel_state.mp_rank == 0:
+            loaded = next(self.steps, None) if self.steps is not None else None
+            if loaded is None:
+                loaded = self._end_of_data()
+        batch = broadcast_batch(loaded, self.partition.replica_samples, self.seq, self.parallel_state)
+        least, largest = torch.stack(batch.tokens.aminmax()).tolist()
+        if least == _NO_TOKEN:
+            raise UserError("the data ran out; lower --train-iters or --eval-iters, or give more data")
+        if largest >= self.vocab_size:
+            raise UserError(
+                f"token {largest} in the data is outside the tokenizer's vocabulary of {self.vocab_size}; use the "
+                "tokenizer that the data was preprocessed with (--tokenizer-model, --vocab-size)"
+            )
+        return batch
+
+    def _end_of_data(self) -> dict[str, torch.Tensor]:
+        """Return the items that a replica's first rank sends instead of samples when there is no further step.
+
+        The samplers of all replicas end at the same step, so every rank of the run stops there.
+        """
+        n = self.partition.replica_samples
+        columns = torch.full((n, self.seq), _NO_TOKEN)
+        matrices = dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"), columns)
+        return {**matrices, "index": torch.zeros(n), "source": torch.zeros(n)}
