@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,9 @@ from megatron_dwm.errors import EXIT_CODE, UserError, print_error
 from megatron_dwm.runtime.device import environment_rank, require_megatron_core, select_device
 from megatron_dwm.runtime.logging import configure_logging
 from megatron_dwm.runtime.startup_sync import PeerError, StartupSync
-from megatron_dwm.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from megatron_dwm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +104,7 @@ def build_trainer(config: RunConfig, device: torch.device, process: Process) -> 
     # Imported here, after the flags are known to be good: these imports take seconds.
     from megatron_dwm.training.dataloaders import Dataloaders
     from megatron_dwm.training.setup import build_language_model, build_trainer_parts, load_if_there, read_inputs
+    from megatron_dwm.training.trainer import Trainer
     from megatron_dwm.weighting.build import WeightingContext, build_weighting, check_gradients, read_weighting_inputs
 
     with process.startup_sync.phase("inputs"):

@@ -1,21 +1,35 @@
-"""Pretrain a Megatron-Core GPT with a data weighting model."""
+"""Pretrain a Megatron-Core GPT with a data weighting model.
+
+Started by torchrun, srun or mpirun this is one rank of the run. ``--nproc N`` starts N ranks on this machine instead.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 
 from megatron_dwm.cli.launch import Process, build_trainer, read_run_flags, run_program
+from megatron_dwm.cli.local_launcher import launch_locally, split_nproc
+from megatron_dwm.errors import run_cli
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run this rank of a pretraining run; flags are Megatron-LM's, plus ``--dwm-*`` (docs/flags.md)."""
+    """Pretrain; flags are Megatron-LM's, plus ``--dwm-*`` (docs/flags.md) and ``--nproc``."""
 
-    def program(process: Process) -> None:
-        config, device = process.parse(partial(read_run_flags, argv))
-        build_trainer(config, device, process).train()
+    def launch() -> None:
+        processes, rest = split_nproc(sys.argv[1:] if argv is None else argv)
+        if processes is not None:
+            raise SystemExit(launch_locally("megatron_dwm.cli.pretrain", processes, rest))
+        run_program(partial(pretrain, rest))
 
-    run_program(program)
+    run_cli(launch)
+
+
+def pretrain(argv: Sequence[str], process: Process) -> None:
+    """Run one rank of a pretraining run."""
+    config, device = process.parse(partial(read_run_flags, argv))
+    build_trainer(config, device, process).train()
 
 
 if __name__ == "__main__":

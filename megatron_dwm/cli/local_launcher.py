@@ -1,0 +1,75 @@
+"""Several ranks of a command on this machine, as ``torchrun --nproc-per-node`` starts them.
+
+torchrun ends a failed run with some thirty lines of its own and exit code 1. Here the failing rank's line is the last
+on the screen, and its exit code is the command's.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import uuid
+from collections.abc import Sequence
+
+from megatron_dwm.errors import UserError
+
+NPROC_FLAG = "--nproc"
+SHUTDOWN_SECONDS = 600
+"""How long ranks may take to save after a signal before they are killed."""
+
+
+def split_nproc(argv: Sequence[str]) -> tuple[int | None, list[str]]:
+    """Take ``--nproc N`` out of a command line.
+
+    Returns:
+        the number of processes (None if it is not given) and the other arguments.
+
+    Raises:
+        UserError: it is not a number of 1 or more.
+    """
+    rest: list[str] = []
+    text: str | None = None
+    words = iter(argv)
+    for word in words:
+        if word == NPROC_FLAG:
+            text = next(words, "")
+        elif word.startswith(f"{NPROC_FLAG}="):
+            text = word.partition("=")[2]
+        else:
+            rest.append(word)
+    if text is None:
+        return None, rest
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{NPROC_FLAG} {text or '(nothing)'}: give the number of processes to start on this machine")
+    return int(text), rest
+
+
+def launch_locally(module: str, processes: int, argv: Sequence[str]) -> int:
+    """Run ``python -m module argv`` as the ranks of one machine, and return the exit code of the run."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The ranks print what has failed; the launcher would repeat it in words of its own.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT",
+        shutdown_timeout=SHUTDOWN_SECONDS,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", module, *argv)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode  # as a shell says it of a signal
+    except SignalException as error:
+        return 128 + int(error.sigval if isinstance(error.sigval, signal.Signals) else signal.SIGTERM)
+    return 0
