@@ -25,6 +25,7 @@ from megatron_dwm.weighting.bilevel.weighting import BilevelFlops, BilevelParts,
 from megatron_dwm.weighting.export import FolderExporter, NoExport, WeighterExporter, run_facts
 from megatron_dwm.weighting.flops import forward_flops, outer_update_flops, scoring_flops
 from megatron_dwm.weighting.frozen import FrozenWeighting
+from megatron_dwm.weighting.loss_factors import LossFactors
 from megatron_dwm.weighting.policy import SampleWeighting, State
 from megatron_dwm.weighting.rules import LossWeighting, OracleWeighting, RandomWeighting, ShuffledWeighting
 from megatron_dwm.weighting.sample_gather import SampleGather
@@ -133,7 +134,12 @@ class _Builder:
         self.context, self.config, self.inputs = context, context.config, context.inputs
         self.settings, self.engine = context.config.weighting, context.engine
         self.sample_gather = SampleGather(context.partition, context.parallel_state)
-        self.weight_metrics = WeightMetrics(self.inputs.stages, self.sample_gather, context.paths.train_sources)
+        loss_factors = LossFactors(
+            self.config.training.micro_batch, self.engine.config.calculate_per_token_loss, context.parallel_state
+        )
+        self.weight_metrics = WeightMetrics(
+            self.inputs.stages, self.sample_gather, loss_factors, context.paths.train_sources
+        )
         self.options = ScoringOptions(
             temperature=self.settings.dwm_temperature,
             min_effective_sample_size=self.settings.dwm_min_effective_sample_size,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_dwm.data.batch import Batch
+from megatron_dwm.weighting.loss_factors import LossFactors
 from megatron_dwm.weighting.policy import SampleWeights
 from megatron_dwm.weighting.sample_gather import SampleGather
 from megatron_dwm.weighting.stage_schedule import StageSchedule
@@ -21,26 +22,34 @@ from megatron_dwm.weighting.weights import WeightStatistics
 class WeightMetrics:
     """Computes the figures of each step's weights: stage, by source, and distance from uniform weights."""
 
-    def __init__(self, stages: StageSchedule, sample_gather: SampleGather, sources: Sequence[str]) -> None:
+    def __init__(
+        self,
+        stages: StageSchedule,
+        sample_gather: SampleGather,
+        loss_factors: LossFactors,
+        sources: Sequence[str],
+    ) -> None:
         """
         Args:
             sources: names of the training data's sources, by ``Batch.source``.
         """
-        self.stages, self.sample_gather, self.sources = stages, sample_gather, list(sources)
+        self.stages, self.sample_gather, self.loss_factors = stages, sample_gather, loss_factors
+        self.sources = list(sources)
 
     def __call__(self, iteration: int, batch: Batch, weights: SampleWeights | None) -> dict[str, Any]:
         """Return the figures of one step; gathers over the data-parallel group.
 
-        ``share_by_source`` is the fraction of the loss, Σ w over a source's samples; ``weight_by_source`` is the mean
-        weight of a source's samples.
+        ``share_by_source`` is the fraction of the trained loss that a source's samples have: Σ w f over them, with the
+        factors f by which samples count (their tokens). ``weight_by_source`` is the mean weight of a source's samples.
         """
         source = self.sample_gather.gather_from_replicas(batch.source).cpu()
         values = weights.weights if weights is not None else torch.ones(len(source), dtype=torch.float64)
+        counts = values * self.sample_gather.gather_from_replicas(self.loss_factors(batch)).cpu()
         of_source = {name: source == number for number, name in enumerate(self.sources)}
         present = {name: members for name, members in of_source.items() if bool(members.any())}
         figures: dict[str, Any] = {
             "stage": self.stages.stage(iteration),
-            "share_by_source": {name: float(values[members].sum()) / len(source) for name, members in present.items()},
+            "share_by_source": {name: float(counts[members].sum()) / len(source) for name, members in present.items()},
         }
         if weights is None:
             return figures

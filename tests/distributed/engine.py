@@ -171,6 +171,13 @@ def random_mask(seed: int, masked: int = 3) -> torch.Tensor:
     return (order >= masked).float()
 
 
+def uneven_mask(tokens: int) -> torch.Tensor:
+    """[N, s]: every second sample has its first ``tokens`` tokens only."""
+    mask = torch.ones(NUM_SAMPLES, SEQ_LENGTH)
+    mask[1::2, tokens:] = 0
+    return mask
+
+
 class Reference:
     """The same language model as one Hugging Face model in float64, differentiated by autograd."""
 

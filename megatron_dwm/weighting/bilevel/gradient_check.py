@@ -112,10 +112,10 @@ class _Check:
 
     def _run(self) -> HypergradientCheck:
         widest = SCORE_DISTANCE * self.temperature
-        step_size = LOSS_DIFFERENCE / (2 * widest * _own_slope(self._closed_form(step_size=0.0)))
+        step_size = LOSS_DIFFERENCE / (2 * widest * _slope_along(self._closed_form(step_size=0.0)))
         gradient = step_size * self._closed_form(step_size)
         # The loss may be steeper at θ' than it is at θ, where η was chosen.
-        distance = min(widest, LOSS_DIFFERENCE / (2 * _own_slope(gradient)))
+        distance = min(widest, LOSS_DIFFERENCE / (2 * _slope_along(gradient)))
 
         directions = [gradient / gradient.abs().max(), self.signs]
         derivatives = [float((direction * gradient).sum()) for direction in directions]
@@ -134,7 +134,7 @@ class _Check:
         self._step(self.scores, step_size)
         _, direction = self.lm_gradients.gradient(self.target)
         self.here.restore()
-        alignments = self.lm_gradients.align(self.batch, direction) * self._token_shares(self.batch)
+        alignments = self.lm_gradients.align(self.batch, direction)
         everywhere = self.sample_gather.gather_from_replicas(alignments).cpu()
         return target_score_gradient(everywhere, self.scores, self.temperature, learning_rate=1.0)
 
@@ -145,7 +145,7 @@ class _Check:
             losses = engine.run(target, self.lm_gradients.micro_batch_size, forward_only=True)
         self.here.restore()
         means = engine.broadcast_losses(losses, len(target)).mean.double()
-        mean = (means * self._token_shares(target)).mean()
+        mean = (means * self.lm_gradients.loss_factors(target)).mean()
         dist.all_reduce(mean, group=parallel_state.dp_group)
         return float(mean) / parallel_state.dp_size
 
@@ -155,18 +155,8 @@ class _Check:
         _, gradient = self.lm_gradients.gradient(self.batch, weights.to(self.batch.tokens.device))
         shift(gradient, -step_size)
 
-    def _token_shares(self, batch: Batch) -> torch.Tensor:
-        """What each sample's mean loss counts in the reduction [n]: 1 where samples have equally many tokens."""
-        tokens = batch.loss_mask.sum(dim=1, dtype=torch.float64)
-        if self.lm_gradients.engine.config.calculate_per_token_loss:
-            mean = tokens.mean()
-            dist.all_reduce(mean, group=self.lm_gradients.parallel_state.dp_group)
-            return tokens * self.lm_gradients.parallel_state.dp_size / mean
-        micros = tokens.view(-1, self.lm_gradients.micro_batch_size)
-        return (micros / micros.mean(dim=1, keepdim=True).clamp(min=1)).flatten()
 
-
-def _own_slope(gradient: torch.Tensor) -> float:
+def _slope_along(gradient: torch.Tensor) -> float:
     """Derivative along the gradient [N] itself, scaled so that no score moves faster than 1."""
     slope = float(gradient.square().sum() / gradient.abs().max())
     if not 0 < slope < math.inf:

@@ -18,6 +18,7 @@ from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.weighting.bilevel.alignment import Direction, global_norm, products_with, shift, sum_over_model
 from megatron_dwm.weighting.bilevel.preconditioner import precondition
+from megatron_dwm.weighting.loss_factors import LossFactors
 
 FINITE_DIFFERENCE_DISTANCE = 1e-2  # how far θ is moved along v, in norm
 
@@ -35,13 +36,14 @@ class LMGradients:
     ) -> None:
         self.config, self.engine, self.optimizer = config, engine, optimizer
         self.parallel_state, self.micro_batch_size = parallel_state, micro_batch_size
+        self.loss_factors = LossFactors(micro_batch_size, engine.config.calculate_per_token_loss, parallel_state)
 
     def with_config(self, config: WeightingConfig) -> LMGradients:
         """Return the same passes with other settings."""
         return type(self)(config, self.engine, self.optimizer, self.parallel_state, self.micro_batch_size)
 
     def gradient(self, batch: Batch, sample_weights: torch.Tensor | None = None) -> tuple[float, Direction]:
-        """Mean loss of ``batch``, and the gradient of its loss as weighted by ``sample_scale`` [n], preconditioned."""
+        """Return the plain loss of ``batch``, and its gradient weighted by ``sample_weights`` [n], preconditioned."""
         self._zero_gradients()
         losses = self.engine.run(batch, self.micro_batch_size, sample_weights=sample_weights, force_all_reduce=True)
         scale = 1.0 / float(self.optimizer.get_loss_scale())
@@ -52,12 +54,20 @@ class LMGradients:
         self._zero_gradients()
         if self.config.dwm_preconditioner == "adam":
             precondition(direction, self.optimizer, self.parallel_state)
-        return self._mean_over_replicas(losses, len(batch)), direction
+        return self._mean_over_replicas(losses, batch), direction
 
     def align(self, batch: Batch, direction: Direction) -> torch.Tensor:
-        """a_i = ⟨v, ∇ l_i⟩ of this replica's samples [n], float64, at the present parameters."""
+        """Return a_i = f_i ⟨v, ∇ l_i⟩ of this replica's samples [n], float64, at the present parameters.
+
+        f_i is the factor with which the trained loss counts sample i's mean loss.
+        """
         if self.config.dwm_alignment == "finite-difference":
-            return self._align_by_differences(batch, direction)
+            products = self._align_by_differences(batch, direction)
+        else:
+            products = self._align_exactly(batch, direction)
+        return products * self.loss_factors(batch)
+
+    def _align_exactly(self, batch: Batch, direction: Direction) -> torch.Tensor:
         self._zero_gradients()
         chunks = self.engine.chunks
         with (
@@ -66,7 +76,7 @@ class LMGradients:
         ):
             self.engine.run(batch, 1)
         self._zero_gradients()
-        # The schedule divides each microbatch's loss by their number, and fp16 training scales it.
+        # The engine divides each microbatch's loss by their number, and fp16 training scales it.
         products *= len(batch) / float(self.optimizer.get_loss_scale())
         return sum_over_model(products, self.parallel_state)
 
@@ -85,8 +95,9 @@ class LMGradients:
             here.restore()
         return (sides[0] - sides[1]) / (2 * epsilon)
 
-    def _mean_over_replicas(self, losses: Any, num_samples: int) -> float:
-        mean = self.engine.broadcast_losses(losses, num_samples).mean.double().mean()
+    def _mean_over_replicas(self, losses: Any, batch: Batch) -> float:
+        means = self.engine.broadcast_losses(losses, len(batch)).mean.double()
+        mean = (means * self.loss_factors(batch)).mean()
         dist.all_reduce(mean, group=self.parallel_state.dp_group)
         return float(mean) / self.parallel_state.dp_size
 
