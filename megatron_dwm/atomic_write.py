@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,23 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         publish_folder(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_files(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder; its files are moved into ``folder`` when the block ends, in the order of their names.
+
+    Each file appears whole, in place of one that was there. If the block raises, ``folder`` is as it was.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".tmp{os.getpid()}-") as scratch:
+        yield Path(scratch)
+        written = sorted(Path(scratch).iterdir())
+        for path in written:
+            sync(path)
+        for path in written:
+            os.replace(path, folder / path.name)
+        sync(folder)
 
 
 def publish_folder(beside: Path, folder: Path) -> None:

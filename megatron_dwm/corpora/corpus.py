@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import re
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from megatron_dwm.atomic_write import atomic_files
 from megatron_dwm.config.flags import flag
 from megatron_dwm.errors import UserError
 
@@ -128,18 +127,13 @@ def write_corpus(corpus: Corpus, folder: Path) -> None:
         UserError: the folder cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".corpus-") as scratch:
+        with atomic_files(folder) as scratch:
             for source, parts in corpus.items():
                 for part, documents in parts.items():
-                    with Path(scratch, f"{source}.{part}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+                    with (scratch / f"{source}.{part}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
                         for document in documents:
                             line = {"text": document.text, "source": source, "id": document.id}
                             file.write(json.dumps(line) + "\n")
-                        file.flush()
-                        os.fsync(file.fileno())
-            for path in sorted(Path(scratch).iterdir()):
-                os.replace(path, folder / path.name)
     except OSError as error:
         raise UserError(
             f"--output {folder}: cannot be written ({error.strerror or error}); give another path"

@@ -68,10 +68,14 @@ def build_datasets(
         seed: of the shuffling of documents and samples.
         target_batch_size: samples of one target batch; None for a run without a target set.
     """
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import MockGPTDataset
-
-    from megatron_dwm.data.gpt_dataset import StampedGPTDataset, StampedGPTDatasetConfig, data_stamp
+    # Imported here: megatron-core's datasets take a second, and most commands need none.
+    from megatron_dwm.data.gpt_dataset import (
+        CachedMockGPTDataset,
+        DatasetBuilder,
+        StampedGPTDataset,
+        StampedGPTDatasetConfig,
+    )
+    from megatron_dwm.data.index_cache import data_stamp
 
     def is_built_on_rank() -> bool:
         return parallel_state.mp_rank == 0
@@ -95,8 +99,8 @@ def build_datasets(
         )
 
     def build(core_sizes: list[int | None], config: StampedGPTDatasetConfig) -> list[Any]:
-        dataset_class = MockGPTDataset if data.mock_data else StampedGPTDataset
-        return list(BlendedMegatronDatasetBuilder(dataset_class, core_sizes, is_built_on_rank, config).build())
+        dataset_class = CachedMockGPTDataset if data.mock_data else StampedGPTDataset
+        return list(DatasetBuilder(dataset_class, core_sizes, is_built_on_rank, config).build())
 
     if any(paths.per_split):
         per_split = [blend if size else None for blend, size in zip(paths.per_split, sizes, strict=True)]

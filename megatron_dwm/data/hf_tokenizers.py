@@ -10,12 +10,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_dwm.atomic_write import atomic_files
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.tokenizers import describe_tokenizer, end_of_document
 from megatron_dwm.errors import UserError
@@ -76,11 +75,8 @@ def save_hf_tokenizer(tokenizer: MegatronTokenizerText, config: TokenizerConfig,
         UserError: as :func:`to_hf_tokenizer`, or the folder does not load as the same tokenizer.
     """
     counterpart = to_hf_tokenizer(tokenizer, config)
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".tokenizer-") as beside:
-        counterpart.save_pretrained(beside)
-        for written in Path(beside).iterdir():
-            os.replace(written, directory / written.name)
+    with atomic_files(directory) as scratch:
+        counterpart.save_pretrained(scratch)
     _check_same_ids(tokenizer, _load_folder(directory), config)
 
 

@@ -1,0 +1,50 @@
+"""What is added to megatron-core's GPT dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_dwm.config.data import DataConfig
+from megatron_dwm.config.parallel import ParallelConfig
+from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.data.blend import data_paths
+from megatron_dwm.data.datasets import SplitSizes, build_datasets
+from megatron_dwm.data.tokenizers import build_tokenizer
+from megatron_dwm.runtime.process_groups import current_parallel_state
+from tests.distributed import tiny
+from tests.distributed.harness import run_distributed
+from tests.unit.data.made_data import write_dataset
+
+SEQUENCE = 8
+
+
+def test_pad_tokens_of_the_first_sample_are_masked_in_no_other_sample(
+    configs: dict[str, TokenizerConfig], tmp_path: Path
+) -> None:
+    """The dataset alternates between samples of pad tokens and others; in megatron-core all would be masked."""
+    tokenizer = build_tokenizer(configs["bpe"])
+    assert tokenizer.pad == 3
+    documents = [[7] + [3] * SEQUENCE, [7] * SEQUENCE] * 6
+    data = DataConfig(train_data_path=[write_dataset(tmp_path, "a", documents)])
+
+    def on_rank() -> list[tuple[list[int], list[float]]]:
+        tiny.initialize(ParallelConfig())
+        state = current_parallel_state()
+        sizes = SplitSizes(train=10, valid=0, test=0)
+        first, second = (
+            build_datasets(
+                data, data_paths(data, None), sizes, tokenizer, state, sequence=SEQUENCE, seed=1, target_batch_size=None
+            ).train
+            for _ in range(2)
+        )
+        assert first is not None and second is not None
+        by_pads = sorted(range(len(first)), key=lambda index: -int((first[index]["labels"] == 0).sum()))
+        items = [second[index] for index in by_pads]
+        return [(item["labels"].tolist(), item["loss_mask"].tolist()) for item in items]
+
+    (items,) = run_distributed(on_rank, 1)
+    masked = set()
+    for labels, mask in items:
+        assert mask == [float(label != 0) for label in labels]  # pad tokens become 0
+        masked.add(sum(mask))
+    assert len(masked) > 1
