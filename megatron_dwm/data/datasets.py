@@ -32,20 +32,59 @@ class Datasets:
     target: Any | None
 
 
-def split_sizes(data: DataConfig, train_iters: int, train_samples: int | None, global_batch_size: int) -> SplitSizes:
-    """Return how many samples a run of ``train_iters`` iterations reads of each split; sizes follow Megatron-LM.
+class Consumed(NamedTuple):
+    """How much of the data a run has read over all replicas when it starts or resumes."""
+
+    iteration: int = 0
+    train_samples: int = 0
+    valid_samples: int = 0
+
+
+START = Consumed()
+
+
+def samples_read(data: DataConfig, train_iters: int, global_batch_size: int, consumed: Consumed = START) -> SplitSizes:
+    """Return up to which sample a run reads each split from its start, or where it resumes, to its end.
 
     Args:
-        data: the data flags, for how often and how long a run evaluates.
-        train_samples: ``--train-samples``, if the run is counted in samples.
-        global_batch_size: samples of one step over all replicas.
+        data: the data flags, for how often and how long the run evaluates.
+        train_iters: the iteration at which the run ends.
+        global_batch_size: samples of one step over all replicas, from now on.
+        consumed: what was read before, perhaps in batches of another size.
     """
-    evaluations = train_iters // data.eval_interval + 1 if data.eval_interval else 1
+    evaluations = 1  # at the end of the run
+    if data.eval_interval:
+        evaluations += train_iters // data.eval_interval - consumed.iteration // data.eval_interval
+    evaluated = data.eval_iters * global_batch_size
     return SplitSizes(
-        train=train_samples or train_iters * global_batch_size,
-        valid=evaluations * data.eval_iters * global_batch_size,
-        test=data.eval_iters * global_batch_size,
+        train=consumed.train_samples + max(0, train_iters - consumed.iteration) * global_batch_size,
+        valid=(consumed.valid_samples + max(0, evaluations) * evaluated) if data.eval_iters else 0,
+        test=evaluated,
     )
+
+
+def split_sizes(
+    data: DataConfig,
+    train_iters: int,
+    train_samples: int | None,
+    global_batch_size: int,
+    consumed: Consumed = START,
+) -> SplitSizes:
+    """Return how many samples the datasets of a run are built for.
+
+    They are Megatron-LM's numbers, which are those of a run that has read batches of the present size from its first
+    iteration on, or what the run reads if that is more: the order of the samples follows from these numbers, and stays
+    the same as long as the flags do.
+
+    Args:
+        train_samples: ``--train-samples``, if the run is counted in samples.
+        (others): as for :func:`samples_read`.
+    """
+    of_megatron_lm = samples_read(data, train_iters, global_batch_size)
+    if train_samples:
+        of_megatron_lm = of_megatron_lm._replace(train=train_samples)
+    read = samples_read(data, train_iters, global_batch_size, consumed)
+    return SplitSizes(*map(max, of_megatron_lm, read))
 
 
 def build_datasets(

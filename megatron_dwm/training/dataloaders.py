@@ -10,13 +10,16 @@ import torch.distributed as dist
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.blend import DataPaths
-from megatron_dwm.data.datasets import build_datasets, split_sizes
+from megatron_dwm.data.datasets import Consumed, build_datasets, samples_read, split_sizes
 from megatron_dwm.data.loader import BatchLoader
+from megatron_dwm.data.sample_order import order_change
 from megatron_dwm.data.sampler import BatchPartition, ShuffledSampler, build_sampler
+from megatron_dwm.data.validation import check_masks
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.runtime.startup_sync import StartupSync
-from megatron_dwm.training.train_state import TrainState
+from megatron_dwm.training.checkpoint import saved_arguments
+from megatron_dwm.training.train_state import TrainState, megatron_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +47,15 @@ class Dataloaders:
         self.target_partition = BatchPartition(
             micro, config.target_batch_size // (micro * dp), parallel_state.dp_rank, dp
         )
+        consumed = Consumed(
+            train_state.iteration, train_state.consumed_train_samples, train_state.consumed_valid_samples
+        )
         self.datasets = build_datasets(
             config.data,
             paths,
-            split_sizes(config.data, config.train_iters, config.training.train_samples, config.global_batch_size),
+            split_sizes(
+                config.data, config.train_iters, config.training.train_samples, config.global_batch_size, consumed
+            ),
             tokenizer,
             parallel_state,
             sequence=config.model.sequence,
@@ -55,7 +63,11 @@ class Dataloaders:
             target_batch_size=config.target_batch_size if config.weighting.needs_target else None,
         )
         with startup_sync.phase("datasets"):
-            self._check_sizes(train_state)
+            self._check_samples(consumed)
+        if parallel_state.is_first_rank and train_state.iteration > 0:
+            saved, present = saved_arguments(config.checkpoint), vars(megatron_arguments(config, train_state))
+            if change := order_change(saved, present, consumed):
+                logger.warning(change)
         self.train = self._sequential(self.datasets.train, train_state.consumed_train_samples)
         has_valid, has_test = self._evaluated_splits()
         self.valid = self._sequential(self.datasets.valid, train_state.consumed_valid_samples) if has_valid else None
@@ -74,27 +86,20 @@ class Dataloaders:
             consumed_target
         ).next_batch()
 
-    def _check_sizes(self, train_state: TrainState) -> None:
+    def _check_samples(self, consumed: Consumed) -> None:
+        """Refuse datasets that cannot fill the batches that the run reads, or of which no token's loss counts."""
         if self.parallel_state.mp_rank != 0:
             return
         if self.datasets.train is None:
             raise UserError("the training part of the data holds no document; change --split or give more data")
-        data, iterations = self.config.data, self.config.train_iters
-        evaluations = 1 if data.eval_interval is None else iterations // data.eval_interval + 1
-        if data.eval_interval is not None:  # those before this start were paid for by it
-            evaluations -= train_state.iteration // data.eval_interval
-        read = {  # batches up to the end of the run, and where reading goes on
-            "training": (self.datasets.train, iterations, 0, "--train-iters"),
-            "validation": (
-                self.datasets.valid,
-                evaluations * data.eval_iters,
-                train_state.consumed_valid_samples,
-                "--eval-iters",
-            ),
-            "test": (self.datasets.test, data.eval_iters, 0, "--eval-iters"),
+        data = self.config.data
+        read = samples_read(data, self.config.train_iters, self.config.global_batch_size, consumed)
+        datasets = {
+            "training": (self.datasets.train, read.train, "--train-iters"),
+            "validation": (self.datasets.valid, read.valid, "--eval-iters"),
+            "test": (self.datasets.test, read.test, "--eval-iters"),
         }
-        for name, (dataset, batches, consumed, flag) in read.items():
-            needed = consumed + batches * self.partition.global_samples
+        for name, (dataset, needed, flag) in datasets.items():
             if data.dataloader_type == "cyclic":
                 needed = self.partition.micro_batch_size * self.partition.dp_size
             if dataset is not None and len(dataset) < needed:
@@ -102,6 +107,8 @@ class Dataloaders:
                     f"the {name} data has {len(dataset)} samples, fewer than the {needed} that are read; "
                     f"lower {flag} or --global-batch-size, or give more data"
                 )
+            check_masks(name, dataset)
+        check_masks("target", self.datasets.target)
 
     def _evaluated_splits(self) -> tuple[bool, bool]:
         """Whether there is validation and test data, as rank 0, which reads it, knows."""
