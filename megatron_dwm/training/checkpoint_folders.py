@@ -1,7 +1,7 @@
 """Where checkpoints are, in Megatron-LM's folders.
 
-``<save>/iter_0000100/`` is a checkpoint; ``<save>/latest_checkpointed_iteration.txt``, the tracker, names the newest, or says
-``release``: then ``<save>/release/`` holds a model to start from. ``<save>/non_persistent/`` has its own tracker.
+``<save>/iter_0000100/`` is a checkpoint. ``<save>/latest_checkpointed_iteration.txt``, the tracker, names the newest or
+says ``release``: then ``<save>/release/`` holds a model to start from. ``<save>/non_persistent/`` has its own tracker.
 """
 
 from __future__ import annotations
