@@ -87,15 +87,8 @@ def test_a_checkpoint_and_an_export_of_the_first_format_still_load(run: str, tmp
     folder = FIXTURES / "first_format"
     shutil.unpack_archive(folder / "save.tar.xz", tmp_path / "save")
     weighter = tmp_path / "save" / "weighter" / f"iter_{first_format.STOP:07d}"
-    flags = {
-        "resumed": {
-            **first_format.MODEL,
-            **first_format.TRAINING,
-            **first_format.WEIGHTING,
-            "--load": tmp_path / "save",
-        },
-        "frozen": first_format.frozen(weighter),
-    }
+    bilevel = {**first_format.MODEL, **first_format.TRAINING, **first_format.WEIGHTING}
+    flags = {"resumed": bilevel | {"--load": tmp_path / "save"}, "frozen": first_format.frozen(weighter)}
     succeed(tmp_path / "log", 1, flags[run] | {"--save": tmp_path / run})
     expected = json.loads((folder / "losses.json").read_text())[run]
     # The same processor gives the same bits; another one may round sums in another order.
