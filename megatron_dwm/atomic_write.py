@@ -1,23 +1,31 @@
-"""Writing so that what is there is whole: beside its place first, then renamed."""
+"""Write files and folders whole or not at all: beside their place first, on the disk next, renamed last.
+
+A process that is killed on the way leaves what was there before, and at most an entry whose name starts with a dot:
+``.NAME.tmp<pid>`` (not finished), ``.NAME.replaced`` (the old one, about to go) or ``.NAME.deleted`` (going).
+:func:`remove_leftovers` clears them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+_LEFTOVER = re.compile(r"\..+\.(tmp\d+|partial|deleted)")
+_REPLACED = re.compile(r"\.(.+)\.replaced")
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill that becomes ``folder`` when the block ends, in place of one that was there.
+    """Yield a folder to fill, which becomes ``folder`` when the block ends, in place of one that was there.
 
     If the block raises, ``folder`` is as it was.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
+    beside = _beside(folder)
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
@@ -28,25 +36,33 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_files(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder; its files are moved into ``folder`` when the block ends, in the order of their names.
+def atomic_files(folder: Path, prefix: str = "") -> Iterator[Path]:
+    """Yield an empty folder; when the block ends, each file in it is moved to ``folder``, as ``prefix`` + its name.
 
-    Each file appears whole, in place of one that was there. If the block raises, ``folder`` is as it was.
+    The files replace those of the same names, one after the other in the order of their names. If the block raises,
+    ``folder`` is as it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".tmp{os.getpid()}-") as scratch:
-        yield Path(scratch)
-        written = sorted(Path(scratch).iterdir())
-        for path in written:
-            sync(path)
-        for path in written:
-            os.replace(path, folder / path.name)
+    beside = folder / f".{prefix}files.tmp{os.getpid()}"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        files = sorted(beside.iterdir())
+        for file in files:
+            _give_usual_permissions(file)
+            sync(file)
+        for file in files:
+            os.replace(file, folder / f"{prefix}{file.name}")
         sync(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def publish_folder(beside: Path, folder: Path) -> None:
-    """Have what is below ``beside`` on the disk, and make it ``folder``; one that was there goes only afterwards."""
+    """Rename the finished folder ``beside`` to ``folder``; a folder that was there goes only afterwards."""
     for path in (*beside.rglob("*"), beside):
+        _give_usual_permissions(path)
         sync(path)
     replaced = folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
@@ -57,19 +73,73 @@ def publish_folder(beside: Path, folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def delete_folder(folder: Path) -> None:
+    """Delete ``folder`` so that an interruption leaves either all of it or nothing under its name."""
+    deleted = folder.with_name(f".{folder.name}.deleted")
+    shutil.rmtree(deleted, ignore_errors=True)
+    os.rename(folder, deleted)
+    shutil.rmtree(deleted, ignore_errors=True)
+
+
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write ``text`` beside ``path``, then put it in place."""
+    """Write ``text`` to ``path`` in UTF-8, replacing the file that was there."""
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path``, replacing the file that was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    sync(beside)
-    os.replace(beside, path)
+    beside = _beside(path)
+    try:
+        beside.write_bytes(content)
+        sync(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Have a file or a folder's entries on the disk."""
+    """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove what interrupted writers left in ``folder``, and undo a replacement that stopped half-way.
+
+    Call it only while nobody else writes there.
+
+    Returns:
+        what was removed or put back.
+    """
+    found = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if replaced := _REPLACED.fullmatch(path.name):
+            original = folder / replaced[1]
+            if not original.exists():
+                os.rename(path, original)
+            else:
+                shutil.rmtree(path)
+        elif not _LEFTOVER.fullmatch(path.name):
+            continue
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        found.append(path)
+    return found
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp{os.getpid()}")
+
+
+def _give_usual_permissions(path: Path) -> None:
+    """Let others read what a library wrote for its owner alone, as far as the umask allows."""
+    umask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(umask)
+    os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~umask)

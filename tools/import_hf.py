@@ -47,7 +47,7 @@ def import_model(config: ImportConfig) -> ModelConfig:
     """
     from megatron_dwm.data.tokenizers import padded_vocab_size
     from megatron_dwm.model.hf_weights import from_hf_state_dict
-    from megatron_dwm.training.checkpoint import TRACKER, iteration_folder
+    from megatron_dwm.training.checkpoint_folders import TRACKER, iteration_folder
 
     root = Path(config.save)
     if (root / TRACKER).exists():
@@ -113,7 +113,7 @@ def write_checkpoint(folder: Path, full_state: dict[str, torch.Tensor], argument
     import torch.distributed.checkpoint as dcp
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
-    from megatron_dwm.training.train_state import VERSION
+    from megatron_dwm.training.checkpoint_contents import VERSION
 
     dcp.save({**full_state, **_empty_extra_states(arguments["num_layers"])}, checkpoint_id=str(folder))
     common = {

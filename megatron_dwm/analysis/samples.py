@@ -145,7 +145,7 @@ def saved_run(folder: Path) -> RunConfig:
         UserError: there is no checkpoint, or none of this program's.
     """
     from megatron_dwm.config.checkpoint_args import read_arguments
-    from megatron_dwm.training.checkpoint import latest_checkpoint
+    from megatron_dwm.training.checkpoint_folders import latest_checkpoint
 
     checkpoint = latest_checkpoint(CheckpointConfig(load=str(folder)))
     if checkpoint is None:

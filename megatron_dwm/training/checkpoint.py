@@ -1,6 +1,6 @@
 """Checkpoints in megatron-core's ``torch_dist`` format, with Megatron-LM's folders.
 
-``<save>/iter_0000100/`` holds what ``state.py`` names; ``dwm_state.pt`` in it holds the weighter's state;
+``<save>/iter_0000100/`` holds what ``checkpoint_contents.py`` names; ``dwm_state.pt`` in it holds the weighter's state;
 ``<save>/latest_checkpointed_iteration.txt`` names the newest, or says ``release``: then ``<save>/release/`` holds a
 model to start from. A checkpoint is written beside its place and put there when it is whole, so an interrupted save
 loses nothing.
@@ -24,46 +24,29 @@ from megatron_dwm.config.run import RunConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.logging import timestamp
 from megatron_dwm.runtime.process_groups import ParallelState
-from megatron_dwm.training.optimizer import allocate_state, load_optimizer
-from megatron_dwm.training.train_state import (
-    TrainComponents,
-    TrainState,
+from megatron_dwm.training.checkpoint_contents import (
     comparable,
     data_parallel_group,
     megatron_arguments,
+    model_key,
     set_rng_state,
     sharded_state,
     sharding_metadata,
 )
+from megatron_dwm.training.checkpoint_folders import (
+    DWM_STATE,
+    RELEASE,
+    TRACKER,
+    iteration_folder,
+    iteration_of,
+    latest_checkpoint,
+    non_persistent_folder,
+    tracked,
+)
+from megatron_dwm.training.optimizer import allocate_state, load_optimizer
+from megatron_dwm.training.train_state import TrainComponents, TrainState
 
 logger = logging.getLogger(__name__)
-
-TRACKER = "latest_checkpointed_iteration.txt"
-DWM_STATE = "dwm_state.pt"
-RELEASE = "release"
-NON_PERSISTENT = "non_persistent"
-
-
-def iteration_folder(folder: Path, iteration: int) -> Path:
-    return folder / f"iter_{iteration:07d}"
-
-
-def iteration_of(folder: Path) -> int:
-    """The iteration at which a run goes on from a checkpoint's folder."""
-    return 0 if folder.name == RELEASE else int(folder.name.removeprefix("iter_"))
-
-
-def loading_line(folder: Path) -> str:
-    """Megatron-LM's line before a checkpoint is loaded."""
-    if folder.name == RELEASE:
-        return f" loading release distributed checkpoint from {folder.parent}"
-    return f" loading distributed checkpoint from {folder.parent} at iteration {iteration_of(folder)}"
-
-
-def non_persistent_folder(flags: CheckpointConfig, root: str) -> Path:
-    """Where the non-persistent checkpoints of a run that saves to ``root`` are."""
-    return Path(flags.non_persistent_global_ckpt_dir or Path(root) / NON_PERSISTENT)
-
 
 class CheckpointWriter:
     """Writes checkpoints; with ``--async-save`` while training goes on.
@@ -108,7 +91,16 @@ class CheckpointWriter:
         dist.barrier()
 
         metadata = sharding_metadata(self.config)
-        state = sharded_state(self.config, self.components, train_state, self.parallel_state, metadata, for_saving=True)
+        state = sharded_state(
+            self.config,
+            self.components,
+            train_state,
+            self.parallel_state,
+            metadata,
+            is_loading=False,
+            with_optimizer=not flags.no_save_optim,
+            with_rng=not flags.no_save_rng,
+        )
         strategy = get_default_save_sharded_strategy("torch_dist")
         if flags.ckpt_fully_parallel_save:
             strategy = FullyParallelSaveStrategyWrapper(strategy, data_parallel_group())
@@ -150,7 +142,7 @@ class CheckpointWriter:
             return
         final = iteration_folder(root, iteration)
         publish_folder(beside, final)
-        previous = _tracked(root)
+        previous = tracked(root)
         atomic_write_text(root / TRACKER, str(iteration))
         logger.info(
             f"  [{timestamp()}] successfully saved checkpoint from iteration {iteration:7d} to {root} "
@@ -174,35 +166,6 @@ def saved_arguments(flags: CheckpointConfig) -> dict[str, Any]:
     if folder is None:
         raise UserError(f"--use-checkpoint-args: --load {flags.load} holds no checkpoint; give a folder that does")
     return read_arguments(folder)
-
-
-def latest_checkpoint(flags: CheckpointConfig) -> Path | None:
-    """The checkpoint folder that ``--load`` (and ``--ckpt-step``) name; None to start anew.
-
-    A non-persistent checkpoint is taken if it is as new as the persistent one, with ``--non-persistent-ckpt-type``.
-
-    Raises:
-        UserError: a checkpoint is asked for by name, or must exist, and does not.
-    """
-    if flags.load is None:
-        return None
-    root = Path(flags.load)
-    folder = iteration_folder(root, flags.ckpt_step) if flags.ckpt_step else _tracked(root)
-    if flags.non_persistent_ckpt_type is not None:
-        newest = _tracked(non_persistent_folder(flags, flags.load))
-        if newest is not None and (folder is None or iteration_of(newest) >= iteration_of(folder)):
-            folder = newest
-    if folder is None:
-        if flags.exit_on_missing_checkpoint:
-            raise UserError(
-                f"--load {root}: no {TRACKER} there; check the path, or leave out --exit-on-missing-checkpoint"
-            )
-        return None
-    if not (folder / "metadata.json").is_file():
-        raise UserError(
-            f"--load {folder.parent}: {folder.name} is not a whole torch_dist checkpoint; give --ckpt-step of another"
-        )
-    return folder
 
 
 def load_checkpoint(
@@ -245,7 +208,14 @@ def load_checkpoint(
     if with_optimizer:
         allocate_state(components.optimizer)
     template = sharded_state(
-        config, components, TrainState(), parallel_state, metadata, with_optimizer=with_optimizer, with_rng=with_rng
+        config,
+        components,
+        TrainState(),
+        parallel_state,
+        metadata,
+        is_loading=True,
+        with_optimizer=with_optimizer,
+        with_rng=with_rng,
     )
     strategy = get_default_load_sharded_strategy(str(folder))
     if flags.ckpt_fully_parallel_load:
@@ -253,7 +223,7 @@ def load_checkpoint(
     state = dist_checkpointing.load(template, str(folder), strategy, strict="assume_ok_unexpected")
 
     for number, chunk in enumerate(components.chunks):
-        chunk.load_state_dict(state["model" if len(components.chunks) == 1 else f"model{number}"])
+        chunk.load_state_dict(state[model_key(components, number)])
     if with_optimizer:
         load_optimizer(components.optimizer, state["optimizer"])
         components.scheduler.load_state_dict(state["opt_param_scheduler"])
@@ -282,19 +252,6 @@ def _check_same_model(config: RunConfig, saved: Namespace) -> None:
     run = vars(megatron_arguments(config, TrainState()))
     if difference := differing_flag(run, vars(saved), finetune=finetune):
         raise UserError(f"--load {config.checkpoint.load}: {difference}")
-
-
-def _tracked(root: Path) -> Path | None:
-    """The checkpoint folder that the tracker in ``root`` names."""
-    path = root / TRACKER
-    if not path.is_file():
-        return None
-    text = path.read_text().strip()
-    if text == RELEASE:
-        return root / RELEASE
-    if not text.isdigit():
-        raise UserError(f"{path}: says {text!r} where an iteration belongs; write the number of a checkpoint there")
-    return iteration_folder(root, int(text))
 
 
 def _unretained(previous: Path | None, current: Path, retain_interval: int | None) -> bool:

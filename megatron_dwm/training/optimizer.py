@@ -1,4 +1,4 @@
-"""megatron-core's optimizer and learning-rate schedule, from the flags."""
+"""megatron-core's optimizer, from the flags."""
 
 from __future__ import annotations
 
@@ -87,40 +87,3 @@ def params_dtype(config: RunConfig) -> torch.dtype:
     if config.optimizer.bf16:
         return torch.bfloat16
     return torch.float16 if config.optimizer.fp16 else torch.float32
-
-
-def build_scheduler(config: RunConfig, optimizer: Any) -> Any:
-    """The learning-rate and weight-decay schedule; megatron-core counts it in samples."""
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
-    settings, batch = config.optimizer, config.global_batch_size
-    if config.training.train_iters is not None:
-        total = config.train_iters * batch
-        decay = (settings.lr_decay_iters or config.train_iters) * batch
-        warmup: float = settings.lr_warmup_iters * batch
-        wsd = settings.lr_wsd_decay_iters * batch if settings.lr_wsd_decay_iters is not None else None
-    else:
-        assert config.training.train_samples is not None
-        total = config.training.train_samples
-        decay = settings.lr_decay_samples or total
-        warmup, wsd = settings.lr_warmup_samples, settings.lr_wsd_decay_samples
-    if settings.lr_warmup_fraction is not None:
-        warmup = settings.lr_warmup_fraction * decay
-    constant = settings.weight_decay_incr_style == "constant"
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=settings.lr_warmup_init,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=warmup,
-        lr_decay_steps=decay,
-        lr_decay_style=settings.lr_decay_style,
-        start_wd=settings.weight_decay if constant else settings.start_weight_decay,
-        end_wd=settings.weight_decay if constant else settings.end_weight_decay,
-        wd_incr_steps=total,
-        wd_incr_style=settings.weight_decay_incr_style,
-        use_checkpoint_opt_param_scheduler=settings.use_checkpoint_opt_param_scheduler,
-        override_opt_param_scheduler=settings.override_opt_param_scheduler,
-        wsd_decay_steps=wsd,
-        lr_wsd_decay_style=settings.lr_wsd_decay_style,
-    )

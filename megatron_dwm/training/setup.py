@@ -17,9 +17,11 @@ from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap
 from megatron_dwm.model.transformer_config import transformer_config
 from megatron_dwm.runtime.process_groups import ParallelState, initialize, set_seeds
 from megatron_dwm.runtime.startup_sync import StartupSync
-from megatron_dwm.training.checkpoint import CheckpointWriter, latest_checkpoint, load_checkpoint, loading_line
+from megatron_dwm.training.checkpoint import CheckpointWriter, load_checkpoint
+from megatron_dwm.training.checkpoint_folders import latest_checkpoint, loading_line
 from megatron_dwm.training.dataloaders import Dataloaders
-from megatron_dwm.training.optimizer import build_optimizer, build_scheduler
+from megatron_dwm.training.lr_schedule import build_scheduler
+from megatron_dwm.training.optimizer import build_optimizer
 from megatron_dwm.training.reporter import Reporter
 from megatron_dwm.training.train_state import TrainComponents, TrainState
 from megatron_dwm.training.trainer import TrainerParts
@@ -109,7 +111,8 @@ def build_language_model(
     chunks = wrap_with_ddp(bare, core_config, config.parallel, config.optimizer, config.training)
     optimizer = build_optimizer(config, chunks)
     bind_schedule_hooks(core_config, chunks, optimizer, config.parallel)
-    components = TrainComponents(chunks, optimizer, build_scheduler(config, optimizer))
+    scheduler = build_scheduler(config.optimizer, config.training, config.global_batch_size, optimizer)
+    components = TrainComponents(chunks, optimizer, scheduler)
     engine = PipelineEngine(
         chunks,
         core_config,

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from megatron_dwm.atomic_write import atomic_folder, atomic_write_text, publish_folder
+from megatron_dwm.atomic_write import (
+    atomic_files,
+    atomic_folder,
+    atomic_write_text,
+    delete_folder,
+    publish_folder,
+    remove_leftovers,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def umask() -> Iterator[int]:
+    """A umask that lets the group read, whatever the caller's is."""
+    before = os.umask(0o027)
+    yield 0o027
+    os.umask(before)
 
 
 def test_a_folder_replaces_the_one_that_was_there(tmp_path: Path):
@@ -14,8 +37,8 @@ def test_a_folder_replaces_the_one_that_was_there(tmp_path: Path):
         with atomic_folder(tmp_path / "folder") as beside:
             (beside / "file").write_text(content)
             (beside / content).mkdir()
-    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["file", "second"]
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert names(tmp_path / "folder") == ["file", "second"]
+    assert names(tmp_path) == ["folder"]
 
 
 def test_a_block_that_fails_leaves_the_old_folder(tmp_path: Path):
@@ -24,18 +47,75 @@ def test_a_block_that_fails_leaves_the_old_folder(tmp_path: Path):
     with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "folder") as beside:
         (beside / "file").write_text(str(1 / 0))
     assert (tmp_path / "folder" / "file").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert names(tmp_path) == ["folder"]
 
 
 def test_what_an_interrupted_replacement_left_is_cleared_by_the_next(tmp_path: Path):
     (tmp_path / ".folder.replaced").mkdir()
     (tmp_path / "beside").mkdir()
     publish_folder(tmp_path / "beside", tmp_path / "folder")
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert names(tmp_path) == ["folder"]
+
+
+def test_files_appear_together_under_their_prefix(tmp_path: Path):
+    (tmp_path / "data.idx").write_text("old")
+    with atomic_files(tmp_path, "data") as beside:
+        for suffix in (".bin", ".idx"):
+            (beside / suffix).write_text(f"new {suffix}")
+        assert (tmp_path / "data.idx").read_text() == "old"
+    assert names(tmp_path) == ["data.bin", "data.idx"]
+    assert (tmp_path / "data.idx").read_text() == "new .idx"
+    with pytest.raises(ZeroDivisionError), atomic_files(tmp_path, "data") as beside:
+        (beside / ".idx").write_text(str(1 / 0))
+    assert names(tmp_path) == ["data.bin", "data.idx"]
 
 
 def test_text_replaces_text(tmp_path: Path):
     for text in ("one", "two"):
         atomic_write_text(tmp_path / "below" / "file", text)
     assert (tmp_path / "below" / "file").read_text() == "two"
-    assert len(list((tmp_path / "below").iterdir())) == 1
+    assert names(tmp_path / "below") == ["file"]
+
+
+def test_a_file_that_cannot_be_replaced_leaves_nothing_beside(tmp_path: Path):
+    (tmp_path / "file").mkdir()
+    with pytest.raises(OSError):
+        atomic_write_text(tmp_path / "file", "text")
+    assert names(tmp_path) == ["file"]
+
+
+def test_permissions_are_those_of_the_umask_not_of_the_library(tmp_path: Path, umask: int):
+    """safetensors writes its files for their owner alone."""
+
+    def mode(path: Path) -> int:
+        return stat.S_IMODE(path.stat().st_mode)
+
+    with atomic_folder(tmp_path / "folder") as beside:
+        (beside / "file").touch(mode=0o600)
+    with atomic_files(tmp_path) as beside:
+        (beside / "file").touch(mode=0o600)
+    assert mode(tmp_path / "folder") == 0o777 & ~umask
+    assert mode(tmp_path / "folder" / "file") == mode(tmp_path / "file") == 0o666 & ~umask
+
+
+def test_an_interrupted_deletion_leaves_nothing_under_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda *arguments, **options: None)
+        delete_folder(tmp_path / "folder")
+    assert names(tmp_path) == [".folder.deleted"]
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path):
+    for name in (".iter_3.tmp123", ".iter_4.partial", ".iter_5.replaced", "iter_5", "iter_6", ".cache", ".tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    (tmp_path / ".tracker.tmp7").touch()
+    (tmp_path / ".iter_8.replaced").mkdir()  # its replacement was killed between the two renames
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == [".cache", ".tmp", "iter_5", "iter_6", "iter_8"]
+    assert (tmp_path / "iter_5" / "file").read_text() == "iter_5"
+    assert remove_leftovers(tmp_path / "nothing") == []

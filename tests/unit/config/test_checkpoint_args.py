@@ -16,7 +16,8 @@ from megatron_dwm.config.flags import declared_flags
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import parse_run
 from megatron_dwm.errors import UserError
-from megatron_dwm.training.train_state import TrainState, megatron_arguments
+from megatron_dwm.training.checkpoint_contents import megatron_arguments
+from megatron_dwm.training.train_state import TrainState
 from tests.paths import FIXTURES
 
 MEGATRON: dict[str, dict[str, Any]] = json.loads((FIXTURES / "megatron_args.json").read_text())

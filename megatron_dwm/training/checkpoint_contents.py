@@ -1,0 +1,136 @@
+"""What a checkpoint holds, by Megatron-LM's keys: model, optimizer, schedule, random state and arguments."""
+
+from __future__ import annotations
+
+import random
+from argparse import Namespace
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_dwm.config.run import RunConfig
+from megatron_dwm.runtime.process_groups import ParallelState
+from megatron_dwm.training.train_state import TrainComponents, TrainState
+
+VERSION = 3.0
+"""Of the layout of these keys, as Megatron-LM counts it."""
+
+
+def sharded_state(
+    config: RunConfig,
+    components: TrainComponents,
+    train_state: TrainState,
+    parallel_state: ParallelState,
+    metadata: dict[str, Any],
+    *,
+    is_loading: bool,
+    with_optimizer: bool,
+    with_rng: bool,
+) -> dict[str, Any]:
+    """Return the sharded state to save, or the template to load into."""
+    state: dict[str, Any] = {
+        "args": megatron_arguments(config, train_state),
+        "checkpoint_version": VERSION,
+        "iteration": train_state.iteration,
+        "num_floating_point_operations_so_far": train_state.num_floating_point_operations_so_far,
+    }
+    state |= sharded_model(components, metadata)
+    if with_optimizer:
+        state["optimizer"] = components.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+        state["opt_param_scheduler"] = components.scheduler.state_dict()
+    if with_rng:
+        state["rng_state"] = _sharded_rng_state(parallel_state)
+    return state
+
+
+def sharded_model(components: TrainComponents, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the sharded state of each model chunk."""
+    return {
+        model_key(components, number): chunk.module.sharded_state_dict(metadata=metadata)
+        for number, chunk in enumerate(components.chunks)
+    }
+
+
+def model_key(components: TrainComponents, number: int) -> str:
+    """Return the key of a model chunk's state."""
+    return "model" if len(components.chunks) == 1 else f"model{number}"
+
+
+def megatron_arguments(config: RunConfig, train_state: TrainState) -> Namespace:
+    """Return the arguments as Megatron-LM keeps them: plain values under its own names."""
+    model = config.model
+    derived = {
+        "world_size": config.world_size,
+        "data_parallel_size": config.data_parallel_size,
+        "global_batch_size": config.global_batch_size,
+        "ffn_hidden_size": model.ffn,
+        "kv_channels": model.head_size,
+        "encoder_seq_length": model.sequence,
+        "virtual_pipeline_model_parallel_size": config.parallel.virtual_stages(model.layers),
+        "position_embedding_type": model.positions,
+        "train_iters": config.train_iters,
+    }
+    counts = {key: value for key, value in asdict(train_state).items() if key.startswith(("consumed", "skipped"))}
+    return Namespace(**{**config.flat(), **derived, **counts})
+
+
+def sharding_metadata(config: RunConfig) -> dict[str, Any]:
+    """Return how megatron-core is to shard the state that is saved."""
+    metadata: dict[str, Any] = {
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": data_parallel_group(),
+    }
+    if config.parallel.use_distributed_optimizer:
+        if config.checkpoint.dist_ckpt_optim_fully_reshardable:
+            metadata["distrib_optim_sharding_type"] = "fully_reshardable"
+            metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
+        else:
+            metadata["distrib_optim_sharding_type"] = "dp_reshardable"
+    return metadata
+
+
+def data_parallel_group() -> Any:
+    """Return the group over which megatron-core spreads what all replicas hold."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def _sharded_rng_state(parallel_state: ParallelState) -> Any:
+    from megatron.core import tensor_parallel
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    state = {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": torch.cuda.get_rng_state(),
+        "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject(
+        "rng_state",
+        [state],
+        (parallel_state.pp_size, parallel_state.tp_size),
+        (parallel_state.pp_rank, parallel_state.tp_rank),
+        replica_id=parallel_state.dp_rank,
+    )
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Continue all random generators of this rank from ``state``."""
+    from megatron.core import tensor_parallel
+
+    random.setstate(state["random_rng_state"])
+    np.random.set_state(state["np_rng_state"])
+    torch.set_rng_state(state["torch_rng_state"])
+    torch.cuda.set_rng_state(state["cuda_rng_state"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
+
+
+def comparable(common: dict[str, Any]) -> dict[str, Any]:
+    """Return the common state without what may differ between ranks: the order of the optimizer's parameter groups."""
+    kept = {key: value for key, value in common.items() if key != "optimizer"}
+    return kept | {"args": vars(common["args"])}
