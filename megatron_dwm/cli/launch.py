@@ -8,6 +8,7 @@ trains.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import sys
 import traceback
 import warnings
@@ -147,6 +148,8 @@ def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
         SystemExit: always.
     """
     sys.stdout.flush()
+    for worker in multiprocessing.active_children():  # data loaders' ignore the signal by which Python would end them
+        worker.kill()
     if isinstance(error, PeerError):
         raise SystemExit(EXIT_CODE) from None
     if not startup_sync.report_failure(error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -30,6 +31,15 @@ class NumberedDataset(Dataset[dict[str, Any]]):
         source = int(item.pop("dataset_id", 0))
         keys = ("tokens", "labels", "loss_mask", "position_ids")
         return {**{key: item[key] for key in keys}, "index": index, "source": source}
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """Let worker processes outlive the signals that ask the run to save and stop.
+
+    A scheduler sends them to every process of a step. The run shuts the workers down when it has saved.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class BatchLoader:
@@ -64,6 +74,7 @@ class BatchLoader:
                 num_workers=num_workers,
                 pin_memory=torch.cuda.is_available(),
                 persistent_workers=num_workers > 0,
+                worker_init_fn=_ignore_stop_signals,
                 # A loader draws a seed when it starts; without a generator it would draw from the run's own stream.
                 generator=torch.Generator(),
             )
@@ -90,6 +101,10 @@ class BatchLoader:
                 "tokenizer that the data was preprocessed with (--tokenizer-model, --vocab-size)"
             )
         return batch
+
+    def close(self) -> None:
+        """Stop reading, and wait for the worker processes to end."""
+        self.steps = None  # the last reference: the loader shuts its workers down
 
     def _end_of_data(self) -> dict[str, torch.Tensor]:
         """Return the items that a replica's first rank sends instead of samples when there is no further step.

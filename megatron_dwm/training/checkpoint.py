@@ -48,6 +48,7 @@ from megatron_dwm.training.train_state import TrainComponents, TrainState
 
 logger = logging.getLogger(__name__)
 
+
 class CheckpointWriter:
     """Writes checkpoints; with ``--async-save`` while training goes on.
 

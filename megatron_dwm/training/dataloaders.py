@@ -19,7 +19,8 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.runtime.startup_sync import StartupSync
 from megatron_dwm.training.checkpoint import saved_arguments
-from megatron_dwm.training.train_state import TrainState, megatron_arguments
+from megatron_dwm.training.checkpoint_contents import megatron_arguments
+from megatron_dwm.training.train_state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Dataloaders:
             UserError: on every rank, if a dataset cannot fill the run's batches.
         """
         self.config, self.parallel_state, self.vocab_size = config, parallel_state, int(tokenizer.vocab_size)
+        self._loaders: list[BatchLoader] = []
         micro, dp = config.training.micro_batch, parallel_state.dp_size
         self.partition = BatchPartition(micro, config.num_microbatches, parallel_state.dp_rank, dp)
         self.target_partition = BatchPartition(
@@ -110,6 +112,11 @@ class Dataloaders:
             check_masks(name, dataset)
         check_masks("target", self.datasets.target)
 
+    def close(self) -> None:
+        """Stop all loaders' worker processes."""
+        for loader in self._loaders:
+            loader.close()
+
     def _evaluated_splits(self) -> tuple[bool, bool]:
         """Whether there is validation and test data, as rank 0, which reads it, knows."""
         present = [self.datasets.valid is not None, self.datasets.test is not None]
@@ -127,4 +134,6 @@ class Dataloaders:
 
     def _loader(self, dataset: Any, sampler: Any, partition: BatchPartition) -> BatchLoader:
         sequence, workers = self.config.model.sequence, self.config.data.num_workers
-        return BatchLoader(dataset, sampler, partition, sequence, self.parallel_state, self.vocab_size, workers)
+        loader = BatchLoader(dataset, sampler, partition, sequence, self.parallel_state, self.vocab_size, workers)
+        self._loaders.append(loader)
+        return loader

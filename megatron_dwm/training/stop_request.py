@@ -11,6 +11,9 @@ import torch.distributed as dist
 
 from megatron_dwm.config.training import TrainingConfig
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""SLURM and torchrun send SIGTERM, a keyboard SIGINT, and schedulers' warnings are often SIGUSR1 or SIGUSR2."""
+
 
 class StopRequest:
     """Watches for what ends a run early, so that it can save before it leaves."""
@@ -18,12 +21,13 @@ class StopRequest:
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
         self._started = time.perf_counter()
-        self._is_signaled = False
+        self._received = 0
 
     def listen(self) -> None:
-        """Take SIGTERM as a request to save and leave, if ``--exit-signal-handler`` asks for it."""
+        """Take signals as a request to save and leave, if ``--exit-signal-handler`` asks for it."""
         if self.config.exit_signal_handler:
-            signal.signal(signal.SIGTERM, self._receive)
+            for number in SIGNALS:
+                signal.signal(number, self._receive)
 
     def reason(self, iteration: int) -> str | None:
         """Return why the run ends after this iteration, None if it goes on; all ranks find the same."""
@@ -31,15 +35,15 @@ class StopRequest:
         if config.exit_signal_handler or config.exit_duration_in_mins is not None:
             minutes = (time.perf_counter() - self._started) / 60
             is_late = config.exit_duration_in_mins is not None and minutes > config.exit_duration_in_mins
-            requests = torch.tensor([float(self._is_signaled), float(is_late)], device=torch.cuda.current_device())
+            requests = torch.tensor([float(self._received), float(is_late)], device=torch.cuda.current_device())
             dist.all_reduce(requests, op=dist.ReduceOp.MAX)
             if requests[0]:
-                return "exiting program after receiving SIGTERM."
+                return f"exiting program after receiving {signal.Signals(int(requests[0])).name}."
             if requests[1]:
                 return f"exiting program after {minutes} minutes"
         if config.exit_interval is not None and iteration % config.exit_interval == 0:
             return f"exiting program at iteration {iteration}"
         return None
 
-    def _receive(self, signum: int, frame: FrameType | None) -> None:
-        self._is_signaled = True
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = number

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from megatron_dwm.training.checkpoint import CheckpointWriter
 from megatron_dwm.training.dataloaders import Dataloaders
 from megatron_dwm.training.evaluation import evaluate
 from megatron_dwm.training.reporter import Reporter
+from megatron_dwm.training.run_status import write_run_status
 from megatron_dwm.training.step import StepResult, train_step
 from megatron_dwm.training.stop_request import StopRequest
 from megatron_dwm.training.train_state import TrainComponents, TrainState
@@ -58,6 +60,18 @@ class Trainer:
 
     def train(self) -> None:
         """Run the remaining iterations, then evaluate and save."""
+        write_run_status(self.config.checkpoint.save, "running", self.train_state.iteration)
+        try:
+            stop_reason = self._train()
+        finally:
+            self.dataloaders.close()
+        self.checkpoints.close()
+        self.reporter.close()
+        status: Literal["interrupted", "finished"] = "finished" if stop_reason is None else "interrupted"
+        write_run_status(self.config.checkpoint.save, status, self.train_state.iteration, stop_reason or "")
+
+    def _train(self) -> str | None:
+        """Train and evaluate; return why the run ends early, None if it does not."""
         config, train_state = self.config, self.train_state
         self.stop_request.listen()
         if config.training.manual_gc:
@@ -72,14 +86,12 @@ class Trainer:
             self._save_if_due(is_last=stop_reason is not None)
             if stop_reason is not None:
                 logger.info(event_line(stop_reason))
-                break
-        else:
-            skipped = "skipping training (--skip-train is on) ..."
-            logger.info(skipped if config.training.skip_train else event_line("after training is done"))
-            self.evaluate("valid", f"iteration {train_state.iteration} on validation set", log_progress=True)
-            self.evaluate("test", f"iteration {train_state.iteration} on test set", log_progress=True)
-        self.checkpoints.close()
-        self.reporter.close()
+                return None if train_state.iteration >= config.train_iters else stop_reason
+        skipped = "skipping training (--skip-train is on) ..."
+        logger.info(skipped if config.training.skip_train else event_line("after training is done"))
+        self.evaluate("valid", f"iteration {train_state.iteration} on validation set", log_progress=True)
+        self.evaluate("test", f"iteration {train_state.iteration} on test set", log_progress=True)
+        return None
 
     def train_iteration(self, iteration: int) -> None:
         """Run one iteration: weigh the batch, step the language model, let the weighting learn from the step."""

@@ -120,7 +120,10 @@ def test_the_line_names_what_changed_and_where_reading_goes_on(prefixes: dict[st
     assert f"training data 1 {a} 2 {b} instead of {a}" in change and "--seed 7 instead of 1234" in change
     assert "the first 4 samples of the new order are left out" in change
     change = order_change(saved, arguments(train_data_path=[a], train_iters=20), CONSUMED)
-    assert change is not None and f"80 samples instead of 40 make 4 epochs (the last shuffled by itself) of {a}, not 2 epochs" in change
+    assert (
+        change is not None
+        and f"80 samples instead of 40 make 4 epochs (the last shuffled by itself) of {a}, not 2 epochs" in change
+    )
 
 
 @pytest.mark.parametrize(

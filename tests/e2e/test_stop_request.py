@@ -1,0 +1,85 @@
+"""A run that is asked to stop saves, says so in its status, and ends; submitted again it goes on as if undisturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_dwm.runtime.process_groups import free_port
+from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, records
+from tests.e2e.test_uniform_weights import assert_same_checkpoints
+from tests.paths import ROOT
+from tests.turns import several_processes
+
+# Data loader processes are what is default; they get the signal, too.
+FLAGS = {
+    **LANGUAGE_MODEL,
+    **TRAINING,
+    **DATA,
+    **WEIGHTING,
+    **{"--num-workers": 2, "--train-iters": 40, "--eval-interval": 20, "--exit-signal-handler": True},
+}
+
+
+def start(folder: Path, save: Path, processes: int, **changes: object) -> list[subprocess.Popen[str]]:
+    """Start the command on ``processes`` ranks, each in a session of the same process group as its workers."""
+    flags = {**FLAGS, "--save": save, "--load": save, **changes}
+    argv = [str(word) for name, value in flags.items() for word in ([name] if value is True else [name, value])]
+    port, started = free_port(), []
+    for rank in range(processes):
+        environment = {
+            **os.environ,
+            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)},
+        }
+        log = (folder / f"rank{rank}.log").open("a")
+        command = [sys.executable, str(ROOT / "pretrain_dwm.py"), *argv]
+        started.append(
+            subprocess.Popen(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            )
+        )
+    return started
+
+
+def wait_for_iteration(metrics: Path, iteration: int, ranks: list[subprocess.Popen[str]]) -> None:
+    while not metrics.is_file() or len(records(metrics, "train")) < iteration:
+        assert all(rank.poll() is None for rank in ranks), "the run ended before it was signaled"
+        time.sleep(0.05)
+
+
+def test_a_signal_to_every_process_of_a_run_loses_nothing(tmp_path: Path):
+    number, processes = signal.SIGTERM, 2
+    save = tmp_path / "interrupted"
+    with several_processes:
+        ranks = start(tmp_path, save, processes)
+        wait_for_iteration(save / "metrics.jsonl", 10, ranks)
+        for rank in ranks:
+            os.killpg(rank.pid, number)  # the loaders' processes as well, as SLURM does
+        codes = [rank.wait() for rank in ranks]
+        log = "".join(path.read_text() for path in tmp_path.glob("*.log"))
+        assert codes == [0] * processes, log
+        status = json.loads((save / "run_status.json").read_text())
+        assert status["status"] == "interrupted" and number.name in status["reason"], status
+        assert 10 <= status["iteration"] < 40
+        assert (save / f"iter_{status['iteration']:07d}" / "metadata.json").is_file()
+
+        codes = [rank.wait() for rank in start(tmp_path, save, processes)]
+        assert codes == [0] * processes
+        assert json.loads((save / "run_status.json").read_text())["status"] == "finished"
+        whole = tmp_path / "whole"
+        assert [rank.wait() for rank in start(tmp_path, whole, processes)] == [0] * processes
+        assert_same_checkpoints(whole / "iter_0000040", save / "iter_0000040")
+
+
+def test_an_interval_interrupts_and_does_not_finish(tmp_path: Path):
+    save = tmp_path / "save"
+    (rank,) = start(tmp_path, save, 1, **{"--exit-interval": 15})
+    assert rank.wait() == 0
+    status = json.loads((save / "run_status.json").read_text())
+    assert status["status"] == "interrupted" and status["iteration"] == 15

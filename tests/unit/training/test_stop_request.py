@@ -1,0 +1,35 @@
+"""What ends a run early, on one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch.distributed as dist
+
+from megatron_dwm.config.training import TrainingConfig
+from megatron_dwm.training.stop_request import SIGNALS, StopRequest
+from tests.distributed.harness import run_distributed
+
+
+def reason_after(number: int | None, iteration: int, **flags: object) -> str | None:
+    request = StopRequest(TrainingConfig(micro_batch_size=1, train_iters=9, **flags))
+    request.listen()
+    if number is not None and dist.get_rank() == dist.get_world_size() - 1:
+        os.kill(os.getpid(), number)
+    return request.reason(iteration)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_one_rank_receives_is_every_ranks_reason(number: signal.Signals):
+    reasons = run_distributed(lambda: reason_after(number, 1, exit_signal_handler=True), 2)
+    assert reasons == [f"exiting program after receiving {number.name}."] * 2
+
+
+def test_without_a_reason_the_run_goes_on():
+    assert run_distributed(lambda: reason_after(None, 1, exit_signal_handler=True, exit_interval=2), 1) == [None]
+
+
+def test_an_interval_is_a_reason():
+    assert run_distributed(lambda: reason_after(None, 4, exit_interval=2), 1) == ["exiting program at iteration 4"]
