@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.config.training import TrainingConfig
+from megatron_dwm.runtime.device import current_device
 
 
 class StopRequest:
@@ -31,7 +32,7 @@ class StopRequest:
         if config.exit_signal_handler or config.exit_duration_in_mins is not None:
             minutes = (time.perf_counter() - self._started) / 60
             is_late = config.exit_duration_in_mins is not None and minutes > config.exit_duration_in_mins
-            requests = torch.tensor([float(self._is_signaled), float(is_late)], device=torch.cuda.current_device())
+            requests = torch.tensor([float(self._is_signaled), float(is_late)], device=current_device())
             dist.all_reduce(requests, op=dist.ReduceOp.MAX)
             if requests[0]:
                 return "exiting program after receiving SIGTERM."
