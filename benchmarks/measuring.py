@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_dwm.runtime.device import current_device
+
 
 def seconds(action: Callable[[], Any]) -> float:
     """Wall time of ``action``, from when all ranks are ready to when this one's device is."""
@@ -30,7 +32,7 @@ def take_turns(actions: dict[str, Callable[[], Any]], repeats: int) -> dict[str,
     for turn in range(repeats):
         for name in list(actions)[:: 1 if turn % 2 == 0 else -1]:
             found[name].append(seconds(actions[name]))
-    slowest = torch.tensor(list(found.values()), dtype=torch.float64, device=torch.cuda.current_device())
+    slowest = torch.tensor(list(found.values()), dtype=torch.float64, device=current_device())
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return dict(zip(found, slowest.tolist(), strict=True))
 

@@ -41,6 +41,7 @@ from megatron_dwm.config.run import RunConfig, parse_run
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.flops import training_flops
 from megatron_dwm.model.parameter_copy import ParameterCopy
+from megatron_dwm.runtime.device import current_device
 from megatron_dwm.training import trainer as training_loop
 from megatron_dwm.training.trainer import Trainer
 from megatron_dwm.weighting.bilevel.alignment import held_for_all
@@ -227,7 +228,7 @@ def theoretical_parts(modes: Modes) -> dict[str, float]:
 def measure_shares(modes: Modes, repeats: int) -> dict[str, dict[str, float]]:
     """Each part's share of a bi-level run's time, as measured (mean over the ranks) and by operations."""
     own = measured_parts(modes, repeats)
-    summed = torch.tensor(list(own.values()), dtype=torch.float64, device=torch.cuda.current_device())
+    summed = torch.tensor(list(own.values()), dtype=torch.float64, device=current_device())
     dist.all_reduce(summed)
     shares = {"measured": dict(zip(own, summed.tolist(), strict=True)), "theoretical": theoretical_parts(modes)}
     return {kind: {part: x / sum(parts.values()) for part, x in parts.items()} for kind, parts in shares.items()}
@@ -278,7 +279,7 @@ def weighter_part(modes: Modes) -> float:
     """The weighter's parameters as a part of the language model's."""
     parallel_state, total = (
         modes.bilevel.parallel_state,
-        torch.zeros((), dtype=torch.int64, device=torch.cuda.current_device()),
+        torch.zeros((), dtype=torch.int64, device=current_device()),
     )
     for chunk in modes.bilevel.engine.chunks:
         total += sum(param.numel() for param in chunk.parameters() if held_for_all(param, parallel_state))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.process_groups import ParallelState
 
 
@@ -71,7 +72,7 @@ def broadcast_batch(
         num_samples: samples of this replica in one step (n).
         seq: sequence length (s).
     """
-    device = torch.device(torch.cuda.current_device())
+    device = current_device()
     if loaded is not None:
         columns = [loaded[key] for key in ("tokens", "labels", "loss_mask", "position_ids")]
         columns += [loaded[key][:, None] for key in ("index", "source")]

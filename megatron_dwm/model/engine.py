@@ -1,13 +1,12 @@
-"""One pass over a batch through megatron-core's pipeline schedule.
+"""Forward and backward passes over a batch through megatron-core's pipeline schedules.
 
-Shape legend: n samples of this replica, b samples of a microbatch, s sequence length.
+Shape legend: b samples of a microbatch, s sequence length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,31 +14,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.errors import UserError
+from megatron_dwm.model.loss import LossFunction, SampleLosses, as_token_losses, plain_loss
+from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.process_groups import ParallelState
 
 
-@dataclass(frozen=True)
-class SampleLosses:
-    """Token losses of this replica's samples, as the last pipeline stage sums them."""
-
-    total: torch.Tensor
-    """Σ of the unmasked tokens' losses [n], float32."""
-    tokens: torch.Tensor
-    """Unmasked tokens [n], float32."""
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """Mean token loss l_i of each sample [n]; 0 for a sample without an unmasked token."""
-        return self.total / self.tokens.clamp(min=1)
-
-
 class PipelineEngine:
-    """Runs forward and backward passes of the model over batches.
-
-    The loss of a microbatch is Megatron-LM's, Σ mask · loss / Σ mask, with each sample's token losses multiplied by its
-    scale. Scales of 1.0 leave every bit of it as it is.
-    """
+    """The model in its pipeline schedule: runs forward and backward passes over batches."""
 
     def __init__(
         self,
@@ -71,7 +52,7 @@ class PipelineEngine:
         batch: Batch,
         micro_batch_size: int,
         *,
-        sample_weights: torch.Tensor | None = None,
+        loss_function: LossFunction = plain_loss,
         forward_only: bool = False,
         force_all_reduce: bool = False,
     ) -> SampleLosses | None:
@@ -79,20 +60,24 @@ class PipelineEngine:
 
         Args:
             micro_batch_size: samples of one microbatch; it divides the batch.
-            sample_scale: factor of each sample's token losses [n], if any.
+            loss_function: what is differentiated of each microbatch's token losses, before megatron-core divides it by
+                the number of unmasked tokens.
             forward_only: losses only, no gradients.
             force_all_reduce: leave the whole gradient on every data-parallel rank, also under the distributed
                 optimizer.
 
         Returns:
-            the samples' unscaled losses on the last pipeline stage, None on the others.
+            the samples' losses on the last pipeline stage, whatever the loss function; None on the others.
+
+        Raises:
+            FloatingPointError: a loss is not finite, on the last pipeline stage, if the engine checks for it.
         """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        scales = [None] * (len(batch) // micro_batch_size)
-        if sample_weights is not None:
-            scales = list(sample_weights.to(batch.loss_mask).split(micro_batch_size))
-        micros = list(zip(batch.microbatches(micro_batch_size), scales, strict=True))
+        micros = [
+            (batch[samples], samples)
+            for samples in (slice(start, start + micro_batch_size) for start in range(0, len(batch), micro_batch_size))
+        ]
         iterators = [iter(micros) for _ in self.chunks]
         for chunk in self.chunks:
             chunk.force_all_reduce = force_all_reduce
@@ -101,7 +86,7 @@ class PipelineEngine:
         try:
             with _attributes(self.config, aligned):
                 reports = get_forward_backward_func()(
-                    forward_step_func=self._forward_step,
+                    forward_step_func=partial(self._forward_step, loss_function),
                     data_iterator=iterators if len(iterators) > 1 else iterators[0],
                     model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
                     num_microbatches=len(micros),
@@ -124,18 +109,20 @@ class PipelineEngine:
             raise FloatingPointError("a training loss is not finite; lower --lr or look at the data of this step")
         return losses
 
-    def _forward_step(self, micros: Iterator[tuple[Batch, torch.Tensor | None]], model: Any) -> tuple[Any, Any]:
-        micro, scale = next(micros)
+    def _forward_step(
+        self, loss_function: LossFunction, micros: Iterator[tuple[Batch, slice]], model: Any
+    ) -> tuple[Any, Any]:
+        micro, samples = next(micros)
         mask = micro.document_mask(self.document_end) if self.document_end is not None else None
         output = model(micro.tokens, micro.position_ids, mask, labels=micro.labels, loss_mask=micro.loss_mask)
-        return output, partial(weighted_loss, micro.loss_mask, scale)
+        return output, partial(reduce_output, loss_function, micro.loss_mask, samples)
 
     def broadcast_losses(self, losses: SampleLosses | None, num_samples: int) -> SampleLosses:
-        """The last stage's losses on every rank of the replica."""
+        """Return the last stage's losses on every rank of the replica; a collective call of the pipeline group."""
         if losses is not None:
             packed = torch.stack([losses.total, losses.tokens])
         else:
-            packed = torch.empty(2, num_samples, device=torch.cuda.current_device())
+            packed = torch.empty(2, num_samples, device=current_device())
         if self.parallel_state.pp_size > 1:
             last = dist.get_global_rank(self.parallel_state.pp_group, self.parallel_state.pp_size - 1)
             dist.broadcast(packed, last, group=self.parallel_state.pp_group)
@@ -218,32 +205,20 @@ def _attributes(target: Any, values: dict[str, Any]) -> Iterator[None]:
             setattr(target, name, value)
 
 
-def weighted_loss(
-    loss_mask: torch.Tensor, sample_weights: torch.Tensor | None, output: torch.Tensor
+def reduce_output(
+    loss_function: LossFunction, loss_mask: torch.Tensor, samples: slice, output: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Megatron-LM's loss of one microbatch, with each sample's token losses multiplied by its scale.
+    """Reduce the output of one microbatch as megatron-core's schedules want it.
 
     Args:
         loss_mask: [b, s].
-        sample_scale: [b], or None for the plain loss. It never enters the mask or the number of tokens.
+        samples: place of the microbatch among the batch's samples.
         output: token losses [b, s].
 
     Returns:
-        Σ scale · mask · loss, the number of unmasked tokens (megatron-core divides the one by the other), and the
-        samples' unscaled sums.
-
-    Raises:
-        UserError: ``output`` is not a loss for each token, so the samples' losses cannot be told apart.
+        the loss, the number of unmasked tokens that megatron-core divides it by, and the samples' sums to report.
     """
-    if output.shape != loss_mask.shape:
-        raise UserError(
-            f"the model returns a loss of shape {list(output.shape)} where token losses {list(loss_mask.shape)} are "
-            "needed: samples cannot be weighted once their losses are reduced; leave out the loss that does so "
-            "(--cross-entropy-loss-fusion, --cross-entropy-fusion-impl)"
-        )
-    losses = output.float() if output.dtype != torch.float64 else output
-    scaled = losses if sample_weights is None else losses * sample_weights[:, None].to(losses.dtype)
-    loss = torch.sum(scaled.reshape(-1) * loss_mask.reshape(-1))
-    num_tokens = loss_mask.sum().detach().to(torch.int)
-    report = {"total": (losses * loss_mask).sum(dim=1).detach(), "tokens": loss_mask.sum(dim=1)}
-    return loss, num_tokens, report
+    token_losses = as_token_losses(output, loss_mask)
+    loss = loss_function(token_losses, loss_mask, samples)
+    report = SampleLosses.of(token_losses, loss_mask)
+    return loss, loss_mask.sum().detach().to(torch.int), {"total": report.total, "tokens": report.tokens}

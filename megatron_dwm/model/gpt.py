@@ -34,6 +34,7 @@ from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
 from megatron_dwm.model.torch_layers import torch_block_spec
 from megatron_dwm.model.transformer_config import resolve_transformer_impl
+from megatron_dwm.runtime.device import current_device
 
 
 def build_model_chunks(
@@ -131,13 +132,6 @@ def bind_schedule_hooks(
             config.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in chunks])
     if parallel.overlap_param_gather and _aligns_param_gather(config, parallel):
         config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in chunks])
-
-
-def current_device() -> torch.device:
-    """The device that :func:`megatron_dwm.runtime.device.select_device` chose."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def _layer_spec(config: TransformerConfig, impl: str, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:

@@ -13,9 +13,9 @@ from megatron.core.utils import unwrap_model
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.errors import UserError
-from megatron_dwm.model.gpt import current_device
 from megatron_dwm.model.hf_weights import is_llama, to_hf_state_dict
 from megatron_dwm.model.transformer_config import has_tanh_gelu
+from megatron_dwm.runtime.device import current_device
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel

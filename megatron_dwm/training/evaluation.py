@@ -6,10 +6,11 @@ import logging
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.model.engine import PipelineEngine
+from megatron_dwm.model.loss import mean_over_tokens
+from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.process_groups import ParallelState
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def evaluate(
     """
     if log_progress:
         logger.info(f"Evaluating on {batches * batch_loader.partition.global_samples} samples")
-    sums = torch.zeros(2, device=torch.cuda.current_device())
+    sums = torch.zeros(2, device=current_device())
     for chunk in engine.chunks:
         chunk.eval()
     with torch.no_grad():
@@ -50,9 +51,8 @@ def evaluate(
                 logger.info(f"Evaluating iter {number + 1}/{batches}")
             losses = engine.run(batch_loader.next_batch(), micro_batch_size, forward_only=True)
             if losses is not None:
-                sums += torch.stack([losses.total.sum(), losses.tokens.sum()])
+                sums += losses.sums
     for chunk in engine.chunks:
         chunk.train()
-    dist.all_reduce(sums, group=parallel_state.dp_group)
-    loss = float(sums[0] / sums[1]) if parallel_state.is_last_pipeline_stage else float("nan")
+    loss = mean_over_tokens(sums, parallel_state) if parallel_state.is_last_pipeline_stage else float("nan")
     return Evaluation(loss, batches * batch_loader.partition.global_samples)

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.model.engine import PipelineEngine, SampleLosses
+from megatron_dwm.model.engine import PipelineEngine
+from megatron_dwm.model.loss import SampleLosses, mean_over_tokens, weighted_loss
+from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.process_groups import ParallelState
 
 
@@ -44,13 +46,13 @@ def train_step(
     for chunk in engine.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    losses = engine.run(batch, micro_batch_size, sample_weights=sample_weights)
+    losses = engine.run(batch, micro_batch_size, loss_function=weighted_loss(sample_weights))
     updated, grad_norm, num_zeros = optimizer.step()
     updated = bool(_reduce_over_model(float(updated), dist.ReduceOp.MIN, parallel_state))
     if updated:
         scheduler.step(increment=len(batch) * parallel_state.dp_size)
     return StepResult(
-        loss=token_mean(losses, parallel_state) if losses is not None else None,
+        loss=mean_over_tokens(losses.sums, parallel_state) if losses is not None else None,
         grad_norm=float(grad_norm) if grad_norm is not None else None,
         num_zeros=num_zeros,
         skipped=not updated,
@@ -58,14 +60,7 @@ def train_step(
     )
 
 
-def token_mean(losses: SampleLosses, parallel_state: ParallelState) -> float:
-    """Return the mean token loss over all replicas; the last pipeline stage's ranks call it."""
-    sums = torch.stack([losses.total.sum(), losses.tokens.sum()])
-    dist.all_reduce(sums, group=parallel_state.dp_group)
-    return float(sums[0] / sums[1])
-
-
 def _reduce_over_model(value: float, op: Any, parallel_state: ParallelState) -> float:
-    tensor = torch.tensor(value, device=torch.cuda.current_device())
+    tensor = torch.tensor(value, device=current_device())
     dist.all_reduce(tensor, op=op, group=parallel_state.mp_group)
     return float(tensor)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.config.training import TrainingConfig
+from megatron_dwm.runtime.device import current_device
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 """SLURM and torchrun send SIGTERM, a keyboard SIGINT, and schedulers' warnings are often SIGUSR1 or SIGUSR2."""
@@ -35,7 +36,7 @@ class StopRequest:
         if config.exit_signal_handler or config.exit_duration_in_mins is not None:
             minutes = (time.perf_counter() - self._started) / 60
             is_late = config.exit_duration_in_mins is not None and minutes > config.exit_duration_in_mins
-            requests = torch.tensor([float(self._received), float(is_late)], device=torch.cuda.current_device())
+            requests = torch.tensor([float(self._received), float(is_late)], device=current_device())
             dist.all_reduce(requests, op=dist.ReduceOp.MAX)
             if requests[0]:
                 return f"exiting program after receiving {signal.Signals(int(requests[0])).name}."

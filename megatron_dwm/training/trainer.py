@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.model.engine import PipelineEngine
+from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.runtime.record_writers import event_line
 from megatron_dwm.training.checkpoint import CheckpointWriter
@@ -185,7 +186,7 @@ def params_norm(optimizer: object) -> float:
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
     from megatron.core.transformer.module import param_is_not_shared
 
-    total = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+    total = torch.zeros((), dtype=torch.float64, device=current_device())
     for param in optimizer.get_parameters():  # type: ignore[attr-defined]
         if param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param):
             total += param.detach().double().square().sum()

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.model.engine import SampleLosses
+from megatron_dwm.model.loss import SampleLosses
 
 Record = dict[str, Any]
 """One line of the run's JSON-lines file; ``kind`` says what it is about."""

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.config.weighting import WeightingConfig
+from megatron_dwm.runtime.device import current_device
 
 
 class Weighter:
@@ -100,7 +101,7 @@ class Weighter:
             RuntimeError: a replica differs; training on would give each rank other weights.
         """
         own = self.hash()
-        digest = torch.tensor(list(bytes.fromhex(own)), dtype=torch.int64, device=torch.cuda.current_device())
+        digest = torch.tensor(list(bytes.fromhex(own)), dtype=torch.int64, device=current_device())
         low, high = digest.clone(), digest.clone()
         dist.all_reduce(low, op=dist.ReduceOp.MIN)
         dist.all_reduce(high, op=dist.ReduceOp.MAX)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_dwm.model.loss import weighted_loss
 from tests.distributed.engine import (
     GPT,
     LAYOUTS,
@@ -37,10 +38,10 @@ def weighted_gradient(flags: list[str], u: torch.Tensor | None, mask: torch.Tens
     engine = build_engine(flags)
     state = engine.parameters()
     batch = engine.batch(random_tokens(1), mask)
-    scale = engine.sample_gather.select_replica(u) if u is not None else None
+    sample_weights = engine.sample_gather.select_replica(u) if u is not None else None
     for chunk in engine.chunks:
         chunk.zero_grad_buffer()
-    engine.engine.run(batch, engine.config.training.micro_batch, sample_weights=scale)
+    engine.engine.run(batch, engine.config.training.micro_batch, loss_function=weighted_loss(sample_weights))
     return state, engine.gradient()
 
 
@@ -56,11 +57,11 @@ def test_the_gradient_is_that_of_the_weighted_sum(model: str, layout: str):
         assert relative_error(found, expected) < TOLERANCE
 
 
-def test_a_scale_of_exactly_one_changes_no_bit():
+def test_weights_of_exactly_one_change_no_bit():
     mask = random_mask(2)
     ((_, plain),) = run_distributed(weighted_gradient, 1, LLAMA, None, mask)
-    ((_, scaled),) = run_distributed(weighted_gradient, 1, LLAMA, torch.ones(NUM_SAMPLES, dtype=torch.float64), mask)
-    assert all(torch.equal(scaled[name], value) for name, value in plain.items())
+    ((_, weighted),) = run_distributed(weighted_gradient, 1, LLAMA, torch.ones(NUM_SAMPLES, dtype=torch.float64), mask)
+    assert all(torch.equal(weighted[name], value) for name, value in plain.items())
 
 
 def test_samples_of_unequal_length_count_by_their_tokens_in_a_microbatch_as_in_megatron():

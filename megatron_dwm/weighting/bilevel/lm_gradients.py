@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.model.engine import PipelineEngine
+from megatron_dwm.model.loss import weighted_loss
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.weighting.bilevel.alignment import Direction, global_norm, products_with, shift, sum_over_model
@@ -45,7 +46,9 @@ class LMGradients:
     def gradient(self, batch: Batch, sample_weights: torch.Tensor | None = None) -> tuple[float, Direction]:
         """Return the plain loss of ``batch``, and its gradient weighted by ``sample_weights`` [n], preconditioned."""
         self._zero_gradients()
-        losses = self.engine.run(batch, self.micro_batch_size, sample_weights=sample_weights, force_all_reduce=True)
+        losses = self.engine.run(
+            batch, self.micro_batch_size, loss_function=weighted_loss(sample_weights), force_all_reduce=True
+        )
         scale = 1.0 / float(self.optimizer.get_loss_scale())
         direction = {
             param: param.main_grad.detach().to(torch.promote_types(param.dtype, torch.float32)) * scale

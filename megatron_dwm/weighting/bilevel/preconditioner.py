@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.weighting.bilevel.alignment import Direction
 
@@ -67,7 +68,7 @@ def knows_preconditioner(optimizer: Any) -> bool:
     """Whether P is known: the optimizer has made a step, or its state was loaded. A collective call of all ranks."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     known = any("exp_avg_sq" in state for part in parts for state in part.optimizer.state.values())
-    anywhere = torch.tensor(float(known), device=torch.cuda.current_device())
+    anywhere = torch.tensor(float(known), device=current_device())
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)  # a shard of the distributed optimizer may be empty
     return bool(anywhere)
 

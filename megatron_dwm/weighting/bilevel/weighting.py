@@ -14,8 +14,8 @@ import torch
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.model.engine import PipelineEngine
-from megatron_dwm.model.gpt import current_device
 from megatron_dwm.model.parameter_copy import ParameterCopy
+from megatron_dwm.runtime.device import current_device
 from megatron_dwm.weighting.bilevel.health import HealthWarning, check_scores
 from megatron_dwm.weighting.bilevel.outer_update import AlignedBatch, OuterResult, OuterUpdate
 from megatron_dwm.weighting.export import WeighterExporter

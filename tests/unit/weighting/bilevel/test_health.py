@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_dwm.errors import UserError
-from megatron_dwm.model.engine import weighted_loss
 from megatron_dwm.weighting.bilevel.health import check_scores, check_weights, require_alignments
 
 
@@ -29,14 +27,3 @@ def test_alignments_that_are_all_zero_end_the_run():
     require_alignments(torch.tensor([0.0, 1e-30]))
     with pytest.raises(RuntimeError, match="exactly zero"):
         require_alignments(torch.zeros(5))
-
-
-@pytest.mark.parametrize(
-    "hidden", [torch.tensor(2.0), torch.ones(3), torch.ones(6), torch.ones(2, 3), torch.ones(3, 1)]
-)
-def test_a_loss_that_is_not_of_tokens_is_refused(hidden: torch.Tensor):
-    """A scalar, a loss of each sample, flattened tokens, [s, b], and what would broadcast."""
-    mask, scale = torch.ones(3, 2), torch.ones(3)
-    with pytest.raises(UserError, match=r"where token losses \[3, 2\] are needed.*--cross-entropy-loss-fusion"):
-        weighted_loss(mask, scale, hidden)
-    weighted_loss(mask, scale, torch.ones(3, 2))
