@@ -5,6 +5,7 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@300
+#SBATCH --requeue
 #
 # Pretrain a LLaMA-shaped model of 1.1 billion parameters with a data weighting model, one task a GPU:
 #
@@ -18,8 +19,9 @@
 # The sizes below are defaults: each variable can be set in the environment. Every DWM_SOME_FLAG=value becomes
 # --dwm-some-flag value. Words after the script's name, and those in EXTRA_ARGS, go to pretrain_dwm.py as they are.
 #
-# Submitting the same again continues from the latest checkpoint in SAVE. When the time limit draws near, SLURM's
-# signal makes the run save a checkpoint and stop.
+# Submitting the same again continues from the latest checkpoint in SAVE. When the time limit draws near, or another job
+# preempts this one, SLURM's signal makes the run save a checkpoint and stop; the job then puts itself back into the queue
+# and goes on. So it does after --exit-interval and --exit-duration-in-mins. Submit with --no-requeue to stop there.
 set -euo pipefail
 set -f # values are split into words, never expanded as patterns
 
@@ -154,7 +156,28 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # tensor pa
 # srun does not take --cpus-per-task over from sbatch.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
+# Print the status of the run in SAVE and its iteration.
+run_status() {
+    "$PYTHON" -c 'import json, sys; run = json.load(open(sys.argv[1])); print(run["status"], run["iteration"])' \
+        "$SAVE/run_status.json" 2>/dev/null || echo none 0
+}
+
+read -r _ iteration_before <<<"$(run_status)"
+# SLURM may signal this shell as well as the tasks; it has to outlive them. Without a command in the trap, tasks would
+# inherit that the signal is ignored.
+trap : TERM USR1 USR2
+
 # Each task gets its place among the others in the variables that torch.distributed reads.
-exec srun --kill-on-bad-exit=1 bash -c '
+srun --kill-on-bad-exit=1 bash -c '
     export WORLD_SIZE=$SLURM_NTASKS RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
     exec "$@"' pretrain_dwm "$PYTHON" "$REPO_DIR/pretrain_dwm.py" "${ARGS[@]}"
+
+read -r status iteration <<<"$(run_status)"
+if [[ $status == interrupted ]]; then
+    if ((iteration <= iteration_before)); then
+        fail "no iteration was made since iteration $iteration_before; give the job more time, or its signal more notice"
+    fi
+    echo "interrupted at iteration $iteration; the job goes back into the queue"
+    scontrol requeue "$SLURM_JOB_ID" ||
+        echo "this job cannot be requeued; submit the same again to continue from iteration $iteration"
+fi

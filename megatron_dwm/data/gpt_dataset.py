@@ -104,6 +104,18 @@ class DatasetBuilder(BlendedMegatronDatasetBuilder):  # type: ignore[misc]
             raise error
         return built
 
+    def _build_megatron_dataset_splits(
+        self, dataset_path: str | None, split: list[Any], sizes: list[int], synchronize_ranks: bool = True
+    ) -> list[Any | None]:
+        """Build the parts of one dataset; a collective call of all ranks with ``synchronize_ranks``."""
+        if dist.is_initialized() and not self.is_built_on_rank():
+            # megatron-core's ranks without data wait at a barrier for each part; here they learn of its error.
+            for part in split:
+                if part is not None and synchronize_ranks:
+                    _raise_error_of_first_rank(None)
+            return [None] * len(split)
+        return list(super()._build_megatron_dataset_splits(dataset_path, split, sizes, synchronize_ranks))
+
     def _build_megatron_datasets_parallel(self, *args: Any) -> Any:
         if not dist.is_initialized():
             return super()._build_megatron_datasets_parallel(*args)

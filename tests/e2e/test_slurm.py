@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +96,40 @@ def test_the_submitted_script_trains_stops_and_continues_from_its_checkpoint(clu
     assert (save / "iter_0000006" / "metadata.json").is_file(), log
     weighter = AutoModelForSequenceClassification.from_pretrained(save / "weighter" / "iter_0000006")
     assert weighter.config.num_labels == 1
+
+
+def test_a_preempted_job_saves_requeues_itself_and_goes_on(cluster: Cluster, tmp_path: Path):
+    save = tmp_path / "run"
+    environment = {
+        **TINY,
+        "TRAIN_ITERS": "20",
+        "SAVE_INTERVAL": "1000",
+        "REPO_DIR": str(ROOT),
+        "PYTHON": sys.executable,
+        "MASTER_PORT": str(free_port()),
+        "DATA_PATH": _make_dataset(tmp_path, "train", seed=0),
+        "TARGET_DATA_PATH": _make_dataset(tmp_path, "target", seed=1),
+        "SAVE": str(save),
+        "TP": "2",
+        "PP": "1",
+        "EXTRA_ARGS": "--split 100,0,0 --eval-iters 0",
+    }
+    urgent = tmp_path / "urgent.sh"
+    urgent.write_text("#!/bin/sh\ntrue\n")
+    with several_processes:
+        job = cluster.submit(SCRIPT, options=["--ntasks-per-node=2"], folder=tmp_path, environment=environment)
+        metrics = save / "metrics.jsonl"
+        while not metrics.is_file() or metrics.read_text().count('"train"') < 4:
+            time.sleep(0.2)
+        preempting = cluster.run_job(urgent, options=["--partition=urgent"], folder=tmp_path, environment={})
+        cluster.start_at_once(job)
+        finished = cluster.wait(job, tmp_path)
+    assert preempting.state == "COMPLETED", finished.log
+    assert finished.state == "COMPLETED", finished.log
+    assert "exiting program after receiving SIGTERM." in finished.log, finished.log
+    iterations = [int(number) for number in re.findall(r" iteration +(\d+)/", finished.log)]
+    assert iterations == list(range(1, 21)), finished.log  # none is lost, and none is made twice
+    assert json.loads((save / "run_status.json").read_text())["status"] == "finished"
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 MailProg=/bin/true
+KillWait=2
 MessageTimeout=60
 MinJobAge=86400
 MpiDefault=none
@@ -43,7 +44,10 @@ ReturnToService=2
 SelectType=select/linear
 TaskPlugin=task/none
 NodeName=localhost NodeAddr=127.0.0.1 CPUs=16
-PartitionName=main Nodes=localhost Default=YES MaxTime=INFINITE
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=localhost Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes=localhost MaxTime=INFINITE PriorityTier=10
 """
 
 # Daemons are commonly beside the PATH of users other than root.
@@ -109,21 +113,37 @@ class Cluster:
         Raises:
             ClusterError: ``sbatch`` refuses the job, or the cluster breaks while the job waits or runs.
         """
-        command = [
-            "sbatch",
-            "--parsable",
-            "--no-requeue",
-            "--output=job-%j.log",
-            *options,
-            str(script),
-            *arguments,
-        ]
-        job_id = self._call(*command, folder=folder, environment=environment).strip()
+        job_id = self.submit(
+            script, *arguments, options=["--no-requeue", *options], folder=folder, environment=environment
+        )
+        return self.wait(job_id, folder)
+
+    def submit(
+        self,
+        script: Path,
+        *arguments: str,
+        options: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+    ) -> str:
+        """Submit ``script`` as :meth:`run_job` does, and return the job's number."""
+        command = ["sbatch", "--parsable", "--output=job-%j.log", *options, str(script), *arguments]
+        return self._call(*command, folder=folder, environment=environment).strip()
+
+    def wait(self, job_id: str, folder: Path) -> Job:
+        """Wait until a job submitted from ``folder`` has ended, however late."""
         log = folder / f"job-{job_id}.log"
         while (state := self._job_state(job_id)) not in LAST_STATES:
             self._check_health()
             time.sleep(1)
         return Job(state, log.read_text() if log.exists() else "(the job wrote no log)")
+
+    def start_at_once(self, job_id: str) -> None:
+        """Let a requeued job start now; SLURM makes it wait for two minutes."""
+        while self._job_state(job_id) != "PENDING":
+            self._check_health()
+            time.sleep(0.5)
+        self._call("scontrol", "update", f"JobId={job_id}", "StartTime=now")
 
     def start(self) -> None:
         """Start the daemons and wait until the node takes jobs."""
