@@ -54,7 +54,7 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> None:
 
     from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
     from megatron_dwm.data.tokenizers import build_tokenizer
-    from megatron_dwm.model.hf import causal_language_model
+    from megatron_dwm.model.hf_model import causal_language_model
 
     folder = _checkpoint_folder(config)
     saved = read_arguments(folder)

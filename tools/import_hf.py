@@ -86,7 +86,7 @@ def read_hugging_face(folder: Path) -> tuple[ModelConfig, int, dict[str, torch.T
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    from megatron_dwm.model.hf import model_config
+    from megatron_dwm.model.hf_config import model_config
 
     if not (folder / "config.json").is_file():
         raise UserError(f"--input {folder}: no config.json there; give the folder of a Hugging Face model")

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.model.loss import LossFunction, SampleLosses, as_token_losses, plain_loss
+from megatron_dwm.model.protocols import ModelChunk
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.process_groups import ParallelState
 
@@ -24,8 +26,8 @@ class PipelineEngine:
 
     def __init__(
         self,
-        chunks: Sequence[Any],
-        config: Any,
+        chunks: Sequence[ModelChunk],
+        config: TransformerConfig,
         parallel_state: ParallelState,
         seq_length: int,
         *,
@@ -34,7 +36,7 @@ class PipelineEngine:
     ) -> None:
         """
         Args:
-            chunks: this rank's DistributedDataParallel model chunks.
+            chunks: this rank's model chunks.
             config: the chunks' TransformerConfig.
             document_end: end-of-document token that attention must not cross, if any.
             check_for_nan: raise FloatingPointError at a loss that is not finite.
@@ -110,8 +112,8 @@ class PipelineEngine:
         return losses
 
     def _forward_step(
-        self, loss_function: LossFunction, micros: Iterator[tuple[Batch, slice]], model: Any
-    ) -> tuple[Any, Any]:
+        self, loss_function: LossFunction, micros: Iterator[tuple[Batch, slice]], model: ModelChunk
+    ) -> tuple[torch.Tensor, Any]:
         micro, samples = next(micros)
         mask = micro.document_mask(self.document_end) if self.document_end is not None else None
         output = model(micro.tokens, micro.position_ids, mask, labels=micro.labels, loss_mask=micro.loss_mask)

@@ -1,4 +1,4 @@
-"""The language model of this rank: its chunks, their data-parallel wrapping, the schedule's hooks."""
+"""The language model of this rank: its chunks, their data-parallel wrapping, the hooks of the pipeline schedule."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
+from megatron_dwm.model.kernels import resolve_transformer_impl
+from megatron_dwm.model.protocols import ModelChunk, Optimizer
 from megatron_dwm.model.torch_layers import torch_block_spec
-from megatron_dwm.model.transformer_config import resolve_transformer_impl
 from megatron_dwm.runtime.device import current_device
 
 
 def build_model_chunks(
     config: TransformerConfig, model: ModelConfig, *, vocab_size: int, fp16_lm_cross_entropy: bool = False
 ) -> list[GPTModel]:
-    """This rank's chunks of the model, one for each of its virtual pipeline stages, on its device.
+    """Build this rank's chunks of the model, one for each of its virtual pipeline stages, on its device.
 
     Args:
         config: what :func:`~megatron_dwm.model.transformer_config.transformer_config` made of the flags.
@@ -88,15 +89,15 @@ def wrap_with_ddp(
     parallel: ParallelConfig,
     optimizer: OptimizerConfig,
     training: TrainingConfig,
-) -> list[DistributedDataParallel]:
-    """The chunks in their training precision, with gradient buffers and data-parallel communication."""
+) -> list[ModelChunk]:
+    """Return the chunks in their training precision, with gradient buffers and data-parallel communication."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=optimizer.grads_in_fp32,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         align_param_gather=_aligns_param_gather(config, parallel),
         use_distributed_optimizer=parallel.use_distributed_optimizer,
-        # With a dynamic loss scale, overflows are the scaler's business.
+        # With a dynamic loss scale, overflows are for the scaler to find.
         check_for_nan_in_grad=training.check_for_nan_in_loss_and_grad
         and not (optimizer.fp16 and not optimizer.loss_scale),
         bucket_size=_num_parameters(chunks) // parallel.ddp_num_buckets
@@ -119,11 +120,11 @@ def wrap_with_ddp(
 
 def bind_schedule_hooks(
     config: TransformerConfig,
-    chunks: Sequence[DistributedDataParallel],
-    optimizer: Any,
+    chunks: Sequence[ModelChunk],
+    optimizer: Optimizer,
     parallel: ParallelConfig,
 ) -> None:
-    """Tell megatron-core's schedules how to scale the loss and when to communicate."""
+    """Set in ``config`` how megatron-core's schedules scale the loss and when they communicate."""
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
     if parallel.overlap_grad_reduce:
@@ -151,5 +152,5 @@ def _num_parameters(chunks: Sequence[torch.nn.Module]) -> int:
 
 
 def _one_or_all(hooks: list[Any]) -> Any:
-    """megatron-core wants a list only where there are several chunks."""
+    """Return a list only if there are several chunks, as megatron-core wants it."""
     return hooks if len(hooks) > 1 else hooks[0]

@@ -160,7 +160,7 @@ def _split_qkv(qkv: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, tor
     """
     per_group = model.heads // model.query_groups
     groups = qkv.view(model.query_groups, per_group + 2, model.head_size, *qkv.shape[1:])
-    query, key, value = groups.split([per_group, 1, 1], dim=1)
+    query, key, value = torch.split(groups, [per_group, 1, 1], dim=1)
     return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
 
 

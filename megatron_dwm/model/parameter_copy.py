@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+
+from megatron_dwm.model.protocols import ModelChunk
 
 
 class ParameterCopy:
     """A copy of model chunks' parameters: taken, exchanged with the model's or put back, and dropped."""
 
-    def __init__(self, chunks: Sequence[Any]) -> None:
+    def __init__(self, chunks: Sequence[ModelChunk]) -> None:
         """
         Args:
-            chunks: DistributedDataParallel model chunks.
+            chunks: this rank's model chunks.
         """
         self._chunks = list(chunks)
         self._params: list[torch.nn.Parameter] = []
         self._copies: list[torch.Tensor] = []
 
     @classmethod
-    def taken(cls, chunks: Sequence[Any]) -> ParameterCopy:
+    def taken(cls, chunks: Sequence[ModelChunk]) -> ParameterCopy:
         """Return a copy of the present parameters; a collective call as :meth:`take` is."""
         copy = cls(chunks)
         copy.take()

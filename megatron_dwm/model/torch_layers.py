@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-class TorchAttention(MegatronModule):
+class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core carries no types
     """Core attention by ``torch.nn.functional.scaled_dot_product_attention``."""
 
     def __init__(

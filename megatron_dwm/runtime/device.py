@@ -79,7 +79,7 @@ def _adapt_megatron_to_cpu() -> None:
     # On a CPU the "GPU RNG context" is the CPU's own stream, which is meant to move.
     logging.getLogger(core_random.__name__).setLevel(logging.ERROR)
     core_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    _CudaMeansCpu().__enter__()
+    _CudaMeansCpu().__enter__()  # type: ignore[no-untyped-call]
 
 
 class _CpuAnswer:

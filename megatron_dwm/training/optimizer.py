@@ -11,9 +11,12 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_dwm.config.run import RunConfig
+from megatron_dwm.model.optimizer_parts import optimizer_parts
+from megatron_dwm.model.protocols import ModelChunk, Optimizer
+from megatron_dwm.model.transformer_config import params_dtype
 
 
-def build_optimizer(config: RunConfig, chunks: Sequence[Any]) -> Any:
+def build_optimizer(config: RunConfig, chunks: Sequence[ModelChunk]) -> Optimizer:
     """megatron-core's optimizer over DDP ``chunks``."""
     from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
     from megatron.core.optimizer.optimizer_config import AdamOptimizerConfig, SGDOptimizerConfig
@@ -23,16 +26,17 @@ def build_optimizer(config: RunConfig, chunks: Sequence[Any]) -> Any:
     flags = config.flat()
     same_name = {f.name: flags[f.name] for f in dataclasses.fields(kind) if f.name in flags}
     core_config = kind(**same_name)
-    core_config.params_dtype = params_dtype(config)
-    return get_megatron_optimizer(
+    core_config.params_dtype = params_dtype(settings)
+    optimizer: Optimizer = get_megatron_optimizer(
         core_config,
         list(chunks),
         config_overrides=get_standard_config_overrides(config=core_config),
         use_gloo_process_groups=config.parallel.enable_gloo_process_groups,
     )
+    return optimizer
 
 
-def allocate_state(optimizer: Any) -> None:
+def allocate_state(optimizer: Optimizer) -> None:
     """Give a new distributed optimizer the state that a checkpoint is loaded into.
 
     megatron-core counts on Transformer Engine's or Apex's Adam to have some; torch's has none before its first step.
@@ -43,7 +47,7 @@ def allocate_state(optimizer: Any) -> None:
             part._init_optimizer_states_with_dummy_values()
 
 
-def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """``optimizer.load_state_dict`` that also holds for torch's Adam under the distributed optimizer.
 
     torch keeps a step count for each parameter. megatron-core hands all of them one tensor, which would then be
@@ -78,12 +82,5 @@ def _keeping_steps(part: Any) -> Iterator[None]:
         del part._set_main_param_and_optimizer_states
 
 
-def _distributed(optimizer: Any) -> list[Any]:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in parts if isinstance(part, DistributedOptimizer)]
-
-
-def params_dtype(config: RunConfig) -> torch.dtype:
-    if config.optimizer.bf16:
-        return torch.bfloat16
-    return torch.float16 if config.optimizer.fp16 else torch.float32
+def _distributed(optimizer: Optimizer) -> list[Any]:
+    return [part for part in optimizer_parts(optimizer) if isinstance(part, DistributedOptimizer)]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.loss import SampleLosses, mean_over_tokens, weighted_loss
+from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.process_groups import ParallelState
 
@@ -31,7 +32,7 @@ class StepResult:
 
 def train_step(
     engine: PipelineEngine,
-    optimizer: Any,
+    optimizer: Optimizer,
     scheduler: Any,
     batch: Batch,
     micro_batch_size: int,

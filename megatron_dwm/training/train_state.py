@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_dwm.model.protocols import ModelChunk, Optimizer
+
 
 @dataclass
 class TrainState:
@@ -28,7 +30,6 @@ class TrainState:
 class TrainComponents:
     """The parts of a run whose state a checkpoint holds."""
 
-    chunks: Sequence[Any]
-    """DDP model chunks."""
-    optimizer: Any
+    chunks: Sequence[ModelChunk]
+    optimizer: Optimizer
     scheduler: Any

@@ -55,7 +55,8 @@ def weighter_model_from_lm(
     Raises:
         UserError: the language model's architecture has no Hugging Face counterpart, or it has too few layers.
     """
-    from megatron_dwm.model.hf import gather_first_layers, hf_config
+    from megatron_dwm.model.hf_config import hf_config
+    from megatron_dwm.model.hf_model import gather_first_layers
 
     check_init_from_lm(model, config)
     settings = hf_config(model, vocab_size=vocab_size, num_layers=config.dwm_num_layers)
@@ -69,7 +70,7 @@ def weighter_model_from_lm(
 
 def check_init_from_lm(model: ModelConfig, config: WeightingConfig) -> None:
     """Raise UserError, before anything is built, if the weighter cannot be started from this language model."""
-    from megatron_dwm.model.hf import hf_config
+    from megatron_dwm.model.hf_config import hf_config
 
     if config.dwm_num_layers > model.layers:
         raise UserError(

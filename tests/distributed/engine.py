@@ -18,9 +18,10 @@ from megatron_dwm.config.run import RunConfig, parse_run
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.sampler import BatchPartition
 from megatron_dwm.model.engine import PipelineEngine
+from megatron_dwm.model.full_state import gather_full_state
 from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
-from megatron_dwm.model.hf import gather_full_state
 from megatron_dwm.model.hf_weights import to_hf_state_dict
+from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.transformer_config import transformer_config
 from megatron_dwm.runtime.process_groups import ParallelState, current_parallel_state, set_seeds
 from megatron_dwm.training.optimizer import build_optimizer
@@ -108,7 +109,7 @@ class Engine:
     def gradient(self) -> HfState:
         """What lies in the gradient buffers; of the distributed optimizer the shards that ranks own, put together."""
         tensors = {}
-        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+        for part in optimizer_parts(self.optimizer):
             for chunk in self.chunks:
                 for param in chunk.parameters():
                     value = param.main_grad.detach().clone()
@@ -184,7 +185,7 @@ class Reference:
     def __init__(self, flags: list[str], state: HfState) -> None:
         from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
-        from megatron_dwm.model.hf import hf_config
+        from megatron_dwm.model.hf_config import hf_config
 
         model = parse_run([*COMMON, *flags], 1).model
         config = hf_config(model, vocab_size=VOCAB_SIZE, num_layers=model.layers)

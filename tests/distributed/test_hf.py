@@ -12,7 +12,9 @@ from transformers import AutoModelForSequenceClassification, GPT2LMHeadModel, Ll
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.errors import UserError
-from megatron_dwm.model.hf import gather_first_layers, gather_full_state, hf_config, model_config
+from megatron_dwm.model.full_state import gather_full_state
+from megatron_dwm.model.hf_config import hf_config, model_config
+from megatron_dwm.model.hf_model import gather_first_layers
 from megatron_dwm.model.hf_weights import from_hf_state_dict, to_hf_state_dict
 from tests.distributed import tiny
 from tests.distributed.harness import run_distributed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.weighter import Weighter
@@ -41,7 +42,7 @@ def overflows(flags: list[str]) -> list[tuple[bool, bool, bool, bool]]:
     engine = build_engine([*FP16, *flags, "--initial-loss-scale", "1e30", "--hysteresis", "1"])
     weighter = Weighter(classifier(), engine.config.weighting, torch.device("cpu"))
     outer, seen = engine.outer(weighter), []
-    (scaler,) = (part.grad_scaler for part in engine.optimizer.chained_optimizers)
+    (scaler,) = (part.grad_scaler for part in optimizer_parts(engine.optimizer))
     batch, target = engine.batch(random_tokens(1), random_mask(2)), engine.batch(random_tokens(5), random_mask(6))
     # Too large a scale for the step; for the update alone; for neither.
     for for_step, for_update in ((1e30, 1e30), (64.0, 1e30), (64.0, 64.0)):

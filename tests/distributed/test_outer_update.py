@@ -10,6 +10,7 @@ import torch
 from megatron.core import tensor_parallel
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
+from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.weighter import Weighter
@@ -104,7 +105,7 @@ def fingerprint(engine: Engine) -> dict[str, str]:
         "parameters": [p.data for chunk in engine.chunks for p in chunk.parameters()],
         "optimizer": [
             value
-            for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
+            for part in optimizer_parts(engine.optimizer)
             for state in part.optimizer.state.values()
             for value in state.values()
             if isinstance(value, torch.Tensor)

@@ -34,7 +34,7 @@ from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
 from megatron_dwm.data.tokenizers import build_tokenizer
 from megatron_dwm.errors import EXIT_CODE, UserError, run_cli
 from megatron_dwm.model.gpt import build_model_chunks
-from megatron_dwm.model.hf import hf_config
+from megatron_dwm.model.hf_config import hf_config
 from megatron_dwm.model.transformer_config import transformer_config
 from tests.distributed import tiny
 from tests.distributed.harness import run_distributed

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_dwm.model.protocols import ModelChunk
 from megatron_dwm.runtime.process_groups import ParallelState
 
 Direction = dict[torch.nn.Parameter, torch.Tensor]
@@ -34,7 +35,7 @@ def counts_here(name: str, param: torch.nn.Parameter, parallel_state: ParallelSt
 
 @contextmanager
 def products_with(
-    direction: Direction, chunks: Sequence[torch.nn.Module], num_samples: int, parallel_state: ParallelState
+    direction: Direction, chunks: Sequence[ModelChunk], num_samples: int, parallel_state: ParallelState
 ) -> Iterator[torch.Tensor]:
     """While open, backward passes of single-sample microbatches add ⟨v, gradient⟩ to the yielded tensor [n], float64.
 
@@ -53,7 +54,7 @@ def products_with(
         param.grad_added_to_main_grad = True  # nobody wants the sum of these gradients: DDP need not form it
 
     handles = [
-        param.register_post_accumulate_grad_hook(add_product)
+        param.register_post_accumulate_grad_hook(add_product)  # type: ignore[no-untyped-call]
         for chunk in chunks
         for name, param in chunk.named_parameters()
         if param.requires_grad and counts_here(name, param, parallel_state)
@@ -74,7 +75,7 @@ def inner_product(gradient: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     rounding grows with the length. So long tensors are taken in parts, and the parts are summed in float64.
     """
     size = 1 << (16 if gradient.is_cpu else 24)  # a GPU adds up in a tree, and wants few and long ones
-    pairs = zip(gradient.reshape(-1).split(size), v.reshape(-1).split(size), strict=True)
+    pairs = zip(torch.split(gradient.reshape(-1), size), torch.split(v.reshape(-1), size), strict=True)
     return torch.stack([torch.dot(g.to(w.dtype), w) for g, w in pairs]).sum(dtype=torch.float64)
 
 

@@ -16,6 +16,7 @@ from megatron_dwm.data.batch import Batch
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.loss import weighted_loss
 from megatron_dwm.model.parameter_copy import ParameterCopy
+from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.weighting.bilevel.alignment import Direction, global_norm, products_with, shift, sum_over_model
 from megatron_dwm.weighting.bilevel.preconditioner import precondition
@@ -31,7 +32,7 @@ class LMGradients:
         self,
         config: WeightingConfig,
         engine: PipelineEngine,
-        optimizer: Any,
+        optimizer: Optimizer,
         parallel_state: ParallelState,
         micro_batch_size: int,
     ) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_dwm.model.optimizer_parts import optimizer_parts
+from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.weighting.bilevel.alignment import Direction
@@ -41,14 +43,14 @@ class _Owned:
         return (relative_rate * v).div_(second_moment.sqrt_().add_(self.group["eps"]))
 
 
-def precondition(direction: Direction, optimizer: Any, parallel_state: ParallelState) -> None:
+def precondition(direction: Direction, optimizer: Optimizer, parallel_state: ParallelState) -> None:
     """v ← P v, in place; NaN before the optimizer's first step.
 
     Under the distributed optimizer each data-parallel rank scales the part whose state it holds; the parts are summed.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = optimizer_parts(optimizer)
     owned = {param: own for part in parts for param, own in _owned(part, direction)}
     sharded = any(isinstance(part, DistributedOptimizer) for part in parts)
     for param, v in direction.items():
@@ -64,9 +66,9 @@ def precondition(direction: Direction, optimizer: Any, parallel_state: ParallelS
             dist.all_reduce(v, group=parallel_state.dp_group)
 
 
-def knows_preconditioner(optimizer: Any) -> bool:
+def knows_preconditioner(optimizer: Optimizer) -> bool:
     """Whether P is known: the optimizer has made a step, or its state was loaded. A collective call of all ranks."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = optimizer_parts(optimizer)
     known = any("exp_avg_sq" in state for part in parts for state in part.optimizer.state.values())
     anywhere = torch.tensor(float(known), device=current_device())
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)  # a shard of the distributed optimizer may be empty

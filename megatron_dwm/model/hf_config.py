@@ -1,97 +1,20 @@
-"""The language model as a Hugging Face Llama or GPT-2: its configuration, both ways, and its gathered weights."""
+"""The configuration of the language model as a Hugging Face Llama or GPT-2, both ways."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-
-import torch
-import torch.distributed as dist
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
-from megatron.core.utils import unwrap_model
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.errors import UserError
-from megatron_dwm.model.hf_weights import is_llama, to_hf_state_dict
+from megatron_dwm.model.hf_weights import is_llama
 from megatron_dwm.model.transformer_config import has_tanh_gelu
-from megatron_dwm.runtime.device import current_device
 
 if TYPE_CHECKING:
-    from transformers import GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
+    from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What megatron-core's rotary scaling takes for granted, beside its factor: Llama 3's."""
-
-
-def gather_first_layers(
-    chunks: Sequence[Any], model: ModelConfig, *, num_layers: int, vocab_size: int
-) -> dict[str, torch.Tensor]:
-    """The first layers as the state of a LlamaModel or GPT2Model with ``num_layers`` layers, on every rank.
-
-    Every rank must call it. Parameters must be up to date, which they are not between a step of a distributed
-    optimizer with overlapped gathering and the next forward pass.
-
-    Args:
-        chunks: this rank's model chunks, wrapped or not.
-        vocab_size: embedding rows to keep, usually the vocabulary without its padding.
-    """
-    state = gather_full_state(chunks, lambda key: not key.startswith("output_layer."), num_layers=num_layers)
-    return to_hf_state_dict(state, model, layers=num_layers, vocab_size=vocab_size)
-
-
-def gather_full_state(
-    chunks: Sequence[Any], wanted: Callable[[str], bool], *, num_layers: int | None = None
-) -> dict[str, torch.Tensor]:
-    """Unsharded float32 copies of the wanted parameters on the CPU of every rank, whatever the layout.
-
-    Every rank must call it.
-
-    Args:
-        chunks: this rank's model chunks, wrapped or not.
-        wanted: tells by its checkpoint key whether a parameter is wanted.
-        num_layers: only that many first layers; all if not given.
-
-    Returns:
-        checkpoint key to tensor; parameters of layers are stacked, [layers, ...].
-    """
-    shards = [shard for shard in _main_shards(chunks) if wanted(shard.key)]
-    if num_layers is not None:
-        shards = [s for s in shards if s.prepend_axis_num == 0 or s.global_offset[0] < num_layers]
-    shapes = _agree_on_shapes({shard.key: shard.global_shape for shard in shards})
-    state = {}
-    for key, shape in shapes.items():
-        if num_layers is not None and key.startswith("decoder.layers."):
-            shape = (num_layers, *shape[1:])
-        full = torch.zeros(shape, dtype=torch.float32, device=current_device())
-        for shard in shards:
-            if shard.key == key:
-                full[shard.global_slice()] = shard.data.detach().float()
-        # Every element is filled on exactly one rank and zero on the others.
-        dist.all_reduce(full)
-        state[key] = full.cpu()
-    return state
-
-
-def _main_shards(chunks: Sequence[Any]) -> list[ShardedTensor]:
-    """This rank's parts of the parameters, without those that another rank holds too and is to provide."""
-    shards = []
-    for chunk in unwrap_model(list(chunks)):
-        sharded = chunk.sharded_state_dict()
-        apply_factories(sharded)
-        shards += [
-            value
-            for value in nested_values(sharded)
-            if isinstance(value, ShardedTensor) and is_main_replica(value.replica_id)
-        ]
-    return shards
-
-
-def _agree_on_shapes(own: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """All ranks' keys and global shapes, in the same order everywhere."""
-    everybody: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everybody, own)
-    return dict(sorted(item for shapes in everybody for item in shapes.items()))
 
 
 def hf_config(model: ModelConfig, *, vocab_size: int, num_layers: int) -> PretrainedConfig:
@@ -195,37 +118,6 @@ def _refuse(subject: str, misfits: Mapping[str, bool]) -> None:
     for name, holds in misfits.items():
         if holds:
             raise UserError(f"{subject} {name}")
-
-
-def causal_language_model(
-    full_state: Mapping[str, torch.Tensor], model: ModelConfig, *, vocab_size: int
-) -> PreTrainedModel:
-    """The LlamaForCausalLM or GPT2LMHeadModel of a full state, in its precision.
-
-    Args:
-        full_state: checkpoint key to unsharded tensor, as :func:`gather_full_state` returns it.
-        vocab_size: embedding rows to keep, usually the vocabulary without its padding.
-
-    Raises:
-        UserError: the architecture is neither's, or the state is not this model's.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        state = to_hf_state_dict(full_state, model, layers=model.layers, vocab_size=vocab_size)
-    except (KeyError, IndexError) as error:
-        raise UserError(f"the checkpoint does not hold the model that its arguments describe: {error}") from error
-    with torch.device("meta"):
-        language_model = AutoModelForCausalLM.from_config(
-            hf_config(model, vocab_size=vocab_size, num_layers=model.layers),
-            dtype=full_state["embedding.word_embeddings.weight"].dtype,
-        )
-    head = state.pop("lm_head.weight", None)
-    language_model.base_model.load_state_dict(state, strict=True, assign=True)
-    if head is not None:
-        language_model.lm_head.load_state_dict({"weight": head}, strict=True, assign=True)
-    language_model.tie_weights()
-    return language_model
 
 
 def model_config(config: PretrainedConfig) -> ModelConfig:

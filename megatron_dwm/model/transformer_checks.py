@@ -1,0 +1,170 @@
+"""Refusals of flags that contradict each other, or that need something this machine lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+
+from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.parallel import ParallelConfig
+from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
+from megatron_dwm.errors import UserError
+from megatron_dwm.model.kernels import is_importable
+
+_DETERMINISTIC = {
+    "NCCL_ALGO": ("Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS"),
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),  # Transformer Engine's
+}
+"""What the libraries under a GPU's run read from the environment, and values that make them deterministic."""
+
+_FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+
+
+def recompute_granularity(model: ModelConfig) -> str | None:
+    """Return what is recomputed in the backward pass: ``"full"`` layers, ``"selective"`` modules, or None."""
+    return "selective" if model.recompute_activations else model.recompute_granularity
+
+
+def check_architecture(
+    model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig, optimizer: OptimizerConfig
+) -> None:
+    """Refuse flags of the model that contradict each other or the training precision.
+
+    Raises:
+        UserError: they do.
+    """
+    if model.squared_relu and model.bias_gelu_fusion and model.add_bias_linear:
+        raise UserError("--squared-relu cannot be fused with biases; add --no-bias-gelu-fusion")
+    if model.fp32_residual_connection and not (optimizer.fp16 or optimizer.bf16):
+        raise UserError("--fp32-residual-connection is for --fp16 and --bf16; leave it out or give one")
+    if model.fp32_residual_connection and parallel.pp > 1:
+        raise UserError(
+            f"--fp32-residual-connection with --pipeline-model-parallel-size {parallel.pp}: stages exchange "
+            "16-bit tensors; leave it out"
+        )
+    if optimizer.fp16_lm_cross_entropy and not optimizer.fp16:
+        raise UserError("--fp16-lm-cross-entropy is for --fp16; leave it out or give that")
+    if training.deterministic_mode and model.cross_entropy_loss_fusion:
+        raise UserError("--deterministic-mode excludes --cross-entropy-loss-fusion; leave one out")
+    if parallel.virtual_stages(model.layers) and not parallel.overlap_p2p_comm and parallel.pp == 2:
+        raise UserError(
+            "--no-overlap-p2p-communication with virtual stages and --pipeline-model-parallel-size 2: both "
+            "neighbors of a stage are the same rank; leave it out or use 3 or more stages"
+        )
+
+
+def check_layers(model: ModelConfig, parallel: ParallelConfig, impl: str) -> None:
+    """Refuse flags that the layers of ``impl`` (what ``resolve_transformer_impl`` returned) cannot follow.
+
+    Raises:
+        UserError: there is one.
+    """
+    if model.attention_backend == "local" and impl != "local":
+        raise UserError("--attention-backend local needs --transformer-impl local; give that or another backend")
+    if model.attention_backend in ("flash", "fused", "unfused") and impl != "transformer_engine":
+        raise UserError(
+            f"--attention-backend {model.attention_backend} chooses among Transformer Engine's and the layers are "
+            f"{impl}; leave it out"
+        )
+    if model.fp8 is not None and impl != "transformer_engine":
+        raise UserError(
+            f"--fp8-format {model.fp8} needs Transformer Engine's layers and they are {impl}; train with --bf16"
+        )
+    if model.cross_entropy_loss_fusion and model.cross_entropy_fusion_impl == "te" and not HAVE_TE:
+        raise UserError("--cross-entropy-fusion-impl te: Transformer Engine is not installed; use native")
+    if impl == "transformer_engine" or (impl == "local" and is_importable("apex")):
+        return
+    if model.fp32_residual_connection:
+        raise UserError(
+            f"--fp32-residual-connection: the norms of --transformer-impl {impl} do not mix precisions; "
+            "leave it out or use transformer_engine"
+        )
+    if model.layernorm_zero_centered_gamma:
+        raise UserError(
+            f"--apply-layernorm-1p: the norms of --transformer-impl {impl} cannot; leave it out or use "
+            "transformer_engine"
+        )
+    if impl == "local" and parallel.sequence_parallel and parallel.tp > 1:
+        raise UserError(
+            "--sequence-parallel: the norms of --transformer-impl local cannot without Apex; use "
+            "--transformer-impl torch"
+        )
+
+
+def check_attention_mask(model: ModelConfig, impl: str, device: torch.device) -> None:
+    """Refuse layers that ignore an explicit attention mask: fused causal attention makes its own.
+
+    Raises:
+        UserError: ``impl`` (what ``resolve_transformer_impl`` returned) is such on this device.
+    """
+    if impl == "transformer_engine":
+        raise UserError(
+            "--reset-attention-mask: Transformer Engine's causal attention ignores such a mask; "
+            "use --transformer-impl torch"
+        )
+    if impl == "local" and device.type == "cuda" and model.masked_softmax_fusion:
+        raise UserError(
+            "--reset-attention-mask: the fused softmax of --transformer-impl local ignores such a mask; "
+            "add --no-masked-softmax-fusion or use --transformer-impl torch"
+        )
+
+
+def check_determinism(impl: str, environment: Mapping[str, str]) -> None:
+    """Refuse ``--deterministic-mode`` on a GPU in an environment that lets libraries be otherwise.
+
+    Raises:
+        UserError: a variable is not set as it must be.
+    """
+    for name, values in _DETERMINISTIC.items():
+        if name.startswith("NVTE") and impl != "transformer_engine":
+            continue
+        found = environment.get(name)
+        if found not in values:
+            raise UserError(f"--deterministic-mode: the environment has {name}={found or ''}; set it to {values[0]}")
+
+
+def check_fp8(model: ModelConfig, capability: tuple[int, int]) -> None:
+    """Refuse FP8 on a GPU that has none.
+
+    Args:
+        capability: the GPU's compute capability.
+
+    Raises:
+        UserError: it is less than the recipe needs.
+    """
+    needed = _FP8_CAPABILITY[model.fp8_recipe]
+    if capability < needed:
+        raise UserError(
+            f"--fp8-format {model.fp8} with --fp8-recipe {model.fp8_recipe} needs a GPU of compute capability "
+            f"{needed[0]}.{needed[1]} and this one has {capability[0]}.{capability[1]}; train with --bf16"
+        )
+
+
+def check_recomputation(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse flags of recomputation that contradict each other.
+
+    Raises:
+        UserError: they do.
+    """
+    granularity = recompute_granularity(model)
+    if granularity == "selective" and (model.recompute_method, model.recompute_num_layers) != (None, None):
+        raise UserError("--recompute-method and --recompute-num-layers go with --recompute-granularity full; drop them")
+    if granularity == "full" and model.recompute_num_layers is None:
+        raise UserError("--recompute-granularity full needs --recompute-num-layers; give 1 or more")
+    # megatron-core recomputes norms with Transformer Engine's help, whatever the layers.
+    choices = ["core_attn", "mlp", "layernorm"] if HAVE_TE else ["core_attn", "mlp"]
+    for module in model.recompute_modules or ():
+        if module not in choices:
+            reason = " needs Transformer Engine" if module == "layernorm" else ""
+            raise UserError(f"--recompute-modules {module}{reason}; choose from {', '.join(choices)}")
+    if model.distribute_saved_activations:
+        if granularity != "full" or parallel.tp < 2:
+            raise UserError(
+                "--distribute-saved-activations needs --recompute-granularity full and "
+                f"--tensor-model-parallel-size 2 or more, not {parallel.tp}; leave it out"
+            )
+        if parallel.sequence_parallel:
+            raise UserError("--distribute-saved-activations excludes --sequence-parallel; leave one out")
