@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 EXIT_CODE = 2
+MOST_CHARACTERS = 1000  # of a message; a value or a file may have any number
 
 
 class UserError(Exception):
@@ -15,9 +16,21 @@ class UserError(Exception):
     """
 
 
+def shortened(value: object, most: int = 200) -> str:
+    """Return the text of a value on one line, without its middle if it has more than ``most`` characters.
+
+    The two ends are kept: a message begins with what is wrong and ends with the remedy.
+    """
+    text = " ".join(str(value).split())
+    if len(text) <= most:
+        return text
+    end = most // 3
+    return f"{text[: most - end - 5]} ... {text[-end:]}"
+
+
 def print_error(error: UserError) -> None:
     """Print the error's one line on standard error."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"error: {shortened(error, MOST_CHARACTERS)}", file=sys.stderr, flush=True)
 
 
 def run_cli(main: Callable[[], None]) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ from typing import Literal
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from megatron_dwm.config.flags import flag, parse
-from megatron_dwm.corpora.preprocess import input_files, read_lines
+from megatron_dwm.corpora.readers import Reader, input_files
 from megatron_dwm.errors import UserError, run_cli
 
 
@@ -23,7 +23,9 @@ from megatron_dwm.errors import UserError, run_cli
 class TrainTokenizerConfig:
     """Training of a tokenizer."""
 
-    input: list[str] | None = flag(None, "JSON-lines files, plain or .gz, or glob patterns of such files.")
+    input: list[str] | None = flag(
+        None, "JSON lines (plain, .gz or .zst) or Parquet: files, folders, or glob patterns."
+    )
     output_prefix: str | None = flag(None, "Path of the output without .model and .vocab.")
     vocab_size: int | None = flag(None, "Number of pieces, the 256 bytes and 3 control pieces among them.")
     model_type: Literal["bpe", "unigram"] = flag("bpe", "Kind of the SentencePiece model.")
@@ -39,7 +41,7 @@ class TrainTokenizerConfig:
 
 def main() -> None:
     config: TrainTokenizerConfig = parse(None, {"train": TrainTokenizerConfig}, description=__doc__)["train"]
-    texts = list(_texts([path for pattern in config.input or () for path in input_files(pattern)], config.json_key))
+    texts = list(_texts(input_files(config.input or ()), config.json_key))
     model = _train([line for text in texts for line in text.split("\n") if line], config)
     prefix = Path(config.output_prefix or "")
     _write(model, prefix)
@@ -52,20 +54,19 @@ def main() -> None:
     )
 
 
-def _texts(paths: Iterable[str], key: str) -> Iterator[str]:
+def _texts(paths: Sequence[str], key: str) -> Iterator[str]:
     """The documents of the files.
 
     Raises:
         UserError: a line is no JSON object with a text under ``key``.
     """
-    for line in read_lines(paths):
+    for record in Reader(paths, [key]):
         try:
-            text = json.loads(line.text)[key]
+            text = (json.loads(record.content) if isinstance(record.content, str) else record.content)[key]
             text.encode()
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise UserError(
-                f"--input {line.path}, line {line.number}: no JSON object with a text under {key!r}; "
-                "mend it or give another --json-key"
+                f"--input {record.place}: no JSON object with a text under {key!r}; mend it or give another --json-key"
             ) from None
         yield text
 

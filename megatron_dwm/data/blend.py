@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dwm.config.data import DataConfig
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, shortened
 
 Blend = tuple[list[str], list[float] | None]
 """Dataset prefixes and, if given, one weight for each."""
@@ -128,16 +128,23 @@ def _read(flag: str, path: str) -> str:
 def _read_per_split(path: str) -> list[list[str] | None]:
     name = "--per-split-data-args-path"
     text = _read(name, path)
+    keys = ("train", "valid", "test")
     try:
         listed = json.loads(text)
-        blends = [listed.get(key) for key in ("train", "valid", "test")]
-        if not all(blend is None or isinstance(blend, list) for blend in blends):
-            raise TypeError("a blend is not a list")
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        if not isinstance(listed, dict):
+            raise TypeError("it is not an object")
+        for key, blend in listed.items():
+            if key not in keys:
+                raise TypeError(f"it has the unknown key {shortened(key)!r}")
+            is_blend = isinstance(blend, list) and all(isinstance(word, (str, int, float)) for word in blend)
+            if not is_blend and blend is not None:
+                raise TypeError(f"{key!r} is not a list of weights and prefixes")
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(
-            f'{name} {path}: not a JSON object of lists "train", "valid" and "test" ({error}); correct the file'
+            f'{name} {path}: not a JSON object of lists "train", "valid" and "test" ({shortened(error)}); correct the '
+            "file"
         ) from None
-    return [None if blend is None else [str(word) for word in blend] for blend in blends]
+    return [[str(word) for word in listed[key]] if listed.get(key) is not None else None for key in keys]
 
 
 def split_slices(split: str, num_sequences: int) -> list[slice]:

@@ -90,11 +90,11 @@ class IndexFile:
         """Sequences before each document, and at the end all of them, mapped from the file."""
         return self._map(np.int64, self.num_boundaries, _HEADER.size + self.num_sequences * 12)
 
-    def check(self, progress: Callable[[int], object] = lambda entries: None) -> int:
+    def check(self, progress: Callable[[int], object] = lambda size: None) -> int:
         """Check every entry; return the bytes that the data file must have.
 
         Args:
-            progress: called with the number of entries that were checked since the last call.
+            progress: called with the number of bytes that were checked since the last call.
 
         Raises:
             DamagedIndexError: a negative length, a sequence that does not start where the one before it ends, or
@@ -115,7 +115,7 @@ class IndexFile:
                     "where the one before it ends"
                 )
             end = int(ends[-1])
-            progress(len(sizes))
+            progress(len(sizes) * (lengths.itemsize + places.itemsize))
         before = 0
         for chunk in _chunks(self.num_boundaries):
             boundaries = self.boundaries[chunk]
@@ -127,7 +127,7 @@ class IndexFile:
             if chunk.start == 0 and boundaries[0] != 0:
                 raise DamagedIndexError(f"the first document starts at sequence {boundaries[0]} instead of 0")
             before = int(boundaries[-1])
-            progress(len(boundaries))
+            progress(boundaries.nbytes)
         if before != self.num_sequences:
             raise DamagedIndexError(f"its documents end at sequence {before} instead of {self.num_sequences}")
         return end

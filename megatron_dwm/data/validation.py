@@ -52,8 +52,7 @@ def check_dataset(
     vocab_size: int | None,
     *,
     sample: int | None = None,
-    index_progress: Callable[[int], object] = lambda entries: None,
-    token_progress: Callable[[int], object] = lambda tokens: None,
+    progress: Callable[[int], object] = lambda size: None,
 ) -> IndexFile:
     """Check both files of a dataset: the index in every entry, the tokens against the vocabulary.
 
@@ -61,8 +60,7 @@ def check_dataset(
         name: how messages name the dataset.
         vocab_size: tokens must be below it; None for no vocabulary to compare with.
         sample: at most so many tokens are read, in pieces spread evenly; None for all of them.
-        index_progress: called with the number of index entries checked since its last call.
-        token_progress: called with the number of tokens read since its last call.
+        progress: called with the number of bytes read of either file since its last call.
 
     Raises:
         UserError: a file is missing or damaged, or a token is outside the vocabulary.
@@ -72,7 +70,7 @@ def check_dataset(
             raise UserError(f"{name}: {prefix}{suffix} does not exist; give a prefix made by preprocess_data.py")
     try:
         index = IndexFile.open(prefix)
-        expected = index.check(index_progress)
+        expected = index.check(progress)
         actual = Path(prefix + ".bin").stat().st_size
     except (ValueError, OSError) as error:
         raise UserError(f"{name}: {prefix}.idx is not a valid index ({error}); preprocess the data again") from None
@@ -94,7 +92,7 @@ def check_dataset(
                 f"{name}: token {outside[0]} at place {place} is {of}; use the tokenizer that the data was "
                 "preprocessed with (--tokenizer-model, --vocab-size)"
             )
-        token_progress(len(piece))
+        progress(piece.nbytes)
     return index
 
 

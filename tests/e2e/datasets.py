@@ -18,7 +18,7 @@ def make_dataset(folder: Path, name: str, documents: list[list[int]], vocab_size
     source = folder / f"{name}.jsonl"
     source.write_text("".join(json.dumps({"text": " ".join(map(str, ids))}) + "\n" for ids in documents))
     tokenizer = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=vocab_size)
-    preprocess(PreprocessConfig(input=str(source), output_prefix=str(folder / name)), tokenizer)
+    preprocess(PreprocessConfig(input=[str(source)], output_prefix=str(folder / name)), tokenizer)
     return str(folder / f"{name}_text_document")
 
 

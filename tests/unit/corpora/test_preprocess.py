@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import gzip
 import hashlib
+import itertools
 import json
+import multiprocessing
+import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
+from megatron_dwm.data.validation import check_dataset
+from megatron_dwm.errors import UserError
 from tests.fixtures.preprocess.inputs import CASES, SENTENCEPIECE, TEXTS, keys_of, write_inputs
 from tests.paths import ROOT
 
@@ -128,6 +140,10 @@ MALFORMED = [
     ('{"text": ["1", 2]}', "the value of 'text' is not a string"),
     ('{"text": "one"}', "the value of 'text' cannot be tokenized (invalid literal for int()"),
     ('{"text": "70000"}', "the value of 'text' cannot be tokenized ("),
+    (f'{{"text": {"9" * 5000}}}', "the value of 'text' is not a string"),
+    (f'{{"text": "{"9" * 5000}"}}', "the value of 'text' cannot be tokenized (Exceeds the limit (4300 digits)"),
+    (f'{{"text": "{"x" * 5000}"}}', "the value of 'text' cannot be tokenized (invalid literal for int()"),
+    ('{"text": "1", "n": 1' + "0" * 5000, "not JSON (Expecting ',' delimiter"),
     ('{"text": "\udc80"}', "not UTF-8"),
     ("[" * 100_000, "not JSON ("),
 ]
@@ -151,7 +167,7 @@ def test_a_malformed_line_is_named_and_nothing_is_written(
     message = capsys.readouterr().err
     assert message.startswith(f"error: --input {path}, line 2: {reason}")
     assert message.endswith("; mend it or give --skip-malformed\n")
-    assert message.count("\n") == 1
+    assert message.count("\n") == 1 and len(message) < 600
     assert {path.name: path.read_text() for path in out.iterdir()} == {"made_text_document.bin": "old"}
 
 
@@ -165,9 +181,114 @@ def test_malformed_lines_are_skipped_and_counted(
     flags = [*NUMBERS, "--workers", workers, "--output-prefix"]
     assert run_tool(monkeypatch, "--input", path, *flags, tmp_path / "out" / "made", "--skip-malformed") == 0
     first = f"{path}, line 2: {MALFORMED[0][1]}"
-    assert capsys.readouterr().err.startswith(f"Skipped {len(MALFORMED)} malformed lines, the first: {first}")
+    assert capsys.readouterr().err.startswith(
+        f"warning: {len(MALFORMED)} malformed documents are left out, the first: {first}"
+    )
     assert run_tool(monkeypatch, "--input", clean, *flags, tmp_path / "expected" / "made") == 0
     assert hashes(tmp_path / "out", ["text"]) == hashes(tmp_path / "expected", ["text"])
+
+
+def test_numbers_that_python_does_not_convert_are_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [f'{{"id": {"9" * 5000}, "text": "1 2", "score": 1e999}}', '{"text": "3", "id": -0}']
+    path = write_lines(tmp_path / "texts.jsonl", lines)
+    out = tmp_path / "out" / "made"
+    assert run_tool(monkeypatch, "--input", path, *NUMBERS, "--workers", 1, "--output-prefix", out) == 0
+    data = IndexedDataset(f"{out}_text_document")
+    assert [list(data[index]) for index in range(len(data))] == [[1, 2], [3]]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_paths_that_are_not_utf_8_are_read_and_written(workers: int, tmp_path: Path) -> None:
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe")
+    os.mkdir(folder)
+    path = write_lines(Path(folder, "texts.jsonl"), ['{"text": "1"}'])
+    assert run_in_process("--input", path, *NUMBERS, "--workers", workers, "--output-prefix", f"{folder}/made") == (
+        0,
+        "",
+    )
+    assert os.path.isfile(f"{folder}/made_text_document.idx")
+    write_malformed(path, "{")
+    code, error = run_in_process("--input", path, *NUMBERS, "--workers", workers, "--output-prefix", f"{folder}/bad")
+    assert code == 2 and error.startswith(f"error: --input {tmp_path}/\\udcff\\udcfe/texts.jsonl, line 2: not JSON")
+    assert error.count("\n") == 1 and len(os.listdir(folder)) == 3
+
+
+def run_in_process(*arguments: object) -> tuple[int, str]:
+    """Run the tool in a process of its own; returns its exit code and what it wrote to standard error."""
+    command = [sys.executable, "tools/preprocess_data.py", *map(str, arguments)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert result.stdout == b""
+    return result.returncode, result.stderr.decode()
+
+
+def test_a_worker_that_is_killed_ends_the_command_in_one_line(tmp_path: Path) -> None:
+    """The tool reads a named pipe, so that it is at work while its workers are killed."""
+    pipe = tmp_path / "texts.jsonl"
+    os.mkfifo(pipe)
+    command = ["tools/preprocess_data.py", "--input", str(pipe), *NUMBERS, "--workers", "3"]
+    tool = subprocess.Popen(
+        [sys.executable, *command, "--output-prefix", str(tmp_path / "out" / "made")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines = '{"text": "1"}\n' * 32 * 30
+    with pipe.open("w") as file:
+        file.write(lines)
+        file.flush()
+        for child in psutil.Process(tool.pid).children():
+            child.kill()
+        with contextlib.suppress(BrokenPipeError):
+            file.write(lines)
+            file.close()
+    output, error = tool.communicate()
+    assert (tool.returncode, output) == (2, "")
+    assert (
+        error == "error: --workers 3: a worker process ended (killed by SIGKILL); give fewer workers or more memory\n"
+    )
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("at", "found"),
+    # Both files are synced, the old index goes, the folder is synced; both files are synced, moved, the folder synced.
+    enumerate(["old"] * 3 + ["none"] * 5 + ["new"]),
+)
+def test_a_kill_while_files_are_put_in_place_leaves_no_data_beside_another_index(
+    at: int, found: str, tmp_path: Path
+) -> None:
+    """The old and the new data have the same size, so that only the index would show which of them is there."""
+    old, new = (write_lines(tmp_path / name, [f'{{"text": "{text}"}}']) for name, text in (("o", "1 2"), ("n", "3 4")))
+    prefix = str(tmp_path / "out" / "made")
+    null = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=100)
+    preprocess(PreprocessConfig(input=[str(old)], output_prefix=prefix), null)
+
+    def killed() -> None:
+        calls = itertools.count()
+        for name in ("replace", "unlink", "fsync"):
+            function = getattr(os, name)
+
+            def counted(*arguments: Any, function: Callable[..., Any] = function, **options: Any) -> Any:
+                if next(calls) == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **options)
+
+            setattr(os, name, counted)
+        preprocess(PreprocessConfig(input=[str(new)], output_prefix=prefix), null)
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    data = f"{prefix}_text_document"
+    if found == "none":
+        with pytest.raises(UserError, match=rf"{data}.idx does not exist"):
+            check_dataset("data", data, 101)
+    else:
+        check_dataset("data", data, 101)
+        whole = IndexedDataset(data)
+        assert whole[0].tolist() == {"old": [1, 2], "new": [3, 4]}[found]
 
 
 def test_text_that_the_tokenizer_cannot_encode_is_malformed(
@@ -201,7 +322,7 @@ def test_a_malformed_line_found_by_a_worker_process_ends_the_command_alike(tmp_p
         (["--input", "{tmp}/empty.jsonl", "--output-prefix", "{tmp}/out"], "--input {tmp}/empty.jsonl: no documents;"),
         (
             ["--input", "{tmp}/cut.jsonl.gz", "--output-prefix", "{tmp}/out"],
-            "--input {tmp}/cut.jsonl.gz: unreadable after line 1 (",
+            "--input {tmp}/cut.jsonl.gz: unreadable after record 1 (",
         ),
         (
             ["--input", "{tmp}/texts.jsonl", "--output-prefix", "{tmp}/texts.jsonl/made"],

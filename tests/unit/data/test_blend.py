@@ -57,11 +57,24 @@ def test_paths_are_read_from_files(tmp_path: Path) -> None:
     assert paths.per_split == ((["a"], None), (["b", "c"], [1.0, 2.0]), None)
 
 
-@pytest.mark.parametrize("content", [b"not json", b"[1, 2]", b'{"train": "abc"}', b"\xff\xfe"])
-def test_a_damaged_file_of_paths_is_named(content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"not json", "not a JSON object"),
+        (b"[1, 2]", "it is not an object"),
+        (b'{"train": "abc"}', "'train' is not a list of weights and prefixes"),
+        (b'{"train": ["a", ["b"]]}', "'train' is not a list of weights and prefixes"),
+        (b'{"train": ["a"], "validation": ["b"]}', "it has the unknown key 'validation'"),
+        (b'{"train": ["a"], "": 1}', "it has the unknown key ''"),
+        (b'{"train": [%s]}' % (b"9" * 5000), "Exceeds the limit"),
+        (b"[" * 100_000, "recursion"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_a_damaged_file_of_paths_is_named(content: bytes, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "blend.json"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"--per-split-data-args-path .*blend\.json"):
+    with pytest.raises(UserError, match=rf"--per-split-data-args-path {path}: .*{reason}"):
         data_paths(DataConfig(per_split_data_args_path=str(path)), None)
 
 

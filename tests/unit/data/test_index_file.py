@@ -93,8 +93,8 @@ def test_a_damage_is_found_wherever_it_is(
         IndexFile.open(prefix).check()
 
 
-def test_progress_counts_every_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_counts_every_byte_of_the_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_file, "_CHUNK", 4)
     counts: list[int] = []
     IndexFile.open(write_dataset(tmp_path, "a", DOCUMENTS)).check(counts.append)
-    assert counts == [4, 4, 2, 4, 4, 3]  # ten sequences, eleven boundaries
+    assert counts == [48, 48, 24, 32, 32, 24]  # ten sequences of 12 bytes, eleven boundaries of 8

@@ -1,0 +1,94 @@
+"""Verify datasets from the first to the last byte: the index in every entry, every token against the vocabulary.
+
+Give the tokenizer's flags as for a run; without them tokens are compared with no vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from megatron_dwm.config.flags import build, flag, read
+from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.config.unsupported_flags import reason_unsupported
+from megatron_dwm.data.blend import parse_blend
+from megatron_dwm.data.validation import check_dataset
+from megatron_dwm.errors import UserError, run_cli
+from megatron_dwm.runtime.logging import configure_logging
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckDataConfig:
+    """Datasets to verify."""
+
+    data_path: list[str] | None = flag(
+        None, "Dataset prefixes, or weight-prefix pairs as for a run; all of each dataset is read."
+    )
+
+    def __post_init__(self) -> None:
+        if not self.data_path:
+            raise UserError("--data-path is missing; give the prefix of a dataset")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Verify datasets; the exit code is 2 if one is damaged."""
+    run_cli(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    configure_logging()
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine).*")
+    values = read(argv, [CheckDataConfig, TokenizerConfig], description=__doc__, reason_unsupported=reason_unsupported)
+    config = build(CheckDataConfig, values)
+    vocab_size = None
+    if values.keys() & {field.name for field in dataclasses.fields(TokenizerConfig)}:
+        from megatron_dwm.data.tokenizers import build_tokenizer  # seconds of imports, not needed without a vocabulary
+
+        vocab_size = int(build_tokenizer(build(TokenizerConfig, values)).vocab_size)
+    blend = parse_blend("--data-path", config.data_path)
+    assert blend is not None  # CheckDataConfig requires a word
+    prefixes, _ = blend
+    faults, documents, tokens = [], 0, 0
+    for prefix in prefixes:
+        try:
+            found = verify(prefix, vocab_size)
+        except UserError as error:
+            faults.append(error)
+        else:
+            documents, tokens = documents + found[0], tokens + found[1]
+    if len(prefixes) == 1 and faults:
+        raise faults[0]
+    for fault in faults:
+        logger.error(fault)
+    if faults:
+        raise UserError(f"--data-path: {len(faults)} of {len(prefixes)} datasets have faults; preprocess them again")
+    compared = "not compared with a vocabulary (no tokenizer was given)"
+    if vocab_size is not None:
+        compared = f"each in the vocabulary of {vocab_size:,}"
+    named = "1 dataset is" if len(prefixes) == 1 else f"{len(prefixes)} datasets are"
+    logger.info(f"{named} whole: {documents:,} documents, {tokens:,} tokens, {compared}")
+
+
+def verify(prefix: str, vocab_size: int | None) -> tuple[int, int]:
+    """Verify one dataset behind a progress bar; return its number of documents and of tokens.
+
+    Raises:
+        UserError: a file is missing or damaged, or a token is outside the vocabulary.
+    """
+    size = sum(os.path.getsize(prefix + suffix) for suffix in (".idx", ".bin") if os.path.isfile(prefix + suffix))
+    # Without a terminal there is no bar.
+    with tqdm(desc=os.path.basename(prefix), total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        index = check_dataset(f"--data-path {prefix}", prefix, vocab_size, progress=bar.update)
+    return index.num_boundaries - 1, os.path.getsize(f"{prefix}.bin") // index.dtype.itemsize
+
+
+if __name__ == "__main__":
+    main()

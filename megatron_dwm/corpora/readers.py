@@ -1,0 +1,222 @@
+"""Documents from files: JSON lines, plain or compressed, and Parquet, told apart by their first bytes."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_dwm.errors import UserError, shortened
+
+_BATCH = 1024  # rows of a Parquet file that are read at a time
+_SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".parquet": "parquet"}
+_JSON_SUFFIXES = {".jsonl", ".json", ".ndjson"}
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PAR1": "parquet",
+    # What is not read is named, rather than reported as bad JSON.
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf": "7z",
+    b"ARROW1": "Arrow IPC",
+    b"Obj\x01": "Avro",
+    b"ORC": "ORC",
+    b"\x89HDF": "HDF5",
+    b"SQLite format 3": "SQLite",
+}
+_READ = ("JSON lines", "gzip", "zstd", "parquet")
+
+
+class Record(NamedTuple):
+    """A line of JSON, or a row of a table, of which ``content`` holds the wanted columns.
+
+    Bytes of a line that are not UTF-8 are escaped as lone surrogates.
+    """
+
+    path: str
+    number: int  # of the line or row, counted from 1
+    content: str | dict[str, Any]
+
+    @property
+    def place(self) -> str:
+        """Where the record is, for messages."""
+        return f"{self.path}, {'line' if isinstance(self.content, str) else 'row'} {self.number}"
+
+
+def input_files(patterns: Sequence[str]) -> list[str]:
+    """Return the files that the patterns name: a file, a folder with all files below it, or a glob pattern.
+
+    Raises:
+        UserError: a pattern matches nothing, or a folder holds no file of a known suffix.
+    """
+    files: list[str] = []
+    for pattern in patterns:
+        if os.path.isdir(pattern):
+            matches = sorted(str(path) for path in Path(pattern).rglob("*") if path.is_file() and _is_input(path))
+            if not matches:
+                raise UserError(
+                    f"--input {pattern}: the folder holds no file named *.jsonl, *.json, *.ndjson (also with .gz or "
+                    ".zst) or *.parquet; give the files or a pattern"
+                )
+        elif os.path.exists(pattern):  # a file or a pipe
+            matches = [pattern]
+        else:
+            # In the file system's order, as Megatron-LM takes them: sorted, the same input would give other bytes.
+            matches = [path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path)]
+            if not matches:
+                raise UserError(f"--input {pattern}: no such file; check the path or pattern")
+        files += matches
+    return files
+
+
+def _is_input(path: Path) -> bool:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in (".gz", ".zst", ".zstd"):
+        suffixes.pop()
+    return not path.name.startswith(".") and bool(suffixes) and suffixes[-1] in {*_JSON_SUFFIXES, ".parquet"}
+
+
+class Reader:
+    """The records of files, one file after the other, and how far reading has come."""
+
+    def __init__(self, paths: Sequence[str], columns: Sequence[str]) -> None:
+        """Look at the files.
+
+        Args:
+            columns: what is read of a table; lines are read whole.
+
+        Raises:
+            UserError: a file cannot be opened or has a format that is not read.
+        """
+        self._paths, self._columns = paths, columns
+        self._sizes = [os.path.getsize(path) for path in paths]
+        for path in paths:
+            if os.path.isfile(path):  # what a pipe holds shows itself only once, when it is read
+                with _open(path) as file:
+                    _format_of(path, file)
+        self._finished = 0
+        self._in_file: Callable[[], int] = lambda: 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(self._sizes)
+
+    @property
+    def position(self) -> int:
+        """Bytes of them that were read, as they lie on the disk."""
+        return self._finished + self._in_file()
+
+    def __iter__(self) -> Iterator[Record]:
+        """Yield the records.
+
+        Raises:
+            UserError: a file cannot be read to its end, or a table has no column of that name.
+        """
+        for path, size in zip(self._paths, self._sizes, strict=True):
+            number = 0
+            try:
+                with _open(path) as file:
+                    if file.seekable():
+                        self._in_file = file.tell
+                    for number, content in enumerate(self._contents(path, file), start=1):
+                        yield Record(path, number, content)
+                    self._in_file = lambda: 0
+            except (OSError, EOFError, zlib.error, UnicodeDecodeError, _arrow_error()) as error:
+                raise UserError(
+                    f"--input {path}: unreadable after record {number} ({shortened(error)}); check the file"
+                ) from error
+            self._finished += size
+
+    def _contents(self, path: str, file: io.BufferedReader) -> Iterator[str | dict[str, Any]]:
+        kind = _format_of(path, file)
+        if kind == "parquet":
+            yield from _rows(path, file, self._columns)
+            return
+        stream: Any = file
+        if kind == "gzip":
+            stream = gzip.GzipFile(fileobj=file)
+        elif kind == "zstd":
+            # Not the zstandard package: it takes a file that was cut for one that ends there.
+            stream = _pyarrow(path).input_stream(file, compression="zstd")
+        yield from io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape")
+
+
+def _open(path: str) -> io.BufferedReader:
+    """Open a file.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"--input {path}: cannot be opened ({error.strerror}); check the file") from None
+
+
+def _format_of(path: str, file: io.BufferedReader) -> str:
+    """Return the format of a file by its next bytes, which stay unread and must agree with its name.
+
+    Raises:
+        UserError: it cannot be read, is of a format that is not read, or is not what its name says.
+    """
+    try:
+        start = file.peek(16)
+    except OSError as error:
+        raise UserError(f"--input {path}: cannot be read ({error.strerror}); check the file") from None
+    kind = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), "JSON lines")
+    if kind not in _READ:
+        raise UserError(
+            f"--input {path}: files of {kind} are not read; give JSON lines, plain or compressed with gzip or zstd, or "
+            "Parquet"
+        )
+    named = _SUFFIXES.get(os.path.splitext(path)[1].lower())
+    if named is not None and kind != named and start:
+        raise UserError(f"--input {path}: it is named like {named} but does not hold it; check the file")
+    return kind
+
+
+def _rows(path: str, file: io.BufferedReader, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file as objects of the wanted columns."""
+    _pyarrow(path)
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+    for column in columns:
+        if column not in table.schema_arrow.names:
+            raise UserError(
+                f"--input {path}: no column {column!r}, it has {shortened(', '.join(table.schema_arrow.names))}; give "
+                "another --json-keys"
+            )
+    for batch in table.iter_batches(batch_size=_BATCH, columns=list(columns)):
+        yield from batch.to_pylist()
+
+
+def _pyarrow(path: str) -> Any:
+    """Return the pyarrow module.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import pyarrow
+    except ImportError:
+        raise UserError(f'--input {path}: reading it needs pyarrow; pip install "megatron-dwm[data]"') from None
+    return pyarrow
+
+
+def _arrow_error() -> type[Exception]:
+    """Return the base class of pyarrow's errors; without pyarrow there are none of them."""
+    try:
+        from pyarrow import ArrowException
+    except ImportError:
+        return EOFError
+    error: type[Exception] = ArrowException
+    return error
