@@ -245,7 +245,7 @@ def measure_memory(modes: Modes) -> dict[str, Any]:
     modes.outer.replay.clear()  # so that an update adds its samples, and lets go of none that came before
     updating, retained = peak_and_retained(modes.update)
     added = replayed() // len(modes.outer.replay)
-    parameters = [param for chunk in modes.bilevel.engine.chunks for param in chunk.parameters()]
+    parameters: list[Any] = [param for chunk in modes.bilevel.engine.chunks for param in chunk.parameters()]
     copy_of_parameters = sum(param.nbytes for param in parameters)
     copy_of_gradients = sum(param.main_grad.nbytes for param in parameters)
     own = {

@@ -104,6 +104,7 @@ def build_trainer(config: RunConfig, device: torch.device, process: Process) -> 
         UserError: on every rank, if data, tokenizer, weighter, model or checkpoint do not fit the flags.
     """
     # Imported here, after the flags are known to be good: these imports take seconds.
+    from megatron_dwm.cli.rank_agreement import rank_facts
     from megatron_dwm.training.dataloaders import Dataloaders
     from megatron_dwm.training.setup import build_language_model, build_trainer_parts, load_if_there, read_inputs
     from megatron_dwm.training.trainer import Trainer
@@ -112,6 +113,8 @@ def build_trainer(config: RunConfig, device: torch.device, process: Process) -> 
     with process.startup_sync.phase("inputs"):
         inputs = read_inputs(config, should_check_data=process.rank == 0)
         weighting_inputs = read_weighting_inputs(config, inputs.tokenizer)
+    with process.startup_sync.phase("agreement"):
+        process.startup_sync.require_same(rank_facts(config, inputs.paths, weighting_inputs.folder_model))
     language_model = build_language_model(config, inputs, device, process.startup_sync)
     train_state, weighting_state = load_if_there(config, language_model)
     dataloaders = Dataloaders(

@@ -14,14 +14,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from megatron_dwm.errors import EXIT_CODE, UserError
+from megatron_dwm.errors import EXIT_CODE, UserError, shortened
 from megatron_dwm.runtime.process_groups import free_port
 
 PATIENCE = timedelta(hours=2)
@@ -93,6 +93,26 @@ class StartupSync:
             self._agreed_error = error
             raise error
         raise PeerError(message)
+
+    def require_same(self, facts: Mapping[str, str]) -> None:
+        """Check that this rank's facts are those of the first rank; every rank calls it inside a :meth:`phase`.
+
+        A fact that one of the two lacks is not compared.
+
+        Raises:
+            UserError: one differs.
+        """
+        if self.rank == 0:
+            self._phases.set("facts", json.dumps(dict(facts)))
+            return
+        expected = json.loads(self._phases.get("facts"))
+        for name, value in facts.items():
+            if name in expected and expected[name] != value:
+                local, first = shortened(value), shortened(expected[name])
+                raise UserError(
+                    f"{name} is {local} on rank {self.rank} and {first} on rank 0; start every rank with the same "
+                    "command, packages and files"
+                )
 
     def watch_peers(self) -> None:
         """From now on, end this process when another one reports a failure.

@@ -113,12 +113,8 @@ class Weighter:
         return own
 
     def hash(self) -> str:
-        """sha256 of the parameters' bytes."""
-        digest = hashlib.sha256()
-        for name, param in sorted(self.model.named_parameters()):
-            digest.update(name.encode())
-            digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """Return the sha256 of the parameters' bytes."""
+        return model_digest(self.model)
 
     def _score(self, tokens: torch.Tensor) -> torch.Tensor:
         parts = [self._forward(part) for part in tokens.split(self.batch_size) if len(part)]
@@ -128,6 +124,15 @@ class Weighter:
         with torch.autocast("cuda", torch.bfloat16) if self._autocast else nullcontext():
             logits = self.model(input_ids=tokens, use_cache=False).logits
         return logits.squeeze(-1).float()
+
+
+def model_digest(model: torch.nn.Module) -> str:
+    """Return the sha256 of a model's parameters, with their names."""
+    digest = hashlib.sha256()
+    for name, param in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def weighter_state(weighter: Weighter) -> dict[str, Any]:

@@ -1,0 +1,48 @@
+"""What must be the same on every rank, compared before any rank trains.
+
+Ranks that differ in a flag, in the version of a package or in what lies under a path would hang in a collective. Or,
+which is worse, they would train on with numbers that belong to no run.
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from megatron_dwm.config.flags import flag_name
+from megatron_dwm.config.run import RunConfig
+from megatron_dwm.data.blend import DataPaths
+from megatron_dwm.data.index_cache import data_stamp
+from megatron_dwm.training.checkpoint import latest_checkpoint
+from megatron_dwm.weighting.weighter import model_digest
+
+PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine", "megatron-dwm")
+
+Facts = dict[str, str]
+"""By the name under which an error speaks of it."""
+
+
+def rank_facts(config: RunConfig, paths: DataPaths, weighter_model: Any | None) -> Facts:
+    """Return what must be the same on every rank: flags, versions, data, checkpoint and weighter.
+
+    Data that this rank cannot see is left out: only one rank of a model replica reads them.
+
+    Args:
+        weighter_model: the classifier that was read from a folder, if any.
+    """
+    facts = {flag_name(name): repr(value) for name, value in config.flat().items()}
+    facts["Python"] = ".".join(platform.python_version_tuple()[:2])
+    for package in PACKAGES:
+        try:
+            facts[f"package {package}"] = version(package)
+        except PackageNotFoundError:
+            facts[f"package {package}"] = "not installed"
+    for flag, (prefixes, _) in paths.blends().items():
+        if all(Path(f"{prefix}{suffix}").is_file() for prefix in prefixes for suffix in (".bin", ".idx")):
+            facts[f"data of {flag}"] = data_stamp(prefixes)
+    facts["checkpoint of --load"] = str(latest_checkpoint(config.checkpoint))
+    if weighter_model is not None:
+        facts["weighter of --dwm-load or --dwm-init-from"] = model_digest(weighter_model)[:16]
+    return facts
