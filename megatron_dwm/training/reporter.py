@@ -14,9 +14,10 @@ import torch
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.model.flops import training_flops
 from megatron_dwm.model.memory import MEBIBYTE, memory_estimate
+from megatron_dwm.runtime.log_line import LogLine, LossWindow, validation_line
 from megatron_dwm.runtime.logging import EVERY_RANK, LAST_RANK
 from megatron_dwm.runtime.process_groups import ParallelState
-from megatron_dwm.runtime.record_writers import JsonLines, LogLine, LossWindow, TensorBoard, validation_line
+from megatron_dwm.runtime.record_writers import JsonLines, TensorBoard
 from megatron_dwm.training.step import StepResult
 from megatron_dwm.training.train_state import TrainState
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.runtime.device import current_device
+from megatron_dwm.runtime.log_line import event_line
 from megatron_dwm.runtime.process_groups import ParallelState
-from megatron_dwm.runtime.record_writers import event_line
 from megatron_dwm.training.checkpoint import CheckpointWriter
 from megatron_dwm.training.dataloaders import Dataloaders
 from megatron_dwm.training.evaluation import evaluate

@@ -1,65 +1,16 @@
-"""The window of a log line, and records that a resumed run takes up."""
+"""Records that a run writes and a resumed run takes up."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_dwm.errors import UserError
-from megatron_dwm.runtime.record_writers import JsonLines, LogLine, LossWindow, validation_line
-
-LINE = LogLine(
-    iteration=100,
-    train_iters=500,
-    consumed_samples=25600,
-    skipped_samples=0,
-    seconds_per_iteration=1.23456,
-    throughput=None,
-    learning_rate=1.5e-4,
-    global_batch_size=256,
-    losses={"lm loss": 6.7890123},
-    loss_scale=1.0,
-    grad_norm=1.2345,
-    num_zeros=None,
-    params_norm=None,
-    skipped_iterations=0,
-    nan_iterations=0,
-)
-
-
-def test_the_line_ends_with_what_is_ours():
-    plain = str(LINE).split("]", 1)[1]
-    assert plain == (
-        " iteration      100/     500 | consumed samples:        25600 | elapsed time per iteration (ms): 1234.6 | "
-        "learning rate: 1.500000E-04 | global batch size:   256 | lm loss: 6.789012E+00 | loss scale: 1.0 | "
-        "grad norm: 1.234 | number of skipped iterations:   0 | number of nan iterations:   0 |"
-    )
-    weighted = replace(LINE, extra={"dwm stage": 2, "dwm effective sample size": 0.87654})
-    assert str(weighted).split("]", 1)[1] == plain + " dwm stage: 2 | dwm effective sample size: 0.8765 |"
-
-
-def test_a_window_averages_the_steps_that_were_made():
-    window = LossWindow()
-    window.add({"lm loss": 4.0}, skipped=False)
-    window.add({"lm loss": math.inf}, skipped=True)
-    window.add({"lm loss": 9.0}, skipped=True)
-    window.add({"lm loss": 2.0}, skipped=False)
-    assert window.averages() == {"lm loss": 3.0}
-    assert (window.iterations, window.skipped, window.nan) == (4, 2, 1)
-
-
-def test_the_rule_is_as_long_as_the_line_and_one_more():
-    rule, text, last = validation_line("iteration 7", 1.0).splitlines()
-    assert rule == last == "-" * (len(text) + 1)
-    assert "lm loss PPL: 2.718282E+00" in text
-
-
-def test_a_perplexity_does_not_overflow():
-    assert "lm loss value: 1.000000E+03 | lm loss PPL: 4.851652E+08" in validation_line("iteration 7", 1000.0)
+from megatron_dwm.runtime.record_writers import JsonLines
 
 
 def test_a_resumed_run_drops_the_records_that_it_writes_again(tmp_path: Path):
@@ -91,3 +42,33 @@ def test_a_new_run_leaves_the_records_of_another_beside(tmp_path: Path):
     assert path.read_text() == '{"iteration": 2}\n{"iteration": 4}\n'
     (kept,) = tmp_path.glob("metrics.until-*.jsonl")
     assert kept.read_text() == '{"iteration": 1}\n'
+
+
+def test_lines_that_are_no_records_are_set_aside_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = tmp_path / "metrics.jsonl"
+    damaged = [b"not json\n", b"[1, 2]\n", b'{"iteration": "x"}\n', b"\xff\xfe\n", b"[" * 100_000 + b"\n"]
+    path.write_bytes(b'{"iteration": 1}\n' + b"".join(damaged) + b'{"iteration": 2}\n{"kind": "health"}\n')
+    with caplog.at_level(logging.WARNING):
+        JsonLines(path, resumed_at=1).close()
+    assert path.read_bytes() == b'{"iteration": 1}\n{"kind": "health"}\n'
+    assert path.with_name("metrics.jsonl.damaged").read_bytes() == b"".join(damaged)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl", "metrics.jsonl.damaged"]
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path):
+    records = JsonLines(tmp_path / "metrics.jsonl", resumed_at=0)
+    records.write({"lm_loss": math.nan, "samples": {"weight": [1.0, math.inf], "loss": (-math.inf,)}, "iteration": 3})
+    records.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert found == {"lm_loss": None, "samples": {"weight": [1.0, None], "loss": [None]}, "iteration": 3}
+
+
+def test_a_full_disk_loses_records_and_not_the_run(caplog: pytest.LogCaptureFixture):
+    records = JsonLines(Path("/dev/full"), resumed_at=0)  # every write to it fails as on a full disk
+    with caplog.at_level(logging.WARNING):
+        for iteration in range(3):
+            records.write({"iteration": iteration})
+        records.close()
+    (message,) = caplog.messages
+    assert message == "/dev/full: cannot be written (No space left on device); records are lost"

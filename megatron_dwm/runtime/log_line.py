@@ -1,0 +1,99 @@
+"""The lines that a run prints: Megatron-LM's, byte for byte, with the weighting's figures behind them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megatron_dwm.runtime.logging import timestamp
+
+
+@dataclass
+class LossWindow:
+    """Sums of the iterations since the last log line."""
+
+    losses: dict[str, float] = field(default_factory=dict)
+    weighting_flops: float = 0.0
+    """Operations that plain training would not have needed."""
+    advanced: int = 0
+    skipped: int = 0
+    nan: int = 0
+
+    def add(self, losses: Mapping[str, float], skipped: bool, weighting_flops: float = 0.0) -> None:
+        """Add one iteration; the losses of a skipped one do not count."""
+        self.weighting_flops += weighting_flops
+        for name, value in losses.items():
+            if not skipped:
+                self.losses[name] = self.losses.get(name, 0.0) + value
+            elif not math.isfinite(value):
+                self.nan += 1
+        self.advanced += not skipped
+        self.skipped += skipped
+
+    @property
+    def iterations(self) -> int:
+        return self.advanced + self.skipped
+
+    def averages(self) -> dict[str, float]:
+        return {name: total / max(1, self.advanced) for name, total in self.losses.items()}
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """The values of one of Megatron-LM's log lines; ours come after them."""
+
+    iteration: int
+    train_iters: int
+    consumed_samples: int
+    skipped_samples: int
+    seconds_per_iteration: float
+    throughput: float | None
+    """Of the language model's steps, in TFLOP/s per GPU."""
+    learning_rate: float
+    global_batch_size: int
+    losses: Mapping[str, float]
+    loss_scale: float
+    grad_norm: float | None
+    num_zeros: float | None
+    params_norm: float | None
+    skipped_iterations: int
+    nan_iterations: int
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        parts = [
+            f" [{timestamp()}] iteration {self.iteration:8d}/{self.train_iters:8d}",
+            f"consumed samples: {self.consumed_samples:12d}",
+        ]
+        if self.skipped_samples > 0:
+            parts.append(f"skipped samples: {self.skipped_samples:12d}")
+        parts.append(f"elapsed time per iteration (ms): {self.seconds_per_iteration * 1000:.1f}")
+        if self.throughput is not None:
+            parts.append(f"throughput per GPU (TFLOP/s/GPU): {self.throughput:.1f}")
+        parts.append(f"learning rate: {self.learning_rate:.6E}")
+        parts.append(f"global batch size: {self.global_batch_size:5d}")
+        parts += [f"{name}: {value:.6E}" for name, value in self.losses.items() if value > 0]
+        parts.append(f"loss scale: {self.loss_scale:.1f}")
+        if self.grad_norm is not None:
+            parts.append(f"grad norm: {self.grad_norm:.3f}")
+        if self.num_zeros is not None:
+            parts.append(f"num zeros: {float(self.num_zeros)}")
+        if self.params_norm is not None:
+            parts.append(f"params norm: {self.params_norm:.3f}")
+        parts.append(f"number of skipped iterations: {self.skipped_iterations:3d}")
+        parts.append(f"number of nan iterations: {self.nan_iterations:3d}")
+        parts += [f"{name}: {value:.4g}" for name, value in self.extra.items()]
+        return " | ".join(parts) + " |"
+
+
+def validation_line(prefix: str, loss: float) -> str:
+    """Megatron-LM's report of an evaluation, between rules."""
+    text = f" validation loss at {prefix} | lm loss value: {loss:.6E} | lm loss PPL: {math.exp(min(20, loss)):.6E} | "
+    rule = "-" * (len(text) + 1)
+    return f"{rule}\n{text}\n{rule}"
+
+
+def event_line(event: str) -> str:
+    """Megatron-LM's line for the time at which something happened."""
+    return f"[{event}] datetime: {timestamp()} "

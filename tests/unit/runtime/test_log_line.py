@@ -1,0 +1,57 @@
+"""A run's log lines."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from megatron_dwm.runtime.log_line import LogLine, LossWindow, validation_line
+
+LINE = LogLine(
+    iteration=100,
+    train_iters=500,
+    consumed_samples=25600,
+    skipped_samples=0,
+    seconds_per_iteration=1.23456,
+    throughput=None,
+    learning_rate=1.5e-4,
+    global_batch_size=256,
+    losses={"lm loss": 6.7890123},
+    loss_scale=1.0,
+    grad_norm=1.2345,
+    num_zeros=None,
+    params_norm=None,
+    skipped_iterations=0,
+    nan_iterations=0,
+)
+
+
+def test_the_line_ends_with_what_is_ours():
+    plain = str(LINE).split("]", 1)[1]
+    assert plain == (
+        " iteration      100/     500 | consumed samples:        25600 | elapsed time per iteration (ms): 1234.6 | "
+        "learning rate: 1.500000E-04 | global batch size:   256 | lm loss: 6.789012E+00 | loss scale: 1.0 | "
+        "grad norm: 1.234 | number of skipped iterations:   0 | number of nan iterations:   0 |"
+    )
+    weighted = replace(LINE, extra={"dwm stage": 2, "dwm effective sample size": 0.87654})
+    assert str(weighted).split("]", 1)[1] == plain + " dwm stage: 2 | dwm effective sample size: 0.8765 |"
+
+
+def test_a_window_averages_the_steps_that_were_made():
+    window = LossWindow()
+    window.add({"lm loss": 4.0}, skipped=False)
+    window.add({"lm loss": math.inf}, skipped=True)
+    window.add({"lm loss": 9.0}, skipped=True)
+    window.add({"lm loss": 2.0}, skipped=False)
+    assert window.averages() == {"lm loss": 3.0}
+    assert (window.iterations, window.skipped, window.nan) == (4, 2, 1)
+
+
+def test_the_rule_is_as_long_as_the_line_and_one_more():
+    rule, text, last = validation_line("iteration 7", 1.0).splitlines()
+    assert rule == last == "-" * (len(text) + 1)
+    assert "lm loss PPL: 2.718282E+00" in text
+
+
+def test_a_perplexity_does_not_overflow():
+    assert "lm loss value: 1.000000E+03 | lm loss PPL: 4.851652E+08" in validation_line("iteration 7", 1000.0)
