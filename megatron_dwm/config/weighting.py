@@ -23,9 +23,8 @@ class WeightingConfig:
     dwm_target_data_path: list[str] | None = flag(
         None,
         "Dataset prefix or blend of the target set, whose loss the weighter lowers.",
-        "--dwm-target-data-path",
-        "--dwm-valid-data-path",
         nargs="*",
+        old_names=("--dwm-valid-data-path",),
     )
     dwm_target_batch_size: int | None = flag(
         None, "Target samples in one outer update; the global batch size if not given."
