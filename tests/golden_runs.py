@@ -48,7 +48,10 @@ MODES = {
     ),
     "frozen": "--dwm-mode frozen --dwm-load {weighter}",
 }
-IGNORED_ARGUMENTS = {"save", "load", "dwm_load", "data_cache_path", "train_data_path", "valid_data_path"}
+IGNORED_ARGUMENTS = {
+    *("save", "load", "dwm_load", "data_cache_path", "train_data_path", "valid_data_path"),
+    *("dwm_valid_data_path", "dwm_target_data_path"),  # the older and the newer name of one
+}
 """Paths of the recording itself."""
 
 
@@ -80,7 +83,8 @@ def record(checkout: Path, output: Path) -> None:
                 f"--valid-data-path {data}/valid_text_document --data-cache-path {output}/cache --save {save}"
             )
             if mode == "bilevel":
-                paths += f" --dwm-target-data-path {data}/target_text_document"
+                # Earlier versions know only the flag's earlier name.
+                paths += f" --dwm-valid-data-path {data}/target_text_document"
             flags = f"{MODEL} {TRAINING} {parallel} {weighting} {paths}"
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
             command = [*torchrun, str(checkout / "pretrain_dwm.py"), *flags.split()]

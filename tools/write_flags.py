@@ -57,6 +57,8 @@ def _row(item: Flag) -> str:
         meaning += f" **Not supported:** {item.refused}."
     if item.deprecated is not None:
         meaning += f" **Deprecated:** {item.deprecated}."
+    if item.old_names:
+        meaning += f" **Deprecated:** {', '.join(f'`{name}`' for name in item.old_names)}, its earlier name."
     return f"| {names}{value} | {default} | {meaning} |\n"
 
 

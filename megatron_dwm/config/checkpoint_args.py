@@ -78,8 +78,12 @@ _IF_NOT_GIVEN = (
 )
 
 
+RENAMED = {"dwm_valid_data_path": "dwm_target_data_path"}
+"""Arguments that earlier versions saved under another name, with the present one."""
+
+
 def read_arguments(folder: Path) -> dict[str, Any]:
-    """The arguments that the checkpoint in ``folder`` was saved with.
+    """The arguments that the checkpoint in ``folder`` was saved with, by their present names.
 
     Raises:
         UserError: it has none.
@@ -89,7 +93,7 @@ def read_arguments(folder: Path) -> dict[str, Any]:
     common = dist_checkpointing.load_common_state_dict(str(folder))
     if "args" not in common:
         raise UserError(f"{folder}: its common.pt holds no arguments; it is not a checkpoint of pretraining")
-    return vars(common["args"])
+    return {RENAMED.get(name, name): value for name, value in vars(common["args"]).items()}
 
 
 def effective_arguments(saved: Mapping[str, Any]) -> dict[str, Any]:

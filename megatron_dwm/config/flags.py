@@ -32,6 +32,7 @@ class FlagInfo:
     nargs: str | int | None = None
     refused: str | None = None  # why the flag is recognized but cannot be used
     deprecated: str | None = None  # what to do instead
+    old_names: tuple[str, ...] = ()  # spellings of earlier versions
 
 
 def flag(
@@ -41,6 +42,7 @@ def flag(
     nargs: str | int | None = None,
     refused: str | None = None,
     deprecated: str | None = None,
+    old_names: tuple[str, ...] = (),
 ) -> Any:
     """Declare a configuration field that is a flag.
 
@@ -51,8 +53,9 @@ def flag(
         nargs: as in argparse; list fields default to ``"+"``.
         refused: if set, giving the flag a value other than the default ends the run with this reason.
         deprecated: if set, the flag works as ever and giving it prints a line that says to do this instead.
+        old_names: spellings of earlier versions, accepted with a line that names the present one.
     """
-    info = FlagInfo(help=help, names=names, nargs=nargs, refused=refused, deprecated=deprecated)
+    info = FlagInfo(help=help, names=names, nargs=nargs, refused=refused, deprecated=deprecated, old_names=old_names)
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata={_META: info})
     return dataclasses.field(default=default, metadata={_META: info})
@@ -71,6 +74,7 @@ class Flag:
     nargs: str | int | None
     refused: str | None
     deprecated: str | None
+    old_names: tuple[str, ...]
 
 
 def declared_flags(config_class: type) -> list[Flag]:
@@ -98,6 +102,7 @@ def _flag_of(field: dataclasses.Field, hint: Any) -> Flag:
         nargs=info.nargs or ("+" if is_list else None),
         refused=info.refused,
         deprecated=info.deprecated,
+        old_names=info.old_names,
     )
 
 
@@ -183,15 +188,16 @@ def read(
     Args:
         argv: the arguments, without the program's name; ``None`` takes ``sys.argv``.
         classes: the configuration classes whose flags there are.
-        why_refused: tells of a flag that no class declares why it cannot be used, or None if it is unknown.
+        reason_unsupported: tells of a flag that no class declares why it cannot be used, or None if it is unknown.
 
     Raises:
         UserError: unknown flag or bad value.
     """
+    classes = list(classes)
     parser = OneLineParser(prog=prog, description=description)
     for config_class in classes:
         add_flags(parser, config_class)
-    values, unknown = parser.parse_known_args(argv)
+    values, unknown = parser.parse_known_args(_present_names(argv, renamed_flags(classes)))
     if unknown:
         name = unknown[0].split("=")[0]
         if not name.startswith("-"):
@@ -203,6 +209,20 @@ def read(
         alike = difflib.get_close_matches(name, parser._option_string_actions, n=1)
         raise UserError(f"unknown flag {name}; " + (f"is it {alike[0]}?" if alike else "see --help for the flags"))
     return vars(values)
+
+
+def renamed_flags(classes: Iterable[type]) -> dict[str, str]:
+    """Spellings of earlier versions, with the present ones."""
+    return {old: item.names[0] for kind in classes for item in declared_flags(kind) for old in item.old_names}
+
+
+def _present_names(argv: Sequence[str] | None, renamed: Mapping[str, str]) -> list[str]:
+    """``argv`` (``sys.argv`` for None) with the present spelling of each flag."""
+    words = []
+    for word in sys.argv[1:] if argv is None else argv:
+        name, equals, value = word.partition("=")
+        words.append(renamed.get(name, name) + equals + value)
+    return words
 
 
 def to_argv(config: Any) -> list[str]:
@@ -238,9 +258,12 @@ def require_at_least(config: Any, least: float, fields: str) -> None:
             raise UserError(f"{flag_name(field)} {value}: must be at least {least}")
 
 
-def deprecations(classes: Iterable[type], given: Iterable[str]) -> list[str]:
-    """A line for each deprecated flag among the ``given`` fields."""
+def deprecations(classes: Iterable[type], given: Iterable[str], argv: Sequence[str] = ()) -> list[str]:
+    """A line for each deprecated flag among the ``given`` fields, and for each old spelling in ``argv``."""
+    words = {word.split("=")[0] for word in argv}
     return [
+        f"warning: {old} is deprecated; use {new}" for old, new in renamed_flags(classes).items() if old in words
+    ] + [
         f"warning: {item.names[0]} is deprecated; {item.deprecated}"
         for config_class in classes
         for item in declared_flags(config_class)
@@ -275,6 +298,6 @@ def parse(
     values = complete(given)
     configs: dict[str, Any] = {name: build(config_class, values) for name, config_class in classes.items()}
     if speaks:
-        for line in deprecations(classes.values(), given):
+        for line in deprecations(classes.values(), given, sys.argv[1:] if argv is None else argv):
             print(line, file=sys.stderr)
     return configs

@@ -155,9 +155,8 @@ class RunConfig:
         if self.optimizer.optimizer == "sgd" and self.weighting.dwm_preconditioner == "adam":
             raise UserError("--dwm-preconditioner adam needs --optimizer adam, not sgd; use --dwm-preconditioner none")
         if not self.weighting.dwm_target_data_path and not self.data.mock_data:
-            raise UserError(
-                "--dwm-mode bilevel needs --dwm-target-data-path; give the target set, or use --dwm-mode off"
-            )
+            mode = "--dwm-mode bilevel" if self.weighting.dwm_rule is None else f"--dwm-rule {self.weighting.dwm_rule}"
+            raise UserError(f"{mode} needs --dwm-target-data-path; give the target set, or use --dwm-mode off")
 
     @property
     def data_parallel_size(self) -> int:

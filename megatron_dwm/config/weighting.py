@@ -14,18 +14,26 @@ class WeightingConfig:
     """Data weighting model (DWM)."""
 
     dwm_mode: Literal["off", "frozen", "bilevel", "rule"] = flag(
-        "bilevel", "off: plain Megatron; frozen: use the weighter of --dwm-load; bilevel: learn it."
+        "bilevel",
+        "off: plain Megatron; frozen: use the weighter of --dwm-load; bilevel: learn it; rule: weigh by --dwm-rule, to "
+        "compare with.",
     )
-    dwm_rule: Literal["random", "loss", "shuffled", "oracle"] | None = flag(None, "Rule.")
-    dwm_rule_strength: float = flag(1.0, "Strength.")
-    dwm_rule_sources: list[str] | None = flag(None, "Sources.")
+    dwm_rule: Literal["random", "loss", "shuffled", "oracle"] | None = flag(
+        None,
+        "Rule of rule mode. random: normally distributed scores; loss: a sample's loss before the step, standardized; "
+        "shuffled: a weighter is learned, and its scores are given to other samples of the batch; oracle: only samples "
+        "of --dwm-rule-sources count.",
+    )
+    dwm_rule_strength: float = flag(1.0, "Standard deviation of the scores of the rules random and loss.")
+    dwm_rule_sources: list[str] | None = flag(
+        None, "Sources of the training data whose samples count under the rule oracle, by name."
+    )
     dwm_load: str | None = flag(None, "Exported weighter to use (frozen mode).")
     dwm_target_data_path: list[str] | None = flag(
         None,
         "Dataset prefix or blend of the target set, whose loss the weighter lowers.",
-        "--dwm-target-data-path",
-        "--dwm-valid-data-path",
         nargs="*",
+        old_names=("--dwm-valid-data-path",),
     )
     dwm_target_batch_size: int | None = flag(
         None, "Target samples in one outer update; the global batch size if not given."
@@ -107,6 +115,7 @@ class WeightingConfig:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         if self.dwm_warmup_iters is not None and self.dwm_warmup_iters < 0:
             raise UserError(f"--dwm-warmup-iters {self.dwm_warmup_iters}: must not be negative")
+        self._check_rule()
         if self.dwm_mode == "frozen" and self.dwm_load is None:
             raise UserError("--dwm-mode frozen needs --dwm-load; give the folder of an exported weighter")
         if self.dwm_mode != "frozen" and self.dwm_load is not None:
@@ -120,11 +129,27 @@ class WeightingConfig:
                 f"--dwm-check goes with --dwm-mode bilevel, not {self.dwm_mode}, which learns nothing; leave it out"
             )
 
+    def _check_rule(self) -> None:
+        rule, strength, sources = self.dwm_rule, self.dwm_rule_strength, self.dwm_rule_sources
+        if self.dwm_mode == "rule" and rule is None:
+            raise UserError("--dwm-mode rule needs --dwm-rule; give random, loss, shuffled or oracle")
+        if self.dwm_mode != "rule" and rule is not None:
+            raise UserError(f"--dwm-rule {rule} goes with --dwm-mode rule, not {self.dwm_mode}; change one")
+        if not strength >= 0:
+            raise UserError(f"--dwm-rule-strength {strength}: must be at least 0")
+        if strength != 1.0 and rule not in ("random", "loss"):
+            raise UserError(f"--dwm-rule-strength {strength} goes with --dwm-rule random or loss; leave it out")
+        if rule == "oracle" and not sources:
+            raise UserError("--dwm-rule oracle needs --dwm-rule-sources; name sources of the training data")
+        if rule != "oracle" and sources:
+            raise UserError(f"--dwm-rule-sources {' '.join(sources)} goes with --dwm-rule oracle; leave it out")
+
     @property
     def has_weighter(self) -> bool:
-        """Whether a weighter exists at all."""
-        return self.dwm_mode in ("frozen", "bilevel") or self.dwm_rule == "shuffled"
+        """Whether there is a model that scores samples."""
+        return self.dwm_mode == "frozen" or self.needs_target
 
     @property
     def needs_target(self) -> bool:
+        """Whether a weighter is learned, by outer updates that lower the loss on the target set."""
         return self.dwm_mode == "bilevel" or self.dwm_rule == "shuffled"

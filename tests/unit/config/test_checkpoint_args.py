@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,6 +158,12 @@ HOW_IT_IS_COMPUTED = {
     "num_layers_at_start_in_bf16",
     "num_layers_at_end_in_bf16",
 }
+
+
+def test_arguments_saved_under_an_earlier_name_have_the_present_one(monkeypatch: pytest.MonkeyPatch):
+    saved = {"args": Namespace(dwm_valid_data_path=["x"], num_layers=2)}
+    monkeypatch.setattr("megatron.core.dist_checkpointing.load_common_state_dict", lambda folder: saved)
+    assert checkpoint_args.read_arguments(Path("folder")) == {"dwm_target_data_path": ["x"], "num_layers": 2}
 
 
 def test_every_field_of_the_model_is_compared_or_known_not_to_matter():

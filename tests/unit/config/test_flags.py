@@ -27,6 +27,7 @@ class Small:
     fused: bool = flag(True, "A switch that turns off.")
     renamed: bool = flag(True, "Another.", "--without-renamed", "--disable-renamed")
     parts: int = flag(1, "Refused but at its default.", refused="there is one; leave it out")
+    moved: list[str] | None = flag(None, "Another name.", nargs="*", old_names=("--earlier",))
     old: bool = flag(False, "Still works.", deprecated="use --kind b")
     derived: int = 3
 
@@ -106,6 +107,13 @@ def test_a_deprecated_flag_works_and_says_what_to_use(capsys: pytest.CaptureFixt
     assert _parse("--rate", "1").fused
     assert capsys.readouterr().err == ""
     assert deprecations([Small], ["size"]) == []
+
+
+@pytest.mark.parametrize("words", [["--earlier", "x"], ["--earlier=x"]])
+def test_an_earlier_spelling_works_and_says_the_present_one(words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert _parse("--rate", "1", *words).moved == ["x"]
+    assert capsys.readouterr().err == "warning: --earlier is deprecated; use --moved\n"
+    assert _parse("--rate", "1", "--moved", "x", speaks=False).moved == ["x"]
 
 
 def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]):

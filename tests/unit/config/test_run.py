@@ -219,6 +219,14 @@ MISTAKES = {
     "--overlap-param-gather": "--use-distributed-optimizer",
     "--ddp-bucket-size 0": "--ddp-bucket-size 0: must be at least 1",
     "--num-workers -1": "--num-workers -1: must be at least 0",
+    "--dwm-mode rule": "--dwm-mode rule needs --dwm-rule",
+    "--dwm-rule random": "--dwm-rule random goes with --dwm-mode rule, not bilevel",
+    "--dwm-mode rule --dwm-rule random --dwm-rule-strength -1": "--dwm-rule-strength -1.0: must be at least 0",
+    "--dwm-mode rule --dwm-rule shuffled --dwm-rule-strength 2": "--dwm-rule-strength 2.0 goes with --dwm-rule random",
+    "--dwm-mode rule --dwm-rule oracle": "--dwm-rule oracle needs --dwm-rule-sources",
+    "--dwm-mode rule --dwm-rule loss --dwm-rule-sources a b": "--dwm-rule-sources a b goes with --dwm-rule oracle",
+    "--dwm-mode rule --dwm-rule loss --dwm-check": "--dwm-check goes with --dwm-mode bilevel, not rule",
+    "--dwm-mode rule --dwm-rule shuffled --dwm-target-batch-size 3": "--dwm-target-batch-size 3 is not divisible",
     "--data-path x": "--mock-data excludes",
     "--tokenizer-type HuggingFaceTokenizer": "needs --tokenizer-model",
     "--tokenizer-metadata /none": "--tokenizer-metadata /none: no such file",
@@ -236,6 +244,19 @@ def test_a_mistake_is_one_line_and_code_2(flags: str, capsys: pytest.CaptureFixt
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert MISTAKES[flags] in error
+
+
+def test_only_what_learns_a_weighter_needs_a_target_set():
+    run = RUN.replace("--mock-data", "--data-path x")
+    for mode in ("bilevel", "rule --dwm-rule shuffled"):
+        with pytest.raises(UserError, match="needs --dwm-target-data-path"):
+            _parse(f"{run} --dwm-mode {mode}")
+        assert _parse(f"{run} --dwm-mode {mode} --dwm-target-data-path y").weighting.has_weighter
+    for rule in ("random --dwm-rule-strength 0.5", "loss", "oracle --dwm-rule-sources x"):
+        weighting = _parse(f"{run} --dwm-mode rule --dwm-rule {rule}").weighting
+        assert not weighting.has_weighter and not weighting.needs_target
+    assert _parse(f"{run} --dwm-mode frozen --dwm-load x").weighting.has_weighter
+    assert not _parse(f"{run} --dwm-mode off").weighting.has_weighter
 
 
 @pytest.mark.parametrize(
