@@ -71,24 +71,20 @@ class ModelSpaceState:
 
     def __init__(self, components: TrainComponents, saved: SavedCheckpoint, load: Load) -> None:
         self.components, self.saved, self.load = components, saved, load
-        self.sharded_model: dict[str, Any] = {}
+        self._templates: dict[torch.nn.Parameter, dict[str, Any]] = {}
 
     def template(self, sharded_model: dict[str, Any]) -> dict[str, Any]:
         """Return nothing: it is loaded after the model, whose own tensors may be among what is read."""
-        self.sharded_model = sharded_model
+        main = next((f"{STATE}{name}" for name in ("fp32_param", PARAM) if _has_state(self.saved, name)), None)
+        prefixes = {PARAM: main, **{name: STATE + name for name in MOMENTS if _has_state(self.saved, name)}}
+        for param, entry in _sharded_parameters(self.components, sharded_model):
+            self._templates[param] = {name: _template_of(entry, param, prefix) for name, prefix in prefixes.items()}
         return {}
 
     def apply(self, loaded: Mapping[str, Any]) -> None:
         """Load the tensors and put them where the run's optimizer keeps them."""
-        main = next((f"{STATE}{name}" for name in ("fp32_param", PARAM) if _has_state(self.saved, name)), None)
-        prefixes = {PARAM: main, **{name: STATE + name for name in MOMENTS if _has_state(self.saved, name)}}
-        entries = dict(_sharded_parameters(self.components, self.sharded_model))
-        template = {
-            str(number): {name: _template_of(entry, param, prefix) for name, prefix in prefixes.items()}
-            for number, (param, entry) in enumerate(entries.items())
-        }
-        states = self.load(template)
-        by_parameter = {param: states[str(number)] for number, param in enumerate(entries)}
+        states = self.load({str(number): state for number, state in enumerate(self._templates.values())})
+        by_parameter = {param: states[str(number)] for number, param in enumerate(self._templates)}
         common = self.saved.common["optimizer"]
         _set_states(self.components.optimizer, by_parameter, saved_step(_inner(common)), common.get("grad_scaler"))
 
