@@ -106,17 +106,24 @@ def build_trainer(config: RunConfig, device: torch.device, process: Process) -> 
     # Imported here, after the flags are known to be good: these imports take seconds.
     from megatron_dwm.cli.rank_agreement import rank_facts
     from megatron_dwm.training.dataloaders import Dataloaders
-    from megatron_dwm.training.setup import build_language_model, build_trainer_parts, load_if_there, read_inputs
+    from megatron_dwm.training.setup import (
+        build_language_model,
+        build_trainer_parts,
+        hold_folders,
+        load_if_there,
+        read_inputs,
+    )
     from megatron_dwm.training.trainer import Trainer
     from megatron_dwm.weighting.build import WeightingContext, build_weighting, check_gradients, read_weighting_inputs
 
     with process.startup_sync.phase("inputs"):
-        inputs = read_inputs(config, should_check_data=process.rank == 0)
+        save_folder = hold_folders(config, process.rank)
+        inputs = read_inputs(config, process.rank, process.world_size)
         weighting_inputs = read_weighting_inputs(config, inputs.tokenizer)
     with process.startup_sync.phase("agreement"):
         process.startup_sync.require_same(rank_facts(config, inputs.paths, weighting_inputs.folder_model))
     language_model = build_language_model(config, inputs, device, process.startup_sync)
-    train_state, weighting_state = load_if_there(config, language_model)
+    train_state, weighting_state = load_if_there(config, inputs, language_model, save_folder)
     dataloaders = Dataloaders(
         config, inputs.paths, inputs.tokenizer, language_model.parallel_state, process.startup_sync, train_state
     )
@@ -141,7 +148,7 @@ def build_trainer(config: RunConfig, device: torch.device, process: Process) -> 
         batch, target = dataloaders.peek(train_state.consumed_train_samples, consumed_target)
         with process.startup_sync.phase("hypergradient"):
             check_gradients(context, batch, target)
-    parts = build_trainer_parts(config, language_model, dataloaders, train_state, process.startup_sync)
+    parts = build_trainer_parts(config, language_model, dataloaders, train_state, process.startup_sync, save_folder)
     return Trainer(config, parts, weighting)
 
 
@@ -168,6 +175,6 @@ def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
 
 def _read_saved(flags: CheckpointConfig) -> Mapping[str, Any]:
     # Only --use-checkpoint-args reads a checkpoint before the configuration is whole, and imports all it takes.
-    from megatron_dwm.training.checkpoint import saved_arguments
+    from megatron_dwm.training.checkpoint_folders import saved_arguments
 
     return saved_arguments(flags)

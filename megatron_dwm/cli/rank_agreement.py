@@ -15,7 +15,7 @@ from megatron_dwm.config.flags import flag_name
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.blend import DataPaths
 from megatron_dwm.data.index_cache import data_stamp
-from megatron_dwm.training.checkpoint import latest_checkpoint
+from megatron_dwm.training.checkpoint_folders import latest_checkpoint
 from megatron_dwm.weighting.weighter import model_digest
 
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine", "megatron-dwm")

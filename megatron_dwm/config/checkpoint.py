@@ -49,6 +49,11 @@ class CheckpointConfig:
     non_persistent_global_ckpt_dir: str | None = flag(
         None, "Folder of non-persistent checkpoints. Default: non_persistent in the --save or --load folder."
     )
+    checkpoint_checksums: bool = flag(
+        True,
+        "Neither write checksums of a checkpoint's files nor verify them when it is loaded.",
+        "--no-checkpoint-checksums",
+    )
     use_checkpoint_args: bool = flag(
         False, "Take the model's flags from the checkpoint; sizes only where they are not given."
     )

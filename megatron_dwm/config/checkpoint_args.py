@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from megatron_dwm.config.flags import declared_flags
 from megatron_dwm.config.model import ModelConfig, lacking_flag
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError
+from megatron_dwm.safe_unpickling import UnreadableFile, read_torch_file
 
 UNKNOWN_PARTS = (
     "activation_func_clamp_value",
@@ -83,17 +85,21 @@ RENAMED = {"dwm_valid_data_path": "dwm_target_data_path"}
 
 
 def read_arguments(folder: Path) -> dict[str, Any]:
-    """The arguments that the checkpoint in ``folder`` was saved with, by their present names.
+    """Return the arguments that the checkpoint in ``folder`` was saved with, by their present names.
+
+    Whether a tokenizer may run code of its own is not among them: that is for who reads the checkpoint to say.
 
     Raises:
         UserError: it has none.
     """
-    from megatron.core import dist_checkpointing
-
-    common = dist_checkpointing.load_common_state_dict(str(folder))
-    if "args" not in common:
+    try:
+        common = read_torch_file(folder / "common.pt")
+    except UnreadableFile as error:
+        raise UserError(f"{folder}: {error}; the checkpoint is damaged, give another") from None
+    arguments = common.get("args") if isinstance(common, dict) else None
+    if not isinstance(arguments, Namespace):
         raise UserError(f"{folder}: its common.pt holds no arguments; it is not a checkpoint of pretraining")
-    return {RENAMED.get(name, name): value for name, value in vars(common["args"]).items()}
+    return {RENAMED.get(name, name): value for name, value in vars(arguments).items() if name != "trust_remote_code"}
 
 
 def effective_arguments(saved: Mapping[str, Any]) -> dict[str, Any]:

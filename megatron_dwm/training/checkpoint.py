@@ -1,33 +1,34 @@
-"""Checkpoints in megatron-core's ``torch_dist`` format, with Megatron-LM's folders.
+"""Checkpoints in megatron-core's ``torch_dist`` format, written and loaded.
 
-``<save>/iter_0000100/`` holds what ``checkpoint_contents.py`` names; ``dwm_state.pt`` in it holds the weighter's state;
-``<save>/latest_checkpointed_iteration.txt`` names the newest, or says ``release``: then ``<save>/release/`` holds a
-model to start from. A checkpoint is written beside its place and put there when it is whole, so an interrupted save
-loses nothing.
+A checkpoint's folder (``checkpoint_folders.py``) holds what ``checkpoint_contents.py`` names, the weighting's state in
+``dwm_state.pt`` and the checksums of all files. It is written beside its place and put there when it is whole, so an
+interrupted save loses nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
-from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_dwm.atomic_write import atomic_write_text, publish_folder
-from megatron_dwm.config.checkpoint import CheckpointConfig
-from megatron_dwm.config.checkpoint_args import differing_flag, read_arguments
+from megatron_dwm.atomic_write import atomic_write_text, delete_folder, publish_folder
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.errors import UserError
+from megatron_dwm.model.gpt import current_device
 from megatron_dwm.runtime.logging import timestamp
 from megatron_dwm.runtime.process_groups import ParallelState
+from megatron_dwm.safe_unpickling import restricted_checkpoint_loading, short_reason
+from megatron_dwm.training.checkpoint_checksums import write_checksums, write_rank_checksums
 from megatron_dwm.training.checkpoint_contents import (
     comparable,
     data_parallel_group,
-    megatron_arguments,
     model_key,
     set_rng_state,
     sharded_state,
@@ -35,18 +36,32 @@ from megatron_dwm.training.checkpoint_contents import (
 )
 from megatron_dwm.training.checkpoint_folders import (
     DWM_STATE,
-    RELEASE,
     TRACKER,
+    checkpoints_in,
+    delete_retired,
     iteration_folder,
     iteration_of,
-    latest_checkpoint,
     non_persistent_folder,
+    retired_mark,
     tracked,
 )
-from megatron_dwm.training.optimizer import allocate_state, load_optimizer
+from megatron_dwm.training.lr_schedule import resume_schedule
+from megatron_dwm.training.optimizer import allocate_state
+from megatron_dwm.training.optimizer_state import choose_reader
+from megatron_dwm.training.resume_checks import (
+    check_shapes,
+    has_same_layout,
+    replacing_flags,
+    resumed_schedule,
+    should_load_optimizer,
+)
+from megatron_dwm.training.save_folder import SaveFolder
+from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, reported_damage
 from megatron_dwm.training.train_state import TrainComponents, TrainState
 
 logger = logging.getLogger(__name__)
+
+KEPT_NON_PERSISTENT = 2
 
 
 class CheckpointWriter:
@@ -55,9 +70,22 @@ class CheckpointWriter:
     Every method is collective.
     """
 
-    def __init__(self, config: RunConfig, components: TrainComponents, parallel_state: ParallelState) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        components: TrainComponents,
+        parallel_state: ParallelState,
+        save_folder: SaveFolder | None = None,
+    ) -> None:
+        """
+        Args:
+            save_folder: the first rank's hold on the folder, which ends when the writer is closed.
+        """
         self.config, self.components, self.parallel_state = config, components, parallel_state
+        self._save_folder = save_folder
         self._queue: Any = None
+        # What fails in a process that writes is raised here, and said in one line.
+        logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
         if config.checkpoint.async_save:
             from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
@@ -65,33 +93,73 @@ class CheckpointWriter:
             self._queue = AsyncCallsQueue(persistent=torch.cuda.is_available())
 
     def save(self, train_state: TrainState, dwm_state: dict[str, Any], *, persistent: bool = True) -> None:
-        """Write a checkpoint, or begin to.
+        """Write a checkpoint, or begin to; none of a model whose parameters are not finite.
 
         Args:
             dwm_state: the weighting's state; none is written if it is empty.
             persistent: whether it is to stay until ``--save-retain-interval`` says otherwise; of the others only the
                 newest two are kept.
-        """
-        from megatron.core import dist_checkpointing
-        from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
-        from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
+        Raises:
+            UserError: the folder cannot be written.
+        """
         self.finish()  # one at a time
         flags, iteration = self.config.checkpoint, train_state.iteration
         save = flags.save or "."
         root = Path(save) if persistent else non_persistent_folder(flags, save)
+        if not self._is_finite():
+            logger.warning(f"no checkpoint of iteration {iteration} is written: the parameters are not finite")
+            return
         beside = root / f".{iteration_folder(root, iteration).name}.partial"
         logger.info(f"[{timestamp()}] saving checkpoint at iteration {iteration:7d} to {root} in torch_dist format")
-        if self.parallel_state.is_first_rank:
-            if not persistent:
-                _drop_all_but_newest(root)
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            if dwm_state:
+        with self._reported_failure(root, beside, iteration):
+            if self.parallel_state.is_first_rank:
+                if not persistent:
+                    _drop_all_but_newest(root)
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir(parents=True)
+            dist.barrier()
+            request = self._request(beside, train_state)
+            if dwm_state and self.parallel_state.is_first_rank:
                 torch.save(dwm_state, beside / DWM_STATE)
-        dist.barrier()
+            request.add_finalize_fn(lambda: self._publish(root, beside, iteration))
+            if self._queue is None:
+                request.execute_sync()
+                dist.barrier()
+                return
+            self._pending = (root, beside, iteration)
+            self._queue.schedule_async_request(request)
+        logger.info(f"  [{timestamp()}] scheduled an async checkpoint save at iteration {iteration:7d} to {root}")
 
-        metadata = sharding_metadata(self.config)
+    def poll(self) -> None:
+        """Put a checkpoint that has been written in the background into its place."""
+        self._finalize(blocking=False)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is in its place."""
+        self._finalize(blocking=True)
+
+    def close(self) -> None:
+        """Finish, end the background's worker, and let other runs have the folder."""
+        self.finish()
+        if self._queue is not None:
+            self._queue.close()
+        if self._save_folder is not None:
+            self._save_folder.close()
+
+    def _finalize(self, *, blocking: bool) -> None:
+        if self._queue is not None and self._queue.get_num_unfinalized_calls():
+            with self._reported_failure(*self._pending):
+                self._queue.maybe_finalize_async_calls(blocking=blocking)
+
+    def _request(self, beside: Path, train_state: TrainState) -> Any:
+        """Prepare to write all shards, and write what is not sharded."""
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+        from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+
+        flags, metadata = self.config.checkpoint, sharding_metadata(self.config)
+        allocate_state(self.components.optimizer)  # in fp16 it may not have made its first step yet
         state = sharded_state(
             self.config,
             self.components,
@@ -109,105 +177,103 @@ class CheckpointWriter:
             state,
             str(beside),
             strategy,
-            async_sharded_save=self._queue is not None,
+            async_sharded_save=True,
             preprocess_common_before_consistancy_check=comparable,
             content_metadata={key: value for key, value in metadata.items() if key != "dp_cp_group"},
         )
-        if self._queue is None:
-            dist.barrier()
-            self._publish(root, beside, iteration)
-            dist.barrier()
-            return
-        request.add_finalize_fn(lambda: self._publish(root, beside, iteration))
-        self._queue.schedule_async_request(request)
-        logger.info(f"  [{timestamp()}] scheduled an async checkpoint save at iteration {iteration:7d} to {root}")
-
-    def poll(self) -> None:
-        """Put a checkpoint that has been written in the background into its place."""
-        if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=False)
-
-    def finish(self) -> None:
-        """Wait until the last checkpoint is in its place."""
-        if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=True)
-
-    def close(self) -> None:
-        """Finish, and end the background's worker."""
-        if self._queue is not None:
-            self._queue.close()
+        if request.async_fn is not None and flags.checkpoint_checksums:
+            request = request._replace(async_fn=partial(_write_with_checksums, request.async_fn, beside))
+        return request
 
     def _publish(self, root: Path, beside: Path, iteration: int) -> None:
         """Put the whole checkpoint into its place and name it as the latest; the first rank's work."""
         if not self.parallel_state.is_first_rank:
             return
+        if self.config.checkpoint.checkpoint_checksums:
+            write_checksums(beside)
         final = iteration_folder(root, iteration)
         publish_folder(beside, final)
         previous = tracked(root)
+        retained = self.config.checkpoint.save_retain_interval
+        is_persistent = root == Path(self.config.checkpoint.save or ".")
+        retired = previous if is_persistent and _is_unretained(previous, final, retained) else None
+        if retired is not None:  # the mark outlives a kill between the next two steps
+            retired_mark(retired).touch()
         atomic_write_text(root / TRACKER, str(iteration))
         logger.info(
             f"  [{timestamp()}] successfully saved checkpoint from iteration {iteration:7d} to {root} "
             f"{self.parallel_state.tp_pp_label}"
         )
-        retained = self.config.checkpoint.save_retain_interval
-        if root == Path(self.config.checkpoint.save or ".") and _unretained(previous, final, retained):
-            assert previous is not None
-            shutil.rmtree(previous, ignore_errors=True)
-            number = iteration_of(previous)
+        if retired is not None:
+            delete_retired(root)
+            number = iteration_of(retired)
             logger.info(f"  [{timestamp()}] successfully deleted checkpoint from iteration {number:7d} at {root}")
 
+    def _is_finite(self) -> bool:
+        """Whether all parameters of the model, on all ranks, are finite."""
+        bad = torch.zeros((), device=current_device())
+        for chunk in self.components.chunks:
+            for param in chunk.parameters():
+                bad += (~torch.isfinite(param.detach())).any()
+        dist.all_reduce(bad)
+        return not bool(bad)
 
-def saved_arguments(flags: CheckpointConfig) -> dict[str, Any]:
-    """The arguments of the checkpoint that the flags name, for ``--use-checkpoint-args``.
+    @contextlib.contextmanager
+    def _reported_failure(self, root: Path, beside: Path, iteration: int) -> Iterator[None]:
+        """Turn what fails in writing into a UserError, and leave nothing half-written.
 
-    Raises:
-        UserError: there is no checkpoint, or it holds no arguments.
-    """
-    folder = latest_checkpoint(flags)
-    if folder is None:
-        raise UserError(f"--use-checkpoint-args: --load {flags.load} holds no checkpoint; give a folder that does")
-    return read_arguments(folder)
+        Raises:
+            UserError: the block failed.
+        """
+        from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
+
+        try:
+            yield
+            return
+        except CheckpointException as error:
+            causes = [cause for cause, _ in error.failures.values()]
+            reason = short_reason(causes[0] if causes else error)
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if self.parallel_state.is_first_rank:
+            shutil.rmtree(beside, ignore_errors=True)
+        latest = tracked(root)
+        remedy = f"the last whole checkpoint is {latest.name}" if latest is not None else "no checkpoint is there yet"
+        raise UserError(
+            f"--save {root}: the checkpoint of iteration {iteration} cannot be written ({reason}); make room or give "
+            f"another folder, {remedy}"
+        )
+
+
+def _write_with_checksums(write: Callable[..., None], folder: Path, rank: int, buckets: Any, results: Any) -> None:
+    """Write one rank's files, maybe in a process of its own, then leave their checksums beside them."""
+    write(rank, buckets, results)
+    with contextlib.suppress(OSError):  # a failed write is in the results, and raised from there
+        write_rank_checksums(folder, rank, [Path(bucket[0]) for bucket in buckets])
 
 
 def load_checkpoint(
-    config: RunConfig, folder: Path, components: TrainComponents, parallel_state: ParallelState
-) -> tuple[TrainState, dict[str, Any] | None]:
-    """Restore ``objects`` from ``folder``; every rank calls it.
+    config: RunConfig, saved: SavedCheckpoint, components: TrainComponents, parallel_state: ParallelState
+) -> tuple[TrainState, dict[str, Any]]:
+    """Restore ``components`` from a checkpoint that :func:`check_resume` has passed; every rank calls it.
 
     Returns:
-        the progress the checkpoint was saved at (zero with ``--finetune``, iteration zero of a release) and the
-        weighter's state, if it has one.
+        the counters that the checkpoint was saved at (zero with ``--finetune``, iteration zero of a release) and the
+        weighting's state, empty if there is none.
 
     Raises:
-        UserError: the checkpoint is of another model, or its optimizer cannot be loaded under this layout.
+        UserError: the checkpoint's tensors do not fit the model, or its files are damaged.
     """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+    flags, arguments = config.checkpoint, saved.arguments
+    starts_anew = flags.finetune or saved.is_release
+    with_optimizer = should_load_optimizer(config, saved)
+    with_rng = not (starts_anew or flags.no_load_rng) and _has_rng(saved)
+    if with_rng and not has_same_layout(config, saved):
+        logger.info(" > random state is not taken over: it belongs to another TP or PP size")
+        with_rng = False
 
-    flags = config.checkpoint
-    common = dist_checkpointing.load_common_state_dict(str(folder))
-    saved = common.get("args", Namespace())
-    _check_same_model(config, saved)
-    same_layout = (
-        getattr(saved, "tensor_model_parallel_size", 1),
-        getattr(saved, "pipeline_model_parallel_size", 1),
-    ) == (config.parallel.tp, config.parallel.pp)
-    anew = flags.finetune or folder.name == RELEASE
-    with_optimizer = not (anew or flags.no_load_optim or getattr(saved, "no_save_optim", False))
-    with_rng = not (anew or flags.no_load_rng or getattr(saved, "no_save_rng", False)) and same_layout
-
-    metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
-    sharding = metadata.get("distrib_optim_sharding_type")
-    moves_optimizer = with_optimizer and config.parallel.use_distributed_optimizer and not same_layout
-    if moves_optimizer and sharding != "fully_reshardable":
-        raise UserError(
-            f"--load {flags.load}: the distributed optimizer's state was saved as {sharding} and cannot move to "
-            "another TP or PP size; save with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
-        )
-    metadata["dp_cp_group"] = data_parallel_group()
-    if with_optimizer:
-        allocate_state(components.optimizer)
+    metadata = {**(saved.common.get("content_metadata") or {}), "dp_cp_group": data_parallel_group()}
+    load = partial(_load_sharded, saved, flags.ckpt_fully_parallel_load)
     template = sharded_state(
         config,
         components,
@@ -215,47 +281,65 @@ def load_checkpoint(
         parallel_state,
         metadata,
         is_loading=True,
-        with_optimizer=with_optimizer,
+        with_optimizer=False,
         with_rng=with_rng,
     )
-    strategy = get_default_load_sharded_strategy(str(folder))
-    if flags.ckpt_fully_parallel_load:
-        strategy = FullyParallelLoadStrategyWrapper(strategy, data_parallel_group())
-    state = dist_checkpointing.load(template, str(folder), strategy, strict="assume_ok_unexpected")
+    reader = None
+    if with_optimizer:
+        reader = choose_reader(saved, components, metadata, parallel_state.mp_rank, load)
+        template |= reader.template(template)
+    check_shapes(saved, template)
+    state = load(template)
 
     for number, chunk in enumerate(components.chunks):
         chunk.load_state_dict(state[model_key(components, number)])
-    if with_optimizer:
-        load_optimizer(components.optimizer, state["optimizer"])
-        components.scheduler.load_state_dict(state["opt_param_scheduler"])
-    elif config.optimizer.fp16 or config.optimizer.bf16:
-        components.optimizer.reload_model_params()
+    if reader is not None:
+        reader.apply(state)
+        resumed = resumed_schedule(config, saved)
+        resume_schedule(components.scheduler, resumed.schedule, saved.common["opt_param_scheduler"]["num_steps"])
+        for line in (*resumed.messages, *replacing_flags(config, saved)):
+            logger.info(line)
+    else:
+        if not (starts_anew or flags.no_load_optim):
+            logger.info(" > the checkpoint holds no optimizer state: optimizer and schedule start anew")
+        if config.optimizer.fp16 or config.optimizer.bf16:
+            components.optimizer.reload_model_params()
     if with_rng:
         set_rng_state(state["rng_state"][0])
     dist.barrier()
+    operations = saved.common.get("num_floating_point_operations_so_far", 0)
     if flags.finetune:
-        done = state.get("num_floating_point_operations_so_far", 0)
-        return TrainState(num_floating_point_operations_so_far=done), None
+        return TrainState(num_floating_point_operations_so_far=operations), {}
     train_state = TrainState(
-        iteration=0 if anew else state["iteration"],
-        consumed_train_samples=getattr(saved, "consumed_train_samples", 0),
-        skipped_train_samples=getattr(saved, "skipped_train_samples", 0),
-        consumed_valid_samples=getattr(saved, "consumed_valid_samples", 0),
-        num_floating_point_operations_so_far=state.get("num_floating_point_operations_so_far", 0),
+        iteration=0 if starts_anew else saved.common["iteration"],
+        consumed_train_samples=getattr(arguments, "consumed_train_samples", 0),
+        skipped_train_samples=getattr(arguments, "skipped_train_samples", 0),
+        consumed_valid_samples=getattr(arguments, "consumed_valid_samples", 0),
+        num_floating_point_operations_so_far=operations,
     )
-    path = folder / DWM_STATE
-    has_weighter = path.is_file() and not anew
-    return train_state, torch.load(path, map_location="cpu", weights_only=True) if has_weighter else None
+    return train_state, {} if starts_anew else saved.read_dwm_state()
 
 
-def _check_same_model(config: RunConfig, saved: Namespace) -> None:
-    finetune = config.checkpoint.finetune
-    run = vars(megatron_arguments(config, TrainState()))
-    if difference := differing_flag(run, vars(saved), finetune=finetune):
-        raise UserError(f"--load {config.checkpoint.load}: {difference}")
+def _load_sharded(saved: SavedCheckpoint, should_spread: bool, template: dict[str, Any]) -> dict[str, Any]:
+    """Load a template of sharded tensors; every rank calls it."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+
+    folder = str(saved.folder)
+    strategy = get_default_load_sharded_strategy(folder)
+    if should_spread:
+        strategy = FullyParallelLoadStrategyWrapper(strategy, data_parallel_group())
+    with reported_damage(saved.folder), restricted_checkpoint_loading():
+        state: dict[str, Any] = dist_checkpointing.load(template, folder, strategy, strict="assume_ok_unexpected")
+    return state
 
 
-def _unretained(previous: Path | None, current: Path, retain_interval: int | None) -> bool:
+def _has_rng(saved: SavedCheckpoint) -> bool:
+    return any(key.startswith("rng_state/") for key in saved.metadata.state_dict_metadata)
+
+
+def _is_unretained(previous: Path | None, current: Path, retain_interval: int | None) -> bool:
     """Whether the checkpoint before this one is not to be kept."""
     if retain_interval is None or previous is None or previous == current or previous.is_symlink():
         return False
@@ -263,5 +347,5 @@ def _unretained(previous: Path | None, current: Path, retain_interval: int | Non
 
 
 def _drop_all_but_newest(root: Path) -> None:
-    for folder in sorted(root.glob("iter_*"))[:-1]:
-        shutil.rmtree(folder)
+    for folder in checkpoints_in(root)[: -(KEPT_NON_PERSISTENT - 1)]:
+        delete_folder(folder)

@@ -7,8 +7,11 @@ says ``release``: then ``<save>/release/`` holds a model to start from. ``<save>
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from megatron_dwm.atomic_write import delete_folder
 from megatron_dwm.config.checkpoint import CheckpointConfig
+from megatron_dwm.config.checkpoint_args import read_arguments
 from megatron_dwm.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -46,27 +49,62 @@ def latest_checkpoint(flags: CheckpointConfig) -> Path | None:
     A non-persistent checkpoint is taken if it is as new as the persistent one, with ``--non-persistent-ckpt-type``.
 
     Raises:
-        UserError: a checkpoint is asked for by name, or must exist, and does not.
+        UserError: there is no such checkpoint. Only a run that continues in its own ``--save`` folder starts anew where
+            that holds none yet: the same command then starts it and goes on with it.
     """
     if flags.load is None:
         return None
     root = Path(flags.load)
-    folder = iteration_folder(root, flags.ckpt_step) if flags.ckpt_step else tracked(root)
+    folder = iteration_folder(root, flags.ckpt_step) if flags.ckpt_step is not None else tracked(root)
     if flags.non_persistent_ckpt_type is not None:
         newest = tracked(non_persistent_folder(flags, flags.load))
         if newest is not None and (folder is None or iteration_of(newest) >= iteration_of(folder)):
             folder = newest
     if folder is None:
-        if flags.exit_on_missing_checkpoint:
-            raise UserError(
-                f"--load {root}: no {TRACKER} there; check the path, or leave out --exit-on-missing-checkpoint"
-            )
-        return None
+        if is_first_start(flags):
+            if flags.exit_on_missing_checkpoint:
+                raise UserError(
+                    f"--load {root}: no {TRACKER} there; check the path, or leave out --exit-on-missing-checkpoint"
+                )
+            return None
+        raise UserError(f"--load {root}: {_what_is_there(root)}")
     if not (folder / "metadata.json").is_file():
-        raise UserError(
-            f"--load {folder.parent}: {folder.name} is not a whole torch_dist checkpoint; give --ckpt-step of another"
-        )
+        there = "does not exist" if not folder.exists() else "is not a whole torch_dist checkpoint"
+        raise UserError(f"--load {folder.parent}: {folder.name} {there}; {_other_steps(folder.parent)}")
     return folder
+
+
+def saved_arguments(flags: CheckpointConfig) -> dict[str, Any]:
+    """Return the arguments of the checkpoint that the flags name, for ``--use-checkpoint-args``.
+
+    Raises:
+        UserError: there is no checkpoint, or it holds no arguments.
+    """
+    folder = latest_checkpoint(flags)
+    if folder is None:
+        raise UserError(f"--use-checkpoint-args: --load {flags.load} holds no checkpoint; give a folder that does")
+    return read_arguments(folder)
+
+
+def is_first_start(flags: CheckpointConfig) -> bool:
+    """Whether ``--load`` is the ``--save`` folder of a run that has not saved anything yet."""
+    if flags.load is None or flags.save is None or flags.finetune:
+        return False
+    root = Path(flags.load)
+    is_same = root.resolve() == Path(flags.save).resolve()
+    return is_same and (not root.exists() or (root.is_dir() and not _looks_like_checkpoints(root)))
+
+
+def older_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints beside ``folder`` of earlier iterations, the newest first."""
+    before = iteration_of(folder) if folder.name != RELEASE else 0
+    return [other for other in reversed(checkpoints_in(folder.parent)) if iteration_of(other) < before]
+
+
+def checkpoints_in(root: Path) -> list[Path]:
+    """Return the folders of checkpoints in ``root``, by iteration."""
+    found = [path for path in root.glob("iter_*") if path.name.removeprefix("iter_").isdigit() and path.is_dir()]
+    return sorted(found, key=iteration_of)
 
 
 def tracked(root: Path) -> Path | None:
@@ -78,9 +116,49 @@ def tracked(root: Path) -> Path | None:
     path = root / TRACKER
     if not path.is_file():
         return None
-    text = path.read_text().strip()
+    text = path.read_text(encoding="utf-8", errors="replace").strip()
     if text == RELEASE:
         return root / RELEASE
-    if not text.isdigit():
-        raise UserError(f"{path}: says {text!r} where an iteration belongs; write the number of a checkpoint there")
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise UserError(f"{path}: says {text[:40]!r} where an iteration belongs; {_other_steps(root)}")
     return iteration_folder(root, int(text))
+
+
+def retired_mark(folder: Path) -> Path:
+    """Return the file that marks a checkpoint to be deleted as soon as the tracker names another."""
+    return folder.with_name(f".{folder.name}.retired")
+
+
+def delete_retired(root: Path) -> None:
+    """Delete the checkpoints that are marked to go, unless the tracker still names them."""
+    current = tracked(root)
+    for mark in root.glob(".iter_*.retired"):
+        folder = root / mark.name.removeprefix(".").removesuffix(".retired")
+        if folder != current and folder.exists():
+            delete_folder(folder)
+        mark.unlink()
+
+
+def _what_is_there(root: Path) -> str:
+    """Return what ``--load`` names in place of a folder of checkpoints, and the remedy."""
+    if not root.exists():
+        return "does not exist; check the path, or leave it out to start anew"
+    if not root.is_dir():
+        return "is a file; give the folder that a run saved to"
+    if (root / "metadata.json").is_file() or (root / "common.pt").is_file():
+        step = root.name.removeprefix("iter_").lstrip("0")
+        named = f", and --ckpt-step {step}" if root.name.startswith("iter_") and step.isdigit() else ""
+        return f"is one checkpoint; give the folder that it is in, {root.parent}{named}"
+    if _looks_like_checkpoints(root):
+        return f"holds checkpoints but no {TRACKER}; {_other_steps(root)}"
+    return f"no {TRACKER} there; check the path, or leave it out to start anew"
+
+
+def _looks_like_checkpoints(root: Path) -> bool:
+    names = (RELEASE, "metadata.json", "common.pt")
+    return bool(checkpoints_in(root)) or any((root / name).exists() for name in names)
+
+
+def _other_steps(root: Path) -> str:
+    steps = [str(iteration_of(path)) for path in checkpoints_in(root) if (path / "metadata.json").is_file()]
+    return f"give --ckpt-step of one that is there ({', '.join(steps[-5:])})" if steps else "give another folder"

@@ -18,8 +18,8 @@ from megatron_dwm.data.validation import check_masks
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.runtime.startup_sync import StartupSync
-from megatron_dwm.training.checkpoint import saved_arguments
 from megatron_dwm.training.checkpoint_contents import megatron_arguments
+from megatron_dwm.training.checkpoint_folders import saved_arguments
 from megatron_dwm.training.train_state import TrainState
 
 logger = logging.getLogger(__name__)

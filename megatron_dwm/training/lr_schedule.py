@@ -1,44 +1,250 @@
-"""The schedule of learning rate and weight decay; megatron-core counts it in samples."""
+"""The schedule of learning rate and weight decay: from the flags, from a checkpoint, and which of the two counts.
+
+megatron-core counts a schedule in samples.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
+from megatron_dwm.errors import UserError
 
 
-def build_scheduler(settings: OptimizerConfig, training: TrainingConfig, global_batch_size: int, optimizer: Any) -> Any:
-    """Build megatron-core's schedule for ``optimizer``."""
+@dataclass(frozen=True)
+class Schedule:
+    """A schedule of learning rate and weight decay."""
+
+    max_lr: float
+    min_lr: float
+    init_lr: float
+    """Learning rate that the warm-up starts at."""
+    lr_warmup_steps: float
+    """Samples of the warm-up."""
+    lr_decay_steps: int
+    """Samples until the learning rate is at its lowest, warm-up included."""
+    lr_decay_style: str
+    wsd_decay_steps: int | None
+    """Samples of WSD's last phase."""
+    lr_wsd_decay_style: str
+    start_wd: float
+    end_wd: float
+    wd_incr_steps: int
+    """Samples of the whole run."""
+    wd_incr_style: str
+    decoupled_lr: float | None = None
+    """Of the embedding and output layers."""
+    decoupled_min_lr: float | None = None
+
+    @staticmethod
+    def from_flags(settings: OptimizerConfig, training: TrainingConfig, global_batch_size: int) -> Schedule:
+        """Return the schedule that the flags describe."""
+        assert settings.lr is not None
+        warmup: float
+        if training.train_iters is not None:
+            total = training.train_iters * global_batch_size
+            decay = (settings.lr_decay_iters or training.train_iters) * global_batch_size
+            warmup = settings.lr_warmup_iters * global_batch_size
+            wsd = settings.lr_wsd_decay_iters * global_batch_size if settings.lr_wsd_decay_iters is not None else None
+        else:
+            assert training.train_samples is not None
+            total = training.train_samples
+            decay = settings.lr_decay_samples or total
+            warmup, wsd = settings.lr_warmup_samples, settings.lr_wsd_decay_samples
+        if settings.lr_warmup_fraction is not None:
+            warmup = settings.lr_warmup_fraction * decay
+        start_wd = end_wd = settings.weight_decay
+        if settings.weight_decay_incr_style != "constant":
+            assert settings.start_weight_decay is not None and settings.end_weight_decay is not None
+            start_wd, end_wd = settings.start_weight_decay, settings.end_weight_decay
+        return Schedule(
+            max_lr=settings.lr,
+            min_lr=settings.min_lr,
+            init_lr=settings.lr_warmup_init,
+            lr_warmup_steps=warmup,
+            lr_decay_steps=decay,
+            lr_decay_style=settings.lr_decay_style,
+            wsd_decay_steps=wsd,
+            lr_wsd_decay_style=settings.lr_wsd_decay_style,
+            start_wd=start_wd,
+            end_wd=end_wd,
+            wd_incr_steps=total,
+            wd_incr_style=settings.weight_decay_incr_style,
+            decoupled_lr=settings.decoupled_lr,
+            decoupled_min_lr=settings.decoupled_min_lr,
+        )
+
+    @staticmethod
+    def from_checkpoint(state: Mapping[str, Any], arguments: Mapping[str, Any], flags: Schedule) -> Schedule:
+        """Return the schedule that a checkpoint was saved with.
+
+        Args:
+            state: the schedule's state, as megatron-core saves it.
+            arguments: those of the checkpoint, which hold what that state leaves out.
+            flags: for what neither says.
+        """
+        found = {field.name: state[field.name] for field in dataclasses.fields(Schedule) if field.name in state}
+        if "global_batch_size" in arguments:
+            found["init_lr"] = arguments.get("lr_warmup_init", flags.init_lr)
+            found["lr_wsd_decay_style"] = arguments.get("lr_wsd_decay_style", flags.lr_wsd_decay_style)
+            found["decoupled_lr"] = arguments.get("decoupled_lr")
+            found["decoupled_min_lr"] = arguments.get("decoupled_min_lr")
+            iterations, samples = arguments.get("lr_wsd_decay_iters"), arguments.get("lr_wsd_decay_samples")
+            found["wsd_decay_steps"] = iterations * arguments["global_batch_size"] if iterations else samples
+        return dataclasses.replace(flags, **found)
+
+
+def build_scheduler(schedule: Schedule, optimizer: Any) -> Any:
+    """Build megatron-core's scheduler for ``optimizer``."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    warmup: float
-    if training.train_iters is not None:
-        total = training.train_iters * global_batch_size
-        decay = (settings.lr_decay_iters or training.train_iters) * global_batch_size
-        warmup = settings.lr_warmup_iters * global_batch_size
-        wsd = settings.lr_wsd_decay_iters * global_batch_size if settings.lr_wsd_decay_iters is not None else None
-    else:
-        assert training.train_samples is not None
-        total = training.train_samples
-        decay = settings.lr_decay_samples or total
-        warmup, wsd = settings.lr_warmup_samples, settings.lr_wsd_decay_samples
-    if settings.lr_warmup_fraction is not None:
-        warmup = settings.lr_warmup_fraction * decay
-    constant = settings.weight_decay_incr_style == "constant"
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=settings.lr_warmup_init,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=warmup,
-        lr_decay_steps=decay,
-        lr_decay_style=settings.lr_decay_style,
-        start_wd=settings.weight_decay if constant else settings.start_weight_decay,
-        end_wd=settings.weight_decay if constant else settings.end_weight_decay,
-        wd_incr_steps=total,
-        wd_incr_style=settings.weight_decay_incr_style,
-        use_checkpoint_opt_param_scheduler=settings.use_checkpoint_opt_param_scheduler,
-        override_opt_param_scheduler=settings.override_opt_param_scheduler,
-        wsd_decay_steps=wsd,
-        lr_wsd_decay_style=settings.lr_wsd_decay_style,
+    values = dataclasses.asdict(schedule)
+    for of_parameter_groups in ("decoupled_lr", "decoupled_min_lr"):
+        del values[of_parameter_groups]
+    return OptimizerParamScheduler(optimizer, **values)
+
+
+def resume_schedule(scheduler: Any, schedule: Schedule, consumed: int) -> None:
+    """Continue ``schedule`` after ``consumed`` samples, in the scheduler and in its optimizer's parameter groups.
+
+    megatron-core's own loading would keep the highest and lowest learning rate that the checkpoint has for each
+    group whatever the flags say, and leave the flags' weight decay for one step when it takes the checkpoint's.
+    """
+    for field in dataclasses.fields(Schedule):
+        if hasattr(scheduler, field.name):
+            setattr(scheduler, field.name, getattr(schedule, field.name))
+    for group in scheduler.optimizer.param_groups:
+        is_decoupled = not group.get("default_config", True)
+        group["max_lr"], group["min_lr"] = schedule.max_lr, schedule.min_lr
+        if is_decoupled and schedule.decoupled_lr is not None:
+            group["max_lr"] = schedule.decoupled_lr
+            group["min_lr"] = schedule.min_lr if schedule.decoupled_min_lr is None else schedule.decoupled_min_lr
+    scheduler.num_steps = consumed
+    scheduler.step(increment=0)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The schedule that a resumed run follows, and what is to be said of it."""
+
+    schedule: Schedule
+    messages: tuple[str, ...] = ()
+
+
+def choose_schedule(
+    flags: Schedule,
+    saved: Schedule,
+    settings: OptimizerConfig,
+    training: TrainingConfig,
+    global_batch_size: int,
+    saved_batch_size: int,
+) -> Resumed:
+    """Return the schedule of a run that resumes from a checkpoint.
+
+    As in Megatron-LM the two must agree unless a flag says which one counts. But for the length: a run that is made
+    longer or shorter spreads its decay over the new length, where the decay has no length of its own.
+
+    Raises:
+        UserError: they differ in more than the length.
+    """
+    unit = global_batch_size if training.train_iters is not None else 1
+    differences = _differences(flags, saved, settings, training, unit)
+    if not differences or settings.override_opt_param_scheduler:
+        return Resumed(flags)
+    if (flags.decoupled_lr is None) != (saved.decoupled_lr is None):
+        raise _disagreement(differences["decoupled_lr"])
+    if settings.use_checkpoint_opt_param_scheduler:
+        listed = ", ".join(f"{flag} {found} in place of {value}" for flag, value, found in differences.values())
+        return Resumed(saved, (f" > the schedule is the checkpoint's: {listed}",))
+
+    if unit != 1 and saved_batch_size != global_batch_size:
+        raise UserError(
+            f"--global-batch-size {global_batch_size} is not what the checkpoint was saved with, {saved_batch_size}, "
+            "and moves the schedule, which is counted in samples; give --override-opt-param-scheduler to take it "
+            "from the flags, or --use-checkpoint-opt-param-scheduler to keep the checkpoint's"
+        )
+    followed = flags
+    if flags.wd_incr_steps != saved.wd_incr_steps:
+        del differences["wd_incr_steps"]
+        if saved.lr_decay_steps == saved.wd_incr_steps and flags.lr_decay_steps == flags.wd_incr_steps:
+            differences.pop("lr_decay_steps", None)
+        if settings.lr_warmup_fraction is not None and _is_fraction(saved, settings.lr_warmup_fraction):
+            differences.pop("lr_warmup_steps", None)
+            followed = dataclasses.replace(flags, lr_warmup_steps=saved.lr_warmup_steps)  # it is over, or on its way
+    for difference in differences.values():
+        raise _disagreement(difference)
+    if followed.lr_decay_steps == saved.lr_decay_steps or followed.lr_decay_style == "constant":
+        return Resumed(followed)
+    name = "--train-iters" if training.train_iters is not None else "--train-samples"
+    return Resumed(
+        followed,
+        (
+            f" > {name}: the learning rate decays over {_counted(followed.lr_decay_steps, unit)} instead of the "
+            f"checkpoint's {_counted(saved.lr_decay_steps, unit)}; --use-checkpoint-opt-param-scheduler keeps those",
+        ),
     )
+
+
+Difference = tuple[str, Any, Any]
+"""A flag, its value, and the checkpoint's value."""
+
+
+def _differences(
+    flags: Schedule, saved: Schedule, settings: OptimizerConfig, training: TrainingConfig, unit: int
+) -> dict[str, Difference]:
+    """Return the flags whose value is not the checkpoint's, by field of Schedule; lengths in the unit of the flags."""
+    suffix = "iters" if training.train_iters is not None else "samples"
+    has_own_decay = getattr(settings, f"lr_decay_{suffix}") is not None
+    is_constant_wd = settings.weight_decay_incr_style == "constant"
+    names = {
+        "max_lr": "--lr",
+        "min_lr": "--min-lr",
+        "init_lr": "--lr-warmup-init",
+        "lr_warmup_steps": f"--lr-warmup-{suffix}" if settings.lr_warmup_fraction is None else "--lr-warmup-fraction",
+        "lr_decay_steps": f"--lr-decay-{suffix}" if has_own_decay else f"--train-{suffix}",
+        "lr_decay_style": "--lr-decay-style",
+        "wsd_decay_steps": f"--lr-wsd-decay-{suffix}",
+        "lr_wsd_decay_style": "--lr-wsd-decay-style",
+        "start_wd": "--weight-decay" if is_constant_wd else "--start-weight-decay",
+        "end_wd": "--weight-decay" if is_constant_wd else "--end-weight-decay",
+        "wd_incr_steps": f"--train-{suffix}",
+        "wd_incr_style": "--weight-decay-incr-style",
+        "decoupled_lr": "--decoupled-lr",
+        "decoupled_min_lr": "--decoupled-min-lr",
+    }
+    ineffective = set()
+    if "WSD" not in (flags.lr_decay_style, saved.lr_decay_style):
+        ineffective |= {"wsd_decay_steps", "lr_wsd_decay_style"}
+    if flags.lr_warmup_steps == saved.lr_warmup_steps == 0:
+        ineffective.add("init_lr")
+    differences: dict[str, Difference] = {}
+    for field, name in names.items():
+        value, found = getattr(flags, field), getattr(saved, field)
+        if field in ineffective or value == found:
+            continue
+        if field.endswith("_steps"):
+            value, found = (_counted(steps, unit) for steps in (value, found))
+        differences[field] = (name, value, found)
+    return differences
+
+
+def _disagreement(difference: Difference) -> UserError:
+    flag, value, found = difference
+    return UserError(
+        f"{flag} {value} is not what the checkpoint was saved with, {found}; give --override-opt-param-scheduler to "
+        "take the schedule from the flags, or --use-checkpoint-opt-param-scheduler to keep the checkpoint's"
+    )
+
+
+def _is_fraction(schedule: Schedule, fraction: float) -> bool:
+    return abs(schedule.lr_warmup_steps - fraction * schedule.lr_decay_steps) <= 1
+
+
+def _counted(steps: float | None, unit: int) -> str:
+    """Return a number of samples in iterations of ``unit`` samples, or in samples if it is 1."""
+    if steps is None:
+        return "nothing"
+    return f"{steps:g} samples" if unit == 1 else f"{steps / unit:g} iterations"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +21,12 @@ from megatron_dwm.runtime.startup_sync import StartupSync
 from megatron_dwm.training.checkpoint import CheckpointWriter, load_checkpoint
 from megatron_dwm.training.checkpoint_folders import latest_checkpoint, loading_line
 from megatron_dwm.training.dataloaders import Dataloaders
-from megatron_dwm.training.lr_schedule import build_scheduler
+from megatron_dwm.training.lr_schedule import Schedule, build_scheduler
 from megatron_dwm.training.optimizer import build_optimizer
 from megatron_dwm.training.reporter import Reporter
+from megatron_dwm.training.resume_checks import check_resume, resumed_vocab_size
+from megatron_dwm.training.save_folder import SaveFolder, check_writable
+from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, open_checkpoint
 from megatron_dwm.training.train_state import TrainComponents, TrainState
 from megatron_dwm.training.trainer import TrainerParts
 from megatron_dwm.weighting.policy import State
@@ -36,6 +40,8 @@ class RunInputs:
 
     tokenizer: Any
     paths: DataPaths
+    checkpoint: SavedCheckpoint | None
+    """The one to go on from; None to start anew."""
 
     @property
     def vocab_size(self) -> int:
@@ -53,11 +59,29 @@ class LanguageModel:
     padded_vocab_size: int
 
 
-def read_inputs(config: RunConfig, *, should_check_data: bool) -> RunInputs:
-    """Open and check the tokenizer and the data.
+def hold_folders(config: RunConfig, rank: int) -> SaveFolder | None:
+    """Take the ``--save`` folder for this run, and check that all that is written to can be.
 
-    Args:
-        should_check_data: whether this process opens the datasets (one of a run is enough).
+    Returns:
+        the folder, on the first rank; other runs may have it when this process ends.
+
+    Raises:
+        UserError: a folder cannot be written to, or another run writes to ``--save``.
+    """
+    if rank != 0:
+        return None
+    paths = {
+        "--data-cache-path": config.data.data_cache_path,
+        "--tensorboard-dir": config.logging.tensorboard_dir,
+        "--metrics-jsonl": config.logging.metrics_jsonl and str(Path(config.logging.metrics_jsonl).parent),
+        "--non-persistent-global-ckpt-dir": config.checkpoint.non_persistent_global_ckpt_dir,
+    }
+    check_writable({flag: Path(path) for flag, path in paths.items() if path})
+    return SaveFolder(Path(config.checkpoint.save)) if config.checkpoint.save else None
+
+
+def read_inputs(config: RunConfig, rank: int, world_size: int) -> RunInputs:
+    """Open and check the tokenizer, the data and the checkpoint; the first rank checks the data for all.
 
     Raises:
         UserError: whatever is wrong with them.
@@ -65,10 +89,15 @@ def read_inputs(config: RunConfig, *, should_check_data: bool) -> RunInputs:
     settings = config.weighting
     tokenizer = build_tokenizer(config.tokenizer)
     paths = data_paths(config.data, settings.dwm_target_data_path if settings.needs_target else None)
-    if should_check_data:
+    if rank == 0:
         check_data(paths, config.model.sequence, int(tokenizer.vocab_size), has_evaluation=config.data.eval_iters > 0)
-    latest_checkpoint(config.checkpoint)
-    return RunInputs(tokenizer, paths)
+    folder = latest_checkpoint(config.checkpoint)
+    if folder is None:
+        return RunInputs(tokenizer, paths, None)
+    should_verify = config.checkpoint.checkpoint_checksums
+    checkpoint = open_checkpoint(folder, should_verify=should_verify, rank=rank, world_size=world_size)
+    check_resume(config, checkpoint)
+    return RunInputs(tokenizer, paths, checkpoint)
 
 
 def build_language_model(
@@ -88,6 +117,7 @@ def build_language_model(
             device,
             resets_attention_mask=config.data.reset_attention_mask,
         )
+        padded = _padded_vocab_size(config, inputs)
     if config.training.deterministic_mode:
         torch.use_deterministic_algorithms(True)
     parallel_state = initialize(
@@ -99,9 +129,6 @@ def build_language_model(
         startup_sync.world_size,
     )
     set_seeds(config.training.seed, parallel_state)
-    padded = config.model.padded_vocab_size or padded_vocab_size(
-        inputs.vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.tp
-    )
     bare = build_model_chunks(
         core_config,
         config.model,
@@ -111,8 +138,8 @@ def build_language_model(
     chunks = wrap_with_ddp(bare, core_config, config.parallel, config.optimizer, config.training)
     optimizer = build_optimizer(config, chunks)
     bind_schedule_hooks(core_config, chunks, optimizer, config.parallel)
-    scheduler = build_scheduler(config.optimizer, config.training, config.global_batch_size, optimizer)
-    components = TrainComponents(chunks, optimizer, scheduler)
+    schedule = Schedule.from_flags(config.optimizer, config.training, config.global_batch_size)
+    components = TrainComponents(chunks, optimizer, build_scheduler(schedule, optimizer))
     engine = PipelineEngine(
         chunks,
         core_config,
@@ -125,8 +152,21 @@ def build_language_model(
     return LanguageModel(parallel_state, engine, components, padded)
 
 
-def load_if_there(config: RunConfig, language_model: LanguageModel) -> tuple[TrainState, State]:
+def _padded_vocab_size(config: RunConfig, inputs: RunInputs) -> int:
+    model, tp = config.model, config.parallel.tp
+    padded = model.padded_vocab_size or padded_vocab_size(inputs.vocab_size, model.make_vocab_size_divisible_by, tp)
+    if inputs.checkpoint is None:
+        return padded
+    return resumed_vocab_size(inputs.checkpoint, padded, inputs.vocab_size, model.padded_vocab_size, tp)
+
+
+def load_if_there(
+    config: RunConfig, inputs: RunInputs, language_model: LanguageModel, save_folder: SaveFolder | None
+) -> tuple[TrainState, State]:
     """Load the checkpoint that the flags name, if there is one; every rank calls it.
+
+    Args:
+        save_folder: on the first rank, if the run saves.
 
     Returns:
         how far its run had come, and its weighting's state (empty if it has none).
@@ -134,17 +174,22 @@ def load_if_there(config: RunConfig, language_model: LanguageModel) -> tuple[Tra
     Raises:
         UserError: the checkpoint does not fit.
     """
-    checkpoint = latest_checkpoint(config.checkpoint)
-    if checkpoint is None:
+    if save_folder is not None:
+        save_folder.create()
+    if inputs.checkpoint is None:
+        if config.checkpoint.load is not None:
+            logger.info(f" > --load {config.checkpoint.load} holds no checkpoint yet: the run starts anew")
+        elif save_folder is not None:
+            save_folder.warn_of_other_run()
         return TrainState(), {}
-    parallel_state = language_model.parallel_state
-    logger.info(loading_line(checkpoint))
-    train_state, weighting_state = load_checkpoint(config, checkpoint, language_model.components, parallel_state)
+    folder, parallel_state = inputs.checkpoint.folder, language_model.parallel_state
+    logger.info(loading_line(folder))
+    train_state, weighting_state = load_checkpoint(config, inputs.checkpoint, language_model.components, parallel_state)
     logger.info(
-        f"  successfully loaded checkpoint from {checkpoint.parent} {parallel_state.tp_pp_label} "
+        f"  successfully loaded checkpoint from {folder.parent} {parallel_state.tp_pp_label} "
         f"at iteration {train_state.iteration}"
     )
-    return train_state, weighting_state or {}
+    return train_state, weighting_state
 
 
 def build_trainer_parts(
@@ -153,6 +198,7 @@ def build_trainer_parts(
     dataloaders: Dataloaders,
     train_state: TrainState,
     startup_sync: StartupSync,
+    save_folder: SaveFolder | None,
 ) -> TrainerParts:
     """Build the reporter and the checkpoint writer; every rank calls it. The first files are written here.
 
@@ -168,6 +214,6 @@ def build_trainer_parts(
         components=components,
         dataloaders=dataloaders,
         reporter=reporter,
-        checkpoints=CheckpointWriter(config, components, parallel_state),
+        checkpoints=CheckpointWriter(config, components, parallel_state, save_folder),
         train_state=train_state,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import pickle
@@ -12,11 +13,14 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.managers import SyncManager
 from typing import Any, TypeVar
 
 import megatron.core  # noqa: F401  imported here so that workers inherit it
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_dwm.runtime.device import select_device
 from tests.turns import several_processes
@@ -123,6 +127,18 @@ def _call(rank: int, world_size: int, listener: socket.socket, fn: Callable[...,
     )
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=5))
     return fn(*args)
+
+
+@functools.cache
+def checkpoint_manager() -> SyncManager:
+    """The process that megatron-core keeps a rank's list of written files in.
+
+    megatron-core starts one at each rank's first checkpoint, and that process imports torch to hold the first entry;
+    this one has done so once for all runs.
+    """
+    manager = multiprocessing.get_context("spawn").Manager()
+    manager.Queue().put(WriteResult(MetadataIndex("any"), size_in_bytes=0, storage_data=None))
+    return manager
 
 
 def become_rank(rank: int, world_size: int, port: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import multiprocessing
@@ -16,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_dwm.cli import pretrain as pretrain_command
 from megatron_dwm.runtime.process_groups import free_port
-from tests.distributed.harness import become_rank
+from tests.distributed.harness import become_rank, checkpoint_manager
 from tests.turns import several_processes
 
 # What a run imports on its way, here so that its processes inherit it: two seconds each.
@@ -109,7 +106,7 @@ def pretrain(
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("fork")
     port = free_port()
-    manager = _checkpoint_manager()
+    manager = checkpoint_manager()
     workers = [
         context.Process(target=_work, args=(rank, processes, port, argv, folder, main, manager))
         for rank in range(processes)
@@ -136,18 +133,6 @@ def succeed(folder: Path, processes: int, flags: dict[str, Any]) -> Finished:
 def records(path: Path, kind: str) -> list[dict[str, Any]]:
     """The records of one kind in a run's JSON lines."""
     return [record for line in path.read_text().splitlines() if (record := json.loads(line))["kind"] == kind]
-
-
-@functools.cache
-def _checkpoint_manager() -> SyncManager:
-    """The process that megatron-core keeps a rank's list of written files in.
-
-    megatron-core starts one at each rank's first checkpoint, and that process imports torch to hold the first entry;
-    this one has done so once for all runs.
-    """
-    manager = multiprocessing.get_context("spawn").Manager()
-    manager.Queue().put(WriteResult(MetadataIndex("any"), size_in_bytes=0, storage_data=None))
-    return manager
 
 
 def _work(

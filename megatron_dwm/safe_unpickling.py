@@ -1,0 +1,161 @@
+"""Reading pickles that others may have written, without running code that is in them.
+
+A pickle names the functions that rebuild its objects, and ordinary unpickling calls whatever is named. What a
+checkpoint needs is known, so here anything else is refused: in ``common.pt`` and single objects by torch's
+``weights_only`` loading, in ``.metadata``, which torch reads with plain pickle, by the list below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_PLANNER = "torch.distributed.checkpoint.planner"
+_DTYPES = """
+    bfloat16 bool complex128 complex64 float16 float32 float64 float8_e4m3fn float8_e5m2 int16 int32 int64 int8 uint8
+"""
+ALLOWED: frozenset[tuple[str, str]] = frozenset(
+    {
+        *(("torch", name) for name in _DTYPES.split()),
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        (_METADATA, "BytesStorageMetadata"),
+        (_METADATA, "ChunkStorageMetadata"),
+        (_METADATA, "Metadata"),
+        (_METADATA, "MetadataIndex"),
+        (_METADATA, "StorageMeta"),
+        (_METADATA, "TensorProperties"),
+        (_METADATA, "TensorStorageMetadata"),
+        (_METADATA, "_MEM_FORMAT_ENCODING"),
+        (_PLANNER, "BytesIOWriteData"),
+        (_PLANNER, "SavePlan"),
+        (_PLANNER, "TensorWriteData"),
+        (_PLANNER, "WriteItem"),
+        (_PLANNER, "WriteItemType"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+        ("pathlib", "PosixPath"),
+        ("pathlib._local", "PosixPath"),
+        ("collections", "OrderedDict"),
+    }
+)
+"""Module and name of all that a ``.metadata`` file may name: plain data classes and enumerations."""
+
+_DAMAGE = (
+    AttributeError,
+    EOFError,
+    ImportError,
+    IndexError,
+    KeyError,
+    MemoryError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
+"""What unpickling raises when bytes are missing or wrong."""
+
+
+class UnreadableFile(Exception):
+    """A file that cannot be read, by name, and why."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+def read_metadata(path: Path) -> Any:
+    """Return the ``Metadata`` in a checkpoint's ``.metadata`` file.
+
+    Raises:
+        UnreadableFile: the file is missing or damaged, or names what is not allowed.
+    """
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except _DAMAGE as error:
+        raise UnreadableFile(f"{path.name} cannot be read ({short_reason(error)})") from None
+    if not isinstance(metadata, Metadata):
+        raise UnreadableFile(f"{path.name} holds a {type(metadata).__name__} in place of a checkpoint's description")
+    return metadata
+
+
+def read_torch_file(path: Path) -> Any:
+    """Return what a file of ``torch.save`` holds: tensors, plain values, and the classes of Megatron-LM's arguments.
+
+    Raises:
+        UnreadableFile: the file is missing or damaged, or names what is not allowed.
+    """
+    try:
+        return load_restricted(BytesIO(path.read_bytes()))
+    except _DAMAGE as error:
+        raise UnreadableFile(f"{path.name} cannot be read ({short_reason(error)})") from None
+
+
+def load_restricted(content: BytesIO) -> Any:
+    """Return what ``torch.save`` wrote, if it is of allowed classes alone."""
+    import megatron.core  # noqa: F401  registers the classes of Megatron-LM's arguments with torch
+    import torch
+
+    return torch.load(content, map_location="cpu", weights_only=True)
+
+
+def short_reason(error: BaseException) -> str:
+    """Return the type and the telling line of an error that unpickling raised."""
+    lines = str(error).strip().splitlines() or [""]
+    telling = next((line.partition("WeightsUnpickler error: ")[2] for line in lines if "WeightsUnpickler" in line), "")
+    return f"{type(error).__name__}: {telling or lines[0]}"[:200].rstrip(": ")
+
+
+@contextlib.contextmanager
+def restricted_checkpoint_loading() -> Iterator[None]:
+    """While open, megatron-core and torch load checkpoints with the restrictions of this module."""
+    from megatron.core.dist_checkpointing.strategies import torch as strategies
+    from torch.distributed.checkpoint._traverse import set_element
+
+    def reader(checkpoint_dir: str | Path, cache_metadata: bool = False) -> Any:
+        return restricted_reader(Path(checkpoint_dir))
+
+    def load_bytes(planner: Any, read_item: Any, value: BytesIO) -> None:
+        set_element(planner.original_state_dict, planner.mappings[read_item.dest_index.fqn], load_restricted(value))
+
+    # Unsafe loading can be forced on code that does not say what it wants, as megatron-core's of common.pt.
+    forced = os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    replaced = strategies._get_filesystem_reader
+    strategies._get_filesystem_reader = reader
+    strategies.MCoreLoadPlanner.load_bytes = load_bytes
+    try:
+        yield
+    finally:
+        strategies._get_filesystem_reader = replaced
+        del strategies.MCoreLoadPlanner.load_bytes
+        if forced is not None:
+            os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = forced
+
+
+def restricted_reader(folder: Path) -> Any:
+    """Return torch's reader of a checkpoint's folder, with :func:`read_metadata` in place of its own."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import StorageMeta
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            metadata = read_metadata(folder / ".metadata")
+            metadata.storage_meta = metadata.storage_meta or StorageMeta()
+            metadata.storage_meta.load_id = self.load_id
+            return metadata
+
+    return Reader(folder)

@@ -1,0 +1,353 @@
+"""Loading the optimizer's state of a checkpoint, whichever kind of optimizer saved it.
+
+The kinds differ in where a checkpoint keeps the moments of a parameter, and its fp32 copy if the model is in half
+precision. ``KEY`` is the parameter's key in the model:
+
+- without the distributed optimizer: ``optimizer.state.exp_avg.KEY`` and so on; ``optimizer.state.fp32_param.KEY``, or
+  in fp32 ``KEY`` itself;
+- the distributed optimizer, ``--dist-ckpt-optim-fully-reshardable``: the same, and ``optimizer.state.param.KEY``;
+- the distributed optimizer otherwise: flat buckets that hold many parameters each, of this TP and PP size.
+
+State of the run's own kind is loaded by megatron-core. State of another kind is read parameter by parameter and put
+where the run's optimizer keeps it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+from megatron_dwm.errors import UserError
+from megatron_dwm.model.optimizer_parts import optimizer_parts
+from megatron_dwm.training.checkpoint_contents import model_key
+from megatron_dwm.training.optimizer import allocate_state, counts_steps_in_groups
+from megatron_dwm.training.saved_checkpoint import SavedCheckpoint
+from megatron_dwm.training.train_state import TrainComponents
+
+Load = Callable[[dict[str, Any]], dict[str, Any]]
+STATE = "optimizer.state."
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+_BUCKET = re.compile(
+    r"optimizer\.distributed\.dp_group_idx_(?P<group>\d+)\.gbuf_idx_(?P<buffer>\d+)\.dtype_.*"
+    r"\.bucket_idx_(?P<bucket>\d+)\.(?P<name>\w+)"
+)
+PARAM = "param"
+"""Name of a parameter's fp32 value among its state tensors."""
+START_ALIGNMENT = 64
+"""megatron-core starts each parameter at a multiple of this in a bucket of the distributed optimizer."""
+
+
+class NativeState:
+    """State of the run's own kind of optimizer."""
+
+    def __init__(self, optimizer: Any, metadata: Mapping[str, Any]) -> None:
+        self.optimizer, self.metadata = optimizer, dict(metadata)
+
+    def template(self, sharded_model: dict[str, Any]) -> dict[str, Any]:
+        """Return what is to be loaded together with the model."""
+        allocate_state(self.optimizer)
+        with _keeping_hyperparameters(_only_part(self.optimizer)):
+            state = self.optimizer.sharded_state_dict(sharded_model, is_loading=True, metadata=self.metadata)
+        # Groups are matched here: megatron-core would merge those of the checkpoint and of the run by their number.
+        _inner(state).pop("param_groups", None)
+        return {"optimizer": state}
+
+    def apply(self, loaded: Mapping[str, Any]) -> None:
+        """Take the loaded state."""
+        load_optimizer(self.optimizer, loaded["optimizer"])
+
+
+class ModelSpaceState:
+    """State of another kind of optimizer that has a tensor for each parameter."""
+
+    def __init__(self, components: TrainComponents, saved: SavedCheckpoint, load: Load) -> None:
+        self.components, self.saved, self.load = components, saved, load
+        self._templates: dict[torch.nn.Parameter, dict[str, Any]] = {}
+
+    def template(self, sharded_model: dict[str, Any]) -> dict[str, Any]:
+        """Return nothing: it is loaded after the model, whose own tensors may be among what is read."""
+        main = next((f"{STATE}{name}" for name in ("fp32_param", PARAM) if _has_state(self.saved, name)), None)
+        prefixes = {PARAM: main, **{name: STATE + name for name in MOMENTS if _has_state(self.saved, name)}}
+        for param, entry in _sharded_parameters(self.components, sharded_model):
+            self._templates[param] = {name: _template_of(entry, param, prefix) for name, prefix in prefixes.items()}
+        return {}
+
+    def apply(self, loaded: Mapping[str, Any]) -> None:
+        """Load the tensors and put them where the run's optimizer keeps them."""
+        states = self.load({str(number): state for number, state in enumerate(self._templates.values())})
+        by_parameter = {param: states[str(number)] for number, param in enumerate(self._templates)}
+        common = self.saved.common["optimizer"]
+        _set_states(self.components.optimizer, by_parameter, saved_step(_inner(common)), common.get("grad_scaler"))
+
+
+class BucketState:
+    """State of the distributed optimizer in flat buckets, for an optimizer with other buckets or none."""
+
+    def __init__(self, components: TrainComponents, saved: SavedCheckpoint, model_parallel_rank: int) -> None:
+        self.components, self.saved, self.model_parallel_rank = components, saved, model_parallel_rank
+
+    def template(self, sharded_model: dict[str, Any]) -> dict[str, Any]:
+        """Return nothing: buckets are read by themselves."""
+        return {}
+
+    def apply(self, loaded: Mapping[str, Any]) -> None:
+        """Read the buckets and put their tensors where the run's optimizer keeps them.
+
+        Raises:
+            UserError: the buckets do not hold this rank's parameters.
+        """
+        places = {
+            key: match
+            for key in self.saved.shapes
+            if (match := _BUCKET.fullmatch(key)) and int(match["group"]) == self.model_parallel_rank
+        }
+        buffers: dict[int, dict[int, dict[str, torch.Tensor]]] = {}
+        for key, tensor in self.saved.read_tensors(places).items():
+            match = places[key]
+            buffers.setdefault(int(match["buffer"]), {}).setdefault(int(match["bucket"]), {})[match["name"]] = tensor
+        if len(buffers) != len(self.components.chunks):
+            raise UserError(
+                f"{self.saved.folder}: the distributed optimizer's state has {len(buffers)} buffers for "
+                f"{len(self.components.chunks)} parts of the model; load with --no-load-optim"
+            )
+        by_parameter: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
+        for number, chunk in enumerate(self.components.chunks):
+            params = [param for param in chunk.module.parameters() if param.requires_grad]
+            buckets = [buffers[number][bucket] for bucket in sorted(buffers[number])]
+            by_parameter.update(unpack_buckets(buckets, params, self.saved.folder))
+        groups = self.saved.read_object(_bucket_object(self.model_parallel_rank, "optimizer"))
+        scaler_key = _bucket_object(self.model_parallel_rank, "grad_scaler")
+        has_scaler = scaler_key in self.saved.metadata.state_dict_metadata
+        scaler = self.saved.read_object(scaler_key) if has_scaler else None
+        _set_states(self.components.optimizer, by_parameter, saved_step(groups), scaler)
+
+
+def choose_reader(
+    saved: SavedCheckpoint,
+    components: TrainComponents,
+    metadata: Mapping[str, Any],
+    model_parallel_rank: int,
+    load: Load,
+) -> NativeState | ModelSpaceState | BucketState:
+    """Return how the optimizer's state is to be loaded.
+
+    Args:
+        metadata: how the checkpoint's state is sharded.
+        load: loads a template of sharded tensors; a collective call.
+    """
+    part = _only_part(components.optimizer)
+    is_distributed = isinstance(part, DistributedOptimizer)
+    if any(_BUCKET.fullmatch(key) for key in saved.shapes):
+        sizes = saved.read_object(_bucket_object(model_parallel_rank, "per_bucket_numel_unpadded"))
+        if is_distributed and sizes == part.per_bucket_numel_unpadded:
+            return NativeState(components.optimizer, metadata)
+        return BucketState(components, saved, model_parallel_rank)
+    was_distributed = (
+        "distrib_optim_sharding_type" in metadata or "param_state_sharding_type" in saved.common["optimizer"]
+    )
+    was_half = _has_state(saved, "fp32_param")
+    is_half = isinstance(part, Float16OptimizerWithFloat16Params)
+    has_momentum = any(group.get("momentum") for group in part.param_groups)
+    is_native = was_distributed == is_distributed and (is_distributed or was_half == is_half)
+    if is_native and not (has_momentum and not _has_state(saved, "momentum_buffer")):
+        return NativeState(components.optimizer, metadata)
+    return ModelSpaceState(components, saved, load)
+
+
+def _has_state(saved: SavedCheckpoint, name: str) -> bool:
+    return any(key.startswith(f"{STATE}{name}.") for key in saved.shapes)
+
+
+def _bucket_object(model_parallel_rank: int, name: str) -> str:
+    return f"optimizer.distributed.dp_group_idx_{model_parallel_rank}.{name}/shard_0_1"
+
+
+def _template_of(entry: Any, param: torch.Tensor, prefix: str | None) -> Any:
+    """Return what to load a parameter's state tensor into; without a prefix, its value in the model.
+
+    Args:
+        entry: megatron-core's description of the parameter's place in the checkpoint.
+    """
+    value = torch.empty(param.shape, dtype=torch.float32, device="cpu")
+    if prefix is not None:
+        return make_sharded_optimizer_tensor(entry, value, prefix)
+    if isinstance(entry, ShardedTensorFactory):
+        return replace(entry, data=value)
+    return replace(entry, data=value, dtype=value.dtype)
+
+
+def unpack_buckets(
+    buckets: list[dict[str, torch.Tensor]], params: list[torch.nn.Parameter], folder: Path
+) -> dict[torch.nn.Parameter, dict[str, torch.Tensor]]:
+    """Return each parameter's tensors from the flat buckets of one model chunk.
+
+    megatron-core fills buckets with the parameters from the last to the first, each from a multiple of
+    :data:`START_ALIGNMENT` on. A bucket ends with its last parameter, by which it is told where the next one begins.
+
+    Args:
+        buckets: flat tensors by name, in order.
+        params: the chunk's, in the model's order.
+
+    Raises:
+        UserError: the parameters do not fill the buckets.
+    """
+    misfit = UserError(
+        f"{folder}: the distributed optimizer's buckets are not filled by this model's parameters; load with "
+        "--no-load-optim"
+    )
+    unpacked = {}
+    remaining = iter(buckets)
+    bucket: dict[str, torch.Tensor] = {}
+    end = size = 0
+    for param in reversed(params):
+        if end == size:
+            bucket, end = next(remaining, {}), 0
+            if not bucket:
+                raise misfit
+            size = len(bucket[PARAM])
+        start = -(-end // START_ALIGNMENT) * START_ALIGNMENT
+        end = start + param.numel()
+        if end > size:
+            raise misfit
+        unpacked[param] = {name: flat[start:end].view(param.shape) for name, flat in bucket.items()}
+    if end != size or next(remaining, None) is not None:
+        raise misfit
+    return unpacked
+
+
+def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load state of the optimizer's own kind; hyperparameters stay those of the flags.
+
+    Beyond megatron-core's ``load_state_dict`` this holds for torch's optimizers, and for parameter groups that differ
+    in their learning rates alone, which megatron-core takes for one.
+    """
+    part = _only_part(optimizer)
+    inner = _inner(state)
+    step = saved_step(inner)
+    with ExitStack() as stack:
+        stack.enter_context(_keeping_hyperparameters(part))
+        stack.enter_context(torch.no_grad())  # fp32 shards are views of parameters that ask for gradients
+        if isinstance(part, DistributedOptimizer):
+            stack.enter_context(_keeping_steps(part))
+        inner["param_groups"] = part.optimizer.state_dict()["param_groups"]
+        for group in inner["param_groups"] if step is not None else ():
+            group["step"] = step
+        optimizer.load_state_dict(state)
+    _set_step(part.optimizer, step)
+
+
+def saved_step(inner: Mapping[str, Any]) -> float | None:
+    """Return how often an optimizer had stepped when its state was saved; None if it does not count."""
+    step = inner.get("state", {}).get("common_step")
+    if step is None:
+        step = next((group["step"] for group in inner.get("param_groups", ()) if "step" in group), None)
+    return None if step is None else float(step)
+
+
+@contextmanager
+def _keeping_hyperparameters(part: Any) -> Iterator[None]:
+    """While open, megatron-core can tell the parameter groups apart; afterwards they hold what they held before."""
+    before = [{key: value for key, value in group.items() if key != "params"} for group in part.optimizer.param_groups]
+    for number, group in enumerate(part.optimizer.param_groups):
+        group["is_decoupled_lr"] = number
+    yield
+    for group, values in zip(part.optimizer.param_groups, before, strict=True):
+        group.pop("step", None)
+        group.update(values)
+
+
+def _only_part(optimizer: Any) -> Any:
+    (part,) = optimizer_parts(optimizer)  # several are for experts, and there are none here
+    return part
+
+
+def _inner(state: Any) -> Any:
+    """Return the part of an optimizer's state that is the wrapped optimizer's."""
+    return state["optimizer"] if isinstance(state.get("optimizer"), dict) else state
+
+
+def _set_step(optimizer: torch.optim.Optimizer, step: float | None) -> None:
+    if counts_steps_in_groups(optimizer):
+        if step is not None:
+            for group in optimizer.param_groups:
+                group["step"] = int(step)
+        return
+    for state in optimizer.state.values():  # a tensor each: a shared one would be counted up once a parameter
+        state["step"] = torch.tensor(step or 0.0)
+
+
+def _set_states(
+    optimizer: Any,
+    by_parameter: Mapping[torch.nn.Parameter, Mapping[str, torch.Tensor]],
+    step: float | None,
+    grad_scaler: Mapping[str, Any] | None,
+) -> None:
+    """Give each parameter its fp32 value and its state; tensors have the parameter's shape."""
+    allocate_state(optimizer)
+    part = _only_part(optimizer)
+    with torch.no_grad():
+        for param, tensors in by_parameter.items():
+            param.copy_(tensors[PARAM])
+            if isinstance(part, DistributedOptimizer):
+                _set_shard(part, param, tensors)
+                continue
+            main = getattr(param, "main_param", param)  # megatron-core's fp32 copy of a half-precision parameter
+            main.copy_(tensors[PARAM])
+            for name, value in part.optimizer.state[main].items():
+                if name in tensors:
+                    value.copy_(tensors[name])
+    _set_step(part.optimizer, step)
+    if grad_scaler is not None and part.grad_scaler is not None:
+        part.grad_scaler.load_state_dict(dict(grad_scaler))
+
+
+def _set_shard(part: Any, param: torch.nn.Parameter, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give the distributed optimizer what it owns of a parameter."""
+    if param not in part.model_param_group_index_map:
+        return
+    owned = part._get_model_param_range_map(param)["param"]
+    shard = {name: value.flatten()[owned.start : owned.end] for name, value in tensors.items()}
+    with _keeping_steps(part):
+        part._set_main_param_and_optimizer_states(param, shard)
+
+
+@contextmanager
+def _keeping_steps(part: Any) -> Iterator[None]:
+    """While open, tensors are loaded into ``part`` without their step, which is set by itself."""
+    set_states = part._set_main_param_and_optimizer_states
+
+    def set_states_but_step(model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = part.model_param_group_index_map[model_param]
+        state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+        kept = {"step": state["step"]} if isinstance(state.get("step"), torch.Tensor) else {}
+        set_states(model_param, tensors | kept)
+
+    part._set_main_param_and_optimizer_states = set_states_but_step
+    try:
+        yield
+    finally:
+        del part._set_main_param_and_optimizer_states
+
+
+def _sharded_parameters(
+    components: TrainComponents, sharded_model: Mapping[str, Any]
+) -> Iterator[tuple[torch.nn.Parameter, Any]]:
+    """Return the parameters with megatron-core's description of their place in the checkpoint."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    for number, chunk in enumerate(components.chunks):
+        entries = nested_values(sharded_model[model_key(components, number)])
+        by_storage = {id(entry.data): entry for entry in entries if isinstance(entry.data, torch.Tensor)}
+        for param in chunk.module.parameters():
+            if param.requires_grad:
+                yield param, by_storage[id(param)]

@@ -1,0 +1,174 @@
+"""Whether a run can go on from a checkpoint with the flags that it has, before any of it is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_dwm.config.checkpoint_args import differing_flag
+from megatron_dwm.config.flags import flag_name
+from megatron_dwm.config.run import RunConfig
+from megatron_dwm.errors import UserError
+from megatron_dwm.training.checkpoint_contents import megatron_arguments
+from megatron_dwm.training.checkpoint_folders import DWM_STATE
+from megatron_dwm.training.lr_schedule import Resumed, Schedule, choose_schedule
+from megatron_dwm.training.saved_checkpoint import CheckpointDamage, SavedCheckpoint, reported_damage
+from megatron_dwm.training.train_state import TrainState
+
+logger = logging.getLogger(__name__)
+
+WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+_REPLACING = ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad", "dwm_lr", "dwm_weight_decay")
+"""Flags that count as they are given, though a resumed run may have been meant to keep the checkpoint's."""
+
+
+def should_load_optimizer(config: RunConfig, saved: SavedCheckpoint) -> bool:
+    """Whether the optimizer and the schedule continue from the checkpoint."""
+    flags = config.checkpoint
+    has_state = "optimizer" in saved.common or any("optimizer" in key for key in saved.metadata.state_dict_metadata)
+    return has_state and not (flags.finetune or saved.is_release or flags.no_load_optim)
+
+
+def has_same_layout(config: RunConfig, saved: SavedCheckpoint) -> bool:
+    """Whether the checkpoint was saved under this TP and PP size."""
+    arguments = saved.arguments
+    sizes = [getattr(arguments, f"{axis}_model_parallel_size", 1) for axis in ("tensor", "pipeline")]
+    return sizes == [config.parallel.tp, config.parallel.pp]
+
+
+def check_resume(config: RunConfig, saved: SavedCheckpoint) -> None:
+    """Check the flags against the checkpoint; no communication.
+
+    Raises:
+        UserError: it is of another model, of another optimizer or schedule, or its state cannot move to this layout.
+    """
+    load = config.checkpoint.load
+    run, arguments = vars(megatron_arguments(config, TrainState())), vars(saved.arguments)
+    if difference := differing_flag(run, arguments, finetune=config.checkpoint.finetune):
+        raise UserError(f"--load {load}: {difference}")
+    if not should_load_optimizer(config, saved):
+        return
+    name = arguments.get("optimizer", config.optimizer.optimizer)
+    if name != config.optimizer.optimizer:
+        raise UserError(
+            f"--load {load}: --optimizer {config.optimizer.optimizer} cannot go on with the checkpoint's state of "
+            f"{name}; change it, or load with --no-load-optim"
+        )
+    sharding = sharding_type(saved)
+    if sharding not in (None, "fully_reshardable") and not has_same_layout(config, saved):
+        raise UserError(
+            f"--load {load}: the distributed optimizer's state was saved as {sharding} and cannot move to "
+            "another TP or PP size; save with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
+        )
+    try:
+        resumed_schedule(config, saved)
+    except UserError as error:
+        raise UserError(f"--load {load}: {error}") from None
+    had_weighter = arguments.get("dwm_mode") == "bilevel"
+    if config.weighting.needs_target and had_weighter and not (saved.folder / DWM_STATE).exists():
+        with reported_damage(saved.folder):
+            raise CheckpointDamage(f"{DWM_STATE}, the weighter's state, is missing")
+
+
+def sharding_type(saved: SavedCheckpoint) -> str | None:
+    """Return how the distributed optimizer's state was saved; None if it was another optimizer's."""
+    value = (saved.common.get("content_metadata") or {}).get("distrib_optim_sharding_type")
+    return None if value is None else str(value)
+
+
+def resumed_schedule(config: RunConfig, saved: SavedCheckpoint) -> Resumed:
+    """Return the schedule that the run follows.
+
+    Raises:
+        UserError: flags and checkpoint differ, and no flag says which counts.
+    """
+    settings, training, batch = config.optimizer, config.training, config.global_batch_size
+    flags = Schedule.from_flags(settings, training, batch)
+    arguments = vars(saved.arguments)
+    found = Schedule.from_checkpoint(saved.common["opt_param_scheduler"], arguments, flags)
+    return choose_schedule(flags, found, settings, training, batch, arguments.get("global_batch_size", batch))
+
+
+def replacing_flags(config: RunConfig, saved: SavedCheckpoint) -> list[str]:
+    """Return a line for each flag whose value takes the place of the checkpoint's."""
+    flags, arguments = config.flat(), vars(saved.arguments)
+    return [
+        f" > {flag_name(name)} {flags[name]} replaces the checkpoint's {arguments[name]}"
+        for name in _REPLACING
+        if name in arguments and arguments[name] != flags[name] and _has_effect(name, config)
+    ]
+
+
+def _has_effect(name: str, config: RunConfig) -> bool:
+    if name.startswith("dwm_"):
+        return config.weighting.needs_target
+    kind = name.partition("_")[0]
+    return kind not in ("adam", "sgd") or kind == config.optimizer.optimizer
+
+
+def resumed_vocab_size(
+    saved: SavedCheckpoint, padded: int, vocab_size: int, given: int | None, tensor_parallel_size: int
+) -> int:
+    """Return the rows of the vocabulary, padding included, that the model must have to be the checkpoint's.
+
+    Padding follows the TP size, and rows of another number would take part in the softmax with values that nobody
+    trained.
+
+    Args:
+        padded: rows that the flags make.
+        vocab_size: tokens of the tokenizer.
+        given: ``--padded-vocab-size``.
+
+    Raises:
+        UserError: the checkpoint's rows do not fit the tokenizer or this TP size.
+    """
+    shape = saved.shapes.get(WORD_EMBEDDINGS)
+    if shape is None or shape[0] == padded:
+        return padded
+    rows = shape[0]
+    if given is not None:
+        raise UserError(f"--padded-vocab-size {given}: the checkpoint's vocabulary has {rows} rows; leave it out")
+    if rows < vocab_size:
+        raise UserError(
+            f"the tokenizer's {vocab_size} tokens exceed the {rows} rows of the checkpoint's vocabulary; give the "
+            "tokenizer that it was trained with"
+        )
+    if rows % tensor_parallel_size:
+        raise UserError(
+            f"--tensor-model-parallel-size {tensor_parallel_size}: the {rows} rows of the checkpoint's vocabulary "
+            "cannot be divided by it; give another"
+        )
+    logger.info(f" > the vocabulary is padded to {rows} rows as in the checkpoint, not to {padded}")
+    return rows
+
+
+def check_shapes(saved: SavedCheckpoint, template: Mapping[str, Any]) -> None:
+    """Check each tensor that is to be loaded against the checkpoint's; no communication.
+
+    megatron-core does so for most tensors; of embeddings it takes what fits.
+
+    Args:
+        template: sharded tensors, nested.
+
+    Raises:
+        UserError: a tensor is missing or has another shape.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    shapes = saved.shapes
+    entries = [
+        entry
+        for value in nested_values(template)
+        for entry in (nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value])
+        if isinstance(entry, ShardedTensor)
+    ]
+    for entry in entries:
+        found, expected = shapes.get(entry.key), tuple(entry.global_shape)
+        if found != expected:
+            there = "is missing" if found is None else f"has shape {list(found)}"
+            raise UserError(
+                f"--load {saved.folder.parent}: {entry.key} {there} in {saved.folder.name}, but this model's has shape "
+                f"{list(expected)}; give the flags that the checkpoint was saved with"
+            )

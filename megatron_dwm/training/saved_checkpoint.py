@@ -1,0 +1,220 @@
+"""A checkpoint on the disk, opened and verified before anything of it is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import pickle
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dwm.errors import UserError
+from megatron_dwm.safe_unpickling import (
+    UnreadableFile,
+    load_restricted,
+    read_metadata,
+    read_torch_file,
+    restricted_reader,
+    short_reason,
+)
+from megatron_dwm.training.checkpoint_checksums import find_damage, part_of_rank, read_checksums
+from megatron_dwm.training.checkpoint_folders import (
+    DWM_STATE,
+    NON_PERSISTENT,
+    RELEASE,
+    iteration_of,
+    older_checkpoints,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """The parts of a checkpoint that are read before its tensors."""
+
+    folder: Path
+    common: Mapping[str, Any]
+    """What is not sharded: arguments, counters, schedule."""
+    metadata: Any
+    """torch's description of the tensors and objects in the ``.distcp`` files."""
+
+    @property
+    def arguments(self) -> Namespace:
+        """The arguments that it was saved with; none if it holds none."""
+        arguments = self.common.get("args")
+        return arguments if isinstance(arguments, Namespace) else Namespace()
+
+    @property
+    def is_release(self) -> bool:
+        """Whether it is a model to start from, not a run to go on with."""
+        return self.folder.name == RELEASE
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Global shape of each tensor, by key."""
+        described = self.metadata.state_dict_metadata
+        return {key: tuple(entry.size) for key, entry in described.items() if hasattr(entry, "size")}
+
+    def read_tensors(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return whole tensors by key, on the CPU; no communication.
+
+        Raises:
+            UserError: the files are damaged.
+        """
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        described = self.metadata.state_dict_metadata
+        state = {key: torch.empty(described[key].size, dtype=described[key].properties.dtype) for key in keys}
+        with reported_damage(self.folder):
+            load(state, storage_reader=restricted_reader(self.folder), no_dist=True)
+        return state
+
+    def read_object(self, key: str) -> Any:
+        """Return the object saved under ``key``; no communication.
+
+        Raises:
+            UserError: the files are damaged.
+        """
+        with reported_damage(self.folder):
+            (place,) = (place for index, place in self.metadata.storage_data.items() if index.fqn == key)
+            with (self.folder / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                (value,) = load_restricted(BytesIO(file.read(place.length)))
+        return value
+
+    def read_dwm_state(self) -> dict[str, Any]:
+        """Return the weighting's state; empty if there is none.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path = self.folder / DWM_STATE
+        with reported_damage(self.folder):
+            return dict(read_torch_file(path)) if path.exists() else {}
+
+
+class CheckpointDamage(Exception):
+    """What is wrong with a checkpoint's files, in a few words that name the file."""
+
+
+def open_checkpoint(folder: Path, *, should_verify: bool = True, rank: int = 0, world_size: int = 1) -> SavedCheckpoint:
+    """Open a checkpoint; no communication.
+
+    Args:
+        should_verify: whether to hold the files against their checksums.
+        rank: of the processes that open it, which verifies its part of the files.
+
+    Raises:
+        UserError: it is damaged; the message names the file, and the last checkpoint that is whole.
+    """
+    with reported_damage(folder):
+        saved = _open(folder)
+        if not should_verify:
+            return saved
+        checksums = _checksums(folder)
+        if checksums is None:
+            logger.info(f" > {folder} was written without checksums; its files are not verified")
+            return saved
+        if damage := find_damage(folder, part_of_rank(checksums, rank, world_size)):
+            raise CheckpointDamage(damage)
+        return saved
+
+
+def verify_checkpoint(folder: Path, on_read: Callable[[int], object] = lambda size: None) -> SavedCheckpoint:
+    """Open a checkpoint and hold all its files against their checksums, if it has any.
+
+    Args:
+        on_read: told the size of each block that is read.
+
+    Raises:
+        CheckpointDamage: it is not whole.
+    """
+    saved = _open(folder)
+    damage = find_damage(folder, _checksums(folder) or {}, on_read)
+    if damage is not None:
+        raise CheckpointDamage(damage)
+    return saved
+
+
+@contextlib.contextmanager
+def reported_damage(folder: Path) -> Iterator[None]:
+    """Turn what torch and megatron-core raise when files are damaged into a UserError that names the folder.
+
+    Raises:
+        UserError: the block failed.
+    """
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException  # a BaseException: nothing else catches it
+
+    try:
+        yield
+        return
+    except (CheckpointDamage, UnreadableFile) as error:
+        reason = str(error)
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        reason = short_reason(causes[0] if causes else error)
+    except (*_DAMAGE, CheckpointingException) as error:
+        reason = short_reason(error)
+    raise UserError(f"--load {folder.parent}: {folder.name} is damaged: {reason}; {_remedy(folder)}")
+
+
+_DAMAGE = (
+    AssertionError,
+    AttributeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
+
+
+def _open(folder: Path) -> SavedCheckpoint:
+    """Read what :class:`SavedCheckpoint` holds.
+
+    Raises:
+        CheckpointDamage: a file is missing or damaged.
+    """
+    try:
+        described = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+        if described["sharded_backend"] != "torch_dist":
+            raise ValueError(f"sharded_backend {described['sharded_backend']}, not torch_dist")
+    except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointDamage(f"metadata.json cannot be read ({short_reason(error)})") from None
+    try:
+        common = read_torch_file(folder / "common.pt")
+        metadata = read_metadata(folder / ".metadata")
+    except UnreadableFile as error:
+        raise CheckpointDamage(str(error)) from None
+    if not isinstance(common, dict) or not isinstance(metadata.state_dict_metadata, dict):
+        raise CheckpointDamage("common.pt or .metadata is not a checkpoint's")
+    return SavedCheckpoint(folder, common, metadata)
+
+
+def _checksums(folder: Path) -> Any:
+    try:
+        return read_checksums(folder)
+    except ValueError as error:
+        raise CheckpointDamage(str(error)) from None
+
+
+def _remedy(folder: Path) -> str:
+    if folder.parent.name == NON_PERSISTENT:
+        return "leave out --non-persistent-ckpt-type to load a persistent checkpoint"
+    for older in older_checkpoints(folder):
+        with contextlib.suppress(CheckpointDamage):
+            verify_checkpoint(older)
+            return f"give --ckpt-step {iteration_of(older)}, the last one before it that is whole"
+    return "no older checkpoint there is whole"

@@ -1,0 +1,93 @@
+"""Training in several legs, each of which may load a checkpoint first and leave one at its end."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from megatron_dwm.training.checkpoint import CheckpointWriter, load_checkpoint
+from megatron_dwm.training.checkpoint_folders import iteration_folder
+from megatron_dwm.training.lr_schedule import Schedule, build_scheduler
+from megatron_dwm.training.resume_checks import check_resume
+from megatron_dwm.training.saved_checkpoint import open_checkpoint
+from megatron_dwm.training.step import train_step
+from megatron_dwm.training.train_state import TrainComponents, TrainState
+from tests.distributed.engine import NUM_SAMPLES, SEQ_LENGTH, HfState, build_engine, random_tokens
+from tests.distributed.harness import checkpoint_manager, run_distributed
+
+
+@dataclass(frozen=True)
+class Leg:
+    """Some steps of training."""
+
+    flags: Sequence[str]
+    load: tuple[Path, int] | None = None
+    """Folder and iteration of the checkpoint to go on from."""
+    save: Path | None = None
+    """Where to leave a checkpoint after the last step."""
+    last: int = 6
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a leg went."""
+
+    losses: list[float]
+    """On the last pipeline stage, of each step."""
+    rates: list[list[tuple[float, float]]]
+    """Learning rate and weight decay of each parameter group, in each step."""
+    parameters: HfState
+    """At the end."""
+
+
+def train_legs(processes: int, legs: Sequence[Leg]) -> list[Trained]:
+    """Run ``legs`` one after the other; returns how they went, as the last rank saw it."""
+    manager = checkpoint_manager()
+
+    def work() -> list[Trained]:
+        # megatron-core writes from processes of its own, which a daemon may not start.
+        multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+        filesystem_async._results_queue = manager.Queue()
+        return [_train(leg) for leg in legs]
+
+    return run_distributed(work, processes)[-1]
+
+
+def _train(leg: Leg) -> Trained:
+    engine = build_engine([*leg.flags, "--dwm-mode", "off"])
+    config, optimizer = engine.config, engine.optimizer
+    scheduler = build_scheduler(
+        Schedule.from_flags(config.optimizer, config.training, config.global_batch_size), optimizer
+    )
+    components, train_state = TrainComponents(engine.chunks, optimizer, scheduler), TrainState()
+    if leg.load is not None:
+        saved = open_checkpoint(iteration_folder(*leg.load))
+        check_resume(config, saved)
+        train_state, _ = load_checkpoint(config, saved, components, engine.parallel_state)
+    losses: list[float] = []
+    rates = []
+    mask = torch.ones(NUM_SAMPLES, SEQ_LENGTH)
+    for iteration in range(train_state.iteration + 1, leg.last + 1):
+        rates.append([(group["lr"], group["weight_decay"]) for group in optimizer.param_groups])
+        batch = engine.batch(random_tokens(iteration), mask)
+        result = train_step(engine.engine, optimizer, scheduler, batch, 2, None, engine.parallel_state)
+        losses.append(float("nan") if result.loss is None else result.loss)
+        train_state.advance(iteration, NUM_SAMPLES, 0.0)
+    if leg.save is not None:
+        writer = CheckpointWriter(_saving_to(config, leg.save), components, engine.parallel_state)
+        writer.save(train_state, {})
+        writer.close()
+    parameters = engine.parameters()
+    mpu.destroy_model_parallel()
+    return Trained(losses, rates, parameters)
+
+
+def _saving_to(config: Any, folder: Path) -> Any:
+    return replace(config, checkpoint=replace(config.checkpoint, save=str(folder)))
