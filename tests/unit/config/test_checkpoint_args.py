@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_dwm.config import checkpoint_args
 from megatron_dwm.config.checkpoint_args import differing_flag
@@ -160,10 +161,9 @@ HOW_IT_IS_COMPUTED = {
 }
 
 
-def test_arguments_saved_under_an_earlier_name_have_the_present_one(monkeypatch: pytest.MonkeyPatch):
-    saved = {"args": Namespace(dwm_valid_data_path=["x"], num_layers=2)}
-    monkeypatch.setattr("megatron.core.dist_checkpointing.load_common_state_dict", lambda folder: saved)
-    assert checkpoint_args.read_arguments(Path("folder")) == {"dwm_target_data_path": ["x"], "num_layers": 2}
+def test_arguments_saved_under_an_earlier_name_have_the_present_one(tmp_path: Path):
+    torch.save({"args": Namespace(dwm_valid_data_path=["x"], num_layers=2)}, tmp_path / "common.pt")
+    assert checkpoint_args.read_arguments(tmp_path) == {"dwm_target_data_path": ["x"], "num_layers": 2}
 
 
 def test_every_field_of_the_model_is_compared_or_known_not_to_matter():
