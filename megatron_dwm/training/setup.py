@@ -174,8 +174,6 @@ def load_if_there(
     Raises:
         UserError: the checkpoint does not fit.
     """
-    if save_folder is not None:
-        save_folder.create()
     if inputs.checkpoint is None:
         if config.checkpoint.load is not None:
             logger.info(f" > --load {config.checkpoint.load} holds no checkpoint yet: the run starts anew")
@@ -207,6 +205,8 @@ def build_trainer_parts(
     """
     parallel_state, components = language_model.parallel_state, language_model.components
     with startup_sync.phase("metrics"):
+        if save_folder is not None:
+            save_folder.create()
         reporter = Reporter(config, parallel_state, language_model.padded_vocab_size, train_state.iteration)
     return TrainerParts(
         parallel_state=parallel_state,

@@ -120,8 +120,8 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["--dwm-num-layers 9", "--num-layers 4"],
     ),
     "checkpoint that is not there": (
-        {"--load": "{data}", "--exit-on-missing-checkpoint": True},
-        ["--load", "--exit-on-missing-checkpoint"],
+        {"--load": "{data}"},
+        ["--load", "no latest_checkpointed_iteration.txt there"],
     ),
     "checkpoint step that is not there": ({"--load": "{data}", "--ckpt-step": 7}, ["--load", "iter_0000007"]),
 }

@@ -73,7 +73,7 @@ def test_the_models_flags_can_be_taken_from_the_checkpoint(tmp_path: Path):
     flags |= {"--load": tmp_path / "parts", "--save": tmp_path / "parts", "--use-checkpoint-args": True}
     assert records_of(tmp_path / "parts", flags) == expected
     missing = pretrain(tmp_path / "log", 1, {**flags, "--load": tmp_path / "nothing"})
-    assert missing.codes == [2] and "nothing: does not exist" in missing.errors[0]
+    assert missing.codes == [2] and f"--load {tmp_path / 'nothing'}: does not exist" in missing.errors[0]
 
 
 def records_of(save: Path, flags: dict[str, Any]) -> list[float]:
