@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import importlib
 
 from megatron_dwm.errors import UserError
 
-EXTRAS = {"report": ("matplotlib", "jinja2"), "corpora": ("resiliparse",), "tiktoken": ("tiktoken",)}
-"""The modules that each extra of ``pyproject.toml`` installs."""
+EXTRA_OF = {
+    "matplotlib": "report",
+    "jinja2": "report",
+    "pyarrow": "data",
+    "resiliparse": "data",
+    "tiktoken": "tiktoken",
+}
+"""The extra of ``pyproject.toml`` that installs a package."""
 
 
-def require_extra(extra: str, needed_by: str) -> None:
-    """Check that the packages of an extra are installed.
+def require_packages(needed_by: str, *modules: str) -> None:
+    """Check that optional packages can be imported.
 
     Args:
-        extra: a key of ``EXTRAS``.
-        needed_by: the command or flag that needs it, as the user typed it.
+        needed_by: the command or flag that needs them, as the user knows it.
+        modules: keys of ``EXTRA_OF``.
 
     Raises:
-        UserError: a package is missing.
+        UserError: a package is missing; the message names the extra.
     """
-    for module in EXTRAS[extra]:
-        if find_spec(module) is None:
-            raise UserError(f"{needed_by} needs {module}, which is not installed; pip install 'megatron-dwm[{extra}]'")
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            message = f'{needed_by} needs {module}; pip install "megatron-dwm[{EXTRA_OF[module]}]"'
+            raise UserError(message) from None

@@ -30,7 +30,7 @@ from megatron_dwm.benchmarks.programs import call
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.config.flags import flag, require_at_least
 from megatron_dwm.errors import UserError
-from megatron_dwm.extras import require_extra
+from megatron_dwm.extras import require_packages
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(argv: Sequence[str] | None) -> None:
     config, run_flags = parse_benchmark(BenefitConfig, argv, __doc__)
-    require_extra("report", "benchmark benefit")
+    require_packages("benchmark benefit", "matplotlib")
     from megatron_dwm.analysis.plots import save_png
 
     folder = Path(config.output)

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.config.flags import parse
 from megatron_dwm.corpora.corpus import CorpusConfig, table, write_corpus
-from megatron_dwm.extras import require_extra
+from megatron_dwm.extras import require_packages
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     config: CorpusConfig = parse(argv, {"corpus": CorpusConfig}, description=__doc__)["corpus"]
     if config.documentation:
-        require_extra("corpora", "--documentation")
+        require_packages("--documentation", "resiliparse")
         from megatron_dwm.corpora.documentation import documentation_corpus as make_corpus
     else:
         from megatron_dwm.corpora.standard_library import standard_library_corpus as make_corpus

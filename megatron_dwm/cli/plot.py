@@ -11,7 +11,7 @@ from megatron_dwm.analysis.records import read_run
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.config.flags import flag, parse
 from megatron_dwm.errors import UserError
-from megatron_dwm.extras import require_extra
+from megatron_dwm.extras import require_packages
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(argv: Sequence[str] | None) -> None:
     config: PlotConfig = parse(argv, {"plot": PlotConfig}, description=__doc__)["plot"]
-    require_extra("report", "plot")
+    require_packages("plot", "matplotlib")
     from megatron_dwm.analysis.plots import save_png, training_figure
 
     run = Path(config.run)

@@ -21,7 +21,7 @@ from megatron_dwm.analysis.records import RunRecords, read_run
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.config.flags import flag, parse, require_at_least
 from megatron_dwm.errors import UserError
-from megatron_dwm.extras import require_extra
+from megatron_dwm.extras import require_packages
 
 if TYPE_CHECKING:
     from megatron_dwm.analysis.page import Example
@@ -67,7 +67,7 @@ def _main(argv: Sequence[str] | None) -> None:
     if words and not words[0].startswith("-"):
         words.insert(0, "--run")
     config: ReportConfig = parse(words, {"report": ReportConfig}, description=__doc__)["report"]
-    require_extra("report", "report")
+    require_packages("report", "matplotlib", "jinja2")
     from megatron_dwm.analysis.page import make_report, read_benefit, write_page
 
     path = Path(config.run)

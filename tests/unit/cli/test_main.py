@@ -12,7 +12,7 @@ import pytest
 from megatron_dwm import __version__
 from megatron_dwm.cli import benchmark, main, plot
 from megatron_dwm.errors import EXIT_CODE
-from megatron_dwm.extras import EXTRAS
+from megatron_dwm.extras import EXTRA_OF
 from tests.paths import ROOT
 
 if sys.version_info >= (3, 11):
@@ -23,6 +23,7 @@ else:
 COMMANDS = {**main.COMMANDS, **benchmark.BENCHMARKS}
 DOORS = {
     "tools/preprocess_data.py": "preprocess",
+    "tools/check_data.py": "check-data",
     "tools/train_tokenizer.py": "train-tokenizer",
     "tools/build_corpus.py": "build-corpus",
     "tools/export_hf.py": "export-hf",
@@ -104,8 +105,9 @@ def test_the_scripts_are_the_commands():
 
 def test_extras_are_those_of_the_distribution():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {name: set(modules) for name, modules in EXTRAS.items()} == {name: set(declared[name]) for name in EXTRAS}
-    assert declared["all"] == [f"megatron-dwm[{','.join(sorted(EXTRAS))}]"]
+    extras = set(EXTRA_OF.values())
+    assert {module: name for name in extras for module in declared[name]} == EXTRA_OF
+    assert declared["all"] == [f"megatron-dwm[{','.join(sorted(extras))}]"]
 
 
 def test_a_command_whose_packages_are_missing_names_the_extra(
@@ -115,5 +117,4 @@ def test_a_command_whose_packages_are_missing_names_the_extra(
     with pytest.raises(SystemExit) as ended:
         plot.main(["--run", str(tmp_path)])
     assert ended.value.code == EXIT_CODE
-    expected = "error: plot needs matplotlib, which is not installed; pip install 'megatron-dwm[report]'\n"
-    assert capsys.readouterr().err == expected
+    assert capsys.readouterr().err == 'error: plot needs matplotlib; pip install "megatron-dwm[report]"\n'
