@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_dwm.errors import UserError, shortened
+from megatron_dwm.extras import require_packages
 
 _BATCH = 1024  # rows of a Parquet file that are read at a time
 _SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".parquet": "parquet"}
@@ -205,10 +206,9 @@ def _pyarrow(path: str) -> Any:
     Raises:
         UserError: it is not installed.
     """
-    try:
-        import pyarrow
-    except ImportError:
-        raise UserError(f'--input {path}: reading it needs pyarrow; pip install "megatron-dwm[data]"') from None
+    require_packages(f"--input {path}: reading it", "pyarrow")
+    import pyarrow
+
     return pyarrow
 
 

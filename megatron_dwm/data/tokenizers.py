@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError
+from megatron_dwm.extras import require_packages
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
@@ -24,6 +25,8 @@ def build_tokenizer(config: TokenizerConfig) -> MegatronTokenizerText:
     Raises:
         UserError: the files cannot be read, or do not make such a tokenizer.
     """
+    if config.tokenizer_type == "TikTokenizer":
+        require_packages("--tokenizer-type TikTokenizer", "tiktoken")
     try:
         if config.tokenizer_type == "GPT2BPETokenizer":
             return _build_gpt2(config)

@@ -88,21 +88,27 @@ class Finished:
         return "\n".join(f"--- rank {n}\n{o}{e}" for n, (o, e) in enumerate(zip(self.output, self.errors, strict=True)))
 
 
-def pretrain(
-    folder: Path, processes: int, flags: dict[str, Any], main: Callable[[], None] = pretrain_command.main
-) -> Finished:
-    """Run ``pretrain_dwm.py`` with ``flags`` (``True`` for a switch, ``False`` to leave a flag out).
-
-    Args:
-        folder: where the processes' output is kept.
-        main: of another command with these flags, which is then run instead.
-    """
+def as_argv(flags: dict[str, Any]) -> list[str]:
+    """Return flags as arguments: ``True`` is a switch, ``False`` leaves the flag out, a list is several values."""
     argv = []
     for name, value in flags.items():
         if value is True:
             argv.append(name)
         elif value is not False:
             argv += [name, *(str(item) for item in (value if isinstance(value, list) else [value]))]
+    return argv
+
+
+def pretrain(
+    folder: Path, processes: int, flags: dict[str, Any], main: Callable[[], None] = pretrain_command.main
+) -> Finished:
+    """Run ``pretrain_dwm.py`` with ``flags``, as :func:`as_argv` takes them.
+
+    Args:
+        folder: where the processes' output is kept.
+        main: of another command with these flags, which is then run instead.
+    """
+    argv = as_argv(flags)
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("fork")
     port = free_port()

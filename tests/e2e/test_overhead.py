@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_dwm.benchmarks import overhead
+from megatron_dwm.benchmarks.overhead_report import PARTS, targets
 from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, Finished, pretrain
-from tests.paths import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))  # as python does for a script
-import overhead
-from overhead_report import PARTS, targets
 
 FLAGS = {
     **LANGUAGE_MODEL,

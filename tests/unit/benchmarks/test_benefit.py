@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
 from megatron_dwm.analysis.records import RunRecords
-from tests.paths import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from benefit import Arm, catches_up, interval, summary, table
-from mixture import CORPORA
+from megatron_dwm.benchmarks.benefit_report import Arm, catches_up, interval, summary, table
+from megatron_dwm.benchmarks.mixture import CORPORA
 
 
 def run(losses: list[float], *, seconds: float = 1.0) -> RunRecords:

@@ -1,17 +1,18 @@
-"""The figures of ``benchmarks/overhead.py`` for people, and what they have to reach."""
+"""The figures of ``benchmarks/overhead.py`` as a table, and the bounds that they have to keep."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-NOISE = 0.01  # of a ratio of times, over the default number of turns on a quiet machine
+NOISE = 0.01
+"""Of a ratio of times, over the default number of turns on a quiet machine."""
 PARTS = ("training step", "scoring", "target pass", "alignment pass", "parameter copy", "weighter steps", "other")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A figure and what it has to reach."""
+    """A figure and its bound."""
 
     name: str
     value: float
@@ -19,16 +20,17 @@ class Target:
     most: float | None = None
 
     @property
-    def met(self) -> bool:
+    def is_met(self) -> bool:
+        """Whether the figure keeps its bound."""
         return (self.least is None or self.value >= self.least) and (self.most is None or self.value <= self.most)
 
     def __str__(self) -> str:
         bound = f">= {self.least:g}" if self.least is not None else f"<= {self.most:g}"
-        return f"{self.name:60} {self.value:8.4f}   {bound:8}   {'met' if self.met else 'NOT MET'}"
+        return f"{self.name:60} {self.value:8.4f}   {bound:8}   {'met' if self.is_met else 'NOT MET'}"
 
 
 def targets(figures: dict[str, Any]) -> list[Target]:
-    """What the project promises of these figures."""
+    """Return the figures that have a bound."""
     memory = figures["peak_memory"]
     copy_of_parameters = memory["parameter_copy_bytes"]
     between = memory["weighted_step_above_plain_bytes"] / copy_of_parameters
@@ -46,7 +48,7 @@ def targets(figures: dict[str, Any]) -> list[Target]:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures for people."""
+    """Return all figures as a table."""
     lines = ["", f"{'mode':18} {'ms a step':>10} {'tokens/s':>10} {'of plain':>9}"]
     times, plain = figures["step_seconds"], figures["plain_tokens_per_s"]
     ratios = {"bare": 1 / figures["bare_ratio"], "frozen": figures["frozen_ratio"], "bilevel": figures["bilevel_ratio"]}
@@ -56,9 +58,9 @@ def table(figures: dict[str, Any]) -> str:
         lines.append(f"{mode:18} {1000 * spent:10.1f} {speed:10.0f} {ratio:9.4f}")
     if (direct := figures["bilevel_ratio_of_whole_intervals"]) is not None:
         lines.append(f"{'whole intervals':18} {'':21} {direct:9.4f}")
-    shares = figures["shares"]
-    lines += ["", f"{'share of a bilevel run':24} {'measured':>9} {'by operations':>14}"]
-    lines += [f"{part:24} {shares['measured'][part]:9.4f} {shares['theoretical'][part]:14.4f}" for part in PARTS]
+    fractions = figures["shares"]
+    lines += ["", f"{'part of a bilevel run':24} {'measured':>9} {'by operations':>14}"]
+    lines += [f"{part:24} {fractions['measured'][part]:9.4f} {fractions['theoretical'][part]:14.4f}" for part in PARTS]
     memory = figures["peak_memory"]
     lines += ["", f"{'memory':34} {'MiB':>10} {'parameter copies':>17} {'gradient copies':>16}"]
     for name, value in memory.items():

@@ -1,4 +1,4 @@
-"""The data of a comparison: sources, a target set and a held-out test set, tokenized."""
+"""The data of a comparison: sources, a target set and a held-out test set, as datasets of tokens."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from programs import call
-
 from megatron_dwm.atomic_write import atomic_write_text
+from megatron_dwm.benchmarks.programs import call
 from megatron_dwm.errors import UserError
 
 
 class Recipe(NamedTuple):
-    """A mixture that is made here, of what is installed."""
+    """A mixture that is made of installed text."""
 
     flags: tuple[str, ...]
-    """Of ``tools/build_corpus.py``."""
+    """Of ``megatron-dwm build-corpus``."""
     train: dict[str, float]
-    """Share of the tokens by source."""
+    """Fraction of the tokens by source."""
     target: str
     """The source whose held-out parts are target and test."""
 
@@ -38,7 +37,7 @@ CORPORA = {
 
 @dataclass(frozen=True)
 class Mixture:
-    """Tokenized data of a comparison."""
+    """Datasets of a comparison."""
 
     tokenizer: Path
     train: dict[str, float]
@@ -50,7 +49,13 @@ class Mixture:
 
 
 def made_mixture(folder: Path, corpus: str, vocab_size: int, *, clean: bool) -> Mixture:
-    """The mixture of ``CORPORA``; if ``clean``, training data is the target's source alone.
+    """Make one of the mixtures of ``CORPORA``, or take it from ``folder`` if it is there.
+
+    Args:
+        folder: where texts, tokenizer and datasets are.
+        corpus: which of them.
+        vocab_size: pieces of the tokenizer.
+        clean: whether to train on the target's source alone.
 
     Raises:
         UserError: a package is not installed, or ``folder`` holds other data.
@@ -59,7 +64,7 @@ def made_mixture(folder: Path, corpus: str, vocab_size: int, *, clean: bool) -> 
     _claim(folder, repr((recipe, vocab_size)))
     texts = {name: folder / "corpus" / f"{name}.train.jsonl" for name in recipe.train}
     if not all(path.is_file() for path in texts.values()):
-        call("tools/build_corpus.py", "--output", folder / "corpus", *recipe.flags)
+        call("build-corpus", "--output", folder / "corpus", *recipe.flags)
     target, test = (folder / "corpus" / f"{recipe.target}.{part}.jsonl" for part in ("target", "test"))
     mixture = _tokenized(folder, texts, list(recipe.train.values()), target, test, vocab_size)
     if not clean:
@@ -67,10 +72,18 @@ def made_mixture(folder: Path, corpus: str, vocab_size: int, *, clean: bool) -> 
     return replace(mixture, train={_prefix(folder, recipe.target): 1.0})
 
 
-def own_mixture(
-    folder: Path, texts: Sequence[Path], parts: Sequence[float], target: Path, test: Path, vocab_size: int
+def user_mixture(
+    folder: Path, texts: Sequence[Path], fractions: Sequence[float], target: Path, test: Path, vocab_size: int
 ) -> Mixture:
-    """A mixture of a user's own JSONL files: a source each, with these parts of the tokens, by size if there are none.
+    """Make a mixture of a user's JSONL files, one source each, or take it from ``folder`` if it is there.
+
+    Args:
+        folder: where tokenizer and datasets are.
+        texts: the training sources.
+        fractions: of the tokens, by source; by size if there are none.
+        target: the target set.
+        test: the test set.
+        vocab_size: pieces of the tokenizer.
 
     Raises:
         UserError: ``folder`` holds other data.
@@ -78,11 +91,11 @@ def own_mixture(
     files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (*texts, target, test)]
     _claim(folder, repr((files, vocab_size)))
     sizes = [path.stat().st_size for path in texts]
-    return _tokenized(folder, {path.stem: path for path in texts}, parts or sizes, target, test, vocab_size)
+    return _tokenized(folder, {path.stem: path for path in texts}, fractions or sizes, target, test, vocab_size)
 
 
 def _claim(folder: Path, description: str) -> None:
-    """Refuse a folder whose data was made of something else."""
+    """Write down what the data of ``folder`` is made of; refuse a folder whose data was made of something else."""
     written = folder / "mixture.txt"
     if written.is_file() and written.read_text() != description:
         raise UserError(f"--output {folder} holds data of another mixture; give another folder")
@@ -91,21 +104,19 @@ def _claim(folder: Path, description: str) -> None:
 
 
 def _tokenized(
-    folder: Path, texts: dict[str, Path], parts: Sequence[float], target: Path, test: Path, vocab_size: int
+    folder: Path, texts: dict[str, Path], fractions: Sequence[float], target: Path, test: Path, vocab_size: int
 ) -> Mixture:
-    """Train a tokenizer on the training texts, and make datasets of all; what is there is kept."""
+    """Train a tokenizer on the training texts, and make datasets of all texts; what is there is kept."""
     tokenizer = folder / "tokenizer.model"
     if not tokenizer.is_file():
         prefix = folder / "tokenizer"
-        call(
-            "tools/train_tokenizer.py",
-            *("--input", *texts.values(), "--output-prefix", prefix, "--vocab-size", vocab_size),
-        )
+        texts_and_prefix = ("--input", *texts.values(), "--output-prefix", prefix)
+        call("train-tokenizer", *texts_and_prefix, "--vocab-size", vocab_size)
     flags = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer, "--append-eod")
     for name, text in {**texts, "target": target, "test": test}.items():
         if not Path(_prefix(folder, name) + ".idx").is_file():
-            call("tools/preprocess_data.py", "--input", text, "--output-prefix", folder / "data" / name, *flags)
-    train = {_prefix(folder, name): part for name, part in zip(texts, parts, strict=True)}
+            call("preprocess", "--input", text, "--output-prefix", folder / "data" / name, *flags)
+    train = {_prefix(folder, name): fraction for name, fraction in zip(texts, fractions, strict=True)}
     return Mixture(tokenizer, train, Path(_prefix(folder, "target")), Path(_prefix(folder, "test")), [])
 
 

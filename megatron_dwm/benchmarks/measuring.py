@@ -1,4 +1,4 @@
-"""Time and memory of what the benchmarks measure, on a CPU and on a GPU, on one process or many."""
+"""Time and memory of an action, on a CPU and on a GPU, on one process or many."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_dwm.runtime.device import current_device
 
 
 def seconds(action: Callable[[], Any]) -> float:
-    """Wall time of ``action``, from when all ranks are ready to when this one's device is."""
+    """Return the wall time of ``action``: from when all ranks are ready until this rank's device has finished."""
     torch.cuda.synchronize()
     dist.barrier()
     start = perf_counter()
@@ -27,7 +27,10 @@ def seconds(action: Callable[[], Any]) -> float:
 
 
 def take_turns(actions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each action, turn by turn and of the slowest rank; every other turn goes backwards."""
+    """Measure the seconds of each action on the slowest rank, one list entry a turn.
+
+    Every other turn runs the actions in reverse order, so that none is always behind the same other one.
+    """
     found: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(repeats):
         for name in list(actions)[:: 1 if turn % 2 == 0 else -1]:
@@ -38,26 +41,26 @@ def take_turns(actions: dict[str, Callable[[], Any]], repeats: int) -> dict[str,
 
 
 def paired_ratio(one: list[float], other: list[float]) -> float:
-    """Median of one / other over the turns."""
+    """Return the median of one / other over the turns."""
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 
 class Stopwatch:
-    """Adds up the time of parts, around the functions that a run calls; a part within a part is not counted twice."""
+    """The time of parts of a run, measured around the functions that it calls; a part within a part counts once."""
 
     def __init__(self) -> None:
         self._elapsed: dict[str, float] = defaultdict(float)
         self._running = False
 
     def take(self) -> dict[str, float]:
-        """Seconds of each part since the last call."""
+        """Return the seconds of each part since the last call."""
         taken, self._elapsed = dict(self._elapsed), defaultdict(float)
         return taken
 
     @contextmanager
     def around(self, target: Any, name: str, part: str) -> Iterator[None]:
-        """While open, calls of ``target.name`` count as ``part``."""
-        function, own = getattr(target, name), name in vars(target)
+        """Count the calls of ``target.name`` as ``part`` while the block is open."""
+        function, is_attribute_of_target = getattr(target, name), name in vars(target)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             if self._running:
@@ -76,19 +79,19 @@ class Stopwatch:
         try:
             yield
         finally:
-            if own:
+            if is_attribute_of_target:
                 setattr(target, name, function)
             else:
                 delattr(target, name)
 
 
 def peak_and_retained(action: Callable[[], Any]) -> tuple[int, int]:
-    """Bytes that ``action`` needs at most beyond those held before it, and those that it leaves behind.
+    """Return the most bytes that ``action`` needs beyond those held before it, and those that it leaves behind.
 
-    On a GPU by its allocator. On a CPU by torch's profiler, which sees every allocation of this thread: on one process
-    exact, and the same each time, which resident memory is not. Where several processes talk through gloo, its threads
-    free messages unseen, so that the figures are too high. The profiler does not know the size of what was allocated
-    before it began to look, so the action is made once before it counts.
+    On a GPU its allocator counts them. On a CPU torch's profiler does, which sees every allocation of this thread: with
+    one process that is exact and the same each time, which resident memory is not. With several processes the threads
+    of gloo free messages that the profiler does not see, so the figures are too high. The profiler does not know the
+    size of what was allocated before it started, so the action runs once before it is counted.
     """
     if torch.cuda.is_available():
         action()
@@ -102,7 +105,8 @@ def peak_and_retained(action: Callable[[], Any]) -> tuple[int, int]:
         action()
         with torch.autograd.profiler.record_function("counted"):
             action()
-    events = profiler.kineto_results.events()  # type: ignore[union-attr]  # set when the block ends
+    assert profiler.kineto_results is not None  # set when the block ends
+    events = profiler.kineto_results.events()
     counted = next(event for event in events if event.name() == "counted")
     sizes = [e.nbytes() for e in events if e.name() == "[memory]" and counted.start_ns() <= e.start_ns()]
     running = list(itertools.accumulate(sizes, initial=0))

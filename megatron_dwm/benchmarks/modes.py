@@ -1,4 +1,4 @@
-"""Plain, bare, frozen and bilevel training of one and the same model."""
+"""Plain, bare, frozen and bilevel training of the same model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_dwm.benchmarks.overhead_flags import SETTLING_STEPS
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.errors import UserError
 from megatron_dwm.training.trainer import Trainer
@@ -17,11 +18,9 @@ from megatron_dwm.weighting.policy import SampleWeighting
 from megatron_dwm.weighting.uniform import UniformWeighting
 from megatron_dwm.weighting.warmup import WarmupWeighting
 
-SETTLING_STEPS = 3  # first steps allocate, and Adam's preconditioner needs one
-
 
 class BareLoop:
-    """Training with megatron-core's own functions and nothing else."""
+    """Training with megatron-core's functions and nothing else."""
 
     def __init__(self, trainer: Trainer) -> None:
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -30,6 +29,7 @@ class BareLoop:
         self.config, self.forward_backward = trainer.config, get_forward_backward_func()
 
     def step(self) -> None:
+        """Train on the next batch."""
         chunks, micro, sequence = self.engine.chunks, self.config.training.micro_batch, self.config.model.sequence
         for chunk in chunks:
             chunk.zero_grad_buffer()
@@ -62,10 +62,11 @@ class BareLoop:
 
 
 class Modes:
-    """The ways to train one and the same model: trainers that differ in their weighting alone."""
+    """The ways to train the same model: trainers that differ only in their weighting."""
 
     def __init__(self, trainer: Trainer) -> None:
-        """
+        """Make the trainers, and train the steps that nothing is measured of.
+
         Args:
             trainer: of a bilevel run that has made no step.
         """
@@ -105,9 +106,13 @@ class Modes:
 
 
 def started(weighting: SampleWeighting, iteration: int) -> BilevelWeighting:
-    """Return the bilevel weighting of a run, started although its warm-up may not be over."""
+    """Return the bilevel weighting of a run, started even if its warm-up is not over.
+
+    Raises:
+        UserError: the run has another weighting.
+    """
     weighting.before_step(iteration)
     current = weighting.current if isinstance(weighting, WarmupWeighting) else weighting
     if not isinstance(current, BilevelWeighting):
-        raise UserError(f"{type(current).__name__} learns nothing; measure a run of --dwm-mode bilevel")
+        raise UserError(f"{type(current).__name__} has no outer updates; measure a run of --dwm-mode bilevel")
     return current

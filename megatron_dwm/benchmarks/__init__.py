@@ -1,0 +1,1 @@
+"""Benchmarks: what weighting is worth, and what it costs."""

@@ -1,0 +1,32 @@
+"""Flags of a benchmark; those that it does not know describe the runs that it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from megatron_dwm.config.flags import OneLineParser, add_flags, build
+
+Config = TypeVar("Config")
+
+
+def parse_benchmark(
+    config_class: type[Config], argv: Sequence[str] | None, description: str | None
+) -> tuple[Config, list[str]]:
+    """Parse the flags of a benchmark.
+
+    Args:
+        config_class: the benchmark's own flags.
+        argv: the arguments; None takes those of this process.
+        description: what ``--help`` says of the benchmark.
+
+    Returns:
+        the benchmark's configuration, and the arguments that are not its own, for ``pretrain_dwm.py``.
+
+    Raises:
+        UserError: a bad value of one of the benchmark's own flags.
+    """
+    parser = OneLineParser(description=description)
+    add_flags(parser, config_class)
+    known, rest = parser.parse_known_args(argv)
+    return build(config_class, vars(known)), rest

@@ -1,0 +1,242 @@
+"""What weighting is worth: language models trained on the same tokens under several weightings, compared on a target.
+
+    python benchmarks/benefit.py --json benefit.json
+
+A mixture of sources, a target set and a held-out test set of the target's kind are tokenized; then every arm trains the
+same model on the same batches, once a seed, one process each. Runs that have finished are not made again. Unknown flags
+go to ``pretrain_dwm.py``: the model, its training and the weighting can be changed for all arms.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, get_args
+
+from megatron_dwm.analysis.records import read_run
+from megatron_dwm.atomic_write import atomic_write_text
+from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark
+from megatron_dwm.benchmarks.benefit_report import Arm, figure, summary, table
+from megatron_dwm.benchmarks.mixture import Mixture, made_mixture, user_mixture
+from megatron_dwm.benchmarks.programs import call
+from megatron_dwm.cli.command import run_command
+from megatron_dwm.config.flags import flag, require_at_least
+from megatron_dwm.errors import UserError
+from megatron_dwm.extras import require_packages
+
+logger = logging.getLogger(__name__)
+
+ArmName = Literal["uniform", "random", "loss", "shuffled", "bilevel", "frozen", "continued", "oracle"]
+FROM_ANOTHER_RUN = ("frozen", "continued")
+"""Arms that start from the weighter that a bilevel run with another seed ended with."""
+
+MODEL = shlex.split(
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 "
+    "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
+    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.06"
+)
+# A constant rate: the loss at each point of a run is what a run of that length ends with.
+TRAINING = shlex.split(
+    "--global-batch-size 128 --micro-batch-size 128 --lr 3e-3 --lr-decay-style constant --lr-warmup-iters 20 "
+    "--weight-decay 0.1 --adam-beta2 0.95 --eval-interval 30 --eval-iters 16 --log-interval 10 --num-workers 0"
+)
+SCORING = shlex.split("--dwm-score-batch-size 128")
+# A weighter that is small against this model.
+WEIGHTING = [
+    *SCORING,
+    *shlex.split(
+        "--dwm-num-stages 1 --dwm-update-interval 16 --dwm-weighter-steps 8 --dwm-alignment finite-difference "
+        "--dwm-hidden-size 16 --dwm-ffn-hidden-size 32 --dwm-num-attention-heads 1"
+    ),
+]
+
+
+@dataclass(frozen=True)
+class BenefitConfig:
+    """Comparison."""
+
+    output: str = flag("runs/benefit", "Folder for data, runs, benefit.json and benefit.png.")
+    json_file: str | None = flag(None, "Also write the result to this file.", "--json")
+    arms: list[ArmName] = flag(list(get_args(ArmName)), "Weightings to compare.")
+    seeds: int = flag(3, "Runs of each arm.")
+    iterations: int = flag(960, "Training steps of each run.")
+    jobs: int | None = flag(None, "Runs at the same time; as many as there are cores if not given.")
+    corpus: Literal["library", "documentation"] | None = flag(
+        None, "What the mixture is made of: Python's library, which is the default, or installed documentation."
+    )
+    clean: bool = flag(False, "Train on the target's source alone, where nothing can be gained.")
+    data: list[str] = flag(
+        [], 'Training sources of your own, one file of JSON lines each; the text is under the key "text".'
+    )
+    mix: list[float] = flag([], "Their fractions of the tokens; by size if not given.")
+    like: list[str] = flag([], "Sources, by file name without .jsonl, that the oracle trains on.")
+    target: str | None = flag(None, "Target set, with --data.")
+    test: str | None = flag(None, "Held-out test set, with --data.")
+    vocab_size: int = flag(400, "Pieces of the tokenizer.")
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "seeds iterations jobs vocab_size")
+        if not self.data:
+            for name in ("mix", "like", "target", "test"):
+                if getattr(self, name):
+                    raise UserError(f"--{name} goes with --data; leave it out, or name your sources")
+            return
+        for name in ("clean", "corpus"):
+            if getattr(self, name):
+                raise UserError(f"--{name} is about a mixture that is made here; leave it out with --data")
+        for name in ("target", "test"):
+            if getattr(self, name) is None:
+                raise UserError(f"--data needs --{name}; give a JSONL file")
+        for path in self.texts:
+            if not path.is_file():
+                raise UserError(f"{path}: no such file; --data, --target and --test take JSONL files")
+        if self.mix and len(self.mix) != len(self.data):
+            raise UserError(f"--mix has {len(self.mix)} numbers for {len(self.data)} files of --data; give as many")
+        unknown = sorted(set(self.like) - {Path(path).stem for path in self.data})
+        if unknown:
+            raise UserError(f"--like {unknown[0]}: no file of --data has that name; give names without .jsonl")
+
+    @property
+    def texts(self) -> list[Path]:
+        """The user's own files."""
+        return [Path(path) for path in (*self.data, self.target, self.test) if path is not None]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train all arms, or those that are missing, and compare them."""
+    run_command(partial(_main, argv))
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    config, run_flags = parse_benchmark(BenefitConfig, argv, __doc__)
+    require_packages("benchmark benefit", "matplotlib")
+    from megatron_dwm.analysis.plots import save_png
+
+    folder = Path(config.output)
+    mixture = _mixture(config, folder)
+    arms = _train_all(config, run_flags, folder, mixture)
+    sequence = int(_last_value("--seq-length", [*MODEL, *run_flags]))
+    result = summary(arms, sequence)
+    print(table(arms, result))
+    picture = folder / "benefit.png"
+    save_png(figure(arms, sequence), picture)
+    written = [folder / "benefit.json", *([Path(config.json_file)] if config.json_file else [])]
+    for path in written:
+        atomic_write_text(path, json.dumps(result, indent=2) + "\n")
+    print(*written, picture)
+
+
+def _mixture(config: BenefitConfig, folder: Path) -> Mixture:
+    if not config.data:
+        return made_mixture(folder, config.corpus or "library", config.vocab_size, clean=config.clean)
+    *texts, target, test = config.texts
+    return replace(
+        user_mixture(folder, texts, config.mix, target, test, config.vocab_size),
+        like_target=config.like,
+    )
+
+
+def _train_all(config: BenefitConfig, run_flags: list[str], folder: Path, mixture: Mixture) -> list[Arm]:
+    """Train every arm with every seed, several runs at a time; return the arms."""
+    names = [name for name in config.arms if name != "oracle" or mixture.like_target]
+    seeds = range(1, config.seeds + 1)
+    first = [(name, seed) for seed in seeds for name in names if name not in FROM_ANOTHER_RUN]
+    then = [(name, seed) for seed in seeds for name in names if name in FROM_ANOTHER_RUN]
+    weighter_seed = config.seeds + 1
+    if then:
+        first.insert(0, ("bilevel", weighter_seed))
+
+    def place(name: str, seed: int) -> Path:
+        return folder / "runs" / f"{name}-{seed}"
+
+    def run(job: tuple[ArmName, int]) -> None:
+        name, seed = job
+        flags = [*_shared_flags(place(*job), mixture, config.iterations, seed)]
+        flags += _arm_flags(name, place(*job), mixture, place("bilevel", weighter_seed))
+        _train(name, seed, place(*job), [*flags, *run_flags])
+
+    with ThreadPoolExecutor(config.jobs or os.cpu_count()) as pool:
+        list(pool.map(run, first))
+        list(pool.map(run, then))
+    return [Arm(name, [read_run(place(name, seed)) for seed in seeds]) for name in names]
+
+
+def _shared_flags(place: Path, mixture: Mixture, iterations: int, seed: int) -> list[str]:
+    """Return the flags that all arms have, but for their paths."""
+    blend = [word for prefix, weight in mixture.train.items() for word in (str(weight), prefix)]
+    return [
+        *MODEL,
+        *TRAINING,
+        *("--train-iters", str(iterations), "--seed", str(seed)),
+        *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(mixture.tokenizer)),
+        *("--train-data-path", *blend),
+        *("--valid-data-path", str(mixture.test), "--test-data-path", str(mixture.test)),
+        *("--metrics-jsonl", str(place / "metrics.jsonl"), "--data-cache-path", str(place / "cache")),
+    ]
+
+
+def _arm_flags(name: ArmName, place: Path, mixture: Mixture, weighter_run: Path) -> list[str]:
+    """Return the flags of one arm's weighting.
+
+    Args:
+        name: the arm.
+        place: the folder of the run.
+        mixture: its data.
+        weighter_run: the folder of the bilevel run whose weighter other arms use.
+    """
+    bilevel = ["--dwm-target-data-path", str(mixture.target), *WEIGHTING]
+    rule = ["--dwm-mode", "rule", "--dwm-rule", name]
+    match name:
+        case "uniform":
+            return ["--dwm-mode", "off"]
+        case "bilevel":
+            return [*bilevel, "--save", str(place)]
+        case "frozen":
+            return ["--dwm-mode", "frozen", "--dwm-load", _newest_weighter(weighter_run), *SCORING]
+        case "continued":
+            return [*bilevel, "--dwm-init-from", _newest_weighter(weighter_run)]
+        case "shuffled":
+            return [*bilevel, *rule]
+        case "oracle":
+            return [*rule, "--dwm-rule-sources", *mixture.like_target]
+        case _:
+            return rule
+
+
+def _newest_weighter(run: Path) -> str:
+    return str(max((run / "weighter").iterdir(), key=lambda path: path.name))
+
+
+def _train(name: str, seed: int, place: Path, flags: list[str]) -> None:
+    """Train one arm with one seed, unless that is done.
+
+    Raises:
+        UserError: the run failed, or ``place`` holds a run with other flags.
+    """
+    command = shlex.join(["pretrain_dwm.py", *flags])
+    written = place / "command.txt"
+    if (place / "metrics.jsonl").is_file() and read_run(place).evaluated("test"):
+        if not written.is_file() or written.read_text() != command:
+            raise UserError(f"{place} was made with other flags, or other data; give another --output")
+        return
+    logger.info(f"{name}, seed {seed} ...")
+    place.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(written, command)
+    call("pretrain", *flags, log=place / "log.txt")
+
+
+def _last_value(name: str, argv: Sequence[str]) -> str:
+    """Return the last value of a flag."""
+    return [value for word, value in pairwise(argv) if word == name][-1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Flags of ``benchmarks/overhead.py``, and the run that it measures."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark
+from megatron_dwm.config.flags import flag, require_at_least
+from megatron_dwm.config.run import RunConfig, parse_run
+from megatron_dwm.errors import UserError
+from megatron_dwm.weighting.stage_schedule import bilevel_stages
+
+SETTLING_STEPS = 3
+"""Steps before anything is measured: the first ones allocate, and Adam's preconditioner needs one."""
+DEFAULT_RUN = (
+    "--num-layers 8 --hidden-size 256 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256 "
+    "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
+    "--untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0 "
+    "--micro-batch-size 2 --global-batch-size 8 --train-iters 3000 --lr 3e-4 --lr-warmup-iters 10 "
+    "--mock-data --tokenizer-type NullTokenizer --vocab-size 4095 --num-workers 0 --eval-iters 0 --log-interval 3000 "
+    "--dwm-num-layers 1 --dwm-hidden-size 32"
+)
+"""The run that is measured if the flags describe no model; its weighter has 1.8 % of the model's parameters."""
+
+
+@dataclass(frozen=True)
+class OverheadConfig:
+    """Measuring."""
+
+    json_file: str | None = flag(None, "Also write the figures to this JSON file.", "--json")
+    steps: int = flag(2, "Steps of each mode in a turn; from the update interval on, whole intervals are timed too.")
+    repeats: int = flag(12, "Turns.")
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "steps repeats")
+        if self.json_file is not None and not Path(self.json_file).absolute().parent.is_dir():
+            raise UserError(f"--json {self.json_file}: its folder does not exist; make it, or give another file")
+
+
+def parse_overhead(argv: Sequence[str] | None, world_size: int) -> tuple[OverheadConfig, RunConfig]:
+    """Parse the benchmark's own flags, and those of the run that it measures.
+
+    Raises:
+        UserError: bad flags, or a run that is not bilevel or too short to be measured.
+    """
+    description = (
+        "Measure what data weighting costs. The flags of pretrain_dwm.py are accepted too: they describe the run that "
+        "is measured, a small one if --num-layers is not among them."
+    )
+    options, rest = parse_benchmark(OverheadConfig, argv, description)
+    if not any(word.split("=")[0] == "--num-layers" for word in rest):
+        rest = DEFAULT_RUN.split() + rest
+    config = parse_run(rest, world_size)
+    if not config.weighting.needs_target:
+        raise UserError(f"--dwm-mode {config.weighting.dwm_mode}: all modes are measured; leave the flag out")
+    stages = bilevel_stages(config.weighting, config.train_iters)
+    if (needed := batches_read(options, stages.update_interval)) > config.train_iters:
+        raise UserError(
+            f"--train-iters {config.train_iters}: --steps {options.steps} and --repeats {options.repeats} read "
+            f"{needed} batches; raise the one or lower the others"
+        )
+    checkpoint = dataclasses.replace(config.checkpoint, save=None)
+    logging = dataclasses.replace(config.logging, metrics_jsonl=None, tensorboard_dir=None)
+    return options, dataclasses.replace(config, checkpoint=checkpoint, logging=logging)
+
+
+def batches_read(options: OverheadConfig, interval: int) -> int:
+    """Return the number of training batches that measuring reads."""
+    whole = options.steps // interval * interval
+    turns = options.repeats * (3 * options.steps + 1 + whole + 2)  # two more for the parts
+    return SETTLING_STEPS + 1 + turns + 6 + 1  # memory measures three steps twice; one batch for the passes

@@ -1,0 +1,217 @@
+"""Measures of ``benchmarks/overhead.py``: throughput of the modes, time of the parts of a step, memory."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_dwm.benchmarks.measuring import Stopwatch, paired_ratio, peak_and_retained, seconds, take_turns
+from megatron_dwm.benchmarks.modes import Modes
+from megatron_dwm.benchmarks.overhead_flags import OverheadConfig
+from megatron_dwm.benchmarks.overhead_report import PARTS
+from megatron_dwm.model.flops import training_flops
+from megatron_dwm.model.parameter_copy import ParameterCopy
+from megatron_dwm.runtime.device import current_device
+from megatron_dwm.training import trainer as training_loop
+from megatron_dwm.training.trainer import Trainer
+from megatron_dwm.weighting.bilevel.alignment import held_for_all
+from megatron_dwm.weighting.flops import outer_update_flops, scoring_flops
+
+
+def measure_modes(modes: Modes, options: OverheadConfig) -> dict[str, Any]:
+    """Measure the throughput of the modes, and their ratios to plain's."""
+    steps, interval = options.steps, modes.interval
+
+    def repeated(step: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(steps):
+                step()
+
+        return run
+
+    actions: dict[str, Callable[[], Any]] = {
+        "plain": repeated(partial(modes.plain.train_iteration, 1)),
+        "bare": repeated(modes.bare.step),
+        "frozen": repeated(partial(modes.frozen.train_iteration, 1)),
+        "update": modes.update,
+    }
+    if steps >= interval:
+        actions["intervals"] = partial(modes.intervals, steps // interval)
+    times = take_turns(actions, options.repeats)
+    step_times = {name: [t / steps for t in times[name]] for name in ("plain", "bare", "frozen")}
+    bilevel = [
+        ((interval - 1) * scored + updated) / interval
+        for scored, updated in zip(step_times["frozen"], times["update"], strict=True)
+    ]
+    direct = [t / (steps // interval * interval) for t in times.get("intervals", [])]
+    tokens = modes.config.global_batch_size * modes.config.model.sequence
+    plain = step_times["plain"]
+    return {
+        "step_seconds": {
+            **{name: statistics.median(values) for name, values in step_times.items()},
+            "updating": statistics.median(times["update"]),
+            "bilevel": statistics.median(bilevel),
+        },
+        "plain_tokens_per_s": tokens / statistics.median(plain),
+        "bare_ratio": paired_ratio(step_times["bare"], plain),
+        "frozen_ratio": paired_ratio(plain, step_times["frozen"]),
+        "bilevel_ratio": paired_ratio(plain, bilevel),
+        "bilevel_ratio_of_whole_intervals": paired_ratio(plain, direct) if direct else None,
+    }
+
+
+def measure_passes(modes: Modes, repeats: int) -> dict[str, float]:
+    """Measure the alignment pass against a plain forward-backward of the same samples."""
+    engine, lm_gradients, trainer = modes.bilevel.engine, modes.outer.lm_gradients, modes.bilevel
+    batch, micro = trainer.dataloaders.train.next_batch(), modes.config.training.micro_batch
+
+    def forward_backward(size: int) -> None:
+        for chunk in engine.chunks:
+            chunk.zero_grad_buffer()
+        trainer.components.optimizer.zero_grad()
+        engine.run(batch, size)
+
+    with engine.full_parameters(), engine.deterministic():
+        _, direction = lm_gradients.gradient(batch)
+        times = take_turns(
+            {
+                "align": lambda: lm_gradients.align(batch, direction),
+                "single": partial(forward_backward, 1),
+                "micro": partial(forward_backward, micro),
+            },
+            repeats,
+        )
+    return {
+        "alignment_pass_ratio": paired_ratio(times["align"], times["single"]),
+        "alignment_pass_ratio_at_micro_batch_size": paired_ratio(times["align"], times["micro"]),
+    }
+
+
+def measured_parts(modes: Modes, repeats: int) -> dict[str, float]:
+    """Measure the seconds of each part in a mean bilevel step, on this rank."""
+    watch = Stopwatch()
+    scored: list[dict[str, float]] = []
+    updated: list[dict[str, float]] = []
+    with ExitStack() as stack:
+        for target, name, part in (
+            (training_loop, "train_step", "training step"),
+            (modes.weighting, "weigh", "scoring"),
+            (modes.frozen.weighting, "weigh", "scoring"),
+            (modes.outer.lm_gradients, "gradient", "target pass"),
+            (modes.outer.lm_gradients, "align", "alignment pass"),
+            (ParameterCopy, "take", "parameter copy"),
+            (ParameterCopy, "swap", "parameter copy"),
+            (modes.weighter, "step", "weighter steps"),
+            (modes.weighter, "score", "weighter steps"),
+        ):
+            stack.enter_context(watch.around(target, name, part))
+        for _ in range(repeats):
+            for action, turns in ((partial(modes.frozen.train_iteration, 1), scored), (modes.update, updated)):
+                total = seconds(action)
+                parts = watch.take()
+                turns.append({**parts, "other": total - sum(parts.values())})
+
+    def typical(turns: list[dict[str, float]], part: str) -> float:
+        return statistics.median(turn.get(part, 0.0) for turn in turns)
+
+    quiet = modes.interval - 1
+    return {part: (quiet * typical(scored, part) + typical(updated, part)) / modes.interval for part in PARTS}
+
+
+def theoretical_parts(modes: Modes) -> dict[str, float]:
+    """Return the floating-point operations of each part in a mean bilevel step."""
+    config, vocab = modes.config, modes.bilevel.reporter.padded_vocab_size
+    weighter = modes.weighter.num_computing_parameters
+    lm_gradients = outer_update_flops(config, vocab, 0)
+    target = training_flops(config.model, vocab, config.target_batch_size)
+    return dict.fromkeys(PARTS, 0.0) | {
+        "training step": training_flops(config.model, vocab, config.global_batch_size),
+        "scoring": scoring_flops(weighter, config.global_batch_size, config.model.sequence),
+        "target pass": target / modes.interval,
+        "alignment pass": (lm_gradients - target) / modes.interval,
+        "weighter steps": (outer_update_flops(config, vocab, weighter) - lm_gradients) / modes.interval,
+    }
+
+
+def measure_fractions(modes: Modes, repeats: int) -> dict[str, dict[str, float]]:
+    """Return each part's fraction of a bilevel run's time, as measured (mean over the ranks) and by operations."""
+    on_rank = measured_parts(modes, repeats)
+    summed = torch.tensor(list(on_rank.values()), dtype=torch.float64, device=current_device())
+    dist.all_reduce(summed)
+    spent = {"measured": dict(zip(on_rank, summed.tolist(), strict=True)), "theoretical": theoretical_parts(modes)}
+    return {kind: {part: x / sum(parts.values()) for part, x in parts.items()} for kind, parts in spent.items()}
+
+
+def measure_memory(modes: Modes) -> dict[str, Any]:
+    """Measure the bytes of the rank on which an outer update takes most above a plain step.
+
+    Ratios are in parts of that rank's copy of the parameters, and of the gradients.
+    """
+
+    def replay_bytes() -> int:
+        return sum(aligned.tokens.untyped_storage().nbytes() for aligned in modes.outer.replay)
+
+    plain, _ = peak_and_retained(partial(modes.plain.train_iteration, 1))
+    weighted, _ = peak_and_retained(partial(modes.frozen.train_iteration, 1))
+    modes.outer.replay.clear()  # so that an update adds its samples, and lets go of none that came before
+    updating, retained = peak_and_retained(modes.update)
+    added = replay_bytes() // len(modes.outer.replay)
+    parameters: list[Any] = [param for chunk in modes.bilevel.engine.chunks for param in chunk.parameters()]
+    copy_of_parameters = sum(param.nbytes for param in parameters)
+    copy_of_gradients = sum(param.main_grad.nbytes for param in parameters)
+    on_rank = {
+        "exact": torch.cuda.is_available() or dist.get_world_size() == 1,
+        "parameter_copy_bytes": copy_of_parameters,
+        "gradient_copy_bytes": copy_of_gradients,
+        "weighter_bytes": weighter_bytes(modes),
+        "replay_bytes": replay_bytes(),
+        "plain_step_bytes": plain,
+        "weighted_step_bytes": weighted,
+        "outer_update_bytes": updating,
+        "weighted_step_above_plain_bytes": weighted - plain,
+        "outer_update_above_plain_bytes": updating - plain,
+        "retained_after_update_bytes": retained - added,
+        "outer_update_above_plain_copies": (updating - plain) / (copy_of_parameters + copy_of_gradients),
+    }
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, on_rank)
+    most: dict[str, Any] = max(found, key=lambda rank: rank["outer_update_above_plain_copies"])
+    return most
+
+
+def weighter_bytes(modes: Modes) -> int:
+    """Return the bytes that the weighter holds between updates: parameters, gradients, its optimizer's state."""
+    moments = [x for state in modes.weighter.optimizer.state.values() for x in state.values()]
+    parameters = list(modes.weighter.model.parameters())
+    gradients = [param.grad for param in parameters if param.grad is not None]
+    return sum(tensor.nbytes for tensor in (*parameters, *gradients, *moments))
+
+
+def weighter_part(modes: Modes) -> float:
+    """Return the weighter's number of parameters as a fraction of the language model's."""
+    parallel_state = modes.bilevel.parallel_state
+    total = torch.zeros((), dtype=torch.int64, device=current_device())
+    for chunk in modes.bilevel.engine.chunks:
+        total += sum(param.numel() for param in chunk.parameters() if held_for_all(param, parallel_state))
+    dist.all_reduce(total, group=parallel_state.mp_group)
+    return modes.weighter.num_parameters / int(total)
+
+
+def measure(trainer: Trainer, options: OverheadConfig) -> dict[str, Any]:
+    """Measure everything; every rank calls it."""
+    modes = Modes(trainer)
+    figures = measure_modes(modes, options) | measure_passes(modes, options.repeats)
+    fractions = measure_fractions(modes, options.repeats)
+    return figures | {
+        "theoretical_bilevel_ratio": fractions["theoretical"]["training step"],
+        "weighter_part": weighter_part(modes),
+        "update_interval": modes.interval,
+        "peak_memory": measure_memory(modes),
+        "shares": fractions,
+    }

@@ -1,0 +1,22 @@
+"""``megatron-dwm benchmark NAME``: the benchmarks of the package."""
+
+from __future__ import annotations
+
+from megatron_dwm.cli.dispatch import Command, dispatch
+from megatron_dwm.errors import run_cli
+
+PROGRAM = "megatron-dwm benchmark"
+DESCRIPTION = "Measure what data weighting is worth, and what it costs."
+BENCHMARKS = {
+    "benefit": Command("megatron_dwm.benchmarks.benefit", "compare the test losses of several weightings"),
+    "overhead": Command("megatron_dwm.benchmarks.overhead", "measure time and memory that the weighting costs"),
+}
+
+
+def main() -> None:
+    """Run the benchmark that the command line names."""
+    run_cli(lambda: dispatch(PROGRAM, BENCHMARKS, DESCRIPTION))
+
+
+if __name__ == "__main__":
+    main()

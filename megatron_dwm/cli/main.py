@@ -1,0 +1,39 @@
+"""``megatron-dwm COMMAND``: all commands of the package under one name.
+
+Nothing is imported here that a command needs, so that ``--help`` and ``--version`` answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from megatron_dwm import __version__
+from megatron_dwm.cli.dispatch import Command, dispatch
+from megatron_dwm.errors import run_cli
+
+PROGRAM = "megatron-dwm"
+DESCRIPTION = "Pretrain language models under a data weighting model, and all that goes with it."
+COMMANDS = {
+    "pretrain": Command("megatron_dwm.cli.pretrain", "pretrain a GPT; --nproc N starts N processes on this machine"),
+    "preprocess": Command("megatron_dwm.cli.preprocess", "tokenize JSON lines into Megatron's indexed datasets"),
+    "check-data": Command("megatron_dwm.cli.check_data", "verify datasets from the first to the last byte"),
+    "train-tokenizer": Command("megatron_dwm.cli.train_tokenizer", "train a SentencePiece tokenizer on JSON lines"),
+    "build-corpus": Command("megatron_dwm.cli.build_corpus", "make a corpus from text that is installed here"),
+    "export-hf": Command("megatron_dwm.cli.export_hf", "write a checkpoint's model as a Hugging Face folder"),
+    "import-hf": Command("megatron_dwm.cli.import_hf", "write a Hugging Face model as a checkpoint"),
+    "report": Command("megatron_dwm.cli.report", "show what a run's weighter prefers, as one HTML page"),
+    "plot": Command("megatron_dwm.cli.plot", "draw the losses and the weights of a run"),
+    "benchmark": Command("megatron_dwm.cli.benchmark", "measure what weighting is worth, and what it costs"),
+}
+
+
+def main() -> None:
+    """Run the command that the command line names."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"{PROGRAM} {__version__}")
+        return
+    run_cli(lambda: dispatch(PROGRAM, COMMANDS, DESCRIPTION))
+
+
+if __name__ == "__main__":
+    main()

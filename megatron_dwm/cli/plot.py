@@ -1,0 +1,47 @@
+"""Draw a run: losses and the mean weight of each data source over iterations, as one PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from megatron_dwm.analysis.records import read_run
+from megatron_dwm.cli.command import run_command
+from megatron_dwm.config.flags import flag, parse
+from megatron_dwm.errors import UserError
+from megatron_dwm.extras import require_packages
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    """Plot."""
+
+    run: str = flag("", "A run's --save folder, or its --metrics-jsonl file.")
+    output: str | None = flag(None, "The PNG to write; run.png beside the records if not given.")
+
+    def __post_init__(self) -> None:
+        if not self.run:
+            raise UserError("--run is missing; give a run's --save folder")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw a run."""
+    run_command(partial(_main, argv))
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    config: PlotConfig = parse(argv, {"plot": PlotConfig}, description=__doc__)["plot"]
+    require_packages("plot", "matplotlib")
+    from megatron_dwm.analysis.plots import save_png, training_figure
+
+    run = Path(config.run)
+    folder = run if run.is_dir() else run.parent
+    output = Path(config.output) if config.output else folder / "run.png"
+    save_png(training_figure(read_run(run)), output)
+    print(output)
+
+
+if __name__ == "__main__":
+    main()

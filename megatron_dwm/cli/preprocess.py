@@ -1,0 +1,33 @@
+"""Turn JSON lines into Megatron's indexed datasets; flags and output are those of Megatron-LM's tool.
+
+Each line is an object with the text under the key of --json-keys, such as {"text": "One document."}.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+
+from megatron_dwm.cli.command import run_command
+from megatron_dwm.config.flags import parse
+from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.config.unsupported_flags import reason_unsupported
+from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Tokenize JSON lines."""
+    run_command(partial(_main, argv))
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    classes = {"preprocess": PreprocessConfig, "tokenizer": TokenizerConfig}
+    configs = parse(argv, classes, description=__doc__, reason_unsupported=reason_unsupported)
+    # Each worker tokenizes one text at a time; threads beside them would only warn about the fork.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    preprocess(configs["preprocess"], configs["tokenizer"])
+
+
+if __name__ == "__main__":
+    main()
