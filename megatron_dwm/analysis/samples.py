@@ -105,7 +105,7 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
     from megatron_dwm.data.blend import data_paths
     from megatron_dwm.data.datasets import build_datasets, split_sizes
     from megatron_dwm.data.tokenizers import build_tokenizer
-    from megatron_dwm.runtime.process_groups import initialize
+    from megatron_dwm.runtime.process_groups import initialize_process_groups
 
     config = saved_run(folder)
     learns = config.weighting.needs_target
@@ -120,7 +120,7 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
                     )
     tokenizer = build_tokenizer(config.tokenizer)
     # megatron-core asks a process group who writes index caches.
-    parallel_state = initialize(ParallelConfig(), None, torch.device("cpu"), dist.HashStore(), 0, 1)
+    parallel_state = initialize_process_groups(ParallelConfig(), None, torch.device("cpu"), dist.HashStore(), 0, 1)
     try:
         datasets = build_datasets(
             config.data,

@@ -16,7 +16,7 @@ from megatron_dwm.config.parallel import ParallelConfig
 
 @dataclass(frozen=True)
 class ParallelState:
-    """Where this process stands; sizes and ranks of the groups it belongs to."""
+    """Sizes of the groups that this process belongs to, and its rank in each."""
 
     rank: int
     world_size: int
@@ -60,7 +60,7 @@ class ParallelState:
         return self.pp_rank == self.pp_size - 1
 
 
-def initialize(
+def initialize_process_groups(
     parallel: ParallelConfig,
     virtual_stages: int | None,
     device: torch.device,
@@ -90,7 +90,7 @@ def initialize(
 
 
 def current_parallel_state() -> ParallelState:
-    """The layout of the groups that megatron-core holds."""
+    """Return the state of the groups that megatron-core holds."""
     from megatron.core import parallel_state as mpu
 
     return ParallelState(
@@ -121,7 +121,7 @@ def set_seeds(seed: int, parallel_state: ParallelState) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this host that nobody listens on."""
+    """Return a TCP port of this host that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+        return int(listener.getsockname()[1])

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_dwm.atomic_write import atomic_write_text, delete_folder, publish_folder
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.errors import UserError
-from megatron_dwm.model.gpt import current_device
+from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.logging import timestamp
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.safe_unpickling import restricted_checkpoint_loading, short_reason

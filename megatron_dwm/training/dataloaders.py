@@ -83,7 +83,7 @@ class Dataloaders:
         return self._loader(dataset, sampler, partition)
 
     def peek(self, consumed_train: int, consumed_target: int) -> tuple[Batch, Batch]:
-        """The next training and target samples, which the run's own readers still have before them."""
+        """Return the next training and target samples; the run's loaders read them again."""
         return self._sequential(self.datasets.train, consumed_train).next_batch(), self.target(
             consumed_target
         ).next_batch()

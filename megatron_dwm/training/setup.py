@@ -16,7 +16,7 @@ from megatron_dwm.data.validation import check_data
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
 from megatron_dwm.model.transformer_config import transformer_config
-from megatron_dwm.runtime.process_groups import ParallelState, initialize, set_seeds
+from megatron_dwm.runtime.process_groups import ParallelState, initialize_process_groups, set_seeds
 from megatron_dwm.runtime.startup_sync import StartupSync
 from megatron_dwm.training.checkpoint import CheckpointWriter, load_checkpoint
 from megatron_dwm.training.checkpoint_folders import latest_checkpoint, loading_line
@@ -120,7 +120,7 @@ def build_language_model(
         padded = _padded_vocab_size(config, inputs)
     if config.training.deterministic_mode:
         torch.use_deterministic_algorithms(True)
-    parallel_state = initialize(
+    parallel_state = initialize_process_groups(
         config.parallel,
         config.parallel.virtual_stages(config.model.layers),
         device,

@@ -45,7 +45,8 @@ class Weighter:
     @property
     def num_computing_parameters(self) -> int:
         """Parameters without the input embedding, which is looked up."""
-        return self.num_parameters - sum(param.numel() for param in self.model.get_input_embeddings().parameters())
+        embedding: torch.nn.Module = self.model.get_input_embeddings()
+        return self.num_parameters - sum(param.numel() for param in embedding.parameters())
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take the parameters and the optimizer's moments of :func:`weighter_state`; learning rate and decay stay."""
@@ -56,7 +57,7 @@ class Weighter:
             group["lr"], group["weight_decay"] = lr, weight_decay
 
     def score(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Scores [m] of tokens [m, s], float32."""
+        """Return the scores [m] of tokens [m, s], float32."""
         with torch.no_grad():
             return self._score(tokens)
 
@@ -75,9 +76,9 @@ class Weighter:
         """
         self.optimizer.zero_grad(set_to_none=False)
         scores = self._score(tokens)
-        own_gradient = score_gradient(scores.detach()).to(scores)
+        gradient_in_scores = score_gradient(scores.detach()).to(scores)
         if len(tokens):
-            scores.backward(own_gradient)
+            scores.backward(gradient_in_scores)
         gradients = []
         for param in self.model.parameters():
             if param.grad is None:  # this rank had no sample, or the parameter has no part in the score
@@ -95,22 +96,25 @@ class Weighter:
         return norm
 
     def check_replicas(self) -> str:
-        """Hash of the parameters, after checking that it is the same on all ranks.
+        """Return the parameters' hash, after checking that it is the same on all ranks.
+
+        Replicas that differ give samples different weights on different ranks, and nothing else would show it: so they
+        are compared at every update.
 
         Raises:
             RuntimeError: a replica differs; training on would give each rank other weights.
         """
-        own = self.hash()
-        digest = torch.tensor(list(bytes.fromhex(own)), dtype=torch.int64, device=current_device())
+        digest_here = self.hash()
+        digest = torch.tensor(list(bytes.fromhex(digest_here)), dtype=torch.int64, device=current_device())
         low, high = digest.clone(), digest.clone()
         dist.all_reduce(low, op=dist.ReduceOp.MIN)
         dist.all_reduce(high, op=dist.ReduceOp.MAX)
         if not torch.equal(low, high):
             raise RuntimeError(
-                f"the weighter's replicas differ (rank {dist.get_rank()} has {own[:16]}); "
+                f"the weighter's replicas differ (rank {dist.get_rank()} has {digest_here[:16]}); "
                 "resume from the last checkpoint"
             )
-        return own
+        return digest_here
 
     def hash(self) -> str:
         """Return the sha256 of the parameters' bytes."""
@@ -122,7 +126,7 @@ class Weighter:
 
     def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16) if self._autocast else nullcontext():
-            logits = self.model(input_ids=tokens, use_cache=False).logits
+            logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
         return logits.squeeze(-1).float()
 
 

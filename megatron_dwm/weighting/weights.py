@@ -1,6 +1,6 @@
 """Scores to weights, and the closed-form gradient of the weighter's objective in the scores.
 
-Notation of docs/method.md: scores s [N], weights w = softmax(s / temperature) [N], relative weights u = N w [N],
+Notation of docs/method.md: scores s [N], w = softmax(s / temperature) [N], sample weights u = N w [N], whose mean is 1,
 alignments a [N]. Everything here is float64 on the CPU: N numbers, the same on every rank.
 """
 
@@ -12,12 +12,12 @@ import torch
 
 
 def weights_from_scores(scores: torch.Tensor, temperature: float) -> torch.Tensor:
-    """u = N softmax(s / temperature) [N]; exactly 1.0 everywhere when all scores are equal."""
+    """Return u = N softmax(s / temperature) [N], float64; exactly 1.0 everywhere when all scores are equal."""
     return log_weights_from_scores(scores, temperature).exp()
 
 
 def log_weights_from_scores(scores: torch.Tensor, temperature: float) -> torch.Tensor:
-    """log u = s/t - logmeanexp(s/t) [N]: finite where u itself is too small for a number.
+    """Return log u = s/t - logmeanexp(s/t) [N]: finite where u itself is too small for a number.
 
     With the largest score taken out, equal scores leave exactly 0.
     """
@@ -27,7 +27,7 @@ def log_weights_from_scores(scores: torch.Tensor, temperature: float) -> torch.T
 
 
 def standardized(alignments: torch.Tensor, clip: float = 0.0) -> torch.Tensor:
-    """Alignments with mean 0 and variance 1 over the batch [N]; all zero if they do not differ.
+    """Return alignments with mean 0 and variance 1 over the batch [N]; all zero if they do not differ.
 
     Args:
         clip: cut off at this many standard deviations; 0 for no clipping.
@@ -43,7 +43,7 @@ def standardized(alignments: torch.Tensor, clip: float = 0.0) -> torch.Tensor:
 def target_score_gradient(
     alignments: torch.Tensor, scores: torch.Tensor, temperature: float, learning_rate: float
 ) -> torch.Tensor:
-    """∂ l_val(θ') / ∂ s_i = -η/τ · w_i (a_i - Σ_j w_j a_j) [N], for θ' = θ - η ∇Σ w_i l_i."""
+    """Return ∂ l_target(θ') / ∂ s_i = -η/τ · w_i (a_i - Σ_j w_j a_j) [N], for θ' = θ - η ∇Σ w_i l_i."""
     w = weights_from_scores(scores, temperature) / len(scores)
     a = alignments.double()
     return -learning_rate / temperature * w * (a - (w * a).sum())
@@ -52,7 +52,7 @@ def target_score_gradient(
 def objective(
     alignments: torch.Tensor, scores: torch.Tensor, temperature: float, kl_weight: float, clip: float = 0.0
 ) -> float:
-    """What the weighter minimizes: -Σ â_i w_i + λ Σ w_i log(N w_i), with â the standardized, clipped alignments."""
+    """Return what the weighter minimizes: -Σ â_i w_i + λ Σ w_i log(N w_i); â are standardized, clipped alignments."""
     log_u = log_weights_from_scores(scores, temperature)
     w = log_u.exp() / len(log_u)
     return float(-(standardized(alignments, clip) * w).sum() + kl_weight * (w * log_u).sum())
@@ -61,7 +61,10 @@ def objective(
 def objective_score_gradient(
     alignments: torch.Tensor, scores: torch.Tensor, temperature: float, kl_weight: float, clip: float = 0.0
 ) -> torch.Tensor:
-    """Gradient of :func:`objective` in the scores [N]: w_i (c_i - Σ_j w_j c_j) / τ, c_i = -â_i + λ log(N w_i)."""
+    """Return the gradient of :func:`objective` in the scores [N]: w_i (c_i - Σ_j w_j c_j) / τ.
+
+    c_i = -â_i + λ log(N w_i).
+    """
     log_u = log_weights_from_scores(scores, temperature)
     w = log_u.exp() / len(log_u)
     c = -standardized(alignments, clip) + kl_weight * log_u
@@ -81,7 +84,7 @@ class WeightStatistics:
 
     @staticmethod
     def of(u: torch.Tensor) -> WeightStatistics:
-        """Statistics of relative weights u [N]."""
+        """Return the statistics of weights u [N], whose mean is 1."""
         w = u.double() / len(u)
         kl = float(torch.special.xlogy(w, u.double()).sum())
         return WeightStatistics(

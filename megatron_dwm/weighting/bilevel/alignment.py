@@ -21,7 +21,7 @@ Direction = dict[torch.nn.Parameter, torch.Tensor]
 
 
 def counts_here(name: str, param: torch.nn.Parameter, parallel_state: ParallelState) -> bool:
-    """Whether this rank's product for the parameter belongs in the sum over the model-parallel group.
+    """Return whether this rank's product for the parameter belongs in the sum over the model-parallel group.
 
     A parameter that the TP ranks hold in full has the same gradient on all of them, and counts once. Where its
     gradients are parts of a sum all count: norms and biases under sequence parallelism, and norms of queries and keys,
@@ -37,7 +37,7 @@ def counts_here(name: str, param: torch.nn.Parameter, parallel_state: ParallelSt
 def products_with(
     direction: Direction, chunks: Sequence[ModelChunk], num_samples: int, parallel_state: ParallelState
 ) -> Iterator[torch.Tensor]:
-    """While open, backward passes of single-sample microbatches add ⟨v, gradient⟩ to the yielded tensor [n], float64.
+    """Let backward passes of single-sample microbatches add ⟨v, gradient⟩ to the yielded tensor [n], float64.
 
     The k-th gradient a parameter receives belongs to the k-th microbatch of its model chunk in all of megatron-core's
     schedules. The sum is this rank's part; :func:`sum_over_model` completes it.
@@ -69,7 +69,7 @@ def products_with(
 
 
 def inner_product(gradient: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """⟨gradient, v⟩, float64.
+    """Return ⟨gradient, v⟩, float64.
 
     torch's dot product is several times as fast as multiplying and summing, but on a CPU it adds up in one pass, whose
     rounding grows with the length. So long tensors are taken in parts, and the parts are summed in float64.
@@ -80,20 +80,20 @@ def inner_product(gradient: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def sum_over_model(products: torch.Tensor, parallel_state: ParallelState) -> torch.Tensor:
-    """Each rank's parts [n] to alignments [n], the same on all ranks of the replica."""
+    """Sum each rank's parts [n] to alignments [n], the same on all ranks of the replica."""
     dist.all_reduce(products, group=parallel_state.mp_group)
     return products
 
 
 def held_for_all(param: torch.nn.Parameter, parallel_state: ParallelState) -> bool:
-    """Whether this rank is the one of the model-parallel ranks with the same parameter that counts it."""
+    """Return whether this rank is the one of the model-parallel ranks with the same parameter that counts it."""
     sharded = getattr(param, "tensor_model_parallel", False)
     # megatron-core marks the last stage's copy of a tied embedding, which carries the first stage's v.
     return (sharded or parallel_state.tp_rank == 0) and not getattr(param, "shared", False)
 
 
 def global_norm(direction: Direction, parallel_state: ParallelState) -> float:
-    """Norm of v over the whole model, each parameter counted once."""
+    """Return the norm of v over the whole model, each parameter counted once."""
     device = next(iter(direction)).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     for param, v in direction.items():
@@ -104,7 +104,7 @@ def global_norm(direction: Direction, parallel_state: ParallelState) -> float:
 
 
 def shift(direction: Direction, distance: float) -> None:
-    """θ += distance · v, in place."""
+    """Move θ by distance · v, in place."""
     with torch.no_grad():
         for param, v in direction.items():
             param.data.add_(v.to(param.dtype), alpha=distance)

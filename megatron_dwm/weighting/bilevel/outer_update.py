@@ -115,8 +115,8 @@ class OuterUpdate:
         )
 
     def _weighter_step(self, aligned: AlignedBatch) -> float:
-        def score_gradient(own_scores: torch.Tensor) -> torch.Tensor:
-            scores = self.sample_gather.gather_from_ranks(own_scores).cpu()
+        def score_gradient(rank_scores: torch.Tensor) -> torch.Tensor:
+            scores = self.sample_gather.gather_from_ranks(rank_scores).cpu()
             gradient = objective_score_gradient(aligned.alignments, scores, *self._objective_settings)
             return self.sample_gather.select_rank(gradient)
 

@@ -2,7 +2,7 @@
 
 A step of Adam moves θ by -η P m, with P = 1 / (sqrt(second moment, bias-corrected) + ε); through m it depends on this
 step's gradient linearly. ⟨v, P ∇ l_i⟩ is therefore how much sample i's weight moves the target loss, to first order.
-Parameters that learn at a rate of their own (``--decoupled-lr``) have P scaled by it.
+Parameters that learn at a rate of their own (``--decoupled-lr``) have P scaled by that rate.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def precondition(direction: Direction, optimizer: Optimizer, parallel_state: Par
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     parts = optimizer_parts(optimizer)
-    owned = {param: own for part in parts for param, own in _owned(part, direction)}
+    owned = {param: held for part in parts for param, held in _owned(part, direction)}
     sharded = any(isinstance(part, DistributedOptimizer) for part in parts)
     for param, v in direction.items():
         flat = v.view(-1)
