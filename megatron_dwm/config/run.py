@@ -13,9 +13,10 @@ from megatron_dwm.config.data import DataConfig
 from megatron_dwm.config.flags import build, parse
 from megatron_dwm.config.logging import LoggingConfig
 from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
+from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.config.unsupported_flags import reason_unsupported
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.errors import UserError
@@ -109,16 +110,14 @@ class RunConfig:
                 raise UserError(f"--{name}-{other} {value} has no effect with --train-{unit}; use --{name}-{unit}")
         if optimizer.lr_decay_style == "WSD" and getattr(optimizer, f"lr_wsd_decay_{unit}") is None:
             raise UserError(f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}; give it")
-        decay = getattr(optimizer, f"lr_decay_{unit}") or getattr(training, f"train_{unit}")
-        warmup, fraction = getattr(optimizer, f"lr_warmup_{unit}"), optimizer.lr_warmup_fraction
-        if warmup and fraction is not None:
+        if getattr(optimizer, f"lr_warmup_{unit}") and optimizer.lr_warmup_fraction is not None:
             raise UserError(f"--lr-warmup-fraction and --lr-warmup-{unit} exclude each other; give one")
-        if fraction is not None:
-            warmup = fraction * decay
-        if warmup >= decay:
+        bounds = optimizer.lr_bounds(training.train_iters, training.train_samples, global_batch_size=1)
+        if bounds.warmup >= bounds.decay:
             raise UserError(
-                f"the learning rate's warm-up of {warmup:g} {unit} does not end before its decay at {decay}; lower "
-                f"--lr-warmup-{unit} (or --lr-warmup-fraction) or raise --train-{unit} (or --lr-decay-{unit})"
+                f"the learning rate's warm-up of {bounds.warmup:g} {unit} does not end before its decay at "
+                f"{bounds.decay}; lower --lr-warmup-{unit} (or --lr-warmup-fraction) or raise --train-{unit} "
+                f"(or --lr-decay-{unit})"
             )
 
     def _check_outer_update(self) -> None:

@@ -30,8 +30,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
-from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
+from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.model.kernels import resolve_transformer_impl
 from megatron_dwm.model.protocols import ModelChunk, Optimizer
 from megatron_dwm.model.torch_layers import torch_block_spec
@@ -97,9 +98,7 @@ def wrap_with_ddp(
         overlap_param_gather=parallel.overlap_param_gather,
         align_param_gather=_aligns_param_gather(config, parallel),
         use_distributed_optimizer=parallel.use_distributed_optimizer,
-        # With a dynamic loss scale, overflows are for the scaler to find.
-        check_for_nan_in_grad=training.check_for_nan_in_loss_and_grad
-        and not (optimizer.fp16 and not optimizer.loss_scale),
+        check_for_nan_in_grad=training.should_check_for_nan(optimizer),
         bucket_size=_num_parameters(chunks) // parallel.ddp_num_buckets
         if parallel.ddp_num_buckets
         else parallel.ddp_bucket_size,

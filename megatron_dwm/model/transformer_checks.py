@@ -8,8 +8,9 @@ import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
-from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
+from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.kernels import is_importable
 

@@ -14,8 +14,9 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
-from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
+from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.kernels import available_kernels, resolve_transformer_impl, without_fusions
 from megatron_dwm.model.transformer_checks import (
@@ -93,13 +94,6 @@ def has_tanh_gelu(model: ModelConfig) -> bool:
     return model.bias_gelu_fusion and model.add_bias_linear
 
 
-def params_dtype(optimizer: OptimizerConfig) -> torch.dtype:
-    """Return the precision of the model's parameters and activations."""
-    if optimizer.bf16:
-        return torch.bfloat16
-    return torch.float16 if optimizer.fp16 else torch.float32
-
-
 def _same_named(*configs: Any) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(TransformerConfig)}
     return {
@@ -148,4 +142,4 @@ def _layout(model: ModelConfig, parallel: ParallelConfig, device: torch.device) 
 
 
 def _precision(optimizer: OptimizerConfig) -> dict[str, Any]:
-    return {"params_dtype": params_dtype(optimizer), "pipeline_dtype": params_dtype(optimizer)}
+    return {"params_dtype": optimizer.params_dtype, "pipeline_dtype": optimizer.params_dtype}

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
+from megatron_dwm.config.optimizer import OptimizerConfig
+from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.errors import UserError
 
 
@@ -43,19 +44,7 @@ class Schedule:
     def from_flags(settings: OptimizerConfig, training: TrainingConfig, global_batch_size: int) -> Schedule:
         """Return the schedule that the flags describe."""
         assert settings.lr is not None
-        warmup: float
-        if training.train_iters is not None:
-            total = training.train_iters * global_batch_size
-            decay = (settings.lr_decay_iters or training.train_iters) * global_batch_size
-            warmup = settings.lr_warmup_iters * global_batch_size
-            wsd = settings.lr_wsd_decay_iters * global_batch_size if settings.lr_wsd_decay_iters is not None else None
-        else:
-            assert training.train_samples is not None
-            total = training.train_samples
-            decay = settings.lr_decay_samples or total
-            warmup, wsd = settings.lr_warmup_samples, settings.lr_wsd_decay_samples
-        if settings.lr_warmup_fraction is not None:
-            warmup = settings.lr_warmup_fraction * decay
+        bounds = settings.lr_bounds(training.train_iters, training.train_samples, global_batch_size)
         start_wd = end_wd = settings.weight_decay
         if settings.weight_decay_incr_style != "constant":
             assert settings.start_weight_decay is not None and settings.end_weight_decay is not None
@@ -64,14 +53,14 @@ class Schedule:
             max_lr=settings.lr,
             min_lr=settings.min_lr,
             init_lr=settings.lr_warmup_init,
-            lr_warmup_steps=warmup,
-            lr_decay_steps=decay,
+            lr_warmup_steps=bounds.warmup,
+            lr_decay_steps=bounds.decay,
             lr_decay_style=settings.lr_decay_style,
-            wsd_decay_steps=wsd,
+            wsd_decay_steps=bounds.wsd_decay,
             lr_wsd_decay_style=settings.lr_wsd_decay_style,
             start_wd=start_wd,
             end_wd=end_wd,
-            wd_incr_steps=total,
+            wd_incr_steps=bounds.total,
             wd_incr_style=settings.weight_decay_incr_style,
             decoupled_lr=settings.decoupled_lr,
             decoupled_min_lr=settings.decoupled_min_lr,

@@ -11,7 +11,6 @@ import torch
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.protocols import ModelChunk, Optimizer
-from megatron_dwm.model.transformer_config import params_dtype
 
 
 def build_optimizer(config: RunConfig, chunks: Sequence[ModelChunk]) -> Optimizer:
@@ -24,7 +23,7 @@ def build_optimizer(config: RunConfig, chunks: Sequence[ModelChunk]) -> Optimize
     flags = config.flat()
     same_name = {f.name: flags[f.name] for f in dataclasses.fields(kind) if f.name in flags}
     core_config = kind(**same_name)
-    core_config.params_dtype = params_dtype(settings)
+    core_config.params_dtype = settings.params_dtype
     optimizer: Optimizer = get_megatron_optimizer(
         core_config,
         list(chunks),

@@ -146,8 +146,7 @@ def build_language_model(
         parallel_state,
         config.model.sequence,
         document_end=inputs.tokenizer.eod if config.data.reset_attention_mask else None,
-        check_for_nan=config.training.check_for_nan_in_loss_and_grad
-        and not (config.optimizer.fp16 and not config.optimizer.loss_scale),  # a dynamic scale minds overflows itself
+        check_for_nan=config.training.should_check_for_nan(config.optimizer),
     )
     return LanguageModel(parallel_state, engine, components, padded)
 

@@ -9,8 +9,9 @@ import torch
 from megatron.core import tensor_parallel
 
 from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
-from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
+from megatron_dwm.config.training import TrainingConfig
 from tests.distributed import tiny
 from tests.distributed.harness import run_distributed
 

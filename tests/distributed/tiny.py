@@ -11,8 +11,9 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
-from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
+from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.model.full_state import gather_full_state
 from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
 from megatron_dwm.model.transformer_config import transformer_config

@@ -101,6 +101,12 @@ def test_refusals_concern_flags_of_megatrons_that_are_not_here():
 
 
 READ_BY_PROPERTIES = {
+    **dict.fromkeys(
+        [f"lr_{phase}_{unit}" for phase in ("decay", "warmup", "wsd_decay") for unit in ("iters", "samples")],
+        "OptimizerConfig.lr_bounds",
+    ),
+    "lr_warmup_fraction": "OptimizerConfig.lr_bounds",
+    "check_for_nan_in_loss_and_grad": "TrainingConfig.should_check_for_nan",
     "accumulate_allreduce_grads_in_fp32": "OptimizerConfig.grads_in_fp32",
     "dwm_target_batch_size": "RunConfig.target_batch_size",
     "grad_reduce_in_bf16": "OptimizerConfig.grads_in_fp32",

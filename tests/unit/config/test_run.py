@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_dwm.config.checkpoint import CheckpointConfig
+from megatron_dwm.config.optimizer import LrBounds
 from megatron_dwm.config.run import PARTS, RunConfig, parse_run
 from megatron_dwm.errors import EXIT_CODE, UserError, run_cli
 
@@ -126,6 +127,38 @@ def test_flags_of_older_scripts_mean_what_they_meant():
 )
 def test_gradients_have_megatrons_precision(flags: str, in_fp32: bool):
     assert _parse(f"{RUN} {flags}").optimizer.grads_in_fp32 is in_fp32
+
+
+@pytest.mark.parametrize(
+    ("flags", "checks"),
+    [
+        ("", True),
+        ("--bf16", True),
+        ("--fp16", False),
+        ("--fp16 --loss-scale 1024", True),
+        ("--no-check-for-nan-in-loss-and-grad", False),
+    ],
+)
+def test_a_nan_ends_a_run_unless_the_loss_scale_is_dynamic(flags: str, checks: bool):
+    config = _parse(f"{RUN} {flags}")
+    assert config.training.should_check_for_nan(config.optimizer) is checks
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [("", "float32"), ("--bf16", "bfloat16"), ("--fp16", "float16")])
+def test_parameters_have_the_precision_of_the_flags(flags: str, dtype: str):
+    assert str(_parse(f"{RUN} {flags}").optimizer.params_dtype) == f"torch.{dtype}"
+
+
+def test_bounds_of_the_learning_rate_are_in_samples():
+    def bounds(flags: str) -> LrBounds:
+        training = (config := _parse(flags)).training
+        return config.optimizer.lr_bounds(training.train_iters, training.train_samples, config.global_batch_size)
+
+    assert bounds(f"{RUN} --lr-warmup-iters 3") == LrBounds(total=40, decay=40, warmup=6, wsd_decay=None)
+    assert bounds(f"{RUN} --lr-decay-iters 10 --lr-warmup-fraction 0.1") == LrBounds(40, 20, 2.0, None)
+    wsd = "--lr-decay-style WSD --lr-wsd-decay"
+    assert bounds(f"{RUN} {wsd}-iters 5") == LrBounds(40, 40, 0, 10)
+    assert bounds(f"{BY_SAMPLES} --lr-decay-samples 50 --lr-warmup-samples 7 {wsd}-samples 9") == LrBounds(64, 50, 7, 9)
 
 
 def test_batches_follow_from_the_world():

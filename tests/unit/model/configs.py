@@ -8,8 +8,9 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
-from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
+from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.model.transformer_config import transformer_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

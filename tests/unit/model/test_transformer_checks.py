@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
-from megatron_dwm.config.training import OptimizerConfig, TrainingConfig
+from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.transformer_checks import check_attention_mask, check_determinism, check_fp8
 from megatron_dwm.model.transformer_config import transformer_config
