@@ -18,7 +18,10 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 UNMAPPED = {".gitignore"}
 GROUND = "ground"
 """Modules that lie directly in the package."""
-LAYERS = [GROUND, "config", "runtime", "data", "corpora", "model", "weighting", "training", "analysis", "cli"]
+LAYERS = [
+    *(GROUND, "config", "runtime", "data", "corpora", "model", "weighting", "training", "analysis", "cli"),
+    "benchmarks",
+]
 """From the bottom to the top: a module imports modules of its own layer and of lower ones."""
 
 
@@ -131,6 +134,7 @@ def test_every_file_is_on_the_map():
 
 
 def test_imports_run_down_the_layers():
+    assert {layer for pair in imports_between_layers() for layer in pair} == set(LAYERS)
     upward = {
         pair: imports
         for pair, imports in imports_between_layers().items()
