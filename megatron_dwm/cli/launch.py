@@ -29,6 +29,8 @@ from megatron_dwm.runtime.startup_sync import PeerError, StartupSync
 
 if TYPE_CHECKING:
     from megatron_dwm.training.trainer import Trainer
+    from megatron_dwm.weighting.build import WeightingContext
+    from megatron_dwm.weighting.policy import SampleWeighting
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +99,16 @@ def run_program(program: Callable[[Process], None]) -> None:
         dist.destroy_process_group()
 
 
-def build_trainer(config: RunConfig, device: torch.device, process: Process) -> Trainer:
+def build_trainer(
+    config: RunConfig,
+    device: torch.device,
+    process: Process,
+    make_weighting: Callable[[WeightingContext], SampleWeighting] | None = None,
+) -> Trainer:
     """Build everything that a run needs and load its checkpoint; every rank calls it.
+
+    Args:
+        make_weighting: makes the run's weighting; None takes the one that the flags name.
 
     Raises:
         UserError: on every rank, if data, tokenizer, weighter, model or checkpoint do not fit the flags.
@@ -141,7 +151,7 @@ def build_trainer(config: RunConfig, device: torch.device, process: Process) -> 
         device=device,
     )
     with process.startup_sync.phase("weighting"):
-        weighting = build_weighting(context)
+        weighting = (make_weighting or build_weighting)(context)
         weighting.load_state_dict(weighting_state)
     if config.weighting.dwm_check and train_state.iteration < config.train_iters:
         consumed_target = weighting_state.get("consumed_target_samples", 0)

@@ -129,22 +129,29 @@ def lm_gradients(context: WeightingContext) -> LMGradients:
     return LMGradients(config.weighting, context.engine, context.optimizer, context.parallel_state, micro_batch_size)
 
 
+def weight_metrics(context: WeightingContext) -> WeightMetrics:
+    """Return what computes the figures of each step's weights."""
+    config, gather = context.config, SampleGather(context.partition, context.parallel_state)
+    is_per_token = context.engine.config.calculate_per_token_loss
+    loss_factors = LossFactors(config.training.micro_batch, is_per_token, context.parallel_state)
+    return WeightMetrics(context.inputs.stages, gather, loss_factors, context.paths.train_sources)
+
+
+def scoring_options(config: RunConfig) -> ScoringOptions:
+    """Return how the flags make weights of scores."""
+    return ScoringOptions(
+        temperature=config.weighting.dwm_temperature,
+        min_effective_sample_size=config.weighting.dwm_min_effective_sample_size,
+        check_interval=config.logging.log_interval,
+    )
+
+
 class _Builder:
     def __init__(self, context: WeightingContext) -> None:
         self.context, self.config, self.inputs = context, context.config, context.inputs
         self.settings, self.engine = context.config.weighting, context.engine
         self.sample_gather = SampleGather(context.partition, context.parallel_state)
-        loss_factors = LossFactors(
-            self.config.training.micro_batch, self.engine.config.calculate_per_token_loss, context.parallel_state
-        )
-        self.weight_metrics = WeightMetrics(
-            self.inputs.stages, self.sample_gather, loss_factors, context.paths.train_sources
-        )
-        self.options = ScoringOptions(
-            temperature=self.settings.dwm_temperature,
-            min_effective_sample_size=self.settings.dwm_min_effective_sample_size,
-            check_interval=self.config.logging.log_interval,
-        )
+        self.weight_metrics, self.options = weight_metrics(context), scoring_options(context.config)
 
     def build(self) -> SampleWeighting:
         return WarmupWeighting(self.inputs.stages, self.weight_metrics, self._start())

@@ -167,10 +167,16 @@ def test_a_users_mistake_is_one_line(flags: list[str], named: str, tmp_path: Pat
     assert len(finished.stderr.splitlines()) == 1 and named in finished.stderr
 
 
-def browse(profile: Path, page: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Open ``page`` in Debian's chromium."""
-    browser = shutil.which("chromium")
-    assert browser is not None, "there is no chromium; install Debian's package chromium"
+@pytest.fixture
+def browser() -> str:
+    """Debian's chromium."""
+    path = shutil.which("chromium")
+    assert path is not None, "there is no chromium; install Debian's package chromium"
+    return path
+
+
+def browse(browser: str, profile: Path, page: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Open ``page`` in the browser."""
     command = [browser, "--headless", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"]
     command += ["--enable-logging=stderr", f"--user-data-dir={profile}", *flags, page.as_uri()]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -192,10 +198,10 @@ addEventListener("load", () => {
 
 
 @pytest.mark.parametrize("width", [WIDTH, 500])
-def test_a_browser_lays_the_page_out_and_draws_all_of_it(width: int, written: Written, tmp_path: Path):
+def test_a_browser_lays_the_page_out_and_draws_all_of_it(width: int, browser: str, written: Written, tmp_path: Path):
     measured_page = tmp_path / "measured.html"
     measured_page.write_text(written.page.replace("</body>", f"{MEASURE}</body>"))
-    found = browse(tmp_path / "profile", measured_page, f"--window-size={width},1000", "--dump-dom").stdout
+    found = browse(browser, tmp_path / "profile", measured_page, f"--window-size={width},1000", "--dump-dom").stdout
     (answer,) = re.findall(r'data-measured="([^"]*)"', found)
     measured = json.loads(html.unescape(answer))
     assert measured["width"] == width  # nothing sticks out: wide tables scroll by themselves
@@ -205,7 +211,7 @@ def test_a_browser_lays_the_page_out_and_draws_all_of_it(width: int, written: Wr
 
     picture = tmp_path / "page.png"
     size = f"--window-size={width},{measured['height']}"
-    browse(tmp_path / "profile", written.folder / "preference.html", size, f"--screenshot={picture}")
+    browse(browser, tmp_path / "profile", written.folder / "preference.html", size, f"--screenshot={picture}")
     pixels = matplotlib.image.imread(picture)[..., :3]
     assert pixels.shape[:2] == (measured["height"], width)
     for top, bottom in zip(measured["tops"], [*measured["tops"][1:], measured["height"]], strict=True):

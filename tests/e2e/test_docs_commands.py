@@ -1,0 +1,271 @@
+"""Every command in the documentation: run as it is printed, at a smaller size, or known with the reason why it is not.
+
+A block is known by its page, the heading above it, its language, and its place among such blocks. What is run uses the
+words of the page; only the values in ``SMALLER`` are replaced.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from megatron_dwm.analysis.records import read_run
+from megatron_dwm.cli.launch import read_run_flags
+from tests.paths import ROOT
+from tests.turns import several_processes
+
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tests/README.md", *(ROOT / "docs").glob("*.md"))
+)
+
+SMALLER = {
+    "--vocab-size": ("8192", "400"),
+    "--num-layers": ("4", "2"),
+    "--hidden-size": ("256", "32"),
+    "--seq-length": ("128", "32"),
+    "--max-position-embeddings": ("128", "32"),
+    "--micro-batch-size": ("16", "4"),
+    "--global-batch-size": ("128", "8"),
+    "--train-iters": ("1000", "12"),
+    "--lr-warmup-iters": ("50", "2"),
+    "--dwm-update-interval": ("16", "2"),
+    "--eval-interval": ("100", "6"),
+    "--eval-iters": ("4", "1"),
+    "--save-interval": ("200", "6"),
+    "--workers": ("4", "1"),
+}
+"""Values as the pages have them, and as the tests run them."""
+
+NOT_RUN = {
+    "README.md: Two commands: bash": "tests/e2e/test_quickstart.py runs the first; the second runs this test",
+    "README.md: On a cluster: bash": "needs a cluster with GPUs; tests/e2e/test_slurm.py submits the script to a SLURM",
+    "docs/cluster.md: SLURM: bash": "the same",
+    "docs/cluster.md: SLURM: bash 2": "the same; its variables become flags, which are read below",
+    "docs/cluster.md: Without SLURM: bash": "needs 4 machines with 8 GPUs each; its flags are read below",
+    "docs/results.md: How to measure it: bash": "takes hours; tests/e2e/test_benefit.py and test_overhead.py run both",
+    "docs/megatron-comparison.md: How it was compared with Megatron-LM: bash": "needs a checkout of Megatron-LM",
+    "CONTRIBUTING.md: Set up: bash": "tests/run.sh begins with the first line; a hook would change this repository",
+    "CONTRIBUTING.md: Run the tests: bash": "runs this test",
+    "CONTRIBUTING.md: Documentation: bash": "tests/run.sh runs it",
+    "tests/README.md: Tests: bash": "runs this test",
+    "docs/architecture.md: Layers: mermaid": "a drawing; tests/unit/test_readme.py compares it with the imports",
+    "docs/architecture.md: One iteration: mermaid": "a drawing",
+}
+RUN = [
+    "README.md: Your own data in five commands: bash",
+    "docs/own-data.md: Tokenizer and datasets: bash",
+    "docs/own-data.md: The flags in parts: bash",
+    "docs/own-data.md: Check the gradients once: bash",
+    "docs/own-data.md: Train: bash",
+    "docs/own-data.md: Look at the run: bash",
+    "docs/own-data.md: Take the models along: bash",
+    "docs/transfer.md: In another run, frozen: bash",
+    "docs/transfer.md: In another run, and learning on: bash",
+    "docs/transfer.md: With transformers alone: python",
+    "docs/report.md: Reading the report: bash",
+    "docs/tuning.md: 1. Is there anything to gain?: bash",
+    "docs/extending.md: A new weighting in one file: python",
+    "docs/extending.md: A new weighting in one file: bash",
+]
+"""Blocks that the tests below run."""
+PARTS = "docs/own-data.md: The flags in parts: bash"
+
+
+def blocks(page: str) -> dict[str, str]:
+    """Return the fenced blocks of a page by name."""
+    found: dict[str, str] = {}
+    heading = ""
+    for match in re.finditer(
+        r"^#+ ([^\n]+)$|^```(\w+)\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL
+    ):
+        if match[1] is not None:
+            heading = match[1]
+            continue
+        name = f"{page}: {heading}: {match[2]}"
+        number = sum(key == name or key.startswith(f"{name} ") for key in found) + 1
+        found[name if number == 1 else f"{name} {number}"] = match[3]
+    return found
+
+
+def block(name: str) -> str:
+    """Return one block."""
+    return blocks(name.partition(": ")[0])[name]
+
+
+def smaller(commands: str) -> str:
+    """Return the commands with the sizes of ``SMALLER``."""
+    for flag, (printed, small) in SMALLER.items():
+        commands = re.sub(rf"(?<![\w-]){flag} {printed}(?!\w)", f"{flag} {small}", commands)
+    return commands
+
+
+def test_every_block_is_run_or_has_a_reason():
+    names = {name for page in PAGES for name in blocks(page) if not name.endswith(": toctree")}
+    assert names == {*RUN, *NOT_RUN}
+    assert not set(RUN) & set(NOT_RUN)
+
+
+def test_every_replaced_size_is_in_the_pages():
+    printed = "\n".join(block(name) for name in RUN)
+    for flag, (value, _) in SMALLER.items():
+        assert f"{flag} {value}" in printed, flag
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A folder as a newcomer has it: the repository's programs, and data of their own."""
+
+    folder: Path
+
+    def run(self, name: str) -> str:
+        """Run a block of commands, and return what it printed; the pages' common flags are set before it."""
+        parts = "" if name.startswith("README.md") else smaller(block(PARTS))
+        script = f"set -euo pipefail\n{parts}\n{smaller(block(name))}"
+        environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        with several_processes:
+            done = subprocess.run(
+                ["bash", "-c", script], cwd=self.folder, env=environment, capture_output=True, text=True
+            )
+        assert done.returncode == 0, f"{name}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+
+SYLLABLES = [f"{start}{vowel}" for start in "bdfgk" for vowel in ("a", "e", "ou")]
+WORDS = [f"{syllable}{end}" for syllable in SYLLABLES for end in ("n", "rt", "sha", "llo")]
+
+
+def write_texts(path: Path, seed: int, documents: int, *, is_ordered: bool) -> None:
+    """Write documents of made-up words: each word follows from the one before, or from nothing."""
+    generator = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(documents):
+            place, words = generator.randrange(len(WORDS)), []
+            for _ in range(generator.randrange(60, 120)):
+                place = (place * 7 + generator.randrange(3)) % len(WORDS) if is_ordered else generator.randrange(60)
+                words.append(WORDS[place])
+            file.write(json.dumps({"text": " ".join(words)}) + "\n")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A folder in which the README's five commands have been run."""
+    folder = tmp_path_factory.mktemp("workplace")
+    for program in ("tools", "pretrain_dwm.py"):
+        (folder / program).symlink_to(ROOT / program)
+    write_texts(folder / "good.jsonl", seed=1, documents=200, is_ordered=True)
+    write_texts(folder / "other.jsonl", seed=2, documents=200, is_ordered=False)
+    write_texts(folder / "target.jsonl", seed=3, documents=60, is_ordered=True)
+    (folder / "train.jsonl").write_text((folder / "good.jsonl").read_text() + (folder / "other.jsonl").read_text())
+    place = Workplace(folder)
+    place.run("README.md: Your own data in five commands: bash")
+    return place
+
+
+@pytest.fixture(scope="module")
+def own_data(workplace: Workplace) -> Workplace:
+    """A folder in which the commands of own-data.md have been run; the README's run was moved aside."""
+    (workplace.folder / "runs/mine").rename(workplace.folder / "runs/readme")
+    for heading in ("Tokenizer and datasets", "Check the gradients once", "Train"):
+        workplace.run(f"docs/own-data.md: {heading}: bash")
+    return workplace
+
+
+def test_five_commands_make_a_language_model_and_a_weighter(workplace: Workplace):
+    readme = workplace.folder / "runs/readme"
+    run = readme if readme.is_dir() else workplace.folder / "runs/mine"
+    records = read_run(run)
+    assert len(records.steps) == 12 and len(records.updates) == 6
+    assert AutoModelForCausalLM.from_pretrained(run / "language_model").config.hidden_size == 32
+    weighter = AutoModelForSequenceClassification.from_pretrained(run / "weighter/iter_0000012")
+    assert weighter.config.num_labels == 1
+
+
+def test_the_page_on_own_data_ends_with_models_and_pictures(own_data: Workplace):
+    run = own_data.folder / "runs/mine"
+    assert read_run(run).sources == ["good", "other"]
+    own_data.run("docs/own-data.md: Look at the run: bash")
+    assert (run / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "preference/preference.html").is_file()
+    (run / "preference/preference.html").unlink()
+    own_data.run("docs/report.md: Reading the report: bash")
+    assert (run / "preference/preference.html").is_file()
+    own_data.run("docs/own-data.md: Take the models along: bash")
+    assert AutoModelForCausalLM.from_pretrained(run / "language_model").config.hidden_size == 32
+
+
+def test_a_weighter_is_taken_to_other_runs(own_data: Workplace):
+    own_data.run("docs/transfer.md: In another run, frozen: bash")
+    frozen = read_run(own_data.folder / "runs/frozen")
+    assert len(frozen.steps) == 12 and not frozen.updates and "weight_by_source" in frozen.steps[0]
+    own_data.run("docs/transfer.md: In another run, and learning on: bash")
+    assert len(read_run(own_data.folder / "runs/continued").updates) == 6
+
+
+def test_a_weighter_scores_texts_with_transformers_alone(own_data: Workplace):
+    program = own_data.folder / "score.py"
+    program.write_text(block("docs/transfer.md: With transformers alone: python"))
+    done = subprocess.run([sys.executable, program], cwd=own_data.folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    scores = ast.literal_eval(done.stdout)
+    assert len(scores) == 2 and all(isinstance(score, float) for score in scores.values())
+
+
+def test_the_oracle_counts_only_the_named_source(own_data: Workplace):
+    own_data.run("docs/tuning.md: 1. Is there anything to gain?: bash")
+    oracle = read_run(own_data.folder / "runs/oracle")
+    by_source = [step["weight_by_source"] for step in oracle.steps]
+    assert all(weights.get("other", 0) == 0 for weights in by_source if "good" in weights)
+    assert not any("weight_by_source" in step for step in read_run(own_data.folder / "runs/uniform").steps)
+
+
+def test_a_weighting_in_one_file_trains(own_data: Workplace):
+    program = block("docs/extending.md: A new weighting in one file: python")
+    assert len(program.splitlines()) < 40
+    (own_data.folder / "variety.py").write_text(program)
+    own_data.run("docs/extending.md: A new weighting in one file: bash")
+    steps = read_run(own_data.folder / "runs/variety").steps
+    # Of ordered texts, which use fewer different words, every sample has fewer different tokens.
+    assert len(steps) == 12 and all(step["effective_sample_size"] < 1 for step in steps)
+    both = [step["weight_by_source"] for step in steps if len(step["weight_by_source"]) == 2]
+    assert both and sum(weights["other"] > weights["good"] for weights in both) > len(both) / 2
+
+
+def test_the_flags_of_many_machines_are_a_configuration():
+    command = block("docs/cluster.md: Without SLURM: bash").replace("\\\n", " ")
+    flags = command.split("pretrain_dwm.py", 1)[1].split()
+    config = read_run_flags(flags, world_size=32)
+    assert (config.parallel.tp, config.parallel.pp, config.num_microbatches) == (2, 2, 16)
+
+
+def test_the_variables_of_the_cluster_pages_are_the_scripts():
+    script = (ROOT / "examples/pretrain_1b_dwm.sh").read_text()
+    page = (ROOT / "docs/cluster.md").read_text()
+    exported = re.findall(r"(\w+)=", "\n".join(re.findall(r"^export (.*)$", page, re.MULTILINE)))
+    tabled = re.findall(r"`([A-Z][A-Z_]+)`", "\n".join(re.findall(r"^\| `.*?\|", page, re.MULTILINE)))
+    assert len(exported) >= 7 and len(tabled) >= 10
+    fields = {name for name in read_run_flags(MINIMAL, world_size=1).weighting.__dataclass_fields__}
+    for name in {*exported, *tabled} - {"DWM_SOME_FLAG"}:
+        assert name.lower() in fields if name.startswith("DWM_") else re.search(rf"\b{name}\b", script), name
+
+
+MINIMAL = ["--num-layers=2", "--hidden-size=8", "--num-attention-heads=2", "--seq-length=8", "--train-iters=2"]
+MINIMAL += ["--max-position-embeddings=8", "--micro-batch-size=1", "--lr=1", "--mock-data", "--dwm-mode=off"]
+MINIMAL += ["--tokenizer-type=NullTokenizer", "--vocab-size=8"]
+"""Flags that make a configuration."""
