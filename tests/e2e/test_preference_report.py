@@ -167,15 +167,16 @@ def test_a_users_mistake_is_one_line(flags: list[str], named: str, tmp_path: Pat
     assert len(finished.stderr.splitlines()) == 1 and named in finished.stderr
 
 
-def browse(profile: Path, page: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Open ``page`` in Debian's chromium."""
+def browse(profile: Path, page: Path, *flags: str, console: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Open ``page`` in Debian's chromium, which prints ``console`` of it and nothing else."""
     browser = shutil.which("chromium")
     assert browser is not None, "there is no chromium; install Debian's package chromium"
     command = [browser, "--headless", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"]
     command += ["--enable-logging=stderr", f"--user-data-dir={profile}", *flags, page.as_uri()]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
-    assert "CONSOLE" not in finished.stderr, finished.stderr
+    messages = [line for line in finished.stderr.splitlines() if "CONSOLE" in line]
+    assert bool(messages) == (console is not None) and all(console in line for line in messages), finished.stderr
     return finished
 
 
@@ -194,7 +195,8 @@ addEventListener("load", () => {
 @pytest.mark.parametrize("width", [WIDTH, 500])
 def test_a_browser_lays_the_page_out_and_draws_all_of_it(width: int, written: Written, tmp_path: Path):
     measured_page = tmp_path / "measured.html"
-    measured_page.write_text(written.page.replace("</body>", f"{MEASURE}</body>"))
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy"[^>]*>', written.page)
+    measured_page.write_text(written.page.replace(policy, "").replace("</body>", f"{MEASURE}</body>"))
     found = browse(tmp_path / "profile", measured_page, f"--window-size={width},1000", "--dump-dom").stdout
     (answer,) = re.findall(r'data-measured="([^"]*)"', found)
     measured = json.loads(html.unescape(answer))
@@ -210,3 +212,18 @@ def test_a_browser_lays_the_page_out_and_draws_all_of_it(width: int, written: Wr
     assert pixels.shape[:2] == (measured["height"], width)
     for top, bottom in zip(measured["tops"], [*measured["tops"][1:], measured["height"]], strict=True):
         assert pixels[top:bottom].std() > 0.02, f"nothing is drawn between {top} and {bottom}"
+
+
+def test_a_browser_runs_no_script_and_loads_nothing_that_data_have_planted(written: Written, tmp_path: Path):
+    planted = (
+        "<script>document.body.dataset.planted = 1</script>"
+        f'<img src="{(written.folder / "losses.png").as_uri()}" onload="document.body.dataset.planted = 2"'
+        ' onerror="document.body.dataset.planted = 3">'
+    )
+    page = tmp_path / "planted.html"
+    page.write_text(written.page.replace("</body>", f"{planted}</body>"))
+    found = browse(tmp_path / "profile", page, "--dump-dom", console="Content Security Policy").stdout
+    assert "dataset.planted = 1" in found and "data-planted" not in found
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy"[^>]*>', written.page)
+    page.write_text(page.read_text().replace(policy, ""))
+    assert 'data-planted="2"' in browse(tmp_path / "profile", page, "--dump-dom").stdout  # it would have run
