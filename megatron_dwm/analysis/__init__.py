@@ -1,1 +1,1 @@
-"""Reading a run's records and drawing them."""
+"""What a run has recorded: read, described and drawn."""

@@ -1,4 +1,4 @@
-"""A run's preference as one HTML page that needs nothing beside it."""
+"""What a run's weighter prefers, as one HTML page that needs no other file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -17,17 +17,22 @@ from megatron_dwm.analysis.preference import (
     Correlations,
     Quarter,
     SourceFigures,
-    WeighedSamples,
+    WeightedSamples,
     correlations,
     quarters,
     stage_sources,
 )
 from megatron_dwm.analysis.records import RunRecords
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, shortened
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE = "preference.html"
 
 
 class Property(NamedTuple):
-    """A number that describes a sample, as the page names it."""
+    """A number that describes a sample: its name on the page, the digits that are shown, what it is."""
 
     label: str
     digits: int
@@ -39,14 +44,16 @@ PROPERTIES = {
         "alignment",
         2,
         "inner product of the sample's gradient with the target set's (after the optimizer's preconditioner), less the "
-        "batch's mean and divided by its standard deviation: what the weighter is to learn",
+        "batch's mean and divided by its standard deviation: what the weighter learns to predict",
     ),
     "loss": Property("loss", 2, "mean loss of the sample's tokens at that training step, in nats per token"),
     "length": Property("length", 0, "tokens of text in the sample, without padding and ends of documents"),
     "documents": Property("documents", 0, "documents, or parts of one, that are packed into the sample"),
     "characters": Property("characters per token", 2, "characters of the decoded text for each of its tokens"),
-    "distinct-1": Property("distinct-1", 3, "diversity: different tokens as a part of all tokens of the sample"),
-    "distinct-2": Property("distinct-2", 3, "diversity: different pairs of neighbors as a part of all such pairs"),
+    "distinct-1": Property("distinct-1", 3, "diversity: different tokens as a fraction of all tokens of the sample"),
+    "distinct-2": Property(
+        "distinct-2", 3, "diversity: different pairs of neighboring tokens as a fraction of all pairs"
+    ),
     "similarity-1": Property(
         "target similarity (words)",
         3,
@@ -55,14 +62,14 @@ PROPERTIES = {
     "similarity-2": Property(
         "target similarity (order)",
         3,
-        "the same with pairs of neighboring tokens, which also tell the order of words",
+        "the same with pairs of neighboring tokens, which depend on the order of words too",
     ),
 }
 
 
 @dataclass(frozen=True)
 class Example:
-    """One sample as the page shows it."""
+    """A sample as the page shows it."""
 
     source: str
     iteration: int
@@ -75,12 +82,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page says."""
+    """The content of the page."""
 
     name: str
     run: RunRecords
-    samples: WeighedSamples
-    """Those that are described: of all outer updates, or of some, evenly spaced."""
+    samples: WeightedSamples
+    """The samples that are described: of all outer updates, or of some that are evenly spaced."""
     sources: dict[int, dict[str, SourceFigures]]
     """By stage and source."""
     examples: dict[int, tuple[list[Example], list[Example]]] = field(default_factory=dict)
@@ -91,37 +98,39 @@ class Report:
 
     @property
     def described(self) -> dict[str, np.ndarray]:
-        """Properties that are known, in the page's order; none without samples."""
+        """Values of the properties that are known, in the page's order; none without samples."""
         known = {"alignment": self.samples.alignment, **self.samples.properties}
         return {name: known[name] for name in PROPERTIES if name in known and len(self.samples)}
 
     @property
     def correlations(self) -> dict[str, dict[int, Correlations]]:
-        """Of the weight with each property, by stage."""
+        """Correlations of the weight with each property, by stage."""
         return {name: correlations(self.samples, values) for name, values in self.described.items()}
 
     def quarters(self, stage: int) -> dict[str, list[Quarter]]:
-        """Mean weight over the quarters of each property."""
-        own = self.samples.stage == stage
-        return {name: quarters(values[own], self.samples.weight[own]) for name, values in self.described.items()}
+        """Return the mean weight over the quarters of each property."""
+        mask = self.samples.stage == stage
+        return {name: quarters(values[mask], self.samples.weight[mask]) for name, values in self.described.items()}
 
 
 def make_report(
-    name: str, run: RunRecords, samples: WeighedSamples, global_samples: WeighedSamples, **rest: Any
+    name: str, run: RunRecords, samples: WeightedSamples, all_samples: WeightedSamples, **rest: Any
 ) -> Report:
-    """A report of a run.
+    """Make the report of a run.
 
     Args:
+        name: of the run, for the title.
+        run: its records.
         samples: the samples to describe.
         all_samples: those of all outer updates.
         rest: the other fields of :class:`Report`.
     """
-    return Report(name, run, samples, stage_sources(run.steps, global_samples), **rest)
+    return Report(name, run, samples, stage_sources(run.steps, all_samples), **rest)
 
 
-def draw(report: Report) -> dict[str, Callable[[], Any]]:
-    """What draws the page's figures, by the name of their file."""
-    drawn: dict[str, Callable[[], Any]] = {"losses": partial(plots.losses_figure, report.run)}
+def draw(report: Report) -> dict[str, Callable[[], Figure]]:
+    """Return a function that draws each of the page's figures, by the name of its file."""
+    drawn: dict[str, Callable[[], Figure]] = {"losses": partial(plots.losses_figure, report.run)}
     if any("effective_sample_size" in step for step in report.run.steps):
         drawn["weights"] = partial(plots.weights_figure, report.run)
     if report.run.sources:
@@ -139,24 +148,31 @@ def draw(report: Report) -> dict[str, Callable[[], Any]]:
 
 
 def write_page(report: Report, folder: Path) -> Path:
-    """Write the page and a PNG of each of its figures into ``folder``; returns the page's path."""
+    """Write the page and a PNG of each of its figures into ``folder``; return the page's path.
+
+    Raises:
+        UserError: they cannot be written.
+    """
     images = {}
+    files = {}
     for name, drawing in draw(report).items():
         variants = {}
         for theme in ("light", "dark"):
             with plots.theme(theme):
                 variants[theme] = plots.png(drawing())
-        plots.write_bytes(folder / f"{name}.png", variants["light"])
+        files[f"{name}.png"] = variants["light"]
         images[name] = {theme: _data_uri(content) for theme, content in variants.items()}
-    page = folder / "preference.html"
-    plots.write_bytes(page, render(report, images).encode())
-    return page
+    # Names and texts from data may hold half of a surrogate pair, which no file can.
+    files[PAGE] = render(report, images).encode("utf-8", "replace")
+    plots.write_files(folder, files)
+    return folder / PAGE
 
 
 def render(report: Report, images: Mapping[str, Mapping[str, str]]) -> str:
-    """The page.
+    """Return the page; names and texts from data are escaped.
 
     Args:
+        report: its content.
         images: data URIs of the figures by name and theme.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -179,7 +195,7 @@ def render(report: Report, images: Mapping[str, Mapping[str, str]]) -> str:
 
 
 class Fact(NamedTuple):
-    """One of the figures at the top of the page."""
+    """A figure at the top of the page."""
 
     title: str
     value: str
@@ -187,7 +203,7 @@ class Fact(NamedTuple):
 
 
 def key_facts(report: Report) -> list[Fact]:
-    """What the page comes down to: about the last stage whose batches were weighted."""
+    """Return the most important figures, those of the last stage whose batches were weighted."""
     facts = []
     weighted = [stage for stage in report.sources if stage > 0]
     if weighted:
@@ -220,7 +236,7 @@ def key_facts(report: Report) -> list[Fact]:
 
 
 def tint(value: float | None, middle: float = 1.0, span: float = 1.0) -> str:
-    """The background of a table's cell: blue above ``middle``, red below it, full at a distance of ``span``."""
+    """Return the background of a table's cell: blue above ``middle``, red below it, deepest ``span`` away."""
     if value is None:
         return ""
     distance = max(-1.0, min(1.0, (value - middle) / span))
@@ -229,13 +245,13 @@ def tint(value: float | None, middle: float = 1.0, span: float = 1.0) -> str:
 
 
 def read_benefit(path: Path) -> dict[str, Any]:
-    """The comparison that ``benchmarks/benefit.py --json`` writes.
+    """Read the comparison that ``benchmarks/benefit.py --json`` writes.
 
     Raises:
         UserError: it is not there, or is something else.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         for arm in found["arms"].values():
             losses, seconds = [float(x) for x in arm["test_loss"]], [float(x) for x in arm["seconds"]]
             if not losses or not seconds:
@@ -246,14 +262,14 @@ def read_benefit(path: Path) -> dict[str, Any]:
                 float(found[name])
     except OSError as error:
         raise UserError(f"--benefit {path}: cannot be read ({error.strerror}); check the path") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = shortened(f"{type(error).__name__}: {error}")
         raise UserError(f"--benefit {path}: not what benefit.py --json writes ({reason}); give its file") from None
     return found
 
 
 def _signed(value: float | None) -> str:
-    """Two digits with a sign; ``n/a`` of nothing."""
+    """Return a number with a sign and two digits; ``n/a`` of None."""
     return "n/a" if value is None or np.isnan(value) else f"{round(value, 2) + 0.0:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 

@@ -1,6 +1,8 @@
 """What a weighter prefers: statistics of the weights that a run has recorded.
 
-Weights are relative, u = N w: 1 is the weight of a sample when all count alike. Shape legend: n samples.
+A weight is N times the sample's weight in its batch of N: 1 is the weight of a sample when all count alike.
+
+Shape legend: n samples.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True)
-class WeighedSamples:
+class WeightedSamples:
     """The samples of outer updates, a row each, in the order of the records."""
 
     iteration: np.ndarray
@@ -35,19 +37,20 @@ class WeighedSamples:
     def __len__(self) -> int:
         return len(self.weight)
 
-    def where(self, rows: np.ndarray) -> WeighedSamples:
-        """Some of the samples: a mask [n] or row numbers."""
+    def where(self, rows: np.ndarray) -> WeightedSamples:
+        """Return some of the samples, given by a mask [n] or by row numbers."""
         names = ("iteration", "stage", "index", "source", "weight", "alignment")
         columns = {name: getattr(self, name)[rows] for name in names}
-        return WeighedSamples(**columns, properties={name: values[rows] for name, values in self.properties.items()})
+        return WeightedSamples(**columns, properties={name: values[rows] for name, values in self.properties.items()})
 
     @property
     def stages(self) -> list[int]:
+        """Numbers of the stages that the samples are from."""
         return sorted({int(stage) for stage in self.stage})
 
 
-def weighed_samples(updates: Sequence[Record]) -> WeighedSamples:
-    """The samples of a run's ``outer_update`` records; ``loss`` is a property if every record has it."""
+def weighted_samples(updates: Sequence[Record]) -> WeightedSamples:
+    """Return the samples of a run's ``outer_update`` records; ``loss`` is a property if every record has it."""
 
     def column(name: str, kind: type) -> np.ndarray:
         return np.array([value for update in updates for value in update["samples"][name]], dtype=kind)
@@ -57,7 +60,7 @@ def weighed_samples(updates: Sequence[Record]) -> WeighedSamples:
 
     batches = [standardized(update["samples"]["alignment"]) for update in updates]
     has_loss = bool(updates) and all("loss" in update["samples"] for update in updates)
-    return WeighedSamples(
+    return WeightedSamples(
         iteration=repeated("iteration"),
         stage=repeated("stage"),
         index=column("index", int),
@@ -69,74 +72,76 @@ def weighed_samples(updates: Sequence[Record]) -> WeighedSamples:
 
 
 def standardized(values: Sequence[float]) -> np.ndarray:
-    """Mean 0 and variance 1; all 0 if the values do not differ."""
-    array = np.asarray(values, dtype=float)
+    """Return the values shifted and scaled to mean 0 and variance 1; all 0 if they do not differ."""
+    array: np.ndarray = np.asarray(values, dtype=float)
     if len(array) == 0 or array.max() == array.min():
         return np.zeros_like(array)
-    return (array - array.mean()) / array.std()
+    scaled: np.ndarray = (array - array.mean()) / array.std()
+    return scaled
 
 
 def evenly_spaced_updates(updates: Sequence[Record], samples_per_stage: int) -> list[Record]:
-    """Of each stage so many whole updates, evenly spaced, as hold ``samples_per_stage`` samples; one at least."""
+    """Choose updates of each stage, evenly spaced, that hold ``samples_per_stage`` samples together; at least one."""
     chosen: list[Record] = []
     for _, group in groupby(updates, key=lambda update: update["stage"]):
-        own = list(group)
-        number = min(len(own), max(1, samples_per_stage // len(own[0]["samples"]["index"])))
-        chosen += [own[place] for place in np.linspace(0, len(own) - 1, number).round().astype(int)]
+        of_stage = list(group)
+        number = min(len(of_stage), max(1, samples_per_stage // len(of_stage[0]["samples"]["index"])))
+        chosen += [of_stage[place] for place in np.linspace(0, len(of_stage) - 1, number).round().astype(int)]
     return chosen
 
 
 @dataclass(frozen=True)
 class SourceFigures:
-    """What one data source was worth in one stage."""
+    """How one data source was weighted in one stage."""
 
     weight: float | None
-    """Mean relative weight of its samples."""
-    fraction: float
-    """Part of the batches' gradient, Σ w over its samples, mean over the steps."""
-    part: float | None
-    """Part of the batches' samples."""
+    """Mean weight of its samples."""
+    loss_fraction: float
+    """Its samples' fraction of the trained loss, and so of the gradient; mean over the steps."""
+    sample_fraction: float | None
+    """Its samples' fraction of the batches, as they count without weights: by their tokens."""
     alignment: float | None
     """Mean standardized alignment of its samples at the outer updates."""
 
 
-def stage_sources(steps: Sequence[Record], samples: WeighedSamples) -> dict[int, dict[str, SourceFigures]]:
-    """Figures of each data source by stage.
+def stage_sources(steps: Sequence[Record], samples: WeightedSamples) -> dict[int, dict[str, SourceFigures]]:
+    """Return the figures of each data source by stage.
 
-    A step records the share of each source and its samples' mean weight; the two give the number of its samples,
-    so that a mean over steps counts every sample once.
+    A step records each source's fraction of the loss and the mean weight of its samples. The two give its samples'
+    fraction of the batch, so that a mean over steps counts every sample once.
     """
     names = list(dict.fromkeys(name for step in steps for name in step.get("share_by_source", ())))
     figures: dict[int, dict[str, SourceFigures]] = {}
     for stage in sorted({step["stage"] for step in steps if "stage" in step}):
-        own = [step for step in steps if step.get("stage") == stage]
+        of_stage = [step for step in steps if step.get("stage") == stage]
         rows = samples.where(samples.stage == stage)
-        figures[stage] = {name: _source_figures(name, own, rows) for name in names}
+        figures[stage] = {name: _source_figures(name, of_stage, rows) for name in names}
     return figures
 
 
-def _source_figures(name: str, steps: Sequence[Record], samples: WeighedSamples) -> SourceFigures:
-    shares = [step["share_by_source"].get(name, 0.0) for step in steps]
+def _source_figures(name: str, steps: Sequence[Record], samples: WeightedSamples) -> SourceFigures:
+    of_loss = [step.get("share_by_source", {}).get(name, 0.0) for step in steps]
     weights = [step.get("weight_by_source", {}).get(name, 1.0) for step in steps]
-    parts = [fraction / weight for fraction, weight in zip(shares, weights, strict=True) if weight > 0]
+    of_samples = [fraction / weight for fraction, weight in zip(of_loss, weights, strict=True) if weight > 0]
     aligned = samples.alignment[samples.source == name]
     return SourceFigures(
-        weight=sum(shares) / sum(parts) if sum(parts) > 0 else None,
-        fraction=float(np.mean(shares)),
-        part=float(np.mean(parts)) if parts else None,
+        weight=sum(of_loss) / sum(of_samples) if sum(of_samples) > 0 else None,
+        loss_fraction=float(np.mean(of_loss)),
+        sample_fraction=float(np.mean(of_samples)) if of_samples else None,
         alignment=float(aligned.mean()) if len(aligned) else None,
     )
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1 [n]; equal values share the mean of theirs."""
+    """Return ranks from 1 [n]; equal values have the mean of theirs."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
+    of_values: np.ndarray = (last - (counts - 1) / 2)[inverse]
+    return of_values
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Spearman's ρ of two columns [n]; None if one does not vary. Rows with a NaN are left out."""
+    """Return Spearman's ρ of two columns [n]; None if one does not vary. Rows with a NaN are left out."""
     known = ~(np.isnan(first) | np.isnan(second))
     a, b = ranks(first[known]), ranks(second[known])
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
@@ -145,8 +150,9 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float | None:
 
 
 def correlation_within(groups: np.ndarray, first: np.ndarray, second: np.ndarray) -> float | None:
-    """Mean of the groups' rank correlations, each counted by its size; None if none of them has one."""
-    found = [(rank_correlation(first[own], second[own]), own.sum()) for own in (groups == g for g in np.unique(groups))]
+    """Return the mean of the groups' rank correlations, weighted by their sizes; None if no group has one."""
+    masks = [groups == group for group in np.unique(groups)]
+    found = [(rank_correlation(first[mask], second[mask]), mask.sum()) for mask in masks]
     known = [(rho, size) for rho, size in found if rho is not None]
     if not known:
         return None
@@ -160,15 +166,15 @@ class Correlations:
     in_batch: float | None
     """Within each batch, mean over the stage's batches: weights compare samples of one batch."""
     in_source: float | None
-    """Among samples of the same source, mean over the sources: what is left where the source tells nothing."""
+    """Among samples of the same source, mean over the sources: what the weight depends on besides the source."""
 
 
-def correlations(samples: WeighedSamples, values: np.ndarray) -> dict[int, Correlations]:
-    """Correlations of the weight with ``values`` [n] by stage."""
+def correlations(samples: WeightedSamples, values: np.ndarray) -> dict[int, Correlations]:
+    """Return the correlations of the weight with ``values`` [n] by stage."""
     found = {}
     for stage in samples.stages:
-        own = samples.stage == stage
-        rows, property_values = samples.where(own), values[own]
+        in_stage = samples.stage == stage
+        rows, property_values = samples.where(in_stage), values[in_stage]
         found[stage] = Correlations(
             in_batch=correlation_within(rows.iteration, rows.weight, property_values),
             in_source=correlation_within(rows.source, rows.weight, property_values),
@@ -178,21 +184,21 @@ def correlations(samples: WeighedSamples, values: np.ndarray) -> dict[int, Corre
 
 @dataclass(frozen=True)
 class Quarter:
-    """About a quarter of samples, by one property."""
+    """About a quarter of the samples, by one property."""
 
     low: float
     high: float
     """Least and largest value in it."""
     weight: float
     """Mean weight."""
-    part: float
+    fraction: float
     """Of all samples."""
 
 
 def quarters(values: np.ndarray, weights: np.ndarray) -> list[Quarter]:
-    """Samples parted at the quartiles of ``values`` [n], lowest first.
+    """Divide the samples at the quartiles of ``values`` [n], lowest first.
 
-    Equal values stay together: up to four different values are a part each, and the parts can be uneven.
+    Equal values stay together: of up to four different values each is a group, and the groups can be uneven.
     """
     known = ~np.isnan(values)
     values, weights = values[known], weights[known]
@@ -200,26 +206,27 @@ def quarters(values: np.ndarray, weights: np.ndarray) -> list[Quarter]:
         return []
     different = np.unique(values)
     limits = different[:-1] if len(different) <= 4 else np.quantile(values, (0.25, 0.5, 0.75))
-    part = np.searchsorted(limits, values, side="left")
+    group = np.searchsorted(limits, values, side="left")
     found = []
     for number in range(4):
-        own = part == number
-        if own.any():
-            inside = values[own]
-            size = float(own.mean())
-            found.append(Quarter(float(inside.min()), float(inside.max()), float(weights[own].mean()), size))
+        mask = group == number
+        if mask.any():
+            inside = values[mask]
+            low, high = float(inside.min()), float(inside.max())
+            found.append(Quarter(low, high, weight=float(weights[mask].mean()), fraction=float(mask.mean())))
     return found
 
 
 def weight_quantiles(update: Record) -> list[float]:
-    """Quantiles (``QUANTILES``) of one update's weights."""
-    return [float(value) for value in np.quantile(update["samples"]["weight"], QUANTILES)]
+    """Return the quantiles (``QUANTILES``) of one update's weights."""
+    weights = np.array(update["samples"]["weight"], dtype=float)
+    return [float(value) for value in np.quantile(weights, QUANTILES)]
 
 
-def extremes(samples: WeighedSamples, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the ``number`` highest weights, highest first, and of the lowest, lowest first; none is in both.
+def extremes(samples: WeightedSamples, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows of the ``number`` highest weights, highest first, and of the lowest, lowest first; none is in both.
 
-    A sample that was seen several times is shown once.
+    A sample that was seen several times is chosen once.
     """
     order = np.argsort(samples.weight, kind="stable")
     number = min(number, len({int(index) for index in samples.index}) // 2)
@@ -238,24 +245,24 @@ def extremes(samples: WeighedSamples, number: int) -> tuple[np.ndarray, np.ndarr
 
 
 def distinct(tokens: Sequence[int], n: int) -> float:
-    """Different n-grams as a part of all n-grams: 1 if none repeats; NaN without any."""
+    """Return the number of different n-grams as a fraction of all: 1 if none repeats; NaN without any."""
     grams = _grams(tokens, n)
     return len(set(grams)) / len(grams) if grams else float("nan")
 
 
 def tfidf_similarity(samples: Sequence[Sequence[int]], target: Sequence[Sequence[int]], n: int) -> np.ndarray:
-    """Cosine of each sample's TF-IDF vector of token n-grams with the mean TF-IDF vector of the target samples [n].
+    """Return the cosine of each sample's TF-IDF vector of n-grams with the mean vector of the target samples [n].
 
-    The document frequencies are those of samples and target together, smoothed by one: log((1 + D) / (1 + df)) + 1.
-    Vectors have length 1 before the target's are averaged.
+    The document frequencies df are those of samples and target together, D texts, smoothed by one:
+    log((1 + D) / (1 + df)) + 1. Vectors have length 1 before the target's are averaged.
     """
     counted = [Counter(_grams(tokens, n)) for tokens in (*samples, *target)]
     frequency = Counter(gram for counts in counted for gram in counts)
     numbers = {gram: number for number, gram in enumerate(frequency)}
     idf = np.log((1 + len(counted)) / (1 + np.array([frequency[gram] for gram in numbers], dtype=float))) + 1
 
-    def vector(counts: Counter) -> tuple[np.ndarray, np.ndarray]:
-        """Places and values of what is not 0."""
+    def vector(counts: Counter[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the places of the entries that are not 0, and the entries."""
         places = np.array([numbers[gram] for gram in counts], dtype=int)
         values = np.array(list(counts.values()), dtype=float) * idf[places]
         norm = np.linalg.norm(values)

@@ -1,14 +1,14 @@
-"""What a run has written of itself: the JSON lines of pretrain_dwm.py."""
+"""A run's records: the JSON lines that pretrain_dwm.py writes, read and checked."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, shortened
 
 Record = dict[str, Any]
 
@@ -29,10 +29,11 @@ class RunRecords:
         return list(dict.fromkeys(name for step in self.steps for name in step.get("share_by_source", ())))
 
     def evaluated(self, split: str) -> list[Record]:
+        """Return the evaluations on one split: ``valid`` or ``test``."""
         return [record for record in self.evaluations if record["split"] == split]
 
     def series(self, name: str, source: str) -> tuple[list[int], list[float]]:
-        """Iterations and values of a figure that steps hold by source, such as ``weight_by_source``."""
+        """Return iterations and values of a figure that steps hold by source, such as ``weight_by_source``."""
         points = [(s["iteration"], s[name][source]) for s in self.steps if source in s.get(name, ())]
         return [iteration for iteration, _ in points], [value for _, value in points]
 
@@ -46,25 +47,94 @@ def read_run(path: Path) -> RunRecords:
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file}: no such file; give a run's --save folder or its --metrics-jsonl file")
-    records = list(_records(file))
-    run = RunRecords(
-        steps=[record for record in records if record["kind"] == "train"],
-        updates=[record for record in records if record["kind"] == "outer_update"],
-        evaluations=[record for record in records if record["kind"] == "evaluation"],
-    )
+    by_kind: dict[str, list[Record]] = {kind: [] for kind in _FIELDS}
+    for record in _records(file):
+        by_kind.get(record["kind"], []).append(record)  # other kinds are not used here
+    run = RunRecords(by_kind["train"], by_kind["outer_update"], by_kind["evaluation"])
     if not run.steps:
         raise UserError(f"{file}: holds no training step; wait for the run's first iteration")
     return run
 
 
-def _records(file: Path) -> Iterable[Record]:
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            return  # a run that is under way is writing it
-        try:
-            record = json.loads(line)
-            record["kind"], record["iteration"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError(f"{file}, line {number}: not a record of pretrain_dwm.py; give its JSON lines") from None
-        yield record
+def _records(file: Path) -> Iterator[Record]:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith("\n"):
+                    return  # a run that is in progress is writing it
+                yield _parse(line, f"{file}, line {number}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); give a run's JSON lines") from None
+
+
+def _parse(line: str, place: str) -> Record:
+    """Return the record of a line.
+
+    Raises:
+        UserError: it holds no record, or one without what its kind has.
+    """
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not JSON ({shortened(error)}); give a run's JSON lines") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: not a record of pretrain_dwm.py; give a run's JSON lines")
+    for key, is_valid in (_COMMON | _FIELDS.get(str(record.get("kind")), {})).items():
+        name = key.removesuffix("?")
+        if name not in record:
+            if name == key:
+                raise UserError(f"{place}: a record without {name!r}; give the JSON lines of pretrain_dwm.py")
+        elif not is_valid(record[name]):
+            raise UserError(f"{place}: {name!r} cannot be {shortened(record[name])}; the file is damaged")
+    return record
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    """Tell whether a value is a number, or null, which stands for one that is not finite."""
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are_numbers_by_name(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(number, (int, float)) for number in value.values())
+
+
+def _are_samples(value: object) -> bool:
+    """Tell whether a value is a table of samples: columns of equal length."""
+    if not isinstance(value, Mapping) or not value.keys() >= _COLUMNS.keys():
+        return False
+    columns = [column for name, column in value.items() if name in _COLUMNS or name == "loss"]
+    if not all(isinstance(column, list) and len(column) == len(value["index"]) > 0 for column in columns):
+        return False
+    kinds = _COLUMNS | ({"loss": _is_number} if "loss" in value else {})
+    return all(is_valid(item) for name, is_valid in kinds.items() for item in value[name])
+
+
+_COLUMNS: dict[str, Callable[[object], bool]] = {
+    "index": _is_int,
+    "source": _is_text,
+    "weight": _is_number,
+    "alignment": _is_number,
+}
+_COMMON: dict[str, Callable[[object], bool]] = {"kind": _is_text, "iteration": _is_int}
+_FIELDS: dict[str, dict[str, Callable[[object], bool]]] = {
+    "train": {
+        "lm_loss": _is_number,
+        "seconds?": _is_number,
+        "consumed_samples?": _is_int,
+        "stage?": _is_int,
+        "share_by_source?": _are_numbers_by_name,
+        "weight_by_source?": _are_numbers_by_name,
+        "effective_sample_size?": _is_number,
+    },
+    "outer_update": {"stage": _is_int, "target_loss": _is_number, "samples": _are_samples},
+    "evaluation": {"split": _is_text, "lm_loss": _is_number},
+}
+"""What is read of each kind of record; a name that ends in a question mark may be missing."""

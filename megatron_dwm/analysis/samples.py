@@ -1,4 +1,4 @@
-"""The text of a run's samples: its training and target sets, built again from what its checkpoint says."""
+"""The texts of a run's samples: its training and target sets, built again from the arguments in its checkpoint."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from megatron_dwm.config.flags import build
 from megatron_dwm.config.run import PARTS, RunConfig
 from megatron_dwm.errors import UserError
 
-MOST_TARGET_SAMPLES = 2000  # of the target set that others are compared with
-END_MARK = " ▪ "  # stands between two documents of a sample
+MOST_TARGET_SAMPLES = 2000
+"""Samples of the target set that others are compared with."""
+END_MARK = " ▪ "
+"""Stands between two documents of a sample."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,9 @@ class Sample:
     tokens: np.ndarray
     """All of its tokens, ends of documents among them."""
     text_tokens: list[int]
-    """Those that the model is asked for and that are text: neither padding nor an end of document."""
+    """Those that the model predicts and that are text: neither padding nor an end of document."""
     documents: int
-    """Documents, or parts of one, that lie in it."""
+    """Documents, or parts of documents, in it."""
     source: int
     """Number of its dataset in the blend."""
 
@@ -40,24 +42,28 @@ class RunSamples:
     """Samples of a run's training set by their index, and of its target set."""
 
     def __init__(self, train: Any, target: Any | None, tokenizer: Any, sources: Sequence[str]) -> None:
-        """
+        """Take the run's datasets.
+
         Args:
+            train: the training set.
+            target: the target set, if the run had one.
+            tokenizer: megatron-core's.
             sources: names of the training data's sources, by :attr:`Sample.source`.
         """
         self.train, self.target, self.tokenizer, self.sources = train, target, tokenizer, list(sources)
 
     def sample(self, index: int) -> Sample:
-        """A training sample.
+        """Return a training sample.
 
         Raises:
-            UserError: there is none of that index.
+            UserError: there is no sample of that index.
         """
         if not 0 <= index < len(self.train):
             raise UserError(f"the training data has {len(self.train)} samples now, and no sample {index} of the run")
         return self._read(self.train, index)
 
     def target_samples(self, most: int) -> list[Sample]:
-        """Samples of the target set, evenly spaced if there are more than ``most``."""
+        """Return samples of the target set, evenly spaced if there are more than ``most``."""
         if self.target is None:
             return []
         number = min(most, len(self.target))
@@ -65,26 +71,26 @@ class RunSamples:
         return [self._read(self.target, int(place)) for place in places]
 
     def text(self, sample: Sample) -> str:
-        """Its text, with ``END_MARK`` where a document ends."""
+        """Return a sample's text, with ``END_MARK`` where a document ends."""
         ends = np.flatnonzero(sample.tokens == self.tokenizer.eod)
         pieces = np.split(sample.tokens, ends)
         words = [piece[piece != self.tokenizer.eod].tolist() for piece in pieces]
         return END_MARK.join(self.tokenizer.detokenize(ids) if ids else "" for ids in words).strip()
 
     def characters(self, sample: Sample) -> int:
-        """Characters of its text tokens."""
+        """Return the number of characters of a sample's text tokens."""
         return len(self.tokenizer.detokenize(sample.text_tokens)) if sample.text_tokens else 0
 
     def _read(self, dataset: Any, index: int) -> Sample:
         item = dataset[index]
         tokens, labels = np.asarray(item["tokens"]), np.asarray(item["labels"])
-        asked = np.asarray(item["loss_mask"]) > 0
+        is_predicted = np.asarray(item["loss_mask"]) > 0
         end = self.tokenizer.eod
         whole = np.concatenate([tokens[:1], labels])
         starts = np.flatnonzero((whole != end) & (np.concatenate([[end], whole[:-1]]) == end))
         return Sample(
             tokens=whole,
-            text_tokens=labels[asked & (labels != end)].tolist(),
+            text_tokens=labels[is_predicted & (labels != end)].tolist(),
             documents=len(starts),
             source=int(item.get("dataset_id", 0)),
         )
@@ -92,7 +98,7 @@ class RunSamples:
 
 @contextmanager
 def open_samples(folder: Path) -> Iterator[RunSamples]:
-    """The samples of the run that saved to ``folder``.
+    """Open the datasets of the run that saved to ``folder``.
 
     Paths in the checkpoint are as the run's command gave them: relative ones start at the present folder.
 
@@ -108,8 +114,8 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
     from megatron_dwm.runtime.process_groups import initialize_process_groups
 
     config = saved_run(folder)
-    learns = config.weighting.needs_target
-    paths = data_paths(config.data, config.weighting.dwm_target_data_path if learns else None)
+    has_target = config.weighting.needs_target
+    paths = data_paths(config.data, config.weighting.dwm_target_data_path if has_target else None)
     for blend in paths.blends().values():
         for prefix in blend[0]:
             for file in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin")):
@@ -130,7 +136,7 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
             parallel_state,
             sequence=config.model.sequence,
             seed=config.training.seed,
-            target_batch_size=config.target_batch_size if learns else None,
+            target_batch_size=config.target_batch_size if has_target else None,
         )
         yield RunSamples(datasets.train, datasets.target, tokenizer, paths.train_sources)
     finally:
@@ -139,52 +145,54 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
 
 
 def saved_run(folder: Path) -> RunConfig:
-    """The configuration of the run whose checkpoints are in ``folder``.
+    """Return the configuration of the run whose checkpoints are in ``folder``.
 
     Raises:
         UserError: there is no checkpoint, or none of this program's.
     """
     from megatron_dwm.config.checkpoint_args import read_arguments
+    from megatron_dwm.config.tokenizer import NEVER_SAVED
     from megatron_dwm.training.checkpoint_folders import latest_checkpoint
 
     checkpoint = latest_checkpoint(CheckpointConfig(load=str(folder)))
     if checkpoint is None:
         raise UserError(f"{folder} holds no checkpoint, which says what data the run read; give its --save folder")
-    saved = dict(read_arguments(checkpoint))
+    saved = {name: value for name, value in read_arguments(checkpoint).items() if name not in NEVER_SAVED}
     if "dwm_mode" not in saved:
         raise UserError(f"{checkpoint} was not saved by pretrain_dwm.py; give the --save folder of one of its runs")
     if saved.get("train_samples") is not None:
-        saved["train_iters"] = None  # kept beside, for Megatron-LM
+        saved["train_iters"] = None  # saved too, for Megatron-LM
     parts: dict[str, Any] = {name: build(config_class, saved) for name, config_class in PARTS.items()}
     return RunConfig(world_size=saved["world_size"], **parts)
 
 
-def text_properties(indices: np.ndarray, sources: np.ndarray, reader: RunSamples) -> dict[str, np.ndarray]:
-    """What the texts of training samples are like: length, diversity, similarity to the target set [n].
+def text_properties(indices: np.ndarray, sources: np.ndarray, run_samples: RunSamples) -> dict[str, np.ndarray]:
+    """Describe the texts of training samples: length, diversity, similarity to the target set, each [n].
 
     Args:
         indices: places in the training set [n].
         sources: names of the sources that the run had at these places [n].
+        run_samples: the run's datasets.
 
     Raises:
         UserError: the training set is not what the run read.
     """
-    samples = [reader.sample(int(index)) for index in indices]
+    samples = [run_samples.sample(int(index)) for index in indices]
     for index, sample, source in zip(indices, samples, sources, strict=True):
-        if reader.sources[sample.source] != source:
+        if (present := run_samples.sources[sample.source]) != source:
             raise UserError(
-                f"sample {index} comes from {reader.sources[sample.source]} now and came from {source} in the run; its "
-                "data or its --train-iters have changed since"
+                f"sample {index} comes from {present} now and came from {source} in the run; its data or its "
+                "--train-iters have changed since"
             )
     texts = [sample.text_tokens for sample in samples]
     found = {
         "length": np.array([len(text) for text in texts], dtype=float),
         "documents": np.array([sample.documents for sample in samples], dtype=float),
-        "characters": np.array([reader.characters(sample) / max(1, len(sample.text_tokens)) for sample in samples]),
+        "characters": np.array([run_samples.characters(s) / max(1, len(s.text_tokens)) for s in samples]),
         "distinct-1": np.array([distinct(text, 1) for text in texts]),
         "distinct-2": np.array([distinct(text, 2) for text in texts]),
     }
-    target = [sample.text_tokens for sample in reader.target_samples(MOST_TARGET_SAMPLES)]
+    target = [sample.text_tokens for sample in run_samples.target_samples(MOST_TARGET_SAMPLES)]
     if target:
         found |= {f"similarity-{n}": tfidf_similarity(texts, target, n) for n in (1, 2)}
     return found

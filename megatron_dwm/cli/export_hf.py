@@ -20,12 +20,10 @@ from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.checkpoint_args import effective_arguments, read_arguments
 from megatron_dwm.config.flags import build, declared_flags, flag, read
 from megatron_dwm.config.model import ModelConfig
-from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.config.tokenizer import NEVER_SAVED, TokenizerConfig
 from megatron_dwm.errors import UserError
 
 MODEL_KEYS = "embedding.", "decoder.", "output_layer."
-NOT_FROM_CHECKPOINT = {"trust_remote_code"}
-"""Fields of TokenizerConfig that only the user sets: a checkpoint must not allow the code of others to run here."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def saved_tokenizer(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Token
         saved: the checkpoint's arguments.
         given: values of fields that take precedence over them.
     """
-    usable = {item.field for item in declared_flags(TokenizerConfig) if item.refused is None} - NOT_FROM_CHECKPOINT
+    usable = {item.field for item in declared_flags(TokenizerConfig) if item.refused is None} - NEVER_SAVED
     return build(TokenizerConfig, {key: saved[key] for key in usable & saved.keys()} | dict(given))
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dwm.analysis.preference import WeighedSamples, evenly_spaced_updates, extremes, weighed_samples
+from megatron_dwm.analysis.preference import WeightedSamples, evenly_spaced_updates, extremes, weighted_samples
 from megatron_dwm.analysis.records import RunRecords, read_run
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.config.flags import flag, parse, require_at_least
@@ -77,7 +77,7 @@ def _main(argv: Sequence[str] | None) -> None:
     benefit = read_benefit(benefit_file) if config.benefit or benefit_file.is_file() else None
 
     chosen = evenly_spaced_updates(run.updates, config.samples)
-    samples = weighed_samples(chosen)
+    samples = weighted_samples(chosen)
     examples: Examples = {}
     notes = missing(run, samples)
     if chosen:
@@ -91,7 +91,7 @@ def _main(argv: Sequence[str] | None) -> None:
         "/".join(path.resolve().parts[-2:]),
         run,
         samples,
-        weighed_samples(run.updates),
+        weighted_samples(run.updates),
         examples=examples,
         benefit=benefit,
         notes=notes,
@@ -99,7 +99,7 @@ def _main(argv: Sequence[str] | None) -> None:
     print(write_page(report, Path(config.output) if config.output else folder / "preference"))
 
 
-def describe(folder: Path, samples: WeighedSamples, examples: int) -> tuple[WeighedSamples, Examples]:
+def describe(folder: Path, samples: WeightedSamples, examples: int) -> tuple[WeightedSamples, Examples]:
     """Read the texts of samples.
 
     Args:
@@ -140,7 +140,7 @@ def describe(folder: Path, samples: WeighedSamples, examples: int) -> tuple[Weig
     return samples, by_stage
 
 
-def missing(run: RunRecords, samples: WeighedSamples) -> list[str]:
+def missing(run: RunRecords, samples: WeightedSamples) -> list[str]:
     """Return a sentence for each thing that the records do not hold."""
     if not any("weight_by_source" in step for step in run.steps):
         return ["No step of this run was weighted."]

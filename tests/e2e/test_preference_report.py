@@ -167,21 +167,16 @@ def test_a_users_mistake_is_one_line(flags: list[str], named: str, tmp_path: Pat
     assert len(finished.stderr.splitlines()) == 1 and named in finished.stderr
 
 
-@pytest.fixture
-def browser() -> str:
-    """Debian's chromium."""
-    path = shutil.which("chromium")
-    assert path is not None, "there is no chromium; install Debian's package chromium"
-    return path
-
-
-def browse(browser: str, profile: Path, page: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Open ``page`` in the browser."""
+def browse(profile: Path, page: Path, *flags: str, console: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Open ``page`` in Debian's chromium, which prints ``console`` of it and nothing else."""
+    browser = shutil.which("chromium")
+    assert browser is not None, "there is no chromium; install Debian's package chromium"
     command = [browser, "--headless", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"]
     command += ["--enable-logging=stderr", f"--user-data-dir={profile}", *flags, page.as_uri()]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
-    assert "CONSOLE" not in finished.stderr, finished.stderr
+    messages = [line for line in finished.stderr.splitlines() if "CONSOLE" in line]
+    assert bool(messages) == (console is not None) and all(console in line for line in messages), finished.stderr
     return finished
 
 
@@ -198,10 +193,11 @@ addEventListener("load", () => {
 
 
 @pytest.mark.parametrize("width", [WIDTH, 500])
-def test_a_browser_lays_the_page_out_and_draws_all_of_it(width: int, browser: str, written: Written, tmp_path: Path):
+def test_a_browser_lays_the_page_out_and_draws_all_of_it(width: int, written: Written, tmp_path: Path):
     measured_page = tmp_path / "measured.html"
-    measured_page.write_text(written.page.replace("</body>", f"{MEASURE}</body>"))
-    found = browse(browser, tmp_path / "profile", measured_page, f"--window-size={width},1000", "--dump-dom").stdout
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy"[^>]*>', written.page)
+    measured_page.write_text(written.page.replace(policy, "").replace("</body>", f"{MEASURE}</body>"))
+    found = browse(tmp_path / "profile", measured_page, f"--window-size={width},1000", "--dump-dom").stdout
     (answer,) = re.findall(r'data-measured="([^"]*)"', found)
     measured = json.loads(html.unescape(answer))
     assert measured["width"] == width  # nothing sticks out: wide tables scroll by themselves
@@ -211,8 +207,23 @@ def test_a_browser_lays_the_page_out_and_draws_all_of_it(width: int, browser: st
 
     picture = tmp_path / "page.png"
     size = f"--window-size={width},{measured['height']}"
-    browse(browser, tmp_path / "profile", written.folder / "preference.html", size, f"--screenshot={picture}")
+    browse(tmp_path / "profile", written.folder / "preference.html", size, f"--screenshot={picture}")
     pixels = matplotlib.image.imread(picture)[..., :3]
     assert pixels.shape[:2] == (measured["height"], width)
     for top, bottom in zip(measured["tops"], [*measured["tops"][1:], measured["height"]], strict=True):
         assert pixels[top:bottom].std() > 0.02, f"nothing is drawn between {top} and {bottom}"
+
+
+def test_a_browser_runs_no_script_and_loads_nothing_that_data_have_planted(written: Written, tmp_path: Path):
+    planted = (
+        "<script>document.body.dataset.planted = 1</script>"
+        f'<img src="{(written.folder / "losses.png").as_uri()}" onload="document.body.dataset.planted = 2"'
+        ' onerror="document.body.dataset.planted = 3">'
+    )
+    page = tmp_path / "planted.html"
+    page.write_text(written.page.replace("</body>", f"{planted}</body>"))
+    found = browse(tmp_path / "profile", page, "--dump-dom", console="Content Security Policy").stdout
+    assert "dataset.planted = 1" in found and "data-planted" not in found
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy"[^>]*>', written.page)
+    page.write_text(page.read_text().replace(policy, ""))
+    assert 'data-planted="2"' in browse(tmp_path / "profile", page, "--dump-dom").stdout  # it would have run

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_dwm.analysis.page import key_facts, make_report, read_benefit, tint, write_page
+from megatron_dwm.analysis.page import Example, key_facts, make_report, read_benefit, tint, write_page
 from megatron_dwm.analysis.preference import (
     correlation_within,
     correlations,
@@ -22,8 +22,8 @@ from megatron_dwm.analysis.preference import (
     stage_sources,
     standardized,
     tfidf_similarity,
-    weighed_samples,
     weight_quantiles,
+    weighted_samples,
 )
 from megatron_dwm.analysis.records import Record, RunRecords
 from megatron_dwm.errors import UserError
@@ -48,18 +48,18 @@ def update(iteration: int, stage: int, weights: list[float], alignments: list[fl
 
 
 def test_samples_of_updates_become_rows_with_alignments_standardized_in_their_batch():
-    samples = weighed_samples([update(3, 1, [0.5, 1.5], [1.0, 3.0]), update(5, 2, [1.2, 0.8], [10.0, 10.0])])
+    samples = weighted_samples([update(3, 1, [0.5, 1.5], [1.0, 3.0]), update(5, 2, [1.2, 0.8], [10.0, 10.0])])
     assert samples.iteration.tolist() == [3, 3, 5, 5] and samples.stages == [1, 2]
     assert samples.index.tolist() == [30, 31, 50, 51] and samples.source.tolist() == ["a", "b", "a", "b"]
     assert samples.alignment.tolist() == [-1.0, 1.0, 0.0, 0.0]
     assert samples.properties == {}
-    assert len(weighed_samples([])) == 0 and standardized([]).tolist() == []
+    assert len(weighted_samples([])) == 0 and standardized([]).tolist() == []
 
 
 def test_losses_are_a_property_if_every_record_has_them():
     with_loss = update(3, 1, [0.5, 1.5], [1.0, 3.0], loss=[2.5, 3.5])
-    assert weighed_samples([with_loss]).properties["loss"].tolist() == [2.5, 3.5]
-    assert "loss" not in weighed_samples([with_loss, update(5, 1, [1.0, 1.0], [0.0, 1.0])]).properties
+    assert weighted_samples([with_loss]).properties["loss"].tolist() == [2.5, 3.5]
+    assert "loss" not in weighted_samples([with_loss, update(5, 1, [1.0, 1.0], [0.0, 1.0])]).properties
 
 
 def test_whole_updates_are_chosen_evenly_in_each_stage():
@@ -76,20 +76,20 @@ def test_figures_by_source_count_every_sample_once():
         {"stage": 1, "share_by_source": {"a": 0.8, "b": 0.2}, "weight_by_source": {"a": 2.0, "b": 1 / 3}},
         {"stage": 1, "share_by_source": {"a": 0.4, "b": 0.6}, "weight_by_source": {"a": 0.5, "b": 3.0}},
     ]
-    samples = weighed_samples([update(2, 1, [1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 0.0, 2.0])])
+    samples = weighted_samples([update(2, 1, [1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 0.0, 2.0])])
     found = stage_sources(steps, samples)
     assert found[0]["a"].weight == 1.0 and found[0]["a"].alignment is None
     assert found[1]["a"].weight == pytest.approx((4 * 2.0 + 8 * 0.5) / 12)
     assert found[1]["b"].weight == pytest.approx((6 / 3 + 2 * 3.0) / 8)
-    assert found[1]["a"].fraction == pytest.approx(0.6) and found[1]["a"].part == pytest.approx(0.6)
+    assert found[1]["a"].loss_fraction == pytest.approx(0.6) and found[1]["a"].sample_fraction == pytest.approx(0.6)
     assert found[1]["a"].alignment == -1.0 and found[1]["b"].alignment == 1.0
 
 
 def test_a_source_that_is_absent_has_no_weight():
     found = stage_sources(
-        [{"stage": 1, "share_by_source": {"a": 1.0}}, {"stage": 2, "share_by_source": {"b": 1.0}}], weighed_samples([])
+        [{"stage": 1, "share_by_source": {"a": 1.0}}, {"stage": 2, "share_by_source": {"b": 1.0}}], weighted_samples([])
     )
-    assert found[2]["a"].weight is None and found[2]["a"].fraction == 0.0 and found[1]["a"].weight == 1.0
+    assert found[2]["a"].weight is None and found[2]["a"].loss_fraction == 0.0 and found[1]["a"].weight == 1.0
 
 
 def test_equal_values_share_the_mean_of_their_ranks():
@@ -123,7 +123,7 @@ def test_correlation_within_groups_counts_them_by_size_and_leaves_out_those_with
 
 def test_correlations_are_taken_within_batches_and_within_sources():
     # In both batches the higher weight has the higher value; over batches, within a source, it is the other way round.
-    samples = weighed_samples([update(1, 1, [0.5, 1.5], [0.0, 1.0]), update(2, 1, [0.4, 1.4], [0.0, 1.0])])
+    samples = weighted_samples([update(1, 1, [0.5, 1.5], [0.0, 1.0]), update(2, 1, [0.4, 1.4], [0.0, 1.0])])
     found = correlations(samples, np.array([1.0, 2.0, 3.0, 4.0]))
     assert found[1].in_batch == pytest.approx(1.0) and found[1].in_source == pytest.approx(-1.0)
 
@@ -132,12 +132,12 @@ def test_quarters_by_hand():
     values, weights = np.arange(8.0), np.array([1.0, 1, 2, 2, 3, 3, 4, 6])
     found = quarters(values, weights)
     assert [(q.low, q.high) for q in found] == [(0, 1), (2, 3), (4, 5), (6, 7)]
-    assert [q.weight for q in found] == [1, 2, 3, 5] and {q.part for q in found} == {0.25}
+    assert [q.weight for q in found] == [1, 2, 3, 5] and {q.fraction for q in found} == {0.25}
 
 
 def test_few_different_values_are_a_part_each():
     found = quarters(np.array([64.0, 64, 63, 64, np.nan]), np.array([1.0, 2, 5, 3, 9]))
-    assert [(q.low, q.high, q.weight, q.part) for q in found] == [(63, 63, 5, 0.25), (64, 64, 2, 0.75)]
+    assert [(q.low, q.high, q.weight, q.fraction) for q in found] == [(63, 63, 5, 0.25), (64, 64, 2, 0.75)]
     assert quarters(np.full(2, np.nan), np.ones(2)) == []
 
 
@@ -147,9 +147,9 @@ def test_weight_quantiles_of_an_update():
 
 def test_extremes_show_a_sample_once_and_none_on_both_sides():
     first = update(1, 1, [0.5, 3.0, 1.0, 0.2], [0.0] * 4, index=[7, 8, 9, 7])
-    highest, lowest = extremes(weighed_samples([first]), 2)
+    highest, lowest = extremes(weighted_samples([first]), 2)
     assert highest.tolist() == [1] and lowest.tolist() == [3]
-    assert [rows.tolist() for rows in extremes(weighed_samples([first]), 0)] == [[], []]
+    assert [rows.tolist() for rows in extremes(weighted_samples([first]), 0)] == [[], []]
 
 
 def test_distinct_n_grams():
@@ -186,21 +186,27 @@ def run_of(updates: list[Record], **step: object) -> RunRecords:
 
 
 def test_text_of_others_is_escaped_and_the_page_names_its_facts(tmp_path: Path):
-    shares = {"<b>&": 0.6, "b": 0.4}
+    hostile, other = "<b>&\"'$x^{", "_b \udc80"
     run = run_of(
-        [update(4, 1, [0.5, 1.5], [1.0, 3.0], source=["<b>&", "b"])],
+        [update(4, 1, [0.5, 1.5], [1.0, 3.0], source=[hostile, other])],
         stage=1,
-        share_by_source=shares,
-        weight_by_source={"<b>&": 1.2, "b": 0.8},
+        share_by_source={hostile: 0.6, other: 0.4},
+        weight_by_source={hostile: 1.2, other: 0.8},
         effective_sample_size=0.9,
     )
-    samples = weighed_samples(run.updates)
-    report = make_report("run", run, samples, samples, notes=["<script>alert(1)</script>"])
+    samples = weighted_samples(run.updates)
+    text = "</pre><script>alert(1)</script><img src=x onerror=alert(1)>"
+    example = Example(hostile, iteration=4, index=40, weight=0.5, alignment=-1.0, loss=2.0, text=text)
+    examples = {1: ([example], [example])}
+    report = make_report(f"run {text}", run, samples, samples, examples=examples, notes=[text])
     facts = {fact.title: fact.value for fact in key_facts(report)}
-    assert facts["counts most"] == "<b>&" and facts["counts least"] == "b" and facts["effective sample size"] == "90 %"
+    assert (facts["counts most"], facts["counts least"]) == (hostile, other)
+    assert facts["effective sample size"] == "90 %"
     assert facts["agrees with alignment"] == "+1.00"
     page = write_page(report, tmp_path).read_text()
-    assert "<script" not in page and "&lt;script&gt;" in page and "&lt;b&gt;&amp;" in page
+    assert page.count("&lt;script&gt;") == 5 and "&lt;b&gt;&amp;&#34;&#39;$x^{" in page
+    assert "<script" not in page and "<img src=x" not in page and hostile not in page
+    assert "default-src &#39;none&#39;" not in page and "content=\"default-src 'none'; img-src data:;" in page
     assert {path.name for path in tmp_path.iterdir()} == {
         "preference.html",
         "losses.png",
@@ -213,7 +219,7 @@ def test_text_of_others_is_escaped_and_the_page_names_its_facts(tmp_path: Path):
 
 @pytest.mark.parametrize("step", [{}, {"stage": 0, "share_by_source": {"a": 1.0}}])
 def test_a_run_without_weights_has_a_page_too(step: dict, tmp_path: Path):
-    nothing = weighed_samples([])
+    nothing = weighted_samples([])
     page = write_page(make_report("run", run_of([], **step), nothing, nothing), tmp_path).read_text()
     assert "No step of this run was weighted" in page and "no weights of single samples" in page
 
@@ -229,7 +235,7 @@ BENEFIT = {
 def test_the_benefit_table_holds_means_and_deviations(tmp_path: Path):
     file = tmp_path / "benefit.json"
     file.write_text(json.dumps(BENEFIT))
-    nothing = weighed_samples([])
+    nothing = weighted_samples([])
     report = make_report("run", run_of([]), nothing, nothing, benefit=read_benefit(file))
     page = write_page(report, tmp_path).read_text()
     assert "2.6000 ± 0.1414" in page and "1,000" in page and ">10</td>" in page
