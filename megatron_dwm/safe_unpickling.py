@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -114,10 +115,11 @@ def load_restricted(content: BytesIO) -> Any:
 
 
 def short_reason(error: BaseException) -> str:
-    """Return the type and the telling line of an error that unpickling raised."""
-    lines = str(error).strip().splitlines() or [""]
-    telling = next((line.partition("WeightsUnpickler error: ")[2] for line in lines if "WeightsUnpickler" in line), "")
-    return f"{type(error).__name__}: {telling or lines[0]}"[:200].rstrip(": ")
+    """Return the type of an error that unpickling raised, and the line of its message that tells most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    # torch's advice is to load the file without its protection; what it did not like comes after that.
+    telling = [line for line in lines[1:] if re.search("unsupported|not allowed|GLOBAL", line, re.IGNORECASE)]
+    return f"{type(error).__name__}: {(telling or lines)[0]}"[:200].rstrip(": ")
 
 
 @contextlib.contextmanager

@@ -126,8 +126,9 @@ def build_trainer(
     from megatron_dwm.training.trainer import Trainer
     from megatron_dwm.weighting.build import WeightingContext, build_weighting, check_gradients, read_weighting_inputs
 
-    with process.startup_sync.phase("inputs"):
+    with process.startup_sync.phase("folders"):
         save_folder = hold_folders(config, process.rank)
+    with process.startup_sync.phase("inputs"):
         inputs = read_inputs(config, process.rank, process.world_size)
         weighting_inputs = read_weighting_inputs(config, inputs.tokenizer)
     with process.startup_sync.phase("agreement"):

@@ -162,8 +162,20 @@ HOW_IT_IS_COMPUTED = {
 
 
 def test_arguments_saved_under_an_earlier_name_have_the_present_one(tmp_path: Path):
-    torch.save({"args": Namespace(dwm_valid_data_path=["x"], num_layers=2)}, tmp_path / "common.pt")
+    """And one is not taken from a checkpoint at all: whether a tokenizer may run code of its own."""
+    saved = Namespace(dwm_valid_data_path=["x"], num_layers=2, trust_remote_code=True)
+    torch.save({"args": saved}, tmp_path / "common.pt")
     assert checkpoint_args.read_arguments(tmp_path) == {"dwm_target_data_path": ["x"], "num_layers": 2}
+
+
+def test_a_file_without_arguments_is_refused(tmp_path: Path):
+    for content in ({"iteration": 3}, [1], {"args": {"num_layers": 2}}):
+        torch.save(content, tmp_path / "common.pt")
+        with pytest.raises(UserError, match=r"common\.pt holds no arguments"):
+            checkpoint_args.read_arguments(tmp_path)
+    (tmp_path / "common.pt").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"common\.pt cannot be read"):
+        checkpoint_args.read_arguments(tmp_path)
 
 
 def test_every_field_of_the_model_is_compared_or_known_not_to_matter():
