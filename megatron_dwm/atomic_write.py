@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def atomic_files(folder: Path, prefix: str = "") -> Iterator[Path]:
     ``folder`` is as it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f".{prefix}files.tmp{os.getpid()}"
+    # Threads of one process may write to the same folder.
+    beside = folder / f".{prefix}files.tmp{os.getpid()}{threading.get_ident()}"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:

@@ -49,9 +49,10 @@ class Dataloaders:
         self.target_partition = BatchPartition(
             micro, config.target_batch_size // (micro * dp), parallel_state.dp_rank, dp
         )
-        consumed = Consumed(
-            train_state.iteration, train_state.consumed_train_samples, train_state.consumed_valid_samples
-        )
+        # A release starts at iteration 0 with the samples that it was trained on counted: like Megatron-LM's, its data
+        # are sized as a new run's.
+        consumed_train = train_state.consumed_train_samples if train_state.iteration > 0 else 0
+        consumed = Consumed(train_state.iteration, consumed_train, train_state.consumed_valid_samples)
         self.datasets = build_datasets(
             config.data,
             paths,

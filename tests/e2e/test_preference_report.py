@@ -167,6 +167,14 @@ def test_a_users_mistake_is_one_line(flags: list[str], named: str, tmp_path: Pat
     assert len(finished.stderr.splitlines()) == 1 and named in finished.stderr
 
 
+@pytest.fixture
+def browser() -> str:
+    """Debian's chromium."""
+    path = shutil.which("chromium")
+    assert path is not None, "there is no chromium; install Debian's package chromium"
+    return path
+
+
 def browse(profile: Path, page: Path, *flags: str, console: str | None = None) -> subprocess.CompletedProcess[str]:
     """Open ``page`` in Debian's chromium, which prints ``console`` of it and nothing else."""
     browser = shutil.which("chromium")
@@ -192,6 +200,7 @@ addEventListener("load", () => {
 </script>"""
 
 
+@pytest.mark.usefixtures("browser")
 @pytest.mark.parametrize("width", [WIDTH, 500])
 def test_a_browser_lays_the_page_out_and_draws_all_of_it(width: int, written: Written, tmp_path: Path):
     measured_page = tmp_path / "measured.html"
@@ -214,6 +223,7 @@ def test_a_browser_lays_the_page_out_and_draws_all_of_it(width: int, written: Wr
         assert pixels[top:bottom].std() > 0.02, f"nothing is drawn between {top} and {bottom}"
 
 
+@pytest.mark.usefixtures("browser")
 def test_a_browser_runs_no_script_and_loads_nothing_that_data_have_planted(written: Written, tmp_path: Path):
     planted = (
         "<script>document.body.dataset.planted = 1</script>"
