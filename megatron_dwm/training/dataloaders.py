@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.blend import DataPaths
-from megatron_dwm.data.datasets import Consumed, build_datasets, samples_read, split_sizes
+from megatron_dwm.data.datasets import START, Consumed, build_datasets, samples_read, split_sizes
 from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.data.sample_order import order_change
 from megatron_dwm.data.sampler import BatchPartition, ShuffledSampler, build_sampler
@@ -51,8 +51,10 @@ class Dataloaders:
         )
         # A release starts at iteration 0 with the samples that it was trained on counted: like Megatron-LM's, its data
         # are sized as a new run's.
-        consumed_train = train_state.consumed_train_samples if train_state.iteration > 0 else 0
-        consumed = Consumed(train_state.iteration, consumed_train, train_state.consumed_valid_samples)
+        consumed = START
+        if train_state.iteration > 0:
+            consumed_valid = train_state.consumed_valid_samples
+            consumed = Consumed(train_state.iteration, train_state.consumed_train_samples, consumed_valid)
         self.datasets = build_datasets(
             config.data,
             paths,
