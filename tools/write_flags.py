@@ -49,8 +49,8 @@ def _row(item: Flag) -> str:
     if item.value_type is None:
         value, default = "", "*off*"
     else:
-        values = "\\|".join(str(choice) for choice in item.choices) if item.choices else _placeholder(item)
-        value, default = f" {values}", "" if item.default is None else f"`{item.default}`"
+        value = " " + item.value_placeholder.replace("|", "\\|")
+        default = "" if item.default is None else f"`{item.default}`"
     names = ", ".join(f"`{name}`" for name in item.names)
     meaning = item.help
     if item.refused is not None:
@@ -60,14 +60,6 @@ def _row(item: Flag) -> str:
     if item.old_names:
         meaning += f" **Deprecated:** {', '.join(f'`{name}`' for name in item.old_names)}, its earlier name."
     return f"| {names}{value} | {default} | {meaning} |\n"
-
-
-def _placeholder(item: Flag) -> str:
-    assert item.value_type is not None
-    name = {int: "N", float: "X", str: "TEXT"}[item.value_type]
-    if item.nargs is None:
-        return name
-    return " ".join([name] * item.nargs) if isinstance(item.nargs, int) else f"{name} ..."
 
 
 def _sentence(reason: str) -> str:

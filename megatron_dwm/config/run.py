@@ -195,13 +195,11 @@ def parse_run(
     world_size: int,
     *,
     read_saved: Callable[[CheckpointConfig], Mapping[str, Any]] | None = None,
-    speaks: bool = True,
 ) -> RunConfig:
     """The configuration that ``argv`` describes for ``world_size`` processes.
 
     Args:
         read_saved: finds the arguments of the checkpoint to load; without it there is no ``--use-checkpoint-args``.
-        speaks: whether this process prints warnings of deprecated flags; one should.
 
     Raises:
         UserError: an unknown flag, a bad value, or values that contradict each other.
@@ -220,7 +218,7 @@ def parse_run(
         prog="pretrain_dwm.py",
         description="Pretrain a Megatron-Core GPT with a data weighting model. Flags are Megatron-LM's, plus --dwm-*.",
         reason_unsupported=reason_unsupported,
+        main_class=WeightingConfig,
         complete=complete,
-        speaks=speaks,
     )
     return RunConfig(world_size=world_size, **parts)
