@@ -113,6 +113,16 @@ def test_a_mistake_is_one_line_and_code_2(argv: list[str], said: str, capsys: py
     assert said in captured.err
 
 
+@pytest.mark.parametrize("value", ["9" * 5000, " ".join(["word"] * 2000)])
+def test_a_long_value_is_cut_and_the_remedy_is_not(value: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        run_cli(lambda: print(_parse("--size", value)))
+    error = capsys.readouterr().err
+    assert "--size: invalid int value: '" in error and " ... " in error
+    assert error.endswith("; see --help for the flags\n")
+    assert len(error) < 1020
+
+
 def test_a_refused_flag_may_repeat_its_default():
     assert _parse("--rate", "1", "--parts", "1").parts == 1
 
