@@ -32,7 +32,7 @@ class WriteFlagsConfig:
 
 
 def render() -> str:
-    """The page."""
+    """Return the page."""
     sections = [INTRODUCTION]
     for config_class in PARTS.values():
         rows = "".join(_row(item) for item in declared_flags(config_class))
@@ -67,6 +67,7 @@ def _sentence(reason: str) -> str:
 
 
 def main() -> None:
+    """Write the page, or check it."""
     config: WriteFlagsConfig = parse(None, {"write": WriteFlagsConfig}, description=__doc__)["write"]
     page = render()
     if config.check:

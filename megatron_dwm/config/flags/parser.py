@@ -151,7 +151,8 @@ def read(
         parser.epilog = _list_groups({name: kind for name, kind in groups.items() if kind is not main_class})
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserError(_describe_unknown(unknown, parser, reason_unsupported))
+        known = [name for config_class in classes for item in declared_flags(config_class) for name in item.names]
+        raise UserError(_describe_unknown(unknown, known, reason_unsupported))
     return vars(values)
 
 
@@ -199,7 +200,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def _describe_unknown(
-    unknown: Sequence[str], parser: OneLineParser, reason_unsupported: Callable[[str], str | None]
+    unknown: Sequence[str], known: Sequence[str], reason_unsupported: Callable[[str], str | None]
 ) -> str:
     """Return what is wrong with the words that the parser did not take."""
     name = unknown[0].split("=")[0]
@@ -209,7 +210,7 @@ def _describe_unknown(
         others = [word.split("=")[0] for word in unknown[1:] if reason_unsupported(word.split("=")[0])]
         also = f" (nor are {', '.join(dict.fromkeys(others))})" if others else ""
         return f"{name} is not supported: {reason}{also}"
-    alike = difflib.get_close_matches(name, parser._option_string_actions, n=1)
+    alike = difflib.get_close_matches(name, known, n=1)
     return f"unknown flag {name}; " + (f"is it {alike[0]}?" if alike else "see --help for the flags")
 
 
