@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 EXIT_CODE = 2
 MOST_CHARACTERS = 1000  # of a message; a value or a file may have any number
+MOST_CHARACTERS_OF_A_WORD = 300  # of a message: enough for a path
 
 
 class UserError(Exception):
@@ -30,7 +31,8 @@ def shortened(value: object, most: int = 200) -> str:
 
 def print_error(error: UserError) -> None:
     """Print the error's one line on standard error."""
-    print(f"error: {shortened(error, MOST_CHARACTERS)}", file=sys.stderr, flush=True)
+    words = (shortened(word, MOST_CHARACTERS_OF_A_WORD) for word in str(error).split())
+    print(f"error: {shortened(' '.join(words), MOST_CHARACTERS)}", file=sys.stderr, flush=True)
 
 
 def run_cli(main: Callable[[], None]) -> None:

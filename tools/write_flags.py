@@ -32,7 +32,7 @@ class WriteFlagsConfig:
 
 
 def render() -> str:
-    """The page."""
+    """Return the page."""
     sections = [INTRODUCTION]
     for config_class in PARTS.values():
         rows = "".join(_row(item) for item in declared_flags(config_class))
@@ -49,8 +49,8 @@ def _row(item: Flag) -> str:
     if item.value_type is None:
         value, default = "", "*off*"
     else:
-        values = "\\|".join(str(choice) for choice in item.choices) if item.choices else _placeholder(item)
-        value, default = f" {values}", "" if item.default is None else f"`{item.default}`"
+        value = " " + item.value_placeholder.replace("|", "\\|")
+        default = "" if item.default is None else f"`{item.default}`"
     names = ", ".join(f"`{name}`" for name in item.names)
     meaning = item.help
     if item.refused is not None:
@@ -62,19 +62,12 @@ def _row(item: Flag) -> str:
     return f"| {names}{value} | {default} | {meaning} |\n"
 
 
-def _placeholder(item: Flag) -> str:
-    assert item.value_type is not None
-    name = {int: "N", float: "X", str: "TEXT"}[item.value_type]
-    if item.nargs is None:
-        return name
-    return " ".join([name] * item.nargs) if isinstance(item.nargs, int) else f"{name} ..."
-
-
 def _sentence(reason: str) -> str:
     return f"{reason[0].upper()}{reason[1:]}."
 
 
 def main() -> None:
+    """Write the page, or check it."""
     config: WriteFlagsConfig = parse(None, {"write": WriteFlagsConfig}, description=__doc__)["write"]
     page = render()
     if config.check:

@@ -1,4 +1,4 @@
-"""The arguments that a checkpoint was saved with, by this program or Megatron-LM, as flags again."""
+"""Flags from the arguments that a checkpoint was saved with, by this program or Megatron-LM."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _PARTS = (
     "add_qkv_bias",
     "untie_embeddings_and_output_weights",
 )
-"""With the sizes, what makes the model's tensors."""
+"""What determines the model's tensors, together with the sizes."""
 _FUNCTION = (
     "add_position_embedding",
     "squared_relu",
@@ -103,7 +103,7 @@ def read_arguments(folder: Path) -> dict[str, Any]:
 
 
 def effective_arguments(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """``saved`` without values that have no effect beside the others, which Megatron-LM keeps and itself sets.
+    """Return ``saved`` without the values that have no effect; Megatron-LM sets and keeps some of these.
 
     Raises:
         UserError: they describe a model that this program does not train.
@@ -111,7 +111,8 @@ def effective_arguments(saved: Mapping[str, Any]) -> dict[str, Any]:
     foreign = {name: saved[name] for name in UNKNOWN_PARTS if saved.get(name)}
     if saved.get("softmax_type", "vanilla") != "vanilla":
         foreign["softmax_type"] = saved["softmax_type"]
-    for name, value in foreign.items():
+    if foreign:
+        name, value = next(iter(foreign.items()))
         raise UserError(
             f"--load: the checkpoint was saved with {name}={value}; there is no such model here, give another"
         )
@@ -119,7 +120,7 @@ def effective_arguments(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_saved_arguments(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``--use-checkpoint-args`` makes of the flags.
+    """Return the flags' values under ``--use-checkpoint-args``.
 
     As in Megatron-LM, the architecture is the checkpoint's whatever the flags say, and sizes are where they are not
     given. So is the tokenizer, which Megatron-LM always takes from the checkpoint.
@@ -132,13 +133,13 @@ def with_saved_arguments(given: Mapping[str, Any], saved: Mapping[str, Any]) -> 
         UserError: they describe a model that this program does not train.
     """
     known = {name: value for name, value in effective_arguments(saved).items() if value is not None}
-    own = {name: value for name, value in given.items() if name not in _ALWAYS or name not in saved}
+    kept = {name: value for name, value in given.items() if name not in _ALWAYS or name not in saved}
     taken = {name: known[name] for name in (*_IF_NOT_GIVEN, *_ALWAYS) if name in known}
-    return taken | own
+    return taken | kept
 
 
 def differing_flag(run: Mapping[str, Any], saved: Mapping[str, Any], *, finetune: bool = False) -> str | None:
-    """How the model of a run's arguments differs from the one that a checkpoint's describe; None if it does not.
+    """Return how the model of a run's arguments differs from that of a checkpoint's; None if it does not.
 
     Args:
         run: what the run would save as its arguments.
@@ -176,7 +177,7 @@ def _difference(name: str, value: Any, found: Any) -> str:
 
 
 def _architecture(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """``arguments`` with each choice said once: flags that say the same give the same."""
+    """Return ``arguments`` in one form, so that flags which mean the same compare equal."""
     known = effective_arguments(arguments)
     if known.get("use_rotary_position_embeddings"):
         known["position_embedding_type"] = "rope"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dwm.config.flags import flag
-from megatron_dwm.errors import UserError
+from megatron_dwm.config.flags import flag, require_at_least
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,4 @@ class LoggingConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("log_interval", "tensorboard_log_interval"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        require_at_least(self, 1, "log_interval tensorboard_log_interval")

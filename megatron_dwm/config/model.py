@@ -35,7 +35,7 @@ _NEEDED = {
 
 
 def lacking_flag(field: str, values: Mapping[str, Any]) -> str | None:
-    """The flag without which ``field`` has no effect, if it is missing from ``values`` of ModelConfig's fields."""
+    """Return the flag without which ``field`` has no effect; None if it is among ``values`` of ModelConfig's fields."""
     given = {
         "--group-query-attention": values.get("group_query_attention"),
         "--position-embedding-type rope": values.get("position_embedding_type") == "rope"
@@ -220,7 +220,7 @@ class ModelConfig:
             raise UserError(f"--rotary-percent {self.rotary_percent}: must be above 0 and at most 1")
 
     def _check_companions(self) -> None:
-        """Flags that would silently do nothing without another."""
+        """Refuse flags that would silently do nothing without another."""
         if self.recompute_granularity == "full" and self.recompute_method is None:
             raise UserError("--recompute-granularity full needs --recompute-method; give uniform or block")
         for item in declared_flags(type(self)):
@@ -231,39 +231,46 @@ class ModelConfig:
     # The required sizes as plain integers (they are None only in the parser's defaults).
     @property
     def layers(self) -> int:
+        """The number of transformer layers."""
         assert self.num_layers is not None
         return self.num_layers
 
     @property
     def hidden(self) -> int:
+        """The hidden size."""
         assert self.hidden_size is not None
         return self.hidden_size
 
     @property
     def heads(self) -> int:
+        """The number of attention heads."""
         assert self.num_attention_heads is not None
         return self.num_attention_heads
 
     @property
     def sequence(self) -> int:
+        """The number of tokens in a sample."""
         assert self.seq_length is not None
         return self.seq_length
 
     @property
     def ffn(self) -> int:
-        """Feed-forward width; Megatron-LM's rule where the flag is not given."""
+        """The feed-forward hidden size; by Megatron-LM's rule where the flag is not given."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
         return int((4 * self.hidden * 2 / 3) / 64) * 64 if self.swiglu else 4 * self.hidden
 
     @property
     def head_size(self) -> int:
+        """The size of one attention head."""
         return self.kv_channels or self.hidden // self.heads
 
     @property
     def query_groups(self) -> int:
+        """The number of groups of query heads, each of which shares one key and value head."""
         return self.num_query_groups if self.group_query_attention else self.heads
 
     @property
     def positions(self) -> str:
+        """The type of position embedding."""
         return "rope" if self.use_rotary_position_embeddings else self.position_embedding_type

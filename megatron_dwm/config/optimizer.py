@@ -144,7 +144,10 @@ class OptimizerConfig:
 
     @property
     def grads_in_fp32(self) -> bool:
-        """Megatron-LM's rule: bf16 training accumulates in fp32 unless --grad-reduce-in-bf16 is given."""
+        """Whether gradients are accumulated and reduced in fp32.
+
+        As in Megatron-LM, bf16 training does so unless ``--grad-reduce-in-bf16`` is given.
+        """
         return not self.grad_reduce_in_bf16 if self.bf16 else self.accumulate_allreduce_grads_in_fp32
 
     @property

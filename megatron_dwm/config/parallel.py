@@ -77,14 +77,16 @@ class ParallelConfig:
 
     @property
     def tp(self) -> int:
+        """The tensor parallel size."""
         return self.tensor_model_parallel_size
 
     @property
     def pp(self) -> int:
+        """The pipeline parallel size."""
         return self.pipeline_model_parallel_size
 
     def virtual_stages(self, num_layers: int) -> int | None:
-        """Model chunks on each pipeline rank, or None without the interleaved schedule.
+        """Return the number of model chunks on each pipeline rank; None without the interleaved schedule.
 
         Raises:
             UserError: the layers do not divide.

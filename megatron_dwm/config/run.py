@@ -102,7 +102,7 @@ class RunConfig:
             raise UserError(f"--train-samples {samples} is less than one batch of {self.global_batch_size}; raise it")
 
     def _check_schedule(self) -> None:
-        """The schedule is counted as the run is, and its parts fit into each other."""
+        """Require a learning-rate schedule that is counted as the run is, and whose phases fit into each other."""
         optimizer, training = self.optimizer, self.training
         unit, other = ("iters", "samples") if training.train_samples is None else ("samples", "iters")
         for name in ("lr-decay", "lr-warmup", "lr-wsd-decay"):
@@ -159,30 +159,34 @@ class RunConfig:
 
     @property
     def data_parallel_size(self) -> int:
+        """The number of model replicas."""
         return self.world_size // (self.parallel.tp * self.parallel.pp)
 
     @property
     def global_batch_size(self) -> int:
+        """The number of samples in one step."""
         return self.training.global_batch_size or self.training.micro_batch * self.data_parallel_size
 
     @property
     def num_microbatches(self) -> int:
-        """Microbatches of one model replica in one step."""
+        """The number of microbatches of one model replica in one step."""
         return self.global_batch_size // (self.training.micro_batch * self.data_parallel_size)
 
     @property
     def target_batch_size(self) -> int:
+        """The number of target samples in one outer update."""
         return self.weighting.dwm_target_batch_size or self.global_batch_size
 
     @property
     def train_iters(self) -> int:
+        """The number of steps of the run."""
         if self.training.train_iters is not None:
             return self.training.train_iters
         assert self.training.train_samples is not None
         return self.training.train_samples // self.global_batch_size
 
     def flat(self) -> dict[str, Any]:
-        """All flags by their names, as Megatron-LM keeps its arguments."""
+        """Return all flags by their names, as Megatron-LM keeps its arguments."""
         return {
             field.name: getattr(getattr(self, part), field.name)
             for part, cls in PARTS.items()
@@ -195,13 +199,13 @@ def parse_run(
     world_size: int,
     *,
     read_saved: Callable[[CheckpointConfig], Mapping[str, Any]] | None = None,
-    speaks: bool = True,
 ) -> RunConfig:
-    """The configuration that ``argv`` describes for ``world_size`` processes.
+    """Return the configuration that ``argv`` describes for ``world_size`` processes.
 
     Args:
-        read_saved: finds the arguments of the checkpoint to load; without it there is no ``--use-checkpoint-args``.
-        speaks: whether this process prints warnings of deprecated flags; one should.
+        argv: the arguments, without the program's name; ``None`` takes ``sys.argv``.
+        world_size: the number of processes of the run.
+        read_saved: reads the arguments of the checkpoint to load; without it ``--use-checkpoint-args`` is refused.
 
     Raises:
         UserError: an unknown flag, a bad value, or values that contradict each other.
@@ -220,7 +224,7 @@ def parse_run(
         prog="pretrain_dwm.py",
         description="Pretrain a Megatron-Core GPT with a data weighting model. Flags are Megatron-LM's, plus --dwm-*.",
         reason_unsupported=reason_unsupported,
+        main_class=WeightingConfig,
         complete=complete,
-        speaks=speaks,
     )
     return RunConfig(world_size=world_size, **parts)

@@ -1,4 +1,4 @@
-"""Megatron-LM's flags that this program does not have, and why: none of them is silently ignored.
+"""Megatron-LM's flags that this program does not have, and why. None of them is silently ignored.
 
 Flags that scripts also give with a value that changes nothing (``--context-parallel-size 1``) are declared with the
 others, as ``refused``.
@@ -114,7 +114,7 @@ UNSUPPORTED: dict[str, str] = {
 
 
 def reason_unsupported(name: str) -> str | None:
-    """The reason and the remedy for a flag of Megatron-LM's that is not here; None if it is none of its flags."""
+    """Return why Megatron-LM's flag ``name`` is not supported, and the remedy; None if Megatron-LM has no such flag."""
     for reason, patterns in UNSUPPORTED.items():
         if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
             return reason

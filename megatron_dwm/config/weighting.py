@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dwm.config.flags import flag
+from megatron_dwm.config.flags import flag, require_at_least
 from megatron_dwm.errors import UserError
 
 
@@ -96,25 +96,24 @@ class WeightingConfig:
     dwm_score_batch_size: int = flag(32, "Samples the weighter scores at a time.")
 
     def __post_init__(self) -> None:
-        at_least_one = (
-            "dwm_target_batch_size dwm_num_layers dwm_hidden_size dwm_num_attention_heads dwm_num_stages "
-            "dwm_stage_update_iters dwm_update_interval dwm_weighter_steps dwm_replay dwm_score_batch_size"
+        require_at_least(
+            self,
+            1,
+            "dwm_target_batch_size dwm_num_layers dwm_hidden_size dwm_num_attention_heads dwm_ffn_hidden_size "
+            "dwm_num_stages dwm_stage_update_iters dwm_update_interval dwm_weighter_steps dwm_replay "
+            "dwm_score_batch_size",
         )
-        for name in at_least_one.split():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        require_at_least(
+            self,
+            0,
+            "dwm_kl_weight dwm_clip_alignment dwm_lr dwm_weight_decay dwm_clip_grad dwm_warmup_iters dwm_rule_strength",
+        )
         if not 0 <= self.dwm_min_effective_sample_size <= 1:
             raise UserError(
                 f"--dwm-min-effective-sample-size {self.dwm_min_effective_sample_size}: must be between 0 and 1"
             )
         if self.dwm_temperature <= 0:
             raise UserError(f"--dwm-temperature {self.dwm_temperature}: must be above 0")
-        for name in ("dwm_kl_weight", "dwm_clip_alignment", "dwm_lr", "dwm_weight_decay", "dwm_clip_grad"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
-        if self.dwm_warmup_iters is not None and self.dwm_warmup_iters < 0:
-            raise UserError(f"--dwm-warmup-iters {self.dwm_warmup_iters}: must not be negative")
         self._check_rule()
         if self.dwm_mode == "frozen" and self.dwm_load is None:
             raise UserError("--dwm-mode frozen needs --dwm-load; give the folder of an exported weighter")
@@ -123,7 +122,6 @@ class WeightingConfig:
                 f"--dwm-load {self.dwm_load} goes with --dwm-mode frozen, not {self.dwm_mode}; to learn from a "
                 "weighter on, give it as --dwm-init-from"
             )
-
         if self.dwm_check and not self.needs_target:
             raise UserError(
                 f"--dwm-check goes with --dwm-mode bilevel, not {self.dwm_mode}, which learns nothing; leave it out"
@@ -135,8 +133,6 @@ class WeightingConfig:
             raise UserError("--dwm-mode rule needs --dwm-rule; give random, loss, shuffled or oracle")
         if self.dwm_mode != "rule" and rule is not None:
             raise UserError(f"--dwm-rule {rule} goes with --dwm-mode rule, not {self.dwm_mode}; change one")
-        if not strength >= 0:
-            raise UserError(f"--dwm-rule-strength {strength}: must be at least 0")
         if strength != 1.0 and rule not in ("random", "loss"):
             raise UserError(f"--dwm-rule-strength {strength} goes with --dwm-rule random or loss; leave it out")
         if rule == "oracle" and not sources:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
 
-from megatron_dwm.config.flags import declared_flags, deprecations, flag, parse, read, require_at_least, to_argv
+from megatron_dwm.config.flags import declared_flags, flag, parse, read, require_at_least, to_argv
 from megatron_dwm.errors import EXIT_CODE, UserError, run_cli
+from megatron_dwm.runtime.logging import configure_logging
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,13 @@ class Small:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "size rate")
+
+
+@dataclass(frozen=True)
+class OtherConfig:
+    """Other flags."""
+
+    far: int = flag(1, "A number.")
 
 
 def _parse(*argv: str, **options: Any) -> Small:
@@ -79,7 +88,15 @@ def test_only_given_values_are_read():
         (["--triple", "1", "2"], "--triple: expected 3 arguments"),
         (["--parts", "2"], "--parts is not supported: there is one; leave it out"),
         (["--size", "0"], "--size 0: must be at least 1"),
-        (["--rate", "nan"], "--rate nan: must be at least 1"),
+        (["--rate", "nan"], "--rate: nan is not a finite number"),
+        (["--rate=-inf"], "--rate: -inf is not a finite number"),
+        (["--rate", "1e999"], "--rate: 1e999 is not a finite number"),
+        (["--rate", "1,5"], "--rate: invalid float value: '1,5'"),
+        (["--rate", ""], "--rate: invalid float value: ''"),
+        (["--size", str(2**63)], f"--size: {2**63} is too large; give at most {2**63 - 1}"),
+        (["--size", "9" * 5000], "--size: invalid int value: '9999"),
+        (["--paths", "a", "b\udcff"], "--paths: 'b\\udcff' is not UTF-8; rename it"),
+        (["--size"], "--size: expected one argument"),
         (["--gone=3"], "--gone is not supported: it is gone; leave it out\n"),
         (["--gone", "3", "--went", "--unknown", "--went=1"], "it is gone; leave it out (nor are --went)"),
     ],
@@ -96,33 +113,79 @@ def test_a_mistake_is_one_line_and_code_2(argv: list[str], said: str, capsys: py
     assert said in captured.err
 
 
+@pytest.mark.parametrize("value", ["9" * 5000, " ".join(["word"] * 2000)])
+def test_a_long_value_is_cut_and_the_remedy_is_not(value: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        run_cli(lambda: print(_parse("--size", value)))
+    error = capsys.readouterr().err
+    assert "--size: invalid int value: '" in error and " ... " in error
+    assert error.endswith("; see --help for the flags\n")
+    assert len(error) < 1020
+
+
 def test_a_refused_flag_may_repeat_its_default():
     assert _parse("--rate", "1", "--parts", "1").parts == 1
 
 
-def test_a_deprecated_flag_works_and_says_what_to_use(capsys: pytest.CaptureFixture[str]):
+def test_a_deprecated_flag_works_and_says_what_to_use(caplog: pytest.LogCaptureFixture):
+    assert _parse("--rate", "1", "--fast").fast
+    assert caplog.messages == []
     assert _parse("--rate", "1", "--old").old
-    assert capsys.readouterr().err == "warning: --old is deprecated; use --kind b\n"
-    assert _parse("--rate", "1", "--old", speaks=False).old
-    assert _parse("--rate", "1").fused
-    assert capsys.readouterr().err == ""
-    assert deprecations([Small], ["size"]) == []
+    assert caplog.messages == ["--old is deprecated; use --kind b"]
 
 
-@pytest.mark.parametrize("words", [["--earlier", "x"], ["--earlier=x"]])
-def test_an_earlier_spelling_works_and_says_the_present_one(words: list[str], capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    "words", [["--earlier", "x"], ["--earlier=x"], ["--earlier", "x", "--earlier", "x"], ["--earlier=x", "--moved=x"]]
+)
+def test_an_earlier_spelling_works_and_says_the_present_one(words: list[str], caplog: pytest.LogCaptureFixture):
     assert _parse("--rate", "1", *words).moved == ["x"]
-    assert capsys.readouterr().err == "warning: --earlier is deprecated; use --moved\n"
-    assert _parse("--rate", "1", "--moved", "x", speaks=False).moved == ["x"]
+    assert caplog.messages == ["--earlier is deprecated; use --moved"]
 
 
-def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]):
+def test_the_last_of_two_values_counts_and_says_so(caplog: pytest.LogCaptureFixture):
+    assert _parse("--rate", "1", "--fast", "--fast", "--rate", "1.0").fast
+    assert caplog.messages == []
+    assert _parse("--rate", "1", "--rate=2", "--moved", "a", "b", "--moved", "c").moved == ["c"]
+    assert caplog.messages == [
+        "--rate is given twice, as 1.0 and 2.0; the last counts",
+        "--moved is given twice, as a b and c; the last counts",
+    ]
+
+
+def _help(capsys: pytest.CaptureFixture[str], *argv: str, **options: Any) -> str:
     with pytest.raises(SystemExit) as ended:
-        _parse("--help")
+        parse(list(argv), {"small": Small, "other": OtherConfig}, prog="test", description="A test.", **options)
     assert ended.value.code == 0
-    text = capsys.readouterr().out
-    assert "A few flags:" in text and "100% of a number" in text
+    return capsys.readouterr().out
+
+
+def test_help_names_every_flag_and_its_default(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = _help(capsys, "--help")
+    assert "A few flags:" in text and "100% of a number. (default: 0.5)" in text and "--far" in text
     assert all(name in text for item in declared_flags(Small) for name in item.names)
+    assert "--earlier" not in text
+
+
+def test_help_shows_the_main_flags_and_lists_the_other_groups(capsys: pytest.CaptureFixture[str]):
+    text = _help(capsys, "--help", main_class=Small)
+    assert "--size" in text and "--far" not in text
+    assert "  other  Other flags (1 flags)\n" in text and "--help-all" in text
+    assert "--size" in _help(capsys, "--help-all", main_class=Small)
+    text = _help(capsys, "--help-all", "other", main_class=Small)
+    assert "--far" in text and "--size" not in text
+    with pytest.raises(UserError, match="--help-all: invalid choice: 'nothing'"):
+        _help(capsys, "--help-all", "nothing", main_class=Small)
+
+
+def test_help_is_printed_by_one_rank(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    package = logging.getLogger("megatron_dwm")
+    for name in ("handlers", "level", "propagate"):
+        monkeypatch.setattr(package, name, getattr(package, name))
+    configure_logging(rank=0, world_size=2)
+    assert "--size" in _help(capsys, "--help")
+    configure_logging(rank=1, world_size=2)
+    assert _help(capsys, "--help") == ""
 
 
 def test_fields_without_a_flag_are_left_alone():

@@ -43,7 +43,7 @@ def test_a_script_for_a_gpt_is_accepted(tmp_path: Path):
     assert config.tokenizer.tokenizer_type == "GPT2BPETokenizer"
 
 
-def test_a_script_for_a_llama_is_accepted(capsys: pytest.CaptureFixture[str]):
+def test_a_script_for_a_llama_is_accepted(caplog: pytest.LogCaptureFixture):
     config = _parse(
         "--use-mcore-models --num-layers 32 --hidden-size 512 --ffn-hidden-size 1792 --num-attention-heads 32 "
         "--group-query-attention --num-query-groups 8 --kv-channels 128 --seq-length 8192 "
@@ -64,7 +64,7 @@ def test_a_script_for_a_llama_is_accepted(capsys: pytest.CaptureFixture[str]):
     )
     assert config.num_microbatches == 16
     assert config.model.fp8 == "hybrid" and not config.optimizer.grads_in_fp32
-    assert capsys.readouterr().err == "warning: --use-mcore-models is deprecated; leave it out\n"
+    assert caplog.messages == ["--use-mcore-models is deprecated; leave it out"]
 
 
 SAVED = {
@@ -88,7 +88,7 @@ SAVED = {
 
 
 def test_the_model_of_a_checkpoint_is_taken_and_what_is_given_of_the_rest(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     flags = "--use-checkpoint-args --num-layers 8 --vocab-size 100 --mock-data --hidden-dropout 0.5 --train-iters 20"
 
@@ -102,7 +102,7 @@ def test_the_model_of_a_checkpoint_is_taken_and_what_is_given_of_the_rest(
     assert (model.positions, model.rotary_base, model.swiglu, model.hidden_dropout) == ("rope", 500, True, 0.0)
     assert (model.query_groups, model.layernorm_epsilon) == (4, 1e-6)
     assert parse_run(argv, 1, read_saved=read_saved).optimizer.lr == 1e-3
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
     with pytest.raises(UserError, match="openai_gelu=True"):
         parse_run(argv, 1, read_saved=lambda _: SAVED | {"openai_gelu": True})
     with pytest.raises(UserError, match="--use-checkpoint-args is not supported"):

@@ -1,0 +1,25 @@
+"""Command-line flags from dataclasses.
+
+A configuration class declares each flag once, as a field made by :func:`flag`: its default, its help and, where the
+flag's name does not follow from the field's, its spelling. The parser, the configuration object and ``docs/flags.md``
+all come from that one declaration.
+"""
+
+from megatron_dwm.config.flags.declaration import Flag, declared_flags, flag, flag_name, title_of
+from megatron_dwm.config.flags.parser import OneLineParser, add_flags, parse, read
+from megatron_dwm.config.flags.values import build, require_at_least, to_argv
+
+__all__ = [
+    "Flag",
+    "OneLineParser",
+    "add_flags",
+    "build",
+    "declared_flags",
+    "flag",
+    "flag_name",
+    "parse",
+    "read",
+    "require_at_least",
+    "title_of",
+    "to_argv",
+]

@@ -1,0 +1,95 @@
+"""Values of flags: read from words, made into configurations, checked, and written as words again."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from megatron_dwm.config.flags.declaration import declared_flags, flag_name
+from megatron_dwm.errors import UserError
+
+Config = TypeVar("Config")
+
+LARGEST_INTEGER = 2**63 - 1
+"""What a tensor, an index file and a checkpoint can hold."""
+
+
+def build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    """Make a ``config_class`` of those of ``values`` that are its fields, and of defaults for the rest.
+
+    Raises:
+        UserError: a refused flag was given, or the class's own checks fail.
+    """
+    known: dict[str, Any] = {}
+    for item in declared_flags(config_class):
+        if item.field not in values:
+            continue
+        value = values[item.field]
+        if item.refused is not None and value != item.default:
+            raise UserError(f"{item.names[0]} is not supported: {item.refused}")
+        known[item.field] = value
+    return config_class(**known)
+
+
+def to_argv(config: Any) -> list[str]:
+    """Return the command line that makes ``config``: those of its flags that are not at their defaults."""
+    argv: list[str] = []
+    for item in declared_flags(type(config)):
+        value = getattr(config, item.field)
+        if value == item.default:
+            continue
+        argv.append(item.names[0])
+        if item.value_type is not None:
+            argv += map(str, value if isinstance(value, list) else [value])
+    return argv
+
+
+def require_at_least(config: Any, least: float, fields: str) -> None:
+    """Check numbers of a configuration; those that are None pass.
+
+    Args:
+        fields: names of fields, separated by blanks.
+
+    Raises:
+        UserError: one is less than ``least``, or is no number.
+    """
+    for field in fields.split():
+        value = getattr(config, field)
+        if value is not None and not value >= least:
+            raise UserError(f"{flag_name(field)} {value}: must be at least {least}")
+
+
+def converter(value_type: type) -> Callable[[str], Any]:
+    """Return the function that reads a value of ``value_type`` from a word, for argparse."""
+    return {int: _to_int, float: _to_float, str: _to_text}[value_type]
+
+
+def _to_int(word: str) -> int:
+    try:
+        value = int(word)
+    except ValueError:  # also a number of more digits than Python reads
+        raise argparse.ArgumentTypeError(f"invalid int value: {word!r}") from None
+    if abs(value) > LARGEST_INTEGER:
+        raise argparse.ArgumentTypeError(f"{word} is too large; give at most {LARGEST_INTEGER}")
+    return value
+
+
+def _to_float(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid float value: {word!r}") from None
+    # Comparisons with NaN are all false, so that it would pass most checks and be trained with.
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{word} is not a finite number")
+    return value
+
+
+def _to_text(word: str) -> str:
+    try:
+        word.encode()
+    except UnicodeEncodeError:  # Python lets such bytes through, until they are printed or written to a file
+        raise argparse.ArgumentTypeError(f"{word!a} is not UTF-8; rename it") from None
+    return word
