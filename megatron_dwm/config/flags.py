@@ -83,7 +83,7 @@ def declared_flags(config_class: type) -> list[Flag]:
     return [_flag_of(field, hints[field.name]) for field in dataclasses.fields(config_class) if _META in field.metadata]
 
 
-def _flag_of(field: dataclasses.Field, hint: Any) -> Flag:
+def _flag_of(field: dataclasses.Field[Any], hint: Any) -> Flag:
     info: FlagInfo = field.metadata[_META]
     is_list, value_type, choices = _value_type(hint)
     default = field.default

@@ -155,7 +155,7 @@ def _from_sentencepiece(tokenizer: MegatronTokenizerText) -> PreTrainedTokenizer
             "Face tokenizer; train the SentencePiece model with these tokens"
         )
     pieces = library.tokenizer
-    protobuf = import_protobuf()  # type: ignore[no-untyped-call]
+    protobuf = import_protobuf()
     model = protobuf.ModelProto.FromString(pieces.serialized_model_proto())
     names = {
         f"{name}_token": pieces.id_to_piece(index)
@@ -175,8 +175,8 @@ def _from_sentencepiece(tokenizer: MegatronTokenizerText) -> PreTrainedTokenizer
         and not model.trainer_spec.treat_whitespace_as_suffix
         and {piece.type for piece in model.pieces} <= _FAST_TYPES
     ):
-        return PreTrainedTokenizerFast(tokenizer_object=_sentencepiece_bpe(model), **options)  # type: ignore[no-untyped-call]
-    return SentencePieceBackend(vocab_file=tokenizer.path, **options)  # type: ignore[no-untyped-call]
+        return PreTrainedTokenizerFast(tokenizer_object=_sentencepiece_bpe(model), **options)
+    return SentencePieceBackend(vocab_file=tokenizer.path, **options)
 
 
 def _sentencepiece_bpe(model: Any) -> Any:
@@ -252,7 +252,7 @@ def _from_tiktoken(tokenizer: MegatronTokenizerText) -> PreTrainedTokenizerBase:
         f"{name}_token": library.special_tokens[getattr(library, f"{name}_id")]
         for name in ("unk", "bos", "eos", "mask", "pad", "cls", "sep")
     }
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe, model_input_names=["input_ids", "attention_mask"], **names
     )
 
@@ -265,7 +265,7 @@ def _from_null(tokenizer: MegatronTokenizerText) -> PreTrainedTokenizerBase:
     numbers.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     end = str(tokenizer.eod)
     # Without split_special_tokens the number of the end would also be found inside longer numbers.
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=numbers,
         eos_token=end,
         pad_token=end,

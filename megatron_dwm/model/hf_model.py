@@ -52,7 +52,7 @@ def causal_language_model(
     except (KeyError, IndexError) as error:
         raise UserError(f"the checkpoint does not hold the model that its arguments describe: {error}") from error
     with torch.device("meta"):
-        language_model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        language_model: PreTrainedModel = AutoModelForCausalLM.from_config(
             hf_config(model, vocab_size=vocab_size, num_layers=model.layers),
             dtype=full_state["embedding.word_embeddings.weight"].dtype,
         )

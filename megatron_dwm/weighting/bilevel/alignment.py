@@ -54,7 +54,7 @@ def products_with(
         param.grad_added_to_main_grad = True  # nobody wants the sum of these gradients: DDP need not form it
 
     handles = [
-        param.register_post_accumulate_grad_hook(add_product)  # type: ignore[no-untyped-call]
+        param.register_post_accumulate_grad_hook(add_product)
         for chunk in chunks
         for name, param in chunk.named_parameters()
         if param.requires_grad and counts_here(name, param, parallel_state)
