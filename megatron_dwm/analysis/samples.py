@@ -151,13 +151,12 @@ def saved_run(folder: Path) -> RunConfig:
         UserError: there is no checkpoint, or none of this program's.
     """
     from megatron_dwm.config.checkpoint_args import read_arguments
-    from megatron_dwm.config.tokenizer import NEVER_SAVED
     from megatron_dwm.training.checkpoint_folders import latest_checkpoint
 
     checkpoint = latest_checkpoint(CheckpointConfig(load=str(folder)))
     if checkpoint is None:
         raise UserError(f"{folder} holds no checkpoint, which says what data the run read; give its --save folder")
-    saved = {name: value for name, value in read_arguments(checkpoint).items() if name not in NEVER_SAVED}
+    saved = read_arguments(checkpoint)
     if "dwm_mode" not in saved:
         raise UserError(f"{checkpoint} was not saved by pretrain_dwm.py; give the --save folder of one of its runs")
     if saved.get("train_samples") is not None:

@@ -20,7 +20,7 @@ from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.checkpoint_args import effective_arguments, read_arguments
 from megatron_dwm.config.flags import build, declared_flags, flag, read
 from megatron_dwm.config.model import ModelConfig
-from megatron_dwm.config.tokenizer import NEVER_SAVED, TokenizerConfig
+from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError
 
 MODEL_KEYS = "embedding.", "decoder.", "output_layer."
@@ -101,23 +101,20 @@ def saved_tokenizer(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Token
         saved: the checkpoint's arguments.
         given: values of fields that take precedence over them.
     """
-    usable = {item.field for item in declared_flags(TokenizerConfig) if item.refused is None} - NEVER_SAVED
+    usable = {item.field for item in declared_flags(TokenizerConfig) if item.refused is None}
     return build(TokenizerConfig, {key: saved[key] for key in usable & saved.keys()} | dict(given))
 
 
 def read_model(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the model's unsharded tensors by checkpoint key; those of layers are stacked, [layers, ...]."""
-    from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
-    from torch.distributed.checkpoint.state_dict_loader import load
+    """Return the model's unsharded tensors by checkpoint key; those of layers are stacked, [layers, ...].
 
-    described = load_tensors_metadata(str(folder))
-    state = {
-        key: torch.empty(tensor.global_shape, dtype=tensor.dtype)
-        for key, tensor in described.items()
-        if key.startswith(MODEL_KEYS)
-    }
-    load(state, checkpoint_id=str(folder))
-    return state
+    Raises:
+        UserError: the checkpoint is damaged, or names code that no checkpoint needs.
+    """
+    from megatron_dwm.training.saved_checkpoint import open_checkpoint
+
+    saved = open_checkpoint(folder)
+    return saved.read_tensors(key for key in saved.shapes if key.startswith(MODEL_KEYS))
 
 
 def _checkpoint_folder(config: ExportConfig) -> Path:

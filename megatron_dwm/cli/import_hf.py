@@ -121,6 +121,7 @@ def write_checkpoint(folder: Path, full_state: dict[str, torch.Tensor], argument
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
     from torch.distributed.checkpoint.state_dict_saver import save
 
+    from megatron_dwm.training.checkpoint_checksums import write_checksums
     from megatron_dwm.training.checkpoint_contents import VERSION
 
     save({**full_state, **_empty_extra_states(arguments["num_layers"])}, checkpoint_id=str(folder))
@@ -133,6 +134,7 @@ def write_checkpoint(folder: Path, full_state: dict[str, torch.Tensor], argument
     }
     torch.save(common, folder / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    write_checksums(folder)
 
 
 def _empty_extra_states(num_layers: int) -> dict[str, list[None]]:

@@ -19,9 +19,6 @@ TokenizerType = Literal[
     "NullTokenizer",
 ]
 
-NEVER_SAVED = frozenset({"trust_remote_code"})
-"""Fields that only the user sets: what a checkpoint says must not allow the code of others to run here."""
-
 
 @dataclass(frozen=True)
 class TokenizerConfig:
