@@ -65,6 +65,11 @@ class RunConfig:
             )
 
     def _check_shards(self) -> None:
+        if self.parallel.use_distributed_optimizer and self.optimizer.optimizer != "adam":
+            raise UserError(
+                f"--use-distributed-optimizer does not go with --optimizer {self.optimizer.optimizer}: megatron-core "
+                "shards the state of Adam alone; leave one out"
+            )
         tp = self.parallel.tp
         divided = {
             "--num-attention-heads": self.model.heads,

@@ -235,6 +235,10 @@ class CheckpointWriter:
             reason = short_reason(causes[0] if causes else error)
         except OSError as error:
             reason = error.strerror or str(error)
+        except RuntimeError as error:  # torch.save's, from code that does not say why a file cannot grow
+            if not any(writer in str(error) for writer in ("inline_container", "PytorchStreamWriter", "iostream")):
+                raise
+            reason = "a file could not be written to its end"
         if self.parallel_state.is_first_rank:
             shutil.rmtree(beside, ignore_errors=True)
         latest = tracked(root)
