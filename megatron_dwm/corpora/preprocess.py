@@ -150,7 +150,7 @@ class Encoder:
                 tokens.append(self.end)
                 lengths[-1] += 1
             return np.array(tokens, dtype=self.dtype), lengths
-        except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+        except Exception as error:  # tokenizers raise whatever their libraries raise
             reason = shortened(_cause(sentences, error))
             raise _MalformedError(f"the value of {named} cannot be tokenized ({reason})") from None
 

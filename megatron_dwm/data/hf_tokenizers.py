@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_dwm.atomic_write import atomic_files
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.tokenizers import describe_tokenizer, end_of_document
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, shortened
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
@@ -60,7 +60,15 @@ def to_hf_tokenizer(tokenizer: MegatronTokenizerText, config: TokenizerConfig) -
         "tiktoken": _from_tiktoken,
         "null": _from_null,
     }[tokenizer.library]
-    counterpart = convert(tokenizer)
+    try:
+        counterpart = convert(tokenizer)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise whatever a damaged vocabulary makes them raise
+        raise UserError(
+            f"{describe_tokenizer(config)} cannot be written as a Hugging Face tokenizer ({shortened(error, 300)}); "
+            "check that its files are whole"
+        ) from error
     _check_same_ids(tokenizer, counterpart, config)
     return counterpart
 
@@ -108,7 +116,7 @@ def _load_folder(directory: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # transformers raises whatever the tokenizer's class raises
-        raise UserError(f"{directory}: its tokenizer does not load: {error}; save it again") from error
+        raise UserError(f"{directory}: its tokenizer does not load ({shortened(error, 300)}); save it again") from error
 
 
 def _check_same_ids(
@@ -122,7 +130,8 @@ def _check_same_ids(
         actual = counterpart(text, add_special_tokens=special).input_ids
         if actual != expected:
             raise UserError(
-                f"{problem}: {text!r} gets the ids {actual} instead of {expected}; use another tokenizer or model type"
+                f"{problem}: {text!r} gets the ids {shortened(actual, 60)} instead of {shortened(expected, 60)}; use "
+                "another tokenizer or model type"
             )
     end = end_of_document(tokenizer, config)
     if counterpart.eos_token_id != end:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.extras import require_packages
 
 if TYPE_CHECKING:
@@ -87,9 +87,9 @@ def _build_failure(config: TokenizerConfig, error: Exception) -> str:
         "--tokenizer-metadata": config.tokenizer_metadata,
     }
     files = ", ".join(f"{name} {path}" for name, path in given.items() if path is not None)
-    reason = str(error).strip() or type(error).__name__
-    remedy = "check that the file fits the type"
-    if config.tokenizer_type == "TikTokenizer":
+    reason = shortened(error, 300) or type(error).__name__
+    remedy = "check that the file fits the type and is whole"
+    if config.tokenizer_type == "TikTokenizer" and isinstance(error, AssertionError):  # its answer to a wrong size
         remedy = (
             "check that --vocab-size (131072 if not given) is no larger than the file's tokens plus "
             f"--tiktoken-num-special-tokens {config.tiktoken_num_special_tokens}"

@@ -13,7 +13,14 @@ from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.hf_tokenizers import fingerprint_of_folder, save_hf_tokenizer, vocabulary_fingerprint
 from megatron_dwm.data.tokenizers import build_tokenizer
 from megatron_dwm.errors import UserError
-from tests.unit.data.made_tokenizers import KINDS, TEXTS, hugging_face_folder, sentencepiece_model, texts_for
+from tests.unit.data.made_tokenizers import (
+    KINDS,
+    TEXTS,
+    gpt2_files,
+    hugging_face_folder,
+    sentencepiece_model,
+    texts_for,
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,3 +210,12 @@ def test_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="does not load"):
         fingerprint_of_folder(tmp_path)
+
+
+def test_a_vocabulary_with_an_impossible_id_is_one_line(tmp_path: Path) -> None:
+    vocab_file, merge_file = gpt2_files(tmp_path)
+    vocabulary = json.loads(Path(vocab_file).read_text())
+    Path(vocab_file).write_text(json.dumps({**vocabulary, "#": 2**40}))
+    config = TokenizerConfig(tokenizer_type="GPT2BPETokenizer", vocab_file=vocab_file, merge_file=merge_file)
+    with pytest.raises(UserError, match=r"^--tokenizer-type GPT2BPETokenizer .* cannot be .*[^\n]*$"):
+        vocabulary_fingerprint(build_tokenizer(config), config)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +92,62 @@ def test_vocabulary_is_padded_to_a_multiple(
     vocab_size: int, divisible_by: int, tensor_parallel: int, padded: int
 ) -> None:
     assert padded_vocab_size(vocab_size, divisible_by, tensor_parallel) == padded
+
+
+def damage(content: bytes, how: str) -> bytes:
+    middle = len(content) // 2
+    return {
+        "empty": b"",
+        "cut": content[:middle],
+        "zeroed": content[:middle] + bytes(64) + content[middle + 64 :],
+        "another file": b'{"type": 5, "text": "' + b"a" * 10_000,
+    }[how]
+
+
+@pytest.mark.parametrize("how", ["empty", "cut", "zeroed", "another file"])
+@pytest.mark.parametrize("kind", ["bpe", "gpt2", "hugging-face", "tiktoken-v2"])
+def test_a_damaged_file_is_one_short_line(
+    kind: str, how: str, configs: dict[str, TokenizerConfig], tmp_path: Path
+) -> None:
+    config = configs[kind]
+    given = config.vocab_file if kind == "gpt2" else config.tokenizer_model
+    assert given is not None
+    source, copy = Path(given), tmp_path / Path(given).name
+    if source.is_dir():
+        shutil.copytree(source, copy)
+    else:
+        shutil.copy(source, copy)
+    file = copy / "tokenizer.json" if copy.is_dir() else copy
+    file.write_bytes(damage(file.read_bytes(), how))
+    changed: dict[str, Any] = {"vocab_file" if kind == "gpt2" else "tokenizer_model": str(copy)}
+    with pytest.raises(UserError) as raised:
+        build_tokenizer(dataclasses.replace(config, **changed))
+    message = str(raised.value)
+    assert (
+        message.startswith(f"--tokenizer-type {config.tokenizer_type} cannot be built from ") and str(copy) in message
+    )
+    assert "\n" not in message and len(message) < 900 and "--vocab-size" not in message
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2", "hugging-face", "tiktoken-v2"])
+def test_a_path_that_is_not_utf_8_is_read_or_refused(
+    kind: str, configs: dict[str, TokenizerConfig], tmp_path: Path
+) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    config = configs[kind]
+    files = [path for path in (config.tokenizer_model, config.vocab_file, config.merge_file) if path is not None]
+    folder.mkdir()
+    for path in files:
+        copied = shutil.copytree if Path(path).is_dir() else shutil.copyfile
+        copied(path, folder / Path(path).name)
+    moved: dict[str, Any] = {
+        name: str(folder / Path(value).name)
+        for name in ("tokenizer_model", "vocab_file", "merge_file")
+        if (value := getattr(config, name)) is not None
+    }
+    try:
+        tokenizer = build_tokenizer(dataclasses.replace(config, **moved))
+    except UserError as error:
+        assert "\n" not in str(error) and str(error).startswith(f"--tokenizer-type {config.tokenizer_type} cannot be")
+    else:
+        assert tokenizer.tokenize("dog") == build_tokenizer(config).tokenize("dog")
