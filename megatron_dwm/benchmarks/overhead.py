@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(table(figures), flush=True)
             if options.json_file is not None:
                 atomic_write_text(Path(options.json_file), json.dumps(figures, indent=2) + "\n")
+                print(options.json_file, flush=True)
 
     run_program(program)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import signal
 import sys
@@ -20,6 +21,8 @@ def run_command(command: Callable[[], None]) -> None:
     Raises:
         SystemExit: the command ended early.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # paths may hold bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     configure_logging()
     warnings.filterwarnings("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)

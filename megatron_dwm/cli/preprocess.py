@@ -14,6 +14,7 @@ from megatron_dwm.config.flags import parse
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.unsupported_flags import reason_unsupported
 from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
+from megatron_dwm.data.index_file import IndexFile
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,7 +27,12 @@ def _main(argv: Sequence[str] | None) -> None:
     configs = parse(argv, classes, description=__doc__, reason_unsupported=reason_unsupported)
     # Each worker tokenizes one text at a time; threads beside them would only warn about the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    preprocess(configs["preprocess"], configs["tokenizer"])
+    config: PreprocessConfig = configs["preprocess"]
+    preprocess(config, configs["tokenizer"])
+    for key in config.json_keys:
+        prefix = f"{config.output_prefix}_{key}_document"
+        index = IndexFile.open(prefix)
+        print(f"{prefix}: {index.num_boundaries - 1:,} documents, {int(index.lengths.sum(dtype='int64')):,} tokens")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
+
+from tqdm import tqdm
 
 from megatron_dwm.atomic_write import atomic_files
 from megatron_dwm.config.flags import flag
 from megatron_dwm.errors import UserError
+
+Item = TypeVar("Item")
 
 PARTS = ("train", "target", "test")
 
@@ -94,6 +98,12 @@ class Seen:
     def new_paragraphs(self, text: str) -> str:
         """Return ``text`` without the paragraphs that were seen before."""
         return "\n\n".join(paragraph for paragraph in paragraphs(text) if self.add(paragraph))
+
+
+def with_progress(items: Iterable[Item], description: str) -> Iterable[Item]:
+    """Return the items behind a progress bar, which a terminal shows while they are read."""
+    bar: Iterable[Item] = tqdm(items, desc=description, unit=" files", leave=False, disable=None)
+    return bar
 
 
 def paragraphs(text: str) -> list[str]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from megatron_dwm.corpora.corpus import Corpus, CorpusConfig, Document, Seen, first, split
+from megatron_dwm.corpora.corpus import Corpus, CorpusConfig, Document, Seen, first, split, with_progress
 from megatron_dwm.corpora.standard_library import docstrings, parsed
 from megatron_dwm.errors import UserError
 
@@ -55,7 +55,7 @@ def documentation_corpus(config: CorpusConfig) -> Corpus:
     for package in packages:
         documents = [
             Document(seen.new_paragraphs(text), f"{package.spec}={package.version}/{name}")
-            for name, text in texts(package)
+            for name, text in with_progress(texts(package), package.name)
         ]
         parts = split(documents, config.heldout_bytes, rng)
         parts["train"] = first(parts["train"], config.documentation_bytes)

@@ -20,7 +20,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_dwm.corpora.corpus import LEAST_BYTES, Corpus, CorpusConfig, Document, Seen, first, paragraphs, split
+from megatron_dwm.corpora.corpus import (
+    LEAST_BYTES,
+    Corpus,
+    CorpusConfig,
+    Document,
+    Seen,
+    first,
+    paragraphs,
+    split,
+    with_progress,
+)
 from megatron_dwm.errors import UserError
 
 # Other packages; tests, which not every interpreter has; tables.
@@ -45,14 +55,17 @@ def standard_library_corpus(config: CorpusConfig, library: Path | None = None) -
     seen = Seen()
     modules = list(_modules(root))
     prose = []
-    for module in modules:
+    for module in with_progress(modules, "docstrings"):
         texts = _topics(module.tree) if module.name == _TOPICS else [(module.name, docstrings(module.tree))]
         prose += [Document(seen.new_paragraphs(text), f"prose/{name}") for name, text in texts]
     comments = [
-        Document(seen.new_paragraphs(_comments(module.source)), f"comments/{module.name}") for module in modules
+        Document(seen.new_paragraphs(_comments(module.source)), f"comments/{module.name}")
+        for module in with_progress(modules, "comments")
     ]
     code = [
-        Document(_Code(seen).text(module.tree), f"code/{module.name}") for module in modules if module.name != _TOPICS
+        Document(_Code(seen).text(module.tree), f"code/{module.name}")
+        for module in with_progress(modules, "code")
+        if module.name != _TOPICS
     ]
     corpus = _deal(prose, comments, code, config, seen)
     for source, parts in corpus.items():

@@ -112,5 +112,6 @@ def test_it_makes_datasets(installation: Installation):
     texts = installation.folder / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": "1 2 3 4"}) + "\n" for _ in range(5)))
     tokenizer = ("--tokenizer-type", "NullTokenizer", "--vocab-size", 10)
-    installation.run("megatron-dwm", "preprocess", "--input", texts, "--output-prefix", "made", *tokenizer)
+    done = installation.run("megatron-dwm", "preprocess", "--input", texts, "--output-prefix", "made", *tokenizer)
+    assert done.stdout.splitlines()[-1] == "made_text_document: 5 documents, 20 tokens"
     assert (installation.folder / "made_text_document.bin").stat().st_size == 5 * 4 * 2  # tokens of two bytes
