@@ -1,4 +1,7 @@
-"""Verify datasets from the first to the last byte; ``--help`` lists the flags."""
+"""Verify datasets from the first to the last byte.
+
+The same as ``megatron-dwm check-data``.
+"""
 
 from megatron_dwm.cli.check_data import main
 

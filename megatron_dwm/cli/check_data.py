@@ -8,19 +8,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tqdm import tqdm
 
+from megatron_dwm.cli.command import run_command
 from megatron_dwm.config.flags import build, flag, read
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.unsupported_flags import reason_unsupported
 from megatron_dwm.data.blend import parse_blend
 from megatron_dwm.data.validation import check_dataset
-from megatron_dwm.errors import UserError, run_cli
-from megatron_dwm.runtime.logging import configure_logging
+from megatron_dwm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +40,10 @@ class CheckDataConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Verify datasets; the exit code is 2 if one is damaged."""
-    run_cli(lambda: _main(argv))
+    run_command(partial(_main, argv))
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    configure_logging()
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine).*")
     values = read(argv, [CheckDataConfig, TokenizerConfig], description=__doc__, reason_unsupported=reason_unsupported)
     config = build(CheckDataConfig, values)
     vocab_size = None

@@ -1,6 +1,7 @@
-"""Turn JSON lines into Megatron's indexed datasets; flags and output are those of Megatron-LM's tool.
+"""Turn documents into Megatron's indexed datasets; flags and output are those of Megatron-LM's tool.
 
-Each line is an object with the text under the key of --json-keys, such as {"text": "One document."}.
+Each line is an object with the text under the key of --json-keys, such as {"text": "One document."}. Parquet files with
+columns of these names are read too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from megatron_dwm.data.index_file import IndexFile
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Tokenize JSON lines."""
+    """Tokenize documents."""
     run_command(partial(_main, argv))
 
 
