@@ -108,6 +108,7 @@ class Encoder:
         self._decoder = json.JSONDecoder(parse_int=lambda digits: None, parse_float=lambda digits: None)
 
     def __call__(self, record: Record) -> Encoded | Malformed:
+        """Tokenize one record, or say what is wrong with it."""
         try:
             document, size = self._document(record.content)
             encoded = Encoded({}, {}, size)

@@ -43,6 +43,7 @@ class DataPaths:
 
     @property
     def train(self) -> Blend | None:
+        """The blend that is trained on; None for mock data."""
         return self.shared or self.per_split[0]
 
     @property

@@ -173,7 +173,8 @@ class PipelineEngine:
     @contextmanager
     def deterministic(self) -> Iterator[None]:
         """While open, nothing is dropped out and no random stream moves; training mode stays on, and with it
-        activation recomputation."""
+        activation recomputation.
+        """
         from megatron.core import tensor_parallel
 
         tracker = tensor_parallel.get_cuda_rng_tracker()

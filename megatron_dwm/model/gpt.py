@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,9 @@ from megatron_dwm.model.kernels import resolve_transformer_impl
 from megatron_dwm.model.protocols import ModelChunk, Optimizer
 from megatron_dwm.model.torch_layers import torch_block_spec
 from megatron_dwm.runtime.device import current_device
+from megatron_dwm.runtime.logging import EVERY_RANK
+
+logger = logging.getLogger(__name__)
 
 
 def build_model_chunks(
@@ -76,10 +80,10 @@ def build_model_chunks(
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
         chunks.append(chunk.to(device))
     if groups.dp.rank() == 0:
-        print(
+        logger.info(
             " > number of parameters on (tensor, pipeline) model parallel rank "
             f"({groups.tp.rank()}, {groups.pp.rank()}): {_num_parameters(chunks)}",
-            flush=True,
+            extra=EVERY_RANK,
         )
     return chunks
 

@@ -77,7 +77,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """[b, n, s, d]"""
+        """Return the attention's output [b, n, s, d]."""
         return F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),

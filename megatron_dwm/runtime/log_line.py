@@ -33,9 +33,11 @@ class LossWindow:
 
     @property
     def iterations(self) -> int:
+        """Iterations in the window, skipped ones included."""
         return self.advanced + self.skipped
 
     def averages(self) -> dict[str, float]:
+        """Return the mean of each loss over the iterations that were not skipped."""
         return {name: total / max(1, self.advanced) for name, total in self.losses.items()}
 
 

@@ -34,10 +34,12 @@ class ParallelState:
 
     @property
     def mp_size(self) -> int:
+        """Ranks that hold one replica of the model."""
         return self.tp_size * self.pp_size
 
     @property
     def mp_rank(self) -> int:
+        """Rank in the model-parallel group; rank 0 reads the replica's data."""
         return dist.get_rank(self.mp_group)
 
     @property
@@ -57,6 +59,7 @@ class ParallelState:
 
     @property
     def is_last_pipeline_stage(self) -> bool:
+        """Whether this rank knows the losses."""
         return self.pp_rank == self.pp_size - 1
 
 

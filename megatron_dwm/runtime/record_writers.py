@@ -136,4 +136,5 @@ class TensorBoard:
             self._writer.add_scalar(f"{name} vs samples", value, samples)
 
     def close(self) -> None:
+        """Write what is left in the queue and close the file."""
         self._writer.close()

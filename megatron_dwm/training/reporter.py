@@ -147,6 +147,7 @@ class Reporter:
             self.step_since += seconds
 
     def close(self) -> None:
+        """Close the records and TensorBoard's file."""
         if self.jsonl is not None:
             self.jsonl.close()
         if self.board is not None:

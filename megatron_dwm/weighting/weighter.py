@@ -40,6 +40,7 @@ class Weighter:
 
     @property
     def num_parameters(self) -> int:
+        """All parameters of the classifier."""
         return sum(param.numel() for param in self.model.parameters())
 
     @property

@@ -47,6 +47,7 @@ class HypergradientCheck:
 
     @property
     def passed(self) -> bool:
+        """Whether the error is within the bound."""
         return self.error <= BOUND  # NaN does not pass
 
     def __str__(self) -> str:
