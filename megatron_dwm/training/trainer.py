@@ -105,7 +105,7 @@ class Trainer:
             self.components.scheduler,
             batch,
             self.config.training.micro_batch,
-            weights.replica_weights if weights is not None else None,
+            weights.replica_sample_weights if weights is not None else None,
             self.parallel_state,
         )
         self.train_state.advance(iteration, self.config.global_batch_size, self.reporter.flops_per_step)

@@ -30,9 +30,9 @@ class SampleWeights:
 
     scores: torch.Tensor
     """[N], in global order (microbatch, data-parallel rank, place), on the CPU."""
-    weights: torch.Tensor
+    sample_weights: torch.Tensor
     """N softmax(scores / temperature) [N], float64, in global order, on the CPU."""
-    replica_weights: torch.Tensor
+    replica_sample_weights: torch.Tensor
     """Those of this replica's samples [n], on its device."""
 
 

@@ -52,9 +52,9 @@ class ScoredWeighting(UniformWeighting, ABC):
     def weigh(self, iteration: int, batch: Batch) -> SampleWeights | None:
         """Return N softmax(scores / temperature)."""
         scores = self.scores(iteration, batch)
-        weights = weights_from_scores(scores, self.options.temperature)
-        replica_weights = self.sample_gather.select_replica(weights).to(batch.tokens.device)
-        return SampleWeights(scores, weights, replica_weights)
+        sample_weights = weights_from_scores(scores, self.options.temperature)
+        replica_sample_weights = self.sample_gather.select_replica(sample_weights).to(batch.tokens.device)
+        return SampleWeights(scores, sample_weights, replica_sample_weights)
 
     def after_step(
         self, iteration: int, batch: Batch, weights: SampleWeights | None, outcome: StepOutcome
@@ -76,7 +76,7 @@ class ScoredWeighting(UniformWeighting, ABC):
 
     def health_warnings(self, weights: SampleWeights) -> list[HealthWarning]:
         """Return what is wrong with the weights of one batch."""
-        return check_weights(weights.weights, self.options.min_effective_sample_size)
+        return check_weights(weights.sample_weights, self.options.min_effective_sample_size)
 
     def metrics(self, iteration: int, batch: Batch, weights: SampleWeights | None) -> dict[str, Any]:
         """Return stage, figures by source, and distance from uniform weights."""

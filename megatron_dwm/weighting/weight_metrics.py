@@ -43,7 +43,7 @@ class WeightMetrics:
         factors f by which samples count (their tokens). ``weight_by_source`` is the mean weight of a source's samples.
         """
         source = self.sample_gather.gather_from_replicas(batch.source).cpu()
-        values = weights.weights if weights is not None else torch.ones(len(source), dtype=torch.float64)
+        values = weights.sample_weights if weights is not None else torch.ones(len(source), dtype=torch.float64)
         counts = values * self.sample_gather.gather_from_replicas(self.loss_factors(batch)).cpu()
         of_source = {name: source == number for number, name in enumerate(self.sources)}
         present = {name: members for name, members in of_source.items() if bool(members.any())}

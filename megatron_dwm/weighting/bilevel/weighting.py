@@ -145,7 +145,7 @@ class BilevelWeighting(ScoredWeighting):
             "index": self.sample_gather.gather_from_replicas(batch.index).tolist(),
             "source": [self.sources[n] for n in self.sample_gather.gather_from_replicas(batch.source).tolist()],
             "score": weights.scores.tolist(),
-            "weight": weights.weights.tolist(),
+            "weight": weights.sample_weights.tolist(),
             "alignment": result.alignments.tolist(),
             "loss": self.sample_gather.gather_from_replicas(losses).tolist(),
         }
@@ -159,7 +159,7 @@ class BilevelWeighting(ScoredWeighting):
             "iteration": iteration,
             "stage": self.stages.stage(iteration),
             "target_loss": result.target_loss,
-            **asdict(WeightStatistics.of(weights.weights)),
+            **asdict(WeightStatistics.of(weights.sample_weights)),
             "objective_before": result.objective_before,
             "objective_after": result.objective_after,
             "weighter_grad_norm": result.weighter_grad_norm,

@@ -1,0 +1,45 @@
+"""``--nproc``: ranks of one machine, whose error is the last line on the screen."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_dwm.cli.local_launcher import split_nproc
+from megatron_dwm.errors import UserError
+from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, records
+from tests.paths import ROOT
+from tests.turns import several_processes
+
+
+def launch(folder: Path, **changes: object) -> subprocess.CompletedProcess[str]:
+    flags = {**LANGUAGE_MODEL, **TRAINING, **DATA, "--dwm-mode": "off", "--train-iters": 6, **changes}
+    argv = [str(word) for name, value in flags.items() for word in ([name] if value is True else [name, value])]
+    command = [sys.executable, "-m", "megatron_dwm.cli.pretrain", "--nproc", "2", *argv]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with several_processes:
+        return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+
+
+def test_a_run_from_any_folder(tmp_path: Path):
+    finished = launch(tmp_path, **{"--tensor-model-parallel-size": 2, "--metrics-jsonl": tmp_path / "metrics.jsonl"})
+    assert finished.returncode == 0, finished.stderr
+    assert len(records(tmp_path / "metrics.jsonl", "train")) == 6
+
+
+def test_a_users_error_is_the_last_line_and_the_exit_code_is_2(tmp_path: Path):
+    finished = launch(tmp_path, **{"--lr": -3})
+    assert finished.returncode == 2, finished.stderr
+    last = finished.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: --lr -3") and finished.stderr.count("error: ") == 1, finished.stderr
+
+
+@pytest.mark.parametrize("text", ["0", "x", "-1", ""])
+def test_a_number_of_processes_that_is_none_is_refused(text: str):
+    with pytest.raises(UserError, match="--nproc"):
+        split_nproc(["--lr", "1", "--nproc", text])
+    assert split_nproc(["--lr", "1", "--nproc=3", "--bf16"]) == (3, ["--lr", "1", "--bf16"])
