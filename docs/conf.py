@@ -6,6 +6,7 @@ sphinx-build -W -b html docs build/docs
 import importlib.metadata
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -77,7 +78,8 @@ def relinked(text: str, origin: Path, page: Path) -> str:
 
 def write_generated_pages(app: Sphinx) -> None:
     """Write the pages that are not kept in the repository: one for each module, and copies of other folders' pages."""
-    GENERATED.mkdir(exist_ok=True)
+    shutil.rmtree(GENERATED, ignore_errors=True)  # with pages of modules that are gone
+    GENERATED.mkdir()
     for name, copy in OTHER_PAGES.items():
         origin = ROOT / name
         (GENERATED / copy).write_text(relinked(origin.read_text(), origin.parent, GENERATED / copy))
