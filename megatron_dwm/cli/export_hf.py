@@ -58,6 +58,7 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
     from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
     from megatron_dwm.data.tokenizers import build_tokenizer
     from megatron_dwm.model.hf_model import causal_language_model
+    from megatron_dwm.model.vocabulary import saved_softmax_size
 
     folder = _checkpoint_folder(config)
     saved = read_arguments(folder)
@@ -71,7 +72,7 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model of {folder} only {rows}; give the flags "
             "of the tokenizer that it was trained with"
         )
-    vocab_size = max(int(tokenizer.vocab_size), saved.get("hf_vocab_size", 0))
+    vocab_size = max(int(tokenizer.vocab_size), saved_softmax_size(saved, 0))
     language_model = causal_language_model(full_state, model, vocab_size=vocab_size)
     for settings in (language_model.config, language_model.generation_config):
         settings.eos_token_id = int(tokenizer.eod)

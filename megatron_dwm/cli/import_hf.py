@@ -52,14 +52,18 @@ def import_model(config: ImportConfig) -> tuple[Path, ModelConfig]:
         UserError: no such model, an architecture that is not trained here, or there are checkpoints already.
     """
     from megatron_dwm.data.tokenizers import padded_vocab_size
+    from megatron_dwm.model.hf_folder import read_hugging_face
     from megatron_dwm.model.hf_weights import from_hf_state_dict
+    from megatron_dwm.model.vocabulary import Vocabulary
     from megatron_dwm.training.checkpoint_folders import TRACKER, iteration_folder
 
     root = Path(config.save)
     if (root / TRACKER).exists():
         raise UserError(f"--save {root}: holds checkpoints already; give another folder")
-    model, vocab_size, state = read_hugging_face(Path(config.input))
-    padded = padded_vocab_size(vocab_size, config.make_vocab_size_divisible_by, 1)
+    limit_progress_bars()
+    read = read_hugging_face(Path(config.input))
+    model = read.model
+    padded = padded_vocab_size(read.vocab_size, config.make_vocab_size_divisible_by, 1)
     arguments = {
         **{item.field: item.default for part in PARTS.values() for item in declared_flags(part)},
         **{item.field: getattr(model, item.field) for item in declared_flags(ModelConfig)},
@@ -67,7 +71,7 @@ def import_model(config: ImportConfig) -> tuple[Path, ModelConfig]:
         "kv_channels": model.head_size,
         "padded_vocab_size": padded,
         "make_vocab_size_divisible_by": config.make_vocab_size_divisible_by,
-        "hf_vocab_size": vocab_size,
+        **Vocabulary(padded, read.vocab_size).arguments,
         "tokenizer_type": "HuggingFaceTokenizer",
         "tokenizer_model": str(Path(config.input).resolve()),
         "world_size": 1,
@@ -78,42 +82,9 @@ def import_model(config: ImportConfig) -> tuple[Path, ModelConfig]:
     }
     folder = iteration_folder(root, ITERATION)
     with atomic_folder(folder) as beside:
-        write_checkpoint(beside, from_hf_state_dict(state, model, padded_vocab_size=padded), arguments)
+        write_checkpoint(beside, from_hf_state_dict(read.state, model, padded_vocab_size=padded), arguments)
     atomic_write_text(root / TRACKER, str(ITERATION))
     return folder, model
-
-
-def read_hugging_face(folder: Path) -> tuple[ModelConfig, int, dict[str, torch.Tensor]]:
-    """Read a Hugging Face folder.
-
-    Returns:
-        the model's configuration, its vocabulary's size and its state (see :mod:`megatron_dwm.model.hf_weights`).
-
-    Raises:
-        UserError: it cannot be read, or is not a model that this program trains.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from megatron_dwm.model.hf_config import model_config
-
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--input {folder}: no config.json there; give the folder of a Hugging Face model")
-    limit_progress_bars()
-    try:
-        hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        model = model_config(hf_config)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"--input {folder}: cannot be loaded ({error}); save the model again") from error
-    language_model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(f"--input {folder}: its weights lack {missing[0]}; give a whole causal language model")
-    state = dict(language_model.base_model.state_dict())
-    if model.untie_embeddings_and_output_weights:
-        state["lm_head.weight"] = language_model.lm_head.weight.detach()
-    return model, int(hf_config.vocab_size), state
 
 
 def write_checkpoint(folder: Path, full_state: dict[str, torch.Tensor], arguments: dict[str, Any]) -> None:

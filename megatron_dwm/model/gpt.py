@@ -37,6 +37,7 @@ from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.model.kernels import resolve_transformer_impl
 from megatron_dwm.model.protocols import ModelChunk, Optimizer
 from megatron_dwm.model.torch_layers import torch_block_spec
+from megatron_dwm.model.vocabulary import Vocabulary, leave_padding_out
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.logging import EVERY_RANK
 
@@ -44,13 +45,12 @@ logger = logging.getLogger(__name__)
 
 
 def build_model_chunks(
-    config: TransformerConfig, model: ModelConfig, *, vocab_size: int, fp16_lm_cross_entropy: bool = False
+    config: TransformerConfig, model: ModelConfig, *, vocabulary: Vocabulary, fp16_lm_cross_entropy: bool = False
 ) -> list[GPTModel]:
     """Build this rank's chunks of the model, one for each of its virtual pipeline stages, on its device.
 
     Args:
         config: what :func:`~megatron_dwm.model.transformer_config.transformer_config` made of the flags.
-        vocab_size: padded size of the vocabulary.
         fp16_lm_cross_entropy: compute the loss in fp16.
     """
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -61,7 +61,7 @@ def build_model_chunks(
         chunk = GPTModel(
             config=config,
             transformer_layer_spec=_layer_spec(config, resolve_transformer_impl(model, device), stage),
-            vocab_size=vocab_size,
+            vocab_size=vocabulary.rows,
             max_sequence_length=model.max_position_embeddings or model.sequence,
             pre_process=is_pp_first_stage(groups.pp) and is_vp_first_stage(stage, count),
             post_process=is_pp_last_stage(groups.pp) and is_vp_last_stage(stage, count),
@@ -78,6 +78,8 @@ def build_model_chunks(
         )
         for param in chunk.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
+        if chunk.post_process:
+            leave_padding_out(chunk.output_layer, vocabulary.softmax_size, groups.tp.rank(), groups.tp.size())
         chunks.append(chunk.to(device))
     if groups.dp.rank() == 0:
         logger.info(

@@ -31,7 +31,7 @@ def sharded_state(
 ) -> dict[str, Any]:
     """Return the sharded state to save, or the template to load into."""
     state: dict[str, Any] = {
-        "args": megatron_arguments(config, train_state),
+        "args": Namespace(**vars(megatron_arguments(config, train_state)), **components.vocabulary.arguments),
         "checkpoint_version": VERSION,
         "iteration": train_state.iteration,
         "num_floating_point_operations_so_far": train_state.num_floating_point_operations_so_far,

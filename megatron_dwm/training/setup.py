@@ -16,6 +16,7 @@ from megatron_dwm.data.validation import check_data
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
 from megatron_dwm.model.transformer_config import transformer_config
+from megatron_dwm.model.vocabulary import Vocabulary, saved_softmax_size
 from megatron_dwm.runtime.process_groups import ParallelState, initialize_process_groups, set_seeds
 from megatron_dwm.runtime.startup_sync import StartupSync
 from megatron_dwm.training.checkpoint import CheckpointWriter, load_checkpoint
@@ -56,7 +57,11 @@ class LanguageModel:
     parallel_state: ParallelState
     engine: PipelineEngine
     components: TrainComponents
-    padded_vocab_size: int
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self.components.vocabulary.rows
 
 
 def hold_folders(config: RunConfig, rank: int) -> SaveFolder | None:
@@ -117,7 +122,7 @@ def build_language_model(
             device,
             resets_attention_mask=config.data.reset_attention_mask,
         )
-        padded = _padded_vocab_size(config, inputs)
+        vocabulary = _vocabulary(config, inputs)
     if config.training.deterministic_mode:
         torch.use_deterministic_algorithms(True)
     parallel_state = initialize_process_groups(
@@ -132,14 +137,14 @@ def build_language_model(
     bare = build_model_chunks(
         core_config,
         config.model,
-        vocab_size=padded,
+        vocabulary=vocabulary,
         fp16_lm_cross_entropy=config.optimizer.fp16_lm_cross_entropy,
     )
     chunks = wrap_with_ddp(bare, core_config, config.parallel, config.optimizer, config.training)
     optimizer = build_optimizer(config, chunks)
     bind_schedule_hooks(core_config, chunks, optimizer, config.parallel)
     schedule = Schedule.from_flags(config.optimizer, config.training, config.global_batch_size)
-    components = TrainComponents(chunks, optimizer, build_scheduler(schedule, optimizer))
+    components = TrainComponents(chunks, optimizer, build_scheduler(schedule, optimizer), vocabulary)
     engine = PipelineEngine(
         chunks,
         core_config,
@@ -148,15 +153,18 @@ def build_language_model(
         document_end=inputs.tokenizer.eod if config.data.reset_attention_mask else None,
         check_for_nan=config.training.should_check_for_nan(config.optimizer),
     )
-    return LanguageModel(parallel_state, engine, components, padded)
+    return LanguageModel(parallel_state, engine, components)
 
 
-def _padded_vocab_size(config: RunConfig, inputs: RunInputs) -> int:
+def _vocabulary(config: RunConfig, inputs: RunInputs) -> Vocabulary:
     model, tp = config.model, config.parallel.tp
     padded = model.padded_vocab_size or padded_vocab_size(inputs.vocab_size, model.make_vocab_size_divisible_by, tp)
     if inputs.checkpoint is None:
-        return padded
-    return resumed_vocab_size(inputs.checkpoint, padded, inputs.vocab_size, model.padded_vocab_size, tp)
+        return Vocabulary(padded, padded)
+    rows = resumed_vocab_size(inputs.checkpoint, padded, inputs.vocab_size, model.padded_vocab_size, tp)
+    vocabulary = Vocabulary(rows, saved_softmax_size(vars(inputs.checkpoint.arguments), rows))
+    vocabulary.require_tokens(inputs.vocab_size)
+    return vocabulary
 
 
 def load_if_there(

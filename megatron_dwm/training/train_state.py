@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_dwm.model.protocols import ModelChunk, Optimizer
+from megatron_dwm.model.vocabulary import Vocabulary
 
 
 @dataclass
@@ -33,3 +34,4 @@ class TrainComponents:
     chunks: Sequence[ModelChunk]
     optimizer: Optimizer
     scheduler: Any
+    vocabulary: Vocabulary

@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from megatron_dwm.model.vocabulary import Vocabulary
 from megatron_dwm.training.checkpoint import CheckpointWriter, load_checkpoint
 from megatron_dwm.training.checkpoint_folders import iteration_folder
 from megatron_dwm.training.lr_schedule import Schedule, build_scheduler
@@ -19,7 +20,7 @@ from megatron_dwm.training.resume_checks import check_resume
 from megatron_dwm.training.saved_checkpoint import open_checkpoint
 from megatron_dwm.training.step import train_step
 from megatron_dwm.training.train_state import TrainComponents, TrainState
-from tests.distributed.engine import NUM_SAMPLES, SEQ_LENGTH, HfState, build_engine, random_tokens
+from tests.distributed.engine import NUM_SAMPLES, SEQ_LENGTH, VOCAB_SIZE, HfState, build_engine, random_tokens
 from tests.distributed.harness import checkpoint_manager, run_distributed
 
 
@@ -66,7 +67,10 @@ def _train(leg: Leg) -> Trained:
     scheduler = build_scheduler(
         Schedule.from_flags(config.optimizer, config.training, config.global_batch_size), optimizer
     )
-    components, train_state = TrainComponents(engine.chunks, optimizer, scheduler), TrainState()
+    components, train_state = (
+        TrainComponents(engine.chunks, optimizer, scheduler, Vocabulary(VOCAB_SIZE, VOCAB_SIZE)),
+        TrainState(),
+    )
     if leg.load is not None:
         saved = open_checkpoint(iteration_folder(*leg.load))
         check_resume(config, saved)

@@ -23,6 +23,7 @@ from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap
 from megatron_dwm.model.hf_weights import to_hf_state_dict
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.transformer_config import transformer_config
+from megatron_dwm.model.vocabulary import Vocabulary
 from megatron_dwm.runtime.process_groups import ParallelState, current_parallel_state, set_seeds
 from megatron_dwm.training.optimizer import build_optimizer
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
@@ -145,7 +146,7 @@ def build_engine(flags: list[str], seed: int = 1234) -> Engine:
     mpu.initialize_model_parallel(parallel.tp, parallel.pp, virtual)
     layout = current_parallel_state()
     set_seeds(seed, layout)
-    bare = build_model_chunks(core_config, config.model, vocab_size=VOCAB_SIZE)
+    bare = build_model_chunks(core_config, config.model, vocabulary=Vocabulary(VOCAB_SIZE, VOCAB_SIZE))
     noise = torch.Generator().manual_seed(seed + layout.pp_rank)
     for chunk in bare:
         for param in chunk.parameters():

@@ -17,6 +17,7 @@ from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.model.full_state import gather_full_state
 from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
 from megatron_dwm.model.transformer_config import transformer_config
+from megatron_dwm.model.vocabulary import Vocabulary
 
 VOCAB_SIZE = 64
 SEQ_LENGTH = 16
@@ -67,13 +68,14 @@ def build(
     training: TrainingConfig = TRAINING,
     optimizer: OptimizerConfig = OPTIMIZER,
     seed: int = 1234,
+    softmax_size: int = VOCAB_SIZE,
 ) -> tuple[list[Any], Any]:
     """This rank's chunks and their TransformerConfig; norms and biases are random, so that each counts."""
     config = transformer_config(model, parallel, training, optimizer, torch.device("cpu"))
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    chunks = build_model_chunks(config, model, vocab_size=VOCAB_SIZE)
+    chunks = build_model_chunks(config, model, vocabulary=Vocabulary(VOCAB_SIZE, softmax_size))
     noise = torch.Generator().manual_seed(seed)
     tp = parallel_state.get_tensor_model_parallel_world_size()
     tp_rank = parallel_state.get_tensor_model_parallel_rank()

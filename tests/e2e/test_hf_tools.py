@@ -37,9 +37,12 @@ from megatron_dwm.errors import EXIT_CODE, UserError
 from megatron_dwm.model.gpt import build_model_chunks
 from megatron_dwm.model.hf_config import hf_config
 from megatron_dwm.model.transformer_config import transformer_config
+from megatron_dwm.model.vocabulary import Vocabulary
 from tests.distributed import tiny
 from tests.distributed.harness import run_distributed
+from tests.e2e.datasets import make_dataset
 from tests.e2e.launch import succeed
+from tests.fixtures.megatron.record import scalars
 from tests.paths import FIXTURES
 
 SENTENCES = [
@@ -116,7 +119,7 @@ def _megatron_logits(folder: Path) -> torch.Tensor:
     model = export_hf.saved_model(saved)
     config = transformer_config(model, tiny.ParallelConfig(), tiny.TRAINING, tiny.OPTIMIZER, torch.device("cpu"))
     tiny.tensor_parallel.model_parallel_cuda_manual_seed(1)
-    (chunk,) = build_model_chunks(config, model, vocab_size=384)
+    (chunk,) = build_model_chunks(config, model, vocabulary=Vocabulary(384, 384))
     loaded = dist_checkpointing.load({"model": chunk.sharded_state_dict()}, str(folder))
     chunk.load_state_dict(loaded["model"])
     logits = tiny.logits([chunk.eval()])
@@ -239,6 +242,65 @@ def test_weights_survive_the_way_to_megatron_and_back(
     succeed(tmp_path / "log", 4, {**start, **run, **TP2_PP2, **tokenizer_flags})
     _run(monkeypatch, export_hf, "--load", tmp_path / "save", "--ckpt-step", "1", "--output", tmp_path / "tuned")
     _assert_same_weights(tmp_path / "tuned", model)
+
+
+LAYOUTS_AFTER_IMPORT: list[tuple[int, dict[str, Any]]] = [
+    (1, {}),
+    (2, {"--tensor-model-parallel-size": 2}),
+    (2, {"--pipeline-model-parallel-size": 2}),
+    (4, TP2_PP2),
+]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_imported_model_computes_what_it_did_in_every_layout_and_after_a_change_of_it(
+    kind: str,
+    tokenizer_flags: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """Its 336 tokens are padded to 384 rows; the logits lie far below the padding's."""
+    model = _hugging_face(kind, tokenizer_flags, tmp_path / "hf")
+    _lower_logits(model.eval())
+    model.save_pretrained(tmp_path / "hf")
+    _run(monkeypatch, import_hf, "--input", tmp_path / "hf", "--save", tmp_path / "imported")
+    start = _as_flags(capsys.readouterr().out.partition(": ")[2])
+
+    document = torch.randint(0, 330, (RUN["--global-batch-size"] * tiny.SEQ_LENGTH + 1,)).tolist()
+    data = {"--data-path": make_dataset(tmp_path, "document", [document], 330), "--mock-data": False}
+    samples = torch.tensor(document).unfold(0, tiny.SEQ_LENGTH + 1, tiny.SEQ_LENGTH)
+    with torch.no_grad():
+        logits = model(samples[:, :-1]).logits
+    assert float(logits.max()) < -20
+    expected = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), samples[:, 1:].flatten()))
+
+    run = RUN | data | {"--tokenizer-type": "NullTokenizer", "--vocab-size": 330, "--lr": 0.0, "--train-iters": 1}
+    run |= {"--hidden-dropout": 0.0, "--attention-dropout": 0.0}
+    load = tmp_path / "imported"
+    for number, (processes, layout) in enumerate(LAYOUTS_AFTER_IMPORT):
+        folder = tmp_path / str(number)
+        place = {"--load": load, "--save": folder, "--tensorboard-dir": folder / "board"}
+        succeed(folder / "log", processes, start | run | layout | place)
+        assert scalars(folder / "board")["lm loss"] == [[1, pytest.approx(expected, rel=1e-5)]]
+        load = folder  # saved under this layout, loaded under the next
+    _run(monkeypatch, export_hf, "--load", load, "--output", tmp_path / "back")
+    _assert_same_weights(tmp_path / "back", model)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").config.vocab_size == 336
+
+
+def _lower_logits(model: Any) -> None:
+    """Subtract some 35 from all logits: the final hidden state has a place that is always about 1."""
+    head = model.get_output_embeddings()
+    norm = model.base_model.ln_f if hasattr(model.base_model, "ln_f") else model.base_model.norm
+    with torch.no_grad():
+        if getattr(norm, "bias", None) is None:  # RMSNorm: its input's first place is large in every layer's residual
+            model.base_model.embed_tokens.weight[:, 0] = 30.0
+            norm.weight[0] = 1.0
+            head.weight[:, 0] = -35.0 / 5.5
+        else:
+            norm.weight[0], norm.bias[0] = 0.0, 1.0
+            head.weight[:, 0] = -35.0
 
 
 def _refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tool: Any, *argv: Any) -> str:

@@ -1,0 +1,193 @@
+"""A folder of a Hugging Face causal language model: read, and refused where its config.json and its weights disagree.
+
+config.json declares what the weight files must hold. transformers makes the best of a difference (it initializes what
+is missing, leaves out what is left over, unties a head that is there): another model than the one meant, here an error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.errors import UserError
+from megatron_dwm.model.hf_config import model_config
+
+_HEAD = "lm_head.weight"
+_EMBEDDINGS = "embed_tokens.weight", "wte.weight"
+_FREQUENCIES = "rotary_emb.inv_freq"
+_ROUNDED = 1e-2  # files of 16 bits hold frequencies with 8 bits or more
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """A causal language model as it lies in a folder."""
+
+    model: ModelConfig
+    vocab_size: int
+    state: dict[str, torch.Tensor]
+    """By the names that :mod:`megatron_dwm.model.hf_weights` explains, in the precision of the files."""
+
+
+def read_hugging_face(folder: Path, flag: str = "--input") -> HuggingFaceModel:
+    """Read a model that was saved by ``save_pretrained``.
+
+    Args:
+        flag: that named the folder, for messages.
+
+    Raises:
+        UserError: it cannot be read, is not a model that this program trains, or its config.json is not true of its
+            weights.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{flag} {folder}: no config.json there; give the folder of a Hugging Face model")
+    try:
+        return _read(folder)
+    except UserError as error:
+        raise UserError(f"{flag} {folder}: {error}") from error
+    except Exception as error:  # transformers, safetensors and pickle raise whatever they like
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{flag} {folder}: cannot be loaded ({reason}); save the model again") from error
+
+
+def _read(folder: Path) -> HuggingFaceModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    model = model_config(config)
+    files = weight_files(folder)
+    with _quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=_precision(files),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, and refused below
+            local_files_only=True,
+        )
+    language_model, report = loaded
+    _refuse_differences(report)
+    _check_head(config, files)
+    _check_rope(folder, config, language_model, files)
+    state = dict(language_model.base_model.state_dict())
+    if model.untie_embeddings_and_output_weights:
+        state[_HEAD] = language_model.get_output_embeddings().weight.detach()
+    return HuggingFaceModel(model, int(config.vocab_size), state)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and reports back while open: what matters in them becomes an error."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+def weight_files(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors in a folder's weight files, mapped into memory and not yet read.
+
+    The files are those that transformers takes: safetensors before pickles of tensors.
+
+    Raises:
+        UserError: there are none.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return _tensors(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            return {key: tensor for part in parts for key, tensor in _tensors(folder / part).items()}
+    raise UserError("no model.safetensors and no pytorch_model.bin there; give a folder with weights")
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it has no __iter__
+    tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return tensors
+
+
+def _precision(tensors: dict[str, torch.Tensor]) -> torch.dtype:
+    """Return a precision that holds all parameters exactly, whatever config.json declares."""
+    parameters = [t.dtype for name, t in tensors.items() if t.is_floating_point() and not name.endswith(_FREQUENCIES)]
+    precision = parameters[0]
+    for dtype in parameters[1:]:
+        precision = torch.promote_types(precision, dtype)
+    return precision
+
+
+def _refuse_differences(report: dict[str, Any]) -> None:
+    if report["mismatched_keys"]:
+        name, found, declared = sorted(report["mismatched_keys"])[0]
+        raise UserError(
+            f"config.json declares {name} of shape {list(declared)} and the weights have {list(found)}; "
+            f"correct {_properties(name)} in it"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"its weights lack {missing[0]}; give a whole model, or correct config.json")
+    if left_over := sorted(report["unexpected_keys"]):
+        raise UserError(
+            f"its weights hold {left_over[0]}, which the model of config.json has not; correct "
+            f"{_properties(left_over[0])} in it"
+        )
+
+
+def _properties(name: str) -> str:
+    """Return what of config.json decides that a tensor is there, and its shape."""
+    if name.endswith((*_EMBEDDINGS, _HEAD)):
+        return "vocab_size or hidden_size"
+    if name.endswith(".bias"):
+        return "the biases (attention_bias, mlp_bias) or num_hidden_layers"
+    if any(part in name for part in ("q_proj", "k_proj", "v_proj", "o_proj", "c_attn")):
+        return "the heads (num_attention_heads, num_key_value_heads, head_dim) or the layers"
+    return "the sizes or num_hidden_layers"
+
+
+def _check_head(config: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Refuse a head of its own in a model that is declared to have none. An untied model without is refused before."""
+    if not config.tie_word_embeddings or _HEAD not in tensors:
+        return
+    embeddings = [tensor for name, tensor in tensors.items() if name.endswith(_EMBEDDINGS)]
+    if embeddings and not torch.equal(tensors[_HEAD], embeddings[0]):
+        raise UserError(
+            f"config.json has tie_word_embeddings true and the weights a {_HEAD} of their own; set it to false, or "
+            "remove the tensor if the head is the embedding"
+        )
+
+
+def _check_rope(folder: Path, config: Any, language_model: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Refuse rotary frequencies in the files, as older versions saved them, that config.json does not give."""
+    raw = json.loads((folder / "config.json").read_text())
+    declared = getattr(config, "rope_parameters", None) or {}
+    if raw.get("rope_theta", declared.get("rope_theta")) != declared.get("rope_theta"):
+        raise UserError(
+            f"config.json has rope_theta {raw['rope_theta']} and {declared['rope_theta']} in rope_parameters; "
+            "leave one out"
+        )
+    rotary = getattr(language_model.base_model, "rotary_emb", None)
+    for name, found in tensors.items():
+        if name.endswith(_FREQUENCIES) and rotary is not None:
+            expected = rotary.original_inv_freq.float()
+            if found.shape != expected.shape or not torch.allclose(found.float(), expected, rtol=_ROUNDED):
+                raise UserError(
+                    f"the frequencies in {name} are not those of rope_parameters {declared}; correct these in "
+                    "config.json"
+                )
