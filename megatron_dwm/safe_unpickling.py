@@ -48,7 +48,7 @@ ALLOWED: frozenset[tuple[str, str]] = frozenset(
 )
 """Module and name of all that a ``.metadata`` file may name: plain data classes and enumerations."""
 
-_DAMAGE = (
+DAMAGE = (
     AttributeError,
     EOFError,
     ImportError,
@@ -87,7 +87,7 @@ def read_metadata(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UnreadableFile(f"{path.name} cannot be read ({short_reason(error)})") from None
     if not isinstance(metadata, Metadata):
         raise UnreadableFile(f"{path.name} holds a {type(metadata).__name__} in place of a checkpoint's description")
@@ -102,7 +102,7 @@ def read_torch_file(path: Path) -> Any:
     """
     try:
         return load_restricted(BytesIO(path.read_bytes()))
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UnreadableFile(f"{path.name} cannot be read ({short_reason(error)})") from None
 
 

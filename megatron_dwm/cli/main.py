@@ -19,6 +19,9 @@ COMMANDS = {
     "check-data": Command("megatron_dwm.cli.check_data", "verify datasets from the first to the last byte"),
     "train-tokenizer": Command("megatron_dwm.cli.train_tokenizer", "train a SentencePiece tokenizer on JSON lines"),
     "build-corpus": Command("megatron_dwm.cli.build_corpus", "make a corpus from text that is installed here"),
+    "check-checkpoint": Command(
+        "megatron_dwm.cli.check_checkpoint", "verify checkpoints from the first to the last byte"
+    ),
     "export-hf": Command("megatron_dwm.cli.export_hf", "write a checkpoint's model as a Hugging Face folder"),
     "import-hf": Command("megatron_dwm.cli.import_hf", "write a Hugging Face model as a checkpoint"),
     "report": Command("megatron_dwm.cli.report", "show what a run's weighter prefers, as one HTML page"),

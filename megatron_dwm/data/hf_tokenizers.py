@@ -114,7 +114,7 @@ def _load_folder(directory: Path) -> PreTrainedTokenizerBase:
     if not any((directory / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
         raise UserError(f"{directory}: no Hugging Face tokenizer there; put tokenizer.json beside the model")
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the tokenizer's class raises
         raise UserError(f"{directory}: its tokenizer does not load ({shortened(error, 300)}); save it again") from error
 

@@ -60,7 +60,7 @@ def read_hugging_face(folder: Path, flag: str = "--input") -> HuggingFaceModel:
 def _read(folder: Path) -> HuggingFaceModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model = model_config(config)
     files = weight_files(folder)
     with _quiet():
@@ -71,6 +71,7 @@ def _read(folder: Path) -> HuggingFaceModel:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, and refused below
             local_files_only=True,
+            trust_remote_code=False,
         )
     language_model, report = loaded
     _refuse_differences(report)

@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_dwm.checksums import Checksum, checksum, parse_checksums
+
 CHECKSUMS = "checksums.json"
 _PARTIAL = ".checksums.rank{}.json"
-_BLOCK = 1 << 20
-"""Bytes that are read at a time, whatever a file's size."""
-
-
-@dataclass(frozen=True)
-class Checksum:
-    """What a file was when it was written."""
-
-    bytes: int
-    sha256: str
-
-
-def checksum(path: Path, on_read: Callable[[int], object] = lambda size: None) -> Checksum:
-    """Return a file's checksum, reading it in blocks.
-
-    Args:
-        on_read: told the size of each block.
-    """
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
-            on_read(len(block))
-    return Checksum(size, digest.hexdigest())
 
 
 def write_rank_checksums(folder: Path, rank: int, files: Iterable[Path]) -> None:
@@ -67,35 +42,9 @@ def read_checksums(folder: Path) -> dict[str, Checksum] | None:
     if not path.exists():
         return None
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        if any(Path(name).name != name for name in files):
-            raise ValueError("a path where a name belongs")
-        return {str(name): Checksum(int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        return parse_checksums(json.loads(path.read_text(encoding="utf-8"))["files"])
+    except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{CHECKSUMS} cannot be read ({type(error).__name__})") from None
-
-
-def find_damage(
-    folder: Path, checksums: Mapping[str, Checksum], on_read: Callable[[int], object] = lambda size: None
-) -> str | None:
-    """Return what is wrong with the first of the files that is not as it was written; None if all are.
-
-    Args:
-        on_read: told the size of each block that is read.
-    """
-    for name, expected in checksums.items():
-        path = folder / name
-        try:
-            size = path.stat().st_size
-            if size != expected.bytes:
-                return f"{name} has {size} bytes, {expected.bytes} were written"
-            if checksum(path, on_read) != expected:
-                return f"{name} has another sha256 than when it was written"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-    return None
 
 
 def part_of_rank(checksums: Mapping[str, Checksum], rank: int, world_size: int) -> dict[str, Checksum]:

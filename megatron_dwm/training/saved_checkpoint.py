@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from megatron_dwm.checksums import Checksum, find_damage
 from megatron_dwm.errors import UserError
 from megatron_dwm.safe_unpickling import (
     UnreadableFile,
@@ -24,7 +25,7 @@ from megatron_dwm.safe_unpickling import (
     restricted_reader,
     short_reason,
 )
-from megatron_dwm.training.checkpoint_checksums import find_damage, part_of_rank, read_checksums
+from megatron_dwm.training.checkpoint_checksums import part_of_rank, read_checksums
 from megatron_dwm.training.checkpoint_folders import (
     DWM_STATE,
     NON_PERSISTENT,
@@ -203,7 +204,7 @@ def _open(folder: Path) -> SavedCheckpoint:
     return SavedCheckpoint(folder, common, metadata)
 
 
-def _checksums(folder: Path) -> Any:
+def _checksums(folder: Path) -> dict[str, Checksum] | None:
     try:
         return read_checksums(folder)
     except ValueError as error:

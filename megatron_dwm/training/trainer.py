@@ -147,12 +147,12 @@ class Trainer:
             self.saves_with_memory_report -= 1
             if should_report:
                 self.reporter.memory(f"(before save_checkpoint for iteration {iteration})")
+            if persistent:  # first: a run that is killed between the two goes on from before both, and writes both
+                self.weighting.before_save(iteration)
             with self.engine.full_parameters():
                 self.checkpoints.save(self.train_state, self.weighting.state_dict(), persistent=persistent)
             if should_report:
                 self.reporter.memory(f"(after save_checkpoint for iteration {iteration})")
-            if persistent:
-                self.weighting.after_save(iteration)
 
     def _save_if_due(self, *, is_last: bool) -> None:
         flags, iteration = self.config.checkpoint, self.train_state.iteration

@@ -6,7 +6,6 @@ model.safetensors, the tokenizer, and ``dwm_manifest.json``, which says what run
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +19,10 @@ from megatron_dwm.config.run import RunConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.blend import DataPaths
 from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
+from megatron_dwm.weighting.export_manifest import write_manifest
 from megatron_dwm.weighting.weighter import Weighter
 
 logger = logging.getLogger(__name__)
-
-MANIFEST = "dwm_manifest.json"
 
 
 class WeighterExporter(Protocol):
@@ -89,7 +87,7 @@ def export_weighter(
     with atomic_folder(folder) as beside:
         model.save_pretrained(beside)
         save_hf_tokenizer(tokenizer, tokenizer_config, beside)
-        (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_manifest(beside, manifest)
 
 
 def run_facts(config: RunConfig, paths: DataPaths, tokenizer_fingerprint: str) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class FrozenWeighting(ScoredWeighting):
         """Return the operations of one forward pass of the weighter over the batch."""
         return self.flops_per_batch
 
-    def after_save(self, iteration: int) -> None:
+    def before_save(self, iteration: int) -> None:
         """Export the weighter."""
         self.exporter.export(self.weighter, iteration, self.stages.stage(iteration))
 

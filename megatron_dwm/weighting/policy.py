@@ -81,8 +81,8 @@ class SampleWeighting(Protocol):
     def flops(self, iteration: int, outcome: StepOutcome) -> float:
         """Return the operations of all ranks in this iteration beyond those of plain training. No communication."""
 
-    def after_save(self, iteration: int) -> None:
-        """Write what belongs beside a persistent checkpoint. May wait for all ranks."""
+    def before_save(self, iteration: int) -> None:
+        """Write what belongs beside a persistent checkpoint that is about to be written. May wait for all ranks."""
 
     def state_dict(self) -> State:
         """Return what a resumed run needs, in any layout; empty if nothing. May gather over all groups."""

@@ -39,7 +39,7 @@ class UniformWeighting:
         """No operations."""
         return 0.0
 
-    def after_save(self, iteration: int) -> None:
+    def before_save(self, iteration: int) -> None:
         """Nothing to write."""
 
     def state_dict(self) -> State:

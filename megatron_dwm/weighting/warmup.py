@@ -72,9 +72,9 @@ class WarmupWeighting:
         """Return the present weighting's operations."""
         return self._current.flops(iteration, outcome)
 
-    def after_save(self, iteration: int) -> None:
+    def before_save(self, iteration: int) -> None:
         """Write what the present weighting writes."""
-        self._current.after_save(iteration)
+        self._current.before_save(iteration)
 
     def state_dict(self) -> State:
         """Return the present weighting's state; before it has started, the state that it will start from."""

@@ -14,6 +14,8 @@ from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.hf_tokenizers import fingerprint_of_folder
 from megatron_dwm.errors import UserError
+from megatron_dwm.safe_unpickling import DAMAGE, short_reason
+from megatron_dwm.weighting.export_manifest import verify_export
 
 
 def random_weighter_model(config: WeightingConfig, vocab_size: int, seq_length: int, eod: int, seed: int) -> Any:
@@ -96,22 +98,29 @@ def weighter_model_from_folder(
         UserError: the folder is missing, cannot be loaded, has more than one label, another tokenizer, or is made for
             shorter samples.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{flag} {folder}: no config.json there; give a Hugging Face model folder")
+    is_export = verify_export(flag, Path(folder))
     if fingerprint_of_folder(Path(folder)) != fingerprint:
         raise UserError(
             f"{flag} {folder}: its tokenizer is not this run's; use a weighter trained with the same tokenizer"
         )
     try:
-        hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        hf_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with _seeded(seed):
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                folder, num_labels=1, dtype=torch.float32, output_loading_info=True, local_files_only=True
+                folder,
+                num_labels=1,
+                dtype=torch.float32,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (*DAMAGE, SafetensorError) as error:
+        reason = short_reason(error)
         raise UserError(f"{flag} {folder}: cannot be loaded as a classifier with one label ({reason})") from None
     positions = getattr(hf_config, "max_position_embeddings", None)
     if positions is not None and positions < seq_length:
@@ -125,9 +134,20 @@ def weighter_model_from_folder(
         )
     if model.config.pad_token_id is None:  # a language model's; without one a classifier takes no batches
         model.config.pad_token_id = eod
-    if report["missing_keys"]:
+    missing = sorted(report["missing_keys"])
+    essential = missing if is_export else [key for key in missing if _is_of_base_model(key, model)]
+    if essential:
+        raise UserError(f"{flag} {folder}: its weights lack {essential[0]}; give a whole model")
+    if not all(bool(torch.isfinite(param).all()) for param in model.parameters()):
+        raise UserError(f"{flag} {folder}: its weights are not finite; give another")
+    if missing:
         zero_head(model)
     return model
+
+
+def _is_of_base_model(key: str, model: Any) -> bool:
+    """Whether a tensor is of the layers below the classifier's head, which a language model's folder must have."""
+    return key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key
 
 
 def model_from_config(hf_config: Any, seed: int) -> Any:

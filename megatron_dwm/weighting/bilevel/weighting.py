@@ -104,7 +104,7 @@ class BilevelWeighting(ScoredWeighting):
         is_update = self.stages.is_update(iteration) and not outcome.skipped
         return self._flops.per_batch + (self._flops.per_update if is_update else 0.0)
 
-    def after_save(self, iteration: int) -> None:
+    def before_save(self, iteration: int) -> None:
         """Export the weighter."""
         self.exporter.export(self.weighter, iteration, self.stages.stage(iteration))
 

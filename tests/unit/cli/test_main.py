@@ -23,6 +23,7 @@ else:
 COMMANDS = {**main.COMMANDS, **benchmark.BENCHMARKS}
 DOORS = {
     "tools/preprocess_data.py": "preprocess",
+    "tools/check_checkpoint.py": "check-checkpoint",
     "tools/check_data.py": "check-data",
     "tools/train_tokenizer.py": "train-tokenizer",
     "tools/build_corpus.py": "build-corpus",

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dwm.checksums import Checksum, find_damage
 from megatron_dwm.training.checkpoint_checksums import (
     CHECKSUMS,
-    Checksum,
-    find_damage,
     part_of_rank,
     read_checksums,
     write_checksums,

@@ -1,0 +1,75 @@
+"""Checksums of files: what a folder's files were when they were written, and whether they still are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_BLOCK = 1 << 20
+"""Bytes that are read at a time, whatever a file's size."""
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """What a file was when it was written."""
+
+    bytes: int
+    sha256: str
+
+
+def checksum(path: Path, on_read: Callable[[int], object] = lambda size: None) -> Checksum:
+    """Return a file's checksum, reading it in blocks.
+
+    Args:
+        path: the file.
+        on_read: told the size of each block.
+    """
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+            on_read(len(block))
+    return Checksum(size, digest.hexdigest())
+
+
+def parse_checksums(files: Any) -> dict[str, Checksum]:
+    """Return checksums by file name from what JSON holds of them: ``{name: {"bytes": N, "sha256": "..."}}``.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        if any(Path(name).name != name for name in files):
+            raise ValueError("a path where a name belongs")
+        return {str(name): Checksum(int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"no checksums ({type(error).__name__})") from None
+
+
+def find_damage(
+    folder: Path, checksums: Mapping[str, Checksum], on_read: Callable[[int], object] = lambda size: None
+) -> str | None:
+    """Return what is wrong with the first of the files that is not as it was written; None if all are.
+
+    Args:
+        folder: where the files are.
+        checksums: by file name.
+        on_read: told the size of each block that is read.
+    """
+    for name, expected in checksums.items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != expected.bytes:
+                return f"{name} has {size} bytes, {expected.bytes} were written"
+            if checksum(path, on_read) != expected:
+                return f"{name} has another sha256 than when it was written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None

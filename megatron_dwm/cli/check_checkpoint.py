@@ -1,0 +1,134 @@
+"""Verify checkpoints from the first to the last byte: checksums, every tensor and object, the weighter's state.
+
+``--load`` is a run's ``--save`` folder, of which all checkpoints are verified and the exported weighters beside them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_dwm.config.flags import build, flag, read
+from megatron_dwm.errors import UserError, run_cli
+from megatron_dwm.runtime.logging import configure_logging
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckCheckpointConfig:
+    """Checkpoints to verify."""
+
+    load: str = flag("", "Folder of checkpoints: a run's --save.")
+    ckpt_step: int | None = flag(None, "Iteration of the one checkpoint to verify, in place of all.")
+
+    def __post_init__(self) -> None:
+        if not self.load:
+            raise UserError("--load is missing; give the folder that a run saved to")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Verify checkpoints; the exit code is 2 if one is damaged."""
+    run_cli(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    configure_logging()
+    warnings.filterwarnings("ignore")  # of the libraries: a single process, no accelerator
+    config = build(CheckCheckpointConfig, read(argv, [CheckCheckpointConfig], description=__doc__))
+    folders = checkpoints_to_verify(config)
+    size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    faults = []
+    # Each byte is read twice: for its checksum, and as part of a tensor.
+    with tqdm(total=2 * size, unit="B", unit_scale=True, disable=not os.isatty(2)) as bar:
+        for folder in folders:
+            try:
+                logger.info(f"{folder}: {verify(folder, bar.update)}")
+            except UserError as error:
+                faults.append(error)
+                logger.error(error)
+    if faults:
+        raise UserError(f"--load {config.load}: {len(faults)} of {len(folders)} are damaged; remove them")
+
+
+def checkpoints_to_verify(config: CheckCheckpointConfig) -> list[Path]:
+    """Return the folders of checkpoints, and of weighters' exports, that the flags name.
+
+    Raises:
+        UserError: there are none.
+    """
+    from megatron_dwm.training.checkpoint_folders import NON_PERSISTENT, RELEASE, checkpoints_in, iteration_folder
+
+    root = Path(config.load)
+    if config.ckpt_step is not None:
+        found = [iteration_folder(root, config.ckpt_step)]
+    else:
+        release = [root / RELEASE] if (root / RELEASE).is_dir() else []
+        exports = sorted(path for path in (root / "weighter").glob("iter_*") if path.is_dir())
+        found = [*release, *checkpoints_in(root), *checkpoints_in(root / NON_PERSISTENT), *exports]
+    if not found or not found[0].is_dir():
+        raise UserError(f"--load {root}: no such checkpoint there; give the folder that a run saved to")
+    return found
+
+
+def verify(folder: Path, on_read: Callable[[int], object]) -> str:
+    """Verify one folder; return a line that says what is in it.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    from megatron_dwm.weighting.export_manifest import MANIFEST, verify_export
+
+    if (folder / MANIFEST).exists():
+        verify_export("--load", folder)
+        return "an exported weighter, whole"
+    return _verify_checkpoint(folder, on_read)
+
+
+def _verify_checkpoint(folder: Path, on_read: Callable[[int], object]) -> str:
+    from megatron_dwm.training.checkpoint_checksums import CHECKSUMS
+    from megatron_dwm.training.saved_checkpoint import CheckpointDamage, reported_damage, verify_checkpoint
+
+    with reported_damage(folder):
+        saved = verify_checkpoint(folder, on_read)
+    tensors = not_finite = 0
+    for key in saved.shapes:  # one at a time: a checkpoint may be larger than memory
+        (tensor,) = saved.read_tensors([key]).values()
+        # Padding between parameters in the distributed optimizer's buckets is whatever lay in memory.
+        not_finite += not _is_finite(tensor) and not key.startswith("optimizer.distributed.")
+        tensors += 1
+        on_read(tensor.numel() * tensor.element_size())
+    objects = [key for key in saved.metadata.state_dict_metadata if key not in saved.shapes]
+    for key in objects:
+        saved.read_object(key)
+    state = saved.read_dwm_state()
+    not_finite += sum(not _is_finite(value) for value in _tensors_in(state))
+    if not_finite:
+        with reported_damage(folder):
+            raise CheckpointDamage(f"{not_finite} tensors hold values that are not finite")
+    verified = "checksums verified" if (folder / CHECKSUMS).exists() else "without checksums"
+    weighter = ", a weighter" if state.get("weighter") else ""
+    return f"whole, {verified}: {tensors} tensors, {len(objects)} objects{weighter}"
+
+
+def _is_finite(tensor: Any) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def _tensors_in(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [tensor for entry in value.values() for tensor in _tensors_in(entry)]
+    if isinstance(value, list):
+        return [tensor for entry in value for tensor in _tensors_in(entry)]
+    return [value] if hasattr(value, "is_floating_point") else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Models and tokenizers that name code do not run it; docs/security.md names the tests that plant files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from megatron_dwm.cli.import_hf import read_hugging_face
+from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.data.hf_tokenizers import fingerprint_of_folder, save_hf_tokenizer, vocabulary_fingerprint
+from megatron_dwm.data.tokenizers import build_tokenizer
+from megatron_dwm.errors import UserError
+from megatron_dwm.weighting.weighter_init import weighter_model_from_folder
+from tests.paths import ROOT
+
+SETTINGS = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=30)
+TOKENIZER = build_tokenizer(SETTINGS)
+SIZES = {"vocab_size": 31, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+
+
+def load_weighter(folder: Path) -> Any:
+    fingerprint = vocabulary_fingerprint(TOKENIZER, SETTINGS)
+    return weighter_model_from_folder("--dwm-load", str(folder), 8, 31, 30, fingerprint, seed=1)
+
+
+@pytest.fixture
+def weighter(tmp_path: Path) -> Path:
+    """A folder as others may give it, without a manifest."""
+    folder = tmp_path / "weighter"
+    LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=1)).save_pretrained(folder)
+    save_hf_tokenizer(TOKENIZER, SETTINGS, folder)
+    return folder
+
+
+def plant_code(folder: Path, file: str, changes: dict[str, Any], proof: Path) -> None:
+    """Let ``file`` name a module beside it that makes the folder ``proof`` when it is imported."""
+    (folder / "planted.py").write_text(f"import os\nos.mkdir({str(proof)!r})\n")
+    values = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**values, **changes}))
+
+
+AUTO_MAP = {
+    "AutoConfig": "planted.Config",
+    "AutoModelForSequenceClassification": "planted.Model",
+    "AutoModelForCausalLM": "planted.Model",
+}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "a_type_of_their_own"])
+def test_code_that_a_models_configuration_names_is_not_run(model_type: str, weighter: Path, tmp_path: Path):
+    """A model type that transformers knows is loaded with its class; another one is refused."""
+    proof, changes = tmp_path / "ran", {"model_type": model_type, "auto_map": AUTO_MAP}
+    plant_code(weighter, "config.json", changes, proof)
+    language_model = tmp_path / "language_model"
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(language_model)
+    plant_code(language_model, "config.json", changes, proof)
+    if model_type == "llama":
+        assert isinstance(load_weighter(weighter), LlamaForSequenceClassification)
+        read_hugging_face(language_model)
+    else:
+        with pytest.raises(UserError, match=f"--dwm-load {weighter}: "):
+            load_weighter(weighter)
+        with pytest.raises(UserError, match=f"--input {language_model}: cannot be loaded"):
+            read_hugging_face(language_model)
+    assert not proof.exists()
+
+
+def test_code_that_a_tokenizers_configuration_names_is_not_run(weighter: Path, tmp_path: Path):
+    changes = {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": [None, "planted.Tokenizer"]}}
+    plant_code(weighter, "tokenizer_config.json", changes, tmp_path / "ran")
+    with pytest.raises(UserError, match="its tokenizer does not load"):
+        fingerprint_of_folder(weighter)
+    assert not (tmp_path / "ran").exists()
+
+
+class Planted:
+    """An object whose unpickling makes the folder ``path``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_in_place_of_weights_is_not_run(weighter: Path, tmp_path: Path):
+    (weighter / "model.safetensors").unlink()
+    torch.save({"score.weight": Planted(tmp_path / "ran")}, weighter / "pytorch_model.bin")
+    with pytest.raises(UserError, match=f"--dwm-load {weighter}: cannot be loaded"):
+        load_weighter(weighter)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_every_test_that_the_page_names_exists():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "security.md").read_text()))
+    written = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
+    assert len(named) > 10 and named <= written, named - written
