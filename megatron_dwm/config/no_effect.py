@@ -108,7 +108,9 @@ class NoEffectConfig:
     profile_ranks: list[int] = flag([0], "For --profile alone.")
     use_pytorch_profiler: bool = flag(False, "For --profile alone.")
     memory_snapshot_path: str = flag("snapshot.pickle", "For --record-memory-history alone.")
-    barrier_with_L1_time: bool = flag(True, "For --timing-log-level 1 and 2 alone.", "--no-barrier-with-level-1-timing")
+    barrier_with_L1_time: bool = flag(  # noqa: N815 - named as in Megatron-LM
+        True, "For --timing-log-level 1 and 2 alone.", "--no-barrier-with-level-1-timing"
+    )
     straggler_ctrlr_port: int = flag(65535, "For --log-straggler alone.")
     straggler_minmax_count: int = flag(1, "For --log-straggler alone.")
     disable_straggler_on_startup: bool = flag(False, "For --log-straggler alone.")
