@@ -7,7 +7,8 @@ from pathlib import Path
 
 from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.config.flags import Flag, declared_flags, flag, parse, title_of
-from megatron_dwm.config.run import PARTS
+from megatron_dwm.config.no_effect import OTHER_FIELDS_WITHOUT_EFFECT, NoEffectConfig
+from megatron_dwm.config.run import FLAG_GROUPS
 from megatron_dwm.config.unsupported_flags import UNSUPPORTED
 from megatron_dwm.errors import run_cli
 
@@ -15,13 +16,16 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
 INTRODUCTION = """\
 # Flags of pretrain_dwm.py
 
-Names, meaning and defaults are those of Megatron-LM (core_v0.16.1); `--dwm-*` and `--metrics-jsonl` are ours. This
-page is written by `python tools/write_flags.py` from the classes in `megatron_dwm/config/`, where a flag is declared
-once; edit there.
+Names, meaning and defaults are those of Megatron-LM (core_v0.16.1), but for the flags of our own. The column *Origin*
+says which is which: *Megatron-LM*, *ours*, or *no effect* for a flag of Megatron-LM's that is accepted because what it
+asks for happens in any case. This page is written by `python tools/write_flags.py` from the classes in
+`megatron_dwm/config/`, where a flag is declared once; edit there.
 
 A switch has no value and its default is *off*. A flag of Megatron-LM's that is not in these tables ends the run with
 the reason given under [Not supported](#not-supported).
 """
+OWN_FLAGS = {"--metrics-jsonl", "--no-checkpoint-checksums"}
+"""Ours, besides those that start with ``--dwm-``."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,11 @@ class WriteFlagsConfig:
 def render() -> str:
     """Return the page."""
     sections = [INTRODUCTION]
-    for config_class in PARTS.values():
-        rows = "".join(_row(item) for item in declared_flags(config_class))
-        sections.append(f"## {title_of(config_class)}\n\n| Flag | Default | Meaning |\n|---|---|---|\n{rows}")
+    for config_class in FLAG_GROUPS.values():
+        rows = "".join(_row(item, _origin(item, config_class)) for item in declared_flags(config_class))
+        sections.append(
+            f"## {title_of(config_class)}\n\n| Flag | Default | Origin | Meaning |\n|---|---|---|---|\n{rows}"
+        )
     rows = "".join(
         f"| {_sentence(reason)} | {' '.join(f'`{name}`' for name in names.split())} |\n"
         for reason, names in UNSUPPORTED.items()
@@ -45,7 +51,14 @@ def render() -> str:
     return "\n".join(sections)
 
 
-def _row(item: Flag) -> str:
+def _origin(item: Flag, config_class: type) -> str:
+    if config_class is NoEffectConfig or item.field in OTHER_FIELDS_WITHOUT_EFFECT:
+        return "no effect"
+    is_ours = any(name.startswith("--dwm-") or name in OWN_FLAGS for name in item.names)
+    return "ours" if is_ours else "Megatron-LM"
+
+
+def _row(item: Flag, origin: str) -> str:
     if item.value_type is None:
         value, default = "", "*off*"
     else:
@@ -59,7 +72,7 @@ def _row(item: Flag) -> str:
         meaning += f" **Deprecated:** {item.deprecated}."
     if item.old_names:
         meaning += f" **Deprecated:** {', '.join(f'`{name}`' for name in item.old_names)}, its earlier name."
-    return f"| {names}{value} | {default} | {meaning} |\n"
+    return f"| {names}{value} | {default} | {origin} | {meaning} |\n"
 
 
 def _sentence(reason: str) -> str:

@@ -65,11 +65,6 @@ class ParallelConfig:
                 "--num-layers-per-virtual-pipeline-stage and --num-virtual-stages-per-pipeline-rank say the same; "
                 "give one"
             )
-        if interleaved != (None, None) and self.pipeline_model_parallel_size < 2:
-            raise UserError(
-                "virtual pipeline stages need --pipeline-model-parallel-size 2 or more, not "
-                f"{self.pipeline_model_parallel_size}"
-            )
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             raise UserError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
         if self.ddp_num_buckets is not None and self.ddp_bucket_size is not None:
@@ -99,6 +94,8 @@ class ParallelConfig:
                     f"--num-layers-per-virtual-pipeline-stage {self.num_layers_per_virtual_pipeline_stage}"
                 )
             chunks = num_layers // self.pp // self.num_layers_per_virtual_pipeline_stage
+        if chunks is not None and chunks > 1 and self.pp < 2:
+            raise UserError(f"{chunks} virtual pipeline stages need --pipeline-model-parallel-size 2 or more, not 1")
         if num_layers % (self.pp * (chunks or 1)):
             raise UserError(
                 f"--num-layers {num_layers} is not divisible by --pipeline-model-parallel-size {self.pp}"

@@ -13,6 +13,7 @@ from megatron_dwm.config.data import DataConfig
 from megatron_dwm.config.flags import build, parse
 from megatron_dwm.config.logging import LoggingConfig
 from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.no_effect import NoEffectConfig
 from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
@@ -32,6 +33,9 @@ PARTS: dict[str, type] = {
     "logging": LoggingConfig,
     "weighting": WeightingConfig,
 }
+"""What a run's configuration is made of."""
+FLAG_GROUPS: dict[str, type] = PARTS | {"no_effect": NoEffectConfig}
+"""All flags that are accepted."""
 
 
 @dataclass(frozen=True)
@@ -225,11 +229,15 @@ def parse_run(
 
     parts = parse(
         argv,
-        PARTS,
+        FLAG_GROUPS,
         prog="pretrain_dwm.py",
         description="Pretrain a Megatron-Core GPT with a data weighting model. Flags are Megatron-LM's, plus --dwm-*.",
         reason_unsupported=reason_unsupported,
         main_class=WeightingConfig,
         complete=complete,
     )
-    return RunConfig(world_size=world_size, **parts)
+    no_effect: NoEffectConfig = parts.pop("no_effect")
+    run = RunConfig(world_size=world_size, **parts)
+    is_interleaved = run.parallel.virtual_stages(run.model.layers) is not None
+    no_effect.check_microbatch_group(run.parallel.pp if is_interleaved else None)
+    return run

@@ -1,7 +1,7 @@
 """Megatron-LM's flags that this program does not have, and why. None of them is silently ignored.
 
 Flags that scripts also give with a value that changes nothing (``--context-parallel-size 1``) are declared with the
-others, as ``refused``.
+others, as ``refused``, and those that change nothing whatever they say stand in ``no_effect.py``.
 """
 
 from __future__ import annotations
@@ -10,24 +10,22 @@ from fnmatch import fnmatchcase
 
 UNSUPPORTED: dict[str, str] = {
     "only dense models are trained; leave it out": """
-        --moe-* --expert-tensor-parallel-size --overlap-moe-expert-parallel-comm
-        --ep-overlap-early-attn-memory-release""",
+        --moe-* --overlap-moe-expert-parallel-comm --ep-overlap-early-attn-memory-release""",
     "only GPT models are trained; leave it out": """
         --bert-* --ict-* --biencoder-* --retriever-* --vision-* --swin-* --dino-* --mask-* --num-classes
-        --classes-fraction --data-per-class-fraction --img-* --num-channels --patch-dim --head-lr-mult --iter-per-epoch
-        --titles-data-path --query-in-block-prob --use-one-sent-docs --evidence-data-path --block-data-path
-        --embedding-path --indexer-* --output-bert-embeddings --short-seq-prob --sample-rate --vocab-extra-ids
-        --is-hybrid-model --hybrid-attention-ratio --hybrid-mlp-ratio --hybrid-override-pattern --mamba-*
-        --disable-mamba-mem-eff-path --spec --heterogeneous-layers-* --mtp-* --decoder-num-layers
+        --classes-fraction --data-per-class-fraction --img-* --num-channels --patch-dim --head-lr-mult
+        --iter-per-epoch --titles-data-path --query-in-block-prob --use-one-sent-docs --evidence-data-path
+        --block-data-path --embedding-path --indexer-* --output-bert-embeddings --short-seq-prob --sample-rate
+        --vocab-extra-ids --is-hybrid-model --hybrid-attention-ratio --hybrid-mlp-ratio --hybrid-override-pattern
+        --mamba-* --disable-mamba-mem-eff-path --spec --heterogeneous-layers-* --mtp-* --decoder-num-layers
         --decoder-seq-length --yaml-cfg --enable-experimental""",
     "the layers are megatron-core's standard attention and GELU, SwiGLU or squared ReLU; leave it out": """
-        --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim --rope-type --mscale
-        --mscale-all-dim --rotary-scaling-factor --cache-mla-latents --experimental-attention-variant --dsa-* --linear-*
-        --attention-output-gate --window-* --softmax-type --qk-l2-norm --qk-clip* --relative-attention-* --mrope-section
+        --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim --mscale --mscale-all-dim
+        --rotary-scaling-factor --cache-mla-latents --experimental-attention-variant --dsa-* --linear-*
+        --attention-output-gate --window-* --qk-l2-norm --qk-clip* --relative-attention-* --mrope-section
         --no-rope-freq --rotary-seq-len-interpolation-factor --openai-gelu --quick-geglu --glu-linear-offset
-        --activation-func-clamp-value --use-fused-weighted-squared-relu --use-te-activation-func --onnx-safe
-        --apply-residual-connection-post-layernorm --use-kitchen-attention --kitchen-attention-backend
-        --log-max-attention-logit""",
+        --activation-func-clamp-value --use-fused-weighted-squared-relu --use-te-activation-func
+        --apply-residual-connection-post-layernorm --use-kitchen-attention --log-max-attention-logit""",
     "model code older than megatron-core's is gone; leave it out": "--use-legacy-models",
     "Megatron-LM no longer has it; use --micro-batch-size": "--batch-size",
     "Megatron-LM no longer has it; use --lr-warmup-fraction": "--warmup",
@@ -37,28 +35,24 @@ UNSUPPORTED: dict[str, str] = {
     "use --num-layers": "--encoder-num-layers",
     "use --seq-length": "--encoder-seq-length",
     "samples are weighted whole, so the sequence is not split; leave it out": """
-        --hierarchical-context-parallel-sizes --hybrid-context-parallel --max-seqlen-per-dp-cp-rank --cp-comm-type""",
+        --hierarchical-context-parallel-sizes --hybrid-context-parallel --max-seqlen-per-dp-cp-rank""",
     "pipeline stages hold equal numbers of layers; leave it out": """
         --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --pipeline-model-parallel-layout
         --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split""",
     "communication is megatron-core's default; leave it out": """
-        --pipeline-model-parallel-comm-backend --tp-comm-* --disable-tp-comm-* --no-tp-comm-*
-        --*-async-tensor-model-parallel-allreduce --use-ring-exchange-p2p --overlap-p2p-communication-warmup-flush
-        --microbatch-group-size-per-virtual-pipeline-stage --defer-embedding-wgrad-compute --wgrad-deferral-limit
-        --delay-wgrad-compute --overlap-param-gather-with-optimizer-step --no-scatter-gather-tensors-in-pipeline
-        --ddp-pad-buckets-for-high-nccl-busbw --ddp-reduce-scatter-with-fp32-accumulation --high-priority-stream-groups
-        --nccl-communicator-config-path --use-nccl-ub --disable-symmetric-registration --use-sharp
-        --sharp-enabled-group --create-all-gather-group --symmetric-ar-type --suggested-communication-unit-size
-        --num-distributed-optimizer-instances --distributed-timeout-seconds-after-init --lazy-mpu-init
+        --tp-comm-* --use-ring-exchange-p2p --overlap-p2p-communication-warmup-flush --defer-embedding-wgrad-compute
+        --delay-wgrad-compute --overlap-param-gather-with-optimizer-step --ddp-pad-buckets-for-high-nccl-busbw
+        --ddp-reduce-scatter-with-fp32-accumulation --high-priority-stream-groups --nccl-communicator-config-path
+        --use-nccl-ub --use-sharp --sharp-enabled-group --create-all-gather-group --symmetric-ar-type
+        --suggested-communication-unit-size --distributed-timeout-seconds-after-init --lazy-mpu-init
         --fake-process-group""",
     "torchrun and Slurm say it in the environment; leave it out": "--local-rank",
     "parameters are sharded by --use-distributed-optimizer alone; use that": """
-        --use-megatron-fsdp --use-torch-fsdp2 --torch-fsdp2-no-reshard-after-forward --data-parallel-sharding-strategy
-        --outer-dp-sharding-strategy --fsdp-* --no-gradient-reduce-div-fusion --enable-full-sharding-in-hsdp
-        --init-model-with-meta-device --*-strict-fsdp-dtensor-load""",
+        --use-megatron-fsdp --use-torch-fsdp2 --torch-fsdp2-no-reshard-after-forward --outer-dp-sharding-strategy
+        --fsdp-* --no-gradient-reduce-div-fusion --enable-full-sharding-in-hsdp --init-model-with-meta-device
+        --*-strict-fsdp-dtensor-load""",
     "memory is saved by recomputation alone; use --recompute-granularity": """
-        --cpu-offloading-num-layers --fine-grained-activation-offloading --offload-modules
-        --min-offloaded-tensor-size""",
+        --fine-grained-activation-offloading --offload-modules --min-offloaded-tensor-size""",
     "the passes of an outer update do not fit into a captured step; leave it out": """
         --enable-cuda-graph --external-cuda-graph --cuda-graph-* --te-rng-tracker""",
     "parameters are kept in 16 bits, as the outer update copies them; leave it out": """
@@ -66,16 +60,13 @@ UNSUPPORTED: dict[str, str] = {
     "the FP8 recipes are Transformer Engine's own; leave it out": "--fp8-quantizer-factory --te-precision-config-file",
     "there is no FP4 training; use --bf16 or --fp8-format": "--fp4-*",
     "the optimizers are megatron-core's Adam and SGD with fp32 state; leave it out": """
-        --muon-* --use-precision-aware-optimizer --main-grads-dtype --main-params-dtype --exp-avg-dtype
-        --exp-avg-sq-dtype --optimizer-cpu-offload --optimizer-offload-fraction --use-torch-optimizer-for-cpu-offload
-        --overlap-cpu-optimizer-d2h-h2d --no-pin-cpu-grads --no-pin-cpu-params --dump-param-to-param-group-map
+        --muon-* --use-precision-aware-optimizer --optimizer-cpu-offload --dump-param-to-param-group-map
         --apply-wd-to-qk-layernorm --no-weight-decay-cond-type""",
     "kernels are chosen by --transformer-impl and the --no-*-fusion flags; leave it out": """
         --disable-bf16-reduced-precision-matmul --batch-invariant-mode --disable-jit-fuser
         --*-clone-scatter-output-in-embedding""",
     "a NaN ends the run, nothing is run again; leave it out": """
-        --rerun-mode --error-injection-rate --error-injection-type --check-for-spiky-loss --check-for-large-grads
-        --result-rejected-tracker-filename --iterations-to-skip""",
+        --check-for-spiky-loss --check-for-large-grads --result-rejected-tracker-filename --iterations-to-skip""",
     "ranks keep in step by their collectives alone; leave it out": """
         --check-weight-hash-across-dp-replicas-interval --train-sync-interval""",
     "a failed run is started again from its last checkpoint; leave it out": """
@@ -84,31 +75,27 @@ UNSUPPORTED: dict[str, str] = {
     "SIGTERM stops a run under --exit-signal-handler; use that": "--exit-signal --exit-signal-handler-for-dataloader",
     "weights are relative to a batch of constant size; leave it out": """
         --decrease-batch-size-if-needed --phase-transition-iterations""",
-    "garbage is collected by --manual-gc-interval alone; leave it out": "--*-manual-gc-eval",
     "profile with PyTorch's or NVIDIA's tools from outside; leave it out": """
-        --profile* --use-pytorch-profiler --record-memory-history --memory-snapshot-path --log-straggler
-        --straggler-* --disable-straggler-on-startup --save-wgrads-interval --save-dgrads-interval""",
+        --profile* --record-memory-history --log-straggler --save-wgrads-interval --save-dgrads-interval""",
     "records go to the log, a JSON-lines file and TensorBoard; leave it out": """
-        --wandb-* --*one-logger* --app-tag-run-* --log-progress --timing-log-* --log-timers-to-tensorboard
-        --log-memory-interval --log-device-memory-used --no-barrier-with-level-1-timing --logging-level --log-energy
-        --config-logger-dir""",
+        --*one-logger* --app-tag-run-* --log-progress --log-timers-to-tensorboard --log-memory-interval
+        --log-device-memory-used --logging-level --log-energy --config-logger-dir""",
     "--async-save starts the process it needs; leave it out": "--use-persistent-ckpt-worker",
     "checkpoints are torch_dist, in folders that all ranks share; leave it out": """
         --load-main-params-from-ckpt --non-persistent-local-* --auto-detect-ckpt-format --ckpt-convert-*
-        --ckpt-assume-constant-structure --dist-ckpt-strictness
-        --dist-ckpt-save-pre-mcore-014 --distrib-optim-fully-reshardable-mem-efficient --replication*
-        --use-mp-args-from-checkpoint-args --*-use-tokenizer-model-from-checkpoint-args""",
+        --ckpt-assume-constant-structure --dist-ckpt-save-pre-mcore-014
+        --distrib-optim-fully-reshardable-mem-efficient --replication* --use-mp-args-from-checkpoint-args
+        --*-use-tokenizer-model-from-checkpoint-args""",
     "use --load with --finetune": "--pretrained-checkpoint",
-    "it has no effect in Megatron-LM either; leave it out": """
-        --use-dist-ckpt --dist-ckpt-format --ckpt-fully-parallel-save""",
     "use --tokenizer-special-tokens": "--tiktoken-special-tokens",
     "data are local .bin and .idx files of plain text; leave it out": """
         --per-dataset-sequences-path --dataloader-fast-cache-load --dataloader-defer-npy-index-mmap
         --object-storage-cache-path --disable-msc --fim-* --sft*""",
     "this program pretrains only; leave it out": """
         --inference-* --*-chunked-prefill --flash-decode --max-tokens-to-oom --mlp-chunks-for-prefill
-        --use-legacy-static-engine --decode-only-cuda-graphs --nccl-all-reduce-for-prefill --no-inference-wandb-logging
-        --perform-rl-step --rl-* --no-rl-* --grpo-* --langrl-* --no-langrl-* --refit-method --test-mode""",
+        --use-legacy-static-engine --decode-only-cuda-graphs --nccl-all-reduce-for-prefill
+        --no-inference-wandb-logging --perform-rl-step --rl-* --no-rl-* --grpo-* --langrl-* --no-langrl-*
+        --refit-method --test-mode""",
 }
 """Reason and remedy to flags, by name or shell pattern."""
 

@@ -65,7 +65,9 @@ def check_layers(model: ModelConfig, parallel: ParallelConfig, impl: str) -> Non
     """
     if model.attention_backend == "local" and impl != "local":
         raise UserError("--attention-backend local needs --transformer-impl local; give that or another backend")
-    if model.attention_backend in ("flash", "fused", "unfused") and impl != "transformer_engine":
+    is_unfused_anyway = model.attention_backend == "unfused" and impl == "local"
+    is_chosen_of_te = model.attention_backend in ("flash", "fused", "unfused") and not is_unfused_anyway
+    if is_chosen_of_te and impl != "transformer_engine":
         raise UserError(
             f"--attention-backend {model.attention_backend} chooses among Transformer Engine's and the layers are "
             f"{impl}; leave it out"

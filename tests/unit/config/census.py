@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_dwm.config.flags import declared_flags, read
-from megatron_dwm.config.run import PARTS
+from megatron_dwm.config.flags import build, declared_flags, read
+from megatron_dwm.config.no_effect import NoEffectConfig
+from megatron_dwm.config.run import FLAG_GROUPS, PARTS
 from megatron_dwm.config.unsupported_flags import reason_unsupported
 from megatron_dwm.errors import UserError
 
@@ -18,7 +19,10 @@ PATH = "PATH"
 def refusal(name: str, value: str) -> str | None:
     """Return why the parser refuses the flag with this value, or None if it accepts it by itself."""
     try:
-        given = read([name, *value.split()], PARTS.values(), description=None, reason_unsupported=reason_unsupported)
+        given = read(
+            [name, *value.split()], FLAG_GROUPS.values(), description=None, reason_unsupported=reason_unsupported
+        )
+        build(NoEffectConfig, given)
     except UserError as error:
         return str(error)
     for item in (item for kind in PARTS.values() for item in declared_flags(kind)):

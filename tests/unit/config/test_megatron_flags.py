@@ -6,6 +6,7 @@ destination, default and, where there are, choices, nargs, action and a type oth
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -19,7 +20,8 @@ from megatron.core.optimizer.optimizer_config import AdamOptimizerConfig, SGDOpt
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dwm.config.flags import Flag, declared_flags
-from megatron_dwm.config.run import PARTS
+from megatron_dwm.config.no_effect import OTHER_FIELDS_WITHOUT_EFFECT, NoEffectConfig
+from megatron_dwm.config.run import FLAG_GROUPS, PARTS
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.unsupported_flags import UNSUPPORTED, reason_unsupported
 from tests.paths import ROOT
@@ -27,7 +29,7 @@ from tests.paths import ROOT
 FIXTURE: dict[str, dict[str, Any]] = json.loads((ROOT / "tests/fixtures/flags.json").read_text())
 MEGATRON = {name: entry for names, entry in FIXTURE.items() for name in names.split()}
 OURS: dict[str, Flag] = {
-    name: item for config_class in PARTS.values() for item in declared_flags(config_class) for name in item.names
+    name: item for config_class in FLAG_GROUPS.values() for item in declared_flags(config_class) for name in item.names
 }
 SHARED = sorted(OURS.keys() & MEGATRON.keys())
 
@@ -115,13 +117,7 @@ READ_BY_PROPERTIES = {
     "use_checkpoint_args": "parse_run",
     "use_rotary_position_embeddings": "ModelConfig.positions",
 }
-NO_EFFECT_AND_SAY_SO = {
-    "add_position_embedding",
-    "ckpt_format",
-    "create_attention_mask_in_dataloader",
-    "deprecated_use_mcore_models",
-    "use_flash_attn",
-}
+NO_EFFECT_AND_SAY_SO = OTHER_FIELDS_WITHOUT_EFFECT | {"add_position_embedding", "ckpt_format"}
 
 
 def test_no_flag_is_silently_ignored():
@@ -133,7 +129,7 @@ def test_no_flag_is_silently_ignored():
     )
     ignored = {
         item.field
-        for item in OURS.values()
+        for item in itertools.chain.from_iterable(map(declared_flags, PARTS.values()))
         if item.refused is None
         and item.field not in core
         and not re.search(rf"\.{item.field}\b|[\"']{item.field}[\"']", source)
@@ -146,3 +142,17 @@ def test_the_page_of_flags_is_up_to_date():
     command = [sys.executable, str(ROOT / "tools/write_flags.py"), "--check"]
     checked = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
     assert checked.returncode == 0, checked.stderr
+
+
+def test_the_page_says_where_each_flag_comes_from():
+    no_effect = {item.field for item in declared_flags(NoEffectConfig)} | OTHER_FIELDS_WITHOUT_EFFECT
+    page = (ROOT / "docs/flags.md").read_text().partition("## Not supported")[0]
+    found = {}
+    for row in re.findall(r"^\| (`--.*) \|$", page, re.MULTILINE):
+        flags, _, origin, _ = row.split(" | ", 3)
+        found.update(dict.fromkeys(re.findall(r"`(--[^`]+)`", flags), origin))
+    expected = {
+        name: "no effect" if item.field in no_effect else "Megatron-LM" if name in MEGATRON else "ours"
+        for name, item in OURS.items()
+    }
+    assert found == expected

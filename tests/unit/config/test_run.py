@@ -247,7 +247,7 @@ MISTAKES = {
     "--num-experts 8": "--num-experts is not supported",
     "--moe-router-topk 2": "--moe-router-topk is not supported: only dense models",
     "--context-parallel-size 2": "--context-parallel-size is not supported",
-    "--wandb-project x": "--wandb-project is not supported",
+    "--wandb-project x": "--wandb-project x is not supported",
     "--rampup-batch-size 4 4 100": "--rampup-batch-size is not supported",
     "--overlap-param-gather": "--use-distributed-optimizer",
     "--ddp-bucket-size 0": "--ddp-bucket-size 0: must be at least 1",

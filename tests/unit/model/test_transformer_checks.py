@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnBackend
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.optimizer import OptimizerConfig
@@ -52,6 +53,13 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}
         ("--recompute-modules layernorm", {"recompute_activations": True, "recompute_modules": ["layernorm"]}, {}, {}),
         ("megatron-core cannot", {}, {"tensor_model_parallel_size": 3}, {}),
         ("--attention-backend flash", {"attention_backend": "flash"}, {}, {}),
+        ("--attention-backend unfused", {"attention_backend": "unfused", "transformer_impl": "torch"}, {}, {}),
+        (
+            "--attention-backend fused .* the layers are local",
+            {"attention_backend": "fused", "transformer_impl": "local"},
+            {},
+            {},
+        ),
         ("--fp8-format hybrid needs Transformer Engine", {"fp8": "hybrid", "fp8_margin": 1}, {}, {}),
         ("--distribute-saved-activations", {"distribute_saved_activations": True}, TP2, {}),
         (
@@ -68,6 +76,14 @@ def test_flags_that_cannot_go_together_are_named(
     with pytest.raises(UserError, match=named) as caught:
         build_config(parallel=ParallelConfig(**parallel), optimizer=optimizer, **model)
     assert "\n" not in str(caught.value)
+
+
+def test_local_layers_are_unfused_anyway():
+    with_flag = vars(build_config(transformer_impl="local", attention_backend="unfused"))
+    without = vars(build_config(transformer_impl="local"))
+    # Functions are made anew for each configuration.
+    differing = {name for name, value in without.items() if not callable(value) and value != with_flag[name]}
+    assert differing == {"attention_backend"} and with_flag["attention_backend"] is AttnBackend.unfused
 
 
 def test_deterministic_mode_excludes_the_fused_cross_entropy():

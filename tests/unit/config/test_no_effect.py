@@ -1,0 +1,114 @@
+"""Flags that are accepted without effect: the run is the one without them; what would have an effect is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_dwm.config.flags import declared_flags
+from megatron_dwm.config.no_effect import NoEffectConfig
+from megatron_dwm.config.run import RunConfig, parse_run
+from megatron_dwm.errors import UserError
+
+RUN = (
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --mock-data "
+    "--tokenizer-type NullTokenizer --vocab-size 100 --micro-batch-size 2 --lr 1e-3 --train-iters 20 "
+    "--global-batch-size 8 --dwm-mode off"
+)
+ONE_NEUTRAL_VALUE = {
+    "cpu_offloading_num_layers": "0",
+    "dist_ckpt_strictness": "assume_ok_unexpected",
+    "error_injection_rate": "0",
+    "exp_avg_dtype": "fp32",
+    "exp_avg_sq_dtype": "fp32",
+    "main_grads_dtype": "fp32",
+    "main_params_dtype": "fp32",
+    "num_distributed_optimizer_instances": "1",
+    "pipeline_model_parallel_comm_backend": "nccl",
+    "rerun_mode": "disabled",
+    "rope_type": "rope",
+    "softmax_type": "vanilla",
+    "timing_log_level": "0",
+    "timing_log_option": "minmax",
+    "wandb_project": "",
+}
+PIPELINE = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+
+
+def _parse(flags: str, *more: str, world_size: int = 1) -> RunConfig:
+    return parse_run([*RUN.split(), *flags.split(), *more], world_size)
+
+
+@pytest.mark.parametrize("field", [item.field for item in declared_flags(NoEffectConfig)])
+def test_the_run_is_the_one_without_the_flag(field: str):
+    (item,) = (item for item in declared_flags(NoEffectConfig) if item.field == field)
+    if item.value_type is None:
+        values = []
+    elif field in ONE_NEUTRAL_VALUE:
+        values = [ONE_NEUTRAL_VALUE[field]]
+    else:
+        values = [str(item.choices[-1]) if item.choices else "7"]
+        assert values != [str(item.default)]
+    for name in item.names:
+        assert _parse("", name, *values) == _parse("")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--rerun-mode report_stats", "an iteration is never run again; give disabled"),
+        ("--error-injection-rate 100", "leave it out"),
+        ("--timing-log-level 2", "there are no timers"),
+        ("--timing-log-option all", "there are no timers"),
+        ("--wandb-project mine", "records go to the log"),
+        ("--dist-ckpt-strictness log_all", "by the default rule"),
+        ("--num-distributed-optimizer-instances 2", "over all replicas"),
+        ("--pipeline-model-parallel-comm-backend ucc", "NCCL"),
+        ("--cpu-offloading-num-layers 1", "use --recompute-granularity"),
+        ("--main-grads-dtype bf16", "fp32"),
+        ("--main-params-dtype fp16", "fp32"),
+        ("--exp-avg-dtype fp8", "fp32"),
+        ("--exp-avg-sq-dtype fp16", "fp32"),
+        ("--softmax-type learnable", "the usual softmax"),
+        ("--rope-type yarn", "only multi-latent attention"),
+    ],
+)
+def test_a_value_that_would_have_an_effect_is_refused_with_the_reason(flags: str, said: str):
+    with pytest.raises(UserError, match=f"^{flags} is not supported: .*{said}"):
+        _parse(flags)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("--profile", "--log-straggler", "--record-memory-history", "--fim-data", "--use-megatron-fsdp"),
+        *("--tp-comm-overlap", "--optimizer-cpu-offload", "--use-kitchen-attention", "--use-nccl-ub"),
+        *("--defer-embedding-wgrad-compute",),
+    ],
+)
+def test_the_flags_with_which_others_would_act_are_refused(flag: str):
+    with pytest.raises(UserError, match=f"{flag} is not supported"):
+        _parse(flag)
+
+
+def test_microbatch_groups_act_in_the_interleaved_schedule_alone():
+    group = "--microbatch-group-size-per-virtual-pipeline-stage"
+    assert _parse(f"{group} 5") == _parse("")
+    assert _parse(f"{PIPELINE} {group} 2", world_size=2) == _parse(PIPELINE, world_size=2)
+    with pytest.raises(UserError, match=f"{group} 5 is not supported: .*; give 2 or leave it out"):
+        _parse(f"{PIPELINE} {group} 5", world_size=2)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--num-virtual-stages-per-pipeline-rank 1", "--num-layers-per-virtual-pipeline-stage 4"]
+)
+def test_one_virtual_stage_is_none(flags: str):
+    config = _parse(flags)
+    assert config.parallel.virtual_stages(config.model.layers) is None
+
+
+@pytest.mark.parametrize(
+    "flags", ["--num-virtual-stages-per-pipeline-rank 2", "--num-layers-per-virtual-pipeline-stage 2"]
+)
+def test_several_virtual_stages_need_a_pipeline(flags: str):
+    with pytest.raises(UserError, match="2 virtual pipeline stages need --pipeline-model-parallel-size 2 or more"):
+        _parse(flags)
