@@ -119,7 +119,7 @@ class IndexFile:
         before = 0
         for chunk in _chunks(self.num_boundaries):
             boundaries = self.boundaries[chunk]
-            if (wrong := np.flatnonzero(np.diff(boundaries, prepend=before) < 0)).size:
+            if (wrong := np.flatnonzero(boundaries < np.concatenate([[before], boundaries[:-1]]))).size:
                 number = chunk.start + int(wrong[0])
                 raise DamagedIndexError(
                     f"document boundary {number} is {boundaries[wrong[0]]}, less than the one before"

@@ -26,7 +26,7 @@ types: strategies.SearchStrategy[type[np.number]] = strategies.sampled_from([np.
 def is_accepted(prefix: str) -> bool:
     """Whether the dataset passes; if not, its refusal is one line that names it and does not repeat its content."""
     try:
-        check_dataset("--data-path", prefix, VOCAB)
+        check_dataset(f"--data-path {prefix}", prefix, VOCAB)
     except UserError as error:
         message = str(error)
         assert prefix in message and "\n" not in message and len(message) < len(prefix) * 3 + 300, message

@@ -56,6 +56,10 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "a first boundary that is not 0": changed(BOUNDARIES, "<q", 1),
     "documents that end too early": changed(BOUNDARIES + 10 * 8, "<q", 9),
     "falling boundaries": changed(BOUNDARIES + 4 * 8, "<q", 2),
+    # The differences of these, taken in 64 bits, are all positive.
+    "boundaries that overflow": lambda index: (
+        index[: BOUNDARIES + 8] + struct.pack("<5q", 2**63 - 1, -(2**63), -(2**62), 0, 5) + index[BOUNDARIES + 48 :]
+    ),
     "boundaries that are all 0": lambda index: index[:BOUNDARIES] + bytes(88),
     "zeros": lambda index: bytes(len(index)),
 }
