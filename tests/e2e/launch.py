@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron_dwm.cli import pretrain as pretrain_command
 from megatron_dwm.runtime.process_groups import free_port
 from tests.distributed.harness import become_rank, checkpoint_manager
+from tests.small_runs import as_argv
 from tests.turns import several_processes
 
 # What a run imports on its way, here so that its processes inherit it: two seconds each.
@@ -35,42 +36,6 @@ for module in (
 ):
     importlib.import_module(module)
 
-LANGUAGE_MODEL = {
-    "--num-layers": 4,
-    "--hidden-size": 32,
-    "--num-attention-heads": 4,
-    "--seq-length": 32,
-    "--max-position-embeddings": 32,
-    "--position-embedding-type": "rope",
-    "--normalization": "RMSNorm",
-    "--swiglu": True,
-    "--disable-bias-linear": True,
-    "--untie-embeddings-and-output-weights": True,
-}
-TRAINING = {
-    "--micro-batch-size": 2,
-    "--global-batch-size": 8,
-    "--train-iters": 20,
-    "--lr": 1e-2,
-    "--lr-decay-style": "cosine",
-    "--lr-warmup-iters": 4,
-    "--log-interval": 1,
-    "--eval-iters": 1,
-    "--num-workers": 0,
-    "--hidden-dropout": 0.1,
-    "--attention-dropout": 0.1,
-}
-DATA = {"--mock-data": True, "--tokenizer-type": "NullTokenizer", "--vocab-size": 100}
-WEIGHTING = {
-    "--dwm-warmup-iters": 4,
-    "--dwm-num-stages": 2,
-    "--dwm-update-interval": 2,
-    "--dwm-init-from": "lm",
-    "--dwm-num-layers": 1,
-    "--dwm-weighter-steps": 2,
-}
-"""Small flags; a test overrides what it is about."""
-
 
 @dataclass(frozen=True)
 class Finished:
@@ -86,17 +51,6 @@ class Finished:
     @property
     def text(self) -> str:
         return "\n".join(f"--- rank {n}\n{o}{e}" for n, (o, e) in enumerate(zip(self.output, self.errors, strict=True)))
-
-
-def as_argv(flags: dict[str, Any]) -> list[str]:
-    """Return flags as arguments: ``True`` is a switch, ``False`` leaves the flag out, a list is several values."""
-    argv = []
-    for name, value in flags.items():
-        if value is True:
-            argv.append(name)
-        elif value is not False:
-            argv += [name, *(str(item) for item in (value if isinstance(value, list) else [value]))]
-    return argv
 
 
 def pretrain(

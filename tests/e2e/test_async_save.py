@@ -14,8 +14,9 @@ from typing import Any
 import psutil
 
 from megatron_dwm.cli import pretrain as pretrain_command
-from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, pretrain, records, succeed
+from tests.e2e.launch import pretrain, records, succeed
 from tests.e2e.test_uniform_weights import assert_same_checkpoints
+from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING
 
 SAVES, KILLED_AT, END = 4, 8, 12
 FLAGS: dict[str, Any] = {

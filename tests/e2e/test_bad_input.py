@@ -13,7 +13,8 @@ from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.tokenizers import build_tokenizer
 from megatron_dwm.weighting.export import export_weighter
 from tests.e2e.datasets import TOKENIZER, counting, make_dataset, noise
-from tests.e2e.launch import LANGUAGE_MODEL, TRAINING, pretrain
+from tests.e2e.launch import pretrain
+from tests.small_runs import LANGUAGE_MODEL, TRAINING
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.e2e.datasets import TOKENIZER, VOCAB_SIZE, counting, make_dataset
-from tests.e2e.launch import LANGUAGE_MODEL, TRAINING, pretrain, records, succeed
+from tests.e2e.launch import pretrain, records, succeed
+from tests.small_runs import LANGUAGE_MODEL, TRAINING
 
 ANOTHER_ORDER = "warning: the training samples come in another order than before the checkpoint"
 

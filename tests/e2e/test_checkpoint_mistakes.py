@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from megatron_dwm.cli import pretrain as pretrain_command
-from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, Finished, pretrain, records, succeed
+from tests.e2e.launch import Finished, pretrain, records, succeed
+from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING
 
 TP2 = {"--tensor-model-parallel-size": 2}
 RUN: dict[str, Any] = {

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.datasets import TOKENIZER, counting, make_dataset
-from tests.e2e.launch import LANGUAGE_MODEL, TRAINING, succeed
+from tests.e2e.launch import succeed
+from tests.small_runs import LANGUAGE_MODEL, TRAINING
 
 
 @pytest.mark.parametrize("blend", [["{first}"], ["{first}", "{second}"], ["0.5", "{first}", "0.5", "{second}"]])

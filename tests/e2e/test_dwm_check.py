@@ -10,8 +10,9 @@ import pytest
 
 from megatron_dwm.cli import pretrain as pretrain_command
 from megatron_dwm.weighting.bilevel import alignment
-from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, pretrain, records, succeed
+from tests.e2e.launch import pretrain, records, succeed
 from tests.e2e.test_uniform_weights import LAYOUTS, assert_same_checkpoints
+from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING
 
 FLAGS = {**LANGUAGE_MODEL, **TRAINING, **DATA, **WEIGHTING, "--train-iters": 12}
 LINE = re.compile(

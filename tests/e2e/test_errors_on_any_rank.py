@@ -15,7 +15,8 @@ from megatron_dwm.data import validation
 from megatron_dwm.errors import UserError
 from megatron_dwm.training import step
 from tests.e2e.datasets import TOKENIZER, counting, make_dataset
-from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, Finished, pretrain
+from tests.e2e.launch import Finished, pretrain
+from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING
 
 TP2 = {"--tensor-model-parallel-size": 2}
 PP2 = {"--pipeline-model-parallel-size": 2}

@@ -8,7 +8,8 @@ import pytest
 from megatron.core.models.common.language_module.language_module import LanguageModule
 
 from megatron_dwm.cli import pretrain as pretrain_command
-from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, pretrain, records, succeed
+from tests.e2e.launch import pretrain, records, succeed
+from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from tests.e2e.datasets import TOKENIZER, counting, make_dataset, noise
-from tests.e2e.launch import LANGUAGE_MODEL, TRAINING, WEIGHTING, records, succeed
+from tests.e2e.launch import records, succeed
+from tests.small_runs import LANGUAGE_MODEL, TRAINING, WEIGHTING
 
 TP2 = {"--tensor-model-parallel-size": 2}
 PP2 = {"--pipeline-model-parallel-size": 2}

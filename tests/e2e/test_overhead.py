@@ -10,7 +10,8 @@ import pytest
 
 from megatron_dwm.benchmarks import overhead
 from megatron_dwm.benchmarks.overhead_report import PARTS, targets
-from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, Finished, pretrain
+from tests.e2e.launch import Finished, pretrain
+from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING
 
 FLAGS = {
     **LANGUAGE_MODEL,

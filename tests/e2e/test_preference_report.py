@@ -18,8 +18,9 @@ import pytest
 
 from megatron_dwm.errors import EXIT_CODE
 from tests.e2e.datasets import TOKENIZER, counting, make_dataset, noise
-from tests.e2e.launch import LANGUAGE_MODEL, TRAINING, WEIGHTING, records, succeed
+from tests.e2e.launch import records, succeed
 from tests.paths import ROOT
+from tests.small_runs import LANGUAGE_MODEL, TRAINING, WEIGHTING
 
 SECTIONS = ("summary", "strength", "sources", "properties", "samples", "benefit", "method")
 FIGURES = ("losses", "weights", "sources", "correlations", "quarters")

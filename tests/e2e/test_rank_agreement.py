@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_dwm.cli import pretrain as pretrain_command
-from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, pretrain
+from tests.e2e.launch import pretrain
+from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING
 
 FLAGS = {**LANGUAGE_MODEL, **TRAINING, **DATA, **WEIGHTING}
 

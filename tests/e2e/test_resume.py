@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, pretrain, records, succeed
+from tests.e2e.launch import pretrain, records, succeed
 from tests.e2e.test_uniform_weights import LAYOUTS, assert_same_checkpoints
 from tests.fixtures.first_format import record as first_format
 from tests.paths import FIXTURES
+from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING
 
 STAGES = {**WEIGHTING, "--dwm-stage-update-iters": 8}  # two stages of 8: iterations 5 to 12, 13 to 20
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.datasets import TOKENIZER, counting, make_dataset, noise
-from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, pretrain, records, succeed
+from tests.e2e.launch import pretrain, records, succeed
+from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING
 
 PLAIN = {**LANGUAGE_MODEL, **TRAINING}
 SHUFFLED = {**WEIGHTING, "--dwm-init-from": "random", "--dwm-hidden-size": 16, "--dwm-num-attention-heads": 2}

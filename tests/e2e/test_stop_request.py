@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 
 from megatron_dwm.runtime.process_groups import free_port
-from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, records
+from tests.e2e.launch import records
 from tests.e2e.test_uniform_weights import assert_same_checkpoints
 from tests.paths import ROOT
+from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING
 from tests.turns import several_processes
 
 # Data loader processes are what is default; they get the signal, too.

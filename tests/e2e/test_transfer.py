@@ -17,7 +17,8 @@ from megatron_dwm.data.tokenizers import build_tokenizer
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_init import weighter_model_from_folder
 from tests.e2e.datasets import TOKENIZER, VOCAB_SIZE, counting, make_dataset, noise
-from tests.e2e.launch import LANGUAGE_MODEL, TRAINING, WEIGHTING, records, succeed
+from tests.e2e.launch import records, succeed
+from tests.small_runs import LANGUAGE_MODEL, TRAINING, WEIGHTING
 
 TP2PP2 = {"--tensor-model-parallel-size": 2, "--pipeline-model-parallel-size": 2}
 

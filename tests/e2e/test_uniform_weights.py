@@ -10,7 +10,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, records, succeed
+from tests.e2e.launch import records, succeed
+from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING
 
 LAYOUTS = {
     "one process": (1, {}),

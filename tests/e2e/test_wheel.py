@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from megatron_dwm import __version__
-from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, as_argv, records
+from tests.e2e.launch import records
 from tests.paths import ROOT
+from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, as_argv
 
 PACKAGE = ROOT / "megatron_dwm"
 FLAGS: dict[str, Any] = {

@@ -1,0 +1,70 @@
+"""The flags of small runs, the one form in which tests describe a run: a dictionary of flag and value.
+
+A test takes the groups that it needs and overrides what it is about: ``{**LANGUAGE_MODEL, **TRAINING, "--lr": 0.1}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_dwm.config.run import RunConfig, parse_run
+
+Flags = Mapping[str, Any]
+"""``True`` is a switch, ``False`` leaves the flag out, a list is several values."""
+
+LLAMA_STYLE: dict[str, Any] = {
+    "--position-embedding-type": "rope",
+    "--normalization": "RMSNorm",
+    "--swiglu": True,
+    "--disable-bias-linear": True,
+    "--untie-embeddings-and-output-weights": True,
+}
+
+# Runs of the commands.
+LANGUAGE_MODEL: dict[str, Any] = {
+    "--num-layers": 4,
+    "--hidden-size": 32,
+    "--num-attention-heads": 4,
+    "--seq-length": 32,
+    "--max-position-embeddings": 32,
+    **LLAMA_STYLE,
+}
+TRAINING: dict[str, Any] = {
+    "--micro-batch-size": 2,
+    "--global-batch-size": 8,
+    "--train-iters": 20,
+    "--lr": 1e-2,
+    "--lr-decay-style": "cosine",
+    "--lr-warmup-iters": 4,
+    "--log-interval": 1,
+    "--eval-iters": 1,
+    "--num-workers": 0,
+    "--hidden-dropout": 0.1,
+    "--attention-dropout": 0.1,
+}
+DATA: dict[str, Any] = {"--mock-data": True, "--tokenizer-type": "NullTokenizer", "--vocab-size": 100}
+WEIGHTING: dict[str, Any] = {
+    "--dwm-warmup-iters": 4,
+    "--dwm-num-stages": 2,
+    "--dwm-update-interval": 2,
+    "--dwm-init-from": "lm",
+    "--dwm-num-layers": 1,
+    "--dwm-weighter-steps": 2,
+}
+
+
+def as_argv(flags: Flags) -> list[str]:
+    """Return flags as arguments."""
+    argv = []
+    for name, value in flags.items():
+        if value is True:
+            argv.append(name)
+        elif value is not False:
+            argv += [name, *(str(item) for item in (value if isinstance(value, list) else [value]))]
+    return argv
+
+
+def parse_flags(flags: Flags, processes: int = 1) -> RunConfig:
+    """Return the configuration of a run of so many processes."""
+    return parse_run(as_argv(flags), processes)
