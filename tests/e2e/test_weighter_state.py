@@ -1,0 +1,68 @@
+"""The weighter's state is neither dropped nor made anew without a word, and its flags count on resume."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.e2e.launch import pretrain, succeed
+from tests.fixtures.first_format import record as first_format
+from tests.paths import FIXTURES
+
+RUN: dict[str, Any] = {**first_format.MODEL, **first_format.TRAINING, **first_format.WEIGHTING, "--eval-iters": 0}
+STOP = first_format.STOP
+OFF = {"--dwm-mode": "off"}
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Path:
+    """The folder of a bilevel run that stopped in the middle of a stage."""
+    shutil.unpack_archive(FIXTURES / "first_format" / "save.tar.xz", tmp_path / "save")
+    return tmp_path / "save"
+
+
+def weighter_state(save: Path, iteration: int) -> dict[str, Any]:
+    return torch.load(save / f"iter_{iteration:07d}" / "dwm_state.pt", weights_only=True)
+
+
+def test_plain_iterations_between_bilevel_ones_keep_the_weighter(save: Path, tmp_path: Path):
+    without = {name: value for name, value in RUN.items() if not name.startswith("--dwm")} | OFF
+    place = {"--load": save, "--save": save}
+    succeed(tmp_path / "log", 1, without | place | {"--exit-interval": STOP + 2})
+    before, kept = weighter_state(save, STOP), weighter_state(save, STOP + 2)
+    assert kept.keys() == before.keys() and kept["outer_updates"] == before["outer_updates"] > 0
+    assert all(torch.equal(kept["weighter"][key], value) for key, value in before["weighter"].items())
+    finished = succeed(tmp_path / "log", 1, RUN | place)
+    assert "holds no weighter" not in finished.text
+    assert weighter_state(save, 12)["outer_updates"] > before["outer_updates"]
+
+
+def test_a_missing_weighter_state_is_refused(save: Path, tmp_path: Path):
+    (save / f"iter_{STOP:07d}" / "dwm_state.pt").unlink()
+    finished = pretrain(tmp_path / "log", 1, RUN | {"--load": save})
+    assert finished.codes == [2] and finished.errors[0].count("\n") == 1, finished.text
+    assert "dwm_state.pt, the weighter's state, is missing" in finished.errors[0]
+
+
+def test_the_weighters_flags_count_on_resume_and_are_said(save: Path, tmp_path: Path):
+    changes = {"--dwm-lr": 0.5, "--dwm-weight-decay": 0.25}
+    finished = succeed(tmp_path / "log", 1, RUN | changes | {"--load": save, "--save": tmp_path / "changed"})
+    (group,) = weighter_state(tmp_path / "changed", 12)["weighter_optimizer"]["param_groups"]
+    assert (group["lr"], group["weight_decay"]) == (0.5, 0.25)
+    lines = (" > --dwm-lr 0.5 replaces the checkpoint's 0.01", " > --dwm-weight-decay 0.25 replaces the checkpoint's")
+    for line in lines:
+        assert line in finished.output[0], finished.text
+
+
+def test_an_export_is_there_whenever_its_checkpoint_is(save: Path, tmp_path: Path):
+    """It is written first, so that a kill between the two leaves no checkpoint without its export."""
+    finished = succeed(tmp_path / "log", 1, RUN | {"--load": save, "--save": save, "--exit-interval": STOP + 2})
+    lines = finished.output[0].splitlines()
+    exported = next(n for n, line in enumerate(lines) if "exported the weighter" in line and "iter_0000008" in line)
+    saving = next(n for n, line in enumerate(lines) if "saving checkpoint at iteration       8" in line)
+    assert exported < saving
+    assert {oct(path.stat().st_mode & 0o044) for path in (save / "weighter" / "iter_0000008").iterdir()} == {"0o44"}
