@@ -53,6 +53,36 @@ WEIGHTING: dict[str, Any] = {
     "--dwm-weighter-steps": 2,
 }
 
+# Models that a test builds in its own processes, by ``tests/distributed/built_model.py``.
+SEQ_LENGTH = 12
+VOCAB_SIZE = 64
+NUM_SAMPLES = 8
+GPT: dict[str, Any] = {"--num-layers": 4, "--hidden-size": 16, "--num-attention-heads": 4}
+LLAMA: dict[str, Any] = {
+    **GPT,
+    **LLAMA_STYLE,
+    "--ffn-hidden-size": 48,
+    "--group-query-attention": True,
+    "--num-query-groups": 2,
+}
+IN_PROCESS: dict[str, Any] = {
+    "--seq-length": SEQ_LENGTH,
+    "--max-position-embeddings": SEQ_LENGTH,
+    "--init-method-std": 0.3,
+    "--micro-batch-size": 2,
+    "--global-batch-size": NUM_SAMPLES,
+    "--train-iters": 10,
+    "--lr": 0.01,
+    "--hidden-dropout": 0,
+    "--attention-dropout": 0,
+    "--make-vocab-size-divisible-by": 32,
+    "--mock-data": True,
+    "--tokenizer-type": "NullTokenizer",
+    "--vocab-size": VOCAB_SIZE - 1,
+    "--clip-grad": 0,
+}
+"""Flags of all of them, without randomness."""
+
 
 def as_argv(flags: Flags) -> list[str]:
     """Return flags as arguments."""

@@ -20,15 +20,16 @@ from megatron_dwm.training.resume_checks import check_resume
 from megatron_dwm.training.saved_checkpoint import open_checkpoint
 from megatron_dwm.training.step import train_step
 from megatron_dwm.training.train_state import TrainComponents, TrainState
-from tests.distributed.engine import NUM_SAMPLES, SEQ_LENGTH, VOCAB_SIZE, HfState, build_engine, random_tokens
+from tests.distributed.built_model import HfState, build_model, random_tokens
 from tests.distributed.harness import checkpoint_manager, run_distributed
+from tests.small_runs import NUM_SAMPLES, SEQ_LENGTH, VOCAB_SIZE, Flags
 
 
 @dataclass(frozen=True)
 class Leg:
     """Some steps of training."""
 
-    flags: Sequence[str]
+    flags: Flags
     load: tuple[Path, int] | None = None
     """Folder and iteration of the checkpoint to go on from."""
     save: Path | None = None
@@ -62,33 +63,33 @@ def train_legs(processes: int, legs: Sequence[Leg]) -> list[Trained]:
 
 
 def _train(leg: Leg) -> Trained:
-    engine = build_engine([*leg.flags, "--dwm-mode", "off"])
-    config, optimizer = engine.config, engine.optimizer
+    built = build_model({**leg.flags, "--dwm-mode": "off"})
+    config, optimizer = built.config, built.optimizer
     scheduler = build_scheduler(
         Schedule.from_flags(config.optimizer, config.training, config.global_batch_size), optimizer
     )
     components, train_state = (
-        TrainComponents(engine.chunks, optimizer, scheduler, Vocabulary(VOCAB_SIZE, VOCAB_SIZE)),
+        TrainComponents(built.chunks, optimizer, scheduler, Vocabulary(VOCAB_SIZE, VOCAB_SIZE)),
         TrainState(),
     )
     if leg.load is not None:
         saved = open_checkpoint(iteration_folder(*leg.load))
         check_resume(config, saved)
-        train_state, _ = load_checkpoint(config, saved, components, engine.parallel_state)
+        train_state, _ = load_checkpoint(config, saved, components, built.parallel_state)
     losses: list[float] = []
     rates = []
     mask = torch.ones(NUM_SAMPLES, SEQ_LENGTH)
     for iteration in range(train_state.iteration + 1, leg.last + 1):
         rates.append([(group["lr"], group["weight_decay"]) for group in optimizer.param_groups])
-        batch = engine.batch(random_tokens(iteration), mask)
-        result = train_step(engine.engine, optimizer, scheduler, batch, 2, None, engine.parallel_state)
+        batch = built.batch(random_tokens(iteration), mask)
+        result = train_step(built.engine, optimizer, scheduler, batch, 2, None, built.parallel_state)
         losses.append(float("nan") if result.loss is None else result.loss)
         train_state.advance(iteration, NUM_SAMPLES, 0.0)
     if leg.save is not None:
-        writer = CheckpointWriter(_saving_to(config, leg.save), components, engine.parallel_state)
+        writer = CheckpointWriter(_saving_to(config, leg.save), components, built.parallel_state)
         writer.save(train_state, {})
         writer.close()
-    parameters = engine.parameters()
+    parameters = built.parameters()
     mpu.destroy_model_parallel()
     return Trained(losses, rates, parameters)
 

@@ -11,41 +11,40 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.engine import (
-    GPT,
+from tests.distributed.built_model import (
     LAYOUTS,
-    LLAMA,
     HfState,
     Reference,
-    build_engine,
+    build_model,
     inner,
     random_mask,
     random_tokens,
     relative_error,
 )
 from tests.distributed.harness import run_distributed
+from tests.small_runs import GPT, LLAMA, Flags
 
-FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
-SELECTIVE = ["--recompute-granularity", "selective", "--recompute-modules", "mlp", "core_attn"]
-UNTIED = ["--untie-embeddings-and-output-weights"]
+FULL = {"--recompute-granularity": "full", "--recompute-method": "uniform", "--recompute-num-layers": 1}
+SELECTIVE = {"--recompute-granularity": "selective", "--recompute-modules": ["mlp", "core_attn"]}
+UNTIED = {"--untie-embeddings-and-output-weights": True}
 MODELS = {"gpt, tied": GPT, "llama, untied": LLAMA}
-TIED_LLAMA = [flag for flag in LLAMA if flag not in UNTIED]
+TIED_LLAMA = {**LLAMA, "--untie-embeddings-and-output-weights": False}
 
 
-def align(flags: list[str]) -> tuple[HfState, HfState, torch.Tensor, torch.Tensor, torch.Tensor]:
+def align(flags: Flags) -> tuple[HfState, HfState, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The model, v, exact and finite-difference alignments of the whole batch, and the mean target loss."""
-    engine = build_engine([*flags, "--dwm-preconditioner", "none"])
-    passes = engine.lm_gradients()
-    state = engine.parameters()
-    batch, target = engine.batch(random_tokens(1), random_mask(2)), engine.batch(random_tokens(5), random_mask(6))
-    with engine.engine.full_parameters(), engine.engine.deterministic():
+    built = build_model({**flags, "--dwm-preconditioner": "none"})
+    passes = built.lm_gradients()
+    state = built.parameters()
+    batch, target = built.batch(random_tokens(1), random_mask(2)), built.batch(random_tokens(5), random_mask(6))
+    with built.engine.full_parameters(), built.engine.deterministic():
         loss, direction = passes.gradient(target)
-        exact = engine.sample_gather.gather_from_replicas(passes.align(batch, direction))
-        differences = engine.sample_gather.gather_from_replicas(passes._align_by_differences(batch, direction))
-    return state, engine.named(dict(direction)), exact, differences, torch.tensor(loss)
+        exact = built.sample_gather.gather_from_replicas(passes.align(batch, direction))
+        differences = built.sample_gather.gather_from_replicas(passes._align_by_differences(batch, direction))
+    return state, built.named(dict(direction)), exact, differences, torch.tensor(loss)
 
 
-def check(model: list[str], results: list[Any]) -> None:
+def check(model: Flags, results: list[Any]) -> None:
     reference = Reference(model, results[0][0])
     target_loss = reference.losses(random_tokens(5), random_mask(6)).mean()
     v = reference.gradient(target_loss)
@@ -65,49 +64,49 @@ def check(model: list[str], results: list[Any]) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_alignments_in_every_layout(model: str, layout: str):
     world, parallel = LAYOUTS[layout]
-    check(MODELS[model], run_distributed(align, world, [*MODELS[model], *parallel]))
+    check(MODELS[model], run_distributed(align, world, {**MODELS[model], **parallel}))
 
 
 @pytest.mark.parametrize("layout", ["one process", "PP2", "TP2 x PP2", "PP2, interleaved"])
 @pytest.mark.parametrize("model", ["gpt, untied", "llama, tied"])
 def test_embeddings_tied_and_untied(model: str, layout: str):
-    flags = TIED_LLAMA if model == "llama, tied" else [*GPT, *UNTIED]
+    flags = TIED_LLAMA if model == "llama, tied" else {**GPT, **UNTIED}
     world, parallel = LAYOUTS[layout]
-    check(flags, run_distributed(align, world, [*flags, *parallel]))
+    check(flags, run_distributed(align, world, {**flags, **parallel}))
 
 
 @pytest.mark.parametrize("layout", ["one process", "TP2 x PP2"])
 @pytest.mark.parametrize("recomputation", [FULL, SELECTIVE], ids=["full", "selective"])
-def test_recomputed_activations(recomputation: list[str], layout: str):
+def test_recomputed_activations(recomputation: Flags, layout: str):
     world, parallel = LAYOUTS[layout]
-    check(LLAMA, run_distributed(align, world, [*LLAMA, *recomputation, *parallel]))
+    check(LLAMA, run_distributed(align, world, {**LLAMA, **recomputation, **parallel}))
 
 
 def test_overlapped_pipelines_of_two_replicas():
     _, parallel = LAYOUTS["PP2"]
-    overlapped = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
-    check(LLAMA, run_distributed(align, 4, [*LLAMA, *parallel, *overlapped]))
+    overlapped = {"--use-distributed-optimizer": True, "--overlap-grad-reduce": True, "--overlap-param-gather": True}
+    check(LLAMA, run_distributed(align, 4, {**LLAMA, **parallel, **overlapped}))
 
 
-@pytest.mark.parametrize("flags", [["--calculate-per-token-loss"], ["--ddp-average-in-collective"]])
-def test_other_ways_to_average_gradients(flags: list[str]):
-    check(GPT, run_distributed(align, 2, [*GPT, *flags]))
+@pytest.mark.parametrize("flags", [{"--calculate-per-token-loss": True}, {"--ddp-average-in-collective": True}])
+def test_other_ways_to_average_gradients(flags: Flags):
+    check(GPT, run_distributed(align, 2, {**GPT, **flags}))
 
 
-@pytest.mark.parametrize("parallel", [[], ["--sequence-parallel"]], ids=["TP2", "TP2, sequence parallel"])
-def test_norms_of_queries_and_keys_count_on_every_rank_of_heads(parallel: list[str]):
+@pytest.mark.parametrize("parallel", [{}, {"--sequence-parallel": True}], ids=["TP2", "TP2, sequence parallel"])
+def test_norms_of_queries_and_keys_count_on_every_rank_of_heads(parallel: Flags):
     """Along v of these norms alone, where a part left out would show; against differences, to their curvature."""
 
     def both() -> tuple[torch.Tensor, torch.Tensor]:
-        engine = build_engine([*LLAMA, "--qk-layernorm", "--tensor-model-parallel-size", "2", *parallel])
-        passes = engine.lm_gradients()
+        built = build_model({**LLAMA, "--qk-layernorm": True, "--tensor-model-parallel-size": 2, **parallel})
+        passes = built.lm_gradients()
         norms = {
             param: 10 * torch.ones_like(param) * ("q_layernorm" in name or "k_layernorm" in name)
-            for chunk in engine.chunks
+            for chunk in built.chunks
             for name, param in chunk.named_parameters()
         }
-        batch = engine.batch(random_tokens(1), random_mask(2))
-        with engine.engine.deterministic():
+        batch = built.batch(random_tokens(1), random_mask(2))
+        with built.engine.deterministic():
             return passes.align(batch, norms), passes._align_by_differences(batch, norms)
 
     for exact, differences in run_distributed(both, 2):

@@ -20,9 +20,9 @@ from megatron_dwm.training.checkpoint_checksums import CHECKSUMS
 from megatron_dwm.training.checkpoint_folders import latest_checkpoint
 from megatron_dwm.training.saved_checkpoint import open_checkpoint
 from tests.distributed.checkpointed import Leg, train_legs
-from tests.distributed.engine import LLAMA
+from tests.small_runs import LLAMA
 
-FLAGS = [*LLAMA, "--lr", "0.01"]
+FLAGS = {**LLAMA, "--lr": 0.01}
 
 
 @pytest.fixture(scope="module")

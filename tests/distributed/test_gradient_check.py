@@ -17,21 +17,12 @@ from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.bilevel.alignment import Direction
 from megatron_dwm.weighting.bilevel.gradient_check import BOUND, HypergradientCheck, check_at_start, check_hypergradient
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
-from tests.distributed.engine import (
-    GPT,
-    LAYOUTS,
-    LLAMA,
-    NUM_SAMPLES,
-    SEQ_LENGTH,
-    Engine,
-    build_engine,
-    random_mask,
-    random_tokens,
-)
+from tests.distributed.built_model import LAYOUTS, BuiltModel, build_model, random_mask, random_tokens
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_outer_update import _NoSchedule, fingerprint
+from tests.small_runs import GPT, LLAMA, NUM_SAMPLES, SEQ_LENGTH, Flags
 
-DROPOUT = ["--hidden-dropout", "0.2", "--attention-dropout", "0.2"]
+DROPOUT = {"--hidden-dropout": 0.2, "--attention-dropout": 0.2}
 
 
 def unequal_mask() -> torch.Tensor:
@@ -42,27 +33,27 @@ def unequal_mask() -> torch.Tensor:
     return mask
 
 
-def batches(engine: Engine, mask: torch.Tensor) -> tuple[Batch, Batch]:
-    return engine.batch(random_tokens(1), mask), engine.batch(random_tokens(5), mask.flip(0))
+def batches(built: BuiltModel, mask: torch.Tensor) -> tuple[Batch, Batch]:
+    return built.batch(random_tokens(1), mask), built.batch(random_tokens(5), mask.flip(0))
 
 
 def checked(
-    flags: list[str], steps: int, mask: torch.Tensor, kind: type[LMGradients] = LMGradients
+    flags: Flags, steps: int, mask: torch.Tensor, kind: type[LMGradients] = LMGradients
 ) -> tuple[HypergradientCheck, bool]:
     """What a check after ``steps`` training steps finds, and whether it changed anything."""
-    engine = build_engine([*flags, *([] if steps else ["--dwm-preconditioner", "none"])])
-    batch, target = batches(engine, mask)
+    built = build_model({**flags, **({} if steps else {"--dwm-preconditioner": "none"})})
+    batch, target = batches(built, mask)
     for _ in range(steps):
-        train_step(engine.engine, engine.optimizer, _NoSchedule(), batch, 2, None, engine.parallel_state)
-    before = fingerprint(engine) if not engine.config.parallel.overlap_param_gather else None
-    found = check_hypergradient(engine.lm_gradients(kind), engine.sample_gather, batch, target)
-    return found, before is None or fingerprint(engine) == before
+        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None, built.parallel_state)
+    before = fingerprint(built) if not built.config.parallel.overlap_param_gather else None
+    found = check_hypergradient(built.lm_gradients(kind), built.sample_gather, batch, target)
+    return found, before is None or fingerprint(built) == before
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_passes_in_every_layout_and_changes_nothing(layout: str):
     world, parallel = LAYOUTS[layout]
-    results = run_distributed(checked, world, [*LLAMA, *parallel, *DROPOUT], 0, random_mask(2))
+    results = run_distributed(checked, world, {**LLAMA, **parallel, **DROPOUT}, 0, random_mask(2))
     for found, unchanged in results:
         assert unchanged and found.passed and found.error < 2e-3
         assert found == results[0][0] and found.derivative > 0
@@ -71,16 +62,16 @@ def test_it_passes_in_every_layout_and_changes_nothing(layout: str):
 @pytest.mark.parametrize(
     ("steps", "flags", "mask", "tolerance"),
     [
-        (2, [], random_mask(2), 2e-3),
-        (2, ["--calculate-per-token-loss"], unequal_mask(), 2e-3),
-        (0, [], unequal_mask(), 2e-3),
-        (0, ["--dwm-alignment", "finite-difference", "--dwm-temperature", "3"], random_mask(2), BOUND),
+        (2, {}, random_mask(2), 2e-3),
+        (2, {"--calculate-per-token-loss": True}, unequal_mask(), 2e-3),
+        (0, {}, unequal_mask(), 2e-3),
+        (0, {"--dwm-alignment": "finite-difference", "--dwm-temperature": 3}, random_mask(2), BOUND),
     ],
     ids=["Adam's preconditioner", "loss per token", "samples of unequal length", "finite differences"],
 )
-def test_it_passes_with_other_flags(steps: int, flags: list[str], mask: torch.Tensor, tolerance: float):
+def test_it_passes_with_other_flags(steps: int, flags: Flags, mask: torch.Tensor, tolerance: float):
     world, parallel = LAYOUTS["DP2, distributed optimizer"]
-    for found, unchanged in run_distributed(checked, world, [*GPT, *parallel, *flags], steps, mask):
+    for found, unchanged in run_distributed(checked, world, {**GPT, **parallel, **flags}, steps, mask):
         assert unchanged and found.error < tolerance
 
 
@@ -133,28 +124,28 @@ def test_it_notices_an_alignment_or_a_step_that_is_wrong(kind: type[LMGradients]
         assert unchanged and not found.passed and found.error > 1.5 * BOUND
 
 
-def refusal(flags: list[str], spoil: Callable[[Engine], None], mask: torch.Tensor) -> str:
-    engine = build_engine(flags)
-    spoil(engine)
-    batch, target = batches(engine, mask)
+def refusal(flags: Flags, spoil: Callable[[BuiltModel], None], mask: torch.Tensor) -> str:
+    built = build_model(flags)
+    spoil(built)
+    batch, target = batches(built, mask)
     with pytest.raises(UserError) as caught:
-        check_at_start(engine.lm_gradients(), engine.sample_gather, batch, target)
+        check_at_start(built.lm_gradients(), built.sample_gather, batch, target)
     return str(caught.value)
 
 
-def mark_all_parameters_as_shards(engine: Engine) -> None:
+def mark_all_parameters_as_shards(built: BuiltModel) -> None:
     """As a layer might that does not know of tensor parallelism: what the ranks hold in common is counted twice."""
-    for chunk in engine.chunks:
+    for chunk in built.chunks:
         for param in chunk.parameters():
             param.tensor_model_parallel = True
 
 
 def test_parameters_with_wrong_marks_end_the_run_on_all_ranks():
     world, parallel = LAYOUTS["TP2"]
-    for message in run_distributed(refusal, world, [*GPT, *parallel], mark_all_parameters_as_shards, random_mask(2)):
+    for message in run_distributed(refusal, world, {**GPT, **parallel}, mark_all_parameters_as_shards, random_mask(2)):
         assert message.startswith("--dwm-check: hypergradient") and f"(bound {BOUND:g})" in message
 
 
 def test_a_target_set_without_a_loss_leaves_nothing_to_check():
-    (message,) = run_distributed(refusal, 1, GPT, lambda engine: None, torch.zeros(NUM_SAMPLES, SEQ_LENGTH))
+    (message,) = run_distributed(refusal, 1, GPT, lambda built: None, torch.zeros(NUM_SAMPLES, SEQ_LENGTH))
     assert message.startswith("--dwm-check: the hypergradient of the first 8 samples is zero")

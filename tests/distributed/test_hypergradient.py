@@ -16,13 +16,11 @@ from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.bilevel.outer_update import OuterResult
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weights import target_score_gradient, weights_from_scores
-from tests.distributed.engine import (
-    GPT,
+from tests.distributed.built_model import (
     LAYOUTS,
-    NUM_SAMPLES,
     HfState,
     Reference,
-    build_engine,
+    build_model,
     inner,
     random_mask,
     random_tokens,
@@ -31,9 +29,10 @@ from tests.distributed.engine import (
 )
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_outer_update import _NoSchedule, classifier
+from tests.small_runs import GPT, NUM_SAMPLES, Flags
 
 RATE, TEMPERATURE = 0.1, 0.7
-SGD = ["--optimizer", "sgd", "--sgd-momentum", "0", "--weight-decay", "0", "--lr", str(RATE)]
+SGD = {"--optimizer": "sgd", "--sgd-momentum": 0, "--weight-decay": 0, "--lr": RATE}
 SCORES = torch.randn(NUM_SAMPLES, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
@@ -44,16 +43,16 @@ MASKS = {
 }
 
 
-def weighted_step_and_update(flags: list[str], mask: torch.Tensor) -> tuple[HfState, HfState, OuterResult]:
+def weighted_step_and_update(flags: Flags, mask: torch.Tensor) -> tuple[HfState, HfState, OuterResult]:
     """θ, θ' and what the update found."""
-    engine = build_engine([*flags, *SGD, "--dwm-preconditioner", "none"])
-    outer = engine.outer(Weighter(classifier(), engine.config.weighting, torch.device("cpu")))
-    batch, target = engine.batch(random_tokens(1), mask), engine.batch(random_tokens(5), mask.flip(0))
-    u = engine.sample_gather.select_replica(weights_from_scores(SCORES, TEMPERATURE))
-    old, before = engine.parameters(), ParameterCopy.taken(engine.chunks)
-    train_step(engine.engine, engine.optimizer, _NoSchedule(), batch, 2, u, engine.parallel_state)
-    with engine.engine.full_parameters():
-        new = engine.parameters()
+    built = build_model({**flags, **SGD, "--dwm-preconditioner": "none"})
+    outer = built.outer(Weighter(classifier(), built.config.weighting, torch.device("cpu")))
+    batch, target = built.batch(random_tokens(1), mask), built.batch(random_tokens(5), mask.flip(0))
+    u = built.sample_gather.select_replica(weights_from_scores(SCORES, TEMPERATURE))
+    old, before = built.parameters(), ParameterCopy.taken(built.chunks)
+    train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, u, built.parallel_state)
+    with built.engine.full_parameters():
+        new = built.parameters()
         result = outer.run(batch, target, before)
     assert result is not None
     return old, new, result
@@ -92,7 +91,7 @@ def test_the_update_of_a_run_finds_the_derivative_of_the_target_loss_in_the_scor
     """Without the factors of unequal masks the cosine of the two was 0.57 to 0.70 with these masks."""
     world, parallel = LAYOUTS[layout]
     mask = MASKS[masks]
-    flags = [*GPT, *parallel, *(["--calculate-per-token-loss"] if is_per_token else [])]
+    flags = {**GPT, **parallel, **({"--calculate-per-token-loss": True} if is_per_token else {})}
     results = run_distributed(weighted_step_and_update, world, flags, mask)
     old, new, _ = results[0]
     at_old, _ = target_loss(old, mask, is_per_token)

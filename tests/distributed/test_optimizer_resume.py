@@ -8,51 +8,55 @@ import pytest
 import torch
 
 from tests.distributed.checkpointed import Leg, train_legs
-from tests.distributed.engine import GPT, LLAMA
+from tests.small_runs import GPT, LLAMA, Flags
 
 STOP = 3
-SCHEDULE = [
-    *("--lr", "0.01", "--min-lr", "0.001", "--lr-decay-style", "cosine", "--lr-warmup-iters", "2"),
-    *("--weight-decay", "0.1"),
-]
-DECOUPLED = ["--decoupled-lr", "0.003", "--decoupled-min-lr", "0.0005"]
-GROWING_DECAY = [
-    *("--weight-decay-incr-style", "linear", "--start-weight-decay", "0.01", "--end-weight-decay", "0.2"),
-]
-DISTRIBUTED = ["--use-distributed-optimizer"]
-RESHARDABLE = [*DISTRIBUTED, "--dist-ckpt-optim-fully-reshardable"]
-SGD = ["--optimizer", "sgd"]
-FP16 = ["--fp16", "--initial-loss-scale", "256"]
-PP2 = ["--pipeline-model-parallel-size", "2"]
+SCHEDULE = {
+    "--lr": 0.01,
+    "--min-lr": 0.001,
+    "--lr-decay-style": "cosine",
+    "--lr-warmup-iters": 2,
+    "--weight-decay": 0.1,
+}
+DECOUPLED = {"--decoupled-lr": 0.003, "--decoupled-min-lr": 0.0005}
+GROWING_DECAY = {"--weight-decay-incr-style": "linear", "--start-weight-decay": 0.01, "--end-weight-decay": 0.2}
+DISTRIBUTED = {"--use-distributed-optimizer": True}
+RESHARDABLE = {**DISTRIBUTED, "--dist-ckpt-optim-fully-reshardable": True}
+SGD = {"--optimizer": "sgd"}
+FP16 = {"--fp16": True, "--initial-loss-scale": 256}
+PP2 = {"--pipeline-model-parallel-size": 2}
 OPTIMIZERS = {
-    "adam": [],
+    "adam": {},
     "adam, distributed": DISTRIBUTED,
     "adam, distributed, reshardable": RESHARDABLE,
     "sgd": SGD,
-    "sgd without momentum": [*SGD, "--sgd-momentum", "0"],
+    "sgd without momentum": {**SGD, "--sgd-momentum": 0},
 }
-PRECISIONS = {"fp32": [], "bf16": ["--bf16"], "fp16": FP16}
-CASES: dict[str, tuple[int, list[str]]] = {
-    f"{optimizer}, {precision}, {groups}": (1, [*LLAMA, *flags, *half, *group_flags])
+PRECISIONS = {"fp32": {}, "bf16": {"--bf16": True}, "fp16": FP16}
+CASES: dict[str, tuple[int, Flags]] = {
+    f"{optimizer}, {precision}, {groups}": (1, {**LLAMA, **flags, **half, **group_flags})
     for optimizer, flags in OPTIMIZERS.items()
     for precision, half in PRECISIONS.items()
-    for groups, group_flags in {"one rate": [], "decoupled": DECOUPLED}.items()
+    for groups, group_flags in {"one rate": {}, "decoupled": DECOUPLED}.items()
 }
 CASES |= {
-    "tied embeddings, decoupled": (1, [*GPT, *DECOUPLED]),
-    "tied embeddings, decoupled, PP2": (2, [*GPT, *PP2, *DECOUPLED]),
-    "tied embeddings, decoupled, PP2, bf16, distributed": (2, [*GPT, *PP2, *DECOUPLED, "--bf16", *DISTRIBUTED]),
-    "DP2, decoupled, distributed": (2, [*LLAMA, *DECOUPLED, *DISTRIBUTED]),
-    "DP2, decoupled, distributed, reshardable": (2, [*LLAMA, *DECOUPLED, *RESHARDABLE]),
-    "sgd, PP2, decoupled": (2, [*LLAMA, *PP2, *SGD, *DECOUPLED]),
-    "growing weight decay": (1, [*LLAMA, *GROWING_DECAY]),
+    "tied embeddings, decoupled": (1, {**GPT, **DECOUPLED}),
+    "tied embeddings, decoupled, PP2": (2, {**GPT, **PP2, **DECOUPLED}),
+    "tied embeddings, decoupled, PP2, bf16, distributed": (
+        2,
+        {**GPT, **PP2, **DECOUPLED, "--bf16": True, **DISTRIBUTED},
+    ),
+    "DP2, decoupled, distributed": (2, {**LLAMA, **DECOUPLED, **DISTRIBUTED}),
+    "DP2, decoupled, distributed, reshardable": (2, {**LLAMA, **DECOUPLED, **RESHARDABLE}),
+    "sgd, PP2, decoupled": (2, {**LLAMA, **PP2, **SGD, **DECOUPLED}),
+    "growing weight decay": (1, {**LLAMA, **GROWING_DECAY}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_goes_on_as_if_it_had_not_stopped(case: str, tmp_path: Path):
     processes, flags = CASES[case]
-    flags = [*SCHEDULE, *flags]
+    flags = {**SCHEDULE, **flags}
     whole, _, resumed = train_legs(
         processes, [Leg(flags), Leg(flags, save=tmp_path, last=STOP), Leg(flags, load=(tmp_path, STOP))]
     )
@@ -63,39 +67,39 @@ def test_goes_on_as_if_it_had_not_stopped(case: str, tmp_path: Path):
         assert torch.equal(resumed.parameters[name], value), name
 
 
-BUCKETS = [*DISTRIBUTED, "--overlap-grad-reduce"]
-SMALL_BUCKETS = [*BUCKETS, "--ddp-bucket-size", "3000"]
-TP2 = ["--tensor-model-parallel-size", "2"]
-MOVES: dict[str, tuple[int, list[str], list[str], list[str]]] = {
-    "to the distributed optimizer": (1, LLAMA, [], DISTRIBUTED),
-    "to the distributed optimizer, reshardable": (1, LLAMA, [], RESHARDABLE),
-    "from the distributed optimizer": (1, LLAMA, DISTRIBUTED, []),
-    "from the distributed optimizer, reshardable": (1, LLAMA, RESHARDABLE, []),
-    "to the distributed optimizer, bf16, decoupled": (1, [*LLAMA, "--bf16", *DECOUPLED], [], DISTRIBUTED),
-    "from the distributed optimizer, bf16, decoupled": (1, [*LLAMA, "--bf16", *DECOUPLED], DISTRIBUTED, []),
-    "from the distributed optimizer, fp16, reshardable": (1, [*LLAMA, *FP16], RESHARDABLE, []),
-    "to the distributed optimizer, fp16": (1, [*LLAMA, *FP16], [], DISTRIBUTED),
-    "to the distributed optimizer, DP2": (2, LLAMA, [], DISTRIBUTED),
-    "from the distributed optimizer, DP2": (2, LLAMA, DISTRIBUTED, []),
-    "from the distributed optimizer, PP2, tied": (2, [*GPT, *PP2], DISTRIBUTED, []),
-    "from the distributed optimizer, TP2": (2, [*LLAMA, *TP2], DISTRIBUTED, []),
-    "to the distributed optimizer, PP2, tied": (2, [*GPT, *PP2], [], DISTRIBUTED),
-    "from many buckets": (1, LLAMA, SMALL_BUCKETS, []),
+BUCKETS = {**DISTRIBUTED, "--overlap-grad-reduce": True}
+SMALL_BUCKETS = {**BUCKETS, "--ddp-bucket-size": 3000}
+TP2 = {"--tensor-model-parallel-size": 2}
+MOVES: dict[str, tuple[int, Flags, Flags, Flags]] = {
+    "to the distributed optimizer": (1, LLAMA, {}, DISTRIBUTED),
+    "to the distributed optimizer, reshardable": (1, LLAMA, {}, RESHARDABLE),
+    "from the distributed optimizer": (1, LLAMA, DISTRIBUTED, {}),
+    "from the distributed optimizer, reshardable": (1, LLAMA, RESHARDABLE, {}),
+    "to the distributed optimizer, bf16, decoupled": (1, {**LLAMA, "--bf16": True, **DECOUPLED}, {}, DISTRIBUTED),
+    "from the distributed optimizer, bf16, decoupled": (1, {**LLAMA, "--bf16": True, **DECOUPLED}, DISTRIBUTED, {}),
+    "from the distributed optimizer, fp16, reshardable": (1, {**LLAMA, **FP16}, RESHARDABLE, {}),
+    "to the distributed optimizer, fp16": (1, {**LLAMA, **FP16}, {}, DISTRIBUTED),
+    "to the distributed optimizer, DP2": (2, LLAMA, {}, DISTRIBUTED),
+    "from the distributed optimizer, DP2": (2, LLAMA, DISTRIBUTED, {}),
+    "from the distributed optimizer, PP2, tied": (2, {**GPT, **PP2}, DISTRIBUTED, {}),
+    "from the distributed optimizer, TP2": (2, {**LLAMA, **TP2}, DISTRIBUTED, {}),
+    "to the distributed optimizer, PP2, tied": (2, {**GPT, **PP2}, {}, DISTRIBUTED),
+    "from many buckets": (1, LLAMA, SMALL_BUCKETS, {}),
     "from many buckets to one": (2, LLAMA, SMALL_BUCKETS, BUCKETS),
-    "from one bucket to many, bf16": (2, [*LLAMA, "--bf16"], DISTRIBUTED, SMALL_BUCKETS),
+    "from one bucket to many, bf16": (2, {**LLAMA, "--bf16": True}, DISTRIBUTED, SMALL_BUCKETS),
 }
 
 
 @pytest.mark.parametrize("case", MOVES)
 def test_goes_on_with_another_kind_of_optimizer_on_the_same_curve(case: str, tmp_path: Path):
     processes, model, before, after = MOVES[case]
-    flags = [*SCHEDULE, *model]
+    flags = {**SCHEDULE, **model}
     whole, _, moved = train_legs(
         processes,
         [
-            Leg([*flags, *after]),
-            Leg([*flags, *before], save=tmp_path, last=STOP),
-            Leg([*flags, *after], load=(tmp_path, STOP)),
+            Leg({**flags, **after}),
+            Leg({**flags, **before}, save=tmp_path, last=STOP),
+            Leg({**flags, **after}, load=(tmp_path, STOP)),
         ],
     )
     assert moved.rates == whole.rates[STOP:]
@@ -107,24 +111,26 @@ def test_goes_on_with_another_kind_of_optimizer_on_the_same_curve(case: str, tmp
 
 def test_the_distributed_optimizer_is_given_up_under_another_layout(tmp_path: Path):
     """Reshardable state moves to any layout of any kind of optimizer."""
-    flags = [*SCHEDULE, *LLAMA]
+    flags = {**SCHEDULE, **LLAMA}
     (whole,) = train_legs(1, [Leg(flags)])
-    train_legs(2, [Leg([*flags, *RESHARDABLE], save=tmp_path, last=STOP)])
-    (moved,) = train_legs(2, [Leg([*flags, *TP2], load=(tmp_path, STOP))])
+    train_legs(2, [Leg({**flags, **RESHARDABLE}, save=tmp_path, last=STOP)])
+    (moved,) = train_legs(2, [Leg({**flags, **TP2}, load=(tmp_path, STOP))])
     # Sums over ranks are rounded in another order.
     assert moved.losses == pytest.approx(whole.losses[STOP:], rel=1e-5)
 
 
-@pytest.mark.parametrize(("before", "after"), [([], ["--bf16"]), (["--bf16"], []), (["--bf16"], FP16)])
-@pytest.mark.parametrize("kind", [[], DISTRIBUTED, RESHARDABLE], ids=["plain", "distributed", "reshardable"])
-def test_goes_on_in_another_precision(before: list[str], after: list[str], kind: list[str], tmp_path: Path):
-    flags = [*SCHEDULE, *LLAMA, *kind]
+@pytest.mark.parametrize(
+    ("before", "after"), [({}, {"--bf16": True}), ({"--bf16": True}, {}), ({"--bf16": True}, FP16)]
+)
+@pytest.mark.parametrize("kind", [{}, DISTRIBUTED, RESHARDABLE], ids=["plain", "distributed", "reshardable"])
+def test_goes_on_in_another_precision(before: Flags, after: Flags, kind: Flags, tmp_path: Path):
+    flags = {**SCHEDULE, **LLAMA, **kind}
     whole, _, moved = train_legs(
         1,
         [
-            Leg([*flags, *before]),
-            Leg([*flags, *before], save=tmp_path, last=STOP),
-            Leg([*flags, *after], load=(tmp_path, STOP)),
+            Leg({**flags, **before}),
+            Leg({**flags, **before}, save=tmp_path, last=STOP),
+            Leg({**flags, **after}, load=(tmp_path, STOP)),
         ],
     )
     # bf16 has 8 bits: the losses of the two runs differ by its rounding. Lost moments or parameters cost more than 0.1.

@@ -15,21 +15,9 @@ from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weights import target_score_gradient, weights_from_scores
-from tests.distributed.engine import (
-    GPT,
-    LAYOUTS,
-    LLAMA,
-    NUM_SAMPLES,
-    SEQ_LENGTH,
-    VOCAB_SIZE,
-    Engine,
-    Reference,
-    build_engine,
-    inner,
-    random_mask,
-    random_tokens,
-)
+from tests.distributed.built_model import LAYOUTS, BuiltModel, Reference, build_model, inner, random_mask, random_tokens
 from tests.distributed.harness import run_distributed
+from tests.small_runs import GPT, LLAMA, NUM_SAMPLES, SEQ_LENGTH, VOCAB_SIZE, Flags
 
 
 def classifier(seed: int = 0) -> LlamaForSequenceClassification:
@@ -54,7 +42,7 @@ def test_the_hypergradient_is_the_central_difference_of_the_target_loss_after_a_
     float64's rounding over 2e-5.
     """
     rate, temperature, epsilon = 0.05, 0.7, 1e-5
-    ((state, _),) = run_distributed(lambda: (build_engine(GPT).parameters(), None), 1)
+    ((state, _),) = run_distributed(lambda: (build_model(GPT).parameters(), None), 1)
     tokens, mask, target, target_mask = random_tokens(1), random_mask(2), random_tokens(5), random_mask(6)
     torch.manual_seed(0)
     # GPT-2s for both: Hugging Face's Llama computes its norms in fp32 whatever the model's type.
@@ -98,14 +86,14 @@ def test_the_hypergradient_is_the_central_difference_of_the_target_loss_after_a_
         assert float((param.grad * direction).sum()) == pytest.approx(difference, rel=1e-4)
 
 
-def fingerprint(engine: Engine) -> dict[str, str]:
+def fingerprint(built: BuiltModel) -> dict[str, str]:
     """Digests of everything in a run but the weighter."""
     tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
     tensors = {
-        "parameters": [p.data for chunk in engine.chunks for p in chunk.parameters()],
+        "parameters": [p.data for chunk in built.chunks for p in chunk.parameters()],
         "optimizer": [
             value
-            for part in optimizer_parts(engine.optimizer)
+            for part in optimizer_parts(built.optimizer)
             for state in part.optimizer.state.values()
             for value in state.values()
             if isinstance(value, torch.Tensor)
@@ -113,10 +101,10 @@ def fingerprint(engine: Engine) -> dict[str, str]:
         "random streams": [torch.get_rng_state(), *(tracker[name] for name in sorted(tracker))],
     }
     flags = {
-        "hooks": [chunk.use_forward_hook for chunk in engine.chunks],
-        "training": [module.training for chunk in engine.chunks for module in chunk.modules()],
-        "dropout": [getattr(module, "hidden_dropout", None) for chunk in engine.chunks for module in chunk.modules()],
-        "configuration": {k: str(v) for k, v in vars(engine.engine.config).items() if "func" in k},
+        "hooks": [chunk.use_forward_hook for chunk in built.chunks],
+        "training": [module.training for chunk in built.chunks for module in chunk.modules()],
+        "dropout": [getattr(module, "hidden_dropout", None) for chunk in built.chunks for module in chunk.modules()],
+        "configuration": {k: str(v) for k, v in vars(built.engine.config).items() if "func" in k},
     }
     digests = {
         name: hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in values)).hexdigest()
@@ -125,23 +113,23 @@ def fingerprint(engine: Engine) -> dict[str, str]:
     return digests | {name: str(value) for name, value in flags.items()}
 
 
-def updates(flags: list[str]) -> tuple[list[tuple[dict[str, str], dict[str, str]]], list[str], Any]:
+def updates(flags: Flags) -> tuple[list[tuple[dict[str, str], dict[str, str]]], list[str], Any]:
     """Two steps, an outer update after each: fingerprints before and after the updates, weighter hashes, alignments."""
-    engine = build_engine([*flags, "--hidden-dropout", "0.2", "--attention-dropout", "0.2"])
-    weighter = Weighter(classifier(), engine.config.weighting, torch.device("cpu"))
-    outer = engine.outer(weighter)
+    built = build_model({**flags, "--hidden-dropout": 0.2, "--attention-dropout": 0.2})
+    weighter = Weighter(classifier(), built.config.weighting, torch.device("cpu"))
+    outer = built.outer(weighter)
     pairs, hashes = [], [weighter.hash()]
     results = []
     for number in range(2):
-        batch = engine.batch(random_tokens(1 + number), random_mask(2))
-        target = engine.batch(random_tokens(5 + number), random_mask(6))
-        before = ParameterCopy.taken(engine.chunks)
-        train_step(engine.engine, engine.optimizer, _NoSchedule(), batch, 2, None, engine.parallel_state)
-        with engine.engine.full_parameters():
-            first = fingerprint(engine)
+        batch = built.batch(random_tokens(1 + number), random_mask(2))
+        target = built.batch(random_tokens(5 + number), random_mask(6))
+        before = ParameterCopy.taken(built.chunks)
+        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None, built.parallel_state)
+        with built.engine.full_parameters():
+            first = fingerprint(built)
             result = outer.run(batch, target, before)
             assert result is not None
-            pairs.append((first, fingerprint(engine)))
+            pairs.append((first, fingerprint(built)))
         hashes.append(weighter.hash())
         results.append(result)
     return pairs, hashes, results[-1].alignments
@@ -157,7 +145,7 @@ class _NoSchedule:
 )
 def test_an_update_changes_the_weighter_alike_on_all_ranks_and_nothing_else(layout: str):
     world, parallel = LAYOUTS[layout]
-    results = run_distributed(updates, world, [*LLAMA, *parallel])
+    results = run_distributed(updates, world, {**LLAMA, **parallel})
     for pairs, hashes, alignments in results:
         for before, after in pairs:
             assert after == before
@@ -166,39 +154,39 @@ def test_an_update_changes_the_weighter_alike_on_all_ranks_and_nothing_else(layo
         assert torch.equal(alignments, results[0][2])
 
 
-def trained(flags: list[str], updating: bool) -> dict[str, str]:
+def trained(flags: Flags, updating: bool) -> dict[str, str]:
     """Digests of the run after three steps with dropout, with an outer update after the first two of them or not."""
-    engine = build_engine([*flags, "--hidden-dropout", "0.2", "--attention-dropout", "0.2"])
-    outer = engine.outer(Weighter(classifier(), engine.config.weighting, torch.device("cpu")))
+    built = build_model({**flags, "--hidden-dropout": 0.2, "--attention-dropout": 0.2})
+    outer = built.outer(Weighter(classifier(), built.config.weighting, torch.device("cpu")))
     for number in range(3):
-        batch, target = (engine.batch(random_tokens(seed + number), random_mask(2)) for seed in (1, 5))
-        before = ParameterCopy.taken(engine.chunks)
-        train_step(engine.engine, engine.optimizer, _NoSchedule(), batch, 2, None, engine.parallel_state)
+        batch, target = (built.batch(random_tokens(seed + number), random_mask(2)) for seed in (1, 5))
+        before = ParameterCopy.taken(built.chunks)
+        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None, built.parallel_state)
         if updating and number < 2:
-            with engine.engine.full_parameters():
+            with built.engine.full_parameters():
                 assert outer.run(batch, target, before) is not None
-    with engine.engine.full_parameters():
-        digests = fingerprint(engine)
+    with built.engine.full_parameters():
+        digests = fingerprint(built)
     return {name: digests[name] for name in ("parameters", "optimizer", "random streams")}
 
 
-@pytest.mark.parametrize("differences", [[], ["--dwm-alignment", "finite-difference"]], ids=["exact", "differences"])
+@pytest.mark.parametrize("differences", [{}, {"--dwm-alignment": "finite-difference"}], ids=["exact", "differences"])
 @pytest.mark.parametrize("layout", ["TP2 x PP2", "TP2, sequence parallel, x DP2, distributed optimizer, overlapped"])
-def test_training_goes_on_as_if_there_had_been_no_update(layout: str, differences: list[str]):
+def test_training_goes_on_as_if_there_had_been_no_update(layout: str, differences: Flags):
     world, parallel = LAYOUTS[layout]
-    flags = [*LLAMA, *parallel, *differences]
+    flags = {**LLAMA, **parallel, **differences}
     assert run_distributed(trained, world, flags, True) == run_distributed(trained, world, flags, False)
 
 
 def test_a_replica_that_has_drifted_ends_the_run_at_the_next_update():
     def drift() -> str:
-        engine = build_engine([*LLAMA, "--dwm-preconditioner", "none"])
-        weighter = Weighter(classifier(), engine.config.weighting, torch.device("cpu"))
-        if engine.parallel_state.rank == 1:
+        built = build_model({**LLAMA, "--dwm-preconditioner": "none"})
+        weighter = Weighter(classifier(), built.config.weighting, torch.device("cpu"))
+        if built.parallel_state.rank == 1:
             weighter.model.score.weight.data[0, 0] += 1e-3
-        batch, target = engine.batch(random_tokens(1), random_mask(2)), engine.batch(random_tokens(5), random_mask(6))
+        batch, target = built.batch(random_tokens(1), random_mask(2)), built.batch(random_tokens(5), random_mask(6))
         with pytest.raises(RuntimeError, match="replicas differ"):
-            engine.outer(weighter).run(batch, target, ParameterCopy.taken(engine.chunks))
+            built.outer(weighter).run(batch, target, ParameterCopy.taken(built.chunks))
         return "noticed"
 
     assert run_distributed(drift, 2) == ["noticed", "noticed"]

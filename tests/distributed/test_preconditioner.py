@@ -7,51 +7,44 @@ import torch
 
 from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.bilevel.preconditioner import precondition
-from tests.distributed.engine import (
-    LAYOUTS,
-    LLAMA,
-    HfState,
-    build_engine,
-    random_mask,
-    random_tokens,
-    relative_error,
-)
+from tests.distributed.built_model import LAYOUTS, HfState, build_model, random_mask, random_tokens, relative_error
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_outer_update import _NoSchedule
+from tests.small_runs import LLAMA, Flags
 
 STEPS = 3
 
 
-def preconditioned(flags: list[str]) -> tuple[list[HfState], HfState, HfState]:
+def preconditioned(flags: Flags) -> tuple[list[HfState], HfState, HfState]:
     """The gradients of some steps, v, and P v."""
-    engine = build_engine([*flags, "--adam-beta2", "0.9", "--weight-decay", "0", "--no-bias-swiglu-fusion"])
+    built = build_model({**flags, "--adam-beta2": 0.9, "--weight-decay": 0, "--no-bias-swiglu-fusion": True})
     gradients = []
     for number in range(STEPS):
-        batch = engine.batch(random_tokens(number), random_mask(2))
-        train_step(engine.engine, engine.optimizer, _NoSchedule(), batch, 2, None, engine.parallel_state)
-        gradients.append(engine.gradient())
-    direction = {p: torch.randn(p.shape, dtype=torch.float32) for c in engine.chunks for p in c.parameters()}
+        batch = built.batch(random_tokens(number), random_mask(2))
+        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None, built.parallel_state)
+        gradients.append(built.gradient())
+    direction = {p: torch.randn(p.shape, dtype=torch.float32) for c in built.chunks for p in c.parameters()}
     for v in direction.values():
         torch.distributed.broadcast(v, 0)
-    before = engine.named(dict(direction))
-    precondition(direction, engine.optimizer, engine.parallel_state)
-    return gradients, before, engine.named(dict(direction))
+    before = built.named(dict(direction))
+    precondition(direction, built.optimizer, built.parallel_state)
+    return gradients, before, built.named(dict(direction))
 
 
 @pytest.mark.parametrize(
     ("layout", "precision", "tolerance"),
     [
-        ("one process", [], 1e-5),
-        ("DP2", [], 1e-5),
-        ("DP2, distributed optimizer", [], 1e-5),
+        ("one process", {}, 1e-5),
+        ("DP2", {}, 1e-5),
+        ("DP2, distributed optimizer", {}, 1e-5),
         # The result is handed back through bf16 parameters here, which keep 8 bits.
-        ("one process", ["--bf16"], 1e-2),
-        ("DP2, distributed optimizer", ["--bf16"], 1e-2),
+        ("one process", {"--bf16": True}, 1e-2),
+        ("DP2, distributed optimizer", {"--bf16": True}, 1e-2),
     ],
 )
-def test_the_direction_is_scaled_by_adams_second_moment(layout: str, precision: list[str], tolerance: float):
+def test_the_direction_is_scaled_by_adams_second_moment(layout: str, precision: Flags, tolerance: float):
     world, parallel = LAYOUTS[layout]
-    for gradients, v, found in run_distributed(preconditioned, world, [*LLAMA, *parallel, *precision]):
+    for gradients, v, found in run_distributed(preconditioned, world, {**LLAMA, **parallel, **precision}):
         expected = {}
         for name, value in v.items():
             second = torch.zeros_like(value, dtype=torch.float64)
@@ -62,16 +55,16 @@ def test_the_direction_is_scaled_by_adams_second_moment(layout: str, precision: 
 
 
 def test_parameters_with_a_learning_rate_of_their_own_have_it_in_p():
-    def ratio(rates: list[str]) -> dict[str, torch.Tensor]:
-        engine = build_engine([*LLAMA, *rates])
-        batch = engine.batch(random_tokens(1), random_mask(2))
-        train_step(engine.engine, engine.optimizer, _NoSchedule(), batch, 2, None, engine.parallel_state)
-        direction = {p: torch.ones_like(p) for c in engine.chunks for p in c.parameters()}
-        precondition(direction, engine.optimizer, engine.parallel_state)
-        return engine.named(dict(direction))
+    def ratio(rates: Flags) -> dict[str, torch.Tensor]:
+        built = build_model({**LLAMA, **rates})
+        batch = built.batch(random_tokens(1), random_mask(2))
+        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None, built.parallel_state)
+        direction = {p: torch.ones_like(p) for c in built.chunks for p in c.parameters()}
+        precondition(direction, built.optimizer, built.parallel_state)
+        return built.named(dict(direction))
 
-    (plain,) = run_distributed(ratio, 1, [])
-    (decoupled,) = run_distributed(ratio, 1, ["--decoupled-lr", "0.03"])  # of the --lr 0.01 of all engines
+    (plain,) = run_distributed(ratio, 1, {})
+    (decoupled,) = run_distributed(ratio, 1, {"--decoupled-lr": 0.03})  # of the --lr 0.01 of IN_PROCESS
     for name, value in plain.items():
         factor = 3.0 if name in ("embed_tokens.weight", "lm_head.weight") else 1.0
         torch.testing.assert_close(decoupled[name], factor * value, rtol=1e-6, atol=0)
@@ -80,9 +73,9 @@ def test_parameters_with_a_learning_rate_of_their_own_have_it_in_p():
 @pytest.mark.parametrize("layout", ["one process", "DP2, distributed optimizer"])
 def test_before_the_optimizers_first_step_the_direction_is_unknown(layout: str):
     def all_nan() -> bool:
-        engine = build_engine([*LLAMA, *LAYOUTS[layout][1]])
-        direction = {p: torch.ones_like(p) for c in engine.chunks for p in c.parameters()}
-        precondition(direction, engine.optimizer, engine.parallel_state)
+        built = build_model({**LLAMA, **LAYOUTS[layout][1]})
+        direction = {p: torch.ones_like(p) for c in built.chunks for p in c.parameters()}
+        precondition(direction, built.optimizer, built.parallel_state)
         return all(bool(v.isnan().all()) for v in direction.values())
 
     assert all(run_distributed(all_nan, LAYOUTS[layout][0]))

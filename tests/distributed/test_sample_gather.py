@@ -11,9 +11,9 @@ from megatron_dwm.data.sampler import BatchPartition
 from megatron_dwm.runtime.process_groups import current_parallel_state
 from megatron_dwm.weighting.sample_gather import SampleGather
 from megatron_dwm.weighting.weighter import Weighter
-from tests.distributed.engine import SEQ_LENGTH, VOCAB_SIZE
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_outer_update import classifier
+from tests.small_runs import SEQ_LENGTH, VOCAB_SIZE
 
 CONFIG = WeightingConfig(dwm_score_batch_size=2, dwm_target_data_path=["x"])
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_dwm.errors import UserError
 from tests.distributed.checkpointed import Leg, Trained, train_legs
-from tests.distributed.engine import LLAMA
+from tests.small_runs import LLAMA, Flags
 
 STOP = 3
-SAVED = {"--lr": "0.01", "--min-lr": "0.001", "--lr-decay-style": "cosine", "--weight-decay": "0.1"}
-OTHER = {"--lr": "0.005", "--min-lr": "0.0005", "--lr-decay-style": "linear", "--weight-decay": "0.2"}
-KINDS = {"plain": [], "distributed": ["--use-distributed-optimizer"]}
+SAVED = {"--lr": 0.01, "--min-lr": 0.001, "--lr-decay-style": "cosine", "--weight-decay": 0.1}
+OTHER = {"--lr": 0.005, "--min-lr": 0.0005, "--lr-decay-style": "linear", "--weight-decay": 0.2}
+OVERRIDE = {"--override-opt-param-scheduler": True}
+KEEP = {"--use-checkpoint-opt-param-scheduler": True}
+KINDS: dict[str, Flags] = {"plain": {}, "distributed": {"--use-distributed-optimizer": True}}
 
 
-def leg(schedule: dict[str, str], *flags: str, **where: object) -> Leg:
-    return Leg([*LLAMA, *(part for item in schedule.items() for part in item), *flags], **where)  # type: ignore[arg-type]
+def leg(*groups: Flags, **where: Any) -> Leg:
+    """Return the leg with the flags of all groups; the last one that has a flag counts."""
+    flags = dict(LLAMA)
+    for group in groups:
+        flags.update(group)
+    return Leg(flags, **where)
 
 
 def rates(trained: Trained) -> list[tuple[float, float]]:
@@ -31,11 +38,11 @@ def test_the_flag_of_the_schedule_that_counts_is_followed_from_the_first_step_on
     before, after, _, overriding, keeping = train_legs(
         1,
         [
-            leg(SAVED, *flags),
-            leg(OTHER, *flags),
-            leg(SAVED, *flags, save=tmp_path, last=STOP),
-            leg(OTHER, *flags, "--override-opt-param-scheduler", load=(tmp_path, STOP)),
-            leg(OTHER, *flags, "--use-checkpoint-opt-param-scheduler", load=(tmp_path, STOP)),
+            leg(SAVED, flags),
+            leg(OTHER, flags),
+            leg(SAVED, flags, save=tmp_path, last=STOP),
+            leg(OTHER, flags, OVERRIDE, load=(tmp_path, STOP)),
+            leg(OTHER, flags, KEEP, load=(tmp_path, STOP)),
         ],
     )
     assert rates(overriding) == rates(after)[STOP:] and rates(after)[STOP][1] == 0.2
@@ -46,8 +53,8 @@ def test_the_flag_of_the_schedule_that_counts_is_followed_from_the_first_step_on
 def test_decoupled_rates_follow_the_same_rule(tmp_path: Path):
     """Both sets of rates are in the groups: of embedding and output layer, and of the rest."""
     saved, other = (
-        {**SAVED, "--decoupled-lr": "0.003", "--decoupled-min-lr": "0.002"},
-        {**OTHER, "--decoupled-lr": "0.004"},
+        {**SAVED, "--decoupled-lr": 0.003, "--decoupled-min-lr": 0.002},
+        {**OTHER, "--decoupled-lr": 0.004},
     )
     before, after, _, overriding, keeping = train_legs(
         1,
@@ -55,8 +62,8 @@ def test_decoupled_rates_follow_the_same_rule(tmp_path: Path):
             leg(saved),
             leg(other),
             leg(saved, save=tmp_path, last=STOP),
-            leg(other, "--override-opt-param-scheduler", load=(tmp_path, STOP)),
-            leg(other, "--use-checkpoint-opt-param-scheduler", load=(tmp_path, STOP)),
+            leg(other, OVERRIDE, load=(tmp_path, STOP)),
+            leg(other, KEEP, load=(tmp_path, STOP)),
         ],
     )
     assert overriding.rates == after.rates[STOP:] and len(set(after.rates[STOP])) == 3
@@ -67,9 +74,9 @@ def test_a_longer_run_follows_the_longer_schedule(tmp_path: Path):
     longer, _, extended = train_legs(
         1,
         [
-            leg(SAVED, "--train-iters", "20"),
+            leg(SAVED, {"--train-iters": 20}),
             leg(SAVED, save=tmp_path, last=STOP),
-            leg(SAVED, "--train-iters", "20", load=(tmp_path, STOP)),
+            leg(SAVED, {"--train-iters": 20}, load=(tmp_path, STOP)),
         ],
     )
     assert rates(extended) == rates(longer)[STOP:]
@@ -77,12 +84,12 @@ def test_a_longer_run_follows_the_longer_schedule(tmp_path: Path):
 
 def test_hyperparameters_of_the_optimizer_are_the_flags(tmp_path: Path):
     """Of Adam too: a resumed run with other ones makes the steps of a run that has them."""
-    other = ["--adam-beta2", "0.9", "--adam-eps", "1e-4"]
+    other = {"--adam-beta2": 0.9, "--adam-eps": 1e-4}
     _, changed, kept = train_legs(
         1,
         [
             leg(SAVED, save=tmp_path, last=STOP),
-            leg(SAVED, *other, load=(tmp_path, STOP)),
+            leg(SAVED, other, load=(tmp_path, STOP)),
             leg(SAVED, load=(tmp_path, STOP)),
         ],
     )
@@ -93,12 +100,12 @@ def test_hyperparameters_of_the_optimizer_are_the_flags(tmp_path: Path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--lr", "0.02"], "--lr 0.02 is not what the checkpoint was saved with, 0.01; give --override-opt-param"),
-        (["--optimizer", "sgd"], "--optimizer sgd cannot go on with the checkpoint's state of adam"),
+        ({"--lr": 0.02}, "--lr 0.02 is not what the checkpoint was saved with, 0.01; give --override-opt-param"),
+        ({"--optimizer": "sgd"}, "--optimizer sgd cannot go on with the checkpoint's state of adam"),
     ],
 )
-def test_what_cannot_go_on_is_one_line(flags: list[str], said: str, tmp_path: Path):
+def test_what_cannot_go_on_is_one_line(flags: Flags, said: str, tmp_path: Path):
     train_legs(1, [leg(SAVED, save=tmp_path, last=STOP)])
     with pytest.raises(UserError, match=said):
-        train_legs(1, [leg(SAVED, *flags, load=(tmp_path, STOP))])
-    train_legs(1, [leg(SAVED, *flags, "--no-load-optim", load=(tmp_path, STOP), last=STOP + 1)])
+        train_legs(1, [leg(SAVED, flags, load=(tmp_path, STOP))])
+    train_legs(1, [leg(SAVED, flags, {"--no-load-optim": True}, load=(tmp_path, STOP), last=STOP + 1)])

@@ -10,19 +10,17 @@ import pytest
 import torch
 
 from megatron_dwm.model.loss import weighted_loss
-from tests.distributed.engine import (
-    GPT,
+from tests.distributed.built_model import (
     LAYOUTS,
-    LLAMA,
-    NUM_SAMPLES,
     HfState,
     Reference,
-    build_engine,
+    build_model,
     random_mask,
     random_tokens,
     relative_error,
 )
 from tests.distributed.harness import run_distributed
+from tests.small_runs import GPT, LLAMA, NUM_SAMPLES, Flags
 
 TOLERANCE = 2e-5
 MODELS = {"gpt, tied": GPT, "llama, untied": LLAMA}
@@ -34,15 +32,15 @@ def weights_from_scores() -> torch.Tensor:
     return NUM_SAMPLES * torch.softmax(1.5 * scores, 0)
 
 
-def weighted_gradient(flags: list[str], u: torch.Tensor | None, mask: torch.Tensor) -> tuple[HfState, HfState]:
-    engine = build_engine(flags)
-    state = engine.parameters()
-    batch = engine.batch(random_tokens(1), mask)
-    sample_weights = engine.sample_gather.select_replica(u) if u is not None else None
-    for chunk in engine.chunks:
+def weighted_gradient(flags: Flags, u: torch.Tensor | None, mask: torch.Tensor) -> tuple[HfState, HfState]:
+    built = build_model(flags)
+    state = built.parameters()
+    batch = built.batch(random_tokens(1), mask)
+    sample_weights = built.sample_gather.select_replica(u) if u is not None else None
+    for chunk in built.chunks:
         chunk.zero_grad_buffer()
-    engine.engine.run(batch, engine.config.training.micro_batch, loss_function=weighted_loss(sample_weights))
-    return state, engine.gradient()
+    built.engine.run(batch, built.config.training.micro_batch, loss_function=weighted_loss(sample_weights))
+    return state, built.gradient()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -50,7 +48,7 @@ def weighted_gradient(flags: list[str], u: torch.Tensor | None, mask: torch.Tens
 def test_the_gradient_is_that_of_the_weighted_sum(model: str, layout: str):
     world, parallel = LAYOUTS[layout]
     mask, u = random_mask(2), weights_from_scores()
-    results = run_distributed(weighted_gradient, world, [*MODELS[model], *parallel], u, mask)
+    results = run_distributed(weighted_gradient, world, {**MODELS[model], **parallel}, u, mask)
     reference = Reference(MODELS[model], results[0][0])
     expected = reference.gradient((u / NUM_SAMPLES * reference.losses(random_tokens(1), mask)).sum())
     for _, found in results:

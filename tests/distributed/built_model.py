@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_dwm.config.run import RunConfig, parse_run
+from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.sampler import BatchPartition
 from megatron_dwm.model.engine import PipelineEngine
@@ -29,48 +29,29 @@ from megatron_dwm.training.optimizer import build_optimizer
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.outer_update import OuterUpdate
 from megatron_dwm.weighting.sample_gather import SampleGather
+from tests.small_runs import IN_PROCESS, NUM_SAMPLES, SEQ_LENGTH, VOCAB_SIZE, Flags, parse_flags
 
-SEQ_LENGTH = 12
-VOCAB_SIZE = 64
-NUM_SAMPLES = 8
-
-GPT = ["--num-layers", "4", "--hidden-size", "16", "--num-attention-heads", "4"]
-LLAMA = [
-    *GPT,
-    *("--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear"),
-    *(
-        "--ffn-hidden-size",
-        "48",
-        "--group-query-attention",
-        "--num-query-groups",
-        "2",
-        "--untie-embeddings-and-output-weights",
-    ),
-]
-COMMON = [
-    *("--seq-length", str(SEQ_LENGTH), "--max-position-embeddings", str(SEQ_LENGTH), "--init-method-std", "0.3"),
-    *("--micro-batch-size", "2", "--global-batch-size", str(NUM_SAMPLES), "--train-iters", "10", "--lr", "0.01"),
-    *("--hidden-dropout", "0", "--attention-dropout", "0", "--make-vocab-size-divisible-by", "32", "--mock-data"),
-    *("--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB_SIZE - 1), "--clip-grad", "0"),
-]
-LAYOUTS: dict[str, tuple[int, list[str]]] = {
-    "one process": (1, []),
-    "TP2": (2, ["--tensor-model-parallel-size", "2"]),
-    "TP2, sequence parallel": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
-    "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
+LAYOUTS: dict[str, tuple[int, Flags]] = {
+    "one process": (1, {}),
+    "TP2": (2, {"--tensor-model-parallel-size": 2}),
+    "TP2, sequence parallel": (2, {"--tensor-model-parallel-size": 2, "--sequence-parallel": True}),
+    "PP2": (2, {"--pipeline-model-parallel-size": 2}),
     "PP2, interleaved": (
         2,
-        ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"],
+        {"--pipeline-model-parallel-size": 2, "--num-virtual-stages-per-pipeline-rank": 2},
     ),
-    "TP2 x PP2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
-    "DP2": (2, []),
-    "DP2, distributed optimizer": (2, ["--use-distributed-optimizer"]),
+    "TP2 x PP2": (4, {"--tensor-model-parallel-size": 2, "--pipeline-model-parallel-size": 2}),
+    "DP2": (2, {}),
+    "DP2, distributed optimizer": (2, {"--use-distributed-optimizer": True}),
     "TP2, sequence parallel, x DP2, distributed optimizer, overlapped": (
         4,
-        [
-            *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
-            *("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
-        ],
+        {
+            "--tensor-model-parallel-size": 2,
+            "--sequence-parallel": True,
+            "--use-distributed-optimizer": True,
+            "--overlap-grad-reduce": True,
+            "--overlap-param-gather": True,
+        },
     ),
 }
 
@@ -79,7 +60,7 @@ HfState = dict[str, torch.Tensor]
 
 
 @dataclass
-class Engine:
+class BuiltModel:
     """The parts of a run that the mathematics concerns."""
 
     config: RunConfig
@@ -136,9 +117,9 @@ class Engine:
         return to_hf_state_dict(full, model, layers=model.layers, vocab_size=VOCAB_SIZE)
 
 
-def build_engine(flags: list[str], seed: int = 1234) -> Engine:
-    """Build the model of :data:`COMMON` and ``flags``; norms and biases are random, so that each counts."""
-    config = parse_run([*COMMON, *flags], dist.get_world_size())
+def build_model(flags: Flags, seed: int = 1234) -> BuiltModel:
+    """Build the model of :data:`IN_PROCESS` and ``flags``; norms and biases are random, so that each counts."""
+    config = parse_flags({**IN_PROCESS, **flags}, dist.get_world_size())
     core_config = transformer_config(
         config.model, config.parallel, config.training, config.optimizer, torch.device("cpu")
     )
@@ -158,7 +139,7 @@ def build_engine(flags: list[str], seed: int = 1234) -> Engine:
     schedule = PipelineEngine(chunks, core_config, layout, SEQ_LENGTH, check_for_nan=not config.optimizer.fp16)
     micro, dp = config.training.micro_batch, layout.dp_size
     sample_gather = SampleGather(BatchPartition(micro, config.num_microbatches, layout.dp_rank, dp), layout)
-    return Engine(config, layout, chunks, optimizer, schedule, sample_gather)
+    return BuiltModel(config, layout, chunks, optimizer, schedule, sample_gather)
 
 
 def random_tokens(seed: int) -> torch.Tensor:
@@ -183,12 +164,12 @@ def uneven_mask(tokens: int) -> torch.Tensor:
 class Reference:
     """The same language model as one Hugging Face model in float64, differentiated by autograd."""
 
-    def __init__(self, flags: list[str], state: HfState) -> None:
+    def __init__(self, flags: Flags, state: HfState) -> None:
         from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
         from megatron_dwm.model.hf_config import hf_config
 
-        model = parse_run([*COMMON, *flags], 1).model
+        model = parse_flags({**IN_PROCESS, **flags}).model
         config = hf_config(model, vocab_size=VOCAB_SIZE, num_layers=model.layers)
         kind: Any = LlamaForCausalLM if config.model_type == "llama" else GPT2LMHeadModel
         self.model = kind(config).double().eval()
