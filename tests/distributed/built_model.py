@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.sampler import BatchPartition
@@ -105,34 +106,44 @@ class BuiltModel:
                     tensors[param] = value
         return self.named(tensors)
 
-    def named(self, tensors: dict[Any, torch.Tensor]) -> HfState:
-        """Tensors by parameter of this rank, gathered and under their Hugging Face names."""
+    def gathered(self, tensors: dict[Any, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors by parameter of this rank, gathered and under their checkpoint keys."""
         saved = {param: param.data.clone() for param in tensors}
         for param, value in tensors.items():
             param.data.copy_(value)
         full = gather_full_state(self.chunks, lambda key: True)
         for param, value in saved.items():
             param.data.copy_(value)
+        return full
+
+    def named(self, tensors: dict[Any, torch.Tensor]) -> HfState:
+        """Tensors by parameter of this rank, gathered and under their Hugging Face names."""
         model = self.config.model
-        return to_hf_state_dict(full, model, layers=model.layers, vocab_size=VOCAB_SIZE)
+        return to_hf_state_dict(self.gathered(tensors), model, layers=model.layers, vocab_size=VOCAB_SIZE)
 
 
 def build_model(flags: Flags, seed: int = 1234) -> BuiltModel:
-    """Build the model of :data:`IN_PROCESS` and ``flags``; norms and biases are random, so that each counts."""
+    """Build the model of :data:`IN_PROCESS` and ``flags``; norms and biases are random, so that each counts.
+
+    A process may build several models in one layout.
+    """
     config = parse_flags({**IN_PROCESS, **flags}, dist.get_world_size())
     core_config = transformer_config(
         config.model, config.parallel, config.training, config.optimizer, torch.device("cpu")
     )
     parallel, virtual = config.parallel, config.parallel.virtual_stages(config.model.layers)
-    mpu.initialize_model_parallel(parallel.tp, parallel.pp, virtual)
+    if not mpu.model_parallel_is_initialized():  # by another model of the test
+        mpu.initialize_model_parallel(parallel.tp, parallel.pp, virtual)
     layout = current_parallel_state()
     set_seeds(seed, layout)
     bare = build_model_chunks(core_config, config.model, vocabulary=Vocabulary(VOCAB_SIZE, VOCAB_SIZE))
     noise = torch.Generator().manual_seed(seed + layout.pp_rank)
     for chunk in bare:
         for param in chunk.parameters():
-            if param.dim() == 1:  # the same on all tensor-parallel ranks, which a shared parameter must be
-                param.data += 0.1 * torch.randn(param.shape, generator=noise).to(param.dtype)
+            if param.dim() == 1:  # the same values under every size of tensor parallelism
+                slices = layout.tp_size if param.tensor_model_parallel else 1
+                values = torch.randn(slices, *param.shape, generator=noise)
+                param.data += 0.1 * values[layout.tp_rank % slices].to(param.dtype)
     chunks = wrap_with_ddp(bare, core_config, config.parallel, config.optimizer, config.training)
     optimizer = build_optimizer(config, chunks)
     bind_schedule_hooks(core_config, chunks, optimizer, config.parallel)
@@ -140,6 +151,11 @@ def build_model(flags: Flags, seed: int = 1234) -> BuiltModel:
     micro, dp = config.training.micro_batch, layout.dp_size
     sample_gather = SampleGather(BatchPartition(micro, config.num_microbatches, layout.dp_rank, dp), layout)
     return BuiltModel(config, layout, chunks, optimizer, schedule, sample_gather)
+
+
+def parse_model(flags: Flags) -> ModelConfig:
+    """Return what ``flags`` say of the model."""
+    return parse_flags({**IN_PROCESS, **flags}).model
 
 
 def random_tokens(seed: int) -> torch.Tensor:
@@ -169,7 +185,7 @@ class Reference:
 
         from megatron_dwm.model.hf_config import hf_config
 
-        model = parse_flags({**IN_PROCESS, **flags}).model
+        model = parse_model(flags)
         config = hf_config(model, vocab_size=VOCAB_SIZE, num_layers=model.layers)
         kind: Any = LlamaForCausalLM if config.model_type == "llama" else GPT2LMHeadModel
         self.model = kind(config).double().eval()

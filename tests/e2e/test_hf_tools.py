@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -38,12 +38,14 @@ from megatron_dwm.model.gpt import build_model_chunks
 from megatron_dwm.model.hf_config import hf_config
 from megatron_dwm.model.transformer_config import transformer_config
 from megatron_dwm.model.vocabulary import Vocabulary
-from tests.distributed import tiny
+from tests.distributed.built_model import random_tokens
 from tests.distributed.harness import run_distributed
+from tests.distributed.passes import logits
 from tests.e2e.datasets import make_dataset
 from tests.e2e.launch import succeed
 from tests.fixtures.megatron.record import scalars
 from tests.paths import FIXTURES
+from tests.small_runs import GPT, IN_PROCESS, LLAMA_STYLE, SEQ_LENGTH, parse_flags
 
 SENTENCES = [
     "The ships lay in the harbour until the wind turned.",
@@ -55,21 +57,19 @@ SIZES = {
     "--num-layers": 4,
     "--hidden-size": 32,
     "--num-attention-heads": 4,
-    "--seq-length": tiny.SEQ_LENGTH,
-    "--max-position-embeddings": tiny.SEQ_LENGTH,
+    "--seq-length": SEQ_LENGTH,
+    "--max-position-embeddings": SEQ_LENGTH,
     "--init-method-std": 0.2,
 }
+UNTIED = {"--untie-embeddings-and-output-weights": True}
+TIED = {"--untie-embeddings-and-output-weights": False}
 LLAMA = {
     **SIZES,
-    "--position-embedding-type": "rope",
-    "--normalization": "RMSNorm",
-    "--swiglu": True,
-    "--disable-bias-linear": True,
+    **LLAMA_STYLE,
     "--group-query-attention": True,
     "--num-query-groups": 2,
     "--ffn-hidden-size": 48,
 }
-UNTIED = {"--untie-embeddings-and-output-weights": True}
 RUN = {
     "--micro-batch-size": 2,
     "--global-batch-size": 8,
@@ -83,8 +83,8 @@ RUN = {
 TP2_PP2 = {"--tensor-model-parallel-size": 2, "--pipeline-model-parallel-size": 2}
 INTERLEAVED = {"--pipeline-model-parallel-size": 2, "--num-virtual-stages-per-pipeline-rank": 2}
 TRAINED: dict[str, tuple[Any, dict[str, Any], int]] = {
-    "llama with grouped queries, TP2 PP2": (LlamaForCausalLM, LLAMA | UNTIED | TP2_PP2, 4),
-    "llama with tied head, interleaved PP2": (LlamaForCausalLM, LLAMA | INTERLEAVED, 2),
+    "llama with grouped queries, TP2 PP2": (LlamaForCausalLM, LLAMA | TP2_PP2, 4),
+    "llama with tied head, interleaved PP2": (LlamaForCausalLM, LLAMA | TIED | INTERLEAVED, 2),
     "gpt2, TP2 PP2": (GPT2LMHeadModel, SIZES | TP2_PP2, 4),
     "gpt2 with its own head, one process": (GPT2LMHeadModel, SIZES | UNTIED, 1),
 }
@@ -117,14 +117,15 @@ def _megatron_logits(folder: Path) -> torch.Tensor:
     parallel_state.initialize_model_parallel()
     saved = read_arguments(folder)
     model = export_hf.saved_model(saved)
-    config = transformer_config(model, tiny.ParallelConfig(), tiny.TRAINING, tiny.OPTIMIZER, torch.device("cpu"))
-    tiny.tensor_parallel.model_parallel_cuda_manual_seed(1)
+    run = parse_flags({**IN_PROCESS, **GPT})
+    config = transformer_config(model, run.parallel, run.training, run.optimizer, torch.device("cpu"))
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
     (chunk,) = build_model_chunks(config, model, vocabulary=Vocabulary(384, 384))
     loaded = dist_checkpointing.load({"model": chunk.sharded_state_dict()}, str(folder))
     chunk.load_state_dict(loaded["model"])
-    logits = tiny.logits([chunk.eval()])
-    assert logits is not None
-    return logits
+    computed = logits([chunk.eval()], random_tokens(7))
+    assert computed is not None
+    return computed
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -147,10 +148,10 @@ def test_a_trained_checkpoint_becomes_a_hugging_face_model_with_its_logits_and_t
     for text in SENTENCES:
         assert exported(text, add_special_tokens=False).input_ids == tokenizer.tokenize(text)
 
-    (logits,) = run_distributed(_megatron_logits, 1, tmp_path / "save" / "iter_0000003")
+    (expected,) = run_distributed(_megatron_logits, 1, tmp_path / "save" / "iter_0000003")
     with torch.no_grad():
-        computed = model(tiny.samples()[:, :-1]).logits
-    torch.testing.assert_close(computed, logits[..., :330], rtol=1e-5, atol=1e-5)
+        computed = model(random_tokens(7)[:, :-1]).logits
+    torch.testing.assert_close(computed, expected[..., :330], rtol=1e-5, atol=1e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "log", "save"]
 
 
@@ -175,7 +176,7 @@ def test_a_megatron_lm_model_of_other_parts_is_refused_by_its_argument(name: str
 def _hugging_face(kind: str, tokenizer_flags: dict[str, Any], folder: Path) -> Any:
     """A model with random weights, its own kind of everything, and the tokenizer."""
     torch.manual_seed(3)
-    sizes: dict[str, Any] = {"vocab_size": 336, "max_position_embeddings": tiny.SEQ_LENGTH, "initializer_range": 0.2}
+    sizes: dict[str, Any] = {"vocab_size": 336, "max_position_embeddings": SEQ_LENGTH, "initializer_range": 0.2}
     if kind == "llama":
         model: Any = LlamaForCausalLM(
             LlamaConfig(
@@ -267,9 +268,9 @@ def test_an_imported_model_computes_what_it_did_in_every_layout_and_after_a_chan
     _run(monkeypatch, import_hf, "--input", tmp_path / "hf", "--save", tmp_path / "imported")
     start = _as_flags(capsys.readouterr().out.partition(": ")[2])
 
-    document = torch.randint(0, 330, (RUN["--global-batch-size"] * tiny.SEQ_LENGTH + 1,)).tolist()
+    document = torch.randint(0, 330, (RUN["--global-batch-size"] * SEQ_LENGTH + 1,)).tolist()
     data = {"--data-path": make_dataset(tmp_path, "document", [document], 330), "--mock-data": False}
-    samples = torch.tensor(document).unfold(0, tiny.SEQ_LENGTH + 1, tiny.SEQ_LENGTH)
+    samples = torch.tensor(document).unfold(0, SEQ_LENGTH + 1, SEQ_LENGTH)
     with torch.no_grad():
         logits = model(samples[:, :-1]).logits
     assert float(logits.max()) < -20

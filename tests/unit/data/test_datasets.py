@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state as mpu
 
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.run import RunConfig, parse_run
@@ -18,7 +19,6 @@ from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.data.sampler import BatchPartition, SequentialSampler, ShuffledSampler
 from megatron_dwm.data.tokenizers import build_tokenizer
 from megatron_dwm.runtime.process_groups import ParallelState, current_parallel_state
-from tests.distributed import tiny
 from tests.distributed.harness import run_distributed
 from tests.unit.data.made_data import write_dataset
 
@@ -56,7 +56,7 @@ def with_datasets(
     parallel = parallel or ParallelConfig()
 
     def on_rank() -> Any:
-        tiny.initialize(parallel)
+        mpu.initialize_model_parallel(parallel.tp, parallel.pp)
         config = run_config(world_size, flags)
         paths = data_paths(
             config.data, config.weighting.dwm_target_data_path if config.weighting.needs_target else None

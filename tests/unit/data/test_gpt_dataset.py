@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron.core import parallel_state as mpu
+
 from megatron_dwm.config.data import DataConfig
-from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.blend import data_paths
 from megatron_dwm.data.datasets import SplitSizes, build_datasets
 from megatron_dwm.data.tokenizers import build_tokenizer
 from megatron_dwm.runtime.process_groups import current_parallel_state
-from tests.distributed import tiny
 from tests.distributed.harness import run_distributed
 from tests.unit.data.made_data import write_dataset
 
@@ -28,7 +28,7 @@ def test_pad_tokens_of_the_first_sample_are_masked_in_no_other_sample(
     data = DataConfig(train_data_path=[write_dataset(tmp_path, "a", documents)])
 
     def on_rank() -> list[tuple[list[int], list[float]]]:
-        tiny.initialize(ParallelConfig())
+        mpu.initialize_model_parallel()
         state = current_parallel_state()
         sizes = SplitSizes(train=10, valid=0, test=0)
         first, second = (

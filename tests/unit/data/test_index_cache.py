@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from megatron.core import parallel_state as mpu
 
 from megatron_dwm.config.data import DataConfig
-from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data import gpt_dataset as gpt_dataset  # here so that the forks of the tests inherit it
 from megatron_dwm.data.blend import data_paths
@@ -25,7 +25,6 @@ from megatron_dwm.data.index_cache import VerifiedCache, data_stamp
 from megatron_dwm.data.tokenizers import build_tokenizer
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.process_groups import current_parallel_state
-from tests.distributed import tiny
 from tests.distributed.harness import run_distributed
 from tests.unit.data.made_data import write_dataset
 
@@ -47,7 +46,7 @@ class Messages(logging.Handler):
 
 def build(words: list[str], cache: Path | None, threads: int = 1) -> Datasets:
     """Build the datasets in the process group of the present rank."""
-    tiny.initialize(ParallelConfig())
+    mpu.initialize_model_parallel()
     data = DataConfig(
         train_data_path=words,
         data_cache_path=str(cache) if cache is not None else None,

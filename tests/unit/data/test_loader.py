@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state as mpu
 
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.data.batch import Batch
@@ -17,7 +18,6 @@ from megatron_dwm.data.sampler import BatchPartition, SequentialSampler
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.device import select_device
 from megatron_dwm.runtime.process_groups import ParallelState, current_parallel_state
-from tests.distributed import tiny
 from tests.distributed.harness import run_distributed
 
 SEQUENCE = 8
@@ -45,7 +45,7 @@ def alone(work: Callable[[], Any]) -> Any:
     def on_rank() -> None:
         select_device(0)
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        tiny.initialize(ParallelConfig())
+        mpu.initialize_model_parallel()
         sender.send(work())
 
     process = context.Process(target=on_rank)
@@ -89,7 +89,7 @@ def test_ranks_of_a_replica_read_the_same_and_all_ranks_end_together(layout: str
     world_size, parallel = LAYOUTS[layout]
 
     def read() -> tuple[int, list[list[int]], str]:
-        tiny.initialize(parallel)
+        mpu.initialize_model_parallel(parallel.tp, parallel.pp)
         loader = counting_loader(Counting(20), current_parallel_state())
         steps = [samples_of(loader.next_batch()) for _ in range(2)]
         with pytest.raises(UserError) as raised:
@@ -110,7 +110,7 @@ def test_ranks_of_a_replica_read_the_same_and_all_ranks_end_together(layout: str
 
 def test_a_token_outside_the_vocabulary_is_an_error_on_every_rank_of_the_replica() -> None:
     def read() -> str:
-        tiny.initialize(ParallelConfig(tensor_model_parallel_size=2))
+        mpu.initialize_model_parallel(2)
         loader = counting_loader(Counting(20, outlier=11), current_parallel_state())
         loader.next_batch()
         with pytest.raises(UserError) as raised:

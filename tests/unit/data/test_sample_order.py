@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from megatron.core import parallel_state as mpu
 
 from megatron_dwm.config.data import DataConfig
-from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.blend import data_paths
 from megatron_dwm.data.datasets import Consumed, SplitSizes, build_datasets, samples_read, split_sizes
 from megatron_dwm.data.sample_order import order_change
 from megatron_dwm.data.tokenizers import build_tokenizer
 from megatron_dwm.runtime.process_groups import current_parallel_state
-from tests.distributed import tiny
 from tests.distributed.harness import run_distributed
 from tests.unit.data.made_data import write_dataset
 
@@ -58,7 +57,7 @@ def orders(flags: dict[str, Any], sizes: list[int]) -> list[list[list[int]]]:
     """The training samples of datasets of these sizes, as megatron-core builds them."""
 
     def on_rank() -> list[list[list[int]]]:
-        tiny.initialize(ParallelConfig())
+        mpu.initialize_model_parallel()
         data = DataConfig(**flags)
         built = []
         for size in sizes:
