@@ -152,13 +152,13 @@ WORDS = [f"{syllable}{end}" for syllable in SYLLABLES for end in ("n", "rt", "sh
 
 
 def write_texts(path: Path, seed: int, documents: int, *, is_ordered: bool) -> None:
-    """Write documents of made-up words: each word follows from the one before, or from nothing."""
+    """Write documents of made-up words: each is the one before or its successor, or is drawn from all."""
     generator = random.Random(seed)
     with path.open("w") as file:
         for _ in range(documents):
             place, words = generator.randrange(len(WORDS)), []
             for _ in range(generator.randrange(60, 120)):
-                place = (place * 7 + generator.randrange(3)) % len(WORDS) if is_ordered else generator.randrange(60)
+                place = (place + generator.randrange(2)) % len(WORDS) if is_ordered else generator.randrange(len(WORDS))
                 words.append(WORDS[place])
             file.write(json.dumps({"text": " ".join(words)}) + "\n")
 
@@ -241,10 +241,10 @@ def test_a_weighting_in_one_file_trains(own_data: Workplace):
     (own_data.folder / "variety.py").write_text(program)
     own_data.run("docs/extending.md: A new weighting in one file: bash")
     steps = read_run(own_data.folder / "runs/variety").steps
-    # Of ordered texts, which use fewer different words, every sample has fewer different tokens.
+    # In ordered texts a word is followed by itself half of the time, so a sample has fewer different tokens.
     assert len(steps) == 12 and all(step["effective_sample_size"] < 1 for step in steps)
     both = [step["weight_by_source"] for step in steps if len(step["weight_by_source"]) == 2]
-    assert both and sum(weights["other"] > weights["good"] for weights in both) > len(both) / 2
+    assert both and all(weights["other"] > weights["good"] for weights in both)
 
 
 def test_the_flags_of_many_machines_are_a_configuration():
