@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import signal
 import sys
 import traceback
 import warnings
@@ -170,8 +171,10 @@ def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
         SystemExit: always.
     """
     sys.stdout.flush()
-    for worker in multiprocessing.active_children():  # data loaders' ignore the signal by which Python would end them
-        worker.kill()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at a worker's end
+    for worker in multiprocessing.active_children():
+        if worker.daemon:  # a data loader's, which ignores the signal by which Python would end it
+            worker.kill()
     if isinstance(error, PeerError):
         raise SystemExit(EXIT_CODE) from None
     if not startup_sync.report_failure(error):

@@ -33,6 +33,11 @@ def same(item: int) -> int:
     return item
 
 
+def workers() -> list[multiprocessing.process.BaseProcess]:
+    """The pool's processes; other tests of this process may have left a manager running."""
+    return [process for process in multiprocessing.active_children() if "Manager" not in process.name]
+
+
 @pytest.mark.parametrize("workers", [1, 2, 5])
 @pytest.mark.parametrize("number", [0, 1, 7, 1000])
 def test_results_come_in_the_order_of_the_items(workers: int, number: int) -> None:
@@ -86,7 +91,7 @@ def die(how: Callable[[], None], at: int) -> Callable[[int], int]:
 def test_a_worker_that_ends_is_an_error(how: Callable[[], None], message: str, at: int) -> None:
     with WorkerPool(die(how, at), 3) as pool, pytest.raises(WorkerDied, match=message):
         list(pool.map(chunks(300)))
-    assert multiprocessing.active_children() == []
+    assert workers() == []
 
 
 @pytest.mark.parametrize("moment", ["before", "within", "after"])
@@ -97,7 +102,7 @@ def test_workers_that_are_killed_or_stopped_from_outside_do_not_hang_the_parent(
     """At any moment, the end of the work included; one that is stopped is waited for only while it owes results."""
     done = [item for chunk in chunks(300) for item in chunk]
     with WorkerPool(same, 3) as pool:
-        processes = multiprocessing.active_children()
+        processes = workers()
 
         def strike() -> None:
             for process in processes[:2]:
@@ -118,13 +123,13 @@ def test_workers_that_are_killed_or_stopped_from_outside_do_not_hang_the_parent(
         else:
             assert list(pool.map(chunks(300))) == done
             strike()
-    assert multiprocessing.active_children() == []
+    assert workers() == []
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     def parent() -> None:
         with WorkerPool(same, 3) as pool:
-            pids = [process.pid for process in multiprocessing.active_children()]
+            pids = [process.pid for process in workers()]
             (tmp_path / "writing").write_text(" ".join(map(str, pids)))
             os.rename(tmp_path / "writing", tmp_path / "pids")
             for _ in pool.map(itertools.repeat([1])):
