@@ -11,8 +11,9 @@ import pytest
 
 from megatron_dwm.cli.local_launcher import split_nproc
 from megatron_dwm.errors import UserError
-from tests.e2e.launch import DATA, LANGUAGE_MODEL, TRAINING, records
+from tests.e2e.launch import records
 from tests.paths import ROOT
+from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING
 from tests.turns import several_processes
 
 

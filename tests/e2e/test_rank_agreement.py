@@ -57,4 +57,4 @@ def test_a_checkpoint_that_one_rank_does_not_see_is_named(tmp_path: Path):
 
     finished = pretrain(tmp_path / "log2", 2, {**flags, "--load": tmp_path / "save"}, main=main)
     assert finished.codes == [2, 2], finished.text
-    assert "".join(finished.errors).startswith("error: --load is "), finished.text
+    assert "".join(finished.errors).startswith("error: --load "), finished.text

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from megatron_dwm.cli.import_hf import read_hugging_face
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.hf_tokenizers import fingerprint_of_folder, save_hf_tokenizer, vocabulary_fingerprint
 from megatron_dwm.data.tokenizers import build_tokenizer
 from megatron_dwm.errors import UserError
+from megatron_dwm.model.hf_folder import read_hugging_face
 from megatron_dwm.weighting.weighter_init import weighter_model_from_folder
 from tests.paths import ROOT
 
