@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.datasets import TOKENIZER, counting, make_dataset
-from tests.e2e.launch import succeed
+from tests.e2e.launch import records, succeed
 from tests.small_runs import LANGUAGE_MODEL, TRAINING
 
 
@@ -21,4 +21,6 @@ def test_one_dataset_and_blends_are_built_under_tensor_parallelism(blend: list[s
         **{"--data-path": [word.format(**prefixes) for word in blend], "--split": "80,10,10"},
         **{"--tensor-model-parallel-size": 2, "--dwm-mode": "off", "--data-cache-path": tmp_path / "cache"},
     }
-    succeed(tmp_path / "log", 2, flags)
+    metrics = tmp_path / "metrics.jsonl"
+    succeed(tmp_path / "log", 2, {**flags, "--metrics-jsonl": metrics})
+    assert len(records(metrics, "train")) == 2
