@@ -140,13 +140,20 @@ class StartupSync:
             is_first = self._failures.add("count", 1) == 1
             if is_first:
                 self._failures.set("first", json.dumps({"rank": self.rank, "code": code, "reason": reason}))
+                self._mark_read(self._failures)
         except RuntimeError:  # the store has ended with the rank that holds it
             return True
         return is_first
 
     def end_with_first_failure(self) -> NoReturn:
         """End this process with the run's first failure, which another rank has reported."""
-        self._end(json.loads(self._failures.get("first")), self._failures)
+        try:
+            failure = json.loads(self._failures.get("first"))
+            self._mark_read(self._failures)
+        except RuntimeError:  # the store has ended with the rank that holds it: killed, or tired of waiting
+            print(f"error: rank {self.rank} ends because another rank failed", file=sys.stderr, flush=True)
+            os._exit(1)
+        self._end(failure, self._failures)
 
     def finish(self) -> None:
         """Stop watching: the run has ended well, and its ranks leave one after the other."""
@@ -157,11 +164,14 @@ class StartupSync:
         if not self._everybody_knows:
             self._linger(self._failures)
 
+    def _mark_read(self, store: dist.Store) -> None:
+        # A key for each rank, not a count: a rank's main thread and its watching thread may both read the failure.
+        store.set(f"read/{self.rank}", "yes")
+
     def _linger(self, store: dist.Store) -> None:
         deadline = time.monotonic() + LINGER_SECONDS
-        while self.rank == 0 and time.monotonic() < deadline:
-            if store.add("read", 0) + store.add("count", 0) >= self.world_size:
-                return
+        everybody = [f"read/{rank}" for rank in range(self.world_size)]
+        while self.rank == 0 and time.monotonic() < deadline and not store.check(everybody):
             time.sleep(0.1)
 
     def _watch(self) -> None:
@@ -172,7 +182,7 @@ class StartupSync:
                 if not store.check(["first"]):
                     continue
                 failure = json.loads(store.get("first"))
-                store.add("read", 1)
+                self._mark_read(store)
             except RuntimeError:  # the store has ended; whoever waits for its holder finds out
                 return
             if self._finished.is_set():
