@@ -71,6 +71,6 @@ def batches_read(options: OverheadConfig, interval: int) -> int:
     """Return the number of training batches that measuring reads."""
     whole = options.steps // interval * interval
     turns = options.repeats * (3 * options.steps + 1 + whole + 4)  # two more for the parts, two for the alignments
-    # Memory measures three steps twice, four are counted after one of each, each way of alignment is tried once, and one
+    # Memory measures three steps twice, four are counted after one of each, each way of alignment is tried once, one
     # batch is for the passes.
     return SETTLING_STEPS + 1 + turns + 6 + 8 + 2 + 1

@@ -80,7 +80,7 @@ def measure_alignments(modes: Modes, repeats: int) -> dict[str, list[float]]:
         modes.update()
 
     passes = {way: chosen.with_config(replace(chosen.config, dwm_alignment=way)) for way in ways}
-    actions = {way: partial(update, passes[way]) for way in ways}
+    actions: dict[str, Callable[[], Any]] = {way: partial(update, passes[way]) for way in ways}
     try:
         for action in actions.values():  # the first time, kernels may be compiled
             action()
