@@ -56,6 +56,9 @@ LAYOUTS: dict[str, tuple[int, Flags]] = {
     ),
 }
 
+ALL_TRAINED = Vocabulary(VOCAB_SIZE, VOCAB_SIZE)
+"""All rows take part in the softmax."""
+
 HfState = dict[str, torch.Tensor]
 """Tensors of a model by their Hugging Face names."""
 
@@ -122,7 +125,7 @@ class BuiltModel:
         return to_hf_state_dict(self.gathered(tensors), model, layers=model.layers, vocab_size=VOCAB_SIZE)
 
 
-def build_model(flags: Flags, seed: int = 1234) -> BuiltModel:
+def build_model(flags: Flags, seed: int = 1234, vocabulary: Vocabulary = ALL_TRAINED) -> BuiltModel:
     """Build the model of :data:`IN_PROCESS` and ``flags``; norms and biases are random, so that each counts.
 
     A process may build several models in one layout.
@@ -136,7 +139,7 @@ def build_model(flags: Flags, seed: int = 1234) -> BuiltModel:
         mpu.initialize_model_parallel(parallel.tp, parallel.pp, virtual)
     layout = current_parallel_state()
     set_seeds(seed, layout)
-    bare = build_model_chunks(core_config, config.model, vocabulary=Vocabulary(VOCAB_SIZE, VOCAB_SIZE))
+    bare = build_model_chunks(core_config, config.model, vocabulary=vocabulary)
     noise = torch.Generator().manual_seed(seed + layout.pp_rank)
     for chunk in bare:
         for param in chunk.parameters():
