@@ -83,11 +83,14 @@ class BuiltModel:
 
     def batch(self, tokens: torch.Tensor, mask: torch.Tensor) -> Batch:
         """This replica's part of global ``tokens`` [N, s + 1] and ``mask`` [N, s]."""
-        own, own_mask = self.sample_gather.select_replica(tokens), self.sample_gather.select_replica(mask)
-        positions = torch.arange(SEQ_LENGTH).expand(len(own), -1).contiguous()
-        index = torch.arange(len(own))
-        inputs, labels = own[:, :-1].contiguous(), own[:, 1:].contiguous()
-        return Batch(inputs, labels, own_mask.contiguous(), positions, index, torch.zeros_like(index))
+        replica_tokens, replica_mask = (
+            self.sample_gather.select_replica(tokens),
+            self.sample_gather.select_replica(mask),
+        )
+        positions = torch.arange(SEQ_LENGTH).expand(len(replica_tokens), -1).contiguous()
+        index = torch.arange(len(replica_tokens))
+        inputs, labels = replica_tokens[:, :-1].contiguous(), replica_tokens[:, 1:].contiguous()
+        return Batch(inputs, labels, replica_mask.contiguous(), positions, index, torch.zeros_like(index))
 
     def parameters(self) -> HfState:
         return self.named({p: p.data for chunk in self.chunks for p in chunk.parameters()})
@@ -192,9 +195,9 @@ class Reference:
         config = hf_config(model, vocab_size=VOCAB_SIZE, num_layers=model.layers)
         kind: Any = LlamaForCausalLM if config.model_type == "llama" else GPT2LMHeadModel
         self.model = kind(config).double().eval()
-        own = {k: v.double() for k, v in state.items()}
-        head = own.pop("lm_head.weight", None)
-        self.model.base_model.load_state_dict(own, strict=True)
+        doubled = {k: v.double() for k, v in state.items()}
+        head = doubled.pop("lm_head.weight", None)
+        self.model.base_model.load_state_dict(doubled, strict=True)
         if head is not None:
             self.model.lm_head.load_state_dict({"weight": head}, strict=True)
         self.params = dict(self.model.base_model.named_parameters())
