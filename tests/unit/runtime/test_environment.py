@@ -43,5 +43,5 @@ def test_the_launchers_variables_give_the_rank(
 
 def test_a_variable_that_is_no_number_is_named(environment: pytest.MonkeyPatch):
     environment.setenv("OMPI_COMM_WORLD_SIZE", "many")
-    with pytest.raises(UserError, match="^OMPI_COMM_WORLD_SIZE=many: not a whole number"):
+    with pytest.raises(UserError, match=r"^OMPI_COMM_WORLD_SIZE=many: not a whole number"):
         environment_rank()
