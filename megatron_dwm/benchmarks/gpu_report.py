@@ -1,4 +1,4 @@
-"""The results of ``benchmarks/gpu.py`` as tables for docs/gpu.md, and as a picture."""
+"""The results of ``benchmarks/gpu.sh`` as tables for docs/gpu.md, and as a picture."""
 
 from __future__ import annotations
 
