@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.distributed.built_model import (
+    CONTEXT_PARALLEL,
     LAYOUTS,
     HfState,
     Reference,
@@ -65,6 +66,13 @@ def check(model: Flags, results: list[Any]) -> None:
 def test_alignments_in_every_layout(model: str, layout: str):
     world, parallel = LAYOUTS[layout]
     check(MODELS[model], run_distributed(align, world, {**MODELS[model], **parallel}))
+
+
+@pytest.mark.parametrize("layout", CONTEXT_PARALLEL)
+def test_alignments_under_context_parallelism(layout: str):
+    model = GPT if layout == "CP2" else LLAMA
+    world, parallel = CONTEXT_PARALLEL[layout]
+    check(model, run_distributed(align, world, {**model, **parallel}))
 
 
 @pytest.mark.parametrize("layout", ["one process", "PP2", "TP2 x PP2", "PP2, interleaved"])
