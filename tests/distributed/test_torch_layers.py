@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core import tensor_parallel
+from megatron.core.utils import get_batch_on_this_cp_rank
 
+from megatron_dwm.runtime.context_parallel import slice_sequence
 from tests.distributed.built_model import build_model, random_tokens
 from tests.distributed.harness import run_distributed
 from tests.distributed.passes import logits, losses_and_gradients
@@ -175,3 +178,36 @@ def test_initial_weights_follow_the_flag_for_cpu_initialization(tp: int):
     assert on_cpu.shape == on_device.shape
     assert not torch.equal(on_cpu, on_device)
     assert on_device.std() == pytest.approx(0.2, rel=0.1)
+
+
+def _divided_attention(masked: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Output and gradients of attention over the whole sequence, and of this rank's part of it: of its tokens."""
+    flags = {**LLAMA, "--context-parallel-size": dist.get_world_size(), "--seq-length": 24}
+    built = build_model({**flags, "--max-position-embeddings": 24})
+    rank, size = built.parallel_state.cp_rank, built.parallel_state.cp_size
+    divided = built.chunks[0].module.decoder.layers[0].self_attention.core_attention
+    whole = build_model({**flags, "--max-position-embeddings": 24}).chunks[0].module.decoder.layers[0]
+    whole = whole.self_attention.core_attention
+    whole.cp_group = None
+    generator = torch.Generator().manual_seed(4)
+    wanted = torch.randn(24, 2, 16, generator=generator)
+    inputs = [torch.randn(24, 2, heads, 4, generator=generator) for heads in (4, 2, 2)]
+    ended = torch.rand(2, 24, generator=generator).gt(0.8).cumsum(dim=1)
+    mask = (ended[:, :, None] != ended[:, None, :]) | torch.ones(24, 24, dtype=torch.bool).triu(1)
+    slices = get_batch_on_this_cp_rank({"attention_mask": mask[:, None]}, built.parallel_state.cp_group)
+    results = []
+    for attention, part in ((whole, slice(None)), (divided, slice_sequence(torch.arange(24), rank, size, dim=0))):
+        own = [tensor[part].clone().requires_grad_() for tensor in inputs]
+        own_mask = None if not masked else slices["attention_mask"] if attention is divided else mask[:, None]
+        output = attention(*own, own_mask)
+        (output * wanted[part]).sum().backward()
+        results.append([output.detach(), *(tensor.grad for tensor in own)])
+    return [slice_sequence(tensor, rank, size, dim=0) for tensor in results[0]], results[1]
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_context_parallel_ranks_attend_as_one_process(size: int, masked: bool):
+    for whole, divided in run_distributed(_divided_attention, size, masked):
+        for expected, found in zip(whole, divided, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
