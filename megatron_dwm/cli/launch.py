@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import SpawnProcess
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -173,7 +174,9 @@ def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
     sys.stdout.flush()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at a worker's end
     for worker in multiprocessing.active_children():
-        if worker.daemon:  # a data loader's, which ignores the signal by which Python would end it
+        # A data loader's is a daemon, and ignores the signal by which Python would end it. What was spawned, not
+        # forked, is megatron-core's writer of checkpoints on a GPU: it waits for more of them, and Python for it.
+        if worker.daemon or isinstance(worker, SpawnProcess):
             worker.kill()
     if isinstance(error, PeerError):
         raise SystemExit(EXIT_CODE) from None

@@ -73,6 +73,9 @@ CONTEXT_PARALLEL: dict[str, tuple[int, Flags]] = {
 }
 """Layouts with context parallelism, in which each rank holds two chunks of every sequence."""
 
+ALL_TRAINED = Vocabulary(VOCAB_SIZE, VOCAB_SIZE)
+"""All rows take part in the softmax."""
+
 HfState = dict[str, torch.Tensor]
 """Tensors of a model by their Hugging Face names."""
 
@@ -97,11 +100,14 @@ class BuiltModel:
 
     def batch(self, tokens: torch.Tensor, mask: torch.Tensor) -> Batch:
         """This replica's part of global ``tokens`` [N, s + 1] and ``mask`` [N, s]."""
-        own, own_mask = self.sample_gather.select_replica(tokens), self.sample_gather.select_replica(mask)
-        positions = torch.arange(SEQ_LENGTH).expand(len(own), -1).contiguous()
-        index = torch.arange(len(own))
-        inputs, labels = own[:, :-1].contiguous(), own[:, 1:].contiguous()
-        return Batch(inputs, labels, own_mask.contiguous(), positions, index, torch.zeros_like(index))
+        replica_tokens, replica_mask = (
+            self.sample_gather.select_replica(tokens),
+            self.sample_gather.select_replica(mask),
+        )
+        positions = torch.arange(SEQ_LENGTH).expand(len(replica_tokens), -1).contiguous()
+        index = torch.arange(len(replica_tokens))
+        inputs, labels = replica_tokens[:, :-1].contiguous(), replica_tokens[:, 1:].contiguous()
+        return Batch(inputs, labels, replica_mask.contiguous(), positions, index, torch.zeros_like(index))
 
     def parameters(self) -> HfState:
         return self.named({p: p.data for chunk in self.chunks for p in chunk.parameters()})
@@ -139,7 +145,7 @@ class BuiltModel:
         return to_hf_state_dict(self.gathered(tensors), model, layers=model.layers, vocab_size=VOCAB_SIZE)
 
 
-def build_model(flags: Flags, seed: int = 1234) -> BuiltModel:
+def build_model(flags: Flags, seed: int = 1234, vocabulary: Vocabulary = ALL_TRAINED) -> BuiltModel:
     """Build the model of :data:`IN_PROCESS` and ``flags``; norms and biases are random, so that each counts.
 
     A process may build several models in one layout.
@@ -153,7 +159,7 @@ def build_model(flags: Flags, seed: int = 1234) -> BuiltModel:
         build_model_groups(parallel, virtual)
     layout = current_parallel_state()
     set_seeds(seed, layout)
-    bare = build_model_chunks(core_config, config.model, vocabulary=Vocabulary(VOCAB_SIZE, VOCAB_SIZE))
+    bare = build_model_chunks(core_config, config.model, vocabulary=vocabulary)
     noise = torch.Generator().manual_seed(seed + layout.pp_rank)
     for chunk in bare:
         for param in chunk.parameters():
@@ -206,9 +212,9 @@ class Reference:
         config = hf_config(model, vocab_size=VOCAB_SIZE, num_layers=model.layers)
         kind: Any = LlamaForCausalLM if config.model_type == "llama" else GPT2LMHeadModel
         self.model = kind(config).double().eval()
-        own = {k: v.double() for k, v in state.items()}
-        head = own.pop("lm_head.weight", None)
-        self.model.base_model.load_state_dict(own, strict=True)
+        doubled = {k: v.double() for k, v in state.items()}
+        head = doubled.pop("lm_head.weight", None)
+        self.model.base_model.load_state_dict(doubled, strict=True)
         if head is not None:
             self.model.lm_head.load_state_dict({"weight": head}, strict=True)
         self.params = dict(self.model.base_model.named_parameters())

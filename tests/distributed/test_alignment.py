@@ -83,10 +83,10 @@ def test_embeddings_tied_and_untied(model: str, layout: str):
     check(flags, run_distributed(align, world, {**flags, **parallel}))
 
 
-@pytest.mark.parametrize("layout", ["one process", "TP2 x PP2"])
+@pytest.mark.parametrize("layout", ["one process", "TP2 x PP2", "CP2"])
 @pytest.mark.parametrize("recomputation", [FULL, SELECTIVE], ids=["full", "selective"])
 def test_recomputed_activations(recomputation: Flags, layout: str):
-    world, parallel = LAYOUTS[layout]
+    world, parallel = (LAYOUTS | CONTEXT_PARALLEL)[layout]
     check(LLAMA, run_distributed(align, world, {**LLAMA, **recomputation, **parallel}))
 
 
