@@ -59,8 +59,6 @@ LAYOUTS: dict[str, tuple[int, Flags]] = {
 _CP2: Flags = {"--context-parallel-size": 2}
 CONTEXT_PARALLEL: dict[str, tuple[int, Flags]] = {
     "CP2": (2, _CP2),
-    "CP3": (3, {"--context-parallel-size": 3}),
-    "TP2, sequence parallel, x CP2": (4, {**LAYOUTS["TP2, sequence parallel"][1], **_CP2}),
     "PP2, interleaved, x CP2": (4, {**LAYOUTS["PP2, interleaved"][1], **_CP2}),
     "CP2 x DP2, distributed optimizer, overlapped": (
         4,

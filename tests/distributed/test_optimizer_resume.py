@@ -109,7 +109,7 @@ def test_goes_on_with_another_kind_of_optimizer_on_the_same_curve(case: str, tmp
         assert torch.equal(moved.parameters[name], value), name
 
 
-@pytest.mark.parametrize("sharding", [{}, DISTRIBUTED, RESHARDABLE], ids=["adam", "distributed", "reshardable"])
+@pytest.mark.parametrize("sharding", [DISTRIBUTED, RESHARDABLE], ids=["by rank", "reshardable"])
 def test_context_parallelism_comes_and_goes(sharding: Flags, tmp_path: Path):
     """Two ranks that divide the samples, and two that divide the sequences, go on from each other's checkpoint."""
     flags = {**SCHEDULE, **LLAMA, **sharding}
