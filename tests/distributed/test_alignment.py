@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.distributed.built_model import (
+    CONTEXT_PARALLEL,
     LAYOUTS,
     HfState,
     Reference,
@@ -67,6 +68,13 @@ def test_alignments_in_every_layout(model: str, layout: str):
     check(MODELS[model], run_distributed(align, world, {**MODELS[model], **parallel}))
 
 
+@pytest.mark.parametrize("layout", CONTEXT_PARALLEL)
+def test_alignments_under_context_parallelism(layout: str):
+    model = GPT if layout == "CP2" else LLAMA
+    world, parallel = CONTEXT_PARALLEL[layout]
+    check(model, run_distributed(align, world, {**model, **parallel}))
+
+
 @pytest.mark.parametrize("layout", ["one process", "PP2", "TP2 x PP2", "PP2, interleaved"])
 @pytest.mark.parametrize("model", ["gpt, untied", "llama, tied"])
 def test_embeddings_tied_and_untied(model: str, layout: str):
@@ -75,10 +83,10 @@ def test_embeddings_tied_and_untied(model: str, layout: str):
     check(flags, run_distributed(align, world, {**flags, **parallel}))
 
 
-@pytest.mark.parametrize("layout", ["one process", "TP2 x PP2"])
+@pytest.mark.parametrize("layout", ["one process", "TP2 x PP2", "CP2"])
 @pytest.mark.parametrize("recomputation", [FULL, SELECTIVE], ids=["full", "selective"])
 def test_recomputed_activations(recomputation: Flags, layout: str):
-    world, parallel = LAYOUTS[layout]
+    world, parallel = (LAYOUTS | CONTEXT_PARALLEL)[layout]
     check(LLAMA, run_distributed(align, world, {**LLAMA, **recomputation, **parallel}))
 
 

@@ -18,7 +18,7 @@ from megatron_dwm.model.loss import weighted_loss
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.runtime.process_groups import ParallelState
-from megatron_dwm.weighting.bilevel.alignment import Direction, global_norm, products_with, shift, sum_over_model
+from megatron_dwm.weighting.bilevel.alignment import Direction, global_norm, products_with, shift, sum_over_replica
 from megatron_dwm.weighting.bilevel.preconditioner import precondition
 from megatron_dwm.weighting.loss_factors import LossFactors
 
@@ -80,9 +80,10 @@ class LMGradients:
         ):
             self.engine.run(batch, 1)
         self._zero_gradients()
-        # The engine divides each microbatch's loss by their number, and fp16 training scales it.
-        products *= len(batch) / float(self.optimizer.get_loss_scale())
-        return sum_over_model(products, self.parallel_state)
+        # The engine divides each microbatch's loss by their number, and scales it for the average over CP ranks and
+        # in fp16 training.
+        products *= len(batch) / (float(self.optimizer.get_loss_scale()) * self.parallel_state.cp_size)
+        return sum_over_replica(products, self.parallel_state)
 
     def _align_by_differences(self, batch: Batch, direction: Direction) -> torch.Tensor:
         norm = global_norm(direction, self.parallel_state)
