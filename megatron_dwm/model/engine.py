@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dwm.data.batch import Batch
+from megatron_dwm.model.attributes import changed_attributes
 from megatron_dwm.model.loss import LossFunction, SampleLosses, as_token_losses, plain_loss
 from megatron_dwm.model.protocols import ModelChunk
 from megatron_dwm.runtime.context_parallel import slice_sequence
@@ -88,7 +89,7 @@ class PipelineEngine:
         # megatron-core's aligned reduction always scatters; without it the chunks reduce when they are ready.
         aligned = {"grad_sync_func": None} if force_all_reduce else {}
         try:
-            with _attributes(self.config, aligned):
+            with changed_attributes(self.config, aligned):
                 reports = get_forward_backward_func()(
                     forward_step_func=partial(self._forward_step, loss_function),
                     data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -150,7 +151,7 @@ class PipelineEngine:
         for chunk in gathering:
             chunk.disable_forward_pre_hook()
         try:
-            with _attributes(self.config, {"param_sync_func": None}):
+            with changed_attributes(self.config, {"param_sync_func": None}):
                 yield
         finally:
             for chunk in gathering:
@@ -174,10 +175,10 @@ class PipelineEngine:
         with ExitStack() as stack:
             for chunk in self.chunks:
                 stack.enter_context(chunk.no_sync())
-            stack.enter_context(_attributes(self.config, overrides))
+            stack.enter_context(changed_attributes(self.config, overrides))
             for module in modules:
                 present = {name: False for name in fused if getattr(module, name, False) is True}
-                stack.enter_context(_attributes(module, present))
+                stack.enter_context(changed_attributes(module, present))
             yield
 
     @contextmanager
@@ -196,26 +197,13 @@ class PipelineEngine:
                     # Layers, and Transformer Engine's attentions, keep probabilities as plain numbers.
                     names = ["p"] if isinstance(module, torch.nn.Dropout) else ["hidden_dropout", "attention_dropout"]
                     present = {name: 0.0 for name in names if isinstance(getattr(module, name, None), float)}
-                    stack.enter_context(_attributes(module, present))
+                    stack.enter_context(changed_attributes(module, present))
             try:
                 yield
             finally:
                 tracker.set_states(tracker_states)
                 torch.set_rng_state(cpu_state)
                 torch.cuda.set_rng_state(device_state)
-
-
-@contextmanager
-def _attributes(target: Any, values: dict[str, Any]) -> Iterator[None]:
-    """Set attributes of ``target`` for a while."""
-    before = {name: getattr(target, name) for name in values}
-    for name, value in values.items():
-        setattr(target, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(target, name, value)
 
 
 def reduce_output(

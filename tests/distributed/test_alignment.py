@@ -6,11 +6,13 @@ cancel). The finite difference moves θ by 0.01; its error is that of the curvat
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_dwm.weighting.bilevel.sample_products import has_known_layers
 from tests.distributed.built_model import (
     CONTEXT_PARALLEL,
     LAYOUTS,
@@ -41,6 +43,12 @@ def align(flags: Flags) -> tuple[HfState, HfState, torch.Tensor, torch.Tensor, t
     with built.engine.full_parameters(), built.engine.deterministic():
         loss, direction = passes.gradient(target)
         exact = built.sample_gather.gather_from_replicas(passes.align(batch, direction))
+        assert has_known_layers(built.engine.chunks)
+        single = passes.with_config(replace(built.config.weighting, dwm_alignment="single-sample"))
+        singly = built.sample_gather.gather_from_replicas(single.align(batch, direction))
+        # Two sums of the same products, in another order; fp16 keeps 11 bits.
+        tolerance = 1e-3 if built.config.optimizer.fp16 else 1e-5
+        assert float((singly - exact).abs().max()) < tolerance * float(singly.abs().max())
         differences = built.sample_gather.gather_from_replicas(passes._align_by_differences(batch, direction))
     return state, built.named(dict(direction)), exact, differences, torch.tensor(loss)
 
