@@ -1,6 +1,6 @@
 """How far the alignments of a bf16 run are from those that fp32 would give, for the same parameters and samples.
 
-    python -m megatron_dwm.cli.main benchmark precision --json precision.json <flags of pretrain_dwm.py, --bf16>
+    megatron-dwm benchmark precision --json precision.json <flags of pretrain_dwm.py, --bf16>
 
 The run trains plainly for some steps. Then a twin of its model is built in fp32, with the same parameters and Adam
 moments, and both align the same samples with the same target samples. What differs is rounding in the passes alone.
