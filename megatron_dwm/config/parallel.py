@@ -88,6 +88,11 @@ class ParallelConfig:
                 f"--cp-comm-type {' '.join(self.cp_comm_type)}: megatron-core 0.16 looks each layer's up in the wrong "
                 "place; give one for all layers"
             )
+        if self.use_tp_pp_dp_mapping and self.pp > 1 and self.cp > 1:
+            raise UserError(
+                f"--use-tp-pp-dp-mapping with --context-parallel-size {self.cp}: megatron-core cannot order the ranks "
+                "of pipelines so; leave it out"
+            )
         sizes = self.hierarchical_context_parallel_sizes
         if sizes is not None and math.prod(sizes) != self.cp:
             raise UserError(

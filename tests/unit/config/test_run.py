@@ -250,6 +250,7 @@ MISTAKES = {
     "--context-parallel-size 0": "--context-parallel-size 0: must be at least 1",
     "--context-parallel-size 4 --seq-length 28": "--seq-length 28 is not divisible by 2 x --context-parallel-size 4",
     "--context-parallel-size 2 --hybrid-context-parallel": "--hybrid-context-parallel is not supported",
+    "--context-parallel-size 2 --pipeline-model-parallel-size 2 --use-tp-pp-dp-mapping": "--use-tp-pp-dp-mapping with",
     "--cp-comm-type ring": "--cp-comm-type ring: unknown; choose from p2p, all_gather, a2a, a2a+p2p",
     "--cp-comm-type p2p a2a": "--cp-comm-type p2p a2a: ",
     "--context-parallel-size 2 --cp-comm-type a2a+p2p": "needs two --hierarchical-context-parallel-sizes",
