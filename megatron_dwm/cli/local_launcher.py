@@ -7,11 +7,14 @@ on the screen, and its exit code is the command's.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 
+import megatron_dwm
 from megatron_dwm.errors import UserError
 
 NPROC_FLAG = "--nproc"
@@ -65,6 +68,9 @@ def launch_locally(module: str, processes: int, argv: Sequence[str]) -> int:
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT",
         shutdown_timeout=SHUTDOWN_SECONDS,
     )
+    # The ranks find this package where this process has found it, also if it is not installed.
+    package = str(Path(megatron_dwm.__file__).parents[1])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     try:
         elastic_launch(config, sys.executable)("-u", "-m", module, *argv)
     except ChildFailedError as error:

@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 from megatron_dwm.errors import UserError
@@ -26,6 +27,17 @@ def require_megatron_core() -> None:
         raise UserError(f"megatron-core is not installed; {_REMEDY}") from None
     if not found.startswith(SERIES):
         raise UserError(f"megatron-core {found} is installed; {_REMEDY}")
+
+
+def sharded_save_options() -> dict[str, str]:
+    """Return the options with which ``dist_checkpointing.save`` writes by megatron-core's own writer in any version.
+
+    From 0.17 on the default is a package of NVIDIA's.
+    """
+    from megatron.core import dist_checkpointing
+
+    name = "async_strategy"
+    return {name: "mcore"} if name in signature(dist_checkpointing.save).parameters else {}
 
 
 def build_core_tokenizer(flags: Mapping[str, Any]) -> Any:

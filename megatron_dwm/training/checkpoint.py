@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron_dwm.atomic_write import atomic_write_text, delete_folder, publish_folder
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.errors import UserError
+from megatron_dwm.runtime.compat import sharded_save_options
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.logging import timestamp
 from megatron_dwm.runtime.process_groups import ParallelState
@@ -180,6 +181,7 @@ class CheckpointWriter:
             async_sharded_save=True,
             preprocess_common_before_consistancy_check=comparable,
             content_metadata={key: value for key, value in metadata.items() if key != "dp_cp_group"},
+            **sharded_save_options(),
         )
         if request.async_fn is not None and flags.checkpoint_checksums:
             request = request._replace(async_fn=partial(_write_with_checksums, request.async_fn, beside))
