@@ -21,8 +21,6 @@ OTHER_FIELDS_WITHOUT_EFFECT = frozenset(
 _NEUTRAL_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "rerun_mode": (("validate_results", "disabled"), "an iteration is never run again; give disabled"),
     "error_injection_rate": ((0,), "an iteration is never run again, so no error is injected; leave it out"),
-    "timing_log_level": ((0,), "there are no timers; leave it out"),
-    "timing_log_option": (("minmax",), "there are no timers; leave it out"),
     "wandb_project": ((None, ""), "records go to the log, a JSON-lines file and TensorBoard; leave it out"),
     "dist_ckpt_strictness": (("assume_ok_unexpected",), "checkpoints are loaded by the default rule; leave it out"),
     "num_distributed_optimizer_instances": ((1,), "the optimizer is sharded over all replicas; leave it out"),
@@ -74,8 +72,6 @@ class NoEffectConfig:
         "validate_results",
         "A NaN ends the run at once, as with disabled; Megatron-LM's default runs the iteration again before it ends.",
     )
-    timing_log_level: Literal[0, 1, 2] = flag(0, "Only 0: there are no timers inside an iteration.")
-    timing_log_option: Literal["max", "minmax", "all"] = flag("minmax", "Only minmax: there are no timers.")
     dist_ckpt_strictness: Literal[
         "assume_ok_unexpected",
         "log_unexpected",
@@ -108,9 +104,6 @@ class NoEffectConfig:
     profile_ranks: list[int] = flag([0], "For --profile alone.")
     use_pytorch_profiler: bool = flag(False, "For --profile alone.")
     memory_snapshot_path: str = flag("snapshot.pickle", "For --record-memory-history alone.")
-    barrier_with_L1_time: bool = flag(  # noqa: N815 - named as in Megatron-LM
-        True, "For --timing-log-level 1 and 2 alone.", "--no-barrier-with-level-1-timing"
-    )
     straggler_ctrlr_port: int = flag(65535, "For --log-straggler alone.")
     straggler_minmax_count: int = flag(1, "For --log-straggler alone.")
     disable_straggler_on_startup: bool = flag(False, "For --log-straggler alone.")

@@ -16,6 +16,7 @@ from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.no_effect import NoEffectConfig
 from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
+from megatron_dwm.config.profiling import ProfilingConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.config.unsupported_flags import reason_unsupported
@@ -31,6 +32,7 @@ PARTS: dict[str, type] = {
     "data": DataConfig,
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
+    "profiling": ProfilingConfig,
     "weighting": WeightingConfig,
 }
 """What a run's configuration is made of."""
@@ -51,6 +53,7 @@ class RunConfig:
     data: DataConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    profiling: ProfilingConfig
     weighting: WeightingConfig
 
     def __post_init__(self) -> None:

@@ -78,7 +78,7 @@ UNSUPPORTED: dict[str, str] = {
     "profile with PyTorch's or NVIDIA's tools from outside; leave it out": """
         --profile* --record-memory-history --log-straggler --save-wgrads-interval --save-dgrads-interval""",
     "records go to the log, a JSON-lines file and TensorBoard; leave it out": """
-        --*one-logger* --app-tag-run-* --log-progress --log-timers-to-tensorboard --log-memory-interval
+        --*one-logger* --app-tag-run-* --log-progress --log-memory-interval
         --log-device-memory-used --logging-level --log-energy --config-logger-dir""",
     "--async-save starts the process it needs; leave it out": "--use-persistent-ckpt-worker",
     "checkpoints are torch_dist, in folders that all ranks share; leave it out": """

@@ -18,6 +18,7 @@ from megatron_dwm.runtime.log_line import LogLine, LossWindow, validation_line
 from megatron_dwm.runtime.logging import EVERY_RANK, LAST_RANK
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.runtime.record_writers import JsonLines, TensorBoard
+from megatron_dwm.runtime.timers import StepTimers
 from megatron_dwm.training.step import StepResult
 from megatron_dwm.training.train_state import TrainState
 
@@ -31,9 +32,14 @@ class Reporter:
     """
 
     def __init__(
-        self, config: RunConfig, parallel_state: ParallelState, padded_vocab_size: int, resumed_at: int
+        self,
+        config: RunConfig,
+        parallel_state: ParallelState,
+        padded_vocab_size: int,
+        resumed_at: int,
+        timers: StepTimers,
     ) -> None:
-        self.config, self.parallel_state = config, parallel_state
+        self.config, self.parallel_state, self.timers = config, parallel_state, timers
         self.window = LossWindow()
         self.padded_vocab_size = padded_vocab_size
         self.flops_per_step = training_flops(config.model, padded_vocab_size, config.global_batch_size)
@@ -208,10 +214,31 @@ class Reporter:
             extra=extra,
         )
         logger.info(str(line), extra=LAST_RANK)
+        self._report_timers(train_state.iteration, seconds, throughput)
         if self.memory_reports_left > 0:  # by the second line the optimizer's state is in it
             self.memory_reports_left -= 1
             logger.info("\n".join(memory_estimate(self.config, self.padded_vocab_size)))
             self.memory(f"(after {train_state.iteration} iterations)")
+
+    def _report_timers(self, iteration: int, seconds: float, throughput: float | None) -> None:
+        """Log the timers, and write them to TensorBoard; collective.
+
+        As in Megatron-LM, they are divided by ``--log-interval`` and begin anew with the next line, but not after a
+        run's first step, whose line is out of turn and has no curve in TensorBoard.
+        """
+        interval = self.config.logging.log_interval
+        if self.config.profiling.log_timers_to_tensorboard:
+            numbers = {f"{name}-time": value for name, value in self.timers.largest(interval).items()}
+            if not self.first_step:
+                numbers["iteration-time"] = seconds
+            if throughput is not None:
+                numbers["throughput"] = throughput
+            if self.board is not None:
+                for name, value in numbers.items():
+                    self.board.scalar(name, value, iteration)
+        text = self.timers.text(interval, should_reset=not self.first_step)
+        if text is not None:
+            logger.info(text, extra=LAST_RANK)
 
     def memory(self, when: str) -> None:
         """Megatron-LM's report of the GPU's memory; silent without one."""

@@ -19,6 +19,7 @@ from megatron_dwm.model.transformer_config import transformer_config
 from megatron_dwm.model.vocabulary import Vocabulary, saved_softmax_size
 from megatron_dwm.runtime.process_groups import ParallelState, initialize_process_groups, set_seeds
 from megatron_dwm.runtime.startup_sync import StartupSync
+from megatron_dwm.runtime.timers import StepTimers
 from megatron_dwm.training.checkpoint import CheckpointWriter, load_checkpoint
 from megatron_dwm.training.checkpoint_folders import latest_checkpoint, loading_line
 from megatron_dwm.training.dataloaders import Dataloaders
@@ -211,10 +212,11 @@ def build_trainer_parts(
         UserError: on every rank, if a file cannot be written.
     """
     parallel_state, components = language_model.parallel_state, language_model.components
+    timers = StepTimers(config.profiling)
     with startup_sync.phase("metrics"):
         if save_folder is not None:
             save_folder.create()
-        reporter = Reporter(config, parallel_state, language_model.padded_vocab_size, train_state.iteration)
+        reporter = Reporter(config, parallel_state, language_model.padded_vocab_size, train_state.iteration, timers)
     return TrainerParts(
         parallel_state=parallel_state,
         engine=language_model.engine,
@@ -223,4 +225,5 @@ def build_trainer_parts(
         reporter=reporter,
         checkpoints=CheckpointWriter(config, components, parallel_state, save_folder),
         train_state=train_state,
+        timers=timers,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,17 +39,20 @@ def train_step(
     micro_batch_size: int,
     sample_weights: torch.Tensor | None,
     parallel_state: ParallelState,
+    optimizer_timer: AbstractContextManager[None] | None = None,
 ) -> StepResult:
     """Run forward and backward passes over ``batch``, one optimizer step and one step of the learning-rate schedule.
 
     Args:
         sample_weights: of this replica's samples [n]; None trains plainly.
+        optimizer_timer: runs while the optimizer steps.
     """
     for chunk in engine.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     losses = engine.run(batch, micro_batch_size, loss_function=weighted_loss(sample_weights))
-    updated, grad_norm, num_zeros = optimizer.step()
+    with optimizer_timer or nullcontext():
+        updated, grad_norm, num_zeros = optimizer.step()
     updated = bool(_reduce_over_model(float(updated), dist.ReduceOp.MIN, parallel_state))
     if updated:
         scheduler.step(increment=len(batch) * parallel_state.dp_size)

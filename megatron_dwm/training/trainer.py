@@ -12,9 +12,11 @@ import torch.distributed as dist
 
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.model.engine import PipelineEngine
+from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.log_line import event_line
 from megatron_dwm.runtime.process_groups import ParallelState
+from megatron_dwm.runtime.timers import StepTimers
 from megatron_dwm.training.checkpoint import CheckpointWriter
 from megatron_dwm.training.dataloaders import Dataloaders
 from megatron_dwm.training.evaluation import evaluate
@@ -42,6 +44,7 @@ class TrainerParts:
     reporter: Reporter
     checkpoints: CheckpointWriter
     train_state: TrainState
+    timers: StepTimers
 
 
 class Trainer:
@@ -51,7 +54,7 @@ class Trainer:
         self.config, self.parts, self.weighting = config, parts, weighting
         self.parallel_state, self.engine, self.components = parts.parallel_state, parts.engine, parts.components
         self.dataloaders, self.reporter = parts.dataloaders, parts.reporter
-        self.checkpoints, self.train_state = parts.checkpoints, parts.train_state
+        self.checkpoints, self.train_state, self.timers = parts.checkpoints, parts.train_state, parts.timers
         self.stop_request = StopRequest(config.training)
         self.saves_with_memory_report = SAVES_WITH_MEMORY_REPORT
 
@@ -96,21 +99,30 @@ class Trainer:
 
     def train_iteration(self, iteration: int) -> None:
         """Run one iteration: weigh the batch, step the language model, let the weighting learn from the step."""
-        batch = self.dataloaders.train.next_batch()
-        self.weighting.before_step(iteration)
-        weights = self.weighting.weigh(iteration, batch)
-        result = train_step(
-            self.engine,
-            self.components.optimizer,
-            self.components.scheduler,
-            batch,
-            self.config.training.micro_batch,
-            weights.replica_sample_weights if weights is not None else None,
-            self.parallel_state,
-        )
+        timed = self.timers.timed
+        with timed("batch-generator"):
+            batch = self.dataloaders.train.next_batch()
+        with timed("dwm-before-step"):
+            self.weighting.before_step(iteration)
+        with timed("dwm-weigh"):
+            weights = self.weighting.weigh(iteration, batch)
+        with self.timers.attached(
+            self.engine.config, *(part.config for part in optimizer_parts(self.components.optimizer))
+        ):
+            result = train_step(
+                self.engine,
+                self.components.optimizer,
+                self.components.scheduler,
+                batch,
+                self.config.training.micro_batch,
+                weights.replica_sample_weights if weights is not None else None,
+                self.parallel_state,
+                timed("optimizer"),
+            )
         self.train_state.advance(iteration, self.config.global_batch_size, self.reporter.flops_per_step)
         metrics = self.weighting.metrics(iteration, batch, weights)
-        self.reporter.record(*self.weighting.after_step(iteration, batch, weights, result))
+        with timed("dwm-after-step"):
+            self.reporter.record(*self.weighting.after_step(iteration, batch, weights, result))
         self._report(result, metrics, self.weighting.flops(iteration, result))
         interval = self.config.training.manual_gc_interval
         if self.config.training.manual_gc and interval and iteration % interval == 0:

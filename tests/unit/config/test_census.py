@@ -16,7 +16,7 @@ from tests.unit.config.census import CENSUS, refusal, refused, table
 COUNTS: dict[str, dict[str, int]] = json.loads((FIXTURES / CENSUS).read_text())
 CONFIGURATIONS = 122
 NOT_IMPLEMENTED = {
-    "timers and other records": "--log-timers-to-tensorboard --wandb-project",
+    "timers and other records": "--wandb-project",
     "checkpoints": """
         --auto-detect-ckpt-format --ckpt-assume-constant-structure --ckpt-format --dist-ckpt-strictness
         --use-persistent-ckpt-worker""",

@@ -27,8 +27,6 @@ ONE_NEUTRAL_VALUE = {
     "rerun_mode": "disabled",
     "rope_type": "rope",
     "softmax_type": "vanilla",
-    "timing_log_level": "0",
-    "timing_log_option": "minmax",
     "wandb_project": "",
 }
 PIPELINE = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
@@ -57,8 +55,6 @@ def test_the_run_is_the_one_without_the_flag(field: str):
     [
         ("--rerun-mode report_stats", "an iteration is never run again; give disabled"),
         ("--error-injection-rate 100", "leave it out"),
-        ("--timing-log-level 2", "there are no timers"),
-        ("--timing-log-option all", "there are no timers"),
         ("--wandb-project mine", "records go to the log"),
         ("--dist-ckpt-strictness log_all", "by the default rule"),
         ("--num-distributed-optimizer-instances 2", "over all replicas"),
