@@ -92,13 +92,15 @@ def read_arguments(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it has none.
     """
+    # In Megatron-LM's older format each rank's file has them.
+    path = next(iter(sorted(folder.glob("mp_rank_00*/model_optim_rng.pt"))), folder / "common.pt")
     try:
-        common = read_torch_file(folder / "common.pt")
+        common = read_torch_file(path)
     except UnreadableFile as error:
         raise UserError(f"{folder}: {error}; the checkpoint is damaged, give another") from None
     arguments = common.get("args") if isinstance(common, dict) else None
     if not isinstance(arguments, Namespace):
-        raise UserError(f"{folder}: its common.pt holds no arguments; it is not a checkpoint of pretraining")
+        raise UserError(f"{folder}: its {path.name} holds no arguments; it is not a checkpoint of pretraining")
     return {RENAMED.get(name, name): value for name, value in vars(arguments).items() if name != "trust_remote_code"}
 
 

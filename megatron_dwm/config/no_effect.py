@@ -22,7 +22,6 @@ _NEUTRAL_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "rerun_mode": (("validate_results", "disabled"), "an iteration is never run again; give disabled"),
     "error_injection_rate": ((0,), "an iteration is never run again, so no error is injected; leave it out"),
     "wandb_project": ((None, ""), "records go to the log, a JSON-lines file and TensorBoard; leave it out"),
-    "dist_ckpt_strictness": (("assume_ok_unexpected",), "checkpoints are loaded by the default rule; leave it out"),
     "num_distributed_optimizer_instances": ((1,), "the optimizer is sharded over all replicas; leave it out"),
     "pipeline_model_parallel_comm_backend": ((None, "nccl"), "pipelines communicate by NCCL; leave it out"),
     "cpu_offloading_num_layers": ((0,), "memory is saved by recomputation alone; use --recompute-granularity"),
@@ -72,16 +71,10 @@ class NoEffectConfig:
         "validate_results",
         "A NaN ends the run at once, as with disabled; Megatron-LM's default runs the iteration again before it ends.",
     )
-    dist_ckpt_strictness: Literal[
-        "assume_ok_unexpected",
-        "log_unexpected",
-        "log_all",
-        "raise_unexpected",
-        "raise_all",
-        "return_unexpected",
-        "return_all",
-        "ignore_all",
-    ] = flag("assume_ok_unexpected", "Only assume_ok_unexpected, which is how checkpoints are loaded.")
+    use_persistent_ckpt_worker: bool = flag(
+        False, "With a GPU one process writes all of --async-save's checkpoints in any case; without, forks do."
+    )
+    auto_detect_ckpt_format: bool = flag(False, "The format of --load is seen from its files in any case.")
     num_distributed_optimizer_instances: int = flag(1, "Only 1: the optimizer is sharded over all replicas.")
     pipeline_model_parallel_comm_backend: Literal["nccl", "ucc"] | None = flag(
         None, "Only nccl; without a GPU pipelines communicate by gloo."

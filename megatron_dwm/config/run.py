@@ -77,6 +77,13 @@ class RunConfig:
                 f"--use-distributed-optimizer does not go with --optimizer {self.optimizer.optimizer}: megatron-core "
                 "shards the state of Adam alone; leave one out"
             )
+        checkpoint = self.checkpoint
+        writes_torch = checkpoint.ckpt_format == "torch" and checkpoint.save is not None
+        if writes_torch and self.parallel.use_distributed_optimizer and not checkpoint.no_save_optim:
+            raise UserError(
+                "--ckpt-format torch does not hold --use-distributed-optimizer's state; use torch_dist, or add "
+                "--no-save-optim"
+            )
         tp = self.parallel.tp
         divided = {
             "--num-attention-heads": self.model.heads,

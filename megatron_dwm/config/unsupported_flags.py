@@ -80,13 +80,10 @@ UNSUPPORTED: dict[str, str] = {
     "records go to the log, a JSON-lines file and TensorBoard; leave it out": """
         --*one-logger* --app-tag-run-* --log-progress --log-memory-interval
         --log-device-memory-used --logging-level --log-energy --config-logger-dir""",
-    "--async-save starts the process it needs; leave it out": "--use-persistent-ckpt-worker",
     "checkpoints are torch_dist, in folders that all ranks share; leave it out": """
-        --load-main-params-from-ckpt --non-persistent-local-* --auto-detect-ckpt-format --ckpt-convert-*
-        --ckpt-assume-constant-structure --dist-ckpt-save-pre-mcore-014
+        --load-main-params-from-ckpt --non-persistent-local-* --ckpt-convert-* --dist-ckpt-save-pre-mcore-014
         --distrib-optim-fully-reshardable-mem-efficient --replication* --use-mp-args-from-checkpoint-args
         --*-use-tokenizer-model-from-checkpoint-args""",
-    "use --load with --finetune": "--pretrained-checkpoint",
     "use --tokenizer-special-tokens": "--tiktoken-special-tokens",
     "data are local .bin and .idx files of plain text; leave it out": """
         --per-dataset-sequences-path --dataloader-fast-cache-load --dataloader-defer-npy-index-mmap

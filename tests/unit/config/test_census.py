@@ -17,9 +17,7 @@ COUNTS: dict[str, dict[str, int]] = json.loads((FIXTURES / CENSUS).read_text())
 CONFIGURATIONS = 122
 NOT_IMPLEMENTED = {
     "timers and other records": "--wandb-project",
-    "checkpoints": """
-        --auto-detect-ckpt-format --ckpt-assume-constant-structure --ckpt-format --dist-ckpt-strictness
-        --use-persistent-ckpt-worker""",
+    "checkpoints": "--ckpt-format",
     "context parallelism": "--context-parallel-size --hierarchical-context-parallel-sizes",
     "injected errors": "--error-injection-rate",
     "checks of replicas": "--check-weight-hash-across-dp-replicas-interval",

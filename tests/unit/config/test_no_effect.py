@@ -16,7 +16,6 @@ RUN = (
 )
 ONE_NEUTRAL_VALUE = {
     "cpu_offloading_num_layers": "0",
-    "dist_ckpt_strictness": "assume_ok_unexpected",
     "error_injection_rate": "0",
     "exp_avg_dtype": "fp32",
     "exp_avg_sq_dtype": "fp32",
@@ -56,7 +55,6 @@ def test_the_run_is_the_one_without_the_flag(field: str):
         ("--rerun-mode report_stats", "an iteration is never run again; give disabled"),
         ("--error-injection-rate 100", "leave it out"),
         ("--wandb-project mine", "records go to the log"),
-        ("--dist-ckpt-strictness log_all", "by the default rule"),
         ("--num-distributed-optimizer-instances 2", "over all replicas"),
         ("--pipeline-model-parallel-comm-backend ucc", "NCCL"),
         ("--cpu-offloading-num-layers 1", "use --recompute-granularity"),
