@@ -84,6 +84,11 @@ RENAMED = {"dwm_valid_data_path": "dwm_target_data_path"}
 """Arguments that earlier versions saved under another name, with the present one."""
 
 
+def first_rank_file(folder: Path) -> Path | None:
+    """Return the first rank's file of a checkpoint in Megatron-LM's older format; None if it has another format."""
+    return next(iter(sorted(folder.glob("mp_rank_00*/model_optim_rng.pt"))), None)
+
+
 def read_arguments(folder: Path) -> dict[str, Any]:
     """Return the arguments that the checkpoint in ``folder`` was saved with, by their present names.
 
@@ -92,8 +97,7 @@ def read_arguments(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it has none.
     """
-    # In Megatron-LM's older format each rank's file has them.
-    path = next(iter(sorted(folder.glob("mp_rank_00*/model_optim_rng.pt"))), folder / "common.pt")
+    path = first_rank_file(folder) or folder / "common.pt"
     try:
         common = read_torch_file(path)
     except UnreadableFile as error:

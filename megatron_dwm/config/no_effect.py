@@ -109,11 +109,6 @@ class NoEffectConfig:
         "no_shard", "For --use-megatron-fsdp alone."
     )
     disable_symmetric_registration: bool = flag(False, "For --use-nccl-ub alone.")
-    microbatch_group_size_per_vp_stage: int | None = flag(
-        None,
-        "For the interleaved schedule alone, where only the pipeline's size, which is the default, is accepted.",
-        "--microbatch-group-size-per-virtual-pipeline-stage",
-    )
     wgrad_deferral_limit: int = flag(0, "For --defer-embedding-wgrad-compute alone.")
     kitchen_attention_backend: Literal["sdpa", "fa"] = flag("sdpa", "For --use-kitchen-attention alone.")
     cpu_offloading_num_layers: int = flag(0, "Only 0: no activations are offloaded.")
@@ -155,7 +150,7 @@ class NoEffectConfig:
     fim_eod_token: str = flag("<|endoftext|>", "For --fim-data alone.")
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "expert_tensor_parallel_size microbatch_group_size_per_vp_stage")
+        require_at_least(self, 1, "expert_tensor_parallel_size")
         for item in declared_flags(type(self)):
             if item.field not in _NEUTRAL_VALUES:
                 continue
@@ -163,19 +158,3 @@ class NoEffectConfig:
             value = getattr(self, item.field)
             if value not in neutral:
                 raise UserError(f"{item.names[0]} {value} is not supported: {reason}")
-
-    def check_microbatch_group(self, pipeline_size: int | None) -> None:
-        """Refuse another order of the interleaved schedule than megatron-core's default.
-
-        Args:
-            pipeline_size: number of pipeline ranks; None if the schedule is not interleaved.
-
-        Raises:
-            UserError: it is asked for.
-        """
-        group = self.microbatch_group_size_per_vp_stage
-        if pipeline_size is not None and group not in (None, pipeline_size):
-            raise UserError(
-                f"--microbatch-group-size-per-virtual-pipeline-stage {group} is not supported: the interleaved "
-                f"schedule takes as many microbatches as there are stages; give {pipeline_size} or leave it out"
-            )

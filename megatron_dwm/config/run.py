@@ -111,14 +111,30 @@ class RunConfig:
                 f"--global-batch-size {self.global_batch_size} is not divisible by --micro-batch-size {micro} x "
                 f"data-parallel size {dp}; change one"
             )
-        if chunks is not None and self.num_microbatches % self.parallel.pp:
-            raise UserError(
-                f"{self.num_microbatches} microbatches a step are not divisible by --pipeline-model-parallel-size "
-                f"{self.parallel.pp}, which virtual stages need; change --global-batch-size or --micro-batch-size"
-            )
+        if chunks is not None:
+            self._check_groups(self.num_microbatches, "--global-batch-size or --micro-batch-size")
         samples = self.training.train_samples
         if samples is not None and samples < self.global_batch_size:
             raise UserError(f"--train-samples {samples} is less than one batch of {self.global_batch_size}; raise it")
+
+    def _check_groups(self, microbatches: int, flags: str) -> None:
+        """Require microbatches that the interleaved schedule can take in its groups.
+
+        Args:
+            flags: what their number follows from.
+        """
+        pp, group = self.parallel.pp, self.parallel.microbatch_group_size_per_vp_stage
+        if group is None:
+            if microbatches % pp:
+                raise UserError(
+                    f"{microbatches} microbatches are not divisible by --pipeline-model-parallel-size {pp}, which "
+                    f"virtual stages need; change {flags}"
+                )
+        elif not pp <= group <= microbatches or 0 < microbatches % group < pp:
+            raise UserError(
+                f"--microbatch-group-size-per-virtual-pipeline-stage {group}: {microbatches} microbatches are not in "
+                f"groups of at least {pp}, the stages of the pipeline; change it or {flags}"
+            )
 
     def _check_schedule(self) -> None:
         """Require a learning-rate schedule that is counted as the run is, and whose phases fit into each other."""
@@ -153,12 +169,8 @@ class RunConfig:
                 f"--dwm-target-batch-size {self.target_batch_size} is not divisible by --micro-batch-size {micro} x "
                 f"data-parallel size {dp}; change one"
             )
-        pp = self.parallel.pp
-        if self.parallel.virtual_stages(self.model.layers) and self.target_batch_size // (micro * dp) % pp:
-            raise UserError(
-                f"--dwm-target-batch-size {self.target_batch_size} gives microbatches that are not divisible by "
-                f"--pipeline-model-parallel-size {pp}, which virtual stages need; change it"
-            )
+        if self.parallel.virtual_stages(self.model.layers) is not None:
+            self._check_groups(self.target_batch_size // (micro * dp), "--dwm-target-batch-size")
         half = "--bf16" if self.optimizer.bf16 else "--fp16" if self.optimizer.fp16 else None
         if half and self.weighting.dwm_alignment == "finite-difference":
             raise UserError(
@@ -246,8 +258,6 @@ def parse_run(
         main_class=WeightingConfig,
         complete=complete,
     )
-    no_effect: NoEffectConfig = parts.pop("no_effect")
+    del parts["no_effect"]
     run = RunConfig(world_size=world_size, **parts)
-    is_interleaved = run.parallel.virtual_stages(run.model.layers) is not None
-    no_effect.check_microbatch_group(run.parallel.pp if is_interleaved else None)
     return run

@@ -36,11 +36,8 @@ UNSUPPORTED: dict[str, str] = {
     "use --seq-length": "--encoder-seq-length",
     "samples are weighted whole, so the sequence is not split; leave it out": """
         --hierarchical-context-parallel-sizes --hybrid-context-parallel --max-seqlen-per-dp-cp-rank""",
-    "pipeline stages hold equal numbers of layers; leave it out": """
-        --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --pipeline-model-parallel-layout
-        --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split""",
     "communication is megatron-core's default; leave it out": """
-        --tp-comm-* --use-ring-exchange-p2p --overlap-p2p-communication-warmup-flush --defer-embedding-wgrad-compute
+        --tp-comm-* --use-ring-exchange-p2p --defer-embedding-wgrad-compute
         --delay-wgrad-compute --overlap-param-gather-with-optimizer-step --ddp-pad-buckets-for-high-nccl-busbw
         --ddp-reduce-scatter-with-fp32-accumulation --high-priority-stream-groups --nccl-communicator-config-path
         --use-nccl-ub --use-sharp --sharp-enabled-group --create-all-gather-group --symmetric-ar-type

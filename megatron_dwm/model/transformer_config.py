@@ -133,7 +133,10 @@ def _layout(model: ModelConfig, parallel: ParallelConfig, device: torch.device) 
     return {
         "sequence_parallel": parallel.sequence_parallel and parallel.tp > 1,
         "virtual_pipeline_model_parallel_size": virtual_stages,
+        "num_layers_in_first_pipeline_stage": parallel.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": parallel.decoder_last_pipeline_num_layers,
         "overlap_p2p_comm": overlap,
+        "overlap_p2p_comm_warmup_flush": overlap and parallel.overlap_p2p_comm_warmup_flush,
         "batch_p2p_comm": not overlap,
         # Gloo reads an output while it is being sent; freeing it would send what comes to lie in its place.
         "deallocate_pipeline_outputs": device.type == "cuda",

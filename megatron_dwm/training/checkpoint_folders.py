@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_dwm.atomic_write import delete_folder
 from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
-from megatron_dwm.config.checkpoint_args import read_arguments
+from megatron_dwm.config.checkpoint_args import first_rank_file, read_arguments
 from megatron_dwm.errors import UserError
 
 DWM_STATE = "dwm_state.pt"
@@ -38,7 +38,7 @@ def rank_file(folder: Path, tp_rank: int, pp_rank: int, pp_size: int) -> Path:
 
 def has_torch_format(folder: Path) -> bool:
     """Whether a checkpoint is in Megatron-LM's older format, ``torch``."""
-    return any(folder.glob("mp_rank_*/model_optim_rng.pt"))
+    return first_rank_file(folder) is not None
 
 
 def loading_line(folder: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from megatron_dwm.config.checkpoint_args import first_rank_file
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.optimizer_parts import optimizer_parts
@@ -54,8 +55,10 @@ def open_torch_checkpoint(folder: Path, config: RunConfig) -> TorchCheckpoint:
         UserError: it is damaged, or was saved by a run of another layout, or by a Megatron-LM of long ago.
     """
     pp = config.parallel.pp
+    path = first_rank_file(folder)
+    assert path is not None
     with reported_damage(folder):
-        state = read_torch_file(rank_file(folder, 0, 0, pp))
+        state = read_torch_file(path)
     arguments = vars(state["args"])
     where = f"--load {folder.parent}: {folder.name}, in the format torch,"
     if state.get("checkpoint_version") != VERSION:

@@ -22,12 +22,9 @@ NOT_IMPLEMENTED = {
     "injected errors": "--error-injection-rate",
     "checks of replicas": "--check-weight-hash-across-dp-replicas-interval",
     "batches that grow": "--rampup-batch-size",
-    "uneven pipelines": """
-        --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split
-        --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers""",
     "communication and schedules": """
         --defer-embedding-wgrad-compute --num-distributed-optimizer-instances
-        --overlap-p2p-communication-warmup-flush --overlap-param-gather-with-optimizer-step --tp-comm-overlap""",
+        --overlap-param-gather-with-optimizer-step --tp-comm-overlap""",
     "fp8 parameters": "--fp8-param-gather",
     "sharded parameters": "--use-megatron-fsdp --use-torch-fsdp2",
     "other data": "--fim-data --legacy-tokenizer",

@@ -84,12 +84,32 @@ def test_the_flags_with_which_others_would_act_are_refused(flag: str):
         _parse(flag)
 
 
-def test_microbatch_groups_act_in_the_interleaved_schedule_alone():
-    group = "--microbatch-group-size-per-virtual-pipeline-stage"
-    assert _parse(f"{group} 5") == _parse("")
-    assert _parse(f"{PIPELINE} {group} 2", world_size=2) == _parse(PIPELINE, world_size=2)
-    with pytest.raises(UserError, match=f"{group} 5 is not supported: .*; give 2 or leave it out"):
-        _parse(f"{PIPELINE} {group} 5", world_size=2)
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            f"{PIPELINE} --microbatch-group-size-per-virtual-pipeline-stage 5",
+            "4 microbatches are not in groups of at least 2",
+        ),
+        (
+            "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 4",
+            "not divisible .* as the flags divide it",
+        ),
+        (
+            "--pipeline-model-parallel-size 2 --account-for-loss-in-pipeline-split",
+            "not divisible .* as the flags divide it",
+        ),
+        ("--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tL", "does not place 4 layers on 2"),
+        (
+            "--pipeline-model-parallel-layout EttttL --num-virtual-stages-per-pipeline-rank 2",
+            "leave out the other flags",
+        ),
+        ("--decoder-first-pipeline-num-layers 1 --account-for-loss-in-pipeline-split", "give one of them"),
+    ],
+)
+def test_stages_that_layers_do_not_fill_are_refused(flags: str, said: str):
+    with pytest.raises(UserError, match=said):
+        _parse(flags, world_size=2)
 
 
 @pytest.mark.parametrize(
