@@ -142,6 +142,8 @@ def build_trainer(
     from megatron_dwm.training.trainer import Trainer
     from megatron_dwm.weighting.build import WeightingContext, build_weighting, check_gradients, read_weighting_inputs
 
+    if config.logging.logging_level is not None:
+        logging.getLogger("megatron.core").setLevel(config.logging.logging_level)
     with process.startup_sync.phase("folders"):
         save_folder = hold_folders(config, process.rank)
     with process.startup_sync.phase("inputs"):

@@ -21,7 +21,6 @@ OTHER_FIELDS_WITHOUT_EFFECT = frozenset(
 _NEUTRAL_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "rerun_mode": (("validate_results", "disabled"), "an iteration is never run again; give disabled"),
     "error_injection_rate": ((0,), "an iteration is never run again, so no error is injected; leave it out"),
-    "wandb_project": ((None, ""), "records go to the log, a JSON-lines file and TensorBoard; leave it out"),
     "num_distributed_optimizer_instances": ((1,), "the optimizer is sharded over all replicas; leave it out"),
     "pipeline_model_parallel_comm_backend": ((None, "nccl"), "pipelines communicate by NCCL; leave it out"),
     "cpu_offloading_num_layers": ((0,), "memory is saved by recomputation alone; use --recompute-granularity"),
@@ -92,18 +91,9 @@ class NoEffectConfig:
     error_injection_type: Literal["correct_result", "transient_error", "persistent_error"] = flag(
         "transient_error", "For --error-injection-rate alone."
     )
-    profile_step_start: int = flag(10, "For --profile alone.")
-    profile_step_end: int = flag(12, "For --profile alone.")
-    profile_ranks: list[int] = flag([0], "For --profile alone.")
-    use_pytorch_profiler: bool = flag(False, "For --profile alone.")
-    memory_snapshot_path: str = flag("snapshot.pickle", "For --record-memory-history alone.")
     straggler_ctrlr_port: int = flag(65535, "For --log-straggler alone.")
     straggler_minmax_count: int = flag(1, "For --log-straggler alone.")
     disable_straggler_on_startup: bool = flag(False, "For --log-straggler alone.")
-    wandb_project: str | None = flag(None, "Only an empty one, which means none.")
-    wandb_entity: str | None = flag(None, "For --wandb-project alone.")
-    wandb_exp_name: str | None = flag(None, "For --wandb-project alone.")
-    wandb_save_dir: str | None = flag(None, "For --wandb-project alone.")
     cp_comm_type: list[str] = flag(["p2p"], "For --context-parallel-size above 1 alone.")
     data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = flag(
         "no_shard", "For --use-megatron-fsdp alone."

@@ -58,10 +58,22 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._check_world()
+        self._check_records()
         self._check_shards()
         self._check_batches()
         self._check_schedule()
         self._check_outer_update()
+
+    def _check_records(self) -> None:
+        profiling, logging = self.profiling, self.logging
+        if profiling.use_pytorch_profiler and logging.tensorboard_dir is None:
+            raise UserError("--use-pytorch-profiler writes to --tensorboard-dir; give it")
+        if not logging.wandb_project:
+            return
+        if not logging.wandb_exp_name:
+            raise UserError(f"--wandb-project {logging.wandb_project} needs --wandb-exp-name; name the run")
+        if logging.wandb_save_dir is None and self.checkpoint.save is None:
+            raise UserError(f"--wandb-project {logging.wandb_project} needs --wandb-save-dir or --save; give one")
 
     def _check_world(self) -> None:
         tp, pp = self.parallel.tp, self.parallel.pp

@@ -36,8 +36,10 @@ class TrainingConfig:
     )
     empty_unused_memory_level: Literal[0, 1, 2] = flag(
         0,
-        "Empty the CUDA cache: 1 after, 2 before and after a step.",
-        refused="memory stays with PyTorch's allocator; set PYTORCH_CUDA_ALLOC_CONF",
+        "Give unused GPU memory back: 1 before the optimizer's step, 2 after it too.",
+    )
+    check_weight_hash_across_dp_replicas_interval: int | None = flag(
+        None, "Iterations between checks that all replicas hold the same parameters; they are copied to the CPU for it."
     )
     manual_gc: bool = flag(False, "Collect Python garbage at a fixed interval instead of when it likes.")
     manual_gc_interval: int = flag(0, "Steps between garbage collections; 0 for none.")
@@ -51,7 +53,8 @@ class TrainingConfig:
         require_at_least(
             self,
             1,
-            "micro_batch_size global_batch_size train_iters train_samples exit_interval exit_duration_in_mins seed",
+            "micro_batch_size global_batch_size train_iters train_samples exit_interval exit_duration_in_mins seed "
+            "check_weight_hash_across_dp_replicas_interval",
         )
         require_at_least(self, 0, "manual_gc_interval")
         if self.manual_gc_interval and not self.manual_gc:

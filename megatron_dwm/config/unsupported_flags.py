@@ -65,18 +65,17 @@ UNSUPPORTED: dict[str, str] = {
     "a NaN ends the run, nothing is run again; leave it out": """
         --check-for-spiky-loss --check-for-large-grads --result-rejected-tracker-filename --iterations-to-skip""",
     "ranks keep in step by their collectives alone; leave it out": """
-        --check-weight-hash-across-dp-replicas-interval --train-sync-interval""",
+        --train-sync-interval""",
     "a failed run is started again from its last checkpoint; leave it out": """
         --inprocess-* --enable-ft-package --calc-ft-timeouts --ft-num-warmup-iters --adlr-autoresume*
         --run-workload-inspector-server""",
     "SIGTERM stops a run under --exit-signal-handler; use that": "--exit-signal --exit-signal-handler-for-dataloader",
     "weights are relative to a batch of constant size; leave it out": """
         --decrease-batch-size-if-needed --phase-transition-iterations""",
-    "profile with PyTorch's or NVIDIA's tools from outside; leave it out": """
-        --profile* --record-memory-history --log-straggler --save-wgrads-interval --save-dgrads-interval""",
+    "slow ranks and single gradients are looked for with --timing-log-level and --profile; leave it out": """
+        --log-straggler --save-wgrads-interval --save-dgrads-interval""",
     "records go to the log, a JSON-lines file and TensorBoard; leave it out": """
-        --*one-logger* --app-tag-run-* --log-progress --log-memory-interval
-        --log-device-memory-used --logging-level --log-energy --config-logger-dir""",
+        --*one-logger* --app-tag-run-* --log-progress --log-energy --config-logger-dir""",
     "checkpoints are torch_dist, in folders that all ranks share; leave it out": """
         --load-main-params-from-ckpt --non-persistent-local-* --ckpt-convert-* --dist-ckpt-save-pre-mcore-014
         --distrib-optim-fully-reshardable-mem-efficient --replication* --use-mp-args-from-checkpoint-args

@@ -17,7 +17,7 @@ from megatron_dwm.model.memory import MEBIBYTE, memory_estimate
 from megatron_dwm.runtime.log_line import LogLine, LossWindow, validation_line
 from megatron_dwm.runtime.logging import EVERY_RANK, LAST_RANK
 from megatron_dwm.runtime.process_groups import ParallelState
-from megatron_dwm.runtime.record_writers import JsonLines, TensorBoard
+from megatron_dwm.runtime.record_writers import JsonLines, ScalarWriter, TensorBoard, WeightsAndBiases
 from megatron_dwm.runtime.timers import StepTimers
 from megatron_dwm.training.step import StepResult
 from megatron_dwm.training.train_state import TrainState
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Writes the log line, TensorBoard and JSON-lines records.
+    """Writes the log line, curves and JSON-lines records.
 
     As in Megatron-LM the last rank reports: it is on the last pipeline stage, which knows the losses.
     """
@@ -50,14 +50,16 @@ class Reporter:
         self.first_step = True
         self.memory_reports_left = 2
         self.jsonl: JsonLines | None = None
-        self.board: TensorBoard | None = None
+        self.boards: list[ScalarWriter] = []
         if parallel_state.is_last_rank:
             path = config.logging.metrics_jsonl
             if path is None and config.checkpoint.save is not None:
                 path = str(Path(config.checkpoint.save) / "metrics.jsonl")
             self.jsonl = JsonLines(Path(path), resumed_at) if path else None
             if config.logging.tensorboard_dir is not None:
-                self.board = TensorBoard(config.logging.tensorboard_dir, config.logging.tensorboard_queue_size)
+                self.boards.append(TensorBoard(config.logging.tensorboard_dir, config.logging.tensorboard_queue_size))
+            if config.logging.wandb_project:
+                self.boards.append(WeightsAndBiases(config.logging, config.checkpoint.save, config.flat()))
 
     def step(
         self,
@@ -133,13 +135,11 @@ class Reporter:
         logger.info(validation_line(prefix, loss), extra=LAST_RANK)
         self.record({"kind": "evaluation", "iteration": train_state.iteration, "split": split, "lm_loss": loss})
         # Megatron-LM puts the test loss at the end of the validation's curve.
-        if self.board is not None and not self.config.training.skip_train:
-            self.board.scalar("lm loss validation", loss, train_state.iteration, train_state.consumed_train_samples)
+        if not self.config.training.skip_train:
+            self._draw("lm loss validation", loss, train_state.iteration, train_state.consumed_train_samples)
             if self.config.logging.log_validation_ppl_to_tensorboard:
                 ppl = float(torch.tensor(min(20.0, loss)).exp())
-                self.board.scalar(
-                    "lm loss validation ppl", ppl, train_state.iteration, train_state.consumed_train_samples
-                )
+                self._draw("lm loss validation ppl", ppl, train_state.iteration, train_state.consumed_train_samples)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -153,30 +153,34 @@ class Reporter:
             self.step_since += seconds
 
     def close(self) -> None:
-        """Close the records and TensorBoard's file."""
+        """Close the records and the curves."""
         if self.jsonl is not None:
             self.jsonl.close()
-        if self.board is not None:
-            self.board.close()
+        for board in self.boards:
+            board.close()
+
+    def _draw(self, name: str, value: float, iteration: int, samples: int | None = None) -> None:
+        for board in self.boards:
+            board.scalar(name, value, iteration, samples)
 
     def _write_scalars(self, train_state: TrainState, numbers: dict[str, float], weighting: dict[str, Any]) -> None:
-        if self.board is None or train_state.iteration % self.config.logging.tensorboard_log_interval:
+        if not self.boards or train_state.iteration % self.config.logging.tensorboard_log_interval:
             return
         for name, value in numbers.items():
-            self.board.scalar(name, value, train_state.iteration, train_state.consumed_train_samples)
+            self._draw(name, value, train_state.iteration, train_state.consumed_train_samples)
         if train_state.skipped_train_samples > 0:
-            self.board.scalar("skipped-train-samples", train_state.skipped_train_samples, train_state.iteration)
+            self._draw("skipped-train-samples", train_state.skipped_train_samples, train_state.iteration)
         for name, value in weighting.items():
             parts = value if isinstance(value, dict) else {"": value}
             for source, number in parts.items():
                 label = f"dwm/{name}/{source}" if source else f"dwm/{name}"
-                self.board.scalar(label, number, train_state.iteration)
+                self._draw(label, number, train_state.iteration)
         if self.config.logging.log_memory_to_tensorboard and torch.cuda.is_available():
             stats = torch.cuda.memory_stats()
-            self.board.scalar("mem-reserved-bytes", stats["reserved_bytes.all.current"], train_state.iteration)
-            self.board.scalar("mem-allocated-bytes", stats["allocated_bytes.all.current"], train_state.iteration)
-            self.board.scalar("mem-max-allocated-bytes", stats["allocated_bytes.all.peak"], train_state.iteration)
-            self.board.scalar("mem-allocated-count", stats["allocation.all.current"], train_state.iteration)
+            self._draw("mem-reserved-bytes", stats["reserved_bytes.all.current"], train_state.iteration)
+            self._draw("mem-allocated-bytes", stats["allocated_bytes.all.current"], train_state.iteration)
+            self._draw("mem-max-allocated-bytes", stats["allocated_bytes.all.peak"], train_state.iteration)
+            self._draw("mem-allocated-count", stats["allocation.all.current"], train_state.iteration)
 
     def _log_line(
         self,
@@ -187,6 +191,7 @@ class Reporter:
         params_norm: float | None,
         weighting: dict[str, Any],
     ) -> None:
+        interval = self.config.logging.log_memory_interval
         seconds = (time.perf_counter() - self.since) / max(1, self.window.iterations)
         throughput, extra = None, _flat(weighting)
         if self.config.logging.log_throughput:
@@ -219,6 +224,8 @@ class Reporter:
             self.memory_reports_left -= 1
             logger.info("\n".join(memory_estimate(self.config, self.padded_vocab_size)))
             self.memory(f"(after {train_state.iteration} iterations)")
+        elif interval is not None and train_state.iteration % interval == 0:
+            self.memory(f"(after {train_state.iteration} iterations)")
 
     def _report_timers(self, iteration: int, seconds: float, throughput: float | None) -> None:
         """Log the timers, and write them to TensorBoard; collective.
@@ -233,9 +240,8 @@ class Reporter:
                 numbers["iteration-time"] = seconds
             if throughput is not None:
                 numbers["throughput"] = throughput
-            if self.board is not None:
-                for name, value in numbers.items():
-                    self.board.scalar(name, value, iteration)
+            for name, value in numbers.items():
+                self._draw(name, value, iteration)
         text = self.timers.text(interval, should_reset=not self.first_step)
         if text is not None:
             logger.info(text, extra=LAST_RANK)
@@ -250,6 +256,8 @@ class Reporter:
             "reserved": torch.cuda.memory_reserved(),
             "max reserved": torch.cuda.max_memory_reserved(),
         }
+        if self.config.logging.log_device_memory_used:
+            figures["total device memory used"] = torch.cuda.device_memory_used()
         text = " | ".join(f"{name}: {value / MEBIBYTE:.2f}" for name, value in figures.items())
         logger.info(f"[Rank {self.parallel_state.rank}] {when} memory (MB) | {text}", extra=EVERY_RANK)
 

@@ -25,6 +25,7 @@ from megatron_dwm.training.checkpoint_folders import has_torch_format, latest_ch
 from megatron_dwm.training.dataloaders import Dataloaders
 from megatron_dwm.training.lr_schedule import Schedule, build_scheduler
 from megatron_dwm.training.optimizer import build_optimizer
+from megatron_dwm.training.profiler import StepProfiler
 from megatron_dwm.training.reporter import Reporter
 from megatron_dwm.training.resume_checks import check_resume, resumed_vocab_size
 from megatron_dwm.training.save_folder import SaveFolder, check_writable
@@ -221,6 +222,12 @@ def build_trainer_parts(
     with startup_sync.phase("metrics"):
         if save_folder is not None:
             save_folder.create()
+        profiler = StepProfiler(
+            config.profiling,
+            config.logging.tensorboard_dir,
+            parallel_state.rank,
+            is_last_rank=parallel_state.is_last_rank,
+        )
         reporter = Reporter(config, parallel_state, language_model.padded_vocab_size, train_state.iteration, timers)
     return TrainerParts(
         parallel_state=parallel_state,
@@ -231,4 +238,5 @@ def build_trainer_parts(
         checkpoints=CheckpointWriter(config, components, parallel_state, save_folder),
         train_state=train_state,
         timers=timers,
+        profiler=profiler,
     )

@@ -40,19 +40,26 @@ def train_step(
     sample_weights: torch.Tensor | None,
     parallel_state: ParallelState,
     optimizer_timer: AbstractContextManager[None] | None = None,
+    empty_unused_memory_level: int = 0,
 ) -> StepResult:
     """Run forward and backward passes over ``batch``, one optimizer step and one step of the learning-rate schedule.
 
     Args:
         sample_weights: of this replica's samples [n]; None trains plainly.
         optimizer_timer: runs while the optimizer steps.
+        empty_unused_memory_level: whether the GPU's unused memory is given back: before the optimizer's step (1), and
+            after it (2).
     """
     for chunk in engine.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     losses = engine.run(batch, micro_batch_size, loss_function=weighted_loss(sample_weights))
+    if empty_unused_memory_level >= 1:
+        torch.cuda.empty_cache()
     with optimizer_timer or nullcontext():
         updated, grad_norm, num_zeros = optimizer.step()
+    if empty_unused_memory_level >= 2:
+        torch.cuda.empty_cache()
     updated = bool(_reduce_over_model(float(updated), dist.ReduceOp.MIN, parallel_state))
     if updated:
         scheduler.step(increment=len(batch) * parallel_state.dp_size)

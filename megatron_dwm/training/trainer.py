@@ -20,6 +20,7 @@ from megatron_dwm.runtime.timers import StepTimers
 from megatron_dwm.training.checkpoint import CheckpointWriter
 from megatron_dwm.training.dataloaders import Dataloaders
 from megatron_dwm.training.evaluation import evaluate
+from megatron_dwm.training.profiler import StepProfiler
 from megatron_dwm.training.reporter import Reporter
 from megatron_dwm.training.run_status import write_run_status
 from megatron_dwm.training.step import StepResult, train_step
@@ -45,6 +46,7 @@ class TrainerParts:
     checkpoints: CheckpointWriter
     train_state: TrainState
     timers: StepTimers
+    profiler: StepProfiler
 
 
 class Trainer:
@@ -70,6 +72,7 @@ class Trainer:
         finally:
             self.dataloaders.close()
         self.checkpoints.close()
+        self.parts.profiler.close()
         self.reporter.close()
         status: Literal["interrupted", "finished"] = "finished" if stop_reason is None else "interrupted"
         write_run_status(self.config.checkpoint.save, status, self.train_state.iteration, stop_reason or "")
@@ -81,9 +84,13 @@ class Trainer:
         if config.training.manual_gc:
             gc.disable()
             gc.collect()
+        start = train_state.iteration
+        self._check_replicas(start)
         while not config.training.skip_train and train_state.iteration < config.train_iters:
             self.checkpoints.poll()
             self.train_iteration(train_state.iteration + 1)
+            self.parts.profiler.after_iteration(train_state.iteration - start, train_state.iteration)
+            self._check_replicas(train_state.iteration)
             stop_reason = self.stop_request.reason(train_state.iteration)
             if config.data.eval_interval and train_state.iteration % config.data.eval_interval == 0:
                 self.evaluate("valid", f"iteration {train_state.iteration}")
@@ -118,15 +125,34 @@ class Trainer:
                 weights.replica_sample_weights if weights is not None else None,
                 self.parallel_state,
                 timed("optimizer"),
+                self.config.training.empty_unused_memory_level,
             )
         self.train_state.advance(iteration, self.config.global_batch_size, self.reporter.flops_per_step)
         metrics = self.weighting.metrics(iteration, batch, weights)
         with timed("dwm-after-step"):
             self.reporter.record(*self.weighting.after_step(iteration, batch, weights, result))
         self._report(result, metrics, self.weighting.flops(iteration, result))
+        if iteration % self.config.logging.log_interval == 0:
+            self.parts.profiler.write_memory()
         interval = self.config.training.manual_gc_interval
         if self.config.training.manual_gc and interval and iteration % interval == 0:
             gc.collect()
+
+    def _check_replicas(self, iteration: int) -> None:
+        """Check that all replicas hold the same parameters, if that is due.
+
+        Raises:
+            RuntimeError: they do not.
+        """
+        interval = self.config.training.check_weight_hash_across_dp_replicas_interval
+        if interval is None or iteration % interval:
+            return
+        from megatron.core.utils import check_param_hashes_across_dp_replicas
+
+        with self.reporter.paused(), self.engine.full_parameters():
+            if not check_param_hashes_across_dp_replicas(self.components.chunks, cross_check=True):
+                raise RuntimeError(f"the replicas' parameters differ after iteration {iteration}")
+        logger.info(f">>> Weight hashes match after {iteration} iterations...")
 
     def evaluate(self, split: str, prefix: str, *, log_progress: bool = False) -> None:
         """Evaluate on ``valid`` or ``test``, if there is such data.

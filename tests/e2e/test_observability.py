@@ -1,4 +1,4 @@
-"""What a run tells of itself besides its log line: timers, in the log and in TensorBoard."""
+"""What a run tells of itself besides its log line: timers, a profile, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -34,8 +34,34 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
         "--timing-log-level": 2,
         "--log-throughput": True,
         "--log-timers-to-tensorboard": True,
+        "--profile": True,
+        "--use-pytorch-profiler": True,
+        "--profile-step-start": 2,
+        "--profile-step-end": 4,
+        "--check-weight-hash-across-dp-replicas-interval": 10,
+        "--empty-unused-memory-level": 2,
+        "--wandb-project": "tests",
+        "--wandb-exp-name": "watched",
     }
-    return folder, succeed(folder / "out", 2, flags)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("WANDB_MODE", "offline")
+        return folder, succeed(folder / "out", 2, flags)
+
+
+def test_weights_and_biases_keep_the_run_in_a_folder(run: tuple[Path, Finished]):
+    (offline,) = (run[0] / "run" / "wandb" / "wandb").glob("offline-run-*")
+    assert [path for path in offline.glob("run-*.wandb") if path.stat().st_size > 0]
+
+
+def test_some_iterations_are_profiled(run: tuple[Path, Finished]):
+    (trace,) = (run[0] / "board").glob("*.pt.trace.json")
+    names = trace.read_text()
+    assert names.count('"ProfilerStep#') >= 2 and '"aten::mm"' in names
+
+
+def test_replicas_are_compared(run: tuple[Path, Finished]):
+    matches = [line for line in run[1].output[0].splitlines() if line.startswith(">>> Weight hashes match")]
+    assert matches == [f">>> Weight hashes match after {iteration} iterations..." for iteration in (0, 10, 20)]
 
 
 def test_the_log_has_the_timers_of_every_line(run: tuple[Path, Finished]):

@@ -16,11 +16,9 @@ from tests.unit.config.census import CENSUS, refusal, refused, table
 COUNTS: dict[str, dict[str, int]] = json.loads((FIXTURES / CENSUS).read_text())
 CONFIGURATIONS = 122
 NOT_IMPLEMENTED = {
-    "timers and other records": "--wandb-project",
     "checkpoints": "--ckpt-format",
     "context parallelism": "--context-parallel-size --hierarchical-context-parallel-sizes",
     "injected errors": "--error-injection-rate",
-    "checks of replicas": "--check-weight-hash-across-dp-replicas-interval",
     "batches that grow": "--rampup-batch-size",
     "communication and schedules": """
         --defer-embedding-wgrad-compute --num-distributed-optimizer-instances

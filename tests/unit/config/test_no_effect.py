@@ -26,7 +26,6 @@ ONE_NEUTRAL_VALUE = {
     "rerun_mode": "disabled",
     "rope_type": "rope",
     "softmax_type": "vanilla",
-    "wandb_project": "",
 }
 PIPELINE = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
 
@@ -54,7 +53,6 @@ def test_the_run_is_the_one_without_the_flag(field: str):
     [
         ("--rerun-mode report_stats", "an iteration is never run again; give disabled"),
         ("--error-injection-rate 100", "leave it out"),
-        ("--wandb-project mine", "records go to the log"),
         ("--num-distributed-optimizer-instances 2", "over all replicas"),
         ("--pipeline-model-parallel-comm-backend ucc", "NCCL"),
         ("--cpu-offloading-num-layers 1", "use --recompute-granularity"),
@@ -74,7 +72,7 @@ def test_a_value_that_would_have_an_effect_is_refused_with_the_reason(flags: str
 @pytest.mark.parametrize(
     "flag",
     [
-        *("--profile", "--log-straggler", "--record-memory-history", "--fim-data", "--use-megatron-fsdp"),
+        *("--log-straggler", "--fim-data", "--use-megatron-fsdp"),
         *("--tp-comm-overlap", "--optimizer-cpu-offload", "--use-kitchen-attention", "--use-nccl-ub"),
         *("--defer-embedding-wgrad-compute",),
     ],
