@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_dwm.config.batch_sizes import BatchSizes, Rampup
 from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.checkpoint_args import with_saved_arguments
 from megatron_dwm.config.data import DataConfig
@@ -117,14 +118,10 @@ class RunConfig:
 
     def _check_batches(self) -> None:
         chunks = self.parallel.virtual_stages(self.model.layers)
-        micro, dp = self.training.micro_batch, self.data_parallel_size
-        if self.global_batch_size % (micro * dp):
-            raise UserError(
-                f"--global-batch-size {self.global_batch_size} is not divisible by --micro-batch-size {micro} x "
-                f"data-parallel size {dp}; change one"
-            )
         if chunks is not None:
-            self._check_groups(self.num_microbatches, "--global-batch-size or --micro-batch-size")
+            for size in self.batch_sizes.running_sizes:
+                microbatches = size // self.batch_sizes.unit
+                self._check_groups(microbatches, "--global-batch-size or --micro-batch-size")
         samples = self.training.train_samples
         if samples is not None and samples < self.global_batch_size:
             raise UserError(f"--train-samples {samples} is less than one batch of {self.global_batch_size}; raise it")
@@ -207,8 +204,16 @@ class RunConfig:
 
     @property
     def global_batch_size(self) -> int:
-        """The number of samples in one step."""
-        return self.training.global_batch_size or self.training.micro_batch * self.data_parallel_size
+        """The number of samples in one step, the largest where steps differ."""
+        return self.batch_sizes.running_sizes[-1]
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """The numbers of samples in the steps of the run."""
+        training, micro, dp = self.training, self.training.micro_batch, self.data_parallel_size
+        ramp = Rampup(*training.rampup_batch_size) if training.rampup_batch_size is not None else None
+        final = training.global_batch_size or micro * dp
+        return BatchSizes(final, micro, dp, ramp, training.decrease_batch_size_if_needed)
 
     @property
     def num_microbatches(self) -> int:
@@ -226,7 +231,7 @@ class RunConfig:
         if self.training.train_iters is not None:
             return self.training.train_iters
         assert self.training.train_samples is not None
-        return self.training.train_samples // self.global_batch_size
+        return self.batch_sizes.iterations(self.training.train_samples)
 
     def flat(self) -> dict[str, Any]:
         """Return all flags by their names, as Megatron-LM keeps its arguments."""

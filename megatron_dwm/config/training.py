@@ -19,7 +19,13 @@ class TrainingConfig:
         None, "Samples in one step; micro batch size x data-parallel size if not given."
     )
     rampup_batch_size: list[int] | None = flag(
-        None, "Batch size ramp-up.", nargs=3, refused="weights are relative to a batch of constant size; leave it out"
+        None,
+        "Start with batches of the first number of samples, and enlarge them by the second until, after the third "
+        "number of samples, they have --global-batch-size. With --train-samples alone.",
+        nargs=3,
+    )
+    decrease_batch_size_if_needed: bool = flag(
+        False, "Make a batch smaller where it is no multiple of micro batch size x data-parallel size."
     )
     train_iters: int | None = flag(None, "Steps to train.")
     train_samples: int | None = flag(None, "Samples to train on, in place of --train-iters.")
@@ -61,6 +67,9 @@ class TrainingConfig:
             raise UserError(f"--manual-gc-interval {self.manual_gc_interval} has no effect without --manual-gc; add it")
         if (self.train_iters is None) == (self.train_samples is None):
             raise UserError("give exactly one of --train-iters and --train-samples")
+
+        if self.rampup_batch_size is not None and (self.train_samples is None or self.global_batch_size is None):
+            raise UserError("--rampup-batch-size needs --train-samples and --global-batch-size; give both")
 
     @property
     def micro_batch(self) -> int:

@@ -70,8 +70,7 @@ UNSUPPORTED: dict[str, str] = {
         --inprocess-* --enable-ft-package --calc-ft-timeouts --ft-num-warmup-iters --adlr-autoresume*
         --run-workload-inspector-server""",
     "SIGTERM stops a run under --exit-signal-handler; use that": "--exit-signal --exit-signal-handler-for-dataloader",
-    "weights are relative to a batch of constant size; leave it out": """
-        --decrease-batch-size-if-needed --phase-transition-iterations""",
+    "batches grow by --rampup-batch-size; use that": "--phase-transition-iterations",
     "slow ranks and single gradients are looked for with --timing-log-level and --profile; leave it out": """
         --log-straggler --save-wgrads-interval --save-dgrads-interval""",
     "records go to the log, a JSON-lines file and TensorBoard; leave it out": """

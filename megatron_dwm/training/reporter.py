@@ -71,18 +71,20 @@ class Reporter:
         params_norm: float | None,
         weighting: dict[str, Any],
         weighting_flops: float,
+        batch_size: int,
     ) -> None:
         """Report one training step.
 
         Args:
             weighting: figures of the step's weights, empty for plain training: numbers, and dicts of numbers by source.
             weighting_flops: operations of all ranks that plain training would not have needed.
+            batch_size: samples of the step over all replicas.
         """
         losses = {} if result.loss is None else {"lm loss": result.loss}
         self.window.add(losses, result.skipped, weighting_flops)
         numbers: dict[str, float] = {
             "learning-rate": learning_rate,
-            "batch-size": float(self.config.global_batch_size),
+            "batch-size": float(batch_size),
             **losses,
         }
         if self.config.logging.log_loss_scale_to_tensorboard:
@@ -116,7 +118,7 @@ class Reporter:
             )
         # As in Megatron-LM, a run's first step has a line of its own and counts again in the next one.
         if self.first_step or train_state.iteration % self.config.logging.log_interval == 0:
-            self._log_line(train_state, result, learning_rate, loss_scale, params_norm, weighting)
+            self._log_line(train_state, result, learning_rate, loss_scale, params_norm, weighting, batch_size)
             if not self.first_step:
                 self.window = LossWindow()
                 self.since = time.perf_counter()
@@ -190,16 +192,18 @@ class Reporter:
         loss_scale: float,
         params_norm: float | None,
         weighting: dict[str, Any],
+        batch_size: int,
     ) -> None:
         interval = self.config.logging.log_memory_interval
         seconds = (time.perf_counter() - self.since) / max(1, self.window.iterations)
         throughput, extra = None, _flat(weighting)
         if self.config.logging.log_throughput:
             per_flop = 1 / (seconds * 1e12 * self.parallel_state.world_size)
-            throughput = self.flops_per_step * per_flop
+            flops = self.flops_per_step * batch_size / self.config.global_batch_size
+            throughput = flops * per_flop
             if weighting:
                 added = self.window.weighting_flops / self.window.iterations
-                extra["dwm throughput per GPU (TFLOP/s/GPU)"] = (self.flops_per_step + added) * per_flop
+                extra["dwm throughput per GPU (TFLOP/s/GPU)"] = (flops + added) * per_flop
         line = LogLine(
             iteration=train_state.iteration,
             train_iters=self.config.train_iters,
@@ -208,7 +212,7 @@ class Reporter:
             seconds_per_iteration=seconds,
             throughput=throughput,
             learning_rate=learning_rate,
-            global_batch_size=self.config.global_batch_size,
+            global_batch_size=batch_size,
             losses=self.window.averages(),
             loss_scale=loss_scale,
             grad_norm=result.grad_norm,

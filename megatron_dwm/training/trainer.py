@@ -57,6 +57,7 @@ class Trainer:
         self.parallel_state, self.engine, self.components = parts.parallel_state, parts.engine, parts.components
         self.dataloaders, self.reporter = parts.dataloaders, parts.reporter
         self.checkpoints, self.train_state, self.timers = parts.checkpoints, parts.train_state, parts.timers
+        self.batch_sizes = config.batch_sizes
         self.stop_request = StopRequest(config.training)
         self.saves_with_memory_report = SAVES_WITH_MEMORY_REPORT
 
@@ -127,11 +128,14 @@ class Trainer:
                 timed("optimizer"),
                 self.config.training.empty_unused_memory_level,
             )
-        self.train_state.advance(iteration, self.config.global_batch_size, self.reporter.flops_per_step)
+        samples = len(batch) * self.parallel_state.dp_size
+        part = samples / self.config.global_batch_size  # of the largest batch, which operations are counted for
+        skipped = self.batch_sizes.nominal(self.train_state.consumed_train_samples) - samples
+        self.train_state.advance(iteration, samples, part * self.reporter.flops_per_step, skipped)
         metrics = self.weighting.metrics(iteration, batch, weights)
         with timed("dwm-after-step"):
             self.reporter.record(*self.weighting.after_step(iteration, batch, weights, result))
-        self._report(result, metrics, self.weighting.flops(iteration, result))
+        self._report(result, metrics, part * self.weighting.flops(iteration, result), samples)
         if iteration % self.config.logging.log_interval == 0:
             self.parts.profiler.write_memory()
         interval = self.config.training.manual_gc_interval
@@ -202,7 +206,7 @@ class Trainer:
         elif flags.non_persistent_save_interval and iteration % flags.non_persistent_save_interval == 0:
             self.save(persistent=False)
 
-    def _report(self, result: StepResult, metrics: dict[str, object], weighting_flops: float) -> None:
+    def _report(self, result: StepResult, metrics: dict[str, object], weighting_flops: float, samples: int) -> None:
         optimizer = self.components.optimizer
         groups = [group for group in optimizer.param_groups if group["params"]]
         standard = [group for group in groups if group.get("default_config", True)] or groups
@@ -215,6 +219,7 @@ class Trainer:
             params_norm=norm,
             weighting=metrics,
             weighting_flops=weighting_flops,
+            batch_size=samples,
         )
 
 

@@ -19,7 +19,6 @@ NOT_IMPLEMENTED = {
     "checkpoints": "--ckpt-format",
     "context parallelism": "--context-parallel-size --hierarchical-context-parallel-sizes",
     "injected errors": "--error-injection-rate",
-    "batches that grow": "--rampup-batch-size",
     "communication and schedules": """
         --defer-embedding-wgrad-compute --num-distributed-optimizer-instances
         --overlap-param-gather-with-optimizer-step --tp-comm-overlap""",
