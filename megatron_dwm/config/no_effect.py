@@ -19,8 +19,6 @@ OTHER_FIELDS_WITHOUT_EFFECT = frozenset(
 """Fields of a run's configuration, and so of its checkpoints' arguments, that change nothing either."""
 
 _NEUTRAL_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
-    "rerun_mode": (("validate_results", "disabled"), "an iteration is never run again; give disabled"),
-    "error_injection_rate": ((0,), "an iteration is never run again, so no error is injected; leave it out"),
     "num_distributed_optimizer_instances": ((1,), "the optimizer is sharded over all replicas; leave it out"),
     "pipeline_model_parallel_comm_backend": ((None, "nccl"), "pipelines communicate by NCCL; leave it out"),
     "cpu_offloading_num_layers": ((0,), "memory is saved by recomputation alone; use --recompute-granularity"),
@@ -66,10 +64,6 @@ class NoEffectConfig:
         True, "Evaluations do not collect garbage in any case.", "--no-manual-gc-eval", "--disable-manual-gc-eval"
     )
     enable_one_logger: bool = flag(True, "There is no one-logger in any case.", "--no-one-logger")
-    rerun_mode: Literal["disabled", "validate_results", "report_stats"] = flag(
-        "validate_results",
-        "A NaN ends the run at once, as with disabled; Megatron-LM's default runs the iteration again before it ends.",
-    )
     use_persistent_ckpt_worker: bool = flag(
         False, "With a GPU one process writes all of --async-save's checkpoints in any case; without, forks do."
     )
@@ -87,10 +81,6 @@ class NoEffectConfig:
 
     # What acts only with another flag, which is refused.
     expert_tensor_parallel_size: int | None = flag(None, "For mixtures of experts alone.")
-    error_injection_rate: int = flag(0, "Only 0: no errors are injected.")
-    error_injection_type: Literal["correct_result", "transient_error", "persistent_error"] = flag(
-        "transient_error", "For --error-injection-rate alone."
-    )
     straggler_ctrlr_port: int = flag(65535, "For --log-straggler alone.")
     straggler_minmax_count: int = flag(1, "For --log-straggler alone.")
     disable_straggler_on_startup: bool = flag(False, "For --log-straggler alone.")

@@ -40,6 +40,16 @@ class TrainingConfig:
     check_for_nan_in_loss_and_grad: bool = flag(
         True, "Do not stop at a NaN in loss or gradient.", "--no-check-for-nan-in-loss-and-grad"
     )
+    rerun_mode: Literal["disabled", "validate_results", "report_stats"] = flag(
+        "disabled",
+        "What follows if a loss or gradient is not finite: the run ends (disabled), or the iteration is run again, to "
+        "see whether the same comes out (validate_results). With report_stats every iteration is run twice, and how "
+        "much results differ is logged.",
+    )
+    error_injection_rate: int = flag(0, "Test validate_results: about one result in so many is taken for wrong.")
+    error_injection_type: Literal["correct_result", "transient_error", "persistent_error"] = flag(
+        "transient_error", "What injected errors look like when the iteration is run again."
+    )
     empty_unused_memory_level: Literal[0, 1, 2] = flag(
         0,
         "Give unused GPU memory back: 1 before the optimizer's step, 2 after it too.",
@@ -62,12 +72,16 @@ class TrainingConfig:
             "micro_batch_size global_batch_size train_iters train_samples exit_interval exit_duration_in_mins seed "
             "check_weight_hash_across_dp_replicas_interval",
         )
-        require_at_least(self, 0, "manual_gc_interval")
+        require_at_least(self, 0, "manual_gc_interval error_injection_rate")
         if self.manual_gc_interval and not self.manual_gc:
             raise UserError(f"--manual-gc-interval {self.manual_gc_interval} has no effect without --manual-gc; add it")
         if (self.train_iters is None) == (self.train_samples is None):
             raise UserError("give exactly one of --train-iters and --train-samples")
 
+        if self.error_injection_rate and self.rerun_mode != "validate_results":
+            raise UserError(
+                f"--error-injection-rate {self.error_injection_rate} tests --rerun-mode validate_results; give that"
+            )
         if self.rampup_batch_size is not None and (self.train_samples is None or self.global_batch_size is None):
             raise UserError("--rampup-batch-size needs --train-samples and --global-batch-size; give both")
 

@@ -22,6 +22,7 @@ from megatron_dwm.training.dataloaders import Dataloaders
 from megatron_dwm.training.evaluation import evaluate
 from megatron_dwm.training.profiler import StepProfiler
 from megatron_dwm.training.reporter import Reporter
+from megatron_dwm.training.rerun import StepValidation
 from megatron_dwm.training.run_status import write_run_status
 from megatron_dwm.training.step import StepResult, train_step
 from megatron_dwm.training.stop_request import StopRequest
@@ -57,7 +58,7 @@ class Trainer:
         self.parallel_state, self.engine, self.components = parts.parallel_state, parts.engine, parts.components
         self.dataloaders, self.reporter = parts.dataloaders, parts.reporter
         self.checkpoints, self.train_state, self.timers = parts.checkpoints, parts.train_state, parts.timers
-        self.batch_sizes = config.batch_sizes
+        self.batch_sizes, self.validation = config.batch_sizes, StepValidation(config.training)
         self.stop_request = StopRequest(config.training)
         self.saves_with_memory_report = SAVES_WITH_MEMORY_REPORT
 
@@ -127,6 +128,8 @@ class Trainer:
                 self.parallel_state,
                 timed("optimizer"),
                 self.config.training.empty_unused_memory_level,
+                self.validation.passes(iteration),
+                self.validation.check if self.validation.is_active else None,
             )
         samples = len(batch) * self.parallel_state.dp_size
         part = samples / self.config.global_batch_size  # of the largest batch, which operations are counted for

@@ -18,7 +18,6 @@ CONFIGURATIONS = 122
 NOT_IMPLEMENTED = {
     "checkpoints": "--ckpt-format",
     "context parallelism": "--context-parallel-size --hierarchical-context-parallel-sizes",
-    "injected errors": "--error-injection-rate",
     "communication and schedules": """
         --defer-embedding-wgrad-compute --num-distributed-optimizer-instances
         --overlap-param-gather-with-optimizer-step --tp-comm-overlap""",

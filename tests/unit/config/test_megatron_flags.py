@@ -34,6 +34,7 @@ OURS: dict[str, Flag] = {
 SHARED = sorted(OURS.keys() & MEGATRON.keys())
 
 OTHER_DEFAULTS = {
+    "--rerun-mode": "a step is not run again unless it is asked for, which costs a reduction in every step",
     "--transformer-impl": "Transformer Engine only where it is installed",
     "--tokenizer-type": "Megatron-LM's pretraining script makes None the same",
     "--use-cpu-initialization": "None and False say the same",

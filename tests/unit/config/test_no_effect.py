@@ -16,14 +16,12 @@ RUN = (
 )
 ONE_NEUTRAL_VALUE = {
     "cpu_offloading_num_layers": "0",
-    "error_injection_rate": "0",
     "exp_avg_dtype": "fp32",
     "exp_avg_sq_dtype": "fp32",
     "main_grads_dtype": "fp32",
     "main_params_dtype": "fp32",
     "num_distributed_optimizer_instances": "1",
     "pipeline_model_parallel_comm_backend": "nccl",
-    "rerun_mode": "disabled",
     "rope_type": "rope",
     "softmax_type": "vanilla",
 }
@@ -51,8 +49,6 @@ def test_the_run_is_the_one_without_the_flag(field: str):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--rerun-mode report_stats", "an iteration is never run again; give disabled"),
-        ("--error-injection-rate 100", "leave it out"),
         ("--num-distributed-optimizer-instances 2", "over all replicas"),
         ("--pipeline-model-parallel-comm-backend ucc", "NCCL"),
         ("--cpu-offloading-num-layers 1", "use --recompute-granularity"),
