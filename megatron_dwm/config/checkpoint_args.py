@@ -28,7 +28,6 @@ UNKNOWN_PARTS = (
     "openai_gelu",
     "qk_l2_norm",
     "quick_geglu",
-    "rotary_seq_len_interpolation_factor",
     "window_size",
 )
 """Arguments in Megatron-LM's checkpoints that, where set, make another model of the same tensors."""
@@ -51,6 +50,7 @@ _FUNCTION = (
     "rotary_base",
     "rotary_percent",
     "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor",
     "use_rope_scaling",
     "rope_scaling_factor",
     "layernorm_epsilon",

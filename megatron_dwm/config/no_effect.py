@@ -67,6 +67,9 @@ class NoEffectConfig:
     use_persistent_ckpt_worker: bool = flag(
         False, "With a GPU one process writes all of --async-save's checkpoints in any case; without, forks do."
     )
+    legacy_tokenizer: bool = flag(
+        False, "The tokenizers are megatron-core's, which make the tokens of Megatron-LM's older ones."
+    )
     auto_detect_ckpt_format: bool = flag(False, "The format of --load is seen from its files in any case.")
     num_distributed_optimizer_instances: int = flag(1, "Only 1: the optimizer is sharded over all replicas.")
     pipeline_model_parallel_comm_backend: Literal["nccl", "ucc"] | None = flag(
@@ -89,7 +92,6 @@ class NoEffectConfig:
         "no_shard", "For --use-megatron-fsdp alone."
     )
     disable_symmetric_registration: bool = flag(False, "For --use-nccl-ub alone.")
-    wgrad_deferral_limit: int = flag(0, "For --defer-embedding-wgrad-compute alone.")
     kitchen_attention_backend: Literal["sdpa", "fa"] = flag("sdpa", "For --use-kitchen-attention alone.")
     cpu_offloading_num_layers: int = flag(0, "Only 0: no activations are offloaded.")
     optimizer_offload_fraction: float = flag(1.0, "For --optimizer-cpu-offload alone.")

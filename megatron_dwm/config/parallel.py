@@ -65,6 +65,21 @@ class ParallelConfig:
     ddp_num_buckets: int | None = flag(None, "Number of gradient buckets.")
     ddp_bucket_size: int | None = flag(None, "Parameters in one gradient bucket.")
     ddp_average_in_collective: bool = flag(False, "Average gradients in the collective itself.")
+    fp8_param_gather: bool = flag(
+        False, "Keep parameters in FP8 and gather them so; with the distributed optimizer and --fp8-format."
+    )
+    defer_embedding_wgrad_compute: bool = flag(
+        False, "Compute the output layer's weight gradient while the pipeline is flushed."
+    )
+    wgrad_deferral_limit: int = flag(
+        0, "Microbatches for which --defer-embedding-wgrad-compute waits at most; 0 for all."
+    )
+    clone_scatter_output_in_embedding: bool = flag(
+        True,
+        "Do not copy the embedding's output under sequence parallelism; keeps more memory and saves a copy.",
+        "--no-clone-scatter-output-in-embedding",
+        "--disable-clone-scatter-output-in-embedding",
+    )
     distributed_backend: Literal["nccl", "gloo"] = flag(
         "nccl", "Communication backend; without a GPU it is gloo whatever this says."
     )
@@ -89,6 +104,8 @@ class ParallelConfig:
                 "give one"
             )
         self._check_split()
+        if self.fp8_param_gather and not self.use_distributed_optimizer:
+            raise UserError("--fp8-param-gather needs --use-distributed-optimizer; add it")
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             raise UserError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
         if self.ddp_num_buckets is not None and self.ddp_bucket_size is not None:

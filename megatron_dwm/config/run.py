@@ -165,8 +165,20 @@ class RunConfig:
             )
 
     def _check_outer_update(self) -> None:
+        if self.parallel.fp8_param_gather and self.model.fp8 is None:
+            raise UserError("--fp8-param-gather needs --fp8-format; give it")
         if not self.weighting.needs_target:
             return
+        unfit = {
+            "--fp8-param-gather": (self.parallel.fp8_param_gather, "copies parameters that have 16 or 32 bits"),
+            "--defer-embedding-wgrad-compute": (
+                self.parallel.defer_embedding_wgrad_compute,
+                "reads gradients in the backward pass",
+            ),
+        }
+        for name, (is_given, reason) in unfit.items():
+            if is_given:
+                raise UserError(f"{name}: an outer update {reason}; leave it out, or use --dwm-mode frozen or off")
         if self.model.fp8 is not None and self.model.fp8_recipe == "delayed":
             raise UserError(
                 f"--fp8-format {self.model.fp8} with --fp8-recipe delayed: an outer update's passes would change the "

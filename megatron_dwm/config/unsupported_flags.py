@@ -23,21 +23,20 @@ UNSUPPORTED: dict[str, str] = {
         --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim --mscale --mscale-all-dim
         --rotary-scaling-factor --cache-mla-latents --experimental-attention-variant --dsa-* --linear-*
         --attention-output-gate --window-* --qk-l2-norm --qk-clip* --relative-attention-* --mrope-section
-        --no-rope-freq --rotary-seq-len-interpolation-factor --openai-gelu --quick-geglu --glu-linear-offset
+        --no-rope-freq --openai-gelu --quick-geglu --glu-linear-offset
         --activation-func-clamp-value --use-fused-weighted-squared-relu --use-te-activation-func
         --apply-residual-connection-post-layernorm --use-kitchen-attention --log-max-attention-logit""",
     "model code older than megatron-core's is gone; leave it out": "--use-legacy-models",
     "Megatron-LM no longer has it; use --micro-batch-size": "--batch-size",
     "Megatron-LM no longer has it; use --lr-warmup-fraction": "--warmup",
     "Megatron-LM no longer has it; use --tensor-model-parallel-size": "--model-parallel-size",
-    "Megatron-LM no longer has it; use --recompute-activations": "--checkpoint-activations",
     "Megatron-LM's guide has it, its parser has not; use --fp8-format hybrid": "--fp8-hybrid",
     "use --num-layers": "--encoder-num-layers",
     "use --seq-length": "--encoder-seq-length",
     "samples are weighted whole, so the sequence is not split; leave it out": """
         --hierarchical-context-parallel-sizes --hybrid-context-parallel --max-seqlen-per-dp-cp-rank""",
     "communication is megatron-core's default; leave it out": """
-        --tp-comm-* --use-ring-exchange-p2p --defer-embedding-wgrad-compute
+        --tp-comm-* --use-ring-exchange-p2p
         --delay-wgrad-compute --overlap-param-gather-with-optimizer-step --ddp-pad-buckets-for-high-nccl-busbw
         --ddp-reduce-scatter-with-fp32-accumulation --high-priority-stream-groups --nccl-communicator-config-path
         --use-nccl-ub --use-sharp --sharp-enabled-group --create-all-gather-group --symmetric-ar-type
@@ -53,15 +52,14 @@ UNSUPPORTED: dict[str, str] = {
     "the passes of an outer update do not fit into a captured step; leave it out": """
         --enable-cuda-graph --external-cuda-graph --cuda-graph-* --te-rng-tracker""",
     "parameters are kept in 16 bits, as the outer update copies them; leave it out": """
-        --fp8-param-gather --keep-fp8-transpose-cache --reuse-grad-buf-for-mxfp8-param-ag""",
+        --keep-fp8-transpose-cache --reuse-grad-buf-for-mxfp8-param-ag""",
     "the FP8 recipes are Transformer Engine's own; leave it out": "--fp8-quantizer-factory --te-precision-config-file",
     "there is no FP4 training; use --bf16 or --fp8-format": "--fp4-*",
     "the optimizers are megatron-core's Adam and SGD with fp32 state; leave it out": """
         --muon-* --use-precision-aware-optimizer --optimizer-cpu-offload --dump-param-to-param-group-map
         --apply-wd-to-qk-layernorm --no-weight-decay-cond-type""",
     "kernels are chosen by --transformer-impl and the --no-*-fusion flags; leave it out": """
-        --disable-bf16-reduced-precision-matmul --batch-invariant-mode --disable-jit-fuser
-        --*-clone-scatter-output-in-embedding""",
+        --disable-bf16-reduced-precision-matmul --batch-invariant-mode --disable-jit-fuser""",
     "a NaN ends the run, nothing is run again; leave it out": """
         --check-for-spiky-loss --check-for-large-grads --result-rejected-tracker-filename --iterations-to-skip""",
     "ranks keep in step by their collectives alone; leave it out": """

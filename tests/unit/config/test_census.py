@@ -19,11 +19,10 @@ NOT_IMPLEMENTED = {
     "checkpoints": "--ckpt-format",
     "context parallelism": "--context-parallel-size --hierarchical-context-parallel-sizes",
     "communication and schedules": """
-        --defer-embedding-wgrad-compute --num-distributed-optimizer-instances
+        --num-distributed-optimizer-instances
         --overlap-param-gather-with-optimizer-step --tp-comm-overlap""",
-    "fp8 parameters": "--fp8-param-gather",
     "sharded parameters": "--use-megatron-fsdp --use-torch-fsdp2",
-    "other data": "--fim-data --legacy-tokenizer",
+    "other data": "--fim-data",
     "other models": """
         --kv-lora-rank --multi-latent-attention --q-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim""",
     "other programs": "--export-kd-cfg --export-kd-teacher-load --export-te-mcore-model --test-mode",

@@ -70,7 +70,6 @@ def test_a_value_that_would_have_an_effect_is_refused_with_the_reason(flags: str
     [
         *("--log-straggler", "--fim-data", "--use-megatron-fsdp"),
         *("--tp-comm-overlap", "--optimizer-cpu-offload", "--use-kitchen-attention", "--use-nccl-ub"),
-        *("--defer-embedding-wgrad-compute",),
     ],
 )
 def test_the_flags_with_which_others_would_act_are_refused(flag: str):
