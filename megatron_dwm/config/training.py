@@ -59,6 +59,9 @@ class TrainingConfig:
     )
     manual_gc: bool = flag(False, "Collect Python garbage at a fixed interval instead of when it likes.")
     manual_gc_interval: int = flag(0, "Steps between garbage collections; 0 for none.")
+    test_mode: bool = flag(
+        False, "Let megatron-core check in every pass that norms of queries and keys are the same on all TP ranks."
+    )
     deterministic_mode: bool = flag(False, "Use deterministic kernels only.")
     use_cpu_initialization: bool = flag(False, "Initialize weights on the CPU, the same for every TP size.")
     perform_initialization: bool = flag(True, "Do not initialize weights.", "--no-initialization")

@@ -85,7 +85,7 @@ UNSUPPORTED: dict[str, str] = {
         --inference-* --*-chunked-prefill --flash-decode --max-tokens-to-oom --mlp-chunks-for-prefill
         --use-legacy-static-engine --decode-only-cuda-graphs --nccl-all-reduce-for-prefill
         --no-inference-wandb-logging --perform-rl-step --rl-* --no-rl-* --grpo-* --langrl-* --no-langrl-*
-        --refit-method --test-mode""",
+        --refit-method""",
 }
 """Reason and remedy to flags, by name or shell pattern."""
 

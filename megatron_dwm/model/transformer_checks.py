@@ -50,6 +50,8 @@ def check_architecture(
         )
     if optimizer.fp16_lm_cross_entropy and not optimizer.fp16:
         raise UserError("--fp16-lm-cross-entropy is for --fp16; leave it out or give that")
+    if training.test_mode and model.qk_layernorm and model.normalization == "RMSNorm":
+        raise UserError("--test-mode with --qk-layernorm compares biases, and RMSNorm has none; leave it out")
     if training.deterministic_mode and model.cross_entropy_loss_fusion:
         raise UserError("--deterministic-mode excludes --cross-entropy-loss-fusion; leave one out")
     if parallel.virtual_stages(model.layers) and not parallel.overlap_p2p_comm and parallel.pp == 2:

@@ -25,7 +25,7 @@ NOT_IMPLEMENTED = {
     "other data": "--fim-data",
     "other models": """
         --kv-lora-rank --multi-latent-attention --q-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim""",
-    "other programs": "--export-kd-cfg --export-kd-teacher-load --export-te-mcore-model --test-mode",
+    "other programs": "--export-kd-cfg --export-kd-teacher-load --export-te-mcore-model",
     "values that their tests fill in": "--seed",
 }
 """Flags that are refused, by what it would take to do what they say."""
