@@ -44,7 +44,12 @@ for part in train/{prose,code,comments,shuffled} {target,test}/prose; do
     fi
 done
 
-step 5 "pretraining: $ITERATIONS iterations on 4 processes, tensor parallel 2 x pipeline parallel 2"
+# Four processes of a CPU, or of four GPUs, share the model; fewer GPUs than that: one holds it.
+PROCESSES=4 LAYOUT=(--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2)
+if python -c 'import sys, torch; sys.exit(not 0 < torch.cuda.device_count() < 4)'; then
+    PROCESSES=1 LAYOUT=(--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1)
+fi
+step 5 "pretraining: $ITERATIONS iterations on $PROCESSES process(es) ${LAYOUT[*]}"
 if [[ -d $SAVE/weighter/$NAME && -f $LATEST && $(<"$LATEST") == "$ITERATIONS" ]]; then
     done_already "$SAVE"
 else
@@ -55,8 +60,7 @@ else
     for part in 0.2:prose 0.3:code 0.1:comments 0.4:shuffled; do
         train+=("${part%%:*}" "$RUN/data/train/${part##*:}_text_document")
     done
-    torchrun --nproc-per-node 4 --standalone pretrain_dwm.py \
-        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 \
+    torchrun --nproc-per-node "$PROCESSES" --standalone pretrain_dwm.py "${LAYOUT[@]}" \
         --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 \
         --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear \
         --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 \

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_dwm.errors import UserError, shortened
+from megatron_dwm.json_lines import parse_object
 
 Record = dict[str, Any]
 
@@ -74,11 +74,9 @@ def _parse(line: str, place: str) -> Record:
         UserError: it holds no record, or one without what its kind has.
     """
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not JSON ({shortened(error)}); give a run's JSON lines") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{place}: not a record of pretrain_dwm.py; give a run's JSON lines")
+        record = parse_object(line)
+    except ValueError as error:
+        raise UserError(f"{place}: no record ({shortened(error)}); give a run's JSON lines") from None
     for key, is_valid in (_COMMON | _FIELDS.get(str(record.get("kind")), {})).items():
         name = key.removesuffix("?")
         if name not in record:

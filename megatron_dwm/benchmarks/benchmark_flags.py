@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -26,7 +27,7 @@ def parse_benchmark(
     Raises:
         UserError: a bad value of one of the benchmark's own flags.
     """
-    parser = OneLineParser(description=description)
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, config_class)
     known, rest = parser.parse_known_args(argv)
     return build(config_class, vars(known)), rest

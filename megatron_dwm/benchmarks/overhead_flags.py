@@ -70,5 +70,7 @@ def parse_overhead(argv: Sequence[str] | None, world_size: int) -> tuple[Overhea
 def batches_read(options: OverheadConfig, interval: int) -> int:
     """Return the number of training batches that measuring reads."""
     whole = options.steps // interval * interval
-    turns = options.repeats * (3 * options.steps + 1 + whole + 2)  # two more for the parts
-    return SETTLING_STEPS + 1 + turns + 6 + 1  # memory measures three steps twice; one batch for the passes
+    turns = options.repeats * (3 * options.steps + 1 + whole + 4)  # two more for the parts, two for the alignments
+    # Memory measures three steps twice, four are counted after one of each, each way of alignment is tried once, one
+    # batch is for the passes.
+    return SETTLING_STEPS + 1 + turns + 6 + 8 + 2 + 1

@@ -5,22 +5,26 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
 
+from megatron_dwm.benchmarks.device_counts import device_counts
 from megatron_dwm.benchmarks.measuring import Stopwatch, paired_ratio, peak_and_retained, seconds, take_turns
 from megatron_dwm.benchmarks.modes import Modes
 from megatron_dwm.benchmarks.overhead_flags import OverheadConfig
 from megatron_dwm.benchmarks.overhead_report import PARTS
+from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.model.flops import training_flops
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.training import trainer as training_loop
 from megatron_dwm.training.trainer import Trainer
 from megatron_dwm.weighting.bilevel.alignment import held_for_all
+from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.flops import outer_update_flops, scoring_flops
 
 
@@ -58,11 +62,55 @@ def measure_modes(modes: Modes, options: OverheadConfig) -> dict[str, Any]:
             "updating": statistics.median(times["update"]),
             "bilevel": statistics.median(bilevel),
         },
+        "turns": step_times | {"updating": times["update"]},
         "plain_tokens_per_s": tokens / statistics.median(plain),
         "bare_ratio": paired_ratio(step_times["bare"], plain),
         "frozen_ratio": paired_ratio(plain, step_times["frozen"]),
         "bilevel_ratio": paired_ratio(plain, bilevel),
         "bilevel_ratio_of_whole_intervals": paired_ratio(plain, direct) if direct else None,
+    }
+
+
+def measure_alignments(modes: Modes, repeats: int) -> dict[str, list[float]]:
+    """Measure the seconds of an iteration with an outer update under each way of alignment, turn by turn."""
+    outer, chosen = modes.outer, modes.outer.lm_gradients
+    ways = get_args(get_type_hints(WeightingConfig)["dwm_alignment"])
+
+    def update(passes: LMGradients) -> None:
+        outer.lm_gradients = passes
+        modes.update()
+
+    passes = {way: chosen.with_config(replace(chosen.config, dwm_alignment=way)) for way in ways}
+    actions: dict[str, Callable[[], Any]] = {way: partial(update, passes[way]) for way in ways}
+    try:
+        for action in actions.values():  # the first time, kernels may be compiled
+            action()
+        return take_turns(actions, repeats)
+    finally:
+        outer.lm_gradients = chosen
+
+
+def measure_counts(modes: Modes) -> dict[str, dict[str, int]]:
+    """Count what a step of each mode asks of this rank's device."""
+    return {
+        "bare": device_counts(modes.bare.step),
+        "plain": device_counts(partial(modes.plain.train_iteration, 1)),
+        "frozen": device_counts(partial(modes.frozen.train_iteration, 1)),
+        "updating": device_counts(modes.update),
+    }
+
+
+def described(modes: Modes) -> dict[str, Any]:
+    """Return what the figures are of: the device, and the operations of a step."""
+    config, vocab = modes.config, modes.bilevel.reporter.padded_vocab_size
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "torch": torch.__version__,
+        "world_size": config.world_size,
+        "parameters": sum(param.numel() for chunk in modes.bilevel.engine.chunks for param in chunk.parameters()),
+        "weighter_parameters": modes.weighter.num_parameters,
+        "alignment": config.weighting.dwm_alignment,
+        "training_flops": training_flops(config.model, vocab, config.global_batch_size),
     }
 
 
@@ -208,10 +256,15 @@ def measure(trainer: Trainer, options: OverheadConfig) -> dict[str, Any]:
     modes = Modes(trainer)
     figures = measure_modes(modes, options) | measure_passes(modes, options.repeats)
     fractions = measure_fractions(modes, options.repeats)
-    return figures | {
-        "theoretical_bilevel_ratio": fractions["theoretical"]["training step"],
-        "weighter_part": weighter_part(modes),
-        "update_interval": modes.interval,
-        "peak_memory": measure_memory(modes),
-        "shares": fractions,
-    }
+    figures |= {"update_seconds": measure_alignments(modes, options.repeats), "device_counts": measure_counts(modes)}
+    return (
+        figures
+        | described(modes)
+        | {
+            "theoretical_bilevel_ratio": fractions["theoretical"]["training step"],
+            "weighter_part": weighter_part(modes),
+            "update_interval": modes.interval,
+            "peak_memory": measure_memory(modes),
+            "shares": fractions,
+        }
+    )

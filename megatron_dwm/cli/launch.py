@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Flags = TypeVar("Flags")
+
+_FUTURE = ".*(load_state_dict|ShardedTensor|all_gather_into_tensor|reduce_scatter_tensor).*"
+"""torch's interfaces that megatron-core still uses, in their warnings."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def run_program(program: Callable[[Process], None]) -> None:
     """
     # megatron-core warns on every process that optional packages are missing, and of torch interfaces it still uses.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine).*")
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(load_state_dict|ShardedTensor).*")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=_FUTURE)
     try:
         rank, local_rank, world_size = environment_rank()
         configure_logging(rank, world_size)
@@ -190,7 +194,9 @@ def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
     sys.stdout.flush()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at a worker's end
     for worker in multiprocessing.active_children():
-        if worker.daemon:  # a data loader's, which ignores the signal by which Python would end it
+        # A data loader's is a daemon, and ignores the signal by which Python would end it. What was spawned, not
+        # forked, is megatron-core's writer of checkpoints on a GPU: it waits for more of them, and Python for it.
+        if worker.daemon or isinstance(worker, SpawnProcess):
             worker.kill()
     if isinstance(error, PeerError):
         raise SystemExit(EXIT_CODE) from None

@@ -6,7 +6,6 @@ Each line is an object with the text under the key of --json-key, such as {"text
 from __future__ import annotations
 
 import io
-import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from megatron_dwm.cli.command import run_command
 from megatron_dwm.config.flags import flag, parse
 from megatron_dwm.corpora.readers import Reader, input_files
 from megatron_dwm.errors import UserError
+from megatron_dwm.json_lines import parse_object
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def _texts(paths: Sequence[str], key: str) -> Iterator[str]:
     """
     for record in Reader(paths, [key]):
         try:
-            text = (json.loads(record.content) if isinstance(record.content, str) else record.content)[key]
+            text = (parse_object(record.content) if isinstance(record.content, str) else record.content)[key]
             text.encode()
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise UserError(
                 f"--input {record.place}: no JSON object with a text under {key!r}; mend it or give another --json-key"
             ) from None

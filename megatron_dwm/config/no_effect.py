@@ -87,7 +87,6 @@ class NoEffectConfig:
     straggler_ctrlr_port: int = flag(65535, "For --log-straggler alone.")
     straggler_minmax_count: int = flag(1, "For --log-straggler alone.")
     disable_straggler_on_startup: bool = flag(False, "For --log-straggler alone.")
-    cp_comm_type: list[str] = flag(["p2p"], "For --context-parallel-size above 1 alone.")
     data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = flag(
         "no_shard", "For --use-megatron-fsdp alone."
     )

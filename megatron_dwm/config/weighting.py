@@ -79,8 +79,10 @@ class WeightingConfig:
     )
     dwm_weighter_steps: int = flag(4, "Weighter steps in one outer update.")
     dwm_replay: int = flag(8, "Recent aligned batches that those steps draw on.")
-    dwm_alignment: Literal["exact", "finite-difference"] = flag(
-        "exact", "Alignment from one backward pass of single samples, or from two forward passes."
+    dwm_alignment: Literal["exact", "single-sample", "finite-difference"] = flag(
+        "exact",
+        "Alignments from one backward pass at the run's micro-batch size (exact) or over single samples "
+        "(single-sample, which exact also is with Transformer Engine's layers), or from two forward passes.",
     )
     dwm_preconditioner: Literal["adam", "none"] = flag(
         "adam", "Scale the target gradient as Adam scales its step (adam), or not (none)."

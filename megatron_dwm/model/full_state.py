@@ -26,7 +26,7 @@ def gather_full_state(
 
     Args:
         chunks: this rank's model chunks, wrapped or not.
-        wanted: tells by its checkpoint key whether a parameter is wanted.
+        wanted: whether a parameter is wanted, by its checkpoint key.
         num_layers: only that many first layers; all if not given.
 
     Returns:
@@ -64,8 +64,8 @@ def _main_shards(chunks: Sequence[Any]) -> list[ShardedTensor]:
     return shards
 
 
-def _agree_on_shapes(own: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def _agree_on_shapes(local_shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """All ranks' keys and global shapes, in the same order everywhere."""
     everybody: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everybody, own)
+    dist.all_gather_object(everybody, local_shapes)
     return dict(sorted(item for shapes in everybody for item in shapes.items()))

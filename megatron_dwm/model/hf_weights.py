@@ -78,8 +78,8 @@ def to_hf_state_dict(
         if name in state:
             state[name] = state[name][:vocab_size]
     for number, layer in enumerate(taken):
-        own = {key.removeprefix(_LAYERS): t[layer] for key, t in full_state.items() if key.startswith(_LAYERS)}
-        state |= {f"{stem}.{number}.{name}": tensor for name, tensor in layer_of(own, model).items()}
+        layer_state = {key.removeprefix(_LAYERS): t[layer] for key, t in full_state.items() if key.startswith(_LAYERS)}
+        state |= {f"{stem}.{number}.{name}": tensor for name, tensor in layer_of(layer_state, model).items()}
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
@@ -116,10 +116,10 @@ def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])
 
 
-def _to_llama_layer(own: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
-    query, key, value = _split_qkv(own[f"{_QKV}.weight"], model)
-    gate, up = own[f"{_FC1}.weight"].chunk(2)
-    return {name: own[core] for name, core in _LLAMA_LAYER.items()} | {
+def _to_llama_layer(layer_state: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
+    query, key, value = _split_qkv(layer_state[f"{_QKV}.weight"], model)
+    gate, up = layer_state[f"{_FC1}.weight"].chunk(2)
+    return {name: layer_state[core] for name, core in _LLAMA_LAYER.items()} | {
         "self_attn.q_proj.weight": query,
         "self_attn.k_proj.weight": key,
         "self_attn.v_proj.weight": value,
@@ -128,27 +128,33 @@ def _to_llama_layer(own: Mapping[str, torch.Tensor], model: ModelConfig) -> dict
     }
 
 
-def _from_llama_layer(own: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
-    projections = [own[f"self_attn.{letter}_proj.weight"] for letter in "qkv"]
-    return {core: own[name] for name, core in _LLAMA_LAYER.items()} | {
+def _from_llama_layer(layer_state: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
+    projections = [layer_state[f"self_attn.{letter}_proj.weight"] for letter in "qkv"]
+    return {core: layer_state[name] for name, core in _LLAMA_LAYER.items()} | {
         f"{_QKV}.weight": _join_qkv(projections, model),
-        f"{_FC1}.weight": torch.cat([own["mlp.gate_proj.weight"], own["mlp.up_proj.weight"]]),
+        f"{_FC1}.weight": torch.cat([layer_state["mlp.gate_proj.weight"], layer_state["mlp.up_proj.weight"]]),
     }
 
 
-def _to_gpt2_layer(own: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
-    state = {name: own[core].T if name in _GPT2_TRANSPOSED else own[core] for name, core in _GPT2_LAYER.items()}
+def _to_gpt2_layer(layer_state: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
+    state = {
+        name: layer_state[core].T if name in _GPT2_TRANSPOSED else layer_state[core]
+        for name, core in _GPT2_LAYER.items()
+    }
     return state | {
-        "attn.c_attn.weight": torch.cat(_split_qkv(own[f"{_QKV}.weight"], model)).T,
-        "attn.c_attn.bias": torch.cat(_split_qkv(own[f"{_QKV}.bias"], model)),
+        "attn.c_attn.weight": torch.cat(_split_qkv(layer_state[f"{_QKV}.weight"], model)).T,
+        "attn.c_attn.bias": torch.cat(_split_qkv(layer_state[f"{_QKV}.bias"], model)),
     }
 
 
-def _from_gpt2_layer(own: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
-    state = {core: own[name].T if name in _GPT2_TRANSPOSED else own[name] for name, core in _GPT2_LAYER.items()}
+def _from_gpt2_layer(layer_state: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
+    state = {
+        core: layer_state[name].T if name in _GPT2_TRANSPOSED else layer_state[name]
+        for name, core in _GPT2_LAYER.items()
+    }
     return state | {
-        f"{_QKV}.weight": _join_qkv(own["attn.c_attn.weight"].T.chunk(3), model),
-        f"{_QKV}.bias": _join_qkv(own["attn.c_attn.bias"].chunk(3), model),
+        f"{_QKV}.weight": _join_qkv(layer_state["attn.c_attn.weight"].T.chunk(3), model),
+        f"{_QKV}.bias": _join_qkv(layer_state["attn.c_attn.bias"].chunk(3), model),
     }
 
 

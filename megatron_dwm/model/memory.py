@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.run import RunConfig
 
 MEBIBYTE = 1024 * 1024
@@ -12,11 +14,17 @@ BILLION = 1e9
 
 def memory_estimate(config: RunConfig, padded_vocab_size: int) -> list[str]:
     """Megatron-LM's lines on parameters and memory of the fullest rank."""
-    weights, lines = _weights_and_optimizer(config, padded_vocab_size)
-    selective = config.model.recompute_activations or config.model.recompute_granularity == "selective"
-    activations, details = _activations(
-        config, padded_vocab_size, sharded=config.parallel.sequence_parallel and selective
-    )
+    model, parallel = config.model, config.parallel
+    weights, lines = _weights_and_optimizer(model, parallel, config.data_parallel_size, padded_vocab_size)
+    selective = model.recompute_activations or model.recompute_granularity == "selective"
+    sharded = parallel.sequence_parallel and selective
+    layers, details = _layer_activations(model, parallel, config.training.micro_batch, sharded=sharded)
+    factor, in_flight = _in_flight(parallel, model.layers, config.num_microbatches)
+    activations = layers * factor
+    details += in_flight
+    if parallel.pp == 1:
+        activations += _logits(model, parallel.tp, config.training.micro_batch, padded_vocab_size, sharded=sharded)
+    activations = activations / parallel.tp if sharded else activations * 1.05
     total = (
         f"Theoretical memory footprints: weight and optimizer={weights / MEBIBYTE:.2f} MB, "
         f"activation={activations / MEBIBYTE:.2f} MB, total={(weights + activations) / MEBIBYTE:.2f} MB\n"
@@ -24,10 +32,11 @@ def memory_estimate(config: RunConfig, padded_vocab_size: int) -> list[str]:
     return [*lines, *details, total]
 
 
-def _weights_and_optimizer(config: RunConfig, vocab: int) -> tuple[float, list[str]]:
+def _weights_and_optimizer(
+    model: ModelConfig, parallel: ParallelConfig, data_parallel_size: int, vocab: int
+) -> tuple[float, list[str]]:
     """Bytes of weights, gradients and Adam's state in mixed precision."""
-    model, tp, pp = config.model, config.parallel.tp, config.parallel.pp
-    hidden = model.hidden
+    hidden, tp, pp = model.hidden, parallel.tp, parallel.pp
     norm = hidden * (1 if model.normalization == "RMSNorm" else 2)
     attention = 2 * hidden * model.head_size * (model.heads + model.query_groups)
     mlp = hidden * model.ffn * (3 if model.swiglu else 2)
@@ -44,18 +53,19 @@ def _weights_and_optimizer(config: RunConfig, vocab: int) -> tuple[float, list[s
     if pp > 1:
         lines.append(f"Number of parameters in other shards in billions: {block / (pp * tp) / BILLION:.4f}")
     # 16-bit weights, fp32 gradients, master weights and two moments; the distributed optimizer shards the last three.
-    sharded = config.parallel.use_distributed_optimizer
-    return fullest * (6 + 12 / (config.data_parallel_size if sharded else 1)), lines
+    sharded = parallel.use_distributed_optimizer
+    return fullest * (6 + 12 / (data_parallel_size if sharded else 1)), lines
 
 
-def _activations(config: RunConfig, vocab: int, *, sharded: bool) -> tuple[float, list[str]]:
-    """Bytes of the first pipeline stage's activations.
+def _layer_activations(
+    model: ModelConfig, parallel: ParallelConfig, micro_batch: int, *, sharded: bool
+) -> tuple[float, list[str]]:
+    """Bytes of one microbatch's activations in the first pipeline stage, but for the output layer's.
 
     Args:
         sharded: whether sequence parallelism shards them, with core attention recomputed.
     """
-    model, tp, pp = config.model, config.parallel.tp, config.parallel.pp
-    tokens = model.sequence * config.training.micro_batch
+    tp, tokens = parallel.tp, model.sequence * micro_batch
     width = tokens * model.hidden
     if sharded:
         layer = width * (18 + 4 * model.ffn / model.hidden)
@@ -69,18 +79,19 @@ def _activations(config: RunConfig, vocab: int, *, sharded: bool) -> tuple[float
             "compute_activation_memory_without_sp",
             f"Activation memory footprint per transformer layer (precise, without SP): {layer / MEBIBYTE:.1f} MB",
         ]
-    total = layer * model.layers + (8 * tokens + width) * pp  # the embedding's input and dropout
-    factor, in_flight = _in_flight(config)
-    total *= factor
-    lines += in_flight
-    if pp == 1:  # logits and what the output layer takes in
-        total += 4 * (width + tokens * vocab) if sharded else 2 * (tokens * vocab / tp + width)
-    return total / tp if sharded else total * 1.05, lines
+    return layer * model.layers + (8 * tokens + width) * parallel.pp, lines  # the embedding's input and dropout
 
 
-def _in_flight(config: RunConfig) -> tuple[float, list[str]]:
+def _logits(model: ModelConfig, tp: int, micro_batch: int, vocab: int, *, sharded: bool) -> float:
+    """Bytes of the logits and of what the output layer takes in."""
+    tokens = model.sequence * micro_batch
+    width = tokens * model.hidden
+    return 4 * (width + tokens * vocab) if sharded else 2 * (tokens * vocab / tp + width)
+
+
+def _in_flight(parallel: ParallelConfig, num_layers: int, num_microbatches: int) -> tuple[float, list[str]]:
     """How the schedule's microbatches in flight change the memory of a full pipeline."""
-    pp, stages = config.parallel.pp, config.parallel.virtual_stages(config.model.layers)
+    pp, stages = parallel.pp, parallel.virtual_stages(num_layers)
     if stages is not None:
         penalty = 1 + (pp - 1) / (pp * stages)
         return penalty, [
@@ -89,6 +100,4 @@ def _in_flight(config: RunConfig) -> tuple[float, list[str]]:
         ]
     if pp == 1:
         return 1.0, []
-    return min(1.0, config.num_microbatches / pp), [
-        f"Number of in-flight microbatches: {min(config.num_microbatches, pp)}"
-    ]
+    return min(1.0, num_microbatches / pp), [f"Number of in-flight microbatches: {min(num_microbatches, pp)}"]

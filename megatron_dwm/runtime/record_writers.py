@@ -17,6 +17,7 @@ from megatron_dwm.atomic_write import sync
 from megatron_dwm.config.logging import LoggingConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.extras import require_packages
+from megatron_dwm.json_lines import parse_object
 from megatron_dwm.runtime.logging import EVERY_RANK
 
 logger = logging.getLogger(__name__)
@@ -114,10 +115,10 @@ def _keep_records_until(path: Path, iteration: int) -> None:
 def _record(line: bytes) -> dict[str, Any] | None:
     """Return the record in a line with its iteration (0 if it has none); None if it holds no record."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = parse_object(line)
+    except ValueError:
         return None
-    if not isinstance(record, dict) or not line.endswith(b"\n"):
+    if not line.endswith(b"\n"):
         return None
     number = record.get("iteration", 0)
     return {**record, "iteration": number} if isinstance(number, (int, float)) else None

@@ -47,7 +47,7 @@ class StartupSync:
         """
         if not 0 <= rank < world_size:
             raise UserError(
-                f"RANK={rank} is not between 0 and WORLD_SIZE={world_size}; start the run with torchrun or srun"
+                f"RANK={rank} is not between 0 and WORLD_SIZE={world_size}; start the run with torchrun, srun or mpirun"
             )
         if world_size == 1 and "MASTER_ADDR" not in os.environ:
             os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())

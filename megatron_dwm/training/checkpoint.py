@@ -170,7 +170,7 @@ class CheckpointWriter:
         from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
         from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
-        flags, metadata = self.config.checkpoint, sharding_metadata(self.config)
+        flags, metadata = self.config.checkpoint, sharding_metadata(self.config.parallel, self.config.checkpoint)
         allocate_state(self.components.optimizer)  # in fp16 it may not have made its first step yet
         state = sharded_state(
             self.config,
@@ -286,9 +286,9 @@ def load_checkpoint(
     """
     flags, arguments = config.checkpoint, saved.arguments
     starts_anew = flags.finetune or saved.is_release
-    with_optimizer = should_load_optimizer(config, saved)
+    with_optimizer = should_load_optimizer(config.checkpoint, saved)
     with_rng = not (starts_anew or flags.no_load_rng) and _has_rng(saved)
-    if with_rng and not has_same_layout(config, saved):
+    if with_rng and not has_same_layout(config.parallel, saved):
         logger.info(" > random state is not taken over: it belongs to another TP or PP size")
         with_rng = False
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
+from megatron_dwm.config.checkpoint import CheckpointConfig
+from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.training.train_state import TrainComponents, TrainState
@@ -80,15 +83,15 @@ def megatron_arguments(config: RunConfig, train_state: TrainState) -> Namespace:
     return Namespace(**{**config.flat(), **derived, **counts})
 
 
-def sharding_metadata(config: RunConfig) -> dict[str, Any]:
+def sharding_metadata(parallel: ParallelConfig, checkpoint: CheckpointConfig) -> dict[str, Any]:
     """Return how megatron-core is to shard the state that is saved."""
     metadata: dict[str, Any] = {
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": data_parallel_group(),
     }
-    if config.parallel.use_distributed_optimizer:
-        if config.checkpoint.dist_ckpt_optim_fully_reshardable:
+    if parallel.use_distributed_optimizer:
+        if checkpoint.dist_ckpt_optim_fully_reshardable:
             metadata["distrib_optim_sharding_type"] = "fully_reshardable"
             metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
         else:
@@ -124,7 +127,7 @@ def _sharded_rng_state(parallel_state: ParallelState) -> Any:
         [rng_state()],
         (parallel_state.pp_size, parallel_state.tp_size),
         (parallel_state.pp_rank, parallel_state.tp_rank),
-        replica_id=parallel_state.dp_rank,
+        replica_id=dist.get_rank(parallel_state.dp_cp_group),
     )
 
 

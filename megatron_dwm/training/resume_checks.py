@@ -6,8 +6,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.checkpoint_args import differing_flag
 from megatron_dwm.config.flags import flag_name
+from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.training.checkpoint_contents import megatron_arguments
@@ -23,18 +25,17 @@ _REPLACING = ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad
 """Flags that count as they are given, though a resumed run may have been meant to keep the checkpoint's."""
 
 
-def should_load_optimizer(config: RunConfig, saved: SavedCheckpoint) -> bool:
+def should_load_optimizer(flags: CheckpointConfig, saved: SavedCheckpoint) -> bool:
     """Whether the optimizer and the schedule continue from the checkpoint."""
-    flags = config.checkpoint
     has_state = "optimizer" in saved.common or any("optimizer" in key for key in saved.metadata.state_dict_metadata)
     return has_state and not (flags.finetune or saved.is_release or flags.no_load_optim)
 
 
-def has_same_layout(config: RunConfig, saved: SavedCheckpoint) -> bool:
+def has_same_layout(parallel: ParallelConfig, saved: SavedCheckpoint) -> bool:
     """Whether the checkpoint was saved under this TP and PP size."""
     arguments = saved.arguments
     sizes = [getattr(arguments, f"{axis}_model_parallel_size", 1) for axis in ("tensor", "pipeline")]
-    return sizes == [config.parallel.tp, config.parallel.pp]
+    return sizes == [parallel.tp, parallel.pp]
 
 
 def check_resume(config: RunConfig, saved: SavedCheckpoint) -> None:
@@ -47,7 +48,7 @@ def check_resume(config: RunConfig, saved: SavedCheckpoint) -> None:
     run, arguments = vars(megatron_arguments(config, TrainState())), vars(saved.arguments)
     if difference := differing_flag(run, arguments, finetune=config.checkpoint.finetune):
         raise UserError(f"--load {load}: {difference}")
-    if not should_load_optimizer(config, saved):
+    if not should_load_optimizer(config.checkpoint, saved):
         return
     name = arguments.get("optimizer", config.optimizer.optimizer)
     if name != config.optimizer.optimizer:
@@ -56,7 +57,7 @@ def check_resume(config: RunConfig, saved: SavedCheckpoint) -> None:
             f"{name}; change it, or load with --no-load-optim"
         )
     sharding = sharding_type(saved)
-    if sharding not in (None, "fully_reshardable") and not has_same_layout(config, saved):
+    if sharding not in (None, "fully_reshardable") and not has_same_layout(config.parallel, saved):
         raise UserError(
             f"--load {load}: the distributed optimizer's state was saved as {sharding} and cannot move to "
             "another TP or PP size; save with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"

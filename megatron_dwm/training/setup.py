@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.blend import DataPaths, data_paths
@@ -141,6 +142,22 @@ def build_language_model(
         startup_sync.world_size,
     )
     set_seeds(config.training.seed, parallel_state)
+    document_end = inputs.tokenizer.eod if config.data.reset_attention_mask else None
+    return assemble_language_model(config, core_config, vocabulary, parallel_state, document_end)
+
+
+def assemble_language_model(
+    config: RunConfig,
+    core_config: TransformerConfig,
+    vocabulary: Vocabulary,
+    parallel_state: ParallelState,
+    document_end: int | None,
+) -> LanguageModel:
+    """Build the model, its optimizer and the engine that runs it, in the present process groups; every rank calls it.
+
+    Args:
+        document_end: end-of-document token that attention must not cross, if any.
+    """
     bare = build_model_chunks(
         core_config,
         config.model,
@@ -157,7 +174,7 @@ def build_language_model(
         core_config,
         parallel_state,
         config.model.sequence,
-        document_end=inputs.tokenizer.eod if config.data.reset_attention_mask else None,
+        document_end=document_end,
         check_for_nan=config.training.should_check_for_nan(config.optimizer),
     )
     return LanguageModel(parallel_state, engine, components)

@@ -120,7 +120,7 @@ def write_torch_state(
     parallel_state: ParallelState,
 ) -> None:
     """Write this rank's file; no communication."""
-    if parallel_state.dp_rank != 0:
+    if parallel_state.dp_rank != 0 or parallel_state.cp_rank != 0:
         return
     flags = config.checkpoint
     state = unsharded_state(config, components, train_state)

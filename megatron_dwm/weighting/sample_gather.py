@@ -17,8 +17,8 @@ from megatron_dwm.runtime.process_groups import ParallelState
 class SampleGather:
     """Gathers values per sample over the ranks of one step's batch, and selects from the whole batch's.
 
-    The ranks of a model-parallel group see the same n samples. Each works on a slice of them, so that nothing is
-    computed twice.
+    The ranks of a replica (of its tensor, pipeline and context parallelism) see the same n samples. Each works on a
+    slice of them, so that nothing is computed twice.
     """
 
     def __init__(self, partition: BatchPartition, parallel_state: ParallelState) -> None:
@@ -34,7 +34,7 @@ class SampleGather:
     def rank_slice_of(self, replica_samples: int) -> slice:
         """Return the part that this rank works on of a batch that has so many samples on the replica."""
         size = self._max_rank_samples(replica_samples)
-        start = min(self.parallel_state.mp_rank * size, replica_samples)
+        start = min(self.parallel_state.replica_rank * size, replica_samples)
         return slice(start, min(start + size, replica_samples))
 
     def gather_from_ranks(self, values: torch.Tensor, replica_samples: int | None = None) -> torch.Tensor:
@@ -44,14 +44,14 @@ class SampleGather:
             replica_samples: n; that of the largest batch if not given.
         """
         count = self.replica_samples if replica_samples is None else replica_samples
-        return self.gather_from_replicas(self._gather_from_model_parallel(values, count))
+        return self.gather_from_replicas(self._gather_from_replica(values, count))
 
     def replica_samples_of(self, batch_samples: int) -> int:
         """Return n of a batch of N samples."""
         return batch_samples // self.parallel_state.dp_size
 
     def _max_rank_samples(self, replica_samples: int) -> int:
-        return -(-replica_samples // self.parallel_state.mp_size)
+        return -(-replica_samples // self.parallel_state.replica_size)
 
     def gather_from_replicas(self, values: torch.Tensor) -> torch.Tensor:
         """Gather each replica's [n, …] to the whole batch's [N, …]; a collective call of the data-parallel group."""
@@ -73,9 +73,7 @@ class SampleGather:
         replica = self.select_replica(values)
         return replica[self.rank_slice_of(len(replica))]
 
-    def _gather_from_model_parallel(self, values: torch.Tensor, replica_samples: int) -> torch.Tensor:
+    def _gather_from_replica(self, values: torch.Tensor, replica_samples: int) -> torch.Tensor:
         padded = values.new_zeros(self._max_rank_samples(replica_samples), *values.shape[1:])
         padded[: len(values)] = values
-        gathered = [torch.empty_like(padded) for _ in range(self.parallel_state.mp_size)]
-        dist.all_gather(gathered, padded, group=self.parallel_state.mp_group)
-        return torch.cat(gathered)[:replica_samples]
+        return self.parallel_state.gather_over_replica(padded)[:replica_samples]

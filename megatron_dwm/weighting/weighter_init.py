@@ -182,9 +182,11 @@ def _label_settings(eod: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Any:
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
+    # The CPU's stream alone: torch.manual_seed would also seed the GPU's, which the language model's dropout uses.
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
     try:
         yield
     finally:
-        torch.set_rng_state(state)
+        generator.set_state(state)

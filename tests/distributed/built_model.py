@@ -25,7 +25,7 @@ from megatron_dwm.model.hf_weights import to_hf_state_dict
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.transformer_config import transformer_config
 from megatron_dwm.model.vocabulary import Vocabulary
-from megatron_dwm.runtime.process_groups import ParallelState, current_parallel_state, set_seeds
+from megatron_dwm.runtime.process_groups import ParallelState, build_model_groups, current_parallel_state, set_seeds
 from megatron_dwm.training.optimizer import build_optimizer
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.outer_update import OuterUpdate
@@ -56,6 +56,24 @@ LAYOUTS: dict[str, tuple[int, Flags]] = {
     ),
 }
 
+_CP2: Flags = {"--context-parallel-size": 2}
+CONTEXT_PARALLEL: dict[str, tuple[int, Flags]] = {
+    "CP2": (2, _CP2),
+    "PP2, interleaved, x CP2": (4, {**LAYOUTS["PP2, interleaved"][1], **_CP2}),
+    "CP2 x DP2, distributed optimizer, overlapped": (
+        4,
+        {**_CP2, "--use-distributed-optimizer": True, "--overlap-grad-reduce": True, "--overlap-param-gather": True},
+    ),
+    "TP2, sequence parallel, x PP2 x CP2 x DP2": (
+        16,
+        {**LAYOUTS["TP2 x PP2"][1], "--sequence-parallel": True, **_CP2},
+    ),
+}
+"""Layouts with context parallelism, in which each rank holds two chunks of every sequence."""
+
+ALL_TRAINED = Vocabulary(VOCAB_SIZE, VOCAB_SIZE)
+"""All rows take part in the softmax."""
+
 HfState = dict[str, torch.Tensor]
 """Tensors of a model by their Hugging Face names."""
 
@@ -80,11 +98,14 @@ class BuiltModel:
 
     def batch(self, tokens: torch.Tensor, mask: torch.Tensor) -> Batch:
         """This replica's part of global ``tokens`` [N, s + 1] and ``mask`` [N, s]."""
-        own, own_mask = self.sample_gather.select_replica(tokens), self.sample_gather.select_replica(mask)
-        positions = torch.arange(SEQ_LENGTH).expand(len(own), -1).contiguous()
-        index = torch.arange(len(own))
-        inputs, labels = own[:, :-1].contiguous(), own[:, 1:].contiguous()
-        return Batch(inputs, labels, own_mask.contiguous(), positions, index, torch.zeros_like(index))
+        replica_tokens, replica_mask = (
+            self.sample_gather.select_replica(tokens),
+            self.sample_gather.select_replica(mask),
+        )
+        positions = torch.arange(SEQ_LENGTH).expand(len(replica_tokens), -1).contiguous()
+        index = torch.arange(len(replica_tokens))
+        inputs, labels = replica_tokens[:, :-1].contiguous(), replica_tokens[:, 1:].contiguous()
+        return Batch(inputs, labels, replica_mask.contiguous(), positions, index, torch.zeros_like(index))
 
     def parameters(self) -> HfState:
         return self.named({p: p.data for chunk in self.chunks for p in chunk.parameters()})
@@ -101,7 +122,7 @@ class BuiltModel:
                         if param in part.model_param_group_index_map:
                             owned = part._get_model_param_range_map(param)["param"]
                             flat[owned.start : owned.end] = value.view(-1)[owned.start : owned.end]
-                        dist.all_reduce(flat, group=self.parallel_state.dp_group)
+                        dist.all_reduce(flat, group=self.parallel_state.dp_cp_group)
                         value = flat.view_as(value)
                     tensors[param] = value
         return self.named(tensors)
@@ -122,7 +143,7 @@ class BuiltModel:
         return to_hf_state_dict(self.gathered(tensors), model, layers=model.layers, vocab_size=VOCAB_SIZE)
 
 
-def build_model(flags: Flags, seed: int = 1234) -> BuiltModel:
+def build_model(flags: Flags, seed: int = 1234, vocabulary: Vocabulary = ALL_TRAINED) -> BuiltModel:
     """Build the model of :data:`IN_PROCESS` and ``flags``; norms and biases are random, so that each counts.
 
     A process may build several models in one layout.
@@ -133,10 +154,10 @@ def build_model(flags: Flags, seed: int = 1234) -> BuiltModel:
     )
     parallel, virtual = config.parallel, config.parallel.virtual_stages(config.model.layers)
     if not mpu.model_parallel_is_initialized():  # by another model of the test
-        mpu.initialize_model_parallel(parallel.tp, parallel.pp, virtual)
+        build_model_groups(parallel, virtual)
     layout = current_parallel_state()
     set_seeds(seed, layout)
-    bare = build_model_chunks(core_config, config.model, vocabulary=Vocabulary(VOCAB_SIZE, VOCAB_SIZE))
+    bare = build_model_chunks(core_config, config.model, vocabulary=vocabulary)
     noise = torch.Generator().manual_seed(seed + layout.pp_rank)
     for chunk in bare:
         for param in chunk.parameters():
@@ -189,9 +210,9 @@ class Reference:
         config = hf_config(model, vocab_size=VOCAB_SIZE, num_layers=model.layers)
         kind: Any = LlamaForCausalLM if config.model_type == "llama" else GPT2LMHeadModel
         self.model = kind(config).double().eval()
-        own = {k: v.double() for k, v in state.items()}
-        head = own.pop("lm_head.weight", None)
-        self.model.base_model.load_state_dict(own, strict=True)
+        doubled = {k: v.double() for k, v in state.items()}
+        head = doubled.pop("lm_head.weight", None)
+        self.model.base_model.load_state_dict(doubled, strict=True)
         if head is not None:
             self.model.lm_head.load_state_dict({"weight": head}, strict=True)
         self.params = dict(self.model.base_model.named_parameters())

@@ -7,29 +7,27 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.module import Float16Module
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from megatron_dwm.config.model import ModelConfig
-from megatron_dwm.config.parallel import ParallelConfig
-from megatron_dwm.config.training import OptimizerConfig
 from megatron_dwm.model.full_state import gather_full_state
 from megatron_dwm.model.hf_config import hf_config
 from megatron_dwm.model.hf_weights import to_hf_state_dict
-from tests.distributed import tiny
+from megatron_dwm.model.vocabulary import Vocabulary
+from tests.distributed.built_model import LAYOUTS, build_model, parse_model, random_tokens
 from tests.distributed.harness import run_distributed
+from tests.distributed.passes import logits, losses_and_gradients
+from tests.small_runs import GPT, LLAMA, VOCAB_SIZE, Flags
 
 TOKENS = 30
 """Of 64 rows: with two tensor-parallel ranks the second has nothing but padding."""
 SHIFT = -35.0
-LAYOUTS = {
-    "one process": (1, ParallelConfig()),
-    "TP2": (2, ParallelConfig(tensor_model_parallel_size=2)),
-    "TP2 SP": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
-    "PP2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
-    "TP2 PP2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+MODEL_PARALLEL = ["one process", "TP2", "TP2, sequence parallel", "PP2", "TP2 x PP2"]
+MODELS = {
+    "gpt2, tied": {**GPT, "--init-method-std": 0.2},
+    "llama, untied": {**LLAMA, "--init-method-std": 0.2},
 }
-MODELS = {"gpt2, tied": tiny.gpt(), "llama, untied": tiny.llama()}
+SEQUENCES = random_tokens(7) % TOKENS
 
 
 def _shift_logits(chunks: list[Any], shift: float) -> None:
@@ -48,17 +46,13 @@ def _shift_logits(chunks: list[Any], shift: float) -> None:
 
 
 def _trained(
-    model: ModelConfig, parallel: ParallelConfig, optimizer: OptimizerConfig, shift: float | None
+    flags: Flags, shift: float | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    tiny.initialize(parallel)
-    chunks, config = tiny.build(model, parallel, optimizer=optimizer, softmax_size=TOKENS)
+    built = build_model(flags, vocabulary=Vocabulary(VOCAB_SIZE, TOKENS))
     if shift is not None:
-        _shift_logits(chunks, shift)
-    state = gather_full_state(chunks, lambda key: True)
-    half = optimizer.fp16 or optimizer.bf16
-    logits = tiny.logits([Float16Module(config, chunk) for chunk in chunks] if half else chunks)
-    losses, gradients = tiny.losses_and_gradients(chunks, config, parallel, optimizer=optimizer)
-    return logits, losses, state, gradients
+        _shift_logits(built.chunks, shift)
+    state = gather_full_state(built.chunks, lambda key: True)
+    return logits(built.chunks, SEQUENCES), *losses_and_gradients(built, SEQUENCES), state
 
 
 def _hugging_face(model: ModelConfig, state: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
@@ -74,25 +68,21 @@ def _hugging_face(model: ModelConfig, state: dict[str, torch.Tensor], dtype: tor
     return language_model.to(dtype)
 
 
-def _assert_as_hugging_face(
-    monkeypatch: pytest.MonkeyPatch, model: ModelConfig, layout: str, shift: float | None = None
-) -> None:
-    tokens = tiny.samples() % TOKENS
-    monkeypatch.setattr(tiny, "samples", lambda: tokens)
+def _assert_as_hugging_face(flags: Flags, layout: str, shift: float | None = None) -> None:
     world, parallel = LAYOUTS[layout]
-    results = run_distributed(_trained, world, model, parallel, tiny.OPTIMIZER, shift)
-    reference = _hugging_face(model, results[0][2], torch.float32)
-    logits = reference(tokens[:, :-1]).logits
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    results = run_distributed(_trained, world, {**flags, **parallel}, shift)
+    reference = _hugging_face(parse_model(flags), results[0][3], torch.float32)
+    expected = reference(SEQUENCES[:, :-1]).logits
+    losses = torch.nn.functional.cross_entropy(expected.transpose(1, 2), SEQUENCES[:, 1:], reduction="none")
     if shift is not None:
-        assert float(logits.detach().mean()) == pytest.approx(shift, abs=3)
+        assert float(expected.detach().mean()) == pytest.approx(shift, abs=3)
     (losses.mean(1).mean()).backward()
     gradient = reference.get_input_embeddings().weight.grad
     assert any(found is not None for found, *_ in results)
-    for found, found_losses, _, gradients in results:
+    for found, found_losses, gradients, _ in results:
         if found is not None:
             assert found_losses is not None
-            torch.testing.assert_close(found[..., :TOKENS], logits.detach(), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found[..., :TOKENS], expected.detach(), rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(found_losses, losses.detach(), rtol=1e-5, atol=1e-5)
             assert (found[..., TOKENS:].exp() == 0).all()
         embedding = gradients["embedding.word_embeddings.weight"]
@@ -101,32 +91,29 @@ def _assert_as_hugging_face(
             assert key not in gradients or not gradients[key][TOKENS:].any()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MODEL_PARALLEL)
 @pytest.mark.parametrize("name", MODELS)
-def test_losses_logits_and_gradients_are_those_without_padding(monkeypatch, name: str, layout: str):
-    _assert_as_hugging_face(monkeypatch, MODELS[name], layout)
+def test_losses_logits_and_gradients_are_those_without_padding(name: str, layout: str):
+    _assert_as_hugging_face(MODELS[name], layout)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_strongly_negative_logits_as_those_of_a_published_gpt2(monkeypatch, layout: str):
-    _assert_as_hugging_face(monkeypatch, MODELS["gpt2, tied"], layout, SHIFT)
+@pytest.mark.parametrize("layout", MODEL_PARALLEL)
+def test_strongly_negative_logits_as_those_of_a_published_gpt2(layout: str):
+    _assert_as_hugging_face(MODELS["gpt2, tied"], layout, SHIFT)
 
 
-@pytest.mark.parametrize("precision", [{"bf16": True}, {"fp16": True}, {"fp16": True, "fp16_lm_cross_entropy": True}])
+@pytest.mark.parametrize("precision", [["--bf16"], ["--fp16"], ["--fp16", "--fp16-lm-cross-entropy"]])
 @pytest.mark.parametrize("layout", ["one process", "TP2"])
-def test_the_padding_is_nothing_in_16_bits_too(monkeypatch, precision: dict[str, bool], layout: str):
+def test_the_padding_is_nothing_in_16_bits_too(precision: list[str], layout: str):
     """The loss of each token is the cross entropy of the very logits, in the precision of the loss."""
-    tokens = tiny.samples() % TOKENS
-    monkeypatch.setattr(tiny, "samples", lambda: tokens)
     world, parallel = LAYOUTS[layout]
-    optimizer = OptimizerConfig(lr=1e-3, **precision)
-    for logits, losses, _, gradients in run_distributed(
-        _trained, world, MODELS["gpt2, tied"], parallel, optimizer, SHIFT
-    ):
-        assert logits is not None and losses is not None
+    flags = {**GPT, **parallel, **dict.fromkeys(precision, True), "--loss-scale": 1}
+    for found, losses, gradients, _ in run_distributed(_trained, world, flags, SHIFT):
+        assert found is not None and losses is not None
         expected = torch.nn.functional.cross_entropy(
-            logits[..., :TOKENS].float().transpose(1, 2), tokens[:, 1:], reduction="none"
+            found[..., :TOKENS].float().transpose(1, 2), SEQUENCES[:, 1:], reduction="none"
         )
-        tolerance = 2e-2 if "fp16_lm_cross_entropy" in precision else 1e-5  # fp16 has 11 bits, and losses are about 3
+        # fp16 has 11 bits, and losses are about 3.
+        tolerance = 2e-2 if "--fp16-lm-cross-entropy" in precision else 1e-5
         torch.testing.assert_close(losses.float(), expected, rtol=tolerance, atol=tolerance)
         assert not gradients["embedding.word_embeddings.weight"][TOKENS:].any()

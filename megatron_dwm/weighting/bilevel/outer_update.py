@@ -1,6 +1,6 @@
 """One outer update: how the weighter learns (docs/method.md, section 3).
 
-Shape legend: N samples of the global batch, n of this replica, c of this rank's share, s sequence length.
+Shape legend: N samples of the global batch, n of this replica, c of this rank's slice, s sequence length.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class AlignedBatch:
     """Samples with their alignments, kept for a few more weighter steps."""
 
     tokens: torch.Tensor
-    """This rank's share of the samples [c, s]."""
+    """This rank's slice of the samples [c, s]."""
     alignments: torch.Tensor
     """Alignments of the whole batch in global order [N], float64."""
 

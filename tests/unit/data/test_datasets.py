@@ -20,6 +20,7 @@ from megatron_dwm.data.sampler import BatchPartition, SequentialSampler, Shuffle
 from megatron_dwm.data.tokenizers import build_tokenizer
 from megatron_dwm.runtime.process_groups import ParallelState, current_parallel_state
 from tests.distributed.harness import run_distributed
+from tests.small_runs import GPT, IN_PROCESS, as_argv
 from tests.unit.data.made_data import write_dataset
 
 SEQUENCE = 8
@@ -33,17 +34,10 @@ def write(folder: Path, name: str, token: int, documents: int, length: int = 9) 
 
 def run_config(world_size: int, flags: list[str]) -> RunConfig:
     """Batches of 4 samples, 8 steps, an evaluation of 2 batches every 4."""
-    return parse_run(
-        [
-            *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4"),
-            *("--seq-length", str(SEQUENCE), "--max-position-embeddings", str(SEQUENCE), "--lr", "1e-3"),
-            *("--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters", "8", "--num-workers", "0"),
-            *("--eval-interval", "4", "--eval-iters", "2"),
-            *("--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB)),
-            *flags,
-        ],
-        world_size,
-    )
+    small = {**IN_PROCESS, "--mock-data": False, "--micro-batch-size": 1, "--global-batch-size": 4, "--train-iters": 8}
+    data = {"--vocab-size": VOCAB, "--num-workers": 0, "--eval-interval": 4, "--eval-iters": 2}
+    lengths = {"--seq-length": SEQUENCE, "--max-position-embeddings": SEQUENCE}
+    return parse_run([*as_argv({**GPT, **small, **lengths, **data}), *flags], world_size)
 
 
 def with_datasets(

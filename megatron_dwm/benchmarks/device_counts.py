@@ -1,0 +1,38 @@
+"""What an action asks of the device: kernels that the host launches, and results for which the host waits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+WAITS = ("cudaDeviceSynchronize", "cudaEventSynchronize", "cudaStreamSynchronize")
+
+
+def device_counts(action: Callable[[], Any]) -> dict[str, int]:
+    """Return how often ``action`` does what costs the host time, by torch's profiler.
+
+    ``scalar_reads`` (``float(x)``, ``x.item()``, ``bool(x)``) are counted on a CPU too; all else is 0 there. The
+    action runs once before it is counted.
+    """
+    action()
+    torch.cuda.synchronize()
+    device = "cuda" if torch.cuda.is_available() else None
+    with torch.autograd.profiler.profile(use_device=device) as profiler:
+        action()
+        torch.cuda.synchronize()
+    assert profiler.kineto_results is not None  # set when the block ends
+    names = Counter(event.name() for event in profiler.kineto_results.events())
+
+    def total(*wanted: str) -> int:
+        return sum(names[name] for name in wanted)
+
+    return {
+        "kernel_launches": total(*LAUNCHES),
+        "scalar_reads": total("aten::_local_scalar_dense"),
+        "copies_to_host": sum(count for name, count in names.items() if name.startswith("Memcpy DtoH")),
+        "waits": max(total(*WAITS) - 1, 0),  # without the one of this function
+    }

@@ -1,0 +1,164 @@
+"""All that a single GPU can show, in one call: cost and memory at two sizes, precision of the alignments, benefit.
+
+    bash benchmarks/gpu.sh --output runs/gpu
+
+Each part runs in processes of its own, and what it has found is written as soon as it is there, so a time limit loses
+the rest only. Nothing is downloaded: the texts are made of what is installed. Parts whose results are there are not
+measured again.
+
+  - costs-125m, costs-1b: ``benchmarks/overhead.py`` in bf16: time, memory, kernel launches, reads by the host;
+  - precision: alignments in bf16 against those in fp32;
+  - benefit: a short comparison of uniform, bilevel and oracle weights on text.
+
+``--size tiny`` makes everything so small that a CPU does it in a minute: it shows that the program works.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from megatron_dwm.atomic_write import atomic_write_text
+from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark
+from megatron_dwm.benchmarks.gpu_flags import BENEFIT, COSTS, PRECISION, VOCAB_SIZE, Size, words
+from megatron_dwm.benchmarks.gpu_report import figure, tables
+from megatron_dwm.benchmarks.mixture import Mixture, made_mixture
+from megatron_dwm.benchmarks.programs import call
+from megatron_dwm.cli.command import run_command
+from megatron_dwm.config.flags import flag
+from megatron_dwm.errors import UserError
+from megatron_dwm.extras import require_packages
+
+logger = logging.getLogger(__name__)
+
+Part = Literal["costs-125m", "costs-1b", "precision", "benefit"]
+
+
+@dataclass(frozen=True)
+class GpuConfig:
+    """Measuring on one GPU."""
+
+    output: str = flag("runs/gpu", "Folder for one JSON file a part, and for gpu.png.")
+    scratch: str | None = flag(None, "Folder for texts, runs and logs; a folder in --output if not given.")
+    size: Size = flag("full", "full: for a GPU with 40 GB or more; tiny: for a test on a CPU.")
+    parts: list[Part] = flag(list(get_args(Part)), "What to measure.")
+    report: bool = flag(False, "Measure nothing: draw and print what --output holds, as tables for docs/gpu.md.")
+
+    @property
+    def scratch_folder(self) -> Path:
+        """Where everything but the results is."""
+        return Path(self.scratch) if self.scratch else Path(self.output) / "scratch"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure all parts, or those that are missing, and report."""
+    run_command(partial(_main, argv))
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    config, run_flags = parse_benchmark(GpuConfig, argv, __doc__)
+    require_packages("benchmark gpu", "matplotlib")
+    if run_flags:
+        raise UserError(
+            f"unknown flag {run_flags[0]}; benchmark gpu has --output, --scratch, --size, --parts, --report"
+        )
+    failed = {} if config.report else _Measurement(config).run()
+    results = read_results(Path(config.output))
+    if results:
+        from megatron_dwm.analysis.plots import save_png
+
+        print(tables(results))
+        save_png(figure(results), Path(config.output) / "gpu.png")
+    if failed:
+        raise UserError("; ".join(f"{part} failed: {reason}" for part, reason in failed.items()))
+
+
+def read_results(output: Path) -> dict[str, Any]:
+    """Return what the parts have found, by part."""
+    files = {part: output / f"{part}.json" for part in get_args(Part)}
+    return {part: json.loads(file.read_text()) for part, file in files.items() if file.is_file()}
+
+
+class _Measurement:
+    def __init__(self, config: GpuConfig) -> None:
+        self.config, self.output, self.scratch = config, Path(config.output), config.scratch_folder
+        self.parts: list[Part] = [part for part in config.parts if not self._result(part).is_file()]
+        self.failed: dict[str, str] = {}
+
+    def run(self) -> dict[str, str]:
+        """Measure the parts; return those that failed, with the reason."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        for part in ("costs-125m", "costs-1b"):
+            if part in self.parts:
+                self._measured(part, partial(self._costs, part))
+        # Nothing is timed against a clock in these two, so they share the device.
+        on_text: dict[str, Callable[[Mixture], None]] = {"precision": self._precision, "benefit": self._benefit}
+        wanted = [part for part in on_text if part in self.parts]
+        made: list[Mixture] = []
+        if wanted:
+            self._measured("texts", lambda: made.append(self._texts()))
+        if made:
+            with ThreadPoolExecutor() as pool:
+                for part in wanted:
+                    pool.submit(self._measured, part, partial(on_text[part], made[0]))
+        return self.failed
+
+    def _measured(self, part: str, action: Callable[[], Any]) -> None:
+        """Run one part; another one's turn comes also after a failure."""
+        start = time.perf_counter()
+        try:
+            action()
+        except UserError as error:
+            self.failed[part] = str(error)
+        outcome = "failed" if part in self.failed else "done"
+        logger.info(f"{part}: {outcome} after {time.perf_counter() - start:.0f} s")
+
+    def _result(self, part: str) -> Path:
+        return self.output / f"{part}.json"
+
+    def _log(self, part: str) -> Path:
+        return self.scratch / f"{part}.log"
+
+    def _costs(self, part: str) -> None:
+        flags = words(COSTS[part][self.config.size])
+        call("benchmark", "overhead", *flags, "--json", self._result(part), log=self._log(part))
+
+    def _texts(self) -> Mixture:
+        return made_mixture(self.scratch / "benefit", "library", VOCAB_SIZE[self.config.size], clean=False)
+
+    def _precision(self, mixture: Mixture) -> None:
+        blend = [word for prefix, weight in mixture.train.items() for word in (str(weight), prefix)]
+        data = ["--train-data-path", *blend, "--dwm-target-data-path", str(mixture.target)]
+        data += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(mixture.tokenizer)]
+        data += ["--data-cache-path", str(self.scratch / "cache")]
+        flags = [*words(PRECISION[self.config.size]), *data, "--json", self._result("precision")]
+        call("benchmark", "precision", *flags, log=self._log("precision"))
+
+    def _benefit(self, mixture: Mixture) -> None:
+        folder, size = self.scratch / "benefit", self.config.size
+        flags = ["--output", folder, "--corpus", "library", "--vocab-size", VOCAB_SIZE[size], *words(BENEFIT[size])]
+        call("benchmark", "benefit", *flags, log=self._log("benefit"))
+        result = json.loads((folder / "benefit.json").read_text())
+        atomic_write_text(self._result("benefit"), json.dumps(result | {"curves": _curves(folder / "runs")}) + "\n")
+
+
+def _curves(runs: Path) -> dict[str, list[list[float]]]:
+    """Return the evaluation losses of each run: [iteration, loss]."""
+    from megatron_dwm.analysis.records import read_run
+
+    folders = [folder for folder in sorted(runs.iterdir()) if (folder / "metrics.jsonl").is_file()]
+    return {
+        folder.name: [[point["iteration"], point["lm_loss"]] for point in read_run(folder).evaluated("valid")]
+        for folder in folders
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The results of ``benchmarks/gpu.sh`` as tables for docs/gpu.md, and as a picture."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
+"""Dense bf16 operations per second by the vendor's data sheet, by a part of the device's name."""
+INTERVALS = (16, 100)
+"""Between two outer updates; a run's throughput follows from the time of a weighted and of an updating iteration."""
+GIB = 2**30
+
+Results = Mapping[str, Any]
+
+
+def peak_flops(device: str) -> float | None:
+    """Return the bf16 operations per second that a device can do at most; None if it is not known."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
+
+
+def ratios_to_plain(figures: Results, interval: int | None) -> list[float]:
+    """Return the throughput of weighted training against plain training, turn by turn.
+
+    Args:
+        interval: between outer updates; None for a frozen weighter, which has none.
+    """
+    turns = figures["turns"]
+    rows = zip(turns["plain"], turns["frozen"], turns["updating"], strict=True)
+    if interval is None:
+        return [plain / frozen for plain, frozen, _ in rows]
+    return [plain * interval / ((interval - 1) * frozen + updating) for plain, frozen, updating in rows]
+
+
+def tables(results: Results) -> str:
+    """Return all results as Markdown."""
+    parts: list[str] = []
+    costs = {name: results[name] for name in ("costs-125m", "costs-1b") if name in results}
+    if costs:
+        parts += [_time_table(costs), _memory_table(costs), _count_table(costs)]
+    if "precision" in results:
+        parts.append(_precision_table(results["precision"]))
+    if "benefit" in results:
+        parts.append(_benefit_table(results["benefit"]))
+    return "\n\n".join(parts)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    """Return the median, and the least and the largest value."""
+    low, high = (format(f(values), f".{digits}f") for f in (min, max))
+    return f"{statistics.median(values):.{digits}f} ({low} to {high})"
+
+
+def _title(figures: Results) -> str:
+    return f"{figures['parameters'] / 1e6:.3g} M"
+
+
+def _time_table(costs: Results) -> str:
+    """Return step times, MFU and throughput against plain training."""
+    names = {"bare": "megatron-core alone", "plain": "plain", "frozen": "frozen", "updating": "step with an update"}
+    rows = []
+    for figures in costs.values():
+        peak = peak_flops(figures["device"])
+        for mode, label in names.items():
+            turns = figures["turns"][mode]
+            mfu = figures["training_flops"] / statistics.median(turns) / peak if peak else None
+            ratio = [plain / other for plain, other in zip(figures["turns"]["plain"], turns, strict=True)]
+            shown = "" if mfu is None or mode == "updating" else f"{mfu:.3f}"
+            rows.append([_title(figures), label, _spread([1000 * x for x in turns], 1), shown, _spread(ratio, 4)])
+        for interval in INTERVALS:
+            ratio = ratios_to_plain(figures, interval)
+            rows.append([_title(figures), f"bilevel, an update every {interval} (computed)", "", "", _spread(ratio, 4)])
+        for way, turns in figures["update_seconds"].items():
+            steps = [x / statistics.median(figures["turns"]["plain"]) for x in turns]
+            label = f"step with an update, {way} alignments, in plain steps"
+            rows.append([_title(figures), label, _spread([1000 * x for x in turns], 1), "", _spread(steps, 2)])
+    head = ["model", "iteration", "ms, median (range)", "MFU", "throughput of plain, median (range)"]
+    device = next(iter(costs.values()))["device"]
+    return f"Time, on {device}:\n\n" + _table(head, rows)
+
+
+def _memory_table(costs: Results) -> str:
+    """Return what iterations need beyond what is held between them."""
+    rows = []
+    for figures in costs.values():
+        memory = figures["peak_memory"]
+        both = memory["parameter_copy_bytes"] + memory["gradient_copy_bytes"]
+        for label, key in (
+            ("copy of the parameters", "parameter_copy_bytes"),
+            ("copy of the gradients", "gradient_copy_bytes"),
+            ("plain step", "plain_step_bytes"),
+            ("frozen step", "weighted_step_bytes"),
+            ("step with an update", "outer_update_bytes"),
+            ("step with an update, above plain", "outer_update_above_plain_bytes"),
+            ("held by the weighter", "weighter_bytes"),
+        ):
+            rows.append([_title(figures), label, f"{memory[key] / GIB:.3f}", f"{memory[key] / both:.3f}"])
+    return "Peak memory beyond what is held between iterations:\n\n" + _table(
+        ["model", "what", "GiB", "in copies of parameters and gradients"], rows
+    )
+
+
+def _count_table(costs: Results) -> str:
+    """Return kernel launches and reads by the host."""
+    names = ("kernel_launches", "scalar_reads", "copies_to_host", "waits")
+    rows = [
+        [_title(figures), mode, *(str(counts[name]) for name in names)]
+        for figures in costs.values()
+        for mode, counts in figures["device_counts"].items()
+    ]
+    head = ["model", "iteration", "kernel launches", "scalars read", "copies to the host", "waits for the device"]
+    return "What the host asks of the device:\n\n" + _table(head, rows)
+
+
+def _precision_table(figures: Results) -> str:
+    """Return how far alignments are from exact ones in fp32."""
+    keys = ("cosine", "correlation", "lowest_correlation", "rank_correlation", "relative_error")
+    rows = [
+        [name, *(f"{values[key]:.4f}" for key in keys)]
+        for name, values in figures["agreement"].items()
+        if not name.startswith("fp32 exact")
+    ]
+    head = ["alignments", "cosine", "correlation", "lowest of a batch", "rank correlation", "relative error"]
+    size = f"{_title(figures)} parameters after {figures['steps']} steps, {figures['batches']} batches"
+    of = f"{figures['samples_of_a_batch']} samples"
+    return f"Against exact alignments in fp32 ({size} of {of}):\n\n" + _table(head, rows)
+
+
+def _benefit_table(result: Results) -> str:
+    """Return the test losses of the arms."""
+    rows = [
+        [name, f"{statistics.mean(arm['test_loss']):.4f}", f"{statistics.mean(arm['seconds']):.0f}"]
+        for name, arm in result["arms"].items()
+    ]
+    names = {"gap_closed": "gap closed", "token_ratio": "of uniform's tokens", "time_ratio": "of uniform's time"}
+    notes = [f"{label}: {result[key]:.2f}" for key, label in names.items() if result[key] is not None]
+    return _table(["weights", "test loss", "seconds"], rows) + ("\n\n" + ", ".join(notes) if notes else "")
+
+
+def figure(results: Results) -> Figure:
+    """Draw what there is: throughput, memory, alignments in both precisions, losses of the comparison."""
+    from matplotlib.figure import Figure
+
+    costs = [results[name] for name in ("costs-125m", "costs-1b") if name in results]
+    draw: list[Callable[[Axes], None]] = []
+    if costs:
+        draw += [partial(_draw_throughput, costs=costs), partial(_draw_memory, costs=costs)]
+    if "precision" in results:
+        draw.append(partial(_draw_alignments, alignments=results["precision"]["alignments"]))
+    if "benefit" in results:
+        draw.append(partial(_draw_losses, curves=results["benefit"]["curves"]))
+    drawing = Figure(figsize=(5 * len(draw), 4), layout="constrained")
+    for axes, draw_on in zip(drawing.subplots(1, len(draw), squeeze=False)[0], draw, strict=True):
+        draw_on(axes)
+    return drawing
+
+
+def _draw_throughput(axes: Axes, costs: Sequence[Results]) -> None:
+    labels = ["frozen", *(f"bilevel, every {interval}" for interval in INTERVALS)]
+    for number, figures in enumerate(costs):
+        turns = [ratios_to_plain(figures, interval) for interval in (None, *INTERVALS)]
+        middle = [statistics.median(ratio) for ratio in turns]
+        below = [m - min(ratio) for m, ratio in zip(middle, turns, strict=True)]
+        above = [max(ratio) - m for m, ratio in zip(middle, turns, strict=True)]
+        places = [place + 0.4 * number for place in range(len(labels))]
+        axes.bar(places, middle, width=0.38, yerr=[below, above], capsize=3, label=_title(figures))
+    axes.set_xticks([place + 0.2 for place in range(len(labels))], labels)
+    axes.axhline(1, color="0.5", linewidth=0.8)
+    axes.set_title("throughput, plain = 1")
+    axes.set_ylim(0, 1.35)  # room for the legend
+    axes.legend(frameon=False, loc="upper left", ncols=2)
+
+
+def _draw_memory(axes: Axes, costs: Sequence[Results]) -> None:
+    names = {"plain": "plain_step_bytes", "frozen": "weighted_step_bytes", "update": "outer_update_bytes"}
+    for number, figures in enumerate(costs):
+        places = [place + 0.4 * number for place in range(len(names))]
+        axes.bar(places, [figures["peak_memory"][key] / GIB for key in names.values()], width=0.38)
+    axes.set_xticks([place + 0.2 for place in range(len(names))], list(names))
+    axes.set_title("peak memory beyond what is held between iterations")
+    axes.set_ylabel("GiB")
+
+
+def _draw_alignments(axes: Axes, alignments: Mapping[str, Sequence[float]]) -> None:
+    reference = alignments["fp32 exact, preconditioner adam"]
+    for number, way in enumerate(("finite-difference", "exact")):
+        axes.plot(reference, alignments[f"bf16 {way}, preconditioner adam"], f"C{number}.", markersize=3, label=way)
+    axes.set_title("alignments of samples, Adam-preconditioned")
+    axes.set_xlabel("exact, fp32")
+    axes.set_ylabel("bf16")
+    axes.legend(frameon=False)
+
+
+def _draw_losses(axes: Axes, curves: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    for name, points in curves.items():
+        axes.plot([point[0] for point in points], [point[1] for point in points], label=name)
+    axes.set_xlabel("iterations")
+    axes.set_title("loss on held-out target text")
+    axes.legend(frameon=False)
