@@ -24,7 +24,7 @@ def test_batches_are_made_smaller_where_they_do_not_divide():
     sizes = BatchSizes(30, 2, 2, Rampup(10, 10, 40), decreases=True)
     assert sizes.running_sizes == [8, 20, 28]
     assert BatchSizes(30, 4, 1, decreases=True).running_sizes == [28]
-    assert sizes.iterations(130) == 5  # of 10, 10, 20 and 20, then one of 30; 40 more would be one and a third
+    assert sizes.iterations(130) == 6  # of 10, 10, 20, and then 30
 
 
 @pytest.mark.parametrize(
