@@ -14,7 +14,7 @@ from megatron_dwm.config.flags import declared_flags, flag, require_at_least
 from megatron_dwm.errors import UserError
 
 OTHER_FIELDS_WITHOUT_EFFECT = frozenset(
-    {"create_attention_mask_in_dataloader", "deprecated_use_mcore_models", "use_flash_attn"}
+    {"create_attention_mask_in_dataloader", "deprecated_use_mcore_models", "legacy_tokenizer", "use_flash_attn"}
 )
 """Fields of a run's configuration, and so of its checkpoints' arguments, that change nothing either."""
 
@@ -66,9 +66,6 @@ class NoEffectConfig:
     enable_one_logger: bool = flag(True, "There is no one-logger in any case.", "--no-one-logger")
     use_persistent_ckpt_worker: bool = flag(
         False, "With a GPU one process writes all of --async-save's checkpoints in any case; without, forks do."
-    )
-    legacy_tokenizer: bool = flag(
-        False, "The tokenizers are megatron-core's, which make the tokens of Megatron-LM's older ones."
     )
     auto_detect_ckpt_format: bool = flag(False, "The format of --load is seen from its files in any case.")
     num_distributed_optimizer_instances: int = flag(1, "Only 1: the optimizer is sharded over all replicas.")

@@ -43,6 +43,9 @@ class TokenizerConfig:
     trust_remote_code: bool = flag(False, "Let a Hugging Face tokenizer run code of its own.")
     tiktoken_pattern: str | None = flag(None, "Which tiktoken pattern to use: v1 or v2.")
     tiktoken_num_special_tokens: int = flag(1000, "Number of special tokens in the tiktoken tokenizer.")
+    legacy_tokenizer: bool = flag(
+        False, "Nothing: the tokenizers are megatron-core's, which make the tokens of Megatron-LM's older ones."
+    )
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "vocab_size")
