@@ -23,19 +23,13 @@ from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.loss import SampleLosses
 
-_MODES = {
-    "disabled": RerunMode.DISABLED,
-    "validate_results": RerunMode.VALIDATE_RESULTS,
-    "report_stats": RerunMode.REPORT_DETERMINISM_STATS,
-}
-
 
 class StepValidation:
     """What ``--rerun-mode`` asks for, in training steps alone; nothing if it is ``disabled``."""
 
     def __init__(self, flags: TrainingConfig) -> None:
         """Make megatron-core's state machine, of which a process has one."""
-        self.mode = _MODES[flags.rerun_mode]
+        self.mode = RerunMode(flags.rerun_mode)
         self.is_active = self.mode != RerunMode.DISABLED
         if not self.is_active:
             return

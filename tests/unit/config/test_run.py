@@ -256,6 +256,8 @@ MISTAKES = {
     "--context-parallel-size 2 --cp-comm-type a2a+p2p": "needs two --hierarchical-context-parallel-sizes",
     "--context-parallel-size 4 --hierarchical-context-parallel-sizes 2 4": "2 4 do not make --context-parallel-size 4",
     "--context-parallel-size 4 --cp-comm-type a2a --group-query-attention --num-query-groups 2": "x 4, the ranks that",
+    "--rerun-mode report_stats": "--rerun-mode report_stats is not supported: megatron-core 0.16 fails at it",
+    "--error-injection-rate 5": "tests --rerun-mode validate_results",
     "--wandb-project x": "--wandb-project x needs --wandb-exp-name",
     "--rampup-batch-size 4 4 100": "--rampup-batch-size needs --train-samples",
     "--overlap-param-gather": "--use-distributed-optimizer",
