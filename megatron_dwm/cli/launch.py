@@ -26,8 +26,9 @@ import torch.distributed as dist
 from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
 from megatron_dwm.config.run import RunConfig, parse_run
 from megatron_dwm.errors import EXIT_CODE, UserError, print_error
+from megatron_dwm.runtime.compat import require_megatron_core
 from megatron_dwm.runtime.device import select_device
-from megatron_dwm.runtime.environment import environment_rank, require_megatron_core
+from megatron_dwm.runtime.environment import environment_rank
 from megatron_dwm.runtime.logging import configure_logging
 from megatron_dwm.runtime.startup_sync import PeerError, StartupSync
 

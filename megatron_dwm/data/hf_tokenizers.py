@@ -59,6 +59,7 @@ def to_hf_tokenizer(tokenizer: MegatronTokenizerText, config: TokenizerConfig) -
         "huggingface": _from_hugging_face,
         "tiktoken": _from_tiktoken,
         "null": _from_null,
+        "null-text": _from_null,  # its name from megatron-core 0.17 on
     }[tokenizer.library]
     try:
         counterpart = convert(tokenizer)
@@ -125,7 +126,7 @@ def _check_same_ids(
     """Refuse a counterpart that differs in the ids of :data:`_PROBES`, or in the end of document."""
     problem = f"{describe_tokenizer(config)} cannot be written as a Hugging Face {type(counterpart).__name__}"
     special = tokenizer.library == "huggingface" and config.tokenizer_hf_include_special_tokens
-    for text in _NUMBER_PROBES if tokenizer.library == "null" else _PROBES:
+    for text in _NUMBER_PROBES if tokenizer.library.startswith("null") else _PROBES:
         expected = list(tokenizer.tokenize(text))
         actual = counterpart(text, add_special_tokens=special).input_ids
         if actual != expected:

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import tempfile
-from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.extras import require_packages
+from megatron_dwm.runtime.compat import build_core_tokenizer
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
@@ -39,9 +39,8 @@ def build_tokenizer(config: TokenizerConfig) -> MegatronTokenizerText:
 
 
 def _core_build(config: TokenizerConfig) -> MegatronTokenizerText:
-    from megatron.core.tokenizers.text.utils.build_tokenizer import build_tokenizer as core_build_tokenizer
-
-    return core_build_tokenizer(Namespace(**asdict(config)))
+    tokenizer: MegatronTokenizerText = build_core_tokenizer(asdict(config))
+    return tokenizer
 
 
 def _build_gpt2(config: TokenizerConfig) -> MegatronTokenizerText:

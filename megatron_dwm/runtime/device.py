@@ -72,6 +72,7 @@ def _adapt_megatron_to_cpu() -> None:
     torch.cuda.current_device = _CpuAnswer(cpu)
     torch.cuda.synchronize = _CpuAnswer(None)
     torch.cuda.empty_cache = _CpuAnswer(None)
+    torch.cuda.current_stream = _CpuAnswer(None)
     modules: tuple[Any, ...] = (torch.cuda, torch.cuda.random)
     for module in modules:
         module.get_rng_state = lambda *_, **__: torch.get_rng_state()

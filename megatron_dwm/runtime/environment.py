@@ -1,4 +1,4 @@
-"""What this process learns from its environment: its rank, and the libraries that are installed."""
+"""The rank of this process, from its environment."""
 
 from __future__ import annotations
 
@@ -35,19 +35,3 @@ def _integer(kind: str, default: int) -> int:
                 f"{name}={os.environ[name]}: not a whole number; start the run with torchrun, srun or mpirun"
             ) from None
     return default
-
-
-def require_megatron_core() -> None:
-    """Refuse a megatron-core other than the 0.16 series, whose interfaces and checkpoints this program is made for.
-
-    Raises:
-        UserError: it is missing or of another version.
-    """
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        found = version("megatron-core")
-    except PackageNotFoundError:
-        raise UserError("megatron-core is not installed; pip install 'megatron-core>=0.16,<0.17'") from None
-    if not found.startswith("0.16."):
-        raise UserError(f"megatron-core {found} is installed; pip install 'megatron-core>=0.16,<0.17'")

@@ -142,7 +142,8 @@ def mark_all_parameters_as_shards(built: BuiltModel) -> None:
 
 def test_parameters_with_wrong_marks_end_the_run_on_all_ranks():
     world, parallel = LAYOUTS["TP2"]
-    for message in run_distributed(refusal, world, {**GPT, **parallel}, mark_all_parameters_as_shards, random_mask(2)):
+    flags = {**GPT, **parallel, "--dwm-alignment": "single-sample"}
+    for message in run_distributed(refusal, world, flags, mark_all_parameters_as_shards, random_mask(2)):
         assert message.startswith("--dwm-check: hypergradient") and f"(bound {BOUND:g})" in message
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_dwm.cli import pretrain as pretrain_command
-from megatron_dwm.weighting.bilevel import alignment
+from megatron_dwm.weighting.bilevel import sample_products
 from tests.e2e.launch import pretrain, records, succeed
 from tests.e2e.test_uniform_weights import LAYOUTS, assert_same_checkpoints
 from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING
@@ -57,7 +57,7 @@ def test_a_resumed_run_is_checked_with_its_optimizers_state_and_goes_on_as_witho
 
 def count_one_shard() -> None:
     """The command with alignments that leave out the second tensor-parallel rank's shards."""
-    alignment.counts_here = lambda name, param, parallel_state: parallel_state.tp_rank == 0
+    sample_products._is_replicated = lambda name, module: True
     pretrain_command.main()
 
 

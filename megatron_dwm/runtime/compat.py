@@ -1,0 +1,53 @@
+"""What differs between the versions of megatron-core that this program runs with, 0.16 to 0.19."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+from megatron_dwm.errors import UserError
+
+SERIES = ("0.16.", "0.17.", "0.18.", "0.19.")
+_REMEDY = "pip install 'megatron-core>=0.16,<0.20'"
+
+
+def require_megatron_core() -> None:
+    """Refuse a megatron-core whose interfaces and checkpoints this program is not made for.
+
+    Raises:
+        UserError: it is missing or of another version.
+    """
+    try:
+        found = version("megatron-core")
+    except PackageNotFoundError:
+        raise UserError(f"megatron-core is not installed; {_REMEDY}") from None
+    if not found.startswith(SERIES):
+        raise UserError(f"megatron-core {found} is installed; {_REMEDY}")
+
+
+def build_core_tokenizer(flags: Mapping[str, Any]) -> Any:
+    """Build megatron-core's tokenizer from the tokenizer's flags as Megatron-LM's core_v0.16.1 names them.
+
+    From 0.17 on the builder is in another module, and reads some of the flags under other names.
+    """
+    if find_spec("megatron.core.tokenizers.utils") is None:
+        from megatron.core.tokenizers.text.utils.build_tokenizer import build_tokenizer
+
+        return build_tokenizer(Namespace(**flags))
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build_newer_tokenizer
+
+    renamed: dict[str, Any] = {
+        "special_tokens": flags["tokenizer_special_tokens"],
+        "metadata_path": flags["tokenizer_metadata"],
+        "tokenizer_hf_no_use_fast": not flags["tokenizer_hf_use_fast"],
+        "tokenizer_hf_no_include_special_tokens": not flags["tokenizer_hf_include_special_tokens"],
+        "tokenizer_sentencepiece_ignore_extra_whitespaces": True,
+        "chat_template": None,
+        "pad_vocab_size": False,  # the model's padding is this program's
+    }
+    if flags["tokenizer_type"] == "NullTokenizer":  # whose end of document is one of the tokens now, not one more
+        renamed["vocab_size"] = flags["vocab_size"] + 1
+    return build_newer_tokenizer(Namespace(**{**flags, **renamed}))
