@@ -12,6 +12,7 @@ EXTRA_OF = {
     "pyarrow": "data",
     "resiliparse": "data",
     "tiktoken": "tiktoken",
+    "wandb": "wandb",
 }
 """The extra of ``pyproject.toml`` that installs a package."""
 

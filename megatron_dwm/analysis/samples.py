@@ -131,7 +131,13 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
         datasets = build_datasets(
             config.data,
             paths,
-            split_sizes(config.data, config.train_iters, config.training.train_samples, config.global_batch_size),
+            split_sizes(
+                config.data,
+                config.train_iters,
+                config.training.train_samples,
+                config.global_batch_size,
+                grows=config.training.rampup_batch_size is not None,
+            ),
             tokenizer,
             parallel_state,
             sequence=config.model.sequence,

@@ -119,7 +119,8 @@ def read_model(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _checkpoint_folder(config: ExportConfig) -> Path:
-    from megatron_dwm.training.checkpoint_folders import TRACKER, latest_checkpoint
+    from megatron_dwm.config.checkpoint import TRACKER
+    from megatron_dwm.training.checkpoint_folders import latest_checkpoint
 
     folder = latest_checkpoint(CheckpointConfig(load=config.load, ckpt_step=config.ckpt_step))
     if folder is None:

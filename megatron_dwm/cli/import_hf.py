@@ -51,11 +51,12 @@ def import_model(config: ImportConfig) -> tuple[Path, ModelConfig]:
     Raises:
         UserError: no such model, an architecture that is not trained here, or there are checkpoints already.
     """
+    from megatron_dwm.config.checkpoint import TRACKER
     from megatron_dwm.data.tokenizers import padded_vocab_size
     from megatron_dwm.model.hf_folder import read_hugging_face
     from megatron_dwm.model.hf_weights import from_hf_state_dict
     from megatron_dwm.model.vocabulary import Vocabulary
-    from megatron_dwm.training.checkpoint_folders import TRACKER, iteration_folder
+    from megatron_dwm.training.checkpoint_folders import iteration_folder
 
     root = Path(config.save)
     if (root / TRACKER).exists():

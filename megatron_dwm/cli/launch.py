@@ -7,6 +7,7 @@ trains.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import multiprocessing
 import signal
@@ -16,12 +17,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megatron_dwm.config.checkpoint import CheckpointConfig
+from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
 from megatron_dwm.config.run import RunConfig, parse_run
 from megatron_dwm.errors import EXIT_CODE, UserError, print_error
 from megatron_dwm.runtime.compat import require_megatron_core
@@ -76,7 +78,20 @@ def read_run_flags(argv: Sequence[str] | None, world_size: int) -> RunConfig:
     Raises:
         UserError: a bad flag, or ``--use-checkpoint-args`` without a checkpoint.
     """
-    return parse_run(argv, world_size, read_saved=_read_saved)
+    return with_pretrained(parse_run(argv, world_size, read_saved=_read_saved))
+
+
+def with_pretrained(config: RunConfig) -> RunConfig:
+    """Return the configuration that starts from ``--pretrained-checkpoint``, if it is to.
+
+    It is while ``--load`` holds no checkpoint; as in Megatron-LM, the run then goes on as with ``--finetune``.
+    """
+    flags = config.checkpoint
+    if flags.pretrained_checkpoint is None or (flags.load is not None and (Path(flags.load) / TRACKER).is_file()):
+        return config
+    logger.info(f" > --load {flags.load} holds no checkpoint: the run starts from {flags.pretrained_checkpoint}")
+    checkpoint = dataclasses.replace(flags, load=flags.pretrained_checkpoint, ckpt_step=None, finetune=True)
+    return dataclasses.replace(config, checkpoint=checkpoint)
 
 
 def run_program(program: Callable[[Process], None]) -> None:
@@ -132,6 +147,8 @@ def build_trainer(
     from megatron_dwm.training.trainer import Trainer
     from megatron_dwm.weighting.build import WeightingContext, build_weighting, check_gradients, read_weighting_inputs
 
+    if config.logging.logging_level is not None:
+        logging.getLogger("megatron.core").setLevel(config.logging.logging_level)
     with process.startup_sync.phase("folders"):
         save_folder = hold_folders(config, process.rank)
     with process.startup_sync.phase("inputs"):

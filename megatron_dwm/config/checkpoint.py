@@ -8,6 +8,9 @@ from typing import Literal
 from megatron_dwm.config.flags import flag, flag_name, require_at_least
 from megatron_dwm.errors import UserError
 
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Names the newest checkpoint of a folder."""
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -28,7 +31,28 @@ class CheckpointConfig:
     finetune: bool = flag(False, "Load the weights only and start at iteration 0.")
     ckpt_step: int | None = flag(None, "Iteration to load, in place of the latest.")
     exit_on_missing_checkpoint: bool = flag(False, "Stop if --load holds no checkpoint, instead of starting anew.")
-    ckpt_format: Literal["torch_dist"] = flag("torch_dist", "Checkpoint format.")
+    ckpt_format: Literal["torch", "torch_dist"] = flag(
+        "torch_dist",
+        "Format that checkpoints are written in: torch_dist, which any layout can load, or torch, which only a run of "
+        "the same one can. Which one --load names is seen from its files.",
+    )
+    dist_ckpt_strictness: Literal[
+        "assume_ok_unexpected",
+        "log_unexpected",
+        "log_all",
+        "raise_unexpected",
+        "raise_all",
+        "return_unexpected",
+        "return_all",
+        "ignore_all",
+    ] = flag(
+        "assume_ok_unexpected",
+        "What differs between a checkpoint's tensors and the model's that is loaded: an error, logged (with return_* "
+        "too) or ignored. *_unexpected asks for what the model has alone, *_all also for what only the checkpoint has.",
+    )
+    pretrained_checkpoint: str | None = flag(
+        None, "Folder of a model to start from, as with --finetune, while --load holds no checkpoint yet."
+    )
     ckpt_fully_parallel_save: bool = flag(
         True,
         "Let one data-parallel rank write everything.",
@@ -40,6 +64,9 @@ class CheckpointConfig:
         False, "Save the distributed optimizer so that it can be loaded under another TP and PP size."
     )
     async_save: bool = flag(False, "Write checkpoints while training goes on.")
+    ckpt_assume_constant_structure: bool = flag(
+        False, "Plan a checkpoint's writing once, and write later ones by the same plan."
+    )
     non_persistent_save_interval: int | None = flag(
         None, "Iterations between non-persistent checkpoints, of which only the newest two are kept."
     )
@@ -63,11 +90,18 @@ class CheckpointConfig:
         for name in ("save_interval", "non_persistent_save_interval"):
             if getattr(self, name) is not None and self.save is None:
                 raise UserError(f"{flag_name(name)} {getattr(self, name)} needs --save; give the folder")
+        if self.ckpt_format == "torch" and self.async_save:
+            raise UserError("--ckpt-format torch cannot be written while training goes on; leave --async-save out")
         if self.non_persistent_save_interval is not None and self.non_persistent_ckpt_type is None:
             raise UserError(
                 f"--non-persistent-save-interval {self.non_persistent_save_interval} needs "
                 "--non-persistent-ckpt-type global; add it"
             )
         for name in ("exit_on_missing_checkpoint", "use_checkpoint_args"):
-            if getattr(self, name) and self.load is None:
+            if getattr(self, name) and self.load is None and self.pretrained_checkpoint is None:
                 raise UserError(f"{flag_name(name)} needs --load; give the folder")
+
+    @property
+    def tolerates_differences(self) -> bool:
+        """Whether a model may be loaded from a checkpoint that lacks some of its tensors."""
+        return self.dist_ckpt_strictness.partition("_")[0] in ("log", "return", "ignore")

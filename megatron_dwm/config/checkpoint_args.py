@@ -28,7 +28,6 @@ UNKNOWN_PARTS = (
     "openai_gelu",
     "qk_l2_norm",
     "quick_geglu",
-    "rotary_seq_len_interpolation_factor",
     "window_size",
 )
 """Arguments in Megatron-LM's checkpoints that, where set, make another model of the same tensors."""
@@ -51,6 +50,7 @@ _FUNCTION = (
     "rotary_base",
     "rotary_percent",
     "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor",
     "use_rope_scaling",
     "rope_scaling_factor",
     "layernorm_epsilon",
@@ -84,6 +84,11 @@ RENAMED = {"dwm_valid_data_path": "dwm_target_data_path"}
 """Arguments that earlier versions saved under another name, with the present one."""
 
 
+def first_rank_file(folder: Path) -> Path | None:
+    """Return the first rank's file of a checkpoint in Megatron-LM's older format; None if it has another format."""
+    return next(iter(sorted(folder.glob("mp_rank_00*/model_optim_rng.pt"))), None)
+
+
 def read_arguments(folder: Path) -> dict[str, Any]:
     """Return the arguments that the checkpoint in ``folder`` was saved with, by their present names.
 
@@ -92,13 +97,14 @@ def read_arguments(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it has none.
     """
+    path = first_rank_file(folder) or folder / "common.pt"
     try:
-        common = read_torch_file(folder / "common.pt")
+        common = read_torch_file(path)
     except UnreadableFile as error:
         raise UserError(f"{folder}: {error}; the checkpoint is damaged, give another") from None
     arguments = common.get("args") if isinstance(common, dict) else None
     if not isinstance(arguments, Namespace):
-        raise UserError(f"{folder}: its common.pt holds no arguments; it is not a checkpoint of pretraining")
+        raise UserError(f"{folder}: its {path.name} holds no arguments; it is not a checkpoint of pretraining")
     return {RENAMED.get(name, name): value for name, value in vars(arguments).items() if name != "trust_remote_code"}
 
 

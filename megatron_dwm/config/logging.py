@@ -26,9 +26,22 @@ class LoggingConfig:
     )
     log_memory_to_tensorboard: bool = flag(False, "Write the GPU's memory statistics.")
     log_world_size_to_tensorboard: bool = flag(False, "Write the world size.")
+    log_memory_interval: int | None = flag(None, "Iterations between reports of the GPU's memory in the log.")
+    log_device_memory_used: bool = flag(False, "Report also how much of the GPU's memory all programs use.")
+    logging_level: int | None = flag(
+        None, "Least level, as Python counts it (20 is INFO), of megatron-core's own messages."
+    )
+    wandb_project: str | None = flag(
+        None, "Project of Weights & Biases that records go to; WANDB_MODE=offline keeps them in a folder."
+    )
+    wandb_entity: str | None = flag(None, "User or team that --wandb-project belongs to.")
+    wandb_exp_name: str | None = flag(None, "Name of the run in --wandb-project.")
+    wandb_save_dir: str | None = flag(
+        None, "Folder of Weights & Biases' own files. Default: wandb in the --save folder."
+    )
     metrics_jsonl: str | None = flag(
         None, "JSON-lines file for every record. Default: metrics.jsonl in the --save folder."
     )
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "log_interval tensorboard_log_interval")
+        require_at_least(self, 1, "log_interval tensorboard_log_interval log_memory_interval")

@@ -12,7 +12,14 @@ from megatron_dwm.errors import UserError
 _NEEDED = {
     "num_query_groups": "--group-query-attention",
     **dict.fromkeys(
-        ("rotary_base", "rotary_percent", "rotary_interleaved", "use_rope_scaling"), "--position-embedding-type rope"
+        (
+            "rotary_base",
+            "rotary_percent",
+            "rotary_interleaved",
+            "use_rope_scaling",
+            "rotary_seq_len_interpolation_factor",
+        ),
+        "--position-embedding-type rope",
     ),
     "rope_scaling_factor": "--use-rope-scaling",
     **dict.fromkeys(("recompute_method", "recompute_num_layers", "recompute_modules"), "--recompute-granularity"),
@@ -41,7 +48,9 @@ def lacking_flag(field: str, values: Mapping[str, Any]) -> str | None:
         "--position-embedding-type rope": values.get("position_embedding_type") == "rope"
         or values.get("use_rotary_position_embeddings"),
         "--use-rope-scaling": values.get("use_rope_scaling"),
-        "--recompute-granularity": values.get("recompute_granularity") or values.get("recompute_activations"),
+        "--recompute-granularity": values.get("recompute_granularity")
+        or values.get("recompute_activations")
+        or values.get("checkpoint_activations"),
         "--fp8-format": values.get("fp8"),
     }
     needed = _NEEDED.get(field)
@@ -80,6 +89,9 @@ class ModelConfig:
     rotary_percent: float = flag(1.0, "Part of the head dimension that is rotated.")
     rotary_interleaved: bool = flag(False, "Use interleaved rotary embeddings.")
     use_rope_scaling: bool = flag(False, "Scale rotary frequencies as Llama 3 does.")
+    rotary_seq_len_interpolation_factor: int | None = flag(
+        None, "Divide positions by this before they are rotated, for sequences longer than a model has seen."
+    )
     rope_scaling_factor: float = flag(8.0, "Factor of --use-rope-scaling.")
     normalization: Literal["LayerNorm", "RMSNorm"] = flag("LayerNorm", "Which normalization to use.")
     layernorm_epsilon: float = flag(1e-5, "Epsilon of the normalization.", "--norm-epsilon")
@@ -122,6 +134,11 @@ class ModelConfig:
         "Nothing: the models are megatron-core's in any case.",
         "--use-mcore-models",
         deprecated="leave it out",
+    )
+    checkpoint_activations: bool = flag(
+        False,
+        "Recompute every layer, as Megatron-LM once did.",
+        deprecated="use --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     )
     recompute_activations: bool = flag(False, "Recompute core attention in the backward pass.")
     recompute_granularity: Literal["full", "selective"] | None = flag(
@@ -172,7 +189,8 @@ class ModelConfig:
             self,
             1,
             "num_layers hidden_size num_attention_heads seq_length ffn_hidden_size kv_channels num_query_groups "
-            "max_position_embeddings rotary_base make_vocab_size_divisible_by padded_vocab_size recompute_num_layers",
+            "max_position_embeddings rotary_base rotary_seq_len_interpolation_factor "
+            "make_vocab_size_divisible_by padded_vocab_size recompute_num_layers",
         )
         require_at_least(self, 0, "hidden_dropout attention_dropout init_method_std layernorm_epsilon")
         self._check_sizes()

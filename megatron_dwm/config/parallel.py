@@ -24,6 +24,23 @@ class ParallelConfig:
     num_virtual_stages_per_pipeline_rank: int | None = flag(
         None, "Virtual pipeline stages on each rank; turns the interleaved schedule on."
     )
+    microbatch_group_size_per_vp_stage: int | None = flag(
+        None,
+        "Microbatches that the interleaved schedule runs through one stage before the next; the pipeline's size if not "
+        "given.",
+        "--microbatch-group-size-per-virtual-pipeline-stage",
+    )
+    decoder_first_pipeline_num_layers: int | None = flag(None, "Layers of the first pipeline rank.")
+    decoder_last_pipeline_num_layers: int | None = flag(None, "Layers of the last pipeline rank.")
+    account_for_embedding_in_pipeline_split: bool = flag(
+        False, "Count the embedding as a layer when layers are divided over the pipeline."
+    )
+    account_for_loss_in_pipeline_split: bool = flag(
+        False, "Count the output layer and the loss as a layer when layers are divided over the pipeline."
+    )
+    pipeline_model_parallel_layout: str | None = flag(
+        None, "Stages of the pipeline, letter by letter: E embedding, t layer, L loss, | between stages, *N repeats."
+    )
     sequence_parallel: bool = flag(False, "Shard activations along the sequence inside a TP group.")
     context_parallel_size: int = flag(1, "Degree of context parallelism: each rank holds a part of every sequence.")
     cp_comm_type: list[str] = flag(
@@ -42,6 +59,11 @@ class ParallelConfig:
         "Do not overlap pipeline communication with compute in the interleaved schedule.",
         "--no-overlap-p2p-communication",
     )
+    overlap_p2p_comm_warmup_flush: bool = flag(
+        False,
+        "Overlap pipeline communication with compute in warm-up and flush of the interleaved schedule too.",
+        "--overlap-p2p-communication-warmup-flush",
+    )
     use_distributed_optimizer: bool = flag(False, "Shard the optimizer's state over data-parallel ranks.")
     overlap_grad_reduce: bool = flag(False, "Overlap gradient reduction with the backward pass.")
     overlap_param_gather: bool = flag(False, "Overlap parameter all-gather with the forward pass.")
@@ -50,6 +72,21 @@ class ParallelConfig:
     ddp_num_buckets: int | None = flag(None, "Number of gradient buckets.")
     ddp_bucket_size: int | None = flag(None, "Parameters in one gradient bucket.")
     ddp_average_in_collective: bool = flag(False, "Average gradients in the collective itself.")
+    fp8_param_gather: bool = flag(
+        False, "Keep parameters in FP8 and gather them so; with the distributed optimizer and --fp8-format."
+    )
+    defer_embedding_wgrad_compute: bool = flag(
+        False, "Compute the output layer's weight gradient while the pipeline is flushed."
+    )
+    wgrad_deferral_limit: int = flag(
+        0, "Microbatches for which --defer-embedding-wgrad-compute waits at most; 0 for all."
+    )
+    clone_scatter_output_in_embedding: bool = flag(
+        True,
+        "Do not copy the embedding's output under sequence parallelism; keeps more memory and saves a copy.",
+        "--no-clone-scatter-output-in-embedding",
+        "--disable-clone-scatter-output-in-embedding",
+    )
     distributed_backend: Literal["nccl", "gloo"] = flag(
         "nccl", "Communication backend; without a GPU it is gloo whatever this says."
     )
@@ -64,7 +101,8 @@ class ParallelConfig:
             self,
             1,
             "tensor_model_parallel_size pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage "
-            "num_virtual_stages_per_pipeline_rank context_parallel_size ddp_num_buckets ddp_bucket_size "
+            "num_virtual_stages_per_pipeline_rank microbatch_group_size_per_vp_stage decoder_first_pipeline_num_layers "
+            "decoder_last_pipeline_num_layers context_parallel_size ddp_num_buckets ddp_bucket_size "
             "distributed_timeout_minutes",
         )
         self._check_context_parallelism()
@@ -74,10 +112,37 @@ class ParallelConfig:
                 "--num-layers-per-virtual-pipeline-stage and --num-virtual-stages-per-pipeline-rank say the same; "
                 "give one"
             )
+        self._check_split()
+        if self.fp8_param_gather and not self.use_distributed_optimizer:
+            raise UserError("--fp8-param-gather needs --use-distributed-optimizer; add it")
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             raise UserError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
         if self.ddp_num_buckets is not None and self.ddp_bucket_size is not None:
             raise UserError("--ddp-num-buckets and --ddp-bucket-size exclude each other; give one")
+
+    def _check_split(self) -> None:
+        """Refuse ways of dividing the layers over the pipeline that exclude each other."""
+        counted = self.account_for_embedding_in_pipeline_split or self.account_for_loss_in_pipeline_split
+        ends = self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers
+        has_ends = ends != (None, None)
+        if has_ends and counted:
+            raise UserError(
+                "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers exclude --account-for-*; "
+                "give one of them"
+            )
+        if has_ends and self.num_layers_per_virtual_pipeline_stage is not None:
+            raise UserError(
+                "--num-layers-per-virtual-pipeline-stage with --decoder-first-pipeline-num-layers or "
+                "--decoder-last-pipeline-num-layers: stages differ; give --num-virtual-stages-per-pipeline-rank"
+            )
+        if self.pipeline_model_parallel_layout is not None:
+            virtual = self.num_layers_per_virtual_pipeline_stage, self.num_virtual_stages_per_pipeline_rank
+            if has_ends or counted or virtual != (None, None):
+                raise UserError(
+                    "--pipeline-model-parallel-layout says all of the stages; leave out the other flags that do"
+                )
+        if self.overlap_p2p_comm_warmup_flush and not self.overlap_p2p_comm:
+            raise UserError("--overlap-p2p-communication-warmup-flush excludes --no-overlap-p2p-communication")
 
     def _check_context_parallelism(self) -> None:
         for kind in self.cp_comm_type:
@@ -132,19 +197,52 @@ class ParallelConfig:
         Raises:
             UserError: the layers do not divide.
         """
+        if self.pipeline_model_parallel_layout is not None:
+            return self._stages_of_layout(num_layers)
+        counted = num_layers + self.account_for_embedding_in_pipeline_split + self.account_for_loss_in_pipeline_split
         chunks = self.num_virtual_stages_per_pipeline_rank
         if self.num_layers_per_virtual_pipeline_stage is not None:
-            if num_layers % (self.pp * self.num_layers_per_virtual_pipeline_stage):
+            if counted % (self.pp * self.num_layers_per_virtual_pipeline_stage):
                 raise UserError(
                     f"--num-layers {num_layers} is not divisible by --pipeline-model-parallel-size {self.pp} x "
                     f"--num-layers-per-virtual-pipeline-stage {self.num_layers_per_virtual_pipeline_stage}"
                 )
-            chunks = num_layers // self.pp // self.num_layers_per_virtual_pipeline_stage
+            chunks = counted // self.pp // self.num_layers_per_virtual_pipeline_stage
         if chunks is not None and chunks > 1 and self.pp < 2:
             raise UserError(f"{chunks} virtual pipeline stages need --pipeline-model-parallel-size 2 or more, not 1")
-        if num_layers % (self.pp * (chunks or 1)):
+        ends = [
+            size
+            for size in (self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers)
+            if size is not None
+        ]
+        middle, ranks = counted - sum(ends), self.pp - len(ends)
+        parts = [*ends, middle // ranks] if ranks > 0 else ends
+        divides = middle % ranks == 0 if ranks > 0 else middle == 0
+        if not divides or any(size < 1 or size % (chunks or 1) for size in parts):
             raise UserError(
                 f"--num-layers {num_layers} is not divisible by --pipeline-model-parallel-size {self.pp}"
                 + (f" x {chunks} virtual stages" if chunks else "")
+                + (" as the flags divide it" if ends or counted != num_layers else "")
             )
         return chunks if chunks and chunks > 1 else None
+
+    def _stages_of_layout(self, num_layers: int) -> int | None:
+        """Return the number of model chunks on each pipeline rank that the layout says.
+
+        Raises:
+            UserError: it is no layout of these layers and this pipeline.
+        """
+        # Imported here: megatron-core takes seconds, and most runs have no layout.
+        from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+        layout = str(self.pipeline_model_parallel_layout)
+        try:
+            parsed = PipelineParallelLayerLayout.from_str(layout, self.pp)
+            parsed.validate_layer_layout(num_layers=num_layers, mtp_num_layers=0)
+        except (AssertionError, AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
+            raise UserError(
+                f"--pipeline-model-parallel-layout {layout}: it does not place {num_layers} layers on {self.pp} "
+                f"pipeline ranks ({error}); change it"
+            ) from None
+        chunks = parsed.virtual_pipeline_model_parallel_size
+        return chunks if chunks > 1 else None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_dwm.config.batch_sizes import BatchSizes, Rampup
 from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.checkpoint_args import with_saved_arguments
 from megatron_dwm.config.data import DataConfig
@@ -16,6 +17,7 @@ from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.no_effect import NoEffectConfig
 from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
+from megatron_dwm.config.profiling import ProfilingConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.config.unsupported_flags import reason_unsupported
@@ -31,6 +33,7 @@ PARTS: dict[str, type] = {
     "data": DataConfig,
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
+    "profiling": ProfilingConfig,
     "weighting": WeightingConfig,
 }
 """What a run's configuration is made of."""
@@ -51,15 +54,28 @@ class RunConfig:
     data: DataConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    profiling: ProfilingConfig
     weighting: WeightingConfig
 
     def __post_init__(self) -> None:
         self._check_world()
+        self._check_records()
         self._check_shards()
         self._check_sequence()
         self._check_batches()
         self._check_schedule()
         self._check_outer_update()
+
+    def _check_records(self) -> None:
+        profiling, logging = self.profiling, self.logging
+        if profiling.use_pytorch_profiler and logging.tensorboard_dir is None:
+            raise UserError("--use-pytorch-profiler writes to --tensorboard-dir; give it")
+        if not logging.wandb_project:
+            return
+        if not logging.wandb_exp_name:
+            raise UserError(f"--wandb-project {logging.wandb_project} needs --wandb-exp-name; name the run")
+        if logging.wandb_save_dir is None and self.checkpoint.save is None:
+            raise UserError(f"--wandb-project {logging.wandb_project} needs --wandb-save-dir or --save; give one")
 
     def _check_world(self) -> None:
         tp, pp, cp = self.parallel.tp, self.parallel.pp, self.parallel.cp
@@ -75,6 +91,13 @@ class RunConfig:
             raise UserError(
                 f"--use-distributed-optimizer does not go with --optimizer {self.optimizer.optimizer}: megatron-core "
                 "shards the state of Adam alone; leave one out"
+            )
+        checkpoint = self.checkpoint
+        writes_torch = checkpoint.ckpt_format == "torch" and checkpoint.save is not None
+        if writes_torch and self.parallel.use_distributed_optimizer and not checkpoint.no_save_optim:
+            raise UserError(
+                "--ckpt-format torch does not hold --use-distributed-optimizer's state; use torch_dist, or add "
+                "--no-save-optim"
             )
         tp, heads = self.parallel.tp, self.parallel.context_parallel_heads
         divided = {
@@ -118,20 +141,32 @@ class RunConfig:
 
     def _check_batches(self) -> None:
         chunks = self.parallel.virtual_stages(self.model.layers)
-        micro, dp = self.training.micro_batch, self.data_parallel_size
-        if self.global_batch_size % (micro * dp):
-            raise UserError(
-                f"--global-batch-size {self.global_batch_size} is not divisible by --micro-batch-size {micro} x "
-                f"data-parallel size {dp}; change one"
-            )
-        if chunks is not None and self.num_microbatches % self.parallel.pp:
-            raise UserError(
-                f"{self.num_microbatches} microbatches a step are not divisible by --pipeline-model-parallel-size "
-                f"{self.parallel.pp}, which virtual stages need; change --global-batch-size or --micro-batch-size"
-            )
+        if chunks is not None:
+            for size in self.batch_sizes.running_sizes:
+                microbatches = size // self.batch_sizes.unit
+                self._check_groups(microbatches, "--global-batch-size or --micro-batch-size")
         samples = self.training.train_samples
         if samples is not None and samples < self.global_batch_size:
             raise UserError(f"--train-samples {samples} is less than one batch of {self.global_batch_size}; raise it")
+
+    def _check_groups(self, microbatches: int, flags: str) -> None:
+        """Require microbatches that the interleaved schedule can take in its groups.
+
+        Args:
+            flags: what their number follows from.
+        """
+        pp, group = self.parallel.pp, self.parallel.microbatch_group_size_per_vp_stage
+        if group is None:
+            if microbatches % pp:
+                raise UserError(
+                    f"{microbatches} microbatches are not divisible by --pipeline-model-parallel-size {pp}, which "
+                    f"virtual stages need; change {flags}"
+                )
+        elif not pp <= group <= microbatches or 0 < microbatches % group < pp:
+            raise UserError(
+                f"--microbatch-group-size-per-virtual-pipeline-stage {group}: {microbatches} microbatches are not in "
+                f"groups of at least {pp}, the stages of the pipeline; change it or {flags}"
+            )
 
     def _check_schedule(self) -> None:
         """Require a learning-rate schedule that is counted as the run is, and whose phases fit into each other."""
@@ -153,8 +188,20 @@ class RunConfig:
             )
 
     def _check_outer_update(self) -> None:
+        if self.parallel.fp8_param_gather and self.model.fp8 is None:
+            raise UserError("--fp8-param-gather needs --fp8-format; give it")
         if not self.weighting.needs_target:
             return
+        unfit = {
+            "--fp8-param-gather": (self.parallel.fp8_param_gather, "copies parameters that have 16 or 32 bits"),
+            "--defer-embedding-wgrad-compute": (
+                self.parallel.defer_embedding_wgrad_compute,
+                "reads gradients in the backward pass",
+            ),
+        }
+        for name, (is_given, reason) in unfit.items():
+            if is_given:
+                raise UserError(f"{name}: an outer update {reason}; leave it out, or use --dwm-mode frozen or off")
         if self.model.fp8 is not None and self.model.fp8_recipe == "delayed":
             raise UserError(
                 f"--fp8-format {self.model.fp8} with --fp8-recipe delayed: an outer update's passes would change the "
@@ -166,12 +213,8 @@ class RunConfig:
                 f"--dwm-target-batch-size {self.target_batch_size} is not divisible by --micro-batch-size {micro} x "
                 f"data-parallel size {dp}; change one"
             )
-        pp = self.parallel.pp
-        if self.parallel.virtual_stages(self.model.layers) and self.target_batch_size // (micro * dp) % pp:
-            raise UserError(
-                f"--dwm-target-batch-size {self.target_batch_size} gives microbatches that are not divisible by "
-                f"--pipeline-model-parallel-size {pp}, which virtual stages need; change it"
-            )
+        if self.parallel.virtual_stages(self.model.layers) is not None:
+            self._check_groups(self.target_batch_size // (micro * dp), "--dwm-target-batch-size")
         half = "--bf16" if self.optimizer.bf16 else "--fp16" if self.optimizer.fp16 else None
         if half and self.weighting.dwm_alignment == "finite-difference":
             raise UserError(
@@ -196,8 +239,16 @@ class RunConfig:
 
     @property
     def global_batch_size(self) -> int:
-        """The number of samples in one step."""
-        return self.training.global_batch_size or self.training.micro_batch * self.data_parallel_size
+        """The number of samples in one step, the largest where steps differ."""
+        return self.batch_sizes.running_sizes[-1]
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """The numbers of samples in the steps of the run."""
+        training, micro, dp = self.training, self.training.micro_batch, self.data_parallel_size
+        ramp = Rampup(*training.rampup_batch_size) if training.rampup_batch_size is not None else None
+        final = training.global_batch_size or micro * dp
+        return BatchSizes(final, micro, dp, ramp, training.decrease_batch_size_if_needed)
 
     @property
     def num_microbatches(self) -> int:
@@ -215,7 +266,7 @@ class RunConfig:
         if self.training.train_iters is not None:
             return self.training.train_iters
         assert self.training.train_samples is not None
-        return self.training.train_samples // self.global_batch_size
+        return self.batch_sizes.iterations(self.training.train_samples)
 
     def flat(self) -> dict[str, Any]:
         """Return all flags by their names, as Megatron-LM keeps its arguments."""
@@ -259,8 +310,6 @@ def parse_run(
         main_class=WeightingConfig,
         complete=complete,
     )
-    no_effect: NoEffectConfig = parts.pop("no_effect")
+    del parts["no_effect"]
     run = RunConfig(world_size=world_size, **parts)
-    is_interleaved = run.parallel.virtual_stages(run.model.layers) is not None
-    no_effect.check_microbatch_group(run.parallel.pp if is_interleaved else None)
     return run

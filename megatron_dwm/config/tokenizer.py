@@ -44,9 +44,7 @@ class TokenizerConfig:
     tiktoken_pattern: str | None = flag(None, "Which tiktoken pattern to use: v1 or v2.")
     tiktoken_num_special_tokens: int = flag(1000, "Number of special tokens in the tiktoken tokenizer.")
     legacy_tokenizer: bool = flag(
-        False,
-        "Use Megatron-LM's pre-core tokenizers.",
-        refused="only megatron-core's tokenizers are; leave the flag out",
+        False, "Nothing: the tokenizers are megatron-core's, which make the tokens of Megatron-LM's older ones."
     )
 
     def __post_init__(self) -> None:

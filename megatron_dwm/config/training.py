@@ -19,7 +19,13 @@ class TrainingConfig:
         None, "Samples in one step; micro batch size x data-parallel size if not given."
     )
     rampup_batch_size: list[int] | None = flag(
-        None, "Batch size ramp-up.", nargs=3, refused="weights are relative to a batch of constant size; leave it out"
+        None,
+        "Start with batches of the first number of samples, and enlarge them by the second until, after the third "
+        "number of samples, they have --global-batch-size. With --train-samples alone.",
+        nargs=3,
+    )
+    decrease_batch_size_if_needed: bool = flag(
+        False, "Make a batch smaller where it is no multiple of micro batch size x data-parallel size."
     )
     train_iters: int | None = flag(None, "Steps to train.")
     train_samples: int | None = flag(None, "Samples to train on, in place of --train-iters.")
@@ -34,13 +40,27 @@ class TrainingConfig:
     check_for_nan_in_loss_and_grad: bool = flag(
         True, "Do not stop at a NaN in loss or gradient.", "--no-check-for-nan-in-loss-and-grad"
     )
+    rerun_mode: Literal["disabled", "validate_results", "report_stats"] = flag(
+        "disabled",
+        "What follows if a loss or gradient is not finite: the run ends (disabled), or the iteration is run again, to "
+        "see whether the same comes out (validate_results). Not report_stats.",
+    )
+    error_injection_rate: int = flag(0, "Test validate_results: about one result in so many is taken for wrong.")
+    error_injection_type: Literal["correct_result", "transient_error", "persistent_error"] = flag(
+        "transient_error", "What injected errors look like when the iteration is run again."
+    )
     empty_unused_memory_level: Literal[0, 1, 2] = flag(
         0,
-        "Empty the CUDA cache: 1 after, 2 before and after a step.",
-        refused="memory stays with PyTorch's allocator; set PYTORCH_CUDA_ALLOC_CONF",
+        "Give unused GPU memory back: 1 before the optimizer's step, 2 after it too.",
+    )
+    check_weight_hash_across_dp_replicas_interval: int | None = flag(
+        None, "Iterations between checks that all replicas hold the same parameters; they are copied to the CPU for it."
     )
     manual_gc: bool = flag(False, "Collect Python garbage at a fixed interval instead of when it likes.")
     manual_gc_interval: int = flag(0, "Steps between garbage collections; 0 for none.")
+    test_mode: bool = flag(
+        False, "Let megatron-core check in every pass that norms of queries and keys are the same on all TP ranks."
+    )
     deterministic_mode: bool = flag(False, "Use deterministic kernels only.")
     use_cpu_initialization: bool = flag(False, "Initialize weights on the CPU, the same for every TP size.")
     perform_initialization: bool = flag(True, "Do not initialize weights.", "--no-initialization")
@@ -51,13 +71,26 @@ class TrainingConfig:
         require_at_least(
             self,
             1,
-            "micro_batch_size global_batch_size train_iters train_samples exit_interval exit_duration_in_mins seed",
+            "micro_batch_size global_batch_size train_iters train_samples exit_interval exit_duration_in_mins seed "
+            "check_weight_hash_across_dp_replicas_interval",
         )
-        require_at_least(self, 0, "manual_gc_interval")
+        require_at_least(self, 0, "manual_gc_interval error_injection_rate")
         if self.manual_gc_interval and not self.manual_gc:
             raise UserError(f"--manual-gc-interval {self.manual_gc_interval} has no effect without --manual-gc; add it")
         if (self.train_iters is None) == (self.train_samples is None):
             raise UserError("give exactly one of --train-iters and --train-samples")
+
+        if self.rerun_mode == "report_stats":
+            raise UserError(
+                "--rerun-mode report_stats is not supported: megatron-core 0.16 fails at it; give validate_results or "
+                "disabled"
+            )
+        if self.error_injection_rate and self.rerun_mode != "validate_results":
+            raise UserError(
+                f"--error-injection-rate {self.error_injection_rate} tests --rerun-mode validate_results; give that"
+            )
+        if self.rampup_batch_size is not None and (self.train_samples is None or self.global_batch_size is None):
+            raise UserError("--rampup-batch-size needs --train-samples and --global-batch-size; give both")
 
     @property
     def micro_batch(self) -> int:

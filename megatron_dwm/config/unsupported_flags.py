@@ -23,24 +23,20 @@ UNSUPPORTED: dict[str, str] = {
         --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim --mscale --mscale-all-dim
         --rotary-scaling-factor --cache-mla-latents --experimental-attention-variant --dsa-* --linear-*
         --attention-output-gate --window-* --qk-l2-norm --qk-clip* --relative-attention-* --mrope-section
-        --no-rope-freq --rotary-seq-len-interpolation-factor --openai-gelu --quick-geglu --glu-linear-offset
+        --no-rope-freq --openai-gelu --quick-geglu --glu-linear-offset
         --activation-func-clamp-value --use-fused-weighted-squared-relu --use-te-activation-func
         --apply-residual-connection-post-layernorm --use-kitchen-attention --log-max-attention-logit""",
     "model code older than megatron-core's is gone; leave it out": "--use-legacy-models",
     "Megatron-LM no longer has it; use --micro-batch-size": "--batch-size",
     "Megatron-LM no longer has it; use --lr-warmup-fraction": "--warmup",
     "Megatron-LM no longer has it; use --tensor-model-parallel-size": "--model-parallel-size",
-    "Megatron-LM no longer has it; use --recompute-activations": "--checkpoint-activations",
     "Megatron-LM's guide has it, its parser has not; use --fp8-format hybrid": "--fp8-hybrid",
     "use --num-layers": "--encoder-num-layers",
     "use --seq-length": "--encoder-seq-length",
     "samples are of one length, so all are divided alike; use --context-parallel-size": """
         --hybrid-context-parallel --max-seqlen-per-dp-cp-rank""",
-    "pipeline stages hold equal numbers of layers; leave it out": """
-        --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --pipeline-model-parallel-layout
-        --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split""",
     "communication is megatron-core's default; leave it out": """
-        --tp-comm-* --use-ring-exchange-p2p --overlap-p2p-communication-warmup-flush --defer-embedding-wgrad-compute
+        --tp-comm-* --use-ring-exchange-p2p
         --delay-wgrad-compute --overlap-param-gather-with-optimizer-step --ddp-pad-buckets-for-high-nccl-busbw
         --ddp-reduce-scatter-with-fp32-accumulation --high-priority-stream-groups --nccl-communicator-config-path
         --use-nccl-ub --use-sharp --sharp-enabled-group --create-all-gather-group --symmetric-ar-type
@@ -56,37 +52,31 @@ UNSUPPORTED: dict[str, str] = {
     "the passes of an outer update do not fit into a captured step; leave it out": """
         --enable-cuda-graph --external-cuda-graph --cuda-graph-* --te-rng-tracker""",
     "parameters are kept in 16 bits, as the outer update copies them; leave it out": """
-        --fp8-param-gather --keep-fp8-transpose-cache --reuse-grad-buf-for-mxfp8-param-ag""",
+        --keep-fp8-transpose-cache --reuse-grad-buf-for-mxfp8-param-ag""",
     "the FP8 recipes are Transformer Engine's own; leave it out": "--fp8-quantizer-factory --te-precision-config-file",
     "there is no FP4 training; use --bf16 or --fp8-format": "--fp4-*",
     "the optimizers are megatron-core's Adam and SGD with fp32 state; leave it out": """
         --muon-* --use-precision-aware-optimizer --optimizer-cpu-offload --dump-param-to-param-group-map
         --apply-wd-to-qk-layernorm --no-weight-decay-cond-type""",
     "kernels are chosen by --transformer-impl and the --no-*-fusion flags; leave it out": """
-        --disable-bf16-reduced-precision-matmul --batch-invariant-mode --disable-jit-fuser
-        --*-clone-scatter-output-in-embedding""",
+        --disable-bf16-reduced-precision-matmul --batch-invariant-mode --disable-jit-fuser""",
     "a NaN ends the run, nothing is run again; leave it out": """
         --check-for-spiky-loss --check-for-large-grads --result-rejected-tracker-filename --iterations-to-skip""",
     "ranks keep in step by their collectives alone; leave it out": """
-        --check-weight-hash-across-dp-replicas-interval --train-sync-interval""",
+        --train-sync-interval""",
     "a failed run is started again from its last checkpoint; leave it out": """
         --inprocess-* --enable-ft-package --calc-ft-timeouts --ft-num-warmup-iters --adlr-autoresume*
         --run-workload-inspector-server""",
     "SIGTERM stops a run under --exit-signal-handler; use that": "--exit-signal --exit-signal-handler-for-dataloader",
-    "weights are relative to a batch of constant size; leave it out": """
-        --decrease-batch-size-if-needed --phase-transition-iterations""",
-    "profile with PyTorch's or NVIDIA's tools from outside; leave it out": """
-        --profile* --record-memory-history --log-straggler --save-wgrads-interval --save-dgrads-interval""",
+    "batches grow by --rampup-batch-size; use that": "--phase-transition-iterations",
+    "slow ranks and single gradients are looked for with --timing-log-level and --profile; leave it out": """
+        --log-straggler --save-wgrads-interval --save-dgrads-interval""",
     "records go to the log, a JSON-lines file and TensorBoard; leave it out": """
-        --*one-logger* --app-tag-run-* --log-progress --log-timers-to-tensorboard --log-memory-interval
-        --log-device-memory-used --logging-level --log-energy --config-logger-dir""",
-    "--async-save starts the process it needs; leave it out": "--use-persistent-ckpt-worker",
+        --*one-logger* --app-tag-run-* --log-progress --log-energy --config-logger-dir""",
     "checkpoints are torch_dist, in folders that all ranks share; leave it out": """
-        --load-main-params-from-ckpt --non-persistent-local-* --auto-detect-ckpt-format --ckpt-convert-*
-        --ckpt-assume-constant-structure --dist-ckpt-save-pre-mcore-014
+        --load-main-params-from-ckpt --non-persistent-local-* --ckpt-convert-* --dist-ckpt-save-pre-mcore-014
         --distrib-optim-fully-reshardable-mem-efficient --replication* --use-mp-args-from-checkpoint-args
         --*-use-tokenizer-model-from-checkpoint-args""",
-    "use --load with --finetune": "--pretrained-checkpoint",
     "use --tokenizer-special-tokens": "--tiktoken-special-tokens",
     "data are local .bin and .idx files of plain text; leave it out": """
         --per-dataset-sequences-path --dataloader-fast-cache-load --dataloader-defer-npy-index-mmap
@@ -95,7 +85,7 @@ UNSUPPORTED: dict[str, str] = {
         --inference-* --*-chunked-prefill --flash-decode --max-tokens-to-oom --mlp-chunks-for-prefill
         --use-legacy-static-engine --decode-only-cuda-graphs --nccl-all-reduce-for-prefill
         --no-inference-wandb-logging --perform-rl-step --rl-* --no-rl-* --grpo-* --langrl-* --no-langrl-*
-        --refit-method --test-mode""",
+        --refit-method""",
 }
 """Reason and remedy to flags, by name or shell pattern."""
 

@@ -69,6 +69,8 @@ def split_sizes(
     train_samples: int | None,
     global_batch_size: int,
     consumed: Consumed = START,
+    *,
+    grows: bool = False,
 ) -> SplitSizes:
     """Return how many samples the datasets of a run are built for.
 
@@ -78,12 +80,15 @@ def split_sizes(
 
     Args:
         train_samples: ``--train-samples``, if the run is counted in samples.
+        grows: whether the first batches are smaller, so that the number of steps does not say what is read.
         (others): as for :func:`samples_read`.
     """
     of_megatron_lm = samples_read(data, train_iters, global_batch_size)
     if train_samples:
         of_megatron_lm = of_megatron_lm._replace(train=train_samples)
     read = samples_read(data, train_iters, global_batch_size, consumed)
+    if grows:
+        read = read._replace(train=max(train_samples or 0, consumed.train_samples))
     return SplitSizes(*map(max, of_megatron_lm, read))
 
 

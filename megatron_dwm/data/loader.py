@@ -54,6 +54,7 @@ class BatchLoader:
         parallel_state: ParallelState,
         vocab_size: int,
         num_workers: int,
+        consumed: int = 0,
     ) -> None:
         """Start reading.
 
@@ -64,7 +65,9 @@ class BatchLoader:
             seq: tokens of one sample.
             vocab_size: tokens from this id on are refused.
             num_workers: processes that read ahead; with 0 this process reads.
+            consumed: samples that were read before, which batches that grow depend on.
         """
+        self.consumed = consumed
         self.partition, self.seq, self.parallel_state, self.vocab_size = partition, seq, parallel_state, vocab_size
         self.steps: Iterator[dict[str, torch.Tensor]] | None = None
         if dataset is not None:
@@ -86,12 +89,13 @@ class BatchLoader:
         Raises:
             UserError: a token outside the vocabulary, or no data left.
         """
-        loaded = None
+        loaded, partition = None, self.partition.after(self.consumed)
         if self.parallel_state.replica_rank == 0:
             loaded = next(self.steps, None) if self.steps is not None else None
             if loaded is None:
-                loaded = self._end_of_data()
-        batch = broadcast_batch(loaded, self.partition.replica_samples, self.seq, self.parallel_state)
+                loaded = self._end_of_data(partition.replica_samples)
+        batch = broadcast_batch(loaded, partition.replica_samples, self.seq, self.parallel_state)
+        self.consumed += partition.global_samples
         least, largest = torch.stack(batch.tokens.aminmax()).tolist()
         if least == _NO_TOKEN:
             raise UserError("the data ran out; lower --train-iters or --eval-iters, or give more data")
@@ -106,12 +110,11 @@ class BatchLoader:
         """Stop reading, and wait for the worker processes to end."""
         self.steps = None  # the last reference: the loader shuts its workers down
 
-    def _end_of_data(self) -> dict[str, torch.Tensor]:
+    def _end_of_data(self, n: int) -> dict[str, torch.Tensor]:
         """Return the items that a replica's first rank sends instead of samples when there is no further step.
 
         The samplers of all replicas end at the same step, so every rank of the run stops there.
         """
-        n = self.partition.replica_samples
         columns = torch.full((n, self.seq), _NO_TOKEN)
         matrices = dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"), columns)
         return {**matrices, "index": torch.zeros(n), "source": torch.zeros(n)}

@@ -7,10 +7,12 @@ consecutive runs of samples. Samplers start from the number of samples consumed,
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+
+from megatron_dwm.config.batch_sizes import BatchSizes
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,14 @@ class BatchPartition:
     num_microbatches: int
     dp_rank: int
     dp_size: int
+    sizes: BatchSizes | None = None
+    """Of batches that grow; this partition is then that of the largest."""
+
+    def after(self, consumed: int) -> BatchPartition:
+        """Return how the step is divided that follows ``consumed`` samples."""
+        if self.sizes is None:
+            return self
+        return replace(self, num_microbatches=self.sizes.running(consumed) // self.sizes.unit)
 
     @property
     def global_samples(self) -> int:
@@ -65,9 +75,14 @@ class SequentialSampler:
         self.total, self.consumed, self.partition = total, consumed, partition
 
     def __iter__(self) -> Iterator[list[int]]:
-        size = self.partition.global_samples
-        for start in range(self.consumed, self.total - size + 1, size):
-            yield self.partition.replica_indices(list(range(start, start + size)))
+        start = self.consumed
+        while True:
+            partition = self.partition.after(start)
+            end = start + partition.global_samples
+            if end > self.total:
+                return
+            yield partition.replica_indices(list(range(start, end)))
+            start = end
 
 
 class ShuffledSampler:
@@ -105,11 +120,13 @@ class CyclicSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         step: list[int] = []
+        consumed, partition = self.consumed, self.partition.after(self.consumed)
         for microbatch in self._microbatches():
             step += microbatch
-            if len(step) == self.partition.replica_samples:
+            if len(step) == partition.replica_samples:
                 yield step
-                step = []
+                consumed += partition.global_samples
+                step, partition = [], self.partition.after(consumed)
 
     def _microbatches(self) -> Iterator[list[int]]:
         size, ranks = self.partition.micro_batch_size, self.partition.dp_size

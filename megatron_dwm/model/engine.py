@@ -59,6 +59,7 @@ class PipelineEngine:
         loss_function: LossFunction = plain_loss,
         forward_only: bool = False,
         force_all_reduce: bool = False,
+        check_for_nan: bool | None = None,
     ) -> SampleLosses | None:
         """Pass ``batch`` through the model, leaving gradients in the chunks' buffers.
 
@@ -69,6 +70,7 @@ class PipelineEngine:
             forward_only: losses only, no gradients.
             force_all_reduce: leave the whole gradient on every data-parallel rank, also under the distributed
                 optimizer.
+            check_for_nan: whether to look for losses that are not finite, if not as the engine does.
 
         Returns:
             the samples' losses on the last pipeline stage, whatever the loss function, summed over context-parallel
@@ -110,7 +112,8 @@ class PipelineEngine:
         if self.parallel_state.cp_size > 1:
             dist.all_reduce(packed, group=self.parallel_state.cp_group)
         losses = SampleLosses(packed[0], packed[1])
-        if self.check_for_nan and not bool(losses.total.isfinite().all()):
+        should_check = self.check_for_nan if check_for_nan is None else check_for_nan
+        if should_check and not bool(losses.total.isfinite().all()):
             raise FloatingPointError("a training loss is not finite; lower --lr or look at the data of this step")
         return losses
 

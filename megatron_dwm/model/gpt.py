@@ -71,6 +71,7 @@ def build_model_chunks(
             position_embedding_type=model.positions,
             rotary_percent=model.rotary_percent,
             rotary_base=model.rotary_base,
+            seq_len_interpolation_factor=model.rotary_seq_len_interpolation_factor,
             rope_scaling=model.use_rope_scaling,
             rope_scaling_factor=model.rope_scaling_factor,
             vp_stage=stage,
@@ -108,6 +109,7 @@ def wrap_with_ddp(
         bucket_size=_num_parameters(chunks) // parallel.ddp_num_buckets
         if parallel.ddp_num_buckets
         else parallel.ddp_bucket_size,
+        fp8_param_gather=parallel.fp8_param_gather,
         average_in_collective=parallel.ddp_average_in_collective,
     )
     half = config.fp16 or config.bf16

@@ -46,6 +46,9 @@ def _llama_config(model: ModelConfig, vocab_size: int, num_layers: int) -> Llama
             "--add-qkv-bias; leave it out": model.add_qkv_bias,
             f"--rotary-percent {model.rotary_percent}; use 1.0": model.rotary_percent != 1.0,
             "--rotary-interleaved; leave it out": model.rotary_interleaved,
+            "--rotary-seq-len-interpolation-factor; leave it out": (
+                model.rotary_seq_len_interpolation_factor not in (None, 1)
+            ),
         }
         | _refused_norms(model),
     )

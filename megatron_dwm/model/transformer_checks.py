@@ -26,6 +26,8 @@ _FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0),
 
 def recompute_granularity(model: ModelConfig) -> str | None:
     """Return what is recomputed in the backward pass: ``"full"`` layers, ``"selective"`` modules, or None."""
+    if model.checkpoint_activations:
+        return "full"
     return "selective" if model.recompute_activations else model.recompute_granularity
 
 
@@ -48,6 +50,8 @@ def check_architecture(
         )
     if optimizer.fp16_lm_cross_entropy and not optimizer.fp16:
         raise UserError("--fp16-lm-cross-entropy is for --fp16; leave it out or give that")
+    if training.test_mode and model.qk_layernorm and model.normalization == "RMSNorm":
+        raise UserError("--test-mode with --qk-layernorm compares biases, and RMSNorm has none; leave it out")
     if training.deterministic_mode and model.cross_entropy_loss_fusion:
         raise UserError("--deterministic-mode excludes --cross-entropy-loss-fusion; leave one out")
     if parallel.virtual_stages(model.layers) and not parallel.overlap_p2p_comm and parallel.pp == 2:
@@ -174,9 +178,11 @@ def check_recomputation(model: ModelConfig, parallel: ParallelConfig) -> None:
         UserError: they do.
     """
     granularity = recompute_granularity(model)
+    if model.checkpoint_activations and (model.recompute_activations or model.recompute_granularity is not None):
+        raise UserError("--checkpoint-activations and newer flags of recomputation exclude each other; leave it out")
     if granularity == "selective" and (model.recompute_method, model.recompute_num_layers) != (None, None):
         raise UserError("--recompute-method and --recompute-num-layers go with --recompute-granularity full; drop them")
-    if granularity == "full" and model.recompute_num_layers is None:
+    if model.recompute_granularity == "full" and model.recompute_num_layers is None:
         raise UserError("--recompute-granularity full needs --recompute-num-layers; give 1 or more")
     # megatron-core recomputes norms with Transformer Engine's help, whatever the layers.
     choices = ["core_attn", "mlp", "layernorm"] if HAVE_TE else ["core_attn", "mlp"]

@@ -121,6 +121,10 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         values.update(activation_func=squared_relu)
     else:
         values.update(activation_func=F.gelu)
+    if model.checkpoint_activations:
+        values.update(
+            recompute_method=model.recompute_method or "uniform", recompute_num_layers=model.recompute_num_layers or 1
+        )
     if model.init_method_xavier_uniform:
         xavier = torch.nn.init.xavier_uniform_
         values.update(init_method=xavier, output_layer_init_method=xavier)
@@ -133,11 +137,16 @@ def _layout(model: ModelConfig, parallel: ParallelConfig, device: torch.device) 
     return {
         "sequence_parallel": parallel.sequence_parallel and parallel.tp > 1,
         "virtual_pipeline_model_parallel_size": virtual_stages,
+        "num_layers_in_first_pipeline_stage": parallel.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": parallel.decoder_last_pipeline_num_layers,
         "overlap_p2p_comm": overlap,
+        # Gloo would pair its messages wrongly, and a CPU has nothing to overlap them with.
+        "overlap_p2p_comm_warmup_flush": overlap and parallel.overlap_p2p_comm_warmup_flush and device.type == "cuda",
         "batch_p2p_comm": not overlap,
         # Gloo reads an output while it is being sent; freeing it would send what comes to lie in its place.
         "deallocate_pipeline_outputs": device.type == "cuda",
         "cp_comm_type": parallel.cp_comm_type[0],
+        "fp8_param": parallel.fp8_param_gather,
     }
 
 

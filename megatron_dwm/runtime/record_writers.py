@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides the log: JSON lines and TensorBoard."""
+"""Where a run's numbers go besides the log: JSON lines, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import tempfile
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from megatron_dwm.atomic_write import sync
+from megatron_dwm.config.logging import LoggingConfig
 from megatron_dwm.errors import UserError
+from megatron_dwm.extras import require_packages
 from megatron_dwm.json_lines import parse_object
 from megatron_dwm.runtime.logging import EVERY_RANK
 
@@ -122,6 +124,16 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return {**record, "iteration": number} if isinstance(number, (int, float)) else None
 
 
+class ScalarWriter(Protocol):
+    """What draws curves."""
+
+    def scalar(self, name: str, value: float, iteration: int, samples: int | None = None) -> None:
+        """Write a point of the curve ``name``; with ``samples``, also of the curve against them."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
 class TensorBoard:
     """TensorBoard's writer under Megatron-LM's names."""
 
@@ -139,3 +151,43 @@ class TensorBoard:
     def close(self) -> None:
         """Write what is left in the queue and close the file."""
         self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases; the library's own environment variables say where it goes (``WANDB_MODE=offline``)."""
+
+    def __init__(self, flags: LoggingConfig, save: str | None, arguments: Mapping[str, Any]) -> None:
+        """
+        Args:
+            save: the folder of the run.
+            arguments: all flags, which the run's page shows.
+
+        Raises:
+            UserError: the package is not installed, or the run cannot be started.
+        """
+        require_packages("--wandb-project", "wandb")
+        import wandb
+
+        folder = Path(flags.wandb_save_dir or Path(save or ".") / "wandb")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._run = wandb.init(
+                project=flags.wandb_project,
+                entity=flags.wandb_entity,
+                name=flags.wandb_exp_name,
+                dir=str(folder),
+                config=dict(arguments),
+            )
+        except (OSError, wandb.Error) as error:
+            raise UserError(
+                f"--wandb-project {flags.wandb_project}: {' '.join(str(error).split())}; log in, or set "
+                "WANDB_MODE=offline"
+            ) from None
+
+    def scalar(self, name: str, value: float, iteration: int, samples: int | None = None) -> None:
+        """Write ``value``, and with ``samples`` Megatron-LM's one curve of samples against iterations."""
+        self._run.log({name: value} | ({} if samples is None else {"samples vs steps": samples}), step=iteration)
+
+    def close(self) -> None:
+        """Send or write what is left, and end the run."""
+        self._run.finish()

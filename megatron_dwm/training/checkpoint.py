@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.atomic_write import atomic_write_text, delete_folder, publish_folder
+from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.compat import sharded_save_options
@@ -37,7 +38,6 @@ from megatron_dwm.training.checkpoint_contents import (
 )
 from megatron_dwm.training.checkpoint_folders import (
     DWM_STATE,
-    TRACKER,
     checkpoints_in,
     delete_retired,
     iteration_folder,
@@ -58,6 +58,7 @@ from megatron_dwm.training.resume_checks import (
 )
 from megatron_dwm.training.save_folder import SaveFolder
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, reported_damage
+from megatron_dwm.training.torch_format import TorchCheckpoint, load_torch_state, write_torch_state
 from megatron_dwm.training.train_state import TrainComponents, TrainState
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ class CheckpointWriter:
         self.config, self.components, self.parallel_state = config, components, parallel_state
         self._save_folder = save_folder
         self._queue: Any = None
+        self._strategy: Any = None
+        """What plans the writing, kept from one checkpoint to the next with ``--ckpt-assume-constant-structure``."""
         # What fails in a process that writes is raised here, and said in one line.
         logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
         if config.checkpoint.async_save:
@@ -112,7 +115,9 @@ class CheckpointWriter:
             logger.warning(f"no checkpoint of iteration {iteration} is written: the parameters are not finite")
             return
         beside = root / f".{iteration_folder(root, iteration).name}.partial"
-        logger.info(f"[{timestamp()}] saving checkpoint at iteration {iteration:7d} to {root} in torch_dist format")
+        logger.info(
+            f"[{timestamp()}] saving checkpoint at iteration {iteration:7d} to {root} in {flags.ckpt_format} format"
+        )
         with self._reported_failure(root, beside, iteration):
             if self.parallel_state.is_first_rank:
                 if not persistent:
@@ -120,9 +125,16 @@ class CheckpointWriter:
                 shutil.rmtree(beside, ignore_errors=True)
                 beside.mkdir(parents=True)
             dist.barrier()
-            request = self._request(beside, train_state)
             if dwm_state and self.parallel_state.is_first_rank:
                 torch.save(dwm_state, beside / DWM_STATE)
+            if flags.ckpt_format == "torch":
+                allocate_state(self.components.optimizer)
+                write_torch_state(beside, self.config, self.components, train_state, self.parallel_state)
+                dist.barrier()
+                self._publish(root, beside, iteration)
+                dist.barrier()
+                return
+            request = self._request(beside, train_state)
             request.add_finalize_fn(lambda: self._publish(root, beside, iteration))
             if self._queue is None:
                 request.execute_sync()
@@ -171,9 +183,13 @@ class CheckpointWriter:
             with_optimizer=not flags.no_save_optim,
             with_rng=not flags.no_save_rng,
         )
-        strategy = get_default_save_sharded_strategy("torch_dist")
-        if flags.ckpt_fully_parallel_save:
-            strategy = FullyParallelSaveStrategyWrapper(strategy, data_parallel_group())
+        strategy, is_constant = self._strategy, flags.ckpt_assume_constant_structure
+        if strategy is None:
+            strategy = get_default_save_sharded_strategy("torch_dist")
+            strategy.use_cached_ckpt_structure = is_constant
+            if flags.ckpt_fully_parallel_save:
+                strategy = FullyParallelSaveStrategyWrapper(strategy, data_parallel_group(), is_constant)
+            self._strategy = strategy if is_constant else None
         request = dist_checkpointing.save(
             state,
             str(beside),
@@ -278,29 +294,13 @@ def load_checkpoint(
         logger.info(" > random state is not taken over: it belongs to another TP or PP size")
         with_rng = False
 
-    metadata = {**(saved.common.get("content_metadata") or {}), "dp_cp_group": data_parallel_group()}
-    load = partial(_load_sharded, saved, flags.ckpt_fully_parallel_load)
-    template = sharded_state(
-        config,
-        components,
-        TrainState(),
-        parallel_state,
-        metadata,
-        is_loading=True,
-        with_optimizer=False,
-        with_rng=with_rng,
-    )
-    reader = None
+    if isinstance(saved, TorchCheckpoint):
+        state = load_torch_state(saved, components, parallel_state, with_optimizer=with_optimizer)
+    else:
+        state = _load_distributed(
+            config, saved, components, parallel_state, with_optimizer=with_optimizer, with_rng=with_rng
+        )
     if with_optimizer:
-        reader = choose_reader(saved, components, metadata, parallel_state.mp_rank, load)
-        template |= reader.template(template)
-    check_shapes(saved, template)
-    state = load(template)
-
-    for number, chunk in enumerate(components.chunks):
-        chunk.load_state_dict(state[model_key(components, number)])
-    if reader is not None:
-        reader.apply(state)
         resumed = resumed_schedule(config, saved)
         resume_schedule(components.scheduler, resumed.schedule, saved.common["opt_param_scheduler"]["num_steps"])
         for line in (*resumed.messages, *replacing_flags(config, saved)):
@@ -326,19 +326,79 @@ def load_checkpoint(
     return train_state, {} if starts_anew else saved.read_dwm_state()
 
 
-def _load_sharded(saved: SavedCheckpoint, should_spread: bool, template: dict[str, Any]) -> dict[str, Any]:
-    """Load a template of sharded tensors; every rank calls it."""
+def _load_distributed(
+    config: RunConfig,
+    saved: SavedCheckpoint,
+    components: TrainComponents,
+    parallel_state: ParallelState,
+    *,
+    with_optimizer: bool,
+    with_rng: bool,
+) -> dict[str, Any]:
+    """Load the model, and the optimizer's state, from the format ``torch_dist``; return all that was loaded.
+
+    Raises:
+        UserError: the checkpoint's tensors do not fit the model, or its files are damaged.
+    """
+    flags = config.checkpoint
+    metadata = {**(saved.common.get("content_metadata") or {}), "dp_cp_group": data_parallel_group()}
+    load = partial(_load_sharded, saved, flags)
+    template = sharded_state(
+        config,
+        components,
+        TrainState(),
+        parallel_state,
+        metadata,
+        is_loading=True,
+        with_optimizer=False,
+        with_rng=with_rng,
+    )
+    reader = None
+    if with_optimizer:
+        reader = choose_reader(saved, components, metadata, parallel_state.mp_rank, load)
+        template |= reader.template(template)
+    check_shapes(saved, template, tolerates_missing=flags.tolerates_differences)
+    state = load(template)
+    for number, chunk in enumerate(components.chunks):
+        module: Any = chunk
+        module.load_state_dict(state[model_key(components, number)], strict=not flags.tolerates_differences)
+    if reader is not None:
+        reader.apply(state)
+    return state
+
+
+def _load_sharded(saved: SavedCheckpoint, flags: CheckpointConfig, template: dict[str, Any]) -> dict[str, Any]:
+    """Load a template of sharded tensors; every rank calls it.
+
+    Raises:
+        UserError: the files are damaged, or differ from the template in what ``--dist-ckpt-strictness`` refuses.
+    """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 
     folder = str(saved.folder)
     strategy = get_default_load_sharded_strategy(folder)
-    if should_spread:
+    if flags.ckpt_fully_parallel_load:
         strategy = FullyParallelLoadStrategyWrapper(strategy, data_parallel_group())
     with reported_damage(saved.folder), restricted_checkpoint_loading():
-        state: dict[str, Any] = dist_checkpointing.load(template, folder, strategy, strict="assume_ok_unexpected")
-    return state
+        try:
+            loaded: Any = dist_checkpointing.load(template, folder, strategy, strict=flags.dist_ckpt_strictness)
+        except CheckpointingException as error:
+            if not flags.dist_ckpt_strictness.startswith("raise"):
+                raise
+            raise UserError(
+                f"--load {saved.folder.parent}: --dist-ckpt-strictness {flags.dist_ckpt_strictness}: "
+                f"{short_reason(error)}; give another or the flags that it was saved with"
+            ) from None
+    if not flags.dist_ckpt_strictness.startswith("return"):
+        return dict(loaded)
+    state, missing, unexpected = loaded
+    for keys, what in ((missing, "are not in the model"), (unexpected, "are not in the checkpoint")):
+        if keys:
+            logger.warning(f"--load {saved.folder.parent}: {', '.join(sorted(keys))} {what}")
+    return dict(state)
 
 
 def _has_rng(saved: SavedCheckpoint) -> bool:

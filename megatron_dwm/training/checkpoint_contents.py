@@ -33,19 +33,23 @@ def sharded_state(
     with_rng: bool,
 ) -> dict[str, Any]:
     """Return the sharded state to save, or the template to load into."""
-    state: dict[str, Any] = {
-        "args": Namespace(**vars(megatron_arguments(config, train_state)), **components.vocabulary.arguments),
-        "checkpoint_version": VERSION,
-        "iteration": train_state.iteration,
-        "num_floating_point_operations_so_far": train_state.num_floating_point_operations_so_far,
-    }
-    state |= sharded_model(components, metadata)
+    state = unsharded_state(config, components, train_state) | sharded_model(components, metadata)
     if with_optimizer:
         state["optimizer"] = components.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
         state["opt_param_scheduler"] = components.scheduler.state_dict()
     if with_rng:
         state["rng_state"] = _sharded_rng_state(parallel_state)
     return state
+
+
+def unsharded_state(config: RunConfig, components: TrainComponents, train_state: TrainState) -> dict[str, Any]:
+    """Return what is the same on every rank."""
+    return {
+        "args": Namespace(**vars(megatron_arguments(config, train_state)), **components.vocabulary.arguments),
+        "checkpoint_version": VERSION,
+        "iteration": train_state.iteration,
+        "num_floating_point_operations_so_far": train_state.num_floating_point_operations_so_far,
+    }
 
 
 def sharded_model(components: TrainComponents, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -102,20 +106,25 @@ def data_parallel_group() -> Any:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
-def _sharded_rng_state(parallel_state: ParallelState) -> Any:
+def rng_state() -> dict[str, Any]:
+    """Return the state of all random generators of this rank."""
     from megatron.core import tensor_parallel
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    state = {
+    return {
         "random_rng_state": random.getstate(),
         "np_rng_state": np.random.get_state(),
         "torch_rng_state": torch.get_rng_state(),
         "cuda_rng_state": torch.cuda.get_rng_state(),
         "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
+
+
+def _sharded_rng_state(parallel_state: ParallelState) -> Any:
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
     return ShardedObject(
         "rng_state",
-        [state],
+        [rng_state()],
         (parallel_state.pp_size, parallel_state.tp_size),
         (parallel_state.pp_rank, parallel_state.tp_rank),
         replica_id=dist.get_rank(parallel_state.dp_cp_group),

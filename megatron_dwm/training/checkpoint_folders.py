@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.atomic_write import delete_folder
-from megatron_dwm.config.checkpoint import CheckpointConfig
-from megatron_dwm.config.checkpoint_args import read_arguments
+from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
+from megatron_dwm.config.checkpoint_args import first_rank_file, read_arguments
 from megatron_dwm.errors import UserError
 
-TRACKER = "latest_checkpointed_iteration.txt"
 DWM_STATE = "dwm_state.pt"
 """The weighter's state, in a checkpoint's folder."""
 RELEASE = "release"
@@ -31,11 +30,23 @@ def iteration_of(folder: Path) -> int:
     return 0 if folder.name == RELEASE else int(folder.name.removeprefix("iter_"))
 
 
+def rank_file(folder: Path, tp_rank: int, pp_rank: int, pp_size: int) -> Path:
+    """Return the file of a model-parallel rank in a checkpoint of the format ``torch``."""
+    name = f"mp_rank_{tp_rank:02d}" if pp_size == 1 else f"mp_rank_{tp_rank:02d}_{pp_rank:03d}"
+    return folder / name / "model_optim_rng.pt"
+
+
+def has_torch_format(folder: Path) -> bool:
+    """Whether a checkpoint is in Megatron-LM's older format, ``torch``."""
+    return first_rank_file(folder) is not None
+
+
 def loading_line(folder: Path) -> str:
     """Return Megatron-LM's line before a checkpoint is loaded."""
+    kind = "" if has_torch_format(folder) else "distributed "
     if folder.name == RELEASE:
-        return f" loading release distributed checkpoint from {folder.parent}"
-    return f" loading distributed checkpoint from {folder.parent} at iteration {iteration_of(folder)}"
+        return f" loading release {kind}checkpoint from {folder.parent}"
+    return f" loading {kind}checkpoint from {folder.parent} at iteration {iteration_of(folder)}"
 
 
 def non_persistent_folder(flags: CheckpointConfig, root: str) -> Path:
@@ -68,8 +79,8 @@ def latest_checkpoint(flags: CheckpointConfig) -> Path | None:
                 )
             return None
         raise UserError(f"--load {root}: {_what_is_there(root)}")
-    if not (folder / "metadata.json").is_file():
-        there = "does not exist" if not folder.exists() else "is not a whole torch_dist checkpoint"
+    if not (folder / "metadata.json").is_file() and not has_torch_format(folder):
+        there = "does not exist" if not folder.exists() else "is not a whole checkpoint"
         raise UserError(f"--load {folder.parent}: {folder.name} {there}; {_other_steps(folder.parent)}")
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -46,6 +47,8 @@ class Dataloaders:
         self._loaders: list[BatchLoader] = []
         micro, dp = config.training.micro_batch, parallel_state.dp_size
         self.partition = BatchPartition(micro, config.num_microbatches, parallel_state.dp_rank, dp)
+        sizes = config.batch_sizes if config.training.rampup_batch_size is not None else None
+        self.train_partition = replace(self.partition, sizes=sizes)
         self.target_partition = BatchPartition(
             micro, config.target_batch_size // (micro * dp), parallel_state.dp_rank, dp
         )
@@ -59,7 +62,12 @@ class Dataloaders:
             config.data,
             paths,
             split_sizes(
-                config.data, config.train_iters, config.training.train_samples, config.global_batch_size, consumed
+                config.data,
+                config.train_iters,
+                config.training.train_samples,
+                config.global_batch_size,
+                consumed,
+                grows=sizes is not None,
             ),
             tokenizer,
             parallel_state,
@@ -73,7 +81,7 @@ class Dataloaders:
             saved, present = saved_arguments(config.checkpoint), vars(megatron_arguments(config, train_state))
             if change := order_change(saved, present, consumed):
                 logger.warning(change)
-        self.train = self._sequential(self.datasets.train, train_state.consumed_train_samples)
+        self.train = self._sequential(self.datasets.train, train_state.consumed_train_samples, self.train_partition)
         has_valid, has_test = self._evaluated_splits()
         self.valid = self._sequential(self.datasets.valid, train_state.consumed_valid_samples) if has_valid else None
         self.test = self._sequential(self.datasets.test, 0) if has_test else None
@@ -87,9 +95,8 @@ class Dataloaders:
 
     def peek(self, consumed_train: int, consumed_target: int) -> tuple[Batch, Batch]:
         """Return the next training and target samples; the run's loaders read them again."""
-        return self._sequential(self.datasets.train, consumed_train).next_batch(), self.target(
-            consumed_target
-        ).next_batch()
+        train = self._sequential(self.datasets.train, consumed_train, self.train_partition)
+        return train.next_batch(), self.target(consumed_target).next_batch()
 
     def _check_samples(self, consumed: Consumed) -> None:
         """Refuse datasets that cannot fill the batches that the run reads, or of which no token's loss counts."""
@@ -99,6 +106,8 @@ class Dataloaders:
             raise UserError("the training part of the data holds no document; change --split or give more data")
         data = self.config.data
         read = samples_read(data, self.config.train_iters, self.config.global_batch_size, consumed)
+        if self.train_partition.sizes is not None:
+            read = read._replace(train=self.config.training.train_samples or 0)
         datasets = {
             "training": (self.datasets.train, read.train, "--train-iters"),
             "validation": (self.datasets.valid, read.valid, "--eval-iters"),
@@ -130,13 +139,14 @@ class Dataloaders:
                     logger.info(f" > no {name} data, so there is no {name} loss")
         return present[0], present[1]
 
-    def _sequential(self, dataset: Any, consumed: int) -> BatchLoader:
+    def _sequential(self, dataset: Any, consumed: int, partition: BatchPartition | None = None) -> BatchLoader:
         data, total = self.config.data, len(dataset) if dataset is not None else 0
-        sampler = build_sampler(data.dataloader_type, total, consumed, self.partition, is_sharded=data.data_sharding)
-        return self._loader(dataset, sampler, self.partition)
+        partition = partition or self.partition
+        sampler = build_sampler(data.dataloader_type, total, consumed, partition, is_sharded=data.data_sharding)
+        return self._loader(dataset, sampler, partition, consumed)
 
-    def _loader(self, dataset: Any, sampler: Any, partition: BatchPartition) -> BatchLoader:
-        sequence, workers = self.config.model.sequence, self.config.data.num_workers
-        loader = BatchLoader(dataset, sampler, partition, sequence, self.parallel_state, self.vocab_size, workers)
+    def _loader(self, dataset: Any, sampler: Any, partition: BatchPartition, consumed: int = 0) -> BatchLoader:
+        sequence, workers, state = self.config.model.sequence, self.config.data.num_workers, self.parallel_state
+        loader = BatchLoader(dataset, sampler, partition, sequence, state, self.vocab_size, workers, consumed)
         self._loaders.append(loader)
         return loader

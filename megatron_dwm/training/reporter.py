@@ -17,7 +17,8 @@ from megatron_dwm.model.memory import MEBIBYTE, memory_estimate
 from megatron_dwm.runtime.log_line import LogLine, LossWindow, validation_line
 from megatron_dwm.runtime.logging import EVERY_RANK, LAST_RANK
 from megatron_dwm.runtime.process_groups import ParallelState
-from megatron_dwm.runtime.record_writers import JsonLines, TensorBoard
+from megatron_dwm.runtime.record_writers import JsonLines, ScalarWriter, TensorBoard, WeightsAndBiases
+from megatron_dwm.runtime.timers import StepTimers
 from megatron_dwm.training.step import StepResult
 from megatron_dwm.training.train_state import TrainState
 
@@ -25,15 +26,20 @@ logger = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Writes the log line, TensorBoard and JSON-lines records.
+    """Writes the log line, curves and JSON-lines records.
 
     As in Megatron-LM the last rank reports: it is on the last pipeline stage, which knows the losses.
     """
 
     def __init__(
-        self, config: RunConfig, parallel_state: ParallelState, padded_vocab_size: int, resumed_at: int
+        self,
+        config: RunConfig,
+        parallel_state: ParallelState,
+        padded_vocab_size: int,
+        resumed_at: int,
+        timers: StepTimers,
     ) -> None:
-        self.config, self.parallel_state = config, parallel_state
+        self.config, self.parallel_state, self.timers = config, parallel_state, timers
         self.window = LossWindow()
         self.padded_vocab_size = padded_vocab_size
         self.flops_per_step = training_flops(config.model, padded_vocab_size, config.global_batch_size)
@@ -44,14 +50,16 @@ class Reporter:
         self.first_step = True
         self.memory_reports_left = 2
         self.jsonl: JsonLines | None = None
-        self.board: TensorBoard | None = None
+        self.boards: list[ScalarWriter] = []
         if parallel_state.is_last_rank:
             path = config.logging.metrics_jsonl
             if path is None and config.checkpoint.save is not None:
                 path = str(Path(config.checkpoint.save) / "metrics.jsonl")
             self.jsonl = JsonLines(Path(path), resumed_at) if path else None
             if config.logging.tensorboard_dir is not None:
-                self.board = TensorBoard(config.logging.tensorboard_dir, config.logging.tensorboard_queue_size)
+                self.boards.append(TensorBoard(config.logging.tensorboard_dir, config.logging.tensorboard_queue_size))
+            if config.logging.wandb_project:
+                self.boards.append(WeightsAndBiases(config.logging, config.checkpoint.save, config.flat()))
 
     def step(
         self,
@@ -63,18 +71,20 @@ class Reporter:
         params_norm: float | None,
         weighting: dict[str, Any],
         weighting_flops: float,
+        batch_size: int,
     ) -> None:
         """Report one training step.
 
         Args:
             weighting: figures of the step's weights, empty for plain training: numbers, and dicts of numbers by source.
             weighting_flops: operations of all ranks that plain training would not have needed.
+            batch_size: samples of the step over all replicas.
         """
         losses = {} if result.loss is None else {"lm loss": result.loss}
         self.window.add(losses, result.skipped, weighting_flops)
         numbers: dict[str, float] = {
             "learning-rate": learning_rate,
-            "batch-size": float(self.config.global_batch_size),
+            "batch-size": float(batch_size),
             **losses,
         }
         if self.config.logging.log_loss_scale_to_tensorboard:
@@ -108,7 +118,7 @@ class Reporter:
             )
         # As in Megatron-LM, a run's first step has a line of its own and counts again in the next one.
         if self.first_step or train_state.iteration % self.config.logging.log_interval == 0:
-            self._log_line(train_state, result, learning_rate, loss_scale, params_norm, weighting)
+            self._log_line(train_state, result, learning_rate, loss_scale, params_norm, weighting, batch_size)
             if not self.first_step:
                 self.window = LossWindow()
                 self.since = time.perf_counter()
@@ -127,13 +137,11 @@ class Reporter:
         logger.info(validation_line(prefix, loss), extra=LAST_RANK)
         self.record({"kind": "evaluation", "iteration": train_state.iteration, "split": split, "lm_loss": loss})
         # Megatron-LM puts the test loss at the end of the validation's curve.
-        if self.board is not None and not self.config.training.skip_train:
-            self.board.scalar("lm loss validation", loss, train_state.iteration, train_state.consumed_train_samples)
+        if not self.config.training.skip_train:
+            self._draw("lm loss validation", loss, train_state.iteration, train_state.consumed_train_samples)
             if self.config.logging.log_validation_ppl_to_tensorboard:
                 ppl = float(torch.tensor(min(20.0, loss)).exp())
-                self.board.scalar(
-                    "lm loss validation ppl", ppl, train_state.iteration, train_state.consumed_train_samples
-                )
+                self._draw("lm loss validation ppl", ppl, train_state.iteration, train_state.consumed_train_samples)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -147,30 +155,34 @@ class Reporter:
             self.step_since += seconds
 
     def close(self) -> None:
-        """Close the records and TensorBoard's file."""
+        """Close the records and the curves."""
         if self.jsonl is not None:
             self.jsonl.close()
-        if self.board is not None:
-            self.board.close()
+        for board in self.boards:
+            board.close()
+
+    def _draw(self, name: str, value: float, iteration: int, samples: int | None = None) -> None:
+        for board in self.boards:
+            board.scalar(name, value, iteration, samples)
 
     def _write_scalars(self, train_state: TrainState, numbers: dict[str, float], weighting: dict[str, Any]) -> None:
-        if self.board is None or train_state.iteration % self.config.logging.tensorboard_log_interval:
+        if not self.boards or train_state.iteration % self.config.logging.tensorboard_log_interval:
             return
         for name, value in numbers.items():
-            self.board.scalar(name, value, train_state.iteration, train_state.consumed_train_samples)
+            self._draw(name, value, train_state.iteration, train_state.consumed_train_samples)
         if train_state.skipped_train_samples > 0:
-            self.board.scalar("skipped-train-samples", train_state.skipped_train_samples, train_state.iteration)
+            self._draw("skipped-train-samples", train_state.skipped_train_samples, train_state.iteration)
         for name, value in weighting.items():
             parts = value if isinstance(value, dict) else {"": value}
             for source, number in parts.items():
                 label = f"dwm/{name}/{source}" if source else f"dwm/{name}"
-                self.board.scalar(label, number, train_state.iteration)
+                self._draw(label, number, train_state.iteration)
         if self.config.logging.log_memory_to_tensorboard and torch.cuda.is_available():
             stats = torch.cuda.memory_stats()
-            self.board.scalar("mem-reserved-bytes", stats["reserved_bytes.all.current"], train_state.iteration)
-            self.board.scalar("mem-allocated-bytes", stats["allocated_bytes.all.current"], train_state.iteration)
-            self.board.scalar("mem-max-allocated-bytes", stats["allocated_bytes.all.peak"], train_state.iteration)
-            self.board.scalar("mem-allocated-count", stats["allocation.all.current"], train_state.iteration)
+            self._draw("mem-reserved-bytes", stats["reserved_bytes.all.current"], train_state.iteration)
+            self._draw("mem-allocated-bytes", stats["allocated_bytes.all.current"], train_state.iteration)
+            self._draw("mem-max-allocated-bytes", stats["allocated_bytes.all.peak"], train_state.iteration)
+            self._draw("mem-allocated-count", stats["allocation.all.current"], train_state.iteration)
 
     def _log_line(
         self,
@@ -180,15 +192,18 @@ class Reporter:
         loss_scale: float,
         params_norm: float | None,
         weighting: dict[str, Any],
+        batch_size: int,
     ) -> None:
+        interval = self.config.logging.log_memory_interval
         seconds = (time.perf_counter() - self.since) / max(1, self.window.iterations)
         throughput, extra = None, _flat(weighting)
         if self.config.logging.log_throughput:
             per_flop = 1 / (seconds * 1e12 * self.parallel_state.world_size)
-            throughput = self.flops_per_step * per_flop
+            flops = self.flops_per_step * batch_size / self.config.global_batch_size
+            throughput = flops * per_flop
             if weighting:
                 added = self.window.weighting_flops / self.window.iterations
-                extra["dwm throughput per GPU (TFLOP/s/GPU)"] = (self.flops_per_step + added) * per_flop
+                extra["dwm throughput per GPU (TFLOP/s/GPU)"] = (flops + added) * per_flop
         line = LogLine(
             iteration=train_state.iteration,
             train_iters=self.config.train_iters,
@@ -197,7 +212,7 @@ class Reporter:
             seconds_per_iteration=seconds,
             throughput=throughput,
             learning_rate=learning_rate,
-            global_batch_size=self.config.global_batch_size,
+            global_batch_size=batch_size,
             losses=self.window.averages(),
             loss_scale=loss_scale,
             grad_norm=result.grad_norm,
@@ -208,10 +223,32 @@ class Reporter:
             extra=extra,
         )
         logger.info(str(line), extra=LAST_RANK)
+        self._report_timers(train_state.iteration, seconds, throughput)
         if self.memory_reports_left > 0:  # by the second line the optimizer's state is in it
             self.memory_reports_left -= 1
             logger.info("\n".join(memory_estimate(self.config, self.padded_vocab_size)))
             self.memory(f"(after {train_state.iteration} iterations)")
+        elif interval is not None and train_state.iteration % interval == 0:
+            self.memory(f"(after {train_state.iteration} iterations)")
+
+    def _report_timers(self, iteration: int, seconds: float, throughput: float | None) -> None:
+        """Log the timers, and write them to TensorBoard; collective.
+
+        As in Megatron-LM, they are divided by ``--log-interval`` and begin anew with the next line, but not after a
+        run's first step, whose line is out of turn and has no curve in TensorBoard.
+        """
+        interval = self.config.logging.log_interval
+        if self.config.profiling.log_timers_to_tensorboard:
+            numbers = {f"{name}-time": value for name, value in self.timers.largest(interval).items()}
+            if not self.first_step:
+                numbers["iteration-time"] = seconds
+            if throughput is not None:
+                numbers["throughput"] = throughput
+            for name, value in numbers.items():
+                self._draw(name, value, iteration)
+        text = self.timers.text(interval, should_reset=not self.first_step)
+        if text is not None:
+            logger.info(text, extra=LAST_RANK)
 
     def memory(self, when: str) -> None:
         """Megatron-LM's report of the GPU's memory; silent without one."""
@@ -223,6 +260,8 @@ class Reporter:
             "reserved": torch.cuda.memory_reserved(),
             "max reserved": torch.cuda.max_memory_reserved(),
         }
+        if self.config.logging.log_device_memory_used:
+            figures["total device memory used"] = torch.cuda.device_memory_used()
         text = " | ".join(f"{name}: {value / MEBIBYTE:.2f}" for name, value in figures.items())
         logger.info(f"[Rank {self.parallel_state.rank}] {when} memory (MB) | {text}", extra=EVERY_RANK)
 

@@ -144,13 +144,14 @@ def resumed_vocab_size(
     return rows
 
 
-def check_shapes(saved: SavedCheckpoint, template: Mapping[str, Any]) -> None:
+def check_shapes(saved: SavedCheckpoint, template: Mapping[str, Any], *, tolerates_missing: bool = False) -> None:
     """Check each tensor that is to be loaded against the checkpoint's; no communication.
 
     megatron-core does so for most tensors; of embeddings it takes what fits.
 
     Args:
         template: sharded tensors, nested.
+        tolerates_missing: whether the checkpoint may lack tensors of the model.
 
     Raises:
         UserError: a tensor is missing or has another shape.
@@ -167,6 +168,8 @@ def check_shapes(saved: SavedCheckpoint, template: Mapping[str, Any]) -> None:
     ]
     for entry in entries:
         found, expected = shapes.get(entry.key), tuple(entry.global_shape)
+        if found is None and tolerates_missing and not entry.key.startswith("optimizer."):
+            continue  # megatron-core says so, or is silent, as the flag asks
         if found != expected:
             there = "is missing" if found is None else f"has shape {list(found)}"
             raise UserError(

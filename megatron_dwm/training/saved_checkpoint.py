@@ -30,6 +30,7 @@ from megatron_dwm.training.checkpoint_folders import (
     DWM_STATE,
     NON_PERSISTENT,
     RELEASE,
+    has_torch_format,
     iteration_of,
     older_checkpoints,
 )
@@ -116,6 +117,10 @@ def open_checkpoint(folder: Path, *, should_verify: bool = True, rank: int = 0, 
     Raises:
         UserError: it is damaged; the message names the file, and the last checkpoint that is whole.
     """
+    if has_torch_format(folder):
+        raise UserError(
+            f"{folder} has the format torch, which pretrain_dwm.py alone reads; save it there as torch_dist"
+        )
     with reported_damage(folder):
         saved = _open(folder)
         if not should_verify:

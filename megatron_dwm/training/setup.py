@@ -20,15 +20,18 @@ from megatron_dwm.model.transformer_config import transformer_config
 from megatron_dwm.model.vocabulary import Vocabulary, saved_softmax_size
 from megatron_dwm.runtime.process_groups import ParallelState, initialize_process_groups, set_seeds
 from megatron_dwm.runtime.startup_sync import StartupSync
+from megatron_dwm.runtime.timers import StepTimers
 from megatron_dwm.training.checkpoint import CheckpointWriter, load_checkpoint
-from megatron_dwm.training.checkpoint_folders import latest_checkpoint, loading_line
+from megatron_dwm.training.checkpoint_folders import has_torch_format, latest_checkpoint, loading_line
 from megatron_dwm.training.dataloaders import Dataloaders
 from megatron_dwm.training.lr_schedule import Schedule, build_scheduler
 from megatron_dwm.training.optimizer import build_optimizer
+from megatron_dwm.training.profiler import StepProfiler
 from megatron_dwm.training.reporter import Reporter
 from megatron_dwm.training.resume_checks import check_resume, resumed_vocab_size
 from megatron_dwm.training.save_folder import SaveFolder, check_writable
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, open_checkpoint
+from megatron_dwm.training.torch_format import open_torch_checkpoint
 from megatron_dwm.training.train_state import TrainComponents, TrainState
 from megatron_dwm.training.trainer import TrainerParts
 from megatron_dwm.weighting.policy import State
@@ -100,6 +103,10 @@ def read_inputs(config: RunConfig, rank: int, world_size: int) -> RunInputs:
     folder = latest_checkpoint(config.checkpoint)
     if folder is None:
         return RunInputs(tokenizer, paths, None)
+    if has_torch_format(folder):
+        torch_checkpoint = open_torch_checkpoint(folder, config)
+        check_resume(config, torch_checkpoint)
+        return RunInputs(tokenizer, paths, torch_checkpoint)
     should_verify = config.checkpoint.checkpoint_checksums
     checkpoint = open_checkpoint(folder, should_verify=should_verify, rank=rank, world_size=world_size)
     check_resume(config, checkpoint)
@@ -228,10 +235,17 @@ def build_trainer_parts(
         UserError: on every rank, if a file cannot be written.
     """
     parallel_state, components = language_model.parallel_state, language_model.components
+    timers = StepTimers(config.profiling)
     with startup_sync.phase("metrics"):
         if save_folder is not None:
             save_folder.create()
-        reporter = Reporter(config, parallel_state, language_model.padded_vocab_size, train_state.iteration)
+        profiler = StepProfiler(
+            config.profiling,
+            config.logging.tensorboard_dir,
+            parallel_state.rank,
+            is_last_rank=parallel_state.is_last_rank,
+        )
+        reporter = Reporter(config, parallel_state, language_model.padded_vocab_size, train_state.iteration, timers)
     return TrainerParts(
         parallel_state=parallel_state,
         engine=language_model.engine,
@@ -240,4 +254,6 @@ def build_trainer_parts(
         reporter=reporter,
         checkpoints=CheckpointWriter(config, components, parallel_state, save_folder),
         train_state=train_state,
+        timers=timers,
+        profiler=profiler,
     )

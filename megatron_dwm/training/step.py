@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,17 +40,40 @@ def train_step(
     micro_batch_size: int,
     sample_weights: torch.Tensor | None,
     parallel_state: ParallelState,
+    optimizer_timer: AbstractContextManager[None] | None = None,
+    empty_unused_memory_level: int = 0,
+    passes: Iterable[None] = (None,),
+    check_losses: Callable[[SampleLosses | None], None] | None = None,
 ) -> StepResult:
     """Run forward and backward passes over ``batch``, one optimizer step and one step of the learning-rate schedule.
 
     Args:
         sample_weights: of this replica's samples [n]; None trains plainly.
+        optimizer_timer: runs while the optimizer steps.
+        empty_unused_memory_level: whether the GPU's unused memory is given back: before the optimizer's step (1), and
+            after it (2).
+        passes: an item for each time that the passes are to be run.
+        check_losses: called with the losses of each pass, in place of the engine's own check.
     """
-    for chunk in engine.chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    losses = engine.run(batch, micro_batch_size, loss_function=weighted_loss(sample_weights))
-    updated, grad_norm, num_zeros = optimizer.step()
+    losses: SampleLosses | None = None
+    for _ in passes:
+        for chunk in engine.chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses = engine.run(
+            batch,
+            micro_batch_size,
+            loss_function=weighted_loss(sample_weights),
+            check_for_nan=engine.check_for_nan and check_losses is None,
+        )
+        if engine.check_for_nan and check_losses is not None:
+            check_losses(losses)
+    if empty_unused_memory_level >= 1:
+        torch.cuda.empty_cache()
+    with optimizer_timer or nullcontext():
+        updated, grad_norm, num_zeros = optimizer.step()
+    if empty_unused_memory_level >= 2:
+        torch.cuda.empty_cache()
     updated = bool(_reduce_over_model(float(updated), dist.ReduceOp.MIN, parallel_state))
     if updated:
         scheduler.step(increment=len(batch) * parallel_state.dp_size)

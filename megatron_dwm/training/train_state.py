@@ -20,8 +20,13 @@ class TrainState:
     consumed_valid_samples: int = 0
     num_floating_point_operations_so_far: float = 0
 
-    def advance(self, iteration: int, samples: int, flops: float) -> None:
-        """Count one iteration."""
+    def advance(self, iteration: int, samples: int, flops: float, skipped_samples: int = 0) -> None:
+        """Count one iteration.
+
+        Args:
+            skipped_samples: by which its batch was smaller than the flags ask for.
+        """
+        self.skipped_train_samples += skipped_samples
         self.iteration = iteration
         self.consumed_train_samples += samples
         self.num_floating_point_operations_so_far += flops

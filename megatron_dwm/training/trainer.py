@@ -12,13 +12,17 @@ import torch.distributed as dist
 
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.model.engine import PipelineEngine
+from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.log_line import event_line
 from megatron_dwm.runtime.process_groups import ParallelState
+from megatron_dwm.runtime.timers import StepTimers
 from megatron_dwm.training.checkpoint import CheckpointWriter
 from megatron_dwm.training.dataloaders import Dataloaders
 from megatron_dwm.training.evaluation import evaluate
+from megatron_dwm.training.profiler import StepProfiler
 from megatron_dwm.training.reporter import Reporter
+from megatron_dwm.training.rerun import StepValidation
 from megatron_dwm.training.run_status import write_run_status
 from megatron_dwm.training.step import StepResult, train_step
 from megatron_dwm.training.stop_request import StopRequest
@@ -42,6 +46,8 @@ class TrainerParts:
     reporter: Reporter
     checkpoints: CheckpointWriter
     train_state: TrainState
+    timers: StepTimers
+    profiler: StepProfiler
 
 
 class Trainer:
@@ -51,7 +57,8 @@ class Trainer:
         self.config, self.parts, self.weighting = config, parts, weighting
         self.parallel_state, self.engine, self.components = parts.parallel_state, parts.engine, parts.components
         self.dataloaders, self.reporter = parts.dataloaders, parts.reporter
-        self.checkpoints, self.train_state = parts.checkpoints, parts.train_state
+        self.checkpoints, self.train_state, self.timers = parts.checkpoints, parts.train_state, parts.timers
+        self.batch_sizes, self.validation = config.batch_sizes, StepValidation(config.training)
         self.stop_request = StopRequest(config.training)
         self.saves_with_memory_report = SAVES_WITH_MEMORY_REPORT
 
@@ -67,6 +74,7 @@ class Trainer:
         finally:
             self.dataloaders.close()
         self.checkpoints.close()
+        self.parts.profiler.close()
         self.reporter.close()
         status: Literal["interrupted", "finished"] = "finished" if stop_reason is None else "interrupted"
         write_run_status(self.config.checkpoint.save, status, self.train_state.iteration, stop_reason or "")
@@ -78,9 +86,13 @@ class Trainer:
         if config.training.manual_gc:
             gc.disable()
             gc.collect()
+        start = train_state.iteration
+        self._check_replicas(start)
         while not config.training.skip_train and train_state.iteration < config.train_iters:
             self.checkpoints.poll()
             self.train_iteration(train_state.iteration + 1)
+            self.parts.profiler.after_iteration(train_state.iteration - start, train_state.iteration)
+            self._check_replicas(train_state.iteration)
             stop_reason = self.stop_request.reason(train_state.iteration)
             if config.data.eval_interval and train_state.iteration % config.data.eval_interval == 0:
                 self.evaluate("valid", f"iteration {train_state.iteration}")
@@ -96,25 +108,58 @@ class Trainer:
 
     def train_iteration(self, iteration: int) -> None:
         """Run one iteration: weigh the batch, step the language model, let the weighting learn from the step."""
-        batch = self.dataloaders.train.next_batch()
-        self.weighting.before_step(iteration)
-        weights = self.weighting.weigh(iteration, batch)
-        result = train_step(
-            self.engine,
-            self.components.optimizer,
-            self.components.scheduler,
-            batch,
-            self.config.training.micro_batch,
-            weights.replica_sample_weights if weights is not None else None,
-            self.parallel_state,
-        )
-        self.train_state.advance(iteration, self.config.global_batch_size, self.reporter.flops_per_step)
+        timed = self.timers.timed
+        with timed("batch-generator"):
+            batch = self.dataloaders.train.next_batch()
+        with timed("dwm-before-step"):
+            self.weighting.before_step(iteration)
+        with timed("dwm-weigh"):
+            weights = self.weighting.weigh(iteration, batch)
+        with self.timers.attached(
+            self.engine.config, *(part.config for part in optimizer_parts(self.components.optimizer))
+        ):
+            result = train_step(
+                self.engine,
+                self.components.optimizer,
+                self.components.scheduler,
+                batch,
+                self.config.training.micro_batch,
+                weights.replica_sample_weights if weights is not None else None,
+                self.parallel_state,
+                timed("optimizer"),
+                self.config.training.empty_unused_memory_level,
+                self.validation.passes(iteration),
+                self.validation.check if self.validation.is_active else None,
+            )
+        samples = len(batch) * self.parallel_state.dp_size
+        part = samples / self.config.global_batch_size  # of the largest batch, which operations are counted for
+        skipped = self.batch_sizes.nominal(self.train_state.consumed_train_samples) - samples
+        self.train_state.advance(iteration, samples, part * self.reporter.flops_per_step, skipped)
         metrics = self.weighting.metrics(iteration, batch, weights)
-        self.reporter.record(*self.weighting.after_step(iteration, batch, weights, result))
-        self._report(result, metrics, self.weighting.flops(iteration, result))
+        with timed("dwm-after-step"):
+            self.reporter.record(*self.weighting.after_step(iteration, batch, weights, result))
+        self._report(result, metrics, part * self.weighting.flops(iteration, result), samples)
+        if iteration % self.config.logging.log_interval == 0:
+            self.parts.profiler.write_memory()
         interval = self.config.training.manual_gc_interval
         if self.config.training.manual_gc and interval and iteration % interval == 0:
             gc.collect()
+
+    def _check_replicas(self, iteration: int) -> None:
+        """Check that all replicas hold the same parameters, if that is due.
+
+        Raises:
+            RuntimeError: they do not.
+        """
+        interval = self.config.training.check_weight_hash_across_dp_replicas_interval
+        if interval is None or iteration % interval:
+            return
+        from megatron.core.utils import check_param_hashes_across_dp_replicas
+
+        with self.reporter.paused(), self.engine.full_parameters():
+            if not check_param_hashes_across_dp_replicas(self.components.chunks, cross_check=True):
+                raise RuntimeError(f"the replicas' parameters differ after iteration {iteration}")
+        logger.info(f">>> Weight hashes match after {iteration} iterations...")
 
     def evaluate(self, split: str, prefix: str, *, log_progress: bool = False) -> None:
         """Evaluate on ``valid`` or ``test``, if there is such data.
@@ -164,7 +209,7 @@ class Trainer:
         elif flags.non_persistent_save_interval and iteration % flags.non_persistent_save_interval == 0:
             self.save(persistent=False)
 
-    def _report(self, result: StepResult, metrics: dict[str, object], weighting_flops: float) -> None:
+    def _report(self, result: StepResult, metrics: dict[str, object], weighting_flops: float, samples: int) -> None:
         optimizer = self.components.optimizer
         groups = [group for group in optimizer.param_groups if group["params"]]
         standard = [group for group in groups if group.get("default_config", True)] or groups
@@ -177,6 +222,7 @@ class Trainer:
             params_norm=norm,
             weighting=metrics,
             weighting_flops=weighting_flops,
+            batch_size=samples,
         )
 
 

@@ -33,8 +33,8 @@ class FrozenWeighting(ScoredWeighting):
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
         """Let each rank score its part of the replica's samples, and gather."""
-        rank_scores = self.weighter.score(batch.tokens[self.sample_gather.rank_slice])
-        return self.sample_gather.gather_from_ranks(rank_scores).cpu()
+        rank_scores = self.weighter.score(batch.tokens[self.sample_gather.rank_slice_of(len(batch))])
+        return self.sample_gather.gather_from_ranks(rank_scores, len(batch)).cpu()
 
     def flops(self, iteration: int, outcome: StepOutcome) -> float:
         """Return the operations of one forward pass of the weighter over the batch."""

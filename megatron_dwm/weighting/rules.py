@@ -29,7 +29,8 @@ class RandomWeighting(ScoredWeighting):
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
         """Draw the scores of an iteration; a resumed run draws the same."""
         generator = iteration_generator(self.seed, iteration)
-        return self.strength * torch.randn(self.sample_gather.partition.global_samples, generator=generator)
+        samples = len(batch) * self.sample_gather.parallel_state.dp_size
+        return self.strength * torch.randn(samples, generator=generator)
 
 
 class LossWeighting(ScoredWeighting):

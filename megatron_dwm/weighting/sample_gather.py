@@ -24,38 +24,56 @@ class SampleGather:
     def __init__(self, partition: BatchPartition, parallel_state: ParallelState) -> None:
         self.partition, self.parallel_state = partition, parallel_state
         self.replica_samples = partition.replica_samples
-        self.max_rank_samples = -(-self.replica_samples // parallel_state.replica_size)
+        """n of the largest batch; of the others n is told, where it does not follow from what is gathered."""
 
     @property
     def rank_slice(self) -> slice:
         """The part of the replica's samples that this rank works on."""
-        start = min(self.parallel_state.replica_rank * self.max_rank_samples, self.replica_samples)
-        return slice(start, min(start + self.max_rank_samples, self.replica_samples))
+        return self.rank_slice_of(self.replica_samples)
 
-    def gather_from_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        """Gather each rank's [c, …] to the whole batch's [N, …] on every rank; a collective call."""
-        return self.gather_from_replicas(self._gather_from_replica(values))
+    def rank_slice_of(self, replica_samples: int) -> slice:
+        """Return the part that this rank works on of a batch that has so many samples on the replica."""
+        size = self._max_rank_samples(replica_samples)
+        start = min(self.parallel_state.replica_rank * size, replica_samples)
+        return slice(start, min(start + size, replica_samples))
+
+    def gather_from_ranks(self, values: torch.Tensor, replica_samples: int | None = None) -> torch.Tensor:
+        """Gather each rank's [c, …] to the whole batch's [N, …] on every rank; a collective call.
+
+        Args:
+            replica_samples: n; that of the largest batch if not given.
+        """
+        count = self.replica_samples if replica_samples is None else replica_samples
+        return self.gather_from_replicas(self._gather_from_replica(values, count))
+
+    def replica_samples_of(self, batch_samples: int) -> int:
+        """Return n of a batch of N samples."""
+        return batch_samples // self.parallel_state.dp_size
+
+    def _max_rank_samples(self, replica_samples: int) -> int:
+        return -(-replica_samples // self.parallel_state.replica_size)
 
     def gather_from_replicas(self, values: torch.Tensor) -> torch.Tensor:
         """Gather each replica's [n, …] to the whole batch's [N, …]; a collective call of the data-parallel group."""
         gathered = [torch.empty_like(values) for _ in range(self.parallel_state.dp_size)]
         dist.all_gather(gathered, values.contiguous(), group=self.parallel_state.dp_group)
-        grid = (self.partition.num_microbatches, self.partition.micro_batch_size)
+        grid = (-1, self.partition.micro_batch_size)
         by_rank: torch.Tensor = torch.stack(gathered).unflatten(1, grid)
         return by_rank.transpose(0, 1).flatten(0, 2)
 
     def select_replica(self, values: torch.Tensor) -> torch.Tensor:
         """Select this replica's [n, …] of the whole batch's [N, …]."""
         partition = self.partition
-        grid = (partition.num_microbatches, self.parallel_state.dp_size, partition.micro_batch_size)
+        grid = (-1, self.parallel_state.dp_size, partition.micro_batch_size)
         by_rank: torch.Tensor = values.unflatten(0, grid)
         return by_rank[:, self.parallel_state.dp_rank].flatten(0, 1)
 
     def select_rank(self, values: torch.Tensor) -> torch.Tensor:
         """Select this rank's [c, …] of the whole batch's [N, …]."""
-        return self.select_replica(values)[self.rank_slice]
+        replica = self.select_replica(values)
+        return replica[self.rank_slice_of(len(replica))]
 
-    def _gather_from_replica(self, values: torch.Tensor) -> torch.Tensor:
-        padded = values.new_zeros(self.max_rank_samples, *values.shape[1:])
+    def _gather_from_replica(self, values: torch.Tensor, replica_samples: int) -> torch.Tensor:
+        padded = values.new_zeros(self._max_rank_samples(replica_samples), *values.shape[1:])
         padded[: len(values)] = values
-        return self.parallel_state.gather_over_replica(padded)[: self.replica_samples]
+        return self.parallel_state.gather_over_replica(padded)[:replica_samples]

@@ -98,7 +98,8 @@ class _Check:
         self.lm_gradients, self.sample_gather, self.batch, self.target = lm_gradients, sample_gather, batch, target
         self.temperature = lm_gradients.config.dwm_temperature
         generator = torch.Generator().manual_seed(0)
-        draws = torch.randn(2, sample_gather.partition.global_samples, generator=generator, dtype=torch.float64)
+        samples = len(batch) * sample_gather.parallel_state.dp_size
+        draws = torch.randn(2, samples, generator=generator, dtype=torch.float64)
         self.scores = 0.5 * self.temperature * draws[0]
         self.signs = draws[1].sign()
 

@@ -98,7 +98,7 @@ class OuterUpdate:
 
         require_alignments(alignments)
 
-        tokens = batch.tokens[self.sample_gather.rank_slice]
+        tokens = batch.tokens[self.sample_gather.rank_slice_of(len(batch))]
         self.replay.append(AlignedBatch(tokens, alignments))
         first = self._objective(self.replay[-1])
         grad_norm = 0.0
@@ -115,15 +115,18 @@ class OuterUpdate:
         )
 
     def _weighter_step(self, aligned: AlignedBatch) -> float:
+        count = self.sample_gather.replica_samples_of(len(aligned.alignments))
+
         def score_gradient(rank_scores: torch.Tensor) -> torch.Tensor:
-            scores = self.sample_gather.gather_from_ranks(rank_scores).cpu()
+            scores = self.sample_gather.gather_from_ranks(rank_scores, count).cpu()
             gradient = objective_score_gradient(aligned.alignments, scores, *self._objective_settings)
             return self.sample_gather.select_rank(gradient)
 
         return self.weighter.step(aligned.tokens, score_gradient)
 
     def _objective(self, aligned: AlignedBatch) -> float:
-        scores = self.sample_gather.gather_from_ranks(self.weighter.score(aligned.tokens)).cpu()
+        count = self.sample_gather.replica_samples_of(len(aligned.alignments))
+        scores = self.sample_gather.gather_from_ranks(self.weighter.score(aligned.tokens), count).cpu()
         return objective(aligned.alignments, scores, *self._objective_settings)
 
     @property

@@ -72,8 +72,8 @@ class BilevelWeighting(ScoredWeighting):
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
         """Let each rank score its part of the replica's samples, and gather."""
-        rank_scores = self.weighter.score(batch.tokens[self.sample_gather.rank_slice])
-        return self.sample_gather.gather_from_ranks(rank_scores).cpu()
+        rank_scores = self.weighter.score(batch.tokens[self.sample_gather.rank_slice_of(len(batch))])
+        return self.sample_gather.gather_from_ranks(rank_scores, len(batch)).cpu()
 
     def after_step(
         self, iteration: int, batch: Batch, weights: SampleWeights | None, outcome: StepOutcome
@@ -112,7 +112,8 @@ class BilevelWeighting(ScoredWeighting):
         """Return the weighter, its optimizer, the replay in global order, and what was consumed."""
         replay = []
         for aligned in self.outer_update.replay:
-            tokens = self.sample_gather.gather_from_ranks(aligned.tokens).to("cpu", torch.int32)
+            count = self.sample_gather.replica_samples_of(len(aligned.alignments))
+            tokens = self.sample_gather.gather_from_ranks(aligned.tokens, count).to("cpu", torch.int32)
             replay.append({"tokens": tokens, "alignments": aligned.alignments})
         return {
             "consumed_target_samples": self.consumed_target_samples,

@@ -16,25 +16,15 @@ from tests.unit.config.census import CENSUS, refusal, refused, table
 COUNTS: dict[str, dict[str, int]] = json.loads((FIXTURES / CENSUS).read_text())
 CONFIGURATIONS = 122
 NOT_IMPLEMENTED = {
-    "timers and other records": "--log-timers-to-tensorboard --wandb-project",
-    "checkpoints": """
-        --auto-detect-ckpt-format --ckpt-assume-constant-structure --ckpt-format --dist-ckpt-strictness
-        --use-persistent-ckpt-worker""",
-    "injected errors": "--error-injection-rate",
-    "checks of replicas": "--check-weight-hash-across-dp-replicas-interval",
-    "batches that grow": "--rampup-batch-size",
-    "uneven pipelines": """
-        --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split
-        --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers""",
+    "checkpoints": "--ckpt-format",
     "communication and schedules": """
-        --defer-embedding-wgrad-compute --num-distributed-optimizer-instances
-        --overlap-p2p-communication-warmup-flush --overlap-param-gather-with-optimizer-step --tp-comm-overlap""",
-    "fp8 parameters": "--fp8-param-gather",
+        --num-distributed-optimizer-instances
+        --overlap-param-gather-with-optimizer-step --tp-comm-overlap""",
     "sharded parameters": "--use-megatron-fsdp --use-torch-fsdp2",
-    "other data": "--fim-data --legacy-tokenizer",
+    "other data": "--fim-data",
     "other models": """
         --kv-lora-rank --multi-latent-attention --q-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim""",
-    "other programs": "--export-kd-cfg --export-kd-teacher-load --export-te-mcore-model --test-mode",
+    "other programs": "--export-kd-cfg --export-kd-teacher-load --export-te-mcore-model",
     "values that their tests fill in": "--seed",
 }
 """Flags that are refused, by what it would take to do what they say."""

@@ -153,6 +153,7 @@ HOW_IT_IS_COMPUTED = {
     "use_flash_attn",
     "deprecated_use_mcore_models",
     "distribute_saved_activations",
+    "checkpoint_activations",
     "no_persist_layer_norm",
     "cross_entropy_fusion_impl",
     "first_last_layers_bf16",

@@ -34,6 +34,7 @@ OURS: dict[str, Flag] = {
 SHARED = sorted(OURS.keys() & MEGATRON.keys())
 
 OTHER_DEFAULTS = {
+    "--rerun-mode": "a step is not run again unless it is asked for, which costs a reduction in every step",
     "--transformer-impl": "Transformer Engine only where it is installed",
     "--tokenizer-type": "Megatron-LM's pretraining script makes None the same",
     "--use-cpu-initialization": "None and False say the same",
@@ -110,6 +111,7 @@ READ_BY_PROPERTIES = {
     "lr_warmup_fraction": "OptimizerConfig.lr_bounds",
     "check_for_nan_in_loss_and_grad": "TrainingConfig.should_check_for_nan",
     "accumulate_allreduce_grads_in_fp32": "OptimizerConfig.grads_in_fp32",
+    "decrease_batch_size_if_needed": "RunConfig.batch_sizes",
     "dwm_target_batch_size": "RunConfig.target_batch_size",
     "grad_reduce_in_bf16": "OptimizerConfig.grads_in_fp32",
     "num_layers_per_virtual_pipeline_stage": "ParallelConfig.virtual_stages",

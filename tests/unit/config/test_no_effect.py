@@ -16,20 +16,14 @@ RUN = (
 )
 ONE_NEUTRAL_VALUE = {
     "cpu_offloading_num_layers": "0",
-    "dist_ckpt_strictness": "assume_ok_unexpected",
-    "error_injection_rate": "0",
     "exp_avg_dtype": "fp32",
     "exp_avg_sq_dtype": "fp32",
     "main_grads_dtype": "fp32",
     "main_params_dtype": "fp32",
     "num_distributed_optimizer_instances": "1",
     "pipeline_model_parallel_comm_backend": "nccl",
-    "rerun_mode": "disabled",
     "rope_type": "rope",
     "softmax_type": "vanilla",
-    "timing_log_level": "0",
-    "timing_log_option": "minmax",
-    "wandb_project": "",
 }
 PIPELINE = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
 
@@ -55,12 +49,6 @@ def test_the_run_is_the_one_without_the_flag(field: str):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--rerun-mode report_stats", "an iteration is never run again; give disabled"),
-        ("--error-injection-rate 100", "leave it out"),
-        ("--timing-log-level 2", "there are no timers"),
-        ("--timing-log-option all", "there are no timers"),
-        ("--wandb-project mine", "records go to the log"),
-        ("--dist-ckpt-strictness log_all", "by the default rule"),
         ("--num-distributed-optimizer-instances 2", "over all replicas"),
         ("--pipeline-model-parallel-comm-backend ucc", "NCCL"),
         ("--cpu-offloading-num-layers 1", "use --recompute-granularity"),
@@ -80,9 +68,8 @@ def test_a_value_that_would_have_an_effect_is_refused_with_the_reason(flags: str
 @pytest.mark.parametrize(
     "flag",
     [
-        *("--profile", "--log-straggler", "--record-memory-history", "--fim-data", "--use-megatron-fsdp"),
+        *("--log-straggler", "--fim-data", "--use-megatron-fsdp"),
         *("--tp-comm-overlap", "--optimizer-cpu-offload", "--use-kitchen-attention", "--use-nccl-ub"),
-        *("--defer-embedding-wgrad-compute",),
     ],
 )
 def test_the_flags_with_which_others_would_act_are_refused(flag: str):
@@ -90,12 +77,32 @@ def test_the_flags_with_which_others_would_act_are_refused(flag: str):
         _parse(flag)
 
 
-def test_microbatch_groups_act_in_the_interleaved_schedule_alone():
-    group = "--microbatch-group-size-per-virtual-pipeline-stage"
-    assert _parse(f"{group} 5") == _parse("")
-    assert _parse(f"{PIPELINE} {group} 2", world_size=2) == _parse(PIPELINE, world_size=2)
-    with pytest.raises(UserError, match=f"{group} 5 is not supported: .*; give 2 or leave it out"):
-        _parse(f"{PIPELINE} {group} 5", world_size=2)
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            f"{PIPELINE} --microbatch-group-size-per-virtual-pipeline-stage 5",
+            "4 microbatches are not in groups of at least 2",
+        ),
+        (
+            "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 4",
+            "not divisible .* as the flags divide it",
+        ),
+        (
+            "--pipeline-model-parallel-size 2 --account-for-loss-in-pipeline-split",
+            "not divisible .* as the flags divide it",
+        ),
+        ("--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tL", "does not place 4 layers on 2"),
+        (
+            "--pipeline-model-parallel-layout EttttL --num-virtual-stages-per-pipeline-rank 2",
+            "leave out the other flags",
+        ),
+        ("--decoder-first-pipeline-num-layers 1 --account-for-loss-in-pipeline-split", "give one of them"),
+    ],
+)
+def test_stages_that_layers_do_not_fill_are_refused(flags: str, said: str):
+    with pytest.raises(UserError, match=said):
+        _parse(flags, world_size=2)
 
 
 @pytest.mark.parametrize(

@@ -355,7 +355,6 @@ def test_bad_flags_and_paths_are_one_line_and_code_2(
     ("flags", "message"),
     [
         (["--split-sentences"], "--split-sentences is not supported: documents are kept whole; leave the flag out"),
-        (["--legacy-tokenizer"], "--legacy-tokenizer is not supported: only megatron-core's tokenizers are;"),
         (["--padded-vocab-size", "128"], "--padded-vocab-size is not supported: it has no effect on the data;"),
         (["--vocab-extra-ids", "100"], "--vocab-extra-ids is not supported: only GPT models are trained;"),
         (["--tiktoken-special-tokens", "<s>"], "--tiktoken-special-tokens is not supported: "),

@@ -14,7 +14,7 @@ from megatron_dwm.config.flags import declared_flags
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.model.transformer_config import has_tanh_gelu
-from tests.unit.model.configs import SIZES, build_config
+from tests.unit.model.configs import GPU, SIZES, build_config
 
 
 def test_flags_of_the_same_name_are_copied():
@@ -36,6 +36,35 @@ def test_flags_of_the_same_name_are_copied():
     assert config.qk_layernorm and config.calculate_per_token_loss and config.use_cpu_initialization
     assert config.attention_backend is AttnBackend.auto
     assert config.inference_sampling_seed == 5
+
+
+def test_flags_of_pipelines_and_checks_are_copied():
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=2,
+        decoder_first_pipeline_num_layers=1,
+        clone_scatter_output_in_embedding=False,
+    )
+    config = build_config(parallel=parallel, training={"test_mode": True})
+    assert (config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage) == (1, None)
+    assert config.test_mode and not config.clone_scatter_output_in_embedding
+    interleaved = ParallelConfig(
+        pipeline_model_parallel_size=2,
+        num_virtual_stages_per_pipeline_rank=2,
+        microbatch_group_size_per_vp_stage=3,
+        overlap_p2p_comm_warmup_flush=True,
+    )
+    assert build_config(parallel=interleaved).microbatch_group_size_per_vp_stage == 3
+    on_gpu = build_config(GPU, parallel=interleaved, transformer_impl="torch")
+    assert on_gpu.overlap_p2p_comm_warmup_flush
+
+
+def test_the_old_spelling_of_recomputation_means_every_layer():
+    config = build_config(checkpoint_activations=True)
+    assert (config.recompute_granularity, config.recompute_method, config.recompute_num_layers) == (
+        "full",
+        "uniform",
+        1,
+    )
 
 
 def test_sizes_follow_megatrons_rules():

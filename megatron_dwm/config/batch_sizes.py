@@ -1,0 +1,94 @@
+"""How many samples each step has: as many as ever, or more and more (``--rampup-batch-size``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dwm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Rampup:
+    """Batches that grow while the first samples are trained on."""
+
+    start: int
+    increment: int
+    samples: int
+    """Samples over which the batch grows to its final size, in increments of equal length."""
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Global batch sizes of a run, by the samples that it has consumed."""
+
+    final: int
+    """``--global-batch-size``."""
+    micro_batch_size: int
+    data_parallel_size: int
+    rampup: Rampup | None = None
+    decreases: bool = False
+    """Whether a batch that is no multiple is made smaller (``--decrease-batch-size-if-needed``)."""
+
+    def __post_init__(self) -> None:
+        ramp = self.rampup
+        if ramp is not None:
+            flag = f"--rampup-batch-size {ramp.start} {ramp.increment} {ramp.samples}"
+            if ramp.start < 1 or ramp.increment < 1 or ramp.samples < 1:
+                raise UserError(f"{flag}: start, increment and samples must be at least 1")
+            if ramp.start >= self.final or (self.final - ramp.start) % ramp.increment:
+                raise UserError(
+                    f"{flag}: no whole number of increments leads to --global-batch-size {self.final}; change one"
+                )
+        for size in self.nominal_sizes:
+            if self._running(size) < self.unit or self._running(size) % self.unit:
+                name = "--global-batch-size" if size == self.final else "--rampup-batch-size: a batch of"
+                raise UserError(
+                    f"{name} {size} is not divisible by --micro-batch-size {self.micro_batch_size} x data-parallel "
+                    f"size {self.data_parallel_size}; change one"
+                )
+
+    @property
+    def unit(self) -> int:
+        """The samples of one microbatch on all replicas, of which a batch is a multiple."""
+        return self.micro_batch_size * self.data_parallel_size
+
+    @property
+    def nominal_sizes(self) -> list[int]:
+        """All sizes that the flags ask for, in order."""
+        return (
+            [self.final]
+            if self.rampup is None
+            else [*range(self.rampup.start, self.final, self.rampup.increment), self.final]
+        )
+
+    @property
+    def running_sizes(self) -> list[int]:
+        """All sizes that are trained with, in order."""
+        return [self._running(size) for size in self.nominal_sizes]
+
+    def nominal(self, consumed: int) -> int:
+        """Return the size that the flags ask for after ``consumed`` samples; the rest up to it is skipped."""
+        ramp = self.rampup
+        if ramp is None or consumed > ramp.samples:
+            return self.final
+        sizes = self.nominal_sizes
+        return sizes[int(consumed / (ramp.samples / (len(sizes) - 1)))]
+
+    def running(self, consumed: int) -> int:
+        """Return the size of the batch that follows ``consumed`` samples."""
+        return self._running(self.nominal(consumed))
+
+    def iterations(self, samples: int) -> int:
+        """Return how many steps a run of so many samples has; an incomplete last one is left out.
+
+        As in Megatron-LM, what :attr:`decreases` leaves out of batches counts as trained on.
+        """
+        consumed = count = 0
+        if self.rampup is not None:
+            while consumed <= self.rampup.samples and consumed <= samples:
+                consumed += self.nominal(consumed)
+                count += 1
+        return count + max(0, samples - consumed) // self.final
+
+    def _running(self, size: int) -> int:
+        return size - size % self.unit if self.decreases else size

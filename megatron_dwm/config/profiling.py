@@ -1,0 +1,56 @@
+"""Flags of timers and profiling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_dwm.config.flags import flag, require_at_least
+from megatron_dwm.errors import UserError
+
+
+@dataclass(frozen=True)
+class ProfilingConfig:
+    """Timers and profiling."""
+
+    timing_log_level: Literal[0, 1, 2] = flag(
+        0,
+        "What is timed: 0 iterations alone, 1 also what an iteration does once (forward and backward passes, gradient "
+        "reduction, optimizer, weighting), 2 also each microbatch and message. Above 0 every timer waits for the GPU.",
+    )
+    timing_log_option: Literal["max", "minmax", "all"] = flag(
+        "minmax", "Which times are logged: the largest over all ranks, the smallest and the largest, or each rank's."
+    )
+    barrier_with_L1_time: bool = flag(  # noqa: N815 - named as in Megatron-LM
+        True,
+        "Let the timers of level 1 start without waiting for all ranks.",
+        "--no-barrier-with-level-1-timing",
+    )
+    log_timers_to_tensorboard: bool = flag(
+        False, "Also write the time of an iteration, the throughput and the timers to TensorBoard."
+    )
+    profile: bool = flag(
+        False,
+        "Profile some iterations: by nsys, which is started around this program with --capture-range=cudaProfilerApi, "
+        "or with --use-pytorch-profiler by PyTorch.",
+    )
+    profile_step_start: int = flag(10, "Iteration after which --profile begins.")
+    profile_step_end: int = flag(12, "Last iteration of --profile.")
+    profile_ranks: list[int] = flag([0], "Ranks that --profile profiles.")
+    use_pytorch_profiler: bool = flag(
+        False, "Let PyTorch's profiler do --profile; it writes a trace for TensorBoard to --tensorboard-dir."
+    )
+    record_memory_history: bool = flag(
+        False, "Record the GPU's allocations; the last rank writes them with every log line."
+    )
+    memory_snapshot_path: str = flag("snapshot.pickle", "File of --record-memory-history.")
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "profile_step_start")
+        if self.profile and self.profile_step_end <= self.profile_step_start:
+            raise UserError(
+                f"--profile-step-end {self.profile_step_end} is not after --profile-step-start "
+                f"{self.profile_step_start}; raise it"
+            )
+        if self.use_pytorch_profiler and not self.profile:
+            raise UserError("--use-pytorch-profiler has no effect without --profile; add it")

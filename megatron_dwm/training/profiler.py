@@ -1,0 +1,84 @@
+"""Profiling of some iterations, by PyTorch or nsys, and recording of the GPU's allocations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_dwm.config.profiling import ProfilingConfig
+from megatron_dwm.errors import UserError
+
+
+class StepProfiler:
+    """What ``--profile`` and ``--record-memory-history`` ask for, on the ranks that they ask of."""
+
+    def __init__(self, flags: ProfilingConfig, tensorboard_dir: str | None, rank: int, *, is_last_rank: bool) -> None:
+        """
+        Raises:
+            UserError: there is no GPU, and the flags need one.
+        """
+        needing = {
+            "--profile without --use-pytorch-profiler": flags.profile and not flags.use_pytorch_profiler,
+            "--record-memory-history": flags.record_memory_history,
+        }
+        for name, is_asked in needing.items():
+            if is_asked and not torch.cuda.is_available():
+                raise UserError(f"{name} needs a GPU; leave it out")
+        self._flags = flags
+        self._profiler: Any = None
+        self._ranges: Any = None
+        self._is_profiled = flags.profile and rank in flags.profile_ranks
+        self._writes_memory = flags.record_memory_history and is_last_rank
+        if flags.record_memory_history:
+            torch.cuda.memory._record_memory_history(max_entries=100_000)  # noqa: SLF001 - documented so
+        if self._is_profiled and flags.use_pytorch_profiler:
+            self._profiler = self._started(str(tensorboard_dir))
+
+    def _started(self, folder: str) -> Any:
+        start, end = self._flags.profile_step_start, self._flags.profile_step_end
+        profiler = torch.profiler.profile(
+            schedule=torch.profiler.schedule(
+                wait=max(start - 1, 0), warmup=1 if start > 0 else 0, active=end - start, repeat=1
+            ),
+            on_trace_ready=torch.profiler.tensorboard_trace_handler(folder),
+            record_shapes=True,
+            with_stack=True,
+        )
+        profiler.start()
+        return profiler
+
+    def after_iteration(self, number: int, iteration: int) -> None:
+        """Begin or end profiling.
+
+        Args:
+            number: iterations of this process, from 1 on, by which PyTorch counts as in Megatron-LM.
+            iteration: of the run, by which nsys' ranges are.
+        """
+        if not self._is_profiled:
+            return
+        if self._profiler is not None:
+            self._profiler.step()
+            if number == self._flags.profile_step_end:
+                self.close()
+        elif not self._flags.use_pytorch_profiler and iteration == self._flags.profile_step_start:
+            torch.cuda.cudart().cudaProfilerStart()
+            self._ranges = torch.autograd.profiler.emit_nvtx(record_shapes=True)
+            self._ranges.__enter__()
+        elif iteration == self._flags.profile_step_end:
+            self.close()
+
+    def write_memory(self) -> None:
+        """Write the GPU's allocations to the file that they are to be in."""
+        if self._writes_memory:
+            torch.cuda.memory._dump_snapshot(self._flags.memory_snapshot_path)  # noqa: SLF001
+
+    def close(self) -> None:
+        """End profiling, if it has not ended yet."""
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler = None
+        if self._ranges is not None:
+            torch.cuda.cudart().cudaProfilerStop()
+            self._ranges.__exit__(None, None, None)
+            self._ranges = None

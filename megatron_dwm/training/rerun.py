@@ -1,0 +1,82 @@
+"""Results that cannot be right are validated: megatron-core's rerun state machine runs the iteration again.
+
+In Megatron-LM a result that comes again is looked at once more from a checkpoint, on another GPU. Here the run ends
+with what the first repetition has shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from megatron.core.rerun_state_machine import (
+    RerunDiagnostic,
+    RerunErrorInjector,
+    RerunMode,
+    RerunState,
+    get_rerun_state_machine,
+    initialize_rerun_state_machine,
+)
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron_dwm.config.training import TrainingConfig
+from megatron_dwm.errors import UserError
+from megatron_dwm.model.loss import SampleLosses
+
+
+class StepValidation:
+    """What ``--rerun-mode`` asks for, in training steps alone; nothing if it is ``disabled``."""
+
+    def __init__(self, flags: TrainingConfig) -> None:
+        """Make megatron-core's state machine, of which a process has one."""
+        self.mode = RerunMode(flags.rerun_mode)
+        self.is_active = self.mode != RerunMode.DISABLED
+        if not self.is_active:
+            return
+        injector = RerunErrorInjector(flags.error_injection_rate, RerunDiagnostic(flags.error_injection_type))
+        initialize_rerun_state_machine(
+            state_save_func=lambda: get_cuda_rng_tracker().get_states(),
+            state_restore_func=lambda states: get_cuda_rng_tracker().set_states(states),
+            error_injector=injector,
+        )
+        # Megatron-LM leaves a run's first step alone, after which it could not save a checkpoint.
+        get_rerun_state_machine().first_iteration_complete = True
+
+    def passes(self, iteration: int) -> Iterator[None]:
+        """Yield each time that the passes of a step are to be run; collective if results are validated.
+
+        Raises:
+            UserError: on every rank, if a result cannot be right.
+        """
+        if not self.is_active:
+            yield
+            return
+        machine = get_rerun_state_machine()
+        machine.current_iteration = iteration - 1
+        machine.set_mode(self.mode)  # outside of steps megatron-core's checks have nothing to run again
+        try:
+            while machine.should_run_forward_backward(None):
+                yield
+            _, has_failed, _ = machine.should_checkpoint_and_exit()
+        finally:
+            machine.set_mode(RerunMode.DISABLED)
+        if not has_failed:
+            return
+        if machine.state == RerunState.WILL_RERUN_FROM_CHECKPOINT:
+            raise UserError(
+                f"iteration {iteration}: loss or gradient is not finite, and came out the same when the iteration was "
+                "run again; lower --lr or look at the data of this step"
+            )
+        raise UserError(
+            f"iteration {iteration}: loss or gradient was not finite, and came out otherwise when the iteration was "
+            "run again; suspect the hardware, and go on from the last checkpoint on other GPUs"
+        )
+
+    def check(self, losses: SampleLosses | None) -> None:
+        """Validate the losses of a pass, on the last pipeline stage."""
+        if self.is_active and losses is not None:
+            get_rerun_state_machine().validate_result(
+                result=losses.total.sum(),
+                rejection_func=lambda total: not bool(torch.isfinite(total)),
+                message="the loss is not finite",
+            )

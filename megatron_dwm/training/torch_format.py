@@ -1,0 +1,178 @@
+"""Checkpoints in Megatron-LM's older format, ``torch``: a file for each tensor- and pipeline-parallel rank.
+
+``iter_0000100/mp_rank_00/model_optim_rng.pt`` (``mp_rank_00_000`` in a pipeline) holds what the rank holds, under the
+names of its own modules, so that only a run of the same layout can load it. The distributed optimizer's state, which is
+in a file beside it, is not loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from megatron_dwm.config.checkpoint_args import first_rank_file
+from megatron_dwm.config.run import RunConfig
+from megatron_dwm.errors import UserError
+from megatron_dwm.model.optimizer_parts import optimizer_parts
+from megatron_dwm.runtime.process_groups import ParallelState
+from megatron_dwm.safe_unpickling import read_torch_file, short_reason
+from megatron_dwm.training.checkpoint_contents import VERSION, model_key, rng_state, unsharded_state
+from megatron_dwm.training.checkpoint_folders import rank_file
+from megatron_dwm.training.optimizer_state import load_optimizer
+from megatron_dwm.training.resume_checks import WORD_EMBEDDINGS
+from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, reported_damage
+from megatron_dwm.training.train_state import TrainComponents, TrainState
+
+_FUSED = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""Names of the norms in a layer; Transformer Engine has them in the linear layers that follow."""
+
+
+@dataclass(frozen=True)
+class TorchCheckpoint(SavedCheckpoint):
+    """A checkpoint in the format ``torch``."""
+
+    embedding: tuple[int, ...] | None = None
+    """Global shape of the word embeddings."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Global shapes of the tensors that are known before a rank's own file is read: the word embeddings'."""
+        return {} if self.embedding is None else {WORD_EMBEDDINGS: self.embedding}
+
+
+def open_torch_checkpoint(folder: Path, config: RunConfig) -> TorchCheckpoint:
+    """Open the first rank's file; no communication.
+
+    Raises:
+        UserError: it is damaged, or was saved by a run of another layout, or by a Megatron-LM of long ago.
+    """
+    pp = config.parallel.pp
+    path = first_rank_file(folder)
+    assert path is not None
+    with reported_damage(folder):
+        state = read_torch_file(path)
+    arguments = vars(state["args"])
+    where = f"--load {folder.parent}: {folder.name}, in the format torch,"
+    if state.get("checkpoint_version") != VERSION:
+        raise UserError(f"{where} has version {state.get('checkpoint_version')} and not {VERSION}; give another")
+    present = config.parallel.tp, pp, config.parallel.virtual_stages(config.model.layers)
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
+    saved = tuple(arguments.get(name) for name in names)
+    if saved != present:
+        raise UserError(
+            f"{where} is of TP, PP and virtual stages {_words(saved)} and this run of {_words(present)}; load it in "
+            "its own layout and save it as torch_dist, which any layout can load"
+        )
+    flags = config.checkpoint
+    if arguments.get("use_distributed_optimizer") and not (flags.finetune or flags.no_load_optim):
+        raise UserError(
+            f"{where} has its optimizer's state in distrib_optim.pt, which is not read; load with --no-load-optim"
+        )
+    rows = state[_first_model_key(state)].get(WORD_EMBEDDINGS)
+    embedding = None if rows is None else (rows.shape[0] * config.parallel.tp, *rows.shape[1:])
+    common = {key: value for key, value in state.items() if not key.startswith("model")}
+    if "optimizer" in common:
+        common["optimizer"] = {}  # each rank reads its own
+    keys = {"rng_state/": None} if "rng_state" in state else {}
+    return TorchCheckpoint(folder, common, SimpleNamespace(state_dict_metadata=keys), embedding)
+
+
+def load_torch_state(
+    saved: TorchCheckpoint, components: TrainComponents, parallel_state: ParallelState, *, with_optimizer: bool
+) -> dict[str, Any]:
+    """Load this rank's model, and its optimizer's state; no communication.
+
+    Returns:
+        what else is in its file.
+
+    Raises:
+        UserError: the file is damaged, or of another model.
+    """
+    path = rank_file(saved.folder, parallel_state.tp_rank, parallel_state.pp_rank, parallel_state.pp_size)
+    with reported_damage(saved.folder):
+        state: dict[str, Any] = read_torch_file(path)
+    for number, chunk in enumerate(components.chunks):
+        module: Any = chunk.module
+        tensors = _renamed(state[model_key(components, number)], module.state_dict())
+        try:
+            module.load_state_dict(tensors)
+        except RuntimeError as error:
+            reason = short_reason(RuntimeError(" ".join(str(error).split())))
+            raise UserError(f"--load {saved.folder.parent}: {path.parent.name} is of another model: {reason}") from None
+    if with_optimizer:
+        load_optimizer(components.optimizer, _with_step(state["optimizer"], components, saved.folder))
+    return state
+
+
+def write_torch_state(
+    folder: Path,
+    config: RunConfig,
+    components: TrainComponents,
+    train_state: TrainState,
+    parallel_state: ParallelState,
+) -> None:
+    """Write this rank's file; no communication."""
+    if parallel_state.dp_rank != 0 or parallel_state.cp_rank != 0:
+        return
+    flags = config.checkpoint
+    state = unsharded_state(config, components, train_state)
+    for number, chunk in enumerate(components.chunks):
+        module: Any = chunk.module
+        state[model_key(components, number)] = module.state_dict_for_save_checkpoint()
+    if not flags.no_save_optim:
+        optimizer: Any = components.optimizer
+        state["optimizer"] = optimizer.state_dict()
+        state["opt_param_scheduler"] = components.scheduler.state_dict()
+    if not flags.no_save_rng:
+        state["rng_state"] = [rng_state()]
+    path = rank_file(folder, parallel_state.tp_rank, parallel_state.pp_rank, parallel_state.pp_size)
+    path.parent.mkdir(exist_ok=True)
+    torch.save(state, path)
+
+
+def _renamed(saved: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model's state under the names that this run's layers have."""
+    found = {key: value for key, value in saved.items() if not key.endswith("_extra_state")}
+    for apart, fused in _FUSED.items():
+        for key in [key for key in found if key not in present]:
+            for old, new in ((apart, fused), (fused, apart)):
+                if (name := key.replace(old, new)) in present and old in key:
+                    found[name] = found.pop(key)
+                    break
+    return found | {key: value for key, value in present.items() if key.endswith("_extra_state")}
+
+
+def _with_step(state: dict[str, Any], components: TrainComponents, folder: Path) -> dict[str, Any]:
+    """Return the optimizer's state with its step where megatron-core looks for it.
+
+    Raises:
+        UserError: it is of other parameters.
+    """
+    inner = dict(state["optimizer"] if isinstance(state.get("optimizer"), dict) else state)
+    (part,) = optimizer_parts(components.optimizer)
+    saved, present = (
+        [len(group["params"]) for group in groups["param_groups"]] for groups in (inner, part.optimizer.state_dict())
+    )
+    if saved != present:
+        raise UserError(f"--load {folder.parent}: the optimizer's state is of other parameters; add --no-load-optim")
+    states = inner["state"].values()
+    step = next((float(entry["step"]) for entry in states if "step" in entry), None)
+    if step is not None:
+        inner["state"] = {key: {**entry} for key, entry in inner["state"].items()} | {"common_step": step}
+    return {**state, "optimizer": inner} if "optimizer" in state else inner
+
+
+def _first_model_key(state: Mapping[str, Any]) -> str:
+    return "model" if "model" in state else "model0"
+
+
+def _words(sizes: tuple[Any, ...]) -> str:
+    return ", ".join("none" if size is None else str(size) for size in sizes)
