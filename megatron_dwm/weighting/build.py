@@ -249,4 +249,5 @@ class _Builder:
         return scoring_flops(parameters, samples, self.config.model.sequence)
 
     def _update_flops(self, weighter: Weighter) -> float:
-        return outer_update_flops(self.config, self.context.padded_vocab_size, weighter.num_computing_parameters)
+        vocab, parameters = self.context.padded_vocab_size, weighter.num_computing_parameters
+        return outer_update_flops(self.config, vocab, parameters, is_linear=weighter.is_linear)
