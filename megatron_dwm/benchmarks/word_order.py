@@ -3,9 +3,9 @@
     python benchmarks/word_order.py --json word_order.json
 
 Half of the training data is prose, half is prose whose words are shuffled, and the target is prose. Both halves have
-the same words, so that only their order tells them apart. A small language model is trained with default weighting flags;
-for every outer update the weights of its batch, which the weighter had not learnt from when it gave them, are held
-against the samples' sources and alignments. Runs that have finished are not made again. Unknown flags go to
+the same words, so that only their order tells them apart. A small language model is trained with default weighting
+flags. For every outer update the weights of its batch, which the weighter had not learnt from when it gave them, are
+held against the samples' sources and alignments. Runs that have finished are not made again. Unknown flags go to
 ``pretrain_dwm.py``.
 """
 
