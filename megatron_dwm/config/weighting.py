@@ -44,7 +44,7 @@ class WeightingConfig:
         "the warm-up; give it a lower --dwm-lr), or a Hugging Face folder with the same tokenizer.",
     )
     dwm_arch: Literal["llama", "gpt2", "modernbert", "ngram"] = flag(
-        "modernbert",
+        "ngram",
         "Architecture of a weighter started at random. ngram scores the n-grams of tokens in a sample, ModernBERT the "
         "mean over its tokens, the others its last token.",
     )

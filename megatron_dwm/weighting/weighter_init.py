@@ -17,6 +17,9 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.safe_unpickling import DAMAGE, short_reason
 from megatron_dwm.weighting.export_manifest import verify_export
 
+NGRAM = "dwm_ngram"
+"""transformers' name of the n-gram weighter's architecture; the class itself would import transformers."""
+
 
 def random_weighter_model(config: WeightingConfig, vocab_size: int, seq_length: int, eod: int, seed: int) -> Any:
     """A classifier of ``--dwm-arch`` and the size flags, the same on every rank."""
