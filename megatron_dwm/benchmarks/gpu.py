@@ -1,6 +1,6 @@
 """All that a single GPU can show, in one call: cost and memory at two sizes, precision of the alignments, benefit.
 
-    python benchmarks/gpu.py --output runs/gpu
+    bash benchmarks/gpu.sh --output runs/gpu
 
 Each part runs in processes of its own, and what it has found is written as soon as it is there, so a time limit loses
 the rest only. Nothing is downloaded: the texts are made of what is installed. Parts whose results are there are not

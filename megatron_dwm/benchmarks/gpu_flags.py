@@ -1,4 +1,4 @@
-"""What ``benchmarks/gpu.py`` measures: the flags of the runs that its parts make, at full size and tiny."""
+"""What ``benchmarks/gpu.sh`` measures: the flags of the runs that its parts make, at full size and tiny."""
 
 from __future__ import annotations
 

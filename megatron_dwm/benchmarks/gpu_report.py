@@ -1,9 +1,10 @@
-"""The results of ``benchmarks/gpu.py`` as tables for docs/gpu.md, and as a picture."""
+"""The results of ``benchmarks/gpu.sh`` as tables for docs/gpu.md, and as a picture."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -151,15 +152,17 @@ def figure(results: Results) -> Figure:
     """Draw what there is: throughput, memory, alignments in both precisions, losses of the comparison."""
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(10, 7.5), layout="constrained")
-    axes = drawing.subplots(2, 2)
     costs = [results[name] for name in ("costs-125m", "costs-1b") if name in results]
-    _draw_throughput(axes[0, 0], costs)
-    _draw_memory(axes[0, 1], costs)
+    draw: list[Callable[[Axes], None]] = []
+    if costs:
+        draw += [partial(_draw_throughput, costs=costs), partial(_draw_memory, costs=costs)]
     if "precision" in results:
-        _draw_alignments(axes[1, 0], results["precision"]["alignments"])
+        draw.append(partial(_draw_alignments, alignments=results["precision"]["alignments"]))
     if "benefit" in results:
-        _draw_losses(axes[1, 1], results["benefit"]["curves"])
+        draw.append(partial(_draw_losses, curves=results["benefit"]["curves"]))
+    drawing = Figure(figsize=(5 * len(draw), 4), layout="constrained")
+    for axes, draw_on in zip(drawing.subplots(1, len(draw), squeeze=False)[0], draw, strict=True):
+        draw_on(axes)
     return drawing
 
 
@@ -175,8 +178,8 @@ def _draw_throughput(axes: Axes, costs: Sequence[Results]) -> None:
     axes.set_xticks([place + 0.2 for place in range(len(labels))], labels)
     axes.axhline(1, color="0.5", linewidth=0.8)
     axes.set_title("throughput, plain = 1")
-    if costs:
-        axes.legend(frameon=False, loc="lower left")
+    axes.set_ylim(0, 1.35)  # room for the legend
+    axes.legend(frameon=False, loc="upper left", ncols=2)
 
 
 def _draw_memory(axes: Axes, costs: Sequence[Results]) -> None:
@@ -185,14 +188,17 @@ def _draw_memory(axes: Axes, costs: Sequence[Results]) -> None:
         places = [place + 0.4 * number for place in range(len(names))]
         axes.bar(places, [figures["peak_memory"][key] / GIB for key in names.values()], width=0.38)
     axes.set_xticks([place + 0.2 for place in range(len(names))], list(names))
-    axes.set_title("GiB beyond what is held between iterations")
+    axes.set_title("peak memory beyond what is held between iterations")
+    axes.set_ylabel("GiB")
 
 
 def _draw_alignments(axes: Axes, alignments: Mapping[str, Sequence[float]]) -> None:
     reference = alignments["fp32 exact, preconditioner adam"]
     for number, way in enumerate(("finite-difference", "exact")):
         axes.plot(reference, alignments[f"bf16 {way}, preconditioner adam"], f"C{number}.", markersize=3, label=way)
-    axes.set_title("alignments in bf16 over those in fp32")
+    axes.set_title("alignments of samples, Adam-preconditioned")
+    axes.set_xlabel("exact, fp32")
+    axes.set_ylabel("bf16")
     axes.legend(frameon=False)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from megatron_dwm.benchmarks.measuring import Stopwatch, paired_ratio, peak_and_
 from megatron_dwm.benchmarks.modes import Modes
 from megatron_dwm.benchmarks.overhead_flags import OverheadConfig
 from megatron_dwm.benchmarks.overhead_report import PARTS
+from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.model.flops import training_flops
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.runtime.device import current_device
@@ -73,7 +74,7 @@ def measure_modes(modes: Modes, options: OverheadConfig) -> dict[str, Any]:
 def measure_alignments(modes: Modes, repeats: int) -> dict[str, list[float]]:
     """Measure the seconds of an iteration with an outer update under each way of alignment, turn by turn."""
     outer, chosen = modes.outer, modes.outer.lm_gradients
-    ways: tuple[Literal["exact", "finite-difference"], ...] = ("exact", "finite-difference")
+    ways = get_args(get_type_hints(WeightingConfig)["dwm_alignment"])
 
     def update(passes: LMGradients) -> None:
         outer.lm_gradients = passes

@@ -1,6 +1,6 @@
 """How far the alignments of a bf16 run are from those that fp32 would give, for the same parameters and samples.
 
-    python -m megatron_dwm.cli.main benchmark precision --json precision.json <flags of pretrain_dwm.py, --bf16>
+    megatron-dwm benchmark precision --json precision.json <flags of pretrain_dwm.py, --bf16>
 
 The run trains plainly for some steps. Then a twin of its model is built in fp32, with the same parameters and Adam
 moments, and both align the same samples with the same target samples. What differs is rounding in the passes alone.
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from megatron_dwm.training.setup import LanguageModel
     from megatron_dwm.training.trainer import Trainer
 
-Alignment = Literal["exact", "finite-difference"]
+Alignment = Literal["exact", "single-sample", "finite-difference"]
 Preconditioner = Literal["adam", "none"]
 REFERENCE: tuple[str, Alignment] = ("fp32", "exact")
 """Precision and way of alignment that the others are held against."""
@@ -164,7 +164,7 @@ def aligned(
 
     result: dict[tuple[str, Alignment], torch.Tensor] = {}
     micro = trainer.config.training.micro_batch
-    ways: tuple[Alignment, ...] = ("exact", "finite-difference")
+    ways: tuple[Alignment, ...] = get_args(Alignment)
     for precision, (engine, optimizer) in models.items():
         with engine.full_parameters(), engine.deterministic():
             for way in ways:

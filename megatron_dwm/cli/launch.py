@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 Flags = TypeVar("Flags")
 
+_FUTURE = ".*(load_state_dict|ShardedTensor|all_gather_into_tensor|reduce_scatter_tensor).*"
+"""torch's interfaces that megatron-core still uses, in their warnings."""
+
 
 @dataclass(frozen=True)
 class Process:
@@ -83,7 +86,7 @@ def run_program(program: Callable[[Process], None]) -> None:
     """
     # megatron-core warns on every process that optional packages are missing, and of torch interfaces it still uses.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine).*")
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*(load_state_dict|ShardedTensor).*")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=_FUTURE)
     try:
         rank, local_rank, world_size = environment_rank()
         configure_logging(rank, world_size)

@@ -118,7 +118,6 @@ class NoEffectConfig:
     wandb_entity: str | None = flag(None, "For --wandb-project alone.")
     wandb_exp_name: str | None = flag(None, "For --wandb-project alone.")
     wandb_save_dir: str | None = flag(None, "For --wandb-project alone.")
-    cp_comm_type: list[str] = flag(["p2p"], "For --context-parallel-size above 1 alone.")
     data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = flag(
         "no_shard", "For --use-megatron-fsdp alone."
     )

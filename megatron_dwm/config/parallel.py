@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_dwm.config.flags import flag, require_at_least
 from megatron_dwm.errors import UserError
+
+CP_COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,14 @@ class ParallelConfig:
         None, "Virtual pipeline stages on each rank; turns the interleaved schedule on."
     )
     sequence_parallel: bool = flag(False, "Shard activations along the sequence inside a TP group.")
-    context_parallel_size: int = flag(
-        1,
-        "Degree of context parallelism.",
-        refused="samples are weighted whole; use --sequence-parallel instead",
+    context_parallel_size: int = flag(1, "Degree of context parallelism: each rank holds a part of every sequence.")
+    cp_comm_type: list[str] = flag(
+        ["p2p"],
+        "How Transformer Engine's attention crosses context-parallel ranks: p2p, all_gather, a2a or a2a+p2p; "
+        "--transformer-impl torch gathers keys and values, also with the default.",
+    )
+    hierarchical_context_parallel_sizes: list[int] | None = flag(
+        None, "Sizes of the levels of context parallelism, for --cp-comm-type a2a+p2p."
     )
     expert_model_parallel_size: int = flag(
         1, "Degree of expert parallelism.", refused="only dense GPT models are; leave it out"
@@ -57,8 +64,10 @@ class ParallelConfig:
             self,
             1,
             "tensor_model_parallel_size pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage "
-            "num_virtual_stages_per_pipeline_rank ddp_num_buckets ddp_bucket_size distributed_timeout_minutes",
+            "num_virtual_stages_per_pipeline_rank context_parallel_size ddp_num_buckets ddp_bucket_size "
+            "distributed_timeout_minutes",
         )
+        self._check_context_parallelism()
         interleaved = self.num_layers_per_virtual_pipeline_stage, self.num_virtual_stages_per_pipeline_rank
         if None not in interleaved:
             raise UserError(
@@ -70,6 +79,31 @@ class ParallelConfig:
         if self.ddp_num_buckets is not None and self.ddp_bucket_size is not None:
             raise UserError("--ddp-num-buckets and --ddp-bucket-size exclude each other; give one")
 
+    def _check_context_parallelism(self) -> None:
+        for kind in self.cp_comm_type:
+            if kind not in CP_COMM_TYPES:
+                raise UserError(f"--cp-comm-type {kind}: unknown; choose from {', '.join(CP_COMM_TYPES)}")
+        if len(set(self.cp_comm_type)) > 1:
+            raise UserError(
+                f"--cp-comm-type {' '.join(self.cp_comm_type)}: megatron-core 0.16 looks each layer's up in the wrong "
+                "place; give one for all layers"
+            )
+        if self.use_tp_pp_dp_mapping and self.pp > 1 and self.cp > 1:
+            raise UserError(
+                f"--use-tp-pp-dp-mapping with --context-parallel-size {self.cp}: megatron-core cannot order the ranks "
+                "of pipelines so; leave it out"
+            )
+        sizes = self.hierarchical_context_parallel_sizes
+        if sizes is not None and math.prod(sizes) != self.cp:
+            raise UserError(
+                f"--hierarchical-context-parallel-sizes {' '.join(map(str, sizes))} do not make "
+                f"--context-parallel-size {self.cp}; change one"
+            )
+        if "a2a+p2p" in self.cp_comm_type and (sizes is None or len(sizes) != 2):
+            raise UserError(
+                "--cp-comm-type a2a+p2p needs two --hierarchical-context-parallel-sizes, of a2a and of p2p; give them"
+            )
+
     @property
     def tp(self) -> int:
         """The tensor parallel size."""
@@ -79,6 +113,18 @@ class ParallelConfig:
     def pp(self) -> int:
         """The pipeline parallel size."""
         return self.pipeline_model_parallel_size
+
+    @property
+    def cp(self) -> int:
+        """The context parallel size."""
+        return self.context_parallel_size
+
+    @property
+    def context_parallel_heads(self) -> int:
+        """Between how many context-parallel ranks the heads of attention are divided (``--cp-comm-type`` with a2a)."""
+        sizes = self.hierarchical_context_parallel_sizes
+        of_kind = {"a2a": self.cp, "a2a+p2p": sizes[0] if sizes else 1}
+        return of_kind.get(self.cp_comm_type[0], 1)
 
     def virtual_stages(self, num_layers: int) -> int | None:
         """Return the number of model chunks on each pipeline rank; None without the interleaved schedule.

@@ -56,16 +56,18 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._check_world()
         self._check_shards()
+        self._check_sequence()
         self._check_batches()
         self._check_schedule()
         self._check_outer_update()
 
     def _check_world(self) -> None:
-        tp, pp = self.parallel.tp, self.parallel.pp
-        if self.world_size % (tp * pp):
+        tp, pp, cp = self.parallel.tp, self.parallel.pp, self.parallel.cp
+        if self.world_size % (tp * pp * cp):
+            context = f" x --context-parallel-size {cp}" if cp > 1 else ""
             raise UserError(
                 f"world size {self.world_size} is not divisible by --tensor-model-parallel-size {tp} x "
-                f"--pipeline-model-parallel-size {pp}; start a multiple of {tp * pp} processes"
+                f"--pipeline-model-parallel-size {pp}{context}; start a multiple of {tp * pp * cp} processes"
             )
 
     def _check_shards(self) -> None:
@@ -74,7 +76,7 @@ class RunConfig:
                 f"--use-distributed-optimizer does not go with --optimizer {self.optimizer.optimizer}: megatron-core "
                 "shards the state of Adam alone; leave one out"
             )
-        tp = self.parallel.tp
+        tp, heads = self.parallel.tp, self.parallel.context_parallel_heads
         divided = {
             "--num-attention-heads": self.model.heads,
             "--ffn-hidden-size": self.model.ffn,
@@ -91,6 +93,27 @@ class RunConfig:
             raise UserError(
                 f"--num-query-groups {groups} is neither a multiple nor a divisor of "
                 f"--tensor-model-parallel-size {tp}; change one"
+            )
+        if heads > 1 and groups % (tp * heads):
+            raise UserError(
+                f"--num-query-groups {groups} is not divisible by --tensor-model-parallel-size {tp} x {heads}, the "
+                f"ranks that --cp-comm-type {self.parallel.cp_comm_type[0]} divides heads between; use p2p"
+            )
+
+    def _check_sequence(self) -> None:
+        """Require a sequence that context parallelism can divide."""
+        sequence, tp, cp = self.model.sequence, self.parallel.tp, self.parallel.cp
+        if cp == 1:
+            return
+        if sequence % (2 * cp):
+            raise UserError(
+                f"--seq-length {sequence} is not divisible by 2 x --context-parallel-size {cp}, as each rank holds two "
+                "chunks; change one"
+            )
+        if self.parallel.sequence_parallel and sequence // cp % tp:
+            raise UserError(
+                f"--seq-length {sequence} / --context-parallel-size {cp} is not divisible by "
+                f"--tensor-model-parallel-size {tp}, as --sequence-parallel needs; change one"
             )
 
     def _check_batches(self) -> None:
@@ -169,7 +192,7 @@ class RunConfig:
     @property
     def data_parallel_size(self) -> int:
         """The number of model replicas."""
-        return self.world_size // (self.parallel.tp * self.parallel.pp)
+        return self.world_size // (self.parallel.tp * self.parallel.pp * self.parallel.cp)
 
     @property
     def global_batch_size(self) -> int:

@@ -1,7 +1,7 @@
 """Megatron-LM's flags that this program does not have, and why. None of them is silently ignored.
 
-Flags that scripts also give with a value that changes nothing (``--context-parallel-size 1``) are declared with the
-others, as ``refused``, and those that change nothing whatever they say stand in ``no_effect.py``.
+Flags that scripts also give with a value that changes nothing (``--expert-model-parallel-size 1``) are declared with
+the others, as ``refused``, and those that change nothing whatever they say stand in ``no_effect.py``.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ UNSUPPORTED: dict[str, str] = {
     "Megatron-LM's guide has it, its parser has not; use --fp8-format hybrid": "--fp8-hybrid",
     "use --num-layers": "--encoder-num-layers",
     "use --seq-length": "--encoder-seq-length",
-    "samples are weighted whole, so the sequence is not split; leave it out": """
-        --hierarchical-context-parallel-sizes --hybrid-context-parallel --max-seqlen-per-dp-cp-rank""",
+    "samples are of one length, so all are divided alike; use --context-parallel-size": """
+        --hybrid-context-parallel --max-seqlen-per-dp-cp-rank""",
     "pipeline stages hold equal numbers of layers; leave it out": """
         --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --pipeline-model-parallel-layout
         --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split""",

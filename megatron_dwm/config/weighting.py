@@ -100,8 +100,10 @@ class WeightingConfig:
     dwm_replay_half_life: float | None = flag(
         None, "Outer updates after which an aligned sample counts half as much; if not given, all count alike."
     )
-    dwm_alignment: Literal["exact", "finite-difference"] = flag(
-        "exact", "Alignment from one backward pass of single samples, or from two forward passes."
+    dwm_alignment: Literal["exact", "single-sample", "finite-difference"] = flag(
+        "exact",
+        "Alignments from one backward pass at the run's micro-batch size (exact) or over single samples "
+        "(single-sample, which exact also is with Transformer Engine's layers), or from two forward passes.",
     )
     dwm_preconditioner: Literal["adam", "none"] = flag(
         "adam", "Scale the target gradient as Adam scales its step (adam), or not (none)."

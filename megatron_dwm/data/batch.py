@@ -1,4 +1,4 @@
-"""The samples of one step, as every rank of a model replica sees them.
+"""The samples of one step, as every rank of a model replica sees them: whole, also under context parallelism.
 
 Shape legend: n samples of this replica in one step, s sequence length.
 """
@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
+from megatron_dwm.runtime.context_parallel import slice_sequence
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.process_groups import ParallelState
 
@@ -44,6 +44,14 @@ class Batch:
             self.index[part],
             self.source[part],
         )
+
+    def sequence_part(self, cp_rank: int, cp_size: int) -> Batch:
+        """Return the part of each sequence [n, s / cp_size] that a context-parallel rank runs through the model."""
+        tokens, labels, loss_mask, position_ids = (
+            slice_sequence(column, cp_rank, cp_size)
+            for column in (self.tokens, self.labels, self.loss_mask, self.position_ids)
+        )
+        return Batch(tokens, labels, loss_mask, position_ids, self.index, self.source)
 
     def microbatches(self, size: int) -> Iterator[Batch]:
         """Yield consecutive parts of ``size`` samples."""
@@ -79,9 +87,7 @@ def broadcast_batch(
         packed = torch.cat([column.to(torch.int64) for column in columns], dim=1).to(device)
     else:
         packed = torch.empty(num_samples, 4 * seq + 2, dtype=torch.int64, device=device)
-    if parallel_state.mp_size > 1:
-        first = dist.get_global_rank(parallel_state.mp_group, 0)
-        dist.broadcast(packed, first, group=parallel_state.mp_group)
+    parallel_state.broadcast_over_replica(packed)
     tokens, labels, mask, positions, index, source = torch.split(packed, [seq, seq, seq, seq, 1, 1], dim=1)
     return Batch(
         tokens=tokens.contiguous(),

@@ -117,7 +117,7 @@ def build_datasets(
     from megatron_dwm.data.index_cache import data_stamp
 
     def is_built_on_rank() -> bool:
-        return parallel_state.mp_rank == 0
+        return parallel_state.replica_rank == 0
 
     def core_config(**blends: Any) -> StampedGPTDatasetConfig:
         return StampedGPTDatasetConfig(

@@ -87,7 +87,7 @@ class BatchLoader:
             UserError: a token outside the vocabulary, or no data left.
         """
         loaded = None
-        if self.parallel_state.mp_rank == 0:
+        if self.parallel_state.replica_rank == 0:
             loaded = next(self.steps, None) if self.steps is not None else None
             if loaded is None:
                 loaded = self._end_of_data()

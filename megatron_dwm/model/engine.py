@@ -15,8 +15,10 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dwm.data.batch import Batch
+from megatron_dwm.model.attributes import changed_attributes
 from megatron_dwm.model.loss import LossFunction, SampleLosses, as_token_losses, plain_loss
 from megatron_dwm.model.protocols import ModelChunk
+from megatron_dwm.runtime.context_parallel import slice_sequence
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.process_groups import ParallelState
 
@@ -69,7 +71,8 @@ class PipelineEngine:
                 optimizer.
 
         Returns:
-            the samples' losses on the last pipeline stage, whatever the loss function; None on the others.
+            the samples' losses on the last pipeline stage, whatever the loss function, summed over context-parallel
+            ranks; None on the others.
 
         Raises:
             FloatingPointError: a loss is not finite, on the last pipeline stage, if the engine checks for it.
@@ -86,7 +89,7 @@ class PipelineEngine:
         # megatron-core's aligned reduction always scatters; without it the chunks reduce when they are ready.
         aligned = {"grad_sync_func": None} if force_all_reduce else {}
         try:
-            with _attributes(self.config, aligned):
+            with changed_attributes(self.config, aligned):
                 reports = get_forward_backward_func()(
                     forward_step_func=partial(self._forward_step, loss_function),
                     data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -103,10 +106,10 @@ class PipelineEngine:
                 chunk.force_all_reduce = False
         if not self.parallel_state.is_last_pipeline_stage:
             return None
-        losses = SampleLosses(
-            torch.cat([report["total"] for report in reports]),
-            torch.cat([report["tokens"] for report in reports]),
-        )
+        packed = torch.stack([torch.cat([report[name] for report in reports]) for name in ("total", "tokens")])
+        if self.parallel_state.cp_size > 1:
+            dist.all_reduce(packed, group=self.parallel_state.cp_group)
+        losses = SampleLosses(packed[0], packed[1])
         if self.check_for_nan and not bool(losses.total.isfinite().all()):
             raise FloatingPointError("a training loss is not finite; lower --lr or look at the data of this step")
         return losses
@@ -115,9 +118,17 @@ class PipelineEngine:
         self, loss_function: LossFunction, micros: Iterator[tuple[Batch, slice]], model: ModelChunk
     ) -> tuple[torch.Tensor, Any]:
         micro, samples = next(micros)
-        mask = micro.document_mask(self.document_end) if self.document_end is not None else None
-        output = model(micro.tokens, micro.position_ids, mask, labels=micro.labels, loss_mask=micro.loss_mask)
-        return output, partial(reduce_output, loss_function, micro.loss_mask, samples)
+        cp_rank, cp_size = self.parallel_state.cp_rank, self.parallel_state.cp_size
+        mask = None
+        if self.document_end is not None:
+            mask = slice_sequence(micro.document_mask(self.document_end), cp_rank, cp_size, dim=2)
+        part = micro.sequence_part(cp_rank, cp_size)
+        output = model(part.tokens, part.position_ids, mask, labels=part.labels, loss_mask=part.loss_mask)
+        if self.config.calculate_per_token_loss:  # megatron-core divides by the tokens of all ranks in the end
+            divided_by, factor = part.loss_mask.sum(), 1
+        else:  # megatron-core divides here, and then takes the mean over context-parallel ranks too
+            divided_by, factor = micro.loss_mask.sum(), cp_size
+        return output, partial(reduce_output, loss_function, part.loss_mask, samples, divided_by, factor)
 
     def broadcast_losses(self, losses: SampleLosses | None, num_samples: int) -> SampleLosses:
         """Return the last stage's losses on every rank of the replica; a collective call of the pipeline group."""
@@ -140,7 +151,7 @@ class PipelineEngine:
         for chunk in gathering:
             chunk.disable_forward_pre_hook()
         try:
-            with _attributes(self.config, {"param_sync_func": None}):
+            with changed_attributes(self.config, {"param_sync_func": None}):
                 yield
         finally:
             for chunk in gathering:
@@ -164,10 +175,10 @@ class PipelineEngine:
         with ExitStack() as stack:
             for chunk in self.chunks:
                 stack.enter_context(chunk.no_sync())
-            stack.enter_context(_attributes(self.config, overrides))
+            stack.enter_context(changed_attributes(self.config, overrides))
             for module in modules:
                 present = {name: False for name in fused if getattr(module, name, False) is True}
-                stack.enter_context(_attributes(module, present))
+                stack.enter_context(changed_attributes(module, present))
             yield
 
     @contextmanager
@@ -186,7 +197,7 @@ class PipelineEngine:
                     # Layers, and Transformer Engine's attentions, keep probabilities as plain numbers.
                     names = ["p"] if isinstance(module, torch.nn.Dropout) else ["hidden_dropout", "attention_dropout"]
                     present = {name: 0.0 for name in names if isinstance(getattr(module, name, None), float)}
-                    stack.enter_context(_attributes(module, present))
+                    stack.enter_context(changed_attributes(module, present))
             try:
                 yield
             finally:
@@ -195,33 +206,27 @@ class PipelineEngine:
                 torch.cuda.set_rng_state(device_state)
 
 
-@contextmanager
-def _attributes(target: Any, values: dict[str, Any]) -> Iterator[None]:
-    """Set attributes of ``target`` for a while."""
-    before = {name: getattr(target, name) for name in values}
-    for name, value in values.items():
-        setattr(target, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(target, name, value)
-
-
 def reduce_output(
-    loss_function: LossFunction, loss_mask: torch.Tensor, samples: slice, output: torch.Tensor
+    loss_function: LossFunction,
+    loss_mask: torch.Tensor,
+    samples: slice,
+    num_tokens: torch.Tensor,
+    factor: int,
+    output: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Reduce the output of one microbatch as megatron-core's schedules want it.
 
     Args:
-        loss_mask: [b, s].
+        loss_mask: of this rank's part of the sequences [b, s / C] (C: size of context parallelism).
         samples: place of the microbatch among the batch's samples.
-        output: token losses [b, s].
+        num_tokens: what megatron-core is to divide the loss by.
+        factor: what the loss is multiplied by.
+        output: token losses [b, s / C].
 
     Returns:
-        the loss, the number of unmasked tokens that megatron-core divides it by, and the samples' sums to report.
+        the loss, the number that megatron-core divides it by, and the samples' sums to report.
     """
     token_losses = as_token_losses(output, loss_mask)
-    loss = loss_function(token_losses, loss_mask, samples)
+    loss = factor * loss_function(token_losses, loss_mask, samples)
     report = SampleLosses.of(token_losses, loss_mask)
-    return loss, loss_mask.sum().detach().to(torch.int), {"total": report.total, "tokens": report.tokens}
+    return loss, num_tokens.detach().to(torch.int), {"total": report.total, "tokens": report.tokens}

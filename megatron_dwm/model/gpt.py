@@ -81,7 +81,7 @@ def build_model_chunks(
         if chunk.post_process:
             leave_padding_out(chunk.output_layer, vocabulary.softmax_size, groups.tp.rank(), groups.tp.size())
         chunks.append(chunk.to(device))
-    if groups.dp.rank() == 0:
+    if groups.dp.rank() == groups.cp.rank() == 0:
         logger.info(
             " > number of parameters on (tensor, pipeline) model parallel rank "
             f"({groups.tp.rank()}, {groups.pp.rank()}): {_num_parameters(chunks)}",

@@ -39,6 +39,9 @@ class ModelChunk(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Iterate over the parameters and their names."""
 
+    def named_modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        """Yield the model's modules with their names."""
+
     def modules(self) -> Iterator[torch.nn.Module]:
         """Iterate over all modules."""
 

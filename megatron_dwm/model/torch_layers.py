@@ -1,12 +1,17 @@
 """Transformer layers of plain PyTorch: SDPA attention and torch norms inside megatron-core's layer.
 
-They need neither Transformer Engine nor Apex, work under sequence parallelism, and have the parameters and
+They need neither Transformer Engine nor Apex, work under sequence and context parallelism, and have the parameters and
 checkpoint keys of megatron-core's local layers.
 
-Shape legend: s sequence length, b samples, n this rank's heads, g this rank's query groups, d head size.
+Under context parallelism a rank gathers the keys and values of the whole sequence, and attends with its own queries.
+
+Shape legend: s sequence length, t tokens of this rank (s / C for C context-parallel ranks), b samples, n this rank's
+heads, g this rank's query groups, d head size.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +23,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention.bias import causal_lower_right
+
+from megatron_dwm.runtime.context_parallel import chunk_numbers, gather_sequence
 
 
 class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core carries no types
@@ -39,6 +47,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
         super().__init__(config=config)
         self.is_causal = attn_mask_type == AttnMaskType.causal
         self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp if pg_collection is not None and config.context_parallel_size > 1 else None
         self.attention_dropout = torch.nn.Dropout(
             config.attention_dropout if attention_dropout is None else attention_dropout
         )
@@ -56,16 +65,18 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
         """Attend.
 
         Args:
-            query: [s, b, n, d].
-            key: [s, b, g, d].
-            value: [s, b, g, d].
-            attention_mask: broadcastable to [b, n, s, s], True where a query must not see a key; None for the
+            query: [t, b, n, d].
+            key: [t, b, g, d].
+            value: [t, b, g, d].
+            attention_mask: broadcastable to [b, n, t, s], True where a query must not see a key; None for the
                 causal mask.
 
         Returns:
-            [s, b, n · d].
+            [t, b, n · d].
         """
         assert attention_bias is None and packed_seq_params is None
+        if self.cp_group is not None:
+            key, value = gather_sequence(torch.stack([key, value], dim=1), self.cp_group).unbind(dim=1)
         if self.config.sequence_parallel:
             context = self._attend(query, key, value, attention_mask)
         else:
@@ -77,16 +88,34 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return the attention's output [b, n, s, d]."""
+        """Return the attention's output [b, n, t, d] for keys and values of the whole sequence [s, b, g, d]."""
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        if self.cp_group is None or not self.is_causal:
+            return self._product(q, k, v, None if mask is None else ~mask, is_causal=self.is_causal and mask is None)
+        # Each of the rank's two chunks sees the keys up to its own end: the ranks' work is equal then, and half of what
+        # all keys would cost.
+        size = self.cp_group.size()
+        length = k.size(2) // (2 * size)
+        parts = []
+        for place, number in enumerate(chunk_numbers(self.cp_group.rank(), size)):
+            rows, end = slice(place * length, (place + 1) * length), (number + 1) * length
+            seen: Any = causal_lower_right(length, end) if mask is None else ~mask[:, :, rows, :end]
+            parts.append(self._product(q[:, :, rows], k[:, :, :end], v[:, :, :end], seen))
+        return torch.cat(parts, dim=2)
+
+    def _product(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Any, *, is_causal: bool = False
+    ) -> torch.Tensor:
+        """Attend with queries [b, n, .., d]; ``seen`` is True where a query sees a key, or a causal bias."""
         return F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            attn_mask=None if mask is None else ~mask,
+            q,
+            k,
+            v,
+            attn_mask=seen,
             dropout_p=self.attention_dropout.p if self.training else 0.0,
-            is_causal=self.is_causal and mask is None,
+            is_causal=is_causal,
             scale=self.softmax_scale,
-            enable_gqa=query.size(2) != key.size(2),
+            enable_gqa=q.size(1) != k.size(1),
         )
 
 

@@ -72,6 +72,8 @@ def check_layers(model: ModelConfig, parallel: ParallelConfig, impl: str) -> Non
             f"--attention-backend {model.attention_backend} chooses among Transformer Engine's and the layers are "
             f"{impl}; leave it out"
         )
+    if parallel.cp > 1:
+        check_context_parallelism(parallel, impl)
     if model.fp8 is not None and impl != "transformer_engine":
         raise UserError(
             f"--fp8-format {model.fp8} needs Transformer Engine's layers and they are {impl}; train with --bf16"
@@ -94,6 +96,25 @@ def check_layers(model: ModelConfig, parallel: ParallelConfig, impl: str) -> Non
         raise UserError(
             "--sequence-parallel: the norms of --transformer-impl local cannot without Apex; use "
             "--transformer-impl torch"
+        )
+
+
+def check_context_parallelism(parallel: ParallelConfig, impl: str) -> None:
+    """Refuse layers that do not attend across context-parallel ranks, or not in the way that is asked for.
+
+    Raises:
+        UserError: the layers of ``impl`` (what ``resolve_transformer_impl`` returned) are such.
+    """
+    if impl == "local":
+        raise UserError(
+            f"--context-parallel-size {parallel.cp}: the attention of --transformer-impl local sees this rank's part "
+            "of the sequence alone; use --transformer-impl torch or transformer_engine"
+        )
+    kind = parallel.cp_comm_type[0]
+    if impl == "torch" and kind in ("a2a", "a2a+p2p"):
+        raise UserError(
+            f"--cp-comm-type {kind} is Transformer Engine's and the layers are torch, which gather keys and values; "
+            "give all_gather or leave it out"
         )
 
 

@@ -137,7 +137,7 @@ def _layout(model: ModelConfig, parallel: ParallelConfig, device: torch.device) 
         "batch_p2p_comm": not overlap,
         # Gloo reads an output while it is being sent; freeing it would send what comes to lie in its place.
         "deallocate_pipeline_outputs": device.type == "cuda",
-        "cp_comm_type": "p2p",
+        "cp_comm_type": parallel.cp_comm_type[0],
     }
 
 

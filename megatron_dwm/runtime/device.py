@@ -55,6 +55,7 @@ class _CudaMeansCpu(TorchFunctionMode):
             return args[0]
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = torch.device("cpu")
+        kwargs.pop("pin_memory", None)  # of memory that is copied to a GPU
         result = func(*args, **kwargs)
         if func is torch.Tensor.type and isinstance(result, str):
             return result.replace("torch.", "torch.cuda.", 1)

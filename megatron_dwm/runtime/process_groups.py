@@ -24,23 +24,39 @@ class ParallelState:
     tp_size: int
     pp_rank: int
     pp_size: int
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    """Ranks that hold the same part of the model, and the same part of the sequence of other samples."""
+    dp_cp_group: dist.ProcessGroup
+    """Ranks that hold the same part of the model: gradients are reduced, and optimizers sharded, over them."""
     mp_group: dist.ProcessGroup
-    """Model-parallel group: all ranks that hold one replica of the model, and see the same samples."""
+    """Model-parallel group: ranks that together hold the model's parameters once."""
 
     @property
     def mp_size(self) -> int:
-        """Ranks that hold one replica of the model."""
+        """Ranks that together hold the model's parameters once."""
         return self.tp_size * self.pp_size
 
     @property
     def mp_rank(self) -> int:
-        """Rank in the model-parallel group; rank 0 reads the replica's data."""
+        """Rank in the model-parallel group."""
         return dist.get_rank(self.mp_group)
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks of a replica: those that see the same samples, of which context-parallel ones hold parts each."""
+        return self.cp_size * self.mp_size
+
+    @property
+    def replica_rank(self) -> int:
+        """Rank in the replica; rank 0 reads its data."""
+        return self.cp_rank * self.mp_size + self.mp_rank
 
     @property
     def is_first_rank(self) -> bool:
@@ -62,6 +78,27 @@ class ParallelState:
         """Whether this rank knows the losses."""
         return self.pp_rank == self.pp_size - 1
 
+    # A replica is a model-parallel group on each context-parallel rank. It has no group of its own: what concerns it
+    # goes over the two groups one after the other.
+
+    def broadcast_over_replica(self, tensor: torch.Tensor) -> None:
+        """Overwrite ``tensor`` with that of the replica's first rank; a collective call of its ranks."""
+        if self.cp_size > 1 and self.mp_rank == 0:
+            dist.broadcast(tensor, dist.get_global_rank(self.cp_group, 0), group=self.cp_group)
+        if self.mp_size > 1:
+            dist.broadcast(tensor, dist.get_global_rank(self.mp_group, 0), group=self.mp_group)
+
+    def sum_over_replica(self, tensor: torch.Tensor) -> None:
+        """Sum ``tensor`` in place over the replica's ranks; a collective call of theirs."""
+        dist.all_reduce(tensor, group=self.mp_group)
+        if self.cp_size > 1:
+            dist.all_reduce(tensor, group=self.cp_group)
+
+    def gather_over_replica(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the ranks' tensors [m, ..] one after the other [replica size · m, ..]; a collective call of theirs."""
+        gathered = _all_gather(tensor, self.mp_group, self.mp_size)
+        return _all_gather(gathered, self.cp_group, self.cp_size) if self.cp_size > 1 else gathered
+
 
 def initialize_process_groups(
     parallel: ParallelConfig,
@@ -72,8 +109,6 @@ def initialize_process_groups(
     world_size: int,
 ) -> ParallelState:
     """Join the other processes through ``store`` and build megatron-core's groups."""
-    from megatron.core import parallel_state as mpu
-
     dist.init_process_group(
         backend=parallel.distributed_backend if device.type == "cuda" else "gloo",
         store=store,
@@ -81,15 +116,24 @@ def initialize_process_groups(
         world_size=world_size,
         timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
     )
+    build_model_groups(parallel, virtual_stages)
+    return current_parallel_state()
+
+
+def build_model_groups(parallel: ParallelConfig, virtual_stages: int | None) -> None:
+    """Build megatron-core's groups of the processes that have joined; every process calls it."""
+    from megatron.core import parallel_state as mpu
+
     mpu.initialize_model_parallel(
         parallel.tp,
         parallel.pp,
         virtual_stages,
+        context_parallel_size=parallel.cp,
+        hierarchical_context_parallel_sizes=parallel.hierarchical_context_parallel_sizes,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         order="tp-cp-ep-pp-dp" if parallel.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
         create_gloo_process_groups=parallel.enable_gloo_process_groups,
     )
-    return current_parallel_state()
 
 
 def current_parallel_state() -> ParallelState:
@@ -103,13 +147,23 @@ def current_parallel_state() -> ParallelState:
         tp_size=mpu.get_tensor_model_parallel_world_size(),
         pp_rank=mpu.get_pipeline_model_parallel_rank(),
         pp_size=mpu.get_pipeline_model_parallel_world_size(),
+        cp_rank=mpu.get_context_parallel_rank(),
+        cp_size=mpu.get_context_parallel_world_size(),
         dp_rank=mpu.get_data_parallel_rank(),
         dp_size=mpu.get_data_parallel_world_size(),
         tp_group=mpu.get_tensor_model_parallel_group(),
         pp_group=mpu.get_pipeline_model_parallel_group(),
+        cp_group=mpu.get_context_parallel_group(),
         dp_group=mpu.get_data_parallel_group(),
+        dp_cp_group=mpu.get_data_parallel_group(with_context_parallel=True),
         mp_group=mpu.get_model_parallel_group(),
     )
+
+
+def _all_gather(tensor: torch.Tensor, group: dist.ProcessGroup, size: int) -> torch.Tensor:
+    parts = [torch.empty_like(tensor) for _ in range(size)]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.cat(parts)
 
 
 def set_seeds(seed: int, parallel_state: ParallelState) -> None:

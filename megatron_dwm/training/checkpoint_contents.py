@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.parallel import ParallelConfig
@@ -117,7 +118,7 @@ def _sharded_rng_state(parallel_state: ParallelState) -> Any:
         [state],
         (parallel_state.pp_size, parallel_state.tp_size),
         (parallel_state.pp_rank, parallel_state.tp_rank),
-        replica_id=parallel_state.dp_rank,
+        replica_id=dist.get_rank(parallel_state.dp_cp_group),
     )
 
 

@@ -93,7 +93,7 @@ class Dataloaders:
 
     def _check_samples(self, consumed: Consumed) -> None:
         """Refuse datasets that cannot fill the batches that the run reads, or of which no token's loss counts."""
-        if self.parallel_state.mp_rank != 0:
+        if self.parallel_state.replica_rank != 0:
             return
         if self.datasets.train is None:
             raise UserError("the training part of the data holds no document; change --split or give more data")

@@ -60,7 +60,7 @@ class SampleWeighting(Protocol):
     def weigh(self, iteration: int, batch: Batch) -> SampleWeights | None:
         """Give this replica's ``batch`` its weights; None trains it plainly.
 
-        May gather over the model-parallel and then the data-parallel group.
+        May gather over the model-parallel, the context-parallel and then the data-parallel group.
         """
 
     def after_step(

@@ -17,24 +17,24 @@ from megatron_dwm.runtime.process_groups import ParallelState
 class SampleGather:
     """Gathers values per sample over the ranks of one step's batch, and selects from the whole batch's.
 
-    The ranks of a model-parallel group see the same n samples. Each works on a slice of them, so that nothing is
-    computed twice.
+    The ranks of a replica (of its tensor, pipeline and context parallelism) see the same n samples. Each works on a
+    slice of them, so that nothing is computed twice.
     """
 
     def __init__(self, partition: BatchPartition, parallel_state: ParallelState) -> None:
         self.partition, self.parallel_state = partition, parallel_state
         self.replica_samples = partition.replica_samples
-        self.max_rank_samples = -(-self.replica_samples // parallel_state.mp_size)
+        self.max_rank_samples = -(-self.replica_samples // parallel_state.replica_size)
 
     @property
     def rank_slice(self) -> slice:
         """The part of the replica's samples that this rank works on."""
-        start = min(self.parallel_state.mp_rank * self.max_rank_samples, self.replica_samples)
+        start = min(self.parallel_state.replica_rank * self.max_rank_samples, self.replica_samples)
         return slice(start, min(start + self.max_rank_samples, self.replica_samples))
 
     def gather_from_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Gather each rank's [c, …] to the whole batch's [N, …] on every rank; a collective call."""
-        return self.gather_from_replicas(self._gather_from_model_parallel(values))
+        return self.gather_from_replicas(self._gather_from_replica(values))
 
     def gather_from_replicas(self, values: torch.Tensor) -> torch.Tensor:
         """Gather each replica's [n, …] to the whole batch's [N, …]; a collective call of the data-parallel group."""
@@ -55,9 +55,7 @@ class SampleGather:
         """Select this rank's [c, …] of the whole batch's [N, …]."""
         return self.select_replica(values)[self.rank_slice]
 
-    def _gather_from_model_parallel(self, values: torch.Tensor) -> torch.Tensor:
+    def _gather_from_replica(self, values: torch.Tensor) -> torch.Tensor:
         padded = values.new_zeros(self.max_rank_samples, *values.shape[1:])
         padded[: len(values)] = values
-        gathered = [torch.empty_like(padded) for _ in range(self.parallel_state.mp_size)]
-        dist.all_gather(gathered, padded, group=self.parallel_state.mp_group)
-        return torch.cat(gathered)[: self.replica_samples]
+        return self.parallel_state.gather_over_replica(padded)[: self.replica_samples]

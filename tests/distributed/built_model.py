@@ -25,7 +25,7 @@ from megatron_dwm.model.hf_weights import to_hf_state_dict
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.transformer_config import transformer_config
 from megatron_dwm.model.vocabulary import Vocabulary
-from megatron_dwm.runtime.process_groups import ParallelState, current_parallel_state, set_seeds
+from megatron_dwm.runtime.process_groups import ParallelState, build_model_groups, current_parallel_state, set_seeds
 from megatron_dwm.training.optimizer import build_optimizer
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.outer_update import OuterUpdate
@@ -55,6 +55,21 @@ LAYOUTS: dict[str, tuple[int, Flags]] = {
         },
     ),
 }
+
+_CP2: Flags = {"--context-parallel-size": 2}
+CONTEXT_PARALLEL: dict[str, tuple[int, Flags]] = {
+    "CP2": (2, _CP2),
+    "PP2, interleaved, x CP2": (4, {**LAYOUTS["PP2, interleaved"][1], **_CP2}),
+    "CP2 x DP2, distributed optimizer, overlapped": (
+        4,
+        {**_CP2, "--use-distributed-optimizer": True, "--overlap-grad-reduce": True, "--overlap-param-gather": True},
+    ),
+    "TP2, sequence parallel, x PP2 x CP2 x DP2": (
+        16,
+        {**LAYOUTS["TP2 x PP2"][1], "--sequence-parallel": True, **_CP2},
+    ),
+}
+"""Layouts with context parallelism, in which each rank holds two chunks of every sequence."""
 
 ALL_TRAINED = Vocabulary(VOCAB_SIZE, VOCAB_SIZE)
 """All rows take part in the softmax."""
@@ -107,7 +122,7 @@ class BuiltModel:
                         if param in part.model_param_group_index_map:
                             owned = part._get_model_param_range_map(param)["param"]
                             flat[owned.start : owned.end] = value.view(-1)[owned.start : owned.end]
-                        dist.all_reduce(flat, group=self.parallel_state.dp_group)
+                        dist.all_reduce(flat, group=self.parallel_state.dp_cp_group)
                         value = flat.view_as(value)
                     tensors[param] = value
         return self.named(tensors)
@@ -139,7 +154,7 @@ def build_model(flags: Flags, seed: int = 1234, vocabulary: Vocabulary = ALL_TRA
     )
     parallel, virtual = config.parallel, config.parallel.virtual_stages(config.model.layers)
     if not mpu.model_parallel_is_initialized():  # by another model of the test
-        mpu.initialize_model_parallel(parallel.tp, parallel.pp, virtual)
+        build_model_groups(parallel, virtual)
     layout = current_parallel_state()
     set_seeds(seed, layout)
     bare = build_model_chunks(core_config, config.model, vocabulary=vocabulary)

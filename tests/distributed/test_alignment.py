@@ -6,12 +6,15 @@ cancel). The finite difference moves θ by 0.01; its error is that of the curvat
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_dwm.weighting.bilevel.sample_products import has_known_layers
 from tests.distributed.built_model import (
+    CONTEXT_PARALLEL,
     LAYOUTS,
     HfState,
     Reference,
@@ -40,6 +43,12 @@ def align(flags: Flags) -> tuple[HfState, HfState, torch.Tensor, torch.Tensor, t
     with built.engine.full_parameters(), built.engine.deterministic():
         loss, direction = passes.gradient(target)
         exact = built.sample_gather.gather_from_replicas(passes.align(batch, direction))
+        assert has_known_layers(built.engine.chunks)
+        single = passes.with_config(replace(built.config.weighting, dwm_alignment="single-sample"))
+        singly = built.sample_gather.gather_from_replicas(single.align(batch, direction))
+        # Two sums of the same products, in another order; fp16 keeps 11 bits.
+        tolerance = 1e-3 if built.config.optimizer.fp16 else 1e-5
+        assert float((singly - exact).abs().max()) < tolerance * float(singly.abs().max())
         differences = built.sample_gather.gather_from_replicas(passes._align_by_differences(batch, direction))
     return state, built.named(dict(direction)), exact, differences, torch.tensor(loss)
 
@@ -67,6 +76,13 @@ def test_alignments_in_every_layout(model: str, layout: str):
     check(MODELS[model], run_distributed(align, world, {**MODELS[model], **parallel}))
 
 
+@pytest.mark.parametrize("layout", CONTEXT_PARALLEL)
+def test_alignments_under_context_parallelism(layout: str):
+    model = GPT if layout == "CP2" else LLAMA
+    world, parallel = CONTEXT_PARALLEL[layout]
+    check(model, run_distributed(align, world, {**model, **parallel}))
+
+
 @pytest.mark.parametrize("layout", ["one process", "PP2", "TP2 x PP2", "PP2, interleaved"])
 @pytest.mark.parametrize("model", ["gpt, untied", "llama, tied"])
 def test_embeddings_tied_and_untied(model: str, layout: str):
@@ -75,10 +91,10 @@ def test_embeddings_tied_and_untied(model: str, layout: str):
     check(flags, run_distributed(align, world, {**flags, **parallel}))
 
 
-@pytest.mark.parametrize("layout", ["one process", "TP2 x PP2"])
+@pytest.mark.parametrize("layout", ["one process", "TP2 x PP2", "CP2"])
 @pytest.mark.parametrize("recomputation", [FULL, SELECTIVE], ids=["full", "selective"])
 def test_recomputed_activations(recomputation: Flags, layout: str):
-    world, parallel = LAYOUTS[layout]
+    world, parallel = (LAYOUTS | CONTEXT_PARALLEL)[layout]
     check(LLAMA, run_distributed(align, world, {**LLAMA, **recomputation, **parallel}))
 
 

@@ -17,7 +17,7 @@ from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.bilevel.alignment import Direction
 from megatron_dwm.weighting.bilevel.gradient_check import BOUND, HypergradientCheck, check_at_start, check_hypergradient
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
-from tests.distributed.built_model import LAYOUTS, BuiltModel, build_model, random_mask, random_tokens
+from tests.distributed.built_model import CONTEXT_PARALLEL, LAYOUTS, BuiltModel, build_model, random_mask, random_tokens
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_outer_update import _NoSchedule, fingerprint
 from tests.small_runs import GPT, LLAMA, NUM_SAMPLES, SEQ_LENGTH, Flags
@@ -50,9 +50,9 @@ def checked(
     return found, before is None or fingerprint(built) == before
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "CP2"])
 def test_it_passes_in_every_layout_and_changes_nothing(layout: str):
-    world, parallel = LAYOUTS[layout]
+    world, parallel = (LAYOUTS | CONTEXT_PARALLEL)[layout]
     results = run_distributed(checked, world, {**LLAMA, **parallel, **DROPOUT}, 0, random_mask(2))
     for found, unchanged in results:
         assert unchanged and found.passed and found.error < 2e-3

@@ -17,6 +17,7 @@ from megatron_dwm.weighting.bilevel.outer_update import OuterResult
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weights import target_score_gradient, weights_from_scores
 from tests.distributed.built_model import (
+    CONTEXT_PARALLEL,
     LAYOUTS,
     HfState,
     Reference,
@@ -83,13 +84,16 @@ def target_loss(state: HfState, mask: torch.Tensor, is_per_token: bool) -> tuple
         ("DP2", "every second sample at 1 of 12 tokens", False),
         ("one process", "every second sample at 3 of 12 tokens", True),
         ("DP2", "every second sample at 1 of 12 tokens", True),
+        ("CP2", "every second sample at 3 of 12 tokens", False),
+        ("PP2, interleaved, x CP2", "every second sample at 1 of 12 tokens", False),
+        ("TP2, sequence parallel, x PP2 x CP2 x DP2", "every second sample at 1 of 12 tokens", True),
     ],
 )
 def test_the_update_of_a_run_finds_the_derivative_of_the_target_loss_in_the_scores(
     layout: str, masks: str, is_per_token: bool
 ):
     """Without the factors of unequal masks the cosine of the two was 0.57 to 0.70 with these masks."""
-    world, parallel = LAYOUTS[layout]
+    world, parallel = (LAYOUTS | CONTEXT_PARALLEL)[layout]
     mask = MASKS[masks]
     flags = {**GPT, **parallel, **({"--calculate-per-token-loss": True} if is_per_token else {})}
     results = run_distributed(weighted_step_and_update, world, flags, mask)

@@ -109,6 +109,27 @@ def test_goes_on_with_another_kind_of_optimizer_on_the_same_curve(case: str, tmp
         assert torch.equal(moved.parameters[name], value), name
 
 
+@pytest.mark.parametrize("sharding", [DISTRIBUTED, RESHARDABLE], ids=["by rank", "reshardable"])
+def test_context_parallelism_comes_and_goes(sharding: Flags, tmp_path: Path):
+    """Two ranks that divide the samples, and two that divide the sequences, go on from each other's checkpoint."""
+    flags = {**SCHEDULE, **LLAMA, **sharding}
+    divided = {**flags, "--context-parallel-size": 2}
+    from_whole, from_divided = tmp_path / "whole", tmp_path / "divided"
+    whole, _, _, *resumed = train_legs(
+        2,
+        [
+            Leg(flags),
+            Leg(flags, save=from_whole, last=STOP),
+            Leg(divided, save=from_divided, last=STOP),
+            Leg(divided, load=(from_whole, STOP)),
+            Leg(flags, load=(from_divided, STOP)),
+        ],
+    )
+    for leg in resumed:
+        assert leg.rates == whole.rates[STOP:]
+        assert leg.losses == pytest.approx(whole.losses[STOP:], rel=1e-5)
+
+
 def test_the_distributed_optimizer_is_given_up_under_another_layout(tmp_path: Path):
     """Reshardable state moves to any layout of any kind of optimizer."""
     flags = {**SCHEDULE, **LLAMA}

@@ -7,7 +7,15 @@ import torch
 
 from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.bilevel.preconditioner import precondition
-from tests.distributed.built_model import LAYOUTS, HfState, build_model, random_mask, random_tokens, relative_error
+from tests.distributed.built_model import (
+    CONTEXT_PARALLEL,
+    LAYOUTS,
+    HfState,
+    build_model,
+    random_mask,
+    random_tokens,
+    relative_error,
+)
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_outer_update import _NoSchedule
 from tests.small_runs import LLAMA, Flags
@@ -32,19 +40,20 @@ def preconditioned(flags: Flags) -> tuple[list[HfState], HfState, HfState]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "precision", "tolerance"),
+    ("layout", "changes", "tolerance"),
     [
         ("one process", {}, 1e-5),
         ("DP2", {}, 1e-5),
         ("DP2, distributed optimizer", {}, 1e-5),
+        ("CP2", {"--use-distributed-optimizer": True}, 1e-5),
         # The result is handed back through bf16 parameters here, which keep 8 bits.
         ("one process", {"--bf16": True}, 1e-2),
         ("DP2, distributed optimizer", {"--bf16": True}, 1e-2),
     ],
 )
-def test_the_direction_is_scaled_by_adams_second_moment(layout: str, precision: Flags, tolerance: float):
-    world, parallel = LAYOUTS[layout]
-    for gradients, v, found in run_distributed(preconditioned, world, {**LLAMA, **parallel, **precision}):
+def test_the_direction_is_scaled_by_adams_second_moment(layout: str, changes: Flags, tolerance: float):
+    world, parallel = (LAYOUTS | CONTEXT_PARALLEL)[layout]
+    for gradients, v, found in run_distributed(preconditioned, world, {**LLAMA, **parallel, **changes}):
         expected = {}
         for name, value in v.items():
             second = torch.zeros_like(value, dtype=torch.float64)

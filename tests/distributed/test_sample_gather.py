@@ -18,9 +18,9 @@ from tests.small_runs import SEQ_LENGTH, VOCAB_SIZE
 CONFIG = WeightingConfig(dwm_score_batch_size=2, dwm_target_data_path=["x"])
 
 
-def scored(tp: int, pp: int, microbatches: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+def scored(tp: int, pp: int, cp: int, microbatches: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Scores of the whole batch by shares and by this rank alone, and the size of its share."""
-    parallel_state.initialize_model_parallel(tp, pp)
+    parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp)
     layout = current_parallel_state()
     sample_gather = SampleGather(BatchPartition(1, microbatches, layout.dp_rank, layout.dp_size), layout)
     generator = torch.Generator().manual_seed(1)
@@ -32,17 +32,22 @@ def scored(tp: int, pp: int, microbatches: int) -> tuple[torch.Tensor, torch.Ten
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp", "microbatches", "sizes"),
+    ("tp", "pp", "cp", "microbatches", "sizes"),
     [
-        (2, 2, 3, [1, 1, 1, 0]),  # a share without samples
-        (2, 2, 6, [2, 2, 2, 0]),
-        (4, 1, 5, [2, 2, 1, 0]),
-        (2, 1, 3, [2, 1, 2, 1]),  # two replicas
-        (1, 1, 3, [3, 3, 3, 3]),
+        (2, 2, 1, 3, [1, 1, 1, 0]),  # a share without samples
+        (2, 2, 1, 6, [2, 2, 2, 0]),
+        (4, 1, 1, 5, [2, 2, 1, 0]),
+        (2, 1, 1, 3, [2, 1, 2, 1]),  # two replicas
+        (1, 1, 1, 3, [3, 3, 3, 3]),
+        (2, 1, 2, 6, [2, 2, 2, 0]),  # tensor-parallel ranks 0 and 1 of the first half of the sequences, then the others
+        (1, 2, 2, 6, [2, 2, 2, 0]),
+        (1, 1, 2, 3, [2, 1, 2, 1]),
     ],
 )
-def test_shares_of_any_size_add_up_to_the_scores_of_one_process(tp: int, pp: int, microbatches: int, sizes: list[int]):
-    results = run_distributed(scored, 4, tp, pp, microbatches)
+def test_shares_of_any_size_add_up_to_the_scores_of_one_process(
+    tp: int, pp: int, cp: int, microbatches: int, sizes: list[int]
+):
+    results = run_distributed(scored, 4, tp, pp, cp, microbatches)
     assert [size for _, _, size in results] == sizes
     for by_shares, alone, _ in results:
         assert torch.equal(by_shares, results[0][0])

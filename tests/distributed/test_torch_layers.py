@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core import tensor_parallel
+from megatron.core.utils import get_batch_on_this_cp_rank
 
+from megatron_dwm.runtime.context_parallel import slice_sequence
 from tests.distributed.built_model import build_model, random_tokens
 from tests.distributed.harness import run_distributed
 from tests.distributed.passes import logits, losses_and_gradients
@@ -175,3 +181,44 @@ def test_initial_weights_follow_the_flag_for_cpu_initialization(tp: int):
     assert on_cpu.shape == on_device.shape
     assert not torch.equal(on_cpu, on_device)
     assert on_device.std() == pytest.approx(0.2, rel=0.1)
+
+
+def _divided_attention() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Outputs and gradients of attention, causal and with a mask: this rank's part of the whole, and of its own."""
+    length, size = 24, dist.get_world_size()
+    flags = {**LLAMA, "--seq-length": length, "--max-position-embeddings": length, "--context-parallel-size": size}
+    built = build_model(flags)
+    rank, group = built.parallel_state.cp_rank, built.parallel_state.cp_group
+    divided = built.chunks[0].module.decoder.layers[0].self_attention.core_attention
+    whole = copy.copy(divided)
+    whole.cp_group = None
+    generator = torch.Generator().manual_seed(4)
+    wanted = torch.randn(length, 2, 16, generator=generator)
+    inputs = [torch.randn(length, 2, heads, 4, generator=generator) for heads in (4, 2, 2)]
+    ended = torch.rand(2, length, generator=generator).gt(0.8).cumsum(dim=1)
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    documents = ((ended[:, :, None] != ended[:, None, :]) | future)[:, None]
+
+    def attend(attention: Any, part: Any, mask: torch.Tensor | None) -> list[torch.Tensor]:
+        own = [tensor[part].clone().requires_grad_() for tensor in inputs]
+        output = attention(*own, mask)
+        (output * wanted[part]).sum().backward()
+        return [output.detach(), *(tensor.grad for tensor in own if tensor.grad is not None)]
+
+    own_part = slice_sequence(torch.arange(length), rank, size, dim=0)
+    pairs = []
+    for mask in (None, documents):
+        own_mask = (
+            None if mask is None else get_batch_on_this_cp_rank({"attention_mask": mask}, group)["attention_mask"]
+        )
+        expected, found = attend(whole, slice(None), mask), attend(divided, own_part, own_mask)
+        pairs += [(tensor[own_part], other) for tensor, other in zip(expected, found, strict=True)]
+    return pairs
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_context_parallel_ranks_attend_as_one_process(size: int):
+    for pairs in run_distributed(_divided_attention, size):
+        assert len(pairs) == 8
+        for expected, found in pairs:
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

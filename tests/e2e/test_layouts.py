@@ -40,7 +40,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "other microbatches": (1, {"--micro-batch-size": 8}),
 }
-START, END = 8, 12
+CP2 = {"--context-parallel-size": 2}
+DIVIDED_SEQUENCES: dict[str, tuple[int, dict[str, Any]]] = {
+    "CP2": (2, CP2),
+    "TP2, sequence parallel, x CP2": (4, {**TP2, "--sequence-parallel": True, **CP2}),
+    "PP2, interleaved, x CP2": (4, {**PP2, "--num-virtual-stages-per-pipeline-rank": 2, **CP2}),
+    "CP2 x DP2, distributed optimizer": (4, {**CP2, **SHARDED}),
+}
+START, STOP, END = 8, 10, 12
+EOD = 100
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +75,29 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**common, "--load": folder / "start", "--no-load-optim": True, "--no-load-rng": True}
 
 
+def interrupted(documents: list[list[int]]) -> list[list[int]]:
+    """Documents with end-of-document tokens in the first third of every 30: some samples have many, some few."""
+    return [[EOD if place % 30 < 10 else token for place, token in enumerate(ids)] for ids in documents]
+
+
+@pytest.fixture(scope="module")
+def masked(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Flags of the same run with samples whose losses count in part, in other places of each."""
+    folder = tmp_path_factory.mktemp("masked")
+    train = [
+        *("0.5", make_dataset(folder, "clean", interrupted(counting(0)))),
+        *("0.5", make_dataset(folder, "noise", noise(1))),
+    ]
+    target = make_dataset(folder, "target", interrupted(counting(3)))
+    documents = {"--eod-mask-loss": True, "--reset-attention-mask": True, "--reset-position-ids": True}
+    return {**flags, **documents, "--train-data-path": train, "--dwm-target-data-path": target}
+
+
+@pytest.fixture(scope="module")
+def expected_masked(masked: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return go_on(tmp_path_factory.mktemp("one"), masked, 1, {})
+
+
 def go_on(folder: Path, flags: dict[str, Any], processes: int, parallel: dict[str, Any]) -> dict[str, Any]:
     succeed(folder / "log", processes, {**flags, **parallel, "--save": folder / "save"})
     metrics = folder / "save" / "metrics.jsonl"
@@ -88,8 +119,33 @@ def expected(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
 def test_a_layout_goes_on_as_one_process_does(
     layout: str, flags: dict[str, Any], expected: dict[str, Any], tmp_path: Path
 ):
-    found = go_on(tmp_path, flags, *LAYOUTS[layout])
     assert len(expected["losses"]) == END - START and len(expected["samples"]) == 2
+    assert_same(go_on(tmp_path, flags, *LAYOUTS[layout]), expected)
+
+
+@pytest.mark.parametrize("layout", DIVIDED_SEQUENCES)
+def test_divided_sequences_go_on_as_one_process_does(
+    layout: str,
+    masked: dict[str, Any],
+    expected: dict[str, Any],
+    expected_masked: dict[str, Any],
+    tmp_path: Path,
+):
+    assert expected_masked["losses"] != expected["losses"]
+    assert_same(go_on(tmp_path, masked, *DIVIDED_SEQUENCES[layout]), expected_masked)
+
+
+def test_one_process_goes_on_from_divided_sequences(
+    masked: dict[str, Any], expected_masked: dict[str, Any], tmp_path: Path
+):
+    parts = {**masked, "--save": tmp_path / "save", "--exit-interval": STOP}
+    succeed(tmp_path / "log", 2, {**parts, **CP2})
+    del parts["--no-load-optim"]
+    found = go_on(tmp_path, {**parts, "--load": tmp_path / "save"}, 1, {})
+    assert_same(found, expected_masked)
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert found["evaluation"] == pytest.approx(expected["evaluation"], rel=1e-5)
     for ours, theirs in zip(found["samples"], expected["samples"], strict=True):

@@ -21,11 +21,12 @@ Direction = dict[torch.nn.Parameter, torch.Tensor]
 
 
 def counts_here(name: str, param: torch.nn.Parameter, parallel_state: ParallelState) -> bool:
-    """Return whether this rank's product for the parameter belongs in the sum over the model-parallel group.
+    """Return whether this rank's product for the parameter belongs in the sum over the replica.
 
     A parameter that the TP ranks hold in full has the same gradient on all of them, and counts once. Where its
     gradients are parts of a sum all count: norms and biases under sequence parallelism, and norms of queries and keys,
-    whose heads the ranks divide. Tied embeddings on two pipeline stages each hold a part.
+    whose heads the ranks divide. Tied embeddings on two pipeline stages each hold a part. On every context-parallel
+    rank each parameter's gradient is the part that goes through its tokens, so all of these ranks count alike.
     """
     sharded = getattr(param, "tensor_model_parallel", False)
     of_heads = "q_layernorm" in name or "k_layernorm" in name  # megatron-core knows them by name, too
@@ -40,7 +41,7 @@ def products_with(
     """Let backward passes of single-sample microbatches add ⟨v, gradient⟩ to the yielded tensor [n], float64.
 
     The k-th gradient a parameter receives belongs to the k-th microbatch of its model chunk in all of megatron-core's
-    schedules. The sum is this rank's part; :func:`sum_over_model` completes it.
+    schedules. The sum is this rank's part; :func:`sum_over_replica` completes it.
     """
     device = next(chunks[0].parameters()).device
     products = torch.zeros(num_samples, dtype=torch.float64, device=device)
@@ -79,9 +80,9 @@ def inner_product(gradient: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.dot(g.to(w.dtype), w) for g, w in pairs]).sum(dtype=torch.float64)
 
 
-def sum_over_model(products: torch.Tensor, parallel_state: ParallelState) -> torch.Tensor:
+def sum_over_replica(products: torch.Tensor, parallel_state: ParallelState) -> torch.Tensor:
     """Sum each rank's parts [n] to alignments [n], the same on all ranks of the replica."""
-    dist.all_reduce(products, group=parallel_state.mp_group)
+    parallel_state.sum_over_replica(products)
     return products
 
 

@@ -18,8 +18,9 @@ from megatron_dwm.model.loss import weighted_loss
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.runtime.process_groups import ParallelState
-from megatron_dwm.weighting.bilevel.alignment import Direction, global_norm, products_with, shift, sum_over_model
+from megatron_dwm.weighting.bilevel.alignment import Direction, global_norm, products_with, shift, sum_over_replica
 from megatron_dwm.weighting.bilevel.preconditioner import precondition
+from megatron_dwm.weighting.bilevel.sample_products import has_known_layers, sample_products
 from megatron_dwm.weighting.loss_factors import LossFactors
 
 FINITE_DIFFERENCE_DISTANCE = 1e-2  # how far θ is moved along v, in norm
@@ -67,11 +68,28 @@ class LMGradients:
         """
         if self.config.dwm_alignment == "finite-difference":
             products = self._align_by_differences(batch, direction)
+        elif self.config.dwm_alignment == "single-sample" or not has_known_layers(self.engine.chunks):
+            products = self._align_singly(batch, direction)
         else:
             products = self._align_exactly(batch, direction)
         return products * self.loss_factors(batch)
 
     def _align_exactly(self, batch: Batch, direction: Direction) -> torch.Tensor:
+        """Return ⟨v, ∇ l_i⟩ from one backward pass at the run's own micro-batch size."""
+        # Megatron-LM's loss of a microbatch counts samples by their tokens. With these weights it is their mean loss.
+        factors = LossFactors(self.micro_batch_size, is_per_token=False, parallel_state=self.parallel_state)(batch)
+        weights = torch.where(factors > 0, 1 / factors.clamp(min=torch.finfo(factors.dtype).tiny), 0)
+        with (
+            self.engine.unsynchronized(),
+            sample_products(
+                direction, self.engine.chunks, len(batch), self.micro_batch_size, self.parallel_state
+            ) as products,
+        ):
+            self.engine.run(batch, self.micro_batch_size, loss_function=weighted_loss(weights))
+        return self._whole(products)
+
+    def _align_singly(self, batch: Batch, direction: Direction) -> torch.Tensor:
+        """Return ⟨v, ∇ l_i⟩ from one backward pass over microbatches of one sample."""
         self._zero_gradients()
         chunks = self.engine.chunks
         with (
@@ -80,9 +98,14 @@ class LMGradients:
         ):
             self.engine.run(batch, 1)
         self._zero_gradients()
-        # The engine divides each microbatch's loss by their number, and fp16 training scales it.
-        products *= len(batch) / float(self.optimizer.get_loss_scale())
-        return sum_over_model(products, self.parallel_state)
+        return self._whole(products)
+
+    def _whole(self, products: torch.Tensor) -> torch.Tensor:
+        """Return alignments [n], the same on all ranks of the replica, of each rank's products of one backward pass."""
+        # The engine divides each microbatch's loss by their number, and scales it for the average over CP ranks and
+        # in fp16 training.
+        products *= len(products) / (float(self.optimizer.get_loss_scale()) * self.parallel_state.cp_size)
+        return sum_over_replica(products, self.parallel_state)
 
     def _align_by_differences(self, batch: Batch, direction: Direction) -> torch.Tensor:
         norm = global_norm(direction, self.parallel_state)

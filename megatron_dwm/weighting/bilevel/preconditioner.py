@@ -46,7 +46,8 @@ class _Owned:
 def precondition(direction: Direction, optimizer: Optimizer, parallel_state: ParallelState) -> None:
     """v ← P v, in place; NaN before the optimizer's first step.
 
-    Under the distributed optimizer each data-parallel rank scales the part whose state it holds; the parts are summed.
+    Under the distributed optimizer each of the ranks that its state is sharded over scales the part that it holds; the
+    parts are summed.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -63,7 +64,7 @@ def precondition(direction: Direction, optimizer: Optimizer, parallel_state: Par
             v.zero_()
         flat[place] = scaled.to(flat)
         if sharded:
-            dist.all_reduce(v, group=parallel_state.dp_group)
+            dist.all_reduce(v, group=parallel_state.dp_cp_group)
 
 
 def knows_preconditioner(optimizer: Optimizer) -> bool:

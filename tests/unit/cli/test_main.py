@@ -72,7 +72,10 @@ def test_help_and_version_import_nothing_that_takes_seconds():
         ([], "megatron-dwm needs a command; give one of pretrain, preprocess, "),
         (["preproces"], "megatron-dwm has no command preproces; is it preprocess?"),
         (["zzz"], "megatron-dwm has no command zzz; give one of pretrain, "),
-        (["benchmark"], "megatron-dwm benchmark needs a command; give one of benefit, overhead"),
+        (
+            ["benchmark"],
+            "megatron-dwm benchmark needs a command; give one of benefit, overhead, word-order, precision, gpu",
+        ),
         (["plot", "--runs", "x"], "unknown flag --runs; is it --run?"),
     ],
 )
@@ -101,7 +104,8 @@ def test_the_scripts_are_the_commands():
         str(path.relative_to(ROOT)) for folder in ("tools", "benchmarks") for path in (ROOT / folder).glob("*.py")
     }
     assert scripts - DOORS.keys() == {"tools/write_flags.py"}  # of use in the repository alone
-    assert COMMANDS.keys() - set(DOORS.values()) == {"benchmark"}
+    # gpu has benchmarks/gpu.sh, and starts precision itself.
+    assert COMMANDS.keys() - set(DOORS.values()) == {"benchmark", "gpu", "precision"}
 
 
 def test_extras_are_those_of_the_distribution():

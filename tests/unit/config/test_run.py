@@ -246,7 +246,16 @@ MISTAKES = {
     "--fp8-format hybrid": "use --fp8-recipe tensorwise",
     "--num-experts 8": "--num-experts is not supported",
     "--moe-router-topk 2": "--moe-router-topk is not supported: only dense models",
-    "--context-parallel-size 2": "--context-parallel-size is not supported",
+    "--context-parallel-size 3": "x --context-parallel-size 3; start a multiple of 3 processes",
+    "--context-parallel-size 0": "--context-parallel-size 0: must be at least 1",
+    "--context-parallel-size 4 --seq-length 28": "--seq-length 28 is not divisible by 2 x --context-parallel-size 4",
+    "--context-parallel-size 2 --hybrid-context-parallel": "--hybrid-context-parallel is not supported",
+    "--context-parallel-size 2 --pipeline-model-parallel-size 2 --use-tp-pp-dp-mapping": "--use-tp-pp-dp-mapping with",
+    "--cp-comm-type ring": "--cp-comm-type ring: unknown; choose from p2p, all_gather, a2a, a2a+p2p",
+    "--cp-comm-type p2p a2a": "--cp-comm-type p2p a2a: ",
+    "--context-parallel-size 2 --cp-comm-type a2a+p2p": "needs two --hierarchical-context-parallel-sizes",
+    "--context-parallel-size 4 --hierarchical-context-parallel-sizes 2 4": "2 4 do not make --context-parallel-size 4",
+    "--context-parallel-size 4 --cp-comm-type a2a --group-query-attention --num-query-groups 2": "x 4, the ranks that",
     "--wandb-project x": "--wandb-project x is not supported",
     "--rampup-batch-size 4 4 100": "--rampup-batch-size is not supported",
     "--overlap-param-gather": "--use-distributed-optimizer",
@@ -277,6 +286,14 @@ def test_a_mistake_is_one_line_and_code_2(flags: str, capsys: pytest.CaptureFixt
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert MISTAKES[flags] in error
+
+
+def test_context_parallelism_divides_the_world_and_the_sequence():
+    config = _parse(f"{RUN} --context-parallel-size 2 --tensor-model-parallel-size 2", world_size=8)
+    assert (config.data_parallel_size, config.global_batch_size) == (2, 4)
+    with pytest.raises(UserError, match="--seq-length 28 / --context-parallel-size 2 is not divisible"):
+        flags = "--context-parallel-size 2 --tensor-model-parallel-size 4 --sequence-parallel --seq-length 28"
+        _parse(f"{RUN} {flags}", world_size=8)
 
 
 def test_only_what_learns_a_weighter_needs_a_target_set():

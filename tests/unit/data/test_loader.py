@@ -62,7 +62,7 @@ def counting_loader(
 ) -> BatchLoader:
     """Of steps of 8 samples in order."""
     partition = BatchPartition(2, 4 // parallel_state.dp_size, parallel_state.dp_rank, parallel_state.dp_size)
-    readable = dataset if parallel_state.mp_rank == 0 else None
+    readable = dataset if parallel_state.replica_rank == 0 else None
     sampler = SequentialSampler(len(dataset) if readable is not None else 0, consumed, partition)
     return BatchLoader(readable, sampler, partition, SEQUENCE, parallel_state, 100, workers)
 

@@ -1,0 +1,20 @@
+"""Attributes of foreign objects, changed for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def changed_attributes(target: Any, values: dict[str, Any]) -> Iterator[None]:
+    """Set attributes of ``target`` for a while."""
+    before = {name: getattr(target, name) for name in values}
+    for name, value in values.items():
+        setattr(target, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
