@@ -38,7 +38,7 @@ def test_it_learns_is_exported_serves_frozen_and_goes_on_with_another_batch_size
     assert torch.equal(state["weighter"]["embedding.weight"], model.embedding.weight)
     assert len(state["replay"]) == 10 and all(len(entry["tokens"]) == 8 for entry in state["replay"])
 
-    layout = {"--tensor-model-parallel-size": 2, "--train-iters": 2, "--metrics-jsonl": tmp_path / "frozen.jsonl"}
+    layout = {"--tensor-model-parallel-size": 2, "--train-iters": 6, "--metrics-jsonl": tmp_path / "frozen.jsonl"}
     succeed(tmp_path / "log", 2, {**run, **layout, "--dwm-mode": "frozen", "--dwm-load": export})
     first = records(tmp_path / "frozen.jsonl", "train")[0]
     assert first["weight_by_source"]["clean"] > first["weight_by_source"]["noise"]
