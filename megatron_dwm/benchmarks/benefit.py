@@ -69,8 +69,10 @@ class BenefitConfig:
     seeds: int = flag(3, "Runs of each arm.")
     iterations: int = flag(960, "Training steps of each run.")
     jobs: int | None = flag(None, "Runs at the same time; as many as there are cores if not given.")
-    corpus: Literal["library", "documentation"] | None = flag(
-        None, "What the mixture is made of: Python's library, which is the default, or installed documentation."
+    corpus: Literal["library", "documentation", "order"] | None = flag(
+        None,
+        "What the mixture is made of: Python's library, which is the default, installed documentation, or prose and "
+        "prose with its words shuffled.",
     )
     clean: bool = flag(False, "Train on the target's source alone, where nothing can be gained.")
     data: list[str] = flag(
@@ -161,7 +163,7 @@ def _train_all(config: BenefitConfig, run_flags: list[str], folder: Path, mixtur
         name, seed = job
         flags = [*_shared_flags(place(*job), mixture, config.iterations, seed)]
         flags += _arm_flags(name, place(*job), mixture, place("bilevel", weighter_seed))
-        _train(name, seed, place(*job), [*flags, *run_flags])
+        train(name, seed, place(*job), [*flags, *run_flags])
 
     with ThreadPoolExecutor(config.jobs or os.cpu_count()) as pool:
         list(pool.map(run, first))
@@ -215,7 +217,7 @@ def _newest_weighter(run: Path) -> str:
     return str(max((run / "weighter").iterdir(), key=lambda path: path.name))
 
 
-def _train(name: str, seed: int, place: Path, flags: list[str]) -> None:
+def train(name: str, seed: int, place: Path, flags: list[str]) -> None:
     """Train one arm with one seed, unless that is done.
 
     Raises:

@@ -26,6 +26,8 @@ class Recipe(NamedTuple):
 CORPORA = {
     # Half of it is characters in random order, which teach nothing.
     "library": Recipe(("--shuffle", "characters"), {"prose": 0.2, "code": 0.3, "shuffled": 0.5}, "prose"),
+    # Both halves have the same words, in one of them in random order.
+    "order": Recipe(("--shuffle", "words"), {"prose": 0.5, "shuffled": 0.5}, "prose"),
     # All of it is good text, but most of it is in another language than the target.
     "documentation": Recipe(
         ("--documentation", "debian:libreoffice-help-de", "debian:sqlite3-doc", "debian:cmake-doc", "pypi:torch"),

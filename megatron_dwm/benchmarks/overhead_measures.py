@@ -183,7 +183,10 @@ def theoretical_parts(modes: Modes) -> dict[str, float]:
         "scoring": scoring_flops(weighter, config.global_batch_size, config.model.sequence),
         "target pass": target / modes.interval,
         "alignment pass": (lm_gradients - target) / modes.interval,
-        "weighter steps": (outer_update_flops(config, vocab, weighter) - lm_gradients) / modes.interval,
+        "weighter steps": (
+            outer_update_flops(config, vocab, weighter, is_linear=modes.weighter.is_linear) - lm_gradients
+        )
+        / modes.interval,
     }
 
 
@@ -203,11 +206,11 @@ def measure_memory(modes: Modes) -> dict[str, Any]:
     """
 
     def replay_bytes() -> int:
-        return sum(aligned.tokens.untyped_storage().nbytes() for aligned in modes.outer.replay)
+        return sum(aligned.tokens.untyped_storage().nbytes() for aligned in modes.outer.replay.batches)
 
     plain, _ = peak_and_retained(partial(modes.plain.train_iteration, 1))
     weighted, _ = peak_and_retained(partial(modes.frozen.train_iteration, 1))
-    modes.outer.replay.clear()  # so that an update adds its samples, and lets go of none that came before
+    modes.outer.replay.batches.clear()  # so that an update adds its samples, and lets go of none that came before
     updating, retained = peak_and_retained(modes.update)
     added = replay_bytes() // len(modes.outer.replay)
     parameters: list[Any] = [param for chunk in modes.bilevel.engine.chunks for param in chunk.parameters()]

@@ -10,6 +10,7 @@ DESCRIPTION = "Measure what data weighting is worth, and what it costs."
 BENCHMARKS = {
     "benefit": Command("megatron_dwm.benchmarks.benefit", "compare the test losses of several weightings"),
     "overhead": Command("megatron_dwm.benchmarks.overhead", "measure time and memory that the weighting costs"),
+    "word-order": Command("megatron_dwm.benchmarks.word_order", "see whether a weighter learns what word order tells"),
     "precision": Command("megatron_dwm.benchmarks.precision", "hold alignments in bf16 against those in fp32"),
     "gpu": Command("megatron_dwm.benchmarks.gpu", "measure all that a single GPU can show"),
 }

@@ -43,15 +43,29 @@ class WeightingConfig:
         "What the weighter starts as: random, lm (the language model's embedding and first layers, at the end of "
         "the warm-up; give it a lower --dwm-lr), or a Hugging Face folder with the same tokenizer.",
     )
-    dwm_arch: Literal["llama", "gpt2", "modernbert"] = flag(
-        "modernbert",
-        "Architecture of a weighter started at random. ModernBERT scores the mean over a sample's tokens, the "
-        "others its last token.",
+    dwm_arch: Literal["llama", "gpt2", "modernbert", "ngram"] = flag(
+        "ngram",
+        "Architecture of a weighter started at random. ngram scores the n-grams of tokens in a sample, ModernBERT the "
+        "mean over its tokens, the others its last token.",
     )
     dwm_num_layers: int = flag(1, "Layers of a weighter started at random or from the language model.")
     dwm_hidden_size: int = flag(128, "Hidden size of a weighter started at random.")
     dwm_num_attention_heads: int = flag(4, "Attention heads of a weighter started at random.")
     dwm_ffn_hidden_size: int | None = flag(None, "Feed-forward size of a weighter started at random.")
+    dwm_ngram_lengths: list[int] = flag(
+        [1, 2], "Lengths of the n-grams that an ngram weighter looks at; longer ones count more."
+    )
+    dwm_ngram_buckets: int = flag(131072, "Numbers that an ngram weighter hashes n-grams to.")
+    dwm_ngram_hidden_size: int = flag(
+        0,
+        "Width of an ngram weighter's bag and of the layer above it. 0 gives each bucket one number: such a "
+        "weighter is linear and learns in closed form (--dwm-ridge), without --dwm-lr.",
+    )
+    dwm_ridge: float = flag(
+        8.0,
+        "Ridge of a linear weighter's regression: the variance of standardized alignments around their expectation, "
+        "in parts of the expectation's.",
+    )
     dwm_temperature: float = flag(1.0, "Temperature of the softmax that turns scores into weights.")
     dwm_kl_weight: float = flag(
         0.5,
@@ -77,8 +91,15 @@ class WeightingConfig:
     dwm_update_interval: int | None = flag(
         None, "Iterations between outer updates; 100 if not given, or fewer where the window is shorter."
     )
-    dwm_weighter_steps: int = flag(4, "Weighter steps in one outer update.")
-    dwm_replay: int = flag(8, "Recent aligned batches that those steps draw on.")
+    dwm_weighter_steps: int = flag(
+        4,
+        "Weighter steps in one outer update: the first on its own batch, the others on as many samples drawn from the "
+        "replay. A linear weighter takes as many steps of conjugate gradients on the whole replay.",
+    )
+    dwm_replay: int = flag(64, "Newest aligned batches that are kept to learn from, this update's included.")
+    dwm_replay_half_life: float | None = flag(
+        None, "Outer updates after which an aligned sample counts half as much; if not given, all count alike."
+    )
     dwm_alignment: Literal["exact", "single-sample", "finite-difference"] = flag(
         "exact",
         "Alignments from one backward pass at the run's micro-batch size (exact) or over single samples "
@@ -103,12 +124,13 @@ class WeightingConfig:
             1,
             "dwm_target_batch_size dwm_num_layers dwm_hidden_size dwm_num_attention_heads dwm_ffn_hidden_size "
             "dwm_num_stages dwm_stage_update_iters dwm_update_interval dwm_weighter_steps dwm_replay "
-            "dwm_score_batch_size",
+            "dwm_score_batch_size dwm_ngram_buckets",
         )
         require_at_least(
             self,
             0,
-            "dwm_kl_weight dwm_clip_alignment dwm_lr dwm_weight_decay dwm_clip_grad dwm_warmup_iters dwm_rule_strength",
+            "dwm_kl_weight dwm_clip_alignment dwm_lr dwm_weight_decay dwm_clip_grad dwm_warmup_iters dwm_rule_strength "
+            "dwm_ngram_hidden_size",
         )
         if not 0 <= self.dwm_min_effective_sample_size <= 1:
             raise UserError(
@@ -116,6 +138,7 @@ class WeightingConfig:
             )
         if self.dwm_temperature <= 0:
             raise UserError(f"--dwm-temperature {self.dwm_temperature}: must be above 0")
+        self._check_ngrams()
         self._check_rule()
         if self.dwm_mode == "frozen" and self.dwm_load is None:
             raise UserError("--dwm-mode frozen needs --dwm-load; give the folder of an exported weighter")
@@ -127,6 +150,20 @@ class WeightingConfig:
         if self.dwm_check and not self.needs_target:
             raise UserError(
                 f"--dwm-check goes with --dwm-mode bilevel, not {self.dwm_mode}, which learns nothing; leave it out"
+            )
+
+    def _check_ngrams(self) -> None:
+        for name, value in (("ridge", self.dwm_ridge), ("replay-half-life", self.dwm_replay_half_life)):
+            if value is not None and value <= 0:
+                raise UserError(f"--dwm-{name} {value}: must be above 0")
+        if not self.dwm_ngram_lengths or min(self.dwm_ngram_lengths) < 1:
+            given = " ".join(map(str, self.dwm_ngram_lengths))
+            raise UserError(f"--dwm-ngram-lengths {given}: give numbers of at least 1")
+        is_linear = self.dwm_arch == "ngram" and self.dwm_ngram_hidden_size == 0 and self.dwm_init_from == "random"
+        if self.dwm_kl_weight == 0 and is_linear and self.needs_target:
+            raise UserError(
+                "--dwm-kl-weight 0: a linear ngram weighter's scores would be infinite; give a number above 0, or "
+                "--dwm-ngram-hidden-size"
             )
 
     def _check_rule(self) -> None:

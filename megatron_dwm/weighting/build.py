@@ -36,6 +36,7 @@ from megatron_dwm.weighting.warmup import Start, WarmupWeighting
 from megatron_dwm.weighting.weight_metrics import WeightMetrics
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_init import (
+    NGRAM,
     check_init_from_lm,
     random_weighter_model,
     weighter_model_from_folder,
@@ -191,6 +192,7 @@ class _Builder:
         if is_restored:
             weighter = self._weighter(weighter_model_from_json(state["weighter_config"]))
             weighter.load_state(state)
+            self._say_what_goes_on(weighter)
         else:
             weighter = self._weighter(self._new_model())
             if iteration > self.inputs.stages.warmup_iters + 1:
@@ -233,6 +235,13 @@ class _Builder:
         with self.engine.full_parameters():
             return weighter_model_from_lm(self.engine.chunks, model, settings, vocab, eod, seed)
 
+    def _say_what_goes_on(self, weighter: Weighter) -> None:
+        """Say that a checkpoint's weighter stays what it is, if the flags would make another."""
+        kind, arch = weighter.model.config.model_type, self.settings.dwm_arch
+        wanted = NGRAM if arch == "ngram" else arch
+        if self.settings.dwm_init_from == "random" and kind != wanted:
+            logger.info(f" > the checkpoint's weighter, a {kind}, goes on; --dwm-arch {arch} is for a new one")
+
     def _announce(self, iteration: int, weighter: Weighter) -> None:
         kind, size, mode = type(weighter.model).__name__, weighter.num_parameters, self.settings.dwm_mode
         logger.info(f" > weighting starts at iteration {iteration}: {kind} of {size} parameters, {mode}")
@@ -249,4 +258,5 @@ class _Builder:
         return scoring_flops(parameters, samples, self.config.model.sequence)
 
     def _update_flops(self, weighter: Weighter) -> float:
-        return outer_update_flops(self.config, self.context.padded_vocab_size, weighter.num_computing_parameters)
+        vocab, parameters = self.context.padded_vocab_size, weighter.num_computing_parameters
+        return outer_update_flops(self.config, vocab, parameters, is_linear=weighter.is_linear)

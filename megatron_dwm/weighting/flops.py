@@ -23,13 +23,25 @@ def scoring_flops(weighter_parameters: int, samples: int, seq_length: int) -> fl
     return float(MULTIPLY_AND_ADD * weighter_parameters * samples * seq_length)
 
 
-def outer_update_flops(config: RunConfig, padded_vocab_size: int, weighter_parameters: int) -> float:
-    """Return the operations of one outer update: passes of the language model, and the weighter's steps."""
+def outer_update_flops(
+    config: RunConfig, padded_vocab_size: int, weighter_parameters: int, *, is_linear: bool = False
+) -> float:
+    """Return the operations of one outer update: passes of the language model, and the weighter's steps.
+
+    Args:
+        config: of the run.
+        padded_vocab_size: of the language model.
+        weighter_parameters: without the embedding, which is looked up.
+        is_linear: whether the weighter's steps are of conjugate gradients on the whole replay, taken as full.
+    """
     settings = config.weighting
     target = training_flops(config.model, padded_vocab_size, config.target_batch_size)
     batch = training_flops(config.model, padded_vocab_size, config.global_batch_size)
     alignment = batch if settings.dwm_alignment == "exact" else batch * 2 / FORWARD_AND_BACKWARD
     scores = scoring_flops(weighter_parameters, config.global_batch_size, config.model.sequence)
     # The objective before and after, and for each step a forward and backward pass.
-    weighter = scores * (2 + settings.dwm_weighter_steps * FORWARD_AND_BACKWARD)
+    steps = settings.dwm_weighter_steps * FORWARD_AND_BACKWARD
+    if is_linear:  # each step, and the first residual, is a product with the rows and one with their transpose
+        steps = (settings.dwm_weighter_steps + 2) * 2 * settings.dwm_replay
+    weighter = scores * (2 + steps)
     return target + alignment + weighter

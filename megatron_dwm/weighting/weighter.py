@@ -45,9 +45,16 @@ class Weighter:
 
     @property
     def num_computing_parameters(self) -> int:
-        """Parameters without the input embedding, which is looked up."""
+        """Parameters that a token is multiplied with; the input embedding is looked up."""
+        if hasattr(self.model, "operations_per_token"):
+            return int(self.model.operations_per_token)
         embedding: torch.nn.Module = self.model.get_input_embeddings()
         return self.num_parameters - sum(param.numel() for param in embedding.parameters())
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the classifier's best weights can be computed (:mod:`megatron_dwm.weighting.bilevel.ridge`)."""
+        return bool(getattr(self.model, "is_linear", False))
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take the parameters and the optimizer's moments of :func:`weighter_state`; learning rate and decay stay."""

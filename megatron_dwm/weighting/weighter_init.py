@@ -17,11 +17,16 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.safe_unpickling import DAMAGE, short_reason
 from megatron_dwm.weighting.export_manifest import verify_export
 
+NGRAM = "dwm_ngram"
+"""transformers' name of the n-gram weighter's architecture; the class itself would import transformers."""
+
 
 def random_weighter_model(config: WeightingConfig, vocab_size: int, seq_length: int, eod: int, seed: int) -> Any:
     """A classifier of ``--dwm-arch`` and the size flags, the same on every rank."""
     from transformers import AutoConfig
 
+    if config.dwm_arch == "ngram":
+        return ngram_weighter_model(config, vocab_size, eod, seed)
     sizes: dict[str, Any] = {
         "hidden_size": config.dwm_hidden_size,
         "num_hidden_layers": config.dwm_num_layers,
@@ -46,6 +51,23 @@ def random_weighter_model(config: WeightingConfig, vocab_size: int, seq_length: 
     hf_config = AutoConfig.for_model(config.dwm_arch, vocab_size=vocab_size, **sizes, **_label_settings(eod))
     model = model_from_config(hf_config, seed)
     zero_head(model)
+    return model
+
+
+def ngram_weighter_model(config: WeightingConfig, vocab_size: int, eod: int, seed: int) -> Any:
+    """An n-gram weighter of the ``--dwm-ngram`` flags; it takes samples of any length."""
+    from megatron_dwm.weighting.ngram.configuration import NgramConfig
+
+    hf_config = NgramConfig(
+        vocab_size=vocab_size,
+        ngram_lengths=config.dwm_ngram_lengths,
+        ngram_buckets=config.dwm_ngram_buckets,
+        hidden_size=config.dwm_ngram_hidden_size,
+        **_label_settings(eod),
+    )
+    model = model_from_config(hf_config, seed)
+    if not model.is_linear:
+        zero_head(model)
     return model
 
 

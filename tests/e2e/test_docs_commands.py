@@ -52,6 +52,7 @@ NOT_RUN = {
     "README.md: On a cluster: bash": "needs a cluster with GPUs; tests/e2e/test_slurm.py submits the script to a SLURM",
     "docs/cluster.md: SLURM: bash": "the same",
     "docs/cluster.md: SLURM: bash 2": "the same; its variables become flags, which are read below",
+    "docs/transfer.md: With numpy alone: python": "unit/weighting/ngram/test_model.py calls the function",
     "docs/cluster.md: Without SLURM: bash": "needs 4 machines with 8 GPUs each; its flags are read below",
     "docs/cluster.md: Without SLURM: bash 2": "the same; unit/runtime/test_environment.py has mpirun",
     "docs/results.md: How to measure it: bash": "takes hours; tests/e2e/test_benefit.py and test_overhead.py run both",
@@ -74,7 +75,7 @@ RUN = [
     "docs/own-data.md: Take the models along: bash",
     "docs/transfer.md: In another run, frozen: bash",
     "docs/transfer.md: In another run, and learning on: bash",
-    "docs/transfer.md: With transformers alone: python",
+    "docs/transfer.md: With transformers: python",
     "docs/report.md: Reading the report: bash",
     "docs/tuning.md: 1. Is there anything to gain?: bash",
     "docs/extending.md: A new weighting in one file: python",
@@ -220,9 +221,9 @@ def test_a_weighter_is_taken_to_other_runs(own_data: Workplace):
     assert len(read_run(own_data.folder / "runs/continued").updates) == 6
 
 
-def test_a_weighter_scores_texts_with_transformers_alone(own_data: Workplace):
+def test_a_weighter_scores_texts_with_transformers(own_data: Workplace):
     program = own_data.folder / "score.py"
-    program.write_text(block("docs/transfer.md: With transformers alone: python"))
+    program.write_text(block("docs/transfer.md: With transformers: python"))
     done = subprocess.run([sys.executable, program], cwd=own_data.folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     scores = ast.literal_eval(done.stdout)

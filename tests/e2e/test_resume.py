@@ -39,13 +39,15 @@ def assert_same(one: object, other: object, where: str = "") -> None:
     ("layout", "start", "stop"),
     [
         pytest.param("one process", "lm", 3, id="one process, in the warm-up"),
-        pytest.param("one process", "random", 10, id="one process, weighter of random weights"),
+        pytest.param("one process", "modernbert", 10, id="one process, weighter of random weights"),
+        pytest.param("TP2 x PP2", "ngram", 10, id="TP2 x PP2, n-gram weighter"),
         *(pytest.param(layout, "lm", 10, id=f"{layout}, in the middle of a stage") for layout in LAYOUTS),
     ],
 )
 def test_a_resumed_run_equals_the_whole_one_bit_for_bit(layout: str, start: str, stop: int, tmp_path: Path):
     processes, parallel = LAYOUTS[layout]
-    flags = {**LANGUAGE_MODEL, **TRAINING, **DATA, **parallel, **STAGES, "--dwm-init-from": start, "--eval-interval": 5}
+    weighter = {"--dwm-init-from": "lm"} if start == "lm" else {"--dwm-init-from": "random", "--dwm-arch": start}
+    flags = {**LANGUAGE_MODEL, **TRAINING, **DATA, **parallel, **STAGES, **weighter, "--eval-interval": 5}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     succeed(tmp_path / "log", processes, {**flags, "--save": whole})
     for extra in ({"--exit-interval": stop}, {"--load": parts}):
@@ -61,7 +63,7 @@ def test_a_resumed_run_equals_the_whole_one_bit_for_bit(layout: str, start: str,
         assert len(expected) > 1 and found == expected
     assert_same_checkpoints(whole / "iter_0000020", parts / "iter_0000020")
     states = [torch.load(save / "iter_0000020" / "dwm_state.pt", weights_only=True) for save in (whole, parts)]
-    assert states[0]["weighter_optimizer"]["state"]
+    assert states[0]["replay"] and bool(states[0]["weighter_optimizer"]["state"]) == (start != "ngram")
     assert_same(*states)
 
 

@@ -5,29 +5,22 @@ Shape legend: N samples of the global batch, n of this replica, c of this rank's
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.weighting.bilevel.health import require_alignments
+from megatron_dwm.weighting.bilevel.learning import GradientLearner, Learner
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
+from megatron_dwm.weighting.bilevel.replay import AlignedBatch, Replay
+from megatron_dwm.weighting.bilevel.ridge import RidgeLearner
 from megatron_dwm.weighting.sample_gather import SampleGather
 from megatron_dwm.weighting.weighter import Weighter
-from megatron_dwm.weighting.weights import objective, objective_score_gradient
-
-
-@dataclass(frozen=True)
-class AlignedBatch:
-    """Samples with their alignments, kept for a few more weighter steps."""
-
-    tokens: torch.Tensor
-    """This rank's slice of the samples [c, s]."""
-    alignments: torch.Tensor
-    """Alignments of the whole batch in global order [N], float64."""
+from megatron_dwm.weighting.weights import objective
 
 
 @dataclass(frozen=True)
@@ -58,12 +51,23 @@ class OuterUpdate:
             weighter,
             sample_gather,
         )
-        self.replay: deque[AlignedBatch] = deque(maxlen=config.dwm_replay)
+        self.replay = Replay(config.dwm_replay, config.dwm_replay_half_life)
+        self.learner: Learner = (RidgeLearner if weighter.is_linear else GradientLearner)(config, weighter)
 
     @property
     def loss_scale(self) -> float:
         """The optimizer's present loss scale."""
         return float(self.lm_gradients.optimizer.get_loss_scale())
+
+    def rank_places(self, batch_samples: int) -> torch.Tensor:
+        """Return the places in a batch of N samples of those that this rank works on [c].
+
+        A batch that was aligned with other batch sizes may not divide into this run's microbatches.
+        """
+        partition, places = self.sample_gather.partition, torch.arange(batch_samples)
+        if batch_samples % (partition.micro_batch_size * self.sample_gather.parallel_state.dp_size) == 0:
+            return self.sample_gather.select_rank(places)
+        return places[dist.get_rank() :: dist.get_world_size()]
 
     def run(self, batch: Batch, target: Batch, before: ParameterCopy) -> OuterResult | None:
         """Align ``batch`` with ``target`` and move the weighter.
@@ -99,37 +103,21 @@ class OuterUpdate:
         require_alignments(alignments)
 
         tokens = batch.tokens[self.sample_gather.rank_slice_of(len(batch))]
-        self.replay.append(AlignedBatch(tokens, alignments))
-        first = self._objective(self.replay[-1])
-        grad_norm = 0.0
-        for step in range(self.config.dwm_weighter_steps):
-            # From the newest batch backwards, and round again.
-            grad_norm = self._weighter_step(self.replay[-1 - step % len(self.replay)])
+        self.replay.append(tokens, self.rank_places(len(alignments)), alignments)
+        first = self._objective(self.replay.newest)
+        grad_norm = self.learner.learn(self.replay) if self.config.dwm_lr > 0 else 0.0
         return OuterResult(
             alignments=alignments,
             target_loss=target_loss,
             objective_before=first,
-            objective_after=self._objective(self.replay[-1]),
+            objective_after=self._objective(self.replay.newest),
             weighter_grad_norm=grad_norm,
             weighter_hash=self.weighter.check_replicas(),
         )
 
-    def _weighter_step(self, aligned: AlignedBatch) -> float:
-        count = self.sample_gather.replica_samples_of(len(aligned.alignments))
-
-        def score_gradient(rank_scores: torch.Tensor) -> torch.Tensor:
-            scores = self.sample_gather.gather_from_ranks(rank_scores, count).cpu()
-            gradient = objective_score_gradient(aligned.alignments, scores, *self._objective_settings)
-            return self.sample_gather.select_rank(gradient)
-
-        return self.weighter.step(aligned.tokens, score_gradient)
-
     def _objective(self, aligned: AlignedBatch) -> float:
         count = self.sample_gather.replica_samples_of(len(aligned.alignments))
-        scores = self.sample_gather.gather_from_ranks(self.weighter.score(aligned.tokens), count).cpu()
-        return objective(aligned.alignments, scores, *self._objective_settings)
-
-    @property
-    def _objective_settings(self) -> tuple[float, float, float]:
+        scores = self.sample_gather.gather_from_ranks(self.weighter.score(aligned.tokens.long()), count).cpu()
         config = self.config
-        return config.dwm_temperature, config.dwm_kl_weight, config.dwm_clip_alignment
+        settings = config.dwm_temperature, config.dwm_kl_weight, config.dwm_clip_alignment
+        return objective(aligned.alignments, scores, *settings)

@@ -17,7 +17,7 @@ from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.weighting.bilevel.health import HealthWarning, check_scores
-from megatron_dwm.weighting.bilevel.outer_update import AlignedBatch, OuterResult, OuterUpdate
+from megatron_dwm.weighting.bilevel.outer_update import OuterResult, OuterUpdate
 from megatron_dwm.weighting.export import WeighterExporter
 from megatron_dwm.weighting.policy import Record, SampleWeights, State, StepOutcome
 from megatron_dwm.weighting.scored import ScoredWeighting, ScoringOptions
@@ -110,25 +110,22 @@ class BilevelWeighting(ScoredWeighting):
 
     def state_dict(self) -> State:
         """Return the weighter, its optimizer, the replay in global order, and what was consumed."""
-        replay = []
-        for aligned in self.outer_update.replay:
-            count = self.sample_gather.replica_samples_of(len(aligned.alignments))
-            tokens = self.sample_gather.gather_from_ranks(aligned.tokens, count).to("cpu", torch.int32)
-            replay.append({"tokens": tokens, "alignments": aligned.alignments})
         return {
             "consumed_target_samples": self.consumed_target_samples,
             "outer_updates": self.num_updates,
             **weighter_state(self.weighter),
-            "replay": replay,
+            "replay": self.outer_update.replay.state(),
+            "weighter_prior": self.outer_update.learner.prior,
         }
 
     def load_state_dict(self, state: State) -> None:
         """Continue with the replay and the counts of ``state``; the weighter was made of it already."""
         self.consumed_target_samples = state["consumed_target_samples"]
         self.num_updates = state["outer_updates"]
-        for entry in state["replay"]:
-            tokens = self.sample_gather.select_rank(entry["tokens"]).to(current_device(), torch.int64)
-            self.outer_update.replay.append(AlignedBatch(tokens, entry["alignments"]))
+        outer_update = self.outer_update
+        outer_update.replay.load(state["replay"], outer_update.rank_places, current_device())
+        outer_update.replay.num_appended = self.num_updates
+        outer_update.learner.prior = state.get("weighter_prior")
 
     def _update(self, iteration: int, batch: Batch, weights: SampleWeights, outcome: StepOutcome) -> Record:
         target = self.target_loader.next_batch()

@@ -72,7 +72,10 @@ def test_help_and_version_import_nothing_that_takes_seconds():
         ([], "megatron-dwm needs a command; give one of pretrain, preprocess, "),
         (["preproces"], "megatron-dwm has no command preproces; is it preprocess?"),
         (["zzz"], "megatron-dwm has no command zzz; give one of pretrain, "),
-        (["benchmark"], "megatron-dwm benchmark needs a command; give one of benefit, overhead, precision, gpu"),
+        (
+            ["benchmark"],
+            "megatron-dwm benchmark needs a command; give one of benefit, overhead, word-order, precision, gpu",
+        ),
         (["plot", "--runs", "x"], "unknown flag --runs; is it --run?"),
     ],
 )

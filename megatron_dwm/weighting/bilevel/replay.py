@@ -1,0 +1,134 @@
+"""The replay: samples that were aligned in past outer updates, from which the weighter goes on learning.
+
+Every rank keeps the tokens of the samples that it scored, and the alignments of whole batches.
+
+Shape legend: N samples of an aligned batch, c of them on this rank, M samples drawn, s sequence length.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_dwm.weighting.weights import standardized
+
+
+@dataclass(frozen=True)
+class AlignedBatch:
+    """Samples with their alignments."""
+
+    tokens: torch.Tensor
+    """This rank's samples [c, s], int32."""
+    places: torch.Tensor
+    """Their places in the batch [c], int64, on the CPU. Every place is on one rank."""
+    alignments: torch.Tensor
+    """Alignments of the whole batch in global order [N], float64, on the CPU."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Samples drawn from the replay, the same on every rank."""
+
+    tokens: torch.Tensor
+    """Those that this rank holds [c, s], int64."""
+    places: torch.Tensor
+    """Their places among the drawn ones [c], int64, on the CPU."""
+    alignments: torch.Tensor
+    """Of all drawn samples [M], float64, each standardized within the batch that it was aligned in."""
+
+
+class Replay:
+    """The newest aligned batches, oldest first."""
+
+    def __init__(self, max_batches: int, half_life: float | None) -> None:
+        """
+        Args:
+            max_batches: how many are kept.
+            half_life: batches after which a sample counts half as much; None if all count alike.
+        """
+        self.batches: deque[AlignedBatch] = deque(maxlen=max_batches)
+        self.half_life = half_life
+        self.num_appended = 0
+        """Batches of the whole run, those included that are not kept any more."""
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @property
+    def newest(self) -> AlignedBatch:
+        """The batch that was aligned last."""
+        return self.batches[-1]
+
+    def append(self, tokens: torch.Tensor, places: torch.Tensor, alignments: torch.Tensor) -> None:
+        """Keep a batch: this rank's tokens [c, s] and their places [c], and all alignments [N].
+
+        A batch of samples of another length than those that are kept takes their place.
+        """
+        if self.batches and self.newest.tokens.shape[1] != tokens.shape[1]:
+            self.batches.clear()
+        self.batches.append(AlignedBatch(tokens.to(torch.int32), places.cpu(), alignments.cpu()))
+        self.num_appended += 1
+
+    def batch_weights(self) -> torch.Tensor:
+        """Return how much a sample of each batch counts, float64; 1 for the newest."""
+        ages = torch.arange(len(self) - 1, -1, -1, dtype=torch.float64)
+        return torch.ones_like(ages) if self.half_life is None else 0.5 ** (ages / self.half_life)
+
+    def draw(self, count: int, generator: torch.Generator) -> Draw:
+        """Draw samples without repetition, newer ones more often if there is a half-life.
+
+        Args:
+            count: how many; all if the replay holds fewer.
+            generator: in the same state on every rank.
+        """
+        sizes = torch.tensor([len(aligned.alignments) for aligned in self.batches])
+        chances = self.batch_weights().repeat_interleave(sizes)
+        # The largest of Gumbel variables, each shifted by the logarithm of its chance, are a draw without repetition.
+        noise = -torch.rand(len(chances), dtype=torch.float64, generator=generator).clamp_min(1e-300).log()
+        drawn = (chances.log() - noise.clamp_min(1e-300).log()).topk(min(count, len(chances))).indices.sort().values
+        alignments = torch.cat([standardized(aligned.alignments) for aligned in self.batches])[drawn]
+        place_in_draw = torch.full((len(chances),), -1)
+        place_in_draw[drawn] = torch.arange(len(drawn))
+        tokens, places = [], []
+        for aligned, of_batch in zip(self.batches, place_in_draw.split(sizes.tolist()), strict=True):
+            held = of_batch[aligned.places]
+            tokens.append(aligned.tokens[(held >= 0).to(aligned.tokens.device)])
+            places.append(held[held >= 0])
+        return Draw(torch.cat(tokens).long(), torch.cat(places), alignments)
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return all batches with whole tokens [N, s], int32, on the CPU; a collective call of all ranks."""
+        entries = []
+        for aligned in self.batches:
+            whole = aligned.tokens.new_zeros(len(aligned.alignments), aligned.tokens.shape[1])
+            whole[aligned.places.to(whole.device)] = aligned.tokens
+            dist.all_reduce(whole)  # every sample is on one rank, and 0 on the others
+            entries.append({"tokens": whole.cpu(), "alignments": aligned.alignments})
+        return entries
+
+    def load(
+        self, entries: list[dict[str, Any]], rank_places: Callable[[int], torch.Tensor], device: torch.device
+    ) -> None:
+        """Take the batches of :meth:`state`, each rank its part, in whatever layout and batch size they were made.
+
+        Args:
+            entries: the batches.
+            rank_places: returns which samples of a batch of so many this rank keeps [c].
+            device: where the tokens are kept.
+        """
+        for entry in entries:
+            places = rank_places(len(entry["alignments"]))
+            self.append(entry["tokens"][places].to(device), places, entry["alignments"])
+
+
+def sum_over_ranks(values: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:
+    """Put this rank's values [c] in their places among ``count``, and those of the others in theirs; on the CPU."""
+    whole = values.new_zeros(count)
+    whole[places.to(values.device)] = values
+    dist.all_reduce(whole)
+    return whole.cpu()

@@ -1,0 +1,150 @@
+"""How a linear n-gram weighter learns from the replay: ridge regression, which has a closed form.
+
+Near uniform weights the objective -Σ â_i w_i + λ KL(w ‖ uniform) is, but for a constant, λ/2τ² times the variance of
+s - τ â/λ over the batch. So the best scores are τ/λ times the alignment that a sample's features let one expect, and a
+ridge regression finds it: weights that few samples speak for stay near 0, where gradient steps with Adam make them as
+large as those that many do.
+
+Solved is, over the samples i of the replay's batches, with p_i for their age, an intercept for each batch, and the
+weights β₀ that the weighter had at its start (0, unless it comes from a folder):
+
+    min_β Σ_i p_i (x_iᵀ β - intercept - τ â_i / λ)² + ρ ‖β - β₀‖²
+
+by conjugate gradients in float64, from the last update's solution. Few iterations suffice. Every rank holds the rows
+x_i of its own samples; products with them are summed over the ranks.
+
+Shape legend: B buckets, R batches, c samples of this rank, z their n-grams, all in one row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_dwm.config.weighting import WeightingConfig
+from megatron_dwm.errors import UserError
+from megatron_dwm.weighting.bilevel.replay import Replay
+from megatron_dwm.weighting.weighter import Weighter
+from megatron_dwm.weighting.weights import standardized
+
+SOLVED = 1e-10
+"""Residual, in parts of the right-hand side's norm, at which the iterations end."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """This rank's samples of the replay, as rows of the regression."""
+
+    buckets: torch.Tensor
+    """[z]"""
+    values: torch.Tensor
+    """[z], float64."""
+    sample_of: torch.Tensor
+    """The sample that each n-gram is from [z]."""
+    batch_of: torch.Tensor
+    """The batch that each sample is from [c]."""
+    targets: torch.Tensor
+    """[c], float64; their mean over each whole batch is 0."""
+    batch_weights: torch.Tensor
+    """How much a batch's samples count [R], float64."""
+    batch_sizes: torch.Tensor
+    """Samples of each batch on all ranks [R], float64."""
+
+    def times(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return X β [c], less its mean over each batch; a collective call."""
+        products = torch.zeros_like(self.targets).index_add_(0, self.sample_of, self.values * weights[self.buckets])
+        sums = torch.zeros_like(self.batch_sizes).index_add_(0, self.batch_of, products)
+        dist.all_reduce(sums)
+        return products - (sums / self.batch_sizes)[self.batch_of]
+
+    def transposed_times(self, residuals: torch.Tensor, num_buckets: int) -> torch.Tensor:
+        """Return Xᵀ P r [B]; a collective call. ``residuals`` have the mean 0 over each batch."""
+        weighted = residuals * self.batch_weights[self.batch_of]
+        sums = weighted.new_zeros(num_buckets).index_add_(0, self.buckets, self.values * weighted[self.sample_of])
+        dist.all_reduce(sums)
+        return sums
+
+
+class RidgeLearner:
+    """Ridge regression on the replay."""
+
+    def __init__(self, config: WeightingConfig, weighter: Weighter) -> None:
+        """
+        Raises:
+            UserError: without a KL term the best scores are infinite.
+        """
+        if config.dwm_kl_weight == 0:
+            raise UserError(
+                "--dwm-kl-weight 0: a linear n-gram weighter's scores would be infinite; give a number above 0"
+            )
+        self.config, self.weighter = config, weighter
+        self.prior: torch.Tensor | None = None
+        """The weights that the regression shrinks to [B], float64; of a start at 0 there are none."""
+        weights = self._weights()
+        if bool(weights.any()):
+            self.prior = weights
+
+    def learn(self, replay: Replay) -> float:
+        """Improve the weights by conjugate gradients.
+
+        Returns:
+            norm of the gradient that is left, in parts of the right-hand side's.
+
+        Raises:
+            FloatingPointError: the weights are not finite.
+        """
+        rows, ridge = self._rows(replay), self.config.dwm_ridge
+        weights = self._weights()
+        prior = torch.zeros_like(weights) if self.prior is None else self.prior.to(weights)
+        solution, count = weights - prior, len(weights)
+        right_hand_side = rows.transposed_times(rows.targets - rows.times(prior), count)
+
+        def normal_product(vector: torch.Tensor) -> torch.Tensor:
+            return rows.transposed_times(rows.times(vector), count) + ridge * vector
+
+        residual = right_hand_side - normal_product(solution)
+        direction, scale = residual.clone(), float(right_hand_side.norm())
+        square = residual.square().sum()
+        for _ in range(self.config.dwm_weighter_steps):
+            if float(square.sqrt()) <= SOLVED * scale:
+                break
+            product = normal_product(direction)
+            step = square / (direction * product).sum()
+            solution += step * direction
+            residual -= step * product
+            last_square, square = square, residual.square().sum()
+            direction = residual + (square / last_square) * direction
+        weights = prior + solution
+        if not bool(weights.isfinite().all()):
+            raise FloatingPointError("the weighter's weights are not finite; raise --dwm-kl-weight, or start it anew")
+        with torch.no_grad():
+            self.weighter.model.embedding.weight.copy_(weights.unsqueeze(1))
+        return float(square.sqrt()) / scale if scale > 0 else 0.0
+
+    def _weights(self) -> torch.Tensor:
+        weights: torch.Tensor = self.weighter.model.embedding.weight.detach().squeeze(1).double().clone()
+        return weights
+
+    def _rows(self, replay: Replay) -> _Rows:
+        config, device = self.config, self.weighter.model.embedding.weight.device
+        scale = config.dwm_temperature / config.dwm_kl_weight
+        tokens = torch.cat([aligned.tokens for aligned in replay.batches]).long()
+        buckets, values = self.weighter.model.features(tokens)
+        sample_of, column = values.nonzero(as_tuple=True)
+        targets, batch_of = [], []
+        for number, aligned in enumerate(replay.batches):
+            wanted = scale * standardized(aligned.alignments, config.dwm_clip_alignment)
+            targets.append((wanted - wanted.mean())[aligned.places])
+            batch_of.append(torch.full((len(aligned.places),), number))
+        sizes = torch.tensor([len(aligned.alignments) for aligned in replay.batches], dtype=torch.float64)
+        return _Rows(
+            buckets[sample_of, column],
+            values[sample_of, column].double(),
+            sample_of,
+            torch.cat(batch_of).to(device),
+            torch.cat(targets).to(device),
+            replay.batch_weights().to(device),
+            sizes.to(device),
+        )

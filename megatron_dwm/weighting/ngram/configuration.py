@@ -1,0 +1,44 @@
+"""The configuration of the n-gram weighter, as transformers keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+MODEL_TYPE = "dwm_ngram"
+
+
+class NgramConfig(PreTrainedConfig):
+    """Sizes of an n-gram weighter."""
+
+    model_type = MODEL_TYPE
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        ngram_lengths: Sequence[int] = (1, 2),
+        ngram_buckets: int = 131072,
+        hidden_size: int = 0,
+        initializer_range: float = 0.1,
+        **others: Any,
+    ) -> None:
+        """
+        Args:
+            vocab_size: token ids are below it.
+            ngram_lengths: lengths of the n-grams that are looked at.
+            ngram_buckets: numbers that n-grams are hashed to.
+            hidden_size: width of the bag and of the layer above it; 0 for a linear model, one number for each bucket.
+            initializer_range: standard deviation of the buckets' vectors at the start; linear models start at 0.
+            **others: what all configurations have.
+        """
+        self.vocab_size, self.ngram_lengths, self.ngram_buckets = vocab_size, list(ngram_lengths), ngram_buckets
+        self.hidden_size, self.initializer_range = hidden_size, initializer_range
+        super().__init__(**others)
+
+
+def register(configuration_auto: ModuleType) -> None:
+    """Make the configuration known to ``AutoConfig``."""
+    configuration_auto.CONFIG_MAPPING.register(MODEL_TYPE, NgramConfig, exist_ok=True)

@@ -1,0 +1,61 @@
+"""The n-grams of a sample, as numbers of buckets: what the n-gram weighter sees.
+
+An n-gram of token ids is hashed to a bucket by integer arithmetic alone, so that every machine and version finds the
+same one (:func:`ngram_buckets`). A sample is the set of its buckets: how often one occurs does not count, so that a
+text that repeats itself is no louder than others. The set is a vector of Euclidean length 1, in which a longer n-gram
+counts in proportion to its length. ``docs/method.md`` shows the same in numpy.
+
+Shape legend: m samples, s sequence length, f n-grams of a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+MULTIPLIERS = (1000003, 73244475)
+"""Small enough for a product with 32 bits to stay within 63."""
+LOW_32_BITS = 0xFFFFFFFF
+
+
+def ngram_buckets(tokens: torch.Tensor, length: int, buckets: int) -> torch.Tensor:
+    """Return the bucket of each n-gram [m, s - length + 1] of tokens [m, s], int64."""
+    places = tokens.shape[1] - length + 1
+    hashed = torch.full_like(tokens[:, :places], length)
+    for start in range(length):
+        hashed = (hashed * MULTIPLIERS[0] + tokens[:, start : start + places] + 1) & LOW_32_BITS
+    hashed = ((hashed ^ (hashed >> 16)) * MULTIPLIERS[1]) & LOW_32_BITS
+    return (hashed ^ (hashed >> 16)) % buckets
+
+
+def ngram_features(
+    tokens: torch.Tensor, attention_mask: torch.Tensor | None, lengths: Sequence[int], buckets: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a sample's buckets and their values.
+
+    Args:
+        tokens: [m, s], int64.
+        attention_mask: 0 where a token is padding [m, s]; n-grams with padding in them do not count.
+        lengths: lengths of the n-grams.
+        buckets: how many there are.
+
+    Returns:
+        buckets [m, f] and values [m, f], float32; repeated ones, and those that do not count, have the value 0.
+    """
+    all_found, all_values = [], []
+    for length in (n for n in lengths if n <= tokens.shape[1]):
+        found = ngram_buckets(tokens, length, buckets)
+        if attention_mask is not None:
+            is_whole = attention_mask.bool().unfold(1, length, 1).all(dim=2)
+            found = found.masked_fill(~is_whole, buckets)  # sorted behind all others
+        found = found.sort(dim=1).values
+        counts = found < buckets
+        counts[:, 1:] &= found[:, 1:] != found[:, :-1]
+        all_found.append(found.clamp_max(buckets - 1))
+        all_values.append(counts * (length / max(lengths)))
+    if not all_found:
+        return tokens[:, :0], tokens[:, :0].float()
+    values = torch.cat(all_values, dim=1).float()
+    norms = values.square().sum(dim=1, keepdim=True).sqrt()
+    return torch.cat(all_found, dim=1), values / norms.clamp_min(1e-12)
