@@ -31,6 +31,7 @@ DOORS = {
     "tools/import_hf.py": "import-hf",
     "tools/preference_report.py": "report",
     "tools/plot_run.py": "plot",
+    "tools/score_data.py": "score",
     "benchmarks/benefit.py": "benefit",
     "benchmarks/overhead.py": "overhead",
     "pretrain_dwm.py": "pretrain",
