@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import orjson
 import torch
 from datatrove.data import Document
 from datatrove.executor.local import LocalPipelineExecutor
@@ -25,6 +26,7 @@ from datatrove.pipeline.readers.base import BaseDiskReader
 from datatrove.pipeline.writers.jsonl import JsonlWriter
 from datatrove.pipeline.writers.parquet import ParquetWriter
 from loguru import logger
+from pyarrow import ArrowException
 
 from megatron_dwm.atomic_write import atomic_write_text, sync
 from megatron_dwm.corpora.readers import Reader
@@ -59,7 +61,11 @@ class Rows(BaseDiskReader):  # type: ignore[misc]
         """
         for record in Reader([filepath], None):
             try:
-                row = json.loads(record.content) if isinstance(record.content, str) else record.content
+                row = (
+                    json.loads(record.content, parse_constant=_refuse)
+                    if isinstance(record.content, str)
+                    else record.content
+                )
                 text = row[self.text_key]
                 if not isinstance(text, str) or not text.strip():
                     raise ValueError(f"no text under {self.text_key!r}")
@@ -73,6 +79,11 @@ class Rows(BaseDiskReader):  # type: ignore[misc]
                     f"--input {record.place}: no document ({reason}); correct it, or give --skip-malformed"
                 ) from None
             yield Document(text=text, id=record.place, metadata={"row": row})
+
+
+def _refuse(word: str) -> None:
+    """Refuse what Python reads as a number and JSON has not."""
+    raise ValueError(f"{word} is not JSON")
 
 
 class ScoringModel:
@@ -214,6 +225,35 @@ def _row(writer: Any, document: Document) -> dict[str, Any]:
     return row
 
 
+class _WholeJsonl(JsonlWriter):  # type: ignore[misc]
+    """Writes rows as they are; datatrove's own writer gives a field named media a meaning."""
+
+    def _write(self, document: dict[str, Any], file_handler: Any, _filename: str) -> None:
+        try:
+            line = orjson.dumps(document, option=orjson.OPT_APPEND_NEWLINE)
+        except TypeError as error:
+            raise UserError(f"--output-format jsonl: a value cannot be written ({error}); write parquet") from None
+        file_handler.write(line)
+
+
+class _WholeParquet(ParquetWriter):  # type: ignore[misc]
+    """Writes tables whose rows have the same fields; a field that only some have would be left out otherwise."""
+
+    def _write(self, document: dict[str, Any], file_handler: Any, filename: str) -> None:
+        columns = vars(self).setdefault("columns", document.keys())
+        if document.keys() != columns:
+            raise UserError("--output-format parquet: the rows have different fields; write jsonl")
+        super()._write(document, file_handler, filename)
+
+    def _write_batch(self, filename: str) -> None:
+        try:
+            super()._write_batch(filename)
+        except (ArrowException, ValueError) as error:
+            raise UserError(
+                f"--output-format parquet: the rows make no table ({shortened(error)}); write jsonl"
+            ) from None
+
+
 class _Published(PipelineStep):  # type: ignore[misc]
     """Moves the file of a task to the finished ones when a writer has closed it."""
 
@@ -267,7 +307,7 @@ def score_files(
     try:
         _claim(output, job)
         finished.mkdir(exist_ok=True)
-        writer_class = JsonlWriter if output_format == "jsonl" else ParquetWriter
+        writer_class = _WholeJsonl if output_format == "jsonl" else _WholeParquet
         writer = writer_class(
             str(partial), f"${{rank}}{suffix}", **_WRITER_OPTIONS[output_format], adapter=_row, max_file_size=-1
         )

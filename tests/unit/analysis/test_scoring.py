@@ -44,7 +44,7 @@ def text(number: int, length: int) -> str:
     return " ".join(str((number * 7 + place * (number + 1)) % 50) for place in range(length))
 
 
-ROWS = [{"id": n, "text": text(n, 1 + (n * 11) % 40), "more": {"a": [n, None]}} for n in range(30)]
+ROWS = [{"id": n, "text": text(n, 1 + (n * 11) % 40), "media": [{"a": [n, None]}]} for n in range(30)]
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -195,6 +195,16 @@ def test_what_cannot_be_used_is_one_line(weighter: Path, tmp_path: Path, capsys)
             word for item in {**usual, "--output": tmp_path / f"out{words[:4]}", flag: value}.items() for word in item
         ]
         assert run(*argv) == 2, words
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and words in message, message
+    for name, row, words in [
+        ("jsonl", {"text": "1", "n": 2**70}, "cannot be written"),
+        ("parquet", {"text": "1", "id": "word", "media": []}, "make no table"),
+        ("parquet", {"text": "1", "id": 1}, "different fields"),
+    ]:
+        mixed = write(tmp_path / "mixed.jsonl", [*ROWS[:2], row])
+        flags = {**usual, "--input": mixed, "--output-format": name, "--output": tmp_path / f"out{words}"}
+        assert run(*[word for item in flags.items() for word in item]) == 2, words
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and words in message, message
     assert run(*[word for item in usual.items() for word in item]) == 0
