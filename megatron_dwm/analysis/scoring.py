@@ -240,8 +240,8 @@ class _WholeParquet(ParquetWriter):  # type: ignore[misc]
     """Writes tables whose rows have the same fields; a field that only some have would be left out otherwise."""
 
     def _write(self, document: dict[str, Any], file_handler: Any, filename: str) -> None:
-        columns = vars(self).setdefault("columns", document.keys())
-        if document.keys() != columns:
+        self.columns = getattr(self, "columns", None) or document.keys()
+        if document.keys() != self.columns:
             raise UserError("--output-format parquet: the rows have different fields; write jsonl")
         super()._write(document, file_handler, filename)
 
