@@ -9,6 +9,8 @@ from megatron_dwm.errors import UserError
 EXTRA_OF = {
     "matplotlib": "report",
     "jinja2": "report",
+    "datatrove": "data",
+    "orjson": "data",
     "pyarrow": "data",
     "resiliparse": "data",
     "tiktoken": "tiktoken",

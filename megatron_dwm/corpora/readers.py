@@ -87,11 +87,11 @@ def _is_input(path: Path) -> bool:
 class Reader:
     """The records of files, one file after the other, and how far reading has come."""
 
-    def __init__(self, paths: Sequence[str], columns: Sequence[str]) -> None:
+    def __init__(self, paths: Sequence[str], columns: Sequence[str] | None) -> None:
         """Look at the files.
 
         Args:
-            columns: what is read of a table; lines are read whole.
+            columns: what is read of a table, None for all of it; lines are read whole.
 
         Raises:
             UserError: a file cannot be opened or has a format that is not read.
@@ -184,19 +184,19 @@ def _format_of(path: str, file: io.BufferedReader) -> str:
     return kind
 
 
-def _rows(path: str, file: io.BufferedReader, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _rows(path: str, file: io.BufferedReader, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
     """Yield the rows of a Parquet file as objects of the wanted columns."""
     _pyarrow(path)
     import pyarrow.parquet
 
     table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
-    for column in columns:
+    for column in columns or ():
         if column not in table.schema_arrow.names:
             raise UserError(
                 f"--input {path}: no column {column!r}, it has {shortened(', '.join(table.schema_arrow.names))}; give "
                 "another --json-keys"
             )
-    for batch in table.iter_batches(batch_size=_BATCH, columns=list(columns)):
+    for batch in table.iter_batches(batch_size=_BATCH, columns=None if columns is None else list(columns)):
         yield from batch.to_pylist()
 
 

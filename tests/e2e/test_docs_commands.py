@@ -76,6 +76,8 @@ RUN = [
     "docs/transfer.md: In another run, frozen: bash",
     "docs/transfer.md: In another run, and learning on: bash",
     "docs/transfer.md: With transformers: python",
+    "docs/transfer.md: Score documents: bash",
+    "docs/transfer.md: The learnt shares as a blend: bash",
     "docs/report.md: Reading the report: bash",
     "docs/tuning.md: 1. Is there anything to gain?: bash",
     "docs/extending.md: A new weighting in one file: python",
@@ -228,6 +230,20 @@ def test_a_weighter_scores_texts_with_transformers(own_data: Workplace):
     assert done.returncode == 0, done.stderr
     scores = ast.literal_eval(done.stdout)
     assert len(scores) == 2 and all(isinstance(score, float) for score in scores.values())
+
+
+def test_a_weighter_scores_files_and_a_run_becomes_a_blend(own_data: Workplace):
+    own_data.run("docs/transfer.md: Score documents: bash")
+    for number, name in enumerate(("good", "other")):
+        lines = (own_data.folder / f"runs/scored/data/{number:05d}.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        texts = [json.loads(line)["text"] for line in (own_data.folder / f"{name}.jsonl").read_text().splitlines()]
+        assert [row["text"] for row in rows] == texts and all(isinstance(row["score"], float) for row in rows)
+    printed = own_data.run("docs/transfer.md: The learnt shares as a blend: bash").splitlines()
+    assert all(
+        line.split()[2::2] == ["good_text_document", "other_text_document"] for line in printed if line[0] == "-"
+    )
+    assert sum(line.startswith("--data-path") for line in printed) >= 2
 
 
 def test_the_oracle_counts_only_the_named_source(own_data: Workplace):

@@ -31,6 +31,7 @@ DOORS = {
     "tools/import_hf.py": "import-hf",
     "tools/preference_report.py": "report",
     "tools/plot_run.py": "plot",
+    "tools/score_data.py": "score",
     "benchmarks/benefit.py": "benefit",
     "benchmarks/overhead.py": "overhead",
     "pretrain_dwm.py": "pretrain",
@@ -104,8 +105,8 @@ def test_the_scripts_are_the_commands():
         str(path.relative_to(ROOT)) for folder in ("tools", "benchmarks") for path in (ROOT / folder).glob("*.py")
     }
     assert scripts - DOORS.keys() == {"tools/write_flags.py"}  # of use in the repository alone
-    # gpu has benchmarks/gpu.sh, and starts precision itself.
-    assert COMMANDS.keys() - set(DOORS.values()) == {"benchmark", "gpu", "precision"}
+    # gpu has benchmarks/gpu.sh, and starts precision itself; blend is a command only.
+    assert COMMANDS.keys() - set(DOORS.values()) == {"benchmark", "blend", "gpu", "precision"}
 
 
 def test_extras_are_those_of_the_distribution():

@@ -1,0 +1,59 @@
+"""Print what shares a run's weighter gives the sources of the data, as --data-path lines, overall and by stage."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from megatron_dwm.analysis.records import read_run
+from megatron_dwm.analysis.shares import learnt_shares
+from megatron_dwm.cli.command import run_command
+from megatron_dwm.config.flags import flag, parse
+from megatron_dwm.errors import UserError
+
+
+@dataclass(frozen=True)
+class BlendConfig:
+    """Blend."""
+
+    run: str = flag("", "A run's --save folder, or its --metrics-jsonl file; it may also stand without the flag.")
+    data_path: list[str] | None = flag(None, "Prefixes to print in place of the sources' names, in their order.")
+
+    def __post_init__(self) -> None:
+        if not self.run:
+            raise UserError("--run is missing; give a run's --save folder")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the shares of a run's sources."""
+    run_command(partial(_main, argv))
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--run")
+    config: BlendConfig = parse(words, {"blend": BlendConfig}, description=__doc__)["blend"]
+    run = read_run(Path(config.run))
+    found = learnt_shares(run)
+    names = config.data_path or run.sources
+    if len(names) != len(run.sources):
+        raise UserError(
+            f"--data-path: {len(names)} prefixes for {len(run.sources)} sources; give one for each of "
+            f"{', '.join(run.sources)}"
+        )
+    for shares in found:
+        print(f"# {shares.label}, {shares.iterations} iterations")
+        for source, (low, high) in shares.interval.items():
+            bounds = "too few iterations for an interval" if math.isnan(low) else f"{low:.4f} to {high:.4f}"
+            print(f"#   {source}: {shares.mean[source]:.4f} ({bounds})")
+        pairs = (f"{share:.6f} {name}" for name, share in zip(names, shares.mean.values(), strict=True))
+        print(f"--data-path {' '.join(pairs)}")
+
+
+if __name__ == "__main__":
+    main()

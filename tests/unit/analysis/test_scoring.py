@@ -1,0 +1,212 @@
+"""Scoring of files: the scores of the plain model, whole rows in their order, resuming, and bad input."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedTokenizerFast
+
+from megatron_dwm.cli import score
+from megatron_dwm.config.weighting import WeightingConfig
+from megatron_dwm.weighting.weighter import Weighter
+from tests.paths import ROOT
+
+WINDOW = 16
+
+
+@pytest.fixture(scope="module")
+def weighter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier of random weights over numbers as words; token 50 pads, and is in no text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("weighter")
+    words = Tokenizer(models.WordLevel({str(number): number for number in range(51)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="50").save_pretrained(folder)
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=51, max_position_embeddings=64, num_labels=1, pad_token_id=50, **sizes)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def text(number: int, length: int) -> str:
+    return " ".join(str((number * 7 + place * (number + 1)) % 50) for place in range(length))
+
+
+ROWS = [{"id": n, "text": text(n, 1 + (n * 11) % 40), "media": [{"a": [n, None]}]} for n in range(30)]
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def plain_scores(weighter: Path, rows: list[dict]) -> list[float]:
+    """What training's own weighter gives each window, averaged by tokens."""
+    model = AutoModelForSequenceClassification.from_pretrained(weighter)
+    trained = Weighter(model, WeightingConfig(), torch.device("cpu"))
+    found = []
+    for row in rows:
+        ids = [int(word) for word in row["text"].split()]
+        windows = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
+        found.append(sum(float(trained.score(torch.tensor([w]))) * len(w) for w in windows) / len(ids))
+    return found
+
+
+def run(*words: object) -> int:
+    try:
+        score.main([str(word) for word in words])
+    except SystemExit as end:
+        assert isinstance(end.code, int)
+        return end.code
+    return 0
+
+
+def output_rows(output: Path) -> list[dict]:
+    return [json.loads(line) for path in sorted((output / "data").iterdir()) for line in path.read_text().splitlines()]
+
+
+def test_scores_are_those_of_training_and_rows_stay_whole_and_in_order(weighter: Path, tmp_path: Path, capsys):
+    first = write(tmp_path / "a.jsonl", ROWS[:12])
+    second = tmp_path / "b.jsonl.gz"
+    second.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS[12:20]).encode()))
+    third = tmp_path / "c.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS[20:]), third)
+    flags = ("--weighter", weighter, "--input", first, second, third, "--window", WINDOW, "--batch-tokens", 64)
+    assert run(*flags, "--output", tmp_path / "out", "--workers", 2) == 0
+    line = capsys.readouterr().out
+    assert "30 documents of 3 files" in line and "docs/s" in line and "MB/s" in line
+    rows = output_rows(tmp_path / "out")
+    assert [{key: value for key, value in row.items() if key != "score"} for row in rows] == ROWS
+    expected = plain_scores(weighter, ROWS)
+    assert [row["score"] for row in rows] == pytest.approx(expected, abs=1e-5)
+    assert len({round(value, 4) for value in expected}) > 10
+    assert run(*flags, "--output", tmp_path / "table", "--output-format", "parquet") == 0
+    table = [row for path in sorted((tmp_path / "table/data").iterdir()) for row in pq.read_table(path).to_pylist()]
+    assert [row["score"] for row in table] == pytest.approx(expected, abs=1e-5)
+    assert [row["id"] for row in table] == list(range(30))
+
+
+def test_the_rules_for_long_documents_differ(weighter: Path, tmp_path: Path):
+    source = write(tmp_path / "a.jsonl", [{"text": text(3, 3 * WINDOW)}])
+    found = {}
+    for rule in ("mean", "max", "first"):
+        flags = ("--input", source, "--window", WINDOW, "--rule", rule, "--output", tmp_path / rule)
+        assert run("--weighter", weighter, *flags) == 0
+        (found[rule],) = (row["score"] for row in output_rows(tmp_path / rule))
+    head = [{"text": text(3, WINDOW)}]
+    assert found["first"] == pytest.approx(plain_scores(weighter, head)[0], abs=1e-5)
+    assert found["max"] > found["mean"] and found["max"] >= found["first"] != found["mean"]
+
+
+def test_a_command_that_was_killed_goes_on_where_it_was(weighter: Path, tmp_path: Path):
+    """The first run dies by SIGKILL in the second file, whose rows were being written."""
+    sources = [write(tmp_path / f"{n}.jsonl", ROWS[10 * n : 10 * n + 10]) for n in range(3)]
+    output = tmp_path / "out"
+    argv = ["--weighter", weighter, "--output", output, "--window", WINDOW, "--input", *sources]
+    program = f"""
+import os, signal
+from megatron_dwm.analysis import scoring
+plain, calls = scoring._row, []
+def row(writer, document):
+    calls.append(document)
+    if len(calls) == 15:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(writer, document)
+scoring._row = row
+from megatron_dwm.cli.score import main
+main({[str(word) for word in argv]})
+"""
+    with (tmp_path / "log").open("w") as log:
+        # The executor's helper process outlives it: it belongs to a group of its own, and ends with that.
+        killed = subprocess.Popen(
+            [sys.executable, "-c", program], cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+        )
+        assert killed.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+        os.killpg(killed.pid, signal.SIGKILL)
+    (finished,) = (output / "data").iterdir()
+    before = finished.stat().st_mtime_ns
+    assert run(*argv) == 0
+    assert finished.stat().st_mtime_ns == before
+    assert [row["id"] for row in output_rows(output)] == list(range(30))
+
+
+def test_scoring_needs_no_megatron(weighter: Path, tmp_path: Path):
+    source = write(tmp_path / "a.jsonl", ROWS[:3])
+    flags = ["--weighter", str(weighter), "--input", str(source), "--output", str(tmp_path / "out")]
+    program = f"import sys, runpy; sys.argv = ['score_data.py', *{flags}]; runpy.run_path('tools/score_data.py', "
+    program += "run_name='__main__'); print([name for name in sys.modules if name.split('.')[0] == 'megatron'])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("bad", ['{"text": ""}', '{"other": "1"}', "[1]", "{", '{"text": 3}'])
+def test_a_row_that_is_no_document_ends_it_or_is_skipped(weighter: Path, tmp_path: Path, capsys, bad: str):
+    good = write(tmp_path / "a.jsonl", ROWS[:2])
+    source = tmp_path / "b.jsonl"
+    source.write_text(json.dumps(ROWS[2]) + "\n" + bad + "\n")
+    argv = ("--weighter", weighter, "--input", good, source)
+    assert run(*argv, "--output", tmp_path / "out") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "b.jsonl, line 2" in message and "--skip-malformed" in message
+    assert [row["id"] for row in output_rows(tmp_path / "out")] == [0, 1]
+    assert run(*argv, "--output", tmp_path / "skipped", "--skip-malformed") == 0
+    assert "skipped 1 rows" in capsys.readouterr().out
+    assert [row["id"] for row in output_rows(tmp_path / "skipped")] == [0, 1, 2]
+
+
+def test_what_cannot_be_used_is_one_line(weighter: Path, tmp_path: Path, capsys):
+    source = write(tmp_path / "a.jsonl", ROWS[:2])
+    damaged = tmp_path / "damaged.parquet"
+    damaged.write_bytes(b"PAR1 and nothing else")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "other.txt").write_text("mine")
+    unfit = tmp_path / "unfit"
+    subprocess.run(["cp", "-r", weighter, unfit], check=True)
+    tokenizer = json.loads((unfit / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["51"] = 51
+    (unfit / "tokenizer.json").write_text(json.dumps(tokenizer))
+    usual = {"--weighter": weighter, "--input": source, "--output": tmp_path / "out"}
+    for flag, value, words in [
+        ("--weighter", tmp_path / "none", "no config.json"),
+        ("--weighter", unfit, "tokenizer has 52 tokens"),
+        ("--input", damaged, "unreadable"),
+        ("--input", tmp_path / "none.jsonl", "no such file"),
+        ("--output", foreign, "no folder of scores"),
+        ("--output", source, "cannot be written"),
+        ("--score-key", "id", "has 'id' already"),
+        ("--batch-tokens", 0, "less than 1"),
+    ]:
+        argv = [
+            word for item in {**usual, "--output": tmp_path / f"out{words[:4]}", flag: value}.items() for word in item
+        ]
+        assert run(*argv) == 2, words
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and words in message, message
+    for name, row, words in [
+        ("jsonl", {"text": "1", "n": 2**70}, "cannot be written"),
+        ("parquet", {"text": "1", "id": "word", "media": []}, "make no table"),
+        ("parquet", {"text": "1", "id": 1}, "different fields"),
+    ]:
+        mixed = write(tmp_path / "mixed.jsonl", [*ROWS[:2], row])
+        flags = {**usual, "--input": mixed, "--output-format": name, "--output": tmp_path / f"out{words}"}
+        assert run(*[word for item in flags.items() for word in item]) == 2, words
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and words in message, message
+    assert run(*[word for item in usual.items() for word in item]) == 0
+    assert run(*[word for item in {**usual, "--rule": "max"}.items() for word in item]) == 2
+    assert "of other input or flags" in capsys.readouterr().err
