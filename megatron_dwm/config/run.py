@@ -52,6 +52,8 @@ class RunConfig:
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     weighting: WeightingConfig
+    resumed_at: tuple[int, int] = (0, 0)
+    """Iterations done and training samples consumed before the run's start or resumption."""
 
     def __post_init__(self) -> None:
         self._check_world()
@@ -192,7 +194,8 @@ class RunConfig:
         if self.training.train_iters is not None:
             return self.training.train_iters
         assert self.training.train_samples is not None
-        return self.training.train_samples // self.global_batch_size
+        iteration, consumed = self.resumed_at  # perhaps in batches of another size
+        return iteration + max(0, self.training.train_samples - consumed) // self.global_batch_size
 
     def flat(self) -> dict[str, Any]:
         """Return all flags by their names, as Megatron-LM keeps its arguments."""
