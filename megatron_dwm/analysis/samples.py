@@ -109,11 +109,11 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
 
     from megatron_dwm.config.parallel import ParallelConfig
     from megatron_dwm.data.blend import data_paths
-    from megatron_dwm.data.datasets import build_datasets, split_sizes
+    from megatron_dwm.data.datasets import Consumed, build_datasets, split_sizes
     from megatron_dwm.data.tokenizers import build_tokenizer
     from megatron_dwm.runtime.process_groups import initialize_process_groups
 
-    config = saved_run(folder)
+    config, consumed_valid = saved_run(folder)
     has_target = config.weighting.needs_target
     paths = data_paths(config.data, config.weighting.dwm_target_data_path if has_target else None)
     for blend in paths.blends().values():
@@ -136,6 +136,7 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
                 config.train_iters,
                 config.training.train_samples,
                 config.global_batch_size,
+                Consumed(*config.resumed_at, consumed_valid),
                 grows=config.training.rampup_batch_size is not None,
             ),
             tokenizer,
@@ -150,14 +151,16 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
         dist.destroy_process_group()
 
 
-def saved_run(folder: Path) -> RunConfig:
-    """Return the configuration of the run whose checkpoints are in ``folder``.
+def saved_run(folder: Path) -> tuple[RunConfig, int]:
+    """Return the configuration of the run whose checkpoints are in ``folder``, and its consumed validation samples.
+
+    The run may have read batches of several sizes: it is as if it were resumed from its last checkpoint.
 
     Raises:
         UserError: there is no checkpoint, or none of this program's.
     """
     from megatron_dwm.config.checkpoint_args import read_arguments
-    from megatron_dwm.training.checkpoint_folders import latest_checkpoint
+    from megatron_dwm.training.checkpoint_folders import iteration_of, latest_checkpoint
 
     checkpoint = latest_checkpoint(CheckpointConfig(load=str(folder)))
     if checkpoint is None:
@@ -168,7 +171,10 @@ def saved_run(folder: Path) -> RunConfig:
     if saved.get("train_samples") is not None:
         saved["train_iters"] = None  # saved too, for Megatron-LM
     parts: dict[str, Any] = {name: build(config_class, saved) for name, config_class in PARTS.items()}
-    return RunConfig(world_size=saved["world_size"], **parts)
+    iteration = iteration_of(checkpoint)
+    consumed = (saved["consumed_train_samples"], saved["consumed_valid_samples"]) if iteration > 0 else (0, 0)
+    config = RunConfig(world_size=saved["world_size"], **parts, resumed_at=(iteration, consumed[0]))
+    return config, consumed[1]
 
 
 def text_properties(indices: np.ndarray, sources: np.ndarray, run_samples: RunSamples) -> dict[str, np.ndarray]:

@@ -158,6 +158,9 @@ def build_trainer(
         process.startup_sync.require_same(rank_facts(config, inputs.paths, weighting_inputs.folder_model))
     language_model = build_language_model(config, inputs, device, process.startup_sync)
     train_state, weighting_state = load_if_there(config, inputs, language_model, save_folder)
+    if train_state.iteration > 0:  # of a release, which counts the samples it was made with, all are to come
+        resumed_at = (train_state.iteration, train_state.consumed_train_samples)
+        config = dataclasses.replace(config, resumed_at=resumed_at)
     dataloaders = Dataloaders(
         config, inputs.paths, inputs.tokenizer, language_model.parallel_state, process.startup_sync, train_state
     )

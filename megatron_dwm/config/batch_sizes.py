@@ -78,12 +78,12 @@ class BatchSizes:
         """Return the size of the batch that follows ``consumed`` samples."""
         return self._running(self.nominal(consumed))
 
-    def iterations(self, samples: int) -> int:
-        """Return how many steps a run of so many samples has; an incomplete last one is left out.
+    def iterations(self, samples: int, consumed: int = 0) -> int:
+        """Return how many steps a run of so many samples has after ``consumed``; an incomplete last one is left out.
 
         As in Megatron-LM, what :attr:`decreases` leaves out of batches counts as trained on.
         """
-        consumed = count = 0
+        count = 0
         if self.rampup is not None:
             while consumed <= self.rampup.samples and consumed <= samples:
                 consumed += self.nominal(consumed)

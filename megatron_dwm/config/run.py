@@ -56,6 +56,8 @@ class RunConfig:
     logging: LoggingConfig
     profiling: ProfilingConfig
     weighting: WeightingConfig
+    resumed_at: tuple[int, int] = (0, 0)
+    """Iterations done and training samples consumed before the run's start or resumption."""
 
     def __post_init__(self) -> None:
         self._check_world()
@@ -266,7 +268,8 @@ class RunConfig:
         if self.training.train_iters is not None:
             return self.training.train_iters
         assert self.training.train_samples is not None
-        return self.batch_sizes.iterations(self.training.train_samples)
+        iteration, consumed = self.resumed_at  # perhaps in batches of another size
+        return iteration + self.batch_sizes.iterations(self.training.train_samples, consumed)
 
     def flat(self) -> dict[str, Any]:
         """Return all flags by their names, as Megatron-LM keeps its arguments."""

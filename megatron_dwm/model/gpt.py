@@ -36,6 +36,7 @@ from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.model.kernels import resolve_transformer_impl
 from megatron_dwm.model.protocols import ModelChunk, Optimizer
+from megatron_dwm.model.recomputation import return_bias_copies
 from megatron_dwm.model.torch_layers import torch_block_spec
 from megatron_dwm.model.vocabulary import Vocabulary, leave_padding_out
 from megatron_dwm.runtime.device import current_device
@@ -79,6 +80,7 @@ def build_model_chunks(
         )
         for param in chunk.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
+        return_bias_copies(chunk)
         if chunk.post_process:
             leave_padding_out(chunk.output_layer, vocabulary.softmax_size, groups.tp.rank(), groups.tp.size())
         chunks.append(chunk.to(device))

@@ -81,7 +81,27 @@ def _adapt_megatron_to_cpu() -> None:
     # On a CPU the "GPU RNG context" is the CPU's own stream, which is meant to move.
     logging.getLogger(core_random.__name__).setLevel(logging.ERROR)
     core_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    _CudaMeansCpu().__enter__()  # type: ignore[no-untyped-call]
+    mode = _CudaMeansCpu()
+    mode.__enter__()  # type: ignore[no-untyped-call]
+    _keep_in_backward(mode)
+
+
+def _keep_in_backward(mode: TorchFunctionMode) -> None:
+    """Let ``mode`` be active in backward passes, where megatron-core recomputes activations.
+
+    torch hands ``Tensor.backward`` itself to the mode, and switches the mode off until that returns.
+    """
+    run_backward = torch.autograd.graph._engine_run_backward
+
+    def run_in_mode(*args: Any, **kwargs: Any) -> Any:
+        # Called as a function, and inside another backward pass, it is still on; twice it would rename types twice.
+        if torch.overrides._is_torch_function_mode_enabled():
+            return run_backward(*args, **kwargs)
+        with mode:
+            return run_backward(*args, **kwargs)
+
+    for module in (torch.autograd, torch.autograd.graph):
+        module._engine_run_backward = run_in_mode  # type: ignore[attr-defined]
 
 
 class _CpuAnswer:

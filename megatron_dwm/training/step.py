@@ -28,6 +28,8 @@ class StepResult:
     num_zeros: float | None
     skipped: bool
     """The gradient overflowed (fp16) and no update was made."""
+    learning_rate: float
+    """Of this step, the largest of the parameter groups; the same on every rank."""
     sample_losses: SampleLosses | None
     """This replica's; on the last pipeline stage."""
 
@@ -70,11 +72,14 @@ def train_step(
             check_losses(losses)
     if empty_unused_memory_level >= 1:
         torch.cuda.empty_cache()
+    learning_rate = max(group["lr"] for group in optimizer.param_groups)
     with optimizer_timer or nullcontext():
         updated, grad_norm, num_zeros = optimizer.step()
     if empty_unused_memory_level >= 2:
         torch.cuda.empty_cache()
-    updated = bool(_reduce_over_model(float(updated), dist.ReduceOp.MIN, parallel_state))
+    # A stage without the embeddings may lack a parameter group, so the rate is agreed on, in the same reduction.
+    least_updated, least_negative_rate = _least_over_model([float(updated), -learning_rate], parallel_state)
+    updated = bool(least_updated)
     if updated:
         scheduler.step(increment=len(batch) * parallel_state.dp_size)
     return StepResult(
@@ -82,11 +87,13 @@ def train_step(
         grad_norm=float(grad_norm) if grad_norm is not None else None,
         num_zeros=num_zeros,
         skipped=not updated,
+        learning_rate=-least_negative_rate,
         sample_losses=losses,
     )
 
 
-def _reduce_over_model(value: float, op: Any, parallel_state: ParallelState) -> float:
-    tensor = torch.tensor(value, device=current_device())
-    dist.all_reduce(tensor, op=op, group=parallel_state.mp_group)
-    return float(tensor)
+def _least_over_model(values: list[float], parallel_state: ParallelState) -> list[float]:
+    """Return each value's minimum over the ranks of the model."""
+    tensor = torch.tensor(values, device=current_device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=parallel_state.mp_group)
+    return list(tensor.tolist())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.optimizer_parts import optimizer_parts
+from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.log_line import event_line
 from megatron_dwm.runtime.process_groups import ParallelState
@@ -213,7 +215,7 @@ class Trainer:
         optimizer = self.components.optimizer
         groups = [group for group in optimizer.param_groups if group["params"]]
         standard = [group for group in groups if group.get("default_config", True)] or groups
-        norm = params_norm(optimizer) if self.config.logging.log_params_norm else None
+        norm = self._params_norm() if self.config.logging.log_params_norm else None
         self.reporter.step(
             self.train_state,
             result,
@@ -225,17 +227,31 @@ class Trainer:
             batch_size=samples,
         )
 
+    def _params_norm(self) -> float:
+        optimizer = self.components.optimizer
+        if not self.config.optimizer.fp16:
+            return params_norm(optimizer.get_parameters(), optimizer)
+        # As Megatron-LM: of fp16 training it is the model's parameters, not their masters.
+        return params_norm([param for chunk in self.components.chunks for param in chunk.parameters()])
 
-def params_norm(optimizer: object) -> float:
-    """Return the norm of all parameters over the model, each counted once."""
+
+def params_norm(parameters: Iterable[torch.nn.Parameter], sharded_by: Optimizer | None = None) -> float:
+    """Return the norm of all parameters over the model, each counted once.
+
+    Args:
+        parameters: this rank's.
+        sharded_by: the optimizer whose ranks hold parts of the parameters; None if each rank of the model has its own.
+    """
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
     from megatron.core.transformer.module import param_is_not_shared
 
     total = torch.zeros((), dtype=torch.float64, device=current_device())
-    for param in optimizer.get_parameters():  # type: ignore[attr-defined]
+    for param in parameters:
         if param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param):
             total += param.detach().double().square().sum()
-    group = optimizer.get_grad_stats_parallel_group() if hasattr(optimizer, "get_grad_stats_parallel_group") else None
+    group = None
+    if sharded_by is not None and hasattr(sharded_by, "get_grad_stats_parallel_group"):
+        group = sharded_by.get_grad_stats_parallel_group()
     dist.all_reduce(total, group=group or mpu.get_model_parallel_group())
     return float(total.sqrt())

@@ -185,7 +185,9 @@ class _Builder:
         weighter = self._weighter(self._new_model())
         self._announce(iteration, weighter)
         flops = self._scoring_flops(weighter)
-        return FrozenWeighting(self.weight_metrics, self.options, weighter, self._exporter(), flops)
+        weighting = FrozenWeighting(self.weight_metrics, self.options, weighter, self._exporter(), flops)
+        weighting.load_state_dict(state)
+        return weighting
 
     def _start_bilevel(self, iteration: int, state: State) -> SampleWeighting:
         is_restored = state.get("weighter") is not None

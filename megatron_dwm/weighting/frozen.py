@@ -45,5 +45,7 @@ class FrozenWeighting(ScoredWeighting):
         self.exporter.export(self.weighter, iteration, self.stages.stage(iteration))
 
     def state_dict(self) -> State:
-        """Return the weighter's state."""
+        """Return the weighter's state; that of a weighter that has learned is kept for the next bilevel run instead."""
+        if self._state.get("outer_updates"):
+            return self._state
         return {"consumed_target_samples": 0, "outer_updates": 0, **weighter_state(self.weighter), "replay": []}

@@ -44,6 +44,10 @@ class StepOutcome(Protocol):
         """Whether no update was made, because the gradient overflowed (fp16)."""
 
     @property
+    def learning_rate(self) -> float:
+        """The learning rate of the step, the largest of the parameter groups, the same on every rank."""
+
+    @property
     def sample_losses(self) -> SampleLosses | None:
         """This replica's losses before the step; None but on the last pipeline stage."""
 

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.launch import pretrain, succeed
+from tests.e2e.launch import pretrain, records, succeed
 from tests.fixtures.first_format import record as first_format
 from tests.paths import FIXTURES
 
 RUN: dict[str, Any] = {**first_format.MODEL, **first_format.TRAINING, **first_format.WEIGHTING, "--eval-iters": 0}
 STOP = first_format.STOP
-OFF = {"--dwm-mode": "off"}
 
 
 @pytest.fixture
@@ -29,8 +28,11 @@ def weighter_state(save: Path, iteration: int) -> dict[str, Any]:
     return torch.load(save / f"iter_{iteration:07d}" / "dwm_state.pt", weights_only=True)
 
 
-def test_plain_iterations_between_bilevel_ones_keep_the_weighter(save: Path, tmp_path: Path):
-    without = {name: value for name, value in RUN.items() if not name.startswith("--dwm")} | OFF
+@pytest.mark.parametrize("mode", ["off", "frozen"])
+def test_iterations_between_bilevel_ones_keep_the_weighter(mode: str, save: Path, tmp_path: Path):
+    without = {name: value for name, value in RUN.items() if not name.startswith("--dwm")} | {"--dwm-mode": mode}
+    if mode == "frozen":
+        without["--dwm-load"] = next((save / "weighter").iterdir())
     place = {"--load": save, "--save": save}
     succeed(tmp_path / "log", 1, without | place | {"--exit-interval": STOP + 2})
     before, kept = weighter_state(save, STOP), weighter_state(save, STOP + 2)
@@ -56,6 +58,16 @@ def test_the_weighters_flags_count_on_resume_and_are_said(save: Path, tmp_path: 
     lines = (" > --dwm-lr 0.5 replaces the checkpoint's 0.01", " > --dwm-weight-decay 0.25 replaces the checkpoint's")
     for line in lines:
         assert line in finished.output[0], finished.text
+
+
+def test_a_step_with_a_learning_rate_of_zero_teaches_the_weighter_nothing(tmp_path: Path):
+    save = tmp_path / "save"
+    changes = {"--dwm-warmup-iters": 0, "--dwm-update-interval": 1, "--exit-interval": 2, "--save": save}
+    finished = succeed(tmp_path / "log", 1, RUN | changes)
+    (skipped,) = records(save / "metrics.jsonl", "skipped_outer_update")
+    assert (skipped["iteration"], skipped["reason"]) == (1, "the learning rate of its step is 0")
+    assert " > outer update of iteration 1 skipped: the learning rate of its step is 0" in finished.output[0]
+    assert weighter_state(save, 2)["outer_updates"] == 1
 
 
 def test_an_export_is_there_whenever_its_checkpoint_is(save: Path, tmp_path: Path):

@@ -80,14 +80,17 @@ class BilevelWeighting(ScoredWeighting):
     ) -> list[Record]:
         """Make the outer update if it is due, and export the weighter at the end of a stage.
 
-        A step that was skipped has moved nothing for its samples to be aligned with.
+        A step that moved no parameter says nothing of its weights: the update that was due after it is skipped, and
+        said to be.
         """
         if weights is None:
             return []
-        is_update = self.stages.is_update(iteration) and not outcome.skipped
+        is_update, reason = self.stages.is_update(iteration), _reason_unmoved(outcome)
         should_check = is_update or iteration % self.options.check_interval == 0
         records = self.health_records(iteration, weights) if should_check else []
-        if is_update:
+        if is_update and reason is not None:
+            records.append(self._skip_update(iteration, reason))
+        elif is_update:
             with self.engine.full_parameters():
                 records.append(self._update(iteration, batch, weights, outcome))
         self._parameters_before.drop()
@@ -101,7 +104,7 @@ class BilevelWeighting(ScoredWeighting):
 
     def flops(self, iteration: int, outcome: StepOutcome) -> float:
         """Return the operations of scoring, and of the outer update if one was made."""
-        is_update = self.stages.is_update(iteration) and not outcome.skipped
+        is_update = self.stages.is_update(iteration) and _reason_unmoved(outcome) is None
         return self._flops.per_batch + (self._flops.per_update if is_update else 0.0)
 
     def before_save(self, iteration: int) -> None:
@@ -132,11 +135,8 @@ class BilevelWeighting(ScoredWeighting):
         self.consumed_target_samples += self.target_loader.partition.global_samples
         result = self.outer_update.run(batch, target, self._parameters_before)
         if result is None:
-            logger.info(
-                f" > outer update of iteration {iteration} skipped: an alignment is not finite at loss scale "
-                f"{self.outer_update.loss_scale:g}"
-            )
-            return {"kind": "skipped_outer_update", "iteration": iteration, "stage": self.stages.stage(iteration)}
+            reason = f"an alignment is not finite at loss scale {self.outer_update.loss_scale:g}"
+            return self._skip_update(iteration, reason)
         self.num_updates += 1
         losses = self.engine.broadcast_losses(outcome.sample_losses, len(batch)).mean
         samples = {
@@ -148,6 +148,11 @@ class BilevelWeighting(ScoredWeighting):
             "loss": self.sample_gather.gather_from_replicas(losses).tolist(),
         }
         return self._record(iteration, weights, result, samples)
+
+    def _skip_update(self, iteration: int, reason: str) -> Record:
+        logger.info(f" > outer update of iteration {iteration} skipped: {reason}")
+        stage = self.stages.stage(iteration)
+        return {"kind": "skipped_outer_update", "iteration": iteration, "stage": stage, "reason": reason}
 
     def _record(
         self, iteration: int, weights: SampleWeights, result: OuterResult, samples: dict[str, list[Any]]
@@ -164,3 +169,10 @@ class BilevelWeighting(ScoredWeighting):
             "weighter_hash": result.weighter_hash,
             "samples": samples,
         }
+
+
+def _reason_unmoved(outcome: StepOutcome) -> str | None:
+    """Return why a step moved no parameter, None if it did."""
+    if outcome.skipped:
+        return "the gradient of its step overflowed"
+    return "the learning rate of its step is 0" if outcome.learning_rate == 0 else None

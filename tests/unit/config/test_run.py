@@ -149,6 +149,18 @@ def test_parameters_have_the_precision_of_the_flags(flags: str, dtype: str):
     assert str(_parse(f"{RUN} {flags}").optimizer.params_dtype) == f"torch.{dtype}"
 
 
+def test_a_run_counted_in_samples_ends_at_their_number_whatever_the_batches_so_far():
+    def last_iteration(flags: str, resumed_at: tuple[int, int]) -> int:
+        return dataclasses.replace(_parse(flags), resumed_at=resumed_at).train_iters
+
+    smaller, larger = (f"{BY_SAMPLES} --global-batch-size {size}" for size in (4, 16))
+    assert last_iteration(smaller, (0, 0)) == 16
+    assert last_iteration(smaller, (4, 32)) == 4 + 8  # four batches of 8 before
+    assert last_iteration(larger, (4, 32)) == 4 + 2
+    assert last_iteration(smaller, (8, 64)) == 8
+    assert last_iteration(f"{RUN} --global-batch-size 4", (4, 32)) == 20
+
+
 def test_bounds_of_the_learning_rate_are_in_samples():
     def bounds(flags: str) -> LrBounds:
         training = (config := _parse(flags)).training
