@@ -34,6 +34,7 @@ DOORS = {
     "tools/score_data.py": "score",
     "benchmarks/benefit.py": "benefit",
     "benchmarks/overhead.py": "overhead",
+    "benchmarks/word_order.py": "word-order",
     "pretrain_dwm.py": "pretrain",
 }
 
