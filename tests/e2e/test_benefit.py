@@ -55,7 +55,8 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
 def test_all_arms_on_a_mixture_of_ones_own(mixture: list[object], tmp_path: Path):
     output, file = tmp_path / "out", tmp_path / "benefit.json"
     command = ["--output", output, "--json", file, "--seeds", 1, "--iterations", 12, "--vocab-size", 300, *mixture]
-    finished = benefit(*command, "--arms", *ARMS, *SMALL)
+    command += ["--arms", *ARMS]
+    finished = benefit(*command, *SMALL)
     assert finished.returncode == 0, finished.stderr
     result = json.loads(file.read_text())
     arms = result["arms"]
