@@ -20,7 +20,7 @@ FLAGS = {
     **WEIGHTING,
     # Parameters outweigh activations, which could hide the copies, and the weighter is small.
     **{"--num-layers": 2, "--hidden-size": 128, "--seq-length": 8, "--micro-batch-size": 1, "--eval-iters": 0},
-    **{"--dwm-init-from": "random", "--dwm-hidden-size": 8, "--dwm-num-attention-heads": 1},
+    **{"--dwm-init-from": "random", "--dwm-ngram-buckets": 64},
     **{"--train-iters": 60, "--dwm-update-interval": 3, "--steps": 3, "--repeats": 1},
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
