@@ -35,6 +35,7 @@ DOORS = {
     "tools/select_data.py": "select",
     "benchmarks/benefit.py": "benefit",
     "benchmarks/overhead.py": "overhead",
+    "benchmarks/word_order.py": "word-order",
     "pretrain_dwm.py": "pretrain",
 }
 
