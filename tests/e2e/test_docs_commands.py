@@ -7,6 +7,7 @@ words of the page; only the values in ``SMALLER`` are replaced.
 from __future__ import annotations
 
 import ast
+import gzip
 import json
 import os
 import random
@@ -76,6 +77,7 @@ RUN = [
     "docs/transfer.md: In another run, and learning on: bash",
     "docs/transfer.md: With transformers: python",
     "docs/transfer.md: Score documents: bash",
+    "docs/transfer.md: Select documents: bash",
     "docs/transfer.md: The learnt shares as a blend: bash",
     "docs/report.md: Reading the report: bash",
     "docs/tuning.md: 1. Is there anything to gain?: bash",
@@ -238,6 +240,15 @@ def test_a_weighter_scores_files_and_a_run_becomes_a_blend(own_data: Workplace):
         rows = [json.loads(line) for line in lines]
         texts = [json.loads(line)["text"] for line in (own_data.folder / f"{name}.jsonl").read_text().splitlines()]
         assert [row["text"] for row in rows] == texts and all(isinstance(row["score"], float) for row in rows)
+    own_data.run("docs/transfer.md: Select documents: bash")
+    kept = {}
+    for name in ("best", "mix", "like-target"):
+        assert len(gzip.decompress((own_data.folder / f"runs/{name}.jsonl.gz").read_bytes()).splitlines()) == 132
+        manifest = json.loads((own_data.folder / f"runs/{name}.jsonl.gz.manifest.json").read_text())
+        kept[name] = {source: counts["documents_kept"] for source, counts in manifest["sources"].items()}
+    assert kept["best"] == kept["mix"] and sum(kept["best"].values()) == 132
+    # The target's texts are in order, as those of the first file are.
+    assert next(iter(kept["like-target"].values())) > 120
     printed = own_data.run("docs/transfer.md: The learnt shares as a blend: bash").splitlines()
     assert all(
         line.split()[2::2] == ["good_text_document", "other_text_document"] for line in printed if line[0] == "-"

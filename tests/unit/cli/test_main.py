@@ -32,6 +32,7 @@ DOORS = {
     "tools/preference_report.py": "report",
     "tools/plot_run.py": "plot",
     "tools/score_data.py": "score",
+    "tools/select_data.py": "select",
     "benchmarks/benefit.py": "benefit",
     "benchmarks/overhead.py": "overhead",
     "benchmarks/word_order.py": "word-order",

@@ -1,0 +1,114 @@
+"""Flags of a selection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from megatron_dwm.config.flags import flag, require_at_least
+from megatron_dwm.errors import UserError
+
+_SUFFIXES = (".jsonl", ".json", ".ndjson")
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """Selection."""
+
+    input: list[str] | None = flag(
+        None, "JSON lines (plain, .gz or .zst) or Parquet, such as score writes: files, folders, or glob patterns."
+    )
+    output: str = flag("", "File of JSON lines to write, compressed if its name ends with .gz.")
+    method: Literal["random", "score", "perplexity", "dsir", "source-mix"] = flag(
+        "score",
+        "Which rows are kept: random ones, those of the highest score, of the lowest perplexity, those most like "
+        "--target (DSIR), or random ones in the shares of the sources: those of --quota, else those that score keeps.",
+    )
+    score_key: str | None = flag(
+        None, "Key (column) of the number that ranks; if not set, perplexity with that method, else score."
+    )
+    target: list[str] | None = flag(None, "With --method dsir: files of the texts that are wanted, as for --input.")
+    documents: int | None = flag(None, "Budget: number of documents.")
+    tokens: int | None = flag(None, "Budget: number of tokens; needs --token-key or --tokenizer.")
+    fraction: float | None = flag(None, "Budget: share of the documents.")
+    token_key: str | None = flag(None, "Key (column) of a document's number of tokens.")
+    tokenizer: str | None = flag(
+        None, "Hugging Face folder whose tokenizer counts the tokens of a text, without special tokens."
+    )
+    json_key: str = flag("text", "Key (column) of the text, for --tokenizer and --method dsir.")
+    temperature: float | None = flag(
+        None,
+        "Draw rows with probabilities in proportion to exp(score / X) instead of taking the highest (Gumbel top-k).",
+    )
+    seed: int = flag(1234, "Seed of what is drawn.")
+    quota: list[str] | None = flag(
+        None, "SOURCE=SHARE: shares of the budget; sources that are not named compete for what is left."
+    )
+    source_key: str | None = flag(
+        None, "Key (column) of the name of a row's source; if not set, each input file is a source, named by its path."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("input", "output"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is missing; give a path")
+        if not self.output.removesuffix(".gz").endswith(_SUFFIXES):
+            raise UserError(
+                f"--output {self.output}: JSON lines are written; give a name that ends with .jsonl or .jsonl.gz"
+            )
+        if sum(value is not None for value in (self.documents, self.tokens, self.fraction)) != 1:
+            raise UserError("the budget is missing or given twice; give one of --documents, --tokens and --fraction")
+        require_at_least(self, 1, "documents tokens")
+        require_at_least(self, 0, "seed")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise UserError(f"--fraction {self.fraction} is not a share; give a number above 0 and up to 1")
+        ways = sum(value is not None for value in (self.token_key, self.tokenizer))
+        if ways != (self.tokens is not None):
+            raise UserError(
+                "--tokens needs either --token-key or --tokenizer, which are for it alone; correct the flags"
+            )
+        if self.score_key is not None and self.ranking_key is None:
+            raise UserError(f"--score-key {self.score_key}: --method {self.method} needs none; leave one of them out")
+        if bool(self.target) != (self.method == "dsir"):
+            raise UserError("--method dsir and --target are for each other; give both or neither")
+        if self.temperature is not None:
+            if not 0 < self.temperature < float("inf"):
+                raise UserError(f"--temperature {self.temperature} is not above 0; give a positive number")
+            if self.ranking_key is None and self.method != "dsir":
+                raise UserError("--temperature: nothing is ranked with this --method; leave one of them out")
+        self.quotas  # noqa: B018  # raises what is wrong with it
+
+    @property
+    def quotas(self) -> dict[str, Fraction]:
+        """Shares of the budget by source.
+
+        Raises:
+            UserError: they are no shares.
+        """
+        shares: dict[str, Fraction] = {}
+        for word in self.quota or ():
+            source, equals, share = word.rpartition("=")
+            try:
+                shares[source] = Fraction(str(float(share)))  # exact: 0.1 is a tenth
+            except ValueError:
+                equals = ""
+            if not equals or shares[source] <= 0:
+                raise UserError(f"--quota {word}: not SOURCE=SHARE; give such as web=0.5")
+        if len(shares) != len(self.quota or ()) or sum(shares.values()) > 1:
+            raise UserError(
+                f"--quota {' '.join(self.quota or ())}: a source comes twice, or the sum is over 1; correct it"
+            )
+        return shares
+
+    @property
+    def ranking_key(self) -> str | None:
+        """Key of the number that ranks; None if none of the rows' own numbers does."""
+        if self.method in ("random", "dsir") or (self.method == "source-mix" and self.quota):
+            return None
+        return self.score_key or ("perplexity" if self.method == "perplexity" else "score")
+
+    @property
+    def unit(self) -> str:
+        """What the budget counts."""
+        return "tokens" if self.tokens is not None else "documents"

@@ -1,0 +1,296 @@
+"""Selection of rows: each method and budget against a sort of all rows in memory, and bad input."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_dwm.analysis import top_rows
+from megatron_dwm.analysis.top_rows import ROW, Group, TopRows
+from megatron_dwm.cli import select
+
+
+def made_rows() -> list[dict[str, Any]]:
+    """Rows with many equal scores, of three sources of different sizes."""
+    generator = np.random.default_rng(5)
+    return [
+        {
+            "id": number,
+            "text": "w " * int(generator.integers(1, 9)),
+            "score": float(generator.integers(-6, 7)) / 4,
+            "perplexity": float(generator.uniform(1, 9)),
+            "tokens": int(generator.integers(0, 9)),
+            "source": str(generator.choice(["web", "books", "code"], p=[0.6, 0.3, 0.1])),
+        }
+        for number in range(200)
+    ]
+
+
+ROWS = made_rows()
+
+
+def best(rows: list[dict], budget: int, key: str = "score", cost: str | None = None, sign: int = -1) -> list[dict]:
+    """The brute-force reference: sort all rows, and take from the top while the budget lasts; in the rows' order."""
+    kept, spent = [], 0
+    for row in sorted(rows, key=lambda row: (sign * row[key], row["id"])):
+        spent += row[cost] if cost else 1
+        if spent > budget:
+            break
+        kept.append(row)
+    return sorted(kept, key=lambda row: row["id"])
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def run(*words: object) -> int:
+    try:
+        select.main([str(word) for word in words])
+    except SystemExit as end:
+        assert isinstance(end.code, int)
+        return end.code
+    return 0
+
+
+def selected(source: Path, *words: object) -> list[dict]:
+    output = source.parent / "out.jsonl"
+    assert run("--input", source, "--output", output, *words) == 0
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def manifest(output: Path) -> dict[str, Any]:
+    return json.loads(Path(f"{output}.manifest.json").read_text())
+
+
+@pytest.fixture(params=[7, 1 << 16])
+def block_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Rows of a block: the table has many blocks, or one."""
+    monkeypatch.setattr(top_rows, "_BLOCK", request.param)
+    return request.param
+
+
+def test_the_best_rows_are_those_of_a_sort(source: Path, block_size: int):
+    for budget in (1, 37, 100, 199, 200):
+        assert selected(source, "--documents", budget) == best(ROWS, budget)
+        found = selected(source, "--documents", budget, "--method", "perplexity")
+        assert found == best(ROWS, budget, "perplexity", sign=1)
+    for budget in (40, 333, sum(row["tokens"] for row in ROWS)):
+        assert selected(source, "--tokens", budget, "--token-key", "tokens") == best(ROWS, budget, cost="tokens")
+    assert selected(source, "--fraction", 0.29, "--score-key", "tokens") == best(ROWS, 58, "tokens")
+    found = selected(source, "--documents", 50, "--quota", "code=0.1", "books=0.25", "--source-key", "source")
+    parts = [("code", 5), ("books", 12), ("web", 33)]  # 12.5 of books: the sums 5 and 17.5 are rounded down
+    expected = [row for name, budget in parts for row in best([r for r in ROWS if r["source"] == name], budget)]
+    assert found == sorted(expected, key=lambda row: row["id"])
+
+
+def test_the_cutoff_is_exact_for_any_numbers(monkeypatch: pytest.MonkeyPatch):
+    """Keys of all magnitudes and both signs, equal ones, two zeros, and neighbors that differ in their last bit."""
+    monkeypatch.setattr(top_rows, "_BLOCK", 64)
+    generator = np.random.default_rng(6)
+    special = [0.0, -0.0, 5e-324, -5e-324, 1.0, np.nextafter(1, 2), np.nextafter(1, 0), 1.7e308, -1.7e308]
+    keys = np.concatenate(
+        [np.tile(special, 20), generator.normal(size=200) * 10.0 ** generator.integers(-300, 300, 200)]
+    )
+    generator.shuffle(keys)
+    table = np.zeros(len(keys), ROW)
+    table["key"], table["cost"] = keys, generator.integers(0, 1000, len(keys))
+    rows = [{"id": n, "key": float(row["key"]), "cost": int(row["cost"])} for n, row in enumerate(table)]
+    for budget in (0, 500, 20_000, 100_000, int(table["cost"].sum()) - 1, int(table["cost"].sum())):
+        top = TopRows(table, [Group("all", np.ones(1, np.bool_), budget)])
+        kept = np.flatnonzero(np.concatenate(list(top.masks()))).tolist()
+        assert kept == [row["id"] for row in best(rows, budget, "key", "cost")]
+        threshold = top.thresholds()["all"]
+        if threshold is not None:
+            assert {n for n, key in enumerate(keys) if key > threshold} <= set(kept)
+            assert all(keys[n] >= threshold for n in kept)
+
+
+def test_random_rows_follow_the_seed_and_the_quotas(source: Path, block_size: int):
+    flags = ("--method", "random", "--documents", 60)
+    first = selected(source, *flags)
+    assert len(first) == 60 and first == selected(source, *flags)
+    assert first != selected(source, *flags, "--seed", 2) and first != best(ROWS, 60)
+    key = np.random.default_rng(1234).random(len(ROWS))
+    keyed = [{**row, "key": key[row["id"]]} for row in ROWS]
+    assert [row["id"] for row in first] == [row["id"] for row in best(keyed, 60, "key")]
+    quotas = ("--quota", "code=0.2", "books=0.8", "--source-key", "source", "--documents", 50)
+    mixed = selected(source, *quotas, "--method", "source-mix")
+    assert Counter(row["source"] for row in mixed) == {"code": 10, "books": 40}
+    assert mixed == selected(source, *quotas, "--method", "random")
+
+
+def test_a_source_mix_keeps_the_shares_that_scores_keep(source: Path):
+    flags = ("--documents", 70, "--source-key", "source")
+    scored, mixed = selected(source, *flags), selected(source, *flags, "--method", "source-mix")
+    assert scored != mixed
+    assert Counter(row["source"] for row in scored) == Counter(row["source"] for row in mixed)
+
+
+def test_a_temperature_draws_in_proportion(tmp_path: Path, source: Path):
+    """Scores 0 and 1: at temperature 0.5 a single draw takes a row of score 1 with e² times the probability."""
+    wanted, table = 0, np.zeros(2, ROW)
+    group = Group("all", np.ones(1, np.bool_), 1)
+    for seed in range(2000):
+        table["key"], table["cost"] = [0.0, 1.0], 1
+        top_rows.add_gumbel(table, 0.5, seed)
+        (mask,) = TopRows(table, [group]).masks()
+        wanted += bool(mask[1])
+    expected = np.exp(2) / (1 + np.exp(2))
+    # Four standard deviations of 2,000 draws.
+    assert wanted / 2000 == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 2000) ** 0.5)
+    assert selected(source, "--documents", 60, "--temperature", 1e-9, "--score-key", "perplexity") == best(
+        ROWS, 60, "perplexity"
+    )
+    warm = selected(source, "--documents", 60, "--temperature", 1.0)
+    assert len(warm) == 60 and warm != best(ROWS, 60)
+    assert warm == selected(source, "--documents", 60, "--temperature", 1.0)
+
+
+def test_lines_stay_as_they_are_and_the_manifest_says_what_was_kept(tmp_path: Path, capsys: Any):
+    lines = [f'{{"score":  {n % 5}, "t": "é\\u00e9", "n": {10**30}}}\n'.encode() for n in range(20)]
+    plain, table, output = tmp_path / "a.jsonl.gz", tmp_path / "b.parquet", tmp_path / "deep/out.jsonl.gz"
+    plain.write_bytes(gzip.compress(b"".join(lines).removesuffix(b"\n")))
+    pq.write_table(pa.Table.from_pylist([{"score": 4.5, "t": "ü"}, {"score": 0.5, "t": "x"}]), table)
+    argv = ("--input", plain, table, "--output", output, "--documents", 6)
+    assert run(*argv) == 0
+    expected = [line for n, line in enumerate(lines) if n % 5 == 4] + ['{"score": 4.5, "t": "ü"}\n'.encode(), lines[3]]
+    assert sorted(gzip.decompress(output.read_bytes()).splitlines(keepends=True)) == sorted(expected)
+    found = manifest(output)
+    assert (found["documents_kept"], found["documents_dropped"]) == (6, 16)
+    assert found["thresholds"] == {"all sources": 3.0} and found["method"] == "score"
+    assert found["flags"]["documents"] == 6 and found["flags"]["input"] == [str(plain), str(table)]
+    assert found["sources"][str(plain)] == {"documents_kept": 5, "documents_dropped": 15}
+    assert found["sources"][str(table)] == {"documents_kept": 1, "documents_dropped": 1}
+    for entry in (*found["inputs"], found["output"]):
+        content = Path(entry["path"]).read_bytes()
+        assert (entry["bytes"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    assert "kept 6 of 22 documents" in capsys.readouterr().out
+    before = output.read_bytes()
+    assert run(*argv) == 0 and output.read_bytes() == before
+    assert sorted(path.name for path in output.parent.iterdir()) == ["out.jsonl.gz", "out.jsonl.gz.manifest.json"]
+
+
+def test_tokens_are_counted_by_a_tokenizer(source: Path, tmp_path: Path):
+    words = Tokenizer(models.WordLevel({"?": 0, "w": 1}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "tokenizer")
+    counted = [{**row, "words": len(row["text"].split())} for row in ROWS]
+    expected = [row["id"] for row in best(counted, 300, cost="words")]
+    found = selected(source, "--tokens", 300, "--tokenizer", tmp_path / "tokenizer")
+    assert [row["id"] for row in found] == expected
+    kept = manifest(tmp_path / "out.jsonl")
+    assert kept["tokens_kept"] == sum(len(row["text"].split()) for row in found)
+    assert kept["tokens_kept"] + kept["tokens_dropped"] == sum(row["words"] for row in counted)
+
+
+def test_dsir_is_that_of_its_package(source: Path, tmp_path: Path):
+    """The package fits and weighs the same files itself."""
+    from data_selection import HashedNgramDSIR
+
+    generator = np.random.default_rng(8)
+    rows = [{"id": n, "text": " ".join(generator.choice(list("abcdef"), 12))} for n in range(60)]
+    wanted, raw = tmp_path / "wanted.jsonl", tmp_path / "raw.jsonl"
+    raw.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wanted.write_text("".join(json.dumps({"text": f"a b c {n % 3}"}) + "\n" for n in range(20)))
+    reference = HashedNgramDSIR([str(raw)], [str(wanted)], str(tmp_path / "cache"), num_proc=1)
+    reference.fit_importance_estimator()
+    reference.compute_importance_weights()
+    weights = np.load(tmp_path / "cache/log_importance_weights/0.npy")
+    expected = [n for n, _ in enumerate(rows) if n in np.argsort(-weights, kind="stable")[:20]]
+    found = selected(raw, "--documents", 20, "--method", "dsir", "--target", wanted)
+    assert [row["id"] for row in found] == expected
+    # The best that is left out: all above it are kept.
+    assert manifest(tmp_path / "out.jsonl")["thresholds"]["all sources"] == pytest.approx(np.sort(weights)[-21])
+
+
+GOOD = b'{"score": 1, "source": "a", "tokens": 3, "text": "w"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "message"),
+    [
+        (GOOD, ["--documents", 2], "asks for 2 documents of all sources, which holds 1"),
+        (GOOD, ["--documents", 0], "--documents"),
+        (GOOD, ["--fraction", 0.5], "too small for a single one of 1 documents"),
+        (GOOD, ["--fraction", 1.5], "--fraction 1.5 is not a share"),
+        (GOOD, ["--fraction", "nan"], "--fraction: nan is not a finite number"),
+        (GOOD, [], "give one of --documents, --tokens and --fraction"),
+        (GOOD, ["--documents", 1, "--fraction", 1], "give one of --documents, --tokens and --fraction"),
+        (GOOD, ["--tokens", 1], "--tokens needs"),
+        (GOOD, ["--documents", 1, "--token-key", "tokens"], "--tokens needs"),
+        (GOOD, ["--tokens", 2, "--token-key", "tokens"], "too small for a single one"),
+        (GOOD, ["--tokens", 4, "--token-key", "tokens"], "asks for 4 tokens of all sources, which holds 3"),
+        (GOOD, ["--tokens", 1, "--token-key", "other"], "rows.jsonl, line 1: no number under 'other'"),
+        (GOOD, ["--tokens", 1, "--tokenizer", "nowhere"], "--tokenizer nowhere: no tokenizer"),
+        (GOOD, ["--documents", 1, "--quota", "a"], "--quota a: not SOURCE=SHARE"),
+        (GOOD, ["--documents", 1, "--quota", "a=x"], "--quota a=x: not SOURCE=SHARE"),
+        (GOOD, ["--documents", 1, "--quota", "a=-1"], "--quota a=-1: not SOURCE=SHARE"),
+        (GOOD, ["--documents", 1, "--quota", "a=0.6", "b=0.6"], "the sum is over 1"),
+        (GOOD, ["--documents", 1, "--quota", "a=0.1", "a=0.2"], "a source comes twice"),
+        (
+            GOOD,
+            ["--documents", 1, "--quota", "b=1", "--source-key", "source"],
+            "--quota b: no such source; there are a",
+        ),
+        (GOOD, ["--documents", 1, "--source-key", "score"], "no text under 'score'"),
+        (GOOD, ["--documents", 1, "--temperature", 0], "--temperature 0.0 is not above 0"),
+        (GOOD, ["--documents", 1, "--temperature", 1, "--method", "random"], "nothing is ranked"),
+        (GOOD, ["--documents", 1, "--temperature", 1e-310], "--temperature 1e-310: too small"),
+        (GOOD, ["--documents", 1, "--seed", -1], "--seed"),
+        (GOOD, ["--documents", 1, "--method", "perplexity"], "line 1: no number under 'perplexity'"),
+        (GOOD, ["--documents", 1, "--output", "out.zst"], "--output out.zst: JSON lines are written"),
+        (GOOD, ["--documents", 1, "--input", "none.jsonl"], "no such file"),
+        (GOOD, ["--documents", 1, "--input", "/dev/null"], "give a regular file"),
+        (GOOD, ["--documents", 1, "--method", "dsir"], "--method dsir and --target"),
+        (GOOD, ["--documents", 1, "--method", "dsir", "--target", "none.jsonl"], "--target none.jsonl: no such file"),
+        (
+            GOOD,
+            ["--documents", 1, "--method", "random", "--score-key", "x"],
+            "--method random needs none",
+        ),
+        (b"", ["--documents", 1], "no rows"),
+        (b'{"score": NaN}\n', ["--documents", 1], "line 1: no number under 'score'"),
+        (b'{"score": true}\n', ["--documents", 1], "line 1: no number under 'score'"),
+        (b'{"score": 1' + b"0" * 400 + b"}\n", ["--documents", 1], "line 1: no number under 'score'"),
+        (GOOD + b"[1]\n", ["--documents", 1], "line 2: no row"),
+        (GOOD + b"{\n", ["--documents", 1], "line 2: no row"),
+        (GOOD + b'{"score": 1, "t": "\xff"}\n', ["--documents", 1], "line 2: no row"),
+        (b'{"score": 1, "n": 1.5}\n', ["--tokens", 1, "--token-key", "n"], "1.5 under 'n' is no number of tokens"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, content: bytes, words: list[object], message: str
+):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_bytes(content)
+    usual = [("--input", "rows.jsonl"), ("--output", "out.jsonl")]
+    assert run(*[word for pair in usual if pair[0] not in words for word in pair], *words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error, error
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]  # nothing is left behind
+
+
+def test_an_output_that_cannot_be_written_or_is_an_input(source: Path, tmp_path: Path, capsys: Any):
+    assert run("--input", source, "--documents", 1, "--output", source) == 2
+    assert "is an input too" in capsys.readouterr().err
+    assert run("--input", source, "--documents", 1, "--output", source / "out.jsonl") == 2
+    assert "cannot be written" in capsys.readouterr().err
+    table = tmp_path / "b.parquet"
+    pq.write_table(pa.Table.from_pylist([{"score": 4.5, "t": b"bytes"}]), table)
+    assert run("--input", table, "--documents", 1, "--output", tmp_path / "out.jsonl") == 2
+    assert "b.parquet, row 1: cannot be written as JSON" in capsys.readouterr().err
