@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import multiprocessing
+import os
 import signal
 import sys
 import traceback
@@ -145,6 +146,7 @@ def build_trainer(
         read_inputs,
     )
     from megatron_dwm.training.trainer import Trainer
+    from megatron_dwm.training.write_results import start_results_process
     from megatron_dwm.weighting.build import WeightingContext, build_weighting, check_gradients, read_weighting_inputs
 
     if config.logging.logging_level is not None:
@@ -156,6 +158,8 @@ def build_trainer(
         weighting_inputs = read_weighting_inputs(config, inputs.tokenizer)
     with process.startup_sync.phase("agreement"):
         process.startup_sync.require_same(rank_facts(config, inputs.paths, weighting_inputs.folder_model))
+    if config.checkpoint.save is not None:
+        start_results_process()
     language_model = build_language_model(config, inputs, device, process.startup_sync)
     train_state, weighting_state = load_if_there(config, inputs, language_model, save_folder)
     if train_state.iteration > 0:  # of a release, which counts the samples it was made with, all are to come
@@ -210,8 +214,14 @@ def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
         print_error(error)
     else:
         traceback.print_exception(error)
+        for rank in startup_sync.silent_ranks():
+            print_error(UserError(f"rank {rank} does not answer: it was killed, is stopped or is stuck"))
     startup_sync.linger()
-    raise SystemExit(EXIT_CODE if isinstance(error, UserError) else 1) from None
+    code = EXIT_CODE if isinstance(error, UserError) else 1
+    if startup_sync.is_store_lost:  # Python's own end may wait for the thread that asked it
+        sys.stdout.flush()
+        os._exit(code)
+    raise SystemExit(code) from None
 
 
 def _read_saved(flags: CheckpointConfig) -> Mapping[str, Any]:
