@@ -108,7 +108,7 @@ class Ranks:
     def limit_files(self, size: int) -> None:
         """Let no process of the run write a file beyond so many bytes: it gets an error as from a full disk."""
         for process in self.running():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+            with contextlib.suppress(OSError):
                 _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
                 resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
 
@@ -117,7 +117,7 @@ class Ranks:
         sessions = {process.pid for process in self._processes}
         found = []
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            with contextlib.suppress(psutil.Error, OSError):
                 if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
         return found
