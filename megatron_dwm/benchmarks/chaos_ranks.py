@@ -5,6 +5,7 @@ Each rank is the leader of a session, so that whatever it starts is found, and c
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import multiprocessing
@@ -60,6 +61,7 @@ class Ranks:
             context.Process(target=_be_rank, args=(rank, world_size, port, list(argv), self.log(rank)))
             for rank in range(world_size)
         ]
+        atexit.register(self.end)
         for process in self._processes:
             process.start()
 
@@ -138,6 +140,7 @@ class Ranks:
         self.send_to_all(signal.SIGKILL)
         for process in self._processes:
             process.join()
+        atexit.unregister(self.end)
 
 
 def _be_rank(rank: int, world_size: int, port: int, argv: list[str], log: Path) -> None:

@@ -197,7 +197,7 @@ def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
     """End this process after a failure; it is printed here unless another rank's came first.
 
     Raises:
-        SystemExit: always.
+        SystemExit: this process is alone, or all know of the failure; otherwise it ends here.
     """
     sys.stdout.flush()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at a worker's end
@@ -218,8 +218,9 @@ def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
             print_error(UserError(f"rank {rank} does not answer: it was killed, is stopped or is stuck"))
     startup_sync.linger()
     code = EXIT_CODE if isinstance(error, UserError) else 1
-    if startup_sync.is_store_lost:  # Python's own end may wait for the thread that asked it
+    if startup_sync.world_size > 1:  # no cleanup: what it would wait for may be gone
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     raise SystemExit(code) from None
 
