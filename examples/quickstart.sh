@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From an empty clone to a language model, a learnt data weighting model and a picture of both, on a laptop:
+# From an empty clone to a language model, a learnt data weighting model, and a picture of what it gained, on a laptop:
 #
 #   bash examples/quickstart.sh            everything goes to runs/quickstart
 #   bash examples/quickstart.sh DIR        ... or to DIR
@@ -10,15 +10,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly RUN=${1:-runs/quickstart}
 readonly ITERATIONS=${ITERATIONS:-320}
-readonly SAVE=$RUN/checkpoints
-readonly LATEST=$SAVE/latest_checkpointed_iteration.txt
+readonly SAVE=$RUN/checkpoints UNIFORM=$RUN/uniform
 readonly NAME=iter_$(printf %07d "$ITERATIONS")
 readonly TOKENIZER=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "$RUN/tokenizer.model")
 
 # One thread a process: four of them share the machine.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-step() { echo "[$1/6] $2"; }
+step() { echo "[$1/7] $2"; }
 done_already() { echo "      done already: $1"; }
 
 step 1 "environment: .venv with pinned dependencies"
@@ -49,40 +48,43 @@ PROCESSES=4 LAYOUT=(--tensor-model-parallel-size 2 --pipeline-model-parallel-siz
 if python -c 'import sys, torch; sys.exit(not 0 < torch.cuda.device_count() < 4)'; then
     PROCESSES=1 LAYOUT=(--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1)
 fi
-step 5 "pretraining: $ITERATIONS iterations on $PROCESSES process(es) ${LAYOUT[*]}"
-if [[ -d $SAVE/weighter/$NAME && -f $LATEST && $(<"$LATEST") == "$ITERATIONS" ]]; then
-    done_already "$SAVE"
-else
-    # So short a run has some 20 outer updates: the weighter learns faster than by default, and is held nearer to uniform.
-    # The target set is prose; two thirds of the training data are of little use to it. Evaluation is on other prose.
-    # Finite differences: two passes over a batch align its samples, where the exact way passes each by itself.
-    train=()
-    for part in 0.2:prose 0.3:code 0.1:comments 0.4:shuffled; do
-        train+=("${part%%:*}" "$RUN/data/train/${part##*:}_text_document")
-    done
+# The target set is prose; two thirds of the training data are of little use to it. Evaluation is on other prose.
+data=()
+for part in 0.2:prose 0.3:code 0.1:comments 0.4:shuffled; do
+    data+=("${part%%:*}" "$RUN/data/train/${part##*:}_text_document")
+done
+# train FOLDER FLAGS...: one run, which continues if it was interrupted.
+train() {
+    local save=$1
+    shift
+    if [[ -d $save/$NAME && $(<"$save/latest_checkpointed_iteration.txt") == "$ITERATIONS" ]]; then
+        done_already "$save"
+        return
+    fi
     torchrun --nproc-per-node "$PROCESSES" --standalone pretrain_dwm.py "${LAYOUT[@]}" \
         --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 \
         --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear \
         --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 \
         --micro-batch-size 16 --global-batch-size 64 --train-iters "$ITERATIONS" \
         --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20 --weight-decay 0.1 --adam-beta2 0.95 \
-        "${TOKENIZER[@]}" --train-data-path "${train[@]}" --valid-data-path "$RUN/data/test/prose_text_document" \
-        --dwm-target-data-path "$RUN/data/target/prose_text_document" \
-        --dwm-target-batch-size 128 --dwm-warmup-iters $((ITERATIONS * 3 / 8)) --dwm-num-stages 4 --dwm-update-interval 8 \
-        --dwm-init-from lm --dwm-num-layers 2 --dwm-lr 1e-3 --dwm-weighter-steps 8 --dwm-kl-weight 2 \
-        --dwm-alignment finite-difference \
-        --save "$SAVE" --load "$SAVE" --save-interval 80 --eval-interval 40 --eval-iters 4 --log-interval 10 \
-        --tensorboard-dir "$RUN/tensorboard" --num-workers 0
-fi
+        "${TOKENIZER[@]}" --train-data-path "${data[@]}" --valid-data-path "$RUN/data/test/prose_text_document" \
+        --save "$save" --load "$save" --save-interval 80 --eval-interval 40 --eval-iters 4 --log-interval 10 \
+        --tensorboard-dir "$save/tensorboard" --num-workers 0 "$@"
+}
+step 5 "pretraining with learnt weights: $ITERATIONS iterations on $PROCESSES process(es) ${LAYOUT[*]}"
+train "$SAVE" --dwm-target-data-path "$RUN/data/target/prose_text_document"
 
-step 6 "picture"
-python tools/plot_run.py --run "$SAVE" --output "$RUN/run.png"
+step 6 "the same with uniform weights, to compare"
+train "$UNIFORM" --dwm-mode off
+
+step 7 "picture"
+python tools/plot_run.py --run "$SAVE" --baseline "$UNIFORM" --output "$RUN/run.png"
 
 cat <<END
 
 Finished. Where everything is:
   checkpoint          $SAVE/$NAME
   exported weighter   $SAVE/weighter/$NAME
-  metrics             $SAVE/metrics.jsonl, $RUN/tensorboard
+  metrics             $SAVE/metrics.jsonl, $SAVE/tensorboard
   picture             $RUN/run.png
 END

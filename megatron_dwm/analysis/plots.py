@@ -63,11 +63,20 @@ def theme(name: Theme) -> Iterator[None]:
         yield
 
 
-def training_figure(run: RunRecords) -> Figure:
-    """Draw losses above, mean weight of each data source below, over iterations."""
+def training_figure(run: RunRecords, baseline: RunRecords | None = None) -> Figure:
+    """Draw losses above, mean weight of each data source below, over iterations.
+
+    Args:
+        run: the run's records.
+        baseline: those of the same run with uniform weights, whose evaluations are drawn beside.
+    """
     figure = Figure(figsize=(9, 7), layout="constrained")
     losses, weights = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     draw_losses(losses, run)
+    if baseline is not None:
+        points = _points(baseline.evaluated("valid"), "lm_loss")
+        losses.plot(*points, "o--", markersize=3.5, color="C1", label="valid, uniform weights")
+        losses.legend(frameon=False)
     draw_by_source(weights, run, "weight_by_source", "mean weight")
     _mark_uniform(weights)
     weights.set_xlabel("iteration")

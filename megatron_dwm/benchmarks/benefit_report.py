@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_dwm.analysis.records import Record, RunRecords
+from megatron_dwm.analysis.comparison import catches_up, training_seconds
+from megatron_dwm.analysis.records import RunRecords
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,16 +34,12 @@ class Arm:
     @property
     def seconds(self) -> list[float]:
         """Training time of each run, with all that the weighting costs, without evaluations."""
-        return [_seconds(run.steps) for run in self.runs]
+        return [training_seconds(run.steps) for run in self.runs]
 
     @property
     def samples(self) -> int:
         """Training samples of a run."""
         return int(self.runs[0].steps[-1]["consumed_samples"])
-
-
-def _seconds(steps: Sequence[Record], last_iteration: float = float("inf")) -> float:
-    return float(sum(step["seconds"] for step in steps if step["iteration"] <= last_iteration))
 
 
 def summary(arms: Sequence[Arm], sequence: int) -> dict[str, Any]:
@@ -77,26 +74,6 @@ def summary(arms: Sequence[Arm], sequence: int) -> dict[str, Any]:
         "token_ratio": tokens,
         "time_ratio": seconds,
     }
-
-
-def catches_up(uniform: RunRecords, other: RunRecords) -> tuple[float, float] | None:
-    """Return when ``other``'s evaluation loss falls to ``uniform``'s last.
-
-    Between evaluations the loss is taken as linear in the tokens.
-
-    Returns:
-        fractions of uniform's tokens and of its seconds; None if it never falls so far.
-    """
-    goal = uniform.evaluated("valid")[-1]["lm_loss"]
-    curve = [(point["iteration"], point["lm_loss"]) for point in other.evaluated("valid")]
-    last_above = max((k for k, (_, loss) in enumerate(curve) if loss > goal), default=-1)
-    if last_above == len(curve) - 1:
-        return None
-    iteration = float(curve[0][0])
-    if last_above >= 0:
-        (before, high), (after, low) = curve[last_above], curve[last_above + 1]
-        iteration = before + (after - before) * (high - goal) / (high - low)
-    return iteration / uniform.steps[-1]["iteration"], _seconds(other.steps, iteration) / _seconds(uniform.steps)
 
 
 def table(arms: Sequence[Arm], result: dict[str, Any]) -> str:
@@ -141,7 +118,9 @@ def figure(arms: Sequence[Arm], sequence: int) -> Figure:
         mean = [statistics.mean(losses) for losses in zip(*curves, strict=True)]
         low, high = ([f(losses) for losses in zip(*curves, strict=True)] for f in (min, max))
         per_iteration = arm.samples * sequence / arm.runs[0].steps[-1]["iteration"]
-        seconds = [statistics.mean(_seconds(run.steps, iteration) for run in arm.runs) for iteration in iterations]
+        seconds = [
+            statistics.mean(training_seconds(run.steps, iteration) for run in arm.runs) for iteration in iterations
+        ]
         color = f"C{number}"
         over_tokens.plot([i * per_iteration / 1e6 for i in iterations], mean, color=color, label=arm.name)
         over_tokens.fill_between([i * per_iteration / 1e6 for i in iterations], low, high, color=color, alpha=0.15)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from megatron_dwm.analysis.comparison import gain_line
 from megatron_dwm.analysis.records import read_run
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.config.flags import flag, parse
@@ -19,6 +20,10 @@ class PlotConfig:
     """Plot."""
 
     run: str = flag("", "A run's --save folder, or its --metrics-jsonl file.")
+    baseline: str | None = flag(
+        None,
+        "The same run with uniform weights (--dwm-mode off), to draw beside it and to say what weighting gained.",
+    )
     output: str | None = flag(None, "The PNG to write; run.png beside the records if not given.")
 
     def __post_init__(self) -> None:
@@ -39,8 +44,11 @@ def _main(argv: Sequence[str] | None) -> None:
     run = Path(config.run)
     folder = run if run.is_dir() else run.parent
     output = Path(config.output) if config.output else folder / "run.png"
-    save_png(training_figure(read_run(run)), output)
+    weighted, baseline = read_run(run), read_run(Path(config.baseline)) if config.baseline else None
+    save_png(training_figure(weighted, baseline), output)
     print(output)
+    if baseline is not None:
+        print(gain_line(baseline, weighted))
 
 
 if __name__ == "__main__":

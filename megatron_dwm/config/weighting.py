@@ -89,7 +89,9 @@ class WeightingConfig:
         "Iterations at the start of each stage in which the weighter learns; the whole stage if not given.",
     )
     dwm_update_interval: int | None = flag(
-        None, "Iterations between outer updates; 100 if not given, or fewer where the window is shorter."
+        None,
+        "Iterations between outer updates; if not given, 100, or in a run of fewer than 8000 iterations so many that "
+        "there are 80 updates.",
     )
     dwm_weighter_steps: int = flag(
         4,

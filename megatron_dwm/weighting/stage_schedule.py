@@ -12,6 +12,9 @@ from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.errors import UserError
 
 DEFAULT_UPDATE_INTERVAL = 100
+DEFAULT_UPDATES = 80
+"""Outer updates of a short run: with so many a weighter tells apart what single alignments hardly do
+(docs/lab-notes.md)."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ def bilevel_stages(config: WeightingConfig, train_iters: int) -> StageSchedule:
             f"--dwm-warmup-iters {warmup}; train longer or lower one of them"
         )
     window = config.dwm_stage_update_iters or train_iters
-    interval = config.dwm_update_interval or min(DEFAULT_UPDATE_INTERVAL, window, stage_iters)
+    by_length = max(1, (train_iters - warmup) // DEFAULT_UPDATES)
+    interval = config.dwm_update_interval or min(DEFAULT_UPDATE_INTERVAL, by_length, window, stage_iters)
     if interval > min(window, stage_iters):
         raise UserError(
             f"--dwm-update-interval {interval} exceeds the update window of {min(window, stage_iters)} iterations, "

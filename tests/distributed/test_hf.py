@@ -86,9 +86,12 @@ def _assert_equal_to_hf(flags: Flags, layout: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout", ["one process", "TP2, sequence parallel", "PP2", "PP2, interleaved", "TP2 x PP2", "DP2"]
+    ("name", "layout"),
+    [
+        *(("llama", layout) for layout in ("one process", "TP2, sequence parallel", "PP2, interleaved", "TP2 x PP2")),
+        *(("gpt2", layout) for layout in ("one process", "PP2", "TP2 x PP2", "DP2")),
+    ],
 )
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_the_hugging_face_copy_has_the_logits_of_every_layout(name: str, layout: str):
     _assert_equal_to_hf(MODELS[name], layout)
 

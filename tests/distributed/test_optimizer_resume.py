@@ -38,6 +38,7 @@ CASES: dict[str, tuple[int, Flags]] = {
     for optimizer, flags in OPTIMIZERS.items()
     for precision, half in PRECISIONS.items()
     for groups, group_flags in {"one rate": {}, "decoupled": DECOUPLED}.items()
+    if precision == "fp32" or group_flags
 }
 CASES |= {
     "tied embeddings, decoupled": (1, {**GPT, **DECOUPLED}),
@@ -71,9 +72,7 @@ BUCKETS = {**DISTRIBUTED, "--overlap-grad-reduce": True}
 SMALL_BUCKETS = {**BUCKETS, "--ddp-bucket-size": 3000}
 TP2 = {"--tensor-model-parallel-size": 2}
 MOVES: dict[str, tuple[int, Flags, Flags, Flags]] = {
-    "to the distributed optimizer": (1, LLAMA, {}, DISTRIBUTED),
     "to the distributed optimizer, reshardable": (1, LLAMA, {}, RESHARDABLE),
-    "from the distributed optimizer": (1, LLAMA, DISTRIBUTED, {}),
     "from the distributed optimizer, reshardable": (1, LLAMA, RESHARDABLE, {}),
     "to the distributed optimizer, bf16, decoupled": (1, {**LLAMA, "--bf16": True, **DECOUPLED}, {}, DISTRIBUTED),
     "from the distributed optimizer, bf16, decoupled": (1, {**LLAMA, "--bf16": True, **DECOUPLED}, DISTRIBUTED, {}),
@@ -84,7 +83,6 @@ MOVES: dict[str, tuple[int, Flags, Flags, Flags]] = {
     "from the distributed optimizer, PP2, tied": (2, {**GPT, **PP2}, DISTRIBUTED, {}),
     "from the distributed optimizer, TP2": (2, {**LLAMA, **TP2}, DISTRIBUTED, {}),
     "to the distributed optimizer, PP2, tied": (2, {**GPT, **PP2}, {}, DISTRIBUTED),
-    "from many buckets": (1, LLAMA, SMALL_BUCKETS, {}),
     "from many buckets to one": (2, LLAMA, SMALL_BUCKETS, BUCKETS),
     "from one bucket to many, bf16": (2, {**LLAMA, "--bf16": True}, DISTRIBUTED, SMALL_BUCKETS),
 }
@@ -143,7 +141,7 @@ def test_the_distributed_optimizer_is_given_up_under_another_layout(tmp_path: Pa
 @pytest.mark.parametrize(
     ("before", "after"), [({}, {"--bf16": True}), ({"--bf16": True}, {}), ({"--bf16": True}, FP16)]
 )
-@pytest.mark.parametrize("kind", [{}, DISTRIBUTED, RESHARDABLE], ids=["plain", "distributed", "reshardable"])
+@pytest.mark.parametrize("kind", [{}, RESHARDABLE], ids=["plain", "reshardable"])
 def test_goes_on_in_another_precision(before: Flags, after: Flags, kind: Flags, tmp_path: Path):
     flags = {**SCHEDULE, **LLAMA, **kind}
     whole, _, moved = train_legs(

@@ -39,7 +39,6 @@ SMALLER = {
     "--global-batch-size": ("128", "8"),
     "--train-iters": ("1000", "12"),
     "--lr-warmup-iters": ("50", "2"),
-    "--dwm-update-interval": ("16", "2"),
     "--eval-interval": ("100", "6"),
     "--eval-iters": ("4", "1"),
     "--save-interval": ("200", "6"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_dwm.analysis.comparison import catches_up
 from megatron_dwm.analysis.records import RunRecords
-from megatron_dwm.benchmarks.benefit_report import Arm, catches_up, interval, summary, table
+from megatron_dwm.benchmarks.benefit_report import Arm, interval, summary, table
 from megatron_dwm.benchmarks.mixture import CORPORA
 
 

@@ -35,8 +35,9 @@ def test_updates_fall_into_the_window_of_each_stage_at_the_interval():
 def test_defaults_make_the_warm_up_fit_the_weighters_start_and_the_interval_the_stage():
     assert bilevel_stages(WeightingConfig(), 600).warmup_iters == 0
     stages = bilevel_stages(WeightingConfig(dwm_init_from="lm"), 600)
-    assert (stages.warmup_iters, stages.stage_iters, stages.update_interval) == (100, 100, 100)
-    assert bilevel_stages(WeightingConfig(), 50).update_interval == 10
+    assert (stages.warmup_iters, stages.stage_iters, stages.update_interval) == (100, 100, 6)
+    intervals = [bilevel_stages(WeightingConfig(), length).update_interval for length in (50, 1000, 7999, 8000, 10**6)]
+    assert intervals == [1, 12, 99, 100, 100]
 
 
 @pytest.mark.parametrize(

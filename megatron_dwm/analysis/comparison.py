@@ -1,0 +1,55 @@
+"""A run against one with uniform weights: what weighting has gained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_dwm.analysis.records import Record, RunRecords
+from megatron_dwm.errors import UserError
+
+
+def training_seconds(steps: Sequence[Record], last_iteration: float = float("inf")) -> float:
+    """Return the time of the steps up to an iteration, with all that weighting costs, without evaluations."""
+    return float(sum(step["seconds"] for step in steps if step["iteration"] <= last_iteration))
+
+
+def catches_up(uniform: RunRecords, other: RunRecords) -> tuple[float, float] | None:
+    """Return when ``other``'s evaluation loss falls to ``uniform``'s last.
+
+    Between evaluations the loss is taken as linear in the tokens.
+
+    Returns:
+        fractions of uniform's tokens and of its seconds; None if it never falls so far.
+    """
+    goal = uniform.evaluated("valid")[-1]["lm_loss"]
+    curve = [(point["iteration"], point["lm_loss"]) for point in other.evaluated("valid")]
+    last_above = max((k for k, (_, loss) in enumerate(curve) if loss > goal), default=-1)
+    if last_above == len(curve) - 1:
+        return None
+    iteration = float(curve[0][0])
+    if last_above >= 0:
+        (before, high), (after, low) = curve[last_above], curve[last_above + 1]
+        iteration = before + (after - before) * (high - goal) / (high - low)
+    seconds = training_seconds(other.steps, iteration) / training_seconds(uniform.steps)
+    return iteration / uniform.steps[-1]["iteration"], seconds
+
+
+def gain_line(uniform: RunRecords, weighted: RunRecords) -> str:
+    """Return in one line how the evaluation losses of two runs of the same length compare.
+
+    Raises:
+        UserError: one of them has no evaluations, or they differ in length.
+    """
+    for run, name in ((uniform, "--baseline"), (weighted, "--run")):
+        if not run.evaluated("valid"):
+            raise UserError(f"{name}: a run without evaluations has nothing to compare; train with --eval-iters")
+    last = [run.steps[-1]["iteration"] for run in (uniform, weighted)]
+    if last[0] != last[1]:
+        raise UserError(f"--baseline has {last[0]} iterations and --run {last[1]}; compare runs of the same length")
+    before, after = (run.evaluated("valid")[-1]["lm_loss"] for run in (uniform, weighted))
+    reached = catches_up(uniform, weighted)
+    line = f"evaluation loss {after:.3f} with weighting and {before:.3f} with uniform weights ({after - before:+.3f})"
+    if reached is None:
+        return f"{line}; the uniform run's last loss was not reached"
+    tokens, seconds = reached
+    return f"{line}; the uniform run's last loss after {tokens:.0%} of its tokens and {seconds:.0%} of its time"
