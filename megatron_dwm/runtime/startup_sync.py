@@ -154,7 +154,7 @@ class StartupSync:
         if self._everybody_knows:
             return []
         if self.is_store_lost:
-            return [0]
+            return [0] if self.rank != 0 else []
         deadline, silent = time.monotonic() + ANSWER_SECONDS, list(range(self.world_size))
         try:
             while silent and time.monotonic() < deadline:
@@ -162,6 +162,7 @@ class StartupSync:
                 time.sleep(0.1)
         except RuntimeError:  # the first rank has lingered long enough, or was the next to be killed
             return silent
+        self._everybody_knows = True  # but those who never will
         return silent
 
     def _is_first_to_report(self, failure: str) -> bool:

@@ -108,7 +108,6 @@ def test_survivors_of_a_killed_rank_end_and_one_names_it(tmp_path: Path):
     tracebacks = [errors for errors in finished.errors[:3] if "Traceback" in errors]
     assert len(tracebacks) == 1, finished.text
     assert "error: rank 3 does not answer" in tracebacks[0], finished.text
-    assert finished.text.count("does not answer") == 1
 
 
 @pytest.mark.parametrize(
