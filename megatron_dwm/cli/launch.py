@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import multiprocessing
+import os
 import signal
 import sys
 import traceback
@@ -145,6 +146,7 @@ def build_trainer(
         read_inputs,
     )
     from megatron_dwm.training.trainer import Trainer
+    from megatron_dwm.training.write_results import start_results_process
     from megatron_dwm.weighting.build import WeightingContext, build_weighting, check_gradients, read_weighting_inputs
 
     if config.logging.logging_level is not None:
@@ -156,6 +158,8 @@ def build_trainer(
         weighting_inputs = read_weighting_inputs(config, inputs.tokenizer)
     with process.startup_sync.phase("agreement"):
         process.startup_sync.require_same(rank_facts(config, inputs.paths, weighting_inputs.folder_model))
+    if config.checkpoint.save is not None:
+        start_results_process()
     language_model = build_language_model(config, inputs, device, process.startup_sync)
     train_state, weighting_state = load_if_there(config, inputs, language_model, save_folder)
     if train_state.iteration > 0:  # of a release, which counts the samples it was made with, all are to come
@@ -193,7 +197,7 @@ def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
     """End this process after a failure; it is printed here unless another rank's came first.
 
     Raises:
-        SystemExit: always.
+        SystemExit: this process is alone, or all know of the failure; otherwise it ends here.
     """
     sys.stdout.flush()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at a worker's end
@@ -210,8 +214,15 @@ def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
         print_error(error)
     else:
         traceback.print_exception(error)
+        for rank in startup_sync.silent_ranks():
+            print_error(UserError(f"rank {rank} does not answer: it was killed, is stopped or is stuck"))
     startup_sync.linger()
-    raise SystemExit(EXIT_CODE if isinstance(error, UserError) else 1) from None
+    code = EXIT_CODE if isinstance(error, UserError) else 1
+    if startup_sync.world_size > 1:  # no cleanup: what it would wait for may be gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code) from None
 
 
 def _read_saved(flags: CheckpointConfig) -> Mapping[str, Any]:

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.optimizer import OptimizerConfig
@@ -198,3 +201,26 @@ def check_recomputation(model: ModelConfig, parallel: ParallelConfig) -> None:
             )
         if parallel.sequence_parallel:
             raise UserError("--distribute-saved-activations excludes --sequence-parallel; leave one out")
+
+
+def check_recomputed_units(config: TransformerConfig) -> None:
+    """Refuse units of recomputed layers that do not divide the layers of every pipeline chunk.
+
+    Raises:
+        UserError: there is a chunk that they do not divide.
+    """
+    unit = config.recompute_num_layers
+    if unit is None or (config.recompute_granularity, config.recompute_method) != ("full", "uniform"):
+        return
+    chunks = config.virtual_pipeline_model_parallel_size
+    for rank in range(config.pipeline_model_parallel_size):
+        if (layout := config.pipeline_model_parallel_layout) is not None:
+            sizes = [stage.count(LayerType.decoder) for stage in layout.layout[rank]]
+        else:
+            sizes = [get_num_layers_to_build(config, n, rank) for n in (range(chunks) if chunks else [None])]
+        for layers in sizes:
+            if layers % unit:
+                raise UserError(
+                    f"--recompute-num-layers {unit}: units of --recompute-method uniform do not divide the {layers} "
+                    f"layers of a chunk on pipeline rank {rank}; give a divisor of them, or --recompute-method block"
+                )

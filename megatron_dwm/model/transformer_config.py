@@ -26,6 +26,7 @@ from megatron_dwm.model.transformer_checks import (
     check_fp8,
     check_layers,
     check_recomputation,
+    check_recomputed_units,
     recompute_granularity,
 )
 
@@ -84,9 +85,11 @@ def transformer_config(
     else:
         values.update(available_kernels(values, impl))
     try:
-        return TransformerConfig(**values)
+        config = TransformerConfig(**values)
     except (ValueError, AssertionError) as error:  # its own checks; those above name flags and remedies
         raise UserError(f"megatron-core cannot combine the model's flags: {error}; change them") from error
+    check_recomputed_units(config)
+    return config
 
 
 def has_tanh_gelu(model: ModelConfig) -> bool:

@@ -28,6 +28,8 @@ PATIENCE = timedelta(hours=2)
 """One rank may build a large dataset's index while the others wait."""
 POLL_SECONDS = 2.0
 """Between two looks for another rank's failure: rarely enough for a store that thousands of ranks ask."""
+ANSWER_SECONDS = 2.5 * POLL_SECONDS
+"""A rank that has not read of a failure by then is taken for dead or stuck."""
 LINGER_SECONDS = 4 * POLL_SECONDS
 """The store ends with the process that holds it, so the first rank stays until the others have read of a failure."""
 
@@ -62,6 +64,8 @@ class StartupSync:
         self._finished = threading.Event()
         self._agreed_error: UserError | None = None
         self._everybody_knows = False
+        self.is_store_lost = False
+        """Whether the store did not answer: the first rank, which holds it, has ended or is stuck."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -136,12 +140,39 @@ class StartupSync:
         code = EXIT_CODE if isinstance(error, UserError) else 1
         text = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+        failure = json.dumps({"rank": self.rank, "code": code, "reason": reason})
+        answers: list[bool] = []
+        # A thread, as a store whose holder is stopped lets its caller wait for ever.
+        asking = threading.Thread(target=lambda: answers.append(self._is_first_to_report(failure)), daemon=True)
+        asking.start()
+        asking.join(ANSWER_SECONDS)
+        self.is_store_lost = self.is_store_lost or not answers
+        return self.is_store_lost or answers[0]
+
+    def silent_ranks(self) -> list[int]:
+        """Return the ranks that do not answer after a failure that this one has reported; waits for their answers."""
+        if self._everybody_knows:
+            return []
+        if self.is_store_lost:
+            return [0] if self.rank != 0 else []
+        deadline, silent = time.monotonic() + ANSWER_SECONDS, list(range(self.world_size))
+        try:
+            while silent and time.monotonic() < deadline:
+                silent = [rank for rank in silent if not self._failures.check([f"read/{rank}"])]
+                time.sleep(0.1)
+        except RuntimeError:  # the first rank has lingered long enough, or was the next to be killed
+            return silent
+        self._everybody_knows = True  # but those who never will
+        return silent
+
+    def _is_first_to_report(self, failure: str) -> bool:
         try:
             is_first = self._failures.add("count", 1) == 1
             if is_first:
-                self._failures.set("first", json.dumps({"rank": self.rank, "code": code, "reason": reason}))
+                self._failures.set("first", failure)
                 self._mark_read(self._failures)
         except RuntimeError:  # the store has ended with the rank that holds it
+            self.is_store_lost = True
             return True
         return is_first
 
@@ -161,7 +192,7 @@ class StartupSync:
 
     def linger(self) -> None:
         """Stay after a reported failure until the others have read of it, if this is the rank that holds the store."""
-        if not self._everybody_knows:
+        if not (self._everybody_knows or self.is_store_lost):
             self._linger(self._failures)
 
     def _mark_read(self, store: dist.Store) -> None:

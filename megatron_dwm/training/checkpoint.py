@@ -251,6 +251,10 @@ class CheckpointWriter:
         except CheckpointException as error:
             causes = [cause for cause, _ in error.failures.values()]
             reason = short_reason(causes[0] if causes else error)
+            if error.args[0] == "write":  # all ranks raise it, and the first alone is told why
+                reasons = [reason]
+                dist.broadcast_object_list(reasons, src=0)
+                reason = reasons[0]
         except OSError as error:
             reason = error.strerror or str(error)
         except RuntimeError as error:  # torch.save's, from code that does not say why a file cannot grow

@@ -6,8 +6,9 @@ model.safetensors, the tokenizer, and ``dwm_manifest.json``, which says what run
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,8 @@ from megatron_dwm.config.run import RunConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.blend import DataPaths
 from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
+from megatron_dwm.errors import UserError
+from megatron_dwm.safe_unpickling import short_reason
 from megatron_dwm.weighting.export_manifest import write_manifest
 from megatron_dwm.weighting.weighter import Weighter
 
@@ -54,7 +57,11 @@ class FolderExporter:
         self._last: tuple[int, str] | None = None
 
     def export(self, weighter: Weighter, iteration: int, stage: int) -> None:
-        """Write the export on the first rank, unless this iteration's is there; a weighter of NaN is not exported."""
+        """Write the export on the first rank, unless this iteration's is there; a weighter of NaN is not exported.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
         if dist.get_rank() == 0:
             digest = weighter.hash()
             folder = self.root / f"iter_{iteration:07d}"
@@ -62,7 +69,8 @@ class FolderExporter:
                 logger.warning(f"the weighter of iteration {iteration} is not finite and is not exported to {folder}")
             elif self._last != (iteration, digest):
                 manifest = self._manifest(weighter, iteration, stage, digest)
-                export_weighter(weighter.model, self.tokenizer, self.tokenizer_config, folder, manifest)
+                with _reported_failure(self.root.parent, iteration):
+                    export_weighter(weighter.model, self.tokenizer, self.tokenizer_config, folder, manifest)
                 logger.info(f" > exported the weighter to {folder}")
                 self._last = (iteration, digest)
         dist.barrier()
@@ -75,6 +83,28 @@ class FolderExporter:
             "weighter_sha256": digest,
             **self.run_facts,
         }
+
+
+@contextlib.contextmanager
+def _reported_failure(save: Path, iteration: int) -> Iterator[None]:
+    """Turn what fails in writing into a UserError.
+
+    Raises:
+        UserError: the block failed.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+        return
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except SafetensorError as error:
+        reason = short_reason(error)
+    raise UserError(
+        f"--save {save}: the weighter of iteration {iteration} cannot be written ({reason}); make room or give another "
+        "folder"
+    )
 
 
 def export_weighter(

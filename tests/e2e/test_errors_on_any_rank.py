@@ -102,11 +102,12 @@ def kill_the_last_rank() -> None:
     pretrain_command.main()
 
 
-def test_survivors_of_a_killed_rank_end(tmp_path: Path):
+def test_survivors_of_a_killed_rank_end_and_one_names_it(tmp_path: Path):
     finished = pretrain(tmp_path / "log", 4, {**PLAIN, **DATA, **TP2, **PP2}, main=kill_the_last_rank)
     assert finished.codes == [1, 1, 1, -signal.SIGKILL], finished.text
     tracebacks = [errors for errors in finished.errors[:3] if "Traceback" in errors]
     assert len(tracebacks) == 1, finished.text
+    assert "error: rank 3 does not answer" in tracebacks[0], finished.text
 
 
 @pytest.mark.parametrize(

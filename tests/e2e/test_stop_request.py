@@ -24,6 +24,7 @@ FLAGS = {
     **DATA,
     **WEIGHTING,
     **{"--num-workers": 2, "--train-iters": 40, "--eval-interval": 20, "--exit-signal-handler": True},
+    "--save-interval": 8,
 }
 
 

@@ -81,6 +81,32 @@ def test_flags_that_cannot_go_together_are_named(
     assert "\n" not in str(caught.value)
 
 
+PP2: dict[str, Any] = {"pipeline_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("unit", "parallel", "layers"),
+    [
+        (3, {}, 4),
+        (1, {}, None),
+        (2, {}, None),
+        (4, PP2, 2),
+        (2, PP2, None),
+        (2, PP2 | {"num_layers_per_virtual_pipeline_stage": 1}, 1),
+        (2, PP2 | {"decoder_first_pipeline_num_layers": 1}, 1),
+        (2, PP2 | {"pipeline_model_parallel_layout": "Et|tttL"}, 1),
+        (2, PP2 | {"pipeline_model_parallel_layout": "Ett|ttL"}, None),
+    ],
+)
+def test_units_of_recomputed_layers_divide_each_chunk(unit: int, parallel: dict[str, Any], layers: int | None):
+    flags = FULL | {"recompute_num_layers": unit}
+    if layers is None:
+        assert build_config(parallel=ParallelConfig(**parallel), **flags).recompute_num_layers == unit
+    else:
+        with pytest.raises(UserError, match=f"--recompute-num-layers {unit}: .* the {layers} layers of a chunk"):
+            build_config(parallel=ParallelConfig(**parallel), **flags)
+
+
 def test_local_layers_are_unfused_anyway():
     with_flag = vars(build_config(transformer_impl="local", attention_backend="unfused"))
     without = vars(build_config(transformer_impl="local"))

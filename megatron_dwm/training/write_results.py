@@ -1,0 +1,46 @@
+"""The process in which a rank's writers of checkpoints leave what they have written.
+
+megatron-core starts one at a rank's first save. That one imports torch anew, is ended by the signals that ask a run to
+save and stop, so that there is no saving any more, and outlives a rank that is killed. This one does none of these.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from multiprocessing.managers import SyncManager
+
+import torch
+
+from megatron_dwm.training.stop_request import SIGNALS
+
+WATCH_SECONDS = 1.0
+"""Between two looks whether the rank is still there."""
+
+
+def start_results_process() -> None:
+    """Start the process, unless this rank has one. A fork: while little memory is in use, before the model is built."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        # A process with a CUDA context must not be forked.
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+        manager = SyncManager(ctx=context)
+        manager.start(initializer=_live_as_long_as_the_rank)
+        filesystem_async._results_queue = manager.Queue()
+
+
+def _live_as_long_as_the_rank() -> None:
+    for number in (*SIGNALS, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_after_the_rank, daemon=True).start()
+
+
+def _end_after_the_rank() -> None:
+    rank = multiprocessing.parent_process()
+    while rank is not None and os.getppid() == rank.pid:
+        time.sleep(WATCH_SECONDS)
+    os._exit(0)
