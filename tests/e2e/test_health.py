@@ -31,7 +31,7 @@ def test_a_sign_is_logged_and_recorded(changes: dict, sign: str, named: str, tmp
 
 def test_alignments_that_are_all_zero_end_the_run(tmp_path: Path):
     # All matrices are zero and stay so: every hidden state is zero, and with it every gradient.
-    flags = {**LANGUAGE_MODEL, **TRAINING, **DATA, **WEIGHTING, "--lr": 0, "--init-method-std": 0}
+    flags = {**LANGUAGE_MODEL, **TRAINING, **DATA, **WEIGHTING, "--init-method-std": 0}
     finished = pretrain(tmp_path / "log", 1, flags)
     assert finished.codes == [1] and "exactly zero" in finished.text
 
