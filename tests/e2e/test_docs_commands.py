@@ -86,6 +86,8 @@ RUN = [
     "docs/extending.md: A new weighting in one file: bash",
 ]
 """Blocks that the tests below run."""
+UPDATES = 11
+"""Outer updates of such runs: one an iteration, but for the first, whose learning rate is zero."""
 PARTS = "docs/own-data.md: The flags in parts: bash"
 
 
@@ -198,7 +200,7 @@ def test_five_commands_make_a_language_model_and_a_weighter(workplace: Workplace
     readme = workplace.folder / "runs/readme"
     run = readme if readme.is_dir() else workplace.folder / "runs/mine"
     records = read_run(run)
-    assert len(records.steps) == 12 and len(records.updates) == 6
+    assert len(records.steps) == 12 and len(records.updates) == UPDATES
     assert AutoModelForCausalLM.from_pretrained(run / "language_model").config.hidden_size == 32
     weighter = AutoModelForSequenceClassification.from_pretrained(run / "weighter/iter_0000012")
     assert weighter.config.num_labels == 1
@@ -222,7 +224,7 @@ def test_a_weighter_is_taken_to_other_runs(own_data: Workplace):
     frozen = read_run(own_data.folder / "runs/frozen")
     assert len(frozen.steps) == 12 and not frozen.updates and "weight_by_source" in frozen.steps[0]
     own_data.run("docs/transfer.md: In another run, and learning on: bash")
-    assert len(read_run(own_data.folder / "runs/continued").updates) == 6
+    assert len(read_run(own_data.folder / "runs/continued").updates) == UPDATES
 
 
 def test_a_weighter_scores_texts_with_transformers(own_data: Workplace):
