@@ -44,6 +44,7 @@ def test_it_learns_is_exported_serves_frozen_and_goes_on_with_another_batch_size
     assert first["weight_by_source"]["clean"] > first["weight_by_source"]["noise"]
 
     longer = {"--load": save, "--save": tmp_path / "longer", "--train-iters": 24, "--global-batch-size": 4}
+    longer["--min-lr"] = 1e-3  # at a rate of zero the weighter learns nothing
     succeed(tmp_path / "log", 1, {**run, **WEIGHTING, **target, **longer, "--override-opt-param-scheduler": True})
     after = torch.load(tmp_path / "longer" / "iter_0000024" / "dwm_state.pt", weights_only=True)
     assert after["outer_updates"] == 12 and [len(entry["tokens"]) for entry in after["replay"]] == [8] * 10 + [4] * 2
