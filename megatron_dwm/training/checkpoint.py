@@ -1,4 +1,4 @@
-"""Checkpoints in megatron-core's ``torch_dist`` format, written and loaded.
+"""Checkpoints written: in megatron-core's format ``torch_dist``, or in Megatron-LM's older one, ``torch``.
 
 A checkpoint's folder (``checkpoint_folders.py``) holds what ``checkpoint_contents.py`` names, the weighting's state in
 ``dwm_state.pt`` and the checksums of all files. It is written beside its place and put there when it is whole, so an
@@ -19,20 +19,18 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.atomic_write import atomic_write_text, delete_folder, publish_folder
-from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
+from megatron_dwm.config.checkpoint import TRACKER
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.compat import sharded_save_options
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.logging import timestamp
 from megatron_dwm.runtime.process_groups import ParallelState
-from megatron_dwm.safe_unpickling import restricted_checkpoint_loading, short_reason
+from megatron_dwm.safe_unpickling import short_reason
 from megatron_dwm.training.checkpoint_checksums import write_checksums, write_rank_checksums
 from megatron_dwm.training.checkpoint_contents import (
     comparable,
     data_parallel_group,
-    model_key,
-    set_rng_state,
     sharded_state,
     sharding_metadata,
 )
@@ -46,19 +44,9 @@ from megatron_dwm.training.checkpoint_folders import (
     retired_mark,
     tracked,
 )
-from megatron_dwm.training.lr_schedule import resume_schedule
 from megatron_dwm.training.optimizer import allocate_state
-from megatron_dwm.training.optimizer_state import choose_reader
-from megatron_dwm.training.resume_checks import (
-    check_shapes,
-    has_same_layout,
-    replacing_flags,
-    resumed_schedule,
-    should_load_optimizer,
-)
 from megatron_dwm.training.save_folder import SaveFolder
-from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, reported_damage
-from megatron_dwm.training.torch_format import TorchCheckpoint, load_torch_state, write_torch_state
+from megatron_dwm.training.torch_format import write_torch_state
 from megatron_dwm.training.train_state import TrainComponents, TrainState
 
 logger = logging.getLogger(__name__)
@@ -276,137 +264,6 @@ def _write_with_checksums(write: Callable[..., None], folder: Path, rank: int, b
     write(rank, buckets, results)
     with contextlib.suppress(OSError):  # a failed write is in the results, and raised from there
         write_rank_checksums(folder, rank, [Path(bucket[0]) for bucket in buckets])
-
-
-def load_checkpoint(
-    config: RunConfig, saved: SavedCheckpoint, components: TrainComponents, parallel_state: ParallelState
-) -> tuple[TrainState, dict[str, Any]]:
-    """Restore ``components`` from a checkpoint that :func:`check_resume` has passed; every rank calls it.
-
-    Returns:
-        the counters that the checkpoint was saved at (zero with ``--finetune``, iteration zero of a release) and the
-        weighting's state, empty if there is none.
-
-    Raises:
-        UserError: the checkpoint's tensors do not fit the model, or its files are damaged.
-    """
-    flags, arguments = config.checkpoint, saved.arguments
-    starts_anew = flags.finetune or saved.is_release
-    with_optimizer = should_load_optimizer(config.checkpoint, saved)
-    with_rng = not (starts_anew or flags.no_load_rng) and _has_rng(saved)
-    if with_rng and not has_same_layout(config.parallel, saved):
-        logger.info(" > random state is not taken over: it belongs to another TP or PP size")
-        with_rng = False
-
-    if isinstance(saved, TorchCheckpoint):
-        state = load_torch_state(saved, components, parallel_state, with_optimizer=with_optimizer)
-    else:
-        state = _load_distributed(
-            config, saved, components, parallel_state, with_optimizer=with_optimizer, with_rng=with_rng
-        )
-    if with_optimizer:
-        resumed = resumed_schedule(config, saved)
-        resume_schedule(components.scheduler, resumed.schedule, saved.common["opt_param_scheduler"]["num_steps"])
-        for line in (*resumed.messages, *replacing_flags(config, saved)):
-            logger.info(line)
-    else:
-        if not (starts_anew or flags.no_load_optim):
-            logger.info(" > the checkpoint holds no optimizer state: optimizer and schedule start anew")
-        if config.optimizer.fp16 or config.optimizer.bf16:
-            components.optimizer.reload_model_params()
-    if with_rng:
-        set_rng_state(state["rng_state"][0])
-    dist.barrier()
-    operations = saved.common.get("num_floating_point_operations_so_far", 0)
-    if flags.finetune:
-        return TrainState(num_floating_point_operations_so_far=operations), {}
-    train_state = TrainState(
-        iteration=0 if starts_anew else saved.common["iteration"],
-        consumed_train_samples=getattr(arguments, "consumed_train_samples", 0),
-        skipped_train_samples=getattr(arguments, "skipped_train_samples", 0),
-        consumed_valid_samples=getattr(arguments, "consumed_valid_samples", 0),
-        num_floating_point_operations_so_far=operations,
-    )
-    return train_state, {} if starts_anew else saved.read_dwm_state()
-
-
-def _load_distributed(
-    config: RunConfig,
-    saved: SavedCheckpoint,
-    components: TrainComponents,
-    parallel_state: ParallelState,
-    *,
-    with_optimizer: bool,
-    with_rng: bool,
-) -> dict[str, Any]:
-    """Load the model, and the optimizer's state, from the format ``torch_dist``; return all that was loaded.
-
-    Raises:
-        UserError: the checkpoint's tensors do not fit the model, or its files are damaged.
-    """
-    flags = config.checkpoint
-    metadata = {**(saved.common.get("content_metadata") or {}), "dp_cp_group": data_parallel_group()}
-    load = partial(_load_sharded, saved, flags)
-    template = sharded_state(
-        config,
-        components,
-        TrainState(),
-        parallel_state,
-        metadata,
-        is_loading=True,
-        with_optimizer=False,
-        with_rng=with_rng,
-    )
-    reader = None
-    if with_optimizer:
-        reader = choose_reader(saved, components, metadata, parallel_state.mp_rank, load)
-        template |= reader.template(template)
-    check_shapes(saved, template, tolerates_missing=flags.tolerates_differences)
-    state = load(template)
-    for number, chunk in enumerate(components.chunks):
-        module: Any = chunk
-        module.load_state_dict(state[model_key(components, number)], strict=not flags.tolerates_differences)
-    if reader is not None:
-        reader.apply(state)
-    return state
-
-
-def _load_sharded(saved: SavedCheckpoint, flags: CheckpointConfig, template: dict[str, Any]) -> dict[str, Any]:
-    """Load a template of sharded tensors; every rank calls it.
-
-    Raises:
-        UserError: the files are damaged, or differ from the template in what ``--dist-ckpt-strictness`` refuses.
-    """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-    from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
-
-    folder = str(saved.folder)
-    strategy = get_default_load_sharded_strategy(folder)
-    if flags.ckpt_fully_parallel_load:
-        strategy = FullyParallelLoadStrategyWrapper(strategy, data_parallel_group())
-    with reported_damage(saved.folder), restricted_checkpoint_loading():
-        try:
-            loaded: Any = dist_checkpointing.load(template, folder, strategy, strict=flags.dist_ckpt_strictness)
-        except CheckpointingException as error:
-            if not flags.dist_ckpt_strictness.startswith("raise"):
-                raise
-            raise UserError(
-                f"--load {saved.folder.parent}: --dist-ckpt-strictness {flags.dist_ckpt_strictness}: "
-                f"{short_reason(error)}; give another or the flags that it was saved with"
-            ) from None
-    if not flags.dist_ckpt_strictness.startswith("return"):
-        return dict(loaded)
-    state, missing, unexpected = loaded
-    for keys, what in ((missing, "are not in the model"), (unexpected, "are not in the checkpoint")):
-        if keys:
-            logger.warning(f"--load {saved.folder.parent}: {', '.join(sorted(keys))} {what}")
-    return dict(state)
-
-
-def _has_rng(saved: SavedCheckpoint) -> bool:
-    return any(key.startswith("rng_state/") for key in saved.metadata.state_dict_metadata)
 
 
 def _is_unretained(previous: Path | None, current: Path, retain_interval: int | None) -> bool:

@@ -21,8 +21,9 @@ from megatron_dwm.model.vocabulary import Vocabulary, saved_softmax_size
 from megatron_dwm.runtime.process_groups import ParallelState, initialize_process_groups, set_seeds
 from megatron_dwm.runtime.startup_sync import StartupSync
 from megatron_dwm.runtime.timers import StepTimers
-from megatron_dwm.training.checkpoint import CheckpointWriter, load_checkpoint
+from megatron_dwm.training.checkpoint import CheckpointWriter
 from megatron_dwm.training.checkpoint_folders import has_torch_format, latest_checkpoint, loading_line
+from megatron_dwm.training.checkpoint_loading import load_checkpoint
 from megatron_dwm.training.dataloaders import Dataloaders
 from megatron_dwm.training.lr_schedule import Schedule, build_scheduler
 from megatron_dwm.training.optimizer import build_optimizer

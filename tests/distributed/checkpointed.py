@@ -13,8 +13,9 @@ from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_dwm.model.vocabulary import Vocabulary
-from megatron_dwm.training.checkpoint import CheckpointWriter, load_checkpoint
+from megatron_dwm.training.checkpoint import CheckpointWriter
 from megatron_dwm.training.checkpoint_folders import iteration_folder
+from megatron_dwm.training.checkpoint_loading import load_checkpoint
 from megatron_dwm.training.lr_schedule import Schedule, build_scheduler
 from megatron_dwm.training.resume_checks import check_resume
 from megatron_dwm.training.saved_checkpoint import open_checkpoint
