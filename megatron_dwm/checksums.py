@@ -37,14 +37,14 @@ def checksum(path: Path, on_read: Callable[[int], object] = lambda size: None) -
 
 
 def parse_checksums(files: Any) -> dict[str, Checksum]:
-    """Return checksums by file name from what JSON holds of them: ``{name: {"bytes": N, "sha256": "..."}}``.
+    """Return checksums by path in their folder from what JSON holds: ``{path: {"bytes": N, "sha256": "..."}}``.
 
     Raises:
         ValueError: it holds something else.
     """
     try:
-        if any(Path(name).name != name for name in files):
-            raise ValueError("a path where a name belongs")
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+            raise ValueError("a path that leads out of the folder")
         return {str(name): Checksum(int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"no checksums ({type(error).__name__})") from None

@@ -49,14 +49,8 @@ TRAINING = shlex.split(
     "--weight-decay 0.1 --adam-beta2 0.95 --eval-interval 30 --eval-iters 16 --log-interval 10 --num-workers 0"
 )
 SCORING = shlex.split("--dwm-score-batch-size 128")
-# A weighter that is small against this model.
-WEIGHTING = [
-    *SCORING,
-    *shlex.split(
-        "--dwm-num-stages 1 --dwm-update-interval 16 --dwm-weighter-steps 8 --dwm-alignment finite-difference "
-        "--dwm-hidden-size 16 --dwm-ffn-hidden-size 32 --dwm-num-attention-heads 1"
-    ),
-]
+# Default flags, but for the stages, of which a comparison has one.
+WEIGHTING = [*SCORING, "--dwm-num-stages", "1"]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ COSTS: dict[str, dict[Size, str]] = {
         "--vocab-size 31999 --num-workers 4 --train-iters 400 --steps 4 --repeats 5",
         "tiny": _COSTS + "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 16 "
         "--max-position-embeddings 16 --micro-batch-size 2 --global-batch-size 4 --vocab-size 99 --num-workers 0 "
-        "--dwm-hidden-size 8 --dwm-num-attention-heads 1 --train-iters 60 --steps 1 --repeats 2",
+        "--dwm-ngram-buckets 64 --train-iters 60 --steps 1 --repeats 2",
     },
     "costs-1b": {
         "full": _COSTS + "--num-layers 16 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632 "
@@ -30,7 +30,7 @@ COSTS: dict[str, dict[Size, str]] = {
         "--vocab-size 31999 --num-workers 4 --train-iters 400 --steps 2 --repeats 4",
         "tiny": _COSTS + "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 16 "
         "--max-position-embeddings 16 --micro-batch-size 2 --global-batch-size 4 --vocab-size 99 --num-workers 0 "
-        "--dwm-hidden-size 8 --dwm-num-attention-heads 1 --train-iters 60 --steps 1 --repeats 2",
+        "--dwm-ngram-buckets 64 --train-iters 60 --steps 1 --repeats 2",
     },
 }
 """Of ``benchmarks/overhead.py``, one process each."""
@@ -41,19 +41,18 @@ PRECISION: dict[Size, str] = {
     "--steps 150 --batches 4",
     "tiny": _ARCHITECTURE + "--bf16 --num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 16 "
     "--max-position-embeddings 16 --micro-batch-size 4 --global-batch-size 8 --lr 3e-3 --train-iters 20 --eval-iters 0 "
-    "--num-workers 0 --init-method-std 0.1 --dwm-num-stages 1 --dwm-hidden-size 8 --dwm-num-attention-heads 1 "
+    "--num-workers 0 --init-method-std 0.1 --dwm-num-stages 1 --dwm-ngram-buckets 64 "
     "--steps 6 --batches 2",
 }
 """Of ``benchmark precision``, but for its data."""
 BENEFIT: dict[Size, str] = {
     "full": "--arms uniform bilevel oracle --seeds 1 --iterations 480 --jobs 3 --bf16 --num-layers 8 --hidden-size 512 "
     "--num-attention-heads 8 --seq-length 128 --max-position-embeddings 128 --init-method-std 0.02 --lr 1e-3 "
-    "--lr-warmup-iters 40 --eval-interval 40 --eval-iters 8 --dwm-alignment exact --dwm-hidden-size 128 "
-    "--dwm-ffn-hidden-size 256 --dwm-num-attention-heads 4",
+    "--lr-warmup-iters 40 --eval-interval 40 --eval-iters 8",
     "tiny": "--arms uniform bilevel --seeds 1 --iterations 12 --jobs 2 --bf16 --hidden-size 16 --ffn-hidden-size 32 "
     "--num-attention-heads 2 "
     "--seq-length 16 --max-position-embeddings 16 --global-batch-size 16 --micro-batch-size 8 --lr-warmup-iters 2 "
-    "--eval-interval 6 --eval-iters 1 --dwm-alignment exact --dwm-update-interval 4 --dwm-target-batch-size 16",
+    "--eval-interval 6 --eval-iters 1 --dwm-update-interval 4 --dwm-target-batch-size 16",
 }
 """Of ``benchmarks/benefit.py``: a model of 30 million parameters on a mixture whose headroom is known."""
 VOCAB_SIZE: dict[Size, int] = {"full": 4000, "tiny": 400}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,20 +11,16 @@ from pathlib import Path
 from megatron_dwm.analysis.records import read_run
 from megatron_dwm.analysis.shares import learnt_shares
 from megatron_dwm.cli.command import run_command
+from megatron_dwm.cli.run_argument import RunArgument, with_run_flag
 from megatron_dwm.config.flags import flag, parse
 from megatron_dwm.errors import UserError
 
 
 @dataclass(frozen=True)
-class BlendConfig:
+class BlendConfig(RunArgument):
     """Blend."""
 
-    run: str = flag("", "A run's --save folder, or its --metrics-jsonl file; it may also stand without the flag.")
     data_path: list[str] | None = flag(None, "Prefixes to print in place of the sources' names, in their order.")
-
-    def __post_init__(self) -> None:
-        if not self.run:
-            raise UserError("--run is missing; give a run's --save folder")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,10 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--run")
-    config: BlendConfig = parse(words, {"blend": BlendConfig}, description=__doc__)["blend"]
+    config: BlendConfig = parse(with_run_flag(argv), {"blend": BlendConfig}, description=__doc__)["blend"]
     run = read_run(Path(config.run))
     found = learnt_shares(run)
     names = config.data_path or run.sources

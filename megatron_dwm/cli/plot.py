@@ -10,25 +10,20 @@ from pathlib import Path
 from megatron_dwm.analysis.comparison import gain_line
 from megatron_dwm.analysis.records import read_run
 from megatron_dwm.cli.command import run_command
+from megatron_dwm.cli.run_argument import RunArgument, with_run_flag
 from megatron_dwm.config.flags import flag, parse
-from megatron_dwm.errors import UserError
 from megatron_dwm.extras import require_packages
 
 
 @dataclass(frozen=True)
-class PlotConfig:
+class PlotConfig(RunArgument):
     """Plot."""
 
-    run: str = flag("", "A run's --save folder, or its --metrics-jsonl file.")
     baseline: str | None = flag(
         None,
         "The same run with uniform weights (--dwm-mode off), to draw beside it and to say what weighting gained.",
     )
     output: str | None = flag(None, "The PNG to write; run.png beside the records if not given.")
-
-    def __post_init__(self) -> None:
-        if not self.run:
-            raise UserError("--run is missing; give a run's --save folder")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    config: PlotConfig = parse(argv, {"plot": PlotConfig}, description=__doc__)["plot"]
+    config: PlotConfig = parse(with_run_flag(argv), {"plot": PlotConfig}, description=__doc__)["plot"]
     require_packages("plot", "matplotlib")
     from megatron_dwm.analysis.plots import save_png, training_figure
 

@@ -9,7 +9,6 @@ folder that the run was started from.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 from megatron_dwm.analysis.preference import WeightedSamples, evenly_spaced_updates, extremes, weighted_samples
 from megatron_dwm.analysis.records import RunRecords, read_run
 from megatron_dwm.cli.command import run_command
+from megatron_dwm.cli.run_argument import RunArgument, with_run_flag
 from megatron_dwm.config.flags import flag, parse, require_at_least
 from megatron_dwm.errors import UserError
 from megatron_dwm.extras import require_packages
@@ -33,12 +33,9 @@ LONGEST_TEXT = 800
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(RunArgument):
     """Report."""
 
-    run: str = flag(
-        "", "A run's --save folder, or its --metrics-jsonl file. May also be given first and without the flag."
-    )
     output: str | None = flag(None, "Folder to write to; preference/ beside the records if not given.")
     benefit: str | None = flag(
         None, "JSON file of benchmarks/benefit.py --json; benefit.json beside the records if that is there."
@@ -47,8 +44,7 @@ class ReportConfig:
     examples: int = flag(4, "Samples of each stage that are shown as text, of the highest and of the lowest weight.")
 
     def __post_init__(self) -> None:
-        if not self.run:
-            raise UserError("--run is missing; give a run's --save folder")
+        super().__post_init__()
         require_at_least(self, 1, "samples")
         require_at_least(self, 0, "examples")
 
@@ -63,10 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--run")
-    config: ReportConfig = parse(words, {"report": ReportConfig}, description=__doc__)["report"]
+    config: ReportConfig = parse(with_run_flag(argv), {"report": ReportConfig}, description=__doc__)["report"]
     require_packages("report", "matplotlib", "jinja2")
     from megatron_dwm.analysis.page import make_report, read_benefit, write_page
 

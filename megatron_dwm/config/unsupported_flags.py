@@ -60,7 +60,7 @@ UNSUPPORTED: dict[str, str] = {
         --apply-wd-to-qk-layernorm --no-weight-decay-cond-type""",
     "kernels are chosen by --transformer-impl and the --no-*-fusion flags; leave it out": """
         --disable-bf16-reduced-precision-matmul --batch-invariant-mode --disable-jit-fuser""",
-    "a NaN ends the run, nothing is run again; leave it out": """
+    "only losses and gradients that are not finite are looked for; leave it out": """
         --check-for-spiky-loss --check-for-large-grads --result-rejected-tracker-filename --iterations-to-skip""",
     "ranks keep in step by their collectives alone; leave it out": """
         --train-sync-interval""",
@@ -69,7 +69,7 @@ UNSUPPORTED: dict[str, str] = {
         --run-workload-inspector-server""",
     "SIGTERM stops a run under --exit-signal-handler; use that": "--exit-signal --exit-signal-handler-for-dataloader",
     "batches grow by --rampup-batch-size; use that": "--phase-transition-iterations",
-    "slow ranks and single gradients are looked for with --timing-log-level and --profile; leave it out": """
+    "there is no such report; --timing-log-level 1 shows slow ranks; leave it out": """
         --log-straggler --save-wgrads-interval --save-dgrads-interval""",
     "records go to the log, a JSON-lines file and TensorBoard; leave it out": """
         --*one-logger* --app-tag-run-* --log-progress --log-energy --config-logger-dir""",

@@ -63,8 +63,8 @@ class WeightingConfig:
     )
     dwm_ridge: float = flag(
         8.0,
-        "Ridge of a linear weighter's regression: the variance of standardized alignments around their expectation, "
-        "in parts of the expectation's.",
+        "Ridge penalty of a linear weighter's regression. A higher one keeps the scores of n-grams that few samples "
+        "contain closer to zero.",
     )
     dwm_temperature: float = flag(1.0, "Temperature of the softmax that turns scores into weights.")
     dwm_kl_weight: float = flag(
@@ -90,8 +90,8 @@ class WeightingConfig:
     )
     dwm_update_interval: int | None = flag(
         None,
-        "Iterations between outer updates; if not given, 100, or in a run of fewer than 8000 iterations so many that "
-        "there are 80 updates.",
+        "Iterations between outer updates. If not given, a run of fewer than 8000 iterations has 80 updates, and a "
+        "longer one has an update every 100 iterations.",
     )
     dwm_weighter_steps: int = flag(
         4,

@@ -25,15 +25,16 @@ def write_checksums(folder: Path) -> None:
     for partial in folder.glob(_PARTIAL.format("*")):
         sums.update(json.loads(partial.read_text()))
         partial.unlink()
-    for path in folder.iterdir():
-        if path.is_file() and path.name not in sums and path.name != CHECKSUMS:
-            sums[path.name] = vars(checksum(path))
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in sums and name != CHECKSUMS:
+            sums[name] = vars(checksum(path))
     content = {"algorithm": "sha256", "files": dict(sorted(sums.items()))}
     (folder / CHECKSUMS).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read_checksums(folder: Path) -> dict[str, Checksum] | None:
-    """Return the checksums of a checkpoint's files by name; None if it was written without.
+    """Return the checksums of a checkpoint's files by path in it; None if it was written without.
 
     Raises:
         ValueError: ``checksums.json`` is not what :func:`write_checksums` writes.

@@ -123,15 +123,22 @@ def open_checkpoint(folder: Path, *, should_verify: bool = True, rank: int = 0, 
         )
     with reported_damage(folder):
         saved = _open(folder)
-        if not should_verify:
-            return saved
-        checksums = _checksums(folder)
-        if checksums is None:
-            logger.info(f" > {folder} was written without checksums; its files are not verified")
-            return saved
-        if damage := find_damage(folder, part_of_rank(checksums, rank, world_size)):
-            raise CheckpointDamage(damage)
+        if should_verify:
+            require_checksums(folder, rank, world_size)
         return saved
+
+
+def require_checksums(folder: Path, rank: int, world_size: int) -> None:
+    """Hold one rank's part of a checkpoint's files against their checksums, if it has any.
+
+    Raises:
+        CheckpointDamage: a file is not as it was written.
+    """
+    checksums = _checksums(folder)
+    if checksums is None:
+        logger.info(f" > {folder} was written without checksums; its files are not verified")
+    elif damage := find_damage(folder, part_of_rank(checksums, rank, world_size)):
+        raise CheckpointDamage(damage)
 
 
 def verify_checkpoint(folder: Path, on_read: Callable[[int], object] = lambda size: None) -> SavedCheckpoint:

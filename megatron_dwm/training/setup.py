@@ -105,7 +105,7 @@ def read_inputs(config: RunConfig, rank: int, world_size: int) -> RunInputs:
     if folder is None:
         return RunInputs(tokenizer, paths, None)
     if has_torch_format(folder):
-        torch_checkpoint = open_torch_checkpoint(folder, config)
+        torch_checkpoint = open_torch_checkpoint(folder, config, rank)
         check_resume(config, torch_checkpoint)
         return RunInputs(tokenizer, paths, torch_checkpoint)
     should_verify = config.checkpoint.checkpoint_checksums

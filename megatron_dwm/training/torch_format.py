@@ -25,7 +25,7 @@ from megatron_dwm.training.checkpoint_contents import VERSION, model_key, rng_st
 from megatron_dwm.training.checkpoint_folders import rank_file
 from megatron_dwm.training.optimizer_state import load_optimizer
 from megatron_dwm.training.resume_checks import WORD_EMBEDDINGS
-from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, reported_damage
+from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, reported_damage, require_checksums
 from megatron_dwm.training.train_state import TrainComponents, TrainState
 
 _FUSED = {
@@ -48,8 +48,11 @@ class TorchCheckpoint(SavedCheckpoint):
         return {} if self.embedding is None else {WORD_EMBEDDINGS: self.embedding}
 
 
-def open_torch_checkpoint(folder: Path, config: RunConfig) -> TorchCheckpoint:
-    """Open the first rank's file; no communication.
+def open_torch_checkpoint(folder: Path, config: RunConfig, rank: int) -> TorchCheckpoint:
+    """Open the first rank's file, after a part of all files has been verified; no communication.
+
+    Args:
+        rank: which of the run's ranks this is, and so which part it verifies.
 
     Raises:
         UserError: it is damaged, or was saved by a run of another layout, or by a Megatron-LM of long ago.
@@ -58,6 +61,8 @@ def open_torch_checkpoint(folder: Path, config: RunConfig) -> TorchCheckpoint:
     path = first_rank_file(folder)
     assert path is not None
     with reported_damage(folder):
+        if config.checkpoint.checkpoint_checksums:
+            require_checksums(folder, rank, config.world_size)
         state = read_torch_file(path)
     arguments = vars(state["args"])
     where = f"--load {folder.parent}: {folder.name}, in the format torch,"

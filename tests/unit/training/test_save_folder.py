@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import multiprocessing
 import os
 import signal
@@ -46,7 +47,9 @@ def test_a_folder_that_another_process_holds_is_refused_by_name(owner: Any, tmp_
 def test_a_killed_owner_holds_nothing(owner: Any, tmp_path: Path):
     owner.kill()
     owner.join()
-    SaveFolder(tmp_path / "save").close()
+    held = SaveFolder(tmp_path / "save")
+    assert json.loads((tmp_path / "save" / LOCK).read_text())["pid"] == os.getpid()
+    held.close()
 
 
 def test_children_of_a_killed_owner_hold_nothing(tmp_path: Path):

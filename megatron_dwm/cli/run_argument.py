@@ -1,0 +1,29 @@
+"""The run that a command reads: ``--run FOLDER``, or ``FOLDER`` as the first word."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_dwm.config.flags import flag
+from megatron_dwm.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunArgument:
+    """Flags of a command that reads a run's records."""
+
+    run: str = flag(
+        "", "A run's --save folder, or its --metrics-jsonl file. May also be given first and without the flag."
+    )
+
+    def __post_init__(self) -> None:
+        if not self.run:
+            raise UserError("--run is missing; give a run's --save folder")
+
+
+def with_run_flag(argv: Sequence[str] | None) -> list[str]:
+    """Return the arguments (None: this process's) with ``--run`` before a first word that is no flag."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return ["--run", *words] if words and not words[0].startswith("-") else words
