@@ -63,7 +63,7 @@ def select_files(config: SelectConfig) -> dict[str, Any]:
 
 
 def _stamps(paths: Sequence[str], output: Path) -> list[tuple[int, int]]:
-    """Return by what a change of the files shows.
+    """Return the size and the time of the last change of each file.
 
     Raises:
         UserError: a file cannot be read twice, or is the output.

@@ -194,7 +194,7 @@ class _Builder:
         if is_restored:
             weighter = self._weighter(weighter_model_from_json(state["weighter_config"]))
             weighter.load_state(state)
-            self._say_what_goes_on(weighter)
+            self._log_kept_architecture(weighter)
         else:
             weighter = self._weighter(self._new_model())
             if iteration > self.inputs.stages.warmup_iters + 1:
@@ -237,7 +237,7 @@ class _Builder:
         with self.engine.full_parameters():
             return weighter_model_from_lm(self.engine.chunks, model, settings, vocab, eod, seed)
 
-    def _say_what_goes_on(self, weighter: Weighter) -> None:
+    def _log_kept_architecture(self, weighter: Weighter) -> None:
         """Say that a checkpoint's weighter stays what it is, if the flags would make another."""
         kind, arch = weighter.model.config.model_type, self.settings.dwm_arch
         wanted = NGRAM if arch == "ngram" else arch

@@ -3,7 +3,7 @@
 An n-gram of token ids is hashed to a bucket by integer arithmetic alone, so that every machine and version finds the
 same one (:func:`ngram_buckets`). A sample is the set of its buckets: how often one occurs does not count, so that a
 text that repeats itself is no louder than others. The set is a vector of Euclidean length 1, in which a longer n-gram
-counts in proportion to its length. ``docs/method.md`` shows the same in numpy.
+counts in proportion to its length. ``docs/transfer.md`` shows the same in numpy.
 
 Shape legend: m samples, s sequence length, f n-grams of a sample.
 """
