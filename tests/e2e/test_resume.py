@@ -94,5 +94,8 @@ def test_a_checkpoint_and_an_export_of_the_first_format_still_load(run: str, tmp
     flags = {"resumed": bilevel | {"--load": tmp_path / "save"}, "frozen": first_format.frozen(weighter)}
     succeed(tmp_path / "log", 1, flags[run] | {"--save": tmp_path / run})
     expected = json.loads((folder / "losses.json").read_text())[run]
-    # The same processor gives the same bits; another one may round sums in another order.
-    assert first_format.losses(tmp_path / run) == pytest.approx(np.array(expected), rel=1e-5)
+    losses = first_format.losses(tmp_path / run)
+    # The same processor gives the same bits; another one may round sums in another order. The weighter learns from
+    # samples drawn at random from the replay, which it did not then: 4e-5 of the loss once it has learned twice.
+    assert losses[:3] == pytest.approx(np.array(expected[:3]), rel=1e-5)
+    assert losses == pytest.approx(np.array(expected), rel=1e-5 if run == "frozen" else 2e-4)
