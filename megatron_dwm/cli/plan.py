@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -50,16 +49,20 @@ def print_plan(config: PlanConfig, argv: Sequence[str], processes: int | None) -
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: a plan takes no GPU
     run = read_run_flags(argv, config.plan_world_size or processes or started)
     # Imported here, after the flags are known to be good: these imports take seconds.
-    from megatron_dwm.plan.plan import make_plan
+    from megatron_dwm.plan.plan import make_plan, plan_values
     from megatron_dwm.plan.text import plan_lines
 
-    logging.getLogger("megatron_dwm.model").setLevel(logging.WARNING)  # every stage would say that it was built
-    plan = make_plan(run)
+    model_logger = logging.getLogger("megatron_dwm.model")
+    model_logger.setLevel(logging.WARNING)  # every stage would say that it was built
+    try:
+        plan = make_plan(run)
+    finally:
+        model_logger.setLevel(logging.NOTSET)
     print("\n".join(plan_lines(plan)))
     if config.plan_json is None:
         return
     try:
-        atomic_write_text(Path(config.plan_json), json.dumps(dataclasses.asdict(plan), indent=1) + "\n")
+        atomic_write_text(Path(config.plan_json), json.dumps(plan_values(plan), indent=1) + "\n")
     except OSError as error:
         raise UserError(
             f"--plan-json {config.plan_json}: cannot be written ({error.strerror}); give another path"

@@ -64,10 +64,6 @@ def update_traffic(config: RunConfig, stage: Stage, weighter: WeighterPlan) -> d
     """Return what a rank of a stage sends in an outer update, by purpose."""
     batch = config.num_microbatches
     target = config.target_batch_size // (config.training.micro_batch * config.data_parallel_size)
-    preconditioner = Traffic()
-    sharded = config.parallel.use_distributed_optimizer and config.weighting.dwm_preconditioner == "adam"
-    if sharded:
-        preconditioner.add("all-reduce", 4.0 * stage.parameters, config.data_parallel_size * config.parallel.cp)
     alignment = sum((part.traffic for part in stage.alignment), Traffic())
     kind = config.weighting.dwm_alignment
     single = kind == "single-sample"
@@ -76,7 +72,7 @@ def update_traffic(config: RunConfig, stage: Stage, weighter: WeighterPlan) -> d
         "layers": _of_passes(stage, target) + alignment.times(passes),
         "stages": stage.stage_traffic.times(target + batch),
         "gradients": stage.full_gradient_sync,
-        "preconditioner": preconditioner,
+        "preconditioner": stage.preconditioner,
         "weighter": weighter.traffic,
     }
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from megatron_dwm.config.flags import declared_flags
+from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.blend import data_paths
 from megatron_dwm.data.tokenizers import build_tokenizer, padded_vocab_size
+from megatron_dwm.model.transformer_checks import check_attention_mask, check_layers
 from megatron_dwm.model.vocabulary import Vocabulary
 from megatron_dwm.plan.costs import Cost, scoring_cost, step_cost, update_cost
 from megatron_dwm.plan.files import PlannedFile, planned_files
@@ -123,25 +129,49 @@ def make_plan(config: RunConfig, *, for_gpu: bool = True) -> Plan:
     )
 
 
+def plan_values(plan: Plan) -> dict[str, Any]:
+    """Return a plan as JSON has it, with the sums."""
+    values = dataclasses.asdict(plan)
+    for row, stage in zip(values["memory"], plan.memory, strict=True):
+        row.update(plain=stage.plain, peak=stage.peak)
+    for name, cost in (("step", plan.step), ("scoring", plan.scoring), ("update", plan.update)):
+        values[name]["total_sent"] = cost.sent
+    return values
+
+
 def _with_known_layers(config: RunConfig) -> tuple[RunConfig, str]:
-    """Return the configuration with layers that can be built anywhere, and whose they are."""
-    model = config.model
+    """Return the configuration with layers that can be built anywhere, and whose they are.
+
+    Transformer Engine's need a GPU: torch's stand in for them, without what only they know.
+
+    Raises:
+        UserError: flags that Transformer Engine's layers cannot follow.
+    """
+    model, parallel, weighting = config.model, config.parallel, config.weighting
     if model.transformer_impl != "transformer_engine":
         return config, f"--transformer-impl {model.transformer_impl or 'torch'}"
-    plain = dataclasses.replace(
+    check_layers(model, parallel, "transformer_engine")
+    if config.data.reset_attention_mask:
+        check_attention_mask(model, "transformer_engine", torch.device("cuda"))
+    fp8 = {item.field: item.default for item in declared_flags(ModelConfig) if item.field.startswith("fp8")}
+    model = dataclasses.replace(
         model,
+        **fp8,
         transformer_impl="torch",
         attention_backend="auto",
-        fp8=None,
-        fp8_recipe="delayed",
-        fp8_margin=0,
-        fp8_wgrad=True,
         layernorm_zero_centered_gamma=False,
+        fp32_residual_connection=False,
+        cross_entropy_fusion_impl="native",
+        first_last_layers_bf16=False,
+        num_layers_at_start_in_bf16=1,
+        num_layers_at_end_in_bf16=1,
     )
-    weighting = config.weighting
-    if weighting.dwm_alignment == "exact":  # as with those layers
+    parallel = dataclasses.replace(
+        parallel, fp8_param_gather=False, cp_comm_type=["p2p"], hierarchical_context_parallel_sizes=None
+    )
+    if weighting.dwm_alignment == "exact":  # which is the same with those layers
         weighting = dataclasses.replace(weighting, dwm_alignment="single-sample")
-    config = dataclasses.replace(config, model=plain, weighting=weighting)
+    config = dataclasses.replace(config, model=model, parallel=parallel, weighting=weighting)
     return config, "--transformer-impl torch, in place of Transformer Engine's"
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.parallel_state import get_global_memory_buffer
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -66,6 +67,8 @@ class Stage:
     """Gradients, where every rank needs the whole."""
     parameter_gather: Traffic
     """Parameters, after the optimizer's step."""
+    preconditioner: Traffic
+    """The target gradient, once each rank has preconditioned its part."""
     stage_traffic: Traffic
     """What one microbatch sends to the neighboring stages."""
 
@@ -91,8 +94,11 @@ def measure_stage(
                 _measure(config, model, chunk, _plain)
         training = tuple(_measure_chunks(config, model, _plain))
         alignment: tuple[Pass, ...] = ()
+        preconditioner = Traffic()
         if config.weighting.needs_target:
             direction = {param: torch.empty(param.shape, dtype=torch.float32) for param in params}
+            if config.parallel.use_distributed_optimizer and config.weighting.dwm_preconditioner == "adam":
+                preconditioner = _traffic_of(partial(_reduce_all, [*direction.values()], layout))
             alignment = tuple(_measure_chunks(config, model, _alignment(config, model, direction)))
         gradient_sync = _traffic_of(partial(finalize_model_grads, chunks, None))
         full_gradient_sync = _traffic_of(partial(finalize_model_grads, chunks, None, force_all_reduce=True))
@@ -114,6 +120,7 @@ def measure_stage(
         gradient_sync=gradient_sync,
         full_gradient_sync=full_gradient_sync,
         parameter_gather=gather,
+        preconditioner=preconditioner,
         stage_traffic=_stage_traffic(config, core_config, layout, len(chunks)),
     )
 
@@ -193,6 +200,11 @@ def _measure(config: RunConfig, model: LanguageModel, chunk: Any, run: _Run) -> 
 def _shortened(decoder: Any, layers: int) -> AbstractContextManager[None]:
     few = min(layers, len(decoder.layers))
     return changed_attributes(decoder, {"layers": decoder.layers[:few], "num_layers_per_pipeline_rank": few})
+
+
+def _reduce_all(tensors: Sequence[torch.Tensor], layout: ParallelState) -> None:
+    for tensor in tensors:
+        dist.all_reduce(tensor, group=layout.dp_cp_group)
 
 
 def _traffic_of(action: Callable[[], Any]) -> Traffic:

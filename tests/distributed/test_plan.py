@@ -44,7 +44,7 @@ def _count(flags: Flags) -> dict[str, Any]:
     params = [param for chunk in chunks for param in chunk.parameters()]
     held = {
         "parameters": sum(param.numel() for param in params),
-        "weights": sum(_bytes(param) for param in params),
+        "weights": sum({s.data_ptr(): s.nbytes() for s in (param.untyped_storage() for param in params)}.values()),
         "gradients": sum(buffer.grad_data.numel() * buffer.grad_data.itemsize for c in chunks for buffer in c.buffers),
         "optimizer": _optimizer_bytes(optimizer, params),
     }

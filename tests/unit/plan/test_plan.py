@@ -40,7 +40,15 @@ def visible_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_plan_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path, save = tmp_path / "plan.json", tmp_path / "run"
-    main([*as_argv({**RUN, "--save": save, "--save-interval": 5}), "--plan", "--nproc", "16", "--plan-json", str(path)])
+    # Layers that this machine cannot have are planned all the same.
+    layers = {
+        "--transformer-impl": "transformer_engine",
+        "--attention-backend": "flash",
+        "--fp8-format": "hybrid",
+        "--fp8-recipe": "tensorwise",
+    }
+    flags = {**RUN, **layers, "--save": save, "--save-interval": 5}
+    main([*as_argv(flags), "--plan", "--nproc", "16", "--plan-json", str(path)])
     printed = capsys.readouterr().out
     plan = json.loads(path.read_text())
     assert plan["layout"]["data_parallel"] == 8 and "16 ranks = tensor 2 x pipeline 1 x data 8" in printed
@@ -49,10 +57,12 @@ def test_the_plan_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "outer updates    8: after iterations 6 to 20, every 2" in printed
     # 4 layers of 4 x 32 x 32 and 3 x 32 x 64 and 2 norms, a norm, and an embedding and an output layer of 256 rows.
     assert plan["model_parameters"] == 4 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32 + 2 * 256 * 32
-    files = {Path(file["path"]).name: file["times"] for file in plan["files"]}
-    assert files["iter_XXXXXXX"] == 4 and files["metrics.jsonl"] == 1
-    exports = next(file for file in plan["files"] if file["what"] == "exports of the weighter")
-    assert exports["times"] == 4  # at 5, 10, 15 and 20, and at the ends of the stages, 12 and 20
+    files = {file["path"].removeprefix(f"{save}/"): file["times"] for file in plan["files"]}
+    # Exports are at the ends of the stages too, 12 and 20.
+    assert (files["iter_XXXXXXX"], files["weighter/iter_XXXXXXX"], files["metrics.jsonl"]) == (4, 5, 1)
+    (stage,) = plan["memory"]
+    assert stage["peak"] > stage["plain"] > stage["weights"] + stage["gradients"] + stage["optimizer"] > 0
+    assert "activations of --transformer-impl torch, in place of Transformer Engine's" in printed
     assert not save.exists()
 
 
@@ -69,7 +79,7 @@ def test_what_would_fail_on_the_cluster_fails_in_the_plan(
     flags: Flags, message: str, capsys: pytest.CaptureFixture[str]
 ):
     with pytest.raises(SystemExit) as ended:
-        main([*as_argv({**RUN, **flags}), "--plan", "--plan-world-size", "24"])
+        main([*as_argv({**RUN, **flags}), "--plan", "--plan-world-size", "16"])
     captured = capsys.readouterr()
     assert ended.value.code == 2 and message in captured.err and captured.err.count("\n") == 1
 
