@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -94,17 +93,21 @@ def test_flags_of_the_plan_are_taken_out_and_need_it():
         split_plan(["--plan", "--plan-world-size", "0"])
 
 
-@pytest.mark.parametrize("size", ["370m", "1b", "8b"])
-def test_the_scripts_for_slurm_check_their_flags_first(size: str, tmp_path: Path):
-    """The numbers of layers are reduced, which changes no flag and no layout."""
-    script = ROOT / "examples" / f"pretrain_{size}_dwm.sh"
-    for path in (script, ROOT / "examples" / "slurm_pretrain.sh"):
-        subprocess.run(["bash", "-n", path], check=True)
-    if size == "1b":
-        return  # tests/e2e/test_slurm.py submits it
+@pytest.mark.parametrize(("size", "layout"), [("370m", "8 ranks = tensor 1"), ("8b", "256 ranks = tensor 2")])
+def test_the_scripts_for_slurm_plan_their_runs(
+    size: str, layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """The flags that a script starts the program with are planned here; tests/e2e/test_slurm.py submits the third."""
+    recorder = tmp_path / "python"
+    recorder.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    recorder.chmod(0o755)
     settings = {"TOKENIZER_TYPE": "NullTokenizer", "VOCAB_SIZE": "31999", "NUM_LAYERS": "2", "PLAN_ONLY": "1"}
-    data = {"DATA_PATH": "train", "TARGET_DATA_PATH": "target", "REPO_DIR": str(ROOT), "PYTHON": sys.executable}
-    environment = {**os.environ, **settings, **data, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["bash", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    assert {"370m": "8 ranks = tensor 1", "8b": "256 ranks = tensor 2"}[size] in done.stdout
+    data = {"DATA_PATH": "train", "TARGET_DATA_PATH": "target", "REPO_DIR": str(ROOT), "PYTHON": str(recorder)}
+    script = ROOT / "examples" / f"pretrain_{size}_dwm.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    started = subprocess.run(["bash", script], env={**os.environ, **settings, **data}, capture_output=True, text=True)
+    program, *flags = started.stdout.splitlines()
+    assert program == str(ROOT / "pretrain_dwm.py"), started.stderr
+    monkeypatch.chdir(tmp_path)
+    main(flags)
+    assert layout in capsys.readouterr().out
