@@ -25,12 +25,7 @@ def split_plan(argv: Sequence[str]) -> tuple[PlanConfig, list[str]]:
     parser = OneLineParser(add_help=False)
     add_flags(parser, PlanConfig)
     values, rest = parser.parse_known_args(argv)
-    config: PlanConfig = build(PlanConfig, vars(values))
-    if not config.plan:
-        for name, value in (("--plan-world-size", config.plan_world_size), ("--plan-json", config.plan_json)):
-            if value is not None:
-                raise UserError(f"{name} {value} goes with --plan; add that, or leave it out")
-    return config, rest
+    return build(PlanConfig, vars(values)), rest
 
 
 def print_plan(config: PlanConfig, argv: Sequence[str], processes: int | None) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dwm.config.flags import flag, require_at_least
+from megatron_dwm.config.flags import flag, flag_name, require_at_least
+from megatron_dwm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,3 +24,6 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "plan_world_size")
+        for name in ("plan_world_size", "plan_json"):
+            if getattr(self, name) is not None and not self.plan:
+                raise UserError(f"{flag_name(name)} {getattr(self, name)} goes with --plan; add that, or leave it out")

@@ -314,4 +314,6 @@ def parse_run(
         main_class=WeightingConfig,
         complete=complete,
     )
+    if parts["plan"].plan:
+        raise UserError("--plan is for pretrain_dwm.py and megatron-dwm pretrain; leave it out")
     return RunConfig(world_size=world_size, **{name: parts[name] for name in PARTS})

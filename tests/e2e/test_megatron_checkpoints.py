@@ -94,7 +94,7 @@ def test_the_log_is_megatron_lms(data: dict[str, Any], theirs: Path, tmp_path: P
     That is what follows Megatron-LM's part of an iteration's line. Its estimate of a GPU's memory is left out: on a CPU
     there is none.
     """
-    place = {"--load": theirs / "tp2_pp2", "--save": tmp_path / "save", "--save-interval": 10}
+    place = {"--load": theirs / "tp2_pp2", "--save": tmp_path / "save", "--save-interval": 10, "--dwm-peak-tflops": 1}
     finished = succeed(tmp_path, 1, ALONE["one process"]["flags"] | data | place)
     lines = (MEGATRON / "log.txt").read_text().splitlines()
     estimate = r"Number of parameters|compute_activation|Activation memory|Theoretical memory"
@@ -102,7 +102,8 @@ def test_the_log_is_megatron_lms(data: dict[str, Any], theirs: Path, tmp_path: P
     expected = [line for line in lines if not re.match(rf"  \w+ \.{{5,}} |{estimate}", line)]
     logged = [line for line in finished.output[0].splitlines() if any(text in line for text in LOGGED)]
     found = [re.sub(r"(number of nan iterations: +\d+ \|).*", r"\1", line) for line in logged]
-    assert sum(" | time left: " in line for line in logged) == 2  # not in the first
+    speed = r"\| TFLOP/s/GPU: [\d.e-]+ \| MFU: [\d.]+% \| time left: 00:00:\d\d \|$"
+    assert sum(re.search(speed, line) is not None for line in logged) == 2  # the first line is of starting up too
     assert [_shape(line) for line in found] == [_shape(line) for line in expected]
     for ours, reference in zip(found, expected, strict=True):
         assert _numbers(ours) == pytest.approx(_numbers(reference), rel=2e-5, abs=1.1e-3), ours
