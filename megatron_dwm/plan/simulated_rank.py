@@ -86,7 +86,13 @@ class _SingleCalls(TorchDispatchMode):
 @contextmanager
 def gpu_kernels() -> Iterator[None]:
     """Keep for the backward pass what a GPU's kernels keep, where they keep less than a CPU's."""
-    with changed_attributes(torch.nn.functional, {"rms_norm": _rms_norm}):
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(*args: Any, dropout_p: float = 0.0, **kwargs: Any) -> torch.Tensor:
+        return attention(*args, **kwargs)  # whose kernel on a CPU knows no dropout; a GPU's keeps nothing for it
+
+    kernels = {"rms_norm": _rms_norm, "scaled_dot_product_attention": attend}
+    with changed_attributes(torch.nn.functional, kernels):
         yield
 
 
