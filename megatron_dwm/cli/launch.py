@@ -152,7 +152,7 @@ def build_trainer(
     if config.logging.logging_level is not None:
         logging.getLogger("megatron.core").setLevel(config.logging.logging_level)
     with process.startup_sync.phase("folders"):
-        save_folder = hold_folders(config, process.rank)
+        save_folder = hold_folders(config.checkpoint, config.data, config.logging, process.rank)
     with process.startup_sync.phase("inputs"):
         inputs = read_inputs(config, process.rank, process.world_size)
         weighting_inputs = read_weighting_inputs(config, inputs.tokenizer)

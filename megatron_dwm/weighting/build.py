@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.blend import DataPaths
 from megatron_dwm.data.hf_tokenizers import vocabulary_fingerprint
@@ -138,12 +139,12 @@ def weight_metrics(context: WeightingContext) -> WeightMetrics:
     return WeightMetrics(context.inputs.stages, gather, loss_factors, context.paths.train_sources)
 
 
-def scoring_options(config: RunConfig) -> ScoringOptions:
-    """Return how the flags make weights of scores."""
+def scoring_options(settings: WeightingConfig, check_interval: int) -> ScoringOptions:
+    """Return how the flags make weights of scores, with iterations between two checks of the weights."""
     return ScoringOptions(
-        temperature=config.weighting.dwm_temperature,
-        min_effective_sample_size=config.weighting.dwm_min_effective_sample_size,
-        check_interval=config.logging.log_interval,
+        temperature=settings.dwm_temperature,
+        min_effective_sample_size=settings.dwm_min_effective_sample_size,
+        check_interval=check_interval,
     )
 
 
@@ -152,7 +153,8 @@ class _Builder:
         self.context, self.config, self.inputs = context, context.config, context.inputs
         self.settings, self.engine = context.config.weighting, context.engine
         self.sample_gather = SampleGather(context.partition, context.parallel_state)
-        self.weight_metrics, self.options = weight_metrics(context), scoring_options(context.config)
+        self.weight_metrics = weight_metrics(context)
+        self.options = scoring_options(self.settings, self.config.logging.log_interval)
 
     def build(self) -> SampleWeighting:
         return WarmupWeighting(self.inputs.stages, self.weight_metrics, self._start())
@@ -252,7 +254,13 @@ class _Builder:
         save = self.config.checkpoint.save
         if save is None:
             return NoExport()
-        facts = run_facts(self.config, self.context.paths, self.inputs.tokenizer_fingerprint)
+        facts = run_facts(
+            self.settings,
+            self.config.model,
+            self.config.global_batch_size,
+            self.context.paths,
+            self.inputs.tokenizer_fingerprint,
+        )
         return FolderExporter(Path(save) / "weighter", self.context.tokenizer, self.config.tokenizer, facts)
 
     def _scoring_flops(self, weighter: Weighter) -> float:
