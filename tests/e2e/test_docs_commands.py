@@ -136,6 +136,8 @@ class Workplace:
     """A folder as a newcomer has it: the repository's programs, and data of their own."""
 
     folder: Path
+    commands: Path
+    """The folder of ``python`` and ``megatron-dwm``."""
 
     def run(self, name: str) -> str:
         """Run a block of commands, and return what it printed; the pages' common flags are set before it."""
@@ -143,7 +145,7 @@ class Workplace:
         script = f"set -euo pipefail\n{parts}\n{smaller(block(name))}"
         environment = {
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{self.commands}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
@@ -173,7 +175,7 @@ def write_texts(path: Path, seed: int, documents: int, *, is_ordered: bool) -> N
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+def workplace(preloaded_commands: Path, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """A folder in which the README's five commands have been run."""
     folder = tmp_path_factory.mktemp("workplace")
     for program in ("tools", "pretrain_dwm.py"):
@@ -182,7 +184,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     write_texts(folder / "other.jsonl", seed=2, documents=200, is_ordered=False)
     write_texts(folder / "target.jsonl", seed=3, documents=60, is_ordered=True)
     (folder / "train.jsonl").write_text((folder / "good.jsonl").read_text() + (folder / "other.jsonl").read_text())
-    place = Workplace(folder)
+    place = Workplace(folder, preloaded_commands)
     place.run("README.md: Your own data in five commands: bash")
     return place
 
