@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from megatron_dwm.config.run import RunConfig
-from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.blend import DataPaths
 from megatron_dwm.data.hf_tokenizers import vocabulary_fingerprint
@@ -139,12 +138,12 @@ def weight_metrics(context: WeightingContext) -> WeightMetrics:
     return WeightMetrics(context.inputs.stages, gather, loss_factors, context.paths.train_sources)
 
 
-def scoring_options(settings: WeightingConfig, check_interval: int) -> ScoringOptions:
-    """Return how the flags make weights of scores, with iterations between two checks of the weights."""
+def scoring_options(config: RunConfig) -> ScoringOptions:
+    """Return how the flags make weights of scores."""
     return ScoringOptions(
-        temperature=settings.dwm_temperature,
-        min_effective_sample_size=settings.dwm_min_effective_sample_size,
-        check_interval=check_interval,
+        temperature=config.weighting.dwm_temperature,
+        min_effective_sample_size=config.weighting.dwm_min_effective_sample_size,
+        check_interval=config.logging.log_interval,
     )
 
 
@@ -153,8 +152,7 @@ class _Builder:
         self.context, self.config, self.inputs = context, context.config, context.inputs
         self.settings, self.engine = context.config.weighting, context.engine
         self.sample_gather = SampleGather(context.partition, context.parallel_state)
-        self.weight_metrics = weight_metrics(context)
-        self.options = scoring_options(self.settings, self.config.logging.log_interval)
+        self.weight_metrics, self.options = weight_metrics(context), scoring_options(context.config)
 
     def build(self) -> SampleWeighting:
         return WarmupWeighting(self.inputs.stages, self.weight_metrics, self._start())

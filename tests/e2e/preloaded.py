@@ -52,8 +52,10 @@ def start(folder: Path) -> tuple[Path, multiprocessing.Process]:
     client.write_text(CLIENT.format(address=address))
     interpreter = shlex.join([sys.executable, "-S", "-E", str(client)])
     installed = Path(sys.executable).parent / "megatron-dwm"
+    # What starts with other flags than -m, as processes of multiprocessing do, has an interpreter of its own.
+    real = f'case "$1" in -m) ;; -*) exec {shlex.quote(sys.executable)} "$@" ;; esac\n'
     for name, first in (("python", ""), ("megatron-dwm", f" {shlex.quote(str(installed))}")):
-        (commands / name).write_text(f'#!/bin/sh\nexec {interpreter}{first} "$@"\n')
+        (commands / name).write_text(f'#!/bin/sh\n{"" if first else real}exec {interpreter}{first} "$@"\n')
         (commands / name).chmod(0o755)
     server = multiprocessing.get_context("fork").Process(target=_serve, args=(listener, str(commands / "python")))
     server.start()
