@@ -29,15 +29,19 @@ def load(folder: Path) -> LlamaForSequenceClassification:
     return weighter_model_from_folder("--dwm-load", str(folder), 8, 31, 30, FINGERPRINT, seed=1)
 
 
-@pytest.fixture
-def export(tmp_path: Path) -> Path:
+def make_export(folder: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, num_labels=1
     )
     model = LlamaForSequenceClassification(config)
-    export_weighter(model, TOKENIZER, SETTINGS, tmp_path / "export", {"iteration": 7})
-    return tmp_path / "export"
+    export_weighter(model, TOKENIZER, SETTINGS, folder / "export", {"iteration": 7})
+    return folder / "export"
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    return make_export(tmp_path)
 
 
 def rewrite_manifest(folder: Path, change: Callable[[dict], None]) -> None:
