@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import HealthCheck, settings, strategies
+from hypothesis import HealthCheck, Phase, settings, strategies
 
 from megatron_dwm.errors import MOST_CHARACTERS, UserError, print_error
 
@@ -22,6 +22,7 @@ def fuzz_settings(examples: int) -> Callable[[Any], Any]:
         derandomize=FACTOR == 0,
         database=None,  # no folder beside the sources
         deadline=None,
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],  # explaining takes minutes
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
     )
 

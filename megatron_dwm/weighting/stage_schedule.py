@@ -85,6 +85,15 @@ def bilevel_stages(config: WeightingConfig, train_iters: int, begun_by: int | No
 
 
 def frozen_stages(config: WeightingConfig, train_iters: int) -> StageSchedule:
-    """One stage without updates, from the first iteration unless a warm-up is asked for."""
+    """One stage without updates, from the first iteration unless a warm-up is asked for.
+
+    Raises:
+        UserError: no iteration is weighted.
+    """
     warmup = config.dwm_warmup_iters or 0
+    if warmup >= train_iters and warmup > 0 and config.dwm_mode != "off":
+        raise UserError(
+            f"--dwm-warmup-iters {warmup} leave none of --train-iters {train_iters} that --dwm-mode {config.dwm_mode} "
+            "weighs; lower it"
+        )
     return StageSchedule(train_iters, warmup, 1, max(train_iters - warmup, 1), 0, 1)

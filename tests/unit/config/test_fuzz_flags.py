@@ -48,7 +48,7 @@ def assert_parsed_or_refused(argv: list[str], processes: int) -> None:
         assert isinstance(found, RunConfig) and found.train_iters >= 0 and found.flat()
 
 
-@fuzz_settings(150)
+@fuzz_settings(60)
 @given(
     changes=strategies.lists(arguments(), min_size=1, max_size=4), processes=strategies.sampled_from([1, 2, 4, 6, 8])
 )
@@ -56,7 +56,7 @@ def test_changed_flags_make_a_run_or_are_one_line(changes: list[list[str]], proc
     assert_parsed_or_refused([*WORKING, *(word for change in changes for word in change)], processes)
 
 
-@fuzz_settings(50)
+@fuzz_settings(40)
 @given(
     argv=strategies.lists(
         strategies.one_of(

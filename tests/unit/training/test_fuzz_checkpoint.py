@@ -63,7 +63,7 @@ def with_damage(path: Path, data: strategies.DataObject, check: Callable[[bytes]
         path.write_bytes(whole)
 
 
-@fuzz_settings(120)
+@fuzz_settings(30)
 @given(data=strategies.data())
 def test_a_damaged_file_is_read_or_refused_in_one_line(
     data: strategies.DataObject, save: Path, config: RunConfig
@@ -82,7 +82,7 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(
     assert sorted(save.rglob("*")) == before and read_everything(config.checkpoint, config)
 
 
-@fuzz_settings(60)
+@fuzz_settings(25)
 @given(data=strategies.data())
 def test_checksums_find_every_change(data: strategies.DataObject, save: Path) -> None:
     folder = save / NAME
