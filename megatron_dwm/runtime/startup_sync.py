@@ -241,8 +241,8 @@ class StartupSync:
             time.sleep(0.1)
 
     def _watch(self) -> None:
-        # A connection of its own: the run's may be held by a wait.
-        connection = self.store.clone()
+        store: Any = self.store  # torch's types lack the method
+        connection = store.clone()  # the run's may be held by a wait
         failures = dist.PrefixStore("failures", connection)
         pulses = Pulses(connection, self.rank, self.world_size, self._timeout, POLL_SECONDS)
         is_starting = True

@@ -43,7 +43,7 @@ def test_skipped_updates_leave_a_record_and_the_norm_is_the_parameters(tmp_path:
     assert overflowed and [record["iteration"] for record in of_steps] == overflowed
     of_updates = [record for record in skipped if record not in of_steps]
     for record in of_updates:
-        assert re.fullmatch(r"an alignment is not finite at loss scale \d+", record["reason"])
+        assert re.fullmatch(r"an alignment is not finite at loss scale \S+", record["reason"])
     made = [record["iteration"] for record in records(save / "metrics.jsonl", "outer_update")]
     assert made and sorted([*made, *(record["iteration"] for record in skipped)]) == list(range(1, 13))
     for record in skipped:
