@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         processes, rest = split_nproc(sys.argv[1:] if argv is None else argv)
         if processes is not None:
             raise SystemExit(launch_locally("megatron_dwm.cli.pretrain", processes, rest))
-        run_program(partial(pretrain, rest))
+        run_program(partial(pretrain, rest), rest)
 
     run_cli(launch)
 
