@@ -105,6 +105,7 @@ class Trainer:
                 return None if train_state.iteration >= config.train_iters else stop_reason
         skipped = "skipping training (--skip-train is on) ..."
         logger.info(skipped if config.training.skip_train else event_line("after training is done"))
+        self._announce_second_evaluation()
         self.evaluate("valid", f"iteration {train_state.iteration} on validation set", log_progress=True)
         self.evaluate("test", f"iteration {train_state.iteration} on test set", log_progress=True)
         return None
@@ -186,6 +187,14 @@ class Trainer:
             if split == "valid":
                 self.train_state.consumed_valid_samples += result.samples
             self.reporter.evaluation(self.train_state, split, result.loss, prefix)
+
+    def _announce_second_evaluation(self) -> None:
+        """Say why there are two validation losses of the last iteration, as Megatron-LM has them, if there are."""
+        config, interval = self.config, self.config.data.eval_interval
+        was_evaluated = interval and self.train_state.iteration % interval == 0 and not config.training.skip_train
+        if was_evaluated and self.dataloaders.valid is not None and config.data.eval_iters > 0:
+            samples = config.data.eval_iters * config.global_batch_size
+            logger.info(f" > the final validation loss is of the next {samples} samples, after those of the loss above")
 
     def save(self, *, persistent: bool = True) -> None:
         """Write a checkpoint, and with a persistent one what the weighting writes beside it."""
