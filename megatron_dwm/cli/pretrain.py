@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         if processes is not None:
             raise SystemExit(launch_locally("megatron_dwm.cli.pretrain", processes, rest))
-        run_program(partial(pretrain, rest))
+        run_program(partial(pretrain, rest), rest)
 
     run_cli(launch)
 

@@ -24,7 +24,7 @@ from megatron_dwm.training.dataloaders import Dataloaders
 from megatron_dwm.training.evaluation import evaluate
 from megatron_dwm.training.profiler import StepProfiler
 from megatron_dwm.training.reporter import Reporter
-from megatron_dwm.training.rerun import StepValidation
+from megatron_dwm.training.rerun import StepValidation, reported_divergence
 from megatron_dwm.training.run_status import write_run_status
 from megatron_dwm.training.step import StepResult, train_step
 from megatron_dwm.training.stop_request import StopRequest
@@ -92,7 +92,8 @@ class Trainer:
         self._check_replicas(start)
         while not config.training.skip_train and train_state.iteration < config.train_iters:
             self.checkpoints.poll()
-            self.train_iteration(train_state.iteration + 1)
+            with reported_divergence(train_state.iteration + 1):
+                self.train_iteration(train_state.iteration + 1)
             self.parts.profiler.after_iteration(train_state.iteration - start, train_state.iteration)
             self._check_replicas(train_state.iteration)
             stop_reason = self.stop_request.reason(train_state.iteration)

@@ -58,6 +58,8 @@ NOT_RUN = {
     "docs/cluster.md: Without SLURM: bash": "needs 4 machines with 8 GPUs each; its flags are read below",
     "docs/cluster.md: Without SLURM: bash 2": "the same; unit/runtime/test_environment.py has mpirun",
     "docs/reliability.md: Does it survive?: bash": "takes an hour; tests/unit/benchmarks/test_chaos.py tests its parts",
+    "docs/reliability.md: A long run: bash": "takes 24 minutes; its flags are those of tests/small_runs.py",
+    "docs/reliability.md: Fuzzing: bash": "takes minutes; the suite runs the same tests with fewer inputs",
     "docs/results.md: How to measure it: bash": "takes hours; tests/e2e/test_benefit.py and test_overhead.py run both",
     "docs/gpu.md: On a GPU: bash": "needs a GPU; tests/e2e/test_gpu_benchmark.py runs it at a smaller size",
     "docs/megatron-comparison.md: How it was compared with Megatron-LM: bash": "needs a checkout of Megatron-LM",
@@ -139,6 +141,8 @@ class Workplace:
     """A folder as a newcomer has it: the repository's programs, and data of their own."""
 
     folder: Path
+    commands: Path
+    """The folder of ``python`` and ``megatron-dwm``."""
 
     def run(self, name: str) -> str:
         """Run a block of commands, and return what it printed; the pages' common flags are set before it."""
@@ -146,7 +150,7 @@ class Workplace:
         script = f"set -euo pipefail\n{parts}\n{smaller(block(name))}"
         environment = {
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{self.commands}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
@@ -176,7 +180,7 @@ def write_texts(path: Path, seed: int, documents: int, *, is_ordered: bool) -> N
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+def workplace(preloaded_commands: Path, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """A folder in which the README's five commands have been run."""
     folder = tmp_path_factory.mktemp("workplace")
     for program in ("tools", "pretrain_dwm.py"):
@@ -185,7 +189,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     write_texts(folder / "other.jsonl", seed=2, documents=200, is_ordered=False)
     write_texts(folder / "target.jsonl", seed=3, documents=60, is_ordered=True)
     (folder / "train.jsonl").write_text((folder / "good.jsonl").read_text() + (folder / "other.jsonl").read_text())
-    place = Workplace(folder)
+    place = Workplace(folder, preloaded_commands)
     place.run("README.md: Your own data in five commands: bash")
     return place
 
