@@ -23,7 +23,7 @@ from tests.small_runs import IN_PROCESS, LLAMA, VOCAB_SIZE, parse_flags
 
 
 def test_microbatches_in_flight_are_those_of_the_schedule():
-    pipeline = {**IN_PROCESS, **LLAMA, "--pipeline-model-parallel-size": 4, "--micro-batch-size": 1}
+    pipeline = {**IN_PROCESS, **LLAMA, "--num-layers": 4, "--pipeline-model-parallel-size": 4, "--micro-batch-size": 1}
     config = parse_flags(pipeline, 4)
     assert [in_flight(config, stage, 8) for stage in range(4)] == [[4], [3], [2], [1]]
     assert [in_flight(config, stage, 2) for stage in range(4)] == [[2], [2], [2], [1]]

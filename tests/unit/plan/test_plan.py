@@ -21,6 +21,7 @@ RUN: Flags = {
     **TRAINING,
     **DATA,
     **WEIGHTING,
+    "--num-layers": 4,
     "--dwm-init-from": "random",
     "--hidden-dropout": 0,
     "--attention-dropout": 0,
