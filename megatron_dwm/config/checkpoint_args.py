@@ -105,7 +105,7 @@ def read_arguments(folder: Path) -> dict[str, Any]:
     arguments = common.get("args") if isinstance(common, dict) else None
     if not isinstance(arguments, Namespace):
         raise UserError(
-            f"{folder}: its {path.name if path else 'common.pt'} holds no arguments; it is not a checkpoint of pretraining"
+            f"{folder}: its {path.name if path else 'common.pt'} holds no arguments; it is no checkpoint of pretraining"
         )
     return {RENAMED.get(name, name): value for name, value in vars(arguments).items() if name != "trust_remote_code"}
 
