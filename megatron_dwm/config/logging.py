@@ -13,6 +13,9 @@ class LoggingConfig:
 
     log_interval: int = flag(100, "Iterations between log lines.")
     log_throughput: bool = flag(False, "Log the throughput in TFLOP/s per GPU.")
+    log_progress: bool = flag(
+        False, "Keep progress.txt in the --save folder: starts of the run, and its throughput at each checkpoint."
+    )
     log_params_norm: bool = flag(False, "Log the norm of the parameters.")
     tensorboard_dir: str | None = flag(None, "Folder for TensorBoard's event files.")
     tensorboard_log_interval: int = flag(1, "Iterations between TensorBoard records.")

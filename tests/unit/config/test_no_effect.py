@@ -20,10 +20,8 @@ ONE_NEUTRAL_VALUE = {
     "exp_avg_sq_dtype": "fp32",
     "main_grads_dtype": "fp32",
     "main_params_dtype": "fp32",
-    "num_distributed_optimizer_instances": "1",
     "pipeline_model_parallel_comm_backend": "nccl",
     "rope_type": "rope",
-    "softmax_type": "vanilla",
 }
 PIPELINE = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
 
@@ -49,14 +47,12 @@ def test_the_run_is_the_one_without_the_flag(field: str):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--num-distributed-optimizer-instances 2", "over all replicas"),
         ("--pipeline-model-parallel-comm-backend ucc", "NCCL"),
         ("--cpu-offloading-num-layers 1", "use --recompute-granularity"),
         ("--main-grads-dtype bf16", "fp32"),
         ("--main-params-dtype fp16", "fp32"),
         ("--exp-avg-dtype fp8", "fp32"),
         ("--exp-avg-sq-dtype fp16", "fp32"),
-        ("--softmax-type learnable", "the usual softmax"),
         ("--rope-type yarn", "only multi-latent attention"),
     ],
 )
