@@ -42,7 +42,7 @@ def _evaluate(node: ast.expr) -> int | list[int]:
     Raises:
         ValueError: it holds something else, or is too long.
     """
-    if isinstance(node, ast.Constant) and type(node.value) is int:
+    if isinstance(node, ast.Constant) and isinstance(node.value, int) and not isinstance(node.value, bool):
         return node.value
     if isinstance(node, ast.List):
         items = [_evaluate(item) for item in node.elts]

@@ -194,7 +194,8 @@ def _validation_sets(
     if paths.valid is not None and paths.split is not None and not _splits_with_data(paths)[1]:
         return None
     built = []
-    for prefix in [None] if paths.valid is None else paths.valid[0]:
+    prefixes: list[str | None] = [None] if paths.valid is None else [*paths.valid[0]]
+    for prefix in prefixes:
         if prefix is None:
             config = core_config(split="0,1,0")
         elif paths.split is None:

@@ -38,7 +38,7 @@ def test_all_but_nine_of_122_configurations_are_accepted(tmp_path: Path):
 def test_an_obstacle_is_found_behind_another(tmp_path: Path):
     flags, file = read_census()[0], tmp_path / "file"
     file.touch()
-    spoilt = {**flags, "--num-layers": "many", "--no-such-flag": "", "--expert-model-parallel-size": "2"}
+    spoilt = {**flags, "--log-interval": "many", "--no-such-flag": "", "--expert-model-parallel-size": "2"}
     assert obstacles(flags, file) == []
     found = " ".join(obstacles(spoilt, file))
     assert all(said in found for said in ("invalid int value", "unknown flag", "--expert-model-parallel-size is not"))
