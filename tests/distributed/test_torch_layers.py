@@ -28,19 +28,14 @@ ARCHITECTURES: dict[str, Flags] = {
     "scaled by layer number": {**GPT, "--apply-query-key-layer-scaling": True},
     "wide heads, query bias": {**LLAMA, "--kv-channels": 16, "--add-qkv-bias": True},
     "one query group": {**LLAMA, "--num-query-groups": 1},
-    "sliding window in some layers": {**LLAMA, "--window-size": "3,0", "--window-attn-skip-freq": 2},
-    "queries and keys of length one, layers without rotation": {
-        **{**LLAMA, "--qk-l2-norm": True},
+    "sliding window and rotation in some layers, queries and keys of length one": {
+        **{**LLAMA, "--qk-l2-norm": True, "--window-size": "3,0", "--window-attn-skip-freq": 2},
         "--no-rope-freq": "[1,0]*2",
     },
     "softmax off by one": {**LLAMA, "--softmax-type": "off-by-one"},
-    "softmax with a learnt offset, gated outputs": {
-        **{**GPT, "--softmax-type": "learnable"},
-        "--attention-output-gate": True,
-    },
-    "sigmoid GELU with gate, offset and bound": {
-        **{**GPT, "--quick-geglu": True, "--ffn-hidden-size": 48},
-        **{"--glu-linear-offset": 1.0, "--activation-func-clamp-value": 0.5},
+    "softmax with a learnt offset, gated outputs, sigmoid GELU with gate, offset and bound": {
+        **{**GPT, "--softmax-type": "learnable", "--attention-output-gate": True, "--quick-geglu": True},
+        **{"--ffn-hidden-size": 48, "--glu-linear-offset": 1.0, "--activation-func-clamp-value": 0.5},
     },
 }
 

@@ -103,8 +103,8 @@ def test_the_model_of_a_checkpoint_is_taken_and_what_is_given_of_the_rest(
     assert (model.query_groups, model.layernorm_epsilon) == (4, 1e-6)
     assert parse_run(argv, 1, read_saved=read_saved).optimizer.lr == 1e-3
     assert caplog.messages == []
-    with pytest.raises(UserError, match="openai_gelu=True"):
-        parse_run(argv, 1, read_saved=lambda _: SAVED | {"openai_gelu": True})
+    with pytest.raises(UserError, match="multi_latent_attention=True"):
+        parse_run(argv, 1, read_saved=lambda _: SAVED | {"multi_latent_attention": True})
     with pytest.raises(UserError, match="--use-checkpoint-args is not supported"):
         parse_run(argv, 1)
 
