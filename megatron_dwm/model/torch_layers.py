@@ -65,17 +65,16 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
 
     def _add_softmax_offset(self) -> None:
         """Make what is added to the softmax's denominator, as its logarithm for each of this rank's heads."""
-        heads = self.config.num_attention_heads // self.tp_group.size()
-        if self.config.softmax_type == "learnable":
-            self.softmax_offset: torch.Tensor | None = torch.nn.Parameter(
-                torch.empty(heads, device=current_device(), dtype=self.config.params_dtype)
-            )
-            if self.config.perform_initialization:
-                self.config.init_method(self.softmax_offset)
-        elif self.config.softmax_type == "off-by-one":
-            self.softmax_offset = torch.zeros(heads, device=current_device(), dtype=self.config.params_dtype)
-        else:
-            self.softmax_offset = None
+        own = self.config.num_attention_heads // self.tp_group.size()
+        self.softmax_offset: torch.Tensor | None = None
+        if self.config.softmax_type == "vanilla":
+            return
+        # Those of all heads are drawn, so that a model starts as the same one for every TP size.
+        offsets = torch.zeros(self.config.num_attention_heads, device=current_device(), dtype=self.config.params_dtype)
+        if self.config.softmax_type == "learnable" and self.config.perform_initialization:
+            self.config.init_method(offsets)
+        part = offsets[self.tp_group.rank() * own :][:own].clone()
+        self.softmax_offset = torch.nn.Parameter(part) if self.config.softmax_type == "learnable" else part
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

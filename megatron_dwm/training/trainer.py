@@ -208,7 +208,7 @@ class Trainer:
         """Say why there are two validation losses of the last iteration, as Megatron-LM has them, if there are."""
         config, interval = self.config, self.config.data.eval_interval
         was_evaluated = interval and self.train_state.iteration % interval == 0 and not config.training.skip_train
-        if was_evaluated and self.dataloaders.valid is not None and config.data.eval_iters > 0:
+        if was_evaluated and self.dataloaders.valid is not None and not config.data.full_validation:
             samples = config.data.eval_iters * config.global_batch_size
             logger.info(f" > the final validation loss is of the next {samples} samples, after those of the loss above")
 
