@@ -65,7 +65,7 @@ OTHER_CHOICES = {"--transformer-impl": "torch is our own; inference is not there
 
 
 def test_flags_of_our_own_do_not_sound_like_megatrons():
-    known = {"--metrics-jsonl", "--no-checkpoint-checksums"}
+    known = {"--metrics-jsonl", "--no-checkpoint-checksums", "--plan", "--plan-json", "--plan-world-size"}
     assert all(name.startswith("--dwm-") or name in known for name in OURS.keys() - MEGATRON.keys())
 
 
