@@ -105,9 +105,8 @@ def read_arguments(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: {error}; the checkpoint is damaged, give another") from None
     arguments = common.get("args") if isinstance(common, dict) else None
     if not isinstance(arguments, Namespace):
-        raise UserError(
-            f"{folder}: its {path.name if path else 'common.pt'} holds no arguments; it is not a checkpoint of pretraining"
-        )
+        name = path.name if path else "common.pt"
+        raise UserError(f"{folder}: its {name} holds no arguments; it is not a checkpoint of pretraining")
     return {RENAMED.get(name, name): value for name, value in vars(arguments).items() if name != "trust_remote_code"}
 
 
