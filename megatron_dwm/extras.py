@@ -13,6 +13,7 @@ EXTRA_OF = {
     "datatrove": "data",
     "orjson": "data",
     "pyarrow": "data",
+    "pynvml": "gpu",
     "resiliparse": "data",
     "tiktoken": "tiktoken",
     "wandb": "wandb",

@@ -104,6 +104,10 @@ def _are_numbers_by_name(value: object) -> bool:
     return isinstance(value, Mapping) and all(isinstance(number, (int, float)) for number in value.values())
 
 
+def _are_losses_by_name(value: object) -> bool:
+    return isinstance(value, Mapping) and all(_is_number(number) for number in value.values())
+
+
 def _are_samples(value: object) -> bool:
     """Tell whether a value is a table of samples: columns of equal length."""
     if not isinstance(value, Mapping) or not value.keys() >= _COLUMNS.keys():
@@ -132,7 +136,12 @@ _FIELDS: dict[str, dict[str, Callable[[object], bool]]] = {
         "weight_by_source?": _are_numbers_by_name,
         "effective_sample_size?": _is_number,
     },
-    "outer_update": {"stage": _is_int, "target_loss": _is_number, "samples": _are_samples},
-    "evaluation": {"split": _is_text, "lm_loss": _is_number},
+    "outer_update": {
+        "stage": _is_int,
+        "target_loss": _is_number,
+        "alignment_by_source?": _are_numbers_by_name,
+        "samples": _are_samples,
+    },
+    "evaluation": {"split": _is_text, "lm_loss": _is_number, "lm_loss_by_source?": _are_losses_by_name},
 }
 """What is read of each kind of record; a name that ends in a question mark may be missing."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -167,8 +168,16 @@ class BilevelWeighting(ScoredWeighting):
             "objective_after": result.objective_after,
             "weighter_grad_norm": result.weighter_grad_norm,
             "weighter_hash": result.weighter_hash,
+            "alignment_by_source": self._means(samples["alignment"], samples["source"]),
             "samples": samples,
         }
+
+    def _means(self, values: list[float], sources: list[str]) -> dict[str, float]:
+        """Return the mean of the values of each source that occurs."""
+        by_source: dict[str, list[float]] = {name: [] for name in self.sources}
+        for value, source in zip(values, sources, strict=True):
+            by_source[source].append(value)
+        return {name: fmean(found) for name, found in by_source.items() if found}
 
 
 def _reason_unmoved(outcome: StepOutcome) -> str | None:
