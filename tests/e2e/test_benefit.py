@@ -40,8 +40,8 @@ def benefit(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
 
 
-ARMS = ["uniform", "shuffled", "bilevel", "frozen", "oracle"]
-"""Random weights and weights by loss are runs of their own in test_rules.py."""
+ARMS = ["uniform", "shuffled", "bilevel", "frozen", "source-weights", "oracle", "target-only"]
+"""The other rules are tested in test_rules.py, here and in tests/distributed."""
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,14 @@ def test_all_arms_on_a_mixture_of_ones_own(mixture: list[object], tmp_path: Path
 
     again = benefit(*command, *SMALL)
     assert again.returncode == 0 and json.loads(file.read_text()) == result, "finished runs were made again"
+    swept = benefit(*command, *SMALL, "--sweep", "--arms", "uniform", "frozen")
+    assert swept.returncode == 0, swept.stderr
+    result = json.loads(file.read_text())
+    for name in ("uniform", "frozen"):
+        assert list(result["arms"][name]) == ["0.5", "1", "2"]
+        assert result["arms"][name]["1"]["test_loss"] == arms[name]["test_loss"], "a finished run was made again"
+        assert len({found["test_loss"][0] for found in result["arms"][name].values()}) == 3
+    assert "best against best" in swept.stdout
     changed = benefit(*command, *SMALL, "--lr", "1e-3")
     assert changed.returncode == 2 and "was made with other flags" in changed.stderr
     texts = dict(pairwise(map(str, mixture)))
