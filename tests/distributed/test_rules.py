@@ -27,6 +27,8 @@ from tests.small_runs import LLAMA, NUM_SAMPLES, SEQ_LENGTH, VOCAB_SIZE, Flags
 
 STEPS = 5
 RULES: dict[str, Flags] = {
+    "loss": {},
+    "half": {},
     "linupper": {},
     "similarity": {},
     "source-weights": {"--dwm-rule-sources": ["b"], "--dwm-rule-weights": [3]},
@@ -102,7 +104,9 @@ def trained(parallel: Flags, is_resumed: bool, full: dict[str, torch.Tensor]) ->
                 weighting.load_state_dict(state)
             batch = built.batch(random_tokens(iteration), random_mask(2))
             sources = (torch.arange(NUM_SAMPLES) // 2) % 2
-            batch = replace(batch, source=built.sample_gather.select_replica(sources))
+            numbers = torch.arange(NUM_SAMPLES) + iteration * NUM_SAMPLES
+            select = built.sample_gather.select_replica
+            batch = replace(batch, source=select(sources), index=select(numbers))
             weighting.before_step(iteration)
             weights = weighting.weigh(iteration, batch)
             assert weights is not None
@@ -135,7 +139,7 @@ def test_each_rule_weighs_as_it_says(one_process: Weights):
     assert torch.equal(before_adam, first)
     for weights in others:
         assert sorted(weights.tolist()) == pytest.approx([0.0] * 6 + [4.0] * 2)
-    for rule in ("linupper", "similarity"):
+    for rule in ("loss", "linupper", "similarity"):
         assert all(len(weights.unique()) > 2 for weights in one_process[rule])
 
 
