@@ -40,7 +40,7 @@ def benefit(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
 
 
-ARMS = ["uniform", "shuffled", "bilevel", "frozen", "source-weights", "oracle", "target-only"]
+ARMS = ["uniform", "bilevel", "frozen", "source-weights", "oracle", "target-only"]
 """The other rules are tested in test_rules.py, here and in tests/distributed."""
 
 
