@@ -52,26 +52,35 @@ logger = logging.getLogger(__name__)
 class WeightingInputs:
     """What the weighting reads, checked before any process waits for another."""
 
-    stages: StageSchedule
     tokenizer_fingerprint: str
     """Of the tokenizer's vocabulary; empty without a weighter."""
     folder_model: Any | None
     """The classifier that ``--dwm-load`` or ``--dwm-init-from`` names, if it names a folder."""
 
 
-def read_weighting_inputs(config: RunConfig, tokenizer: Any) -> WeightingInputs:
-    """Open and check the weighter's folder, and lay out the stages.
+def run_stages(config: RunConfig, begun_by: int | None = None) -> StageSchedule:
+    """Lay out the stages of a run; of a resumed one over its whole length, as its flags say it now.
+
+    Args:
+        begun_by: the iteration that a run with a weighter which has begun to learn goes on from, if it does.
 
     Raises:
-        UserError: the folder does not fit, or the stages do not fit into the run.
+        UserError: they do not fit into the run.
+    """
+    if not config.weighting.needs_target:
+        return frozen_stages(config.weighting, config.train_iters)
+    return bilevel_stages(config.weighting, config.train_iters, begun_by)
+
+
+def read_weighting_inputs(config: RunConfig, tokenizer: Any) -> WeightingInputs:
+    """Open and check the weighter's folder.
+
+    Raises:
+        UserError: the folder does not fit.
     """
     settings = config.weighting
-    if not settings.needs_target:
-        stages = frozen_stages(settings, config.train_iters)
-    else:
-        stages = bilevel_stages(settings, config.train_iters)
     if not settings.has_weighter:
-        return WeightingInputs(stages, "", None)
+        return WeightingInputs("", None)
     fingerprint = vocabulary_fingerprint(tokenizer, config.tokenizer)
     flag, folder = "--dwm-init-from", settings.dwm_init_from
     if settings.dwm_load is not None:
@@ -79,12 +88,12 @@ def read_weighting_inputs(config: RunConfig, tokenizer: Any) -> WeightingInputs:
     if folder == "lm":
         check_init_from_lm(config.model, settings)
     if folder in ("lm", "random"):
-        return WeightingInputs(stages, fingerprint, None)
+        return WeightingInputs(fingerprint, None)
     vocab, eod = int(tokenizer.vocab_size), int(tokenizer.eod)
     model = weighter_model_from_folder(
         flag, folder, config.model.sequence, vocab, eod, fingerprint, config.training.seed
     )
-    return WeightingInputs(stages, fingerprint, model)
+    return WeightingInputs(fingerprint, model)
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,7 @@ class WeightingContext:
 
     config: RunConfig
     inputs: WeightingInputs
+    stages: StageSchedule
     paths: DataPaths
     tokenizer: Any
     padded_vocab_size: int
@@ -136,7 +146,7 @@ def weight_metrics(context: WeightingContext) -> WeightMetrics:
     config, gather = context.config, SampleGather(context.partition, context.parallel_state)
     is_per_token = context.engine.config.calculate_per_token_loss
     loss_factors = LossFactors(config.training.micro_batch, is_per_token, context.parallel_state)
-    return WeightMetrics(context.inputs.stages, gather, loss_factors, context.paths.train_sources)
+    return WeightMetrics(context.stages, gather, loss_factors, context.paths.train_sources)
 
 
 def scoring_options(config: RunConfig) -> ScoringOptions:
@@ -156,7 +166,7 @@ class _Builder:
         self.weight_metrics, self.options = weight_metrics(context), scoring_options(context.config)
 
     def build(self) -> SampleWeighting:
-        return WarmupWeighting(self.inputs.stages, self.weight_metrics, self._start())
+        return WarmupWeighting(self.context.stages, self.weight_metrics, self._start())
 
     def _start(self) -> Start:
         if self.settings.learns_weighter:
@@ -189,7 +199,7 @@ class _Builder:
             self._log_kept_architecture(weighter)
         else:
             weighter = self._weighter(self._new_model())
-            if iteration > self.inputs.stages.warmup_iters + 1:
+            if iteration > self.context.stages.warmup_iters + 1:
                 logger.warning(
                     f"the checkpoint holds no weighter, so a new one starts at iteration {iteration}; to go on with "
                     "an earlier one, give its export as --dwm-init-from"
@@ -244,7 +254,13 @@ class _Builder:
         save = self.config.checkpoint.save
         if save is None:
             return NoExport()
-        facts = run_facts(self.config, self.context.paths, self.inputs.tokenizer_fingerprint)
+        facts = run_facts(
+            self.settings,
+            self.config.model,
+            self.config.global_batch_size,
+            self.context.paths,
+            self.inputs.tokenizer_fingerprint,
+        )
         return FolderExporter(Path(save) / "weighter", self.context.tokenizer, self.config.tokenizer, facts)
 
     def _scoring_flops(self, weighter: Weighter) -> float:

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.atomic_write import atomic_folder
-from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.blend import DataPaths
 from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
 from megatron_dwm.errors import UserError
@@ -120,9 +121,10 @@ def export_weighter(
         write_manifest(beside, manifest)
 
 
-def run_facts(config: RunConfig, paths: DataPaths, tokenizer_fingerprint: str) -> dict[str, Any]:
+def run_facts(
+    settings: WeightingConfig, model: ModelConfig, global_batch_size: int, paths: DataPaths, tokenizer_fingerprint: str
+) -> dict[str, Any]:
     """Return what a manifest says of the run that the weighter is from."""
-    model, settings = config.model, config.weighting
     return {
         "mode": settings.dwm_mode,
         "initialised_from": settings.dwm_load or settings.dwm_init_from,
@@ -141,5 +143,5 @@ def run_facts(config: RunConfig, paths: DataPaths, tokenizer_fingerprint: str) -
             "ffn_hidden_size": model.ffn,
             "seq_length": model.sequence,
         },
-        "global_batch_size": config.global_batch_size,
+        "global_batch_size": global_batch_size,
     }

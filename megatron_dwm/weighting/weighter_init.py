@@ -126,12 +126,17 @@ def weighter_model_from_folder(
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{flag} {folder}: no config.json there; give a Hugging Face model folder")
     is_export = verify_export(flag, Path(folder))
-    if fingerprint_of_folder(Path(folder)) != fingerprint:
+    try:
+        has_same_tokenizer = fingerprint_of_folder(Path(folder)) == fingerprint
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from None
+    if not has_same_tokenizer:
         raise UserError(
             f"{flag} {folder}: its tokenizer is not this run's; use a weighter trained with the same tokenizer"
         )
     try:
         hf_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _check_layers(Path(folder), hf_config)
         with _seeded(seed):
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 folder,
@@ -144,7 +149,7 @@ def weighter_model_from_folder(
     except (*DAMAGE, SafetensorError) as error:
         reason = short_reason(error)
         raise UserError(f"{flag} {folder}: cannot be loaded as a classifier with one label ({reason})") from None
-    positions = getattr(hf_config, "max_position_embeddings", None)
+    positions = _usable_positions(model)
     if positions is not None and positions < seq_length:
         raise UserError(
             f"{flag} {folder}: made for {positions} positions, fewer than --seq-length {seq_length}; "
@@ -165,6 +170,32 @@ def weighter_model_from_folder(
     if missing:
         zero_head(model)
     return model
+
+
+def _check_layers(folder: Path, hf_config: Any) -> None:
+    """Check, before they are made, that a classifier's layers can be those whose tensors are there.
+
+    Raises:
+        ValueError: there are more than tensors.
+    """
+    from safetensors import safe_open
+
+    path, layers = folder / "model.safetensors", getattr(hf_config, "num_hidden_layers", None)
+    if not path.is_file():
+        return
+    with safe_open(path, framework="pt") as file:
+        tensors = len(file.keys())
+    if isinstance(layers, int) and layers > tensors:
+        raise ValueError(f"{layers} layers of {tensors} tensors")
+
+
+def _usable_positions(model: Any) -> int | None:
+    """Return for how many tokens a classifier has positions; None if for any number."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.num_embeddings - module.padding_idx - 1)  # RoBERTa counts on from the padding token's
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    return positions
 
 
 def _is_of_base_model(key: str, model: Any) -> bool:
