@@ -19,7 +19,7 @@ from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.data.sampler import build_sampler
 from megatron_dwm.model.full_state import gather_full_state
 from megatron_dwm.training.step import train_step
-from megatron_dwm.weighting.build import WeightingContext, build_weighting, read_weighting_inputs
+from megatron_dwm.weighting.build import WeightingContext, build_weighting, read_weighting_inputs, run_stages
 from megatron_dwm.weighting.policy import SampleWeighting
 from tests.distributed.built_model import LAYOUTS, BuiltModel, build_model, random_mask, random_tokens
 from tests.distributed.harness import run_distributed
@@ -66,6 +66,7 @@ def made_weighting(built: BuiltModel) -> SampleWeighting:
     context = WeightingContext(
         config=built.config,
         inputs=read_weighting_inputs(built.config, None),
+        stages=run_stages(built.config),
         paths=DataPaths((["a", "b"], None), (None, None, None), None, None),
         tokenizer=None,
         padded_vocab_size=VOCAB_SIZE,
