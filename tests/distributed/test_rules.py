@@ -140,8 +140,8 @@ def test_each_rule_weighs_as_it_says(one_process: Weights):
     assert torch.equal(before_adam, first)
     for weights in others:
         assert sorted(weights.tolist()) == pytest.approx([0.0] * 6 + [4.0] * 2)
-    for rule in ("loss", "linupper", "similarity"):
-        assert all(len(weights.unique()) > 2 for weights in one_process[rule])
+    for rule, fewest in (("loss", 3), ("linupper", 2), ("similarity", 3)):  # linupper caps all but the low losses
+        assert all(len(weights.unique()) >= fewest for weights in one_process[rule])
 
 
 @pytest.mark.parametrize(
