@@ -130,6 +130,7 @@ _FIELDS: dict[str, dict[str, Callable[[object], bool]]] = {
     "train": {
         "lm_loss": _is_number,
         "seconds?": _is_number,
+        "flops?": _is_number,
         "consumed_samples?": _is_int,
         "stage?": _is_int,
         "share_by_source?": _are_numbers_by_name,

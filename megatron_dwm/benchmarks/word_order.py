@@ -86,7 +86,7 @@ def _main(argv: Sequence[str] | None) -> None:
 
     def run(seed: int) -> list[Quarter]:
         place = folder / "runs" / f"seed-{seed}"
-        train("word order", seed, place, [*_flags(config, place, mixture, seed), *run_flags])
+        train(f"word order, seed {seed}", place, [*_flags(config, place, mixture, seed), *run_flags])
         return quarters(read_run(place).updates, mixture.like_target)
 
     with ThreadPoolExecutor(config.jobs or os.cpu_count()) as pool:

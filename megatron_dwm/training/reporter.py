@@ -111,6 +111,7 @@ class Reporter:
                     "iteration": train_state.iteration,
                     "consumed_samples": train_state.consumed_train_samples,
                     "seconds": seconds,
+                    "flops": self.flops_per_step * batch_size / self.config.global_batch_size + weighting_flops,
                     "lm_loss": result.loss,
                     "learning_rate": learning_rate,
                     "grad_norm": result.grad_norm,

@@ -36,6 +36,7 @@ DOORS = {
     "benchmarks/benefit.py": "benefit",
     "benchmarks/overhead.py": "overhead",
     "benchmarks/word_order.py": "word-order",
+    "benchmarks/lds.py": "lds",
     "benchmarks/chaos.py": "chaos",
     "pretrain_dwm.py": "pretrain",
 }
@@ -78,7 +79,8 @@ def test_help_and_version_import_nothing_that_takes_seconds():
         (["zzz"], "megatron-dwm has no command zzz; give one of pretrain, "),
         (
             ["benchmark"],
-            "megatron-dwm benchmark needs a command; give one of benefit, overhead, word-order, chaos, precision, gpu",
+            "megatron-dwm benchmark needs a command; give one of benefit, overhead, word-order, lds, chaos, precision, "
+            "gpu",
         ),
         (["plot", "--runs", "x"], "unknown flag --runs; is it --run?"),
     ],

@@ -297,6 +297,12 @@ MISTAKES = {
     "--dwm-mode rule --dwm-rule random --dwm-rule-strength -1": "--dwm-rule-strength -1.0: must be at least 0",
     "--dwm-mode rule --dwm-rule shuffled --dwm-rule-strength 2": "--dwm-rule-strength 2.0 goes with --dwm-rule random",
     "--dwm-mode rule --dwm-rule oracle": "--dwm-rule oracle needs --dwm-rule-sources",
+    "--dwm-mode rule --dwm-rule source-weights --dwm-rule-sources a": "source-weights and --dwm-rule-weights go",
+    "--dwm-mode rule --dwm-rule source-weights --dwm-rule-sources a b --dwm-rule-weights 1": "--dwm-rule-weights 1.0:",
+    "--dwm-mode rule --dwm-rule source-weights --dwm-rule-sources a --dwm-rule-weights 0": "--dwm-rule-weights 0.0:",
+    "--dwm-mode rule --dwm-rule top-alignment --dwm-rule-fraction 1.5": "--dwm-rule-fraction 1.5: must be above 0",
+    "--dwm-mode rule --dwm-rule loss --dwm-rule-fraction 0.2": "--dwm-rule-fraction 0.2 goes with --dwm-rule top",
+    "--dwm-mode rule --dwm-rule source-alignment --dwm-kl-weight 0": "--dwm-kl-weight 0: the sources' scores",
     "--dwm-mode rule --dwm-rule loss --dwm-rule-sources a b": "--dwm-rule-sources a b goes with --dwm-rule oracle",
     "--dwm-mode rule --dwm-rule loss --dwm-check": "--dwm-check goes with --dwm-mode bilevel, not rule",
     "--dwm-mode rule --dwm-rule shuffled --dwm-target-batch-size 3": "--dwm-target-batch-size 3 is not divisible",
@@ -327,13 +333,17 @@ def test_context_parallelism_divides_the_world_and_the_sequence():
         _parse(f"{RUN} {flags}", world_size=8)
 
 
-def test_only_what_learns_a_weighter_needs_a_target_set():
+def test_only_what_looks_at_the_target_needs_a_target_set():
     run = RUN.replace("--mock-data", "--data-path x")
     for mode in ("bilevel", "rule --dwm-rule shuffled"):
         with pytest.raises(UserError, match="needs --dwm-target-data-path"):
             _parse(f"{run} --dwm-mode {mode}")
         assert _parse(f"{run} --dwm-mode {mode} --dwm-target-data-path y").weighting.has_weighter
-    for rule in ("random --dwm-rule-strength 0.5", "loss", "oracle --dwm-rule-sources x"):
+    for rule in ("similarity", "source-alignment", "top-alignment"):
+        with pytest.raises(UserError, match=f"--dwm-rule {rule} needs --dwm-target-data-path"):
+            _parse(f"{run} --dwm-mode rule --dwm-rule {rule}")
+        assert not _parse(f"{run} --dwm-mode rule --dwm-rule {rule} --dwm-target-data-path y").weighting.has_weighter
+    for rule in ("random --dwm-rule-strength 0.5", "loss", "linupper", "oracle --dwm-rule-sources x"):
         weighting = _parse(f"{run} --dwm-mode rule --dwm-rule {rule}").weighting
         assert not weighting.has_weighter and not weighting.needs_target
     assert _parse(f"{run} --dwm-mode frozen --dwm-load x").weighting.has_weighter
