@@ -85,29 +85,37 @@ def _main(argv: Sequence[str] | None) -> None:
     config: ReportConfig = parse(with_run_flag(argv), {"report": ReportConfig}, description=__doc__)["report"]
     require_packages("report", "plotly", "jinja2")
     limit_progress_bars()
+    paths = [Path(run) for run in config.run]
     if config.follow is None:
-        _write(config, None)
-        return
+        _write(config, paths, [read_run(path) for path in paths], None)
+    else:
+        _follow(config, paths, config.follow)
+
+
+def _follow(config: ReportConfig, paths: Sequence[Path], seconds: int) -> None:
+    """Write the page whenever there are new records, until no run goes on.
+
+    Raises:
+        UserError: as :func:`_write`.
+    """
     written: list[tuple[int, int]] | None = None
     while True:
-        goes_on = any(read_run_status(_folder(path)).get("status") == "running" for path in _paths(config))
-        state = [_state(path) for path in _paths(config)]
+        goes_on = any(read_run_status(_folder(path)).get("status") == "running" for path in paths)
+        state = [_state(path) for path in paths]
         if state != written or not goes_on:
+            written = state
             try:
-                _write(config, config.follow if goes_on else None)
-            except UserError as error:
+                runs = [read_run(path) for path in paths]
+            except UserError as error:  # there is no record yet
                 if not goes_on:
                     raise
                 logger.info(f"waiting: {error}")
-            written = state
+            else:
+                _write(config, paths, runs, seconds if goes_on else None)
         if not goes_on:
             print("no run goes on; this is the last page")
             return
-        time.sleep(config.follow)
-
-
-def _paths(config: ReportConfig) -> list[Path]:
-    return [Path(run) for run in config.run]
+        time.sleep(seconds)
 
 
 def _folder(path: Path) -> Path:
@@ -123,14 +131,12 @@ def _state(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _write(config: ReportConfig, reload_seconds: int | None) -> None:
+def _write(config: ReportConfig, paths: Sequence[Path], runs: Sequence[RunRecords], reload_seconds: int | None) -> None:
     """Write the page once, and print where it is.
 
     Raises:
-        UserError: records, texts or scores cannot be read, or the page cannot be written.
+        UserError: scores cannot be read, or the page cannot be written.
     """
-    paths = _paths(config)
-    runs = [read_run(path) for path in paths]
     if len(runs) == 1:
         page = _write_report(config, paths[0], runs[0], reload_seconds)
     else:

@@ -41,11 +41,10 @@ class Cost:
 
 def cost(run: RunRecords, first: RunRecords | None = None) -> Cost:
     """Return what a run took and came to; with ``first``, when it reached that run's last evaluation loss."""
-    has_times = all(step.get("seconds") is not None for step in run.steps)
+    has_times = _has_times(run)
     sizes = run.step_series("effective_sample_size").values
     tokens = seconds = reaches = None
-    comparable = first is not None and first.evaluated("valid") and run.evaluated("valid")
-    if first is not None and comparable and has_times and all("seconds" in step for step in first.steps):
+    if first is not None and all(_has_times(each) and _has_losses(each) for each in (first, run)):
         ratios = catches_up(first, run)
         reaches = ratios is not None
         tokens, seconds = ratios if ratios is not None else (None, None)
@@ -61,6 +60,16 @@ def cost(run: RunRecords, first: RunRecords | None = None) -> Cost:
         time_ratio=seconds,
         reaches=reaches,
     )
+
+
+def _has_times(run: RunRecords) -> bool:
+    return all(step.get("seconds") is not None for step in run.steps)
+
+
+def _has_losses(run: RunRecords) -> bool:
+    """Tell whether a run was evaluated, and always with a finite loss."""
+    losses = [record["lm_loss"] for record in run.evaluated("valid")]
+    return bool(losses) and None not in losses
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
@@ -116,7 +125,7 @@ def figures(runs: Mapping[str, RunRecords]) -> dict[str, dict[str, tuple[str, go
 
 def _over_time(runs: Mapping[str, RunRecords], evaluated: Sequence[str]) -> dict[str, tuple[str, go.Figure]]:
     """Return the evaluation loss over the seconds of training, if all runs recorded those."""
-    timed = {name: run for name, run in runs.items() if all(step.get("seconds") is not None for step in run.steps)}
+    timed = {name: run for name, run in runs.items() if _has_times(run)}
     if len(timed) < 2 or not evaluated:
         return {}
     curves = {}

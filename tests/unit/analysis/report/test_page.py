@@ -163,7 +163,10 @@ def test_runs_are_named_by_what_tells_their_folders_apart(tmp_path: Path):
     paths = [tmp_path / name / "checkpoints" for name in ("uniform", "learnt/a")]
     for path in paths:
         path.mkdir(parents=True)
-    assert run_names(paths) == ["uniform", "learnt/a"] and run_names([paths[0], paths[0]]) == ["uniform", "uniform (2)"]
+    assert run_names(paths) == ["uniform", "learnt/a"] and run_names([paths[0]] * 2) == [
+        "checkpoints",
+        "checkpoints (2)",
+    ]
 
 
 BENEFIT = {
