@@ -150,14 +150,14 @@ class SourceAlignments:
         """Return the mean alignment of a source's samples."""
         column = self.sources.index(source)
         known = self.count[:, column] > 0
-        return mean_over_updates(self.mean[known, column], self.count[known, column])
+        return mean_over_updates(self.mean[known, column].tolist(), self.count[known, column].tolist())
 
     def difference(self, first: str, second: str) -> Estimate:
         """Return how much more one source's samples are aligned than another's, in updates that have both."""
         a, b = self.sources.index(first), self.sources.index(second)
         fewer = np.minimum(self.count[:, a], self.count[:, b])
         known = fewer > 0
-        return mean_over_updates((self.mean[:, a] - self.mean[:, b])[known], fewer[known])
+        return mean_over_updates((self.mean[:, a] - self.mean[:, b])[known].tolist(), fewer[known].tolist())
 
 
 def source_alignments(samples: WeightedSamples, sources: Sequence[str]) -> SourceAlignments:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def smoothed(values: Sequence[float], width: int = 9) -> np.ndarray:
+def smoothed(values: Sequence[float] | np.ndarray, width: int = 9) -> np.ndarray:
     """Return the mean of each value and those before it, ``width`` values at most."""
     if len(values) == 0:
         return np.empty(0)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -43,11 +44,11 @@ def cost(run: RunRecords, first: RunRecords | None = None) -> Cost:
     """Return what a run took and came to; with ``first``, when it reached that run's last evaluation loss."""
     has_times = _has_times(run)
     sizes = run.step_series("effective_sample_size").values
-    tokens = seconds = reaches = None
+    ratios: tuple[float, float] | None = None
+    reaches: bool | None = None
     if first is not None and all(_has_times(each) and _has_losses(each) for each in (first, run)):
         ratios = catches_up(first, run)
         reaches = ratios is not None
-        tokens, seconds = ratios if ratios is not None else (None, None)
     return Cost(
         iterations=run.steps[-1]["iteration"],
         samples=run.steps[-1].get("consumed_samples"),
@@ -56,8 +57,8 @@ def cost(run: RunRecords, first: RunRecords | None = None) -> Cost:
         seconds_per_iteration=float(np.median([step["seconds"] for step in run.steps])) if has_times else None,
         effective_sample_size=float(np.mean(sizes[-max(1, len(sizes) // 4) :])) if sizes else None,
         losses={name: curve.values[-1] for name, curve in run.evaluation_curves.items()},
-        tokens_ratio=tokens,
-        time_ratio=seconds,
+        tokens_ratio=ratios[0] if ratios is not None else None,
+        time_ratio=ratios[1] if ratios is not None else None,
         reaches=reaches,
     )
 
@@ -106,7 +107,7 @@ def figures(runs: Mapping[str, RunRecords]) -> dict[str, dict[str, tuple[str, go
         "Training loss of all samples, each counted alike (nats per token)",
         _overlaid(training, list(runs), smooth=True),
     )
-    weights = {}
+    weights: dict[str, tuple[str, go.Figure]] = {}
     for number, source in enumerate(sources):
         by_run = {name: run.series("weight_by_source", source) for name, run in runs.items()}
         by_run = {name: curve for name, curve in by_run.items() if curve.values}
@@ -115,9 +116,9 @@ def figures(runs: Mapping[str, RunRecords]) -> dict[str, dict[str, tuple[str, go
             weights[f"weight-{number}"] = (source, drawing)
     sizes = {name: run.step_series("effective_sample_size") for name, run in runs.items()}
     sizes = {name: curve for name, curve in sizes.items() if curve.values}
-    size = {}
+    size: dict[str, tuple[str, go.Figure]] = {}
     if sizes:
-        axis = {"yaxis": {"range": [0, 1.05]}, "height": 260}
+        axis: dict[str, Any] = {"yaxis": {"range": [0, 1.05]}, "height": 260}
         title = "Effective sample size (fraction of the batch)"
         size["size"] = (title, _overlaid(sizes, list(runs), smooth=True, **axis))
     return {"losses": losses, "weights": weights, "size": size, "cost": _over_time(runs, evaluated)}
@@ -136,13 +137,13 @@ def _over_time(runs: Mapping[str, RunRecords], evaluated: Sequence[str]) -> dict
             points = zip(*run.evaluation_curves[evaluated[0]], strict=True)
             known = [(until[iteration], loss) for iteration, loss in points if iteration in until]
             curves[name] = Curve([round(at) for at, _ in known], [loss for _, loss in known])
-    axis = {"xaxis": {"title": axis_title("seconds of training")}, "hovermode": "closest"}
+    axis: dict[str, Any] = {"xaxis": {"title": axis_title("seconds of training")}, "hovermode": "closest"}
     drawing = _overlaid(curves, list(runs), dots=True, **axis)
     return {"time": (f"Evaluation loss, {evaluated[0]}, over training time (nats per token)", drawing)}
 
 
 def _overlaid(
-    curves: Mapping[str, Curve], names: Sequence[str], *, dots: bool = False, smooth: bool = False, **layout: object
+    curves: Mapping[str, Curve], names: Sequence[str], *, dots: bool = False, smooth: bool = False, **layout: Any
 ) -> go.Figure:
     """Return a figure with a line for each run; a run has the same color in every figure."""
     traces = []

@@ -118,7 +118,8 @@ def correlations(found: Mapping[str, Mapping[int, Correlations]], within: str) -
     """
     stages = sorted({stage for by_stage in found.values() for stage in by_stage})
     names = [label(name).replace(" (", "<br>(") for name in found]
-    traces, notes = [], []
+    traces: list[go.Scatter] = []
+    notes: list[str] = []
     for place, stage in enumerate(stages):
         estimates: list[Estimate] = [getattr(by_stage[stage], within) for by_stage in found.values()]
         known = [(row, estimate) for row, estimate in enumerate(estimates) if estimate.is_known]
@@ -184,9 +185,9 @@ def quarters(by_stage: Mapping[int, list[Quarter]], stages: int) -> go.Figure:
                 "n = %{customdata[2]} samples",
             )
         )
-    ends = {"tickvals": [1, max((len(groups) for groups in by_stage.values()), default=4)], "ticktext": ["low", "high"]}
+    last = max((len(groups) for groups in by_stage.values()), default=4)
     layout = {} if by_stage else note(TOO_FEW)
-    xaxis = {**ends, "title": {"text": ""}, "range": [0.7, ends["tickvals"][1] + 0.3]}
+    xaxis = {"tickvals": [1, last], "ticktext": ["low", "high"], "title": {"text": ""}, "range": [0.7, last + 0.3]}
     return figure(traces, height=220, hovermode="closest", showlegend=False, xaxis=xaxis, shapes=[mark(1.0)], **layout)
 
 
