@@ -141,7 +141,7 @@ def test_runs_are_compared_by_loss_source_weight_and_cost(tmp_path: Path):
     page = write_comparison({"uniform": uniform, "learnt <1>": learnt}, tmp_path, ["They differ."]).read_text()
     figures = drawn(page)
     curves = [list(named(figures[f"loss-{number}"]).values()) for number in (0, 1)]
-    assert [[trace["y"] for trace in lines] for lines in curves] == [[[2.5, 2.0], [2.0, 1.5]], [[1.5], [1.25]]]
+    assert [[trace["y"] for trace in lines] for lines in curves] == [[[2.5, 2.0], [2.0, 1.5]], [[1.5] * 2, [1.25] * 2]]
     assert (
         "valid: &lt;prose&gt;" in page and "learnt &lt;1&gt;" in page and "<1>" not in page and "They differ." in page
     )
@@ -164,7 +164,7 @@ def test_runs_are_named_by_what_tells_their_folders_apart(tmp_path: Path):
     for path in paths:
         path.mkdir(parents=True)
     assert run_names(paths) == ["uniform", "learnt/a"] and run_names([paths[0]] * 2) == [
-        "checkpoints",
+        "checkpoints (1)",
         "checkpoints (2)",
     ]
 
