@@ -33,12 +33,11 @@ def losses(run: RunRecords) -> go.Figure:
     ]
     target = [update for update in run.updates if update["target_loss"] is not None]
     if target:
-        at = [update["iteration"] for update in target]
-        points = {"mode": "markers", "marker": {"size": 4}}
-        traces.append(line(at, [update["target_loss"] for update in target], "target batches", COLORS[3], **points))
+        at, losses_there = [u["iteration"] for u in target], [u["target_loss"] for u in target]
+        traces.append(line(at, losses_there, "target batches", COLORS[3], mode="markers", marker={"size": 4}))
     for number, (name, curve) in enumerate(run.evaluation_curves.items()):
-        dots = {"mode": "lines+markers", "marker": {"size": 6}}
-        traces.append(line(*curve, name, color((0, 2, 1, 4, 5, 6, 7)[number % 7]), **dots))
+        shade = color((0, 2, 1, 4, 5, 6, 7)[number % 7])
+        traces.append(line(*curve, name, shade, mode="lines+markers", marker={"size": 6}))
     return figure(traces, run)
 
 
