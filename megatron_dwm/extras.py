@@ -9,6 +9,7 @@ from megatron_dwm.errors import UserError
 EXTRA_OF = {
     "matplotlib": "report",
     "jinja2": "report",
+    "plotly": "report",
     "data_selection": "data",
     "datatrove": "data",
     "orjson": "data",

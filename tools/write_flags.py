@@ -89,6 +89,7 @@ def main() -> None:
             raise SystemExit(f"{PAGE} is stale; run python tools/write_flags.py")
         return
     atomic_write_text(PAGE, page)
+    print(f"{PAGE}: {page.count(chr(10))} lines")
 
 
 if __name__ == "__main__":

@@ -99,12 +99,12 @@ class BenefitConfig:
     )
     clean: bool = flag(False, "Train on the target's source alone, where nothing can be gained.")
     data: list[str] = flag(
-        [], 'Training sources of your own, one file of JSON lines each; the text is under the key "text".'
+        [], 'Training sources of your own, one file each of JSON lines such as {"text": "One document."}.'
     )
     mix: list[float] = flag([], "Their fractions of the tokens; by size if not given.")
     like: list[str] = flag([], "Sources, by file name without .jsonl, that the oracle trains on.")
-    target: str | None = flag(None, "Target set, with --data.")
-    test: str | None = flag(None, "Held-out test set, with --data.")
+    target: str | None = flag(None, "Target set, with --data: JSON lines as there.")
+    test: str | None = flag(None, "Held-out test set, with --data: JSON lines as there.")
     vocab_size: int = flag(400, "Pieces of the tokenizer.")
 
     def __post_init__(self) -> None:
@@ -172,7 +172,7 @@ def _main(argv: Sequence[str] | None) -> None:
     written = [folder / "benefit.json", *([Path(config.json_file)] if config.json_file else [])]
     for path in written:
         atomic_write_text(path, json.dumps(result, indent=2) + "\n")
-    print(*written, picture)
+    print(f"{', '.join(map(str, [*written, picture]))}: {len(arms)} arms of {config.seeds} runs")
 
 
 def _mixture(config: BenefitConfig, folder: Path) -> Mixture:

@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(text, flush=True)
             if options.json_file is not None:
                 atomic_write_text(Path(options.json_file), text)
+                print(options.json_file, flush=True)
 
     run_program(program, argv)
 

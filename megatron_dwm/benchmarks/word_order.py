@@ -99,6 +99,8 @@ def _main(argv: Sequence[str] | None) -> None:
             for (seed, found), loss in zip(by_seed.items(), test_losses, strict=True)
         ]
         atomic_write_text(Path(config.json_file), json.dumps({"runs": runs}, indent=2) + "\n")
+        print(config.json_file)
+    print(f"{folder / 'runs'}: {len(seeds)} runs")
 
 
 def _flags(config: WordOrderConfig, place: Path, mixture: Mixture, seed: int) -> list[str]:

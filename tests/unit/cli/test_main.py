@@ -98,6 +98,15 @@ def test_a_commands_help_names_it_as_the_user_does(monkeypatch: pytest.MonkeyPat
     assert capsys.readouterr().out.startswith("usage: megatron-dwm plot ")
 
 
+@pytest.mark.parametrize("name", ["train-tokenizer", "preprocess", "score", "select", "benefit", "report"])
+def test_a_command_that_reads_json_lines_says_what_a_line_holds(name: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        importlib.import_module(COMMANDS[name].module).main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    example = {"report": '{"index": 17, "quality": 3.5}', "select": '{"text": "One document.", "score": 0.5}'}
+    assert example.get(name, '{"text": "One document."}') in shown and "(default: " in shown
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_a_main_that_takes_arguments(name: str):
     assert callable(importlib.import_module(COMMANDS[name].module).main)
