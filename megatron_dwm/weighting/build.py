@@ -214,7 +214,7 @@ class _Builder:
         parts = FrozenParts(
             weighter_stages("--dwm-load", self.settings.dwm_load, self.config.train_iters),
             self._frozen_weighter,
-            self._exporter(),
+            self._exporter(has_own_tokenizer=True),
             self.settings.dwm_score_cache,
             self._scoring_flops,
         )
@@ -249,7 +249,7 @@ class _Builder:
             weighter,
             self._outer_update(weighter),
             self.context.make_target_loader(state.get("consumed_target_samples", 0)),
-            self._exporter(),
+            self._exporter(has_own_tokenizer=bool(weighter.tokenizer_fingerprint)),
             BilevelFlops(self._scoring_flops(weighter), self._update_flops(weighter)),
         )
         if self.settings.dwm_mode == "rule":
@@ -324,13 +324,13 @@ class _Builder:
         if self.inputs.folder is not None and self.inputs.folder.reading:
             logger.info(f" > the weighter's samples: {self.inputs.folder.reading}")
 
-    def _exporter(self) -> WeighterExporter:
+    def _exporter(self, *, has_own_tokenizer: bool) -> WeighterExporter:
         save, folder, tokenizer = self.config.checkpoint.save, self.inputs.folder, self.config.tokenizer
         if save is None:
             return NoExport()
         assert self.inputs.samples is not None  # there is a weighter
         save_tokenizer: Callable[[Path], Any]
-        if folder is not None and folder.own_tokenizer is not None:
+        if has_own_tokenizer and folder is not None and folder.own_tokenizer is not None:
             save_tokenizer, fingerprint, special = folder.own_tokenizer.save_pretrained, folder.fingerprint, True
         else:
             length = self.inputs.samples.seq_length
