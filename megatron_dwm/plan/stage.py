@@ -113,7 +113,7 @@ def measure_stage(
         weights=sum(weights.values()),
         gradients=sum(_gradient_buffers(chunks).values()),
         optimizer=optimizer_bytes,
-        largest_owned=_largest_owned(optimizer, params),
+        largest_owned=_largest_owned(optimizer),
         workspace=sum(_storages(get_global_memory_buffer().buffer.values()).values()),
         training=training,
         alignment=alignment,
@@ -260,7 +260,7 @@ def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [value for value in [*stepped, *kept] if isinstance(value, torch.Tensor)]
 
 
-def _largest_owned(optimizer: Optimizer, params: Sequence[torch.Tensor]) -> int:
+def _largest_owned(optimizer: Optimizer) -> int:
     owned = [
         param.numel()
         for part in optimizer_parts(optimizer)
