@@ -74,6 +74,9 @@ if [[ -x $VENV/bin/python && -f $STAMP && $(fingerprint) == "$(<"$STAMP")" ]]; t
     exit 0
 fi
 
+# What a link leads to is not of this folder alone, and making .venv anew would empty it.
+[[ ! -L .venv ]] || fail ".venv is a link to $(readlink -f .venv); remove the link, or bring that environment up to date"
+
 read -ra own <<<"${PYTHON:-python3 python}"
 read -ra known <<<"${PYTHON:-python3.11 python3 python3.12 python3.10}"
 cuda_python=

@@ -175,7 +175,7 @@ def build_trainer(
         if inputs.checkpoint is None:  # the length of a run that goes on is known when that is loaded
             run_stages(config)
     with process.startup_sync.phase("agreement"):
-        process.startup_sync.require_same(rank_facts(config, inputs.paths, weighting_inputs.folder_model))
+        process.startup_sync.require_same(rank_facts(config, inputs.paths, weighting_inputs.digest))
     if config.checkpoint.save is not None:
         start_results_process()
     language_model = build_language_model(config, inputs, device, process.startup_sync)

@@ -54,6 +54,8 @@ NOT_RUN = {
     "README.md: Your own data in five commands: bash 2": "takes hours; tests/e2e/test_benefit.py runs it smaller",
     "docs/cluster.md: SLURM: bash": "needs a cluster; tests/e2e/test_slurm.py submits the script to a SLURM",
     "docs/cluster.md: SLURM: bash 2": "the same; its variables become flags, which are read below",
+    "docs/transfer.md: Longer samples than it was made for: text": "what a run says",
+    "docs/transfer.md: To a larger model, from the beginning to a table: bash": "takes an hour; results below it",
     "docs/cluster.md: SLURM: bash 3": "tests/unit/plan/test_plan.py runs its siblings",
     "docs/transfer.md: With numpy alone: python": "unit/weighting/ngram/test_model.py calls the function",
     "docs/cluster.md: Without SLURM: bash": "needs 4 machines with 8 GPUs each; its flags are read below",
