@@ -59,7 +59,7 @@ def simulated_rank(
             # A mask of torch's that cannot be fake; kernels that know it do not look at it.
             stack.enter_context(changed_attributes(torch_layers, {"causal_lower_right": _no_mask}))
             stack.enter_context(fake_tensors())
-            stack.enter_context(_SingleCalls())
+            stack.enter_context(_SingleCalls())  # type: ignore[no-untyped-call]
             yield current_parallel_state()
     finally:
         mpu.destroy_model_parallel()
