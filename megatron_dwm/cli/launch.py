@@ -34,7 +34,7 @@ from megatron_dwm.errors import EXIT_CODE, PeerError, UserError, print_error
 from megatron_dwm.runtime.compat import require_megatron_core
 from megatron_dwm.runtime.device import select_device
 from megatron_dwm.runtime.environment import environment_rank
-from megatron_dwm.runtime.logging import configure_logging
+from megatron_dwm.runtime.logging import configure_logging, print_messages_of
 from megatron_dwm.runtime.startup_sync import StartupSync
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def build_trainer(
     )
 
     if config.logging.logging_level is not None:
-        logging.getLogger("megatron.core").setLevel(config.logging.logging_level)
+        print_messages_of("megatron.core", process.rank, process.world_size, config.logging.logging_level)
     with process.startup_sync.phase("folders"):
         save_folder = hold_folders(config.checkpoint, config.data, config.logging, process.rank)
     with process.startup_sync.phase("inputs"):
@@ -175,7 +175,7 @@ def build_trainer(
         if inputs.checkpoint is None:  # the length of a run that goes on is known when that is loaded
             run_stages(config)
     with process.startup_sync.phase("agreement"):
-        process.startup_sync.require_same(rank_facts(config, inputs.paths, weighting_inputs.folder_model))
+        process.startup_sync.require_same(rank_facts(config, inputs.paths, weighting_inputs.digest))
     if config.checkpoint.save is not None:
         start_results_process()
     language_model = build_language_model(config, inputs, device, process.startup_sync)

@@ -16,6 +16,7 @@ from megatron_dwm.plan.simulated_rank import fake_tensors
 from megatron_dwm.weighting.build import WeightingInputs
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_init import model_from_config, random_weighter_model
+from megatron_dwm.weighting.windows import position_limit
 
 RIDGE_BYTES_PER_NGRAM = 48
 """What the regression of a linear weighter holds for each n-gram of the replay: bucket, value, and their places."""
@@ -80,8 +81,8 @@ def _model(config: RunConfig, inputs: WeightingInputs, vocab_size: int, eod: int
     from megatron_dwm.model.hf_config import hf_config
 
     settings, model, seed = config.weighting, config.model, config.training.seed
-    if inputs.folder_model is not None:
-        return inputs.folder_model
+    if inputs.folder is not None:
+        return inputs.folder.model
     if settings.dwm_init_from == "random":
         return random_weighter_model(settings, vocab_size, model.sequence, eod, seed)
     copied: Any = hf_config(model, vocab_size=vocab_size, num_layers=settings.dwm_num_layers)
@@ -91,8 +92,9 @@ def _model(config: RunConfig, inputs: WeightingInputs, vocab_size: int, eod: int
 
 def _activations(weighter: Weighter, samples: int, sequence: int) -> int:
     """Return the bytes that a step on so many samples holds for its backward pass, at most."""
-    with Meter() as meter:
-        tokens = torch.zeros(samples, sequence, dtype=torch.int64)
+    window, meter = min(sequence, position_limit(weighter.model) or sequence), Meter()
+    with meter:
+        tokens = torch.zeros(samples * -(-sequence // window), window, dtype=torch.int64)
         scores = torch.cat(
             [weighter.model(input_ids=part, use_cache=False).logits for part in tokens.split(weighter.batch_size)]
         )

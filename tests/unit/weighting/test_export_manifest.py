@@ -5,19 +5,13 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForSequenceClassification
 
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer, vocabulary_fingerprint
@@ -25,7 +19,7 @@ from megatron_dwm.data.tokenizers import build_tokenizer
 from megatron_dwm.errors import UserError
 from megatron_dwm.weighting.export import export_weighter
 from megatron_dwm.weighting.export_manifest import MANIFEST, verify_export
-from megatron_dwm.weighting.weighter_init import weighter_model_from_folder
+from megatron_dwm.weighting.weighter_folder import SampleTokens, read_weighter_folder
 
 SETTINGS = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=30)
 TOKENIZER = build_tokenizer(SETTINGS)
@@ -33,7 +27,7 @@ FINGERPRINT = vocabulary_fingerprint(TOKENIZER, SETTINGS)
 
 
 def load(folder: Path) -> LlamaForSequenceClassification:
-    return weighter_model_from_folder("--dwm-load", str(folder), 8, 31, 30, FINGERPRINT, seed=1)
+    return read_weighter_folder("--dwm-load", str(folder), SampleTokens(8, 31, 30, FINGERPRINT, str), seed=1).model
 
 
 def make_export(folder: Path) -> Path:
@@ -42,7 +36,7 @@ def make_export(folder: Path) -> Path:
         vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, num_labels=1
     )
     model = LlamaForSequenceClassification(config)
-    export_weighter(model, TOKENIZER, SETTINGS, folder / "export", {"iteration": 7})
+    export_weighter(model, partial(save_hf_tokenizer, TOKENIZER, SETTINGS), folder / "export", {"iteration": 7})
     return folder / "export"
 
 
@@ -119,25 +113,6 @@ def test_damaged_weights_of_a_model_without_manifest_are_one_line(content: bytes
     with pytest.raises(UserError, match=f"--dwm-load {export}: cannot be loaded") as error:
         load(export)
     assert "\n" not in str(error.value)
-
-
-def test_a_model_that_counts_positions_from_its_padding_token_has_fewer(tmp_path: Path):
-    sizes = {
-        "vocab_size": 31,
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "intermediate_size": 8,
-    }
-    for name, positions in (("short", 9), ("enough", 10)):  # for samples of 8 tokens
-        config = RobertaConfig(**sizes, max_position_embeddings=positions, num_labels=1, pad_token_id=1)
-        RobertaForSequenceClassification(config).save_pretrained(tmp_path / name)
-        save_hf_tokenizer(TOKENIZER, SETTINGS, tmp_path / name)
-    with pytest.raises(
-        UserError, match=f"--dwm-load {tmp_path / 'short'}: made for 7 positions, fewer than --seq-length 8"
-    ):
-        load(tmp_path / "short")
-    assert load(tmp_path / "enough")(torch.full((1, 8), 5)).logits.shape == (1, 1)
 
 
 def test_a_language_model_lacks_only_the_head_which_gets_zeros(tmp_path: Path):
