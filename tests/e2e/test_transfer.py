@@ -48,7 +48,10 @@ def test_the_export_says_what_it_is_and_loads_with_transformers_alone(first_run)
     assert exports == ["iter_0000012", "iter_0000020"]  # the ends of the two stages
     manifest = json.loads((save / "weighter" / "iter_0000020" / "dwm_manifest.json").read_text())
     assert (manifest["iteration"], manifest["stage"], manifest["mode"]) == (20, 2, "bilevel")
-    assert manifest["language_model"]["num_layers"] == 4 and manifest["sources"] == ["clean", "noise"]
+    assert manifest["language_model"]["num_layers"] == LANGUAGE_MODEL["--num-layers"] and manifest["sources"] == [
+        "clean",
+        "noise",
+    ]
     model = AutoModelForSequenceClassification.from_pretrained(save / "weighter" / "iter_0000020")
     tokenizer = AutoTokenizer.from_pretrained(save / "weighter" / "iter_0000020")
     assert model(**tokenizer("5 6 7 8", return_tensors="pt")).logits.shape == (1, 1)
