@@ -20,8 +20,8 @@ UNSUPPORTED: dict[str, str] = {
         --mamba-* --disable-mamba-mem-eff-path --spec --heterogeneous-layers-* --mtp-* --decoder-num-layers
         --decoder-seq-length --yaml-cfg --enable-experimental""",
     "the layers are megatron-core's standard attention and GELU, SwiGLU or squared ReLU; leave it out": """
-        --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim --mscale --mscale-all-dim
-        --rotary-scaling-factor --cache-mla-latents --experimental-attention-variant --dsa-* --linear-*
+        --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim
+        --cache-mla-latents --experimental-attention-variant --dsa-* --linear-*
         --attention-output-gate --window-* --qk-l2-norm --qk-clip* --relative-attention-* --mrope-section
         --no-rope-freq --openai-gelu --quick-geglu --glu-linear-offset
         --activation-func-clamp-value --use-fused-weighted-squared-relu --use-te-activation-func

@@ -74,19 +74,27 @@ def to_hf_tokenizer(tokenizer: MegatronTokenizerText, config: TokenizerConfig) -
     return counterpart
 
 
-def save_hf_tokenizer(tokenizer: MegatronTokenizerText, config: TokenizerConfig, directory: Path) -> None:
-    """Write the counterpart (:func:`to_hf_tokenizer`) for ``AutoTokenizer.from_pretrained(directory)``.
+def save_hf_tokenizer(
+    tokenizer: MegatronTokenizerText, config: TokenizerConfig, directory: Path, *, window: int | None = None
+) -> PreTrainedTokenizerBase:
+    """Write the counterpart (:func:`to_hf_tokenizer`) for ``AutoTokenizer.from_pretrained(directory)``, and return it.
 
     If ``directory`` is to hold a model's ``config.json``, it must be there before: for a few model types
     ``AutoTokenizer`` rebuilds the tokenizer in its own way, and only then does the check here see it.
+
+    Args:
+        window: the number of tokens that the folder's model was trained with, to which ``truncation=True`` truncates.
 
     Raises:
         UserError: as :func:`to_hf_tokenizer`, or the folder does not load as the same tokenizer.
     """
     counterpart = to_hf_tokenizer(tokenizer, config)
+    if window is not None:
+        counterpart.model_max_length = window
     with atomic_files(directory) as scratch:
         counterpart.save_pretrained(scratch)
     _check_same_ids(tokenizer, _load_folder(directory), config)
+    return counterpart
 
 
 def vocabulary_fingerprint(tokenizer: MegatronTokenizerText, config: TokenizerConfig) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,13 +76,7 @@ class FolderExporter:
         dist.barrier()
 
     def _manifest(self, weighter: Weighter, iteration: int, stage: int, digest: str) -> dict[str, Any]:
-        return {
-            "iteration": iteration,
-            "stage": stage,
-            "weighter_parameters": weighter.num_parameters,
-            "weighter_sha256": digest,
-            **self.run_facts,
-        }
+        return weighter_facts(iteration, stage, weighter.num_parameters, digest) | self.run_facts
 
 
 @contextlib.contextmanager
@@ -108,16 +102,48 @@ def _reported_failure(save: Path, iteration: int) -> Iterator[None]:
 
 
 def export_weighter(
-    model: Any, tokenizer: Any, tokenizer_config: TokenizerConfig, folder: Path, manifest: Mapping[str, Any]
+    model: Any,
+    tokenizer: Any,
+    tokenizer_config: TokenizerConfig,
+    folder: Path,
+    manifest: Mapping[str, Any],
+    *,
+    effect: str | None = None,
+    check: Callable[[Path], object] = lambda beside: None,
 ) -> None:
-    """Write a weighter's classifier, tokenizer and manifest beside ``folder``, then put them in place."""
+    """Write a weighter's classifier, tokenizer, manifest and model card beside ``folder``, then put them in place.
+
+    Args:
+        effect: what was measured of the weighter, for the card.
+        check: is given the finished folder before it gets its name, and raises if it must not.
+    """
     from transformers.utils.logging import disable_progress_bar
+
+    from megatron_dwm.weighting.export_card import weighter_card
 
     disable_progress_bar()  # a bar for one small file would break the log's lines
     with atomic_folder(folder) as beside:
         model.save_pretrained(beside)
-        save_hf_tokenizer(tokenizer, tokenizer_config, beside)
+        counterpart = save_hf_tokenizer(tokenizer, tokenizer_config, beside, window=manifest.get("window"))
         write_manifest(beside, manifest)
+        # Not in the manifest: whoever publishes the weighter has something to add.
+        card = weighter_card(manifest, model, counterpart, name=folder.name, effect=effect)
+        (beside / "README.md").write_text(card, encoding="utf-8")
+        check(beside)
+
+
+def weighter_facts(iteration: int, stage: int, num_parameters: int, digest: str) -> dict[str, Any]:
+    """Return what a manifest says of the weighter itself.
+
+    Args:
+        digest: of its parameters.
+    """
+    return {
+        "iteration": iteration,
+        "stage": stage,
+        "weighter_parameters": num_parameters,
+        "weighter_sha256": digest,
+    }
 
 
 def run_facts(config: RunConfig, paths: DataPaths, tokenizer_fingerprint: str) -> dict[str, Any]:
@@ -125,6 +151,8 @@ def run_facts(config: RunConfig, paths: DataPaths, tokenizer_fingerprint: str) -
     model, settings = config.model, config.weighting
     return {
         "mode": settings.dwm_mode,
+        "num_stages": settings.dwm_num_stages,
+        "window": model.sequence,
         "initialised_from": settings.dwm_load or settings.dwm_init_from,
         "temperature": settings.dwm_temperature,
         "kl_weight": settings.dwm_kl_weight,

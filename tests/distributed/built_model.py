@@ -202,14 +202,13 @@ class Reference:
     """The same language model as one Hugging Face model in float64, differentiated by autograd."""
 
     def __init__(self, flags: Flags, state: HfState) -> None:
-        from transformers import GPT2LMHeadModel, LlamaForCausalLM
+        from transformers import AutoModelForCausalLM
 
         from megatron_dwm.model.hf_config import hf_config
 
         model = parse_model(flags)
         config = hf_config(model, vocab_size=VOCAB_SIZE, num_layers=model.layers)
-        kind: Any = LlamaForCausalLM if config.model_type == "llama" else GPT2LMHeadModel
-        self.model = kind(config).double().eval()
+        self.model: Any = AutoModelForCausalLM.from_config(config).double().eval()
         doubled = {k: v.double() for k, v in state.items()}
         head = doubled.pop("lm_head.weight", None)
         self.model.base_model.load_state_dict(doubled, strict=True)

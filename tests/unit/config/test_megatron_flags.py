@@ -49,15 +49,23 @@ FEWER_CHOICES = {
     "--fp8-recipe": "custom quantizers are not plugged in",
     "--non-persistent-ckpt-type": "local needs a library of its own",
     "--optimizer": "Muon is not there",
-    "--position-embedding-type": "the others are for other models",
     "--tokenizer-type": "the others are for other models",
 }
 IN_ITS_GUIDE_ALONE = {"--fp8-hybrid"}
-OTHER_CHOICES = {"--transformer-impl": "torch is our own; inference is not there"}
+OTHER_CHOICES = {
+    "--transformer-impl": "torch is our own; inference is not there",
+    "--position-embedding-type": "yarn is of a newer Megatron-LM; the others are for other models",
+}
+OF_NEWER_VERSIONS = {
+    "--yarn-original-max-position-embeddings",
+    "--yarn-beta-fast",
+    "--yarn-beta-slow",
+    "--no-yarn-correction-range-round-to-int",
+}
 
 
 def test_flags_of_our_own_do_not_sound_like_megatrons():
-    known = {"--metrics-jsonl", "--no-checkpoint-checksums"}
+    known = {"--metrics-jsonl", "--no-checkpoint-checksums", *OF_NEWER_VERSIONS}
     assert all(name.startswith("--dwm-") or name in known for name in OURS.keys() - MEGATRON.keys())
 
 
