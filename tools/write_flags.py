@@ -18,8 +18,8 @@ INTRODUCTION = """\
 
 Names, meaning and defaults are those of Megatron-LM (core_v0.16.1; for YaRN a later one), but for the flags of our own.
 The column *Origin* says which is which: *Megatron-LM*, *ours*, or *no effect* for a flag of Megatron-LM's that is
-accepted because what it asks for happens in any case. This page is written by `python tools/write_flags.py` from the classes in
-`megatron_dwm/config/`, where a flag is declared once; edit there.
+accepted because what it asks for happens in any case. This page is written by `python tools/write_flags.py` from the
+classes in `megatron_dwm/config/`, where a flag is declared once; edit there.
 
 A switch has no value and its default is *off*. A flag of Megatron-LM's that is not in these tables ends the run with
 the reason given under [Not supported](#not-supported).
