@@ -16,6 +16,7 @@ from megatron_dwm.analysis.preference import distinct, tfidf_similarity
 from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.flags import build
 from megatron_dwm.config.run import PARTS, RunConfig
+from megatron_dwm.data.sample_text import sample_text
 from megatron_dwm.errors import UserError
 
 MOST_TARGET_SAMPLES = 2000
@@ -72,10 +73,7 @@ class RunSamples:
 
     def text(self, sample: Sample) -> str:
         """Return a sample's text, with ``END_MARK`` where a document ends."""
-        ends = np.flatnonzero(sample.tokens == self.tokenizer.eod)
-        pieces = np.split(sample.tokens, ends)
-        words = [piece[piece != self.tokenizer.eod].tolist() for piece in pieces]
-        return END_MARK.join(self.tokenizer.detokenize(ids) if ids else "" for ids in words).strip()
+        return sample_text(sample.tokens, self.tokenizer, END_MARK)
 
     def characters(self, sample: Sample) -> int:
         """Return the number of characters of a sample's text tokens."""

@@ -54,7 +54,7 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
     Raises:
         UserError: no such checkpoint, or Hugging Face has no such model.
     """
-    from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
+    from megatron_dwm.data.hf_tokenizers import load_tokenizer_folder, save_hf_tokenizer
     from megatron_dwm.data.tokenizers import build_tokenizer
     from megatron_dwm.model.hf_card import language_model_card
     from megatron_dwm.model.hf_model import hf_skeleton, hf_tensors, write_weights
@@ -95,7 +95,8 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
                 f"--load {folder}: cannot be exported ({error}); give another checkpoint or size"
             ) from error
         skeleton.config.save_pretrained(beside)
-        counterpart = save_hf_tokenizer(tokenizer, tokenizer_config, beside, window=model.sequence)
+        save_hf_tokenizer(tokenizer, tokenizer_config, beside, model.sequence)
+        counterpart = load_tokenizer_folder(beside)
         _complete_settings(skeleton, counterpart, beside, window=model.sequence)
         count = _verify(beside, model, tensors(), dtype)
         card = language_model_card(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from megatron_dwm.cli.saved_run import ExportArguments, checkpoint_folder, saved
 from megatron_dwm.config.checkpoint_args import read_arguments
 from megatron_dwm.config.flags import flag, parse
 from megatron_dwm.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_dwm.config.run import RunConfig
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,7 @@ def export(config: ExportWeighterConfig) -> str:
         UserError: no such checkpoint, or it holds no weighter.
     """
     from megatron_dwm.data.blend import data_paths
-    from megatron_dwm.data.hf_tokenizers import vocabulary_fingerprint
-    from megatron_dwm.data.tokenizers import build_tokenizer
+    from megatron_dwm.data.hf_tokenizers import fingerprint_of
     from megatron_dwm.training.checkpoint_folders import iteration_of
     from megatron_dwm.training.saved_checkpoint import open_checkpoint
     from megatron_dwm.weighting.export import export_weighter, run_facts, weighter_facts
@@ -60,50 +62,71 @@ def export(config: ExportWeighterConfig) -> str:
     effect = _effect(config)
     model = weighter_model_from_json(state["weighter_config"])
     model.load_state_dict(state["weighter"])
-    tokenizer = build_tokenizer(run.tokenizer)
-    fingerprint = vocabulary_fingerprint(tokenizer, run.tokenizer)
+    tokenizer = _tokenizer(run, state.get("weighter_tokenizer", ""))
     paths = data_paths(run.data, run.weighting.dwm_target_data_path if run.weighting.needs_target else None)
     stages = bilevel_stages if run.weighting.needs_target else frozen_stages
     iteration = iteration_of(folder)
+    stage = stages(run.weighting, run.train_iters).stage(iteration)
+    special = bool(state.get("weighter_tokenizer")) or run.tokenizer.tokenizer_hf_include_special_tokens
     facts = {
-        **weighter_facts(
-            iteration,
-            stages(run.weighting, run.train_iters).stage(iteration),
-            sum(param.numel() for param in model.parameters()),
-            model_digest(model),
-        ),
-        **run_facts(run, paths, fingerprint),
+        **weighter_facts(iteration, stage, sum(p.numel() for p in model.parameters()), model_digest(model)),
+        **run_facts(run, paths, fingerprint_of(tokenizer), adds_special_tokens=special),
     }
-
-    def check(written: Path) -> None:
-        _check_loads(written, model, facts, int(tokenizer.vocab_size), int(tokenizer.eod))
-
-    export_weighter(model, tokenizer, run.tokenizer, Path(config.output), facts, effect=effect, check=check)
+    check = partial(_check_loads, model=model, fingerprint=fingerprint_of(tokenizer))
+    export_weighter(model, tokenizer.save_pretrained, Path(config.output), facts, effect=effect, check=check)
     return (
-        f"{config.output}: wrote a {type(model).__name__} of {facts['weighter_parameters']:,} parameters, window "
-        f"{facts['window']} tokens, from {folder}; loaded again, its weights and scores are the checkpoint's"
+        f"{config.output}: wrote a {type(model).__name__} of {facts['weighter_parameters']:,} parameters and "
+        f"{tokenizer.model_max_length} tokens, from {folder}; loaded again, its weights and scores are the checkpoint's"
     )
 
 
-def _check_loads(folder: Path, model: Any, facts: dict[str, Any], vocab_size: int, eod: int) -> None:
-    """Load the folder as a run does, and compare it with the checkpoint's weighter.
+def _tokenizer(run: RunConfig, own: str) -> Any:
+    """Return the weighter's Hugging Face tokenizer.
+
+    Args:
+        own: fingerprint of the tokenizer that the weighter does not share with its run; empty if it does.
+
+    Raises:
+        UserError: the folder that it was started from is gone.
+    """
+    from megatron_dwm.data.hf_tokenizers import fingerprint_of, load_tokenizer_folder, to_hf_tokenizer
+    from megatron_dwm.data.tokenizers import build_tokenizer
+
+    if not own:
+        tokenizer = to_hf_tokenizer(build_tokenizer(run.tokenizer), run.tokenizer)
+        tokenizer.model_max_length = run.model.sequence
+        return tokenizer
+    started_from = Path(run.weighting.dwm_load or run.weighting.dwm_init_from)
+    if not (started_from / "config.json").is_file():  # a run's exports, one for each stage
+        started_from = next(iter(sorted(started_from.glob("iter_*"))), started_from)
+    tokenizer = load_tokenizer_folder(started_from)
+    if fingerprint_of(tokenizer) != own:
+        raise UserError(f"{started_from}: holds another tokenizer than the weighter's, which was started from there")
+    return tokenizer
+
+
+def _check_loads(folder: Path, *, model: Any, fingerprint: str) -> None:
+    """Load the folder again, and compare it with the checkpoint's weighter.
 
     Raises:
         UserError: it does not load, or is another weighter.
     """
-    from megatron_dwm.weighting.weighter_init import weighter_model_from_folder
+    from transformers import AutoModelForSequenceClassification
 
-    window = int(facts["window"])
-    loaded = weighter_model_from_folder(
-        "--output", str(folder), window, vocab_size, eod, facts["tokenizer_fingerprint"], seed=0
+    from megatron_dwm.data.hf_tokenizers import fingerprint_of_folder
+    from megatron_dwm.weighting.export_manifest import verify_export
+
+    verify_export("--output", folder)
+    loaded = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
-    expected = model.state_dict()
-    different = [name for name, tensor in loaded.state_dict().items() if not torch.equal(tensor, expected[name])]
-    sample = torch.arange(window)[None] % vocab_size
+    expected, found = model.state_dict(), loaded.state_dict()
+    different = [name for name in expected if name not in found or not torch.equal(found[name], expected[name])]
+    sample = torch.arange(min(8, model.config.vocab_size))[None]
     with torch.no_grad():
         scores = [which.eval()(input_ids=sample).logits for which in (model, loaded)]
-    if different or not torch.equal(*scores):
-        raise UserError(f"--output {folder}: loaded again, {(different or ['its score'])[0]} is not the checkpoint's")
+    if different or not torch.equal(*scores) or fingerprint_of_folder(folder) != fingerprint:
+        raise UserError(f"--output {folder}: loaded again, it is another weighter; export it again")
 
 
 def _effect(config: ExportWeighterConfig) -> str | None:

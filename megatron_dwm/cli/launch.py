@@ -157,7 +157,7 @@ def build_trainer(
         inputs = read_inputs(config, process.rank, process.world_size)
         weighting_inputs = read_weighting_inputs(config, inputs.tokenizer)
     with process.startup_sync.phase("agreement"):
-        process.startup_sync.require_same(rank_facts(config, inputs.paths, weighting_inputs.folder_model))
+        process.startup_sync.require_same(rank_facts(config, inputs.paths, weighting_inputs.digest))
     if config.checkpoint.save is not None:
         start_results_process()
     language_model = build_language_model(config, inputs, device, process.startup_sync)

@@ -28,7 +28,11 @@ class WeightingConfig:
     dwm_rule_sources: list[str] | None = flag(
         None, "Sources of the training data whose samples count under the rule oracle, by name."
     )
-    dwm_load: str | None = flag(None, "Exported weighter to use (frozen mode).")
+    dwm_load: str | None = flag(
+        None,
+        "Weighter to use (frozen mode): an export, any Hugging Face classifier with one output, or the folder weighter "
+        "of a run, whose stages are mapped by the fraction of training.",
+    )
     dwm_target_data_path: list[str] | None = flag(
         None,
         "Dataset prefix or blend of the target set, whose loss the weighter lowers.",
@@ -41,7 +45,7 @@ class WeightingConfig:
     dwm_init_from: str = flag(
         "random",
         "What the weighter starts as: random, lm (the language model's embedding and first layers, at the end of "
-        "the warm-up; give it a lower --dwm-lr), or a Hugging Face folder with the same tokenizer.",
+        "the warm-up; give it a lower --dwm-lr), or a Hugging Face folder, whose tokenizer may be another one.",
     )
     dwm_arch: Literal["llama", "gpt2", "modernbert", "ngram"] = flag(
         "ngram",
@@ -118,7 +122,10 @@ class WeightingConfig:
         "Before the first iteration, hold the hypergradient of this very configuration against finite differences, and "
         "end the run if they disagree. Nothing else changes. For fp32.",
     )
-    dwm_score_batch_size: int = flag(32, "Samples the weighter scores at a time.")
+    dwm_score_batch_size: int = flag(32, "Samples, or windows of them, the weighter scores at a time.")
+    dwm_score_cache: int = flag(
+        500000, "Samples whose scores frozen mode keeps, so that none is scored again when it comes again; 0 for none."
+    )
 
     def __post_init__(self) -> None:
         require_at_least(
@@ -132,7 +139,7 @@ class WeightingConfig:
             self,
             0,
             "dwm_kl_weight dwm_clip_alignment dwm_lr dwm_weight_decay dwm_clip_grad dwm_warmup_iters dwm_rule_strength "
-            "dwm_ngram_hidden_size",
+            "dwm_ngram_hidden_size dwm_score_cache",
         )
         if not 0 <= self.dwm_min_effective_sample_size <= 1:
             raise UserError(

@@ -17,9 +17,8 @@ import torch.distributed as dist
 
 from megatron_dwm.atomic_write import atomic_folder
 from megatron_dwm.config.run import RunConfig
-from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.blend import DataPaths
-from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
+from megatron_dwm.data.hf_tokenizers import load_tokenizer_folder
 from megatron_dwm.errors import UserError
 from megatron_dwm.safe_unpickling import short_reason
 from megatron_dwm.weighting.export_manifest import write_manifest
@@ -45,15 +44,14 @@ class NoExport:
 class FolderExporter:
     """Writes ``<save>/weighter/iter_XXXXXXX/``, each once."""
 
-    def __init__(
-        self, root: Path, tokenizer: Any, tokenizer_config: TokenizerConfig, run_facts: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, root: Path, save_tokenizer: Callable[[Path], Any], run_facts: Mapping[str, Any]) -> None:
         """
         Args:
+            root: holds the exports.
+            save_tokenizer: writes the weighter's tokenizer to a folder.
             run_facts: what the manifest says of the run (:func:`run_facts`).
         """
-        self.root, self.tokenizer, self.tokenizer_config = root, tokenizer, tokenizer_config
-        self.run_facts = run_facts
+        self.root, self.save_tokenizer, self.run_facts = root, save_tokenizer, run_facts
         self._last: tuple[int, str] | None = None
 
     def export(self, weighter: Weighter, iteration: int, stage: int) -> None:
@@ -70,13 +68,13 @@ class FolderExporter:
             elif self._last != (iteration, digest):
                 manifest = self._manifest(weighter, iteration, stage, digest)
                 with _reported_failure(self.root.parent, iteration):
-                    export_weighter(weighter.model, self.tokenizer, self.tokenizer_config, folder, manifest)
+                    export_weighter(weighter.model, self.save_tokenizer, folder, manifest)
                 logger.info(f" > exported the weighter to {folder}")
                 self._last = (iteration, digest)
         dist.barrier()
 
     def _manifest(self, weighter: Weighter, iteration: int, stage: int, digest: str) -> dict[str, Any]:
-        return weighter_facts(iteration, stage, weighter.num_parameters, digest) | self.run_facts
+        return weighter_facts(iteration, stage, weighter.num_parameters, digest) | dict(self.run_facts)
 
 
 @contextlib.contextmanager
@@ -103,8 +101,7 @@ def _reported_failure(save: Path, iteration: int) -> Iterator[None]:
 
 def export_weighter(
     model: Any,
-    tokenizer: Any,
-    tokenizer_config: TokenizerConfig,
+    save_tokenizer: Callable[[Path], Any],
     folder: Path,
     manifest: Mapping[str, Any],
     *,
@@ -114,6 +111,7 @@ def export_weighter(
     """Write a weighter's classifier, tokenizer, manifest and model card beside ``folder``, then put them in place.
 
     Args:
+        save_tokenizer: writes the tokenizer to a folder that holds the classifier already.
         effect: what was measured of the weighter, for the card.
         check: is given the finished folder before it gets its name, and raises if it must not.
     """
@@ -124,10 +122,10 @@ def export_weighter(
     disable_progress_bar()  # a bar for one small file would break the log's lines
     with atomic_folder(folder) as beside:
         model.save_pretrained(beside)
-        counterpart = save_hf_tokenizer(tokenizer, tokenizer_config, beside, window=manifest.get("window"))
+        save_tokenizer(beside)
         write_manifest(beside, manifest)
         # Not in the manifest: whoever publishes the weighter has something to add.
-        card = weighter_card(manifest, model, counterpart, name=folder.name, effect=effect)
+        card = weighter_card(manifest, model, load_tokenizer_folder(beside), name=folder.name, effect=effect)
         (beside / "README.md").write_text(card, encoding="utf-8")
         check(beside)
 
@@ -146,17 +144,25 @@ def weighter_facts(iteration: int, stage: int, num_parameters: int, digest: str)
     }
 
 
-def run_facts(config: RunConfig, paths: DataPaths, tokenizer_fingerprint: str) -> dict[str, Any]:
-    """Return what a manifest says of the run that the weighter is from."""
+def run_facts(
+    config: RunConfig, paths: DataPaths, tokenizer_fingerprint: str, *, adds_special_tokens: bool
+) -> dict[str, Any]:
+    """Return what a manifest says of the run that the weighter is from.
+
+    Args:
+        tokenizer_fingerprint: of the weighter's tokenizer.
+        adds_special_tokens: whether the weighter has seen texts with its tokenizer's special tokens around them.
+    """
     model, settings = config.model, config.weighting
     return {
         "mode": settings.dwm_mode,
-        "num_stages": settings.dwm_num_stages,
-        "window": model.sequence,
         "initialised_from": settings.dwm_load or settings.dwm_init_from,
         "temperature": settings.dwm_temperature,
         "kl_weight": settings.dwm_kl_weight,
+        "train_iters": config.train_iters,
+        "num_stages": settings.dwm_num_stages,
         "tokenizer_fingerprint": tokenizer_fingerprint,
+        "special_tokens": adds_special_tokens,
         "data": {
             flag: {"prefixes": prefixes, "weights": weights} for flag, (prefixes, weights) in paths.blends().items()
         },

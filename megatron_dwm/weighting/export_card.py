@@ -9,6 +9,8 @@ from megatron_dwm.data.blend import TARGET_FLAG
 from megatron_dwm.model_card import bullets, render_card
 from megatron_dwm.weighting.ngram.configuration import MODEL_TYPE
 
+LONGEST = 10**9
+"""Tokenizers that know no length say a greater one."""
 NOT_MEASURED = (
     "Not measured in this folder. `megatron-dwm export-weighter --baseline RUN` writes into a card what the weighter's "
     "run has gained over a run with uniform weights."
@@ -25,7 +27,7 @@ def weighter_card(facts: Mapping[str, Any], model: Any, tokenizer: Any, *, name:
         name: of the folder.
         effect: what was measured; None if nothing was.
     """
-    window = facts.get("window")
+    window = tokenizer.model_max_length if tokenizer.model_max_length < LONGEST else None
     data = {flag: _blend(blend) for flag, blend in facts.get("data", {}).items()}
     language_model = facts.get("language_model", {})
     stage = facts.get("stage")

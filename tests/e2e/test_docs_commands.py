@@ -52,6 +52,8 @@ NOT_RUN = {
     "README.md: On a cluster: bash": "needs a cluster with GPUs; tests/e2e/test_slurm.py submits the script to a SLURM",
     "docs/cluster.md: SLURM: bash": "the same",
     "docs/cluster.md: SLURM: bash 2": "the same; its variables become flags, which are read below",
+    "docs/transfer.md: Longer samples than it was made for: text": "what a run says",
+    "docs/transfer.md: To a larger model, from the beginning to a table: bash": "takes an hour; results below it",
     "docs/transfer.md: With numpy alone: python": "unit/weighting/ngram/test_model.py calls the function",
     "docs/hugging-face.md: Import: bash": "needs a published model; tests/distributed/test_hf_import.py imports such",
     "docs/hugging-face.md: Export: bash": "tests/distributed/test_hf_import.py and e2e/test_transfer.py run both",

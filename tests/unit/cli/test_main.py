@@ -23,6 +23,7 @@ else:
 COMMANDS = {**main.COMMANDS, **benchmark.BENCHMARKS}
 DOORS = {
     "tools/preprocess_data.py": "preprocess",
+    "tools/merge_datasets.py": "merge-datasets",
     "tools/check_checkpoint.py": "check-checkpoint",
     "tools/check_data.py": "check-data",
     "tools/train_tokenizer.py": "train-tokenizer",
@@ -37,6 +38,8 @@ DOORS = {
     "benchmarks/benefit.py": "benefit",
     "benchmarks/overhead.py": "overhead",
     "benchmarks/word_order.py": "word-order",
+    "benchmarks/transfer.py": "transfer",
+    "benchmarks/scoring.py": "scoring",
     "benchmarks/chaos.py": "chaos",
     "pretrain_dwm.py": "pretrain",
 }
@@ -79,7 +82,8 @@ def test_help_and_version_import_nothing_that_takes_seconds():
         (["zzz"], "megatron-dwm has no command zzz; give one of pretrain, "),
         (
             ["benchmark"],
-            "megatron-dwm benchmark needs a command; give one of benefit, overhead, word-order, chaos, precision, gpu",
+            "megatron-dwm benchmark needs a command; give one of benefit, overhead, word-order, transfer, scoring, "
+            "chaos, precision, gpu",
         ),
         (["plot", "--runs", "x"], "unknown flag --runs; is it --run?"),
     ],
