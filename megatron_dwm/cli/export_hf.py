@@ -98,7 +98,7 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
         save_hf_tokenizer(tokenizer, tokenizer_config, beside, model.sequence)
         counterpart = load_tokenizer_folder(beside)
         _complete_settings(skeleton, counterpart, beside, window=model.sequence)
-        count = _verify(beside, model, tensors(), dtype)
+        count = _verify(beside, skeleton, tensors())
         card = language_model_card(
             saved, skeleton, counterpart, name=Path(config.output).name, effect=_effect(config.load)
         )
@@ -150,11 +150,12 @@ def _complete_settings(skeleton: Any, tokenizer: Any, folder: Path, *, window: i
     generation.save_pretrained(folder)
 
 
-def _verify(folder: Path, model: ModelConfig, tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype) -> int:
+def _verify(folder: Path, skeleton: Any, tensors: Iterator[tuple[str, torch.Tensor]]) -> int:
     """Load the folder again, and compare it with the checkpoint.
 
     Args:
         folder: that was written.
+        skeleton: the model, without storage.
         tensors: the checkpoint's, by Hugging Face name.
 
     Returns:
@@ -163,18 +164,18 @@ def _verify(folder: Path, model: ModelConfig, tensors: Iterator[tuple[str, torch
     Raises:
         UserError: it does not load, or is another model.
     """
-    from megatron_dwm.model.hf_config import hf_config
+    from transformers import AutoConfig
+
     from megatron_dwm.model.hf_folder import read_hugging_face
 
     read = read_hugging_face(folder, "--output")
-    expected, found = (
-        hf_config(which, vocab_size=read.vocab_size, num_layers=which.layers).to_dict() for which in (model, read.model)
-    )
-    if differing := [name for name in expected if found.get(name) != expected[name]]:
+    found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
+    expected = skeleton.config.to_dict()
+    if differing := [name for name in expected if name[0] != "_" and found.get(name) != expected[name]]:
         raise UserError(f"--output {folder}: loaded again, it has another {differing[0]}; export it again")
     count = 0
     for name, tensor in tensors:
-        if not torch.equal(read.state.files[name], tensor.to(dtype)):
+        if not torch.equal(read.state.files[name], tensor.to(skeleton.dtype)):
             raise UserError(f"--output {folder}: loaded again, {name} is not the checkpoint's; export it again")
         count += 1
     return count

@@ -49,6 +49,15 @@ class FolderTensors(Mapping[str, torch.Tensor]):
         """The precision of a tensor in its file."""
         return self._read(name).dtype
 
+    def main_dtype(self) -> torch.dtype:
+        """The floating-point precision that most of the bytes have."""
+        sizes = {torch.float32: 0}
+        for name in self:
+            tensor = self._read(name)
+            if tensor.is_floating_point():
+                sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
     def _read(self, name: str) -> torch.Tensor:
         """Return a tensor that is mapped into memory: of its file only what is looked at is read."""
         path = self.places[name]
@@ -131,7 +140,7 @@ def _read(folder: Path) -> HuggingFaceModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            device_map="meta",  # names and shapes alone
+            dtype=files.main_dtype(),  # so that tensors stay mapped into memory, and are not read
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, and refused below
             local_files_only=True,
