@@ -75,5 +75,5 @@ def saved_config(saved: Mapping[str, Any]) -> RunConfig:
     known = effective_arguments(saved)
     if known.get("train_samples"):
         known["train_iters"] = None  # which follows from it
-    parts = {name: build(part, known) for name, part in PARTS.items()}
+    parts: dict[str, Any] = {name: build(part, known) for name, part in PARTS.items()}
     return RunConfig(world_size=int(saved.get("world_size", 1)), **parts)
