@@ -45,6 +45,9 @@ class FolderTensors(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self.places)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
     def dtype(self, name: str) -> torch.dtype:
         """The precision of a tensor in its file."""
         return self._read(name).dtype

@@ -141,5 +141,7 @@ def test_weights_of_16_bits_stay_what_they_are(tmp_path: Path):
         import_hf.main(["--input", str(folder / "hf"), "--save", str(folder / "core")])
         export_hf.main(["--load", str(folder / "core"), "--output", str(folder / "back")])
         state = read_hugging_face(folder / "back").state
-        assert all(torch.equal(state[key], tensor) for key, tensor in known.base_model.state_dict().items())
+        for key, tensor in known.base_model.state_dict().items():
+            # A Nemotron's norms are 1 greater in megatron-core, in fp32.
+            torch.testing.assert_close(state[key], tensor, rtol=0, atol=1e-7 if "norm" in key else 0)
         assert state["embed_tokens.weight"].dtype == dtype
