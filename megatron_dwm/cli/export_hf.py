@@ -54,9 +54,10 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
     Raises:
         UserError: no such checkpoint, or Hugging Face has no such model.
     """
-    from megatron_dwm.data.hf_tokenizers import load_tokenizer_folder, save_hf_tokenizer
+    from megatron_dwm.data.hf_tokenizers import is_kept_beside, load_tokenizer_folder, save_hf_tokenizer
     from megatron_dwm.data.tokenizers import build_tokenizer
     from megatron_dwm.model.hf_card import language_model_card
+    from megatron_dwm.model.hf_config import architecture, hf_config
     from megatron_dwm.model.hf_model import hf_skeleton, hf_tensors, write_weights
     from megatron_dwm.model.vocabulary import saved_softmax_size
     from megatron_dwm.training.saved_checkpoint import open_checkpoint
@@ -76,7 +77,10 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
         )
     vocab_size = max(int(tokenizer.vocab_size), saved_softmax_size(saved, 0))
     dtype = checkpoint.metadata.state_dict_metadata[_EMBEDDING].properties.dtype
-    skeleton = hf_skeleton(model, vocab_size=vocab_size, dtype=dtype)
+    has_any_tokenizer = not is_kept_beside(architecture(model), tokenizer, tokenizer_config)
+    skeleton = hf_skeleton(
+        hf_config(model, vocab_size=vocab_size, num_layers=model.layers, has_any_tokenizer=has_any_tokenizer), dtype
+    )
     limit_progress_bars()
     size = sum(p.numel() * p.element_size() for p in skeleton.parameters())
     bar = tqdm(total=2 * size, unit="B", unit_scale=True, desc="export", disable=not os.isatty(2))

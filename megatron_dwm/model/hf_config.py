@@ -13,8 +13,12 @@ from megatron_dwm.model.transformer_config import has_tanh_gelu
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-IMPORTED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "nemotron", "gpt2")
+IMPORTED = ("llama", "mistral", "qwen2", "qwen3", "seed_oss", "phi3", "nemotron", "gpt2")
 """model_type of the Hugging Face models that are read."""
+
+TWINS = {"qwen2": "seed_oss"}
+"""model_types beside which AutoTokenizer replaces a tokenizer that is not of their own kind, and those that compute the
+same and have any tokenizer."""
 
 _EXPERTS = "it has experts"
 _SIDE_BY_SIDE = "its attention and MLP stand side by side in a layer, megatron-core's one after the other"
@@ -53,8 +57,13 @@ def architecture(model: ModelConfig) -> str:
     return "qwen2" if model.add_qkv_bias and not model.add_bias_linear else "llama"
 
 
-def hf_config(model: ModelConfig, *, vocab_size: int, num_layers: int) -> PretrainedConfig:
+def hf_config(
+    model: ModelConfig, *, vocab_size: int, num_layers: int, has_any_tokenizer: bool = False
+) -> PretrainedConfig:
     """The Hugging Face configuration that computes what the language model computes.
+
+    Args:
+        has_any_tokenizer: take one of :data:`TWINS`, if the model has one.
 
     Raises:
         UserError: the architecture has no counterpart; the message names the flag that does not fit.
@@ -63,6 +72,8 @@ def hf_config(model: ModelConfig, *, vocab_size: int, num_layers: int) -> Pretra
 
     kind = architecture(model)
     _check_expressible(model, kind)
+    if has_any_tokenizer:
+        kind = TWINS.get(kind, kind)
     positions = model.max_position_embeddings or model.sequence
     values: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -103,6 +114,9 @@ def hf_config(model: ModelConfig, *, vocab_size: int, num_layers: int) -> Pretra
         values |= {"attention_bias": model.add_bias_linear, "mlp_bias": model.add_bias_linear}
     if kind == "nemotron":
         values["rope_parameters"].setdefault("partial_rotary_factor", 1.0)  # its own default is a half
+    if kind == "seed_oss":
+        values |= {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False}
+        values["residual_dropout"] = model.hidden_dropout
     if kind == "phi3":
         values |= {"resid_pdrop": model.hidden_dropout, "embd_pdrop": model.hidden_dropout}
     return AutoConfig.for_model(kind, **values)
@@ -190,6 +204,10 @@ def _rotary_flags(config: PretrainedConfig) -> dict[str, Any]:
     kind, activation = config.model_type, config.hidden_act
     subject = f"a {_title(kind)} cannot be imported that has"
     attention_bias, mlp_bias = (bool(getattr(config, name, False)) for name in ("attention_bias", "mlp_bias"))
+    if kind == "seed_oss":
+        has_qkv_bias, attention_bias = attention_bias, config.attention_out_bias
+    else:
+        has_qkv_bias = kind == "qwen2"
     window = getattr(config, "sliding_window", None)
     is_windowed = window is not None and window < config.max_position_embeddings
     has_biases = attention_bias or mlp_bias
@@ -218,12 +236,12 @@ def _rotary_flags(config: PretrainedConfig) -> dict[str, Any]:
         "swiglu": kind != "nemotron",
         # megatron-core has biases in all linear layers or in none; those that are not there are imported as zeros.
         "add_bias_linear": has_biases,
-        "add_qkv_bias": kind == "qwen2",
+        "add_qkv_bias": has_qkv_bias and not has_biases,
         "ffn_hidden_size": config.intermediate_size,
         "kv_channels": getattr(config, "head_dim", None) or config.hidden_size // heads,
         "group_query_attention": groups != heads,
         "num_query_groups": groups if groups != heads else 1,
-        "hidden_dropout": float(getattr(config, "resid_pdrop", 0.0)),
+        "hidden_dropout": float(getattr(config, "residual_dropout", getattr(config, "resid_pdrop", 0.0))),
         "attention_dropout": float(config.attention_dropout or 0.0),
     }
     return flags | ({} if flags["swiglu"] else _ungated_flags(activation))

@@ -11,11 +11,10 @@ import torch
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.model.full_state import gather_full_state
-from megatron_dwm.model.hf_config import hf_config
 from megatron_dwm.model.hf_weights import Piece, pieces, to_hf, to_hf_state_dict
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _INDEX = "model.safetensors.index.json"
 
@@ -36,18 +35,12 @@ def gather_first_layers(
     return to_hf_state_dict(state, model, layers=num_layers, vocab_size=vocab_size)
 
 
-def hf_skeleton(model: ModelConfig, *, vocab_size: int, dtype: torch.dtype) -> PreTrainedModel:
-    """The Hugging Face causal language model of ``model``, without storage for its parameters.
-
-    Raises:
-        UserError: the architecture has no counterpart.
-    """
+def hf_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The Hugging Face causal language model of ``config``, without storage for its parameters."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(
-            hf_config(model, vocab_size=vocab_size, num_layers=model.layers), dtype=dtype
-        )
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     skeleton.tie_weights()
     return skeleton
 

@@ -10,14 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 
 from megatron_dwm.cli import export_hf, import_hf
 from megatron_dwm.cli.saved_run import saved_model
 from megatron_dwm.config.checkpoint_args import read_arguments
-from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
-from megatron_dwm.data.tokenizers import build_tokenizer
 from megatron_dwm.model.gpt import build_model_chunks
 from megatron_dwm.model.hf_folder import read_hugging_face
 from megatron_dwm.model.transformer_config import transformer_config
@@ -29,9 +27,28 @@ from tests.distributed.hf_models import MODELS, random_model
 from tests.distributed.passes import logits
 from tests.small_runs import GPT, IN_PROCESS, SEQ_LENGTH, Flags, parse_flags
 
-UNPADDED = 50
-TOKENS = random_tokens(7) % UNPADDED
-SETTINGS = TokenizerConfig("NullTokenizer", vocab_size=UNPADDED - 1)
+UNPADDED = 260
+"""Three more than the tokenizer has."""
+END = 256
+TOKENS = random_tokens(7)
+BYTES = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+
+
+def _save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Save a model and a tokenizer of bytes, in several files."""
+    model = random_model(name, vocab_size=UNPADDED, positions=SEQ_LENGTH, dtype=dtype)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    Qwen2Tokenizer(vocab=BYTES, merges=[]).save_pretrained(folder)
+    return model
+
+
+def _import(folder: Path) -> None:
+    import_hf.import_model(import_hf.ImportConfig(str(folder / "hf"), str(folder / "core")))
+
+
+def _export(folder: Path, output: Path, tokenizer: dict[str, Any] | None = None, **changes: Any) -> str:
+    config = export_hf.ExportConfig(load=str(folder / "core"), output=str(output), **changes)
+    return export_hf.export(config, tokenizer or {})
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +57,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
     for number, name in enumerate(MODELS):
         folder = made[name] = tmp_path_factory.mktemp(f"model{number}")
-        random_model(name, vocab_size=UNPADDED, positions=SEQ_LENGTH).save_pretrained(
-            folder / "hf", max_shard_size="20KB"
-        )
-        save_hf_tokenizer(build_tokenizer(SETTINGS), SETTINGS, folder / "hf")
-        import_hf.main(["--input", str(folder / "hf"), "--save", str(folder / "core")])
+        _save(name, folder / "hf")
+        _import(folder)
     return made
 
 
@@ -71,9 +85,9 @@ def _computed(folders: dict[str, Path], parallel: Flags) -> dict[str, torch.Tens
     return found
 
 
-@pytest.mark.parametrize("layout", ["one process", "TP2, sequence parallel", "PP2, interleaved", "TP2 x PP2"])
+@pytest.mark.parametrize("layout", ["one process", "TP2, sequence parallel", "PP2, interleaved"])
 def test_an_import_has_the_models_logits(layout: str, folders: dict[str, Path]):
-    """50 tokens are padded to 128 rows."""
+    """260 tokens are padded to 384 rows."""
     processes, parallel = LAYOUTS[layout]
     results = run_distributed(_computed, processes, folders, parallel)
     for name, folder in folders.items():
@@ -88,14 +102,10 @@ def test_an_import_has_the_models_logits(layout: str, folders: dict[str, Path]):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_an_import_is_exported_as_the_model_that_it_was(
-    name: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_an_import_is_exported_as_the_model_that_it_was(name: str, folders: dict[str, Path], tmp_path: Path):
     """In several files; biases that the model had not are exported as the zeros that they are."""
     output = tmp_path / "back"
-    flags = ["--load", str(folders[name] / "core"), "--output", str(output), "--max-shard-size", "50KB"]
-    export_hf.main(flags)
-    said = capsys.readouterr().out.strip().splitlines()[-1]
+    said = _export(folders[name], output, max_shard_size="50KB")
     assert said.startswith(f"{output}: wrote a ") and said.endswith("tensors are the checkpoint's")
     assert len(list(output.glob("*.safetensors"))) > 1
     assert {path.stat().st_mode & 0o777 for path in output.iterdir()} == {0o644}
@@ -118,28 +128,39 @@ def test_an_import_is_exported_as_the_model_that_it_was(
 
 def test_an_export_states_its_window_special_tokens_and_generation(folders: dict[str, Path], tmp_path: Path):
     output = tmp_path / "back"
-    export_hf.main(["--load", str(folders["qwen3"] / "core"), "--output", str(output)])
+    _export(folders["qwen3"], output)
     tokenizer, model = AutoTokenizer.from_pretrained(output), AutoModelForCausalLM.from_pretrained(output)
-    end = UNPADDED - 1
     assert tokenizer.model_max_length == SEQ_LENGTH
-    assert tokenizer("1 " * 100, truncation=True, add_special_tokens=False).input_ids == [1] * SEQ_LENGTH
+    assert len(tokenizer("a" * 100, truncation=True).input_ids) == SEQ_LENGTH
     generation = model.generation_config
-    assert (generation.eos_token_id, generation.pad_token_id, generation.max_length) == (end, end, SEQ_LENGTH)
-    assert (model.config.eos_token_id, model.config.pad_token_id) == (end, None)
+    assert (generation.eos_token_id, generation.pad_token_id, generation.max_length) == (END, END, SEQ_LENGTH)
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (END, None)
     assert model.generate(torch.ones(1, 1, dtype=torch.long), do_sample=False).shape[1] <= SEQ_LENGTH
     card = (output / "README.md").read_text()
     for part in ("pipeline_tag: text-generation", "## Data", "## Measured effect", "## Limits", "arXiv:2507.16178"):
         assert part in card
 
 
+def test_a_qwen2_with_another_tokenizer_becomes_its_twin(folders: dict[str, Path], tmp_path: Path):
+    """AutoTokenizer would make a tokenizer of bytes of it."""
+    output = tmp_path / "back"
+    _export(folders["qwen2"], output, {"tokenizer_type": "NullTokenizer", "vocab_size": 255})
+    back: Any = AutoModelForCausalLM.from_pretrained(output)
+    known: Any = AutoModelForCausalLM.from_pretrained(folders["qwen2"] / "hf")
+    assert back.config.model_type == "seed_oss" and back.state_dict().keys() == known.state_dict().keys()
+    with torch.no_grad():
+        expected = known(TOKENS[:, :-1]).logits
+        torch.testing.assert_close(back(TOKENS[:, :-1]).logits, expected, rtol=1e-5, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(output)("7 255").input_ids == [7, 255]
+    assert read_hugging_face(output).model.add_qkv_bias
+
+
 def test_weights_of_16_bits_stay_what_they_are(tmp_path: Path):
     for name, dtype in (("qwen2", torch.bfloat16), ("nemotron", torch.float16)):
         folder = tmp_path / name
-        known = random_model(name, vocab_size=UNPADDED, positions=SEQ_LENGTH, dtype=dtype)
-        known.save_pretrained(folder / "hf")
-        save_hf_tokenizer(build_tokenizer(SETTINGS), SETTINGS, folder / "hf")
-        import_hf.main(["--input", str(folder / "hf"), "--save", str(folder / "core")])
-        export_hf.main(["--load", str(folder / "core"), "--output", str(folder / "back")])
+        known = _save(name, folder / "hf", dtype)
+        _import(folder)
+        _export(folder, folder / "back")
         state = read_hugging_face(folder / "back").state
         for key, tensor in known.base_model.state_dict().items():
             # A Nemotron's norms are 1 greater in megatron-core, in fp32.

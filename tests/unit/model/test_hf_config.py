@@ -46,7 +46,8 @@ def test_what_is_not_computed_is_refused_by_name(kind: str, values: dict[str, An
 
 
 def test_a_window_that_no_sequence_exceeds_is_none():
-    config = AutoConfig.for_model("mistral", **SIZES, sliding_window=64, max_position_embeddings=64)
+    sizes = {**SIZES, "num_key_value_heads": 2, "sliding_window": 64, "max_position_embeddings": 64}
+    config = AutoConfig.for_model("mistral", **sizes)
     assert model_config(config).sequence == 64
 
 
