@@ -22,7 +22,7 @@ from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.hf_tokenizers import vocabulary_fingerprint
 from megatron_dwm.data.tokenizers import build_tokenizer
-from megatron_dwm.errors import EXIT_CODE
+from megatron_dwm.errors import UserError
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_folder import SampleTokens, read_weighter_folder
 from tests.e2e.datasets import TOKENIZER, VOCAB_SIZE, counting, make_dataset, noise
@@ -68,13 +68,13 @@ def test_the_export_says_what_it_is_and_loads_with_transformers_alone(first_run)
     assert model(**tokenizer("5 6 7 8", return_tensors="pt")).logits.shape == (1, 1)
 
 
-def test_the_weighter_of_any_checkpoint_is_exported_with_what_its_run_has_gained(
-    first_run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_the_weighter_of_any_checkpoint_is_exported(first_run, tmp_path: Path):
     save, _ = first_run
-    argv = ["--load", str(save), "--output", str(tmp_path / "exported"), "--baseline", str(save)]
-    export_weighter.main(argv)
-    written = capsys.readouterr().out.strip()
+    arguments = {"load": str(save), "output": str(tmp_path / "exported")}
+    with pytest.raises(UserError, match="--baseline: a run without evaluations"):
+        export_weighter.export(export_weighter.ExportWeighterConfig(**arguments, baseline=str(save)))
+    assert not (tmp_path / "exported").exists()
+    written = export_weighter.export(export_weighter.ExportWeighterConfig(**arguments))
     assert written.startswith(f"{tmp_path / 'exported'}: wrote a Qwen3ForSequenceClassification of ")
     assert written.endswith("loaded again, its weights and scores are the checkpoint's")
     during = save / "weighter" / "iter_0000020"
@@ -82,11 +82,9 @@ def test_the_weighter_of_any_checkpoint_is_exported_with_what_its_run_has_gained
         assert (tmp_path / "exported" / name).read_bytes() == (during / name).read_bytes(), name
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "exported").iterdir()} == {0o644}
     card = (tmp_path / "exported" / "README.md").read_text()
-    assert "Against a run with uniform weights: evaluation loss" in card and "clean 0." in card
-    with pytest.raises(SystemExit) as ended:
-        export_weighter.main(argv)
-    assert ended.value.code == EXIT_CODE
-    assert f"--output {tmp_path / 'exported'} exists; remove it" in capsys.readouterr().err
+    assert "Effective sample size of the last step: 0." in card and "Shares that the weights gave" in card
+    with pytest.raises(UserError, match="exported exists; remove it or give another folder"):
+        export_weighter.ExportWeighterConfig(**arguments)
 
 
 def test_the_weighter_scores_what_transformers_computes(first_run):
