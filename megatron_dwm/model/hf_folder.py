@@ -154,9 +154,10 @@ def _read(folder: Path) -> HuggingFaceModel:
     _check_head(config, files)
     _check_rope(folder, config, language_model, files)
     prefix = language_model.base_model_prefix
-    names = dict.fromkeys(language_model.base_model.state_dict())
-    for name in names:
-        names[name] = f"{prefix}.{name}" if f"{prefix}.{name}" in files else name
+    names = {
+        name: f"{prefix}.{name}" if f"{prefix}.{name}" in files else name
+        for name in language_model.base_model.state_dict()
+    }
     if model.untie_embeddings_and_output_weights:
         names[_HEAD] = _HEAD
     with torch.device("meta"):

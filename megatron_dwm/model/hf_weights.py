@@ -95,7 +95,7 @@ def to_hf_state_dict(
         vocab_size: embedding rows to keep, usually the vocabulary without its padding.
     """
     taken = range(layers) if isinstance(layers, int) else layers
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for piece in pieces(model, taken):
         if piece.key == _HEAD and _HEAD not in full_state:
             continue

@@ -49,6 +49,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_parameters": _ROPE},
     "qwen2, yarn": {"model_type": "qwen2", "head_dim": 32, "rope_parameters": _YARN},
+    "seed_oss": {
+        "model_type": "seed_oss",
+        "head_dim": 16,
+        "attention_dropout": 0.0,
+        "residual_dropout": 0.0,
+        "rope_parameters": _ROPE,
+    },
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "rope_parameters": _ROPE},
     "qwen3, yarn of other attention": {
         "model_type": "qwen3",

@@ -34,6 +34,17 @@ TOKENS = random_tokens(7)
 BYTES = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 
 
+TWINS = {"mistral": "llama", "seed_oss": "qwen2"}
+"""What models are exported as that compute the same as another."""
+SPREAD = ["llama with biases of attention, linear", "qwen2", "qwen3, yarn of other attention", "nemotron", "gpt2"]
+"""Models that are tried on several ranks: tied and untied, biases, norms of heads, fused and not."""
+
+
+def _rounding(name: str, key: str) -> float:
+    """The norms of a Nemotron are 1 greater in megatron-core, in fp32; nothing else is rounded."""
+    return 1e-7 if name == "nemotron" and "norm" in key else 0.0
+
+
 def _save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Save a model and a tokenizer of bytes, in several files."""
     model = random_model(name, vocab_size=UNPADDED, positions=SEQ_LENGTH, dtype=dtype)
@@ -46,9 +57,8 @@ def _import(folder: Path) -> None:
     import_hf.import_model(import_hf.ImportConfig(str(folder / "hf"), str(folder / "core")))
 
 
-def _export(folder: Path, output: Path, tokenizer: dict[str, Any] | None = None, **changes: Any) -> str:
-    config = export_hf.ExportConfig(load=str(folder / "core"), output=str(output), **changes)
-    return export_hf.export(config, tokenizer or {})
+def _export(folder: Path, output: Path, **changes: Any) -> str:
+    return export_hf.export(export_hf.ExportConfig(load=str(folder / "core"), output=str(output), **changes), {})
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +99,9 @@ def _computed(folders: dict[str, Path], parallel: Flags) -> dict[str, torch.Tens
 def test_an_import_has_the_models_logits(layout: str, folders: dict[str, Path]):
     """260 tokens are padded to 384 rows."""
     processes, parallel = LAYOUTS[layout]
-    results = run_distributed(_computed, processes, folders, parallel)
-    for name, folder in folders.items():
+    tried = folders if processes == 1 else {name: folders[name] for name in SPREAD}
+    results = run_distributed(_computed, processes, tried, parallel)
+    for name, folder in tried.items():
         reference: Any = AutoModelForCausalLM.from_pretrained(folder / "hf")
         with torch.no_grad():
             expected = reference(TOKENS[:, :-1]).logits
@@ -116,14 +127,14 @@ def test_an_import_is_exported_as_the_model_that_it_was(name: str, folders: dict
         torch.testing.assert_close(back(TOKENS[:, :-1]).logits, known(TOKENS[:, :-1]).logits, rtol=1e-5, atol=1e-5)
     state, added = back.state_dict(), 0
     for key, tensor in known.state_dict().items():
-        assert torch.equal(state.pop(key), tensor), key
+        torch.testing.assert_close(state.pop(key), tensor, rtol=0, atol=_rounding(name, key), msg=key)
     for key, tensor in state.items():
         assert key.endswith(".bias") and not tensor.any()
         added += 1
     assert (added > 0) == ("with biases of" in name)
     written = json.loads((output / "config.json").read_text())
     assert written["architectures"] == [type(back).__name__] and written["dtype"] == "float32"
-    assert written["model_type"] == {"mistral": "llama"}.get(known.config.model_type, known.config.model_type)
+    assert written["model_type"] == TWINS.get(known.config.model_type, known.config.model_type)
 
 
 def test_an_export_states_its_window_special_tokens_and_generation(folders: dict[str, Path], tmp_path: Path):
@@ -141,20 +152,6 @@ def test_an_export_states_its_window_special_tokens_and_generation(folders: dict
         assert part in card
 
 
-def test_a_qwen2_with_another_tokenizer_becomes_its_twin(folders: dict[str, Path], tmp_path: Path):
-    """AutoTokenizer would make a tokenizer of bytes of it."""
-    output = tmp_path / "back"
-    _export(folders["qwen2"], output, {"tokenizer_type": "NullTokenizer", "vocab_size": 255})
-    back: Any = AutoModelForCausalLM.from_pretrained(output)
-    known: Any = AutoModelForCausalLM.from_pretrained(folders["qwen2"] / "hf")
-    assert back.config.model_type == "seed_oss" and back.state_dict().keys() == known.state_dict().keys()
-    with torch.no_grad():
-        expected = known(TOKENS[:, :-1]).logits
-        torch.testing.assert_close(back(TOKENS[:, :-1]).logits, expected, rtol=1e-5, atol=1e-5)
-    assert AutoTokenizer.from_pretrained(output)("7 255").input_ids == [7, 255]
-    assert read_hugging_face(output).model.add_qkv_bias
-
-
 def test_weights_of_16_bits_stay_what_they_are(tmp_path: Path):
     for name, dtype in (("qwen2", torch.bfloat16), ("nemotron", torch.float16)):
         folder = tmp_path / name
@@ -163,6 +160,5 @@ def test_weights_of_16_bits_stay_what_they_are(tmp_path: Path):
         _export(folder, folder / "back")
         state = read_hugging_face(folder / "back").state
         for key, tensor in known.base_model.state_dict().items():
-            # A Nemotron's norms are 1 greater in megatron-core, in fp32.
-            torch.testing.assert_close(state[key], tensor, rtol=0, atol=1e-7 if "norm" in key else 0)
+            torch.testing.assert_close(state[key], tensor, rtol=0, atol=_rounding(name, key), msg=key)
         assert state["embed_tokens.weight"].dtype == dtype

@@ -88,7 +88,7 @@ INTERLEAVED = {"--pipeline-model-parallel-size": 2, "--num-virtual-stages-per-pi
 TRAINED: dict[str, tuple[Any, dict[str, Any], int]] = {
     "llama with grouped queries, one process": (LlamaForCausalLM, LLAMA, 1),
     "qwen3 with wide heads, TP2 PP2": (Qwen3ForCausalLM, LLAMA | QWEN3 | TP2_PP2, 4),
-    "qwen2 with tied head and its twin's name, interleaved PP2": (
+    "qwen2 with tied head, as its twin, interleaved PP2": (
         SeedOssForCausalLM,
         LLAMA | TIED | QWEN2 | INTERLEAVED,
         2,
