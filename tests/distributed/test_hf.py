@@ -177,7 +177,7 @@ def test_the_first_layers_start_a_classifier(name: str):
         return first, to_hf_state_dict(full, model, layers=range(1, 3), vocab_size=UNPADDED)
 
     first, middle = run_distributed(gather, processes)[0]
-    config = hf_config(model, vocab_size=UNPADDED, num_layers=2)
+    config = hf_config(model, vocab_size=UNPADDED, num_layers=2, has_any_tokenizer=True)
     config.update({"num_labels": 1, "pad_token_id": 0})
     classifier = AutoModelForSequenceClassification.from_config(config)
     classifier.base_model.load_state_dict(first, strict=True)
