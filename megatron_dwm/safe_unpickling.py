@@ -8,7 +8,6 @@ checkpoint needs is known, so here anything else is refused: in ``common.pt`` an
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import re
 from collections.abc import Iterator
@@ -122,20 +121,46 @@ def short_reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {(telling or lines)[0]}"[:200].rstrip(": ")
 
 
+def read_stored_object(folder: Path, metadata: Any, key: str) -> Any:
+    """Return an object that is stored among a checkpoint's tensors.
+
+    Args:
+        folder: the checkpoint's.
+        metadata: of :func:`read_metadata`.
+        key: the object's.
+
+    Raises:
+        UnreadableFile: it is not there or damaged, or names what is not allowed.
+    """
+    places = [place for index, place in metadata.storage_data.items() if index.fqn == key]
+    if len(places) != 1 or Path(places[0].relative_path).name != places[0].relative_path:
+        raise UnreadableFile(f".metadata does not say where {key} is")
+    path = folder / places[0].relative_path
+    try:
+        with path.open("rb") as file:
+            file.seek(places[0].offset)
+            return load_restricted(BytesIO(file.read(places[0].length)))
+    except DAMAGE as error:
+        raise UnreadableFile(f"{key} in {path.name} cannot be read ({short_reason(error)})") from None
+
+
 @contextlib.contextmanager
 def restricted_checkpoint_loading() -> Iterator[None]:
-    """While open, megatron-core and torch load checkpoints with the restrictions of this module."""
+    """While open, megatron-core and torch load a checkpoint's tensors with the restrictions of this module."""
     from megatron.core.dist_checkpointing.strategies import torch as strategies
     from torch.distributed.checkpoint._traverse import set_element
 
-    def reader(checkpoint_dir: str | Path, cache_metadata: bool = False) -> Any:
+    # From 0.17 on megatron-core also says by which library the checkpoint was written.
+    def reader(checkpoint_dir: str | Path, cache_metadata: bool = False, async_strategy: str = "mcore") -> Any:
         return restricted_reader(Path(checkpoint_dir))
 
     def load_bytes(planner: Any, read_item: Any, value: BytesIO) -> None:
-        set_element(planner.original_state_dict, planner.mappings[read_item.dest_index.fqn], load_restricted(value))
+        key, loaded = read_item.dest_index.fqn, load_restricted(value)
+        if planner.flatten_state_dict:
+            set_element(planner.original_state_dict, planner.mappings[key], loaded)
+        else:  # from 0.17 on
+            planner.state_dict[key] = loaded
 
-    # Unsafe loading can be forced on code that does not say what it wants, as megatron-core's of common.pt.
-    forced = os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     replaced = strategies._get_filesystem_reader
     strategies._get_filesystem_reader = reader
     strategies.MCoreLoadPlanner.load_bytes = load_bytes
@@ -144,8 +169,6 @@ def restricted_checkpoint_loading() -> Iterator[None]:
     finally:
         strategies._get_filesystem_reader = replaced
         del strategies.MCoreLoadPlanner.load_bytes
-        if forced is not None:
-            os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = forced
 
 
 def restricted_reader(folder: Path) -> Any:

@@ -41,6 +41,9 @@ def duplicates(kind: Kind, texts: Iterable[str], folder: Path) -> Iterator[bool]
     while chunk := list(itertools.islice(remaining, _CHUNK)):
         signature.run(map(_document, chunk), rank=len(counts))
         counts.append(len(chunk))
+    if not counts:
+        return
+    (folder / "found").mkdir(parents=True, exist_ok=True)  # where no file is written if there are no duplicates
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars of a moment
         for finder, world_size in finders:
             for rank in range(world_size):

@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if options.json_file is not None:
                 atomic_write_text(Path(options.json_file), text)
 
-    run_program(program)
+    run_program(program, argv)
 
 
 def measure(trainer: Trainer, options: PrecisionConfig) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from megatron_dwm.cli.command import run_command
 from megatron_dwm.config.flags import flag, parse, require_at_least
 from megatron_dwm.extras import require_packages
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+BATCH_SIZES = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ def _main(argv: Sequence[str] | None) -> None:
     forward = {}
     for size in BATCH_SIZES:
         batch = torch.randint(0, len(scorer.tokenizer), (size, config.window), generator=generator).to(device)
-        forward[size] = _speed(scorer, batch, repeats=max(2, BATCH_SIZES[-1] // size))
+        forward[size] = _speed(scorer, batch, repeats=max(1, 8 // size))
     best = max(forward, key=lambda size: forward[size])
     batch = torch.randint(0, len(scorer.tokenizer), (best, config.window), generator=generator).to(device)
     ratios, speeds = [], []
     for turn in range(config.repeats):
-        own = _speed(scorer, batch, repeats=max(2, tokens // batch.numel() // 2))
+        own = _speed(scorer, batch, repeats=max(1, tokens // batch.numel() // 2))
         with tempfile.TemporaryDirectory(dir=folder) as output:
             options: dict[str, Any] = {"text_key": "text", "output_format": "jsonl", "workers": 1}
             start = perf_counter()

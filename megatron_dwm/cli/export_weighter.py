@@ -46,8 +46,8 @@ def export(config: ExportWeighterConfig) -> str:
     from megatron_dwm.data.hf_tokenizers import fingerprint_of
     from megatron_dwm.training.checkpoint_folders import iteration_of
     from megatron_dwm.training.saved_checkpoint import open_checkpoint
+    from megatron_dwm.weighting.build import run_stages
     from megatron_dwm.weighting.export import export_weighter, run_facts, weighter_facts
-    from megatron_dwm.weighting.stage_schedule import bilevel_stages, frozen_stages
     from megatron_dwm.weighting.weighter import model_digest
     from megatron_dwm.weighting.weighter_init import weighter_model_from_json
 
@@ -64,14 +64,19 @@ def export(config: ExportWeighterConfig) -> str:
     model.load_state_dict(state["weighter"])
     tokenizer = _tokenizer(run, state.get("weighter_tokenizer", ""))
     paths = data_paths(run.data, run.weighting.dwm_target_data_path if run.weighting.needs_target else None)
-    stages = bilevel_stages if run.weighting.needs_target else frozen_stages
     iteration = iteration_of(folder)
-    stage = stages(run.weighting, run.train_iters).stage(iteration)
+    stage = run_stages(run).stage(iteration)
     special = bool(state.get("weighter_tokenizer")) or run.tokenizer.tokenizer_hf_include_special_tokens
-    facts = {
-        **weighter_facts(iteration, stage, sum(p.numel() for p in model.parameters()), model_digest(model)),
-        **run_facts(run, paths, fingerprint_of(tokenizer), adds_special_tokens=special),
-    }
+    facts = weighter_facts(iteration, stage, sum(p.numel() for p in model.parameters()), model_digest(model))
+    facts |= run_facts(
+        run.weighting,
+        run.model,
+        run.train_iters,
+        run.global_batch_size,
+        paths,
+        fingerprint_of(tokenizer),
+        adds_special_tokens=special,
+    )
     check = partial(_check_loads, model=model, fingerprint=fingerprint_of(tokenizer))
     export_weighter(model, tokenizer.save_pretrained, Path(config.output), facts, effect=effect, check=check)
     return (

@@ -90,7 +90,9 @@ class ParallelConfig:
     distributed_backend: Literal["nccl", "gloo"] = flag(
         "nccl", "Communication backend; without a GPU it is gloo whatever this says."
     )
-    distributed_timeout_minutes: int = flag(10, "Timeout of collectives.")
+    distributed_timeout_minutes: int = flag(
+        10, "Timeout of collectives; ranks that do not come at the start, or fall silent there, are waited for as long."
+    )
     use_tp_pp_dp_mapping: bool = flag(False, "Order ranks tp-pp-dp instead of tp-dp-pp.")
     enable_gloo_process_groups: bool = flag(
         True, "Do not create gloo groups beside NCCL's.", "--disable-gloo-process-groups"

@@ -17,6 +17,7 @@ from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.no_effect import NoEffectConfig
 from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
+from megatron_dwm.config.plan import PlanConfig
 from megatron_dwm.config.profiling import ProfilingConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.training import TrainingConfig
@@ -37,7 +38,7 @@ PARTS: dict[str, type] = {
     "weighting": WeightingConfig,
 }
 """What a run's configuration is made of."""
-FLAG_GROUPS: dict[str, type] = PARTS | {"no_effect": NoEffectConfig}
+FLAG_GROUPS: dict[str, type] = PARTS | {"plan": PlanConfig, "no_effect": NoEffectConfig}
 """All flags that are accepted."""
 
 
@@ -313,6 +314,6 @@ def parse_run(
         main_class=WeightingConfig,
         complete=complete,
     )
-    del parts["no_effect"]
-    run = RunConfig(world_size=world_size, **parts)
-    return run
+    if parts["plan"].plan:
+        raise UserError("--plan is for pretrain_dwm.py and megatron-dwm pretrain; leave it out")
+    return RunConfig(world_size=world_size, **{name: parts[name] for name in PARTS})

@@ -15,6 +15,17 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_dwm.errors import UserError
 
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+"""Dense 16-bit operations per second by the vendor's data sheet, by a part of the device's name; the first counts."""
+
 
 def select_device(local_rank: int) -> torch.device:
     """Make this process's device current and return it.
@@ -41,6 +52,11 @@ def current_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def peak_flops(device: str) -> float | None:
+    """Return the dense 16-bit operations per second that a device of this name can do at most; None if not known."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
 
 
 class _CudaMeansCpu(TorchFunctionMode):

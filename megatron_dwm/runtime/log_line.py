@@ -61,7 +61,8 @@ class LogLine:
     params_norm: float | None
     skipped_iterations: int
     nan_iterations: int
-    extra: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, float | str] = field(default_factory=dict)
+    """What Megatron-LM's line does not have."""
 
     def __str__(self) -> str:
         parts = [
@@ -85,8 +86,37 @@ class LogLine:
             parts.append(f"params norm: {self.params_norm:.3f}")
         parts.append(f"number of skipped iterations: {self.skipped_iterations:3d}")
         parts.append(f"number of nan iterations: {self.nan_iterations:3d}")
-        parts += [f"{name}: {value:.4g}" for name, value in self.extra.items()]
+        parts += [
+            f"{name}: {value if isinstance(value, str) else format(value, '.4g')}" for name, value in self.extra.items()
+        ]
         return " | ".join(parts) + " |"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a run is, and how long it will still take."""
+
+    tokens_per_second: float
+    """Of each GPU."""
+    tflops: float
+    """TFLOP/s of each GPU, of plain training's operations."""
+    peak_tflops: float | None
+    """What a GPU can do at most; None if that is not known."""
+    seconds_left: float
+
+    def figures(self) -> dict[str, float | str]:
+        """Return what the log line has of it, by name."""
+        figures: dict[str, float | str] = {"tokens/s/GPU": self.tokens_per_second, "TFLOP/s/GPU": self.tflops}
+        if self.peak_tflops is not None:
+            figures["MFU"] = f"{self.tflops / self.peak_tflops:.1%}"
+        return {**figures, "time left": duration(self.seconds_left)}
+
+
+def duration(seconds: float) -> str:
+    """Return a time as days, hours, minutes and seconds, such as ``1d 02:03:04``."""
+    days, rest = divmod(round(seconds), 86400)
+    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days}d {clock}" if days else clock
 
 
 def validation_line(prefix: str, loss: float) -> str:

@@ -14,7 +14,8 @@ import torch
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.model.flops import training_flops
 from megatron_dwm.model.memory import MEBIBYTE, memory_estimate
-from megatron_dwm.runtime.log_line import LogLine, LossWindow, validation_line
+from megatron_dwm.runtime.device import peak_flops
+from megatron_dwm.runtime.log_line import LogLine, LossWindow, Speed, validation_line
 from megatron_dwm.runtime.logging import EVERY_RANK, LAST_RANK
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.runtime.record_writers import JsonLines, ScalarWriter, TensorBoard, WeightsAndBiases
@@ -49,6 +50,7 @@ class Reporter:
         """When the last step was reported, later by what is not training."""
         self.first_step = True
         self.memory_reports_left = 2
+        self.peak_tflops = _peak_tflops(config)
         self.jsonl: JsonLines | None = None
         self.boards: list[ScalarWriter] = []
         if parallel_state.is_last_rank:
@@ -194,16 +196,18 @@ class Reporter:
         weighting: dict[str, Any],
         batch_size: int,
     ) -> None:
-        interval = self.config.logging.log_memory_interval
         seconds = (time.perf_counter() - self.since) / max(1, self.window.iterations)
-        throughput, extra = None, _flat(weighting)
-        if self.config.logging.log_throughput:
-            per_flop = 1 / (seconds * 1e12 * self.parallel_state.world_size)
-            flops = self.flops_per_step * batch_size / self.config.global_batch_size
-            throughput = flops * per_flop
-            if weighting:
-                added = self.window.weighting_flops / self.window.iterations
-                extra["dwm throughput per GPU (TFLOP/s/GPU)"] = (flops + added) * per_flop
+        per_flop = 1 / (seconds * 1e12 * self.parallel_state.world_size)
+        flops = self.flops_per_step * batch_size / self.config.global_batch_size
+        throughput = flops * per_flop if self.config.logging.log_throughput else None
+        extra: dict[str, float | str] = {**_flat(weighting)}
+        if self.config.logging.log_throughput and weighting:
+            added = self.window.weighting_flops / self.window.iterations
+            extra["dwm throughput per GPU (TFLOP/s/GPU)"] = (flops + added) * per_flop
+        if not self.first_step:  # which starts everything up
+            tokens = batch_size * self.config.model.sequence / (seconds * self.parallel_state.world_size)
+            seconds_left = seconds * (self.config.train_iters - train_state.iteration)
+            extra |= Speed(tokens, flops * per_flop, self.peak_tflops, seconds_left).figures()
         line = LogLine(
             iteration=train_state.iteration,
             train_iters=self.config.train_iters,
@@ -224,12 +228,19 @@ class Reporter:
         )
         logger.info(str(line), extra=LAST_RANK)
         self._report_timers(train_state.iteration, seconds, throughput)
-        if self.memory_reports_left > 0:  # by the second line the optimizer's state is in it
-            self.memory_reports_left -= 1
+        self._report_memory(train_state.iteration)
+
+    def _report_memory(self, iteration: int) -> None:
+        """Log the GPU's memory at the first two lines, by when the optimizer's state is in it, and then if asked to.
+
+        The estimate of it is logged once, and not without a GPU: it is one of mixed precision there.
+        """
+        interval = self.config.logging.log_memory_interval
+        if self.first_step and torch.cuda.is_available():
             logger.info("\n".join(memory_estimate(self.config, self.padded_vocab_size)))
-            self.memory(f"(after {train_state.iteration} iterations)")
-        elif interval is not None and train_state.iteration % interval == 0:
-            self.memory(f"(after {train_state.iteration} iterations)")
+        if self.memory_reports_left > 0 or (interval is not None and iteration % interval == 0):
+            self.memory_reports_left -= 1
+            self.memory(f"(after {iteration} iterations)")
 
     def _report_timers(self, iteration: int, seconds: float, throughput: float | None) -> None:
         """Log the timers, and write them to TensorBoard; collective.
@@ -264,6 +275,15 @@ class Reporter:
             figures["total device memory used"] = torch.cuda.device_memory_used()
         text = " | ".join(f"{name}: {value / MEBIBYTE:.2f}" for name, value in figures.items())
         logger.info(f"[Rank {self.parallel_state.rank}] {when} memory (MB) | {text}", extra=EVERY_RANK)
+
+
+def _peak_tflops(config: RunConfig) -> float | None:
+    """Return the TFLOP/s that a device can do at most in this run, if that is known."""
+    if config.logging.dwm_peak_tflops is not None:
+        return config.logging.dwm_peak_tflops
+    is_half = config.optimizer.bf16 or config.optimizer.fp16
+    flops = peak_flops(torch.cuda.get_device_name()) if is_half and torch.cuda.is_available() else None
+    return None if flops is None else flops / 1e12
 
 
 def _flat(weighting: dict[str, Any]) -> dict[str, float]:

@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dwm.config.checkpoint import CheckpointConfig
+from megatron_dwm.config.data import DataConfig
+from megatron_dwm.config.logging import LoggingConfig
+from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.blend import DataPaths, data_paths
 from megatron_dwm.data.tokenizers import build_tokenizer, padded_vocab_size
@@ -69,7 +73,9 @@ class LanguageModel:
         return self.components.vocabulary.rows
 
 
-def hold_folders(config: RunConfig, rank: int) -> SaveFolder | None:
+def hold_folders(
+    checkpoint: CheckpointConfig, data: DataConfig, logging_flags: LoggingConfig, rank: int
+) -> SaveFolder | None:
     """Take the ``--save`` folder for this run, and check that all that is written to can be.
 
     Returns:
@@ -81,13 +87,13 @@ def hold_folders(config: RunConfig, rank: int) -> SaveFolder | None:
     if rank != 0:
         return None
     paths = {
-        "--data-cache-path": config.data.data_cache_path,
-        "--tensorboard-dir": config.logging.tensorboard_dir,
-        "--metrics-jsonl": config.logging.metrics_jsonl and str(Path(config.logging.metrics_jsonl).parent),
-        "--non-persistent-global-ckpt-dir": config.checkpoint.non_persistent_global_ckpt_dir,
+        "--data-cache-path": data.data_cache_path,
+        "--tensorboard-dir": logging_flags.tensorboard_dir,
+        "--metrics-jsonl": logging_flags.metrics_jsonl and str(Path(logging_flags.metrics_jsonl).parent),
+        "--non-persistent-global-ckpt-dir": checkpoint.non_persistent_global_ckpt_dir,
     }
     check_writable({flag: Path(path) for flag, path in paths.items() if path})
-    return SaveFolder(Path(config.checkpoint.save)) if config.checkpoint.save else None
+    return SaveFolder(Path(checkpoint.save)) if checkpoint.save else None
 
 
 def read_inputs(config: RunConfig, rank: int, world_size: int) -> RunInputs:
@@ -131,7 +137,7 @@ def build_language_model(
             device,
             resets_attention_mask=config.data.reset_attention_mask,
         )
-        vocabulary = _vocabulary(config, inputs)
+        vocabulary = _vocabulary(config.model, config.parallel.tp, inputs)
     if config.training.deterministic_mode:
         torch.use_deterministic_algorithms(True)
     parallel_state = initialize_process_groups(
@@ -181,8 +187,7 @@ def assemble_language_model(
     return LanguageModel(parallel_state, engine, components)
 
 
-def _vocabulary(config: RunConfig, inputs: RunInputs) -> Vocabulary:
-    model, tp = config.model, config.parallel.tp
+def _vocabulary(model: ModelConfig, tp: int, inputs: RunInputs) -> Vocabulary:
     padded = model.padded_vocab_size or padded_vocab_size(inputs.vocab_size, model.make_vocab_size_divisible_by, tp)
     if inputs.checkpoint is None:
         return Vocabulary(padded, padded)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,28 +60,37 @@ DOCUMENT_JOINT = "\n\n"
 class WeightingInputs:
     """What the weighting reads, checked before any process waits for another."""
 
-    stages: StageSchedule
     samples: SampleTokens | None = None
     """What the weighter can read; None without a weighter."""
     folder: WeighterFolder | None = None
-    """The classifier that ``--dwm-load`` or ``--dwm-init-from`` names, if it names a folder."""
-    frozen_stages: Sequence[WeighterStage] = ()
-    """The weighters that ``--dwm-load`` names; ``folder`` is the first of them."""
+    """The classifier that ``--dwm-load`` or ``--dwm-init-from`` names, if it names a folder; the first of several."""
     digest: str | None = None
     """Of the parameters of all weighters that are read from folders."""
 
 
-def read_weighting_inputs(config: RunConfig, tokenizer: Any) -> WeightingInputs:
-    """Open and check the weighter's folder, and lay out the stages.
+def run_stages(config: RunConfig, begun_by: int | None = None) -> StageSchedule:
+    """Lay out the stages of a run; of a resumed one over its whole length, as its flags say it now.
+
+    Args:
+        begun_by: the iteration that a run with a weighter which has begun to learn goes on from, if it does.
 
     Raises:
-        UserError: the folder does not fit, or the stages do not fit into the run.
+        UserError: they do not fit into the run.
+    """
+    if not config.weighting.needs_target:
+        return frozen_stages(config.weighting, config.train_iters)
+    return bilevel_stages(config.weighting, config.train_iters, begun_by)
+
+
+def read_weighting_inputs(config: RunConfig, tokenizer: Any) -> WeightingInputs:
+    """Open and check the weighter's folder.
+
+    Raises:
+        UserError: the folder does not fit.
     """
     settings = config.weighting
-    make_stages = bilevel_stages if settings.needs_target else frozen_stages
-    stages = make_stages(settings, config.train_iters)
     if not settings.has_weighter:
-        return WeightingInputs(stages)
+        return WeightingInputs()
     samples = SampleTokens(
         config.model.sequence,
         int(tokenizer.vocab_size),
@@ -95,13 +104,13 @@ def read_weighting_inputs(config: RunConfig, tokenizer: Any) -> WeightingInputs:
         # All of them, so that none fails in the middle of the run.
         digests = [model_digest(read_weighter_folder(flag, w.folder, samples, seed).model) for w in weighters[1:]]
         folder = read_weighter_folder(flag, weighters[0].folder, samples, seed)
-        return WeightingInputs(stages, samples, folder, weighters, "".join([model_digest(folder.model), *digests]))
+        return WeightingInputs(samples, folder, "".join([model_digest(folder.model), *digests]))
     if settings.dwm_init_from == "lm":
         check_init_from_lm(config.model, settings)
     if settings.dwm_init_from in ("lm", "random"):
-        return WeightingInputs(stages, samples)
+        return WeightingInputs(samples)
     folder = read_weighter_folder("--dwm-init-from", settings.dwm_init_from, samples, seed)
-    return WeightingInputs(stages, samples, folder, digest=model_digest(folder.model))
+    return WeightingInputs(samples, folder, digest=model_digest(folder.model))
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,7 @@ class WeightingContext:
 
     config: RunConfig
     inputs: WeightingInputs
+    stages: StageSchedule
     paths: DataPaths
     tokenizer: Any
     padded_vocab_size: int
@@ -153,7 +163,7 @@ def weight_metrics(context: WeightingContext) -> WeightMetrics:
     config, gather = context.config, SampleGather(context.partition, context.parallel_state)
     is_per_token = context.engine.config.calculate_per_token_loss
     loss_factors = LossFactors(config.training.micro_batch, is_per_token, context.parallel_state)
-    return WeightMetrics(context.inputs.stages, gather, loss_factors, context.paths.train_sources)
+    return WeightMetrics(context.stages, gather, loss_factors, context.paths.train_sources)
 
 
 def scoring_options(config: RunConfig) -> ScoringOptions:
@@ -173,7 +183,7 @@ class _Builder:
         self.weight_metrics, self.options = weight_metrics(context), scoring_options(context.config)
 
     def build(self) -> SampleWeighting:
-        return WarmupWeighting(self.inputs.stages, self.weight_metrics, self._start())
+        return WarmupWeighting(self.context.stages, self.weight_metrics, self._start())
 
     def _start(self) -> Start:
         if self.settings.needs_target:
@@ -200,8 +210,9 @@ class _Builder:
         return start
 
     def _start_frozen(self, iteration: int, state: State) -> SampleWeighting:
+        assert self.settings.dwm_load is not None  # of every run in this mode
         parts = FrozenParts(
-            self.inputs.frozen_stages,
+            weighter_stages("--dwm-load", self.settings.dwm_load, self.config.train_iters),
             self._frozen_weighter,
             self._exporter(),
             self.settings.dwm_score_cache,
@@ -215,7 +226,7 @@ class _Builder:
     def _frozen_weighter(self, stage: WeighterStage) -> Weighter:
         """Read the weighter of a stage; the first one was read at the start."""
         inputs, folder = self.inputs, self.inputs.folder
-        if folder is None or stage != inputs.frozen_stages[0]:
+        if folder is None or folder.path != stage.folder:
             assert inputs.samples is not None  # there is a weighter
             folder = read_weighter_folder("--dwm-load", stage.folder, inputs.samples, self.config.training.seed)
         return self._weighter_of_folder(folder, folder.model)
@@ -227,7 +238,7 @@ class _Builder:
             self._log_kept_architecture(weighter)
         else:
             weighter = self._new_weighter()
-            if iteration > self.inputs.stages.warmup_iters + 1:
+            if iteration > self.context.stages.warmup_iters + 1:
                 logger.warning(
                     f"the checkpoint holds no weighter, so a new one starts at iteration {iteration}; to go on with "
                     "an earlier one, give its export as --dwm-init-from"
@@ -325,7 +336,15 @@ class _Builder:
             length = self.inputs.samples.seq_length
             save_tokenizer = partial(_save_tokenizer, self.context.tokenizer, tokenizer, length)
             fingerprint, special = self.inputs.samples.fingerprint, tokenizer.tokenizer_hf_include_special_tokens
-        facts = run_facts(self.config, self.context.paths, fingerprint, adds_special_tokens=special)
+        facts = run_facts(
+            self.settings,
+            self.config.model,
+            self.config.train_iters,
+            self.config.global_batch_size,
+            self.context.paths,
+            fingerprint,
+            adds_special_tokens=special,
+        )
         return FolderExporter(Path(save) / "weighter", save_tokenizer, facts)
 
     def _scoring_flops(self, weighter: Weighter) -> float:

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.atomic_write import atomic_folder
-from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.blend import DataPaths
 from megatron_dwm.data.hf_tokenizers import load_tokenizer_folder
 from megatron_dwm.errors import UserError
@@ -145,7 +146,14 @@ def weighter_facts(iteration: int, stage: int, num_parameters: int, digest: str)
 
 
 def run_facts(
-    config: RunConfig, paths: DataPaths, tokenizer_fingerprint: str, *, adds_special_tokens: bool
+    settings: WeightingConfig,
+    model: ModelConfig,
+    train_iters: int,
+    global_batch_size: int,
+    paths: DataPaths,
+    tokenizer_fingerprint: str,
+    *,
+    adds_special_tokens: bool,
 ) -> dict[str, Any]:
     """Return what a manifest says of the run that the weighter is from.
 
@@ -153,13 +161,12 @@ def run_facts(
         tokenizer_fingerprint: of the weighter's tokenizer.
         adds_special_tokens: whether the weighter has seen texts with its tokenizer's special tokens around them.
     """
-    model, settings = config.model, config.weighting
     return {
         "mode": settings.dwm_mode,
         "initialised_from": settings.dwm_load or settings.dwm_init_from,
         "temperature": settings.dwm_temperature,
         "kl_weight": settings.dwm_kl_weight,
-        "train_iters": config.train_iters,
+        "train_iters": train_iters,
         "num_stages": settings.dwm_num_stages,
         "tokenizer_fingerprint": tokenizer_fingerprint,
         "special_tokens": adds_special_tokens,
@@ -175,5 +182,5 @@ def run_facts(
             "ffn_hidden_size": model.ffn,
             "seq_length": model.sequence,
         },
-        "global_batch_size": config.global_batch_size,
+        "global_batch_size": global_batch_size,
     }

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_dwm.data.hf_tokenizers import fingerprint_of, load_tokenizer_folder
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.safe_unpickling import DAMAGE, short_reason
 from megatron_dwm.weighting.export_manifest import trained_length, verify_export
 from megatron_dwm.weighting.sample_reader import SampleReader, TextReader, WindowReader
@@ -41,6 +41,7 @@ class SampleTokens:
 class WeighterFolder:
     """A classifier, and how it reads the samples of a run."""
 
+    path: str
     model: Any
     reader: SampleReader | None
     """None if it reads a sample's tokens as they are."""
@@ -70,7 +71,10 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{flag} {folder}: no config.json there; give a Hugging Face model folder")
     is_export = verify_export(flag, Path(folder))
-    tokenizer = load_tokenizer_folder(Path(folder))
+    try:
+        tokenizer = load_tokenizer_folder(Path(folder))
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from None
     fingerprint = fingerprint_of(tokenizer)
     is_own = fingerprint != samples.fingerprint
     model, missing = _load(flag, folder, seed)
@@ -80,6 +84,8 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
     if model.config.pad_token_id is None:  # a language model's; without one a classifier takes no batches
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         model.config.pad_token_id = next(pad for pad in pads if pad is not None) if is_own else samples.eod
+    if not 0 <= model.config.pad_token_id < model.config.vocab_size:
+        raise UserError(f"{flag} {folder}: its token of padding, {model.config.pad_token_id}, is none; give another")
     essential = missing if is_export else [key for key in missing if _is_of_base_model(key, model)]
     if essential:
         raise UserError(f"{flag} {folder}: its weights lack {essential[0]}; give a whole model")
@@ -87,25 +93,37 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
         raise UserError(f"{flag} {folder}: its weights are not finite; give another")
     if missing:
         zero_head(model)
-    window = position_limit(model)
     if is_own:
-        length = getattr(tokenizer, "model_max_length", _LONGEST)
-        if window is not None and length < _LONGEST:
-            window = min(window, length)
-        reader = TextReader(samples.text_of, tokenizer, window)
-        how = "whole" if window is None else f"in windows of {window} tokens"
-        reading = f"it has another tokenizer: the samples' texts are rebuilt, tokenized again and scored {how}"
-        return WeighterFolder(model, reader, tokenizer, fingerprint, reading)
+        reader, reading = _text_reader(flag, folder, model, tokenizer, samples)
+        return WeighterFolder(folder, model, reader, tokenizer, fingerprint, reading)
     if cutting := window_reader(model, samples.seq_length):
         reading = (
-            f"its positions end at {window}: samples of {samples.seq_length} tokens are scored in windows of {window}, "
-            "whose mean counts"
+            f"its positions end at {cutting.window}: samples of {samples.seq_length} tokens are scored in windows of "
+            f"{cutting.window}, whose mean counts"
         )
-        return WeighterFolder(model, cutting, None, fingerprint, reading)
+        return WeighterFolder(folder, model, cutting, None, fingerprint, reading)
     trained, reading = trained_length(Path(folder), model.config), ""
     if trained is not None and trained < samples.seq_length:
         reading = f"made for {trained} tokens, it scores samples of {samples.seq_length} whole: its positions go on"
-    return WeighterFolder(model, None, None, fingerprint, reading)
+    return WeighterFolder(folder, model, None, None, fingerprint, reading)
+
+
+def _text_reader(flag: str, folder: str, model: Any, tokenizer: Any, samples: SampleTokens) -> tuple[SampleReader, str]:
+    """Return what reads samples by their text, and that in words.
+
+    Raises:
+        UserError: the tokenizer does not work.
+    """
+    window, length = position_limit(model), getattr(tokenizer, "model_max_length", _LONGEST)
+    if window is not None and length < _LONGEST:
+        window = min(window, length)
+    try:
+        reader = TextReader(samples.text_of, tokenizer, window)
+    except Exception as error:  # tokenizers raise whatever a damaged vocabulary makes them raise
+        reason = shortened(error)
+        raise UserError(f"{flag} {folder}: its tokenizer makes no tokens ({reason}); give another") from None
+    how = "whole" if window is None else f"in windows of {window} tokens"
+    return reader, f"it has another tokenizer: the samples' texts are rebuilt, tokenized again and scored {how}"
 
 
 def window_reader(model: Any, seq_length: int) -> WindowReader | None:
@@ -121,9 +139,11 @@ def _load(flag: str, folder: str, seed: int) -> tuple[Any, list[str]]:
         UserError: it cannot be loaded.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     try:
+        hf_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _check_layers(Path(folder), hf_config)
         with seeded(seed):
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 folder,
@@ -137,6 +157,23 @@ def _load(flag: str, folder: str, seed: int) -> tuple[Any, list[str]]:
         reason = short_reason(error)
         raise UserError(f"{flag} {folder}: cannot be loaded as a classifier with one label ({reason})") from None
     return model, sorted(report["missing_keys"])
+
+
+def _check_layers(folder: Path, hf_config: Any) -> None:
+    """Check, before they are made, that a classifier's layers can be those whose tensors are there.
+
+    Raises:
+        ValueError: there are more than tensors.
+    """
+    from safetensors import safe_open
+
+    path, layers = folder / "model.safetensors", getattr(hf_config, "num_hidden_layers", None)
+    if not path.is_file():
+        return
+    with safe_open(path, framework="pt") as file:
+        tensors = len(file.keys())
+    if isinstance(layers, int) and layers > tensors:
+        raise ValueError(f"{layers} layers of {tensors} tensors")
 
 
 def _is_of_base_model(key: str, model: Any) -> bool:

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from megatron_dwm.analysis.records import read_run
 from megatron_dwm.cli.launch import read_run_flags
+from megatron_dwm.cli.pretrain import main as pretrain
 from tests.paths import ROOT
 from tests.turns import several_processes
 
@@ -54,6 +55,7 @@ NOT_RUN = {
     "docs/cluster.md: SLURM: bash 2": "the same; its variables become flags, which are read below",
     "docs/transfer.md: Longer samples than it was made for: text": "what a run says",
     "docs/transfer.md: To a larger model, from the beginning to a table: bash": "takes an hour; results below it",
+    "docs/cluster.md: SLURM: bash 3": "tests/unit/plan/test_plan.py runs its siblings",
     "docs/transfer.md: With numpy alone: python": "unit/weighting/ngram/test_model.py calls the function",
     "docs/hugging-face.md: Import: bash": "needs a published model; tests/distributed/test_hf_import.py imports such",
     "docs/hugging-face.md: Export: bash": "tests/distributed/test_hf_import.py and e2e/test_transfer.py run both",
@@ -61,6 +63,8 @@ NOT_RUN = {
     "docs/cluster.md: Without SLURM: bash": "needs 4 machines with 8 GPUs each; its flags are read below",
     "docs/cluster.md: Without SLURM: bash 2": "the same; unit/runtime/test_environment.py has mpirun",
     "docs/reliability.md: Does it survive?: bash": "takes an hour; tests/unit/benchmarks/test_chaos.py tests its parts",
+    "docs/reliability.md: A long run: bash": "takes 24 minutes; its flags are those of tests/small_runs.py",
+    "docs/reliability.md: Fuzzing: bash": "takes minutes; the suite runs the same tests with fewer inputs",
     "docs/results.md: How to measure it: bash": "takes hours; tests/e2e/test_benefit.py and test_overhead.py run both",
     "docs/gpu.md: On a GPU: bash": "needs a GPU; tests/e2e/test_gpu_benchmark.py runs it at a smaller size",
     "docs/megatron-comparison.md: How it was compared with Megatron-LM: bash": "needs a checkout of Megatron-LM",
@@ -87,6 +91,7 @@ RUN = [
     "docs/transfer.md: The learnt shares as a blend: bash",
     "docs/report.md: Reading the report: bash",
     "docs/tuning.md: 1. Is there anything to gain?: bash",
+    "docs/scaling.md: Three sizes: bash",
     "docs/extending.md: A new weighting in one file: python",
     "docs/extending.md: A new weighting in one file: bash",
 ]
@@ -141,6 +146,8 @@ class Workplace:
     """A folder as a newcomer has it: the repository's programs, and data of their own."""
 
     folder: Path
+    commands: Path
+    """The folder of ``python`` and ``megatron-dwm``."""
 
     def run(self, name: str) -> str:
         """Run a block of commands, and return what it printed; the pages' common flags are set before it."""
@@ -148,7 +155,7 @@ class Workplace:
         script = f"set -euo pipefail\n{parts}\n{smaller(block(name))}"
         environment = {
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{self.commands}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
@@ -178,7 +185,7 @@ def write_texts(path: Path, seed: int, documents: int, *, is_ordered: bool) -> N
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+def workplace(preloaded_commands: Path, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """A folder in which the README's five commands have been run."""
     folder = tmp_path_factory.mktemp("workplace")
     for program in ("tools", "pretrain_dwm.py"):
@@ -187,7 +194,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     write_texts(folder / "other.jsonl", seed=2, documents=200, is_ordered=False)
     write_texts(folder / "target.jsonl", seed=3, documents=60, is_ordered=True)
     (folder / "train.jsonl").write_text((folder / "good.jsonl").read_text() + (folder / "other.jsonl").read_text())
-    place = Workplace(folder)
+    place = Workplace(folder, preloaded_commands)
     place.run("README.md: Your own data in five commands: bash")
     return place
 
@@ -288,17 +295,37 @@ def test_the_flags_of_many_machines_are_a_configuration():
     command = block("docs/cluster.md: Without SLURM: bash").replace("\\\n", " ")
     flags = command.split("pretrain_dwm.py", 1)[1].split()
     config = read_run_flags(flags, world_size=32)
-    assert (config.parallel.tp, config.parallel.pp, config.num_microbatches) == (2, 2, 16)
+    assert (config.parallel.tp, config.parallel.pp, config.num_microbatches) == (1, 1, 4)
+
+
+def test_the_plans_of_three_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As they are printed, but with fewer layers; the plans are made in this process, which has imported all."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    commands = block("docs/scaling.md: Three sizes: bash")
+    for printed, few in (("16", "2"), ("32", "3"), ("80", "8")):
+        commands = commands.replace(f"--num-layers {printed} ", f"--num-layers {few} ")
+    script = f"python() {{ shift; printf '%s\n' \"$*\"; }}\n{commands}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines():
+        pretrain(line.split())
+    plans = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    layouts = {name: [plan["layout"]["processes"], len(plan["memory"])] for name, plan in plans.items()}
+    assert layouts == {"1b": [32, 1], "8b": [256, 1], "70b": [1024, 4]}
+    assert all(len(plan["updates"]) == plan["train_iters"] / 100 for plan in plans.values())
+    assert all(plan["share"]["operations"] == pytest.approx(0.02, rel=1e-3) for plan in plans.values())
 
 
 def test_the_variables_of_the_cluster_pages_are_the_scripts():
-    script = (ROOT / "examples/pretrain_1b_dwm.sh").read_text()
+    names = ("pretrain_1b_dwm.sh", "slurm_pretrain.sh")
+    script = "\n".join((ROOT / "examples" / name).read_text() for name in names)
     page = (ROOT / "docs/cluster.md").read_text()
     exported = re.findall(r"(\w+)=", "\n".join(re.findall(r"^export (.*)$", page, re.MULTILINE)))
     tabled = re.findall(r"`([A-Z][A-Z_]+)`", "\n".join(re.findall(r"^\| `.*?\|", page, re.MULTILINE)))
     assert len(exported) >= 7 and len(tabled) >= 10
     fields = {name for name in read_run_flags(MINIMAL, world_size=1).weighting.__dataclass_fields__}
-    for name in {*exported, *tabled} - {"DWM_SOME_FLAG"}:
+    of_nccl = {name for name in tabled if name.startswith(("NCCL_", "GLOO_"))}
+    for name in {*exported, *tabled} - {"DWM_SOME_FLAG"} - of_nccl:
         assert name.lower() in fields if name.startswith("DWM_") else re.search(rf"\b{name}\b", script), name
 
 

@@ -58,6 +58,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     train = ["0.5", make_dataset(folder, "clean", counting(0)), "0.5", make_dataset(folder, "noise", noise(1))]
     common = {
         **LANGUAGE_MODEL,
+        "--num-layers": 4,  # two virtual stages of two pipeline stages
         **TRAINING,
         **TOKENIZER,
         **WEIGHTING,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from megatron_dwm.runtime.log_line import LogLine, LossWindow, validation_line
+import pytest
+
+from megatron_dwm.runtime.device import peak_flops
+from megatron_dwm.runtime.log_line import LogLine, LossWindow, Speed, validation_line
 
 LINE = LogLine(
     iteration=100,
@@ -35,6 +38,21 @@ def test_the_line_ends_with_what_is_ours():
     )
     weighted = replace(LINE, extra={"dwm stage": 2, "dwm effective sample size": 0.87654})
     assert str(weighted).split("]", 1)[1] == plain + " dwm stage: 2 | dwm effective sample size: 0.8765 |"
+
+
+def test_the_speed_is_told_also_of_a_slow_run():
+    speed = Speed(tokens_per_second=1234.5, tflops=0.001234, peak_tflops=0.01, seconds_left=93784.4)
+    line = str(replace(LINE, extra=speed.figures()))
+    assert line.endswith(" tokens/s/GPU: 1234 | TFLOP/s/GPU: 0.001234 | MFU: 12.3% | time left: 1d 02:03:04 |")
+    assert "MFU" not in replace(speed, peak_tflops=None).figures()
+
+
+@pytest.mark.parametrize(
+    ("device", "tflops"), [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312)]
+)
+def test_a_devices_peak_is_known_by_its_name(device: str, tflops: int):
+    assert peak_flops(device) == tflops * 1e12
+    assert peak_flops("a CPU") is None
 
 
 def test_a_window_averages_the_steps_that_were_made():

@@ -30,15 +30,19 @@ def load(folder: Path) -> LlamaForSequenceClassification:
     return read_weighter_folder("--dwm-load", str(folder), SampleTokens(8, 31, 30, FINGERPRINT, str), seed=1).model
 
 
-@pytest.fixture
-def export(tmp_path: Path) -> Path:
+def make_export(folder: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, num_labels=1
     )
     model = LlamaForSequenceClassification(config)
-    export_weighter(model, partial(save_hf_tokenizer, TOKENIZER, SETTINGS), tmp_path / "export", {"iteration": 7})
-    return tmp_path / "export"
+    export_weighter(model, partial(save_hf_tokenizer, TOKENIZER, SETTINGS), folder / "export", {"iteration": 7})
+    return folder / "export"
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    return make_export(tmp_path)
 
 
 def rewrite_manifest(folder: Path, change: Callable[[dict], None]) -> None:
