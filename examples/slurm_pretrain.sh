@@ -21,7 +21,7 @@ require() { # VARIABLE MEANING
 }
 
 # Cluster. In a container (pyxis and enroot) Python is the container's.
-CONTAINER_IMAGE=${CONTAINER_IMAGE:-}   # such as nvcr.io#nvidia/pytorch:25.06-py3, or a .sqsh file
+CONTAINER_IMAGE=${CONTAINER_IMAGE:-}   # an image of enroot, such as a .sqsh file
 CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-} # such as /data:/data,/home/me:/home/me; REPO_DIR is mounted besides
 if [[ -n $CONTAINER_IMAGE ]]; then PYTHON=${PYTHON:-python}; else PYTHON=${PYTHON:-$REPO_DIR/.venv/bin/python}; fi
 PREFLIGHT=${PREFLIGHT:-1} # 0 skips the check of all flags before the tasks start

@@ -23,7 +23,7 @@ from megatron_dwm.plan.stages import measure_stages
 from megatron_dwm.plan.weighter import WeighterPlan, plan_weighter
 from megatron_dwm.training.checkpoint_folders import iteration_of, latest_checkpoint
 from megatron_dwm.training.save_folder import check_writable
-from megatron_dwm.weighting.build import read_weighting_inputs
+from megatron_dwm.weighting.build import read_weighting_inputs, run_stages
 from megatron_dwm.weighting.stage_schedule import StageSchedule
 
 
@@ -108,7 +108,8 @@ def make_plan(config: RunConfig, *, for_gpu: bool = True) -> Plan:
     weighter = plan_weighter(config, inputs, vocab, eod) if config.weighting.has_weighter else None
     step, scoring = step_cost(config, rows, stages), scoring_cost(config, weighter)
     update = update_cost(config, rows, stages, weighter)
-    updates = [i for i in range(1, config.train_iters + 1) if inputs.stages.is_update(i)]
+    schedule = run_stages(config)
+    updates = [i for i in range(1, config.train_iters + 1) if schedule.is_update(i)]
     parameters = sum(stage.model_parameters for stage in stages)
     return Plan(
         layout=_layout(config),
@@ -124,8 +125,8 @@ def make_plan(config: RunConfig, *, for_gpu: bool = True) -> Plan:
         scoring=scoring,
         update=update,
         updates=updates,
-        share=_share(config, inputs.stages, step, scoring, update, len(updates)),
-        files=planned_files(config, inputs.stages, parameters, weighter.parameters if weighter else None),
+        share=_share(config, schedule, step, scoring, update, len(updates)),
+        files=planned_files(config, schedule, parameters, weighter.parameters if weighter else None),
     )
 
 
