@@ -23,7 +23,8 @@ def language_model_card(
         effect: what was measured of the run; None if nothing is known.
     """
     window, samples = saved.get("seq_length"), saved.get("consumed_train_samples")
-    is_weighted = saved.get("dwm_mode", "off") != "off"
+    is_weighted = bool(samples) and saved.get("dwm_mode", "off") != "off"
+    origin = "pretrained with Megatron-DWM" if samples else "from a checkpoint that Megatron-DWM imported"
     weighting = (
         "None: every sample counted alike."
         if not is_weighted
@@ -71,8 +72,7 @@ def language_model_card(
         name,
         task="text-generation",
         tags=["pretrained"],
-        introduction=f"A language model of {language_model.num_parameters():,} parameters ({kind}), pretrained with "
-        "Megatron-DWM.",
+        introduction=f"A language model of {language_model.num_parameters():,} parameters ({kind}), {origin}.",
         sections=sections,
     )
 

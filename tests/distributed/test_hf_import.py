@@ -148,7 +148,14 @@ def test_an_export_states_its_window_special_tokens_and_generation(folders: dict
     assert (model.config.eos_token_id, model.config.pad_token_id) == (END, None)
     assert model.generate(torch.ones(1, 1, dtype=torch.long), do_sample=False).shape[1] <= SEQ_LENGTH
     card = (output / "README.md").read_text()
-    for part in ("pipeline_tag: text-generation", "## Data", "## Measured effect", "## Limits", "arXiv:2507.16178"):
+    for part in (
+        "a checkpoint that Megatron-DWM imported",
+        "pipeline_tag: text-generation",
+        "## Data",
+        "## Measured effect",
+        "## Limits",
+        "arXiv:2507.16178",
+    ):
         assert part in card
 
 
