@@ -64,6 +64,10 @@ DAMAGE = (
 """What unpickling raises when bytes are missing or wrong."""
 
 
+COMMON_KEY = "common_state/shard_0_1"
+"""Of what megatron-core from 0.17 on stores of all ranks among the tensors."""
+
+
 class UnreadableFile(Exception):
     """A file that cannot be read, by name, and why."""
 
@@ -121,27 +125,31 @@ def short_reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {(telling or lines)[0]}"[:200].rstrip(": ")
 
 
-def read_stored_object(folder: Path, metadata: Any, key: str) -> Any:
-    """Return an object that is stored among a checkpoint's tensors.
+def read_common_state(folder: Path) -> Any:
+    """Return what a checkpoint says of all ranks: its arguments and counters.
 
-    Args:
-        folder: the checkpoint's.
-        metadata: of :func:`read_metadata`.
-        key: the object's.
+    They are in ``common.pt``; megatron-core from 0.17 on stores them among the tensors.
 
     Raises:
-        UnreadableFile: it is not there or damaged, or names what is not allowed.
+        UnreadableFile: they are missing or damaged, or name what is not allowed.
     """
-    places = [place for index, place in metadata.storage_data.items() if index.fqn == key]
-    if len(places) != 1 or Path(places[0].relative_path).name != places[0].relative_path:
-        raise UnreadableFile(f".metadata does not say where {key} is")
-    path = folder / places[0].relative_path
+    path, described = folder / "common.pt", folder / ".metadata"
+    if path.exists() or not described.exists():
+        return read_torch_file(path)
+    metadata = read_metadata(described)
+    places = [place for index, place in (metadata.storage_data or {}).items() if index.fqn == COMMON_KEY]
+    if len(places) != 1:
+        return read_torch_file(path)  # says that it is missing
+    (place,) = places
     try:
-        with path.open("rb") as file:
-            file.seek(places[0].offset)
-            return load_restricted(BytesIO(file.read(places[0].length)))
+        if Path(place.relative_path).name != place.relative_path:
+            raise ValueError(f"{place.relative_path} is not in the folder")
+        with (folder / place.relative_path).open("rb") as file:
+            file.seek(place.offset)
+            (common,) = load_restricted(BytesIO(file.read(place.length)))
     except DAMAGE as error:
-        raise UnreadableFile(f"{key} in {path.name} cannot be read ({short_reason(error)})") from None
+        raise UnreadableFile(f"{COMMON_KEY} cannot be read ({short_reason(error)})") from None
+    return common
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from megatron_dwm.config.flags import declared_flags
 from megatron_dwm.config.model import ModelConfig, lacking_flag
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError
-from megatron_dwm.safe_unpickling import UnreadableFile, read_torch_file
+from megatron_dwm.safe_unpickling import UnreadableFile, read_common_state, read_torch_file
 
 UNKNOWN_PARTS = (
     "activation_func_clamp_value",
@@ -104,14 +104,16 @@ def read_arguments(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it has none.
     """
-    path = first_rank_file(folder) or folder / "common.pt"
+    path = first_rank_file(folder)
     try:
-        common = read_torch_file(path)
+        common = read_common_state(folder) if path is None else read_torch_file(path)
     except UnreadableFile as error:
         raise UserError(f"{folder}: {error}; the checkpoint is damaged, give another") from None
     arguments = common.get("args") if isinstance(common, dict) else None
     if not isinstance(arguments, Namespace):
-        raise UserError(f"{folder}: its {path.name} holds no arguments; it is not a checkpoint of pretraining")
+        raise UserError(
+            f"{folder}: its {path.name if path else 'common.pt'} holds no arguments; it is not a checkpoint of pretraining"
+        )
     return {RENAMED.get(name, name): value for name, value in vars(arguments).items() if name != "trust_remote_code"}
 
 

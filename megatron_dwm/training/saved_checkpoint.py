@@ -20,8 +20,8 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.safe_unpickling import (
     UnreadableFile,
     load_restricted,
+    read_common_state,
     read_metadata,
-    read_stored_object,
     read_torch_file,
     restricted_reader,
     short_reason,
@@ -226,26 +226,13 @@ def _open(folder: Path) -> SavedCheckpoint:
     except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointDamage(f"metadata.json cannot be read ({short_reason(error)})") from None
     try:
+        common = read_common_state(folder)
         metadata = read_metadata(folder / ".metadata")
-        common = _read_common(folder, metadata)
     except UnreadableFile as error:
         raise CheckpointDamage(str(error)) from None
     if not isinstance(common, dict) or not isinstance(metadata.state_dict_metadata, dict):
         raise CheckpointDamage("common.pt or .metadata is not a checkpoint's")
     return SavedCheckpoint(folder, common, metadata)
-
-
-def _read_common(folder: Path, metadata: Any) -> Any:
-    """Return what is said of all ranks, which megatron-core from 0.17 on stores among the tensors.
-
-    Raises:
-        UnreadableFile: it is missing or damaged.
-    """
-    key = "common_state/shard_0_1"
-    if not isinstance(metadata.state_dict_metadata, dict) or key not in metadata.state_dict_metadata:
-        return read_torch_file(folder / "common.pt")
-    stored = read_stored_object(folder, metadata, key)
-    return stored[0] if isinstance(stored, list) and stored else stored
 
 
 def _checksums(folder: Path) -> dict[str, Checksum] | None:
