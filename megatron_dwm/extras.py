@@ -9,10 +9,12 @@ from megatron_dwm.errors import UserError
 EXTRA_OF = {
     "matplotlib": "report",
     "jinja2": "report",
+    "plotly": "report",
     "data_selection": "data",
     "datatrove": "data",
     "orjson": "data",
     "pyarrow": "data",
+    "pynvml": "gpu",
     "resiliparse": "data",
     "tiktoken": "tiktoken",
     "wandb": "wandb",

@@ -28,6 +28,6 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 .venv-newest/bin/python -m pytest -n 2 --dist loadfile \
     tests/unit/runtime tests/unit/model tests/unit/training \
     tests/distributed/test_alignment.py tests/distributed/test_weighted_gradient.py \
-    tests/e2e/test_layouts.py tests/e2e/test_resume.py
+    tests/e2e/test_planted_code.py tests/e2e/test_layouts.py tests/e2e/test_resume.py
 # Checkpoints of one version go on with the other.
 .venv/bin/python -m tests.core_versions .venv/bin/python .venv-newest/bin/python

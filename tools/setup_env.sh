@@ -104,3 +104,4 @@ fi
     sed -un -e 's/^Collecting \([^ ]*\).*/  \1/p' -e 's/^Installing collected packages.*/  installing/p' ||
     fail "pip could not install the dependencies (its message is above); mend that and run this again"
 fingerprint >"$STAMP"
+echo ".venv: $(.venv/bin/python --version) with the packages of constraints.txt; activate it by: source .venv/bin/activate"

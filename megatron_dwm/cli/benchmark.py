@@ -11,6 +11,7 @@ BENCHMARKS = {
     "benefit": Command("megatron_dwm.benchmarks.benefit", "compare the test losses of several weightings"),
     "overhead": Command("megatron_dwm.benchmarks.overhead", "measure time and memory that the weighting costs"),
     "word-order": Command("megatron_dwm.benchmarks.word_order", "see whether a weighter learns what word order tells"),
+    "lds": Command("megatron_dwm.benchmarks.lds", "see whether alignments predict what training on samples does"),
     "transfer": Command("megatron_dwm.benchmarks.transfer", "compare the runs of examples/transfer.sh"),
     "scoring": Command("megatron_dwm.benchmarks.scoring", "measure how much of a classifier's speed scoring reaches"),
     "chaos": Command("megatron_dwm.benchmarks.chaos", "kill and starve a run, and compare it with an undisturbed one"),

@@ -34,7 +34,7 @@ from megatron_dwm.errors import EXIT_CODE, PeerError, UserError, print_error
 from megatron_dwm.runtime.compat import require_megatron_core
 from megatron_dwm.runtime.device import select_device
 from megatron_dwm.runtime.environment import environment_rank
-from megatron_dwm.runtime.logging import configure_logging
+from megatron_dwm.runtime.logging import configure_logging, print_messages_of
 from megatron_dwm.runtime.startup_sync import StartupSync
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def build_trainer(
     )
 
     if config.logging.logging_level is not None:
-        logging.getLogger("megatron.core").setLevel(config.logging.logging_level)
+        print_messages_of("megatron.core", process.rank, process.world_size, config.logging.logging_level)
     with process.startup_sync.phase("folders"):
         save_folder = hold_folders(config.checkpoint, config.data, config.logging, process.rank)
     with process.startup_sync.phase("inputs"):

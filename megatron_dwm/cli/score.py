@@ -1,5 +1,7 @@
 """Score documents with an exported weighter, or by a language model's perplexity: each row comes out with its score.
 
+Each row is an object with the text under the key of --json-key, such as {"text": "One document."}.
+
 Needs the model's folder and the extra data. The same command, started again, goes on where it was interrupted.
 """
 

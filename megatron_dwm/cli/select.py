@@ -1,6 +1,8 @@
 """Select documents within a budget: at random, by a score, by perplexity, or by the shares of the sources.
 
-Rows are kept in the input's order. A manifest beside the output says how many of each source, and by which threshold.
+Each row is an object such as {"text": "One document.", "score": 0.5}: the text under the key of --json-key, the number
+that ranks under that of --score-key. Rows are kept in the input's order. A manifest beside the output says how many of
+each source, and by which threshold.
 """
 
 from __future__ import annotations

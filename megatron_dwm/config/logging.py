@@ -14,6 +14,9 @@ class LoggingConfig:
 
     log_interval: int = flag(100, "Iterations between log lines.")
     log_throughput: bool = flag(False, "Log the throughput in TFLOP/s per GPU.")
+    log_progress: bool = flag(
+        False, "Keep progress.txt in the --save folder: starts of the run, and its throughput at each checkpoint."
+    )
     dwm_peak_tflops: float | None = flag(
         None,
         "TFLOP/s that a device can do at most, of which the log says what part plain training's operations reach "

@@ -73,6 +73,8 @@ class RunConfig:
         profiling, logging = self.profiling, self.logging
         if profiling.use_pytorch_profiler and logging.tensorboard_dir is None:
             raise UserError("--use-pytorch-profiler writes to --tensorboard-dir; give it")
+        if logging.log_progress and self.checkpoint.save is None:
+            raise UserError("--log-progress writes to the --save folder; give it")
         if not logging.wandb_project:
             return
         if not logging.wandb_exp_name:
@@ -94,6 +96,12 @@ class RunConfig:
             raise UserError(
                 f"--use-distributed-optimizer does not go with --optimizer {self.optimizer.optimizer}: megatron-core "
                 "shards the state of Adam alone; leave one out"
+            )
+        ranks, instances = self.world_size // self.parallel.mp, self.parallel.num_distributed_optimizer_instances
+        if ranks % instances:
+            raise UserError(
+                f"--num-distributed-optimizer-instances {instances} does not divide the {ranks} ranks that the "
+                "optimizer is sharded over; change it"
             )
         checkpoint = self.checkpoint
         writes_torch = checkpoint.ckpt_format == "torch" and checkpoint.save is not None
@@ -211,6 +219,11 @@ class RunConfig:
                 "scales of later steps; use --fp8-recipe tensorwise, or --dwm-mode frozen or off"
             )
         micro, dp = self.training.micro_batch, self.data_parallel_size
+        if self.parallel.tp_comm_overlap and micro > 1 and self.weighting.dwm_alignment != "finite-difference":
+            raise UserError(
+                f"--tp-comm-overlap with --micro-batch-size {micro}: its buffers have the shape of a microbatch, and "
+                "an outer update reads alignments off single samples; use --micro-batch-size 1, or leave it out"
+            )
         if self.target_batch_size % (micro * dp):
             raise UserError(
                 f"--dwm-target-batch-size {self.target_batch_size} is not divisible by --micro-batch-size {micro} x "

@@ -130,7 +130,22 @@ def _activation(model: ModelConfig) -> str:
     return "gelu_new" if has_tanh_gelu(model) else "gelu"
 
 
+def _megatron_alone(model: ModelConfig) -> dict[str, bool]:
+    """Parts of megatron-core's models that no model of transformers has, whose presence is a misfit."""
+    return {
+        f"--window-size {model.window_size}; leave it out": model.window_size is not None,
+        f"--no-rope-freq {model.no_rope_freq}; leave it out": model.no_rope_freq is not None,
+        f"--softmax-type {model.softmax_type}; use vanilla": model.softmax_type != "vanilla",
+        "--attention-output-gate; leave it out": model.attention_output_gate,
+        "--qk-l2-norm; leave it out": model.qk_l2_norm,
+        "--quick-geglu; leave it out": model.quick_geglu,
+        f"--glu-linear-offset {model.glu_linear_offset}; use 0": model.glu_linear_offset != 0,
+        "--activation-func-clamp-value; leave it out": model.activation_func_clamp_value is not None,
+    }
+
+
 def _check_expressible(model: ModelConfig, kind: str) -> None:
+    _refuse("a Hugging Face model cannot express", _megatron_alone(model))
     if model.positions == "none":
         raise UserError(
             "a Hugging Face model cannot express --position-embedding-type none; use rope or learned_absolute"

@@ -68,7 +68,7 @@ class Meter(TorchDispatchMode):
     """Counts the bytes of storages that are made while it is entered, as long as they live, and the traffic."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.allocated = 0
         """Bytes of the storages that were made since the start and still live."""
         self.peak = 0

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dwm.config.parallel import ParallelConfig
+from megatron_dwm.model import torch_layers
 from megatron_dwm.model.attributes import changed_attributes
 from megatron_dwm.runtime.device import select_device
 from megatron_dwm.runtime.process_groups import ParallelState, build_model_groups, current_parallel_state
@@ -55,8 +56,10 @@ def simulated_rank(
             stack.enter_context(changed_attributes(dist, {"all_gather_object": _gather_copies}))
             # Random streams are compared, and there is nothing random here.
             stack.enter_context(changed_attributes(CudaRNGStatesTracker, {"fork": _without_random_stream}))
+            # A mask of torch's that cannot be fake; kernels that know it do not look at it.
+            stack.enter_context(changed_attributes(torch_layers, {"causal_lower_right": _no_mask}))
             stack.enter_context(fake_tensors())
-            stack.enter_context(_SingleCalls())
+            stack.enter_context(_SingleCalls())  # type: ignore[no-untyped-call]
             yield current_parallel_state()
     finally:
         mpu.destroy_model_parallel()
@@ -86,7 +89,13 @@ class _SingleCalls(TorchDispatchMode):
 @contextmanager
 def gpu_kernels() -> Iterator[None]:
     """Keep for the backward pass what a GPU's kernels keep, where they keep less than a CPU's."""
-    with changed_attributes(torch.nn.functional, {"rms_norm": _rms_norm}):
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(*args: Any, dropout_p: float = 0.0, **kwargs: Any) -> torch.Tensor:
+        return attention(*args, **kwargs)  # whose kernel on a CPU knows no dropout; a GPU's keeps nothing for it
+
+    kernels = {"rms_norm": _rms_norm, "scaled_dot_product_attention": attend}
+    with changed_attributes(torch.nn.functional, kernels):
         yield
 
 
@@ -111,6 +120,10 @@ def _rms_norm(
     assert weight is not None
     result: torch.Tensor = _RMSNorm.apply(values, weight)  # type: ignore[no-untyped-call]
     return result
+
+
+def _no_mask(queries: int, keys: int) -> None:
+    return None
 
 
 def _gather_copies(objects: list[Any], value: Any, group: Any = None) -> None:

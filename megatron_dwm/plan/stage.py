@@ -104,7 +104,7 @@ def measure_stage(
         full_gradient_sync = _traffic_of(partial(finalize_model_grads, chunks, None, force_all_reduce=True))
     gather = Traffic()
     if config.parallel.use_distributed_optimizer:
-        gather = _traffic_of(lambda: [chunk.start_param_sync(force_sync=True) for chunk in chunks])
+        gather = _traffic_of(partial(_gather_parameters, chunks))
     return Stage(
         number=layout.pp_rank,
         layers=sum(len(_decoder(chunk).layers) for chunk in chunks),
@@ -113,7 +113,7 @@ def measure_stage(
         weights=sum(weights.values()),
         gradients=sum(_gradient_buffers(chunks).values()),
         optimizer=optimizer_bytes,
-        largest_owned=_largest_owned(optimizer, params),
+        largest_owned=_largest_owned(optimizer),
         workspace=sum(_storages(get_global_memory_buffer().buffer.values()).values()),
         training=training,
         alignment=alignment,
@@ -207,8 +207,14 @@ def _reduce_all(tensors: Sequence[torch.Tensor], layout: ParallelState) -> None:
         dist.all_reduce(tensor, group=layout.dp_cp_group)
 
 
+def _gather_parameters(chunks: Sequence[Any]) -> None:
+    for chunk in chunks:
+        chunk.start_param_sync(force_sync=True)
+
+
 def _traffic_of(action: Callable[[], Any]) -> Traffic:
-    with Meter() as meter:
+    meter = Meter()
+    with meter:
         action()
     return meter.traffic
 
@@ -260,7 +266,7 @@ def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [value for value in [*stepped, *kept] if isinstance(value, torch.Tensor)]
 
 
-def _largest_owned(optimizer: Optimizer, params: Sequence[torch.Tensor]) -> int:
+def _largest_owned(optimizer: Optimizer) -> int:
     owned = [
         param.numel()
         for part in optimizer_parts(optimizer)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from megatron_dwm.plan.costs import Cost
 from megatron_dwm.plan.files import PlannedFile
 from megatron_dwm.plan.memory import StageMemory
-from megatron_dwm.plan.plan import Cost, Plan
+from megatron_dwm.plan.plan import Plan
 
 GIB = 1024**3
 MOST_ROWS = 8

@@ -92,8 +92,8 @@ def _model(config: RunConfig, inputs: WeightingInputs, vocab_size: int, eod: int
 
 def _activations(weighter: Weighter, samples: int, sequence: int) -> int:
     """Return the bytes that a step on so many samples holds for its backward pass, at most."""
-    window = min(sequence, position_limit(weighter.model) or sequence)
-    with Meter() as meter:
+    window, meter = min(sequence, position_limit(weighter.model) or sequence), Meter()
+    with meter:
         tokens = torch.zeros(samples * -(-sequence // window), window, dtype=torch.int64)
         scores = torch.cat(
             [weighter.model(input_ids=part, use_cache=False).logits for part in tokens.split(weighter.batch_size)]

@@ -89,6 +89,8 @@ def _adapt_megatron_to_cpu() -> None:
     torch.cuda.synchronize = _CpuAnswer(None)
     torch.cuda.empty_cache = _CpuAnswer(None)
     torch.cuda.current_stream = _CpuAnswer(None)
+    torch.cuda.default_stream = _CpuAnswer(_CpuStream())
+    torch.cuda.Stream = _CpuStream  # type: ignore[assignment, misc]
     modules: tuple[Any, ...] = (torch.cuda, torch.cuda.random)
     for module in modules:
         module.get_rng_state = lambda *_, **__: torch.get_rng_state()
@@ -118,6 +120,16 @@ def _keep_in_backward(mode: TorchFunctionMode) -> None:
 
     for module in (torch.autograd, torch.autograd.graph):
         module._engine_run_backward = run_in_mode  # type: ignore[attr-defined]
+
+
+class _CpuStream:
+    """A stand-in for ``torch.cuda.Stream``: a CPU has one, in which all that was begun is done."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        """Do nothing: there is nothing to wait for."""
 
 
 class _CpuAnswer:

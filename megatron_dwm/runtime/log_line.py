@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_dwm.runtime.logging import timestamp
 
@@ -52,6 +53,8 @@ class LogLine:
     seconds_per_iteration: float
     throughput: float | None
     """Of the language model's steps, in TFLOP/s per GPU."""
+    joules: float | None
+    """Energy of one GPU in one iteration, if it is measured."""
     learning_rate: float
     global_batch_size: int
     losses: Mapping[str, float]
@@ -74,6 +77,9 @@ class LogLine:
         parts.append(f"elapsed time per iteration (ms): {self.seconds_per_iteration * 1000:.1f}")
         if self.throughput is not None:
             parts.append(f"throughput per GPU (TFLOP/s/GPU): {self.throughput:.1f}")
+        if self.joules is not None:
+            parts.append(f"energy per GPU (J/iter/GPU): {self.joules:.1f}")
+            parts.append(f"power per GPU (W/GPU): {self.joules / self.seconds_per_iteration:.1f}")
         parts.append(f"learning rate: {self.learning_rate:.6E}")
         parts.append(f"global batch size: {self.global_batch_size:5d}")
         parts += [f"{name}: {value:.6E}" for name, value in self.losses.items() if value > 0]
@@ -90,6 +96,25 @@ class LogLine:
             f"{name}: {value if isinstance(value, str) else format(value, '.4g')}" for name, value in self.extra.items()
         ]
         return " | ".join(parts) + " |"
+
+
+def update_line(record: Mapping[str, Any]) -> str:
+    """Return the line of an outer update: how the target does, what the weighter gained, which sources are aligned."""
+    parts = [
+        f" [{timestamp()}] outer update at iteration {record['iteration']:8d}",
+        f"target loss: {record['target_loss']:.6E}",
+        f"objective: {record['objective_before']:.4g} before, {record['objective_after']:.4g} after",
+        f"effective sample size: {record['effective_sample_size']:.4g}",
+    ]
+    parts += [f"alignment {source}: {value:.4g}" for source, value in record["alignment_by_source"].items()]
+    return " | ".join(parts) + " |"
+
+
+def update_curves(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures of an outer update that are drawn, by name."""
+    names = ("target_loss", "objective_before", "objective_after", "weighter_grad_norm")
+    by_source = {f"alignment/{source}": value for source, value in record["alignment_by_source"].items()}
+    return {**{name: record[name] for name in names}, **by_source}
 
 
 @dataclass(frozen=True)
@@ -119,9 +144,16 @@ def duration(seconds: float) -> str:
     return f"{days}d {clock}" if days else clock
 
 
-def validation_line(prefix: str, loss: float) -> str:
-    """Megatron-LM's report of an evaluation, between rules."""
-    text = f" validation loss at {prefix} | lm loss value: {loss:.6E} | lm loss PPL: {math.exp(min(20, loss)):.6E} | "
+def validation_line(prefix: str, loss: float, label: str | None = None, name: str | None = None) -> str:
+    """Megatron-LM's report of an evaluation, between rules.
+
+    Args:
+        label: of the validation set, if there are several: its number, or the name that the flags give it.
+        name: of that set, which Megatron-LM does not log.
+    """
+    suffix, ours = ("", "") if label is None else (f"-{label}", f"dwm set: {name} | ")
+    ppl = math.exp(min(20, loss))
+    text = f" validation{suffix} loss at {prefix} | lm loss value: {loss:.6E} | lm loss PPL: {ppl:.6E} | {ours}"
     rule = "-" * (len(text) + 1)
     return f"{rule}\n{text}\n{rule}"
 

@@ -69,7 +69,7 @@ def check_resume(config: RunConfig, saved: SavedCheckpoint) -> None:
     except UserError as error:
         raise UserError(f"--load {load}: {error}") from None
     had_weighter = arguments.get("dwm_mode") == "bilevel"
-    if config.weighting.needs_target and had_weighter and not (saved.folder / DWM_STATE).exists():
+    if config.weighting.learns_weighter and had_weighter and not (saved.folder / DWM_STATE).exists():
         with reported_damage(saved.folder):
             raise CheckpointDamage(f"{DWM_STATE}, the weighter's state, is missing")
 

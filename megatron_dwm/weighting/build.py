@@ -26,12 +26,13 @@ from megatron_dwm.weighting.bilevel.gradient_check import check_at_start
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.outer_update import OuterUpdate
 from megatron_dwm.weighting.bilevel.weighting import BilevelFlops, BilevelParts, BilevelWeighting
+from megatron_dwm.weighting.build_rules import build_rule
 from megatron_dwm.weighting.export import FolderExporter, NoExport, WeighterExporter, run_facts
-from megatron_dwm.weighting.flops import forward_flops, outer_update_flops, scoring_flops
+from megatron_dwm.weighting.flops import outer_update_flops, scoring_flops
 from megatron_dwm.weighting.frozen import FrozenParts, FrozenWeighting
 from megatron_dwm.weighting.loss_factors import LossFactors
 from megatron_dwm.weighting.policy import SampleWeighting, State
-from megatron_dwm.weighting.rules import LossWeighting, OracleWeighting, RandomWeighting, ShuffledWeighting
+from megatron_dwm.weighting.rules import ShuffledWeighting
 from megatron_dwm.weighting.sample_gather import SampleGather
 from megatron_dwm.weighting.sample_reader import SampleReader
 from megatron_dwm.weighting.scored import ScoringOptions
@@ -186,25 +187,16 @@ class _Builder:
         return WarmupWeighting(self.context.stages, self.weight_metrics, self._start())
 
     def _start(self) -> Start:
-        if self.settings.needs_target:
+        if self.settings.learns_weighter:
             return self._start_bilevel
         return self._start_frozen if self.settings.dwm_mode == "frozen" else self._start_rule()
 
     def _start_rule(self) -> Start:
-        settings, training = self.settings, self.config.training
-        rule: RandomWeighting | LossWeighting | OracleWeighting
-        if settings.dwm_rule == "random":
-            rule = RandomWeighting(self.weight_metrics, self.options, settings.dwm_rule_strength, training.seed)
-        elif settings.dwm_rule == "loss":
-            flops = forward_flops(self.config.model, self.context.padded_vocab_size, self.config.global_batch_size)
-            strength, micro = settings.dwm_rule_strength, training.micro_batch
-            rule = LossWeighting(self.weight_metrics, self.options, strength, self.engine, micro, flops)
-        else:
-            rule = OracleWeighting(self.weight_metrics, self.options, settings.dwm_rule_sources or [])
+        rule = build_rule(self.context, lm_gradients(self.context), self.weight_metrics, self.options)
 
         def start(iteration: int, state: State) -> SampleWeighting:
             rule.load_state_dict(state)
-            logger.info(f" > weighting starts at iteration {iteration}: the rule {settings.dwm_rule}")
+            logger.info(f" > weighting starts at iteration {iteration}: the rule {self.settings.dwm_rule}")
             return rule
 
         return start
@@ -214,7 +206,7 @@ class _Builder:
         parts = FrozenParts(
             weighter_stages("--dwm-load", self.settings.dwm_load, self.config.train_iters),
             self._frozen_weighter,
-            self._exporter(),
+            self._exporter(has_own_tokenizer=True),
             self.settings.dwm_score_cache,
             self._scoring_flops,
         )
@@ -249,7 +241,7 @@ class _Builder:
             weighter,
             self._outer_update(weighter),
             self.context.make_target_loader(state.get("consumed_target_samples", 0)),
-            self._exporter(),
+            self._exporter(has_own_tokenizer=bool(weighter.tokenizer_fingerprint)),
             BilevelFlops(self._scoring_flops(weighter), self._update_flops(weighter)),
         )
         if self.settings.dwm_mode == "rule":
@@ -324,13 +316,13 @@ class _Builder:
         if self.inputs.folder is not None and self.inputs.folder.reading:
             logger.info(f" > the weighter's samples: {self.inputs.folder.reading}")
 
-    def _exporter(self) -> WeighterExporter:
+    def _exporter(self, *, has_own_tokenizer: bool) -> WeighterExporter:
         save, folder, tokenizer = self.config.checkpoint.save, self.inputs.folder, self.config.tokenizer
         if save is None:
             return NoExport()
         assert self.inputs.samples is not None  # there is a weighter
         save_tokenizer: Callable[[Path], Any]
-        if folder is not None and folder.own_tokenizer is not None:
+        if has_own_tokenizer and folder is not None and folder.own_tokenizer is not None:
             save_tokenizer, fingerprint, special = folder.own_tokenizer.save_pretrained, folder.fingerprint, True
         else:
             length = self.inputs.samples.seq_length

@@ -86,6 +86,7 @@ def _payloads(traffic: Mapping[str, Traffic]) -> dict[str, float]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_plan_is_what_ranks_hold_and_send(case: str):
     processes, flags = CASES[case]
+    flags = {**flags, "--num-layers": 4}
     config = parse_flags({**IN_PROCESS, **flags}, processes)
     stages = measure_stages(config, Vocabulary(VOCAB_SIZE, VOCAB_SIZE), for_gpu=False)
     counted = run_distributed(_count, processes, flags)

@@ -49,8 +49,8 @@ def benefit(preloaded_commands: Path) -> Benefit:
     return run
 
 
-ARMS = ["uniform", "shuffled", "bilevel", "frozen", "oracle"]
-"""Random weights and weights by loss are runs of their own in test_rules.py."""
+ARMS = ["uniform", "bilevel", "frozen", "source-weights", "oracle", "target-only"]
+"""The other rules are tested in test_rules.py, here and in tests/distributed."""
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,12 @@ def test_all_arms_on_a_mixture_of_ones_own(benefit: Benefit, mixture: list[objec
 
     again = benefit(*command, *SMALL)
     assert again.returncode == 0 and json.loads(file.read_text()) == result, "finished runs were made again"
+    swept = benefit(*command, *SMALL, "--sweep", "--arms", "uniform")
+    assert swept.returncode == 0, swept.stderr
+    by_rate = json.loads(file.read_text())["arms"]["uniform"]
+    assert list(by_rate) == ["0.5", "1", "2"]
+    assert by_rate["1"]["test_loss"] == arms["uniform"]["test_loss"], "a finished run was made again"
+    assert len({found["test_loss"][0] for found in by_rate.values()}) == 3
     changed = benefit(*command, *SMALL, "--lr", "1e-3")
     assert changed.returncode == 2 and "was made with other flags" in changed.stderr
     texts = dict(pairwise(map(str, mixture)))

@@ -51,7 +51,8 @@ SMALLER = {
 NOT_RUN = {
     "README.md: Two commands: bash": "tests/e2e/test_quickstart.py runs the first; the second runs this test",
     "README.md: On a cluster: bash": "needs a cluster with GPUs; tests/e2e/test_slurm.py submits the script to a SLURM",
-    "docs/cluster.md: SLURM: bash": "the same",
+    "README.md: Your own data in five commands: bash 2": "takes hours; tests/e2e/test_benefit.py runs it smaller",
+    "docs/cluster.md: SLURM: bash": "needs a cluster; tests/e2e/test_slurm.py submits the script to a SLURM",
     "docs/cluster.md: SLURM: bash 2": "the same; its variables become flags, which are read below",
     "docs/transfer.md: Longer samples than it was made for: text": "what a run says",
     "docs/transfer.md: To a larger model, from the beginning to a table: bash": "takes an hour; results below it",
@@ -66,6 +67,7 @@ NOT_RUN = {
     "docs/reliability.md: A long run: bash": "takes 24 minutes; its flags are those of tests/small_runs.py",
     "docs/reliability.md: Fuzzing: bash": "takes minutes; the suite runs the same tests with fewer inputs",
     "docs/results.md: How to measure it: bash": "takes hours; tests/e2e/test_benefit.py and test_overhead.py run both",
+    "docs/report.md: While a run goes on: text": "e2e/test_preference_report.py follows a run until it ends",
     "docs/gpu.md: On a GPU: bash": "needs a GPU; tests/e2e/test_gpu_benchmark.py runs it at a smaller size",
     "docs/megatron-comparison.md: How it was compared with Megatron-LM: bash": "needs a checkout of Megatron-LM",
     "CONTRIBUTING.md: Set up: bash": "tests/run.sh begins with the first line; a hook would change this repository",
@@ -90,6 +92,8 @@ RUN = [
     "docs/transfer.md: Select documents: bash",
     "docs/transfer.md: The learnt shares as a blend: bash",
     "docs/report.md: Reading the report: bash",
+    "docs/report.md: Several runs on one page: bash",
+    "docs/report.md: Scores of others: bash",
     "docs/tuning.md: 1. Is there anything to gain?: bash",
     "docs/scaling.md: Three sizes: bash",
     "docs/extending.md: A new weighting in one file: python",
@@ -226,7 +230,13 @@ def test_the_page_on_own_data_ends_with_models_and_pictures(own_data: Workplace)
     assert (run / "preference/preference.html").is_file()
     (run / "preference/preference.html").unlink()
     own_data.run("docs/report.md: Reading the report: bash")
-    assert (run / "preference/preference.html").is_file()
+    assert "good" in (run / "preference/preference.html").read_text()
+    own_data.run("docs/report.md: Scores of others: bash")
+    assert '<th scope="row">rater</th>' in (run / "preference/preference.html").read_text()
+    # From another folder, paths of the run's command, which are relative, still lead to its data.
+    command = [sys.executable, ROOT / "tools/preference_report.py", run, "--output", own_data.folder / "runs/elsewhere"]
+    done = subprocess.run(command, cwd="/", env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
     own_data.run("docs/own-data.md: Take the models along: bash")
     assert AutoModelForCausalLM.from_pretrained(run / "language_model").config.hidden_size == 32
 
@@ -235,6 +245,8 @@ def test_a_weighter_is_taken_to_other_runs(own_data: Workplace):
     own_data.run("docs/transfer.md: In another run, frozen: bash")
     frozen = read_run(own_data.folder / "runs/frozen")
     assert len(frozen.steps) == 12 and not frozen.updates and "weight_by_source" in frozen.steps[0]
+    own_data.run("docs/report.md: Several runs on one page: bash")
+    assert "2 runs compared" in (own_data.folder / "runs/compared/comparison.html").read_text()
     own_data.run("docs/transfer.md: In another run, and learning on: bash")
     assert len(read_run(own_data.folder / "runs/continued").updates) == UPDATES
 

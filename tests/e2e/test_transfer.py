@@ -58,7 +58,7 @@ def test_the_export_says_what_it_is_and_loads_with_transformers_alone(first_run)
     manifest = json.loads((save / "weighter" / "iter_0000020" / "dwm_manifest.json").read_text())
     assert (manifest["iteration"], manifest["stage"], manifest["mode"]) == (20, 2, "bilevel")
     assert manifest["num_stages"] == 2
-    assert manifest["language_model"]["num_layers"] == 4 and manifest["sources"] == ["clean", "noise"]
+    assert manifest["language_model"]["num_layers"] == 2 and manifest["sources"] == ["clean", "noise"]
     model = AutoModelForSequenceClassification.from_pretrained(save / "weighter" / "iter_0000020")
     tokenizer = AutoTokenizer.from_pretrained(save / "weighter" / "iter_0000020")
     assert type(model) is Qwen3ForSequenceClassification and tokenizer.model_max_length == 32

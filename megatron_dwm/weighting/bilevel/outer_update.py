@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.model.parameter_copy import ParameterCopy
-from megatron_dwm.weighting.bilevel.health import require_alignments
+from megatron_dwm.weighting.bilevel.alignment_pass import AlignmentPass
 from megatron_dwm.weighting.bilevel.learning import GradientLearner, Learner
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.replay import AlignedBatch, Replay
@@ -51,6 +51,7 @@ class OuterUpdate:
             weighter,
             sample_gather,
         )
+        self.alignment_pass = AlignmentPass(lm_gradients, sample_gather)
         self.replay = Replay(config.dwm_replay, config.dwm_replay_half_life)
         self.learner: Learner = (RidgeLearner if weighter.is_linear else GradientLearner)(config, weighter)
 
@@ -88,27 +89,17 @@ class OuterUpdate:
             FloatingPointError: an alignment is not finite and the schedule checks for that.
             RuntimeError: all alignments are zero, or the weighter's replicas differ.
         """
-        engine = self.lm_gradients.engine
-        with engine.deterministic():
-            target_loss, direction = self.lm_gradients.gradient(target)
-            before.swap()
-            alignments = self.sample_gather.gather_from_replicas(self.lm_gradients.align(batch, direction)).cpu()
-            before.swap()
-        del direction  # as large as the gradient, and the weighter's steps need room
-        if not bool(alignments.isfinite().all()):
-            if engine.check_for_nan:
-                raise FloatingPointError("an alignment is not finite; lower --lr, or look at the data of this step")
+        found = self.alignment_pass.run(batch, target, before)
+        if found is None:
             return None
-
-        require_alignments(alignments)
-
+        alignments = found.values
         tokens = batch.tokens[self.sample_gather.rank_slice_of(len(batch))]
         self.replay.append(tokens, self.rank_places(len(alignments)), alignments)
         first = self._objective(self.replay.newest)
         grad_norm = self.learner.learn(self.replay) if self.config.dwm_lr > 0 else 0.0
         return OuterResult(
             alignments=alignments,
-            target_loss=target_loss,
+            target_loss=found.target_loss,
             objective_before=first,
             objective_after=self._objective(self.replay.newest),
             weighter_grad_norm=grad_norm,

@@ -64,7 +64,7 @@ def precondition(direction: Direction, optimizer: Optimizer, parallel_state: Par
             v.zero_()
         flat[place] = scaled.to(flat)
         if sharded:
-            dist.all_reduce(v, group=parallel_state.dp_cp_group)
+            dist.all_reduce(v, group=parallel_state.optimizer_group)
 
 
 def knows_preconditioner(optimizer: Optimizer) -> bool:

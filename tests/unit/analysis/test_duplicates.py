@@ -11,9 +11,10 @@ from megatron_dwm.analysis import duplicates as module
 from megatron_dwm.analysis.duplicates import duplicates
 
 
-def sentences(seed: int, count: int = 60) -> list[str]:
+def sentences(seed: int, count: int = 200) -> list[str]:
+    """Words of letters: MinHash takes all numbers for the same."""
     generator = random.Random(seed)
-    return [f"w{generator.randrange(5000)}" for _ in range(count)]
+    return ["".join(generator.choices("abcdefgh", k=5)) for _ in range(count)]
 
 
 def clusters() -> tuple[list[str], list[int]]:

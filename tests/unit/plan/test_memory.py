@@ -9,19 +9,21 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.data.tokenizers import build_tokenizer
+from megatron_dwm.model.vocabulary import Vocabulary
 from megatron_dwm.plan.memory import in_flight
 from megatron_dwm.plan.meter import Meter
+from megatron_dwm.plan.stages import measure_stages
 from megatron_dwm.plan.weighter import plan_weighter
 from megatron_dwm.weighting.bilevel.replay import Replay
 from megatron_dwm.weighting.bilevel.ridge import RidgeLearner
 from megatron_dwm.weighting.build import read_weighting_inputs
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_init import random_weighter_model
-from tests.small_runs import IN_PROCESS, LLAMA, parse_flags
+from tests.small_runs import IN_PROCESS, LLAMA, VOCAB_SIZE, parse_flags
 
 
 def test_microbatches_in_flight_are_those_of_the_schedule():
-    pipeline = {**IN_PROCESS, **LLAMA, "--pipeline-model-parallel-size": 4, "--micro-batch-size": 1}
+    pipeline = {**IN_PROCESS, **LLAMA, "--num-layers": 4, "--pipeline-model-parallel-size": 4, "--micro-batch-size": 1}
     config = parse_flags(pipeline, 4)
     assert [in_flight(config, stage, 8) for stage in range(4)] == [[4], [3], [2], [1]]
     assert [in_flight(config, stage, 2) for stage in range(4)] == [[2], [2], [2], [1]]
@@ -29,6 +31,25 @@ def test_microbatches_in_flight_are_those_of_the_schedule():
     config = parse_flags(interleaved, 4)
     # The first stage runs 2 x 3 + 4 forward passes before the one that a backward pass follows: 4, 4, and 3 again.
     assert in_flight(config, 0, 8) == [7, 4] and in_flight(config, 3, 8) == [4, 1]
+
+
+def test_a_gpu_keeps_neither_attention_matrices_nor_copies_of_norms():
+    sizes = {"--seq-length": 512, "--max-position-embeddings": 512, "--attention-dropout": 0.1, "--dwm-mode": "off"}
+    config = parse_flags({**IN_PROCESS, **LLAMA, **sizes, "--num-layers": 2, "--bf16": True}, 1)
+    vocabulary = Vocabulary(VOCAB_SIZE, VOCAB_SIZE)
+    kept = {
+        for_gpu: measure_stages(config, vocabulary, for_gpu=for_gpu)[0].training[0].kept for for_gpu in (False, True)
+    }
+    matrices = 2 * config.training.micro_batch * config.model.heads * 512 * 512 * 2  # of two layers, in bf16
+    tokens = config.training.micro_batch * 512
+    # Of a layer: two norms' outputs, queries, keys and values together and again rotated, what the attention gives
+    # twice, the MLP's two halves and their product, and the two sums with the residual; and then of the whole model its
+    # embeddings, the last norm and the logits with their softmax in fp32.
+    hidden, groups, ffn = config.model.hidden, config.model.query_groups * config.model.head_size, config.model.ffn
+    layer = 2 * hidden + (hidden + 2 * groups) + (hidden + groups) + 2 * hidden + 3 * ffn + 2 * hidden
+    by_hand = 2 * tokens * (2 * layer + 2 * hidden) + tokens * VOCAB_SIZE * 4
+    assert by_hand <= kept[True] <= 1.15 * by_hand
+    assert kept[False] > kept[True] + matrices
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ RUN: Flags = {
     **TRAINING,
     **DATA,
     **WEIGHTING,
+    "--num-layers": 4,
     "--dwm-init-from": "random",
     "--hidden-dropout": 0,
     "--attention-dropout": 0,
@@ -46,11 +47,11 @@ def test_the_plan_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         "--fp8-format": "hybrid",
         "--fp8-recipe": "tensorwise",
     }
-    flags = {**RUN, **layers, "--save": save, "--save-interval": 5}
-    main([*as_argv(flags), "--plan", "--nproc", "16", "--plan-json", str(path)])
+    flags = {**RUN, **layers, "--context-parallel-size": 2, "--save": save, "--save-interval": 5}
+    main([*as_argv(flags), "--plan", "--nproc", "32", "--plan-json", str(path)])
     printed = capsys.readouterr().out
     plan = json.loads(path.read_text())
-    assert plan["layout"]["data_parallel"] == 8 and "16 ranks = tensor 2 x pipeline 1 x data 8" in printed
+    assert plan["layout"]["data_parallel"] == 8 and "32 ranks = tensor 2 x pipeline 1 x context 2 x data 8" in printed
     # Iterations 1 to 4 are the warm-up; two stages of 8 follow, with an update every 2.
     assert plan["updates"] == [6, 8, 10, 12, 14, 16, 18, 20]
     assert "outer updates    8: after iterations 6 to 20, every 2" in printed

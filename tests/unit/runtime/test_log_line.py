@@ -17,6 +17,7 @@ LINE = LogLine(
     skipped_samples=0,
     seconds_per_iteration=1.23456,
     throughput=None,
+    joules=None,
     learning_rate=1.5e-4,
     global_batch_size=256,
     losses={"lm loss": 6.7890123},
@@ -36,6 +37,8 @@ def test_the_line_ends_with_what_is_ours():
         "learning rate: 1.500000E-04 | global batch size:   256 | lm loss: 6.789012E+00 | loss scale: 1.0 | "
         "grad norm: 1.234 | number of skipped iterations:   0 | number of nan iterations:   0 |"
     )
+    with_energy = str(replace(LINE, joules=617.28)).split("]", 1)[1]
+    assert "(ms): 1234.6 | energy per GPU (J/iter/GPU): 617.3 | power per GPU (W/GPU): 500.0 | learning" in with_energy
     weighted = replace(LINE, extra={"dwm stage": 2, "dwm effective sample size": 0.87654})
     assert str(weighted).split("]", 1)[1] == plain + " dwm stage: 2 | dwm effective sample size: 0.8765 |"
 
@@ -69,6 +72,9 @@ def test_the_rule_is_as_long_as_the_line_and_one_more():
     rule, text, last = validation_line("iteration 7", 1.0).splitlines()
     assert rule == last == "-" * (len(text) + 1)
     assert "lm loss PPL: 2.718282E+00" in text
+    assert validation_line("iteration 7", 1.0, "2", "wiki").splitlines()[1] == (
+        " validation-2 loss at iteration 7 | lm loss value: 1.000000E+00 | lm loss PPL: 2.718282E+00 | dwm set: wiki | "
+    )
 
 
 def test_a_perplexity_does_not_overflow():
