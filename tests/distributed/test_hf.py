@@ -88,6 +88,7 @@ MODELS: dict[str, Flags] = {
     },
     "gpt2 scaled by layer number": {**GPT, "--apply-query-key-layer-scaling": True},
 }
+MODELS = {name: {**flags, "--num-layers": 4} for name, flags in MODELS.items()}  # interleaved stages need as many
 UNPADDED = 50
 TOKENS = random_tokens(7) % UNPADDED
 """Tokens that the unpadded vocabulary has."""
