@@ -1,49 +1,48 @@
-"""Write the language model of a checkpoint as a Hugging Face folder: LlamaForCausalLM or GPT2LMHeadModel.
+"""Write the language model of a checkpoint as a Hugging Face folder: Llama, Qwen2, Qwen3, Phi-3, Nemotron or GPT-2.
 
 The model's flags come from the checkpoint, and the tokenizer's do where they are not given. The checkpoint may have
-been saved under any parallel layout; this needs one process and no GPU.
+been saved under any parallel layout; this needs one process, no GPU, and memory for one weight file. The folder is
+loaded again and compared with the checkpoint before it gets its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from megatron_dwm.atomic_write import atomic_folder
 from megatron_dwm.cli.command import limit_progress_bars, run_command
-from megatron_dwm.config.checkpoint import CheckpointConfig
-from megatron_dwm.config.checkpoint_args import effective_arguments, read_arguments
+from megatron_dwm.cli.saved_run import ExportArguments, checkpoint_folder, saved_model, saved_tokenizer
+from megatron_dwm.config.checkpoint_args import read_arguments
 from megatron_dwm.config.flags import build, declared_flags, flag, read
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError
 
-MODEL_KEYS = "embedding.", "decoder.", "output_layer."
+if TYPE_CHECKING:
+    from megatron_dwm.training.saved_checkpoint import SavedCheckpoint
+
+_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(ExportArguments):
     """Export."""
 
-    load: str = flag("", "Folder of checkpoints: a run's --save.")
-    ckpt_step: int | None = flag(None, "Iteration to export, in place of the latest.")
-    output: str = flag("", "Hugging Face folder to write; it must not exist yet.")
-
-    def __post_init__(self) -> None:
-        for name in ("load", "output"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is missing; give a folder")
-        if Path(self.output).exists():
-            raise UserError(f"--output {self.output} exists; remove it or give another folder")
+    max_shard_size: str = flag("5GB", "Largest size of one weight file, of which the tensors are in memory at a time.")
 
 
 def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
-    """Write the folder that ``config`` names.
+    """Write the folder that ``config`` names, and compare it with the checkpoint.
+
+    The tensors of one weight file are in memory at a time.
 
     Args:
         config: the checkpoint, and the folder to write.
@@ -55,77 +54,135 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
     Raises:
         UserError: no such checkpoint, or Hugging Face has no such model.
     """
-    from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
+    from megatron_dwm.data.hf_tokenizers import is_kept_beside, load_tokenizer_folder, save_hf_tokenizer
     from megatron_dwm.data.tokenizers import build_tokenizer
-    from megatron_dwm.model.hf_model import causal_language_model
+    from megatron_dwm.model.hf_card import language_model_card
+    from megatron_dwm.model.hf_config import architecture, hf_config
+    from megatron_dwm.model.hf_model import hf_skeleton, hf_tensors, write_weights
     from megatron_dwm.model.vocabulary import saved_softmax_size
+    from megatron_dwm.training.saved_checkpoint import open_checkpoint
 
-    folder = _checkpoint_folder(config)
+    folder = checkpoint_folder(config.load, config.ckpt_step)
     saved = read_arguments(folder)
     model = saved_model(saved)
     tokenizer_config = saved_tokenizer(saved, tokenizer_flags)
     tokenizer = build_tokenizer(tokenizer_config)
-    full_state = read_model(folder)
-    rows = len(full_state["embedding.word_embeddings.weight"])
+    checkpoint = open_checkpoint(folder)
+    _check_tensors(checkpoint, model)
+    rows = checkpoint.shapes[_EMBEDDING][0]
     if tokenizer.vocab_size > rows:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model of {folder} only {rows}; give the flags "
             "of the tokenizer that it was trained with"
         )
     vocab_size = max(int(tokenizer.vocab_size), saved_softmax_size(saved, 0))
-    language_model = causal_language_model(full_state, model, vocab_size=vocab_size)
-    for settings in (language_model.config, language_model.generation_config):
-        settings.eos_token_id = int(tokenizer.eod)
+    dtype = checkpoint.metadata.state_dict_metadata[_EMBEDDING].properties.dtype
+    has_any_tokenizer = not is_kept_beside(architecture(model), tokenizer, tokenizer_config)
+    skeleton = hf_skeleton(
+        hf_config(model, vocab_size=vocab_size, num_layers=model.layers, has_any_tokenizer=has_any_tokenizer), dtype
+    )
     limit_progress_bars()
-    with atomic_folder(Path(config.output)) as beside:
-        language_model.save_pretrained(beside)
-        save_hf_tokenizer(tokenizer, tokenizer_config, beside)
+    size = sum(p.numel() * p.element_size() for p in skeleton.parameters())
+    bar = tqdm(total=2 * size, unit="B", unit_scale=True, desc="export", disable=not os.isatty(2))
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        prefix = skeleton.base_model_prefix
+        for name, tensor in hf_tensors(model, prefix, vocab_size, lambda p: checkpoint.read_row(p.key, p.layer)):
+            bar.update(tensor.numel() * tensor.element_size())
+            yield name, tensor
+
+    with bar, atomic_folder(Path(config.output)) as beside:
+        try:
+            write_weights(beside, skeleton, tensors(), config.max_shard_size)
+        except ValueError as error:
+            raise UserError(
+                f"--load {folder}: cannot be exported ({error}); give another checkpoint or size"
+            ) from error
+        skeleton.config.save_pretrained(beside)
+        save_hf_tokenizer(tokenizer, tokenizer_config, beside, model.sequence)
+        counterpart = load_tokenizer_folder(beside)
+        _complete_settings(skeleton, counterpart, beside, window=model.sequence)
+        count = _verify(beside, skeleton, tensors())
+        card = language_model_card(
+            saved, skeleton, counterpart, name=Path(config.output).name, effect=_effect(config.load)
+        )
+        (beside / "README.md").write_text(card, encoding="utf-8")
     return (
-        f"{config.output}: {type(language_model).__name__} of {language_model.num_parameters():,} parameters, "
-        f"{vocab_size:,} tokens, from {folder}"
+        f"{config.output}: wrote a {type(skeleton).__name__} of {skeleton.num_parameters():,} parameters, "
+        f"{vocab_size:,} tokens, from {folder}; loaded again, its {count} tensors are the checkpoint's"
     )
 
 
-def saved_model(saved: Mapping[str, Any]) -> ModelConfig:
-    """Return the configuration of the model that a checkpoint's arguments describe.
+def _effect(load: str) -> str | None:
+    """Return what the run's records say of its loss; None if there are none."""
+    from megatron_dwm.analysis.records import read_run
 
-    Raises:
-        UserError: it is not a model that this program trains.
-    """
-    return build(ModelConfig, effective_arguments(saved))
+    if not (Path(load) / "metrics.jsonl").is_file():
+        return None
+    run = read_run(Path(load))
+    evaluations = run.evaluated("valid") or run.evaluated("test")
+    if not evaluations:
+        return "The run had no evaluations."
+    last = evaluations[-1]
+    return f"Loss of {last['lm_loss']:.4f} on the {last['split']} data at iteration {last['iteration']}."
 
 
-def saved_tokenizer(saved: Mapping[str, Any], given: Mapping[str, Any]) -> TokenizerConfig:
-    """Return the configuration of a checkpoint's tokenizer.
+def _check_tensors(checkpoint: SavedCheckpoint, model: ModelConfig) -> None:
+    """Refuse a checkpoint whose tensors are not those of the model that its arguments describe."""
+    from megatron_dwm.model.hf_weights import pieces
+
+    for piece in pieces(model, range(model.layers)):
+        shape = checkpoint.shapes.get(piece.key)
+        if shape is None or (piece.layer is not None and shape[0] != model.layers):
+            found = "is missing" if shape is None else f"has {shape[0]} layers"
+            raise UserError(
+                f"the checkpoint does not hold the model that its arguments describe: {piece.key} {found}; give another"
+            )
+
+
+def _complete_settings(skeleton: Any, tokenizer: Any, folder: Path, *, window: int) -> None:
+    """Write config.json and generation_config.json with the tokenizer's special tokens and the trained window."""
+    config, generation = skeleton.config, skeleton.generation_config
+    for settings in (config, generation):
+        settings.bos_token_id, settings.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    generation.pad_token_id = tokenizer.pad_token_id
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:  # whose embedding would not learn any more
+        config.pad_token_id = tokenizer.pad_token_id
+    generation.max_length = window
+    config.architectures = [type(skeleton).__name__]
+    config.save_pretrained(folder)
+    generation.save_pretrained(folder)
+
+
+def _verify(folder: Path, skeleton: Any, tensors: Iterator[tuple[str, torch.Tensor]]) -> int:
+    """Load the folder again, and compare it with the checkpoint.
 
     Args:
-        saved: the checkpoint's arguments.
-        given: values of fields that take precedence over them.
-    """
-    usable = {item.field for item in declared_flags(TokenizerConfig) if item.refused is None}
-    return build(TokenizerConfig, {key: saved[key] for key in usable & saved.keys()} | dict(given))
+        folder: that was written.
+        skeleton: the model, without storage.
+        tensors: the checkpoint's, by Hugging Face name.
 
-
-def read_model(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the model's unsharded tensors by checkpoint key; those of layers are stacked, [layers, ...].
+    Returns:
+        the number of tensors.
 
     Raises:
-        UserError: the checkpoint is damaged, or names code that no checkpoint needs.
+        UserError: it does not load, or is another model.
     """
-    from megatron_dwm.training.saved_checkpoint import open_checkpoint
+    from transformers import AutoConfig
 
-    saved = open_checkpoint(folder)
-    return saved.read_tensors(key for key in saved.shapes if key.startswith(MODEL_KEYS))
+    from megatron_dwm.model.hf_folder import read_hugging_face
 
-
-def _checkpoint_folder(config: ExportConfig) -> Path:
-    from megatron_dwm.config.checkpoint import TRACKER
-    from megatron_dwm.training.checkpoint_folders import latest_checkpoint
-
-    folder = latest_checkpoint(CheckpointConfig(load=config.load, ckpt_step=config.ckpt_step))
-    if folder is None:
-        raise UserError(f"--load {config.load}: no {TRACKER} there; give the folder that a run saved to")
-    return folder
+    read = read_hugging_face(folder, "--output")
+    found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
+    expected = skeleton.config.to_dict()
+    if differing := [name for name in expected if name[0] != "_" and found.get(name) != expected[name]]:
+        raise UserError(f"--output {folder}: loaded again, it has another {differing[0]}; export it again")
+    count = 0
+    for name, tensor in tensors:
+        if not torch.equal(read.state.files[name], tensor.to(skeleton.dtype)):
+            raise UserError(f"--output {folder}: loaded again, {name} is not the checkpoint's; export it again")
+        count += 1
+    return count
 
 
 def main(argv: Sequence[str] | None = None) -> None:

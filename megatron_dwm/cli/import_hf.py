@@ -1,20 +1,24 @@
-"""Write a Hugging Face LlamaForCausalLM or GPT2LMHeadModel as a checkpoint that pretraining can start from.
+"""Write a Hugging Face causal language model as a checkpoint that pretraining can start from.
 
-``pretrain_dwm.py --load CHECKPOINTS --finetune`` starts from it under any parallel layout, with the model's flags,
-which are printed. This needs one process and no GPU.
+Llama, Mistral, Qwen2, Qwen2.5, Qwen3, Phi-3, Nemotron and GPT-2 are known. ``pretrain_dwm.py --load CHECKPOINTS
+--finetune`` starts from the checkpoint under any parallel layout, with the model's flags, which are printed. This needs
+one process, no GPU, and memory for little more than one layer.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import shlex
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from megatron_dwm.atomic_write import atomic_folder, atomic_write_text
 from megatron_dwm.cli.command import limit_progress_bars, run_command
@@ -22,6 +26,10 @@ from megatron_dwm.config.flags import declared_flags, flag, parse, require_at_le
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import PARTS
 from megatron_dwm.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_dwm.model.hf_folder import HuggingFaceModel
+    from megatron_dwm.training.checkpoint_parts import TensorOfParts
 
 ITERATION = 1
 """Of the checkpoint: Megatron-LM takes 0 for a mistake."""
@@ -31,7 +39,7 @@ ITERATION = 1
 class ImportConfig:
     """Import."""
 
-    input: str = flag("", "Hugging Face folder of a LlamaForCausalLM or GPT2LMHeadModel.")
+    input: str = flag("", "Hugging Face folder of a causal language model.")
     save: str = flag("", "Folder of checkpoints to write to; it must hold none yet.")
     make_vocab_size_divisible_by: int = flag(128, "Pad the vocabulary to a multiple of this.")
 
@@ -42,11 +50,13 @@ class ImportConfig:
         require_at_least(self, 1, "make_vocab_size_divisible_by")
 
 
-def import_model(config: ImportConfig) -> tuple[Path, ModelConfig]:
+def import_model(config: ImportConfig) -> tuple[Path, HuggingFaceModel]:
     """Write the checkpoint that ``config`` names, and the tracker file beside it.
 
+    One tensor of one layer is in memory at a time.
+
     Returns:
-        the checkpoint's folder, and the configuration of the model.
+        the checkpoint's folder, and the model that was read.
 
     Raises:
         UserError: no such model, an architecture that is not trained here, or there are checkpoints already.
@@ -54,7 +64,6 @@ def import_model(config: ImportConfig) -> tuple[Path, ModelConfig]:
     from megatron_dwm.config.checkpoint import TRACKER
     from megatron_dwm.data.tokenizers import padded_vocab_size
     from megatron_dwm.model.hf_folder import read_hugging_face
-    from megatron_dwm.model.hf_weights import from_hf_state_dict
     from megatron_dwm.model.vocabulary import Vocabulary
     from megatron_dwm.training.checkpoint_folders import iteration_folder
 
@@ -83,20 +92,23 @@ def import_model(config: ImportConfig) -> tuple[Path, ModelConfig]:
     }
     folder = iteration_folder(root, ITERATION)
     with atomic_folder(folder) as beside:
-        write_checkpoint(beside, from_hf_state_dict(read.state, model, padded_vocab_size=padded), arguments)
+        write_checkpoint(beside, read, padded, arguments)
     atomic_write_text(root / TRACKER, str(ITERATION))
-    return folder, model
+    return folder, read
 
 
-def write_checkpoint(folder: Path, full_state: dict[str, torch.Tensor], arguments: dict[str, Any]) -> None:
-    """Fill ``folder`` in megatron-core's ``torch_dist`` format, with one whole shard of every tensor."""
+def write_checkpoint(folder: Path, read: HuggingFaceModel, padded_vocab_size: int, arguments: dict[str, Any]) -> None:
+    """Fill ``folder`` in megatron-core's ``torch_dist`` format, each layer's part of a tensor as a shard of its own."""
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-    from torch.distributed.checkpoint.state_dict_saver import save
 
     from megatron_dwm.training.checkpoint_checksums import write_checksums
     from megatron_dwm.training.checkpoint_contents import VERSION
+    from megatron_dwm.training.checkpoint_parts import write_parts
 
-    save({**full_state, **_empty_extra_states(arguments["num_layers"])}, checkpoint_id=str(folder))
+    tensors = _tensors(read, padded_vocab_size)
+    size = sum(math.prod(tensor.size) * tensor.dtype.itemsize for tensor in tensors.values())
+    with tqdm(total=size, unit="B", unit_scale=True, desc="import", disable=not os.isatty(2)) as bar:
+        write_parts(folder, tensors, _empty_extra_states(read.model), bar.update)
     common = {
         "args": Namespace(**arguments),
         "checkpoint_version": VERSION,
@@ -109,9 +121,40 @@ def write_checkpoint(folder: Path, full_state: dict[str, torch.Tensor], argument
     write_checksums(folder)
 
 
-def _empty_extra_states(num_layers: int) -> dict[str, list[None]]:
+def _tensors(read: HuggingFaceModel, padded_vocab_size: int) -> dict[str, TensorOfParts]:
+    """Return the checkpoint's tensors, which are made when they are written."""
+    from megatron_dwm.model.hf_weights import LAYERS, from_hf, pieces
+    from megatron_dwm.training.checkpoint_parts import TensorOfParts, TensorPart
+
+    model = read.model
+    made: dict[str, list[TensorPart]] = {}
+    described: dict[str, tuple[torch.Size, torch.dtype]] = {}
+    for piece in pieces(model, range(model.layers)):
+        if piece.key not in described:  # the layers are alike: the first one's tensor is made for its shape
+            tensor = from_hf(piece, read.state, model, padded_vocab_size)
+            described[piece.key] = tensor.shape, tensor.dtype
+        shape = tuple(described[piece.key][0])
+        make = partial(from_hf, piece, read.state, model, padded_vocab_size)
+        if piece.layer is None:
+            part = TensorPart((0,) * len(shape), shape, make)
+        else:
+            part = TensorPart((piece.layer, *(0,) * len(shape)), (1, *shape), partial(_as_row, make))
+        made.setdefault(piece.key, []).append(part)
+    tensors = {}
+    for key, parts in made.items():
+        size = (model.layers, *parts[0].size[1:]) if key.startswith(LAYERS) else parts[0].size
+        tensors[key] = TensorOfParts(size, described[key][1], tuple(parts))
+    return tensors
+
+
+def _as_row(make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return make()[None]
+
+
+def _empty_extra_states(model: ModelConfig) -> dict[str, list[None]]:
     """Return the states of FP8 scales that megatron-core expects of each module; there are none."""
     modules = (
+        *(("self_attention.q_layernorm", "self_attention.k_layernorm") if model.qk_layernorm else ()),
         "self_attention.core_attention",
         "self_attention.linear_qkv",
         "self_attention.linear_proj",
@@ -119,9 +162,9 @@ def _empty_extra_states(num_layers: int) -> dict[str, list[None]]:
         "mlp.linear_fc2",
     )
     states: dict[str, list[None]] = {
-        f"decoder.layers.{module}._extra_state/shard_{layer}_{num_layers}": [None]
+        f"decoder.layers.{module}._extra_state/shard_{layer}_{model.layers}": [None]
         for module in modules
-        for layer in range(num_layers)
+        for layer in range(model.layers)
     }
     return states | {"decoder.final_layernorm._extra_state/shard_0_1": [None]}
 
@@ -133,9 +176,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(argv: Sequence[str] | None) -> None:
     config: ImportConfig = parse(argv, {"import": ImportConfig}, description=__doc__)["import"]
-    folder, model = import_model(config)
-    print(f"{folder}: the model of {config.input}, to be started from with these flags:")
-    print(shlex.join([*to_argv(model), "--load", config.save, "--finetune"]))
+    folder, read = import_model(config)
+    zeros = f" (its {len(read.state.zeros)} missing biases are zeros)" if read.state.zeros else ""
+    print(shlex.join([*to_argv(read.model), "--load", config.save, "--finetune"]))
+    print(f"{folder}: wrote the model of {config.input}{zeros}; start from it with the flags above")
 
 
 if __name__ == "__main__":

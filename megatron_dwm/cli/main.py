@@ -24,6 +24,9 @@ COMMANDS = {
         "megatron_dwm.cli.check_checkpoint", "verify checkpoints from the first to the last byte"
     ),
     "export-hf": Command("megatron_dwm.cli.export_hf", "write a checkpoint's model as a Hugging Face folder"),
+    "export-weighter": Command(
+        "megatron_dwm.cli.export_weighter", "write a checkpoint's weighter as a Hugging Face folder"
+    ),
     "import-hf": Command("megatron_dwm.cli.import_hf", "write a Hugging Face model as a checkpoint"),
     "score": Command("megatron_dwm.cli.score", "score documents with a trained weighter"),
     "select": Command("megatron_dwm.cli.select", "select documents within a budget: by score, at random, by source"),

@@ -54,6 +54,13 @@ _FUNCTION = (
     "rotary_seq_len_interpolation_factor",
     "use_rope_scaling",
     "rope_scaling_factor",
+    "rotary_scaling_factor",
+    "mscale",
+    "mscale_all_dim",
+    "yarn_original_max_position_embeddings",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_correction_range_round_to_int",
     "layernorm_epsilon",
     "layernorm_zero_centered_gamma",
 )
@@ -174,6 +181,8 @@ def differing_flag(run: Mapping[str, Any], saved: Mapping[str, Any], *, finetune
         UserError: the checkpoint's arguments describe a model that this program does not train.
     """
     ours, theirs = _architecture(run), _architecture(saved)
+    if finetune and {"rope", "yarn"} == {side.get("position_embedding_type") for side in (ours, theirs)}:
+        ours["position_embedding_type"] = theirs["position_embedding_type"]  # the same tensors
     names = [*_SIZES, *_PARTS, *(() if finetune else _FUNCTION)]
     if ours.get("position_embedding_type") == "learned_absolute":
         names.append("max_position_embeddings")

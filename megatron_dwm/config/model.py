@@ -13,17 +13,30 @@ from megatron_dwm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+_ROPE, _YARN = "--position-embedding-type rope", "--position-embedding-type yarn"
 _NEEDED = {
     "num_query_groups": "--group-query-attention",
+    "rotary_base": f"{_ROPE} or yarn",
     **dict.fromkeys(
         (
-            "rotary_base",
             "rotary_percent",
             "rotary_interleaved",
             "use_rope_scaling",
             "rotary_seq_len_interpolation_factor",
         ),
-        "--position-embedding-type rope",
+        _ROPE,
+    ),
+    **dict.fromkeys(
+        (
+            "rotary_scaling_factor",
+            "mscale",
+            "mscale_all_dim",
+            "yarn_original_max_position_embeddings",
+            "yarn_beta_fast",
+            "yarn_beta_slow",
+            "yarn_correction_range_round_to_int",
+        ),
+        _YARN,
     ),
     "no_rope_freq": "--position-embedding-type rope",
     "rope_scaling_factor": "--use-rope-scaling",
@@ -52,10 +65,13 @@ _IDLE_IN_MEGATRON_LMS_SCRIPTS = {"recompute_method", "recompute_num_layers"}
 
 def lacking_flag(field: str, values: Mapping[str, Any]) -> str | None:
     """Return the flag without which ``field`` has no effect; None if it is among ``values`` of ModelConfig's fields."""
+    rope = values.get("position_embedding_type") == "rope" or values.get("use_rotary_position_embeddings")
+    yarn = values.get("position_embedding_type") == "yarn"
     given = {
         "--group-query-attention": values.get("group_query_attention"),
-        "--position-embedding-type rope": values.get("position_embedding_type") == "rope"
-        or values.get("use_rotary_position_embeddings"),
+        _ROPE: rope,
+        _YARN: yarn,
+        _NEEDED["rotary_base"]: rope or yarn,
         "--use-rope-scaling": values.get("use_rope_scaling"),
         "--window-size": values.get("window_size"),
         "--swiglu or --quick-geglu": values.get("swiglu") or values.get("quick_geglu"),
@@ -84,8 +100,8 @@ class ModelConfig:
     num_query_groups: int = flag(1, "Number of query groups in group-query attention.")
     seq_length: int | None = flag(None, "Maximum sequence length to process.")
     max_position_embeddings: int | None = flag(None, "Size of the position embedding table.")
-    position_embedding_type: Literal["learned_absolute", "rope", "none"] = flag(
-        "learned_absolute", "Position embedding type."
+    position_embedding_type: Literal["learned_absolute", "rope", "yarn", "none"] = flag(
+        "learned_absolute", "Position embedding type; yarn is rope scaled by YaRN for longer sequences."
     )
     use_rotary_position_embeddings: bool = flag(
         False, "Use rotary position embeddings.", deprecated="use --position-embedding-type rope"
@@ -104,6 +120,15 @@ class ModelConfig:
         None, "Divide positions by this before they are rotated, for sequences longer than a model has seen."
     )
     rope_scaling_factor: float = flag(8.0, "Factor of --use-rope-scaling.")
+    rotary_scaling_factor: float = flag(1.0, "Factor of YaRN: how many times longer sequences are.")
+    mscale: float = flag(1.0, "How much YaRN scales attention: by 0.1 x this x log(factor) + 1.")
+    mscale_all_dim: float = flag(0.0, "Like --mscale, and divides by it.")
+    yarn_original_max_position_embeddings: int = flag(
+        4096, "Length of the sequences that a model was trained with before YaRN."
+    )
+    yarn_beta_fast: float = flag(32.0, "Rotations in that length from which YaRN leaves a frequency as it is.")
+    yarn_beta_slow: float = flag(1.0, "Rotations in that length up to which YaRN divides a frequency by the factor.")
+    yarn_correction_range_round_to_int: bool = flag(True, "Do not round the bounds of these two to whole frequencies.")
     no_rope_freq: str | None = flag(
         None, "Layers whose queries and keys are not rotated: every so many, or a pattern of 1 such as ([0]*3+[1])*2."
     )
@@ -221,8 +246,8 @@ class ModelConfig:
             self,
             1,
             "num_layers hidden_size num_attention_heads seq_length ffn_hidden_size kv_channels num_query_groups "
-            "max_position_embeddings rotary_base rotary_seq_len_interpolation_factor "
-            "make_vocab_size_divisible_by padded_vocab_size recompute_num_layers",
+            "max_position_embeddings rotary_base rotary_seq_len_interpolation_factor rotary_scaling_factor "
+            "yarn_original_max_position_embeddings make_vocab_size_divisible_by padded_vocab_size recompute_num_layers",
         )
         require_at_least(self, 0, "hidden_dropout attention_dropout init_method_std layernorm_epsilon")
         self._check_sizes()
@@ -258,7 +283,12 @@ class ModelConfig:
             raise UserError(f"--activation-func-clamp-value {self.activation_func_clamp_value}: must be above 0")
 
     def _check_positions(self) -> None:
-        rope = self.positions == "rope"
+        if self.positions == "yarn" and not 0 < self.yarn_beta_slow < self.yarn_beta_fast:
+            raise UserError(
+                f"--yarn-beta-slow {self.yarn_beta_slow} is not between 0 and --yarn-beta-fast {self.yarn_beta_fast}; "
+                "change one"
+            )
+        rope = self.has_rotary_positions
         if not rope and self.max_position_embeddings is None:
             raise UserError("--max-position-embeddings is missing; give at least --seq-length")
         if self.max_position_embeddings is not None and self.sequence > self.max_position_embeddings:
@@ -372,3 +402,8 @@ class ModelConfig:
     def positions(self) -> str:
         """The type of position embedding."""
         return "rope" if self.use_rotary_position_embeddings else self.position_embedding_type
+
+    @property
+    def has_rotary_positions(self) -> bool:
+        """Whether queries and keys are rotated by their positions."""
+        return self.positions in ("rope", "yarn")

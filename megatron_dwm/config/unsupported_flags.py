@@ -28,10 +28,10 @@ UNSUPPORTED: dict[str, str] = {
         --hybrid-layer-pattern --freeze-all-layers
         --decoder-seq-length --yaml-cfg --enable-experimental""",
     "attention is the standard one, neither latent, linear nor sparse; leave it out": """
-        --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim --mscale --mscale-all-dim
-        --rotary-scaling-factor --cache-mla-latents --experimental-attention-variant --dsa-* --linear-*
+        --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim
+        --cache-mla-latents --experimental-attention-variant --dsa-* --linear-*
         --relative-attention-* --mrope-section --use-fused-weighted-squared-relu --use-te-activation-func
-        --use-kitchen-attention --mla-down-proj-fusion --no-dsa-* --disable-dsa-* --yarn-* --no-yarn-*""",
+        --use-kitchen-attention --mla-down-proj-fusion --no-dsa-* --disable-dsa-*""",
     "it changes weights between the steps, which an outer update does not look ahead to; use --qk-layernorm": """
         --qk-clip*""",
     "Transformer Engine's attention alone tells its logits, and in newer versions; leave it out": """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,22 @@ def save_hf_tokenizer(
     with atomic_files(directory) as scratch:
         counterpart.save_pretrained(scratch)
     _check_same_ids(tokenizer, load_tokenizer_folder(directory), config)
+
+
+def is_kept_beside(model_type: str, tokenizer: MegatronTokenizerText, config: TokenizerConfig) -> bool:
+    """Return whether ``AutoTokenizer`` loads the counterpart as it is from a folder of a model of ``model_type``.
+
+    Raises:
+        UserError: there is no counterpart.
+    """
+    to_hf_tokenizer(tokenizer, config)  # its errors are not about the model
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps({"model_type": model_type}))
+        try:
+            save_hf_tokenizer(tokenizer, config, Path(folder))
+        except UserError:
+            return False
+    return True
 
 
 def vocabulary_fingerprint(tokenizer: MegatronTokenizerText, config: TokenizerConfig) -> str:

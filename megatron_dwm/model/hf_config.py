@@ -1,4 +1,4 @@
-"""The configuration of the language model as a Hugging Face Llama or GPT-2, both ways."""
+"""The configuration of the language model as a Hugging Face model's, both ways."""
 
 from __future__ import annotations
 
@@ -7,107 +7,127 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.errors import UserError
-from megatron_dwm.model.hf_weights import is_llama
+from megatron_dwm.model.hf_rope import rope_flags, rope_parameters
 from megatron_dwm.model.transformer_config import has_tanh_gelu
 
 if TYPE_CHECKING:
-    from transformers import GPT2Config, LlamaConfig, PretrainedConfig
+    from transformers import PretrainedConfig
 
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What megatron-core's rotary scaling takes for granted, beside its factor: Llama 3's."""
+IMPORTED = ("llama", "mistral", "qwen2", "qwen3", "seed_oss", "phi3", "nemotron", "gpt2")
+"""model_type of the Hugging Face models that are read."""
+
+TWINS = {"qwen2": "seed_oss"}
+"""model_types beside which AutoTokenizer replaces a tokenizer that is not of their own kind, and those that compute the
+same and have any tokenizer."""
+
+_EXPERTS = "it has experts"
+_SIDE_BY_SIDE = "its attention and MLP stand side by side in a layer, megatron-core's one after the other"
+_OLMO = "it norms what attention and MLP return, and megatron-core's layers norm what these are given"
+_GEMMA = "it scales its embeddings and norms what attention and MLP return, and megatron-core's GPT does not"
+_NOT_COMPUTED = {
+    **dict.fromkeys(("olmo2", "olmo3"), _OLMO),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), _GEMMA),
+    **dict.fromkeys(("gpt_neox", "gptj", "phi", "falcon", "cohere", "cohere2"), _SIDE_BY_SIDE),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3"), _EXPERTS),
+    "granite": "it scales embeddings, residuals and logits, and megatron-core's GPT does not",
+    "smollm3": "some of its layers have no positions, and megatron-core's are all alike",
+}
+"""Why what a model_type computes is not what megatron-core's dense GPT does."""
+
+_SILU = ("silu", "swish")
+_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
+_UNGATED = (*_TANH_GELU, "gelu", "relu2")
 
 
-def hf_config(model: ModelConfig, *, vocab_size: int, num_layers: int) -> PretrainedConfig:
+def architecture(model: ModelConfig) -> str:
+    """Return the model_type of the Hugging Face model that is nearest to ``model``.
+
+    Rotary positions and RMSNorm make it a Llama, with a bias of queries, keys and values alone a Qwen2, with norms of
+    queries and keys a Qwen3, with a rotated part of the head a Phi-3; LayerNorm makes it a Nemotron. Learned positions
+    make it a GPT-2.
+    """
+    if not model.has_rotary_positions:
+        return "gpt2"
+    if model.normalization == "LayerNorm":
+        return "nemotron"
+    if model.rotary_percent != 1.0:
+        return "phi3"
+    if model.qk_layernorm:
+        return "qwen3"
+    return "qwen2" if model.add_qkv_bias and not model.add_bias_linear else "llama"
+
+
+def hf_config(
+    model: ModelConfig, *, vocab_size: int, num_layers: int, has_any_tokenizer: bool = False
+) -> PretrainedConfig:
     """The Hugging Face configuration that computes what the language model computes.
 
-    Rotary positions make it a Llama, learned ones a GPT-2.
+    Args:
+        has_any_tokenizer: take one of :data:`TWINS`, if the model has one.
 
     Raises:
-        UserError: the architecture is neither's; the message names the flag that does not fit.
+        UserError: the architecture has no counterpart; the message names the flag that does not fit.
     """
-    _refuse("a Hugging Face model cannot express", _megatron_alone(model))
-    if is_llama(model):
-        return _llama_config(model, vocab_size, num_layers)
-    if model.positions == "learned_absolute":
-        return _gpt2_config(model, vocab_size, num_layers)
-    raise UserError(
-        f"a Hugging Face model cannot express --position-embedding-type {model.positions}; use rope or learned_absolute"
-    )
+    from transformers import AutoConfig
 
-
-def _llama_config(model: ModelConfig, vocab_size: int, num_layers: int) -> LlamaConfig:
-    from transformers import LlamaConfig
-
-    _refuse(
-        "a Hugging Face Llama cannot express",
-        {
-            f"--normalization {model.normalization}; use RMSNorm": model.normalization != "RMSNorm",
-            "a feed-forward layer without gate; add --swiglu": not model.swiglu,
-            "biases; add --disable-bias-linear": model.add_bias_linear,
-            "--add-qkv-bias; leave it out": model.add_qkv_bias,
-            f"--rotary-percent {model.rotary_percent}; use 1.0": model.rotary_percent != 1.0,
-            "--rotary-interleaved; leave it out": model.rotary_interleaved,
-            "--rotary-seq-len-interpolation-factor; leave it out": (
-                model.rotary_seq_len_interpolation_factor not in (None, 1)
-            ),
+    kind = architecture(model)
+    _check_expressible(model, kind)
+    if has_any_tokenizer:
+        kind = TWINS.get(kind, kind)
+    positions = model.max_position_embeddings or model.sequence
+    values: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "initializer_range": model.init_method_std,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,  # Phi-3's default would be a token of its own vocabulary
+    }
+    if kind == "gpt2":
+        values |= {
+            "n_positions": positions,
+            "n_embd": model.hidden,
+            "n_layer": num_layers,
+            "n_head": model.heads,
+            "n_inner": model.ffn,
+            "activation_function": _activation(model),
+            "resid_pdrop": model.hidden_dropout,
+            "embd_pdrop": model.hidden_dropout,
+            "attn_pdrop": model.attention_dropout,
+            "layer_norm_epsilon": model.layernorm_epsilon,
         }
-        | _refused_norms(model),
-    )
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model.rotary_base)}
-    if model.use_rope_scaling:
-        rope |= {"rope_type": "llama3", "factor": model.rope_scaling_factor, **LLAMA3_ROPE}
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=model.hidden,
-        intermediate_size=model.ffn,
-        num_hidden_layers=num_layers,
-        num_attention_heads=model.heads,
-        num_key_value_heads=model.query_groups,
-        head_dim=model.head_size,
-        hidden_act="silu",
-        max_position_embeddings=model.max_position_embeddings or model.sequence,
-        initializer_range=model.init_method_std,
-        rms_norm_eps=model.layernorm_epsilon,
-        tie_word_embeddings=not model.untie_embeddings_and_output_weights,
-        rope_parameters=rope,
-        attention_dropout=model.attention_dropout,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+        return AutoConfig.for_model(kind, **values)
+    values |= {
+        "hidden_size": model.hidden,
+        "intermediate_size": model.ffn,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.query_groups,
+        "head_dim": model.head_size,
+        "hidden_act": _activation(model),
+        "max_position_embeddings": positions,
+        "attention_dropout": model.attention_dropout,
+        "rope_parameters": rope_parameters(model),
+        "norm_eps" if kind == "nemotron" else "rms_norm_eps": model.layernorm_epsilon,
+    }
+    if kind in ("llama", "nemotron"):
+        values |= {"attention_bias": model.add_bias_linear, "mlp_bias": model.add_bias_linear}
+    if kind == "nemotron":
+        values["rope_parameters"].setdefault("partial_rotary_factor", 1.0)  # its own default is a half
+    if kind == "seed_oss":
+        values |= {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False}
+        values["residual_dropout"] = model.hidden_dropout
+    if kind == "phi3":
+        values |= {"resid_pdrop": model.hidden_dropout, "embd_pdrop": model.hidden_dropout}
+    return AutoConfig.for_model(kind, **values)
 
 
-def _gpt2_config(model: ModelConfig, vocab_size: int, num_layers: int) -> GPT2Config:
-    from transformers import GPT2Config
-
-    _refuse(
-        "a Hugging Face GPT-2 cannot express",
-        {
-            f"--normalization {model.normalization}; use LayerNorm": model.normalization != "LayerNorm",
-            "--swiglu; leave it out": model.swiglu,
-            "--squared-relu; leave it out": model.squared_relu,
-            "--disable-bias-linear; leave it out": not model.add_bias_linear,
-            "--group-query-attention; leave it out": model.query_groups != model.heads,
-            f"--kv-channels {model.kv_channels}; leave it out": model.head_size * model.heads != model.hidden,
-        }
-        | _refused_norms(model),
-    )
-    return GPT2Config(
-        vocab_size=vocab_size,
-        n_positions=model.max_position_embeddings or model.sequence,
-        n_embd=model.hidden,
-        n_layer=num_layers,
-        n_head=model.heads,
-        n_inner=model.ffn,
-        activation_function="gelu_new" if has_tanh_gelu(model) else "gelu",
-        resid_pdrop=model.hidden_dropout,
-        embd_pdrop=model.hidden_dropout,
-        attn_pdrop=model.attention_dropout,
-        layer_norm_epsilon=model.layernorm_epsilon,
-        initializer_range=model.init_method_std,
-        tie_word_embeddings=not model.untie_embeddings_and_output_weights,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+def _activation(model: ModelConfig) -> str:
+    if model.swiglu:
+        return "silu"
+    if model.squared_relu:
+        return "relu2"
+    return "gelu_new" if has_tanh_gelu(model) else "gelu"
 
 
 def _megatron_alone(model: ModelConfig) -> dict[str, bool]:
@@ -124,11 +144,43 @@ def _megatron_alone(model: ModelConfig) -> dict[str, bool]:
     }
 
 
-def _refused_norms(model: ModelConfig) -> dict[str, bool]:
-    return {
-        "--qk-layernorm; leave it out": model.qk_layernorm,
-        "--apply-layernorm-1p; leave it out": model.layernorm_zero_centered_gamma,
+def _check_expressible(model: ModelConfig, kind: str) -> None:
+    _refuse("a Hugging Face model cannot express", _megatron_alone(model))
+    if model.positions == "none":
+        raise UserError(
+            "a Hugging Face model cannot express --position-embedding-type none; use rope or learned_absolute"
+        )
+    misfits = {
+        f"--normalization {model.normalization}; use LayerNorm": kind == "gpt2" and model.normalization != "LayerNorm",
+        "--swiglu with LayerNorm; leave it out, or use --normalization RMSNorm": (
+            kind in ("gpt2", "nemotron") and model.swiglu
+        ),
+        "a feed-forward layer without gate; add --swiglu": kind not in ("gpt2", "nemotron") and not model.swiglu,
+        "--disable-bias-linear; leave it out": kind == "gpt2" and not model.add_bias_linear,
+        "--group-query-attention; leave it out": kind == "gpt2" and model.query_groups != model.heads,
+        f"--kv-channels {model.kv_channels}; leave it out": (
+            kind == "gpt2" and model.head_size * model.heads != model.hidden
+        ),
+        f"--num-attention-heads {model.heads} that do not divide the hidden size; change it": (
+            kind == "llama" and model.hidden % model.heads != 0
+        ),
+        "biases; add --disable-bias-linear": kind in ("qwen3", "phi3") and model.add_bias_linear,
+        "--add-qkv-bias; leave it out": (
+            kind in ("qwen3", "phi3", "nemotron") and model.add_qkv_bias and not model.add_bias_linear
+        ),
+        "--qk-layernorm; leave it out": kind != "qwen3" and model.qk_layernorm,
+        "--rotary-interleaved; leave it out": model.rotary_interleaved,
+        "scaled rotary frequencies; leave the scaling out, or use --rotary-percent 1.0": (
+            kind == "phi3" and rope_parameters(model)["rope_type"] != "default"
+        ),
+        "--apply-layernorm-1p; leave it out": kind != "nemotron" and model.layernorm_zero_centered_gamma,
     }
+    _refuse(f"a Hugging Face {_title(kind)} cannot express", misfits)
+
+
+def _title(kind: str) -> str:
+    names = {"gpt2": "GPT-2", "llama": "Llama", "phi3": "Phi-3"}
+    return names.get(kind, kind.capitalize())
 
 
 def _refuse(subject: str, misfits: Mapping[str, bool]) -> None:
@@ -139,65 +191,80 @@ def _refuse(subject: str, misfits: Mapping[str, bool]) -> None:
 
 
 def model_config(config: PretrainedConfig) -> ModelConfig:
-    """The language model that computes what a LlamaForCausalLM or GPT2LMHeadModel of ``config`` computes.
+    """The language model that computes what a Hugging Face causal language model of ``config`` computes.
 
     The inverse of :func:`hf_config`; the sequence length is all the positions there are.
 
     Raises:
         UserError: the architecture is another, or has something that the language model has not.
     """
-    if config.model_type == "llama":
-        return ModelConfig(**_common_sizes(config), **_llama_flags(config))
-    if config.model_type == "gpt2":
-        return ModelConfig(**_common_sizes(config), **_gpt2_flags(config))
-    raise UserError(f"a {config.model_type} model cannot be imported; use a llama or gpt2 one")
+    kind = config.model_type
+    if kind not in IMPORTED:
+        reason = f": {_NOT_COMPUTED[kind]}" if kind in _NOT_COMPUTED else ""
+        raise UserError(f"a {kind} model cannot be imported{reason}; use one of {', '.join(IMPORTED)}")
+    flags = _gpt2_flags(config) if kind == "gpt2" else _rotary_flags(config)
+    return ModelConfig(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        seq_length=config.max_position_embeddings,
+        max_position_embeddings=config.max_position_embeddings,
+        init_method_std=config.initializer_range,
+        untie_embeddings_and_output_weights=not config.tie_word_embeddings,
+        **flags,
+    )
 
 
-def _common_sizes(config: PretrainedConfig) -> dict[str, Any]:
-    return {
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "num_attention_heads": config.num_attention_heads,
-        "seq_length": config.max_position_embeddings,
-        "max_position_embeddings": config.max_position_embeddings,
-        "init_method_std": config.initializer_range,
-        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
-    }
-
-
-def _llama_flags(config: PretrainedConfig) -> dict[str, Any]:
-    rope = dict(config.rope_parameters)
-    kind, base = rope.pop("rope_type"), rope.pop("rope_theta")
-    factor = rope.pop("factor", 8.0)
+def _rotary_flags(config: PretrainedConfig) -> dict[str, Any]:
+    kind, activation = config.model_type, config.hidden_act
+    subject = f"a {_title(kind)} cannot be imported that has"
+    attention_bias, mlp_bias = (bool(getattr(config, name, False)) for name in ("attention_bias", "mlp_bias"))
+    if kind == "seed_oss":
+        has_qkv_bias, attention_bias = attention_bias, config.attention_out_bias
+    else:
+        has_qkv_bias = kind == "qwen2"
+    window = getattr(config, "sliding_window", None)
+    is_windowed = window is not None and window < config.max_position_embeddings
+    has_biases = attention_bias or mlp_bias
     _refuse(
-        "a Llama cannot be imported that has",
+        subject,
         {
-            f"hidden_act {config.hidden_act}": config.hidden_act != "silu",
-            "attention_bias": config.attention_bias,
-            "mlp_bias": config.mlp_bias,
-            f"rope_theta {base}": base != int(base),
-            f"rope_type {kind}": kind not in ("default", "llama3"),
-            f"the rope_parameters {rope}": rope != (LLAMA3_ROPE if kind == "llama3" else {}),
+            f"hidden_act {activation}": activation not in (_UNGATED if kind == "nemotron" else _SILU),
+            f"hidden_act {activation} without biases": activation in _TANH_GELU and not has_biases,
+            "attention_bias beside norms of queries and keys": kind == "qwen3" and attention_bias,
+            f"sliding_window {window} of {config.max_position_embeddings} positions": is_windowed,
+            f"embd_pdrop {getattr(config, 'embd_pdrop', 0)} beside resid_pdrop": (
+                getattr(config, "embd_pdrop", 0) != getattr(config, "resid_pdrop", 0)
+            ),
         },
     )
-    return {
-        "position_embedding_type": "rope",
-        "rotary_base": int(base),
-        "use_rope_scaling": kind == "llama3",
-        "rope_scaling_factor": factor,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": config.rms_norm_eps,
-        "swiglu": True,
-        "add_bias_linear": False,
+    try:
+        positions = rope_flags(config.rope_parameters)
+    except UserError as error:
+        raise UserError(f"{subject} {error}") from None
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    flags = {
+        **positions,
+        "normalization": "LayerNorm" if kind == "nemotron" else "RMSNorm",
+        "layernorm_epsilon": config.norm_eps if kind == "nemotron" else config.rms_norm_eps,
+        "qk_layernorm": kind == "qwen3",
+        "swiglu": kind != "nemotron",
+        # megatron-core has biases in all linear layers or in none; those that are not there are imported as zeros.
+        "add_bias_linear": has_biases,
+        "add_qkv_bias": has_qkv_bias and not has_biases,
         "ffn_hidden_size": config.intermediate_size,
-        "kv_channels": config.head_dim,
-        "group_query_attention": config.num_key_value_heads != config.num_attention_heads,
-        "num_query_groups": config.num_key_value_heads
-        if config.num_key_value_heads != config.num_attention_heads
-        else 1,
-        "hidden_dropout": 0.0,
-        "attention_dropout": config.attention_dropout,
+        "kv_channels": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "group_query_attention": groups != heads,
+        "num_query_groups": groups if groups != heads else 1,
+        "hidden_dropout": float(getattr(config, "residual_dropout", getattr(config, "resid_pdrop", 0.0))),
+        "attention_dropout": float(config.attention_dropout or 0.0),
     }
+    return flags | ({} if flags["swiglu"] else _ungated_flags(activation))
+
+
+def _ungated_flags(activation: str) -> dict[str, Any]:
+    """Megatron-LM's GELU is its tanh approximation if it is fused with the bias; squared ReLU cannot be fused."""
+    return {"squared_relu": activation == "relu2", "bias_gelu_fusion": activation in _TANH_GELU}
 
 
 def _gpt2_flags(config: PretrainedConfig) -> dict[str, Any]:
@@ -205,7 +272,7 @@ def _gpt2_flags(config: PretrainedConfig) -> dict[str, Any]:
     _refuse(
         "a GPT-2 cannot be imported that has",
         {
-            f"activation_function {activation}": activation not in ("gelu_new", "gelu_pytorch_tanh", "gelu"),
+            f"activation_function {activation}": activation not in _UNGATED,
             "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
             "attention scores that are not scaled": not config.scale_attn_weights,
             "add_cross_attention": config.add_cross_attention,
@@ -215,7 +282,7 @@ def _gpt2_flags(config: PretrainedConfig) -> dict[str, Any]:
     )
     return {
         "layernorm_epsilon": config.layer_norm_epsilon,
-        "bias_gelu_fusion": activation != "gelu",
+        **_ungated_flags(activation),
         "ffn_hidden_size": config.n_inner,
         "hidden_dropout": config.resid_pdrop,
         "attention_dropout": config.attn_pdrop,

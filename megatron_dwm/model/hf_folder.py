@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,89 @@ import torch
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.errors import UserError
-from megatron_dwm.model.hf_config import model_config
+from megatron_dwm.model.hf_config import hf_config, model_config
 
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = "embed_tokens.weight", "wte.weight"
 _FREQUENCIES = "rotary_emb.inv_freq"
 _ROUNDED = 1e-2  # files of 16 bits hold frequencies with 8 bits or more
+
+
+class FolderTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a folder's weight files by name; each is read when it is asked for, into memory of its own."""
+
+    def __init__(self, places: Mapping[str, Path]) -> None:
+        """
+        Args:
+            places: the file of each tensor.
+        """
+        self.places = dict(places)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._read(name).clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The precision of a tensor in its file."""
+        return self._read(name).dtype
+
+    def main_dtype(self) -> torch.dtype:
+        """The floating-point precision that most of the bytes have."""
+        sizes = {torch.float32: 0}
+        for name in self:
+            tensor = self._read(name)
+            if tensor.is_floating_point():
+                sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    def _read(self, name: str) -> torch.Tensor:
+        """Return a tensor that is mapped into memory: of its file only what is looked at is read."""
+        path = self.places[name]
+        if path.suffix != ".safetensors":
+            return _pickled(path)[name]
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+
+class BaseModelTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a causal language model by the names that :mod:`megatron_dwm.model.hf_weights` explains.
+
+    They are read when they are asked for, in one precision, which holds all of them exactly. Biases that megatron-core
+    has and the model has not are zeros.
+    """
+
+    def __init__(
+        self, files: FolderTensors, names: Mapping[str, str], zeros: Mapping[str, torch.Size], dtype: torch.dtype
+    ) -> None:
+        """
+        Args:
+            names: a tensor's name in the files, by its name here.
+            zeros: shapes of the biases that the model has not.
+        """
+        self.files, self.names, self.zeros, self.dtype = files, dict(names), dict(zeros), dtype
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self.zeros:
+            return torch.zeros(self.zeros[name], dtype=self.dtype)
+        return self.files[self.names[name]].to(self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.names
+        yield from self.zeros
+
+    def __len__(self) -> int:
+        return len(self.names) + len(self.zeros)
 
 
 @dataclass(frozen=True)
@@ -32,12 +109,11 @@ class HuggingFaceModel:
 
     model: ModelConfig
     vocab_size: int
-    state: dict[str, torch.Tensor]
-    """By the names that :mod:`megatron_dwm.model.hf_weights` explains, in the precision of the files."""
+    state: BaseModelTensors
 
 
 def read_hugging_face(folder: Path, flag: str = "--input") -> HuggingFaceModel:
-    """Read a model that was saved by ``save_pretrained``.
+    """Read a model that was saved by ``save_pretrained``; its weights are read when they are asked for.
 
     Args:
         flag: that named the folder, for messages.
@@ -67,7 +143,7 @@ def _read(folder: Path) -> HuggingFaceModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=_precision(files),
+            dtype=files.main_dtype(),  # so that tensors stay mapped into memory, and are not read
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, and refused below
             local_files_only=True,
@@ -77,9 +153,20 @@ def _read(folder: Path) -> HuggingFaceModel:
     _refuse_differences(report)
     _check_head(config, files)
     _check_rope(folder, config, language_model, files)
-    state = dict(language_model.base_model.state_dict())
+    prefix = language_model.base_model_prefix
+    names = {
+        name: f"{prefix}.{name}" if f"{prefix}.{name}" in files else name
+        for name in language_model.base_model.state_dict()
+    }
     if model.untie_embeddings_and_output_weights:
-        state[_HEAD] = language_model.get_output_embeddings().weight.detach()
+        names[_HEAD] = _HEAD
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(
+            hf_config(model, vocab_size=config.vocab_size, num_layers=model.layers)
+        )
+    zeros = {name: tensor.shape for name, tensor in whole.base_model.state_dict().items() if name not in names}
+    assert all(name.endswith(".bias") for name in zeros), sorted(zeros)
+    state = BaseModelTensors(files, names, zeros, _precision(files))
     return HuggingFaceModel(model, int(config.vocab_size), state)
 
 
@@ -98,8 +185,8 @@ def _quiet() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def weight_files(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors in a folder's weight files, mapped into memory and not yet read.
+def weight_files(folder: Path) -> FolderTensors:
+    """Return the tensors in a folder's weight files, not yet read.
 
     The files are those that transformers takes: safetensors before pickles of tensors.
 
@@ -108,30 +195,36 @@ def weight_files(folder: Path) -> dict[str, torch.Tensor]:
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
-            return _tensors(folder / name)
+            return FolderTensors(dict.fromkeys(_names(folder / name), folder / name))
         index = folder / f"{name}.index.json"
         if index.is_file():
             parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            return {key: tensor for part in parts for key, tensor in _tensors(folder / part).items()}
+            return FolderTensors({tensor: folder / part for part in parts for tensor in _names(folder / part)})
     raise UserError("no model.safetensors and no pytorch_model.bin there; give a folder with weights")
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
+def _names(path: Path) -> list[str]:
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it has no __iter__
+            return list(file.keys())
+    return list(_pickled(path))
+
+
+def _pickled(path: Path) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     return tensors
 
 
-def _precision(tensors: dict[str, torch.Tensor]) -> torch.dtype:
+def _precision(files: FolderTensors) -> torch.dtype:
     """Return a precision that holds all parameters exactly, whatever config.json declares."""
-    parameters = [t.dtype for name, t in tensors.items() if t.is_floating_point() and not name.endswith(_FREQUENCIES)]
-    precision = parameters[0]
-    for dtype in parameters[1:]:
-        precision = torch.promote_types(precision, dtype)
+    dtypes = {files.dtype(name) for name in files if not name.endswith(_FREQUENCIES)}
+    precision: torch.dtype | None = None
+    for dtype in sorted((dtype for dtype in dtypes if dtype.is_floating_point), key=str):
+        precision = dtype if precision is None else torch.promote_types(precision, dtype)
+    if precision is None:
+        raise UserError("its weights are no floating-point numbers; give a model that is not quantized")
     return precision
 
 
@@ -157,24 +250,24 @@ def _properties(name: str) -> str:
         return "vocab_size or hidden_size"
     if name.endswith(".bias"):
         return "the biases (attention_bias, mlp_bias) or num_hidden_layers"
-    if any(part in name for part in ("q_proj", "k_proj", "v_proj", "o_proj", "c_attn")):
+    if any(part in name for part in ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn")):
         return "the heads (num_attention_heads, num_key_value_heads, head_dim) or the layers"
     return "the sizes or num_hidden_layers"
 
 
-def _check_head(config: Any, tensors: dict[str, torch.Tensor]) -> None:
+def _check_head(config: Any, tensors: FolderTensors) -> None:
     """Refuse a head of its own in a model that is declared to have none. An untied model without is refused before."""
     if not config.tie_word_embeddings or _HEAD not in tensors:
         return
-    embeddings = [tensor for name, tensor in tensors.items() if name.endswith(_EMBEDDINGS)]
-    if embeddings and not torch.equal(tensors[_HEAD], embeddings[0]):
+    embeddings = [name for name in tensors if name.endswith(_EMBEDDINGS)]
+    if embeddings and not torch.equal(tensors[_HEAD], tensors[embeddings[0]]):
         raise UserError(
             f"config.json has tie_word_embeddings true and the weights a {_HEAD} of their own; set it to false, or "
             "remove the tensor if the head is the embedding"
         )
 
 
-def _check_rope(folder: Path, config: Any, language_model: Any, tensors: dict[str, torch.Tensor]) -> None:
+def _check_rope(folder: Path, config: Any, language_model: Any, tensors: FolderTensors) -> None:
     """Refuse rotary frequencies in the files, as older versions saved them, that config.json does not give."""
     raw = json.loads((folder / "config.json").read_text())
     declared = getattr(config, "rope_parameters", None) or {}
@@ -184,9 +277,10 @@ def _check_rope(folder: Path, config: Any, language_model: Any, tensors: dict[st
             "leave one out"
         )
     rotary = getattr(language_model.base_model, "rotary_emb", None)
-    for name, found in tensors.items():
+    for name in tensors:
         if name.endswith(_FREQUENCIES) and rotary is not None:
-            expected = rotary.original_inv_freq.float()
+            found = tensors[name]
+            expected = type(rotary)(config).original_inv_freq.float()
             if found.shape != expected.shape or not torch.allclose(found.float(), expected, rtol=_ROUNDED):
                 raise UserError(
                     f"the frequencies in {name} are not those of rope_parameters {declared}; correct these in "

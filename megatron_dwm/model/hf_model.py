@@ -1,26 +1,28 @@
-"""The language model as a Hugging Face model, whole or its first layers."""
+"""The language model as a Hugging Face model: its first layers in memory, or all of it in files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_dwm.config.model import ModelConfig
-from megatron_dwm.errors import UserError
 from megatron_dwm.model.full_state import gather_full_state
-from megatron_dwm.model.hf_config import hf_config
-from megatron_dwm.model.hf_weights import to_hf_state_dict
+from megatron_dwm.model.hf_weights import Piece, pieces, to_hf, to_hf_state_dict
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_INDEX = "model.safetensors.index.json"
 
 
 def gather_first_layers(
     chunks: Sequence[Any], model: ModelConfig, *, num_layers: int, vocab_size: int
 ) -> dict[str, torch.Tensor]:
-    """The first layers as the state of a LlamaModel or GPT2Model with ``num_layers`` layers, on every rank.
+    """The first layers as the state of a Hugging Face base model with ``num_layers`` layers, on every rank.
 
     Every rank must call it. Parameters must be up to date, which they are not between a step of a distributed
     optimizer with overlapped gathering and the next forward pass.
@@ -33,32 +35,62 @@ def gather_first_layers(
     return to_hf_state_dict(state, model, layers=num_layers, vocab_size=vocab_size)
 
 
-def causal_language_model(
-    full_state: Mapping[str, torch.Tensor], model: ModelConfig, *, vocab_size: int
-) -> PreTrainedModel:
-    """The LlamaForCausalLM or GPT2LMHeadModel of a full state, in its precision.
-
-    Args:
-        full_state: checkpoint key to unsharded tensor, as :func:`gather_full_state` returns it.
-        vocab_size: embedding rows to keep, usually the vocabulary without its padding.
-
-    Raises:
-        UserError: the architecture is neither's, or the state is not this model's.
-    """
+def hf_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The Hugging Face causal language model of ``config``, without storage for its parameters."""
     from transformers import AutoModelForCausalLM
 
-    try:
-        state = to_hf_state_dict(full_state, model, layers=model.layers, vocab_size=vocab_size)
-    except (KeyError, IndexError) as error:
-        raise UserError(f"the checkpoint does not hold the model that its arguments describe: {error}") from error
     with torch.device("meta"):
-        language_model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            hf_config(model, vocab_size=vocab_size, num_layers=model.layers),
-            dtype=full_state["embedding.word_embeddings.weight"].dtype,
-        )
-    head = state.pop("lm_head.weight", None)
-    language_model.base_model.load_state_dict(state, strict=True, assign=True)
-    if head is not None:
-        language_model.lm_head.load_state_dict({"weight": head}, strict=True, assign=True)
-    language_model.tie_weights()
-    return language_model
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    skeleton.tie_weights()
+    return skeleton
+
+
+def hf_tensors(
+    model: ModelConfig, prefix: str, vocab_size: int, read: Callable[[Piece], torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a Hugging Face causal language model by name, in the order of their names' layers.
+
+    Args:
+        prefix: the base model's, in names.
+        vocab_size: embedding rows to keep, usually the vocabulary without its padding.
+        read: gives the checkpoint tensor of a piece.
+    """
+    for piece in pieces(model, range(model.layers)):
+        for name, tensor in zip(piece.names(model), to_hf(piece, read(piece), vocab_size), strict=True):
+            yield name if name.startswith("lm_head.") else f"{prefix}.{name}", tensor
+
+
+def write_weights(
+    folder: Path, skeleton: PreTrainedModel, tensors: Iterator[tuple[str, torch.Tensor]], max_shard_size: str
+) -> None:
+    """Write a model's tensors as safetensors files, with one file's tensors in memory at a time.
+
+    Args:
+        skeleton: the model, without storage.
+        tensors: its tensors, by name; they are written in its precision.
+        max_shard_size: of one file, such as ``"5GB"``.
+
+    Raises:
+        ValueError: the tensors are not the model's, or the size is none.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    tied = getattr(skeleton, "all_tied_weights_keys", {})
+    expected = {name: tensor for name, tensor in skeleton.state_dict().items() if name not in tied}
+    split = split_torch_state_dict_into_shards(expected, max_shard_size=max_shard_size)
+    remaining = {file: set(names) for file, names in split.filename_to_tensors.items()}
+    held: dict[str, dict[str, torch.Tensor]] = {file: {} for file in remaining}
+    for name, tensor in tensors:
+        file = split.tensor_to_filename[name]
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{name} has the shape {list(tensor.shape)} instead of {list(expected[name].shape)}")
+        held[file][name] = tensor.to(expected[name].dtype).clone(memory_format=torch.contiguous_format)
+        remaining[file].remove(name)
+        if not remaining[file]:
+            save_file(held.pop(file), folder / file, metadata={"format": "pt"})
+    if held:
+        raise ValueError(f"there is no tensor {next(iter(remaining[next(iter(held))]))}")
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,60 +1,87 @@
 """The weights of a GPT under megatron-core's checkpoint keys and under Hugging Face's names, both ways.
 
 A *full state* maps checkpoint keys to unsharded tensors, those of layers stacked: [layers, ...]. A *Hugging Face
-state* has the names of a LlamaModel or GPT2Model, and ``lm_head.weight`` if the model has an output layer of its own.
+state* has the names of the base model (LlamaModel, GPT2Model, ...), and ``lm_head.weight`` if the model has an output
+layer of its own. Each checkpoint tensor, and of those of layers each layer's part, is converted by itself, so that a
+model can be converted piece by piece.
 
 Shape legend: h hidden size, n heads, g query groups, d head size, f feed-forward size, v vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.model.hf_config import architecture
 
-_LAYERS = "decoder.layers."
-_QKV = "self_attention.linear_qkv"
-_FC1 = "mlp.linear_fc1"
-_HEAD = "lm_head.weight", "output_layer.weight"
-_VOCABULARY = "embed_tokens.weight", "wte.weight", "lm_head.weight"
-
-# Hugging Face's name to checkpoint key, where the tensors are the same or each other's transposes.
-_LLAMA_ENDS = {
-    "embed_tokens.weight": "embedding.word_embeddings.weight",
-    "norm.weight": "decoder.final_layernorm.weight",
-}
-_LLAMA_LAYER = {
-    "input_layernorm.weight": f"{_QKV}.layer_norm_weight",
-    "self_attn.o_proj.weight": "self_attention.linear_proj.weight",
-    "post_attention_layernorm.weight": f"{_FC1}.layer_norm_weight",
-    "mlp.down_proj.weight": "mlp.linear_fc2.weight",
-}
-_GPT2_ENDS = {
-    "wte.weight": "embedding.word_embeddings.weight",
-    "wpe.weight": "embedding.position_embeddings.weight",
-    "ln_f.weight": "decoder.final_layernorm.weight",
-    "ln_f.bias": "decoder.final_layernorm.bias",
-}
-_GPT2_LAYER = {
-    "ln_1.weight": f"{_QKV}.layer_norm_weight",
-    "ln_1.bias": f"{_QKV}.layer_norm_bias",
-    "attn.c_proj.weight": "self_attention.linear_proj.weight",
-    "attn.c_proj.bias": "self_attention.linear_proj.bias",
-    "ln_2.weight": f"{_FC1}.layer_norm_weight",
-    "ln_2.bias": f"{_FC1}.layer_norm_bias",
-    "mlp.c_fc.weight": f"{_FC1}.weight",
-    "mlp.c_fc.bias": f"{_FC1}.bias",
-    "mlp.c_proj.weight": "mlp.linear_fc2.weight",
-    "mlp.c_proj.bias": "mlp.linear_fc2.bias",
-}
-_GPT2_TRANSPOSED = "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"  # GPT-2 keeps them [in, out]
+LAYERS = "decoder.layers."
+"""What the checkpoint keys of layers begin with; their tensors are stacked."""
+_ATTENTION, _MLP = "self_attention.", "mlp."
+_QKV, _FC1 = f"{_ATTENTION}linear_qkv", f"{_MLP}linear_fc1"
+_EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+VOCABULARY = (_EMBEDDING, _HEAD)
+"""Checkpoint keys of the tensors that have a row for each token."""
 
 
-def is_llama(model: ModelConfig) -> bool:
-    """Whether the model's Hugging Face form is a Llama; else it is a GPT-2."""
-    return model.positions == "rope"
+def _one(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    return (tensor,)
+
+
+def _only(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checkpoint tensor, and the Hugging Face tensors that it is made of; those of a layer without its prefix."""
+
+    key: str
+    names: tuple[str, ...]
+    split: Callable[[torch.Tensor], Sequence[torch.Tensor]] = _one
+    """The Hugging Face tensors, in the order of ``names``."""
+    join: Callable[[Sequence[torch.Tensor]], torch.Tensor] = _only
+    """The inverse of ``split``."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A conversion of a model: of one of its layers, or of what is not in layers."""
+
+    conversion: Conversion
+    layer: int | None
+
+    @property
+    def key(self) -> str:
+        """The checkpoint key."""
+        return self.conversion.key if self.layer is None else LAYERS + self.conversion.key
+
+    def names(self, model: ModelConfig, number: int | None = None) -> list[str]:
+        """The Hugging Face names.
+
+        Args:
+            number: of the layer there, if it is not the same.
+        """
+        if self.layer is None:
+            return list(self.conversion.names)
+        stem = "h" if architecture(model) == "gpt2" else "layers"
+        place = self.layer if number is None else number
+        return [f"{stem}.{place}.{name}" for name in self.conversion.names]
+
+
+def pieces(model: ModelConfig, layers: range) -> Iterator[Piece]:
+    """Yield what a model is converted by, in the order of its weights: embedding, ``layers``, last norm, head."""
+    first, last = _ends(model)
+    for conversion in first:
+        yield Piece(conversion, None)
+    for layer in layers:
+        for conversion in _of_layer(model):
+            yield Piece(conversion, layer)
+    for conversion in last:
+        yield Piece(conversion, None)
 
 
 def to_hf_state_dict(
@@ -68,18 +95,13 @@ def to_hf_state_dict(
         vocab_size: embedding rows to keep, usually the vocabulary without its padding.
     """
     taken = range(layers) if isinstance(layers, int) else layers
-    ends, stem, layer_of = (
-        (_LLAMA_ENDS, "layers", _to_llama_layer) if is_llama(model) else (_GPT2_ENDS, "h", _to_gpt2_layer)
-    )
-    state = {name: full_state[key] for name, key in ends.items()}
-    if _HEAD[1] in full_state:
-        state[_HEAD[0]] = full_state[_HEAD[1]]
-    for name in _VOCABULARY:
-        if name in state:
-            state[name] = state[name][:vocab_size]
-    for number, layer in enumerate(taken):
-        layer_state = {key.removeprefix(_LAYERS): t[layer] for key, t in full_state.items() if key.startswith(_LAYERS)}
-        state |= {f"{stem}.{number}.{name}": tensor for name, tensor in layer_of(layer_state, model).items()}
+    state: dict[str, torch.Tensor] = {}
+    for piece in pieces(model, taken):
+        if piece.key == _HEAD and _HEAD not in full_state:
+            continue
+        tensor = full_state[piece.key] if piece.layer is None else full_state[piece.key][piece.layer]
+        number = None if piece.layer is None else piece.layer - taken.start
+        state |= zip(piece.names(model, number), to_hf(piece, tensor, vocab_size), strict=True)
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
@@ -92,70 +114,147 @@ def from_hf_state_dict(
         state: with ``lm_head.weight`` if and only if the model has an output layer of its own.
         padded_vocab_size: rows of the embedding; those beyond the vocabulary are zero.
     """
-    ends, stem, layer_of = (
-        (_LLAMA_ENDS, "layers", _from_llama_layer) if is_llama(model) else (_GPT2_ENDS, "h", _from_gpt2_layer)
-    )
-    names = dict(ends)
+    parts: dict[str, list[torch.Tensor]] = {}
+    for piece in pieces(model, range(model.layers)):
+        parts.setdefault(piece.key, []).append(from_hf(piece, state, model, padded_vocab_size))
+    return {
+        key: torch.stack(tensors) if key.startswith(LAYERS) else tensors[0].clone() for key, tensors in parts.items()
+    }
+
+
+def to_hf(piece: Piece, tensor: torch.Tensor, vocab_size: int) -> Sequence[torch.Tensor]:
+    """The Hugging Face tensors of a piece, in the order of its names; views where that is possible."""
+    return piece.conversion.split(tensor[:vocab_size] if piece.key in VOCABULARY else tensor)
+
+
+def from_hf(
+    piece: Piece, state: Mapping[str, torch.Tensor], model: ModelConfig, padded_vocab_size: int
+) -> torch.Tensor:
+    """The checkpoint tensor of a piece; rows beyond the vocabulary are zero."""
+    tensor = piece.conversion.join([state[name] for name in piece.names(model)])
+    if piece.key not in VOCABULARY:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros(padded_vocab_size - len(tensor), *tensor.shape[1:])])
+
+
+def _ends(model: ModelConfig) -> tuple[list[Conversion], list[Conversion]]:
+    """What stands before the layers, and after them."""
+    is_gpt2 = architecture(model) == "gpt2"
+    first = [Conversion(_EMBEDDING, ("wte.weight" if is_gpt2 else "embed_tokens.weight",))]
+    if is_gpt2:
+        first.append(Conversion("embedding.position_embeddings.weight", ("wpe.weight",)))
+    last = _norm(model, "decoder.final_layernorm.", "ln_f" if is_gpt2 else "norm")
     if model.untie_embeddings_and_output_weights:
-        names[_HEAD[0]] = _HEAD[1]
-    full = {
-        key: _padded(state[name], padded_vocab_size) if name in _VOCABULARY else state[name].clone()
-        for name, key in names.items()
-    }
-    layers = [layer_of(_below(state, f"{stem}.{number}."), model) for number in range(model.layers)]
-    for key in layers[0]:
-        full[_LAYERS + key] = torch.stack([layer[key] for layer in layers])
-    return full
+        last.append(Conversion(_HEAD, ("lm_head.weight",)))
+    return first, last
 
 
-def _below(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+def _of_layer(model: ModelConfig) -> list[Conversion]:
+    return _of_gpt2_layer(model) if architecture(model) == "gpt2" else _of_llama_layer(model)
 
 
-def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
-    return torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])
+def _norm(model: ModelConfig, key: str, name: str) -> list[Conversion]:
+    """A norm's weight, and its bias if it has one; its weight less 1 in a Nemotron."""
+    weight = Conversion(f"{key}weight", (f"{name}.weight",))
+    if architecture(model) == "nemotron" and not model.layernorm_zero_centered_gamma:
+        weight = Conversion(
+            weight.key,
+            weight.names,
+            lambda tensor: ((tensor.float() - 1).to(tensor.dtype),),
+            lambda tensors: tensors[0].float() + 1,  # 16 bits may not hold the sum
+        )
+    bias = [Conversion(f"{key}bias", (f"{name}.bias",))] if model.normalization == "LayerNorm" else []
+    return [weight, *bias]
 
 
-def _to_llama_layer(layer_state: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
-    query, key, value = _split_qkv(layer_state[f"{_QKV}.weight"], model)
-    gate, up = layer_state[f"{_FC1}.weight"].chunk(2)
-    return {name: layer_state[core] for name, core in _LLAMA_LAYER.items()} | {
-        "self_attn.q_proj.weight": query,
-        "self_attn.k_proj.weight": key,
-        "self_attn.v_proj.weight": value,
-        "mlp.gate_proj.weight": gate,
-        "mlp.up_proj.weight": up,
-    }
+def _of_llama_layer(model: ModelConfig) -> list[Conversion]:
+    """Of all models with Llama's names; Phi-3 alone keeps some of its matrices together."""
+    is_fused = architecture(model) == "phi3"
+
+    def split_qkv(qkv: torch.Tensor) -> Sequence[torch.Tensor]:
+        return _split_qkv(qkv, model)
+
+    def join_qkv(projections: Sequence[torch.Tensor]) -> torch.Tensor:
+        return _join_qkv(projections, model)
+
+    def split_fused_qkv(qkv: torch.Tensor) -> Sequence[torch.Tensor]:
+        return (torch.cat(_split_qkv(qkv, model)),)
+
+    def join_fused_qkv(fused: Sequence[torch.Tensor]) -> torch.Tensor:
+        queries, keys = model.heads * model.head_size, model.query_groups * model.head_size
+        return _join_qkv(fused[0].split([queries, keys, keys]), model)
+
+    conversions = _norm(model, f"{_QKV}.layer_norm_", "input_layernorm")
+    for kind in ("weight", "bias"):
+        if kind == "bias" and not (model.add_bias_linear or model.add_qkv_bias):
+            continue
+        if is_fused:
+            conversions.append(
+                Conversion(f"{_QKV}.{kind}", (f"self_attn.qkv_proj.{kind}",), split_fused_qkv, join_fused_qkv)
+            )
+        else:
+            names = tuple(f"self_attn.{letter}_proj.{kind}" for letter in "qkv")
+            conversions.append(Conversion(f"{_QKV}.{kind}", names, split_qkv, join_qkv))
+    if model.qk_layernorm:
+        for letter in "qk":
+            conversions += _norm(model, f"{_ATTENTION}{letter}_layernorm.", f"self_attn.{letter}_norm")
+    kinds = ("weight", "bias") if model.add_bias_linear else ("weight",)
+    conversions += [Conversion(f"{_ATTENTION}linear_proj.{kind}", (f"self_attn.o_proj.{kind}",)) for kind in kinds]
+    conversions += _norm(model, f"{_FC1}.layer_norm_", "post_attention_layernorm")
+    for kind in kinds:
+        if model.swiglu and not is_fused:
+            names = (f"mlp.gate_proj.{kind}", f"mlp.up_proj.{kind}")
+            conversions.append(Conversion(f"{_FC1}.{kind}", names, _halves, _concatenated))
+        else:
+            name = "mlp.gate_up_proj" if is_fused else "mlp.up_proj"
+            conversions.append(Conversion(f"{_FC1}.{kind}", (f"{name}.{kind}",)))
+    return conversions + [Conversion(f"{_MLP}linear_fc2.{kind}", (f"mlp.down_proj.{kind}",)) for kind in kinds]
 
 
-def _from_llama_layer(layer_state: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
-    projections = [layer_state[f"self_attn.{letter}_proj.weight"] for letter in "qkv"]
-    return {core: layer_state[name] for name, core in _LLAMA_LAYER.items()} | {
-        f"{_QKV}.weight": _join_qkv(projections, model),
-        f"{_FC1}.weight": torch.cat([layer_state["mlp.gate_proj.weight"], layer_state["mlp.up_proj.weight"]]),
-    }
+def _of_gpt2_layer(model: ModelConfig) -> list[Conversion]:
+    """GPT-2 keeps its matrices [in, out], queries, keys and values in one."""
+
+    def split_qkv(qkv: torch.Tensor) -> Sequence[torch.Tensor]:
+        return (torch.cat(_split_qkv(qkv, model)).T,)
+
+    def join_qkv(fused: Sequence[torch.Tensor]) -> torch.Tensor:
+        return _join_qkv(fused[0].T.chunk(3), model)
+
+    def split_qkv_bias(bias: torch.Tensor) -> Sequence[torch.Tensor]:
+        return (torch.cat(_split_qkv(bias, model)),)
+
+    def join_qkv_bias(fused: Sequence[torch.Tensor]) -> torch.Tensor:
+        return _join_qkv(fused[0].chunk(3), model)
+
+    def linear(key: str, name: str) -> list[Conversion]:
+        weight = Conversion(f"{key}.weight", (f"{name}.weight",), _transposed, _transposed_only)
+        return [weight, Conversion(f"{key}.bias", (f"{name}.bias",))]
+
+    return [
+        *_norm(model, f"{_QKV}.layer_norm_", "ln_1"),
+        Conversion(f"{_QKV}.weight", ("attn.c_attn.weight",), split_qkv, join_qkv),
+        Conversion(f"{_QKV}.bias", ("attn.c_attn.bias",), split_qkv_bias, join_qkv_bias),
+        *linear(f"{_ATTENTION}linear_proj", "attn.c_proj"),
+        *_norm(model, f"{_FC1}.layer_norm_", "ln_2"),
+        *linear(_FC1, "mlp.c_fc"),
+        *linear(f"{_MLP}linear_fc2", "mlp.c_proj"),
+    ]
 
 
-def _to_gpt2_layer(layer_state: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
-    state = {
-        name: layer_state[core].T if name in _GPT2_TRANSPOSED else layer_state[core]
-        for name, core in _GPT2_LAYER.items()
-    }
-    return state | {
-        "attn.c_attn.weight": torch.cat(_split_qkv(layer_state[f"{_QKV}.weight"], model)).T,
-        "attn.c_attn.bias": torch.cat(_split_qkv(layer_state[f"{_QKV}.bias"], model)),
-    }
+def _transposed(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    return (tensor.T,)
 
 
-def _from_gpt2_layer(layer_state: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
-    state = {
-        core: layer_state[name].T if name in _GPT2_TRANSPOSED else layer_state[name]
-        for name, core in _GPT2_LAYER.items()
-    }
-    return state | {
-        f"{_QKV}.weight": _join_qkv(layer_state["attn.c_attn.weight"].T.chunk(3), model),
-        f"{_QKV}.bias": _join_qkv(layer_state["attn.c_attn.bias"].chunk(3), model),
-    }
+def _transposed_only(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0].T
+
+
+def _halves(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    return tensor.chunk(2)
+
+
+def _concatenated(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(tensors))
 
 
 def _split_qkv(qkv: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -170,7 +269,7 @@ def _split_qkv(qkv: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, tor
     return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
 
 
-def _join_qkv(projections: Iterable[torch.Tensor], model: ModelConfig) -> torch.Tensor:
+def _join_qkv(projections: Sequence[torch.Tensor], model: ModelConfig) -> torch.Tensor:
     """The inverse of :func:`_split_qkv`."""
     groups = [part.reshape(model.query_groups, -1, model.head_size, *part.shape[1:]) for part in projections]
     return torch.cat(groups, dim=1).flatten(0, 2)

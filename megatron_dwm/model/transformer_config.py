@@ -33,6 +33,22 @@ from megatron_dwm.model.transformer_checks import (
 
 logger = logging.getLogger(__name__)
 
+_YARN = {
+    "yarn_rotary_scaling_factor": "rotary_scaling_factor",
+    "yarn_mscale": "mscale",
+    "yarn_mscale_all_dim": "mscale_all_dim",
+    **{
+        name: name
+        for name in (
+            "yarn_original_max_position_embeddings",
+            "yarn_beta_fast",
+            "yarn_beta_slow",
+            "yarn_correction_range_round_to_int",
+        )
+    },
+}
+"""Attributes of megatron-core's configuration that YaRN reads, and the fields of ModelConfig."""
+
 
 def transformer_config(
     model: ModelConfig,
@@ -90,6 +106,10 @@ def transformer_config(
         config = TransformerConfig(**values)
     except (ValueError, AssertionError) as error:  # its own checks; those above name flags and remedies
         raise UserError(f"megatron-core cannot combine the model's flags: {error}; change them") from error
+    if model.positions == "yarn":
+        # megatron-core reads these off its configuration, and declares none of them there.
+        for name, field in _YARN.items():
+            setattr(config, name, getattr(model, field))
     check_recomputed_units(config)
     return config
 

@@ -80,6 +80,24 @@ class SavedCheckpoint:
             load(state, storage_reader=restricted_reader(self.folder), no_dist=True)
         return state
 
+    def read_row(self, key: str, row: int | None = None) -> torch.Tensor:
+        """Return one row of a tensor's first axis, or all of it, on the CPU; nothing else of it is read.
+
+        Raises:
+            UserError: the files are damaged.
+        """
+        from megatron_dwm.training.checkpoint_parts import read_part
+
+        described = self.metadata.state_dict_metadata[key]
+        size = list(described.size)
+        first = [0] * len(size)
+        if row is not None:
+            first[0], size[0] = row, 1
+        target = torch.empty(size, dtype=described.properties.dtype)
+        with reported_damage(self.folder):
+            read_part(self.folder, self.metadata, key, first, target)
+        return target if row is None else target[0]
+
     def read_object(self, key: str) -> Any:
         """Return the object saved under ``key``; no communication.
 

@@ -19,6 +19,7 @@ from megatron_dwm.atomic_write import atomic_folder
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.blend import DataPaths
+from megatron_dwm.data.hf_tokenizers import load_tokenizer_folder
 from megatron_dwm.errors import UserError
 from megatron_dwm.safe_unpickling import short_reason
 from megatron_dwm.weighting.export_manifest import write_manifest
@@ -74,13 +75,7 @@ class FolderExporter:
         dist.barrier()
 
     def _manifest(self, weighter: Weighter, iteration: int, stage: int, digest: str) -> dict[str, Any]:
-        return {
-            "iteration": iteration,
-            "stage": stage,
-            "weighter_parameters": weighter.num_parameters,
-            "weighter_sha256": digest,
-            **self.run_facts,
-        }
+        return weighter_facts(iteration, stage, weighter.num_parameters, digest) | dict(self.run_facts)
 
 
 @contextlib.contextmanager
@@ -106,20 +101,48 @@ def _reported_failure(save: Path, iteration: int) -> Iterator[None]:
 
 
 def export_weighter(
-    model: Any, save_tokenizer: Callable[[Path], Any], folder: Path, manifest: Mapping[str, Any]
+    model: Any,
+    save_tokenizer: Callable[[Path], Any],
+    folder: Path,
+    manifest: Mapping[str, Any],
+    *,
+    effect: str | None = None,
+    check: Callable[[Path], object] = lambda beside: None,
 ) -> None:
-    """Write a weighter's classifier, tokenizer and manifest beside ``folder``, then put them in place.
+    """Write a weighter's classifier, tokenizer, manifest and model card beside ``folder``, then put them in place.
 
     Args:
         save_tokenizer: writes the tokenizer to a folder that holds the classifier already.
+        effect: what was measured of the weighter, for the card.
+        check: is given the finished folder before it gets its name, and raises if it must not.
     """
     from transformers.utils.logging import disable_progress_bar
+
+    from megatron_dwm.weighting.export_card import weighter_card
 
     disable_progress_bar()  # a bar for one small file would break the log's lines
     with atomic_folder(folder) as beside:
         model.save_pretrained(beside)
         save_tokenizer(beside)
         write_manifest(beside, manifest)
+        # Not in the manifest: whoever publishes the weighter has something to add.
+        card = weighter_card(manifest, model, load_tokenizer_folder(beside), name=folder.name, effect=effect)
+        (beside / "README.md").write_text(card, encoding="utf-8")
+        check(beside)
+
+
+def weighter_facts(iteration: int, stage: int, num_parameters: int, digest: str) -> dict[str, Any]:
+    """Return what a manifest says of the weighter itself.
+
+    Args:
+        digest: of its parameters.
+    """
+    return {
+        "iteration": iteration,
+        "stage": stage,
+        "weighter_parameters": num_parameters,
+        "weighter_sha256": digest,
+    }
 
 
 def run_facts(
@@ -144,6 +167,7 @@ def run_facts(
         "temperature": settings.dwm_temperature,
         "kl_weight": settings.dwm_kl_weight,
         "train_iters": train_iters,
+        "num_stages": settings.dwm_num_stages,
         "tokenizer_fingerprint": tokenizer_fingerprint,
         "special_tokens": adds_special_tokens,
         "data": {

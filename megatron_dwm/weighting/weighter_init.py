@@ -79,7 +79,7 @@ def weighter_model_from_lm(
     from megatron_dwm.model.hf_model import gather_first_layers
 
     check_init_from_lm(model, config)
-    settings = hf_config(model, vocab_size=vocab_size, num_layers=config.dwm_num_layers)
+    settings = hf_config(model, vocab_size=vocab_size, num_layers=config.dwm_num_layers, has_any_tokenizer=True)
     settings.update(_label_settings(eod))
     classifier = model_from_config(settings, seed)
     state = gather_first_layers(chunks, model, num_layers=config.dwm_num_layers, vocab_size=vocab_size)

@@ -203,15 +203,14 @@ class Reference:
     """The same language model as one Hugging Face model in float64, differentiated by autograd."""
 
     def __init__(self, flags: Flags, state: HfState) -> None:
-        from transformers import GPT2LMHeadModel, LlamaForCausalLM
+        from transformers import AutoModelForCausalLM
 
         from megatron_dwm.model.hf_config import hf_config
 
         # Some layouts need more layers than ``flags`` say.
         layers = 1 + max(int(found[1]) for name in state if (found := re.match(r"(?:h|layers)\.(\d+)\.", name)))
         config = hf_config(parse_model(flags), vocab_size=VOCAB_SIZE, num_layers=layers)
-        kind: Any = LlamaForCausalLM if config.model_type == "llama" else GPT2LMHeadModel
-        self.model = kind(config).double().eval()
+        self.model: Any = AutoModelForCausalLM.from_config(config).double().eval()
         doubled = {k: v.double() for k, v in state.items()}
         head = doubled.pop("lm_head.weight", None)
         self.model.base_model.load_state_dict(doubled, strict=True)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
-from transformers import GPT2LMHeadModel, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.model.full_state import gather_full_state
@@ -58,8 +58,7 @@ def _trained(
 def _hugging_face(model: ModelConfig, state: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
     """The model without padding."""
     config = hf_config(model, vocab_size=TOKENS, num_layers=model.layers)
-    kind: Any = LlamaForCausalLM if config.model_type == "llama" else GPT2LMHeadModel
-    language_model = kind(config).eval()
+    language_model: Any = AutoModelForCausalLM.from_config(config).eval()
     own = to_hf_state_dict(state, model, layers=model.layers, vocab_size=TOKENS)
     head = own.pop("lm_head.weight", None)
     language_model.base_model.load_state_dict(own, strict=True)

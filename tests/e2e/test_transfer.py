@@ -8,13 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3ForSequenceClassification,
+)
 
 from megatron_dwm.analysis.scoring_model import ScoringModel
+from megatron_dwm.cli import export_weighter
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.hf_tokenizers import vocabulary_fingerprint
 from megatron_dwm.data.tokenizers import build_tokenizer
+from megatron_dwm.errors import UserError
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_folder import SampleTokens, read_weighter_folder
 from tests.e2e.datasets import TOKENIZER, VOCAB_SIZE, counting, make_dataset, noise
@@ -30,6 +38,7 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     folder = tmp_path_factory.mktemp("first")
     flags = {
         **LANGUAGE_MODEL,
+        "--qk-layernorm": True,  # a Qwen3, and so is the weighter that is started from it
         **TRAINING,
         **TOKENIZER,
         "--train-data-path": [
@@ -48,13 +57,34 @@ def test_the_export_says_what_it_is_and_loads_with_transformers_alone(first_run)
     assert exports == ["iter_0000012", "iter_0000020"]  # the ends of the two stages
     manifest = json.loads((save / "weighter" / "iter_0000020" / "dwm_manifest.json").read_text())
     assert (manifest["iteration"], manifest["stage"], manifest["mode"]) == (20, 2, "bilevel")
-    assert manifest["language_model"]["num_layers"] == LANGUAGE_MODEL["--num-layers"] and manifest["sources"] == [
-        "clean",
-        "noise",
-    ]
+    assert manifest["num_stages"] == 2
+    assert manifest["language_model"]["num_layers"] == 2 and manifest["sources"] == ["clean", "noise"]
     model = AutoModelForSequenceClassification.from_pretrained(save / "weighter" / "iter_0000020")
     tokenizer = AutoTokenizer.from_pretrained(save / "weighter" / "iter_0000020")
+    assert type(model) is Qwen3ForSequenceClassification and tokenizer.model_max_length == 32
+    assert len(tokenizer("5 " * 50, truncation=True).input_ids) == 32
+    card = (save / "weighter" / "iter_0000020" / "README.md").read_text()
+    assert "what lowers the loss on `" in card and "* Stage: 2 of 2" in card and "Not measured in this folder" in card
     assert model(**tokenizer("5 6 7 8", return_tensors="pt")).logits.shape == (1, 1)
+
+
+def test_the_weighter_of_any_checkpoint_is_exported(first_run, tmp_path: Path):
+    save, _ = first_run
+    arguments = {"load": str(save), "output": str(tmp_path / "exported")}
+    with pytest.raises(UserError, match="--baseline: a run without evaluations"):
+        export_weighter.export(export_weighter.ExportWeighterConfig(**arguments, baseline=str(save)))
+    assert not (tmp_path / "exported").exists()
+    written = export_weighter.export(export_weighter.ExportWeighterConfig(**arguments))
+    assert written.startswith(f"{tmp_path / 'exported'}: wrote a Qwen3ForSequenceClassification of ")
+    assert written.endswith("loaded again, its weights and scores are the checkpoint's")
+    during = save / "weighter" / "iter_0000020"
+    for name in ("model.safetensors", "config.json", "tokenizer_config.json", "dwm_manifest.json"):
+        assert (tmp_path / "exported" / name).read_bytes() == (during / name).read_bytes(), name
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "exported").iterdir()} == {0o644}
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "Effective sample size of the last step: 0." in card and "Shares that the weights gave" in card
+    with pytest.raises(UserError, match="exported exists; remove it or give another folder"):
+        export_weighter.ExportWeighterConfig(**arguments)
 
 
 def test_the_weighter_scores_what_transformers_computes(first_run):

@@ -29,6 +29,7 @@ DOORS = {
     "tools/train_tokenizer.py": "train-tokenizer",
     "tools/build_corpus.py": "build-corpus",
     "tools/export_hf.py": "export-hf",
+    "tools/export_weighter.py": "export-weighter",
     "tools/import_hf.py": "import-hf",
     "tools/preference_report.py": "report",
     "tools/plot_run.py": "plot",

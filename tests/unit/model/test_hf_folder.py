@@ -50,7 +50,7 @@ def test_weights_keep_the_precision_of_the_files(tmp_path: Path, dtype: torch.dt
     read = read_hugging_face(tmp_path)
     assert read.vocab_size == 9 and read.model.untie_embeddings_and_output_weights
     known = dict(saved.base_model.state_dict()) | {"lm_head.weight": saved.lm_head.weight}
-    assert read.state.keys() == known.keys()
+    assert set(read.state) == set(known) and len(read.state) == len(known)
     for name, tensor in known.items():
         assert read.state[name].dtype == dtype and torch.equal(read.state[name], tensor)
 
@@ -69,7 +69,7 @@ def test_pickled_and_sharded_weights_are_read_too(tmp_path: Path):
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a head of its own": ({"tie_word_embeddings": True}, "tie_word_embeddings true and the weights a lm_head.weight"),
-    "biases that are not there": ({"attention_bias": True, "mlp_bias": True}, "cannot be imported that has attention"),
+    "biases that are not there": ({"attention_bias": True, "mlp_bias": True}, r"weights lack .*\.bias"),
     "more key heads": ({"num_key_value_heads": 4}, "num_key_value_heads"),
     "wider heads": ({"head_dim": 4}, "num_key_value_heads, head_dim"),
     "a larger vocabulary": ({"vocab_size": 10}, "correct vocab_size"),

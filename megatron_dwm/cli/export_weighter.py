@@ -1,0 +1,181 @@
+"""Write the weighter of a checkpoint as a Hugging Face folder with a model card.
+
+A run exports its weighter at the end of each stage and with each checkpoint; this writes that of any checkpoint, and
+what its run has gained. The folder is loaded again and compared with the checkpoint before it gets its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_dwm.cli.command import run_command
+from megatron_dwm.cli.saved_run import ExportArguments, checkpoint_folder, saved_config
+from megatron_dwm.config.checkpoint_args import read_arguments
+from megatron_dwm.config.flags import flag, parse
+from megatron_dwm.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_dwm.config.run import RunConfig
+
+
+@dataclass(frozen=True)
+class ExportWeighterConfig(ExportArguments):
+    """Export."""
+
+    baseline: str | None = flag(
+        None, "A run with uniform weights (its --save folder), over which the card says what this run has gained."
+    )
+
+
+def export(config: ExportWeighterConfig) -> str:
+    """Write the folder that ``config`` names.
+
+    Returns:
+        a line that says what was written.
+
+    Raises:
+        UserError: no such checkpoint, or it holds no weighter.
+    """
+    from megatron_dwm.data.blend import data_paths
+    from megatron_dwm.data.hf_tokenizers import fingerprint_of
+    from megatron_dwm.training.checkpoint_folders import iteration_of
+    from megatron_dwm.training.saved_checkpoint import open_checkpoint
+    from megatron_dwm.weighting.build import run_stages
+    from megatron_dwm.weighting.export import export_weighter, run_facts, weighter_facts
+    from megatron_dwm.weighting.weighter import model_digest
+    from megatron_dwm.weighting.weighter_init import weighter_model_from_json
+
+    folder = checkpoint_folder(config.load, config.ckpt_step)
+    state = open_checkpoint(folder).read_dwm_state()
+    if not state.get("weighter"):
+        raise UserError(
+            f"--load {folder}: the checkpoint holds no weighter (weighting was off, or had not begun); give a later "
+            "--ckpt-step, or a run with --dwm-mode bilevel or frozen"
+        )
+    run = saved_config(read_arguments(folder))
+    effect = _effect(config)
+    model = weighter_model_from_json(state["weighter_config"])
+    model.load_state_dict(state["weighter"])
+    tokenizer = _tokenizer(run, state.get("weighter_tokenizer", ""))
+    paths = data_paths(run.data, run.weighting.dwm_target_data_path if run.weighting.needs_target else None)
+    iteration = iteration_of(folder)
+    stage = run_stages(run).stage(iteration)
+    special = bool(state.get("weighter_tokenizer")) or run.tokenizer.tokenizer_hf_include_special_tokens
+    facts = weighter_facts(iteration, stage, sum(p.numel() for p in model.parameters()), model_digest(model))
+    facts |= run_facts(
+        run.weighting,
+        run.model,
+        run.train_iters,
+        run.global_batch_size,
+        paths,
+        fingerprint_of(tokenizer),
+        adds_special_tokens=special,
+    )
+    check = partial(_check_loads, model=model, fingerprint=fingerprint_of(tokenizer))
+    export_weighter(model, tokenizer.save_pretrained, Path(config.output), facts, effect=effect, check=check)
+    return (
+        f"{config.output}: wrote a {type(model).__name__} of {facts['weighter_parameters']:,} parameters and "
+        f"{tokenizer.model_max_length} tokens, from {folder}; loaded again, its weights and scores are the checkpoint's"
+    )
+
+
+def _tokenizer(run: RunConfig, own: str) -> Any:
+    """Return the weighter's Hugging Face tokenizer.
+
+    Args:
+        own: fingerprint of the tokenizer that the weighter does not share with its run; empty if it does.
+
+    Raises:
+        UserError: the folder that it was started from is gone.
+    """
+    from megatron_dwm.data.hf_tokenizers import fingerprint_of, load_tokenizer_folder, to_hf_tokenizer
+    from megatron_dwm.data.tokenizers import build_tokenizer
+
+    if not own:
+        tokenizer = to_hf_tokenizer(build_tokenizer(run.tokenizer), run.tokenizer)
+        tokenizer.model_max_length = run.model.sequence
+        return tokenizer
+    started_from = Path(run.weighting.dwm_load or run.weighting.dwm_init_from)
+    if not (started_from / "config.json").is_file():  # a run's exports, one for each stage
+        started_from = next(iter(sorted(started_from.glob("iter_*"))), started_from)
+    tokenizer = load_tokenizer_folder(started_from)
+    if fingerprint_of(tokenizer) != own:
+        raise UserError(f"{started_from}: holds another tokenizer than the weighter's, which was started from there")
+    return tokenizer
+
+
+def _check_loads(folder: Path, *, model: Any, fingerprint: str) -> None:
+    """Load the folder again, and compare it with the checkpoint's weighter.
+
+    Raises:
+        UserError: it does not load, or is another weighter.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    from megatron_dwm.data.hf_tokenizers import fingerprint_of_folder
+    from megatron_dwm.weighting.export_manifest import verify_export
+
+    verify_export("--output", folder)
+    loaded = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
+    expected, found = model.state_dict(), loaded.state_dict()
+    different = [name for name in expected if name not in found or not torch.equal(found[name], expected[name])]
+    sample = torch.arange(min(8, model.config.vocab_size))[None]
+    with torch.no_grad():
+        scores = [which.eval()(input_ids=sample).logits for which in (model, loaded)]
+    if different or not torch.equal(*scores) or fingerprint_of_folder(folder) != fingerprint:
+        raise UserError(f"--output {folder}: loaded again, it is another weighter; export it again")
+
+
+def _effect(config: ExportWeighterConfig) -> str | None:
+    """Return what the records of the run and of the baseline say, in Markdown; None without records.
+
+    Raises:
+        UserError: the baseline is none, or cannot be compared.
+    """
+    from megatron_dwm.analysis.comparison import gain_line
+    from megatron_dwm.analysis.records import read_run
+    from megatron_dwm.analysis.shares import learnt_shares
+
+    if not (Path(config.load) / "metrics.jsonl").is_file():
+        if config.baseline is not None:
+            raise UserError(
+                f"--baseline {config.baseline}: --load {config.load} has no metrics.jsonl to compare with it"
+            )
+        return None
+    run = read_run(Path(config.load))
+    lines = []
+    if config.baseline is not None:
+        gain = gain_line(read_run(Path(config.baseline)), run)
+        lines.append(f"* Against a run with uniform weights: {gain}. One run each: another seed comes out differently.")
+    evaluations = run.evaluated("valid")
+    if evaluations:
+        lines.append(f"* Loss of {evaluations[-1]['lm_loss']:.4f} at iteration {evaluations[-1]['iteration']}.")
+    sizes = [step["effective_sample_size"] for step in run.steps if step.get("effective_sample_size") is not None]
+    if sizes:
+        lines.append(f"* Effective sample size of the last step: {sizes[-1]:.2f} of the batch.")
+    if any(step.get("weight_by_source") for step in run.steps):
+        overall = learnt_shares(run)[0]
+        shares = ", ".join(f"{source} {share:.3f}" for source, share in overall.mean.items())
+        lines.append(f"* Shares that the weights gave the sources, over {overall.iterations} iterations: {shares}.")
+    return "\n".join(lines) or None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Export a checkpoint's weighter."""
+    run_command(partial(_main, argv))
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    print(export(parse(argv, {"export": ExportWeighterConfig}, description=__doc__)["export"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What a checkpoint says of the run that saved it, for the commands that export from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
+from megatron_dwm.config.checkpoint_args import effective_arguments
+from megatron_dwm.config.flags import build, declared_flags, flag
+from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.run import PARTS, RunConfig
+from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.errors import UserError
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """Flags of a command that exports from a checkpoint."""
+
+    load: str = flag("", "Folder of checkpoints: a run's --save.")
+    ckpt_step: int | None = flag(None, "Iteration to export, in place of the latest.")
+    output: str = flag("", "Hugging Face folder to write; it must not exist yet.")
+
+    def __post_init__(self) -> None:
+        for name in ("load", "output"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is missing; give a folder")
+        if Path(self.output).exists():
+            raise UserError(f"--output {self.output} exists; remove it or give another folder")
+
+
+def checkpoint_folder(load: str, ckpt_step: int | None) -> Path:
+    """Return the folder of the checkpoint that ``--load`` and ``--ckpt-step`` name.
+
+    Raises:
+        UserError: there is none.
+    """
+    from megatron_dwm.training.checkpoint_folders import latest_checkpoint
+
+    folder = latest_checkpoint(CheckpointConfig(load=load, ckpt_step=ckpt_step))
+    if folder is None:
+        raise UserError(f"--load {load}: no {TRACKER} there; give the folder that a run saved to")
+    return folder
+
+
+def saved_model(saved: Mapping[str, Any]) -> ModelConfig:
+    """Return the configuration of the model that a checkpoint's arguments describe.
+
+    Raises:
+        UserError: it is not a model that this program trains.
+    """
+    return build(ModelConfig, effective_arguments(saved))
+
+
+def saved_tokenizer(saved: Mapping[str, Any], given: Mapping[str, Any]) -> TokenizerConfig:
+    """Return the configuration of a checkpoint's tokenizer.
+
+    Args:
+        saved: the checkpoint's arguments.
+        given: values of fields that take precedence over them.
+    """
+    usable = {item.field for item in declared_flags(TokenizerConfig) if item.refused is None}
+    return build(TokenizerConfig, {key: saved[key] for key in usable & saved.keys()} | dict(given))
+
+
+def saved_config(saved: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration of the run of this program that saved a checkpoint.
+
+    Raises:
+        UserError: its arguments are not such a run's.
+    """
+    known = effective_arguments(saved)
+    if known.get("train_samples"):
+        known["train_iters"] = None  # which follows from it
+    parts: dict[str, Any] = {name: build(part, known) for name, part in PARTS.items()}
+    return RunConfig(world_size=int(saved.get("world_size", 1)), **parts)

@@ -1,0 +1,9 @@
+"""Write the weighter of a checkpoint as a Hugging Face folder.
+
+The same as ``megatron-dwm export-weighter``.
+"""
+
+from megatron_dwm.cli.export_weighter import main
+
+if __name__ == "__main__":
+    main()
