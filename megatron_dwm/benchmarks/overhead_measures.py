@@ -73,7 +73,7 @@ def measure_modes(modes: Modes, options: OverheadConfig) -> dict[str, Any]:
 
 def measure_alignments(modes: Modes, repeats: int) -> dict[str, list[float]]:
     """Measure the seconds of an iteration with an outer update under each way of alignment, turn by turn."""
-    outer, chosen = modes.outer, modes.outer.lm_gradients
+    outer, chosen = modes.outer, modes.lm_gradients
     ways = get_args(get_type_hints(WeightingConfig)["dwm_alignment"])
 
     def update(passes: LMGradients) -> None:

@@ -5,17 +5,18 @@ Shape legend: N samples of the global batch, n of this replica, c of this rank's
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from megatron_dwm.config.weighting import WeightingConfig
-from megatron_dwm.data.batch import Batch
 from megatron_dwm.model.parameter_copy import ParameterCopy
+from megatron_dwm.runtime.collectives import world_rank, world_size
+from megatron_dwm.weighting.bilevel.alignment import Direction
 from megatron_dwm.weighting.bilevel.health import require_alignments
 from megatron_dwm.weighting.bilevel.learning import GradientLearner, Learner
-from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.replay import AlignedBatch, Replay
 from megatron_dwm.weighting.bilevel.ridge import RidgeLearner
 from megatron_dwm.weighting.sample_gather import SampleGather
@@ -39,11 +40,43 @@ class OuterResult:
     weighter_hash: str
 
 
+class Samples(Protocol):
+    """Samples of one step, as the passes take them."""
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """What the weighter reads [n, s], int64."""
+
+    def __len__(self) -> int:
+        """Return n."""
+
+
+class Passes(Protocol):
+    """The passes over a language model that an update is made of; they leave its parameters and gradients alone."""
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by in training."""
+
+    @property
+    def check_for_nan(self) -> bool:
+        """Whether alignments that are not finite end the run."""
+
+    def deterministic(self) -> AbstractContextManager[None]:
+        """Return a context in which nothing is dropped out and no random stream moves."""
+
+    def gradient(self, batch: Any) -> tuple[float, Direction]:
+        """Return the mean loss of target samples and its gradient v, the same on every replica."""
+
+    def align(self, batch: Any, direction: Direction) -> torch.Tensor:
+        """Return the alignments of this replica's samples [n], float64."""
+
+
 class OuterUpdate:
     """Updates the weighter from the alignment of samples with the target."""
 
     def __init__(
-        self, config: WeightingConfig, lm_gradients: LMGradients, weighter: Weighter, sample_gather: SampleGather
+        self, config: WeightingConfig, lm_gradients: Passes, weighter: Weighter, sample_gather: SampleGather
     ) -> None:
         self.config, self.lm_gradients, self.weighter, self.sample_gather = (
             config,
@@ -57,7 +90,7 @@ class OuterUpdate:
     @property
     def loss_scale(self) -> float:
         """The optimizer's present loss scale."""
-        return float(self.lm_gradients.optimizer.get_loss_scale())
+        return self.lm_gradients.loss_scale
 
     def rank_places(self, batch_samples: int) -> torch.Tensor:
         """Return the places in a batch of N samples of those that this rank works on [c].
@@ -67,9 +100,9 @@ class OuterUpdate:
         partition, places = self.sample_gather.partition, torch.arange(batch_samples)
         if batch_samples % (partition.micro_batch_size * self.sample_gather.parallel_state.dp_size) == 0:
             return self.sample_gather.select_rank(places)
-        return places[dist.get_rank() :: dist.get_world_size()]
+        return places[world_rank() :: world_size()]
 
-    def run(self, batch: Batch, target: Batch, before: ParameterCopy) -> OuterResult | None:
+    def run(self, batch: Samples, target: Samples, before: ParameterCopy) -> OuterResult | None:
         """Align ``batch`` with ``target`` and move the weighter.
 
         The step from θ to θ' has been made; nothing but the weighter is different afterwards, and the gradient
@@ -88,15 +121,14 @@ class OuterUpdate:
             FloatingPointError: an alignment is not finite and the schedule checks for that.
             RuntimeError: all alignments are zero, or the weighter's replicas differ.
         """
-        engine = self.lm_gradients.engine
-        with engine.deterministic():
+        with self.lm_gradients.deterministic():
             target_loss, direction = self.lm_gradients.gradient(target)
             before.swap()
             alignments = self.sample_gather.gather_from_replicas(self.lm_gradients.align(batch, direction)).cpu()
             before.swap()
         del direction  # as large as the gradient, and the weighter's steps need room
         if not bool(alignments.isfinite().all()):
-            if engine.check_for_nan:
+            if self.lm_gradients.check_for_nan:
                 raise FloatingPointError("an alignment is not finite; lower --lr, or look at the data of this step")
             return None
 
