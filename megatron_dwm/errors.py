@@ -17,6 +17,10 @@ class UserError(Exception):
     """
 
 
+class PeerError(UserError):
+    """A user's error that another rank has found and printed."""
+
+
 def shortened(value: object, most: int = 200) -> str:
     """Return the text of a value on one line, without its middle if it has more than ``most`` characters.
 

@@ -8,7 +8,6 @@ checkpoint needs is known, so here anything else is refused: in ``common.pt`` an
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import re
 from collections.abc import Iterator
@@ -63,6 +62,10 @@ DAMAGE = (
     pickle.UnpicklingError,
 )
 """What unpickling raises when bytes are missing or wrong."""
+
+
+COMMON_KEY = "common_state/shard_0_1"
+"""Of what megatron-core from 0.17 on stores of all ranks among the tensors."""
 
 
 class UnreadableFile(Exception):
@@ -122,20 +125,50 @@ def short_reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {(telling or lines)[0]}"[:200].rstrip(": ")
 
 
+def read_common_state(folder: Path) -> Any:
+    """Return what a checkpoint says of all ranks: its arguments and counters.
+
+    They are in ``common.pt``; megatron-core from 0.17 on stores them among the tensors.
+
+    Raises:
+        UnreadableFile: they are missing or damaged, or name what is not allowed.
+    """
+    path, described = folder / "common.pt", folder / ".metadata"
+    if path.exists() or not described.exists():
+        return read_torch_file(path)
+    metadata = read_metadata(described)
+    places = [place for index, place in (metadata.storage_data or {}).items() if index.fqn == COMMON_KEY]
+    if len(places) != 1:
+        return read_torch_file(path)  # says that it is missing
+    (place,) = places
+    try:
+        if Path(place.relative_path).name != place.relative_path:
+            raise ValueError(f"{place.relative_path} is not in the folder")
+        with (folder / place.relative_path).open("rb") as file:
+            file.seek(place.offset)
+            (common,) = load_restricted(BytesIO(file.read(place.length)))
+    except DAMAGE as error:
+        raise UnreadableFile(f"{COMMON_KEY} cannot be read ({short_reason(error)})") from None
+    return common
+
+
 @contextlib.contextmanager
 def restricted_checkpoint_loading() -> Iterator[None]:
-    """While open, megatron-core and torch load checkpoints with the restrictions of this module."""
+    """While open, megatron-core and torch load a checkpoint's tensors with the restrictions of this module."""
     from megatron.core.dist_checkpointing.strategies import torch as strategies
     from torch.distributed.checkpoint._traverse import set_element
 
-    def reader(checkpoint_dir: str | Path, cache_metadata: bool = False) -> Any:
+    # From 0.17 on megatron-core also says by which library the checkpoint was written.
+    def reader(checkpoint_dir: str | Path, cache_metadata: bool = False, async_strategy: str = "mcore") -> Any:
         return restricted_reader(Path(checkpoint_dir))
 
     def load_bytes(planner: Any, read_item: Any, value: BytesIO) -> None:
-        set_element(planner.original_state_dict, planner.mappings[read_item.dest_index.fqn], load_restricted(value))
+        key, loaded = read_item.dest_index.fqn, load_restricted(value)
+        if planner.flatten_state_dict:
+            set_element(planner.original_state_dict, planner.mappings[key], loaded)
+        else:  # from 0.17 on
+            planner.state_dict[key] = loaded
 
-    # Unsafe loading can be forced on code that does not say what it wants, as megatron-core's of common.pt.
-    forced = os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     replaced = strategies._get_filesystem_reader
     strategies._get_filesystem_reader = reader
     strategies.MCoreLoadPlanner.load_bytes = load_bytes
@@ -144,8 +177,6 @@ def restricted_checkpoint_loading() -> Iterator[None]:
     finally:
         strategies._get_filesystem_reader = replaced
         del strategies.MCoreLoadPlanner.load_bytes
-        if forced is not None:
-            os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = forced
 
 
 def restricted_reader(folder: Path) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-# Tests run on the CPU whatever the machine has: results are then the same everywhere, and forking stays safe.
+# Tests run on the CPU whatever the machine has: results are then the same everywhere, and forking stays safe. Those of
+# tests/gpu/ start programs that see the GPUs.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -22,18 +25,44 @@ torch.set_num_threads(1)
 
 REQUIRE_ALL = "REQUIRE_ALL_TESTS"
 """Environment variable that makes tests fail, in place of being deselected, where their programs are not installed."""
-FOLDERS = ("unit", "distributed", "e2e")
+FOLDERS = ("unit", "distributed", "e2e", "gpu")
 """Folders whose tests carry the folder's name as a marker."""
 PROGRAMS = {"slurm": ("munged", "slurmctld", "slurmd", "sbatch", "srun"), "browser": ("chromium",)}
 """Programs that the tests of a marker start."""
 PACKAGES = {"slurm": "slurm-wlm munge", "browser": "chromium"}
 """Debian's packages that have them."""
-FIXTURES = {"cluster": "slurm", "browser": "browser"}
+GPUS_NEEDED = {"gpu": 1, "gpus": 2}
+"""GPUs that the tests of a marker need; without them they are deselected in any case."""
+FIXTURES = {"cluster": "slurm", "browser": "browser", "one_gpu": "gpu", "two_gpus": "gpus"}
 """Markers of the tests that use a fixture."""
 
 
+@functools.cache
+def count_gpus() -> int:
+    """Return how many NVIDIA GPUs this machine has."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+    return listed.stdout.count("GPU ")
+
+
+def missing_gpus() -> list[str]:
+    """Return the markers of tests that need more GPUs than there are."""
+    return [marker for marker, count in GPUS_NEEDED.items() if count > count_gpus()]
+
+
+@pytest.fixture
+def one_gpu() -> None:
+    """What a test needs that is to run where there is a GPU."""
+
+
+@pytest.fixture
+def two_gpus() -> None:
+    """What a test needs that is to run where there are two GPUs."""
+
+
 def missing_markers() -> list[str]:
-    """Return the markers whose tests cannot run here, unless all tests are required."""
+    """Return the markers whose tests' programs are not installed here, unless all tests are required."""
     if os.environ.get(REQUIRE_ALL):
         return []
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"  # daemons are commonly beside the PATH of other users
@@ -68,12 +97,15 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         f"deselected: tests marked {marker}, because not all of {', '.join(PROGRAMS[marker])} are installed "
         f"(Debian: {PACKAGES[marker]}); {REQUIRE_ALL}=1 makes them fail instead"
         for marker in missing_markers()
+    ] + [
+        f"deselected: tests marked {marker}, because this machine has not {GPUS_NEEDED[marker]} NVIDIA GPU(s)"
+        for marker in missing_gpus()
     ]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark tests by their folder and by what they start, and deselect those that cannot run here."""
-    missing = set(missing_markers())
+    missing = {*missing_markers(), *missing_gpus()}
     selected, deselected = [], []
     for item in items:
         folder = Path(item.path).relative_to(ROOT / "tests").parts[0]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import HealthCheck, settings, strategies
+from hypothesis import HealthCheck, Phase, settings, strategies
+
+from megatron_dwm.errors import MOST_CHARACTERS, UserError, print_error
 
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "0"))
 
@@ -18,8 +22,19 @@ def fuzz_settings(examples: int) -> Callable[[Any], Any]:
         derandomize=FACTOR == 0,
         database=None,  # no folder beside the sources
         deadline=None,
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],  # explaining takes minutes
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
     )
+
+
+def assert_short_line(error: UserError) -> str:
+    """What is printed of an error must be one line of bounded length; return it."""
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        print_error(error)
+    line = printed.getvalue()
+    assert line.startswith("error: ") and line.count("\n") == 1 and line.endswith("\n"), line
+    assert len(line) < MOST_CHARACTERS + 20, line
+    return line
 
 
 def damaged(content: bytes) -> strategies.SearchStrategy[bytes]:

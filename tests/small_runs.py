@@ -23,7 +23,7 @@ LLAMA_STYLE: dict[str, Any] = {
 
 # Runs of the commands.
 LANGUAGE_MODEL: dict[str, Any] = {
-    "--num-layers": 4,
+    "--num-layers": 2,
     "--hidden-size": 32,
     "--num-attention-heads": 4,
     "--seq-length": 32,
@@ -57,7 +57,7 @@ WEIGHTING: dict[str, Any] = {
 SEQ_LENGTH = 12
 VOCAB_SIZE = 64
 NUM_SAMPLES = 8
-GPT: dict[str, Any] = {"--num-layers": 4, "--hidden-size": 16, "--num-attention-heads": 4}
+GPT: dict[str, Any] = {"--num-layers": 2, "--hidden-size": 16, "--num-attention-heads": 4}
 LLAMA: dict[str, Any] = {
     **GPT,
     **LLAMA_STYLE,

@@ -3,15 +3,18 @@
 #
 #   bash tools/setup_env.sh                              uses python3.11, or else any Python from 3.10 on
 #   PYTHON=/path/to/python bash tools/setup_env.sh       uses that one
+#   VENV=.venv-newest MEGATRON_CORE=0.19.2 bash tools/setup_env.sh
+#                                                        makes another folder, with another megatron-core
 #
-# Returns at once when .venv is complete for the present pyproject.toml and constraints.txt. Where the user's own
+# Returns at once when the folder is complete for the present pyproject.toml and constraints.txt. Where the user's own
 # python has a torch that sees a CUDA device, that torch is used and not installed again. pip's settings
 # (PIP_INDEX_URL, pip.conf, ...) hold as ever: they decide whether torch comes as a CPU or as a CUDA build.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly TORCH=torch==2.13.0
-readonly STAMP=.venv/complete
+readonly VENV=${VENV:-.venv}
+readonly STAMP=$VENV/complete
 
 fail() {
     echo "error: $*" >&2
@@ -20,7 +23,12 @@ fail() {
 
 # What an environment depends on; the folder's path is in its scripts.
 fingerprint() {
-    { pwd && cat pyproject.toml constraints.txt tools/setup_env.sh; } | sha256sum
+    { pwd && echo "${MEGATRON_CORE:-}" && cat pyproject.toml constraints.txt tools/setup_env.sh; } | sha256sum
+}
+
+# Print constraints.txt, with the given megatron-core in the place of its own.
+constraints() {
+    sed "${MEGATRON_CORE:+s/^megatron-core==.*/megatron-core==$MEGATRON_CORE/}" constraints.txt
 }
 
 # Print the first of the given commands that is a Python from 3.10 on and can make environments.
@@ -43,28 +51,31 @@ has_cuda_torch() {
     "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
 }
 
-# Let .venv see the packages of Python $1 behind its own. Unlike --system-site-packages this also holds when $1
+# Let the environment see the packages of Python $1 behind its own. Unlike --system-site-packages this also holds when $1
 # belongs to a virtual environment. The packages that its torch needs stay as torch found them: print
-# constraints.txt without them.
+# the constraints that are read here without them.
 share_packages_of() {
     local site_packages
-    site_packages=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    site_packages=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     "$1" -c '
 import site
 folders = site.getsitepackages() + [site.getusersitepackages()] * bool(site.ENABLE_USER_SITE)
 print(*(f"import site; site.addsitedir({folder!r})" for folder in folders), sep="\n")
 ' >"$site_packages/shared_packages.pth"
     "$1" -c '
-import importlib.metadata, re
+import importlib.metadata, re, sys
 def name(requirement): return re.sub("[-_.]+", "-", re.match(r"[\w.-]*", requirement)[0]).lower()
 needed = {name(requirement) for requirement in importlib.metadata.requires("torch") or ()}
-print(*(line for line in open("constraints.txt") if name(line) not in needed), sep="")
+print(*(line for line in sys.stdin if name(line) not in needed), sep="")
 '
 }
 
-if [[ -x .venv/bin/python && -f $STAMP && $(fingerprint) == "$(<"$STAMP")" ]]; then
+if [[ -x $VENV/bin/python && -f $STAMP && $(fingerprint) == "$(<"$STAMP")" ]]; then
     exit 0
 fi
+
+# What a link leads to is not of this folder alone, and making .venv anew would empty it.
+[[ ! -L .venv ]] || fail ".venv is a link to $(readlink -f .venv); remove the link, or bring that environment up to date"
 
 read -ra own <<<"${PYTHON:-python3 python}"
 read -ra known <<<"${PYTHON:-python3.11 python3 python3.12 python3.10}"
@@ -78,18 +89,19 @@ done
 if [[ -n $cuda_python ]]; then known=("$cuda_python"); fi
 python=$(find_python "${known[@]}")
 
-echo "making .venv with $("$python" --version) (this once, some minutes)"
-"$python" -m venv --clear .venv
-requirements=(-e '.[test]')
+echo "making $VENV with $("$python" --version) (this once, some minutes)"
+"$python" -m venv --clear "$VENV"
+requirements=(-e '.[test]' -c "$VENV/constraints.txt")
 if [[ -n $cuda_python ]]; then
-    share_packages_of "$python" >.venv/constraints.txt
-    requirements+=(-c .venv/constraints.txt)
-    unset PIP_CONSTRAINT # pins of the shared packages' environment; ours decide in .venv
+    constraints | share_packages_of "$python" >"$VENV/constraints.txt"
+    unset PIP_CONSTRAINT # pins of the shared packages' environment; ours decide in the new one
 else
-    requirements+=("$TORCH" -c constraints.txt)
+    constraints >"$VENV/constraints.txt"
+    requirements+=("$TORCH")
 fi
 # One line a package, so that a slow download is seen to move.
-.venv/bin/python -m pip install --disable-pip-version-check "${requirements[@]}" |
+"$VENV/bin/python" -m pip install --disable-pip-version-check "${requirements[@]}" |
     sed -un -e 's/^Collecting \([^ ]*\).*/  \1/p' -e 's/^Installing collected packages.*/  installing/p' ||
     fail "pip could not install the dependencies (its message is above); mend that and run this again"
 fingerprint >"$STAMP"
+echo ".venv: $(.venv/bin/python --version) with the packages of constraints.txt; activate it by: source .venv/bin/activate"

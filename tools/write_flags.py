@@ -16,7 +16,8 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
 INTRODUCTION = """\
 # Flags of pretrain_dwm.py
 
-Names, meaning and defaults are those of Megatron-LM (core_v0.16.1), but for the flags of our own. The column *Origin*
+Names, meaning and defaults are those of Megatron-LM (core_v0.16.1), but for the flags of our own. Flags that came with
+Megatron-LM 0.17 to 0.19 are known too. The column *Origin*
 says which is which: *Megatron-LM*, *ours*, or *no effect* for a flag of Megatron-LM's that is accepted because what it
 asks for happens in any case. This page is written by `python tools/write_flags.py` from the classes in
 `megatron_dwm/config/`, where a flag is declared once; edit there.
@@ -24,7 +25,7 @@ asks for happens in any case. This page is written by `python tools/write_flags.
 A switch has no value and its default is *off*. A flag of Megatron-LM's that is not in these tables ends the run with
 the reason given under [Not supported](#not-supported).
 """
-OWN_FLAGS = {"--metrics-jsonl", "--no-checkpoint-checksums"}
+OWN_FLAGS = {"--metrics-jsonl", "--no-checkpoint-checksums", "--plan", "--plan-json", "--plan-world-size"}
 """Ours, besides those that start with ``--dwm-``."""
 
 
@@ -88,6 +89,7 @@ def main() -> None:
             raise SystemExit(f"{PAGE} is stale; run python tools/write_flags.py")
         return
     atomic_write_text(PAGE, page)
+    print(f"{PAGE}: {page.count(chr(10))} lines")
 
 
 if __name__ == "__main__":

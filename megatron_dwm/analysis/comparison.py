@@ -13,23 +13,36 @@ def training_seconds(steps: Sequence[Record], last_iteration: float = float("inf
     return float(sum(step["seconds"] for step in steps if step["iteration"] <= last_iteration))
 
 
-def catches_up(uniform: RunRecords, other: RunRecords) -> tuple[float, float] | None:
-    """Return when ``other``'s evaluation loss falls to ``uniform``'s last.
+def training_flops(steps: Sequence[Record], last_iteration: float = float("inf")) -> float:
+    """Return the operations of the steps up to an iteration, with all that weighting adds."""
+    return float(sum(step["flops"] for step in steps if step["iteration"] <= last_iteration))
 
-    Between evaluations the loss is taken as linear in the tokens.
 
-    Returns:
-        fractions of uniform's tokens and of its seconds; None if it never falls so far.
+def caught_up_at(uniform: RunRecords, other: RunRecords) -> float | None:
+    """Return the iteration from which ``other``'s evaluation loss stays at or under ``uniform``'s last one.
+
+    Between evaluations the loss is taken as linear in the tokens. None if it never falls so far.
     """
     goal = uniform.evaluated("valid")[-1]["lm_loss"]
     curve = [(point["iteration"], point["lm_loss"]) for point in other.evaluated("valid")]
     last_above = max((k for k, (_, loss) in enumerate(curve) if loss > goal), default=-1)
     if last_above == len(curve) - 1:
         return None
-    iteration = float(curve[0][0])
-    if last_above >= 0:
-        (before, high), (after, low) = curve[last_above], curve[last_above + 1]
-        iteration = before + (after - before) * (high - goal) / (high - low)
+    if last_above < 0:
+        return float(curve[0][0])
+    (before, high), (after, low) = curve[last_above], curve[last_above + 1]
+    return float(before + (after - before) * (high - goal) / (high - low))
+
+
+def catches_up(uniform: RunRecords, other: RunRecords) -> tuple[float, float] | None:
+    """Return when ``other``'s evaluation loss falls to ``uniform``'s last.
+
+    Returns:
+        fractions of uniform's tokens and of its seconds; None if it never falls so far.
+    """
+    iteration = caught_up_at(uniform, other)
+    if iteration is None:
+        return None
     seconds = training_seconds(other.steps, iteration) / training_seconds(uniform.steps)
     return iteration / uniform.steps[-1]["iteration"], seconds
 

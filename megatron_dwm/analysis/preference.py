@@ -7,7 +7,6 @@ Shape legend: n samples.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -15,8 +14,13 @@ from itertools import groupby
 import numpy as np
 
 from megatron_dwm.analysis.records import Record
+from megatron_dwm.analysis.uncertainty import Estimate, mean_correlation, mean_over_updates
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_UPDATES_PER_STAGE = 40
+"""That describe a stage, if batches are so large that its samples would otherwise be of fewer."""
+_FEWEST_OF_A_SOURCE = 10
+"""Samples of a source that a correlation is taken of."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +53,62 @@ class WeightedSamples:
         return sorted({int(stage) for stage in self.stage})
 
 
-def weighted_samples(updates: Sequence[Record]) -> WeightedSamples:
-    """Return the samples of a run's ``outer_update`` records; ``loss`` is a property if every record has it."""
+def weighted_samples(updates: Sequence[Record], most: Sequence[int] | None = None) -> WeightedSamples:
+    """Return the samples of a run's ``outer_update`` records; ``loss`` is a property if every record has it.
+
+    Args:
+        updates: the records.
+        most: how many samples to take of each update, drawn at random if it has more; None takes all.
+    """
+    batches = [standardized(update["samples"]["alignment"]) for update in updates]
+    limits = most if most is not None else [len(batch) for batch in batches]
+    rows = [_drawn(len(batch), limit) for batch, limit in zip(batches, limits, strict=True)]
 
     def column(name: str, kind: type) -> np.ndarray:
-        return np.array([value for update in updates for value in update["samples"][name]], dtype=kind)
+        taken = zip(updates, rows, strict=True)
+        return np.array([update["samples"][name][row] for update, of_update in taken for row in of_update], dtype=kind)
 
     def repeated(name: str) -> np.ndarray:
-        return np.array([u[name] for u in updates for _ in u["samples"]["index"]], dtype=int)
+        return np.array([u[name] for u, of_update in zip(updates, rows, strict=True) for _ in of_update], dtype=int)
 
-    batches = [standardized(update["samples"]["alignment"]) for update in updates]
     has_loss = bool(updates) and all("loss" in update["samples"] for update in updates)
+    aligned = [batch[of_update] for batch, of_update in zip(batches, rows, strict=True)]
     return WeightedSamples(
         iteration=repeated("iteration"),
         stage=repeated("stage"),
         index=column("index", int),
         source=column("source", str),
         weight=column("weight", float),
-        alignment=np.concatenate(batches) if batches else np.empty(0),
+        alignment=np.concatenate(aligned) if aligned else np.empty(0),
         properties={"loss": column("loss", float)} if has_loss else {},
     )
+
+
+def described_samples(updates: Sequence[Record], samples_per_stage: int) -> WeightedSamples:
+    """Choose samples of each stage, from as many of its updates as that many samples allow.
+
+    Updates are evenly spaced. Of large batches a part is drawn, so that a stage is described by many updates.
+    """
+    chosen: list[Record] = []
+    most: list[int] = []
+    for _, group in groupby(updates, key=lambda update: update["stage"]):
+        of_stage = list(group)
+        whole = samples_per_stage // len(of_stage[0]["samples"]["index"])
+        number = min(len(of_stage), max(whole, _UPDATES_PER_STAGE), samples_per_stage)
+        places = np.linspace(0, len(of_stage) - 1, number).round().astype(int)
+        chosen += [of_stage[place] for place in places]
+        most += [samples_per_stage // number] * number
+    return weighted_samples(chosen, most)
+
+
+def _drawn(length: int, most: int) -> np.ndarray:
+    """Return at most ``most`` places in their order, always the same ones.
+
+    They are random: blended sources come in turn, and evenly spaced places could all be of one source.
+    """
+    if length <= most:
+        return np.arange(length)
+    return np.sort(np.random.default_rng(0).permutation(length)[:most])
 
 
 def standardized(values: Sequence[float]) -> np.ndarray:
@@ -78,16 +118,6 @@ def standardized(values: Sequence[float]) -> np.ndarray:
         return np.zeros_like(array)
     scaled: np.ndarray = (array - array.mean()) / array.std()
     return scaled
-
-
-def evenly_spaced_updates(updates: Sequence[Record], samples_per_stage: int) -> list[Record]:
-    """Choose updates of each stage, evenly spaced, that hold ``samples_per_stage`` samples together; at least one."""
-    chosen: list[Record] = []
-    for _, group in groupby(updates, key=lambda update: update["stage"]):
-        of_stage = list(group)
-        number = min(len(of_stage), max(1, samples_per_stage // len(of_stage[0]["samples"]["index"])))
-        chosen += [of_stage[place] for place in np.linspace(0, len(of_stage) - 1, number).round().astype(int)]
-    return chosen
 
 
 @dataclass(frozen=True)
@@ -100,8 +130,47 @@ class SourceFigures:
     """Its samples' fraction of the trained loss, and so of the gradient; mean over the steps."""
     sample_fraction: float | None
     """Its samples' fraction of the batches, as they count without weights: by their tokens."""
-    alignment: float | None
+    alignment: Estimate
     """Mean standardized alignment of its samples at the outer updates."""
+
+
+@dataclass(frozen=True)
+class SourceAlignments:
+    """Mean alignment of each source's samples in each update."""
+
+    iterations: np.ndarray
+    """Of the updates [u]."""
+    sources: list[str]
+    mean: np.ndarray
+    """By update and source [u, s]; NaN where an update has no sample of the source."""
+    count: np.ndarray
+    """Samples of the source in the update [u, s]."""
+
+    def of(self, source: str) -> Estimate:
+        """Return the mean alignment of a source's samples."""
+        column = self.sources.index(source)
+        known = self.count[:, column] > 0
+        return mean_over_updates(self.mean[known, column].tolist(), self.count[known, column].tolist())
+
+    def difference(self, first: str, second: str) -> Estimate:
+        """Return how much more one source's samples are aligned than another's, in updates that have both."""
+        a, b = self.sources.index(first), self.sources.index(second)
+        fewer = np.minimum(self.count[:, a], self.count[:, b])
+        known = fewer > 0
+        return mean_over_updates((self.mean[:, a] - self.mean[:, b])[known].tolist(), fewer[known].tolist())
+
+
+def source_alignments(samples: WeightedSamples, sources: Sequence[str]) -> SourceAlignments:
+    """Return the mean alignments of sources by update."""
+    iterations, update = np.unique(samples.iteration, return_inverse=True)
+    shape = len(iterations), len(sources)
+    mean, count = np.full(shape, np.nan), np.zeros(shape, int)
+    for column, source in enumerate(sources):
+        rows = samples.source == source
+        count[:, column] = np.bincount(update[rows], minlength=len(iterations))
+        totals = np.bincount(update[rows], samples.alignment[rows], minlength=len(iterations))
+        np.divide(totals, count[:, column], out=mean[:, column], where=count[:, column] > 0)
+    return SourceAlignments(iterations, list(sources), mean, count)
 
 
 def stage_sources(steps: Sequence[Record], samples: WeightedSamples) -> dict[int, dict[str, SourceFigures]]:
@@ -114,21 +183,20 @@ def stage_sources(steps: Sequence[Record], samples: WeightedSamples) -> dict[int
     figures: dict[int, dict[str, SourceFigures]] = {}
     for stage in sorted({step["stage"] for step in steps if "stage" in step}):
         of_stage = [step for step in steps if step.get("stage") == stage]
-        rows = samples.where(samples.stage == stage)
-        figures[stage] = {name: _source_figures(name, of_stage, rows) for name in names}
+        aligned = source_alignments(samples.where(samples.stage == stage), names)
+        figures[stage] = {name: _source_figures(name, of_stage, aligned) for name in names}
     return figures
 
 
-def _source_figures(name: str, steps: Sequence[Record], samples: WeightedSamples) -> SourceFigures:
+def _source_figures(name: str, steps: Sequence[Record], aligned: SourceAlignments) -> SourceFigures:
     of_loss = [step.get("share_by_source", {}).get(name, 0.0) for step in steps]
     weights = [step.get("weight_by_source", {}).get(name, 1.0) for step in steps]
     of_samples = [fraction / weight for fraction, weight in zip(of_loss, weights, strict=True) if weight > 0]
-    aligned = samples.alignment[samples.source == name]
     return SourceFigures(
         weight=sum(of_loss) / sum(of_samples) if sum(of_samples) > 0 else None,
         loss_fraction=float(np.mean(of_loss)),
         sample_fraction=float(np.mean(of_samples)) if of_samples else None,
-        alignment=float(aligned.mean()) if len(aligned) else None,
+        alignment=aligned.of(name),
     )
 
 
@@ -149,23 +217,13 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float | None:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def correlation_within(groups: np.ndarray, first: np.ndarray, second: np.ndarray) -> float | None:
-    """Return the mean of the groups' rank correlations, weighted by their sizes; None if no group has one."""
-    masks = [groups == group for group in np.unique(groups)]
-    found = [(rank_correlation(first[mask], second[mask]), mask.sum()) for mask in masks]
-    known = [(rho, size) for rho, size in found if rho is not None]
-    if not known:
-        return None
-    return float(np.average([rho for rho, _ in known], weights=[size for _, size in known]))
-
-
 @dataclass(frozen=True)
 class Correlations:
     """Rank correlations of the weight with one property in one stage."""
 
-    in_batch: float | None
+    in_batch: Estimate
     """Within each batch, mean over the stage's batches: weights compare samples of one batch."""
-    in_source: float | None
+    in_source: Estimate
     """Among samples of the same source, mean over the sources: what the weight depends on besides the source."""
 
 
@@ -174,12 +232,28 @@ def correlations(samples: WeightedSamples, values: np.ndarray) -> dict[int, Corr
     found = {}
     for stage in samples.stages:
         in_stage = samples.stage == stage
-        rows, property_values = samples.where(in_stage), values[in_stage]
+        rows, of_rows = samples.where(in_stage), values[in_stage]
+        batches = _correlations_by(rows.iteration, rows.weight, of_rows, fewest=2)
+        sources = _correlations_by(rows.source, rows.weight, of_rows, fewest=_FEWEST_OF_A_SOURCE)
         found[stage] = Correlations(
-            in_batch=correlation_within(rows.iteration, rows.weight, property_values),
-            in_source=correlation_within(rows.source, rows.weight, property_values),
+            in_batch=mean_over_updates(*batches),
+            in_source=mean_correlation(*sources, updates=len(batches[0])),
         )
     return found
+
+
+def _correlations_by(
+    groups: np.ndarray, first: np.ndarray, second: np.ndarray, fewest: int
+) -> tuple[list[float], list[int]]:
+    """Return ρ and the size of each group of at least ``fewest`` rows that has one."""
+    rhos, sizes = [], []
+    for group in np.unique(groups):
+        mask = (groups == group) & ~np.isnan(second)
+        rho = rank_correlation(first[mask], second[mask]) if mask.sum() >= fewest else None
+        if rho is not None:
+            rhos.append(rho)
+            sizes.append(int(mask.sum()))
+    return rhos, sizes
 
 
 @dataclass(frozen=True)
@@ -191,6 +265,10 @@ class Quarter:
     """Least and largest value in it."""
     weight: float
     """Mean weight."""
+    error: float
+    """Standard error of the mean weight."""
+    n: int
+    """Samples in it."""
     fraction: float
     """Of all samples."""
 
@@ -213,7 +291,9 @@ def quarters(values: np.ndarray, weights: np.ndarray) -> list[Quarter]:
         if mask.any():
             inside = values[mask]
             low, high = float(inside.min()), float(inside.max())
-            found.append(Quarter(low, high, weight=float(weights[mask].mean()), fraction=float(mask.mean())))
+            of_group, n = weights[mask], int(mask.sum())
+            error = float(of_group.std() / n**0.5)
+            found.append(Quarter(low, high, float(of_group.mean()), error, n, fraction=float(mask.mean())))
     return found
 
 
@@ -242,42 +322,3 @@ def extremes(samples: WeightedSamples, number: int) -> tuple[np.ndarray, np.ndar
     taken: set[int] = set()
     highest = first_different(order[::-1], taken)
     return highest, first_different(order, taken)
-
-
-def distinct(tokens: Sequence[int], n: int) -> float:
-    """Return the number of different n-grams as a fraction of all: 1 if none repeats; NaN without any."""
-    grams = _grams(tokens, n)
-    return len(set(grams)) / len(grams) if grams else float("nan")
-
-
-def tfidf_similarity(samples: Sequence[Sequence[int]], target: Sequence[Sequence[int]], n: int) -> np.ndarray:
-    """Return the cosine of each sample's TF-IDF vector of n-grams with the mean vector of the target samples [n].
-
-    The document frequencies df are those of samples and target together, D texts, smoothed by one:
-    log((1 + D) / (1 + df)) + 1. Vectors have length 1 before the target's are averaged.
-    """
-    counted = [Counter(_grams(tokens, n)) for tokens in (*samples, *target)]
-    frequency = Counter(gram for counts in counted for gram in counts)
-    numbers = {gram: number for number, gram in enumerate(frequency)}
-    idf = np.log((1 + len(counted)) / (1 + np.array([frequency[gram] for gram in numbers], dtype=float))) + 1
-
-    def vector(counts: Counter[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the places of the entries that are not 0, and the entries."""
-        places = np.array([numbers[gram] for gram in counts], dtype=int)
-        values = np.array(list(counts.values()), dtype=float) * idf[places]
-        norm = np.linalg.norm(values)
-        return places, values / norm if norm else values
-
-    profile = np.zeros(len(numbers))
-    for counts in counted[len(samples) :]:
-        places, values = vector(counts)
-        profile[places] += values
-    norm = np.linalg.norm(profile)
-    if norm == 0:
-        return np.full(len(samples), np.nan)
-    vectors = [vector(counts) for counts in counted[: len(samples)]]
-    return np.array([float(values @ profile[places]) / norm for places, values in vectors])
-
-
-def _grams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    return list(zip(*(tokens[start:] for start in range(n)), strict=False))

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.json_lines import parse_object
 
 Record = dict[str, Any]
+
+
+class StageSpan(NamedTuple):
+    """The iterations of one stage; its end is the next one's start."""
+
+    stage: int
+    start: int
+    end: int
+
+
+class Curve(NamedTuple):
+    """A figure over iterations."""
+
+    iterations: list[int]
+    values: list[float]
 
 
 @dataclass(frozen=True)
@@ -28,14 +44,43 @@ class RunRecords:
         """Names of the training data's sources, as they first appear."""
         return list(dict.fromkeys(name for step in self.steps for name in step.get("share_by_source", ())))
 
+    @property
+    def stage_spans(self) -> list[StageSpan]:
+        """The stages in their order, with the iterations that they go over; the warm-up is stage 0."""
+        groups = groupby(self.steps, key=lambda step: int(step.get("stage", 0)))
+        starts = [(stage, next(group)["iteration"]) for stage, group in groups]
+        ends = [*(start for _, start in starts[1:]), self.steps[-1]["iteration"]]
+        return [StageSpan(stage, start, end) for (stage, start), end in zip(starts, ends, strict=True)]
+
+    @property
+    def evaluation_curves(self) -> dict[str, Curve]:
+        """The loss on each split that was evaluated, and on each source of one where the records have it."""
+        curves: dict[str, Curve] = {}
+        for record in self.evaluations:
+            split, iteration = record["split"], record["iteration"]
+            losses = {split: record["lm_loss"]}
+            by_source = record.get("lm_loss_by_source", {})
+            losses |= {f"{split}: {source}": loss for source, loss in by_source.items()}
+            for name, loss in losses.items():
+                if loss is not None:
+                    curve = curves.setdefault(name, Curve([], []))
+                    curve.iterations.append(iteration)
+                    curve.values.append(loss)
+        return dict(sorted(curves.items(), key=lambda item: ": " in item[0]))
+
     def evaluated(self, split: str) -> list[Record]:
         """Return the evaluations on one split: ``valid`` or ``test``."""
         return [record for record in self.evaluations if record["split"] == split]
 
-    def series(self, name: str, source: str) -> tuple[list[int], list[float]]:
-        """Return iterations and values of a figure that steps hold by source, such as ``weight_by_source``."""
+    def series(self, name: str, source: str) -> Curve:
+        """Return a figure that steps hold by source, such as ``weight_by_source``."""
         points = [(s["iteration"], s[name][source]) for s in self.steps if source in s.get(name, ())]
-        return [iteration for iteration, _ in points], [value for _, value in points]
+        return Curve([iteration for iteration, _ in points], [value for _, value in points])
+
+    def step_series(self, name: str) -> Curve:
+        """Return a figure that steps hold, such as ``lm_loss``, where it is finite."""
+        points = [(step["iteration"], step[name]) for step in self.steps if step.get(name) is not None]
+        return Curve([iteration for iteration, _ in points], [value for _, value in points])
 
 
 def read_run(path: Path) -> RunRecords:
@@ -104,6 +149,10 @@ def _are_numbers_by_name(value: object) -> bool:
     return isinstance(value, Mapping) and all(isinstance(number, (int, float)) for number in value.values())
 
 
+def _are_losses_by_name(value: object) -> bool:
+    return isinstance(value, Mapping) and all(_is_number(number) for number in value.values())
+
+
 def _are_samples(value: object) -> bool:
     """Tell whether a value is a table of samples: columns of equal length."""
     if not isinstance(value, Mapping) or not value.keys() >= _COLUMNS.keys():
@@ -126,13 +175,19 @@ _FIELDS: dict[str, dict[str, Callable[[object], bool]]] = {
     "train": {
         "lm_loss": _is_number,
         "seconds?": _is_number,
+        "flops?": _is_number,
         "consumed_samples?": _is_int,
         "stage?": _is_int,
         "share_by_source?": _are_numbers_by_name,
         "weight_by_source?": _are_numbers_by_name,
         "effective_sample_size?": _is_number,
     },
-    "outer_update": {"stage": _is_int, "target_loss": _is_number, "samples": _are_samples},
-    "evaluation": {"split": _is_text, "lm_loss": _is_number},
+    "outer_update": {
+        "stage": _is_int,
+        "target_loss": _is_number,
+        "alignment_by_source?": _are_numbers_by_name,
+        "samples": _are_samples,
+    },
+    "evaluation": {"split": _is_text, "lm_loss": _is_number, "lm_loss_by_source?": _are_losses_by_name},
 }
 """What is read of each kind of record; a name that ends in a question mark may be missing."""

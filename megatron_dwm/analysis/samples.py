@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_dwm.analysis.preference import distinct, tfidf_similarity
+from megatron_dwm.analysis.start_folder import find_start_folder, working_in
+from megatron_dwm.analysis.text_statistics import distinct, tfidf_similarity
 from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.flags import build
 from megatron_dwm.config.run import PARTS, RunConfig
+from megatron_dwm.data.sample_text import sample_text
 from megatron_dwm.errors import UserError
 
 MOST_TARGET_SAMPLES = 2000
@@ -72,10 +74,7 @@ class RunSamples:
 
     def text(self, sample: Sample) -> str:
         """Return a sample's text, with ``END_MARK`` where a document ends."""
-        ends = np.flatnonzero(sample.tokens == self.tokenizer.eod)
-        pieces = np.split(sample.tokens, ends)
-        words = [piece[piece != self.tokenizer.eod].tolist() for piece in pieces]
-        return END_MARK.join(self.tokenizer.detokenize(ids) if ids else "" for ids in words).strip()
+        return sample_text(sample.tokens, self.tokenizer, END_MARK)
 
     def characters(self, sample: Sample) -> int:
         """Return the number of characters of a sample's text tokens."""
@@ -98,12 +97,24 @@ class RunSamples:
 
 @contextmanager
 def open_samples(folder: Path) -> Iterator[RunSamples]:
-    """Open the datasets of the run that saved to ``folder``.
-
-    Paths in the checkpoint are as the run's command gave them: relative ones start at the present folder.
+    """Open the datasets of the run that saved to ``folder``, and work in the folder that it was started from.
 
     Raises:
         UserError: there is no checkpoint, or its data or tokenizer cannot be read.
+    """
+    folder = folder.resolve()
+    saved = saved_arguments(folder)
+    start = find_start_folder(folder, saved.get("save"), argument_paths(saved))
+    with working_in(start), _opened(*saved_run(saved), start) as run_samples:
+        yield run_samples
+
+
+@contextmanager
+def _opened(config: RunConfig, consumed_valid: int, start: Path) -> Iterator[RunSamples]:
+    """Open the datasets of a run from the present folder.
+
+    Raises:
+        UserError: its data or tokenizer cannot be read.
     """
     from megatron.core import parallel_state as mpu
 
@@ -113,7 +124,6 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
     from megatron_dwm.data.tokenizers import build_tokenizer
     from megatron_dwm.runtime.process_groups import initialize_process_groups
 
-    config, consumed_valid = saved_run(folder)
     has_target = config.weighting.needs_target
     paths = data_paths(config.data, config.weighting.dwm_target_data_path if has_target else None)
     for blend in paths.blends().values():
@@ -121,8 +131,8 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
             for file in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin")):
                 if not file.is_file():
                     raise UserError(
-                        f"the run's dataset {file} is not there; start from the folder that the run was started from, "
-                        "or put the data back"
+                        f"the run's dataset {file} is not there, nor in {start}; start from the folder that its path "
+                        "begins in, or put the data back"
                     )
     tokenizer = build_tokenizer(config.tokenizer)
     # megatron-core asks a process group who writes index caches.
@@ -151,10 +161,8 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
         dist.destroy_process_group()
 
 
-def saved_run(folder: Path) -> tuple[RunConfig, int]:
-    """Return the configuration of the run whose checkpoints are in ``folder``, and its consumed validation samples.
-
-    The run may have read batches of several sizes: it is as if it were resumed from its last checkpoint.
+def saved_arguments(folder: Path) -> dict[str, Any]:
+    """Return the arguments of the run whose checkpoints are in ``folder``, with its last iteration.
 
     Raises:
         UserError: there is no checkpoint, or none of this program's.
@@ -168,10 +176,29 @@ def saved_run(folder: Path) -> tuple[RunConfig, int]:
     saved = read_arguments(checkpoint)
     if "dwm_mode" not in saved:
         raise UserError(f"{checkpoint} was not saved by pretrain_dwm.py; give the --save folder of one of its runs")
+    return {**saved, "iteration": iteration_of(checkpoint)}
+
+
+def argument_paths(saved: Mapping[str, Any]) -> list[str]:
+    """Return the paths in a run's arguments that lead to its data and its tokenizer."""
+    data = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "dwm_target_data_path")
+    prefixes = [word for name in data for word in saved.get(name) or ()]
+    files = ("data_args_path", "per_split_data_args_path", "tokenizer_model", "vocab_file", "merge_file")
+    return [f"{prefix}.idx" for prefix in prefixes] + [str(saved[name]) for name in files if saved.get(name)]
+
+
+def saved_run(saved: dict[str, Any]) -> tuple[RunConfig, int]:
+    """Return the configuration of a run from its arguments, and its consumed validation samples.
+
+    The run may have read batches of several sizes: it is as if it were resumed from its last checkpoint.
+
+    Raises:
+        UserError: its data or tokenizer are not there.
+    """
     if saved.get("train_samples") is not None:
         saved["train_iters"] = None  # saved too, for Megatron-LM
     parts: dict[str, Any] = {name: build(config_class, saved) for name, config_class in PARTS.items()}
-    iteration = iteration_of(checkpoint)
+    iteration = saved["iteration"]
     consumed = (saved["consumed_train_samples"], saved["consumed_valid_samples"]) if iteration > 0 else (0, 0)
     config = RunConfig(world_size=saved["world_size"], **parts, resumed_at=(iteration, consumed[0]))
     return config, consumed[1]

@@ -1,9 +1,7 @@
-"""Scoring of documents with an exported weighter: the steps of a datatrove pipeline.
+"""Scoring of documents with an exported weighter, or by a language model: the steps of a datatrove pipeline.
 
-Needs the weighter's folder and transformers, nothing of Megatron. A task reads one file and writes one file beside the
-finished ones, where it is renamed to when it is complete: what was interrupted is done again from its start.
-
-Shape legend: b windows of a batch, s tokens of the longest of them.
+Needs the model's folder and transformers, nothing of Megatron. A task reads one part of the input and writes one file
+beside the finished ones, where it is renamed to when it is complete: what was interrupted is done again from its start.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,171 +19,41 @@ import torch
 from datatrove.data import Document
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.readers.base import BaseDiskReader
 from datatrove.pipeline.writers.jsonl import JsonlWriter
 from datatrove.pipeline.writers.parquet import ParquetWriter
 from loguru import logger
 from pyarrow import ArrowException
 
+from megatron_dwm.analysis.score_inputs import Part, Rows
+from megatron_dwm.analysis.scoring_model import PerplexityModel, Rule, ScoringModel
 from megatron_dwm.atomic_write import atomic_write_text, sync
-from megatron_dwm.corpora.readers import Reader
 from megatron_dwm.errors import UserError, shortened
-from megatron_dwm.weighting.export_manifest import MANIFEST, verify_export
 
-Rule = Literal["mean", "max", "first"]
 _BUFFER = 4096  # documents that are sorted by length at a time
-
-
-class Rows(BaseDiskReader):  # type: ignore[misc]
-    """Reads the documents of one file, and stops at what is none.
-
-    datatrove's own readers leave out malformed lines, empty documents and the end of a damaged file with a warning.
-    """
-
-    name = "rows"
-
-    def __init__(self, paths: Sequence[str], text_key: str, *, skip_malformed: bool, show_progress: bool) -> None:
-        super().__init__("/", text_key=text_key, doc_progress=show_progress, add_file_path=False)
-        self.paths, self.skip_malformed = list(paths), skip_malformed
-
-    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """Yield the documents of file number ``rank``."""
-        yield from self.read_files_shard([self.paths[rank]])
-
-    def read_file(self, filepath: str) -> Iterator[Document]:
-        """Yield the documents of a file.
-
-        Raises:
-            UserError: it cannot be read, or a row is no document and they are not skipped.
-        """
-        for record in Reader([filepath], None):
-            try:
-                row = (
-                    json.loads(record.content, parse_constant=_refuse)
-                    if isinstance(record.content, str)
-                    else record.content
-                )
-                text = row[self.text_key]
-                if not isinstance(text, str) or not text.strip():
-                    raise ValueError(f"no text under {self.text_key!r}")
-                text.encode()
-            except (ValueError, RecursionError, KeyError, TypeError) as error:
-                if self.skip_malformed:
-                    self.stat_update("skipped")
-                    continue
-                reason = f"no key {error}" if isinstance(error, KeyError) else shortened(error)
-                raise UserError(
-                    f"--input {record.place}: no document ({reason}); correct it, or give --skip-malformed"
-                ) from None
-            yield Document(text=text, id=record.place, metadata={"row": row})
-
-
-def _refuse(word: str) -> None:
-    """Refuse what Python reads as a number and JSON has not."""
-    raise ValueError(f"{word} is not JSON")
-
-
-class ScoringModel:
-    """A classifier and its tokenizer, as they lie in a folder, on one device."""
-
-    def __init__(self, folder: str, window: int | None, batch_tokens: int, device: torch.device) -> None:
-        """
-        Args:
-            window: most tokens that are scored at once; None takes the length that the weighter was trained with.
-            batch_tokens: tokens of a batch, padding included.
-
-        Raises:
-            UserError: the folder holds no classifier with one label and a tokenizer that fits it.
-        """
-        if not (Path(folder) / "config.json").is_file():
-            raise UserError(f"--weighter {folder}: no config.json there; give the folder of an exported weighter")
-        verify_export("--weighter", Path(folder))
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, **options
-            )
-        except Exception as error:  # transformers and safetensors raise whatever they like
-            raise UserError(
-                f"--weighter {folder}: cannot be loaded ({shortened(error)}); give the folder of an exported weighter"
-            ) from None
-        if model.config.num_labels != 1 or report["missing_keys"]:
-            raise UserError(f"--weighter {folder}: no trained classifier with one label; give an exported weighter")
-        if len(self.tokenizer) > model.config.vocab_size:
-            raise UserError(
-                f"--weighter {folder}: its tokenizer has {len(self.tokenizer)} tokens and its model only "
-                f"{model.config.vocab_size}; put the tokenizer there that it was trained with"
-            )
-        self.model = model.to(device).eval()
-        self.device, self.batch_tokens = device, batch_tokens
-        self.window = window or _trained_length(Path(folder), model.config)
-
-    def score(self, documents: Sequence[Sequence[int]], rule: Rule) -> list[float]:
-        """Return a score for each document of token ids."""
-        windows = [
-            (number, list(ids[start : start + self.window]))
-            for number, ids in enumerate(documents)
-            for start in range(0, len(ids) if rule != "first" else 1, self.window)
-        ]
-        windows.sort(key=lambda window: len(window[1]))
-        found: list[list[tuple[float, int]]] = [[] for _ in documents]
-        batch: list[tuple[int, list[int]]] = []
-        for window in windows:
-            # The next window is the longest so far, and gives the batch its width.
-            if batch and (len(batch) + 1) * len(window[1]) > self.batch_tokens:
-                self._score_batch(batch, found)
-                batch = []
-            batch.append(window)
-        if batch:
-            self._score_batch(batch, found)
-        return [_combined(scores, rule) for scores in found]
-
-    def _score_batch(self, batch: list[tuple[int, list[int]]], found: list[list[tuple[float, int]]]) -> None:
-        for (number, ids), score in zip(batch, self._forward([ids for _, ids in batch]).tolist(), strict=True):
-            found[number].append((score, len(ids)))
-
-    def _forward(self, windows: list[list[int]]) -> torch.Tensor:
-        """Return the scores [b] of windows."""
-        width = max(map(len, windows))
-        pad = self.model.config.pad_token_id
-        if pad is None and len(windows) > 1:  # such a classifier takes no batches
-            return torch.cat([self._forward([window]) for window in windows])
-        tokens = torch.tensor([w + [pad or 0] * (width - len(w)) for w in windows], device=self.device)  # [b, s]
-        mask = torch.tensor([[1] * len(w) + [0] * (width - len(w)) for w in windows], device=self.device)
-        on_gpu = self.device.type == "cuda"
-        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext():
-            logits: torch.Tensor = self.model(input_ids=tokens, attention_mask=mask).logits
-        return logits.squeeze(-1).float()
-
-
-def _combined(scores: list[tuple[float, int]], rule: Rule) -> float:
-    """Return a document's score; in the mean, windows count by their tokens."""
-    if rule == "mean":
-        return sum(score * size for score, size in scores) / sum(size for _, size in scores)
-    return max(score for score, _ in scores)
-
-
-def _trained_length(folder: Path, config: Any) -> int:
-    manifest = folder / MANIFEST
-    if manifest.is_file():
-        length = json.loads(manifest.read_text()).get("language_model", {}).get("seq_length")
-        if length:
-            return int(length)
-    return int(getattr(config, "max_position_embeddings", None) or 512)
 
 
 @dataclass(frozen=True)
 class ScoreSettings:
     """What a job's scores depend on."""
 
-    weighter: str
+    model: str
+    """Folder of the model."""
+    is_language_model: bool
     window: int | None
     rule: Rule
-    batch_tokens: int
+    batch_tokens: int | None
     score_key: str
+    dataset_tokenizer: str | None = None
+    """Folder of the tokenizer that indexed datasets were made with; None if it is the model's."""
+
+    def load(self, device: torch.device) -> ScoringModel:
+        """Load the model.
+
+        Raises:
+            UserError: the folder holds none.
+        """
+        model_class = PerplexityModel if self.is_language_model else ScoringModel
+        return model_class(self.model, self.window, self.batch_tokens, device)
 
 
 class Scores(PipelineStep):  # type: ignore[misc]
@@ -194,9 +61,9 @@ class Scores(PipelineStep):  # type: ignore[misc]
 
     type, name = "weighter", "scores"
 
-    def __init__(self, settings: ScoreSettings) -> None:
+    def __init__(self, settings: ScoreSettings, text_key: str) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.text_key = settings, text_key
 
     def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Yield the documents in their order.
@@ -206,9 +73,10 @@ class Scores(PipelineStep):  # type: ignore[misc]
         """
         settings, gpus = self.settings, torch.cuda.device_count()
         device = torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
-        scorer = ScoringModel(settings.weighter, settings.window, settings.batch_tokens, device)
+        scorer = settings.load(device)
+        tokens_of = DocumentTokens(scorer, settings.dataset_tokenizer, self.text_key)
         while documents := list(islice(data, _BUFFER)):
-            tokens = scorer.tokenizer([document.text for document in documents], verbose=False)["input_ids"]
+            tokens = tokens_of(documents)
             for document, ids in zip(documents, tokens, strict=True):
                 if not ids:
                     raise UserError(f"--input {document.id}: its text has no tokens; remove it")
@@ -218,6 +86,60 @@ class Scores(PipelineStep):  # type: ignore[misc]
                 document.metadata["row"][settings.score_key] = score
                 self.stat_update("bytes", value=len(document.text.encode()))
                 yield document
+
+
+class DocumentTokens:
+    """The token ids of documents: of their texts, or as an indexed dataset has them."""
+
+    def __init__(self, scorer: ScoringModel, dataset_tokenizer: str | None, text_key: str) -> None:
+        """
+        Args:
+            scorer: reads the ids.
+            dataset_tokenizer: folder of the tokenizer that datasets were made with; None if it is the scorer's.
+            text_key: where the row of a dataset's document gets its text.
+
+        Raises:
+            UserError: no tokenizer loads from the folder.
+        """
+        self._scorer, self._text_key = scorer, text_key
+        self._tokenizer, self._is_same = scorer.tokenizer, dataset_tokenizer is None
+        if dataset_tokenizer is not None:
+            from transformers import AutoTokenizer
+
+            options = {"local_files_only": True, "trust_remote_code": False}
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(dataset_tokenizer, **options)
+            except Exception as error:  # transformers raises whatever it likes
+                raise UserError(
+                    f"--dataset-tokenizer {dataset_tokenizer}: no tokenizer loads from it ({shortened(error)}); give a "
+                    "Hugging Face folder"
+                ) from None
+
+    def __call__(self, documents: Sequence[Document]) -> list[list[int]]:
+        """Return the ids of each document, and give those of a dataset their text.
+
+        Raises:
+            UserError: a dataset has ids that its tokenizer does not have.
+        """
+        kept = [self._of_dataset(document) for document in documents]
+        others = [document.text for document, ids in zip(documents, kept, strict=True) if ids is None]
+        tokenized = iter(self._scorer.tokenize(others)) if others else iter(())
+        return [next(tokenized) if ids is None else ids for ids in kept]
+
+    def _of_dataset(self, document: Document) -> list[int] | None:
+        """Return the ids that need no tokenizing; the end of a document, which no text has, is none of them."""
+        ids: list[int] | None = document.metadata.pop("ids", None)
+        if ids is None:
+            return None
+        if max(ids) >= len(self._tokenizer) or min(ids) < 0:
+            raise UserError(
+                f"--input {document.id}: has tokens that are not of the tokenizer; give the one that made the dataset "
+                "as --dataset-tokenizer"
+            )
+        ids = ids[:-1] if ids[-1] == self._tokenizer.eos_token_id else ids
+        document.text = self._tokenizer.decode(ids)
+        document.metadata["row"][self._text_key] = document.text
+        return ids if self._is_same else None
 
 
 def _row(writer: Any, document: Document) -> dict[str, Any]:
@@ -280,8 +202,8 @@ class _QuietExecutor(LocalPipelineExecutor):  # type: ignore[misc]
         return super()._run_for_rank(rank, local_rank, node_rank)
 
 
-def score_files(
-    paths: Sequence[str],
+def score_parts(
+    parts: Sequence[Part],
     output: Path,
     settings: ScoreSettings,
     *,
@@ -291,7 +213,7 @@ def score_files(
     skip_malformed: bool,
     show_progress: bool,
 ) -> dict[str, int]:
-    """Score files; those that an earlier call has finished stay as they are.
+    """Score the parts of files; those that an earlier call has finished stay as they are.
 
     Returns:
         documents, bytes of their text, and rows that were skipped, of this call.
@@ -299,10 +221,8 @@ def score_files(
     Raises:
         UserError: bad input, another job's output, or a file that cannot be written.
     """
-    absolute = [str(Path(path).resolve()) for path in paths]
-    job = {**vars(settings), "weighter": str(Path(settings.weighter).resolve()), "text_key": text_key}
-    job |= {"format": output_format, "skip_malformed": skip_malformed, "inputs": absolute}
-    job |= {"sizes": [os.path.getsize(path) for path in absolute]}
+    job = {**vars(settings), "model": str(Path(settings.model).resolve()), "text_key": text_key}
+    job |= {"format": output_format, "skip_malformed": skip_malformed, "parts": list(map(vars, parts))}
     finished, partial, suffix = output / "data", output / "partial", f".{output_format}"
     try:
         _claim(output, job)
@@ -313,13 +233,13 @@ def score_files(
         )
         executor = _QuietExecutor(
             [
-                Rows(absolute, text_key, skip_malformed=skip_malformed, show_progress=show_progress),
-                Scores(settings),
+                Rows(parts, text_key, skip_malformed=skip_malformed, show_progress=show_progress),
+                Scores(settings, text_key),
                 writer,
                 _Published(partial, finished, suffix),
             ],
-            tasks=len(absolute),
-            workers=min(workers, len(absolute)),
+            tasks=len(parts),
+            workers=min(workers, len(parts)),
             logging_dir=str(output / "logs"),
         )
         logger.disable("datatrove")

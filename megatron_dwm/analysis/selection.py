@@ -20,17 +20,23 @@ from typing import IO, Any
 import numpy as np
 
 from megatron_dwm import __version__
+from megatron_dwm.analysis.duplicates import duplicates
 from megatron_dwm.analysis.selection_flags import SelectConfig
-from megatron_dwm.analysis.selection_table import progressing_records, write_table
-from megatron_dwm.analysis.top_rows import ROW, Group, Table, TopRows, add_gumbel, costs_by_source, draw_keys
+from megatron_dwm.analysis.selection_table import progressing_records, texts_of, write_table
+from megatron_dwm.analysis.top_rows import ROW, Group, Table, TopRows, add_gumbel, blocks, costs_by_source, draw_keys
 from megatron_dwm.atomic_write import atomic_files
 from megatron_dwm.checksums import checksum
+from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.corpora.readers import input_files
 from megatron_dwm.errors import UserError, shortened
 
 
-def select_files(config: SelectConfig) -> dict[str, Any]:
+def select_files(config: SelectConfig, tokenizer_config: TokenizerConfig | None) -> dict[str, Any]:
     """Write the rows that are kept, in the input's order, and ``OUTPUT.manifest.json`` beside them.
+
+    Args:
+        config: what is kept.
+        tokenizer_config: of the dataset; None if JSON lines are written.
 
     Returns:
         the manifest.
@@ -46,11 +52,16 @@ def select_files(config: SelectConfig) -> dict[str, Any]:
             with tempfile.TemporaryFile(dir=folder) as file:
                 sources = write_table(config, paths, file)
                 table: Table = np.memmap(file, ROW, mode="r+")
+                dropped = _drop_duplicates(config, paths, table, len(sources), folder)
                 top = _choose(config, sources, table)
                 manifest = _count(config, sources, top, table)
-                _copy(paths, top, folder / output.name)
+                if config.duplicates != "keep":
+                    manifest["duplicates_dropped"] = dropped
+                written = _write(config, tokenizer_config, paths, top, folder)
             manifest["inputs"] = [{"path": path, **vars(checksum(Path(path)))} for path in paths]
-            manifest["output"] = {"path": str(output), **vars(checksum(folder / output.name))}
+            sums = {path.name: vars(checksum(path)) for path in written}
+            manifest["output"] = {"path": str(output), "bytes": sum(path.stat().st_size for path in written)}
+            manifest["output"] |= {"files": sums} if len(written) > 1 else sums[output.name]
             if _stamps(paths, output) != stamps:
                 raise UserError("--input: a file was changed while it was read; run the command again")
             text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
@@ -60,6 +71,44 @@ def select_files(config: SelectConfig) -> dict[str, Any]:
             f"--output {output}: cannot be written ({shortened(error)}); check the path and the space"
         ) from None
     return manifest
+
+
+def _drop_duplicates(config: SelectConfig, paths: Sequence[str], table: Table, sources: int, folder: Path) -> int:
+    """Give duplicates a source of their own, number ``sources``, that no budget is for; return how many there are."""
+    if config.duplicates == "keep":
+        return 0
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        is_duplicate = duplicates(config.duplicates, texts_of(paths, config.json_key, "duplicates"), Path(scratch))
+        dropped = 0
+        for block in blocks(table):
+            marked = np.fromiter(itertools.islice(is_duplicate, len(block)), np.bool_, len(block))
+            block["source"][marked] = sources
+            dropped += int(marked.sum())
+    return dropped
+
+
+def _write(
+    config: SelectConfig, tokenizer_config: TokenizerConfig | None, paths: Sequence[str], top: TopRows, folder: Path
+) -> list[Path]:
+    """Write the rows that are kept to a folder; return the files."""
+    name = Path(config.output).name
+    if tokenizer_config is None:
+        _copy(paths, top, folder / name)
+        return [folder / name]
+    from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess  # which needs Megatron
+
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        rows = Path(scratch) / "rows.jsonl"
+        _copy(paths, top, rows)
+        settings = PreprocessConfig(
+            input=[str(rows)],
+            json_keys=[config.json_key],
+            append_eod=config.append_eod,
+            output_prefix=str(folder / name),
+            workers=config.workers,
+        )
+        preprocess(settings, tokenizer_config)
+    return [folder / f"{name}_{config.json_key}_document{suffix}" for suffix in (".bin", ".idx")]
 
 
 def _stamps(paths: Sequence[str], output: Path) -> list[tuple[int, int]]:
@@ -82,7 +131,7 @@ def _choose(config: SelectConfig, sources: list[str], table: Table) -> TopRows:
     Raises:
         UserError: the budget cannot be filled.
     """
-    held = costs_by_source(table, None, len(sources))
+    held = costs_by_source(table, None, len(sources) + 1)[:-1]
     groups = _groups(config, sources, held)
     if config.temperature is not None:
         try:
@@ -91,7 +140,7 @@ def _choose(config: SelectConfig, sources: list[str], table: Table) -> TopRows:
             raise UserError(f"--temperature {config.temperature}: too small ({error}); give a higher one") from None
     if config.method == "source-mix" and not config.quota:
         kept = costs_by_source(table, TopRows(table, groups).masks(), len(sources))[:, 1]
-        groups = [Group(name, np.arange(len(sources)) == n, int(kept[n])) for n, name in enumerate(sources)]
+        groups = [Group(name, np.arange(len(sources) + 1) == n, int(kept[n])) for n, name in enumerate(sources)]
     if config.method in ("random", "source-mix"):
         draw_keys(table, config.seed)
     return TopRows(table, groups)
@@ -113,16 +162,18 @@ def _groups(config: SelectConfig, sources: list[str], held: Any) -> list[Group]:
         if name not in sources:
             raise UserError(f"--quota {name}: no such source; there are {shortened(', '.join(sources))}")
     groups, share, spent = [], Fraction(0), 0
-    rest = np.array([name not in config.quotas for name in sources])
+    # The last one is that of duplicates.
+    rest = np.array([*(name not in config.quotas for name in sources), False])
     for name, part in config.quotas.items():
         # Rounded sums rather than summed parts: together the groups get all of the budget.
         share += part
-        groups.append(Group(name, np.array([source == name for source in sources]), floor(share * amount) - spent))
+        members = np.array([*(source == name for source in sources), False])
+        groups.append(Group(name, members, floor(share * amount) - spent))
         spent += groups[-1].budget
     if share < 1:
         groups.append(Group("other sources" if config.quota else "all sources", rest, amount - spent))
     for group in groups:
-        available = int(held[group.members, 1].sum())
+        available = int(held[group.members[:-1], 1].sum())
         if available < group.budget:
             flag_name = next(name for name in ("documents", "tokens", "fraction") if getattr(config, name) is not None)
             raise UserError(
@@ -138,7 +189,7 @@ def _count(config: SelectConfig, sources: list[str], top: TopRows, table: Table)
     Raises:
         UserError: nothing is kept.
     """
-    held = costs_by_source(table, None, len(sources))
+    held = costs_by_source(table, None, len(sources) + 1)[:-1]
     kept = costs_by_source(table, top.masks(), len(sources))
     if not kept[:, 0].any():
         raise UserError(

@@ -19,7 +19,21 @@ class SelectConfig:
     input: list[str] | None = flag(
         None, "JSON lines (plain, .gz or .zst) or Parquet, such as score writes: files, folders, or glob patterns."
     )
-    output: str = flag("", "File of JSON lines to write, compressed if its name ends with .gz.")
+    output: str = flag(
+        "",
+        "File of JSON lines to write, compressed if its name ends with .gz; with --output-format indexed the prefix of "
+        "a dataset.",
+    )
+    output_format: Literal["jsonl", "indexed"] = flag(
+        "jsonl", "JSON lines, or an indexed dataset (.bin and .idx) of the texts, made with the tokenizer's flags."
+    )
+    append_eod: bool = flag(False, "With --output-format indexed: append the end-of-document token to each document.")
+    workers: int = flag(1, "With --output-format indexed: processes that tokenize.")
+    duplicates: Literal["keep", "exact", "near"] = flag(
+        "keep",
+        "Rows that go before anything is chosen: none, all but one of those with equal texts, or of those with nearly "
+        "equal ones (MinHash).",
+    )
     method: Literal["random", "score", "perplexity", "dsir", "source-mix"] = flag(
         "score",
         "Which rows are kept: random ones, those of the highest score, of the lowest perplexity, those most like "
@@ -36,7 +50,9 @@ class SelectConfig:
     tokenizer: str | None = flag(
         None, "Hugging Face folder whose tokenizer counts the tokens of a text, without special tokens."
     )
-    json_key: str = flag("text", "Key (column) of the text, for --tokenizer and --method dsir.")
+    json_key: str = flag(
+        "text", "Key (column) of the text, for --tokenizer, --method dsir, --duplicates and --output-format indexed."
+    )
     temperature: float | None = flag(
         None,
         "Draw rows with probabilities in proportion to exp(score / X) instead of taking the highest (Gumbel top-k).",
@@ -53,7 +69,13 @@ class SelectConfig:
         for name in ("input", "output"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing; give a path")
-        if not self.output.removesuffix(".gz").endswith(_SUFFIXES):
+        require_at_least(self, 1, "workers")
+        if self.output_format == "indexed":
+            if self.output.removesuffix(".gz").endswith((*_SUFFIXES, ".bin", ".idx")):
+                raise UserError(f"--output {self.output}: names a file; give the prefix of a dataset")
+        elif self.append_eod or self.workers > 1:
+            raise UserError("--append-eod and --workers are for --output-format indexed; leave them out")
+        elif not self.output.removesuffix(".gz").endswith(_SUFFIXES):
             raise UserError(
                 f"--output {self.output}: JSON lines are written; give a name that ends with .jsonl or .jsonl.gz"
             )

@@ -33,6 +33,16 @@ def progressing_records(paths: Sequence[str], description: str) -> Iterator[Reco
         bar.update(reader.position - bar.n)
 
 
+def texts_of(paths: Sequence[str], key: str, description: str) -> Iterator[str]:
+    """Yield the texts of files behind a progress bar.
+
+    Raises:
+        UserError: a row has none.
+    """
+    for record in progressing_records(paths, description):
+        yield _text(record, _object(record), key)
+
+
 def write_table(config: SelectConfig, paths: Sequence[str], file: IO[bytes]) -> list[str]:
     """Write the table of all rows to a file; return the names of the sources.
 
@@ -132,17 +142,13 @@ def _text(record: Record, row: dict[str, Any], key: str) -> str:
 def _importance(config: SelectConfig, paths: Sequence[str]) -> ImportanceWeights:
     """Return the importance weights of texts, estimated on the files."""
 
-    def texts(paths: Sequence[str], description: str) -> Iterator[str]:
-        for record in progressing_records(paths, description):
-            yield _text(record, _object(record), config.json_key)
-
     def target_texts() -> Iterator[str]:
         try:
-            yield from texts(input_files(config.target or []), "target")
+            yield from texts_of(input_files(config.target or []), config.json_key, "target")
         except UserError as error:
             raise UserError(str(error).replace("--input ", "--target ", 1)) from None
 
-    return ImportanceWeights(texts(paths, "counting"), target_texts())
+    return ImportanceWeights(texts_of(paths, config.json_key, "counting"), target_texts())
 
 
 def _source(record: Record, row: dict[str, Any], key: str | None) -> str:

@@ -34,16 +34,34 @@ def learnt_shares(run: RunRecords) -> list[Shares]:
     Raises:
         UserError: the run has no weights.
     """
-    weighted = [step for step in run.steps if step.get("weight_by_source") and step.get("share_by_source")]
-    learning = [step for step in weighted if step.get("stage", 1) >= 1]
-    if not learning:
-        raise UserError("the run holds no weights of sources; give a run with --dwm-mode bilevel, frozen or rule")
+    learning = _weighted_steps(run)
     found = [_shares("overall", learning, run.sources)]
     stages = sorted({int(step["stage"]) for step in learning if "stage" in step})
     for stage in stages:
         members = [step for step in learning if step.get("stage") == stage]
         found.append(_shares(f"stage {stage}", members, run.sources))
     return found
+
+
+def learnt_weights(run: RunRecords) -> dict[str, float]:
+    """Return the mean weight of each source's samples over the weighted training, iterations counting alike.
+
+    Raises:
+        UserError: the run has no weights.
+    """
+    by_source: dict[str, list[float]] = {}
+    for step in _weighted_steps(run):
+        for source, weight in step["weight_by_source"].items():
+            by_source.setdefault(source, []).append(weight)
+    return {source: float(np.mean(weights)) for source, weights in by_source.items()}
+
+
+def _weighted_steps(run: RunRecords) -> list[Record]:
+    weighted = [step for step in run.steps if step.get("weight_by_source") and step.get("share_by_source")]
+    learning = [step for step in weighted if step.get("stage", 1) >= 1]
+    if not learning:
+        raise UserError("the run holds no weights of sources; give a run with --dwm-mode bilevel, frozen or rule")
+    return learning
 
 
 def _shares(label: str, steps: Sequence[Record], sources: Sequence[str]) -> Shares:

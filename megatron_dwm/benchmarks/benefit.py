@@ -1,6 +1,7 @@
 """What weighting is worth: language models trained on the same tokens under several weightings, compared on a target.
 
     python benchmarks/benefit.py --json benefit.json
+    python benchmarks/benefit.py --sweep --output runs/sweep
 
 A mixture of sources, a target set and a held-out test set of the target's kind are tokenized; then every arm trains the
 same model on the same batches, once a seed, one process each. Runs that have finished are not made again. Unknown flags
@@ -22,21 +23,43 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from megatron_dwm.analysis.records import read_run
+from megatron_dwm.analysis.shares import learnt_weights
 from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark
 from megatron_dwm.benchmarks.benefit_report import Arm, figure, summary, table
-from megatron_dwm.benchmarks.mixture import Mixture, made_mixture, user_mixture
+from megatron_dwm.benchmarks.mixture import CorpusName, Mixture, made_mixture, user_mixture
 from megatron_dwm.benchmarks.programs import call
+from megatron_dwm.benchmarks.sweep_report import best_arm, sweep_summary, sweep_table
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.config.flags import flag, require_at_least
+from megatron_dwm.data.blend import short_names
 from megatron_dwm.errors import UserError
 from megatron_dwm.extras import require_packages
 
 logger = logging.getLogger(__name__)
 
-ArmName = Literal["uniform", "random", "loss", "shuffled", "bilevel", "frozen", "continued", "oracle"]
-FROM_ANOTHER_RUN = ("frozen", "continued")
-"""Arms that start from the weighter that a bilevel run with another seed ended with."""
+ArmName = Literal[
+    "uniform",
+    "random",
+    "loss",
+    "linupper",
+    "similarity",
+    "source-weights",
+    "source-alignment",
+    "top-alignment",
+    "shuffled",
+    "bilevel",
+    "frozen",
+    "continued",
+    "oracle",
+    "target-only",
+]
+FROM_ANOTHER_RUN = ("frozen", "continued", "source-weights")
+"""Arms that start from what a bilevel run with another seed has learnt: its weighter, or its sources' mean weights."""
+WEIGHTER_SEED = 1000
+"""Of that run: no seed of the arms, however many there are."""
+SWEEP_ARMS: tuple[ArmName, ...] = ("uniform", "frozen", "bilevel")
+SWEEP_FACTORS = (0.5, 1.0, 2.0)
 
 MODEL = shlex.split(
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 "
@@ -59,23 +82,29 @@ class BenefitConfig:
 
     output: str = flag("runs/benefit", "Folder for data, runs, benefit.json and benefit.png.")
     json_file: str | None = flag(None, "Also write the result to this file.", "--json")
-    arms: list[ArmName] = flag(list(get_args(ArmName)), "Weightings to compare.")
+    arms: list[ArmName] | None = flag(
+        None, "Weightings to compare; all if not given, and uniform, frozen and bilevel with --sweep."
+    )
+    sweep: bool = flag(
+        False, "Train each arm at half, once and twice the learning rate, and compare what is best of each."
+    )
     seeds: int = flag(3, "Runs of each arm.")
     iterations: int = flag(960, "Training steps of each run.")
     jobs: int | None = flag(None, "Runs at the same time; as many as there are cores if not given.")
-    corpus: Literal["library", "documentation", "order"] | None = flag(
+    corpus: CorpusName | None = flag(
         None,
-        "What the mixture is made of: Python's library, which is the default, installed documentation, or prose and "
-        "prose with its words shuffled.",
+        "What the mixture is made of: Python's library, which is the default; installed documentation; prose and prose "
+        "with its words shuffled (order); registers of English with one of them as the target (speeches, scripture, "
+        "glosses, genres); or two archives that both hold all registers, so that no source is better than the other.",
     )
     clean: bool = flag(False, "Train on the target's source alone, where nothing can be gained.")
     data: list[str] = flag(
-        [], 'Training sources of your own, one file of JSON lines each; the text is under the key "text".'
+        [], 'Training sources of your own, one file each of JSON lines such as {"text": "One document."}.'
     )
     mix: list[float] = flag([], "Their fractions of the tokens; by size if not given.")
     like: list[str] = flag([], "Sources, by file name without .jsonl, that the oracle trains on.")
-    target: str | None = flag(None, "Target set, with --data.")
-    test: str | None = flag(None, "Held-out test set, with --data.")
+    target: str | None = flag(None, "Target set, with --data: JSON lines as there.")
+    test: str | None = flag(None, "Held-out test set, with --data: JSON lines as there.")
     vocab_size: int = flag(400, "Pieces of the tokenizer.")
 
     def __post_init__(self) -> None:
@@ -101,6 +130,16 @@ class BenefitConfig:
             raise UserError(f"--like {unknown[0]}: no file of --data has that name; give names without .jsonl")
 
     @property
+    def arm_names(self) -> list[ArmName]:
+        """The weightings to compare."""
+        return self.arms or list(SWEEP_ARMS if self.sweep else get_args(ArmName))
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """What the learning rate is multiplied by."""
+        return SWEEP_FACTORS if self.sweep else (1.0,)
+
+    @property
     def texts(self) -> list[Path]:
         """The user's own files."""
         return [Path(path) for path in (*self.data, self.target, self.test) if path is not None]
@@ -118,54 +157,65 @@ def _main(argv: Sequence[str] | None) -> None:
 
     folder = Path(config.output)
     mixture = _mixture(config, folder)
-    arms = _train_all(config, run_flags, folder, mixture)
+    by_factor = _train_all(config, run_flags, folder, mixture)
     sequence = int(_last_value("--seq-length", [*MODEL, *run_flags]))
-    result = summary(arms, sequence)
-    print(table(arms, result))
+    arms = by_factor[1.0]
+    if config.sweep:
+        result = sweep_summary(by_factor, sequence)
+        arms = [best_arm(by_factor, arm.name) for arm in arms]
+        print(sweep_table(by_factor, result))
+    else:
+        result = summary(arms, sequence)
+        print(table(arms, result))
     picture = folder / "benefit.png"
     save_png(figure(arms, sequence), picture)
     written = [folder / "benefit.json", *([Path(config.json_file)] if config.json_file else [])]
     for path in written:
         atomic_write_text(path, json.dumps(result, indent=2) + "\n")
-    print(*written, picture)
+    print(f"{', '.join(map(str, [*written, picture]))}: {len(arms)} arms of {config.seeds} runs")
 
 
 def _mixture(config: BenefitConfig, folder: Path) -> Mixture:
     if not config.data:
         return made_mixture(folder, config.corpus or "library", config.vocab_size, clean=config.clean)
     *texts, target, test = config.texts
-    return replace(
-        user_mixture(folder, texts, config.mix, target, test, config.vocab_size),
-        like_target=config.like,
-    )
+    mixture = user_mixture(folder, texts, config.mix, target, test, config.vocab_size)
+    names = dict(zip(mixture.train, short_names(list(mixture.train)), strict=True))
+    like = {prefix: weight for prefix, weight in mixture.train.items() if names[prefix] in config.like}
+    return replace(mixture, like_target=config.like, target_only=like)
 
 
-def _train_all(config: BenefitConfig, run_flags: list[str], folder: Path, mixture: Mixture) -> list[Arm]:
-    """Train every arm with every seed, several runs at a time; return the arms."""
-    names = [name for name in config.arms if name != "oracle" or mixture.like_target]
-    seeds = range(1, config.seeds + 1)
-    first = [(name, seed) for seed in seeds for name in names if name not in FROM_ANOTHER_RUN]
-    then = [(name, seed) for seed in seeds for name in names if name in FROM_ANOTHER_RUN]
-    weighter_seed = config.seeds + 1
+def _train_all(config: BenefitConfig, run_flags: list[str], folder: Path, mixture: Mixture) -> dict[float, list[Arm]]:
+    """Train every arm with every seed at every learning rate, several runs at a time; return the arms by factor."""
+    known = {"oracle": mixture.like_target, "target-only": mixture.target_only}
+    names = [name for name in config.arm_names if known.get(name, True)]
+    seeds, base_rate = range(1, config.seeds + 1), float(_last_value("--lr", [*TRAINING, *run_flags]))
+    jobs = [(name, seed, factor) for seed in seeds for factor in config.factors for name in names]
+    first = [job for job in jobs if job[0] not in FROM_ANOTHER_RUN]
+    then = [job for job in jobs if job[0] in FROM_ANOTHER_RUN]
     if then:
-        first.insert(0, ("bilevel", weighter_seed))
+        first.insert(0, ("bilevel", WEIGHTER_SEED, 1.0))
 
-    def place(name: str, seed: int) -> Path:
-        return folder / "runs" / f"{name}-{seed}"
+    def place(name: str, seed: int, factor: float = 1.0) -> Path:
+        return folder / "runs" / (f"{name}-{seed}" if factor == 1 else f"{name}-{seed}-lr-x{factor:g}")
 
-    def run(job: tuple[ArmName, int]) -> None:
-        name, seed = job
-        flags = [*_shared_flags(place(*job), mixture, config.iterations, seed)]
-        flags += _arm_flags(name, place(*job), mixture, place("bilevel", weighter_seed))
-        train(name, seed, place(*job), [*flags, *run_flags])
+    def run(job: tuple[ArmName, int, float]) -> None:
+        name, seed, factor = job
+        flags = [*shared_flags(place(*job), mixture, config.iterations, seed)]
+        flags += _arm_flags(name, place(*job), mixture, place("bilevel", WEIGHTER_SEED))
+        rate = [] if factor == 1 else ["--lr", f"{factor * base_rate:g}"]
+        train(place(*job).name, place(*job), [*flags, *run_flags, *rate])
 
     with ThreadPoolExecutor(config.jobs or os.cpu_count()) as pool:
         list(pool.map(run, first))
         list(pool.map(run, then))
-    return [Arm(name, [read_run(place(name, seed)) for seed in seeds]) for name in names]
+    return {
+        factor: [Arm(name, [read_run(place(name, seed, factor)) for seed in seeds]) for name in names]
+        for factor in config.factors
+    }
 
 
-def _shared_flags(place: Path, mixture: Mixture, iterations: int, seed: int) -> list[str]:
+def shared_flags(place: Path, mixture: Mixture, iterations: int, seed: int) -> list[str]:
     """Return the flags that all arms have, but for their paths."""
     blend = [word for prefix, weight in mixture.train.items() for word in (str(weight), prefix)]
     return [
@@ -186,21 +236,27 @@ def _arm_flags(name: ArmName, place: Path, mixture: Mixture, weighter_run: Path)
         name: the arm.
         place: the folder of the run.
         mixture: its data.
-        weighter_run: the folder of the bilevel run whose weighter other arms use.
+        weighter_run: the folder of the bilevel run that other arms use.
     """
     bilevel = ["--dwm-target-data-path", str(mixture.target), *WEIGHTING]
     rule = ["--dwm-mode", "rule", "--dwm-rule", name]
     match name:
         case "uniform":
             return ["--dwm-mode", "off"]
+        case "target-only":
+            blend = [word for prefix, weight in mixture.target_only.items() for word in (str(weight), prefix)]
+            return ["--dwm-mode", "off", "--train-data-path", *blend]
         case "bilevel":
             return [*bilevel, "--save", str(place)]
         case "frozen":
             return ["--dwm-mode", "frozen", "--dwm-load", _newest_weighter(weighter_run), *SCORING]
         case "continued":
             return [*bilevel, "--dwm-init-from", _newest_weighter(weighter_run)]
-        case "shuffled":
+        case "shuffled" | "similarity" | "source-alignment" | "top-alignment":
             return [*bilevel, *rule]
+        case "source-weights":
+            weights = learnt_weights(read_run(weighter_run))
+            return [*rule, "--dwm-rule-sources", *weights, "--dwm-rule-weights", *map(str, weights.values())]
         case "oracle":
             return [*rule, "--dwm-rule-sources", *mixture.like_target]
         case _:
@@ -211,8 +267,8 @@ def _newest_weighter(run: Path) -> str:
     return str(max((run / "weighter").iterdir(), key=lambda path: path.name))
 
 
-def train(name: str, seed: int, place: Path, flags: list[str]) -> None:
-    """Train one arm with one seed, unless that is done.
+def train(name: str, place: Path, flags: list[str]) -> None:
+    """Make a run, unless that is done.
 
     Raises:
         UserError: the run failed, or ``place`` holds a run with other flags.
@@ -223,7 +279,7 @@ def train(name: str, seed: int, place: Path, flags: list[str]) -> None:
         if not written.is_file() or written.read_text() != command:
             raise UserError(f"{place} was made with other flags, or other data; give another --output")
         return
-    logger.info(f"{name}, seed {seed} ...")
+    logger.info(f"{name} ...")
     place.mkdir(parents=True, exist_ok=True)
     atomic_write_text(written, command)
     call("pretrain", *flags, log=place / "log.txt")

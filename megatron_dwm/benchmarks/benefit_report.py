@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_dwm.analysis.comparison import catches_up, training_seconds
+from megatron_dwm.analysis.comparison import catches_up, training_flops, training_seconds
 from megatron_dwm.analysis.records import RunRecords
 
 if TYPE_CHECKING:
@@ -79,13 +79,13 @@ def summary(arms: Sequence[Arm], sequence: int) -> dict[str, Any]:
 def table(arms: Sequence[Arm], result: dict[str, Any]) -> str:
     """Return a table of means with 95 % intervals; differences are taken seed by seed."""
     uniform = next((arm.test_losses for arm in arms if arm.name == "uniform"), None)
-    lines = ["arm        test loss            minus uniform        seconds"]
+    lines = ["arm                test loss            minus uniform        seconds"]
     for arm in arms:
         difference = ""
         if uniform is not None and arm.name != "uniform":
             difference = interval([a - b for a, b in zip(arm.test_losses, uniform, strict=True)])
         mean_seconds = statistics.mean(arm.seconds)
-        lines.append(f"{arm.name:<10} {interval(arm.test_losses):<20} {difference:<20} {mean_seconds:.0f}")
+        lines.append(f"{arm.name:<18} {interval(arm.test_losses):<20} {difference:<20} {mean_seconds:.0f}")
     for name, meaning in (
         ("gap_closed", "of the gap from uniform to oracle closed by bilevel"),
         ("token_ratio", "of uniform's tokens until bilevel has its loss"),
@@ -107,26 +107,29 @@ def interval(values: Sequence[float]) -> str:
 
 
 def figure(arms: Sequence[Arm], sequence: int) -> Figure:
-    """Draw the evaluation loss of each arm over tokens, and over training time: mean of the seeds, and their range."""
+    """Draw the evaluation loss of each arm over tokens, time and operations: mean of the seeds, and their range."""
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(10, 4.5), layout="constrained")
-    over_tokens, over_time = drawing.subplots(1, 2, sharey=True)
+    drawing = Figure(figsize=(14, 4.5), layout="constrained")
+    over_tokens, over_time, over_flops = drawing.subplots(1, 3, sharey=True)
     for number, arm in enumerate(arms):
         curves = [[point["lm_loss"] for point in run.evaluated("valid")] for run in arm.runs]
         iterations = [point["iteration"] for point in arm.runs[0].evaluated("valid")]
         mean = [statistics.mean(losses) for losses in zip(*curves, strict=True)]
         low, high = ([f(losses) for losses in zip(*curves, strict=True)] for f in (min, max))
         per_iteration = arm.samples * sequence / arm.runs[0].steps[-1]["iteration"]
-        seconds = [
-            statistics.mean(training_seconds(run.steps, iteration) for run in arm.runs) for iteration in iterations
-        ]
+        seconds, flops = (
+            [statistics.mean(cost(run.steps, iteration) for run in arm.runs) for iteration in iterations]
+            for cost in (training_seconds, training_flops)
+        )
         color = f"C{number}"
         over_tokens.plot([i * per_iteration / 1e6 for i in iterations], mean, color=color, label=arm.name)
         over_tokens.fill_between([i * per_iteration / 1e6 for i in iterations], low, high, color=color, alpha=0.15)
-        over_time.plot(seconds, mean, color=color, label=arm.name)
+        over_time.plot(seconds, mean, color=color)
+        over_flops.plot([value / 1e12 for value in flops], mean, color=color)
     over_tokens.set_xlabel("million tokens")
     over_tokens.set_ylabel("loss on held-out text like the target (nats per token)")
     over_time.set_xlabel("seconds of training, all overhead included")
+    over_flops.set_xlabel("10¹² floating-point operations, all overhead included")
     over_tokens.legend(frameon=False)
     return drawing

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -58,11 +59,9 @@ RUN = shlex.split(
 BOUND_SECONDS = 30.0
 """For ranks to end after one of them was killed, all were asked to end, or the disk was full."""
 TIMEOUT_SECONDS = 60.0
-"""Of collectives: ranks that wait for a stopped one have so much longer."""
+"""Of collectives: ranks that wait for a stopped one have so much longer, and so have those that wait at the start."""
 CHILDREN_SECONDS = 10.0
 """For what an ended rank had started."""
-LAUNCHER_SECONDS = 15.0
-"""A launcher ends the other ranks of a failed one. Only while they meet do they need it: then it is done after this."""
 LONGEST_RUN = 300.0
 """Seconds in which a run comes to the moment that was chosen, or to its end."""
 
@@ -206,14 +205,11 @@ class _Start:
         struck = time.monotonic()
         found = Disturbance(kind, moment.aim, iteration, victim, moment.delay, self.ranks.logs.name)
         is_starting = iteration == 0 and victim is not None
-        bound = LAUNCHER_SECONDS if is_starting else BOUND_SECONDS
-        if kind == "stop one":
-            bound += TIMEOUT_SECONDS
+        bound = BOUND_SECONDS + (TIMEOUT_SECONDS if kind == "stop one" or is_starting else 0.0)
         in_time = ranks.wait(bound, but=victim if kind == "stop one" else None)
         found.seconds = round(time.monotonic() - struck, 2)
         found.codes = ranks.codes
-        found.by_launcher = is_starting and not in_time
-        if not in_time and not is_starting:
+        if not in_time:
             found.faults.append(f"ranks still there after {bound:.0f} s")
         if victim is not None and kind == "stop one":
             ranks.send(victim, signal.SIGKILL)
@@ -234,9 +230,11 @@ class _Start:
     def _wrong_words(self, found: Disturbance) -> Iterator[str]:
         """Yield what is wrong with the ranks' exit codes and last words."""
         texts = [self.ranks.printed(rank) for rank in range(self.ranks.world_size)]
-        if found.victim is not None and not found.by_launcher:
+        if found.victim is not None:
             others = "".join(text for rank, text in enumerate(texts) if rank != found.victim)
-            if found.iteration > 0 and f"rank {found.victim} does not answer" not in others:
+            at_start = rf"|rank {found.victim} (ended while|was not there)|ranks? (\d+, )*{found.victim}\b.* did not "
+            named = f"rank {found.victim} does not answer" + (at_start if found.iteration == 0 else "")
+            if re.search(named, others) is None:
                 yield f"no other rank names rank {found.victim}"
         if found.kind == "terminate" and found.iteration > 0 and set(found.codes) != {0}:
             yield f"exit codes {found.codes} after SIGTERM"

@@ -11,7 +11,7 @@ import torch
 from megatron_dwm.analysis.records import Record, read_run
 from megatron_dwm.errors import UserError
 from megatron_dwm.training.checkpoint_folders import iteration_folder
-from megatron_dwm.training.save_folder import LOCK
+from megatron_dwm.training.folder_lock import LOCK
 from megatron_dwm.training.saved_checkpoint import open_checkpoint
 
 _TIMES = ("seconds", "elapsed", "throughput")

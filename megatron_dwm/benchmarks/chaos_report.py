@@ -22,8 +22,6 @@ class Disturbance:
     seconds: float = 0.0
     """Until the last of the other ranks had ended."""
     codes: list[int | None] = field(default_factory=list)
-    by_launcher: bool = False
-    """Whether a launcher had to end the others, because they had not met yet."""
     faults: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:

@@ -75,7 +75,9 @@ def _main(argv: Sequence[str] | None) -> None:
         from megatron_dwm.analysis.plots import save_png
 
         print(tables(results))
-        save_png(figure(results), Path(config.output) / "gpu.png")
+        picture = Path(config.output) / "gpu.png"
+        save_png(figure(results), picture)
+        print(f"{picture}: {len(results)} parts; their figures are beside it")
     if failed:
         raise UserError("; ".join(f"{part} failed: {reason}" for part, reason in failed.items()))
 

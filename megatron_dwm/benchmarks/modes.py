@@ -14,10 +14,11 @@ from megatron_dwm.training.trainer import Trainer
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.weighting import BilevelWeighting
 from megatron_dwm.weighting.export import NoExport
-from megatron_dwm.weighting.frozen import FrozenWeighting
+from megatron_dwm.weighting.frozen import FrozenParts, FrozenWeighting
 from megatron_dwm.weighting.policy import SampleWeighting
 from megatron_dwm.weighting.uniform import UniformWeighting
 from megatron_dwm.weighting.warmup import WarmupWeighting
+from megatron_dwm.weighting.weighter_stages import WeighterStage
 
 
 class BareLoop:
@@ -84,9 +85,10 @@ class Modes:
         self.lm_gradients = self.outer.lm_gradients
         self.bilevel = trainer.with_weighting(self.weighting)
         weight_metrics, options = self.weighting.weight_metrics, self.weighting.options
-        self.frozen = trainer.with_weighting(
-            FrozenWeighting(weight_metrics, options, self.weighter, NoExport(), flops_per_batch=0.0)
-        )
+        # Nothing is kept of the scores: a weighter that learns between the steps gives others each time.
+        stage = WeighterStage("", self.config.train_iters, 1)
+        parts = FrozenParts([stage], lambda stage: self.weighter, NoExport(), 0, lambda weighter: 0.0)
+        self.frozen = trainer.with_weighting(FrozenWeighting(weight_metrics, options, parts, iteration=1))
         self.update()
 
     def update(self) -> None:

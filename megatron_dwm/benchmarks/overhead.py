@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 atomic_write_text(Path(options.json_file), json.dumps(figures, indent=2) + "\n")
                 print(options.json_file, flush=True)
 
-    run_program(program)
+    run_program(program, argv)
 
 
 if __name__ == "__main__":

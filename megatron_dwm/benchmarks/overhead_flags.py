@@ -54,7 +54,7 @@ def parse_overhead(argv: Sequence[str] | None, world_size: int) -> tuple[Overhea
     if not any(word.split("=")[0] == "--num-layers" for word in rest):
         rest = DEFAULT_RUN.split() + rest
     config = parse_run(rest, world_size)
-    if not config.weighting.needs_target:
+    if not config.weighting.learns_weighter:
         raise UserError(f"--dwm-mode {config.weighting.dwm_mode}: all modes are measured; leave the flag out")
     stages = bilevel_stages(config.weighting, config.train_iters)
     if (needed := batches_read(options, stages.update_interval)) > config.train_iters:

@@ -60,7 +60,7 @@ def parse_precision(argv: Sequence[str] | None, world_size: int) -> tuple[Precis
     """
     options, rest = parse_benchmark(PrecisionConfig, argv, "Hold the alignments of a bf16 run against those in fp32.")
     config = parse_run(rest, world_size)
-    if not config.optimizer.bf16 or not config.weighting.needs_target or config.parallel.use_distributed_optimizer:
+    if not config.optimizer.bf16 or not config.weighting.learns_weighter or config.parallel.use_distributed_optimizer:
         raise UserError(
             "benchmark precision compares bf16 with fp32 in bilevel mode; give --bf16, and leave out --dwm-mode and "
             "--use-distributed-optimizer"
@@ -86,8 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(text, flush=True)
             if options.json_file is not None:
                 atomic_write_text(Path(options.json_file), text)
+                print(options.json_file, flush=True)
 
-    run_program(program)
+    run_program(program, argv)
 
 
 def measure(trainer: Trainer, options: PrecisionConfig) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def _main(argv: Sequence[str] | None) -> None:
 
     def run(seed: int) -> list[Quarter]:
         place = folder / "runs" / f"seed-{seed}"
-        train("word order", seed, place, [*_flags(config, place, mixture, seed), *run_flags])
+        train(f"word order, seed {seed}", place, [*_flags(config, place, mixture, seed), *run_flags])
         return quarters(read_run(place).updates, mixture.like_target)
 
     with ThreadPoolExecutor(config.jobs or os.cpu_count()) as pool:
@@ -99,6 +99,8 @@ def _main(argv: Sequence[str] | None) -> None:
             for (seed, found), loss in zip(by_seed.items(), test_losses, strict=True)
         ]
         atomic_write_text(Path(config.json_file), json.dumps({"runs": runs}, indent=2) + "\n")
+        print(config.json_file)
+    print(f"{folder / 'runs'}: {len(seeds)} runs")
 
 
 def _flags(config: WordOrderConfig, place: Path, mixture: Mixture, seed: int) -> list[str]:

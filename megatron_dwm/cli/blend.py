@@ -1,4 +1,7 @@
-"""Print what shares a run's weighter gives the sources of the data, as --data-path lines, overall and by stage."""
+"""Print what shares a run's weighter gives the sources of the data, as --data-path lines, overall and by stage.
+
+The last line has the sources' mean weights as flags of a run that weighs by source alone.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_dwm.analysis.records import read_run
-from megatron_dwm.analysis.shares import learnt_shares
+from megatron_dwm.analysis.shares import learnt_shares, learnt_weights
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.cli.run_argument import RunArgument, with_run_flag
 from megatron_dwm.config.flags import flag, parse
@@ -45,6 +48,12 @@ def _main(argv: Sequence[str] | None) -> None:
             print(f"#   {source}: {shares.mean[source]:.4f} ({bounds})")
         pairs = (f"{share:.6f} {name}" for name, share in zip(names, shares.mean.values(), strict=True))
         print(f"--data-path {' '.join(pairs)}")
+    weights = learnt_weights(run)
+    print("# the mean weights of their samples, for a run that weighs by source alone")
+    print(
+        f"--dwm-mode rule --dwm-rule source-weights --dwm-rule-sources {' '.join(weights)} "
+        f"--dwm-rule-weights {' '.join(f'{weight:.4f}' for weight in weights.values())}"
+    )
 
 
 if __name__ == "__main__":

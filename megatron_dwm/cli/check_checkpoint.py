@@ -56,6 +56,7 @@ def _main(argv: Sequence[str] | None) -> None:
                 logger.error(error)
     if faults:
         raise UserError(f"--load {config.load}: {len(faults)} of {len(folders)} are damaged; remove them")
+    logger.info(f"{config.load}: all {len(folders)} are whole, {size / 1e6:,.1f} MB")
 
 
 def checkpoints_to_verify(config: CheckCheckpointConfig) -> list[Path]:

@@ -8,6 +8,7 @@ trains.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,13 +27,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
+from megatron_dwm.config.flags import flag_name
+from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.run import RunConfig, parse_run
-from megatron_dwm.errors import EXIT_CODE, UserError, print_error
+from megatron_dwm.errors import EXIT_CODE, PeerError, UserError, print_error
 from megatron_dwm.runtime.compat import require_megatron_core
 from megatron_dwm.runtime.device import select_device
 from megatron_dwm.runtime.environment import environment_rank
-from megatron_dwm.runtime.logging import configure_logging
-from megatron_dwm.runtime.startup_sync import PeerError, StartupSync
+from megatron_dwm.runtime.logging import configure_logging, print_messages_of
+from megatron_dwm.runtime.startup_sync import StartupSync
 
 if TYPE_CHECKING:
     from megatron_dwm.training.trainer import Trainer
@@ -95,11 +99,15 @@ def with_pretrained(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, checkpoint=checkpoint)
 
 
-def run_program(program: Callable[[Process], None]) -> None:
+def run_program(program: Callable[[Process], None], argv: Sequence[str] | None) -> None:
     """Run ``program`` on this rank of torchrun, srun, mpirun or a lone process.
 
     A user's error ends all ranks with exit code 2, after the one line of the rank that found it; any other failure ends
-    them with code 1, after its traceback and one line of each other rank.
+    them with code 1, after its traceback and one line of each other rank. Ranks that do not come, or fall silent before
+    the run has started, are waited for as long as ``--distributed-timeout-minutes`` says.
+
+    Args:
+        argv: the program's flags; None takes this process's command line.
     """
     # megatron-core warns on every process that optional packages are missing, and of torch interfaces it still uses.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine).*")
@@ -107,7 +115,9 @@ def run_program(program: Callable[[Process], None]) -> None:
     try:
         rank, local_rank, world_size = environment_rank()
         configure_logging(rank, world_size)
-        startup_sync = StartupSync(rank, world_size)
+        startup_sync = StartupSync(rank, world_size, _timeout(sys.argv[1:] if argv is None else argv))
+    except PeerError:
+        raise SystemExit(EXIT_CODE) from None
     except UserError as error:
         print_error(error)
         raise SystemExit(EXIT_CODE) from None
@@ -147,17 +157,25 @@ def build_trainer(
     )
     from megatron_dwm.training.trainer import Trainer
     from megatron_dwm.training.write_results import start_results_process
-    from megatron_dwm.weighting.build import WeightingContext, build_weighting, check_gradients, read_weighting_inputs
+    from megatron_dwm.weighting.build import (
+        WeightingContext,
+        build_weighting,
+        check_gradients,
+        read_weighting_inputs,
+        run_stages,
+    )
 
     if config.logging.logging_level is not None:
-        logging.getLogger("megatron.core").setLevel(config.logging.logging_level)
+        print_messages_of("megatron.core", process.rank, process.world_size, config.logging.logging_level)
     with process.startup_sync.phase("folders"):
-        save_folder = hold_folders(config, process.rank)
+        save_folder = hold_folders(config.checkpoint, config.data, config.logging, process.rank)
     with process.startup_sync.phase("inputs"):
         inputs = read_inputs(config, process.rank, process.world_size)
         weighting_inputs = read_weighting_inputs(config, inputs.tokenizer)
+        if inputs.checkpoint is None:  # the length of a run that goes on is known when that is loaded
+            run_stages(config)
     with process.startup_sync.phase("agreement"):
-        process.startup_sync.require_same(rank_facts(config, inputs.paths, weighting_inputs.folder_model))
+        process.startup_sync.require_same(rank_facts(config, inputs.paths, weighting_inputs.digest))
     if config.checkpoint.save is not None:
         start_results_process()
     language_model = build_language_model(config, inputs, device, process.startup_sync)
@@ -168,9 +186,13 @@ def build_trainer(
     dataloaders = Dataloaders(
         config, inputs.paths, inputs.tokenizer, language_model.parallel_state, process.startup_sync, train_state
     )
+    with process.startup_sync.phase("stages"):
+        has_begun = train_state.iteration > 0 and weighting_state.get("weighter") is not None
+        stages = run_stages(config, train_state.iteration if has_begun else None)
     context = WeightingContext(
         config=config,
         inputs=weighting_inputs,
+        stages=stages,
         paths=inputs.paths,
         tokenizer=inputs.tokenizer,
         padded_vocab_size=language_model.padded_vocab_size,
@@ -190,7 +212,22 @@ def build_trainer(
         with process.startup_sync.phase("hypergradient"):
             check_gradients(context, batch, target)
     parts = build_trainer_parts(config, language_model, dataloaders, train_state, process.startup_sync, save_folder)
+    process.startup_sync.end_start()
     return Trainer(config, parts, weighting)
+
+
+def _timeout(argv: Sequence[str]) -> timedelta:
+    """Return ``--distributed-timeout-minutes``: ranks meet before they read flags, so that all report a mistake once.
+
+    A mistake in this one is left to the parser.
+    """
+    name = flag_name("distributed_timeout_minutes")
+    minutes = ParallelConfig().distributed_timeout_minutes
+    for word, following in itertools.pairwise([*argv, ""]):
+        text = following if word == name else word.removeprefix(f"{name}=")
+        if word.partition("=")[0] == name and text.isascii() and text.isdigit() and int(text[:9]) > 0:
+            minutes = int(text[:9])
+    return timedelta(minutes=minutes)
 
 
 def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:

@@ -16,6 +16,7 @@ DESCRIPTION = "Pretrain language models under a data weighting model, and all th
 COMMANDS = {
     "pretrain": Command("megatron_dwm.cli.pretrain", "pretrain a GPT; --nproc N starts N processes on this machine"),
     "preprocess": Command("megatron_dwm.cli.preprocess", "tokenize JSON lines into Megatron's indexed datasets"),
+    "merge-datasets": Command("megatron_dwm.cli.merge_datasets", "merge the indexed datasets of a folder into one"),
     "check-data": Command("megatron_dwm.cli.check_data", "verify datasets from the first to the last byte"),
     "train-tokenizer": Command("megatron_dwm.cli.train_tokenizer", "train a SentencePiece tokenizer on JSON lines"),
     "build-corpus": Command("megatron_dwm.cli.build_corpus", "make a corpus from text that is installed here"),

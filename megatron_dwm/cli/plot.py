@@ -41,7 +41,7 @@ def _main(argv: Sequence[str] | None) -> None:
     output = Path(config.output) if config.output else folder / "run.png"
     weighted, baseline = read_run(run), read_run(Path(config.baseline)) if config.baseline else None
     save_png(training_figure(weighted, baseline), output)
-    print(output)
+    print(f"{output}: losses and weights up to iteration {weighted.steps[-1]['iteration']}")
     if baseline is not None:
         print(gain_line(baseline, weighted))
 

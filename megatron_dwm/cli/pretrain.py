@@ -1,6 +1,7 @@
 """Pretrain a Megatron-Core GPT with a data weighting model.
 
 Started by torchrun, srun or mpirun this is one rank of the run. ``--nproc N`` starts N ranks on this machine instead.
+``--plan`` prints what the run will be, and trains nothing.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+from megatron_dwm.cli.command import run_command
 from megatron_dwm.cli.launch import Process, build_trainer, read_run_flags, run_program
 from megatron_dwm.cli.local_launcher import launch_locally, split_nproc
+from megatron_dwm.cli.plan import print_plan, split_plan
 from megatron_dwm.errors import run_cli
 
 
@@ -19,9 +22,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def launch() -> None:
         processes, rest = split_nproc(sys.argv[1:] if argv is None else argv)
+        plan, rest = split_plan(rest)
+        if plan.plan:
+            run_command(partial(print_plan, plan, rest, processes))
+            return
         if processes is not None:
             raise SystemExit(launch_locally("megatron_dwm.cli.pretrain", processes, rest))
-        run_program(partial(pretrain, rest))
+        run_program(partial(pretrain, rest), rest)
 
     run_cli(launch)
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from megatron_dwm.config.flags import flag_name
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.blend import DataPaths
 from megatron_dwm.data.index_cache import data_stamp
 from megatron_dwm.training.checkpoint_folders import latest_checkpoint
-from megatron_dwm.weighting.weighter import model_digest
 
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine", "megatron-dwm")
 
@@ -24,13 +22,13 @@ Facts = dict[str, str]
 """By the name under which an error speaks of it."""
 
 
-def rank_facts(config: RunConfig, paths: DataPaths, weighter_model: Any | None) -> Facts:
+def rank_facts(config: RunConfig, paths: DataPaths, weighter_digest: str | None) -> Facts:
     """Return what must be the same on every rank: flags, versions, data, checkpoint and weighter.
 
     Data that this rank cannot see is left out: only one rank of a model replica reads them.
 
     Args:
-        weighter_model: the classifier that was read from a folder, if any.
+        weighter_digest: of the parameters of the weighters that were read from folders, if any.
     """
     facts = {flag_name(name): repr(value) for name, value in config.flat().items()}
     facts["Python"] = ".".join(platform.python_version_tuple()[:2])
@@ -43,6 +41,6 @@ def rank_facts(config: RunConfig, paths: DataPaths, weighter_model: Any | None) 
         if all(Path(f"{prefix}{suffix}").is_file() for prefix in prefixes for suffix in (".bin", ".idx")):
             facts[f"data of {flag}"] = data_stamp(prefixes)
     facts["checkpoint of --load"] = str(latest_checkpoint(config.checkpoint))
-    if weighter_model is not None:
-        facts["weighter of --dwm-load or --dwm-init-from"] = model_digest(weighter_model)[:16]
+    if weighter_digest is not None:
+        facts["weighter of --dwm-load or --dwm-init-from"] = weighter_digest
     return facts

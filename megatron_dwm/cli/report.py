@@ -1,145 +1,184 @@
-"""Report what a run's weighter prefers, when and how strongly: one HTML page, and its figures as PNGs.
+"""Report what a run's weighter prefers, when and how strongly, or compare several runs: one HTML page.
 
-    megatron-dwm report RUN_DIR
+    megatron-dwm report RUN
+    megatron-dwm report RUN RUN ...
+    megatron-dwm report RUN --follow 60
 
-RUN_DIR is the run's --save folder. The samples' texts come from its datasets, so start this from the
-folder that the run was started from.
+RUN is a run's --save folder, or its --metrics-jsonl file. Of one run the page shows what its weighter prefers, with
+texts; of several it compares losses, weights and costs: the first is the one that the others are held against.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from megatron_dwm.analysis.preference import WeightedSamples, evenly_spaced_updates, extremes, weighted_samples
 from megatron_dwm.analysis.records import RunRecords, read_run
-from megatron_dwm.cli.command import run_command
-from megatron_dwm.cli.run_argument import RunArgument, with_run_flag
+from megatron_dwm.cli.command import limit_progress_bars, run_command
+from megatron_dwm.cli.run_argument import with_run_flag
 from megatron_dwm.config.flags import flag, parse, require_at_least
 from megatron_dwm.errors import UserError
 from megatron_dwm.extras import require_packages
-
-if TYPE_CHECKING:
-    from megatron_dwm.analysis.page import Example
+from megatron_dwm.training.run_status import read_run_status
 
 logger = logging.getLogger(__name__)
 
-LONGEST_TEXT = 800
-"""Characters of a sample that the page shows."""
-
 
 @dataclass(frozen=True)
-class ReportConfig(RunArgument):
+class ReportConfig:
     """Report."""
 
-    output: str | None = flag(None, "Folder to write to; preference/ beside the records if not given.")
+    run: list[str] = flag(
+        [],
+        "The --save folders of runs, or their --metrics-jsonl files: one to describe, several to compare. May also be "
+        "given first and without the flag.",
+    )
+    output: str | None = flag(
+        None, "Folder to write to; if not given preference/ beside the records, or comparison/ beside the first run's."
+    )
+    follow: int | None = flag(
+        None, "Write the page anew every so many seconds, whenever there are new records, until no run goes on."
+    )
+    scores: list[str] | None = flag(
+        None,
+        'External scores of samples, as further properties: files of rows such as {"index": 17, "quality": 3.5}, JSON '
+        "lines (plain, .gz, .zst) or Parquet. The index is the sample's, as in --texts-output.",
+    )
+    texts_output: str | None = flag(
+        None,
+        'Also write the described samples as JSON lines {"index": N, "source": ..., "text": ...}, for others to score.',
+    )
     benefit: str | None = flag(
         None, "JSON file of benchmarks/benefit.py --json; benefit.json beside the records if that is there."
     )
-    samples: int = flag(4000, "Samples of each stage whose texts are read, in whole outer updates.")
+    samples: int = flag(4000, "Samples of each stage whose texts are read, from as many outer updates as they allow.")
     examples: int = flag(4, "Samples of each stage that are shown as text, of the highest and of the lowest weight.")
+    documents: int = flag(
+        4,
+        "Documents whose weight is followed over the run's exported weighters: so many of the highest weight, of the "
+        "lowest, and of the greatest change; 0 for none.",
+    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least(self, 1, "samples")
-        require_at_least(self, 0, "examples")
-
-
-Examples = dict[int, tuple[list["Example"], list["Example"]]]
-"""Of each stage the samples with the highest and with the lowest weights."""
+        if not self.run:
+            raise UserError("--run is missing; give a run's --save folder")
+        require_at_least(self, 1, "samples follow")
+        require_at_least(self, 0, "examples documents")
+        if len(self.run) > 1:
+            for name in ("scores", "texts_output", "benefit"):
+                if getattr(self, name) is not None:
+                    spelling = "--" + name.replace("_", "-")
+                    raise UserError(f"{spelling}: is of one run, and {len(self.run)} are compared; leave it out")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the report of a run."""
+    """Write the report of a run, or of several."""
     run_command(partial(_main, argv))
 
 
 def _main(argv: Sequence[str] | None) -> None:
     config: ReportConfig = parse(with_run_flag(argv), {"report": ReportConfig}, description=__doc__)["report"]
-    require_packages("report", "matplotlib", "jinja2")
-    from megatron_dwm.analysis.page import make_report, read_benefit, write_page
-
-    path = Path(config.run)
-    folder = path if path.is_dir() else path.parent
-    run = read_run(path)
-    benefit_file = Path(config.benefit) if config.benefit else folder / "benefit.json"
-    benefit = read_benefit(benefit_file) if config.benefit or benefit_file.is_file() else None
-
-    chosen = evenly_spaced_updates(run.updates, config.samples)
-    samples = weighted_samples(chosen)
-    examples: Examples = {}
-    notes = missing(run, samples)
-    if chosen:
-        try:
-            samples, examples = describe(folder, samples, config.examples)
-        except (UserError, OSError) as error:
-            notes.append(f"The samples' texts cannot be read: {error}")
-    for note in notes:
-        logger.warning(" ".join(note.split()))
-    report = make_report(
-        "/".join(path.resolve().parts[-2:]),
-        run,
-        samples,
-        weighted_samples(run.updates),
-        examples=examples,
-        benefit=benefit,
-        notes=notes,
-    )
-    print(write_page(report, Path(config.output) if config.output else folder / "preference"))
+    require_packages("report", "plotly", "jinja2")
+    limit_progress_bars()
+    paths = [Path(run) for run in config.run]
+    if config.follow is None:
+        _write(config, paths, [read_run(path) for path in paths], None)
+    else:
+        _follow(config, paths, config.follow)
 
 
-def describe(folder: Path, samples: WeightedSamples, examples: int) -> tuple[WeightedSamples, Examples]:
-    """Read the texts of samples.
-
-    Args:
-        folder: the run's --save folder.
-        samples: the samples to describe.
-        examples: how many of the highest weights of a stage are shown, and how many of the lowest.
-
-    Returns:
-        the samples with the properties of their texts, and those that are shown.
+def _follow(config: ReportConfig, paths: Sequence[Path], seconds: int) -> None:
+    """Write the page whenever there are new records, until no run goes on.
 
     Raises:
-        UserError: the run's data cannot be read.
+        UserError: as :func:`_write`.
     """
-    from megatron_dwm.analysis.page import Example
-    from megatron_dwm.analysis.samples import open_samples, text_properties
-
-    with open_samples(folder) as run_samples:
-        found = text_properties(samples.index, samples.source, run_samples)
-        samples = replace(samples, properties=samples.properties | found)
-
-        def example(row: int) -> Example:
-            text = run_samples.text(run_samples.sample(int(samples.index[row])))
-            return Example(
-                source=str(samples.source[row]),
-                iteration=int(samples.iteration[row]),
-                index=int(samples.index[row]),
-                weight=float(samples.weight[row]),
-                alignment=float(samples.alignment[row]),
-                loss=float(samples.properties["loss"][row]) if "loss" in samples.properties else None,
-                text=text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …",
-            )
-
-        by_stage: Examples = {}
-        for stage in samples.stages:
-            rows = (samples.stage == stage).nonzero()[0]
-            highest, lowest = extremes(samples.where(rows), examples)
-            by_stage[stage] = [example(row) for row in rows[highest]], [example(row) for row in rows[lowest]]
-    return samples, by_stage
+    written: list[tuple[int, int]] | None = None
+    while True:
+        goes_on = any(read_run_status(_folder(path)).get("status") == "running" for path in paths)
+        state = [_state(path) for path in paths]
+        if state != written or not goes_on:
+            written = state
+            try:
+                runs = [read_run(path) for path in paths]
+            except UserError as error:  # there is no record yet
+                if not goes_on:
+                    raise
+                logger.info(f"waiting: {error}")
+            else:
+                _write(config, paths, runs, seconds if goes_on else None)
+        if not goes_on:
+            print("no run goes on; this is the last page")
+            return
+        time.sleep(seconds)
 
 
-def missing(run: RunRecords, samples: WeightedSamples) -> list[str]:
-    """Return a sentence for each thing that the records do not hold."""
-    if not any("weight_by_source" in step for step in run.steps):
-        return ["No step of this run was weighted."]
-    if not run.updates:
-        return ["No outer update was made in this run, so weights of single samples are not recorded."]
-    return [] if "loss" in samples.properties else ["The samples' losses are not recorded by this run."]
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Return what changes when a run writes a record."""
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    if not file.exists():
+        return 0, 0
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _write(config: ReportConfig, paths: Sequence[Path], runs: Sequence[RunRecords], reload_seconds: int | None) -> None:
+    """Write the page once, and print where it is.
+
+    Raises:
+        UserError: scores cannot be read, or the page cannot be written.
+    """
+    if len(runs) == 1:
+        page = _write_report(config, paths[0], runs[0], reload_seconds)
+    else:
+        page = _write_comparison(config, paths, runs, reload_seconds)
+    last = ", ".join(str(run.steps[-1]["iteration"]) for run in runs)
+    size = page.stat().st_size / 1e6
+    print(f"{page}: up to iteration {last}, {size:.1f} MB", flush=True)
+
+
+def _write_comparison(
+    config: ReportConfig, paths: Sequence[Path], runs: Sequence[RunRecords], reload_seconds: int | None
+) -> Path:
+    from megatron_dwm.analysis.report.comparison import run_names
+    from megatron_dwm.analysis.report.page import write_comparison
+
+    named = dict(zip(run_names(paths), runs, strict=True))
+    last = {run.steps[-1]["iteration"] for run in runs}
+    notes = ["The runs differ in length: compare their curves at the same iteration, not their ends."]
+    folder = Path(config.output) if config.output else _folder(paths[0]) / "comparison"
+    return write_comparison(named, folder, notes if len(last) > 1 else [], reload_seconds)
+
+
+def _write_report(config: ReportConfig, path: Path, run: RunRecords, reload_seconds: int | None) -> Path:
+    from megatron_dwm.analysis.external_scores import read_scores
+    from megatron_dwm.analysis.report.content import read_benefit
+    from megatron_dwm.analysis.report.describing import Settings, describe
+    from megatron_dwm.analysis.report.page import write_report
+
+    folder = _folder(path)
+    benefit_file = Path(config.benefit) if config.benefit else folder / "benefit.json"
+    benefit: Any = read_benefit(benefit_file) if config.benefit or benefit_file.is_file() else None
+    settings = Settings(
+        samples=config.samples,
+        examples=config.examples,
+        documents=config.documents,
+        scores=read_scores(config.scores) if config.scores else None,
+        texts_output=Path(config.texts_output).absolute() if config.texts_output else None,
+    )
+    report = describe("/".join(path.resolve().parts[-2:]), folder, run, settings, benefit)
+    for note in report.notes:
+        logger.warning(" ".join(note.split()))
+    return write_report(report, Path(config.output) if config.output else folder / "preference", reload_seconds)
 
 
 if __name__ == "__main__":

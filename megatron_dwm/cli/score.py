@@ -1,6 +1,8 @@
-"""Score documents with an exported weighter: each row comes out as it came in, with its score.
+"""Score documents with an exported weighter, or by a language model's perplexity: each row comes out with its score.
 
-Needs the weighter's folder and the extra data. The same command, started again, goes on where it was interrupted.
+Each row is an object with the text under the key of --json-key, such as {"text": "One document."}.
+
+Needs the model's folder and the extra data. The same command, started again, goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from typing import Literal
 
 from megatron_dwm.cli.command import limit_progress_bars, run_command
 from megatron_dwm.config.flags import flag, parse
-from megatron_dwm.corpora.readers import input_files
 from megatron_dwm.errors import UserError
 from megatron_dwm.extras import require_packages
 
@@ -24,29 +25,49 @@ from megatron_dwm.extras import require_packages
 class ScoreConfig:
     """Scoring."""
 
-    weighter: str = flag("", "Folder of an exported weighter, or of any Hugging Face classifier with one label.")
-    input: list[str] | None = flag(
-        None, "JSON lines (plain, .gz or .zst) or Parquet: files, folders, or glob patterns; one task a file."
+    weighter: str | None = flag(
+        None, "Folder of an exported weighter, or of any Hugging Face classifier with one label."
     )
-    output: str = flag("", "Folder to write; the rows are in its folder data, one file for each input file.")
+    language_model: str | None = flag(
+        None, "Folder of a language model, such as export-hf writes: the score is a document's perplexity."
+    )
+    input: list[str] | None = flag(
+        None,
+        "JSON lines (plain, .gz or .zst) or Parquet: files, folders, or glob patterns; or indexed datasets, by the "
+        "prefix of .bin and .idx.",
+    )
+    output: str = flag("", "Folder to write; the rows are in its folder data, one file for each task.")
+    split_bytes: int = flag(
+        1000000000, "Plain JSON lines and datasets that are larger are divided into tasks; other files are one each."
+    )
+    dataset_tokenizer: str | None = flag(
+        None, "Folder of the tokenizer that indexed datasets were made with; if not set, it is the model's own."
+    )
     output_format: Literal["jsonl", "parquet"] = flag("jsonl", "Format of the output.")
     json_key: str = flag("text", "Key (column) of the text.")
-    score_key: str = flag("score", "Key (column) of the score.")
-    window: int | None = flag(None, "Tokens scored at once; if not set, the weighter's length in training.")
+    score_key: str | None = flag(
+        None, "Key (column) of the score; if not set, score, or perplexity with --language-model."
+    )
+    window: int | None = flag(None, "Tokens scored at once; if not set, the model's length in training.")
     rule: Literal["mean", "max", "first"] = flag(
         "mean", "Score of a document of several windows: their mean by tokens, the highest, or the first's."
     )
-    batch_tokens: int = flag(16384, "Tokens of a batch, padding included.")
+    batch_tokens: int | None = flag(
+        None, "Tokens of a batch, padding included; if not set, 2048 on a CPU and 16384 on a GPU."
+    )
     workers: int = flag(1, "Number of processes; on a machine with GPUs they share them.")
     skip_malformed: bool = flag(False, "Leave out and count rows that are no document instead of stopping at one.")
 
     def __post_init__(self) -> None:
-        for name in ("weighter", "input", "output"):
+        for name in ("input", "output"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing; give a path")
+        if (self.weighter is None) == (self.language_model is None):
+            raise UserError("--weighter and --language-model: one of them scores; give one")
         for name, number in (
             ("--window", self.window),
             ("--batch-tokens", self.batch_tokens),
+            ("--split-bytes", self.split_bytes),
             ("--workers", self.workers),
         ):
             if number is not None and number < 1:
@@ -63,17 +84,27 @@ def _main(argv: Sequence[str] | None) -> None:
     require_packages("score", "datatrove", "orjson", "pyarrow")
     import torch
 
-    from megatron_dwm.analysis.scoring import ScoreSettings, ScoringModel, score_files
+    from megatron_dwm.analysis.score_inputs import parts_of
+    from megatron_dwm.analysis.scoring import DocumentTokens, ScoreSettings, score_parts
 
     limit_progress_bars()
-    paths = input_files(config.input or [])
+    parts = parts_of(config.input or [], config.split_bytes)
+    settings = ScoreSettings(
+        config.weighter or config.language_model or "",
+        config.language_model is not None,
+        config.window,
+        config.rule,
+        config.batch_tokens,
+        config.score_key or ("perplexity" if config.language_model else "score"),
+        config.dataset_tokenizer,
+    )
     # Before anything is written, and once rather than in each process.
-    ScoringModel(config.weighter, config.window, config.batch_tokens, torch.device("cpu"))
+    DocumentTokens(settings.load(torch.device("cpu")), config.dataset_tokenizer, config.json_key)
     start = time.perf_counter()
-    done = score_files(
-        paths,
+    done = score_parts(
+        parts,
         Path(config.output),
-        ScoreSettings(config.weighter, config.window, config.rule, config.batch_tokens, config.score_key),
+        settings,
         text_key=config.json_key,
         output_format=config.output_format,
         workers=config.workers,
@@ -81,9 +112,10 @@ def _main(argv: Sequence[str] | None) -> None:
         show_progress=sys.stderr.isatty(),
     )
     seconds = time.perf_counter() - start
+    files = len({part.path for part in parts})
     print(
-        f"{config.output}/data: scored {done['documents']:,} documents of {len(paths):,} files, skipped "
-        f"{done['skipped']:,} rows, {done['documents'] / seconds:,.1f} docs/s, "
+        f"{config.output}/data: scored {done['documents']:,} documents of {files:,} files, "
+        f"skipped {done['skipped']:,} rows, {done['documents'] / seconds:,.1f} docs/s, "
         f"{done['bytes'] / seconds / 1e6:.2f} MB/s"
     )
 

@@ -1,17 +1,24 @@
 """Select documents within a budget: at random, by a score, by perplexity, or by the shares of the sources.
 
-Rows are kept in the input's order. A manifest beside the output says how many of each source, and by which threshold.
+Each row is an object such as {"text": "One document.", "score": 0.5}: the text under the key of --json-key, the number
+that ranks under that of --score-key. Rows are kept in the input's order. A manifest beside the output says how many of
+each source, and by which threshold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from megatron_dwm.analysis.selection import select_files
 from megatron_dwm.analysis.selection_flags import SelectConfig
 from megatron_dwm.cli.command import limit_progress_bars, run_command
-from megatron_dwm.config.flags import parse
+from megatron_dwm.config.flags import build, read
+from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.config.unsupported_flags import reason_unsupported
+from megatron_dwm.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,16 +27,36 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    config: SelectConfig = parse(argv, {"select": SelectConfig}, description=__doc__)["select"]
+    values = read(argv, [SelectConfig, TokenizerConfig], description=__doc__, reason_unsupported=reason_unsupported)
+    config = build(SelectConfig, values)
+    tokenizer_config = _tokenizer_config(config, values)
     if config.tokenizer is not None:
         limit_progress_bars()
-    found = select_files(config)
+    found = select_files(config, tokenizer_config)
     kept = " and ".join(
         f"{found[f'{unit}_kept']:,} of {found[f'{unit}_kept'] + found[f'{unit}_dropped']:,} {unit}"
         for unit in ("documents", "tokens")
         if f"{unit}_kept" in found
     )
+    if config.duplicates != "keep":
+        kept += f" after {found['duplicates_dropped']:,} duplicates"
     print(f"{config.output}: kept {kept}, {found['output']['bytes']:,} bytes; {config.output}.manifest.json says which")
+
+
+def _tokenizer_config(config: SelectConfig, values: Mapping[str, Any]) -> TokenizerConfig | None:
+    """Return the tokenizer of the dataset to write, if one is to be written.
+
+    Raises:
+        UserError: there are flags of a tokenizer that nothing is made with, or none that are needed.
+    """
+    given = [field.name for field in dataclasses.fields(TokenizerConfig) if field.name in values]
+    if config.output_format == "indexed":
+        if not given:
+            raise UserError("--output-format indexed needs a tokenizer; give --tokenizer-type and --tokenizer-model")
+        return build(TokenizerConfig, values)
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')} is for --output-format indexed; leave it out")
+    return None
 
 
 if __name__ == "__main__":

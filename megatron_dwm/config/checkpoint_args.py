@@ -7,28 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dwm.config.flags import declared_flags
+from megatron_dwm.config.flags import declared_flags, flag_name
+from megatron_dwm.config.layer_patterns import parse_layers
 from megatron_dwm.config.model import ModelConfig, lacking_flag
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError
-from megatron_dwm.safe_unpickling import UnreadableFile, read_torch_file
+from megatron_dwm.safe_unpickling import UnreadableFile, read_common_state, read_torch_file
 
 UNKNOWN_PARTS = (
-    "activation_func_clamp_value",
-    "apply_residual_connection_post_layernorm",
-    "attention_output_gate",
     "experimental_attention_variant",
-    "glu_linear_offset",
     "is_hybrid_model",
     "linear_attention_freq",
     "mtp_num_layers",
     "multi_latent_attention",
-    "no_rope_freq",
     "num_experts",
-    "openai_gelu",
-    "qk_l2_norm",
-    "quick_geglu",
-    "window_size",
 )
 """Arguments in Megatron-LM's checkpoints that, where set, make another model of the same tensors."""
 
@@ -39,6 +31,9 @@ _PARTS = (
     "normalization",
     "qk_layernorm",
     "swiglu",
+    "quick_geglu",
+    "attention_output_gate",
+    "softmax_type",
     "add_bias_linear",
     "add_qkv_bias",
     "untie_embeddings_and_output_weights",
@@ -47,6 +42,12 @@ _PARTS = (
 _FUNCTION = (
     "add_position_embedding",
     "squared_relu",
+    "glu_linear_offset",
+    "activation_func_clamp_value",
+    "qk_l2_norm",
+    "window_size",
+    "window_attn_skip_freq",
+    "no_rope_freq",
     "rotary_base",
     "rotary_percent",
     "rotary_interleaved",
@@ -97,14 +98,15 @@ def read_arguments(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it has none.
     """
-    path = first_rank_file(folder) or folder / "common.pt"
+    path = first_rank_file(folder)
     try:
-        common = read_torch_file(path)
+        common = read_common_state(folder) if path is None else read_torch_file(path)
     except UnreadableFile as error:
         raise UserError(f"{folder}: {error}; the checkpoint is damaged, give another") from None
     arguments = common.get("args") if isinstance(common, dict) else None
     if not isinstance(arguments, Namespace):
-        raise UserError(f"{folder}: its {path.name} holds no arguments; it is not a checkpoint of pretraining")
+        name = path.name if path else "common.pt"
+        raise UserError(f"{folder}: its {name} holds no arguments; it is not a checkpoint of pretraining")
     return {RENAMED.get(name, name): value for name, value in vars(arguments).items() if name != "trust_remote_code"}
 
 
@@ -115,14 +117,27 @@ def effective_arguments(saved: Mapping[str, Any]) -> dict[str, Any]:
         UserError: they describe a model that this program does not train.
     """
     foreign = {name: saved[name] for name in UNKNOWN_PARTS if saved.get(name)}
-    if saved.get("softmax_type", "vanilla") != "vanilla":
-        foreign["softmax_type"] = saved["softmax_type"]
     if foreign:
         name, value = next(iter(foreign.items()))
         raise UserError(
             f"--load: the checkpoint was saved with {name}={value}; there is no such model here, give another"
         )
-    return {name: value for name, value in saved.items() if lacking_flag(name, saved) is None}
+    known = {name: value for name, value in saved.items() if lacking_flag(name, saved) is None}
+    # Megatron-LM keeps what it has made of the words, and one pattern can be written in several ways.
+    words = {name: known[name] for name in ("window_size", "window_attn_skip_freq", "no_rope_freq") if known.get(name)}
+    return known | {name: _as_words(name, value, saved["num_layers"]) for name, value in words.items()}
+
+
+def _as_words(name: str, value: Any, num_layers: int) -> str:
+    """Return the shortest words with which the flag of a window, or of layers, says ``value``.
+
+    Raises:
+        UserError: it says no such thing.
+    """
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).replace(" ", "")
+    if name == "window_size":
+        return text.strip("()")
+    return str(parse_layers(flag_name(name), text, num_layers)).replace(" ", "")
 
 
 def with_saved_arguments(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,10 +46,15 @@ class DataConfig:
     eval_iters: int = flag(100, "Batches in one evaluation.")
     eval_interval: int | None = flag(None, "Iterations between evaluations.")
     full_validation: bool = flag(
-        False, "Evaluate on the whole set each time.", refused="set --eval-iters to cover the set"
+        False, "Evaluate on every sample of the validation data each time, whatever --eval-iters says."
     )
     multiple_validation_sets: bool = flag(
-        False, "Evaluate several sets.", refused="give one blend in --valid-data-path"
+        False,
+        "Evaluate on each dataset of --valid-data-path (or the validation part of each one of --data-path) by itself, "
+        "and report one loss for each.",
+    )
+    validation_set_names: list[str] | None = flag(
+        None, "Names of --multiple-validation-sets, in place of those of their files."
     )
 
     def __post_init__(self) -> None:
@@ -68,3 +73,20 @@ class DataConfig:
             raise UserError("no data: give --data-path, --train-data-path or --mock-data")
         require_at_least(self, 0, "eval_iters num_workers mid_level_dataset_surplus")
         require_at_least(self, 1, "eval_interval num_dataset_builder_threads")
+        names = self.validation_set_names
+        if names is not None and not self.multiple_validation_sets:
+            raise UserError("--validation-set-names has no effect without --multiple-validation-sets; add that")
+        if names is not None and len(set(names)) < len(names):
+            raise UserError(f"--validation-set-names {' '.join(names)}: a name repeats; change one")
+        if self.full_validation and self.mock_data:
+            raise UserError("--full-validation: made-up data (--mock-data) has no end; leave it out")
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether the run evaluates on the validation data."""
+        return self.eval_iters > 0 or self.full_validation
+
+    @property
+    def validates_sets(self) -> bool:
+        """Whether each dataset of the validation data is read by itself."""
+        return self.full_validation or self.multiple_validation_sets

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_dwm.config.flags import flag, require_at_least
+from megatron_dwm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,14 @@ class LoggingConfig:
 
     log_interval: int = flag(100, "Iterations between log lines.")
     log_throughput: bool = flag(False, "Log the throughput in TFLOP/s per GPU.")
+    log_progress: bool = flag(
+        False, "Keep progress.txt in the --save folder: starts of the run, and its throughput at each checkpoint."
+    )
+    dwm_peak_tflops: float | None = flag(
+        None,
+        "TFLOP/s that a device can do at most, of which the log says what part plain training's operations reach "
+        "(MFU). Default: by the device's name, in 16-bit training.",
+    )
     log_params_norm: bool = flag(False, "Log the norm of the parameters.")
     tensorboard_dir: str | None = flag(None, "Folder for TensorBoard's event files.")
     tensorboard_log_interval: int = flag(1, "Iterations between TensorBoard records.")
@@ -45,3 +54,5 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "log_interval tensorboard_log_interval log_memory_interval")
+        if self.dwm_peak_tflops is not None and self.dwm_peak_tflops <= 0:
+            raise UserError(f"--dwm-peak-tflops {self.dwm_peak_tflops}: must be above 0")

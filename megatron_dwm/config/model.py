@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_dwm.config.flags import declared_flags, flag, flag_name, require_at_least
+from megatron_dwm.config.layer_patterns import parse_layers
 from megatron_dwm.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _NEEDED = {
     "num_query_groups": "--group-query-attention",
@@ -21,7 +25,10 @@ _NEEDED = {
         ),
         "--position-embedding-type rope",
     ),
+    "no_rope_freq": "--position-embedding-type rope",
     "rope_scaling_factor": "--use-rope-scaling",
+    "window_attn_skip_freq": "--window-size",
+    **dict.fromkeys(("glu_linear_offset", "activation_func_clamp_value"), "--swiglu or --quick-geglu"),
     **dict.fromkeys(("recompute_method", "recompute_num_layers", "recompute_modules"), "--recompute-granularity"),
     **dict.fromkeys(
         (
@@ -39,6 +46,8 @@ _NEEDED = {
     ),
 }
 """Fields that have no effect without another flag, and that flag."""
+_IDLE_IN_MEGATRON_LMS_SCRIPTS = {"recompute_method", "recompute_num_layers"}
+"""Those of them that scripts leave in when they leave the other flag out."""
 
 
 def lacking_flag(field: str, values: Mapping[str, Any]) -> str | None:
@@ -48,6 +57,8 @@ def lacking_flag(field: str, values: Mapping[str, Any]) -> str | None:
         "--position-embedding-type rope": values.get("position_embedding_type") == "rope"
         or values.get("use_rotary_position_embeddings"),
         "--use-rope-scaling": values.get("use_rope_scaling"),
+        "--window-size": values.get("window_size"),
+        "--swiglu or --quick-geglu": values.get("swiglu") or values.get("quick_geglu"),
         "--recompute-granularity": values.get("recompute_granularity")
         or values.get("recompute_activations")
         or values.get("checkpoint_activations"),
@@ -93,14 +104,35 @@ class ModelConfig:
         None, "Divide positions by this before they are rotated, for sequences longer than a model has seen."
     )
     rope_scaling_factor: float = flag(8.0, "Factor of --use-rope-scaling.")
+    no_rope_freq: str | None = flag(
+        None, "Layers whose queries and keys are not rotated: every so many, or a pattern of 1 such as ([0]*3+[1])*2."
+    )
+    window_size: str | None = flag(
+        None, "Sliding window: how many tokens before its own a token sees, and 0 for none after it, as 127,0."
+    )
+    window_attn_skip_freq: str | None = flag(
+        None, "Layers without the window: every so many, or a pattern of 1 with and 0 without such as ([1]*3+[0])*2."
+    )
+    softmax_type: Literal["vanilla", "off-by-one", "learnable"] = flag(
+        "vanilla",
+        "Softmax of attention: the usual; with 1 added to the denominator, so that a token may see nothing; or with "
+        "what is added learnt for each head.",
+    )
+    attention_output_gate: bool = flag(False, "Multiply the outputs of attention by a sigmoid gate of the inputs.")
     normalization: Literal["LayerNorm", "RMSNorm"] = flag("LayerNorm", "Which normalization to use.")
     layernorm_epsilon: float = flag(1e-5, "Epsilon of the normalization.", "--norm-epsilon")
     layernorm_zero_centered_gamma: bool = flag(
         False, "Centre the normalization's gain on zero (Transformer Engine only).", "--apply-layernorm-1p"
     )
     qk_layernorm: bool = flag(False, "Normalize queries and keys.")
+    qk_l2_norm: bool = flag(False, "Divide queries and keys by their root mean square; nothing of that is learnt.")
     swiglu: bool = flag(False, "Use SwiGLU in place of GELU.")
     squared_relu: bool = flag(False, "Use squared ReLU in place of GELU.")
+    quick_geglu: bool = flag(False, "Use GELU's sigmoid approximation with a gate in place of GELU.")
+    glu_linear_offset: float = flag(0.0, "Added to what the gate of a feed-forward layer multiplies.")
+    activation_func_clamp_value: float | None = flag(
+        None, "Bound of what goes into the activation of a feed-forward layer with a gate."
+    )
     add_bias_linear: bool = flag(True, "Leave the biases of linear layers out.", "--disable-bias-linear")
     add_qkv_bias: bool = flag(False, "Keep the bias of the QKV projection alone.")
     untie_embeddings_and_output_weights: bool = flag(False, "Give the output layer weights of its own.")
@@ -216,8 +248,14 @@ class ModelConfig:
                 f"--num-attention-heads {self.num_attention_heads} is not divisible by --num-query-groups "
                 f"{self.num_query_groups}; change one"
             )
-        if self.swiglu and self.squared_relu:
-            raise UserError("--swiglu and --squared-relu exclude each other; give one")
+        kinds = {"--swiglu": self.swiglu, "--squared-relu": self.squared_relu, "--quick-geglu": self.quick_geglu}
+        given = [name for name, is_given in kinds.items() if is_given]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} exclude each other; give one")
+        if self.qk_layernorm and self.qk_l2_norm:
+            raise UserError("--qk-layernorm and --qk-l2-norm exclude each other; give one")
+        if self.activation_func_clamp_value is not None and self.activation_func_clamp_value <= 0:
+            raise UserError(f"--activation-func-clamp-value {self.activation_func_clamp_value}: must be above 0")
 
     def _check_positions(self) -> None:
         rope = self.positions == "rope"
@@ -234,8 +272,23 @@ class ModelConfig:
             )
         if rope and self.head_size % 2:
             raise UserError(f"rotary embeddings need heads of an even size, not {self.head_size}; give --kv-channels")
+        self._check_layers()
         if not 0 < self.rotary_percent <= 1:
             raise UserError(f"--rotary-percent {self.rotary_percent}: must be above 0 and at most 1")
+
+    def _check_layers(self) -> None:
+        """Read the flags that say which layers they mean, and the window."""
+        frequency = self.layers_of("no_rope_freq")
+        if isinstance(frequency, int) and self.layers % frequency:
+            raise UserError(
+                f"--no-rope-freq {frequency} does not divide --num-layers {self.layers}; change one or give a pattern"
+            )
+        self.layers_of("window_attn_skip_freq")
+        if self.window_size is not None and self.window is None:
+            raise UserError(
+                f"--window-size {self.window_size}: give the tokens before a token's own that it sees (or -1 for all), "
+                "and 0 for those after it, which a GPT must not see, as 127,0"
+            )
 
     def _check_companions(self) -> None:
         """Refuse flags that would silently do nothing without another."""
@@ -244,7 +297,34 @@ class ModelConfig:
         for item in declared_flags(type(self)):
             needed = lacking_flag(item.field, vars(self))
             if needed is not None and getattr(self, item.field) != item.default:
-                raise UserError(f"{item.names[0]} has no effect without {needed}; add that")
+                message = f"{item.names[0]} has no effect without {needed}"
+                if item.field not in _IDLE_IN_MEGATRON_LMS_SCRIPTS:
+                    raise UserError(f"{message}; add that")
+                logger.warning(message)
+
+    def layers_of(self, field: str) -> int | list[int] | None:
+        """Return which layers a field means: every how many, 0 or 1 for each, or None if it is not given.
+
+        Raises:
+            UserError: it is no such thing.
+        """
+        text = getattr(self, field)
+        return None if text is None else parse_layers(flag_name(field), text, self.layers)
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """How many tokens before and after its own a token sees; None without a window, or if the flag says none."""
+        words = (self.window_size or "").strip("() ").split(",")
+        try:
+            before, after = map(int, words)
+        except ValueError:
+            return None
+        return (before if before >= 0 else self.sequence, 0) if before >= -1 and after == 0 else None
+
+    @property
+    def has_gated_ffn(self) -> bool:
+        """Whether a feed-forward layer multiplies its activations by a gate, which is a third matrix."""
+        return self.swiglu or self.quick_geglu
 
     # The required sizes as plain integers (they are None only in the parser's defaults).
     @property

@@ -19,14 +19,15 @@ OTHER_FIELDS_WITHOUT_EFFECT = frozenset(
 """Fields of a run's configuration, and so of its checkpoints' arguments, that change nothing either."""
 
 _NEUTRAL_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
-    "num_distributed_optimizer_instances": ((1,), "the optimizer is sharded over all replicas; leave it out"),
     "pipeline_model_parallel_comm_backend": ((None, "nccl"), "pipelines communicate by NCCL; leave it out"),
+    "ckpt_fully_parallel_load_exchange_algo": (("broadcast",), "shards are broadcast; leave it out"),
+    "dist_ckpt_workers": ((1,), "each rank writes with one worker; leave it out"),
+    "null_tokenizer_pad_id": ((-1,), "a NullTokenizer pads with -1; leave it out"),
     "cpu_offloading_num_layers": ((0,), "memory is saved by recomputation alone; use --recompute-granularity"),
     "main_grads_dtype": (("fp32",), "main gradients are fp32; leave it out"),
     "main_params_dtype": (("fp32",), "main parameters are fp32; leave it out"),
     "exp_avg_dtype": (("fp32",), "the optimizer's state is fp32; leave it out"),
     "exp_avg_sq_dtype": (("fp32",), "the optimizer's state is fp32; leave it out"),
-    "softmax_type": (("vanilla",), "attention has the usual softmax; leave it out"),
     "rope_type": ((None, "rope"), "only multi-latent attention has another; leave it out"),
 }
 """Fields that not every value leaves without effect: the values that do, and why the others are refused."""
@@ -58,6 +59,8 @@ class NoEffectConfig:
         True, "Not used in Megatron-LM either.", "--no-scatter-gather-tensors-in-pipeline"
     )
     onnx_safe: str | None = flag(None, "For Megatron-LM's older models alone.")
+    openai_gelu: bool = flag(False, "For Megatron-LM's older models alone.")
+    apply_residual_connection_post_layernorm: bool = flag(False, "For Megatron-LM's older models alone.")
 
     # What happens in any case.
     manual_gc_eval: bool = flag(
@@ -68,7 +71,6 @@ class NoEffectConfig:
         False, "With a GPU one process writes all of --async-save's checkpoints in any case; without, forks do."
     )
     auto_detect_ckpt_format: bool = flag(False, "The format of --load is seen from its files in any case.")
-    num_distributed_optimizer_instances: int = flag(1, "Only 1: the optimizer is sharded over all replicas.")
     pipeline_model_parallel_comm_backend: Literal["nccl", "ucc"] | None = flag(
         None, "Only nccl; without a GPU pipelines communicate by gloo."
     )
@@ -76,14 +78,25 @@ class NoEffectConfig:
     main_params_dtype: Literal["fp32", "fp16"] = flag("fp32", "Only fp32.")
     exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = flag("fp32", "Only fp32.")
     exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = flag("fp32", "Only fp32.")
-    softmax_type: Literal["vanilla", "off-by-one", "learnable"] = flag("vanilla", "Only vanilla.")
     rope_type: Literal["rope", "yarn"] | None = flag(None, "Only rope: the other is of multi-latent attention.")
 
+    # Of newer Megatron-LMs (0.17 to 0.19).
+    async_strategy: Literal["nvrx", "mcore"] = flag("nvrx", "megatron-core writes in any case; the files are the same.")
+    ckpt_fully_parallel_load_exchange_algo: Literal["broadcast", "gather_rounds", "gather_object"] = flag(
+        "broadcast", "Only broadcast."
+    )
+    ckpt_fully_parallel_save_process_group: Literal["dp", "ep_dp"] = flag("dp", "The same without experts.")
+    ckpt_fully_parallel_load_process_group: Literal["dp", "ep_dp"] = flag("dp", "The same without experts.")
+    dist_ckpt_workers: int = flag(1, "Only 1.")
+    verify_integrity: bool = flag(False, "Checksums are verified unless --no-checkpoint-checksums is given.")
+    null_tokenizer_pad_id: int = flag(-1, "Only -1.")
+    pytorch_profiler_collect_shapes: bool = flag(False, "Shapes are recorded in any case.")
+    pytorch_profiler_collect_callstack: bool = flag(False, "Call stacks are recorded in any case.")
+    record_shapes: bool = flag(False, "Shapes are recorded in any case.")
+
     # What acts only with another flag, which is refused.
+    cpu_offloading_retain_pinned_cpu_buffers: bool = flag(False, "For --cpu-offloading-num-layers alone.")
     expert_tensor_parallel_size: int | None = flag(None, "For mixtures of experts alone.")
-    straggler_ctrlr_port: int = flag(65535, "For --log-straggler alone.")
-    straggler_minmax_count: int = flag(1, "For --log-straggler alone.")
-    disable_straggler_on_startup: bool = flag(False, "For --log-straggler alone.")
     data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = flag(
         "no_shard", "For --use-megatron-fsdp alone."
     )
@@ -95,27 +108,6 @@ class NoEffectConfig:
     overlap_cpu_optimizer_d2h_h2d: bool = flag(False, "For --optimizer-cpu-offload alone.")
     pin_cpu_grads: bool = flag(True, "For --optimizer-cpu-offload alone.", "--no-pin-cpu-grads")
     pin_cpu_params: bool = flag(True, "For --optimizer-cpu-offload alone.", "--no-pin-cpu-params")
-    tp_comm_bulk_wgrad: bool = flag(
-        True, "For --tp-comm-overlap alone.", "--no-tp-comm-bulk-wgrad", "--disable-tp-comm-bulk-wgrad"
-    )
-    tp_comm_bulk_dgrad: bool = flag(
-        True, "For --tp-comm-overlap alone.", "--no-tp-comm-bulk-dgrad", "--disable-tp-comm-bulk-dgrad"
-    )
-    tp_comm_overlap_ag: bool = flag(
-        True, "For --tp-comm-overlap alone.", "--no-tp-comm-overlap-ag", "--disable-tp-comm-overlap-ag"
-    )
-    tp_comm_overlap_rs: bool = flag(
-        True, "For --tp-comm-overlap alone.", "--no-tp-comm-overlap-rs", "--disable-tp-comm-overlap-rs"
-    )
-    tp_comm_overlap_rs_dgrad: bool = flag(False, "For --tp-comm-overlap alone.")
-    tp_comm_split_ag: bool = flag(
-        True, "For --tp-comm-overlap alone.", "--no-tp-comm-split-ag", "--disable-tp-comm-split-ag"
-    )
-    tp_comm_split_rs: bool = flag(
-        True, "For --tp-comm-overlap alone.", "--no-tp-comm-split-rs", "--disable-tp-comm-split-rs"
-    )
-    tp_comm_overlap_cfg: str | None = flag(None, "For --tp-comm-overlap alone.")
-    tp_comm_bootstrap_backend: Literal["nccl", "mpi", "gloo"] = flag("nccl", "For --tp-comm-overlap alone.")
     fim_rate: float = flag(0.5, "For --fim-data alone.")
     fim_spm_rate: float = flag(0.5, "For --fim-data alone.")
     fim_split_sample: str | None = flag(None, "For --fim-data alone.")

@@ -64,10 +64,64 @@ class ParallelConfig:
         "Overlap pipeline communication with compute in warm-up and flush of the interleaved schedule too.",
         "--overlap-p2p-communication-warmup-flush",
     )
+    tp_comm_overlap: bool = flag(
+        False,
+        "Overlap tensor-parallel communication with matrix products; Transformer Engine's, with --sequence-parallel.",
+    )
+    tp_comm_bulk_wgrad: bool = flag(
+        True,
+        "Do not overlap gathering with the gradient of activations under --tp-comm-overlap.",
+        "--no-tp-comm-bulk-wgrad",
+        "--disable-tp-comm-bulk-wgrad",
+    )
+    tp_comm_bulk_dgrad: bool = flag(
+        True,
+        "Do not overlap scattering with the gradient of weights under --tp-comm-overlap.",
+        "--no-tp-comm-bulk-dgrad",
+        "--disable-tp-comm-bulk-dgrad",
+    )
+    tp_comm_overlap_ag: bool = flag(
+        True,
+        "Do not overlap gathering with the product that needs it under --tp-comm-overlap.",
+        "--no-tp-comm-overlap-ag",
+        "--disable-tp-comm-overlap-ag",
+    )
+    tp_comm_overlap_rs: bool = flag(
+        True,
+        "Do not overlap scattering with the product before it under --tp-comm-overlap.",
+        "--no-tp-comm-overlap-rs",
+        "--disable-tp-comm-overlap-rs",
+    )
+    tp_comm_overlap_rs_dgrad: bool = flag(
+        False, "Overlap scattering with the gradient of activations too under --tp-comm-overlap."
+    )
+    tp_comm_split_ag: bool = flag(
+        True,
+        "--no-tp-comm-overlap-ag of Transformer Engines before 1.6.",
+        "--no-tp-comm-split-ag",
+        "--disable-tp-comm-split-ag",
+    )
+    tp_comm_split_rs: bool = flag(
+        True,
+        "--no-tp-comm-overlap-rs of Transformer Engines before 1.6.",
+        "--no-tp-comm-split-rs",
+        "--disable-tp-comm-split-rs",
+    )
+    tp_comm_overlap_cfg: str | None = flag(
+        None, "YAML file of --tp-comm-overlap: how each layer's communication is overlapped."
+    )
+    tp_comm_bootstrap_backend: Literal["nccl", "mpi", "gloo"] = flag(
+        "nccl", "How --tp-comm-overlap's buffers are made known to the other ranks."
+    )
     use_distributed_optimizer: bool = flag(False, "Shard the optimizer's state over data-parallel ranks.")
+    num_distributed_optimizer_instances: int = flag(
+        1, "Copies of the distributed optimizer's state: each is sharded over a part of the replicas."
+    )
     overlap_grad_reduce: bool = flag(False, "Overlap gradient reduction with the backward pass.")
     overlap_param_gather: bool = flag(False, "Overlap parameter all-gather with the forward pass.")
-    align_grad_reduce: bool = flag(True, "Do not align gradient reduction over stages.", "--no-align-grad-reduce")
+    align_grad_reduce: bool = flag(
+        True, "Do not align gradient reduction over stages.", "--no-align-grad-reduce", "--disable-align-grad-reduce"
+    )
     align_param_gather: bool = flag(True, "Do not align parameter gather over stages.", "--no-align-param-gather")
     ddp_num_buckets: int | None = flag(None, "Number of gradient buckets.")
     ddp_bucket_size: int | None = flag(None, "Parameters in one gradient bucket.")
@@ -90,7 +144,9 @@ class ParallelConfig:
     distributed_backend: Literal["nccl", "gloo"] = flag(
         "nccl", "Communication backend; without a GPU it is gloo whatever this says."
     )
-    distributed_timeout_minutes: int = flag(10, "Timeout of collectives.")
+    distributed_timeout_minutes: int = flag(
+        10, "Timeout of collectives; ranks that do not come at the start, or fall silent there, are waited for as long."
+    )
     use_tp_pp_dp_mapping: bool = flag(False, "Order ranks tp-pp-dp instead of tp-dp-pp.")
     enable_gloo_process_groups: bool = flag(
         True, "Do not create gloo groups beside NCCL's.", "--disable-gloo-process-groups"
@@ -103,7 +159,7 @@ class ParallelConfig:
             "tensor_model_parallel_size pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage "
             "num_virtual_stages_per_pipeline_rank microbatch_group_size_per_vp_stage decoder_first_pipeline_num_layers "
             "decoder_last_pipeline_num_layers context_parallel_size ddp_num_buckets ddp_bucket_size "
-            "distributed_timeout_minutes",
+            "distributed_timeout_minutes num_distributed_optimizer_instances",
         )
         self._check_context_parallelism()
         interleaved = self.num_layers_per_virtual_pipeline_stage, self.num_virtual_stages_per_pipeline_rank
@@ -113,6 +169,11 @@ class ParallelConfig:
                 "give one"
             )
         self._check_split()
+        if self.num_distributed_optimizer_instances > 1 and not self.use_distributed_optimizer:
+            raise UserError(
+                f"--num-distributed-optimizer-instances {self.num_distributed_optimizer_instances} has no effect "
+                "without --use-distributed-optimizer; add it"
+            )
         if self.fp8_param_gather and not self.use_distributed_optimizer:
             raise UserError("--fp8-param-gather needs --use-distributed-optimizer; add it")
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
@@ -153,11 +214,6 @@ class ParallelConfig:
                 f"--cp-comm-type {' '.join(self.cp_comm_type)}: megatron-core 0.16 looks each layer's up in the wrong "
                 "place; give one for all layers"
             )
-        if self.use_tp_pp_dp_mapping and self.pp > 1 and self.cp > 1:
-            raise UserError(
-                f"--use-tp-pp-dp-mapping with --context-parallel-size {self.cp}: megatron-core cannot order the ranks "
-                "of pipelines so; leave it out"
-            )
         sizes = self.hierarchical_context_parallel_sizes
         if sizes is not None and math.prod(sizes) != self.cp:
             raise UserError(
@@ -178,6 +234,11 @@ class ParallelConfig:
     def pp(self) -> int:
         """The pipeline parallel size."""
         return self.pipeline_model_parallel_size
+
+    @property
+    def mp(self) -> int:
+        """The ranks that hold the model's parameters once."""
+        return self.tp * self.pp
 
     @property
     def cp(self) -> int:

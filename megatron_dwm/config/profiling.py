@@ -43,10 +43,24 @@ class ProfilingConfig:
     record_memory_history: bool = flag(
         False, "Record the GPU's allocations; the last rank writes them with every log line."
     )
+    log_straggler: bool = flag(
+        False,
+        "Log with every line which ranks' forward passes and batches take the least and the longest, and the state of "
+        "their GPUs.",
+    )
+    straggler_minmax_count: int = flag(1, "Ranks that --log-straggler lists as the slowest and as the fastest.")
+    straggler_ctrlr_port: int = flag(
+        65535, "Port on the first rank's machine; a connection turns --log-straggler off or on."
+    )
+    disable_straggler_on_startup: bool = flag(False, "Begin with --log-straggler turned off.")
+    log_energy: bool = flag(False, "Log the energy and power of the GPUs; needs NVML (the gpu extra).")
     memory_snapshot_path: str = flag("snapshot.pickle", "File of --record-memory-history.")
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "profile_step_start")
+        require_at_least(self, 1, "straggler_minmax_count straggler_ctrlr_port")
+        if self.straggler_ctrlr_port > 65535:
+            raise UserError(f"--straggler-ctrlr-port {self.straggler_ctrlr_port}: a port is at most 65535; lower it")
         if self.profile and self.profile_step_end <= self.profile_step_start:
             raise UserError(
                 f"--profile-step-end {self.profile_step_end} is not after --profile-step-start "

@@ -17,6 +17,7 @@ from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.no_effect import NoEffectConfig
 from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
+from megatron_dwm.config.plan import PlanConfig
 from megatron_dwm.config.profiling import ProfilingConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.training import TrainingConfig
@@ -37,7 +38,7 @@ PARTS: dict[str, type] = {
     "weighting": WeightingConfig,
 }
 """What a run's configuration is made of."""
-FLAG_GROUPS: dict[str, type] = PARTS | {"no_effect": NoEffectConfig}
+FLAG_GROUPS: dict[str, type] = PARTS | {"plan": PlanConfig, "no_effect": NoEffectConfig}
 """All flags that are accepted."""
 
 
@@ -72,6 +73,8 @@ class RunConfig:
         profiling, logging = self.profiling, self.logging
         if profiling.use_pytorch_profiler and logging.tensorboard_dir is None:
             raise UserError("--use-pytorch-profiler writes to --tensorboard-dir; give it")
+        if logging.log_progress and self.checkpoint.save is None:
+            raise UserError("--log-progress writes to the --save folder; give it")
         if not logging.wandb_project:
             return
         if not logging.wandb_exp_name:
@@ -93,6 +96,12 @@ class RunConfig:
             raise UserError(
                 f"--use-distributed-optimizer does not go with --optimizer {self.optimizer.optimizer}: megatron-core "
                 "shards the state of Adam alone; leave one out"
+            )
+        ranks, instances = self.world_size // self.parallel.mp, self.parallel.num_distributed_optimizer_instances
+        if ranks % instances:
+            raise UserError(
+                f"--num-distributed-optimizer-instances {instances} does not divide the {ranks} ranks that the "
+                "optimizer is sharded over; change it"
             )
         checkpoint = self.checkpoint
         writes_torch = checkpoint.ckpt_format == "torch" and checkpoint.save is not None
@@ -210,6 +219,11 @@ class RunConfig:
                 "scales of later steps; use --fp8-recipe tensorwise, or --dwm-mode frozen or off"
             )
         micro, dp = self.training.micro_batch, self.data_parallel_size
+        if self.parallel.tp_comm_overlap and micro > 1 and self.weighting.dwm_alignment != "finite-difference":
+            raise UserError(
+                f"--tp-comm-overlap with --micro-batch-size {micro}: its buffers have the shape of a microbatch, and "
+                "an outer update reads alignments off single samples; use --micro-batch-size 1, or leave it out"
+            )
         if self.target_batch_size % (micro * dp):
             raise UserError(
                 f"--dwm-target-batch-size {self.target_batch_size} is not divisible by --micro-batch-size {micro} x "
@@ -313,6 +327,6 @@ def parse_run(
         main_class=WeightingConfig,
         complete=complete,
     )
-    del parts["no_effect"]
-    run = RunConfig(world_size=world_size, **parts)
-    return run
+    if parts["plan"].plan:
+        raise UserError("--plan is for pretrain_dwm.py and megatron-dwm pretrain; leave it out")
+    return RunConfig(world_size=world_size, **{name: parts[name] for name in PARTS})

@@ -9,23 +9,33 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 UNSUPPORTED: dict[str, str] = {
-    "only dense models are trained; leave it out": """
-        --moe-* --overlap-moe-expert-parallel-comm --ep-overlap-early-attn-memory-release""",
+    "only dense models are trained, whose every token passes every parameter; leave it out": """
+        --moe-* --overlap-moe-expert-parallel-comm --ep-overlap-early-attn-memory-release
+        --overlap-dispatch-backward-with-experts-wgrad --high-priority-a2a-comm-stream
+        --use-grouped-gemm-for-shared-expert --expert-tensor-parallel-num-weight-shards
+        --save-tokens-per-expert-interval""",
+    "the model predicts the next token alone, whose losses are what is weighted; leave it out": "--mtp-*",
+    "there is no distillation from a teacher; leave it out": """
+        --export-kd-* --export-te-mcore-model --logits-save-* --logits-load-*""",
+    "there is no parametrization by width; set --lr and --init-method-std": "--use-mup --mup-*",
     "only GPT models are trained; leave it out": """
         --bert-* --ict-* --biencoder-* --retriever-* --vision-* --swin-* --dino-* --mask-* --num-classes
         --classes-fraction --data-per-class-fraction --img-* --num-channels --patch-dim --head-lr-mult
         --iter-per-epoch --titles-data-path --query-in-block-prob --use-one-sent-docs --evidence-data-path
         --block-data-path --embedding-path --indexer-* --output-bert-embeddings --short-seq-prob --sample-rate
         --vocab-extra-ids --is-hybrid-model --hybrid-attention-ratio --hybrid-mlp-ratio --hybrid-override-pattern
-        --mamba-* --disable-mamba-mem-eff-path --spec --heterogeneous-layers-* --mtp-* --decoder-num-layers
+        --mamba-* --disable-mamba-mem-eff-path --spec --heterogeneous-layers-* --decoder-num-layers
+        --hybrid-layer-pattern --freeze-all-layers
         --decoder-seq-length --yaml-cfg --enable-experimental""",
-    "the layers are megatron-core's standard attention and GELU, SwiGLU or squared ReLU; leave it out": """
+    "attention is the standard one, neither latent, linear nor sparse; leave it out": """
         --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim --mscale --mscale-all-dim
         --rotary-scaling-factor --cache-mla-latents --experimental-attention-variant --dsa-* --linear-*
-        --attention-output-gate --window-* --qk-l2-norm --qk-clip* --relative-attention-* --mrope-section
-        --no-rope-freq --openai-gelu --quick-geglu --glu-linear-offset
-        --activation-func-clamp-value --use-fused-weighted-squared-relu --use-te-activation-func
-        --apply-residual-connection-post-layernorm --use-kitchen-attention --log-max-attention-logit""",
+        --relative-attention-* --mrope-section --use-fused-weighted-squared-relu --use-te-activation-func
+        --use-kitchen-attention --mla-down-proj-fusion --no-dsa-* --disable-dsa-* --yarn-* --no-yarn-*""",
+    "it changes weights between the steps, which an outer update does not look ahead to; use --qk-layernorm": """
+        --qk-clip*""",
+    "Transformer Engine's attention alone tells its logits, and in newer versions; leave it out": """
+        --log-max-attention-logit""",
     "model code older than megatron-core's is gone; leave it out": "--use-legacy-models",
     "Megatron-LM no longer has it; use --micro-batch-size": "--batch-size",
     "Megatron-LM no longer has it; use --lr-warmup-fraction": "--warmup",
@@ -36,30 +46,38 @@ UNSUPPORTED: dict[str, str] = {
     "samples are of one length, so all are divided alike; use --context-parallel-size": """
         --hybrid-context-parallel --max-seqlen-per-dp-cp-rank""",
     "communication is megatron-core's default; leave it out": """
-        --tp-comm-* --use-ring-exchange-p2p
-        --delay-wgrad-compute --overlap-param-gather-with-optimizer-step --ddp-pad-buckets-for-high-nccl-busbw
+        --use-ring-exchange-p2p --delay-wgrad-compute --ddp-pad-buckets-for-high-nccl-busbw
         --ddp-reduce-scatter-with-fp32-accumulation --high-priority-stream-groups --nccl-communicator-config-path
+        --ddp-param-name-patterns-for-fp32-local-accumulation --tensor-parallel-num-weight-shards
         --use-nccl-ub --use-sharp --sharp-enabled-group --create-all-gather-group --symmetric-ar-type
         --suggested-communication-unit-size --distributed-timeout-seconds-after-init --lazy-mpu-init
         --fake-process-group""",
+    "an outer update copies parameters that are whole after the step; use --overlap-param-gather": """
+        --overlap-param-gather-with-optimizer-step""",
     "torchrun and Slurm say it in the environment; leave it out": "--local-rank",
     "parameters are sharded by --use-distributed-optimizer alone; use that": """
         --use-megatron-fsdp --use-torch-fsdp2 --torch-fsdp2-no-reshard-after-forward --outer-dp-sharding-strategy
-        --fsdp-* --no-gradient-reduce-div-fusion --enable-full-sharding-in-hsdp --init-model-with-meta-device
+        --fsdp-* --megatron-fsdp-*
+        --no-gradient-reduce-div-fusion --enable-full-sharding-in-hsdp --init-model-with-meta-device
         --*-strict-fsdp-dtensor-load""",
     "memory is saved by recomputation alone; use --recompute-granularity": """
-        --fine-grained-activation-offloading --offload-modules --min-offloaded-tensor-size""",
+        --fine-grained-activation-offloading --offload-modules --min-offloaded-tensor-size
+        --fine-grained-offloading-* --delay-offload-until-cuda-graph --delta-offload-bytes-across-pp-ranks
+        --activation-offload-fraction --mlp-chunks-for-training""",
     "the passes of an outer update do not fit into a captured step; leave it out": """
-        --enable-cuda-graph --external-cuda-graph --cuda-graph-* --te-rng-tracker""",
+        --enable-cuda-graph --external-cuda-graph --cuda-graph-* --te-rng-tracker --optimizer-cuda-graph""",
     "parameters are kept in 16 bits, as the outer update copies them; leave it out": """
         --keep-fp8-transpose-cache --reuse-grad-buf-for-mxfp8-param-ag""",
-    "the FP8 recipes are Transformer Engine's own; leave it out": "--fp8-quantizer-factory --te-precision-config-file",
+    "the FP8 recipes are Transformer Engine's own; leave it out": """
+        --fp8-quantizer-factory --te-precision-config-file --fp8-output-proj""",
     "there is no FP4 training; use --bf16 or --fp8-format": "--fp4-*",
     "the optimizers are megatron-core's Adam and SGD with fp32 state; leave it out": """
-        --muon-* --use-precision-aware-optimizer --optimizer-cpu-offload --dump-param-to-param-group-map
+        --muon-* --lion-* --no-use-layer-wise-param-layout
+        --use-precision-aware-optimizer --optimizer-cpu-offload --dump-param-to-param-group-map
         --apply-wd-to-qk-layernorm --no-weight-decay-cond-type""",
     "kernels are chosen by --transformer-impl and the --no-*-fusion flags; leave it out": """
-        --disable-bf16-reduced-precision-matmul --batch-invariant-mode --disable-jit-fuser""",
+        --disable-bf16-reduced-precision-matmul --batch-invariant-mode --disable-jit-fuser --fused-residual-rmsnorm
+        --use-transformer-engine-op-fuser --use-grouped-gemm-for-dense-mlp --flash-attention-version""",
     "only losses and gradients that are not finite are looked for; leave it out": """
         --check-for-spiky-loss --check-for-large-grads --result-rejected-tracker-filename --iterations-to-skip""",
     "ranks keep in step by their collectives alone; leave it out": """
@@ -67,24 +85,37 @@ UNSUPPORTED: dict[str, str] = {
     "a failed run is started again from its last checkpoint; leave it out": """
         --inprocess-* --enable-ft-package --calc-ft-timeouts --ft-num-warmup-iters --adlr-autoresume*
         --run-workload-inspector-server""",
-    "SIGTERM stops a run under --exit-signal-handler; use that": "--exit-signal --exit-signal-handler-for-dataloader",
-    "batches grow by --rampup-batch-size; use that": "--phase-transition-iterations",
+    "SIGTERM stops a run under --exit-signal-handler; use that": """
+        --exit-signal --exit-signal-handler-for-dataloader --exit-signal-handler-for-training""",
+    "batches grow by --rampup-batch-size; use that": "--phase-transition-iterations --step-batch-size-schedule",
+    "evaluations have the batches of training; use --eval-iters": "--eval-global-batch-size --eval-micro-batch-size",
+    "evaluations begin with the run; use --eval-interval": "--start-eval-at-iter",
+    "benchmarks/chaos.py disturbs runs; leave it out": "--fault-injector-*",
+    "torch reads TORCH_FR_BUFFER_SIZE and TORCH_NCCL_DUMP_ON_TIMEOUT; set them": """
+        --flight-recorder-* --no-flight-recorder-* --disable-flight-recorder-*""",
     "there is no such report; --timing-log-level 1 shows slow ranks; leave it out": """
-        --log-straggler --save-wgrads-interval --save-dgrads-interval""",
+        --save-wgrads-interval --save-dgrads-interval --save-params-interval --save-activations-interval
+        --gpu-sniff-test-interval --nvtx-ranges --pytorch-profiler-collect-chakra""",
     "records go to the log, a JSON-lines file and TensorBoard; leave it out": """
-        --*one-logger* --app-tag-run-* --log-progress --log-energy --config-logger-dir""",
+        --*one-logger* --app-tag-run-* --config-logger-dir""",
     "checkpoints are torch_dist, in folders that all ranks share; leave it out": """
         --load-main-params-from-ckpt --non-persistent-local-* --ckpt-convert-* --dist-ckpt-save-pre-mcore-014
         --distrib-optim-fully-reshardable-mem-efficient --replication* --use-mp-args-from-checkpoint-args
-        --*-use-tokenizer-model-from-checkpoint-args""",
+        --*-use-tokenizer-model-from-checkpoint-args --async-ckpt-* --override-ckpt-iteration
+        --*-ckpt-load-validate-sharding-integrity --*-stream-ckpt-dequant""",
     "use --tokenizer-special-tokens": "--tiktoken-special-tokens",
+    "use --make-vocab-size-divisible-by 1": "--no-pad-vocab-size --disable-pad-vocab-size",
+    "use --reset-attention-mask": "--dataloader-inter-document-masking",
+    "tokenizers read text as they were made; leave it out": """
+        --tokenizer-hf-no-* --*-tokenizer-sentencepiece-ignore-extra-whitespaces --null-tokenizer-eod-id""",
     "data are local .bin and .idx files of plain text; leave it out": """
         --per-dataset-sequences-path --dataloader-fast-cache-load --dataloader-defer-npy-index-mmap
-        --object-storage-cache-path --disable-msc --fim-* --sft*""",
+        --object-storage-cache-path --disable-msc --enable-msc --fim-* --sft* --chat-template""",
     "this program pretrains only; leave it out": """
-        --inference-* --*-chunked-prefill --flash-decode --max-tokens-to-oom --mlp-chunks-for-prefill
+        --inference-* --no-inference-* --num-speculative-tokens --use-same-sampling-seed-across-dp-ranks
+        --*-chunked-prefill --flash-decode --max-tokens-to-oom --mlp-chunks-for-prefill
         --use-legacy-static-engine --decode-only-cuda-graphs --nccl-all-reduce-for-prefill
-        --no-inference-wandb-logging --perform-rl-step --rl-* --no-rl-* --grpo-* --langrl-* --no-langrl-*
+        --perform-rl-step --rl-* --no-rl-* --grpo-* --langrl-* --no-langrl-*
         --refit-method""",
 }
 """Reason and remedy to flags, by name or shell pattern."""

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from megatron_dwm.config.flags import flag, require_at_least
 from megatron_dwm.errors import UserError
+
+Rule = Literal[
+    "random",
+    "loss",
+    "linupper",
+    "similarity",
+    "source-weights",
+    "source-alignment",
+    "top-alignment",
+    "shuffled",
+    "half",
+    "oracle",
+]
+_OF_SOURCES = ("oracle", "source-weights")
 
 
 @dataclass(frozen=True)
@@ -18,17 +32,34 @@ class WeightingConfig:
         "off: plain Megatron; frozen: use the weighter of --dwm-load; bilevel: learn it; rule: weigh by --dwm-rule, to "
         "compare with.",
     )
-    dwm_rule: Literal["random", "loss", "shuffled", "oracle"] | None = flag(
+    dwm_rule: Rule | None = flag(
         None,
         "Rule of rule mode. random: normally distributed scores; loss: a sample's loss before the step, standardized; "
-        "shuffled: a weighter is learned, and its scores are given to other samples of the batch; oracle: only samples "
-        "of --dwm-rule-sources count.",
+        "linupper: low losses count for less, high ones are capped; similarity: cosine of the language model's mean "
+        "hidden state with that of the target set, standardized; source-weights: a fixed weight for each source; "
+        "source-alignment: alignments averaged by source, without a weighter; top-alignment: only the samples of each "
+        "batch with the highest alignments count; shuffled: a weighter is learned, and its scores are given to other "
+        "samples of the batch; half: a random half of the training samples counts; oracle: only samples of "
+        "--dwm-rule-sources count.",
     )
-    dwm_rule_strength: float = flag(1.0, "Standard deviation of the scores of the rules random and loss.")
+    dwm_rule_strength: float = flag(1.0, "Standard deviation of the scores of the rules random, loss and similarity.")
     dwm_rule_sources: list[str] | None = flag(
-        None, "Sources of the training data whose samples count under the rule oracle, by name."
+        None,
+        "Sources of the training data by name: those whose samples count under the rule oracle, or those that "
+        "--dwm-rule-weights is about.",
     )
-    dwm_load: str | None = flag(None, "Exported weighter to use (frozen mode).")
+    dwm_rule_weights: list[float] | None = flag(
+        None,
+        "Weights of --dwm-rule-sources under the rule source-weights, against each other and against 1 for the "
+        "sources that are not named.",
+    )
+    dwm_rule_seed: int = flag(1, "Which random half counts under the rule half.")
+    dwm_rule_fraction: float = flag(0.5, "Part of each batch that counts under the rule top-alignment.")
+    dwm_load: str | None = flag(
+        None,
+        "Weighter to use (frozen mode): an export, any Hugging Face classifier with one output, or the folder weighter "
+        "of a run, whose stages are mapped by the fraction of training.",
+    )
     dwm_target_data_path: list[str] | None = flag(
         None,
         "Dataset prefix or blend of the target set, whose loss the weighter lowers.",
@@ -41,7 +72,7 @@ class WeightingConfig:
     dwm_init_from: str = flag(
         "random",
         "What the weighter starts as: random, lm (the language model's embedding and first layers, at the end of "
-        "the warm-up; give it a lower --dwm-lr), or a Hugging Face folder with the same tokenizer.",
+        "the warm-up; give it a lower --dwm-lr), or a Hugging Face folder, whose tokenizer may be another one.",
     )
     dwm_arch: Literal["llama", "gpt2", "modernbert", "ngram"] = flag(
         "ngram",
@@ -118,7 +149,10 @@ class WeightingConfig:
         "Before the first iteration, hold the hypergradient of this very configuration against finite differences, and "
         "end the run if they disagree. Nothing else changes. For fp32.",
     )
-    dwm_score_batch_size: int = flag(32, "Samples the weighter scores at a time.")
+    dwm_score_batch_size: int = flag(32, "Samples, or windows of them, the weighter scores at a time.")
+    dwm_score_cache: int = flag(
+        500000, "Samples whose scores frozen mode keeps, so that none is scored again when it comes again; 0 for none."
+    )
 
     def __post_init__(self) -> None:
         require_at_least(
@@ -132,7 +166,7 @@ class WeightingConfig:
             self,
             0,
             "dwm_kl_weight dwm_clip_alignment dwm_lr dwm_weight_decay dwm_clip_grad dwm_warmup_iters dwm_rule_strength "
-            "dwm_ngram_hidden_size",
+            "dwm_ngram_hidden_size dwm_rule_seed dwm_score_cache",
         )
         if not 0 <= self.dwm_min_effective_sample_size <= 1:
             raise UserError(
@@ -149,7 +183,7 @@ class WeightingConfig:
                 f"--dwm-load {self.dwm_load} goes with --dwm-mode frozen, not {self.dwm_mode}; to learn from a "
                 "weighter on, give it as --dwm-init-from"
             )
-        if self.dwm_check and not self.needs_target:
+        if self.dwm_check and not self.learns_weighter:
             raise UserError(
                 f"--dwm-check goes with --dwm-mode bilevel, not {self.dwm_mode}, which learns nothing; leave it out"
             )
@@ -162,7 +196,7 @@ class WeightingConfig:
             given = " ".join(map(str, self.dwm_ngram_lengths))
             raise UserError(f"--dwm-ngram-lengths {given}: give numbers of at least 1")
         is_linear = self.dwm_arch == "ngram" and self.dwm_ngram_hidden_size == 0 and self.dwm_init_from == "random"
-        if self.dwm_kl_weight == 0 and is_linear and self.needs_target:
+        if self.dwm_kl_weight == 0 and is_linear and self.learns_weighter:
             raise UserError(
                 "--dwm-kl-weight 0: a linear ngram weighter's scores would be infinite; give a number above 0, or "
                 "--dwm-ngram-hidden-size"
@@ -171,22 +205,44 @@ class WeightingConfig:
     def _check_rule(self) -> None:
         rule, strength, sources = self.dwm_rule, self.dwm_rule_strength, self.dwm_rule_sources
         if self.dwm_mode == "rule" and rule is None:
-            raise UserError("--dwm-mode rule needs --dwm-rule; give random, loss, shuffled or oracle")
+            raise UserError(f"--dwm-mode rule needs --dwm-rule; give one of {', '.join(get_args(Rule))}")
         if self.dwm_mode != "rule" and rule is not None:
             raise UserError(f"--dwm-rule {rule} goes with --dwm-mode rule, not {self.dwm_mode}; change one")
-        if strength != 1.0 and rule not in ("random", "loss"):
-            raise UserError(f"--dwm-rule-strength {strength} goes with --dwm-rule random or loss; leave it out")
-        if rule == "oracle" and not sources:
-            raise UserError("--dwm-rule oracle needs --dwm-rule-sources; name sources of the training data")
-        if rule != "oracle" and sources:
-            raise UserError(f"--dwm-rule-sources {' '.join(sources)} goes with --dwm-rule oracle; leave it out")
+        if strength != 1.0 and rule not in ("random", "loss", "similarity"):
+            raise UserError(
+                f"--dwm-rule-strength {strength} goes with --dwm-rule random, loss or similarity; leave it out"
+            )
+        if rule in _OF_SOURCES and not sources:
+            raise UserError(f"--dwm-rule {rule} needs --dwm-rule-sources; name sources of the training data")
+        if rule not in _OF_SOURCES and sources:
+            given = " ".join(sources)
+            raise UserError(f"--dwm-rule-sources {given} goes with --dwm-rule oracle or source-weights; leave it out")
+        if (rule == "source-weights") != (self.dwm_rule_weights is not None):
+            raise UserError("--dwm-rule source-weights and --dwm-rule-weights go together; give both or neither")
+        weights = self.dwm_rule_weights or []
+        if weights and (len(weights) != len(sources or []) or min(weights) <= 0):
+            given = " ".join(map(str, weights))
+            raise UserError(f"--dwm-rule-weights {given}: give one number above 0 for each of --dwm-rule-sources")
+        if self.dwm_rule_fraction != 0.5 and rule != "top-alignment":
+            raise UserError(f"--dwm-rule-fraction {self.dwm_rule_fraction} goes with --dwm-rule top-alignment")
+        if self.dwm_rule_seed != 1 and rule != "half":
+            raise UserError(f"--dwm-rule-seed {self.dwm_rule_seed} goes with --dwm-rule half; leave it out")
+        if not 0 < self.dwm_rule_fraction <= 1:
+            raise UserError(f"--dwm-rule-fraction {self.dwm_rule_fraction}: must be above 0 and at most 1")
+        if rule == "source-alignment" and self.dwm_kl_weight == 0:
+            raise UserError("--dwm-kl-weight 0: the sources' scores would be infinite; give a number above 0")
 
     @property
     def has_weighter(self) -> bool:
         """Whether there is a model that scores samples."""
-        return self.dwm_mode == "frozen" or self.needs_target
+        return self.dwm_mode == "frozen" or self.learns_weighter
+
+    @property
+    def learns_weighter(self) -> bool:
+        """Whether a weighter is learned, by outer updates that lower the loss on the target set."""
+        return self.dwm_mode == "bilevel" or self.dwm_rule == "shuffled"
 
     @property
     def needs_target(self) -> bool:
-        """Whether a weighter is learned, by outer updates that lower the loss on the target set."""
-        return self.dwm_mode == "bilevel" or self.dwm_rule == "shuffled"
+        """Whether the weights depend on the target set."""
+        return self.learns_weighter or self.dwm_rule in ("similarity", "source-alignment", "top-alignment")

@@ -38,8 +38,8 @@ class CorpusConfig:
     code_bytes: int = flag(2_500_000, "Most bytes of text in the train part of code, and of shuffled.")
     documentation: list[str] = flag(
         [],
-        "Make the corpus of the documentation of installed packages instead, one source each: debian:NAME for what "
-        "Debian's package NAME installs, pypi:NAME for a Python distribution.",
+        "Make the corpus of the text of installed packages instead, one source each: debian:NAME for what Debian's "
+        "package NAME installs, pypi:NAME for a Python distribution, npm:NAME for a folder of ./node_modules.",
     )
     documentation_bytes: int = flag(4_000_000, "Most bytes of text in the train part of each package's documentation.")
     heldout_bytes: int = flag(200_000, "Bytes of text in the target part, and in the test part, of each source.")

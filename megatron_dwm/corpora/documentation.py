@@ -1,13 +1,15 @@
 """A corpus of installed documentation, larger and more varied than the built-in one: a source for each package.
 
-Debian's packages list their files and their version, and so do Python's distributions. HTML pages, texts and the
-docstrings of modules are read. Of a package with HTML pages the texts are left out: they are often the same pages.
+Debian's packages list their files and their version, and so do Python's distributions; npm's are folders below
+node_modules. HTML pages, texts and the docstrings of modules are read, and of some packages text in a format of their
+own (``packaged_text.py``). Of a package with HTML pages the texts are left out: they are often the same pages.
 """
 
 from __future__ import annotations
 
 import gzip
 import importlib.metadata
+import json
 import random
 import re
 import shutil
@@ -18,6 +20,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from megatron_dwm.corpora.corpus import Corpus, CorpusConfig, Document, Seen, first, split, with_progress
+from megatron_dwm.corpora.packaged_text import special_texts
 from megatron_dwm.corpora.standard_library import docstrings, parsed
 from megatron_dwm.errors import UserError
 
@@ -70,19 +73,23 @@ def documentation_corpus(config: CorpusConfig) -> Corpus:
 
 
 def installed(spec: str) -> Package:
-    """Return the package that ``debian:NAME`` or ``pypi:NAME`` names.
+    """Return the package that ``debian:NAME``, ``pypi:NAME`` or ``npm:NAME`` names.
 
     Raises:
         UserError: it is not installed, or its files are not on this machine.
     """
     kind, _, name = spec.partition(":")
-    if kind not in ("debian", "pypi") or not name:
-        raise UserError(f"--documentation {spec}: no such kind of package; give debian:NAME or pypi:NAME")
-    return _debian(spec, name) if kind == "debian" else _pypi(spec, name)
+    read = {"debian": _debian, "pypi": _pypi, "npm": _npm}.get(kind)
+    if read is None or not name:
+        raise UserError(f"--documentation {spec}: no such kind of package; give debian:NAME, pypi:NAME or npm:NAME")
+    return read(spec, name)
 
 
 def texts(package: Package) -> Iterator[tuple[str, str]]:
     """Yield name and text of the files that hold documentation, in the order of their names."""
+    if (special := special_texts(package.spec, package.files)) is not None:
+        yield from special
+        return
     kinds = {_suffix(path) for path in package.files.values()}
     wanted = {".py", *(_PAGES if _PAGES & kinds else _TEXTS)}
     for name, path in sorted(package.files.items()):
@@ -97,7 +104,8 @@ def _debian(spec: str, name: str) -> Package:
     if not version.startswith("installed "):
         raise UserError(f"--documentation {spec}: not installed; apt-get install {name}, or leave it out")
     files = {line.lstrip("/"): Path(line) for line in _dpkg_query("--listfiles", name).splitlines()}
-    if not any(path.is_file() and _suffix(path) in _PAGES | _TEXTS for path in files.values()):
+    has_text = special_texts(spec, {}) is not None
+    if not has_text and not any(path.is_file() and _suffix(path) in _PAGES | _TEXTS for path in files.values()):
         raise UserError(
             f"--documentation {spec}: no HTML page or text of it is on this machine; if dpkg leaves documentation out "
             f"(path-exclude in /etc/dpkg/dpkg.cfg.d), install it again without that, else name another package"
@@ -116,6 +124,16 @@ def _pypi(spec: str, name: str) -> Package:
         raise UserError(f"--documentation {spec}: not installed; pip install {name}, or leave it out") from None
     files = {str(file): Path(str(distribution.locate_file(file))) for file in distribution.files or ()}
     return Package(spec, distribution.version, files)
+
+
+def _npm(spec: str, name: str) -> Package:
+    folder = Path("node_modules") / name
+    try:
+        version = json.loads((folder / "package.json").read_text())["version"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"--documentation {spec}: not below {folder}; npm install {name}, or leave it out") from None
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    return Package(spec, version, files)
 
 
 def _suffix(path: PurePath) -> str:

@@ -2,7 +2,8 @@
 
 One process reads and writes, ``--workers`` processes tokenize. Partitions, which are files in Megatron-LM, only decide
 the order of the documents here: the documents are dealt out to the partitions one by one, and the partitions follow
-each other, unless ``--keep-sequential-samples`` keeps the input's order.
+each other, unless ``--keep-sequential-samples`` keeps the input's order. Finished segments of the documents are kept
+until the datasets are there, so that the same command goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +24,12 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from megatron_dwm import __version__
 from megatron_dwm.atomic_write import atomic_files, sync
 from megatron_dwm.config.flags import flag
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.corpora.readers import Reader, Record, input_files
+from megatron_dwm.corpora.unfinished import Progress, UnfinishedWork, file_stamps, unfinished_work
 from megatron_dwm.corpora.worker_pool import WorkerDied, WorkerPool
 from megatron_dwm.data.tokenizers import build_tokenizer, end_of_document
 from megatron_dwm.errors import UserError, shortened
@@ -33,6 +37,7 @@ from megatron_dwm.errors import UserError, shortened
 logger = logging.getLogger(__name__)
 
 _CHUNK = 32  # documents sent to a worker at a time
+_WITHOUT_EFFECT = ("workers", "log_interval", "output_prefix", "input")  # on the data, the input's files apart
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,10 @@ class PreprocessConfig:
         None, "Size of the model's vocabulary.", refused="it has no effect on the data; leave it out"
     )
     skip_malformed: bool = flag(False, "Leave out and count malformed lines instead of stopping at one.")
+    resume_interval: int = flag(
+        1000000,
+        "Documents after which finished work is kept, from where the same command goes on if it is interrupted.",
+    )
 
     def __post_init__(self) -> None:
         for name, value in (("--input", self.input), ("--output-prefix", self.output_prefix)):
@@ -67,6 +76,7 @@ class PreprocessConfig:
             ("--workers", self.workers),
             ("--partitions", self.partitions),
             ("--log-interval", self.log_interval),
+            ("--resume-interval", self.resume_interval),
         ):
             if number < 1:
                 raise UserError(f"{name} {number} is less than 1; give a positive number")
@@ -176,31 +186,40 @@ def preprocess(config: PreprocessConfig, tokenizer_config: TokenizerConfig) -> N
         UserError: an unreadable input or tokenizer, a malformed record (unless skipped), or no documents.
     """
     encoder = Encoder(config, tokenizer_config)
-    reader = Reader(input_files(config.input or []), config.json_keys)
+    paths = input_files(config.input or [])
+    reader = Reader(paths, config.json_keys)
     prefix = Path(config.output_prefix or "")
     try:
-        with atomic_files(prefix.parent) as scratch:
-            with ExitStack() as stack:
-                results: Iterator[Encoded | Malformed]
-                if config.workers == 1:
-                    results = map(encoder, reader)
-                else:
-                    results = stack.enter_context(WorkerPool(encoder, config.workers)).map(_chunks(reader))
-                _write(_reported(results, reader, config.log_interval), config, encoder.dtype, scratch / prefix.name)
-            # New data beside an old index would be a dataset of wrong documents; data without an index is none.
-            written = list(scratch.iterdir())
-            for path in written:
-                sync(path)
-            for path in written:
-                if path.suffix == ".idx":
-                    (prefix.parent / path.name).unlink(missing_ok=True)
-            sync(prefix.parent)
+        with ExitStack() as stack:
+            work = stack.enter_context(
+                unfinished_work(prefix.with_name(f".{prefix.name}.unfinished"), _job(config, tokenizer_config, paths))
+            )
+            records = itertools.islice(reader, work.progress.records, None)
+            results: Iterator[Encoded | Malformed]
+            if config.workers == 1:
+                results = map(encoder, records)
+            else:
+                results = stack.enter_context(WorkerPool(encoder, config.workers)).map(_chunks(records))
+            _write(_reported(results, reader, work.progress.records, config.log_interval), config, encoder.dtype, work)
+            _publish(config, encoder.dtype, work.segments, prefix)
     except WorkerDied as error:
         raise UserError(
             f"--workers {config.workers}: a worker process ended ({error}); give fewer workers or more memory"
         ) from error
     except OSError as error:
         raise UserError(f"--output-prefix {prefix}: cannot be written ({error}); check the path") from error
+
+
+def _job(config: PreprocessConfig, tokenizer_config: TokenizerConfig, paths: list[str]) -> str | None:
+    """Return what the datasets depend on; None if the input can be read only once."""
+    inputs = file_stamps(paths)
+    if inputs is None:
+        return None
+    flags = {name: value for name, value in vars(config).items() if name not in _WITHOUT_EFFECT}
+    named = (tokenizer_config.tokenizer_model, tokenizer_config.vocab_file, tokenizer_config.merge_file)
+    files = [str(path) for path in named if path is not None and os.path.isfile(path)]
+    job = {"version": __version__, "flags": flags, "inputs": inputs}
+    return json.dumps(job | {"tokenizer": vars(tokenizer_config), "files": file_stamps(files)}, default=str) + "\n"
 
 
 def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -210,40 +229,78 @@ def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield chunk
 
 
-def _write(results: Iterable[Encoded | Malformed], config: PreprocessConfig, dtype: Any, prefix: Path) -> None:
-    """Write the documents to ``<prefix>_<key>_document.bin`` and ``.idx`` of each key."""
-    parts = 1 if config.keep_sequential_samples else config.partitions
-    names = [f".part{part}" for part in range(parts)] if parts > 1 else [""]
-    writers = [_Writer(config.json_keys, dtype, prefix, name) for name in names]
-    skipped, first_skipped, documents = 0, "", 0
-    for index, result in enumerate(results):
+def _write(results: Iterable[Encoded | Malformed], config: PreprocessConfig, dtype: Any, work: UnfinishedWork) -> None:
+    """Write the documents to segments, and in each of them to partitions."""
+    parts = _partitions(config)
+    progress, segment = work.progress, Path()
+    writers: list[_Writer] = []
+    for index, result in enumerate(results, start=progress.records):
+        if not writers:
+            segment = work.next_segment()
+            writers = [_Writer(config.json_keys, dtype, segment / f"part{part}") for part in range(parts)]
         if isinstance(result, Malformed):
             if not config.skip_malformed:
                 raise UserError(f"--input {result}; mend it or give --skip-malformed")
-            skipped, first_skipped = skipped + 1, first_skipped or str(result)
-            continue
-        documents += 1
-        writers[index % parts].add(result)
-    if skipped:
-        logger.warning(f"{skipped} malformed documents are left out, the first: {first_skipped}")
-    if documents == 0:
+            first_skipped = progress.first_skipped or str(result)
+            progress = replace(progress, skipped=progress.skipped + 1, first_skipped=first_skipped)
+        else:
+            progress = replace(progress, documents=progress.documents + 1)
+            writers[index % parts].add(result)
+        progress = replace(progress, records=index + 1)
+        if progress.records % config.resume_interval == 0:
+            _keep(work, segment, writers, progress)
+            writers = []
+    if progress.skipped:
+        logger.warning(f"{progress.skipped} malformed documents are left out, the first: {progress.first_skipped}")
+    if progress.documents == 0:
         raise UserError(f"--input {' '.join(config.input or [])}: no documents; give files that hold some")
+    if writers:
+        _keep(work, segment, writers, progress)
+
+
+def _partitions(config: PreprocessConfig) -> int:
+    return 1 if config.keep_sequential_samples else config.partitions
+
+
+def _keep(work: UnfinishedWork, segment: Path, writers: list[_Writer], progress: Progress) -> None:
     for writer in writers:
         writer.finish()
-    if parts > 1:
-        whole = _Writer(config.json_keys, dtype, prefix, "")
-        for writer in writers:
-            whole.append(writer)
-        whole.finish()
+    work.keep(segment, progress)
+
+
+def _publish(config: PreprocessConfig, dtype: Any, segments: list[Path], prefix: Path) -> None:
+    """Put the partitions of all segments behind each other, and the datasets in place of old ones."""
+    parts = [segment / f"part{part}" for part in range(_partitions(config)) for segment in segments]
+    with atomic_files(prefix.parent) as scratch:
+        if len(parts) == 1:
+            for key, suffix in itertools.product(config.json_keys, (".bin", ".idx")):
+                os.replace(_dataset(parts[0], key) + suffix, _dataset(scratch / prefix.name, key) + suffix)
+        else:
+            whole = _Writer(config.json_keys, dtype, scratch / prefix.name)
+            for part in parts:
+                whole.append(part)
+            whole.finish()
+        # New data beside an old index would be a dataset of wrong documents; data without an index is none.
+        written = list(scratch.iterdir())
+        for path in written:
+            sync(path)
+        for path in written:
+            if path.suffix == ".idx":
+                (prefix.parent / path.name).unlink(missing_ok=True)
+        sync(prefix.parent)
+
+
+def _dataset(prefix: Path, key: str) -> str:
+    return f"{prefix}_{key}_document"
 
 
 class _Writer:
     """The data sets of all keys that documents are added to."""
 
-    def __init__(self, keys: Iterable[str], dtype: Any, prefix: Path, name: str) -> None:
+    def __init__(self, keys: Iterable[str], dtype: Any, prefix: Path) -> None:
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-        self._prefixes = {key: f"{prefix}_{key}_document{name}" for key in keys}
+        self._prefixes = {key: _dataset(prefix, key) for key in keys}
         self._builders = {
             key: IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype) for key, prefix in self._prefixes.items()
         }
@@ -252,12 +309,10 @@ class _Writer:
         for key, builder in self._builders.items():
             builder.add_document(document.tokens[key], document.lengths[key])
 
-    def append(self, finished: _Writer) -> None:
-        """Append the documents of another writer, whose files are removed."""
+    def append(self, finished: Path) -> None:
+        """Append the documents of another writer's finished files."""
         for key, builder in self._builders.items():
-            builder.add_index(finished._prefixes[key])
-            for suffix in (".bin", ".idx"):
-                Path(finished._prefixes[key] + suffix).unlink()
+            builder.add_index(_dataset(finished, key))
 
     def finish(self) -> None:
         for key, builder in self._builders.items():
@@ -265,19 +320,26 @@ class _Writer:
 
 
 def _reported(
-    results: Iterable[Encoded | Malformed], reader: Reader, log_interval: int
+    results: Iterable[Encoded | Malformed], reader: Reader, done: int, log_interval: int
 ) -> Iterator[Encoded | Malformed]:
-    """Yield the results, with a progress bar on a terminal and Megatron-LM's lines elsewhere."""
+    """Yield the results, with a progress bar on a terminal and Megatron-LM's lines elsewhere, which say what is left.
+
+    Args:
+        done: records that an earlier call has written.
+    """
     is_terminal = sys.stderr.isatty()
-    start, size = time.perf_counter(), 0
+    start, first, size = time.perf_counter(), None, 0
     with tqdm(total=reader.size, unit="B", unit_scale=True, disable=not is_terminal) as bar:
         for count, result in enumerate(results, start=1):
+            if first is None:  # what was skipped, to go on, was read fast
+                first = bar.initial = bar.n = reader.position if done else 0
             size += result.size if isinstance(result, Encoded) else 0
             if is_terminal:
                 bar.update(reader.position - bar.n)
-                bar.set_postfix_str(f"{count} documents", refresh=False)
+                bar.set_postfix_str(f"{done + count} documents", refresh=False)
             elif count % log_interval == 0:
-                elapsed = time.perf_counter() - start
+                elapsed, read = time.perf_counter() - start, reader.position - first
                 speed = f"{count / elapsed:.1f} docs/s, {size / elapsed / 2**20:.2f} MB/s"
-                logger.info(f"Processed {count} documents ({speed}).")
+                left = tqdm.format_interval((reader.size - reader.position) * elapsed / max(read, 1))
+                logger.info(f"Processed {done + count} documents ({speed}), {left} left.")
             yield result

@@ -150,6 +150,16 @@ class Reader:
         yield from io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape")
 
 
+def file_format(path: str) -> str:
+    """Return the format of a file by its first bytes.
+
+    Raises:
+        UserError: it cannot be read, or is not what its name says.
+    """
+    with _open(path) as file:
+        return _format_of(path, file)
+
+
 def _open(path: str) -> io.BufferedReader:
     """Open a file.
 

@@ -29,6 +29,8 @@ class DataPaths:
     per_split: tuple[Blend | None, Blend | None, Blend | None]
     target: Blend | None
     split: str | None
+    validation_set_names: list[str] | None = None
+    """Of the datasets of the validation blend, if they are not those of its files."""
 
     def blends(self) -> dict[str, Blend]:
         """Return the blends that were given, by the flag that names each."""
@@ -45,6 +47,18 @@ class DataPaths:
     def train(self) -> Blend | None:
         """The blend that is trained on; None for mock data."""
         return self.shared or self.per_split[0]
+
+    @property
+    def valid(self) -> Blend | None:
+        """The blend that is evaluated on; None for mock data, or without any."""
+        return self.shared or self.per_split[1]
+
+    @property
+    def valid_sources(self) -> list[str]:
+        """A short name for each dataset of the validation blend."""
+        if self.validation_set_names is not None:
+            return self.validation_set_names
+        return ["mock"] if self.train is None else short_names(self.valid[0]) if self.valid is not None else []
 
     @property
     def train_sources(self) -> list[str]:
@@ -69,7 +83,7 @@ def data_paths(data: DataConfig, target: list[str] | None) -> DataPaths:
 
     Raises:
         UserError: a blend that is not ``prefix``, ``prefix prefix ...`` or ``weight prefix weight prefix ...``, a
-            split that is not up to three numbers, or an unreadable file of paths.
+            split that is not up to three numbers, an unreadable file of paths, or weights that have no effect.
     """
     words, split_words = data.data_path, [data.train_data_path, data.valid_data_path, data.test_data_path]
     if data.data_args_path is not None:
@@ -83,11 +97,21 @@ def data_paths(data: DataConfig, target: list[str] | None) -> DataPaths:
     train, valid, test = (parse_blend(flag, part) for flag, part in zip(flags, split_words, strict=True))
     if shared is None and not data.mock_data and train is None:
         raise UserError("--train-data-path is missing; evaluation data alone is not enough, give training data")
+    if data.validates_sets and valid is not None and valid[1] is not None:
+        name = "--full-validation" if data.full_validation else "--multiple-validation-sets"
+        raise UserError(
+            f"--valid-data-path has weights, and {name} reads each dataset by itself; leave the weights out"
+        )
+    blend, names = shared or valid, data.validation_set_names
+    count = len(blend[0]) if blend is not None else 1
+    if names is not None and len(names) != count:
+        raise UserError(f"--validation-set-names {' '.join(names)}: give {count} names, one for each validation set")
     return DataPaths(
         shared=shared,
         per_split=(train, valid, test),
         target=parse_blend(TARGET_FLAG, target),
         split=(data.split or LEGACY_SPLIT) if shared else None,
+        validation_set_names=names,
     )
 
 

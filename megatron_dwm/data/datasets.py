@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megatron_dwm.config.data import DataConfig
 from megatron_dwm.data.blend import SPLIT_NAMES, Blend, DataPaths, split_slices
 from megatron_dwm.data.index_file import sequence_lengths
+from megatron_dwm.data.validation_sets import ValidationSets
 from megatron_dwm.runtime.process_groups import ParallelState
 
 _MOCK_TARGET_BATCHES = 8  # a mock target set has no end: enough batches that an epoch of it is not one batch
@@ -28,6 +30,7 @@ class Datasets:
 
     train: Any | None
     valid: Any | None
+    """A :class:`~megatron_dwm.data.validation_sets.ValidationSets` if its datasets are read by themselves."""
     test: Any | None
     target: Any | None
 
@@ -146,16 +149,22 @@ def build_datasets(
         dataset_class = CachedMockGPTDataset if data.mock_data else StampedGPTDataset
         return list(DatasetBuilder(dataset_class, core_sizes, is_built_on_rank, config).build())
 
+    has_sets = data.validates_sets and data.has_validation and bool(paths.valid_sources)
+    valid_size, read = (None if data.full_validation else sizes.valid), sizes
+    if has_sets:
+        read = sizes._replace(valid=0)
     if any(paths.per_split):
-        per_split = [blend if size else None for blend, size in zip(paths.per_split, sizes, strict=True)]
+        per_split = [blend if size else None for blend, size in zip(paths.per_split, read, strict=True)]
         config = core_config(blend_per_split=per_split)
     else:
         config = core_config(blend=paths.shared, split=data.split or "1,1,1" if data.mock_data else paths.split)
-        is_read = [size > 0 and has_data for size, has_data in zip(sizes, _splits_with_data(paths), strict=True)]
+        is_read = [size > 0 and has_data for size, has_data in zip(read, _splits_with_data(paths), strict=True)]
         config.split_matrix = [
             ends if wanted else None for ends, wanted in zip(config.split_matrix, is_read, strict=True)
         ]
-    train, valid, test = build(list(sizes), config)
+    train, valid, test = build(list(read), config)
+    if has_sets:
+        valid = _validation_sets(paths, valid_size, build, core_config)
 
     target = None
     if target_batch_size is not None:
@@ -167,6 +176,35 @@ def build_datasets(
             target_size = _target_size(paths.target, sequence)
         target = build([target_size, None, None], target_config)[0]
     return Datasets(train, valid, test, target)
+
+
+def _validation_sets(
+    paths: DataPaths, size: int | None, build: Callable[..., list[Any]], core_config: Callable[..., Any]
+) -> ValidationSets | None:
+    """Build each dataset of the validation data by itself; a collective call of all ranks.
+
+    Args:
+        size: samples of each set; None for one epoch.
+        build: builds the datasets of a megatron-core configuration, of sizes for each split.
+        core_config: makes such a configuration.
+
+    Returns:
+        None on ranks that do not read, and without validation data.
+    """
+    if paths.valid is not None and paths.split is not None and not _splits_with_data(paths)[1]:
+        return None
+    built = []
+    prefixes: list[str | None] = [None] if paths.valid is None else [*paths.valid[0]]
+    for prefix in prefixes:
+        if prefix is None:
+            config = core_config(split="0,1,0")
+        elif paths.split is None:
+            config = core_config(blend_per_split=[None, ([prefix], None), None])
+        else:
+            config = core_config(blend=([prefix], None), split=paths.split)
+            config.split_matrix = [None, config.split_matrix[1], None]
+        built.append(build([0, size, 0], config)[1])
+    return None if None in built else ValidationSets(built)
 
 
 def _splits_with_data(paths: DataPaths) -> list[bool]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,24 +73,31 @@ def to_hf_tokenizer(tokenizer: MegatronTokenizerText, config: TokenizerConfig) -
     return counterpart
 
 
-def save_hf_tokenizer(tokenizer: MegatronTokenizerText, config: TokenizerConfig, directory: Path) -> None:
+def save_hf_tokenizer(
+    tokenizer: MegatronTokenizerText, config: TokenizerConfig, directory: Path, max_length: int | None = None
+) -> None:
     """Write the counterpart (:func:`to_hf_tokenizer`) for ``AutoTokenizer.from_pretrained(directory)``.
 
     If ``directory`` is to hold a model's ``config.json``, it must be there before: for a few model types
     ``AutoTokenizer`` rebuilds the tokenizer in its own way, and only then does the check here see it.
 
+    Args:
+        max_length: tokens that the model of this tokenizer reads at once, to which ``truncation=True`` cuts.
+
     Raises:
         UserError: as :func:`to_hf_tokenizer`, or the folder does not load as the same tokenizer.
     """
     counterpart = to_hf_tokenizer(tokenizer, config)
+    if max_length is not None:
+        counterpart.model_max_length = max_length
     with atomic_files(directory) as scratch:
         counterpart.save_pretrained(scratch)
-    _check_same_ids(tokenizer, _load_folder(directory), config)
+    _check_same_ids(tokenizer, load_tokenizer_folder(directory), config)
 
 
 def vocabulary_fingerprint(tokenizer: MegatronTokenizerText, config: TokenizerConfig) -> str:
     """Return the SHA-256 (hex) of the (token, id) pairs, as :func:`fingerprint_of_folder` does of the saved folder."""
-    return _fingerprint(to_hf_tokenizer(tokenizer, config).get_vocab())
+    return fingerprint_of(to_hf_tokenizer(tokenizer, config))
 
 
 def fingerprint_of_folder(directory: Path) -> str:
@@ -100,15 +106,21 @@ def fingerprint_of_folder(directory: Path) -> str:
     Raises:
         UserError: the folder holds no tokenizer that loads.
     """
-    return _fingerprint(_load_folder(directory).get_vocab())
+    return fingerprint_of(load_tokenizer_folder(directory))
 
 
-def _fingerprint(vocabulary: Mapping[str, int]) -> str:
-    pairs = sorted(vocabulary.items(), key=lambda pair: (pair[1], pair[0]))
+def fingerprint_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the SHA-256 (hex) of a Hugging Face tokenizer's (token, id) pairs."""
+    pairs = sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0]))
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-def _load_folder(directory: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer_folder(directory: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a Hugging Face folder.
+
+    Raises:
+        UserError: it holds none that loads.
+    """
     from transformers import AutoTokenizer
 
     # Without one of these, AutoTokenizer makes an empty tokenizer from config.json.

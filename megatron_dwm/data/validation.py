@@ -23,11 +23,14 @@ MASK_SAMPLES = 64  # samples of a dataset of which at least one must have a toke
 _PIECE = 2**24  # tokens that are read at a time
 
 
-def check_data(paths: DataPaths, seq_length: int, vocab_size: int, *, has_evaluation: bool) -> None:
+def check_data(
+    paths: DataPaths, seq_length: int, vocab_size: int, *, has_evaluation: bool, reads_whole_sets: bool = False
+) -> None:
     """Check that the named datasets exist, are whole, fit the vocabulary and do not hold the target set.
 
     Args:
         has_evaluation: whether the run evaluates; else the size of validation and test data does not matter.
+        reads_whole_sets: whether every sample of the validation data is read once in an evaluation.
 
     Raises:
         UserError: the first fault found.
@@ -38,7 +41,8 @@ def check_data(paths: DataPaths, seq_length: int, vocab_size: int, *, has_evalua
         is_evaluation = flag in ("--valid-data-path", "--test-data-path")
         if has_evaluation or not is_evaluation:
             split = paths.split if blend is paths.shared else None
-            _check_parts(flag, blend, split, seq_length, len(SPLIT_NAMES) if has_evaluation else 1)
+            num_read = len(SPLIT_NAMES) if has_evaluation else 1
+            _check_parts(flag, blend, split, seq_length, num_read, reads_whole_sets=reads_whole_sets)
     if paths.target is not None:
         _check_target_size(paths.target, seq_length)
         for flag, blend in paths.blends().items():
@@ -129,7 +133,9 @@ def check_masks(name: str, dataset: Any) -> None:
         )
 
 
-def _check_parts(flag: str, blend: Blend, split: str | None, seq_length: int, num_read: int) -> None:
+def _check_parts(
+    flag: str, blend: Blend, split: str | None, seq_length: int, num_read: int, *, reads_whole_sets: bool
+) -> None:
     """Refuse a dataset that has no data for a part of a blend that other datasets have data for.
 
     megatron-core would look for its samples without end. It takes one epoch of each dataset of an unweighted blend,
@@ -137,13 +143,16 @@ def _check_parts(flag: str, blend: Blend, split: str | None, seq_length: int, nu
 
     Args:
         num_read: how many of the parts training, validation and test the run reads.
+        reads_whole_sets: whether of the validation part one epoch of each dataset is read.
     """
     prefixes, weights = blend
-    least = seq_length + 1 if len(prefixes) > 1 and weights is None else 1
+    is_epoch = len(prefixes) > 1 and weights is None
     lengths = [sequence_lengths(prefix) for prefix in prefixes]
     parts = [split_slices(split, len(of_dataset))[:num_read] if split else [slice(None)] for of_dataset in lengths]
     for number, slices in enumerate(zip(*parts, strict=True)):
         tokens = [int(of_dataset[part].sum()) for of_dataset, part in zip(lengths, slices, strict=True)]
+        is_validation = number == 1 if split else flag == "--valid-data-path"
+        least = seq_length + 1 if is_epoch or (reads_whole_sets and is_validation) else 1
         if max(tokens) == 0 or min(tokens) >= least:
             continue
         named = f"{flag} {prefixes[int(np.argmin(tokens))]}: "

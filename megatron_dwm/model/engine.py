@@ -6,7 +6,7 @@ Shape legend: b samples of a microbatch, s sequence length.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -50,6 +50,8 @@ class PipelineEngine:
             seq_length,
         )
         self.document_end, self.check_for_nan = document_end, check_for_nan
+        self.around_forward: AbstractContextManager[Any] = nullcontext()
+        """What forward passes run in."""
 
     def run(
         self,
@@ -126,7 +128,8 @@ class PipelineEngine:
         if self.document_end is not None:
             mask = slice_sequence(micro.document_mask(self.document_end), cp_rank, cp_size, dim=2)
         part = micro.sequence_part(cp_rank, cp_size)
-        output = model(part.tokens, part.position_ids, mask, labels=part.labels, loss_mask=part.loss_mask)
+        with self.around_forward:
+            output = model(part.tokens, part.position_ids, mask, labels=part.labels, loss_mask=part.loss_mask)
         if self.config.calculate_per_token_loss:  # megatron-core divides by the tokens of all ranks in the end
             divided_by, factor = part.loss_mask.sum(), 1
         else:  # megatron-core divides here, and then takes the mean over context-parallel ranks too

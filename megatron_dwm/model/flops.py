@@ -17,7 +17,8 @@ def training_flops(model: ModelConfig, padded_vocab_size: int, batch_size: int) 
     hidden, seq = model.hidden, model.sequence
     queries = model.head_size * model.heads
     keys_and_values = 2 * model.head_size * model.query_groups
-    attention = hidden * (queries + keys_and_values) + queries * seq + queries * hidden
-    mlp = hidden * model.ffn * (3 if model.swiglu else 2)
+    gate = queries if model.attention_output_gate else 0
+    attention = hidden * (queries + keys_and_values + gate) + queries * seq + queries * hidden
+    mlp = hidden * model.ffn * (3 if model.has_gated_ffn else 2)
     per_token = model.layers * (attention + mlp) + hidden * padded_vocab_size
     return float(FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * batch_size * seq * per_token)

@@ -78,7 +78,9 @@ def build_model_chunks(
             vp_stage=stage,
             pg_collection=groups,
         )
-        for param in chunk.parameters():
+        for name, param in chunk.named_parameters():
+            if name.endswith("softmax_offset"):  # each rank has those of its heads
+                param.tensor_model_parallel = True
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
         return_bias_copies(chunk)
         if chunk.post_process:
@@ -112,6 +114,7 @@ def wrap_with_ddp(
         if parallel.ddp_num_buckets
         else parallel.ddp_bucket_size,
         fp8_param_gather=parallel.fp8_param_gather,
+        num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
         average_in_collective=parallel.ddp_average_in_collective,
     )
     half = config.fp16 or config.bf16
@@ -146,9 +149,13 @@ def bind_schedule_hooks(
 
 def _layer_spec(config: TransformerConfig, impl: str, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
     if impl == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=config.qk_layernorm, qk_l2_norm=config.qk_l2_norm
+        )
     if impl == "local":
-        return get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+        return get_gpt_layer_local_spec(
+            qk_layernorm=config.qk_layernorm, normalization=config.normalization, qk_l2_norm=config.qk_l2_norm
+        )
     return torch_block_spec(config, vp_stage)
 
 

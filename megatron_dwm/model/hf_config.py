@@ -25,6 +25,7 @@ def hf_config(model: ModelConfig, *, vocab_size: int, num_layers: int) -> Pretra
     Raises:
         UserError: the architecture is neither's; the message names the flag that does not fit.
     """
+    _refuse("a Hugging Face model cannot express", _megatron_alone(model))
     if is_llama(model):
         return _llama_config(model, vocab_size, num_layers)
     if model.positions == "learned_absolute":
@@ -107,6 +108,20 @@ def _gpt2_config(model: ModelConfig, vocab_size: int, num_layers: int) -> GPT2Co
         bos_token_id=None,
         eos_token_id=None,
     )
+
+
+def _megatron_alone(model: ModelConfig) -> dict[str, bool]:
+    """Parts of megatron-core's models that no model of transformers has, whose presence is a misfit."""
+    return {
+        f"--window-size {model.window_size}; leave it out": model.window_size is not None,
+        f"--no-rope-freq {model.no_rope_freq}; leave it out": model.no_rope_freq is not None,
+        f"--softmax-type {model.softmax_type}; use vanilla": model.softmax_type != "vanilla",
+        "--attention-output-gate; leave it out": model.attention_output_gate,
+        "--qk-l2-norm; leave it out": model.qk_l2_norm,
+        "--quick-geglu; leave it out": model.quick_geglu,
+        f"--glu-linear-offset {model.glu_linear_offset}; use 0": model.glu_linear_offset != 0,
+        "--activation-func-clamp-value; leave it out": model.activation_func_clamp_value is not None,
+    }
 
 
 def _refused_norms(model: ModelConfig) -> dict[str, bool]:

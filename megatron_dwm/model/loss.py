@@ -82,8 +82,13 @@ def mean_over_tokens(sums: torch.Tensor, parallel_state: ParallelState) -> float
     Args:
         sums: this replica's :attr:`SampleLosses.sums` [2], of one batch or added up over several; overwritten.
     """
-    dist.all_reduce(sums, group=parallel_state.dp_group)
+    sum_over_replicas(sums, parallel_state)
     return float(sums[0] / sums[1])
+
+
+def sum_over_replicas(sums: torch.Tensor, parallel_state: ParallelState) -> None:
+    """Add up :attr:`SampleLosses.sums` [2] over all replicas, in place; a collective call of the replicas."""
+    dist.all_reduce(sums, group=parallel_state.dp_group)
 
 
 def as_token_losses(output: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,9 @@ def _weights_and_optimizer(
     hidden, tp, pp = model.hidden, parallel.tp, parallel.pp
     norm = hidden * (1 if model.normalization == "RMSNorm" else 2)
     attention = 2 * hidden * model.head_size * (model.heads + model.query_groups)
-    mlp = hidden * model.ffn * (3 if model.swiglu else 2)
+    if model.attention_output_gate:
+        attention += hidden * model.head_size * model.heads
+    mlp = hidden * model.ffn * (3 if model.has_gated_ffn else 2)
     block = model.layers * (mlp + 2 * norm + attention) + norm
     embedding, untied = hidden * vocab, model.untie_embeddings_and_output_weights
     fullest = (block / pp + embedding * (2 if untied and pp == 1 else 1)) / tp

@@ -19,6 +19,8 @@ class ModelChunk(Protocol):
     """The GPTModel, or a Float16Module around it."""
     config: Any
     """Its TransformerConfig."""
+    buffers: Any
+    """The gradient buffers, in buckets."""
     force_all_reduce: bool
     """Whether a reduction of gradients leaves the whole sum on every rank, also under the distributed optimizer."""
     use_forward_hook: bool

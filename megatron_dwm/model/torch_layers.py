@@ -21,11 +21,14 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_dwm.runtime.context_parallel import chunk_numbers, gather_sequence
+from megatron_dwm.runtime.device import current_device
 
 
 class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core carries no types
@@ -47,10 +50,45 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
         super().__init__(config=config)
         self.is_causal = attn_mask_type == AttnMaskType.causal
         self.softmax_scale = softmax_scale
+        self.window = (
+            config.window_size
+            if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+            else None
+        )
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
+        self.tp_group = groups.tp
+        self._add_softmax_offset()
         self.cp_group = pg_collection.cp if pg_collection is not None and config.context_parallel_size > 1 else None
         self.attention_dropout = torch.nn.Dropout(
             config.attention_dropout if attention_dropout is None else attention_dropout
         )
+
+    def _add_softmax_offset(self) -> None:
+        """Make what is added to the softmax's denominator, as its logarithm for each of this rank's heads."""
+        own = self.config.num_attention_heads // self.tp_group.size()
+        self.softmax_offset: torch.Tensor | None = None
+        if self.config.softmax_type == "vanilla":
+            return
+        # Those of all heads are drawn, so that a model starts as the same one for every TP size.
+        offsets = torch.zeros(self.config.num_attention_heads, device=current_device(), dtype=self.config.params_dtype)
+        if self.config.softmax_type == "learnable" and self.config.perform_initialization:
+            self.config.init_method(offsets)
+        part = offsets[self.tp_group.rank() * own :][:own].clone()
+        self.softmax_offset = torch.nn.Parameter(part) if self.config.softmax_type == "learnable" else part
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the parts of a checkpoint, which are those of megatron-core's local attention."""
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {})["dp_cp_group"],
+        )
+        return sharded
 
     def forward(
         self,
@@ -91,7 +129,10 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
         """Return the attention's output [b, n, t, d] for keys and values of the whole sequence [s, b, g, d]."""
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if self.cp_group is None or not self.is_causal:
-            return self._product(q, k, v, None if mask is None else ~mask, is_causal=self.is_causal and mask is None)
+            seen = None if mask is None else ~mask
+            if self.is_causal:
+                seen = self._seen(seen, 0, q.size(2), k.size(2))
+            return self._product(q, k, v, seen, is_causal=self.is_causal and seen is None)
         # Each of the rank's two chunks sees the keys up to its own end: the ranks' work is equal then, and half of what
         # all keys would cost.
         size = self.cp_group.size()
@@ -99,14 +140,39 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
         parts = []
         for place, number in enumerate(chunk_numbers(self.cp_group.rank(), size)):
             rows, end = slice(place * length, (place + 1) * length), (number + 1) * length
-            seen: Any = causal_lower_right(length, end) if mask is None else ~mask[:, :, rows, :end]
+            seen = self._seen(None if mask is None else ~mask[:, :, rows, :end], end - length, length, end)
+            if seen is None:
+                seen = causal_lower_right(length, end)
             parts.append(self._product(q[:, :, rows], k[:, :, :end], v[:, :, :end], seen))
         return torch.cat(parts, dim=2)
+
+    def _seen(self, seen: torch.Tensor | None, first: int, num_queries: int, num_keys: int) -> torch.Tensor | None:
+        """Return where a query sees a key [.., queries, keys]; None where the causal mask alone says it.
+
+        Args:
+            seen: where it does by the batch's mask, if it has one, which is causal.
+            first: place of the first query in the sequence.
+        """
+        if self.window is None and self.softmax_offset is None:
+            return seen
+        device = current_device()
+        queries, keys = torch.arange(first, first + num_queries, device=device), torch.arange(num_keys, device=device)
+        within = keys <= queries[:, None]
+        if self.window is not None:
+            within &= keys >= queries[:, None] - self.window[0]
+        return within if seen is None else seen & within
 
     def _product(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Any, *, is_causal: bool = False
     ) -> torch.Tensor:
         """Attend with queries [b, n, .., d]; ``seen`` is True where a query sees a key, or a causal bias."""
+        if self.softmax_offset is not None:
+            # One key more, of which all that counts is its share of the softmax: its logit is the offset, its value 0.
+            k, v = (F.pad(tensor, (0, 0, 0, 1)) for tensor in (k, v))
+            seen = seen.expand(1 if seen.dim() == 2 else seen.size(0), q.size(1), -1, -1)
+            offset = self.softmax_offset.to(q.dtype).view(1, -1, 1, 1).expand(*seen.shape[:3], 1)
+            allowed = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
+            seen = torch.cat([allowed, offset], dim=-1)
         return F.scaled_dot_product_attention(
             q,
             k,
@@ -153,6 +219,8 @@ def torch_block_spec(config: TransformerConfig, vp_stage: int | None) -> Transfo
     layer.submodules.pre_mlp_layernorm = norm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = TorchAttention
-    if config.qk_layernorm:
+    if config.qk_l2_norm:
+        attention.q_layernorm = attention.k_layernorm = L2Norm
+    elif config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = norm
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)

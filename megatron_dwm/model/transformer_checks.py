@@ -136,6 +136,11 @@ def check_attention_mask(model: ModelConfig, impl: str, device: torch.device) ->
             "--reset-attention-mask: Transformer Engine's causal attention ignores such a mask; "
             "use --transformer-impl torch"
         )
+    if impl == "local" and model.window is not None:
+        raise UserError(
+            "--reset-attention-mask with --window-size: the attention of --transformer-impl local has one mask or the "
+            "other; use --transformer-impl torch"
+        )
     if impl == "local" and device.type == "cuda" and model.masked_softmax_fusion:
         raise UserError(
             "--reset-attention-mask: the fused softmax of --transformer-impl local ignores such a mask; "

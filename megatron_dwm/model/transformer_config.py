@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.activations import squared_relu
+from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -19,6 +19,7 @@ from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.kernels import available_kernels, resolve_transformer_impl, without_fusions
+from megatron_dwm.model.tp_comm_overlap import check_tp_comm_overlap
 from megatron_dwm.model.transformer_checks import (
     check_architecture,
     check_attention_mask,
@@ -56,6 +57,7 @@ def transformer_config(
     impl = resolve_transformer_impl(model, device)
     check_architecture(model, parallel, training, optimizer)
     check_layers(model, parallel, impl)
+    check_tp_comm_overlap(parallel, impl)
     if resets_attention_mask:
         check_attention_mask(model, impl, device)
     check_recomputation(model, parallel)
@@ -115,15 +117,22 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         "add_qkv_bias": model.add_qkv_bias or model.add_bias_linear,
         "attention_softmax_in_fp32": model.attention_softmax_in_fp32 or model.apply_query_key_layer_scaling,
         "attention_backend": AttnBackend[model.attention_backend],
+        "window_size": model.window,
+        "window_attn_skip_freq": model.layers_of("window_attn_skip_freq"),
+        "no_rope_freq": model.layers_of("no_rope_freq"),
         "apply_rope_fusion": model.apply_rope_fusion and model.positions == "rope",
         "bias_activation_fusion": model.bias_gelu_fusion and model.add_bias_linear,
     }
     if model.swiglu:
         values.update(activation_func=F.silu, gated_linear_unit=True, bias_activation_fusion=model.bias_swiglu_fusion)
+    elif model.quick_geglu:  # megatron-core fuses it in mixtures of experts alone
+        values.update(activation_func=quick_gelu, gated_linear_unit=True, bias_activation_fusion=False)
     elif model.squared_relu:
         values.update(activation_func=squared_relu)
     else:
         values.update(activation_func=F.gelu)
+    if model.glu_linear_offset != 0 or model.activation_func_clamp_value is not None:
+        values.update(bias_activation_fusion=False)  # the fused SwiGLU has neither
     if model.checkpoint_activations:
         values.update(
             recompute_method=model.recompute_method or "uniform", recompute_num_layers=model.recompute_num_layers or 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from inspect import signature
@@ -38,6 +39,23 @@ def sharded_save_options() -> dict[str, str]:
 
     name = "async_strategy"
     return {name: "mcore"} if name in signature(dist_checkpointing.save).parameters else {}
+
+
+@contextlib.contextmanager
+def common_state_given(read: Callable[[], dict[str, Any]]) -> Iterator[None]:
+    """While open, megatron-core takes what a checkpoint says of all ranks from ``read``, and opens no file for it."""
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies import common
+
+    # Up to 0.16 it is read by a strategy, from common.pt; later by a function, from there or from among the tensors.
+    strategy = getattr(common, "TorchCommonLoadStrategy", None)
+    holder, name = (serialization, "load_common_state_dict") if strategy is None else (strategy, "load_common")
+    replaced = getattr(holder, name)
+    setattr(holder, name, lambda *_: read())
+    try:
+        yield
+    finally:
+        setattr(holder, name, replaced)
 
 
 def build_core_tokenizer(flags: Mapping[str, Any]) -> Any:

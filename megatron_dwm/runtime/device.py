@@ -15,6 +15,17 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_dwm.errors import UserError
 
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+"""Dense 16-bit operations per second by the vendor's data sheet, by a part of the device's name; the first counts."""
+
 
 def select_device(local_rank: int) -> torch.device:
     """Make this process's device current and return it.
@@ -41,6 +52,11 @@ def current_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def peak_flops(device: str) -> float | None:
+    """Return the dense 16-bit operations per second that a device of this name can do at most; None if not known."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -73,6 +89,8 @@ def _adapt_megatron_to_cpu() -> None:
     torch.cuda.synchronize = _CpuAnswer(None)
     torch.cuda.empty_cache = _CpuAnswer(None)
     torch.cuda.current_stream = _CpuAnswer(None)
+    torch.cuda.default_stream = _CpuAnswer(_CpuStream())
+    torch.cuda.Stream = _CpuStream  # type: ignore[assignment, misc]
     modules: tuple[Any, ...] = (torch.cuda, torch.cuda.random)
     for module in modules:
         module.get_rng_state = lambda *_, **__: torch.get_rng_state()
@@ -102,6 +120,16 @@ def _keep_in_backward(mode: TorchFunctionMode) -> None:
 
     for module in (torch.autograd, torch.autograd.graph):
         module._engine_run_backward = run_in_mode  # type: ignore[attr-defined]
+
+
+class _CpuStream:
+    """A stand-in for ``torch.cuda.Stream``: a CPU has one, in which all that was begun is done."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        """Do nothing: there is nothing to wait for."""
 
 
 class _CpuAnswer:

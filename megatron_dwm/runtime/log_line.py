@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_dwm.runtime.logging import timestamp
 
@@ -52,6 +53,8 @@ class LogLine:
     seconds_per_iteration: float
     throughput: float | None
     """Of the language model's steps, in TFLOP/s per GPU."""
+    joules: float | None
+    """Energy of one GPU in one iteration, if it is measured."""
     learning_rate: float
     global_batch_size: int
     losses: Mapping[str, float]
@@ -61,7 +64,8 @@ class LogLine:
     params_norm: float | None
     skipped_iterations: int
     nan_iterations: int
-    extra: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, float | str] = field(default_factory=dict)
+    """What Megatron-LM's line does not have."""
 
     def __str__(self) -> str:
         parts = [
@@ -73,6 +77,9 @@ class LogLine:
         parts.append(f"elapsed time per iteration (ms): {self.seconds_per_iteration * 1000:.1f}")
         if self.throughput is not None:
             parts.append(f"throughput per GPU (TFLOP/s/GPU): {self.throughput:.1f}")
+        if self.joules is not None:
+            parts.append(f"energy per GPU (J/iter/GPU): {self.joules:.1f}")
+            parts.append(f"power per GPU (W/GPU): {self.joules / self.seconds_per_iteration:.1f}")
         parts.append(f"learning rate: {self.learning_rate:.6E}")
         parts.append(f"global batch size: {self.global_batch_size:5d}")
         parts += [f"{name}: {value:.6E}" for name, value in self.losses.items() if value > 0]
@@ -85,13 +92,68 @@ class LogLine:
             parts.append(f"params norm: {self.params_norm:.3f}")
         parts.append(f"number of skipped iterations: {self.skipped_iterations:3d}")
         parts.append(f"number of nan iterations: {self.nan_iterations:3d}")
-        parts += [f"{name}: {value:.4g}" for name, value in self.extra.items()]
+        parts += [
+            f"{name}: {value if isinstance(value, str) else format(value, '.4g')}" for name, value in self.extra.items()
+        ]
         return " | ".join(parts) + " |"
 
 
-def validation_line(prefix: str, loss: float) -> str:
-    """Megatron-LM's report of an evaluation, between rules."""
-    text = f" validation loss at {prefix} | lm loss value: {loss:.6E} | lm loss PPL: {math.exp(min(20, loss)):.6E} | "
+def update_line(record: Mapping[str, Any]) -> str:
+    """Return the line of an outer update: how the target does, what the weighter gained, which sources are aligned."""
+    parts = [
+        f" [{timestamp()}] outer update at iteration {record['iteration']:8d}",
+        f"target loss: {record['target_loss']:.6E}",
+        f"objective: {record['objective_before']:.4g} before, {record['objective_after']:.4g} after",
+        f"effective sample size: {record['effective_sample_size']:.4g}",
+    ]
+    parts += [f"alignment {source}: {value:.4g}" for source, value in record["alignment_by_source"].items()]
+    return " | ".join(parts) + " |"
+
+
+def update_curves(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures of an outer update that are drawn, by name."""
+    names = ("target_loss", "objective_before", "objective_after", "weighter_grad_norm")
+    by_source = {f"alignment/{source}": value for source, value in record["alignment_by_source"].items()}
+    return {**{name: record[name] for name in names}, **by_source}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a run is, and how long it will still take."""
+
+    tokens_per_second: float
+    """Of each GPU."""
+    tflops: float
+    """TFLOP/s of each GPU, of plain training's operations."""
+    peak_tflops: float | None
+    """What a GPU can do at most; None if that is not known."""
+    seconds_left: float
+
+    def figures(self) -> dict[str, float | str]:
+        """Return what the log line has of it, by name."""
+        figures: dict[str, float | str] = {"tokens/s/GPU": self.tokens_per_second, "TFLOP/s/GPU": self.tflops}
+        if self.peak_tflops is not None:
+            figures["MFU"] = f"{self.tflops / self.peak_tflops:.1%}"
+        return {**figures, "time left": duration(self.seconds_left)}
+
+
+def duration(seconds: float) -> str:
+    """Return a time as days, hours, minutes and seconds, such as ``1d 02:03:04``."""
+    days, rest = divmod(round(seconds), 86400)
+    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days}d {clock}" if days else clock
+
+
+def validation_line(prefix: str, loss: float, label: str | None = None, name: str | None = None) -> str:
+    """Megatron-LM's report of an evaluation, between rules.
+
+    Args:
+        label: of the validation set, if there are several: its number, or the name that the flags give it.
+        name: of that set, which Megatron-LM does not log.
+    """
+    suffix, ours = ("", "") if label is None else (f"-{label}", f"dwm set: {name} | ")
+    ppl = math.exp(min(20, loss))
+    text = f" validation{suffix} loss at {prefix} | lm loss value: {loss:.6E} | lm loss PPL: {ppl:.6E} | {ours}"
     rule = "-" * (len(text) + 1)
     return f"{rule}\n{text}\n{rule}"
 

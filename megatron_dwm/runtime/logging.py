@@ -46,6 +46,14 @@ def configure_logging(rank: int = 0, world_size: int = 1, level: int = logging.I
     package.propagate = False
 
 
+def print_messages_of(package: str, rank: int, world_size: int, level: int = logging.INFO) -> None:
+    """Print messages of another package too, from ``level`` on, on the first rank; a second call replaces the first."""
+    logger = logging.getLogger(package)
+    logger.handlers = [_RankHandler(rank, world_size)]
+    logger.setLevel(level)
+    logger.propagate = False
+
+
 def timestamp() -> str:
     """Return the present time as Megatron-LM writes it."""
     return f"{datetime.now():%Y-%m-%d %H:%M:%S.%f}"

@@ -37,6 +37,8 @@ class ParallelState:
     """Ranks that hold the same part of the model, and the same part of the sequence of other samples."""
     dp_cp_group: dist.ProcessGroup
     """Ranks that hold the same part of the model: gradients are reduced, and optimizers sharded, over them."""
+    optimizer_group: dist.ProcessGroup
+    """Ranks that the distributed optimizer's state is sharded over: those of :attr:`dp_cp_group`, or a part of them."""
     mp_group: dist.ProcessGroup
     """Model-parallel group: ranks that together hold the model's parameters once."""
 
@@ -126,12 +128,16 @@ def build_model_groups(parallel: ParallelConfig, virtual_stages: int | None) -> 
     """Build megatron-core's groups of the processes that have joined; every process calls it."""
     from megatron.core import parallel_state as mpu
 
+    # Without it the groups of experts, of which there are none, could not be ordered so.
+    expert_size = parallel.tp * parallel.cp if parallel.use_tp_pp_dp_mapping else None
     mpu.initialize_model_parallel(
         parallel.tp,
         parallel.pp,
         virtual_stages,
         context_parallel_size=parallel.cp,
         hierarchical_context_parallel_sizes=parallel.hierarchical_context_parallel_sizes,
+        expert_tensor_parallel_size=expert_size,
+        num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         order="tp-cp-ep-pp-dp" if parallel.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
         create_gloo_process_groups=parallel.enable_gloo_process_groups,
@@ -158,6 +164,7 @@ def current_parallel_state() -> ParallelState:
         cp_group=mpu.get_context_parallel_group(),
         dp_group=mpu.get_data_parallel_group(),
         dp_cp_group=mpu.get_data_parallel_group(with_context_parallel=True),
+        optimizer_group=mpu.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=True),
         mp_group=mpu.get_model_parallel_group(),
     )
 

@@ -21,8 +21,9 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from megatron_dwm.errors import EXIT_CODE, UserError, shortened
+from megatron_dwm.errors import EXIT_CODE, PeerError, UserError, print_error, shortened
 from megatron_dwm.runtime.process_groups import free_port
+from megatron_dwm.runtime.rendezvous import Pulses, StoreWatch, meet, named
 
 PATIENCE = timedelta(hours=2)
 """One rank may build a large dataset's index while the others wait."""
@@ -34,18 +35,18 @@ LINGER_SECONDS = 4 * POLL_SECONDS
 """The store ends with the process that holds it, so the first rank stays until the others have read of a failure."""
 
 
-class PeerError(UserError):
-    """A user's error that another rank has found and printed."""
-
-
 class StartupSync:
     """Phases that all ranks finish together, or fail together with the same error."""
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, timeout: timedelta) -> None:
         """Meet the other ranks at MASTER_ADDR:MASTER_PORT; a lone process meets itself.
 
+        Args:
+            timeout: how long ranks are waited for that do not come, or do not answer while the run starts.
+
         Raises:
-            UserError: the rank is not one of the world's, or the variables that name the meeting point are missing.
+            UserError: the rank is not one of the world's, the variables that name the meeting point are missing, or
+                ranks have not come in time.
         """
         if not 0 <= rank < world_size:
             raise UserError(
@@ -57,11 +58,13 @@ class StartupSync:
             if name not in os.environ:
                 raise UserError(f"{name} is not set for {world_size} processes; start them with torchrun, or set it")
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
-        self.rank, self.world_size = rank, world_size
-        self.store, _, _ = next(dist.rendezvous("env://"))
+        self.rank, self.world_size, self._timeout = rank, world_size, timeout
+        self._store_watch = StoreWatch(timeout, POLL_SECONDS)
+        self.store = meet(rank, world_size, timeout, self._store_watch)
         self._phases = dist.PrefixStore("phases", self.store)
         self._failures = dist.PrefixStore("failures", self.store)
-        self._finished = threading.Event()
+        self._finished, self._started = threading.Event(), threading.Event()
+        self._watcher: threading.Thread | None = None
         self._agreed_error: UserError | None = None
         self._everybody_knows = False
         self.is_store_lost = False
@@ -79,24 +82,40 @@ class StartupSync:
             yield
         except UserError as caught:
             error = caught
+        try:
+            is_first_error, message = self._agree(name, error)
+        except dist.DistStoreError:
+            missing = [rank for rank in range(self.world_size) if not self._phases.check([f"{name}/arrived/{rank}"])]
+            raise UserError(
+                f"{named(missing)} did not get past the check of the {name} in {PATIENCE}; see what is printed there"
+            ) from None
+        except RuntimeError:
+            self.is_store_lost = True
+            raise UserError("rank 0 ended while the run started; see what it has printed") from None
+        if is_first_error and error is not None:
+            self._agreed_error = error
+            raise error
+        if message is not None:
+            raise PeerError(message)
+
+    def _agree(self, name: str, error: UserError | None) -> tuple[bool, str | None]:
+        """Tell the other ranks how the phase went; return whether this rank's error is the first, and the first one."""
         is_first_error = error is not None and self._phases.add(f"{name}/errors", 1) == 1
         if is_first_error:
             self._phases.set(f"{name}/error", str(error))
+        self._phases.set(f"{name}/arrived/{self.rank}", "yes")
         if self._phases.add(f"{name}/arrived", 1) == self.world_size:
             self._phases.set(f"{name}/complete", "yes")
         self._phases.wait([f"{name}/complete"], PATIENCE)
         if not self._phases.check([f"{name}/errors"]):
-            return
+            return False, None
         self._phases.wait([f"{name}/error"], PATIENCE)
         message = self._phases.get(f"{name}/error").decode()
         if self._phases.add(f"{name}/read", 1) == self.world_size:
             self._phases.set(f"{name}/everybody-read", "yes")
         if self.rank == 0:
             self._phases.wait([f"{name}/everybody-read"], PATIENCE)
-        if is_first_error and error is not None:
-            self._agreed_error = error
-            raise error
-        raise PeerError(message)
+        return is_first_error, message
 
     def require_same(self, facts: Mapping[str, str]) -> None:
         """Check that this rank's facts are those of the first rank; every rank calls it inside a :meth:`phase`.
@@ -119,13 +138,19 @@ class StartupSync:
                 )
 
     def watch_peers(self) -> None:
-        """From now on, end this process when another one reports a failure.
+        """From now on, end this process when another one reports a failure, or falls silent while the run starts.
 
         A rank that waits in a collective for one that has failed would otherwise wait until the collective's timeout.
         It ends within :data:`POLL_SECONDS`, with the exit code of a user's error or 1.
         """
         if self.world_size > 1:
-            threading.Thread(target=self._watch, name="peer-watch", daemon=True).start()
+            self._watcher = threading.Thread(target=self._watch, name="peer-watch", daemon=True)
+            self._watcher.start()
+
+    def end_start(self) -> None:
+        """Stop looking for silent ranks: from now on ranks meet in collectives, which have a timeout."""
+        self._started.set()
+        self._store_watch.end()
 
     def report_failure(self, error: BaseException) -> bool:
         """Tell the other ranks why this one ends.
@@ -134,16 +159,16 @@ class StartupSync:
             whether this is the first failure of the run: those that follow from it need not be printed.
         """
         self._finished.set()
+        self._store_watch.end()
         if self.world_size == 1 or error is self._agreed_error:  # nobody else there, or all know of it
             self._everybody_knows = True
             return True
-        code = EXIT_CODE if isinstance(error, UserError) else 1
-        text = str(error).strip().splitlines()
-        reason = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-        failure = json.dumps({"rank": self.rank, "code": code, "reason": reason})
+        failure = self._description(error)
         answers: list[bool] = []
         # A thread, as a store whose holder is stopped lets its caller wait for ever.
-        asking = threading.Thread(target=lambda: answers.append(self._is_first_to_report(failure)), daemon=True)
+        asking = threading.Thread(
+            target=lambda: answers.append(self._is_first_to_report(failure, self._failures)), daemon=True
+        )
         asking.start()
         asking.join(ANSWER_SECONDS)
         self.is_store_lost = self.is_store_lost or not answers
@@ -165,12 +190,19 @@ class StartupSync:
         self._everybody_knows = True  # but those who never will
         return silent
 
-    def _is_first_to_report(self, failure: str) -> bool:
+    def _description(self, error: BaseException) -> str:
+        """Return what is reported of an error."""
+        code = EXIT_CODE if isinstance(error, UserError) else 1
+        text = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+        return json.dumps({"rank": self.rank, "code": code, "reason": reason})
+
+    def _is_first_to_report(self, failure: str, store: dist.Store) -> bool:
         try:
-            is_first = self._failures.add("count", 1) == 1
+            is_first = store.add("count", 1) == 1
             if is_first:
-                self._failures.set("first", failure)
-                self._mark_read(self._failures)
+                store.set("first", failure)
+                self._mark_read(store)
         except RuntimeError:  # the store has ended with the rank that holds it
             self.is_store_lost = True
             return True
@@ -189,6 +221,9 @@ class StartupSync:
     def finish(self) -> None:
         """Stop watching: the run has ended well, and its ranks leave one after the other."""
         self._finished.set()
+        self._store_watch.end()
+        if self._watcher is not None:  # it tells the others that this rank is not silent, but has ended
+            self._watcher.join(POLL_SECONDS)
 
     def linger(self) -> None:
         """Stay after a reported failure until the others have read of it, if this is the rank that holds the store."""
@@ -206,19 +241,40 @@ class StartupSync:
             time.sleep(0.1)
 
     def _watch(self) -> None:
-        # A connection of its own: the run's may be held by a wait.
-        store = dist.PrefixStore("failures", self.store.clone())
-        while not self._finished.wait(POLL_SECONDS):
-            try:
-                if not store.check(["first"]):
-                    continue
-                failure = json.loads(store.get("first"))
-                self._mark_read(store)
-            except RuntimeError:  # the store has ended; whoever waits for its holder finds out
-                return
-            if self._finished.is_set():
-                return
-            self._end(failure, store)
+        store: Any = self.store  # torch's types lack the method
+        connection = store.clone()  # the run's may be held by a wait
+        failures = dist.PrefixStore("failures", connection)
+        pulses = Pulses(connection, self.rank, self.world_size, self._timeout, POLL_SECONDS)
+        is_starting = True
+        try:
+            while not self._finished.wait(POLL_SECONDS):
+                if failures.check(["first"]):
+                    failure = json.loads(failures.get("first"))
+                    self._mark_read(failures)
+                    if self._finished.is_set():
+                        return
+                    self._end(failure, failures)
+                if is_starting and self._started.is_set():
+                    pulses.end()
+                    is_starting = False
+                elif is_starting:
+                    pulses.beat()
+                    self._require_pulses(pulses, failures)
+                self._store_watch.answered()
+            if is_starting:
+                pulses.end()
+        except RuntimeError:  # the store has ended; whoever waits for its holder finds out
+            return
+
+    def _require_pulses(self, pulses: Pulses, failures: dist.Store) -> None:
+        """End this process if another one has fallen silent."""
+        try:
+            pulses.require_all()
+        except UserError as error:
+            description = self._description(error)
+            if self._is_first_to_report(description, failures):
+                print_error(error)
+            self._end(json.loads(description), failures)
 
     def _end(self, failure: dict[str, Any], store: dist.Store) -> NoReturn:
         if failure["code"] != EXIT_CODE:  # a user's error is one line, which the rank that found it has printed

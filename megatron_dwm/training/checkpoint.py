@@ -45,6 +45,7 @@ from megatron_dwm.training.checkpoint_folders import (
     tracked,
 )
 from megatron_dwm.training.optimizer import allocate_state
+from megatron_dwm.training.progress_log import ProgressLog
 from megatron_dwm.training.save_folder import SaveFolder
 from megatron_dwm.training.torch_format import write_torch_state
 from megatron_dwm.training.train_state import TrainComponents, TrainState
@@ -66,13 +67,15 @@ class CheckpointWriter:
         components: TrainComponents,
         parallel_state: ParallelState,
         save_folder: SaveFolder | None = None,
+        progress: ProgressLog | None = None,
     ) -> None:
         """
         Args:
             save_folder: the first rank's hold on the folder, which ends when the writer is closed.
+            progress: where checkpoints are noted.
         """
         self.config, self.components, self.parallel_state = config, components, parallel_state
-        self._save_folder = save_folder
+        self._save_folder, self._progress = save_folder, progress or ProgressLog(None)
         self._queue: Any = None
         self._strategy: Any = None
         """What plans the writing, kept from one checkpoint to the next with ``--ckpt-assume-constant-structure``."""
@@ -121,16 +124,23 @@ class CheckpointWriter:
                 dist.barrier()
                 self._publish(root, beside, iteration)
                 dist.barrier()
+                self._note_saved(train_state, persistent=persistent)
                 return
             request = self._request(beside, train_state)
             request.add_finalize_fn(lambda: self._publish(root, beside, iteration))
             if self._queue is None:
                 request.execute_sync()
                 dist.barrier()
+                self._note_saved(train_state, persistent=persistent)
                 return
             self._pending = (root, beside, iteration)
             self._queue.schedule_async_request(request)
+            self._note_saved(train_state, persistent=persistent)
         logger.info(f"  [{timestamp()}] scheduled an async checkpoint save at iteration {iteration:7d} to {root}")
+
+    def _note_saved(self, train_state: TrainState, *, persistent: bool) -> None:
+        if persistent:
+            self._progress.saved(train_state, is_async=self._queue is not None)
 
     def poll(self) -> None:
         """Put a checkpoint that has been written in the background into its place."""
@@ -210,9 +220,12 @@ class CheckpointWriter:
             f"  [{timestamp()}] successfully saved checkpoint from iteration {iteration:7d} to {root} "
             f"{self.parallel_state.tp_pp_label}"
         )
+        if is_persistent and self._queue is not None:
+            self._progress.finished_async(iteration)
         if retired is not None:
             delete_retired(root)
             number = iteration_of(retired)
+            self._progress.deleted(number)
             logger.info(f"  [{timestamp()}] successfully deleted checkpoint from iteration {number:7d} at {root}")
 
     def _is_finite(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.errors import UserError
+from megatron_dwm.runtime.compat import common_state_given
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.safe_unpickling import restricted_checkpoint_loading, short_reason
 from megatron_dwm.training.checkpoint_contents import (
@@ -143,7 +145,8 @@ def _load_sharded(saved: SavedCheckpoint, flags: CheckpointConfig, template: dic
     strategy = get_default_load_sharded_strategy(folder)
     if flags.ckpt_fully_parallel_load:
         strategy = FullyParallelLoadStrategyWrapper(strategy, data_parallel_group())
-    with reported_damage(saved.folder), restricted_checkpoint_loading():
+    common = common_state_given(lambda: copy.deepcopy(dict(saved.common)))
+    with reported_damage(saved.folder), restricted_checkpoint_loading(), common:
         try:
             loaded: Any = dist_checkpointing.load(template, folder, strategy, strict=flags.dist_ckpt_strictness)
         except CheckpointingException as error:

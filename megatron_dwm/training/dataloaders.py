@@ -16,11 +16,13 @@ from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.data.sample_order import order_change
 from megatron_dwm.data.sampler import BatchPartition, ShuffledSampler, build_sampler
 from megatron_dwm.data.validation import check_masks
+from megatron_dwm.data.validation_sets import SetsSampler, ValidationSets
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.runtime.startup_sync import StartupSync
 from megatron_dwm.training.checkpoint_contents import megatron_arguments
 from megatron_dwm.training.checkpoint_folders import saved_arguments
+from megatron_dwm.training.evaluation import EvaluationData
 from megatron_dwm.training.train_state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -83,8 +85,8 @@ class Dataloaders:
                 logger.warning(change)
         self.train = self._sequential(self.datasets.train, train_state.consumed_train_samples, self.train_partition)
         has_valid, has_test = self._evaluated_splits()
-        self.valid = self._sequential(self.datasets.valid, train_state.consumed_valid_samples) if has_valid else None
-        self.test = self._sequential(self.datasets.test, 0) if has_test else None
+        self.valid = self._validation(train_state.consumed_valid_samples, paths.valid_sources) if has_valid else None
+        self.test = self._evaluated(self.datasets.test, 0) if has_test else None
 
     def target(self, consumed: int) -> BatchLoader:
         """The target set's reader, ``consumed`` samples in."""
@@ -116,12 +118,16 @@ class Dataloaders:
         for name, (dataset, needed, flag) in datasets.items():
             if data.dataloader_type == "cyclic":
                 needed = self.partition.micro_batch_size * self.partition.dp_size
-            if dataset is not None and len(dataset) < needed:
+            found = min(dataset.lengths) if isinstance(dataset, ValidationSets) else len(dataset or ())
+            if name == "validation" and data.full_validation:
+                needed = 1
+            if dataset is not None and found < needed:
                 raise UserError(
-                    f"the {name} data has {len(dataset)} samples, fewer than the {needed} that are read; "
+                    f"the {name} data has {found} samples, fewer than the {needed} that are read; "
                     f"lower {flag} or --global-batch-size, or give more data"
                 )
-            check_masks(name, dataset)
+            for part in dataset.datasets if isinstance(dataset, ValidationSets) else [dataset]:
+                check_masks(name, part)
         check_masks("target", self.datasets.target)
 
     def close(self) -> None:
@@ -133,11 +139,30 @@ class Dataloaders:
         """Whether there is validation and test data, as rank 0, which reads it, knows."""
         present = [self.datasets.valid is not None, self.datasets.test is not None]
         dist.broadcast_object_list(present, src=0)
-        if self.config.data.eval_iters > 0:
-            for name, there in zip(("validation", "test"), present, strict=True):
-                if not there:
-                    logger.info(f" > no {name} data, so there is no {name} loss")
+        asked = (self.config.data.has_validation, self.config.data.eval_iters > 0)
+        for name, there, is_asked in zip(("validation", "test"), present, asked, strict=True):
+            if is_asked and not there:
+                logger.info(f" > no {name} data, so there is no {name} loss")
         return present[0], present[1]
+
+    def _evaluated(self, dataset: Any, consumed: int) -> EvaluationData:
+        return EvaluationData(self._sequential(dataset, consumed), {"": self.config.data.eval_iters})
+
+    def _validation(self, consumed: int, names: list[str]) -> EvaluationData:
+        """Return what an evaluation on the validation data reads; a collective call of all ranks."""
+        data, sets = self.config.data, self.datasets.valid
+        if not data.validates_sets:
+            return self._evaluated(sets, consumed)
+        lengths = [sets.lengths if sets is not None else None]
+        dist.broadcast_object_list(lengths, src=0)
+        of_sets = lengths[0] or []
+        batches = [data.eval_iters] * len(of_sets)
+        if data.full_validation:
+            batches = [-(-length // self.partition.global_samples) for length in of_sets]
+        sampler = SetsSampler(of_sets, batches, None if data.full_validation else consumed, self.partition)
+        return EvaluationData(
+            self._loader(sets, sampler, self.partition, consumed), dict(zip(names, batches, strict=True))
+        )
 
     def _sequential(self, dataset: Any, consumed: int, partition: BatchPartition | None = None) -> BatchLoader:
         data, total = self.config.data, len(dataset) if dataset is not None else 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.model.engine import PipelineEngine
-from megatron_dwm.model.loss import mean_over_tokens
+from megatron_dwm.model.loss import sum_over_replicas
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.process_groups import ParallelState
 
@@ -17,13 +18,36 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class EvaluationData:
+    """What an evaluation reads."""
+
+    loader: BatchLoader
+    """Of all sets, one after the other."""
+    batches: Mapping[str, int]
+    """Batches of each set by its name, in order; a set that is all of the split has none."""
+
+    @property
+    def samples(self) -> int:
+        """Samples that an evaluation reads, over all replicas."""
+        return sum(self.batches.values()) * self.loader.partition.global_samples
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Result of one evaluation."""
 
-    loss: float
-    """Mean loss of the unmasked tokens; on the last pipeline stage."""
-    samples: int
-    """Samples read, over all replicas."""
+    sums: torch.Tensor
+    """Sum of the losses and number of unmasked tokens [2], over all replicas; on the last pipeline stage."""
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the unmasked tokens; not a number where they were not counted."""
+        return float(self.sums[0] / self.sums[1])
+
+    @classmethod
+    def of_all(cls, parts: Sequence[Evaluation]) -> Evaluation:
+        """Return the evaluation of the data of several together."""
+        return cls(torch.stack([part.sums for part in parts]).sum(dim=0))
 
 
 def evaluate(
@@ -34,15 +58,17 @@ def evaluate(
     parallel_state: ParallelState,
     *,
     log_progress: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
-    """Return the mean loss over the next ``batches`` batches of ``reader``, without dropout.
+    """Return the mean loss over the next ``batches`` batches of ``batch_loader``, without dropout.
 
     Args:
         log_progress: whether to log each batch.
+        dtype: of the sums; Megatron-LM's are float32, which counts 2^24 tokens exactly.
     """
     if log_progress:
         logger.info(f"Evaluating on {batches * batch_loader.partition.global_samples} samples")
-    sums = torch.zeros(2, device=current_device())
+    sums = torch.zeros(2, dtype=dtype, device=current_device())
     for chunk in engine.chunks:
         chunk.eval()
     with torch.no_grad():
@@ -54,5 +80,6 @@ def evaluate(
                 sums += losses.sums
     for chunk in engine.chunks:
         chunk.train()
-    loss = mean_over_tokens(sums, parallel_state) if parallel_state.is_last_pipeline_stage else float("nan")
-    return Evaluation(loss, batches * batch_loader.partition.global_samples)
+    if parallel_state.is_last_pipeline_stage:
+        sum_over_replicas(sums, parallel_state)
+    return Evaluation(sums)

@@ -14,7 +14,9 @@ import torch
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.model.flops import training_flops
 from megatron_dwm.model.memory import MEBIBYTE, memory_estimate
-from megatron_dwm.runtime.log_line import LogLine, LossWindow, validation_line
+from megatron_dwm.runtime.device import peak_flops
+from megatron_dwm.runtime.energy import EnergyMeter
+from megatron_dwm.runtime.log_line import LogLine, LossWindow, Speed, update_curves, update_line, validation_line
 from megatron_dwm.runtime.logging import EVERY_RANK, LAST_RANK
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.runtime.record_writers import JsonLines, ScalarWriter, TensorBoard, WeightsAndBiases
@@ -40,7 +42,7 @@ class Reporter:
         timers: StepTimers,
     ) -> None:
         self.config, self.parallel_state, self.timers = config, parallel_state, timers
-        self.window = LossWindow()
+        self.window, self.energy = LossWindow(), EnergyMeter(is_wanted=config.profiling.log_energy)
         self.padded_vocab_size = padded_vocab_size
         self.flops_per_step = training_flops(config.model, padded_vocab_size, config.global_batch_size)
         self.since = time.perf_counter()
@@ -49,6 +51,7 @@ class Reporter:
         """When the last step was reported, later by what is not training."""
         self.first_step = True
         self.memory_reports_left = 2
+        self.peak_tflops = _peak_tflops(config)
         self.jsonl: JsonLines | None = None
         self.boards: list[ScalarWriter] = []
         if parallel_state.is_last_rank:
@@ -108,6 +111,7 @@ class Reporter:
                     "iteration": train_state.iteration,
                     "consumed_samples": train_state.consumed_train_samples,
                     "seconds": seconds,
+                    "flops": self.flops_per_step * batch_size / self.config.global_batch_size + weighting_flops,
                     "lm_loss": result.loss,
                     "learning_rate": learning_rate,
                     "grad_norm": result.grad_norm,
@@ -125,37 +129,68 @@ class Reporter:
         self.first_step = False
 
     def record(self, *records: dict[str, Any]) -> None:
-        """Write records to the JSON lines."""
-        if self.jsonl is not None:
-            for record in records:
-                self.jsonl.write(record)
-
-    def evaluation(self, train_state: TrainState, split: str, loss: float, prefix: str) -> None:
-        """Report an evaluation on ``split`` (valid or test)."""
+        """Write records to the JSON lines; an outer update's has a log line and curves too."""
         if not self.parallel_state.is_last_rank:
             return
-        logger.info(validation_line(prefix, loss), extra=LAST_RANK)
-        self.record({"kind": "evaluation", "iteration": train_state.iteration, "split": split, "lm_loss": loss})
+        for record in records:
+            if self.jsonl is not None:
+                self.jsonl.write(record)
+            if record["kind"] == "outer_update":
+                logger.info(update_line(record), extra=LAST_RANK)
+                for name, value in update_curves(record).items():
+                    self._draw(f"dwm/{name}", value, record["iteration"])
+
+    def evaluation(
+        self, train_state: TrainState, split: str, loss: float, prefix: str, by_source: dict[str, float]
+    ) -> None:
+        """Report an evaluation on ``split`` (valid or test).
+
+        Args:
+            loss: mean over all that was read.
+            prefix: where in the run this is, for the log.
+            by_source: the loss of each set by its name, if sets are evaluated by themselves.
+        """
+        if not self.parallel_state.is_last_rank:
+            return
+        has_names = self.config.data.validation_set_names is not None
+        labels = {name: name if has_names else str(number) for number, name in enumerate(by_source)}  # Megatron-LM's
+        lines = [validation_line(prefix, value, labels[name], name) for name, value in by_source.items()]
+        for line in lines or [validation_line(prefix, loss)]:
+            logger.info(line, extra=LAST_RANK)
+        record = {"kind": "evaluation", "iteration": train_state.iteration, "split": split, "lm_loss": loss}
+        self.record({**record, "lm_loss_by_source": by_source} if by_source else record)
         # Megatron-LM puts the test loss at the end of the validation's curve.
         if not self.config.training.skip_train:
-            self._draw("lm loss validation", loss, train_state.iteration, train_state.consumed_train_samples)
-            if self.config.logging.log_validation_ppl_to_tensorboard:
-                ppl = float(torch.tensor(min(20.0, loss)).exp())
-                self._draw("lm loss validation ppl", ppl, train_state.iteration, train_state.consumed_train_samples)
+            self._draw_evaluation("lm loss validation", loss, train_state)
+            for name, value in by_source.items():
+                self._draw_evaluation(f"lm loss validation-{labels[name]}", value, train_state)
+                self._draw(f"dwm/validation_loss/{name}", value, train_state.iteration)
+
+    def _draw_evaluation(self, name: str, loss: float, train_state: TrainState) -> None:
+        """Draw a point of a loss's curve, and if asked for of its perplexity's, under Megatron-LM's names."""
+        self._draw(name, loss, train_state.iteration, train_state.consumed_train_samples)
+        if self.config.logging.log_validation_ppl_to_tensorboard:
+            ppl = float(torch.tensor(min(20.0, loss)).exp())
+            self._draw(f"{name} ppl", ppl, train_state.iteration, train_state.consumed_train_samples)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """While open (an evaluation, a save), time does not count as that of an iteration."""
         paused_at = time.perf_counter()
+        self.energy.pause()
         try:
             yield
         finally:
+            self.energy.resume()
             seconds = time.perf_counter() - paused_at
             self.since += seconds
             self.step_since += seconds
 
     def close(self) -> None:
-        """Close the records and the curves."""
+        """Close the records and the curves; collective."""
+        joules = self.energy.close()
+        if joules is not None:
+            logger.info(f"Total training energy (GPU): {joules / 1e6:.3f} MJ")
         if self.jsonl is not None:
             self.jsonl.close()
         for board in self.boards:
@@ -194,16 +229,23 @@ class Reporter:
         weighting: dict[str, Any],
         batch_size: int,
     ) -> None:
-        interval = self.config.logging.log_memory_interval
         seconds = (time.perf_counter() - self.since) / max(1, self.window.iterations)
-        throughput, extra = None, _flat(weighting)
-        if self.config.logging.log_throughput:
-            per_flop = 1 / (seconds * 1e12 * self.parallel_state.world_size)
-            flops = self.flops_per_step * batch_size / self.config.global_batch_size
-            throughput = flops * per_flop
-            if weighting:
-                added = self.window.weighting_flops / self.window.iterations
-                extra["dwm throughput per GPU (TFLOP/s/GPU)"] = (flops + added) * per_flop
+        per_flop = 1 / (seconds * 1e12 * self.parallel_state.world_size)
+        flops = self.flops_per_step * batch_size / self.config.global_batch_size
+        throughput = flops * per_flop if self.config.logging.log_throughput else None
+        extra: dict[str, float | str] = {**_flat(weighting)}
+        if self.config.logging.log_throughput and weighting:
+            added = self.window.weighting_flops / self.window.iterations
+            extra["dwm throughput per GPU (TFLOP/s/GPU)"] = (flops + added) * per_flop
+        if not self.first_step:  # which starts everything up
+            tokens = batch_size * self.config.model.sequence / (seconds * self.parallel_state.world_size)
+            seconds_left = seconds * (self.config.train_iters - train_state.iteration)
+            extra |= Speed(tokens, flops * per_flop, self.peak_tflops, seconds_left).figures()
+        joules = self.energy.lap()
+        if joules is not None:
+            joules /= max(1, self.window.iterations) * self.parallel_state.world_size
+            self._draw("iter-energy/gpu", joules, train_state.iteration)
+            self._draw("power/gpu", joules / seconds, train_state.iteration)
         line = LogLine(
             iteration=train_state.iteration,
             train_iters=self.config.train_iters,
@@ -211,6 +253,7 @@ class Reporter:
             skipped_samples=train_state.skipped_train_samples,
             seconds_per_iteration=seconds,
             throughput=throughput,
+            joules=joules,
             learning_rate=learning_rate,
             global_batch_size=batch_size,
             losses=self.window.averages(),
@@ -224,12 +267,19 @@ class Reporter:
         )
         logger.info(str(line), extra=LAST_RANK)
         self._report_timers(train_state.iteration, seconds, throughput)
-        if self.memory_reports_left > 0:  # by the second line the optimizer's state is in it
-            self.memory_reports_left -= 1
+        self._report_memory(train_state.iteration)
+
+    def _report_memory(self, iteration: int) -> None:
+        """Log the GPU's memory at the first two lines, by when the optimizer's state is in it, and then if asked to.
+
+        The estimate of it is logged once, and not without a GPU: it is one of mixed precision there.
+        """
+        interval = self.config.logging.log_memory_interval
+        if self.first_step and torch.cuda.is_available():
             logger.info("\n".join(memory_estimate(self.config, self.padded_vocab_size)))
-            self.memory(f"(after {train_state.iteration} iterations)")
-        elif interval is not None and train_state.iteration % interval == 0:
-            self.memory(f"(after {train_state.iteration} iterations)")
+        if self.memory_reports_left > 0 or (interval is not None and iteration % interval == 0):
+            self.memory_reports_left -= 1
+            self.memory(f"(after {iteration} iterations)")
 
     def _report_timers(self, iteration: int, seconds: float, throughput: float | None) -> None:
         """Log the timers, and write them to TensorBoard; collective.
@@ -264,6 +314,15 @@ class Reporter:
             figures["total device memory used"] = torch.cuda.device_memory_used()
         text = " | ".join(f"{name}: {value / MEBIBYTE:.2f}" for name, value in figures.items())
         logger.info(f"[Rank {self.parallel_state.rank}] {when} memory (MB) | {text}", extra=EVERY_RANK)
+
+
+def _peak_tflops(config: RunConfig) -> float | None:
+    """Return the TFLOP/s that a device can do at most in this run, if that is known."""
+    if config.logging.dwm_peak_tflops is not None:
+        return config.logging.dwm_peak_tflops
+    is_half = config.optimizer.bf16 or config.optimizer.fp16
+    flops = peak_flops(torch.cuda.get_device_name()) if is_half and torch.cuda.is_available() else None
+    return None if flops is None else flops / 1e12
 
 
 def _flat(weighting: dict[str, Any]) -> dict[str, float]:

@@ -6,7 +6,9 @@ with what the first repetition has shown.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from megatron.core.rerun_state_machine import (
@@ -22,6 +24,25 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.loss import SampleLosses
+
+
+@contextmanager
+def reported_divergence(iteration: int) -> Iterator[None]:
+    """Turn what ends an iteration that has diverged into one line that names it.
+
+    Raises:
+        UserError: the loss, the gradient, an alignment or the weighter is not finite.
+    """
+    try:
+        yield
+        return
+    except FloatingPointError as error:
+        reason = str(error)
+    except RuntimeError as error:
+        if re.search("found (NaN|Inf) in local grad norm", str(error)) is None:
+            raise
+        reason = "the gradient is not finite; lower --lr or look at the data of this step"
+    raise UserError(f"iteration {iteration}: {reason}")
 
 
 class StepValidation:

@@ -9,8 +9,10 @@ from typing import Any
 from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.checkpoint_args import differing_flag
 from megatron_dwm.config.flags import flag_name
+from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.training.checkpoint_contents import megatron_arguments
 from megatron_dwm.training.checkpoint_folders import DWM_STATE
@@ -67,7 +69,7 @@ def check_resume(config: RunConfig, saved: SavedCheckpoint) -> None:
     except UserError as error:
         raise UserError(f"--load {load}: {error}") from None
     had_weighter = arguments.get("dwm_mode") == "bilevel"
-    if config.weighting.needs_target and had_weighter and not (saved.folder / DWM_STATE).exists():
+    if config.weighting.learns_weighter and had_weighter and not (saved.folder / DWM_STATE).exists():
         with reported_damage(saved.folder):
             raise CheckpointDamage(f"{DWM_STATE}, the weighter's state, is missing")
 
@@ -97,15 +99,17 @@ def replacing_flags(config: RunConfig, saved: SavedCheckpoint) -> list[str]:
     return [
         f" > {flag_name(name)} {flags[name]} replaces the checkpoint's {arguments[name]}"
         for name in _REPLACING
-        if name in arguments and arguments[name] != flags[name] and _has_effect(name, config)
+        if name in arguments
+        and arguments[name] != flags[name]
+        and _has_effect(name, config.optimizer, config.weighting)
     ]
 
 
-def _has_effect(name: str, config: RunConfig) -> bool:
+def _has_effect(name: str, optimizer: OptimizerConfig, weighting: WeightingConfig) -> bool:
     if name.startswith("dwm_"):
-        return config.weighting.needs_target
+        return weighting.needs_target
     kind = name.partition("_")[0]
-    return kind not in ("adam", "sgd") or kind == config.optimizer.optimizer
+    return kind not in ("adam", "sgd") or kind == optimizer.optimizer
 
 
 def resumed_vocab_size(

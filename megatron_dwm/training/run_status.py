@@ -1,15 +1,17 @@
 """Whether a run is running, was interrupted or has finished, for the script that started it.
 
-``<save>/run_status.json`` is ``{"status": "running" | "interrupted" | "finished", "iteration": N, "reason": "..."}``. A
-run that was asked to stop (by a signal, its time or an interval) ends with exit code 0 as one that has finished does,
-since launchers kill the other ranks at any other code; the status tells the two apart.
+``<save>/run_status.json`` is ``{"status": "running" | "interrupted" | "finished", "iteration": N, "reason": "...",
+"folder": "..."}``; the folder is the one that the run was started from. A run that was asked to stop (by a signal, its
+time or an interval) ends with exit code 0 as one that has finished does, since launchers kill the other ranks at any
+other code; the status tells the two apart.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 
@@ -23,5 +25,14 @@ def write_run_status(
 ) -> None:
     """Write the status on the first rank; nothing without a ``--save`` folder."""
     if save is not None and dist.get_rank() == 0:
-        text = json.dumps({"status": status, "iteration": iteration, "reason": reason})
+        text = json.dumps({"status": status, "iteration": iteration, "reason": reason, "folder": os.getcwd()})
         atomic_write_text(Path(save) / FILE_NAME, text + "\n")
+
+
+def read_run_status(save: Path) -> dict[str, Any]:
+    """Return the status of the run that saves to a folder; an empty one if there is none, or it is no status."""
+    try:
+        status = json.loads((save / FILE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return status if isinstance(status, dict) else {}

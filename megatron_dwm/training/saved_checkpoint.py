@@ -20,6 +20,7 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.safe_unpickling import (
     UnreadableFile,
     load_restricted,
+    read_common_state,
     read_metadata,
     read_torch_file,
     restricted_reader,
@@ -207,7 +208,7 @@ def _open(folder: Path) -> SavedCheckpoint:
     except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointDamage(f"metadata.json cannot be read ({short_reason(error)})") from None
     try:
-        common = read_torch_file(folder / "common.pt")
+        common = read_common_state(folder)
         metadata = read_metadata(folder / ".metadata")
     except UnreadableFile as error:
         raise CheckpointDamage(str(error)) from None

@@ -10,16 +10,22 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dwm.config.checkpoint import CheckpointConfig
+from megatron_dwm.config.data import DataConfig
+from megatron_dwm.config.logging import LoggingConfig
+from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.blend import DataPaths, data_paths
 from megatron_dwm.data.tokenizers import build_tokenizer, padded_vocab_size
 from megatron_dwm.data.validation import check_data
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
+from megatron_dwm.model.tp_comm_overlap import start_tp_comm_overlap
 from megatron_dwm.model.transformer_config import transformer_config
 from megatron_dwm.model.vocabulary import Vocabulary, saved_softmax_size
 from megatron_dwm.runtime.process_groups import ParallelState, initialize_process_groups, set_seeds
 from megatron_dwm.runtime.startup_sync import StartupSync
+from megatron_dwm.runtime.stragglers import StragglerReport
 from megatron_dwm.runtime.timers import StepTimers
 from megatron_dwm.training.checkpoint import CheckpointWriter
 from megatron_dwm.training.checkpoint_folders import has_torch_format, latest_checkpoint, loading_line
@@ -28,6 +34,7 @@ from megatron_dwm.training.dataloaders import Dataloaders
 from megatron_dwm.training.lr_schedule import Schedule, build_scheduler
 from megatron_dwm.training.optimizer import build_optimizer
 from megatron_dwm.training.profiler import StepProfiler
+from megatron_dwm.training.progress_log import ProgressLog
 from megatron_dwm.training.reporter import Reporter
 from megatron_dwm.training.resume_checks import check_resume, resumed_vocab_size
 from megatron_dwm.training.save_folder import SaveFolder, check_writable
@@ -69,7 +76,9 @@ class LanguageModel:
         return self.components.vocabulary.rows
 
 
-def hold_folders(config: RunConfig, rank: int) -> SaveFolder | None:
+def hold_folders(
+    checkpoint: CheckpointConfig, data: DataConfig, logging_flags: LoggingConfig, rank: int
+) -> SaveFolder | None:
     """Take the ``--save`` folder for this run, and check that all that is written to can be.
 
     Returns:
@@ -81,13 +90,13 @@ def hold_folders(config: RunConfig, rank: int) -> SaveFolder | None:
     if rank != 0:
         return None
     paths = {
-        "--data-cache-path": config.data.data_cache_path,
-        "--tensorboard-dir": config.logging.tensorboard_dir,
-        "--metrics-jsonl": config.logging.metrics_jsonl and str(Path(config.logging.metrics_jsonl).parent),
-        "--non-persistent-global-ckpt-dir": config.checkpoint.non_persistent_global_ckpt_dir,
+        "--data-cache-path": data.data_cache_path,
+        "--tensorboard-dir": logging_flags.tensorboard_dir,
+        "--metrics-jsonl": logging_flags.metrics_jsonl and str(Path(logging_flags.metrics_jsonl).parent),
+        "--non-persistent-global-ckpt-dir": checkpoint.non_persistent_global_ckpt_dir,
     }
     check_writable({flag: Path(path) for flag, path in paths.items() if path})
-    return SaveFolder(Path(config.checkpoint.save)) if config.checkpoint.save else None
+    return SaveFolder(Path(checkpoint.save)) if checkpoint.save else None
 
 
 def read_inputs(config: RunConfig, rank: int, world_size: int) -> RunInputs:
@@ -100,7 +109,13 @@ def read_inputs(config: RunConfig, rank: int, world_size: int) -> RunInputs:
     tokenizer = build_tokenizer(config.tokenizer)
     paths = data_paths(config.data, settings.dwm_target_data_path if settings.needs_target else None)
     if rank == 0:
-        check_data(paths, config.model.sequence, int(tokenizer.vocab_size), has_evaluation=config.data.eval_iters > 0)
+        check_data(
+            paths,
+            config.model.sequence,
+            int(tokenizer.vocab_size),
+            has_evaluation=config.data.has_validation,
+            reads_whole_sets=config.data.full_validation,
+        )
     folder = latest_checkpoint(config.checkpoint)
     if folder is None:
         return RunInputs(tokenizer, paths, None)
@@ -131,7 +146,7 @@ def build_language_model(
             device,
             resets_attention_mask=config.data.reset_attention_mask,
         )
-        vocabulary = _vocabulary(config, inputs)
+        vocabulary = _vocabulary(config.model, config.parallel.tp, inputs)
     if config.training.deterministic_mode:
         torch.use_deterministic_algorithms(True)
     parallel_state = initialize_process_groups(
@@ -143,6 +158,7 @@ def build_language_model(
         startup_sync.world_size,
     )
     set_seeds(config.training.seed, parallel_state)
+    start_tp_comm_overlap(config.model, config.parallel, core_config, config.training.micro_batch)
     document_end = inputs.tokenizer.eod if config.data.reset_attention_mask else None
     return assemble_language_model(config, core_config, vocabulary, parallel_state, document_end)
 
@@ -181,8 +197,7 @@ def assemble_language_model(
     return LanguageModel(parallel_state, engine, components)
 
 
-def _vocabulary(config: RunConfig, inputs: RunInputs) -> Vocabulary:
-    model, tp = config.model, config.parallel.tp
+def _vocabulary(model: ModelConfig, tp: int, inputs: RunInputs) -> Vocabulary:
     padded = model.padded_vocab_size or padded_vocab_size(inputs.vocab_size, model.make_vocab_size_divisible_by, tp)
     if inputs.checkpoint is None:
         return Vocabulary(padded, padded)
@@ -237,6 +252,7 @@ def build_trainer_parts(
     """
     parallel_state, components = language_model.parallel_state, language_model.components
     timers = StepTimers(config.profiling)
+    is_noted = config.logging.log_progress and parallel_state.is_first_rank
     with startup_sync.phase("metrics"):
         if save_folder is not None:
             save_folder.create()
@@ -246,15 +262,23 @@ def build_trainer_parts(
             parallel_state.rank,
             is_last_rank=parallel_state.is_last_rank,
         )
+        stragglers = StragglerReport(config.profiling, parallel_state.rank, parallel_state.world_size)
         reporter = Reporter(config, parallel_state, language_model.padded_vocab_size, train_state.iteration, timers)
+    progress = ProgressLog(
+        Path(str(config.checkpoint.save)) if is_noted else None,
+        parallel_state.world_size,
+        config.model.sequence,
+        train_state.num_floating_point_operations_so_far,
+    )
     return TrainerParts(
         parallel_state=parallel_state,
         engine=language_model.engine,
         components=components,
         dataloaders=dataloaders,
         reporter=reporter,
-        checkpoints=CheckpointWriter(config, components, parallel_state, save_folder),
+        checkpoints=CheckpointWriter(config, components, parallel_state, save_folder, progress),
         train_state=train_state,
         timers=timers,
         profiler=profiler,
+        stragglers=stragglers,
     )

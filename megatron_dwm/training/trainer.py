@@ -12,19 +12,21 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.config.run import RunConfig
+from megatron_dwm.model.attributes import changed_attributes
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.log_line import event_line
 from megatron_dwm.runtime.process_groups import ParallelState
+from megatron_dwm.runtime.stragglers import StragglerReport
 from megatron_dwm.runtime.timers import StepTimers
 from megatron_dwm.training.checkpoint import CheckpointWriter
 from megatron_dwm.training.dataloaders import Dataloaders
-from megatron_dwm.training.evaluation import evaluate
+from megatron_dwm.training.evaluation import Evaluation, evaluate
 from megatron_dwm.training.profiler import StepProfiler
 from megatron_dwm.training.reporter import Reporter
-from megatron_dwm.training.rerun import StepValidation
+from megatron_dwm.training.rerun import StepValidation, reported_divergence
 from megatron_dwm.training.run_status import write_run_status
 from megatron_dwm.training.step import StepResult, train_step
 from megatron_dwm.training.stop_request import StopRequest
@@ -50,6 +52,7 @@ class TrainerParts:
     train_state: TrainState
     timers: StepTimers
     profiler: StepProfiler
+    stragglers: StragglerReport
 
 
 class Trainer:
@@ -92,7 +95,8 @@ class Trainer:
         self._check_replicas(start)
         while not config.training.skip_train and train_state.iteration < config.train_iters:
             self.checkpoints.poll()
-            self.train_iteration(train_state.iteration + 1)
+            with reported_divergence(train_state.iteration + 1):
+                self.train_iteration(train_state.iteration + 1)
             self.parts.profiler.after_iteration(train_state.iteration - start, train_state.iteration)
             self._check_replicas(train_state.iteration)
             stop_reason = self.stop_request.reason(train_state.iteration)
@@ -104,6 +108,7 @@ class Trainer:
                 return None if train_state.iteration >= config.train_iters else stop_reason
         skipped = "skipping training (--skip-train is on) ..."
         logger.info(skipped if config.training.skip_train else event_line("after training is done"))
+        self._announce_second_evaluation()
         self.evaluate("valid", f"iteration {train_state.iteration} on validation set", log_progress=True)
         self.evaluate("test", f"iteration {train_state.iteration} on test set", log_progress=True)
         return None
@@ -111,14 +116,17 @@ class Trainer:
     def train_iteration(self, iteration: int) -> None:
         """Run one iteration: weigh the batch, step the language model, let the weighting learn from the step."""
         timed = self.timers.timed
-        with timed("batch-generator"):
+        with timed("batch-generator"), self.parts.stragglers.reading():
             batch = self.dataloaders.train.next_batch()
         with timed("dwm-before-step"):
             self.weighting.before_step(iteration)
         with timed("dwm-weigh"):
             weights = self.weighting.weigh(iteration, batch)
-        with self.timers.attached(
-            self.engine.config, *(part.config for part in optimizer_parts(self.components.optimizer))
+        with (
+            self.timers.attached(
+                self.engine.config, *(part.config for part in optimizer_parts(self.components.optimizer))
+            ),
+            changed_attributes(self.engine, {"around_forward": self.parts.stragglers.forward_pass}),
         ):
             result = train_step(
                 self.engine,
@@ -135,6 +143,7 @@ class Trainer:
             )
         samples = len(batch) * self.parallel_state.dp_size
         part = samples / self.config.global_batch_size  # of the largest batch, which operations are counted for
+        self.parts.stragglers.count(part * self.reporter.flops_per_step)
         skipped = self.batch_sizes.nominal(self.train_state.consumed_train_samples) - samples
         self.train_state.advance(iteration, samples, part * self.reporter.flops_per_step, skipped)
         metrics = self.weighting.metrics(iteration, batch, weights)
@@ -142,6 +151,7 @@ class Trainer:
             self.reporter.record(*self.weighting.after_step(iteration, batch, weights, result))
         self._report(result, metrics, part * self.weighting.flops(iteration, result), samples)
         if iteration % self.config.logging.log_interval == 0:
+            self.parts.stragglers.report()
             self.parts.profiler.write_memory()
         interval = self.config.training.manual_gc_interval
         if self.config.training.manual_gc and interval and iteration % interval == 0:
@@ -170,21 +180,37 @@ class Trainer:
             prefix: where in the run this is, for the log.
             log_progress: whether to log each batch.
         """
-        loader = self.dataloaders.valid if split == "valid" else self.dataloaders.test
-        if loader is None or self.config.data.eval_iters == 0:
+        data = self.dataloaders.valid if split == "valid" else self.dataloaders.test
+        if data is None:
             return
+        reads_whole_sets = split == "valid" and self.config.data.full_validation
         with self.reporter.paused(), self.engine.full_parameters():
-            result = evaluate(
-                self.engine,
-                loader,
-                self.config.data.eval_iters,
-                self.config.training.micro_batch,
-                self.parallel_state,
-                log_progress=log_progress,
-            )
-            if split == "valid":
-                self.train_state.consumed_valid_samples += result.samples
-            self.reporter.evaluation(self.train_state, split, result.loss, prefix)
+            results = {
+                name: evaluate(
+                    self.engine,
+                    data.loader,
+                    batches,
+                    self.config.training.micro_batch,
+                    self.parallel_state,
+                    log_progress=log_progress,
+                    dtype=torch.float64 if reads_whole_sets else torch.float32,
+                )
+                for name, batches in data.batches.items()
+            }
+            if split == "valid" and not reads_whole_sets:  # each set has a place of its own, the same for all
+                self.train_state.consumed_valid_samples += data.samples // len(data.batches)
+            loss = Evaluation.of_all(list(results.values())).loss
+            by_source = {name: result.loss for name, result in results.items()}
+            is_by_source = split == "valid" and self.config.data.multiple_validation_sets
+            self.reporter.evaluation(self.train_state, split, loss, prefix, by_source if is_by_source else {})
+
+    def _announce_second_evaluation(self) -> None:
+        """Say why there are two validation losses of the last iteration, as Megatron-LM has them, if there are."""
+        config, interval = self.config, self.config.data.eval_interval
+        was_evaluated = interval and self.train_state.iteration % interval == 0 and not config.training.skip_train
+        if was_evaluated and self.dataloaders.valid is not None and not config.data.full_validation:
+            samples = config.data.eval_iters * config.global_batch_size
+            logger.info(f" > the final validation loss is of the next {samples} samples, after those of the loss above")
 
     def save(self, *, persistent: bool = True) -> None:
         """Write a checkpoint, and with a persistent one what the weighting writes beside it."""

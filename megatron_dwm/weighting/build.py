@@ -5,85 +5,113 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.blend import DataPaths
-from megatron_dwm.data.hf_tokenizers import vocabulary_fingerprint
+from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer, vocabulary_fingerprint
 from megatron_dwm.data.loader import BatchLoader
+from megatron_dwm.data.sample_text import sample_text
 from megatron_dwm.data.sampler import BatchPartition
+from megatron_dwm.errors import UserError
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.weighting.bilevel.gradient_check import check_at_start
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.outer_update import OuterUpdate
 from megatron_dwm.weighting.bilevel.weighting import BilevelFlops, BilevelParts, BilevelWeighting
+from megatron_dwm.weighting.build_rules import build_rule
 from megatron_dwm.weighting.export import FolderExporter, NoExport, WeighterExporter, run_facts
-from megatron_dwm.weighting.flops import forward_flops, outer_update_flops, scoring_flops
-from megatron_dwm.weighting.frozen import FrozenWeighting
+from megatron_dwm.weighting.flops import outer_update_flops, scoring_flops
+from megatron_dwm.weighting.frozen import FrozenParts, FrozenWeighting
 from megatron_dwm.weighting.loss_factors import LossFactors
 from megatron_dwm.weighting.policy import SampleWeighting, State
-from megatron_dwm.weighting.rules import LossWeighting, OracleWeighting, RandomWeighting, ShuffledWeighting
+from megatron_dwm.weighting.rules import ShuffledWeighting
 from megatron_dwm.weighting.sample_gather import SampleGather
+from megatron_dwm.weighting.sample_reader import SampleReader
 from megatron_dwm.weighting.scored import ScoringOptions
 from megatron_dwm.weighting.stage_schedule import StageSchedule, bilevel_stages, frozen_stages
 from megatron_dwm.weighting.uniform import UniformWeighting
 from megatron_dwm.weighting.warmup import Start, WarmupWeighting
 from megatron_dwm.weighting.weight_metrics import WeightMetrics
-from megatron_dwm.weighting.weighter import Weighter
+from megatron_dwm.weighting.weighter import Weighter, model_digest
+from megatron_dwm.weighting.weighter_folder import SampleTokens, WeighterFolder, read_weighter_folder, window_reader
 from megatron_dwm.weighting.weighter_init import (
     NGRAM,
     check_init_from_lm,
     random_weighter_model,
-    weighter_model_from_folder,
     weighter_model_from_json,
     weighter_model_from_lm,
 )
+from megatron_dwm.weighting.weighter_stages import WeighterStage, weighter_stages
 
 logger = logging.getLogger(__name__)
+
+DOCUMENT_JOINT = "\n\n"
+"""Stands between two documents of a sample, where a classifier with another tokenizer reads its text."""
 
 
 @dataclass(frozen=True)
 class WeightingInputs:
     """What the weighting reads, checked before any process waits for another."""
 
-    stages: StageSchedule
-    tokenizer_fingerprint: str
-    """Of the tokenizer's vocabulary; empty without a weighter."""
-    folder_model: Any | None
-    """The classifier that ``--dwm-load`` or ``--dwm-init-from`` names, if it names a folder."""
+    samples: SampleTokens | None = None
+    """What the weighter can read; None without a weighter."""
+    folder: WeighterFolder | None = None
+    """The classifier that ``--dwm-load`` or ``--dwm-init-from`` names, if it names a folder; the first of several."""
+    digest: str | None = None
+    """Of the parameters of all weighters that are read from folders."""
+
+
+def run_stages(config: RunConfig, begun_by: int | None = None) -> StageSchedule:
+    """Lay out the stages of a run; of a resumed one over its whole length, as its flags say it now.
+
+    Args:
+        begun_by: the iteration that a run with a weighter which has begun to learn goes on from, if it does.
+
+    Raises:
+        UserError: they do not fit into the run.
+    """
+    if not config.weighting.needs_target:
+        return frozen_stages(config.weighting, config.train_iters)
+    return bilevel_stages(config.weighting, config.train_iters, begun_by)
 
 
 def read_weighting_inputs(config: RunConfig, tokenizer: Any) -> WeightingInputs:
-    """Open and check the weighter's folder, and lay out the stages.
+    """Open and check the weighter's folder.
 
     Raises:
-        UserError: the folder does not fit, or the stages do not fit into the run.
+        UserError: the folder does not fit.
     """
     settings = config.weighting
-    if not settings.needs_target:
-        stages = frozen_stages(settings, config.train_iters)
-    else:
-        stages = bilevel_stages(settings, config.train_iters)
     if not settings.has_weighter:
-        return WeightingInputs(stages, "", None)
-    fingerprint = vocabulary_fingerprint(tokenizer, config.tokenizer)
-    flag, folder = "--dwm-init-from", settings.dwm_init_from
-    if settings.dwm_load is not None:
-        flag, folder = "--dwm-load", settings.dwm_load
-    if folder == "lm":
-        check_init_from_lm(config.model, settings)
-    if folder in ("lm", "random"):
-        return WeightingInputs(stages, fingerprint, None)
-    vocab, eod = int(tokenizer.vocab_size), int(tokenizer.eod)
-    model = weighter_model_from_folder(
-        flag, folder, config.model.sequence, vocab, eod, fingerprint, config.training.seed
+        return WeightingInputs()
+    samples = SampleTokens(
+        config.model.sequence,
+        int(tokenizer.vocab_size),
+        int(tokenizer.eod),
+        vocabulary_fingerprint(tokenizer, config.tokenizer),
+        partial(sample_text, tokenizer=tokenizer, joint=DOCUMENT_JOINT),
     )
-    return WeightingInputs(stages, fingerprint, model)
+    flag, seed = "--dwm-load", config.training.seed
+    if settings.dwm_load is not None:
+        weighters = weighter_stages(flag, settings.dwm_load, config.train_iters)
+        # All of them, so that none fails in the middle of the run.
+        digests = [model_digest(read_weighter_folder(flag, w.folder, samples, seed).model) for w in weighters[1:]]
+        folder = read_weighter_folder(flag, weighters[0].folder, samples, seed)
+        return WeightingInputs(samples, folder, "".join([model_digest(folder.model), *digests]))
+    if settings.dwm_init_from == "lm":
+        check_init_from_lm(config.model, settings)
+    if settings.dwm_init_from in ("lm", "random"):
+        return WeightingInputs(samples)
+    folder = read_weighter_folder("--dwm-init-from", settings.dwm_init_from, samples, seed)
+    return WeightingInputs(samples, folder, digest=model_digest(folder.model))
 
 
 @dataclass(frozen=True)
@@ -92,6 +120,7 @@ class WeightingContext:
 
     config: RunConfig
     inputs: WeightingInputs
+    stages: StageSchedule
     paths: DataPaths
     tokenizer: Any
     padded_vocab_size: int
@@ -135,7 +164,7 @@ def weight_metrics(context: WeightingContext) -> WeightMetrics:
     config, gather = context.config, SampleGather(context.partition, context.parallel_state)
     is_per_token = context.engine.config.calculate_per_token_loss
     loss_factors = LossFactors(config.training.micro_batch, is_per_token, context.parallel_state)
-    return WeightMetrics(context.inputs.stages, gather, loss_factors, context.paths.train_sources)
+    return WeightMetrics(context.stages, gather, loss_factors, context.paths.train_sources)
 
 
 def scoring_options(config: RunConfig) -> ScoringOptions:
@@ -155,49 +184,53 @@ class _Builder:
         self.weight_metrics, self.options = weight_metrics(context), scoring_options(context.config)
 
     def build(self) -> SampleWeighting:
-        return WarmupWeighting(self.inputs.stages, self.weight_metrics, self._start())
+        return WarmupWeighting(self.context.stages, self.weight_metrics, self._start())
 
     def _start(self) -> Start:
-        if self.settings.needs_target:
+        if self.settings.learns_weighter:
             return self._start_bilevel
         return self._start_frozen if self.settings.dwm_mode == "frozen" else self._start_rule()
 
     def _start_rule(self) -> Start:
-        settings, training = self.settings, self.config.training
-        rule: RandomWeighting | LossWeighting | OracleWeighting
-        if settings.dwm_rule == "random":
-            rule = RandomWeighting(self.weight_metrics, self.options, settings.dwm_rule_strength, training.seed)
-        elif settings.dwm_rule == "loss":
-            flops = forward_flops(self.config.model, self.context.padded_vocab_size, self.config.global_batch_size)
-            strength, micro = settings.dwm_rule_strength, training.micro_batch
-            rule = LossWeighting(self.weight_metrics, self.options, strength, self.engine, micro, flops)
-        else:
-            rule = OracleWeighting(self.weight_metrics, self.options, settings.dwm_rule_sources or [])
+        rule = build_rule(self.context, lm_gradients(self.context), self.weight_metrics, self.options)
 
         def start(iteration: int, state: State) -> SampleWeighting:
             rule.load_state_dict(state)
-            logger.info(f" > weighting starts at iteration {iteration}: the rule {settings.dwm_rule}")
+            logger.info(f" > weighting starts at iteration {iteration}: the rule {self.settings.dwm_rule}")
             return rule
 
         return start
 
     def _start_frozen(self, iteration: int, state: State) -> SampleWeighting:
-        weighter = self._weighter(self._new_model())
-        self._announce(iteration, weighter)
-        flops = self._scoring_flops(weighter)
-        weighting = FrozenWeighting(self.weight_metrics, self.options, weighter, self._exporter(), flops)
+        assert self.settings.dwm_load is not None  # of every run in this mode
+        parts = FrozenParts(
+            weighter_stages("--dwm-load", self.settings.dwm_load, self.config.train_iters),
+            self._frozen_weighter,
+            self._exporter(has_own_tokenizer=True),
+            self.settings.dwm_score_cache,
+            self._scoring_flops,
+        )
+        weighting = FrozenWeighting(self.weight_metrics, self.options, parts, iteration)
+        self._announce(iteration, weighting.weighter)
         weighting.load_state_dict(state)
         return weighting
+
+    def _frozen_weighter(self, stage: WeighterStage) -> Weighter:
+        """Read the weighter of a stage; the first one was read at the start."""
+        inputs, folder = self.inputs, self.inputs.folder
+        if folder is None or folder.path != stage.folder:
+            assert inputs.samples is not None  # there is a weighter
+            folder = read_weighter_folder("--dwm-load", stage.folder, inputs.samples, self.config.training.seed)
+        return self._weighter_of_folder(folder, folder.model)
 
     def _start_bilevel(self, iteration: int, state: State) -> SampleWeighting:
         is_restored = state.get("weighter") is not None
         if is_restored:
-            weighter = self._weighter(weighter_model_from_json(state["weighter_config"]))
-            weighter.load_state(state)
+            weighter = self._restored_weighter(state)
             self._log_kept_architecture(weighter)
         else:
-            weighter = self._weighter(self._new_model())
-            if iteration > self.inputs.stages.warmup_iters + 1:
+            weighter = self._new_weighter()
+            if iteration > self.context.stages.warmup_iters + 1:
                 logger.warning(
                     f"the checkpoint holds no weighter, so a new one starts at iteration {iteration}; to go on with "
                     "an earlier one, give its export as --dwm-init-from"
@@ -208,7 +241,7 @@ class _Builder:
             weighter,
             self._outer_update(weighter),
             self.context.make_target_loader(state.get("consumed_target_samples", 0)),
-            self._exporter(),
+            self._exporter(has_own_tokenizer=bool(weighter.tokenizer_fingerprint)),
             BilevelFlops(self._scoring_flops(weighter), self._update_flops(weighter)),
         )
         if self.settings.dwm_mode == "rule":
@@ -223,15 +256,48 @@ class _Builder:
     def _outer_update(self, weighter: Weighter) -> OuterUpdate:
         return OuterUpdate(self.settings, lm_gradients(self.context), weighter, self.sample_gather)
 
-    def _weighter(self, model: Any) -> Weighter:
-        return Weighter(model, self.settings, self.context.device, bf16=self.config.optimizer.bf16)
+    def _weighter(self, model: Any, reader: SampleReader | None = None, tokenizer_fingerprint: str = "") -> Weighter:
+        return Weighter(
+            model,
+            self.settings,
+            self.context.device,
+            reader=reader,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            bf16=self.config.optimizer.bf16,
+        )
+
+    def _weighter_of_folder(self, folder: WeighterFolder, model: Any) -> Weighter:
+        """Return a weighter that reads as the one of a folder does."""
+        return self._weighter(model, folder.reader, "" if folder.own_tokenizer is None else folder.fingerprint)
+
+    def _restored_weighter(self, state: State) -> Weighter:
+        """Return a checkpoint's weighter, which reads samples as it did.
+
+        Raises:
+            UserError: it has a tokenizer of its own, which the flags do not name.
+        """
+        model, folder = weighter_model_from_json(state["weighter_config"]), self.inputs.folder
+        if own := state.get("weighter_tokenizer"):
+            if folder is None or folder.own_tokenizer is None or folder.fingerprint != own:
+                raise UserError(
+                    f"--dwm-init-from {self.settings.dwm_init_from}: the checkpoint's weighter has another tokenizer; "
+                    "give the folder that it was started from"
+                )
+            weighter = self._weighter_of_folder(folder, model)
+        else:
+            weighter = self._weighter(model, window_reader(model, self.config.model.sequence))
+        weighter.load_state(state)
+        return weighter
+
+    def _new_weighter(self) -> Weighter:
+        """Make the weighter that the flags ask for; a collective call of all ranks."""
+        if self.inputs.folder is not None:
+            return self._weighter_of_folder(self.inputs.folder, self.inputs.folder.model)
+        return self._weighter(self._new_model())
 
     def _new_model(self) -> Any:
-        """Make the classifier that the flags ask for; a collective call of all ranks."""
         settings, model, seed = self.settings, self.config.model, self.config.training.seed
         vocab, eod = int(self.context.tokenizer.vocab_size), int(self.context.tokenizer.eod)
-        if self.inputs.folder_model is not None:
-            return self.inputs.folder_model
         if settings.dwm_init_from == "random":
             return random_weighter_model(settings, vocab, model.sequence, eod, seed)
         with self.engine.full_parameters():
@@ -247,13 +313,31 @@ class _Builder:
     def _announce(self, iteration: int, weighter: Weighter) -> None:
         kind, size, mode = type(weighter.model).__name__, weighter.num_parameters, self.settings.dwm_mode
         logger.info(f" > weighting starts at iteration {iteration}: {kind} of {size} parameters, {mode}")
+        if self.inputs.folder is not None and self.inputs.folder.reading:
+            logger.info(f" > the weighter's samples: {self.inputs.folder.reading}")
 
-    def _exporter(self) -> WeighterExporter:
-        save = self.config.checkpoint.save
+    def _exporter(self, *, has_own_tokenizer: bool) -> WeighterExporter:
+        save, folder, tokenizer = self.config.checkpoint.save, self.inputs.folder, self.config.tokenizer
         if save is None:
             return NoExport()
-        facts = run_facts(self.config, self.context.paths, self.inputs.tokenizer_fingerprint)
-        return FolderExporter(Path(save) / "weighter", self.context.tokenizer, self.config.tokenizer, facts)
+        assert self.inputs.samples is not None  # there is a weighter
+        save_tokenizer: Callable[[Path], Any]
+        if has_own_tokenizer and folder is not None and folder.own_tokenizer is not None:
+            save_tokenizer, fingerprint, special = folder.own_tokenizer.save_pretrained, folder.fingerprint, True
+        else:
+            length = self.inputs.samples.seq_length
+            save_tokenizer = partial(_save_tokenizer, self.context.tokenizer, tokenizer, length)
+            fingerprint, special = self.inputs.samples.fingerprint, tokenizer.tokenizer_hf_include_special_tokens
+        facts = run_facts(
+            self.settings,
+            self.config.model,
+            self.config.train_iters,
+            self.config.global_batch_size,
+            self.context.paths,
+            fingerprint,
+            adds_special_tokens=special,
+        )
+        return FolderExporter(Path(save) / "weighter", save_tokenizer, facts)
 
     def _scoring_flops(self, weighter: Weighter) -> float:
         parameters, samples = weighter.num_computing_parameters, self.config.global_batch_size
@@ -262,3 +346,7 @@ class _Builder:
     def _update_flops(self, weighter: Weighter) -> float:
         vocab, parameters = self.context.padded_vocab_size, weighter.num_computing_parameters
         return outer_update_flops(self.config, vocab, parameters, is_linear=weighter.is_linear)
+
+
+def _save_tokenizer(tokenizer: Any, config: TokenizerConfig, max_length: int, folder: Path) -> None:
+    save_hf_tokenizer(tokenizer, config, folder, max_length)

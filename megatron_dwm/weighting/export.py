@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,10 +16,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.atomic_write import atomic_folder
-from megatron_dwm.config.run import RunConfig
-from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.blend import DataPaths
-from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
 from megatron_dwm.errors import UserError
 from megatron_dwm.safe_unpickling import short_reason
 from megatron_dwm.weighting.export_manifest import write_manifest
@@ -45,15 +44,14 @@ class NoExport:
 class FolderExporter:
     """Writes ``<save>/weighter/iter_XXXXXXX/``, each once."""
 
-    def __init__(
-        self, root: Path, tokenizer: Any, tokenizer_config: TokenizerConfig, run_facts: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, root: Path, save_tokenizer: Callable[[Path], Any], run_facts: Mapping[str, Any]) -> None:
         """
         Args:
+            root: holds the exports.
+            save_tokenizer: writes the weighter's tokenizer to a folder.
             run_facts: what the manifest says of the run (:func:`run_facts`).
         """
-        self.root, self.tokenizer, self.tokenizer_config = root, tokenizer, tokenizer_config
-        self.run_facts = run_facts
+        self.root, self.save_tokenizer, self.run_facts = root, save_tokenizer, run_facts
         self._last: tuple[int, str] | None = None
 
     def export(self, weighter: Weighter, iteration: int, stage: int) -> None:
@@ -70,7 +68,7 @@ class FolderExporter:
             elif self._last != (iteration, digest):
                 manifest = self._manifest(weighter, iteration, stage, digest)
                 with _reported_failure(self.root.parent, iteration):
-                    export_weighter(weighter.model, self.tokenizer, self.tokenizer_config, folder, manifest)
+                    export_weighter(weighter.model, self.save_tokenizer, folder, manifest)
                 logger.info(f" > exported the weighter to {folder}")
                 self._last = (iteration, digest)
         dist.barrier()
@@ -108,27 +106,46 @@ def _reported_failure(save: Path, iteration: int) -> Iterator[None]:
 
 
 def export_weighter(
-    model: Any, tokenizer: Any, tokenizer_config: TokenizerConfig, folder: Path, manifest: Mapping[str, Any]
+    model: Any, save_tokenizer: Callable[[Path], Any], folder: Path, manifest: Mapping[str, Any]
 ) -> None:
-    """Write a weighter's classifier, tokenizer and manifest beside ``folder``, then put them in place."""
+    """Write a weighter's classifier, tokenizer and manifest beside ``folder``, then put them in place.
+
+    Args:
+        save_tokenizer: writes the tokenizer to a folder that holds the classifier already.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar for one small file would break the log's lines
     with atomic_folder(folder) as beside:
         model.save_pretrained(beside)
-        save_hf_tokenizer(tokenizer, tokenizer_config, beside)
+        save_tokenizer(beside)
         write_manifest(beside, manifest)
 
 
-def run_facts(config: RunConfig, paths: DataPaths, tokenizer_fingerprint: str) -> dict[str, Any]:
-    """Return what a manifest says of the run that the weighter is from."""
-    model, settings = config.model, config.weighting
+def run_facts(
+    settings: WeightingConfig,
+    model: ModelConfig,
+    train_iters: int,
+    global_batch_size: int,
+    paths: DataPaths,
+    tokenizer_fingerprint: str,
+    *,
+    adds_special_tokens: bool,
+) -> dict[str, Any]:
+    """Return what a manifest says of the run that the weighter is from.
+
+    Args:
+        tokenizer_fingerprint: of the weighter's tokenizer.
+        adds_special_tokens: whether the weighter has seen texts with its tokenizer's special tokens around them.
+    """
     return {
         "mode": settings.dwm_mode,
         "initialised_from": settings.dwm_load or settings.dwm_init_from,
         "temperature": settings.dwm_temperature,
         "kl_weight": settings.dwm_kl_weight,
+        "train_iters": train_iters,
         "tokenizer_fingerprint": tokenizer_fingerprint,
+        "special_tokens": adds_special_tokens,
         "data": {
             flag: {"prefixes": prefixes, "weights": weights} for flag, (prefixes, weights) in paths.blends().items()
         },
@@ -141,5 +158,5 @@ def run_facts(config: RunConfig, paths: DataPaths, tokenizer_fingerprint: str) -
             "ffn_hidden_size": model.ffn,
             "seq_length": model.sequence,
         },
-        "global_batch_size": config.global_batch_size,
+        "global_batch_size": global_batch_size,
     }

@@ -20,6 +20,24 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a verified export's manifest; an empty one of a folder that has none."""
+    path = folder / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def trained_length(folder: Path, hf_config: Any) -> int | None:
+    """Return the tokens of the samples that a weighter learned from; None if that is not known.
+
+    Args:
+        folder: verified, the weighter's.
+        hf_config: its configuration, whose positions count if there is no manifest.
+    """
+    length = read_manifest(folder).get("language_model", {}).get("seq_length")
+    length = length or getattr(hf_config, "max_position_embeddings", None)
+    return None if length is None else int(length)
+
+
 def verify_export(flag: str, folder: Path) -> bool:
     """Hold a folder against its manifest, if it has one: models that others made have none.
 

@@ -1,51 +1,98 @@
-"""Weights of a trained weighter that does not change."""
+"""Weights of a trained weighter that does not change, or of one for each stage of the run that learned them."""
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.weighting.export import WeighterExporter
-from megatron_dwm.weighting.policy import State, StepOutcome
+from megatron_dwm.weighting.policy import SampleWeights, State, StepOutcome
+from megatron_dwm.weighting.score_cache import ScoreCache
 from megatron_dwm.weighting.scored import ScoredWeighting, ScoringOptions
 from megatron_dwm.weighting.weight_metrics import WeightMetrics
 from megatron_dwm.weighting.weighter import Weighter, weighter_state
+from megatron_dwm.weighting.weighter_stages import WeighterStage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FrozenParts:
+    """What frozen weighting is made of."""
+
+    stages: Sequence[WeighterStage]
+    read_weighter: Callable[[WeighterStage], Weighter]
+    """Reads the weighter of a stage from its folder."""
+    exporter: WeighterExporter
+    most_cached_scores: int
+    scoring_flops: Callable[[Weighter], float]
+    """Gives the operations of scoring one global batch."""
 
 
 class FrozenWeighting(ScoredWeighting):
     """Scores batches with a weighter, and exports it beside the run's checkpoints."""
 
     def __init__(
-        self,
-        weight_metrics: WeightMetrics,
-        options: ScoringOptions,
-        weighter: Weighter,
-        exporter: WeighterExporter,
-        flops_per_batch: float,
+        self, weight_metrics: WeightMetrics, options: ScoringOptions, parts: FrozenParts, iteration: int
     ) -> None:
         """
         Args:
-            flops_per_batch: operations of scoring one global batch.
+            iteration: the first that is weighted.
         """
         super().__init__(weight_metrics, options)
-        self.weighter, self.exporter, self.flops_per_batch = weighter, exporter, flops_per_batch
-        self.stages = weight_metrics.stages
+        self.parts, self.exporter = parts, parts.exporter
+        self.cache = ScoreCache(parts.most_cached_scores)
+        self.stage = self._stage_of(iteration)
+        self.weighter = parts.read_weighter(self.stage)
+
+    def before_step(self, iteration: int) -> None:
+        """Take the next stage's weighter when its time has come."""
+        stage = self._stage_of(iteration)
+        if stage == self.stage:
+            return
+        self.stage, self.weighter = stage, self.parts.read_weighter(stage)
+        self.cache.clear()
+        logger.info(f" > iteration {iteration}: the weighter of stage {stage.number}, {stage.folder}")
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
-        """Let each rank score its part of the replica's samples, and gather."""
-        rank_scores = self.weighter.score(batch.tokens[self.sample_gather.rank_slice_of(len(batch))])
-        return self.sample_gather.gather_from_ranks(rank_scores, len(batch)).cpu()
+        """Let each rank score what has not been scored of its part of the replica's samples, and gather."""
+        tokens = batch.tokens[self.sample_gather.rank_slice_of(len(batch))]
+        if self.cache.most:
+            return self.cache.score(tokens, len(batch), self.weighter.score, self.sample_gather)
+        return self.sample_gather.gather_from_ranks(self.weighter.score(tokens), len(batch)).cpu()
+
+    def metrics(self, iteration: int, batch: Batch, weights: SampleWeights | None) -> dict[str, Any]:
+        """Return the figures of the weights, and the stage that the weighter is from."""
+        return super().metrics(iteration, batch, weights) | {"stage": self.stage.number}
 
     def flops(self, iteration: int, outcome: StepOutcome) -> float:
         """Return the operations of one forward pass of the weighter over the batch."""
-        return self.flops_per_batch
+        return self.parts.scoring_flops(self.weighter)
 
     def before_save(self, iteration: int) -> None:
         """Export the weighter."""
-        self.exporter.export(self.weighter, iteration, self.stages.stage(iteration))
+        self.exporter.export(self.weighter, iteration, self.stage.number)
 
     def state_dict(self) -> State:
-        """Return the weighter's state; that of a weighter that has learned is kept for the next bilevel run instead."""
+        """Return the weighter's state, or that of one that has learned, and the scores of samples."""
+        cached = {"score_cache": {"weighter": self.weighter.hash(), **self.cache.state()}}
         if self._state.get("outer_updates"):
-            return self._state
-        return {"consumed_target_samples": 0, "outer_updates": 0, **weighter_state(self.weighter), "replay": []}
+            return {**self._state, **cached}
+        state = {"consumed_target_samples": 0, "outer_updates": 0, **weighter_state(self.weighter), "replay": []}
+        return {**state, **cached}
+
+    def load_state_dict(self, state: State) -> None:
+        """Keep ``state``, and take the scores in it if they are this weighter's."""
+        cached = state.get("score_cache")
+        super().load_state_dict(state)
+        if cached is not None and cached["weighter"] == self.weighter.hash():
+            self.cache.load(cached)
+
+    def _stage_of(self, iteration: int) -> WeighterStage:
+        stages = self.parts.stages
+        return next((stage for stage in stages if iteration <= stage.last_iteration), stages[-1])

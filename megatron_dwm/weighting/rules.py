@@ -5,8 +5,9 @@ Shape legend: N samples of the global batch, n of this replica.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from megatron_dwm.data.batch import Batch
@@ -34,32 +35,32 @@ class RandomWeighting(ScoredWeighting):
 
 
 class LossWeighting(ScoredWeighting):
-    """Samples of a high loss count for more: the language model's losses before the step, standardized."""
+    """Samples count by the language model's losses before the step."""
 
     def __init__(
         self,
         weight_metrics: WeightMetrics,
         options: ScoringOptions,
-        strength: float,
+        scores_of: Callable[[torch.Tensor], torch.Tensor],
         engine: PipelineEngine,
         micro_batch_size: int,
         flops_per_batch: float,
     ) -> None:
         """
         Args:
-            strength: standard deviation of the scores.
+            scores_of: makes scores of the losses of the global batch [N].
             flops_per_batch: operations of the forward pass over a global batch that the losses need.
         """
         super().__init__(weight_metrics, options)
-        self.strength, self.engine, self.micro_batch_size = strength, engine, micro_batch_size
+        self.scores_of, self.engine, self.micro_batch_size = scores_of, engine, micro_batch_size
         self.flops_per_batch = flops_per_batch
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
-        """Run the batch forward and standardize the samples' losses."""
+        """Run the batch forward and make scores of the samples' losses."""
         with torch.no_grad(), self.engine.full_parameters(), self.engine.deterministic():
             losses = self.engine.run(batch, self.micro_batch_size, forward_only=True)
         means = self.engine.broadcast_losses(losses, len(batch)).mean
-        return self.strength * standardized(self.sample_gather.gather_from_replicas(means).cpu())
+        return self.scores_of(self.sample_gather.gather_from_replicas(means).cpu())
 
     def flops(self, iteration: int, outcome: StepOutcome) -> float:
         """Return the operations of the forward pass."""
@@ -75,19 +76,55 @@ class OracleWeighting(ScoredWeighting):
             UserError: none of ``sources`` is a source of the training data.
         """
         super().__init__(weight_metrics, options)
-        unknown = [name for name in sources if name not in weight_metrics.sources]
-        if unknown:
-            raise UserError(
-                f"--dwm-rule-sources {unknown[0]}: no source of the training data; name some of "
-                f"{', '.join(weight_metrics.sources)}"
-            )
-        self._counting = torch.tensor([weight_metrics.sources.index(name) for name in sources])
+        self._counting = torch.tensor(source_numbers(weight_metrics, sources))
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
         """Return 0 for the samples that count and -inf for the others."""
         source = self.sample_gather.gather_from_replicas(batch.source).cpu()
         counts = torch.isin(source, self._counting)
         return torch.where(counts, 0.0, float("-inf")) if bool(counts.any()) else torch.zeros(len(source))
+
+
+class SourceWeighting(ScoredWeighting):
+    """Each source has a fixed weight; sources that are not named have 1. A batch's weights have the mean 1 as ever."""
+
+    def __init__(
+        self,
+        weight_metrics: WeightMetrics,
+        options: ScoringOptions,
+        sources: Sequence[str],
+        source_weights: Sequence[float],
+    ) -> None:
+        """
+        Raises:
+            UserError: one of ``sources`` is no source of the training data.
+        """
+        super().__init__(weight_metrics, options)
+        self._scores = torch.zeros(len(weight_metrics.sources), dtype=torch.float64)
+        logs = torch.tensor(source_weights, dtype=torch.float64).log()
+        self._scores[source_numbers(weight_metrics, sources)] = options.temperature * logs
+
+    def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
+        """Return the logarithm of each sample's source's weight, times the temperature."""
+        return self._scores[self.sample_gather.gather_from_replicas(batch.source).cpu()]
+
+
+class HalfWeighting(ScoredWeighting):
+    """A random half of the training samples counts, the other half does not."""
+
+    def __init__(self, weight_metrics: WeightMetrics, options: ScoringOptions, seed: int) -> None:
+        """
+        Args:
+            seed: which half; it does not depend on the layout or on the order of the data.
+        """
+        super().__init__(weight_metrics, options)
+        self.seed = seed
+
+    def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
+        """Return 0 for the samples of the half and -inf for the others; uniform in a batch that has none of them."""
+        index = self.sample_gather.gather_from_replicas(batch.index).cpu()
+        counts = torch.from_numpy(half_of_samples(index.numpy(), self.seed))
+        return torch.where(counts, 0.0, float("-inf")) if bool(counts.any()) else torch.zeros(len(index))
 
 
 class ShuffledWeighting(BilevelWeighting):
@@ -101,6 +138,46 @@ class ShuffledWeighting(BilevelWeighting):
         """Return the weighter's scores in random order."""
         scores = super().scores(iteration, batch)
         return scores[torch.randperm(len(scores), generator=iteration_generator(self.seed, iteration))]
+
+
+def source_numbers(weight_metrics: WeightMetrics, sources: Sequence[str]) -> list[int]:
+    """Return the places of ``sources`` among those of the training data.
+
+    Raises:
+        UserError: one of them is none.
+    """
+    known = weight_metrics.sources
+    if unknown := [name for name in sources if name not in known]:
+        raise UserError(
+            f"--dwm-rule-sources {unknown[0]}: no source of the training data; name some of {', '.join(known)}"
+        )
+    return [known.index(name) for name in sources]
+
+
+def half_of_samples(index: np.ndarray, seed: int) -> np.ndarray:
+    """Return whether each sample of the training data, by index, is in the random half that ``seed`` names."""
+    mixed = index.astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # the finalizer of SplitMix64
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return np.asarray((mixed >> np.uint64(40)) % np.uint64(2) == 0)
+
+
+def high_loss_scores(losses: torch.Tensor, strength: float) -> torch.Tensor:
+    """Return standardized losses [N] times ``strength``: the higher a sample's loss, the more it counts."""
+    return strength * standardized(losses)
+
+
+def linupper_scores(losses: torch.Tensor) -> torch.Tensor:
+    """Return the scores [N] of LinUpper (Sow et al., "Dynamic Loss-Based Sample Reweighting", ICLR 2025).
+
+    Losses are scaled to h in [-1, 1] between the batch's least and largest, and the score is min(h + 1, 1): it rises
+    up to the middle and is the same above. The weights' softmax has the paper's r as its temperature.
+    """
+    low, high = losses.double().aminmax()
+    if low == high:
+        return torch.zeros(len(losses), dtype=torch.float64)
+    scaled = (2 * losses.double() - low - high) / (high - low)
+    return (scaled + 1).clamp(max=1.0)
 
 
 def iteration_generator(seed: int, iteration: int) -> torch.Generator:

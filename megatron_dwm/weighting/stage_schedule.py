@@ -51,8 +51,12 @@ class StageSchedule:
         return self.is_weighted(iteration) and (ends_run or self.stage(iteration) != self.stage(iteration + 1))
 
 
-def bilevel_stages(config: WeightingConfig, train_iters: int) -> StageSchedule:
+def bilevel_stages(config: WeightingConfig, train_iters: int, begun_by: int | None = None) -> StageSchedule:
     """The stages that the flags ask for.
+
+    Args:
+        begun_by: the iteration that a run with a weighter which has begun to learn goes on from, if it does. The
+            warm-up that follows from the run's length is over by then: another length does not bring it back.
 
     Raises:
         UserError: no room for the stages, or an update window in which no update falls.
@@ -62,6 +66,7 @@ def bilevel_stages(config: WeightingConfig, train_iters: int) -> StageSchedule:
     if warmup is None:
         # A copy of the language model is worth something once that has learnt something.
         warmup = train_iters // (stages + 1) if config.dwm_init_from == "lm" else 0
+        warmup = warmup if begun_by is None else min(warmup, begun_by)
     stage_iters = (train_iters - warmup) // stages
     if stage_iters < 1:
         raise UserError(
@@ -80,6 +85,15 @@ def bilevel_stages(config: WeightingConfig, train_iters: int) -> StageSchedule:
 
 
 def frozen_stages(config: WeightingConfig, train_iters: int) -> StageSchedule:
-    """One stage without updates, from the first iteration unless a warm-up is asked for."""
+    """One stage without updates, from the first iteration unless a warm-up is asked for.
+
+    Raises:
+        UserError: no iteration is weighted.
+    """
     warmup = config.dwm_warmup_iters or 0
+    if warmup >= train_iters and warmup > 0 and config.dwm_mode != "off":
+        raise UserError(
+            f"--dwm-warmup-iters {warmup} leave none of --train-iters {train_iters} that --dwm-mode {config.dwm_mode} "
+            "weighs; lower it"
+        )
     return StageSchedule(train_iters, warmup, 1, max(train_iters - warmup, 1), 0, 1)

@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.runtime.collectives import all_reduce_over_world, world_rank
+from megatron_dwm.weighting.sample_reader import SampleReader
+from megatron_dwm.weighting.windows import Window, pad_windows
 
 
 class Weighter:
@@ -24,13 +26,25 @@ class Weighter:
     The classifier stays in evaluation mode: scores must not depend on the rank that computes them.
     """
 
-    def __init__(self, model: Any, config: WeightingConfig, device: torch.device, *, bf16: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: WeightingConfig,
+        device: torch.device,
+        *,
+        reader: SampleReader | None = None,
+        tokenizer_fingerprint: str = "",
+        bf16: bool = False,
+    ) -> None:
         """
         Args:
             model: a classifier with one label, the same on every rank.
+            reader: what it reads of a sample; None if that is the sample's tokens.
+            tokenizer_fingerprint: of its tokenizer's vocabulary, if that is not the run's.
             bf16: compute in bf16 on a GPU (the parameters stay in fp32).
         """
-        self.model = model.float().to(device).eval()
+        self.model, self.reader = model.float().to(device).eval(), reader
+        self.tokenizer_fingerprint = tokenizer_fingerprint
         self.batch_size = config.dwm_score_batch_size
         self.clip_grad = config.dwm_clip_grad
         self.optimizer = torch.optim.AdamW(
@@ -134,13 +148,45 @@ class Weighter:
         """Return the sha256 of the parameters' bytes."""
         return model_digest(self.model)
 
+    def features(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the buckets and values [m, f] that an n-gram classifier sees of tokens [m, s]."""
+        if self.reader is None:
+            found: tuple[torch.Tensor, torch.Tensor] = self.model.features(tokens)
+            return found
+        # It has no positions, and reads each sample in one window.
+        windows = [window for windows in self.reader(tokens) for window in windows]
+        found = self.model.features(*pad_windows(windows, self._pad, tokens.device))
+        return found
+
+    @property
+    def _pad(self) -> int:
+        return int(self.model.config.pad_token_id)
+
     def _score(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.reader is not None and len(tokens):
+            return self._score_windows(self.reader(tokens), tokens.device)
         parts = [self._forward(part) for part in tokens.split(self.batch_size) if len(part)]
         return torch.cat(parts) if parts else torch.zeros(0, device=tokens.device)
 
-    def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _score_windows(self, windows: list[list[Window]], device: torch.device) -> torch.Tensor:
+        """Return of each sample the mean score of its windows, which count by their tokens [m]."""
+        placed = [(place, window) for place, of_sample in enumerate(windows) for window in of_sample]
+        placed.sort(key=lambda item: len(item[1].ids))
+        scores = [
+            self._forward(
+                *pad_windows([window for _, window in placed[start : start + self.batch_size]], self._pad, device)
+            )
+            for start in range(0, len(placed), self.batch_size)
+        ]
+        places = torch.tensor([place for place, _ in placed], device=device)
+        sizes = torch.tensor([window.size for _, window in placed], dtype=torch.float32, device=device)
+        totals = torch.zeros(len(windows), device=device)
+        return totals.index_add(0, places, torch.cat(scores) * sizes) / totals.index_add(0, places, sizes)
+
+    def _forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        mask = {} if attention_mask is None else {"attention_mask": attention_mask}
         with torch.autocast("cuda", torch.bfloat16) if self._autocast else nullcontext():
-            logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
+            logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False, **mask).logits
         return logits.squeeze(-1).float()
 
 
@@ -154,8 +200,9 @@ def model_digest(model: torch.nn.Module) -> str:
 
 
 def weighter_state(weighter: Weighter) -> dict[str, Any]:
-    """Return what a checkpoint keeps of a weighter: its configuration, parameters and optimizer."""
+    """Return what a checkpoint keeps of a weighter: its configuration, tokenizer, parameters and optimizer."""
     return {
+        "weighter_tokenizer": weighter.tokenizer_fingerprint,
         "weighter_config": weighter.model.config.to_json_string(use_diff=False),
         "weighter": weighter.model.state_dict(),
         "weighter_optimizer": weighter.optimizer.state_dict(),

@@ -1,21 +1,17 @@
-"""What a weighter starts as: random parameters, layers of the language model, or a Hugging Face folder."""
+"""What a weighter starts as, if not a folder: random parameters, or layers of the language model."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.weighting import WeightingConfig
-from megatron_dwm.data.hf_tokenizers import fingerprint_of_folder
 from megatron_dwm.errors import UserError
-from megatron_dwm.safe_unpickling import DAMAGE, short_reason
-from megatron_dwm.weighting.export_manifest import verify_export
 
 NGRAM = "dwm_ngram"
 """transformers' name of the n-gram weighter's architecture; the class itself would import transformers."""
@@ -107,76 +103,11 @@ def check_init_from_lm(model: ModelConfig, config: WeightingConfig) -> None:
         raise UserError(f"--dwm-init-from lm: {error}; or use --dwm-init-from random") from None
 
 
-def weighter_model_from_folder(
-    flag: str, folder: str, seq_length: int, vocab_size: int, eod: int, fingerprint: str, seed: int
-) -> Any:
-    """A classifier from any Hugging Face folder with the run's tokenizer; a language model's gets a new head.
-
-    Args:
-        flag: the flag that names ``folder``, for messages.
-        eod: end-of-document token, which pads where the folder names no token for that.
-
-    Raises:
-        UserError: the folder is missing, cannot be loaded, has more than one label, another tokenizer, or is made for
-            shorter samples.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"{flag} {folder}: no config.json there; give a Hugging Face model folder")
-    is_export = verify_export(flag, Path(folder))
-    if fingerprint_of_folder(Path(folder)) != fingerprint:
-        raise UserError(
-            f"{flag} {folder}: its tokenizer is not this run's; use a weighter trained with the same tokenizer"
-        )
-    try:
-        hf_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with _seeded(seed):
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                num_labels=1,
-                dtype=torch.float32,
-                output_loading_info=True,
-                local_files_only=True,
-                trust_remote_code=False,
-            )
-    except (*DAMAGE, SafetensorError) as error:
-        reason = short_reason(error)
-        raise UserError(f"{flag} {folder}: cannot be loaded as a classifier with one label ({reason})") from None
-    positions = getattr(hf_config, "max_position_embeddings", None)
-    if positions is not None and positions < seq_length:
-        raise UserError(
-            f"{flag} {folder}: made for {positions} positions, fewer than --seq-length {seq_length}; "
-            "use another weighter"
-        )
-    if hf_config.vocab_size < vocab_size:
-        raise UserError(
-            f"{flag} {folder}: its {hf_config.vocab_size} embeddings are fewer than the {vocab_size} tokens"
-        )
-    if model.config.pad_token_id is None:  # a language model's; without one a classifier takes no batches
-        model.config.pad_token_id = eod
-    missing = sorted(report["missing_keys"])
-    essential = missing if is_export else [key for key in missing if _is_of_base_model(key, model)]
-    if essential:
-        raise UserError(f"{flag} {folder}: its weights lack {essential[0]}; give a whole model")
-    if not all(bool(torch.isfinite(param).all()) for param in model.parameters()):
-        raise UserError(f"{flag} {folder}: its weights are not finite; give another")
-    if missing:
-        zero_head(model)
-    return model
-
-
-def _is_of_base_model(key: str, model: Any) -> bool:
-    """Whether a tensor is of the layers below the classifier's head, which a language model's folder must have."""
-    return key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key
-
-
 def model_from_config(hf_config: Any, seed: int) -> Any:
     """A classifier with weights drawn from ``seed``, leaving the global random state as it is."""
     from transformers import AutoModelForSequenceClassification
 
-    with _seeded(seed):
+    with seeded(seed):
         return AutoModelForSequenceClassification.from_config(hf_config)
 
 
@@ -203,7 +134,8 @@ def _label_settings(eod: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Any:
+def seeded(seed: int) -> Any:
+    """Draw from ``seed`` in the block, and leave the global random state as it is."""
     # The CPU's stream alone: torch.manual_seed would also seed the GPU's, which the language model's dropout uses.
     generator = torch.default_generator
     state = generator.get_state()

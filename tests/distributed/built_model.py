@@ -6,6 +6,7 @@ Shape legend: N samples of the global batch, n of this replica, s sequence lengt
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ LAYOUTS: dict[str, tuple[int, Flags]] = {
     "PP2": (2, {"--pipeline-model-parallel-size": 2}),
     "PP2, interleaved": (
         2,
-        {"--pipeline-model-parallel-size": 2, "--num-virtual-stages-per-pipeline-rank": 2},
+        {"--num-layers": 4, "--pipeline-model-parallel-size": 2, "--num-virtual-stages-per-pipeline-rank": 2},
     ),
     "TP2 x PP2": (4, {"--tensor-model-parallel-size": 2, "--pipeline-model-parallel-size": 2}),
     "DP2": (2, {}),
@@ -206,8 +207,9 @@ class Reference:
 
         from megatron_dwm.model.hf_config import hf_config
 
-        model = parse_model(flags)
-        config = hf_config(model, vocab_size=VOCAB_SIZE, num_layers=model.layers)
+        # Some layouts need more layers than ``flags`` say.
+        layers = 1 + max(int(found[1]) for name in state if (found := re.match(r"(?:h|layers)\.(\d+)\.", name)))
+        config = hf_config(parse_model(flags), vocab_size=VOCAB_SIZE, num_layers=layers)
         kind: Any = LlamaForCausalLM if config.model_type == "llama" else GPT2LMHeadModel
         self.model = kind(config).double().eval()
         doubled = {k: v.double() for k, v in state.items()}

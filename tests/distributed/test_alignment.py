@@ -110,21 +110,28 @@ def test_other_ways_to_average_gradients(flags: Flags):
 
 
 @pytest.mark.parametrize("parallel", [{}, {"--sequence-parallel": True}], ids=["TP2", "TP2, sequence parallel"])
-def test_norms_of_queries_and_keys_count_on_every_rank_of_heads(parallel: Flags):
-    """Along v of these norms alone, where a part left out would show; against differences, to their curvature."""
+def test_what_heads_have_of_their_own_counts_on_every_rank_of_heads(parallel: Flags):
+    """Along v of these parameters alone, where a part left out would show; against differences, to their curvature."""
 
-    def both() -> tuple[torch.Tensor, torch.Tensor]:
-        built = build_model({**LLAMA, "--qk-layernorm": True, "--tensor-model-parallel-size": 2, **parallel})
+    def both(flags: Flags, names: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        built = build_model({**LLAMA, **flags, "--tensor-model-parallel-size": 2, **parallel})
         passes = built.lm_gradients()
-        norms = {
-            param: 10 * torch.ones_like(param) * ("q_layernorm" in name or "k_layernorm" in name)
+        of_heads = {
+            param: 10 * torch.ones_like(param) * any(part in name for part in names)
             for chunk in built.chunks
             for name, param in chunk.named_parameters()
         }
         batch = built.batch(random_tokens(1), random_mask(2))
         with built.engine.deterministic():
-            return passes.align(batch, norms), passes._align_by_differences(batch, norms)
+            return passes.align(batch, of_heads), passes._align_by_differences(batch, of_heads)
 
-    for exact, differences in run_distributed(both, 2):
-        assert float((exact - differences).abs().max()) < 1e-2 * float(exact.abs().max())
-        assert float(exact.abs().max()) > 0.1
+    def all_kinds() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [
+            both({"--qk-layernorm": True}, ("q_layernorm", "k_layernorm")),
+            both({"--softmax-type": "learnable"}, ("softmax_offset",)),
+        ]
+
+    for kinds in run_distributed(all_kinds, 2):
+        for exact, differences in kinds:
+            assert float((exact - differences).abs().max()) < 1e-2 * float(exact.abs().max())
+            assert float(exact.abs().max()) > 0.1

@@ -15,7 +15,7 @@ from tests.distributed.test_outer_update import _NoSchedule
 from tests.small_runs import LLAMA, Flags
 
 OVERLAPPED = {"--use-distributed-optimizer": True, "--overlap-grad-reduce": True, "--overlap-param-gather": True}
-PIPELINE = {"--pipeline-model-parallel-size": 2, "--num-virtual-stages-per-pipeline-rank": 2}
+PIPELINE = {"--num-layers": 4, "--pipeline-model-parallel-size": 2, "--num-virtual-stages-per-pipeline-rank": 2}
 LAYOUTS: dict[str, tuple[int, Flags]] = {
     "DP2": (2, OVERLAPPED),
     "PP2, interleaved, x DP2": (4, {**OVERLAPPED, **PIPELINE}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.bilevel.preconditioner import precondition
 from tests.distributed.built_model import (
@@ -88,3 +89,16 @@ def test_before_the_optimizers_first_step_the_direction_is_unknown(layout: str):
         return all(bool(v.isnan().all()) for v in direction.values())
 
     assert all(run_distributed(all_nan, LAYOUTS[layout][0]))
+
+
+def test_every_instance_of_the_optimizer_holds_all_of_its_state():
+    def held() -> tuple[int, int]:
+        instances = {"--use-distributed-optimizer": True, "--num-distributed-optimizer-instances": 2}
+        built = build_model({**LLAMA, **instances})
+        parts = [part.optimizer for part in optimizer_parts(built.optimizer)]
+        own = sum(param.numel() for part in parts for group in part.param_groups for param in group["params"])
+        return own, sum(param.numel() for chunk in built.chunks for param in chunk.parameters())
+
+    (first, total), (second, _), *others = run_distributed(held, 4)
+    assert 0 < first < total and first + second == total
+    assert [own for own, _ in others] == [first, second]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state as mpu
 
 from megatron_dwm.model.loss import weighted_loss
 from tests.distributed.built_model import LAYOUTS, build_model, random_mask, random_tokens
@@ -33,6 +34,15 @@ CASES = [
 ]
 
 
+def _all_passes(every: list[Flags]) -> list[list[torch.Tensor]]:
+    """:func:`_passes` of each of several models, built one after the other."""
+    found = []
+    for flags in every:
+        found.append(_passes(flags))
+        mpu.destroy_model_parallel()
+    return found
+
+
 def _passes(flags: Flags) -> list[torch.Tensor]:
     """This rank's gradients of two passes with dropout, the random state after them, and alignments."""
     built, found = build_model(flags), []
@@ -56,9 +66,8 @@ def test_recomputing_changes_no_bit(impl: str, layout: str):
     kinds = {**KINDS, "full, saved activations spread": SPREAD} if layout == "TP2" else KINDS
     if "PP2" in layout:  # its chunks have one layer
         kinds = {kind: flags for kind, flags in kinds.items() if flags.get("--recompute-num-layers") != 2}
-    kept = run_distributed(_passes, world, common)
-    for kind, flags in kinds.items():
-        found = run_distributed(_passes, world, {**common, **flags})
-        assert all(
-            torch.equal(*pair) for ranks in zip(kept, found, strict=True) for pair in zip(*ranks, strict=True)
-        ), kind
+    for kept, *recomputed in run_distributed(
+        _all_passes, world, [common, *({**common, **kinds[kind]} for kind in kinds)]
+    ):
+        for kind, found in zip(kinds, recomputed, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(kept, found, strict=True)), kind

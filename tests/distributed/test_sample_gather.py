@@ -10,6 +10,7 @@ from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.sampler import BatchPartition
 from megatron_dwm.runtime.process_groups import current_parallel_state
 from megatron_dwm.weighting.sample_gather import SampleGather
+from megatron_dwm.weighting.score_cache import ScoreCache
 from megatron_dwm.weighting.weighter import Weighter
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_outer_update import classifier
@@ -53,3 +54,34 @@ def test_shares_of_any_size_add_up_to_the_scores_of_one_process(
         assert torch.equal(by_shares, results[0][0])
         # Samples in other batches: fp32 sums may go in another order.
         torch.testing.assert_close(by_shares, alone, rtol=1e-5, atol=1e-6)
+
+
+def scored_twice() -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]:
+    """Scores of a batch, of the same samples in another order and in a resumed run; how many this rank computed."""
+    parallel_state.initialize_model_parallel(1, 1)
+    layout = current_parallel_state()
+    sample_gather = SampleGather(BatchPartition(2, 2, layout.dp_rank, layout.dp_size), layout)
+    tokens = torch.randint(1, VOCAB_SIZE, (8, SEQ_LENGTH), generator=torch.Generator().manual_seed(1))
+    weighter, seen = Weighter(classifier(), CONFIG, torch.device("cpu")), []
+
+    def score(samples: torch.Tensor) -> torch.Tensor:
+        seen.extend(samples.tolist())
+        return weighter.score(samples)
+
+    cache, resumed = ScoreCache(8), ScoreCache(8)
+    first = cache.score(sample_gather.select_rank(tokens), 4, score, sample_gather)
+    again = cache.score(sample_gather.select_rank(tokens.flip(0)), 4, score, sample_gather).flip(0)
+    number = len(seen)
+    resumed.load(cache.state())
+    third = resumed.score(sample_gather.select_rank(tokens.roll(3, 0)), 4, score, sample_gather).roll(-3, 0)
+    assert len(seen) == number and len(cache) == 8
+    cache.score(sample_gather.select_rank(tokens + 1), 4, score, sample_gather)
+    assert len(cache) == 8 and len(seen) == 2 * number  # the oldest made room
+    return first, again, number, third
+
+
+def test_a_sample_is_scored_once_whatever_rank_it_comes_to_again():
+    results = run_distributed(scored_twice, 2)
+    assert [number for _, _, number, _ in results] == [4, 4]
+    for first, again, _, third in results:
+        assert torch.equal(first, again) and torch.equal(first, third) and torch.equal(first, results[0][0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -27,6 +28,15 @@ ARCHITECTURES: dict[str, Flags] = {
     "scaled by layer number": {**GPT, "--apply-query-key-layer-scaling": True},
     "wide heads, query bias": {**LLAMA, "--kv-channels": 16, "--add-qkv-bias": True},
     "one query group": {**LLAMA, "--num-query-groups": 1},
+    "sliding window and rotation in some layers, queries and keys of length one": {
+        **{**LLAMA, "--qk-l2-norm": True, "--window-size": "3,0", "--window-attn-skip-freq": 2},
+        "--no-rope-freq": "[1,0]*2",
+    },
+    "softmax off by one": {**LLAMA, "--softmax-type": "off-by-one"},
+    "softmax with a learnt offset, gated outputs, sigmoid GELU with gate, offset and bound": {
+        **{**GPT, "--softmax-type": "learnable", "--attention-output-gate": True, "--quick-geglu": True},
+        **{"--ffn-hidden-size": 48, "--glu-linear-offset": 1.0, "--activation-func-clamp-value": 0.5},
+    },
 }
 
 
@@ -78,6 +88,20 @@ def test_torch_layers_give_the_losses_and_gradients_of_local_layers(name: str, t
     outcomes = run_distributed(_both_layers, tp, flags, None)
     assert len(outcomes) == tp
     _assert_same(outcomes)
+
+
+def test_each_part_of_attention_and_feed_forward_layers_changes_the_losses():
+    def losses(kinds: list[Flags]) -> list[torch.Tensor | None]:
+        return [losses_and_gradients(build_model({**flags, **LOCAL}), TOKENS)[0] for flags in kinds]
+
+    parts: list[Flags] = [
+        *({"--window-size": "3,0"}, {"--window-size": "3,0", "--window-attn-skip-freq": "[1,0]*2"}),
+        *({"--no-rope-freq": 2}, {"--qk-l2-norm": True}, {"--softmax-type": "off-by-one"}),
+        *({"--activation-func-clamp-value": 0.5}, {"--glu-linear-offset": 1}),
+    ]
+    (found,) = run_distributed(losses, 1, [{**LLAMA, **part} for part in ({}, *parts)])
+    for number, (one, other) in enumerate(itertools.combinations(found, 2)):
+        assert one is not None and other is not None and not torch.allclose(one, other, rtol=1e-3), number
 
 
 @pytest.mark.parametrize("flags", [GPT, LLAMA], ids=["gpt", "llama"])
@@ -183,11 +207,11 @@ def test_initial_weights_follow_the_flag_for_cpu_initialization(tp: int):
     assert on_device.std() == pytest.approx(0.2, rel=0.1)
 
 
-def _divided_attention() -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _divided_attention(flags: Flags) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Outputs and gradients of attention, causal and with a mask: this rank's part of the whole, and of its own."""
     length, size = 24, dist.get_world_size()
-    flags = {**LLAMA, "--seq-length": length, "--max-position-embeddings": length, "--context-parallel-size": size}
-    built = build_model(flags)
+    lengths = {"--seq-length": length, "--max-position-embeddings": length}
+    built = build_model({**LLAMA, **flags, **lengths, "--context-parallel-size": size})
     rank, group = built.parallel_state.cp_rank, built.parallel_state.cp_group
     divided = built.chunks[0].module.decoder.layers[0].self_attention.core_attention
     whole = copy.copy(divided)
@@ -216,9 +240,11 @@ def _divided_attention() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return pairs
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_context_parallel_ranks_attend_as_one_process(size: int):
-    for pairs in run_distributed(_divided_attention, size):
+@pytest.mark.parametrize(
+    ("size", "flags"), [(2, {}), (3, {}), (2, {"--window-size": "5,0", "--softmax-type": "learnable"})]
+)
+def test_context_parallel_ranks_attend_as_one_process(size: int, flags: Flags):
+    for pairs in run_distributed(_divided_attention, size, flags):
         assert len(pairs) == 8
         for expected, found in pairs:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -14,11 +14,12 @@ PP2 = {"--pipeline-model-parallel-size": 2}
 @pytest.mark.parametrize(
     ("model", "flags"),
     [
-        (GPT, {"--decoder-first-pipeline-num-layers": 1}),
+        (GPT, {"--num-layers": 3, "--decoder-first-pipeline-num-layers": 1}),
         (LLAMA, {"--num-layers": 3, "--account-for-loss-in-pipeline-split": True}),
         (
             LLAMA,
             {
+                "--num-layers": 4,
                 "--pipeline-model-parallel-layout": "Ett|t|t|L",
                 "--microbatch-group-size-per-virtual-pipeline-stage": 4,
                 "--overlap-p2p-communication-warmup-flush": True,
@@ -28,5 +29,4 @@ PP2 = {"--pipeline-model-parallel-size": 2}
     ids=["fewer layers first", "the loss counts as a layer", "four stages as laid out, in groups of four"],
 )
 def test_alignments_of_stages_that_differ(model: Flags, flags: Flags):
-    model = {**model, **{name: value for name, value in flags.items() if name == "--num-layers"}}
     check(model, run_distributed(align, 2, {**model, **PP2, **flags}))

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from tests.distributed.harness import become_rank, checkpoint_manager
 from tests.small_runs import as_argv
 from tests.turns import several_processes
 
+_TOKENIZERS = "megatron.core.tokenizers"
 # What a run imports on its way, here so that its processes inherit it: two seconds each.
 for module in (
     "megatron.core.dist_checkpointing.strategies.fully_parallel",
     "megatron.core.dist_checkpointing.strategies.torch",
-    "megatron.core.tokenizers.text.utils.build_tokenizer",
+    f"{_TOKENIZERS}.{'utils' if find_spec(f'{_TOKENIZERS}.utils') else 'text.utils'}.build_tokenizer",
     "megatron_dwm.data.gpt_dataset",
     "megatron_dwm.model.hf_weights",
     "megatron_dwm.training.setup",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
 from megatron_dwm.data.tokenizers import build_tokenizer
 from megatron_dwm.weighting.export import export_weighter
 from tests.e2e.datasets import TOKENIZER, counting, make_dataset, noise
@@ -43,7 +45,8 @@ def weighter_of_another_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> P
     config = LlamaConfig(
         vocab_size=77, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, num_labels=1
     )
-    export_weighter(LlamaForSequenceClassification(config), build_tokenizer(settings), settings, folder, {})
+    save_tokenizer = partial(save_hf_tokenizer, build_tokenizer(settings), settings)
+    export_weighter(LlamaForSequenceClassification(config), save_tokenizer, folder, {})
     return folder
 
 
@@ -98,9 +101,9 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"--train-data-path": ["{data}/train_text_document", "{data}/overlapping_text_document"]},
         ["--dwm-target-data-path", "3 of its documents", "--train-data-path"],
     ),
-    "weighter of another tokenizer": (
+    "weighter whose tokenizer does not fit it": (
         {"--dwm-mode": "frozen", "--dwm-load": "{weighter}", "--dwm-target-data-path": False},
-        ["--dwm-load", "tokenizer"],
+        ["--dwm-load", "77 embeddings are fewer than the 78 tokens"],
     ),
     "no weighter there": (
         {"--dwm-mode": "frozen", "--dwm-load": "{data}", "--dwm-target-data-path": False},

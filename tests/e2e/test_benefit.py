@@ -6,7 +6,7 @@ import json
 import random
 import shlex
 import subprocess
-import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -35,13 +35,22 @@ def write_texts(folder: Path, name: str, seed: int, *, garbled: bool = False) ->
     return path
 
 
-def benefit(*arguments: object) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "benchmarks/benefit.py", *map(str, arguments)]
-    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+Benefit = Callable[..., subprocess.CompletedProcess[str]]
 
 
-ARMS = ["uniform", "shuffled", "bilevel", "frozen", "oracle"]
-"""Random weights and weights by loss are runs of their own in test_rules.py."""
+@pytest.fixture
+def benefit(preloaded_commands: Path) -> Benefit:
+    """The command; takes its arguments."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        argv = [preloaded_commands / "python", "benchmarks/benefit.py", *map(str, arguments)]
+        return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+
+    return run
+
+
+ARMS = ["uniform", "bilevel", "frozen", "source-weights", "oracle", "target-only"]
+"""The other rules are tested in test_rules.py, here and in tests/distributed."""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +61,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     return ["--data", *sources, "--mix", 0.3, 0.7, "--like", "good", "--target", target, "--test", test]
 
 
-def test_all_arms_on_a_mixture_of_ones_own(mixture: list[object], tmp_path: Path):
+def test_all_arms_on_a_mixture_of_ones_own(benefit: Benefit, mixture: list[object], tmp_path: Path):
     output, file = tmp_path / "out", tmp_path / "benefit.json"
     command = ["--output", output, "--json", file, "--seeds", 1, "--iterations", 12, "--vocab-size", 300, *mixture]
     command += ["--arms", *ARMS]
@@ -72,6 +81,12 @@ def test_all_arms_on_a_mixture_of_ones_own(mixture: list[object], tmp_path: Path
 
     again = benefit(*command, *SMALL)
     assert again.returncode == 0 and json.loads(file.read_text()) == result, "finished runs were made again"
+    swept = benefit(*command, *SMALL, "--sweep", "--arms", "uniform")
+    assert swept.returncode == 0, swept.stderr
+    by_rate = json.loads(file.read_text())["arms"]["uniform"]
+    assert list(by_rate) == ["0.5", "1", "2"]
+    assert by_rate["1"]["test_loss"] == arms["uniform"]["test_loss"], "a finished run was made again"
+    assert len({found["test_loss"][0] for found in by_rate.values()}) == 3
     changed = benefit(*command, *SMALL, "--lr", "1e-3")
     assert changed.returncode == 2 and "was made with other flags" in changed.stderr
     texts = dict(pairwise(map(str, mixture)))
@@ -91,13 +106,15 @@ def test_all_arms_on_a_mixture_of_ones_own(mixture: list[object], tmp_path: Path
         (["--data", __file__, "--clean"], "--clean is about a mixture that is made here"),
     ],
 )
-def test_a_mistake_is_one_line(arguments: list[str], expected: str, tmp_path: Path):
+def test_a_mistake_is_one_line(benefit: Benefit, arguments: list[str], expected: str, tmp_path: Path):
     finished = benefit("--output", tmp_path, *arguments)
     assert finished.returncode == 2
     assert len(finished.stderr.splitlines()) == 1 and expected in finished.stderr
 
 
-def test_documentation_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_documentation_that_is_not_installed_is_named(
+    benefit: Benefit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "status").touch()  # a machine on which dpkg has installed nothing
     monkeypatch.setenv("DPKG_ADMINDIR", str(tmp_path))
     finished = benefit("--output", tmp_path / "out", "--corpus", "documentation")

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from megatron_dwm.analysis.records import read_run
 from megatron_dwm.cli.launch import read_run_flags
+from megatron_dwm.cli.pretrain import main as pretrain
 from tests.paths import ROOT
 from tests.turns import several_processes
 
@@ -50,8 +51,12 @@ SMALLER = {
 NOT_RUN = {
     "README.md: Two commands: bash": "tests/e2e/test_quickstart.py runs the first; the second runs this test",
     "README.md: On a cluster: bash": "needs a cluster with GPUs; tests/e2e/test_slurm.py submits the script to a SLURM",
-    "docs/cluster.md: SLURM: bash": "the same",
+    "README.md: Your own data in five commands: bash 2": "takes hours; tests/e2e/test_benefit.py runs it smaller",
+    "docs/cluster.md: SLURM: bash": "needs a cluster; tests/e2e/test_slurm.py submits the script to a SLURM",
     "docs/cluster.md: SLURM: bash 2": "the same; its variables become flags, which are read below",
+    "docs/transfer.md: Longer samples than it was made for: text": "what a run says",
+    "docs/transfer.md: To a larger model, from the beginning to a table: bash": "takes an hour; results below it",
+    "docs/cluster.md: SLURM: bash 3": "tests/unit/plan/test_plan.py runs its siblings",
     "docs/transfer.md: With numpy alone: python": "unit/weighting/ngram/test_model.py calls the function",
     "docs/embedding.md: A plain PyTorch loop: python": "distributed/test_embedded.py runs the example it is from",
     "docs/embedding.md: Hugging Face Trainer: python": "the same",
@@ -62,7 +67,10 @@ NOT_RUN = {
     "docs/cluster.md: Without SLURM: bash": "needs 4 machines with 8 GPUs each; its flags are read below",
     "docs/cluster.md: Without SLURM: bash 2": "the same; unit/runtime/test_environment.py has mpirun",
     "docs/reliability.md: Does it survive?: bash": "takes an hour; tests/unit/benchmarks/test_chaos.py tests its parts",
+    "docs/reliability.md: A long run: bash": "takes 24 minutes; its flags are those of tests/small_runs.py",
+    "docs/reliability.md: Fuzzing: bash": "takes minutes; the suite runs the same tests with fewer inputs",
     "docs/results.md: How to measure it: bash": "takes hours; tests/e2e/test_benefit.py and test_overhead.py run both",
+    "docs/report.md: While a run goes on: text": "e2e/test_preference_report.py follows a run until it ends",
     "docs/gpu.md: On a GPU: bash": "needs a GPU; tests/e2e/test_gpu_benchmark.py runs it at a smaller size",
     "docs/megatron-comparison.md: How it was compared with Megatron-LM: bash": "needs a checkout of Megatron-LM",
     "CONTRIBUTING.md: Set up: bash": "tests/run.sh begins with the first line; a hook would change this repository",
@@ -87,7 +95,10 @@ RUN = [
     "docs/transfer.md: Select documents: bash",
     "docs/transfer.md: The learnt shares as a blend: bash",
     "docs/report.md: Reading the report: bash",
+    "docs/report.md: Several runs on one page: bash",
+    "docs/report.md: Scores of others: bash",
     "docs/tuning.md: 1. Is there anything to gain?: bash",
+    "docs/scaling.md: Three sizes: bash",
     "docs/extending.md: A new weighting in one file: python",
     "docs/extending.md: A new weighting in one file: bash",
 ]
@@ -142,6 +153,8 @@ class Workplace:
     """A folder as a newcomer has it: the repository's programs, and data of their own."""
 
     folder: Path
+    commands: Path
+    """The folder of ``python`` and ``megatron-dwm``."""
 
     def run(self, name: str) -> str:
         """Run a block of commands, and return what it printed; the pages' common flags are set before it."""
@@ -149,7 +162,7 @@ class Workplace:
         script = f"set -euo pipefail\n{parts}\n{smaller(block(name))}"
         environment = {
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{self.commands}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
@@ -179,7 +192,7 @@ def write_texts(path: Path, seed: int, documents: int, *, is_ordered: bool) -> N
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+def workplace(preloaded_commands: Path, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """A folder in which the README's five commands have been run."""
     folder = tmp_path_factory.mktemp("workplace")
     for program in ("tools", "pretrain_dwm.py"):
@@ -188,7 +201,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     write_texts(folder / "other.jsonl", seed=2, documents=200, is_ordered=False)
     write_texts(folder / "target.jsonl", seed=3, documents=60, is_ordered=True)
     (folder / "train.jsonl").write_text((folder / "good.jsonl").read_text() + (folder / "other.jsonl").read_text())
-    place = Workplace(folder)
+    place = Workplace(folder, preloaded_commands)
     place.run("README.md: Your own data in five commands: bash")
     return place
 
@@ -220,7 +233,13 @@ def test_the_page_on_own_data_ends_with_models_and_pictures(own_data: Workplace)
     assert (run / "preference/preference.html").is_file()
     (run / "preference/preference.html").unlink()
     own_data.run("docs/report.md: Reading the report: bash")
-    assert (run / "preference/preference.html").is_file()
+    assert "good" in (run / "preference/preference.html").read_text()
+    own_data.run("docs/report.md: Scores of others: bash")
+    assert '<th scope="row">rater</th>' in (run / "preference/preference.html").read_text()
+    # From another folder, paths of the run's command, which are relative, still lead to its data.
+    command = [sys.executable, ROOT / "tools/preference_report.py", run, "--output", own_data.folder / "runs/elsewhere"]
+    done = subprocess.run(command, cwd="/", env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
     own_data.run("docs/own-data.md: Take the models along: bash")
     assert AutoModelForCausalLM.from_pretrained(run / "language_model").config.hidden_size == 32
 
@@ -229,6 +248,8 @@ def test_a_weighter_is_taken_to_other_runs(own_data: Workplace):
     own_data.run("docs/transfer.md: In another run, frozen: bash")
     frozen = read_run(own_data.folder / "runs/frozen")
     assert len(frozen.steps) == 12 and not frozen.updates and "weight_by_source" in frozen.steps[0]
+    own_data.run("docs/report.md: Several runs on one page: bash")
+    assert "2 runs compared" in (own_data.folder / "runs/compared/comparison.html").read_text()
     own_data.run("docs/transfer.md: In another run, and learning on: bash")
     assert len(read_run(own_data.folder / "runs/continued").updates) == UPDATES
 
@@ -289,17 +310,37 @@ def test_the_flags_of_many_machines_are_a_configuration():
     command = block("docs/cluster.md: Without SLURM: bash").replace("\\\n", " ")
     flags = command.split("pretrain_dwm.py", 1)[1].split()
     config = read_run_flags(flags, world_size=32)
-    assert (config.parallel.tp, config.parallel.pp, config.num_microbatches) == (2, 2, 16)
+    assert (config.parallel.tp, config.parallel.pp, config.num_microbatches) == (1, 1, 4)
+
+
+def test_the_plans_of_three_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As they are printed, but with fewer layers; the plans are made in this process, which has imported all."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    commands = block("docs/scaling.md: Three sizes: bash")
+    for printed, few in (("16", "2"), ("32", "3"), ("80", "8")):
+        commands = commands.replace(f"--num-layers {printed} ", f"--num-layers {few} ")
+    script = f"python() {{ shift; printf '%s\n' \"$*\"; }}\n{commands}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines():
+        pretrain(line.split())
+    plans = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    layouts = {name: [plan["layout"]["processes"], len(plan["memory"])] for name, plan in plans.items()}
+    assert layouts == {"1b": [32, 1], "8b": [256, 1], "70b": [1024, 4]}
+    assert all(len(plan["updates"]) == plan["train_iters"] / 100 for plan in plans.values())
+    assert all(plan["share"]["operations"] == pytest.approx(0.02, rel=1e-3) for plan in plans.values())
 
 
 def test_the_variables_of_the_cluster_pages_are_the_scripts():
-    script = (ROOT / "examples/pretrain_1b_dwm.sh").read_text()
+    names = ("pretrain_1b_dwm.sh", "slurm_pretrain.sh")
+    script = "\n".join((ROOT / "examples" / name).read_text() for name in names)
     page = (ROOT / "docs/cluster.md").read_text()
     exported = re.findall(r"(\w+)=", "\n".join(re.findall(r"^export (.*)$", page, re.MULTILINE)))
     tabled = re.findall(r"`([A-Z][A-Z_]+)`", "\n".join(re.findall(r"^\| `.*?\|", page, re.MULTILINE)))
     assert len(exported) >= 7 and len(tabled) >= 10
     fields = {name for name in read_run_flags(MINIMAL, world_size=1).weighting.__dataclass_fields__}
-    for name in {*exported, *tabled} - {"DWM_SOME_FLAG"}:
+    of_nccl = {name for name in tabled if name.startswith(("NCCL_", "GLOO_"))}
+    for name in {*exported, *tabled} - {"DWM_SOME_FLAG"} - of_nccl:
         assert name.lower() in fields if name.startswith("DWM_") else re.search(rf"\b{name}\b", script), name
 
 

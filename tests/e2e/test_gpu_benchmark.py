@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,22 @@ PRECISION: dict[str, Any] = {
 }
 
 
-def gpu(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = ["bash", "benchmarks/gpu.sh", *map(str, arguments)]
-    environment = {**os.environ, "PYTHON": sys.executable}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+GPU = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_a_part_is_measured_once_and_reported(tmp_path: Path):
+@pytest.fixture
+def gpu(preloaded_commands: Path) -> GPU:
+    """The script; takes its arguments."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = ["bash", "benchmarks/gpu.sh", *map(str, arguments)]
+        environment = {**os.environ, "PYTHON": str(preloaded_commands / "python")}
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+    return run
+
+
+def test_a_part_is_measured_once_and_reported(gpu: GPU, tmp_path: Path):
     command = ["--size", "tiny", "--parts", "costs-125m", "--output", tmp_path]
     finished = gpu(*command)
     assert finished.returncode == 0, finished.stderr

@@ -167,10 +167,10 @@ def test_the_arguments_that_megatron_lm_saves_describe_its_model(kind: str):
     assert export_hf.saved_tokenizer(saved, {}) == TokenizerConfig("NullTokenizer", vocab_size=255)
 
 
-@pytest.mark.parametrize(("name", "value"), [*((name, 1) for name in UNKNOWN_PARTS), ("softmax_type", "off-by-one")])
-def test_a_megatron_lm_model_of_other_parts_is_refused_by_its_argument(name: str, value: Any):
-    with pytest.raises(UserError, match=f"{name}={value}"):
-        export_hf.saved_model(MEGATRON_ARGS["llama"] | {name: value})
+@pytest.mark.parametrize("name", UNKNOWN_PARTS)
+def test_a_megatron_lm_model_of_other_parts_is_refused_by_its_argument(name: str):
+    with pytest.raises(UserError, match=f"{name}=1"):
+        export_hf.saved_model(MEGATRON_ARGS["llama"] | {name: 1})
 
 
 def _hugging_face(kind: str, tokenizer_flags: dict[str, Any], folder: Path) -> Any:

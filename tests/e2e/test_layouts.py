@@ -30,6 +30,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2 x PP2": (4, {**TP2, **PP2}),
     "DP2": (2, {}),
     "DP2, distributed optimizer": (2, SHARDED),
+    "DP4, two instances of the distributed optimizer": (
+        4,
+        {**SHARDED, "--num-distributed-optimizer-instances": 2, "--overlap-grad-reduce": True},
+    ),
     "TP2 x DP2, distributed optimizer, overlapped": (
         4,
         {**TP2, **SHARDED, "--overlap-grad-reduce": True, "--overlap-param-gather": True},
@@ -46,6 +50,7 @@ DIVIDED_SEQUENCES: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2, sequence parallel, x CP2": (4, {**TP2, "--sequence-parallel": True, **CP2}),
     "PP2, interleaved, x CP2": (4, {**PP2, "--num-virtual-stages-per-pipeline-rank": 2, **CP2}),
     "CP2 x DP2, distributed optimizer": (4, {**CP2, **SHARDED}),
+    "PP2 x CP2 x DP2, replicas last": (8, {**PP2, **CP2, "--use-tp-pp-dp-mapping": True}),
 }
 START, STOP, END = 8, 10, 12
 EOD = 100
@@ -58,6 +63,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     train = ["0.5", make_dataset(folder, "clean", counting(0)), "0.5", make_dataset(folder, "noise", noise(1))]
     common = {
         **LANGUAGE_MODEL,
+        "--num-layers": 4,  # two virtual stages of two pipeline stages
         **TRAINING,
         **TOKENIZER,
         **WEIGHTING,
@@ -68,7 +74,13 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "--attention-dropout": 0,
         "--dwm-num-stages": 1,
         "--train-data-path": train,
-        "--valid-data-path": make_dataset(folder, "valid", counting(2)),
+        # Of 13 and 20 samples, which fill no batch.
+        "--valid-data-path": [
+            make_dataset(folder, "valid", counting(2, documents=8)),
+            make_dataset(folder, "noisy", noise(4, documents=13)),
+        ],
+        "--multiple-validation-sets": True,
+        "--full-validation": True,
         "--dwm-target-data-path": make_dataset(folder, "target", counting(3)),
     }
     succeed(folder / "log", 1, {**common, "--save": folder / "start", "--exit-interval": START})
@@ -104,7 +116,7 @@ def go_on(folder: Path, flags: dict[str, Any], processes: int, parallel: dict[st
     state = torch.load(folder / "save" / f"iter_{END:07d}" / "dwm_state.pt", weights_only=True)
     return {
         "losses": [record["lm_loss"] for record in records(metrics, "train")],
-        "evaluation": [record["lm_loss"] for record in records(metrics, "evaluation")],
+        "evaluation": [record["lm_loss_by_source"] for record in records(metrics, "evaluation")],
         "samples": [record["samples"] for record in records(metrics, "outer_update")],
         "weighter": torch.cat([tensor.flatten() for tensor in state["weighter"].values()]),
     }
@@ -147,7 +159,8 @@ def test_one_process_goes_on_from_divided_sequences(
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-    assert found["evaluation"] == pytest.approx(expected["evaluation"], rel=1e-5)
+    for losses, expected_losses in zip(found["evaluation"], expected["evaluation"], strict=True):
+        assert list(losses) == ["valid", "noisy"] and losses == pytest.approx(expected_losses, rel=1e-5)
     for ours, theirs in zip(found["samples"], expected["samples"], strict=True):
         assert ours["index"] == theirs["index"] and ours["source"] == theirs["source"]
         for name in ("score", "weight", "alignment"):

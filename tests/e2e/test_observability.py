@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -40,6 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
         "--profile-step-end": 4,
         "--check-weight-hash-across-dp-replicas-interval": 10,
         "--empty-unused-memory-level": 2,
+        "--log-progress": True,
         "--wandb-project": "tests",
         "--wandb-exp-name": "watched",
     }
@@ -77,6 +79,27 @@ def test_tensorboard_has_the_timers(run: tuple[Path, Finished]):
     found = curves(run[0] / "board")
     assert found["forward-backward-time"] == found["throughput"] == [1, *range(2, 21, 2)]
     assert found["iteration-time"] == [*range(2, 21, 2)]
+
+
+def test_outer_updates_have_a_line_and_curves(run: tuple[Path, Finished]):
+    updates = records(run[0] / "run" / "metrics.jsonl", "outer_update")
+    (first, *_), lines = (
+        updates,
+        [line for line in run[1].output[1].splitlines() if "outer update at iteration" in line],
+    )
+    assert len(lines) == len(updates) > 2
+    aligned = np.mean(first["samples"]["alignment"])
+    assert first["alignment_by_source"] == {"mock": pytest.approx(aligned)}
+    assert f"iteration {first['iteration']:8d} | target loss: {first['target_loss']:.6E} | objective: " in lines[0]
+    assert lines[0].endswith(f" | alignment mock: {aligned:.4g} |")
+    found = curves(run[0] / "board")
+    for name in ("target_loss", "objective_before", "objective_after", "weighter_grad_norm", "alignment/mock"):
+        assert found[f"dwm/{name}"] == [record["iteration"] for record in updates]
+
+
+def test_progress_is_noted(run: tuple[Path, Finished]):
+    noted = [line.split("\t")[2:5] for line in (run[0] / "run" / "progress.txt").read_text().splitlines()]
+    assert noted == [["# GPUs: 2", "Starting job"], ["# GPUs: 2", "Saved checkpoint", "Iteration: 20"]]
 
 
 def test_timers_change_no_number(run: tuple[Path, Finished], tmp_path: Path):

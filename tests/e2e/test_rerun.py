@@ -1,4 +1,4 @@
-"""--rerun-mode: an iteration whose results cannot be right is run again; one that is right counts once."""
+"""An iteration whose results cannot be right is named, and with --rerun-mode run again; a right one counts once."""
 
 from __future__ import annotations
 
@@ -33,12 +33,16 @@ def test_results_that_are_right_change_nothing(tmp_path: Path):
     ("flags", "said"),
     [
         ({"--lr": 1e30, "--clip-grad": 0}, "is not finite, and came out the same when the iteration was run again"),
+        (
+            {"--lr": 1e30, "--clip-grad": 0, "--rerun-mode": "disabled"},
+            "error: iteration 2: the gradient is not finite; lower --lr or look at the data of this step\n",
+        ),
         ({"--error-injection-rate": 5}, "came out otherwise when the iteration was run again; suspect the hardware"),
     ],
-    ids=["a learning rate that is too high", "an injected transient error"],
+    ids=["a learning rate that is too high", "the same, not run again", "an injected transient error"],
 )
-def test_what_came_out_the_second_time_is_said(flags: dict[str, Any], said: str, tmp_path: Path):
+def test_what_cannot_be_right_is_said(flags: dict[str, Any], said: str, tmp_path: Path):
     finished = pretrain(tmp_path, 2, {**RUN, **PP2, **VALIDATED, "--lr-warmup-iters": 0, **flags})
     assert finished.codes == [2, 2], finished.text
-    assert said in finished.text
+    assert said in finished.text and finished.text.count("error: ") == 1
     assert "Traceback" not in finished.text

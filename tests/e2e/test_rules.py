@@ -47,10 +47,9 @@ def test_an_unknown_source_is_named_with_those_that_are_there(blend: list[str], 
     assert message.startswith("error: --dwm-rule-sources goood") and "good, bad" in message and message.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["random", "loss"])
-def test_a_rule_gives_the_same_weights_in_a_resumed_run_and_in_another_layout(name: str, tmp_path: Path):
-    flags = {**PLAIN, **DATA, **rule(name), "--train-iters": 8, "--dwm-rule-strength": 0.5}
-    flags |= {"--hidden-dropout": 0, "--attention-dropout": 0}
+def test_random_weights_are_the_same_in_a_resumed_run_and_in_another_layout(tmp_path: Path):
+    """Rules that pass samples through the model are held against each other in tests/distributed/test_rules.py."""
+    flags = {**PLAIN, **DATA, **rule("random"), "--train-iters": 8, "--dwm-rule-strength": 0.5}
 
     def weights(folder: str) -> list[float]:
         return [step["effective_sample_size"] for step in records(tmp_path / folder / "metrics.jsonl", "train")]
@@ -61,8 +60,7 @@ def test_a_rule_gives_the_same_weights_in_a_resumed_run_and_in_another_layout(na
     assert weights("parts") == weights("whole")
     assert len(weights("whole")) == 8 and all(0.3 < size < 1.0 for size in weights("whole"))
     succeed(tmp_path / "log4", 2, {**flags, "--save": tmp_path / "dp2"})
-    # Random scores do not depend on the layout; losses do by their rounding.
-    assert weights("dp2") == pytest.approx(weights("whole"), rel=0 if name == "random" else 1e-3)
+    assert weights("dp2") == weights("whole")
 
 
 def test_shuffled_weights_are_those_of_a_learning_weighter_in_another_order(tmp_path: Path):

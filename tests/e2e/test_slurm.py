@@ -46,7 +46,11 @@ TINY = {
     "DWM_NUM_STAGES": "2",
     "DWM_UPDATE_INTERVAL": "1",
     "DWM_NUM_LAYERS": "1",
+    "TP": "2",
+    "PP": "2",
 }
+"""Variables of the script."""
+OPTIONS = ["--nodes=1"]
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +83,27 @@ def test_the_submitted_script_trains_stops_and_continues_from_its_checkpoint(clu
         "SAVE": str(save),
     }
 
-    def submit(*arguments: str) -> str:
+    def submit(*arguments: str, **settings: str) -> str:
         with several_processes:
             job = cluster.run_job(
-                SCRIPT, *arguments, options=["--ntasks-per-node=4"], folder=tmp_path, environment=environment
+                SCRIPT,
+                *arguments,
+                options=[*OPTIONS, "--ntasks-per-node=4"],
+                folder=tmp_path,
+                environment={**environment, **settings},
             )
-        assert job.state == "COMPLETED", job.log
+        assert job.state == "COMPLETED", job.log + _log_of_nodes(save)
         return job.log
 
     log = submit("--exit-interval", "3")
+    assert "4 ranks = tensor 2 x pipeline 2 x data 1" in log and (save / "plan.json").is_file(), log
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "3", log
+    for path in (save / "logs").iterdir():
+        path.unlink()
 
-    log = submit()
+    log = submit(PREFLIGHT="0")
+    assert "ranks = " not in log, log
+    log = _log_of_nodes(save)
     assert " iteration        3/       6 |" not in log and " iteration        4/       6 |" in log, log
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "6", log
     assert (save / "iter_0000006" / "metadata.json").is_file(), log
@@ -112,24 +125,32 @@ def test_a_preempted_job_saves_requeues_itself_and_goes_on(cluster: Cluster, tmp
         "SAVE": str(save),
         "TP": "2",
         "PP": "1",
+        "PREFLIGHT": "0",
         "EXTRA_ARGS": "--split 100,0,0 --eval-iters 0",
     }
     urgent = tmp_path / "urgent.sh"
     urgent.write_text("#!/bin/sh\ntrue\n")
     with several_processes:
-        job = cluster.submit(SCRIPT, options=["--ntasks-per-node=2"], folder=tmp_path, environment=environment)
+        options = [*OPTIONS, "--ntasks-per-node=2"]
+        job = cluster.submit(SCRIPT, options=options, folder=tmp_path, environment=environment)
         metrics = save / "metrics.jsonl"
         while not metrics.is_file() or metrics.read_text().count('"train"') < 4:
             time.sleep(0.2)
         preempting = cluster.run_job(urgent, options=["--partition=urgent"], folder=tmp_path, environment={})
         cluster.start_at_once(job)
         finished = cluster.wait(job, tmp_path)
-    assert preempting.state == "COMPLETED", finished.log
-    assert finished.state == "COMPLETED", finished.log
-    assert "exiting program after receiving SIGTERM." in finished.log, finished.log
-    iterations = [int(number) for number in re.findall(r" iteration +(\d+)/", finished.log)]
-    assert iterations == list(range(1, 21)), finished.log  # none is lost, and none is made twice
+    log = finished.log + _log_of_nodes(save)
+    assert preempting.state == "COMPLETED", log
+    assert finished.state == "COMPLETED", log
+    assert "exiting program after receiving SIGTERM." in log, log
+    iterations = [int(number) for number in re.findall(r" iteration +(\d+)/", log)]
+    assert iterations == list(range(1, 21)), log  # none is lost, and none is made twice
     assert json.loads((save / "run_status.json").read_text())["status"] == "finished"
+
+
+def _log_of_nodes(save: Path) -> str:
+    """Return what the ranks have printed, node by node."""
+    return "".join(path.read_text() for path in sorted((save / "logs").glob("pretrain-1b-dwm-*.log")))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,10 @@ FEATURES: dict[str, tuple[int, dict[str, Any]]] = {
         {**TP2, "--sequence-parallel": True, "--use-distributed-optimizer": True, "--bf16": True},
     ),
     "fp16": (1, {"--fp16": True, "--initial-loss-scale": 65536}),
-    "interleaved pipeline, bf16": (2, {**PP2, "--num-virtual-stages-per-pipeline-rank": 2, "--bf16": True}),
+    "interleaved pipeline, bf16": (
+        2,
+        {**PP2, "--num-layers": 4, "--num-virtual-stages-per-pipeline-rank": 2, "--bf16": True},
+    ),
     "GPT-2 shape, tied, PP2, full recomputation": (
         2,
         {

@@ -36,7 +36,7 @@ def test_iterations_between_bilevel_ones_keep_the_weighter(mode: str, save: Path
     place = {"--load": save, "--save": save}
     succeed(tmp_path / "log", 1, without | place | {"--exit-interval": STOP + 2})
     before, kept = weighter_state(save, STOP), weighter_state(save, STOP + 2)
-    assert kept.keys() == before.keys() and kept["outer_updates"] == before["outer_updates"] > 0
+    assert kept.keys() - {"score_cache"} == before.keys() and kept["outer_updates"] == before["outer_updates"] > 0
     assert all(torch.equal(kept["weighter"][key], value) for key, value in before["weighter"].items())
     finished = succeed(tmp_path / "log", 1, RUN | place)
     assert "holds no weighter" not in finished.text

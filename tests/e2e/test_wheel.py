@@ -82,7 +82,7 @@ def test_the_wheel_holds_all_of_the_package(installation: Installation):
         entry_points = archive.read(f"megatron_dwm-{__version__}.dist-info/entry_points.txt").decode()
     files = {path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert packed == {str(path.relative_to(ROOT)) for path in files}
-    assert {"megatron_dwm/py.typed", "megatron_dwm/analysis/preference.html.j2"} <= packed
+    assert {"megatron_dwm/py.typed", "megatron_dwm/analysis/report/preference.html.j2"} <= packed
     assert "megatron-dwm = megatron_dwm.cli.main:main" in entry_points
 
 

@@ -19,7 +19,7 @@ UNMAPPED = {".gitignore"}
 GROUND = "ground"
 """Modules that lie directly in the package."""
 LAYERS = [
-    *(GROUND, "config", "runtime", "data", "corpora", "model", "weighting", "training", "analysis", "cli"),
+    *(GROUND, "config", "runtime", "data", "corpora", "model", "weighting", "training", "plan", "analysis", "cli"),
     "benchmarks",
 ]
 """From the bottom to the top: a module imports modules of its own layer and of lower ones."""

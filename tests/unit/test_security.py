@@ -17,7 +17,7 @@ from megatron_dwm.data.hf_tokenizers import fingerprint_of_folder, save_hf_token
 from megatron_dwm.data.tokenizers import build_tokenizer
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.hf_folder import read_hugging_face
-from megatron_dwm.weighting.weighter_init import weighter_model_from_folder
+from megatron_dwm.weighting.weighter_folder import SampleTokens, read_weighter_folder
 from tests.paths import ROOT
 
 SETTINGS = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=30)
@@ -26,8 +26,8 @@ SIZES = {"vocab_size": 31, "hidden_size": 8, "num_hidden_layers": 1, "num_attent
 
 
 def load_weighter(folder: Path) -> Any:
-    fingerprint = vocabulary_fingerprint(TOKENIZER, SETTINGS)
-    return weighter_model_from_folder("--dwm-load", str(folder), 8, 31, 30, fingerprint, seed=1)
+    samples = SampleTokens(8, 31, 30, vocabulary_fingerprint(TOKENIZER, SETTINGS), str)
+    return read_weighter_folder("--dwm-load", str(folder), samples, seed=1).model
 
 
 @pytest.fixture

@@ -66,6 +66,7 @@ class LMGradients:
         losses = self.engine.run(
             batch, self.micro_batch_size, loss_function=weighted_loss(sample_weights), force_all_reduce=True
         )
+        self._gather_shards()
         scale = 1.0 / self.loss_scale
         direction = {
             param: param.main_grad.detach().to(torch.promote_types(param.dtype, torch.float32)) * scale
@@ -75,6 +76,19 @@ class LMGradients:
         if self.config.dwm_preconditioner == "adam":
             precondition(direction, self.optimizer, self.parallel_state)
         return self._mean_over_replicas(losses, batch), direction
+
+    def _gather_shards(self) -> None:
+        """Complete the gradient where the optimizer has several instances; a collective call of each one's ranks.
+
+        megatron-core then sums over all replicas what a rank updates alone, and the rest over its instance.
+        """
+        group = self.parallel_state.optimizer_group
+        if group is self.parallel_state.dp_cp_group:
+            return
+        for buffer in (buffer for chunk in self.engine.chunks for buffer in chunk.buffers):
+            for bucket in buffer.buckets:
+                own = bucket.grad_data.view(dist.get_world_size(group), -1)[dist.get_rank(group)]
+                dist.all_gather_into_tensor(bucket.grad_data, own.clone(), group=group)
 
     def align(self, batch: Batch, direction: Direction) -> torch.Tensor:
         """Return a_i = f_i ⟨v, ∇ l_i⟩ of this replica's samples [n], float64, at the present parameters.

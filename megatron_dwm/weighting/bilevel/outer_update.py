@@ -5,17 +5,14 @@ Shape legend: N samples of the global batch, n of this replica, c of this rank's
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.runtime.collectives import world_rank, world_size
-from megatron_dwm.weighting.bilevel.alignment import Direction
-from megatron_dwm.weighting.bilevel.health import require_alignments
+from megatron_dwm.weighting.bilevel.alignment_pass import AlignmentPass, Passes, Samples
 from megatron_dwm.weighting.bilevel.learning import GradientLearner, Learner
 from megatron_dwm.weighting.bilevel.replay import AlignedBatch, Replay
 from megatron_dwm.weighting.bilevel.ridge import RidgeLearner
@@ -40,38 +37,6 @@ class OuterResult:
     weighter_hash: str
 
 
-class Samples(Protocol):
-    """Samples of one step, as the passes take them."""
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        """What the weighter reads [n, s], int64."""
-
-    def __len__(self) -> int:
-        """Return n."""
-
-
-class Passes(Protocol):
-    """The passes over a language model that an update is made of; they leave its parameters and gradients alone."""
-
-    @property
-    def loss_scale(self) -> float:
-        """What the loss is multiplied by in training."""
-
-    @property
-    def check_for_nan(self) -> bool:
-        """Whether alignments that are not finite end the run."""
-
-    def deterministic(self) -> AbstractContextManager[None]:
-        """Return a context in which nothing is dropped out and no random stream moves."""
-
-    def gradient(self, batch: Any) -> tuple[float, Direction]:
-        """Return the mean loss of target samples and its gradient v, the same on every replica."""
-
-    def align(self, batch: Any, direction: Direction) -> torch.Tensor:
-        """Return the alignments of this replica's samples [n], float64."""
-
-
 class OuterUpdate:
     """Updates the weighter from the alignment of samples with the target."""
 
@@ -84,6 +49,7 @@ class OuterUpdate:
             weighter,
             sample_gather,
         )
+        self.alignment_pass = AlignmentPass(lm_gradients, sample_gather)
         self.replay = Replay(config.dwm_replay, config.dwm_replay_half_life)
         self.learner: Learner = (RidgeLearner if weighter.is_linear else GradientLearner)(config, weighter)
 
@@ -121,26 +87,17 @@ class OuterUpdate:
             FloatingPointError: an alignment is not finite and the schedule checks for that.
             RuntimeError: all alignments are zero, or the weighter's replicas differ.
         """
-        with self.lm_gradients.deterministic():
-            target_loss, direction = self.lm_gradients.gradient(target)
-            before.swap()
-            alignments = self.sample_gather.gather_from_replicas(self.lm_gradients.align(batch, direction)).cpu()
-            before.swap()
-        del direction  # as large as the gradient, and the weighter's steps need room
-        if not bool(alignments.isfinite().all()):
-            if self.lm_gradients.check_for_nan:
-                raise FloatingPointError("an alignment is not finite; lower --lr, or look at the data of this step")
+        found = self.alignment_pass.run(batch, target, before)
+        if found is None:
             return None
-
-        require_alignments(alignments)
-
+        alignments = found.values
         tokens = batch.tokens[self.sample_gather.rank_slice_of(len(batch))]
         self.replay.append(tokens, self.rank_places(len(alignments)), alignments)
         first = self._objective(self.replay.newest)
         grad_norm = self.learner.learn(self.replay) if self.config.dwm_lr > 0 else 0.0
         return OuterResult(
             alignments=alignments,
-            target_loss=target_loss,
+            target_loss=found.target_loss,
             objective_before=first,
             objective_after=self._objective(self.replay.newest),
             weighter_grad_norm=grad_norm,

@@ -65,7 +65,7 @@ def precondition(direction: Direction, optimizer: Optimizer, parallel_state: Par
             v.zero_()
         flat[place] = scaled.to(flat)
         if sharded:
-            dist.all_reduce(v, group=parallel_state.dp_cp_group)
+            dist.all_reduce(v, group=parallel_state.optimizer_group)
 
 
 def precondition_by_torch(direction: Direction, optimizer: torch.optim.Optimizer) -> None:

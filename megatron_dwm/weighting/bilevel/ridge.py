@@ -131,7 +131,7 @@ class RidgeLearner:
         config, device = self.config, self.weighter.model.embedding.weight.device
         scale = config.dwm_temperature / config.dwm_kl_weight
         tokens = torch.cat([aligned.tokens for aligned in replay.batches]).long()
-        buckets, values = self.weighter.model.features(tokens)
+        buckets, values = self.weighter.features(tokens)
         sample_of, column = values.nonzero(as_tuple=True)
         targets, batch_of = [], []
         for number, aligned in enumerate(replay.batches):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.runtime.device import current_device
+from megatron_dwm.weighting.bilevel.alignment_pass import reason_unmoved
 from megatron_dwm.weighting.bilevel.health import HealthWarning, check_scores
 from megatron_dwm.weighting.bilevel.outer_update import OuterResult, OuterUpdate
 from megatron_dwm.weighting.export import WeighterExporter
@@ -85,7 +87,7 @@ class BilevelWeighting(ScoredWeighting):
         """
         if weights is None:
             return []
-        is_update, reason = self.stages.is_update(iteration), _reason_unmoved(outcome)
+        is_update, reason = self.stages.is_update(iteration), reason_unmoved(outcome)
         should_check = is_update or iteration % self.options.check_interval == 0
         records = self.health_records(iteration, weights) if should_check else []
         if is_update and reason is not None:
@@ -104,7 +106,7 @@ class BilevelWeighting(ScoredWeighting):
 
     def flops(self, iteration: int, outcome: StepOutcome) -> float:
         """Return the operations of scoring, and of the outer update if one was made."""
-        is_update = self.stages.is_update(iteration) and _reason_unmoved(outcome) is None
+        is_update = self.stages.is_update(iteration) and reason_unmoved(outcome) is None
         return self._flops.per_batch + (self._flops.per_update if is_update else 0.0)
 
     def before_save(self, iteration: int) -> None:
@@ -167,12 +169,13 @@ class BilevelWeighting(ScoredWeighting):
             "objective_after": result.objective_after,
             "weighter_grad_norm": result.weighter_grad_norm,
             "weighter_hash": result.weighter_hash,
+            "alignment_by_source": self._means(samples["alignment"], samples["source"]),
             "samples": samples,
         }
 
-
-def _reason_unmoved(outcome: StepOutcome) -> str | None:
-    """Return why a step moved no parameter, None if it did."""
-    if outcome.skipped:
-        return "the gradient of its step overflowed"
-    return "the learning rate of its step is 0" if outcome.learning_rate == 0 else None
+    def _means(self, values: list[float], sources: list[str]) -> dict[str, float]:
+        """Return the mean of the values of each source that occurs."""
+        by_source: dict[str, list[float]] = {name: [] for name in self.sources}
+        for value, source in zip(values, sources, strict=True):
+            by_source[source].append(value)
+        return {name: fmean(found) for name, found in by_source.items() if found}

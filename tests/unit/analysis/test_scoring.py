@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,10 +15,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from megatron_dwm.cli import score
+from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.weighting import WeightingConfig
+from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
 from megatron_dwm.weighting.weighter import Weighter
 from tests.paths import ROOT
 
@@ -96,6 +105,77 @@ def test_scores_are_those_of_training_and_rows_stay_whole_and_in_order(weighter:
     table = [row for path in sorted((tmp_path / "table/data").iterdir()) for row in pq.read_table(path).to_pylist()]
     assert [row["score"] for row in table] == pytest.approx(expected, abs=1e-5)
     assert [row["id"] for row in table] == list(range(30))
+
+
+def test_one_file_is_shared_by_several_tasks_and_a_killed_one_loses_no_row(weighter: Path, tmp_path: Path):
+    """Lines belong to the part that they begin in, whatever their length; one part is as if it was not finished."""
+    rows = [{"id": n, "text": text(n, 3), "long": "x" * (n % 3 * 200)} for n in range(30)]
+    source = write(tmp_path / "a.jsonl", rows)
+    argv = ("--weighter", weighter, "--input", source, "--window", WINDOW, "--split-bytes", 1000)
+    output = tmp_path / "out"
+    assert run(*argv, "--output", output) == 0
+    parts = sorted((output / "data").iterdir())
+    assert len(parts) > 5
+    assert [{**row, "score": 0} for row in output_rows(output)] == [{**row, "score": 0} for row in rows]
+    expected = [path.read_bytes() for path in parts]
+    parts[2].unlink()
+    (output / "logs/completions/00002").unlink()
+    assert run(*argv, "--output", output) == 0
+    assert [path.read_bytes() for path in sorted((output / "data").iterdir())] == expected
+    with source.open("a") as file:
+        file.write("{\n")
+    assert run(*argv, "--output", tmp_path / "bad") == 2
+
+
+def test_an_indexed_dataset_is_scored_as_its_texts_are(weighter: Path, tmp_path: Path, capsys):
+    """Its documents end with a token that no text has; with another tokenizer, texts are made of the tokens."""
+    source = write(tmp_path / "a.jsonl", [{"text": text(n, 1 + n)} for n in range(20)])
+    made = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tmp_path / "with_end")}
+    tokenizer = AutoTokenizer.from_pretrained(weighter)
+    tokenizer.eos_token = "50"
+    tokenizer.save_pretrained(made["tokenizer_model"])
+    config = PreprocessConfig(input=[str(source)], output_prefix=str(tmp_path / "a"), append_eod=True)
+    preprocess(config, TokenizerConfig(**made))
+    usual = ("--weighter", weighter, "--window", WINDOW)
+    assert run(*usual, "--input", source, "--output", tmp_path / "texts") == 0
+    flags = ("--input", tmp_path / "a_text_document", "--dataset-tokenizer", made["tokenizer_model"])
+    assert run(*usual, *flags, "--output", tmp_path / "set", "--split-bytes", 100) == 0
+    assert "20 documents of 1 files" in capsys.readouterr().out
+    expected = [row["score"] for row in output_rows(tmp_path / "texts")]
+    found = output_rows(tmp_path / "set")
+    assert [row["document"] for row in found] == list(range(20)) and found[3]["text"] == text(3, 4)
+    assert [row["score"] for row in found] == pytest.approx(expected, abs=1e-5)
+    assert run(*usual, *flags[:2], "--output", tmp_path / "same") == 0  # the end is a token to the weighter
+    assert [row["score"] for row in output_rows(tmp_path / "same")] != pytest.approx(expected, abs=1e-5)
+    (tmp_path / "a_text_document.bin").write_bytes(b"\x01")
+    assert run(*usual, *flags, "--output", tmp_path / "damaged") == 2
+    assert "has 1 bytes where its index says" in capsys.readouterr().err
+
+
+def test_perplexity_is_that_of_the_language_model(tmp_path: Path, weighter: Path):
+    folder = tmp_path / "model"
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=51, max_position_embeddings=64, **sizes)).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(50)
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(weighter)
+    tokenizer.eos_token = "50"
+    tokenizer.save_pretrained(folder)
+    source = write(tmp_path / "a.jsonl", ROWS[:8])
+    flags = ("--language-model", folder, "--input", source, "--window", WINDOW, "--batch-tokens", 64)
+    assert run(*flags, "--output", tmp_path / "out") == 0
+    expected = []
+    for row in ROWS[:8]:
+        ids, total = [int(word) for word in row["text"].split()], 0.0
+        for start in range(0, len(ids), WINDOW - 1):
+            window = torch.tensor([[50, *ids[start : start + WINDOW - 1]]])
+            total += float(model(input_ids=window, labels=window).loss.detach()) * (window.shape[1] - 1)
+        expected.append(math.exp(total / len(ids)))
+    assert [row["perplexity"] for row in output_rows(tmp_path / "out")] == pytest.approx(expected, rel=1e-4)
+    assert max(expected) > 1.5 * min(expected)
+    assert run(*flags, "--weighter", weighter, "--output", tmp_path / "both") == 2
 
 
 def test_the_rules_for_long_documents_differ(weighter: Path, tmp_path: Path):

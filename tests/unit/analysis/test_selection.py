@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_dwm.analysis import top_rows
 from megatron_dwm.analysis.top_rows import ROW, Group, TopRows
-from megatron_dwm.cli import select
+from megatron_dwm.cli import preprocess, select
 
 
 def made_rows() -> list[dict[str, Any]]:
@@ -294,3 +294,45 @@ def test_an_output_that_cannot_be_written_or_is_an_input(source: Path, tmp_path:
     pq.write_table(pa.Table.from_pylist([{"score": 4.5, "t": b"bytes"}]), table)
     assert run("--input", table, "--documents", 1, "--output", tmp_path / "out.jsonl") == 2
     assert "b.parquet, row 1: cannot be written as JSON" in capsys.readouterr().err
+
+
+def test_duplicates_go_first_and_a_dataset_is_written_of_the_rows_that_are_kept(source: Path, tmp_path: Path, capsys):
+    distinct = len({row["text"] for row in ROWS})
+    rows = selected(source, "--documents", distinct - 1, "--duplicates", "exact")
+    assert len({row["text"] for row in rows}) == len(rows) == 7
+    assert manifest(source.parent / "out.jsonl")["duplicates_dropped"] == len(ROWS) - distinct
+    assert "after 192 duplicates" in capsys.readouterr().out
+    usual = ("--input", source, "--documents", 7, "--duplicates", "exact")
+    assert run(*usual, "--output", tmp_path / "more.jsonl", "--documents", distinct + 1) == 2
+    assert "asks for 9 documents of all sources, which holds 8" in capsys.readouterr().err
+    words = Tokenizer(models.WordLevel({"w": 0, "</s>": 1}, unk_token="w"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path / "words")
+    tokenizer = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tmp_path / "words")
+    flags = (*usual, "--output-format", "indexed", "--output", tmp_path / "set")
+    assert run(*flags, *tokenizer, "--append-eod") == 0
+    preprocess.main(
+        [
+            str(word)
+            for word in (
+                "--input",
+                source.parent / "out.jsonl",
+                "--append-eod",
+                *tokenizer,
+                "--output-prefix",
+                tmp_path / "expected",
+            )
+        ]
+    )
+    for suffix in (".bin", ".idx"):
+        found, expected = (tmp_path / f"{name}_text_document{suffix}" for name in ("set", "expected"))
+        assert found.read_bytes() == expected.read_bytes()
+    assert set(manifest(tmp_path / "set")["output"]["files"]) == {"set_text_document.bin", "set_text_document.idx"}
+    for wrong, message in [
+        (flags, "--output-format indexed needs a tokenizer"),
+        ((*usual, *tokenizer, "--output", tmp_path / "a.jsonl"), "--tokenizer-type is for --output-format indexed"),
+        ((*usual, "--append-eod", "--output", tmp_path / "a.jsonl"), "are for --output-format indexed"),
+        ((*flags, *tokenizer, "--output", tmp_path / "set.jsonl"), "give the prefix of a dataset"),
+    ]:
+        assert run(*wrong) == 2
+        assert message in capsys.readouterr().err

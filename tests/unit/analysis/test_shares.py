@@ -37,6 +37,9 @@ def test_the_lines_are_the_shares_with_intervals(tmp_path: Path, capsys):
         assert float(words[1]) == pytest.approx(expected, abs=0.02)
         assert float(words[1]) + float(words[3]) == pytest.approx(1, abs=2e-6)
     (line,) = [line for line in lines[lines.index("# stage 1, 100 iterations") :] if "good" in line][:1]
+    assert lines[-1].endswith(
+        "--dwm-rule source-weights --dwm-rule-sources good other --dwm-rule-weights 1.2000 0.8000"
+    )
     low, high = map(float, re.search(r"\((\S+) to (\S+)\)", line).groups())
     assert 0.55 < low < float(paths[1][1]) < high < 0.65
 

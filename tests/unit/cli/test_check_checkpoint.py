@@ -36,7 +36,9 @@ def check(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
 def test_what_is_whole_is_said_for_each(save: Path, capsys: pytest.CaptureFixture[str]):
     code, output, errors = check(capsys, "--load", save)
     assert (code, errors) == (0, "")
-    assert output.splitlines() == [
+    *lines, last = output.splitlines()
+    assert last.startswith(f"{save}: all 2 are whole, ") and last.endswith(" MB")
+    assert lines == [
         f"{save / NAME}: whole, checksums verified: 24 tensors, 5 objects, a weighter",
         f"{save / 'weighter' / NAME}: an exported weighter, whole",
     ]

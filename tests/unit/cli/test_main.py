@@ -23,6 +23,7 @@ else:
 COMMANDS = {**main.COMMANDS, **benchmark.BENCHMARKS}
 DOORS = {
     "tools/preprocess_data.py": "preprocess",
+    "tools/merge_datasets.py": "merge-datasets",
     "tools/check_checkpoint.py": "check-checkpoint",
     "tools/check_data.py": "check-data",
     "tools/train_tokenizer.py": "train-tokenizer",
@@ -36,6 +37,9 @@ DOORS = {
     "benchmarks/benefit.py": "benefit",
     "benchmarks/overhead.py": "overhead",
     "benchmarks/word_order.py": "word-order",
+    "benchmarks/lds.py": "lds",
+    "benchmarks/transfer.py": "transfer",
+    "benchmarks/scoring.py": "scoring",
     "benchmarks/chaos.py": "chaos",
     "pretrain_dwm.py": "pretrain",
 }
@@ -78,7 +82,8 @@ def test_help_and_version_import_nothing_that_takes_seconds():
         (["zzz"], "megatron-dwm has no command zzz; give one of pretrain, "),
         (
             ["benchmark"],
-            "megatron-dwm benchmark needs a command; give one of benefit, overhead, word-order, chaos, precision, gpu",
+            "megatron-dwm benchmark needs a command; give one of benefit, overhead, word-order, lds, transfer, "
+            "scoring, chaos, precision, gpu",
         ),
         (["plot", "--runs", "x"], "unknown flag --runs; is it --run?"),
     ],
@@ -94,6 +99,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 def test_a_commands_help_names_it_as_the_user_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     assert run(monkeypatch, "plot", "--help") == 0
     assert capsys.readouterr().out.startswith("usage: megatron-dwm plot ")
+
+
+@pytest.mark.parametrize("name", ["train-tokenizer", "preprocess", "score", "select", "benefit", "report"])
+def test_a_command_that_reads_json_lines_says_what_a_line_holds(name: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        importlib.import_module(COMMANDS[name].module).main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    example = {"report": '{"index": 17, "quality": 3.5}', "select": '{"text": "One document.", "score": 0.5}'}
+    assert example.get(name, '{"text": "One document."}') in shown and "(default: " in shown
 
 
 @pytest.mark.parametrize("name", COMMANDS)

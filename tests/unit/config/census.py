@@ -1,47 +1,75 @@
-"""What the parser says of each flag and value of a census of Megatron-LM's configurations."""
+"""What the parser says of each of Megatron-LM's configurations of dense GPTs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
-from megatron_dwm.config.flags import build, declared_flags, read
-from megatron_dwm.config.no_effect import NoEffectConfig
-from megatron_dwm.config.run import FLAG_GROUPS, PARTS
-from megatron_dwm.config.unsupported_flags import reason_unsupported
+from megatron_dwm.config.run import parse_run
 from megatron_dwm.errors import UserError
+from tests.paths import FIXTURES
 
-CENSUS = "megatron/census.json"
-"""Flags to values to the number of configurations; a switch's value is empty."""
+CENSUS = FIXTURES / "megatron/census.json"
+"""Flags with values, and of which of them each configuration is made."""
 PATH = "PATH"
 """What stands for every value that is a path."""
+FILES = ("--vocab-file", "--merge-file", "--tokenizer-model", "--tokenizer-metadata")
+"""Flags of files that are to be there."""
+WORLD_SIZES = (8, 16, 1)
+
+Configuration = dict[str, str]
+"""Flags and values; a switch's value is empty."""
 
 
-def refusal(name: str, value: str) -> str | None:
-    """Return why the parser refuses the flag with this value, or None if it accepts it by itself."""
-    try:
-        given = read(
-            [name, *value.split()], FLAG_GROUPS.values(), description=None, reason_unsupported=reason_unsupported
-        )
-        build(NoEffectConfig, given)
-    except UserError as error:
-        return str(error)
-    for item in (item for kind in PARTS.values() for item in declared_flags(kind)):
-        if item.field in given and item.refused is not None and given[item.field] != item.default:
-            return f"{name} is not supported: {item.refused}"
-    return None
+def write_census(configurations: Iterable[Configuration]) -> None:
+    """Write the configurations."""
+    numbers: dict[tuple[str, str], int] = {}
+    made_of = [[numbers.setdefault(item, len(numbers)) for item in flags.items()] for flags in configurations]
+    lines = [",\n".join(json.dumps(line) for line in part) for part in (list(numbers), made_of)]
+    CENSUS.write_text(f'{{"flags": [\n{lines[0]}\n],\n"configurations": [\n{lines[1]}\n]}}\n')
 
 
-def refused(census: Mapping[str, Mapping[str, int]]) -> dict[str, tuple[int, str]]:
-    """Return each flag that is refused with a value that occurs: in how many configurations, and why."""
-    found: dict[str, tuple[int, str]] = {}
-    for name, values in census.items():
-        reasons = {value: reason for value in values if (reason := refusal(name, value)) is not None}
-        if reasons:
-            found[name] = sum(values[value] for value in reasons), next(iter(reasons.values()))
+def read_census() -> list[Configuration]:
+    """Read the configurations."""
+    census = json.loads(CENSUS.read_text())
+    flags = [tuple(item) for item in census["flags"]]
+    return [dict(flags[number] for number in numbers) for numbers in census["configurations"]]
+
+
+def obstacles(flags: Mapping[str, str], file: Path) -> list[str]:
+    """Return the parser's errors, each after what the one before named was left out; none if it accepts all.
+
+    Args:
+        file: one that is there.
+    """
+    left, found = dict(flags), []
+    while (error := _error(left, file)) is not None:
+        found.append(error)
+        named = re.search(r"--[\w-]+", error)
+        if named is None or left.pop(named.group(), None) is None:
+            break
     return found
 
 
-def table(census: Mapping[str, Mapping[str, int]]) -> str:
-    """Return one line for each refused flag, the most frequent first."""
-    rows = sorted(refused(census).items(), key=lambda row: (-row[1][0], row[0]))
-    return "\n".join(f"{number:5d}  {reason}" for _, (number, reason) in rows)
+def _error(flags: Mapping[str, str], file: Path) -> str | None:
+    argv = ["--dwm-mode", "off"]
+    for name, value in flags.items():
+        argv += [name, *(str(file) if name in FILES else value).split()]
+    errors = []
+    for world_size in WORLD_SIZES:
+        try:
+            parse_run(argv, world_size)
+        except UserError as error:
+            errors.append(str(error))
+        else:
+            return None
+    return errors[0]
+
+
+def table(obstacles_of_all: Iterable[list[str]]) -> str:
+    """Return one line for each error, the most frequent first."""
+    counts = Counter(error for errors in obstacles_of_all for error in errors)
+    return "\n".join(f"{count:5d}  {error}" for error, count in counts.most_common())

@@ -190,3 +190,16 @@ def test_every_field_of_the_model_is_compared_or_known_not_to_matter():
     fields = {item.field for item in declared_flags(ModelConfig)}
     kernels = {name for name in fields if name.endswith("_fusion") or name.startswith(("recompute_", "fp8"))}
     assert fields - compared - kernels == rest
+
+
+def test_windows_and_layers_may_be_said_in_other_words():
+    """Megatron-LM saves what it has made of the flags' values."""
+    saved = {**MEGATRON["llama"], "window_size": (7, 0), "window_attn_skip_freq": [1, 0, 1, 0], "no_rope_freq": 2}
+    window = " --window-size (7,0) --no-rope-freq 2"
+    same = arguments(FLAGS["llama"] + f"{window} --window-attn-skip-freq ([1]+[0])*2")
+    assert differing_flag(same, saved) is None
+    other = arguments(FLAGS["llama"] + f"{window} --window-attn-skip-freq 2")
+    assert differing_flag(other, saved) == (
+        "--window-attn-skip-freq 2 is not what the checkpoint was saved with, [1,0,1,0]; change it, or load with "
+        "--finetune"
+    )

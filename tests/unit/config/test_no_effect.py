@@ -15,15 +15,16 @@ RUN = (
     "--global-batch-size 8 --dwm-mode off"
 )
 ONE_NEUTRAL_VALUE = {
+    "ckpt_fully_parallel_load_exchange_algo": "broadcast",
     "cpu_offloading_num_layers": "0",
+    "dist_ckpt_workers": "1",
     "exp_avg_dtype": "fp32",
     "exp_avg_sq_dtype": "fp32",
     "main_grads_dtype": "fp32",
     "main_params_dtype": "fp32",
-    "num_distributed_optimizer_instances": "1",
+    "null_tokenizer_pad_id": "-1",
     "pipeline_model_parallel_comm_backend": "nccl",
     "rope_type": "rope",
-    "softmax_type": "vanilla",
 }
 PIPELINE = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
 
@@ -49,14 +50,12 @@ def test_the_run_is_the_one_without_the_flag(field: str):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--num-distributed-optimizer-instances 2", "over all replicas"),
         ("--pipeline-model-parallel-comm-backend ucc", "NCCL"),
         ("--cpu-offloading-num-layers 1", "use --recompute-granularity"),
         ("--main-grads-dtype bf16", "fp32"),
         ("--main-params-dtype fp16", "fp32"),
         ("--exp-avg-dtype fp8", "fp32"),
         ("--exp-avg-sq-dtype fp16", "fp32"),
-        ("--softmax-type learnable", "the usual softmax"),
         ("--rope-type yarn", "only multi-latent attention"),
     ],
 )
@@ -68,8 +67,8 @@ def test_a_value_that_would_have_an_effect_is_refused_with_the_reason(flags: str
 @pytest.mark.parametrize(
     "flag",
     [
-        *("--log-straggler", "--fim-data", "--use-megatron-fsdp"),
-        *("--tp-comm-overlap", "--optimizer-cpu-offload", "--use-kitchen-attention", "--use-nccl-ub"),
+        *("--fim-data", "--use-megatron-fsdp"),
+        *("--optimizer-cpu-offload", "--use-kitchen-attention", "--use-nccl-ub"),
     ],
 )
 def test_the_flags_with_which_others_would_act_are_refused(flag: str):

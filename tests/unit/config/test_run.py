@@ -103,8 +103,8 @@ def test_the_model_of_a_checkpoint_is_taken_and_what_is_given_of_the_rest(
     assert (model.query_groups, model.layernorm_epsilon) == (4, 1e-6)
     assert parse_run(argv, 1, read_saved=read_saved).optimizer.lr == 1e-3
     assert caplog.messages == []
-    with pytest.raises(UserError, match="openai_gelu=True"):
-        parse_run(argv, 1, read_saved=lambda _: SAVED | {"openai_gelu": True})
+    with pytest.raises(UserError, match="multi_latent_attention=True"):
+        parse_run(argv, 1, read_saved=lambda _: SAVED | {"multi_latent_attention": True})
     with pytest.raises(UserError, match="--use-checkpoint-args is not supported"):
         parse_run(argv, 1)
 
@@ -201,6 +201,21 @@ def test_configurations_cannot_be_changed():
 
 
 MISTAKES = {
+    "--num-distributed-optimizer-instances 2": "has no effect without --use-distributed-optimizer; add it",
+    "--use-distributed-optimizer --num-distributed-optimizer-instances 3": "3 does not divide the 4 ranks",
+    "--window-size 4": "--window-size 4: give the tokens before a token's own that it sees",
+    "--window-size 4,1": "and 0 for those after it, which a GPT must not see",
+    "--window-attn-skip-freq 2": "--window-attn-skip-freq has no effect without --window-size; add that",
+    "--window-size 4,0 --window-attn-skip-freq [1]*9": "neither a positive number nor a pattern",
+    "--position-embedding-type rope --no-rope-freq 3": "--no-rope-freq 3 does not divide --num-layers 4",
+    "--no-rope-freq 2": "--no-rope-freq has no effect without --position-embedding-type rope",
+    "--glu-linear-offset 1": "--glu-linear-offset has no effect without --swiglu or --quick-geglu",
+    "--quick-geglu --swiglu": "--swiglu and --quick-geglu exclude each other",
+    "--qk-layernorm --qk-l2-norm": "--qk-layernorm and --qk-l2-norm exclude each other",
+    "--swiglu --activation-func-clamp-value 0": "--activation-func-clamp-value 0.0: must be above 0",
+    "--log-progress": "--log-progress writes to the --save folder; give it",
+    "--straggler-ctrlr-port 70000": "a port is at most 65535",
+    "--full-validation": "--full-validation: made-up data (--mock-data) has no end",
     "--no-such-flag 3": "unknown flag --no-such-flag",
     "--num-layers many": "--num-layers: invalid int value: 'many'",
     "--num-layers 0": "--num-layers 0: must be at least 1",
@@ -252,7 +267,7 @@ MISTAKES = {
     "--position-embedding-type rope --kv-channels 5": "heads of an even size, not 5",
     "--position-embedding-type rope --rotary-percent 0": "--rotary-percent 0.0",
     "--recompute-granularity full": "--recompute-method",
-    "--recompute-num-layers 1": "without --recompute-granularity",
+    "--recompute-modules mlp": "--recompute-modules has no effect without --recompute-granularity",
     "--fp8-recipe mxfp8": "--fp8-recipe has no effect without --fp8-format",
     "--no-fp8-wgrad": "--no-fp8-wgrad has no effect without --fp8-format",
     "--fp8-format hybrid": "use --fp8-recipe tensorwise",
@@ -262,7 +277,6 @@ MISTAKES = {
     "--context-parallel-size 0": "--context-parallel-size 0: must be at least 1",
     "--context-parallel-size 4 --seq-length 28": "--seq-length 28 is not divisible by 2 x --context-parallel-size 4",
     "--context-parallel-size 2 --hybrid-context-parallel": "--hybrid-context-parallel is not supported",
-    "--context-parallel-size 2 --pipeline-model-parallel-size 2 --use-tp-pp-dp-mapping": "--use-tp-pp-dp-mapping with",
     "--cp-comm-type ring": "--cp-comm-type ring: unknown; choose from p2p, all_gather, a2a, a2a+p2p",
     "--cp-comm-type p2p a2a": "--cp-comm-type p2p a2a: ",
     "--context-parallel-size 2 --cp-comm-type a2a+p2p": "needs two --hierarchical-context-parallel-sizes",
@@ -271,6 +285,9 @@ MISTAKES = {
     "--rerun-mode report_stats": "--rerun-mode report_stats is not supported: megatron-core 0.16 fails at it",
     "--error-injection-rate 5": "tests --rerun-mode validate_results",
     "--wandb-project x": "--wandb-project x needs --wandb-exp-name",
+    "--dwm-peak-tflops 0": "--dwm-peak-tflops 0.0: must be above 0",
+    "--plan": "--plan is for pretrain_dwm.py",
+    "--plan-world-size 8": "--plan-world-size 8 goes with --plan",
     "--rampup-batch-size 4 4 100": "--rampup-batch-size needs --train-samples",
     "--overlap-param-gather": "--use-distributed-optimizer",
     "--ddp-bucket-size 0": "--ddp-bucket-size 0: must be at least 1",
@@ -280,6 +297,12 @@ MISTAKES = {
     "--dwm-mode rule --dwm-rule random --dwm-rule-strength -1": "--dwm-rule-strength -1.0: must be at least 0",
     "--dwm-mode rule --dwm-rule shuffled --dwm-rule-strength 2": "--dwm-rule-strength 2.0 goes with --dwm-rule random",
     "--dwm-mode rule --dwm-rule oracle": "--dwm-rule oracle needs --dwm-rule-sources",
+    "--dwm-mode rule --dwm-rule source-weights --dwm-rule-sources a": "source-weights and --dwm-rule-weights go",
+    "--dwm-mode rule --dwm-rule source-weights --dwm-rule-sources a b --dwm-rule-weights 1": "--dwm-rule-weights 1.0:",
+    "--dwm-mode rule --dwm-rule source-weights --dwm-rule-sources a --dwm-rule-weights 0": "--dwm-rule-weights 0.0:",
+    "--dwm-mode rule --dwm-rule top-alignment --dwm-rule-fraction 1.5": "--dwm-rule-fraction 1.5: must be above 0",
+    "--dwm-mode rule --dwm-rule loss --dwm-rule-fraction 0.2": "--dwm-rule-fraction 0.2 goes with --dwm-rule top",
+    "--dwm-mode rule --dwm-rule source-alignment --dwm-kl-weight 0": "--dwm-kl-weight 0: the sources' scores",
     "--dwm-mode rule --dwm-rule loss --dwm-rule-sources a b": "--dwm-rule-sources a b goes with --dwm-rule oracle",
     "--dwm-mode rule --dwm-rule loss --dwm-check": "--dwm-check goes with --dwm-mode bilevel, not rule",
     "--dwm-mode rule --dwm-rule shuffled --dwm-target-batch-size 3": "--dwm-target-batch-size 3 is not divisible",
@@ -310,13 +333,17 @@ def test_context_parallelism_divides_the_world_and_the_sequence():
         _parse(f"{RUN} {flags}", world_size=8)
 
 
-def test_only_what_learns_a_weighter_needs_a_target_set():
+def test_only_what_looks_at_the_target_needs_a_target_set():
     run = RUN.replace("--mock-data", "--data-path x")
     for mode in ("bilevel", "rule --dwm-rule shuffled"):
         with pytest.raises(UserError, match="needs --dwm-target-data-path"):
             _parse(f"{run} --dwm-mode {mode}")
         assert _parse(f"{run} --dwm-mode {mode} --dwm-target-data-path y").weighting.has_weighter
-    for rule in ("random --dwm-rule-strength 0.5", "loss", "oracle --dwm-rule-sources x"):
+    for rule in ("similarity", "source-alignment", "top-alignment"):
+        with pytest.raises(UserError, match=f"--dwm-rule {rule} needs --dwm-target-data-path"):
+            _parse(f"{run} --dwm-mode rule --dwm-rule {rule}")
+        assert not _parse(f"{run} --dwm-mode rule --dwm-rule {rule} --dwm-target-data-path y").weighting.has_weighter
+    for rule in ("random --dwm-rule-strength 0.5", "loss", "linupper", "oracle --dwm-rule-sources x"):
         weighting = _parse(f"{run} --dwm-mode rule --dwm-rule {rule}").weighting
         assert not weighting.has_weighter and not weighting.needs_target
     assert _parse(f"{run} --dwm-mode frozen --dwm-load x").weighting.has_weighter
@@ -336,3 +363,8 @@ def test_only_what_learns_a_weighter_needs_a_target_set():
 def test_a_run_counted_in_samples_has_its_schedule_in_samples(flags: str, said: str):
     with pytest.raises(UserError, match=said):
         _parse(f"{BY_SAMPLES} {flags}")
+
+
+def test_what_recomputation_is_left_in_a_script_is_warned_of(caplog: pytest.LogCaptureFixture):
+    assert _parse(f"{RUN} --recompute-num-layers 1").model.recompute_granularity is None
+    assert "--recompute-num-layers has no effect without --recompute-granularity" in caplog.text

@@ -114,9 +114,10 @@ def test_no_paragraph_is_in_two_places(lines: Lines) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rpm:manual-doc"], "--documentation rpm:manual-doc: no such kind of package; give debian:NAME or pypi:NAME"),
+        (["rpm:manual-doc"], "--documentation rpm:manual-doc: no such kind of package; give debian:NAME, pypi:NAME or"),
         (["debian:none-doc"], "--documentation debian:none-doc: not installed; apt-get install none-doc"),
         (["pypi:none-doc"], "--documentation pypi:none-doc: not installed; pip install none-doc"),
+        (["npm:none-doc"], "--documentation npm:none-doc: not below node_modules/none-doc; npm install none-doc"),
         (["debian:manual-doc", "pypi:manual-doc"], "--documentation pypi:manual-doc: not installed"),
         (["pypi:jinja2", "pypi:jinja2"], "--documentation has two sources named jinja2; leave one out"),
         (["debian:manual-doc"], "--documentation debian:manual-doc: no text is left for train; lower --heldout-bytes"),

@@ -25,7 +25,9 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.corpora import preprocess as preprocess_module
 from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
+from megatron_dwm.corpora.unfinished import unfinished_work
 from megatron_dwm.data.validation import check_dataset
 from megatron_dwm.errors import UserError
 from tests.fixtures.preprocess.inputs import CASES, SENTENCEPIECE, TEXTS, keys_of, write_inputs
@@ -247,8 +249,9 @@ def test_a_worker_that_is_killed_ends_the_command_in_one_line(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("at", "found"),
-    # Both files are synced, the old index goes, the folder is synced; both files are synced, moved, the folder synced.
-    enumerate(["old"] * 3 + ["none"] * 5 + ["new"]),
+    # Both files leave their segment and are synced, the old index goes, the folder is synced; both files are synced,
+    # moved, the folder synced.
+    enumerate(["old"] * 5 + ["none"] * 5 + ["new"]),
 )
 def test_a_kill_while_files_are_put_in_place_leaves_no_data_beside_another_index(
     at: int, found: str, tmp_path: Path
@@ -260,6 +263,11 @@ def test_a_kill_while_files_are_put_in_place_leaves_no_data_beside_another_index
     preprocess(PreprocessConfig(input=[str(old)], output_prefix=prefix), null)
 
     def killed() -> None:
+        publish = preprocess_module._publish
+        preprocess_module._publish = lambda *arguments: (count_calls(), publish(*arguments))
+        preprocess(PreprocessConfig(input=[str(new)], output_prefix=prefix), null)
+
+    def count_calls() -> None:
         calls = itertools.count()
         for name in ("replace", "unlink", "fsync"):
             function = getattr(os, name)
@@ -270,7 +278,6 @@ def test_a_kill_while_files_are_put_in_place_leaves_no_data_beside_another_index
                 return function(*arguments, **options)
 
             setattr(os, name, counted)
-        preprocess(PreprocessConfig(input=[str(new)], output_prefix=prefix), null)
 
     process = multiprocessing.get_context("fork").Process(target=killed)
     process.start()
@@ -284,6 +291,59 @@ def test_a_kill_while_files_are_put_in_place_leaves_no_data_beside_another_index
         check_dataset("data", data, 101)
         whole = IndexedDataset(data)
         assert whole[0].tolist() == {"old": [1, 2], "new": [3, 4]}[found]
+
+
+def test_killed_work_goes_on_behind_its_last_finished_segment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed at record 75 of 100, it has three segments of 20; another input, or another flag, begins anew."""
+    source = write_lines(
+        tmp_path / "texts.jsonl", [f'{{"text": "{n} {n + 1}"}}' if n % 7 else "bad" for n in range(100)]
+    )
+    argv = ["--input", source, *NUMBERS, "--skip-malformed", "--resume-interval", "20", "--output-prefix"]
+    assert run_tool(monkeypatch, *argv, tmp_path / "whole" / "made") == 0
+    capsys.readouterr()
+
+    def killed() -> None:
+        add, calls = preprocess_module._Writer.add, itertools.count()
+
+        def counted(self: Any, document: Any) -> None:
+            if next(calls) == 64:  # of those that are documents
+                os.kill(os.getpid(), signal.SIGKILL)
+            add(self, document)
+
+        preprocess_module._Writer.add = counted
+        run_tool(monkeypatch, *argv, tmp_path / "out" / "made")
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    kept = tmp_path / "out" / ".made.unfinished"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [kept.name]
+    shutil.copytree(kept, tmp_path / "changed" / kept.name)
+    assert run_tool(monkeypatch, *argv, tmp_path / "out" / "made") == 0
+    said = capsys.readouterr()
+    assert "Going on after 60 documents" in said.out
+    assert "15 malformed documents are left out, the first" in said.err and "line 1:" in said.err
+    assert hashes(tmp_path / "out", ["text"]) == hashes(tmp_path / "whole", ["text"])
+    assert run_tool(monkeypatch, *argv, tmp_path / "changed" / "made", "--append-eod") == 0
+    assert "Going on" not in capsys.readouterr().out
+    with unfinished_work(tmp_path / "busy" / kept.name, None):
+        done = multiprocessing.get_context("fork").Process(
+            target=lambda: sys.exit(run_tool(monkeypatch, *argv, tmp_path / "busy" / "made"))
+        )
+        done.start()
+        done.join()
+    assert done.exitcode == 2 and not (tmp_path / "busy" / kept.name).exists()
+
+
+def test_segments_change_no_byte_of_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_lines(tmp_path / "texts.jsonl", [f'{{"text": "{n} {n + 1}"}}' for n in range(50)])
+    flags = ["--input", source, *NUMBERS, "--partitions", "2", "--workers", "2", "--output-prefix"]
+    assert run_tool(monkeypatch, *flags, tmp_path / "whole" / "made") == 0
+    assert run_tool(monkeypatch, *flags, tmp_path / "parts" / "made", "--resume-interval", "7") == 0
+    assert hashes(tmp_path / "parts", ["text"]) == hashes(tmp_path / "whole", ["text"])
 
 
 def test_text_that_the_tokenizer_cannot_encode_is_malformed(

@@ -119,3 +119,37 @@ def test_parts_of_a_dataset_follow_each_other() -> None:
 def test_data_named_in_no_way_or_in_two_ways_is_refused(flags: dict[str, Any]) -> None:
     with pytest.raises(UserError):
         DataConfig(**flags)
+
+
+def test_validation_sets_are_the_datasets_of_the_validation_blend() -> None:
+    sets: dict[str, Any] = {"multiple_validation_sets": True}
+    assert data_paths(DataConfig(data_path=["x/a_text_document", "b"], **sets), None).valid_sources == ["a", "b"]
+    separate = DataConfig(
+        train_data_path=["a"], valid_data_path=["b", "c"], **sets, validation_set_names=["one", "two"]
+    )
+    assert data_paths(separate, None).valid_sources == ["one", "two"]
+    assert data_paths(DataConfig(train_data_path=["a"]), None).valid_sources == []
+    assert data_paths(DataConfig(mock_data=True, **sets), None).valid_sources == ["mock"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"full_validation": True}, "--valid-data-path has weights, and --full-validation reads each"),
+        ({"multiple_validation_sets": True}, "has weights, and --multiple-validation-sets reads each"),
+        ({"multiple_validation_sets": True, "validation_set_names": ["one"]}, "weights"),
+    ],
+)
+def test_weights_of_validation_sets_are_refused(flags: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        data_paths(DataConfig(train_data_path=["a"], valid_data_path=["1", "b", "2", "c"], **flags), None)
+
+
+def test_each_validation_set_has_one_name() -> None:
+    sets: dict[str, Any] = {"train_data_path": ["a"], "multiple_validation_sets": True}
+    with pytest.raises(UserError, match="--validation-set-names one: give 2 names, one for each validation set"):
+        data_paths(DataConfig(valid_data_path=["b", "c"], validation_set_names=["one"], **sets), None)
+    with pytest.raises(UserError, match="one one: a name repeats"):
+        DataConfig(valid_data_path=["b", "c"], validation_set_names=["one", "one"], **sets)
+    with pytest.raises(UserError, match="no effect without --multiple-validation-sets"):
+        DataConfig(train_data_path=["a"], validation_set_names=["one"])

@@ -1,106 +1,14 @@
-"""One run a folder; what a killed run left is cleared; what cannot be written is named before anything is."""
+"""What a killed run left is cleared; what cannot be written is named before anything is."""
 
 from __future__ import annotations
 
-import fcntl
-import json
-import multiprocessing
-import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megatron_dwm.errors import UserError
-from megatron_dwm.training import save_folder
-from megatron_dwm.training.save_folder import LOCK, SaveFolder, check_writable
-
-FORK = multiprocessing.get_context("fork")
-
-
-def hold(folder: Path, taken: Any) -> None:
-    held = SaveFolder(folder)
-    held.create()
-    taken.set()
-    signal.pause()
-
-
-@pytest.fixture
-def owner(tmp_path: Path) -> Iterator[Any]:
-    """Another process that holds ``tmp_path / "save"``."""
-    taken = FORK.Event()
-    process = FORK.Process(target=hold, args=(tmp_path / "save", taken))
-    process.start()
-    taken.wait()
-    yield process
-    process.kill()
-    process.join()
-
-
-def test_a_folder_that_another_process_holds_is_refused_by_name(owner: Any, tmp_path: Path):
-    with pytest.raises(UserError, match=rf"another run writes there \(process {owner.pid} on "):
-        SaveFolder(tmp_path / "save")
-
-
-def test_a_killed_owner_holds_nothing(owner: Any, tmp_path: Path):
-    owner.kill()
-    owner.join()
-    held = SaveFolder(tmp_path / "save")
-    assert json.loads((tmp_path / "save" / LOCK).read_text())["pid"] == os.getpid()
-    held.close()
-
-
-def test_children_of_a_killed_owner_hold_nothing(tmp_path: Path):
-    """Loaders and checkpoint writers are forks, and may outlive a rank that is killed."""
-    taken, child_pid = FORK.Event(), FORK.Value("i", 0)
-
-    def hold_with_a_child() -> None:
-        held = SaveFolder(tmp_path)
-        child = os.fork()
-        if child == 0:
-            signal.pause()
-        child_pid.value = child
-        hold_open.append(held)
-        taken.set()
-        signal.pause()
-
-    hold_open: list[SaveFolder] = []
-    process = FORK.Process(target=hold_with_a_child)
-    process.start()
-    taken.wait()
-    process.kill()
-    process.join()
-    try:
-        os.kill(child_pid.value, 0)
-        SaveFolder(tmp_path).close()
-    finally:
-        os.kill(child_pid.value, signal.SIGKILL)
-
-
-def test_two_runs_that_find_no_folder_do_not_both_get_it(tmp_path: Path):
-    late = SaveFolder(tmp_path / "save")
-    assert list(tmp_path.iterdir()) == []
-    taken = FORK.Event()
-    process = FORK.Process(target=hold, args=(tmp_path / "save", taken))
-    process.start()
-    taken.wait()
-    with pytest.raises(UserError, match="another run writes there"):
-        late.create()
-    process.kill()
-    process.join()
-
-
-def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def refuse(*arguments: object) -> None:
-        raise OSError(37, "No locks available")
-
-    said: list[str] = []
-    monkeypatch.setattr(fcntl, "lockf", refuse)
-    monkeypatch.setattr(save_folder.logger, "warning", said.append)
-    SaveFolder(tmp_path).close()
-    assert len(said) == 1 and "its file system knows no locks (No locks available)" in said[0]
+from megatron_dwm.training.folder_lock import LOCK
+from megatron_dwm.training.save_folder import SaveFolder, check_writable
 
 
 def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path):

@@ -31,5 +31,16 @@ def test_without_a_reason_the_run_goes_on():
     assert run_distributed(lambda: reason_after(None, 1, exit_signal_handler=True, exit_interval=2), 1) == [None]
 
 
+def test_the_time_is_every_ranks_reason_when_one_finds_it_over():
+    def reason() -> str | None:
+        request = StopRequest(TrainingConfig(micro_batch_size=1, train_iters=9, exit_duration_in_mins=5))
+        if dist.get_rank() == 1:
+            request._started -= 301
+        return request.reason(1)
+
+    reasons = run_distributed(reason, 2)  # each says its own time
+    assert [text is not None and text.startswith("exiting program after ") for text in reasons] == [True] * 2
+
+
 def test_an_interval_is_a_reason():
     assert run_distributed(lambda: reason_after(None, 4, exit_interval=2), 1) == ["exiting program at iteration 4"]

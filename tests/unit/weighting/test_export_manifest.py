@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from megatron_dwm.data.tokenizers import build_tokenizer
 from megatron_dwm.errors import UserError
 from megatron_dwm.weighting.export import export_weighter
 from megatron_dwm.weighting.export_manifest import MANIFEST, verify_export
-from megatron_dwm.weighting.weighter_init import weighter_model_from_folder
+from megatron_dwm.weighting.weighter_folder import SampleTokens, read_weighter_folder
 
 SETTINGS = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=30)
 TOKENIZER = build_tokenizer(SETTINGS)
@@ -26,18 +27,22 @@ FINGERPRINT = vocabulary_fingerprint(TOKENIZER, SETTINGS)
 
 
 def load(folder: Path) -> LlamaForSequenceClassification:
-    return weighter_model_from_folder("--dwm-load", str(folder), 8, 31, 30, FINGERPRINT, seed=1)
+    return read_weighter_folder("--dwm-load", str(folder), SampleTokens(8, 31, 30, FINGERPRINT, str), seed=1).model
 
 
-@pytest.fixture
-def export(tmp_path: Path) -> Path:
+def make_export(folder: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, num_labels=1
     )
     model = LlamaForSequenceClassification(config)
-    export_weighter(model, TOKENIZER, SETTINGS, tmp_path / "export", {"iteration": 7})
-    return tmp_path / "export"
+    export_weighter(model, partial(save_hf_tokenizer, TOKENIZER, SETTINGS), folder / "export", {"iteration": 7})
+    return folder / "export"
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    return make_export(tmp_path)
 
 
 def rewrite_manifest(folder: Path, change: Callable[[dict], None]) -> None:

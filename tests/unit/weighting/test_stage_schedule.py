@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 
@@ -51,6 +52,24 @@ def test_defaults_make_the_warm_up_fit_the_weighters_start_and_the_interval_the_
 def test_a_schedule_in_which_nothing_is_learnt_is_refused(changes: dict, train_iters: int, named: str):
     with pytest.raises(UserError, match=named):
         bilevel_stages(replace(CONFIG, **changes), train_iters)
+
+
+def test_a_weighter_that_has_begun_is_not_warmed_up_again():
+    """A run that is made longer has a longer warm-up by default, of which none is left where a weighter has begun."""
+    config = WeightingConfig(dwm_init_from="lm", dwm_num_stages=2, dwm_update_interval=2)
+    assert bilevel_stages(config, 24, begun_by=12) == bilevel_stages(config, 24)
+    longer = bilevel_stages(config, 120, begun_by=12)
+    assert (longer.warmup_iters, longer.stage_iters) == (12, 54)
+    assert bilevel_stages(replace(config, dwm_warmup_iters=40), 120, begun_by=12).warmup_iters == 40
+
+
+@pytest.mark.parametrize("mode", ["frozen", "rule"])
+def test_a_warm_up_that_leaves_nothing_to_weigh_is_refused(mode: Literal["frozen", "rule"]):
+    given: dict[str, Any] = {"frozen": {"dwm_load": "somewhere"}, "rule": {"dwm_rule": "random"}}[mode]
+    config = WeightingConfig(dwm_mode=mode, dwm_warmup_iters=21, **given)
+    with pytest.raises(UserError, match=f"--dwm-warmup-iters 21 leave none of --train-iters 21 that --dwm-mode {mode}"):
+        frozen_stages(config, 21)
+    assert iterations(frozen_stages(config, 22).is_weighted, 22) == [22]
 
 
 def test_a_frozen_weighter_weighs_from_the_start_and_never_learns():

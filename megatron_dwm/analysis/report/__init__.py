@@ -1,0 +1,1 @@
+"""The report: figures and sentences of runs, as one page."""

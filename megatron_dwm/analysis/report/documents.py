@@ -1,0 +1,108 @@
+"""Documents with their weight over time: some samples, scored by the weighters that a run has exported on its way.
+
+A run seldom sees a sample twice, so its records hold one weight of each. Here every export scores the same samples. A
+weight is relative to a batch; to be comparable over time all are taken relative to the same reference samples.
+
+Shape legend: d documents, r reference samples, s tokens of a sample, e exports.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from megatron_dwm.errors import UserError, shortened
+from megatron_dwm.weighting.export_manifest import MANIFEST, verify_export
+
+REFERENCE_SAMPLES = 64
+_MOST_EXPORTS = 12
+
+
+@dataclass(frozen=True)
+class Document:
+    """A sample, and its weight by each export."""
+
+    source: str
+    index: int
+    text: str
+    weights: list[float]
+    """[e]"""
+
+    @property
+    def change(self) -> float:
+        """By what factor its weight has changed from the first export to the last."""
+        return self.weights[-1] / self.weights[0]
+
+
+@dataclass(frozen=True)
+class WeightHistory:
+    """Weights of documents over a run."""
+
+    iterations: list[int]
+    """Of the exports [e]."""
+    documents: list[Document]
+    reference: int
+    """Samples that the weights are relative to."""
+
+
+def exports(folder: Path) -> list[Path]:
+    """Return the exports of the run that saved to ``folder``, evenly spaced if there are many, in their order."""
+    found = sorted(path for path in (folder / "weighter").glob("iter_*") if (path / MANIFEST).is_file())
+    places = np.linspace(0, len(found) - 1, min(len(found), _MOST_EXPORTS)).round().astype(int)
+    return [found[place] for place in places]
+
+
+def weights_over_time(folders: Sequence[Path], tokens: torch.Tensor, reference: int) -> tuple[list[int], np.ndarray]:
+    """Score samples with each export.
+
+    Args:
+        folders: of the exports.
+        tokens: of the samples [d + r, s].
+        reference: how many of them, at the end, are the reference samples.
+
+    Returns:
+        the exports' iterations, and the weights of all samples [d + r, e]; 1 is the mean of the reference samples.
+
+    Raises:
+        UserError: an export does not load.
+    """
+    iterations, columns = [], []
+    for folder in tqdm(folders, desc="weighters", unit="export", disable=None):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        scores = _scores(_load(folder), tokens) / manifest["temperature"]
+        relative = torch.exp(scores - torch.logsumexp(scores[-reference:], 0))
+        iterations.append(int(manifest["iteration"]))
+        columns.append((relative * reference).numpy())
+    return iterations, np.stack(columns, axis=1)
+
+
+def _load(folder: Path) -> Any:
+    """Return the classifier of an export.
+
+    Raises:
+        UserError: it does not load.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    verify_export("--run", folder)
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers and safetensors raise whatever they like
+        raise UserError(f"{folder}: cannot be loaded ({shortened(error)})") from None
+    return model.eval()
+
+
+def _scores(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the scores of samples, as training computes them."""
+    with torch.inference_mode():
+        parts = [model(input_ids=part, use_cache=False).logits for part in tokens.split(16)]
+    return torch.cat(parts).squeeze(-1).double()

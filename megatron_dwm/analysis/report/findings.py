@@ -1,0 +1,136 @@
+"""Plain sentences on a run: the most important figures, and what in them contradicts what."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_dwm.analysis.preference import source_alignments
+from megatron_dwm.analysis.report.content import Report
+from megatron_dwm.analysis.uncertainty import ENOUGH_UPDATES, Estimate
+
+_LEAST_WEIGHT_DIFFERENCE = 0.05
+_MOST_SENTENCES = 3
+
+
+class Fact(NamedTuple):
+    """A figure at the top of the page."""
+
+    title: str
+    value: str
+    explanation: str
+
+
+def key_facts(report: Report) -> list[Fact]:
+    """Return the most important figures, those of the last stage whose batches were weighted."""
+    facts = []
+    weighted = [stage for stage in report.sources if stage > 0]
+    if weighted:
+        last = weighted[-1]
+        by_weight = sorted(
+            (found.weight, name) for name, found in report.sources[last].items() if found.weight is not None
+        )
+        for title, (weight, name) in (("counts most", by_weight[-1]), ("counts least", by_weight[0])):
+            first = report.sources[weighted[0]][name].weight
+            before = f", {first:.2f} in stage {weighted[0]}" if first is not None and weighted[0] != last else ""
+            facts.append(Fact(title, name, f"mean weight {weight:.2f} in stage {last}{before}"))
+    sizes = report.run.step_series("effective_sample_size").values
+    if sizes:
+        tail = sizes[-max(1, len(sizes) // 4) :]
+        value = f"{100 * np.mean(tail):.0f} %"
+        facts.append(Fact("effective sample size", value, "of the batch, in the last quarter of the weighted steps"))
+    if len(report.samples):
+        last = report.samples.stages[-1]
+        found = {name: by_stage[last].in_batch for name, by_stage in report.correlations.items()}
+        known = [(rho, name) for name, rho in found.items() if name != "alignment" and rho.excludes_zero]
+        if known:
+            rho, name = max(known, key=lambda pair: abs(pair[0].value or 0.0))
+            text = f"rank correlation {worth(rho)} with the weight in stage {last}"
+            facts.append(Fact("goes most with", report.properties[name].label, text))
+        rho = found["alignment"]
+        if rho.value is not None:
+            value = signed(rho.value) if rho.is_known else "too few updates"
+            facts.append(Fact("agrees with alignment", value, f"rank correlation {worth(rho)} in stage {last}"))
+    return facts
+
+
+def warnings(report: Report) -> list[str]:
+    """Return a sentence for each contradiction between weights and alignments, and for stages that say little."""
+    found = []
+    few = [str(stage) for stage, number in _all_updates(report).items() if number < ENOUGH_UPDATES]
+    if few:
+        found.append(
+            f"Too few updates to say what the weighter prefers in stage{'s' * (len(few) > 1)} {', '.join(few)}: "
+            f"under {ENOUGH_UPDATES} each. No intervals are given there, and no running means."
+        )
+    if len(report.samples):
+        last = report.samples.stages[-1]
+        rho = report.correlations["alignment"][last].in_batch
+        if rho.is_known and not rho.excludes_zero:
+            found.append(
+                f"In stage {last} the weights do not follow the alignments: their rank correlation within a batch is "
+                f"{worth(rho)}, which cannot be told from 0."
+            )
+        elif rho.is_known and (rho.value or 0.0) < 0:
+            found.append(
+                f"In stage {last} the weights run against the alignments: their rank correlation within a batch is "
+                f"{worth(rho)}."
+            )
+        found += _contradictions(report, last)
+    return found
+
+
+def _contradictions(report: Report, stage: int) -> list[str]:
+    """Return a sentence for pairs of sources of which the one with lower alignment has the higher weight."""
+    in_stage = report.all_samples.where(report.all_samples.stage == stage)
+    aligned = source_alignments(in_stage, report.run.sources)
+    figures = report.sources.get(stage, {})
+    pairs: list[tuple[float, str]] = []
+    for one, other in combinations(figures, 2):
+        difference = aligned.difference(one, other)
+        first, second = figures[one].weight, figures[other].weight
+        if not difference.excludes_zero or first is None or second is None:
+            continue
+        low, high = (one, other) if (difference.value or 0.0) < 0 else (other, one)
+        low_weight, high_weight = (first, second) if low == one else (second, first)
+        if low_weight - high_weight < _LEAST_WEIGHT_DIFFERENCE:
+            continue
+        values = figures[low].alignment.value, figures[high].alignment.value
+        gap = abs(difference.value or 0.0)
+        half = (difference.high or 0.0) - (difference.value or 0.0)
+        pairs.append(
+            (
+                gap,
+                f"Weights contradict alignments in stage {stage}: {low} is less aligned with the target than {high} "
+                f"({signed(values[0])} against {signed(values[1])} standard deviations; difference {gap:.2f} ± "
+                f"{half:.2f}, n = {difference.n} updates), yet it has the higher weight ({low_weight:.2f} against "
+                f"{high_weight:.2f}). The weighter learns slowly, from past updates too; what it sees of a text may "
+                "also not tell these sources apart.",
+            )
+        )
+    return [sentence for _, sentence in sorted(pairs, reverse=True)[:_MOST_SENTENCES]]
+
+
+def _all_updates(report: Report) -> dict[int, int]:
+    """Return the number of outer updates of each stage."""
+    stages = [update["stage"] for update in report.run.updates]
+    return {stage: stages.count(stage) for stage in dict.fromkeys(stages)}
+
+
+def worth(estimate: Estimate) -> str:
+    """Return a figure with what it is worth: its interval and what it was counted from, or why it has none."""
+    if estimate.value is None:
+        return "none: all values are equal"
+    counted = f"n = {estimate.n:,} {estimate.unit}"
+    if not estimate.is_known:
+        return f"too few updates ({counted})"
+    return f"{signed(estimate.value)} ({signed(estimate.low)} to {signed(estimate.high)}, {counted})"
+
+
+def signed(value: float | None) -> str:
+    """Return a number with a sign and two digits; a dash of None."""
+    if value is None or np.isnan(value):
+        return "\N{EN DASH}"
+    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "\N{MINUS SIGN}")

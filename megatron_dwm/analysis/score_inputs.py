@@ -1,0 +1,159 @@
+"""What is scored: files in parts, so that several processes share a large one, and the documents of a part."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from datatrove.data import Document
+from datatrove.pipeline.readers.base import BaseDiskReader
+
+from megatron_dwm.corpora.readers import Reader, Record, file_format, input_files
+from megatron_dwm.data.index_file import IndexFile
+from megatron_dwm.data.validation import VOCABULARY_SAMPLE, check_dataset
+from megatron_dwm.errors import UserError, shortened
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of an input, which one task reads."""
+
+    kind: Literal["file", "lines", "dataset"]
+    """All of a file, the lines that begin in a range of its bytes, or a range of a dataset's documents."""
+    path: str
+    """Of the file, or the prefix of the dataset."""
+    start: int = 0
+    end: int = 0
+
+
+def parts_of(patterns: Sequence[str], split_bytes: int) -> list[Part]:
+    """Return the parts of all inputs, in their order.
+
+    Args:
+        patterns: files, folders and glob patterns, or prefixes of indexed datasets.
+        split_bytes: size above which lines of JSON, and datasets, are divided.
+
+    Raises:
+        UserError: an input is missing or damaged.
+    """
+    parts: list[Part] = []
+    for pattern in patterns:
+        prefix = pattern.removesuffix(".idx").removesuffix(".bin")
+        if os.path.isfile(f"{prefix}.idx") and os.path.isfile(f"{prefix}.bin"):
+            index = check_dataset(f"--input {prefix}", prefix, None, sample=VOCABULARY_SAMPLE)
+            bounds = _bounds(index.num_boundaries - 1, os.path.getsize(f"{prefix}.bin"), split_bytes)
+            parts += [Part("dataset", os.path.abspath(prefix), *bound) for bound in bounds]
+            continue
+        for path in map(os.path.abspath, input_files([pattern])):
+            size = os.path.getsize(path)
+            if size > split_bytes and file_format(path) == "JSON lines":
+                parts += [Part("lines", path, *bound) for bound in _bounds(size, size, split_bytes)]
+            else:
+                parts.append(Part("file", path, 0, size))
+    return parts
+
+
+def _bounds(count: int, size: int, split_bytes: int) -> list[tuple[int, int]]:
+    number = max(1, min(count, -(-size // split_bytes)))
+    return [(count * n // number, count * (n + 1) // number) for n in range(number)]
+
+
+class Rows(BaseDiskReader):  # type: ignore[misc]
+    """Reads the documents of one part, and stops at what is none.
+
+    datatrove's own readers leave out malformed lines, empty documents and the end of a damaged file with a warning. A
+    document of a dataset has its token ids in the metadata, and its text is made of them later.
+    """
+
+    name = "rows"
+
+    def __init__(self, parts: Sequence[Part], text_key: str, *, skip_malformed: bool, show_progress: bool) -> None:
+        super().__init__("/", text_key=text_key, doc_progress=show_progress, add_file_path=False)
+        self.parts, self.skip_malformed = list(parts), skip_malformed
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Yield the documents of part number ``rank``."""
+        yield from self.read_files_shard([str(rank)])
+
+    def read_file(self, filepath: str) -> Iterator[Document]:
+        """Yield the documents of a part.
+
+        Raises:
+            UserError: it cannot be read, or a row is no document and they are not skipped.
+        """
+        part = self.parts[int(filepath)]
+        if part.kind == "dataset":
+            yield from self._documents(part)
+            return
+        for record in Reader([part.path], None) if part.kind == "file" else _lines(part):
+            try:
+                row = (
+                    json.loads(record.content, parse_constant=_refuse)
+                    if isinstance(record.content, str)
+                    else record.content
+                )
+                text = row[self.text_key]
+                if not isinstance(text, str) or not text.strip():
+                    raise ValueError(f"no text under {self.text_key!r}")
+                text.encode()
+            except (ValueError, RecursionError, KeyError, TypeError) as error:
+                reason = f"no key {error}" if isinstance(error, KeyError) else shortened(error)
+                self._skip(record.place, reason, "correct it")
+                continue
+            yield Document(text=text, id=record.place, metadata={"row": row})
+
+    def _documents(self, part: Part) -> Iterator[Document]:
+        index = IndexFile.open(part.path)
+        data = np.memmap(f"{part.path}.bin", index.dtype, mode="r")
+        starts = index.places // index.dtype.itemsize
+        boundaries, lengths = index.boundaries, index.lengths
+        for number in range(part.start, part.end):
+            first, last = int(boundaries[number]), int(boundaries[number + 1])
+            place = f"{part.path}, document {number}"
+            begin = int(starts[first]) if first < len(starts) else 0
+            count = int(lengths[first:last].sum(dtype=np.int64))
+            if not count:
+                self._skip(place, "no tokens", "preprocess without it")
+                continue
+            ids = data[begin : begin + count].tolist()
+            # The text has to be something; it is made of the ids once their tokenizer is there.
+            yield Document(text=" ", id=place, metadata={"row": {"document": number}, "ids": ids})
+
+    def _skip(self, place: str, reason: str, remedy: str) -> None:
+        """Count a row that is no document.
+
+        Raises:
+            UserError: such rows are not skipped.
+        """
+        if not self.skip_malformed:
+            raise UserError(f"--input {place}: no document ({reason}); {remedy}, or give --skip-malformed")
+        self.stat_update("skipped")
+
+
+def _lines(part: Part) -> Iterator[Record]:
+    """Yield the lines that begin in a range of bytes; they are numbered from its start.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        with open(part.path, "rb") as file:
+            if part.start:
+                file.seek(part.start - 1)
+                file.readline()  # the rest of a line that begins before
+            number = 0
+            while file.tell() < part.end and (line := file.readline()):
+                number += 1
+                place = f"{part.path} from byte {part.start} on"
+                yield Record(place, number, line.decode("utf-8", "surrogateescape"))
+    except OSError as error:
+        raise UserError(f"--input {part.path}: cannot be read ({error.strerror}); check the file") from None
+
+
+def _refuse(word: str) -> None:
+    """Refuse what Python reads as a number and JSON has not."""
+    raise ValueError(f"{word} is not JSON")

@@ -1,0 +1,188 @@
+"""The models that score documents: a classifier, or a language model whose perplexity is the score.
+
+They need their folder and transformers, nothing of Megatron.
+
+Shape legend: b windows of a batch, t tokens of the longest of them, v vocabulary size.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from math import exp
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_dwm.errors import UserError, shortened
+from megatron_dwm.weighting.export_manifest import read_manifest, trained_length, verify_export
+from megatron_dwm.weighting.windows import SpecialTokens, Window, cut, pad_windows, position_limit
+
+Rule = Literal["mean", "max", "first"]
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""What a batch holds; a CPU's caches are small."""
+
+
+class ScoringModel:
+    """A classifier and its tokenizer, as they lie in a folder, on one device."""
+
+    flag, noun = "--weighter", "the folder of an exported weighter"
+
+    def __init__(self, folder: str, window: int | None, batch_tokens: int | None, device: torch.device) -> None:
+        """
+        Args:
+            window: most tokens that are scored at once; None takes the length that the model was trained with.
+            batch_tokens: tokens of a batch, padding included; None takes what suits the device.
+
+        Raises:
+            UserError: the folder holds no such model, or no tokenizer that fits it.
+        """
+        self.folder, self.device = Path(folder), device
+        self.batch_tokens = batch_tokens or _BATCH_TOKENS[device.type]
+        if not (self.folder / "config.json").is_file():
+            raise UserError(f"{self.flag} {folder}: no config.json there; give {self.noun}")
+        verify_export(self.flag, self.folder)
+        from transformers import AutoTokenizer
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            model, report = self._auto_class().from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # transformers and safetensors raise whatever they like
+            raise UserError(f"{self.flag} {folder}: cannot be loaded ({shortened(error)}); give {self.noun}") from None
+        self._check(model, report["missing_keys"])
+        if len(self.tokenizer) > model.config.vocab_size:
+            raise UserError(
+                f"{self.flag} {folder}: its tokenizer has {len(self.tokenizer)} tokens and its model only "
+                f"{model.config.vocab_size}; put the tokenizer there that it was trained with"
+            )
+        self.model = model.to(device).eval()
+        limit = position_limit(model)
+        if window is not None and limit is not None and window > limit:
+            raise UserError(f"--window {window}: the model's positions end at {limit}; give at most that")
+        self.window = window or min(trained_length(self.folder, model.config) or 512, limit or sys.maxsize)
+        self.special = self._special_tokens()
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Return the token ids of texts, without special tokens."""
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def score(self, documents: Sequence[Sequence[int]], rule: Rule) -> list[float]:
+        """Return a score for each document of token ids, without special tokens."""
+        windows = [
+            (number, window)
+            for number, ids in enumerate(documents)
+            for window in cut(ids, self.window, self.special)[: 1 if rule == "first" else None]
+        ]
+        windows.sort(key=lambda item: len(item[1].ids))
+        found: list[list[tuple[float, int]]] = [[] for _ in documents]
+        batch: list[tuple[int, Window]] = []
+        for number, window in windows:
+            # The next window is the longest so far, and gives the batch its width.
+            if batch and (len(batch) + 1) * len(window.ids) > self.batch_tokens:
+                self._score_batch(batch, found)
+                batch = []
+            batch.append((number, window))
+        if batch:
+            self._score_batch(batch, found)
+        return [self._finished(_combined(scores, rule)) for scores in found]
+
+    def _auto_class(self) -> Any:
+        """Return transformers' class that loads the model."""
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification
+
+    def _check(self, model: Any, missing: Sequence[str]) -> None:
+        """Refuse a model that has not been trained to do this.
+
+        Raises:
+            UserError: it has more than one label, or weights that are not in the folder.
+        """
+        if model.config.num_labels != 1 or missing:
+            raise UserError(f"{self.flag} {self.folder}: no trained classifier with one label; give {self.noun}")
+
+    def _special_tokens(self) -> SpecialTokens:
+        """Return what stands around a window. Training gives a run's own weighters nothing; their exports say so."""
+        adds_special_tokens = read_manifest(self.folder).get("special_tokens", True)
+        return SpecialTokens.of(self.tokenizer) if adds_special_tokens else SpecialTokens()
+
+    def _score_batch(self, batch: list[tuple[int, Window]], found: list[list[tuple[float, int]]]) -> None:
+        for (number, window), score in zip(batch, self._forward([w for _, w in batch]).tolist(), strict=True):
+            found[number].append((score, window.size))
+
+    def _forward(self, windows: list[Window]) -> torch.Tensor:
+        """Return the scores [b] of windows."""
+        pad = self.model.config.pad_token_id
+        if pad is None and len(windows) > 1:  # such a classifier takes no batches
+            return torch.cat([self._forward([window]) for window in windows])
+        tokens, mask = pad_windows(windows, pad or 0, self.device)
+        with torch.inference_mode(), self.precision():
+            logits: torch.Tensor = self.model(input_ids=tokens, attention_mask=mask).logits
+        return logits.squeeze(-1).float()
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Return the context that the model computes in: bf16 on a GPU."""
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+    def _finished(self, score: float) -> float:
+        """Return what is written of a document's score."""
+        return score
+
+
+class PerplexityModel(ScoringModel):
+    """A language model; a document's score is its perplexity.
+
+    Each window begins with the end-of-document token, from which its first token is predicted: so begin the documents
+    that the model was trained on.
+    """
+
+    flag, noun = "--language-model", "the folder of a language model, such as export-hf writes"
+
+    def _auto_class(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
+
+    def _check(self, model: Any, missing: Sequence[str]) -> None:
+        if missing:
+            raise UserError(f"{self.flag} {self.folder}: its weights lack {missing[0]}; give a whole model")
+
+    def _special_tokens(self) -> SpecialTokens:
+        """Return the end-of-document token, which stands before a window.
+
+        Raises:
+            UserError: the tokenizer has none.
+        """
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(f"{self.flag} {self.folder}: its tokenizer has no end-of-sentence token; give another")
+        return SpecialTokens((self.tokenizer.eos_token_id,))
+
+    def _forward(self, windows: list[Window]) -> torch.Tensor:
+        """Return the mean negative log-likelihoods [b] of the tokens of windows."""
+        tokens, mask = pad_windows(windows, 0, self.device)
+        with torch.inference_mode(), self.precision():
+            logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, :-1]  # [b, t - 1, v]
+            losses = torch.nn.functional.cross_entropy(
+                logits.float().transpose(1, 2), tokens[:, 1:], reduction="none"
+            )  # [b, t - 1]
+            counts = mask[:, 1:]
+        return (losses * counts).sum(dim=1) / counts.sum(dim=1)
+
+    def _finished(self, score: float) -> float:
+        return exp(min(score, _MOST_NATS))
+
+
+_MOST_NATS = 700.0
+"""exp of it is a number."""
+
+
+def _combined(scores: list[tuple[float, int]], rule: Rule) -> float:
+    """Return a document's score; in the mean, windows count by their tokens."""
+    if rule == "mean":
+        return sum(score * size for score, size in scores) / sum(size for _, size in scores)
+    return max(score for score, _ in scores)

@@ -1,0 +1,64 @@
+"""The plan of a run, in place of the run: ``pretrain_dwm.py --plan``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_dwm.atomic_write import atomic_write_text
+from megatron_dwm.cli.launch import read_run_flags
+from megatron_dwm.config.flags import OneLineParser, add_flags, build
+from megatron_dwm.config.plan import PlanConfig
+from megatron_dwm.errors import UserError
+from megatron_dwm.runtime.environment import environment_rank
+
+
+def split_plan(argv: Sequence[str]) -> tuple[PlanConfig, list[str]]:
+    """Take the flags of the plan out of a command line, and return them and the other arguments.
+
+    Raises:
+        UserError: one has a bad value, or is given without ``--plan``.
+    """
+    parser = OneLineParser(add_help=False)
+    add_flags(parser, PlanConfig)
+    values, rest = parser.parse_known_args(argv)
+    return build(PlanConfig, vars(values)), rest
+
+
+def print_plan(config: PlanConfig, argv: Sequence[str], processes: int | None) -> None:
+    """Check the flags of a run and print its plan.
+
+    Args:
+        argv: the run's flags.
+        processes: value of ``--nproc``.
+
+    Raises:
+        UserError: flags that do not make a run, or a file that cannot be written.
+    """
+    rank, _, started = environment_rank()
+    if rank != 0:  # one process is enough
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: a plan takes no GPU
+    run = read_run_flags(argv, config.plan_world_size or processes or started)
+    # Imported here, after the flags are known to be good: these imports take seconds.
+    from megatron_dwm.plan.plan import make_plan, plan_values
+    from megatron_dwm.plan.text import plan_lines
+
+    model_logger = logging.getLogger("megatron_dwm.model")
+    model_logger.setLevel(logging.WARNING)  # every stage would say that it was built
+    try:
+        plan = make_plan(run)
+    finally:
+        model_logger.setLevel(logging.NOTSET)
+    print("\n".join(plan_lines(plan)))
+    if config.plan_json is None:
+        return
+    try:
+        atomic_write_text(Path(config.plan_json), json.dumps(plan_values(plan), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"--plan-json {config.plan_json}: cannot be written ({error.strerror}); give another path"
+        ) from None

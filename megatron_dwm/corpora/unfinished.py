@@ -1,0 +1,116 @@
+"""Work on a dataset that takes long: its finished segments are kept beside it until the whole is there.
+
+The same command, started again after an interruption, goes on behind the last finished segment.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_dwm.atomic_write import atomic_write_text, sync
+from megatron_dwm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far reading has come at the end of a segment."""
+
+    records: int = 0
+    documents: int = 0
+    skipped: int = 0
+    first_skipped: str = ""
+    """Where the first record is that was skipped, and why."""
+
+
+class UnfinishedWork:
+    """The segments of a dataset, each in a folder, in the order of the documents."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.segments: list[Path] = []
+        self.progress = Progress()
+
+    def next_segment(self) -> Path:
+        """Return an empty folder for the next segment."""
+        folder = self.folder / f"{len(self.segments):06d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
+
+    def keep(self, segment: Path, progress: Progress) -> None:
+        """Keep a segment: its files are whole."""
+        for path in segment.iterdir():
+            sync(path)
+        atomic_write_text(segment / _DONE, json.dumps(asdict(progress)) + "\n")
+        self.segments.append(segment)
+        self.progress = progress
+
+    def take_up(self) -> None:
+        """Find the segments that an earlier call has finished."""
+        while (done := self.folder / f"{len(self.segments):06d}" / _DONE).is_file():
+            self.progress = Progress(**json.loads(done.read_text()))
+            self.segments.append(done.parent)
+
+
+_DONE = "done.json"
+_JOB = "job.json"
+
+
+@contextmanager
+def unfinished_work(folder: Path, job: str | None) -> Iterator[UnfinishedWork]:
+    """Yield the work in ``folder``, which goes when the block ends, or if it raises before a segment was finished.
+
+    Args:
+        folder: of this work alone.
+        job: what the work depends on; None for work that cannot be taken up. Another job's segments are removed.
+
+    Raises:
+        UserError: another process is at it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            # Of this process alone: workers that outlive it for a moment do not hold it.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"{folder}: another process is writing there; wait for its end") from None
+        work, written = UnfinishedWork(folder), folder / _JOB
+        if job is not None and written.is_file() and written.read_text() == job:
+            work.take_up()
+        else:
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+            if job is None:
+                written.unlink(missing_ok=True)
+            else:
+                atomic_write_text(written, job)
+        if work.segments:
+            logger.info(f"Going on after {work.progress.records:,} documents that are in {folder}.")
+        try:
+            yield work
+        except BaseException:
+            if not work.segments or job is None:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                logger.info(f"{work.progress.records:,} documents are kept in {folder} for the same command.")
+            raise
+        shutil.rmtree(folder)
+
+
+def file_stamps(paths: list[str]) -> list[tuple[str, int, int]] | None:
+    """Return path, size and time of the last change of each file; None if one is no regular file."""
+    if not all(os.path.isfile(path) for path in paths):
+        return None
+    stats = [(path, os.stat(path)) for path in paths]
+    return [(os.path.abspath(path), status.st_size, status.st_mtime_ns) for path, status in stats]

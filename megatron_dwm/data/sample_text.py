@@ -1,0 +1,21 @@
+"""The text of a sample, rebuilt from its tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+def sample_text(tokens: npt.NDArray[np.integer[Any]], tokenizer: Any, joint: str) -> str:
+    """Return the text of token ids.
+
+    Args:
+        tokens: all of a sample's, ends of documents among them [s].
+        tokenizer: megatron-core's.
+        joint: what stands where a document ends.
+    """
+    ends = np.flatnonzero(tokens == tokenizer.eod)
+    pieces = [piece[piece != tokenizer.eod].tolist() for piece in np.split(tokens, ends)]
+    return joint.join(tokenizer.detokenize(ids) if ids else "" for ids in pieces).strip()

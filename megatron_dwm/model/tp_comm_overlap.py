@@ -1,0 +1,96 @@
+"""``--tp-comm-overlap``: Transformer Engine's layers communicate while they compute, through buffers made beforehand.
+
+The calls are those of Megatron-LM, in its order: the buffers are made once, after the process groups and before the
+model. They have the shape of one microbatch's activations, so that no pass may have another.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import is_te_min_version
+
+from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.parallel import ParallelConfig
+from megatron_dwm.errors import UserError
+
+OLDEST_TRANSFORMER_ENGINE = "1.9.0"
+_WITH_QUANTIZATION_MODES = "2.7.0"
+
+
+def check_tp_comm_overlap(parallel: ParallelConfig, impl: str) -> None:
+    """Refuse what cannot overlap.
+
+    Args:
+        impl: what ``resolve_transformer_impl`` returned.
+
+    Raises:
+        UserError: the layers are not Transformer Engine's, or too old, or do not communicate along the sequence.
+    """
+    if not parallel.tp_comm_overlap:
+        return
+    if impl != "transformer_engine":
+        raise UserError(f"--tp-comm-overlap is Transformer Engine's and the layers are {impl}; leave it out")
+    if parallel.tp < 2 or not parallel.sequence_parallel:
+        raise UserError(
+            "--tp-comm-overlap needs --sequence-parallel and --tensor-model-parallel-size 2 or more; add them"
+        )
+    if not is_te_min_version(OLDEST_TRANSFORMER_ENGINE):
+        raise UserError(f"--tp-comm-overlap needs Transformer Engine {OLDEST_TRANSFORMER_ENGINE} or newer; update it")
+
+
+def read_overlap_settings(path: str | None) -> dict[str, Any]:
+    """Read ``--tp-comm-overlap-cfg``: how each layer's communication is overlapped.
+
+    Raises:
+        UserError: it is no YAML file of such settings.
+    """
+    if path is None:
+        return {}
+    import yaml  # of transformers, which the weighter needs
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--tp-comm-overlap-cfg {path}: cannot be read ({reason}); check the file") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"--tp-comm-overlap-cfg {path}: no settings by the name of a layer; check the file")
+    return settings
+
+
+def buffer_arguments(
+    model: ModelConfig, parallel: ParallelConfig, config: TransformerConfig, micro_batch_size: int, modes: Any
+) -> dict[str, Any]:
+    """Return what Transformer Engine's ``initialize_ub`` is called with.
+
+    Args:
+        modes: Transformer Engine's ``UserBufferQuantizationMode``; None for versions that have none.
+    """
+    arguments: dict[str, Any] = {
+        "shape": [model.sequence * micro_batch_size // parallel.cp, model.hidden],
+        "tp_size": parallel.tp,
+        "ub_cfgs": read_overlap_settings(parallel.tp_comm_overlap_cfg),
+        "bootstrap_backend": parallel.tp_comm_bootstrap_backend,
+    }
+    if modes is None:
+        return {**arguments, "use_fp8": config.fp8 is not None}
+    wanted = [modes.FP8 if config.fp8 is not None else modes.NONE]
+    in_bf16 = config.num_layers_at_start_in_bf16 > 0 or config.num_layers_at_end_in_bf16 > 0
+    if config.fp8 is not None and config.first_last_layers_bf16 and in_bf16:
+        wanted.append(modes.NONE)
+    return {**arguments, "quantization_modes": wanted}
+
+
+def start_tp_comm_overlap(
+    model: ModelConfig, parallel: ParallelConfig, config: TransformerConfig, micro_batch_size: int
+) -> None:
+    """Make the buffers, if the flags ask for them; a collective call of all ranks."""
+    if not parallel.tp_comm_overlap:
+        return
+    from transformer_engine.pytorch import module
+
+    modes = module.base.UserBufferQuantizationMode if is_te_min_version(_WITH_QUANTIZATION_MODES) else None
+    module.base.initialize_ub(**buffer_arguments(model, parallel, config, micro_batch_size, modes))

@@ -1,0 +1,1 @@
+"""What a run will be, found before it starts: layout, memory, operations, communication, files."""

@@ -1,0 +1,80 @@
+"""The files that a run will write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dwm.config.checkpoint import TRACKER
+from megatron_dwm.config.run import RunConfig
+from megatron_dwm.weighting.stage_schedule import StageSchedule
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file or folder that a run writes, once or again and again."""
+
+    path: str
+    what: str
+    times: int
+    size: int | None = None
+    """Bytes of each; None if they are not known, or few."""
+
+
+def planned_files(
+    config: RunConfig, stages: StageSchedule, model_parameters: int, weighter_parameters: int | None
+) -> list[PlannedFile]:
+    """Return what a run writes from its first iteration to its last.
+
+    Args:
+        model_parameters: of the language model, each once.
+        weighter_parameters: None without a weighter.
+    """
+    files, logging, save = [], config.logging, config.checkpoint.save
+    if save is not None:
+        files += _saved(config, Path(save), stages, model_parameters, weighter_parameters)
+    metrics = logging.metrics_jsonl or (f"{save}/metrics.jsonl" if save else None)
+    if metrics is not None:
+        files.append(PlannedFile(metrics, "a record of every iteration, update and evaluation", 1))
+    if logging.tensorboard_dir is not None:
+        files.append(PlannedFile(logging.tensorboard_dir, "TensorBoard's event files", 1))
+    if logging.wandb_project is not None:
+        folder = logging.wandb_save_dir or f"{save}/wandb"
+        files.append(PlannedFile(folder, "Weights & Biases' files", 1))
+    if config.data.data_cache_path is not None:
+        files.append(PlannedFile(config.data.data_cache_path, "indexes of the datasets", 1))
+    return files
+
+
+def _saved(
+    config: RunConfig, save: Path, stages: StageSchedule, model_parameters: int, weighter_parameters: int | None
+) -> list[PlannedFile]:
+    flags = config.checkpoint
+    saves = _saves(flags.save_interval, config.train_iters)
+    model = model_parameters * config.optimizer.params_dtype.itemsize
+    moments = {"adam": 2, "sgd": 1}[config.optimizer.optimizer]
+    copies = config.optimizer.bf16 or config.optimizer.fp16
+    optimizer = 0 if flags.no_save_optim else 4 * model_parameters * (moments + copies)
+    files = [
+        PlannedFile(str(save / "iter_XXXXXXX"), "checkpoints", len(saves), model + optimizer),
+        PlannedFile(str(save / TRACKER), "the newest checkpoint's iteration", len(saves)),
+        PlannedFile(str(save / "run_status.json"), "whether the run is running, interrupted or finished", 2),
+    ]
+    if flags.non_persistent_save_interval is not None:
+        folder = flags.non_persistent_global_ckpt_dir or str(save / "non_persistent")
+        times = config.train_iters // flags.non_persistent_save_interval
+        files.append(PlannedFile(folder, "checkpoints of which the newest two are kept", times, model + optimizer))
+    if weighter_parameters is not None:
+        ends = {i for i in range(1, config.train_iters + 1) if stages.is_stage_end(i)}
+        exports = {i for i in saves | ends if stages.is_weighted(i)}
+        learns = config.weighting.needs_target
+        count = len(exports if learns else {i for i in saves if stages.is_weighted(i)})
+        files.append(
+            PlannedFile(str(save / "weighter/iter_XXXXXXX"), "exports of the weighter", count, 4 * weighter_parameters)
+        )
+    return files
+
+
+def _saves(interval: int | None, train_iters: int) -> set[int]:
+    """Return the iterations after which a checkpoint is written."""
+    return {train_iters, *range(interval, train_iters + 1, interval)} if interval else {train_iters}

@@ -1,0 +1,95 @@
+"""Memory of a run's stages, from what one microbatch takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_dwm.config.run import RunConfig
+from megatron_dwm.plan.stage import Pass, Stage
+from megatron_dwm.plan.weighter import WeighterPlan
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one rank of a pipeline stage."""
+
+    stage: int
+    layers: int
+    parameters: int
+    """Their number."""
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: float
+    """At most, in a training step."""
+    weighting_between_updates: int
+    """Weighter and replay."""
+    weighting_in_update: float
+    """What an outer update adds to the peak of plain training, at most; without what is held between updates."""
+
+    @property
+    def plain(self) -> float:
+        """The peak of plain training."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    @property
+    def peak(self) -> float:
+        """The peak of the run."""
+        return self.plain + self.weighting_between_updates + self.weighting_in_update
+
+
+def stage_memory(config: RunConfig, stage: Stage, weighter: WeighterPlan | None) -> StageMemory:
+    """Return the memory of a stage, with the schedule's microbatches in flight."""
+    microbatches = config.num_microbatches
+    training = held_activations(stage.training, in_flight(config, stage.number, microbatches)) + stage.workspace
+    added = 0.0
+    if weighter is not None and config.weighting.needs_target:
+        added = _update_peak(config, stage, training, weighter) - training
+    return StageMemory(
+        stage=stage.number,
+        layers=stage.layers,
+        parameters=stage.parameters,
+        weights=stage.weights,
+        gradients=stage.gradients,
+        optimizer=stage.optimizer,
+        activations=training,
+        weighting_between_updates=weighter.held if weighter is not None else 0,
+        weighting_in_update=max(0.0, added),
+    )
+
+
+def _update_peak(config: RunConfig, stage: Stage, training: float, weighter: WeighterPlan) -> float:
+    """Return the bytes beyond weights, gradients and optimizer of an iteration with an outer update, at most."""
+    kind = config.weighting.dwm_alignment
+    copy, direction = stage.weights, 4 * stage.parameters
+    samples = config.training.micro_batch if kind == "single-sample" else 1
+    counts = in_flight(config, stage.number, config.num_microbatches * samples)
+    if kind == "finite-difference":  # without a backward pass, and with a second copy to go back to
+        alignment = max(part.peak for part in stage.alignment) + stage.weights + stage.workspace
+    else:
+        alignment = held_activations(stage.alignment, counts) + stage.workspace
+    # The preconditioner of a parameter is made of two numbers for each that this rank owns.
+    preconditioner = 8 * stage.largest_owned if config.weighting.dwm_preconditioner == "adam" else 0
+    # Taken before the training step, the copy is there in all passes; v is there once the target pass has been made.
+    return max(copy + training, copy + direction + preconditioner, copy + direction + alignment, weighter.learning)
+
+
+def held_activations(passes: Sequence[Pass], counts: Sequence[int]) -> float:
+    """Return the bytes of activations at most, of which each chunk's pass has so many microbatches in flight."""
+    kept = sum(part.kept * count for part, count in zip(passes, counts, strict=True))
+    return kept + max(part.peak - part.kept for part in passes)
+
+
+def in_flight(config: RunConfig, stage: int, microbatches: int) -> list[int]:
+    """Return how many microbatches of each model chunk wait for their backward pass, at most.
+
+    megatron-core's schedules run so many forward passes before the first backward pass, and then one for one.
+    """
+    pp, chunks = config.parallel.pp, config.parallel.virtual_stages(config.model.layers)
+    if chunks is None:
+        return [min(pp - stage, microbatches)]
+    group = config.parallel.microbatch_group_size_per_vp_stage or pp
+    warmup = min((pp - stage - 1) * 2 + (chunks - 1) * group + 1, microbatches * chunks)
+    order = [place // group % chunks for place in range(warmup)]
+    return [order.count(chunk) for chunk in range(chunks)]

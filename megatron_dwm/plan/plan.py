@@ -1,0 +1,212 @@
+"""The plan of a run: what its flags make of it, before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dwm.config.flags import declared_flags
+from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.run import RunConfig
+from megatron_dwm.data.blend import data_paths
+from megatron_dwm.data.tokenizers import build_tokenizer, padded_vocab_size
+from megatron_dwm.model.transformer_checks import check_attention_mask, check_layers
+from megatron_dwm.model.vocabulary import Vocabulary
+from megatron_dwm.plan.costs import Cost, scoring_cost, step_cost, update_cost
+from megatron_dwm.plan.files import PlannedFile, planned_files
+from megatron_dwm.plan.memory import StageMemory, stage_memory
+from megatron_dwm.plan.stages import measure_stages
+from megatron_dwm.plan.weighter import WeighterPlan, plan_weighter
+from megatron_dwm.training.checkpoint_folders import iteration_of, latest_checkpoint
+from megatron_dwm.training.save_folder import check_writable
+from megatron_dwm.weighting.build import read_weighting_inputs, run_stages
+from megatron_dwm.weighting.stage_schedule import StageSchedule
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is laid out over processes."""
+
+    processes: int
+    tensor_parallel: int
+    pipeline_parallel: int
+    virtual_stages: int
+    context_parallel: int
+    data_parallel: int
+    micro_batch_size: int
+    global_batch_size: int
+    microbatches: int
+    """Of a replica in a step."""
+
+
+@dataclass(frozen=True)
+class WeightingShare:
+    """What weighting takes of a run, against plain training of as many iterations."""
+
+    operations: float
+    sent: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a run."""
+
+    layout: Layout
+    layers: str
+    """Whose layers the memory was counted with."""
+    model_parameters: int
+    padded_vocab_size: int
+    train_iters: int
+    start_iteration: int
+    """Iterations that the checkpoint to continue from has done."""
+    tokens: int
+    memory: list[StageMemory]
+    """Of each pipeline stage."""
+    weighter: WeighterPlan | None
+    step: Cost
+    """A step of plain training."""
+    scoring: Cost
+    """What the weights of a step take."""
+    update: Cost
+    """What an outer update takes."""
+    updates: list[int]
+    """Iterations after which there is an outer update."""
+    share: WeightingShare
+    files: list[PlannedFile]
+
+    @property
+    def fullest(self) -> StageMemory:
+        """The stage that needs most memory."""
+        return max(self.memory, key=lambda stage: stage.peak)
+
+
+def make_plan(config: RunConfig, *, for_gpu: bool = True) -> Plan:
+    """Check a configuration and return its plan; for a process that has no process groups and sees no GPU.
+
+    Args:
+        for_gpu: whether the run is to have a GPU, whose kernels keep less for the backward pass than a CPU's.
+
+    Raises:
+        UserError: flags that do not make a run; a tokenizer, weighter or folder that does not fit.
+    """
+    config, layers = _with_known_layers(config)
+    _check_folders(config)
+    data_paths(config.data, config.weighting.dwm_target_data_path if config.weighting.needs_target else None)
+    folder = latest_checkpoint(config.checkpoint)
+    tokenizer = build_tokenizer(config.tokenizer)
+    vocab, eod = int(tokenizer.vocab_size), int(tokenizer.eod)
+    inputs = read_weighting_inputs(config, tokenizer)
+    model, tp = config.model, config.parallel.tp
+    rows = model.padded_vocab_size or padded_vocab_size(vocab, model.make_vocab_size_divisible_by, tp)
+    vocabulary = Vocabulary(rows, rows)
+    vocabulary.require_tokens(vocab)
+    stages = measure_stages(config, vocabulary, for_gpu=for_gpu)
+    weighter = plan_weighter(config, inputs, vocab, eod) if config.weighting.has_weighter else None
+    step, scoring = step_cost(config, rows, stages), scoring_cost(config, weighter)
+    update = update_cost(config, rows, stages, weighter)
+    schedule = run_stages(config)
+    updates = [i for i in range(1, config.train_iters + 1) if schedule.is_update(i)]
+    parameters = sum(stage.model_parameters for stage in stages)
+    return Plan(
+        layout=_layout(config),
+        layers=layers,
+        model_parameters=parameters,
+        padded_vocab_size=rows,
+        train_iters=config.train_iters,
+        start_iteration=0 if folder is None or config.checkpoint.finetune else iteration_of(folder),
+        tokens=config.train_iters * config.global_batch_size * model.sequence,
+        memory=[stage_memory(config, stage, weighter) for stage in stages],
+        weighter=weighter,
+        step=step,
+        scoring=scoring,
+        update=update,
+        updates=updates,
+        share=_share(config, schedule, step, scoring, update, len(updates)),
+        files=planned_files(config, schedule, parameters, weighter.parameters if weighter else None),
+    )
+
+
+def plan_values(plan: Plan) -> dict[str, Any]:
+    """Return a plan as JSON has it, with the sums."""
+    values = dataclasses.asdict(plan)
+    for row, stage in zip(values["memory"], plan.memory, strict=True):
+        row.update(plain=stage.plain, peak=stage.peak)
+    for name, cost in (("step", plan.step), ("scoring", plan.scoring), ("update", plan.update)):
+        values[name]["total_sent"] = cost.sent
+    return values
+
+
+def _with_known_layers(config: RunConfig) -> tuple[RunConfig, str]:
+    """Return the configuration with layers that can be built anywhere, and whose they are.
+
+    Transformer Engine's need a GPU: torch's stand in for them, without what only they know.
+
+    Raises:
+        UserError: flags that Transformer Engine's layers cannot follow.
+    """
+    model, parallel, weighting = config.model, config.parallel, config.weighting
+    if model.transformer_impl != "transformer_engine":
+        return config, f"--transformer-impl {model.transformer_impl or 'torch'}"
+    check_layers(model, parallel, "transformer_engine")
+    if config.data.reset_attention_mask:
+        check_attention_mask(model, "transformer_engine", torch.device("cuda"))
+    fp8 = {item.field: item.default for item in declared_flags(ModelConfig) if item.field.startswith("fp8")}
+    model = dataclasses.replace(
+        model,
+        **fp8,
+        transformer_impl="torch",
+        attention_backend="auto",
+        layernorm_zero_centered_gamma=False,
+        fp32_residual_connection=False,
+        cross_entropy_fusion_impl="native",
+        first_last_layers_bf16=False,
+        num_layers_at_start_in_bf16=1,
+        num_layers_at_end_in_bf16=1,
+    )
+    parallel = dataclasses.replace(
+        parallel, fp8_param_gather=False, cp_comm_type=["p2p"], hierarchical_context_parallel_sizes=None
+    )
+    if weighting.dwm_alignment == "exact":  # which is the same with those layers
+        weighting = dataclasses.replace(weighting, dwm_alignment="single-sample")
+    config = dataclasses.replace(config, model=model, parallel=parallel, weighting=weighting)
+    return config, "--transformer-impl torch, in place of Transformer Engine's"
+
+
+def _check_folders(config: RunConfig) -> None:
+    folders = {
+        "--save": config.checkpoint.save,
+        "--tensorboard-dir": config.logging.tensorboard_dir,
+        "--data-cache-path": config.data.data_cache_path,
+    }
+    check_writable({flag: Path(folder) for flag, folder in folders.items() if folder})
+
+
+def _layout(config: RunConfig) -> Layout:
+    parallel = config.parallel
+    return Layout(
+        processes=config.world_size,
+        tensor_parallel=parallel.tp,
+        pipeline_parallel=parallel.pp,
+        virtual_stages=parallel.virtual_stages(config.model.layers) or 1,
+        context_parallel=parallel.cp,
+        data_parallel=config.data_parallel_size,
+        micro_batch_size=config.training.micro_batch,
+        global_batch_size=config.global_batch_size,
+        microbatches=config.num_microbatches,
+    )
+
+
+def _share(
+    config: RunConfig, stages: StageSchedule, step: Cost, scoring: Cost, update: Cost, updates: int
+) -> WeightingShare:
+    weighted = config.train_iters - stages.warmup_iters
+    operations = weighted * scoring.operations + updates * update.operations
+    sent = updates * update.sent
+    return WeightingShare(
+        operations / (config.train_iters * step.operations),
+        sent / (config.train_iters * step.sent) if step.sent else 0.0,
+    )

@@ -1,0 +1,276 @@
+"""What one pipeline stage holds and sends: it is built as a run builds it, and one microbatch passes through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.parallel_state import get_global_memory_buffer
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dwm.config.run import RunConfig
+from megatron_dwm.model.attributes import changed_attributes
+from megatron_dwm.model.optimizer_parts import optimizer_parts
+from megatron_dwm.model.protocols import Optimizer
+from megatron_dwm.model.vocabulary import Vocabulary
+from megatron_dwm.plan.meter import Meter, Traffic, storage_key
+from megatron_dwm.runtime.process_groups import ParallelState
+from megatron_dwm.training.optimizer import allocate_state
+from megatron_dwm.training.setup import LanguageModel, assemble_language_model
+from megatron_dwm.weighting.bilevel.alignment import Direction, products_with
+from megatron_dwm.weighting.bilevel.sample_products import sample_products
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward and a backward pass of one microbatch through a model chunk."""
+
+    kept: float
+    """Bytes that the forward pass leaves for the backward pass."""
+    peak: float
+    """Most bytes that the two passes hold."""
+    traffic: Traffic
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage on one rank."""
+
+    number: int
+    layers: int
+    parameters: int
+    model_parameters: int
+    """Parameters of the stage on all tensor-parallel ranks, each once."""
+    weights: int
+    """Bytes of the parameters, in the precision that the model computes in."""
+    gradients: int
+    """Bytes of the gradient buffers."""
+    optimizer: int
+    """Bytes of the optimizer's state, its copies of the parameters included."""
+    largest_owned: int
+    """Elements of the largest part of a parameter whose state this rank holds."""
+    workspace: int
+    """Bytes of megatron-core's buffer for gathered activations, which is made once and kept."""
+    training: tuple[Pass, ...]
+    """Of each model chunk."""
+    alignment: tuple[Pass, ...]
+    """Of each model chunk, in an outer update; empty if there is none."""
+    gradient_sync: Traffic
+    """Gradients, after the backward passes of a step."""
+    full_gradient_sync: Traffic
+    """Gradients, where every rank needs the whole."""
+    parameter_gather: Traffic
+    """Parameters, after the optimizer's step."""
+    preconditioner: Traffic
+    """The target gradient, once each rank has preconditioned its part."""
+    stage_traffic: Traffic
+    """What one microbatch sends to the neighboring stages."""
+
+
+def measure_stage(
+    config: RunConfig, core_config: TransformerConfig, vocabulary: Vocabulary, layout: ParallelState
+) -> Stage:
+    """Build the stage of the present rank and measure it.
+
+    Args:
+        core_config: what ``config`` says of the model, for megatron-core.
+    """
+    model = assemble_language_model(config, core_config, vocabulary, layout, None)
+    chunks, optimizer = model.engine.chunks, model.components.optimizer
+    allocate_state(optimizer)
+    params = [param for chunk in chunks for param in chunk.parameters()]
+    weights = _storages(params)
+    states = [value for part in optimizer_parts(optimizer) for value in _state_tensors(part.optimizer)]
+    optimizer_bytes = sum(size for key, size in _storages(states).items() if key not in weights)
+    with model.engine.full_parameters():
+        for chunk in chunks:  # the first pass makes buffers that later ones use again
+            with _shortened(_decoder(chunk), config.model.recompute_num_layers or 1):
+                _measure(config, model, chunk, _plain)
+        training = tuple(_measure_chunks(config, model, _plain))
+        alignment: tuple[Pass, ...] = ()
+        preconditioner = Traffic()
+        if config.weighting.needs_target:
+            direction = {param: torch.empty(param.shape, dtype=torch.float32) for param in params}
+            if config.parallel.use_distributed_optimizer and config.weighting.dwm_preconditioner == "adam":
+                preconditioner = _traffic_of(partial(_reduce_all, [*direction.values()], layout))
+            alignment = tuple(_measure_chunks(config, model, _alignment(config, model, direction)))
+        gradient_sync = _traffic_of(partial(finalize_model_grads, chunks, None))
+        full_gradient_sync = _traffic_of(partial(finalize_model_grads, chunks, None, force_all_reduce=True))
+    gather = Traffic()
+    if config.parallel.use_distributed_optimizer:
+        gather = _traffic_of(partial(_gather_parameters, chunks))
+    return Stage(
+        number=layout.pp_rank,
+        layers=sum(len(_decoder(chunk).layers) for chunk in chunks),
+        parameters=sum(param.numel() for param in params),
+        model_parameters=sum(_times_held(param, layout) * param.numel() for param in params),
+        weights=sum(weights.values()),
+        gradients=sum(_gradient_buffers(chunks).values()),
+        optimizer=optimizer_bytes,
+        largest_owned=_largest_owned(optimizer),
+        workspace=sum(_storages(get_global_memory_buffer().buffer.values()).values()),
+        training=training,
+        alignment=alignment,
+        gradient_sync=gradient_sync,
+        full_gradient_sync=full_gradient_sync,
+        parameter_gather=gather,
+        preconditioner=preconditioner,
+        stage_traffic=_stage_traffic(config, core_config, layout, len(chunks)),
+    )
+
+
+_Run = Callable[[Any, int], tuple[AbstractContextManager[Any], int, bool]]
+"""Returns for a chunk and the samples of a microbatch: what its passes run in, the samples that they really have, and
+whether they end with a backward pass."""
+
+
+def _plain(chunk: Any, samples: int) -> tuple[AbstractContextManager[Any], int, bool]:
+    return chunk.no_sync(), samples, True
+
+
+def _alignment(config: RunConfig, model: LanguageModel, direction: Direction) -> _Run:
+    """Return how the passes run in which alignments are found."""
+    kind, state = config.weighting.dwm_alignment, model.parallel_state
+
+    def run(chunk: Any, samples: int) -> tuple[AbstractContextManager[Any], int, bool]:
+        stack = ExitStack()
+        stack.enter_context(model.engine.unsynchronized())
+        if kind == "finite-difference":
+            stack.enter_context(torch.no_grad())
+            return stack, samples, False
+        if kind == "single-sample":
+            stack.enter_context(products_with(direction, [chunk], 1, state))
+            return stack, 1, True
+        stack.enter_context(sample_products(direction, [chunk], samples, samples, state))
+        return stack, samples, True
+
+    return run
+
+
+def _measure_chunks(config: RunConfig, model: LanguageModel, run: _Run) -> Iterable[Pass]:
+    """Yield the passes of each chunk; many equal layers are measured as a few, and the others added."""
+    for chunk in model.engine.chunks:
+        decoder = _decoder(chunk)
+        layers, unit = len(decoder.layers), config.model.recompute_num_layers or 1
+        few = 2 * unit
+        if layers <= few or layers % unit or config.model.recompute_method == "block":
+            yield _measure(config, model, chunk, run)
+            continue
+        with _shortened(decoder, few):
+            long = _measure(config, model, chunk, run)
+        with _shortened(decoder, unit):
+            short = _measure(config, model, chunk, run)
+        more = (layers - few) / unit
+        yield Pass(
+            long.kept + more * (long.kept - short.kept),
+            long.peak + more * (long.peak - short.peak),
+            long.traffic + (long.traffic + short.traffic.times(-1)).times(more),
+        )
+
+
+def _measure(config: RunConfig, model: LanguageModel, chunk: Any, run: _Run) -> Pass:
+    """Pass one microbatch through a chunk."""
+    context, samples, has_backward = run(chunk, config.training.micro_batch)
+    length, core = config.model.sequence // config.parallel.cp, model.engine.config
+    tokens = torch.zeros(samples, length, dtype=torch.int64)
+    mask = torch.ones(samples, length)
+    shape = (length // (config.parallel.tp if core.sequence_parallel else 1), samples, config.model.hidden)
+    bare = _decoder(chunk)
+    with context, Meter() as meter:
+        if not bare.pre_process:
+            inputs = torch.empty(shape, dtype=core.pipeline_dtype, requires_grad=has_backward)
+            _innermost(chunk).set_input_tensor(inputs)
+        output = chunk(tokens, tokens, None, labels=tokens, loss_mask=mask)
+        kept = meter.allocated
+        if has_backward:
+            if output.dim() == 2:  # token losses
+                (output.float() * mask).sum().backward()
+            else:
+                output.backward(torch.empty_like(output))
+        peak = meter.peak
+    return Pass(kept, peak, meter.traffic)
+
+
+def _shortened(decoder: Any, layers: int) -> AbstractContextManager[None]:
+    few = min(layers, len(decoder.layers))
+    return changed_attributes(decoder, {"layers": decoder.layers[:few], "num_layers_per_pipeline_rank": few})
+
+
+def _reduce_all(tensors: Sequence[torch.Tensor], layout: ParallelState) -> None:
+    for tensor in tensors:
+        dist.all_reduce(tensor, group=layout.dp_cp_group)
+
+
+def _gather_parameters(chunks: Sequence[Any]) -> None:
+    for chunk in chunks:
+        chunk.start_param_sync(force_sync=True)
+
+
+def _traffic_of(action: Callable[[], Any]) -> Traffic:
+    meter = Meter()
+    with meter:
+        action()
+    return meter.traffic
+
+
+def _stage_traffic(
+    config: RunConfig, core_config: TransformerConfig, layout: ParallelState, num_chunks: int
+) -> Traffic:
+    """Return what a microbatch sends forward and backward, from each of the rank's chunks."""
+    traffic, size = Traffic(), core_config.pipeline_dtype.itemsize
+    tokens = config.model.sequence // config.parallel.cp // (layout.tp_size if core_config.sequence_parallel else 1)
+    tensor = float(tokens * config.training.micro_batch * config.model.hidden * size)
+    is_last, is_first = layout.is_last_pipeline_stage, layout.pp_rank == 0
+    for _ in range(2 * num_chunks - is_last - is_first if layout.pp_size > 1 else 0):
+        traffic.add("send", tensor, 2)
+    return traffic
+
+
+def _times_held(param: Any, layout: ParallelState) -> int:
+    """Return how many tensor-parallel ranks hold another part of a parameter; 0 for a tied embedding's copy."""
+    if getattr(param, "shared", False):
+        return 0
+    return layout.tp_size if getattr(param, "tensor_model_parallel", False) else 1
+
+
+def _innermost(chunk: Any) -> Any:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _decoder(chunk: Any) -> Any:
+    return _innermost(chunk).decoder
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Return the bytes of the storages that tensors lie in, each once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage_key(storage): storage.nbytes() for storage in storages}
+
+
+def _gradient_buffers(chunks: Sequence[Any]) -> dict[int, int]:
+    return _storages(buffer.grad_data for chunk in chunks for buffer in chunk.buffers)
+
+
+def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Return what an optimizer steps, and what it keeps for it."""
+    stepped = [param for group in optimizer.param_groups for param in group["params"]]
+    kept = [value for state in optimizer.state.values() for value in state.values()]
+    return [value for value in [*stepped, *kept] if isinstance(value, torch.Tensor)]
+
+
+def _largest_owned(optimizer: Optimizer) -> int:
+    owned = [
+        param.numel()
+        for part in optimizer_parts(optimizer)
+        for group in part.optimizer.param_groups
+        for param in group["params"]
+    ]
+    return max(owned, default=0)

@@ -1,0 +1,50 @@
+"""All pipeline stages of a run, each measured as the first of its ranks has it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from megatron_dwm.config.run import RunConfig
+from megatron_dwm.model.transformer_config import transformer_config
+from megatron_dwm.model.vocabulary import Vocabulary
+from megatron_dwm.plan.simulated_rank import gpu_kernels, simulated_rank
+from megatron_dwm.plan.stage import Stage, measure_stage
+
+
+def measure_stages(config: RunConfig, vocabulary: Vocabulary, *, for_gpu: bool) -> list[Stage]:
+    """Measure all pipeline stages; those between the first and the last are alike, unless a layout says otherwise."""
+    stages: list[Stage] = []
+    for number in range(config.parallel.pp):
+        if 1 < number < config.parallel.pp - 1 and config.parallel.pipeline_model_parallel_layout is None:
+            stages.append(dataclasses.replace(stages[1], number=number))
+        else:
+            stages.append(_stage(config, vocabulary, number, for_gpu=for_gpu))
+    return stages
+
+
+def _stage(config: RunConfig, vocabulary: Vocabulary, number: int, *, for_gpu: bool) -> Stage:
+    """Build and measure one pipeline stage as its first rank has it."""
+    # What looks at values cannot be done without them, nor are there Gloo groups beside fake ones.
+    training = dataclasses.replace(config.training, check_for_nan_in_loss_and_grad=False)
+    parallel = dataclasses.replace(config.parallel, enable_gloo_process_groups=False)
+    config = dataclasses.replace(config, training=training, parallel=parallel)
+    virtual = parallel.virtual_stages(config.model.layers)
+    replica = parallel.tp * parallel.cp
+    rank = number * (replica if parallel.use_tp_pp_dp_mapping else config.world_size // parallel.pp)
+    device = torch.device("cuda" if for_gpu else "cpu")
+    core_config = transformer_config(
+        config.model,
+        parallel,
+        training,
+        config.optimizer,
+        device,
+        resets_attention_mask=config.data.reset_attention_mask,
+    )
+    core_config.gradient_accumulation_fusion = False  # of an extension for GPUs alone, and changes no size
+    with simulated_rank(parallel, virtual, config.world_size, rank) as layout:
+        if not for_gpu:
+            return measure_stage(config, core_config, vocabulary, layout)
+        with gpu_kernels():
+            return measure_stage(config, core_config, vocabulary, layout)

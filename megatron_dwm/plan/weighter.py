@@ -1,0 +1,102 @@
+"""What the weighter of a run holds and sends: its model is built without memory.
+
+Shape legend: N samples of the global batch, c of them on this rank, s sequence length, B buckets of an n-gram weighter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_dwm.config.run import RunConfig
+from megatron_dwm.plan.meter import Meter, Traffic
+from megatron_dwm.plan.simulated_rank import fake_tensors
+from megatron_dwm.weighting.build import WeightingInputs
+from megatron_dwm.weighting.weighter import Weighter
+from megatron_dwm.weighting.weighter_init import model_from_config, random_weighter_model
+from megatron_dwm.weighting.windows import position_limit
+
+RIDGE_BYTES_PER_NGRAM = 48
+"""What the regression of a linear weighter holds for each n-gram of the replay: bucket, value, and their places."""
+RIDGE_VECTORS = 8
+"""Vectors of B numbers in float64 that it holds."""
+
+
+@dataclass(frozen=True)
+class WeighterPlan:
+    """The weighter of a run, on one rank."""
+
+    kind: str
+    parameters: int
+    computing_parameters: int
+    """Those that a token is multiplied with."""
+    is_linear: bool
+    held: int
+    """Bytes that it holds all the time: parameters, optimizer's state, replay."""
+    learning: int
+    """Bytes beyond those while it learns."""
+    traffic: Traffic
+    """What one outer update sends for it."""
+
+
+def plan_weighter(config: RunConfig, inputs: WeightingInputs, vocab_size: int, eod: int) -> WeighterPlan:
+    """Build the weighter of the flags and return what it takes."""
+    from transformers.initialization import no_init_weights
+
+    settings = config.weighting
+    with fake_tensors(), no_init_weights():
+        model = _model(config, inputs, vocab_size, eod)
+        weighter = Weighter(model, settings, torch.device("cpu"))
+    learns = settings.needs_target
+    size, lengths = 4 * weighter.num_parameters, getattr(model.config, "ngram_lengths", [])
+    samples = -(-config.global_batch_size // config.world_size)
+    # A linear weighter learns in closed form, and AdamW never makes its state.
+    held = size if weighter.is_linear or not learns else 3 * size
+    held += settings.dwm_replay * samples * 4 * config.model.sequence if learns else 0
+    learning, traffic = 0, Traffic()
+    if learns and weighter.is_linear:
+        ngrams = settings.dwm_replay * samples * config.model.sequence * len(lengths)
+        learning = RIDGE_BYTES_PER_NGRAM * ngrams + RIDGE_VECTORS * 8 * weighter.num_parameters
+        # The right-hand side, the residual of the start, and the steps.
+        products = settings.dwm_weighter_steps + 2
+        traffic.add("all-reduce", float(products * 8 * weighter.num_parameters), config.world_size)
+    elif learns:
+        with fake_tensors():
+            learning = 2 * size + _activations(weighter, samples, config.model.sequence)
+        traffic.add("all-reduce", float(settings.dwm_weighter_steps * size), config.world_size)
+    return WeighterPlan(
+        type(model).__name__,
+        weighter.num_parameters,
+        weighter.num_computing_parameters,
+        weighter.is_linear,
+        held,
+        learning,
+        traffic,
+    )
+
+
+def _model(config: RunConfig, inputs: WeightingInputs, vocab_size: int, eod: int) -> Any:
+    from megatron_dwm.model.hf_config import hf_config
+
+    settings, model, seed = config.weighting, config.model, config.training.seed
+    if inputs.folder is not None:
+        return inputs.folder.model
+    if settings.dwm_init_from == "random":
+        return random_weighter_model(settings, vocab_size, model.sequence, eod, seed)
+    copied: Any = hf_config(model, vocab_size=vocab_size, num_layers=settings.dwm_num_layers)
+    copied.update({"num_labels": 1, "pad_token_id": eod})
+    return model_from_config(copied, seed)
+
+
+def _activations(weighter: Weighter, samples: int, sequence: int) -> int:
+    """Return the bytes that a step on so many samples holds for its backward pass, at most."""
+    window, meter = min(sequence, position_limit(weighter.model) or sequence), Meter()
+    with meter:
+        tokens = torch.zeros(samples * -(-sequence // window), window, dtype=torch.int64)
+        scores = torch.cat(
+            [weighter.model(input_ids=part, use_cache=False).logits for part in tokens.split(weighter.batch_size)]
+        )
+        scores.sum().backward()
+    return meter.peak

@@ -1,0 +1,163 @@
+"""A lock on a folder, which one process holds at a time, on one machine or on many that share a file system.
+
+The lock is the operating system's on the file ``.lock`` (POSIX ``fcntl``): it ends with the process that holds it,
+however that ends, and children do not inherit it. NFS passes it on to its server. Some mounts do not: Lustre without
+``flock`` refuses it, and NFS with ``nolock`` or ``local_lock`` keeps it on one machine without saying so. There
+counts that the holder touches a file beside it, its pulse: a folder whose pulse moves is not taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import tempfile
+import threading
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from megatron_dwm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+PULSE = ".lock.pulse"
+PULSE_SECONDS = 10.0
+LEASE_SECONDS = 60.0
+"""A pulse that has not moved for so long is that of a holder that was killed."""
+SETTLE_SECONDS = 2.0
+"""Of several that come at once, the last to write its name has the folder."""
+
+
+class FolderLock:
+    """A folder held by this process until it ends or closes the lock."""
+
+    def __init__(self, flag: str, folder: Path) -> None:
+        """Take the folder, which is there.
+
+        Args:
+            flag: what names it, for messages.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        self.flag, self.folder = flag, folder
+        self._closed = threading.Event()
+        # Opened once for the life of the process: closing any handle of this file would end the lock.
+        self._file = (folder / LOCK).open("a+", encoding="utf-8")
+        is_locked = self._lock()
+        owner = _owner(self._file)
+        is_elsewhere = owner is not None and owner.get("host") != socket.gethostname()
+        if (owner is not None and not is_locked) or is_elsewhere:
+            self._wait_for_end_of(owner)
+        self._own(is_certain=is_locked and not is_elsewhere)
+        threading.Thread(target=self._beat, name="folder-lock", daemon=True).start()
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        self._closed.set()
+        with contextlib.suppress(OSError):
+            (self.folder / PULSE).unlink(missing_ok=True)
+            self._file.truncate(0)
+        self._file.close()
+
+    def _lock(self) -> bool:
+        """Take the operating system's lock; return whether the file system has any."""
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                self._refuse(_owner(self._file))
+            logger.warning(
+                f"{self.flag} {self.folder}: its file system knows no locks ({error.strerror}); whether another run "
+                f"writes there shows by {PULSE}, which a run touches every {PULSE_SECONDS:.0f} s"
+            )
+            return False
+        return True
+
+    def _refuse(self, owner: dict[str, Any] | None) -> NoReturn:
+        self._file.close()
+        raise UserError(
+            f"{self.flag} {self.folder}: another run writes there ({_description(owner)}); end it, or give another "
+            "folder"
+        )
+
+    def _wait_for_end_of(self, owner: dict[str, Any] | None) -> None:
+        """Wait until the pulse of a holder whom the lock does not show has stood still for long enough.
+
+        Raises:
+            UserError: it moves.
+        """
+        before = self._pulse()
+        deadline = time.monotonic() + LEASE_SECONDS - self._age_of(before)
+        if before is None or time.monotonic() > deadline:
+            return
+        logger.info(
+            f" > {self.flag} {self.folder} was held by {_description(owner)}: waiting up to {LEASE_SECONDS:.0f} s for "
+            "a sign of life"
+        )
+        while time.monotonic() < deadline:
+            time.sleep(PULSE_SECONDS / 10)
+            if self._pulse() != before:
+                self._refuse(owner)
+
+    def _own(self, *, is_certain: bool) -> None:
+        """Write who holds the folder, and where no lock decides, look whether another one has done so just then.
+
+        Raises:
+            UserError: another one has.
+        """
+        since = f"{datetime.now():%Y-%m-%d %H:%M:%S.%f}"
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+        self._file.truncate(0)
+        self._file.write(json.dumps(mine) + "\n")
+        self._file.flush()
+        (self.folder / PULSE).touch()
+        if not is_certain:
+            time.sleep(SETTLE_SECONDS)
+            owner = _owner(self._file)
+            if owner != mine:
+                self._refuse(owner)
+
+    def _beat(self) -> None:
+        while not self._closed.wait(PULSE_SECONDS):
+            with contextlib.suppress(OSError):  # a full disk, or a folder that was removed, is found when saving
+                os.utime(self.folder / PULSE)
+
+    def _pulse(self) -> int | None:
+        """Return when the pulse moved last, by the clock of the file system; None if there is none."""
+        try:
+            # Opened anew: NFS then asks its server.
+            descriptor = os.open(self.folder / PULSE, os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            return os.fstat(descriptor).st_mtime_ns
+        finally:
+            os.close(descriptor)
+
+    def _age_of(self, pulse: int | None) -> float:
+        """Return the seconds since the pulse moved, by the same clock."""
+        with tempfile.TemporaryFile(dir=self.folder) as now:
+            return 0.0 if pulse is None else max(0.0, (os.fstat(now.fileno()).st_mtime_ns - pulse) / 1e9)
+
+
+def _owner(file: TextIO) -> dict[str, Any] | None:
+    """Return what the lock's file says of its holder, if anything."""
+    with contextlib.suppress(OSError, ValueError):
+        file.seek(0)
+        owner = json.loads(file.readline())
+        return owner if isinstance(owner, dict) else None
+    return None
+
+
+def _description(owner: dict[str, Any] | None) -> str:
+    if owner is None or not {"pid", "host", "since"} <= owner.keys():
+        return "its process is not known"
+    return f"process {owner['pid']} on {owner['host']} since {str(owner['since'])[:19]}"

@@ -1,0 +1,105 @@
+"""The alignments of a global batch with the target set, as all that follows from them needs them.
+
+Shape legend: N samples of the global batch.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from megatron_dwm.model.parameter_copy import ParameterCopy
+from megatron_dwm.weighting.bilevel.alignment import Direction
+from megatron_dwm.weighting.bilevel.health import require_alignments
+from megatron_dwm.weighting.policy import StepOutcome
+from megatron_dwm.weighting.sample_gather import SampleGather
+
+
+@dataclass(frozen=True)
+class Alignments:
+    """What one pass over the target and one over the batch have found."""
+
+    values: torch.Tensor
+    """[N], float64, global order, on the CPU and the same on every rank."""
+    target_loss: float
+    """Mean target loss at the model's parameters."""
+
+
+class Samples(Protocol):
+    """Samples of one step, as the passes take them."""
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """What the weighter reads [n, s], int64."""
+
+    def __len__(self) -> int:
+        """Return n."""
+
+
+class Passes(Protocol):
+    """The passes over a language model that an update is made of; they leave its parameters and gradients alone."""
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by in training."""
+
+    @property
+    def check_for_nan(self) -> bool:
+        """Whether alignments that are not finite end the run."""
+
+    def deterministic(self) -> AbstractContextManager[None]:
+        """Return a context in which nothing is dropped out and no random stream moves."""
+
+    def gradient(self, batch: Any) -> tuple[float, Direction]:
+        """Return the mean loss of target samples and its gradient v, the same on every replica."""
+
+    def align(self, batch: Any, direction: Direction) -> torch.Tensor:
+        """Return the alignments of this replica's samples [n], float64."""
+
+
+class AlignmentPass:
+    """Aligns batches with batches of the target set; the language model is afterwards what it was."""
+
+    def __init__(self, lm_gradients: Passes, sample_gather: SampleGather) -> None:
+        self.lm_gradients, self.sample_gather = lm_gradients, sample_gather
+
+    def run(self, batch: Samples, target: Samples, before: ParameterCopy | None = None) -> Alignments | None:
+        """Align ``batch`` with ``target``; a collective call of all ranks that empties the gradient buffers.
+
+        Args:
+            batch: this replica's samples.
+            target: this replica's target samples.
+            before: the parameters θ at which the samples' gradients are taken, while the model holds the θ' of the
+                target's; the model's own for both if not given.
+
+        Returns:
+            None, on every rank, if an alignment is not finite and the schedule lets such numbers pass, as fp16 training
+            with its loss scale must.
+
+        Raises:
+            FloatingPointError: an alignment is not finite and the schedule checks for that.
+            RuntimeError: all alignments are zero.
+        """
+        with self.lm_gradients.deterministic():
+            target_loss, direction = self.lm_gradients.gradient(target)
+            if before is not None:
+                before.swap()
+            alignments = self.sample_gather.gather_from_replicas(self.lm_gradients.align(batch, direction)).cpu()
+            if before is not None:
+                before.swap()
+        if not bool(alignments.isfinite().all()):
+            if self.lm_gradients.check_for_nan:
+                raise FloatingPointError("an alignment is not finite; lower --lr, or look at the data of this step")
+            return None
+        require_alignments(alignments)
+        return Alignments(alignments, target_loss)
+
+
+def reason_unmoved(outcome: StepOutcome) -> str | None:
+    """Return why a step moved no parameter, so that it says nothing of its weights; None if it did."""
+    if outcome.skipped:
+        return "the gradient of its step overflowed"
+    return "the learning rate of its step is 0" if outcome.learning_rate == 0 else None

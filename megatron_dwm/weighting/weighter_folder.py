@@ -1,0 +1,181 @@
+"""A weighter from a Hugging Face folder: a classifier with one output, whatever its tokenizer and its positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megatron_dwm.data.hf_tokenizers import fingerprint_of, load_tokenizer_folder
+from megatron_dwm.errors import UserError, shortened
+from megatron_dwm.safe_unpickling import DAMAGE, short_reason
+from megatron_dwm.weighting.export_manifest import trained_length, verify_export
+from megatron_dwm.weighting.sample_reader import SampleReader, TextReader, WindowReader
+from megatron_dwm.weighting.weighter_init import seeded, zero_head
+from megatron_dwm.weighting.windows import position_limit
+
+_LONGEST = 10**9
+"""Tokenizers that know no length say a greater one."""
+
+
+@dataclass(frozen=True)
+class SampleTokens:
+    """What a run's samples are made of."""
+
+    seq_length: int
+    vocab_size: int
+    eod: int
+    """End-of-document token, which pads where a folder names no token for that."""
+    fingerprint: str
+    """Of the tokenizer's vocabulary."""
+    text_of: Callable[[npt.NDArray[np.integer[Any]]], str]
+    """Gives the text of a sample's tokens [s]."""
+
+
+@dataclass(frozen=True)
+class WeighterFolder:
+    """A classifier, and how it reads the samples of a run."""
+
+    path: str
+    model: Any
+    reader: SampleReader | None
+    """None if it reads a sample's tokens as they are."""
+    own_tokenizer: Any | None
+    """Its tokenizer, of Hugging Face, if that is not the run's."""
+    fingerprint: str
+    """Of its tokenizer's vocabulary."""
+    reading: str
+    """How it reads the samples, in words; empty if there is nothing to say of it."""
+
+
+def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: int) -> WeighterFolder:
+    """Read a classifier from any Hugging Face folder; a language model's gets a new head.
+
+    A classifier with another tokenizer is given the samples' texts. One that has fewer positions than a sample has
+    tokens goes on if its positions do, and else scores a sample in windows.
+
+    Args:
+        flag: the flag that names ``folder``, for messages.
+        samples: what the run's samples are made of.
+        seed: of a new head.
+
+    Raises:
+        UserError: the folder is missing or damaged, cannot be loaded, has more than one label, or a tokenizer that
+            does not fit its model.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"{flag} {folder}: no config.json there; give a Hugging Face model folder")
+    is_export = verify_export(flag, Path(folder))
+    try:
+        tokenizer = load_tokenizer_folder(Path(folder))
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from None
+    fingerprint = fingerprint_of(tokenizer)
+    is_own = fingerprint != samples.fingerprint
+    model, missing = _load(flag, folder, seed)
+    most = len(tokenizer) if is_own else samples.vocab_size
+    if model.config.vocab_size < most:
+        raise UserError(f"{flag} {folder}: its {model.config.vocab_size} embeddings are fewer than the {most} tokens")
+    if model.config.pad_token_id is None:  # a language model's; without one a classifier takes no batches
+        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        model.config.pad_token_id = next(pad for pad in pads if pad is not None) if is_own else samples.eod
+    if not 0 <= model.config.pad_token_id < model.config.vocab_size:
+        raise UserError(f"{flag} {folder}: its token of padding, {model.config.pad_token_id}, is none; give another")
+    essential = missing if is_export else [key for key in missing if _is_of_base_model(key, model)]
+    if essential:
+        raise UserError(f"{flag} {folder}: its weights lack {essential[0]}; give a whole model")
+    if not all(bool(torch.isfinite(param).all()) for param in model.parameters()):
+        raise UserError(f"{flag} {folder}: its weights are not finite; give another")
+    if missing:
+        zero_head(model)
+    if is_own:
+        reader, reading = _text_reader(flag, folder, model, tokenizer, samples)
+        return WeighterFolder(folder, model, reader, tokenizer, fingerprint, reading)
+    if cutting := window_reader(model, samples.seq_length):
+        reading = (
+            f"its positions end at {cutting.window}: samples of {samples.seq_length} tokens are scored in windows of "
+            f"{cutting.window}, whose mean counts"
+        )
+        return WeighterFolder(folder, model, cutting, None, fingerprint, reading)
+    trained, reading = trained_length(Path(folder), model.config), ""
+    if trained is not None and trained < samples.seq_length:
+        reading = f"made for {trained} tokens, it scores samples of {samples.seq_length} whole: its positions go on"
+    return WeighterFolder(folder, model, None, None, fingerprint, reading)
+
+
+def _text_reader(flag: str, folder: str, model: Any, tokenizer: Any, samples: SampleTokens) -> tuple[SampleReader, str]:
+    """Return what reads samples by their text, and that in words.
+
+    Raises:
+        UserError: the tokenizer does not work.
+    """
+    window, length = position_limit(model), getattr(tokenizer, "model_max_length", _LONGEST)
+    if window is not None and length < _LONGEST:
+        window = min(window, length)
+    try:
+        reader = TextReader(samples.text_of, tokenizer, window)
+    except Exception as error:  # tokenizers raise whatever a damaged vocabulary makes them raise
+        reason = shortened(error)
+        raise UserError(f"{flag} {folder}: its tokenizer makes no tokens ({reason}); give another") from None
+    how = "whole" if window is None else f"in windows of {window} tokens"
+    return reader, f"it has another tokenizer: the samples' texts are rebuilt, tokenized again and scored {how}"
+
+
+def window_reader(model: Any, seq_length: int) -> WindowReader | None:
+    """Return what cuts samples for a classifier of the run's tokens; None if it reads them whole."""
+    window = position_limit(model)
+    return WindowReader(window) if window is not None and window < seq_length else None
+
+
+def _load(flag: str, folder: str, seed: int) -> tuple[Any, list[str]]:
+    """Return the classifier, and the names of the parameters that the folder has not.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    try:
+        hf_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _check_layers(Path(folder), hf_config)
+        with seeded(seed):
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                num_labels=1,
+                dtype=torch.float32,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+    except (*DAMAGE, SafetensorError) as error:
+        reason = short_reason(error)
+        raise UserError(f"{flag} {folder}: cannot be loaded as a classifier with one label ({reason})") from None
+    return model, sorted(report["missing_keys"])
+
+
+def _check_layers(folder: Path, hf_config: Any) -> None:
+    """Check, before they are made, that a classifier's layers can be those whose tensors are there.
+
+    Raises:
+        ValueError: there are more than tensors.
+    """
+    from safetensors import safe_open
+
+    path, layers = folder / "model.safetensors", getattr(hf_config, "num_hidden_layers", None)
+    if not path.is_file():
+        return
+    with safe_open(path, framework="pt") as file:
+        tensors = len(file.keys())
+    if isinstance(layers, int) and layers > tensors:
+        raise ValueError(f"{layers} layers of {tensors} tensors")
+
+
+def _is_of_base_model(key: str, model: Any) -> bool:
+    """Whether a tensor is of the layers below the classifier's head, which a language model's folder must have."""
+    return key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key

@@ -1,0 +1,64 @@
+"""Which export of a run's weighter a frozen run uses when: the stage that was reached at the same part of training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dwm.errors import UserError
+from megatron_dwm.weighting.export_manifest import MANIFEST
+
+
+@dataclass(frozen=True)
+class WeighterStage:
+    """A weighter, and until when it is used."""
+
+    folder: str
+    last_iteration: int
+    """Of the run that uses it."""
+    number: int
+    """Of the stage at whose end it was exported."""
+
+
+def weighter_stages(flag: str, folder: str, train_iters: int) -> list[WeighterStage]:
+    """Return the stages of a run with the weighter in ``folder``.
+
+    Args:
+        flag: the flag that names ``folder``, for messages.
+        folder: an export, which is used for all of the run, or the folder ``weighter`` that holds all exports of
+            another run: of each of its stages the last one.
+        train_iters: iterations of the run that uses them.
+
+    Raises:
+        UserError: a manifest cannot be read.
+    """
+    root = Path(folder)
+    exports = [] if (root / "config.json").is_file() else sorted(root.glob(f"iter_*/{MANIFEST}"))
+    if not exports:
+        return [WeighterStage(folder, train_iters, 1)]
+    ends: dict[int, tuple[int, Path]] = {}
+    length = 0
+    for path in exports:
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            stage, iteration = int(manifest["stage"]), int(manifest["iteration"])
+            length = max(length, int(manifest.get("train_iters") or iteration))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
+            raise UserError(f"{flag} {folder}: {path} cannot be read ({reason}); export it again") from None
+        if stage > 0 and iteration > ends.get(stage, (0,))[0]:
+            ends[stage] = (iteration, path.parent)
+    if not ends:
+        raise UserError(f"{flag} {folder}: its exports are all of the warm-up; give the folder of one of them")
+    stages = [
+        WeighterStage(str(path), round(train_iters * iteration / length), stage)
+        for stage, (iteration, path) in sorted(ends.items())
+    ]
+    # What a run that was interrupted did not learn any more its last weighter stands for.
+    stages[-1] = WeighterStage(stages[-1].folder, train_iters, stages[-1].number)
+    return [
+        stage
+        for before, stage in zip([0, *(s.last_iteration for s in stages)], stages, strict=False)
+        if stage.last_iteration > before
+    ]

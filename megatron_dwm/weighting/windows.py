@@ -1,0 +1,94 @@
+"""Windows of token ids: what a classifier that reads only so many at once is given.
+
+Training and ``megatron-dwm score`` cut and pad in the same way, so that they give the same scores. Megatron is not
+needed here.
+
+Shape legend: b windows of a batch, t tokens of the longest of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+_PROBES = ("0", "a", "the")
+"""Texts of which a tokenizer makes tokens; one that knows numbers alone does of the first."""
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What a tokenizer puts around a text."""
+
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> SpecialTokens:
+        """Find the special tokens of a Hugging Face tokenizer."""
+        whole: list[int] = []
+        for probe in _PROBES:
+            plain = tokenizer(probe, add_special_tokens=False)["input_ids"]
+            whole = tokenizer(probe)["input_ids"]
+            for start in range(len(whole) - len(plain) + 1):
+                if plain and whole[start : start + len(plain)] == plain:
+                    return cls(tuple(whole[:start]), tuple(whole[start + len(plain) :]))
+        return cls(tuple(whole), ())
+
+    def __len__(self) -> int:
+        return len(self.before) + len(self.after)
+
+
+class Window(NamedTuple):
+    """A part of a text that is scored at once."""
+
+    ids: Sequence[int]
+    """With the special tokens around them."""
+    size: int
+    """Tokens of the text in it: what it counts in a mean over windows."""
+
+
+def cut(ids: Sequence[int], length: int | None, special: SpecialTokens) -> list[Window]:
+    """Cut a text's token ids into windows, each between the special tokens.
+
+    Args:
+        ids: of the text, without special tokens.
+        length: most tokens of a window, the special ones included; None for one window.
+        special: what stands around each window.
+    """
+    room = max(len(ids), 1) if length is None else max(length - len(special), 1)
+    starts = range(0, max(len(ids), 1), room)
+    parts = [ids[start : start + room] for start in starts]
+    return [Window((*special.before, *part, *special.after), max(len(part), 1)) for part in parts]
+
+
+def pad_windows(windows: Sequence[Window], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens of windows, padded at their ends, and 1 where a token is none of padding, both [b, t]."""
+    width = max([1, *(len(window.ids) for window in windows)])
+    tokens = [[*window.ids, *[pad] * (width - len(window.ids))] for window in windows]
+    # Of a window without any token the first one of padding is read: there is no score of nothing.
+    mask = [[1] * max(len(window.ids), 1) + [0] * (width - max(len(window.ids), 1)) for window in windows]
+    shape = len(windows), width
+    return (
+        torch.tensor(tokens, dtype=torch.int64, device=device).view(shape),
+        torch.tensor(mask, dtype=torch.int64, device=device).view(shape),
+    )
+
+
+def position_limit(model: Any) -> int | None:
+    """Return how many tokens a classifier can read at once; None if its positions go on beyond those it has seen.
+
+    Rotary positions do, and a classifier that has none.
+    """
+    config = model.config
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None):
+        return None
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            # RoBERTa and its kind count positions from behind that of padding.
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - unused
+    return int(positions)

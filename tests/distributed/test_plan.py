@@ -1,0 +1,104 @@
+"""What a plan says of memory and traffic is what ranks hold and send: gloo workers count it while they train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dwm.model.optimizer_parts import optimizer_parts
+from megatron_dwm.model.vocabulary import Vocabulary
+from megatron_dwm.plan.costs import step_traffic, update_traffic
+from megatron_dwm.plan.memory import held_activations, in_flight
+from megatron_dwm.plan.meter import Meter, Traffic
+from megatron_dwm.plan.stages import measure_stages
+from megatron_dwm.plan.weighter import WeighterPlan
+from megatron_dwm.training.optimizer import allocate_state
+from tests.distributed.built_model import LAYOUTS, build_model, random_mask, random_tokens
+from tests.distributed.harness import run_distributed
+from tests.small_runs import GPT, IN_PROCESS, LLAMA, VOCAB_SIZE, Flags, parse_flags
+
+CASES: dict[str, tuple[int, Flags]] = {
+    "llama, TP2, sequence parallel, x PP2": (4, {**LLAMA, **LAYOUTS["TP2 x PP2"][1], "--sequence-parallel": True}),
+    "gpt, tied, PP2, interleaved, recomputed": (
+        2,
+        {
+            **GPT,
+            **LAYOUTS["PP2, interleaved"][1],
+            "--recompute-granularity": "full",
+            "--recompute-method": "uniform",
+            "--recompute-num-layers": 1,
+        },
+    ),
+    "llama, DP2, distributed optimizer, bf16": (2, {**LLAMA, "--use-distributed-optimizer": True, "--bf16": True}),
+}
+
+
+def _count(flags: Flags) -> dict[str, Any]:
+    """Train a step and align a batch on this rank, and return what it held and sent."""
+    built = build_model(flags)
+    chunks, optimizer = built.chunks, built.optimizer
+    allocate_state(optimizer)
+    params = [param for chunk in chunks for param in chunk.parameters()]
+    held = {
+        "parameters": sum(param.numel() for param in params),
+        "weights": sum({s.data_ptr(): s.nbytes() for s in (param.untyped_storage() for param in params)}.values()),
+        "gradients": sum(buffer.grad_data.numel() * buffer.grad_data.itemsize for c in chunks for buffer in c.buffers),
+        "optimizer": _optimizer_bytes(optimizer, params),
+    }
+    micro = built.config.training.micro_batch
+    batch, target = (built.batch(random_tokens(seed), random_mask(seed)) for seed in (1, 2))
+    built.engine.run(batch, micro)  # makes megatron-core's buffers
+    with Meter() as passes:
+        built.engine.run(batch, micro)
+    with Meter() as step:
+        optimizer.step()
+    gradients = built.lm_gradients()
+    with Meter() as update:
+        _, direction = gradients.gradient(target)
+        gradients.align(batch, direction)
+    held["activations"] = passes.peak
+    return {**held, "step": (passes.traffic + step.traffic).payloads, "update": update.traffic.payloads}
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+def _optimizer_bytes(optimizer: Any, params: list[Any]) -> int:
+    """Bytes of the moments, and of the copies that are stepped in place of the model's parameters."""
+    model, total = {param.data_ptr() for param in params}, 0
+    for part in optimizer_parts(optimizer):
+        for group in part.optimizer.param_groups:
+            for param in group["params"]:
+                is_copy = param.dtype != params[0].dtype or param.data_ptr() not in model
+                total += _bytes(param) * is_copy
+                total += sum(_bytes(value) for value in part.optimizer.state[param].values())
+    return total
+
+
+def _payloads(traffic: Mapping[str, Traffic]) -> dict[str, float]:
+    return sum(traffic.values(), Traffic()).payloads
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_plan_is_what_ranks_hold_and_send(case: str):
+    processes, flags = CASES[case]
+    flags = {**flags, "--num-layers": 4}
+    config = parse_flags({**IN_PROCESS, **flags}, processes)
+    stages = measure_stages(config, Vocabulary(VOCAB_SIZE, VOCAB_SIZE), for_gpu=False)
+    counted = run_distributed(_count, processes, flags)
+    nothing = WeighterPlan("none", 0, 0, False, 0, 0, Traffic())
+    for stage in stages:
+        found = counted[stage.number * processes // len(stages)]
+        assert stage.parameters == found["parameters"]
+        assert stage.weights == found["weights"]
+        assert stage.gradients == found["gradients"]
+        assert stage.optimizer == found["optimizer"]
+        assert _payloads(step_traffic(config, stage)) == found["step"]
+        assert _payloads(update_traffic(config, stage, nothing)) == found["update"]
+        activations = held_activations(stage.training, in_flight(config, stage.number, config.num_microbatches))
+        # A run holds a few more small tensors, such as masks and the losses that it reports.
+        assert activations == pytest.approx(found["activations"], rel=0.06)

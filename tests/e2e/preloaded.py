@@ -1,0 +1,133 @@
+"""A ``python`` whose imports are paid once: its programs run in forks of a server, which is a fork of the tests.
+
+Importing torch and megatron-core takes a command seven seconds of processor time, and tests of pages and benchmarks run
+dozens. What a command does is the same; that it imports what it needs is what the tests of the wheel, the quickstart
+and the SLURM scripts show, which start real interpreters.
+"""
+
+from __future__ import annotations
+
+import array
+import atexit
+import contextlib
+import json
+import multiprocessing
+import os
+import runpy
+import selectors
+import shlex
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.e2e import launch  # noqa: F401  imports what commands need
+
+CLIENT = """
+import array, json, os, socket, sys
+server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+server.connect({address!r})
+message = json.dumps({{"argv": sys.argv[1:], "cwd": os.getcwd(), "environment": dict(os.environ)}}).encode()
+server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * len(message))
+server.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))])
+os._exit(int(server.recv(16) or b"1"))
+"""
+"""Sends its arguments, folder, environment and open files to the server, and ends with the program's exit code."""
+
+
+def start(folder: Path) -> tuple[Path, multiprocessing.Process]:
+    """Start the server, and write the commands ``python`` and ``megatron-dwm`` into a folder.
+
+    Returns:
+        the folder of the commands, and the server, which whoever called ends.
+    """
+    address = str(folder / "server")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(address)
+    listener.listen()
+    commands = folder / "bin"
+    commands.mkdir()
+    client = folder / "client.py"
+    client.write_text(CLIENT.format(address=address))
+    interpreter = shlex.join([sys.executable, "-S", "-E", str(client)])
+    installed = Path(sys.executable).parent / "megatron-dwm"
+    # What starts with other flags than -m, as processes of multiprocessing do, has an interpreter of its own.
+    real = f'case "$1" in -m) ;; -*) exec {shlex.quote(sys.executable)} "$@" ;; esac\n'
+    for name, first in (("python", ""), ("megatron-dwm", f" {shlex.quote(str(installed))}")):
+        (commands / name).write_text(f'#!/bin/sh\n{"" if first else real}exec {interpreter}{first} "$@"\n')
+        (commands / name).chmod(0o755)
+    server = multiprocessing.get_context("fork").Process(target=_serve, args=(listener, str(commands / "python")))
+    server.start()
+    listener.close()
+    return commands, server  # type: ignore[return-value]
+
+
+def _serve(listener: socket.socket, python: str) -> None:
+    """Fork for each request, and answer with the exit code of the fork."""
+    selector = selectors.DefaultSelector()
+    selector.register(listener, selectors.EVENT_READ)
+    while True:
+        for key, _ in selector.select():
+            if key.data is None:
+                client, _ = listener.accept()
+                process = os.fork()
+                if process == 0:
+                    selector.close()
+                    listener.close()
+                    _run(client, python)
+                selector.register(os.pidfd_open(process), selectors.EVENT_READ, (process, client))
+                continue
+            process, client = key.data
+            selector.unregister(key.fd)
+            os.close(key.fd)  # type: ignore[arg-type]
+            code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            with contextlib.suppress(BrokenPipeError):  # it was killed
+                client.send(str(code if code >= 0 else 128 - code).encode())
+            client.close()
+
+
+def _run(client: socket.socket, python: str) -> None:
+    message, ancillary, _, _ = client.recvmsg(1 << 20, socket.CMSG_SPACE(3 * array.array("i").itemsize))
+    client.close()
+    files = array.array("i", ancillary[0][2])
+    for target, file in enumerate(files):
+        os.dup2(file, target)
+        os.close(file)
+    request: dict[str, Any] = json.loads(message)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+    sys.executable = python  # for the programs that it starts
+    code = 1
+    try:
+        code = _exit_code(request["argv"])
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _exit_code(argv: list[str]) -> int:
+    """Run ``python argv`` and return its exit code."""
+    sys.argv = argv
+    try:
+        if argv[0] == "-m":
+            sys.argv = argv[1:]
+            sys.path.insert(0, "")
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, str(Path(argv[0]).resolve().parent))
+            runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        return 1
+    return 0

@@ -1,0 +1,73 @@
+"""Flags that act on a GPU alone: a small run with each, as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_dwm.runtime.process_groups import free_port
+from tests.paths import ROOT
+from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, as_argv
+
+RUN: dict[str, Any] = {
+    **LANGUAGE_MODEL,
+    **TRAINING,
+    **DATA,
+    "--dwm-mode": "off",
+    "--train-iters": 4,
+    "--log-interval": 2,
+}
+RUN |= {"--lr-warmup-iters": 0, "--bf16": True, "--eval-iters": 0}
+LARGER = {"--hidden-size": 256, "--num-attention-heads": 4, "--seq-length": 256, "--max-position-embeddings": 256}
+
+
+def pretrain(folder: Path, flags: dict[str, Any], processes: int = 1) -> tuple[str, list[float]]:
+    """Return the output and the losses of a run on GPUs."""
+    metrics = folder / "metrics.jsonl"
+    command = [sys.executable, "pretrain_dwm.py", "--nproc", str(processes), *as_argv({**RUN, **flags})]
+    environment = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    environment.pop("CUDA_VISIBLE_DEVICES")
+    finished = subprocess.run(
+        [*command, "--metrics-jsonl", str(metrics)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return finished.stdout, [record["lm_loss"] for record in records if record["kind"] == "train"]
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_the_detector_of_stragglers_reports_with_every_line(tmp_path: Path):
+    output, _ = pretrain(tmp_path, {"--log-straggler": True, "--straggler-ctrlr-port": free_port()})
+    assert len(re.findall(r"MnRtt/Rnk: .*MxEtpt/Rnk: [\d.]+TF/0", output)) == 2
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_energy_is_logged(tmp_path: Path):
+    output, _ = pretrain(tmp_path, {"--log-energy": True})
+    assert re.search(r"energy per GPU \(J/iter/GPU\): [\d.]+ \| power per GPU \(W/GPU\): [\d.]+ \|", output)
+    assert re.search(r"Total training energy \(GPU\): [\d.]+ MJ", output)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_overlapped_communication_computes_the_same(tmp_path: Path):
+    flags = {**LARGER, "--tensor-model-parallel-size": 2, "--sequence-parallel": True}
+    flags["--transformer-impl"] = "transformer_engine"
+    _, expected = pretrain(tmp_path / "plain", flags, processes=2)
+    _, found = pretrain(tmp_path / "overlapped", {**flags, "--tp-comm-overlap": True}, processes=2)
+    assert found == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_parameters_in_fp8_train_as_those_in_bf16(tmp_path: Path):
+    flags = {**LARGER, "--transformer-impl": "transformer_engine", "--use-distributed-optimizer": True}
+    _, expected = pretrain(tmp_path / "bf16", flags)
+    fp8 = {"--fp8-format": "hybrid", "--fp8-recipe": "tensorwise", "--fp8-param-gather": True}
+    _, found = pretrain(tmp_path / "fp8", {**flags, **fp8})
+    assert found == pytest.approx(expected, rel=5e-2)  # FP8 keeps 3 bits of a number, and products average over 256
