@@ -193,6 +193,7 @@ def data_parallel_state() -> ParallelState:
         cp_group=none,
         dp_group=world,
         dp_cp_group=world,
+        optimizer_group=world,
         mp_group=none,
     )
 
