@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_dwm.analysis.local_tasks import LOCAL_TASKS, local_task, read_passages
+from megatron_dwm.atomic_write import atomic_files
 from megatron_dwm.cli.command import limit_progress_bars, run_command
 from megatron_dwm.cli.export_hf import ExportConfig, export
 from megatron_dwm.config.flags import flag, parse, require_at_least
@@ -75,7 +76,7 @@ def _main(argv: Sequence[str] | None) -> None:
     config: EvaluateConfig = parse(words, {"evaluate": EvaluateConfig}, description=__doc__)["evaluate"]
     require_packages("evaluate", "lm_eval", "accelerate", "matplotlib")
     from megatron_dwm.analysis.evaluation_report import CheckpointResults, as_json, figure, name_of, table
-    from megatron_dwm.analysis.plots import png, write_files
+    from megatron_dwm.analysis.plots import png
     from megatron_dwm.analysis.task_evaluation import Evaluator
 
     limit_progress_bars()
@@ -102,7 +103,12 @@ def _main(argv: Sequence[str] | None) -> None:
     settings = asdict(config) | {"text": passages.name if passages else None}
     document = json.dumps(as_json(found, settings), indent=1, allow_nan=False)
     output = Path(config.output)
-    write_files(output, {"evaluation.json": document.encode(), "evaluation.png": png(figure(found))})
+    try:
+        with atomic_files(output) as beside:
+            (beside / "evaluation.json").write_text(document)
+            (beside / "evaluation.png").write_bytes(png(figure(found)))
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror or error}); give another") from None
     print(table(found))
     print(f"{output}: evaluation.json and evaluation.png")
 

@@ -23,6 +23,7 @@ from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.model.protocols import ModelChunk, Optimizer
 from megatron_dwm.runtime.process_groups import current_parallel_state, data_parallel_state
+from megatron_dwm.weighting.bilevel.alignment_pass import Passes, Samples
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.module_gradients import (
     Method,
@@ -32,7 +33,7 @@ from megatron_dwm.weighting.bilevel.module_gradients import (
     next_token_losses,
     tokens_of,
 )
-from megatron_dwm.weighting.bilevel.outer_update import OuterResult, OuterUpdate, Passes, Samples
+from megatron_dwm.weighting.bilevel.outer_update import OuterResult, OuterUpdate
 from megatron_dwm.weighting.sample_gather import SampleGather
 from megatron_dwm.weighting.stage_schedule import bilevel_stages
 from megatron_dwm.weighting.weighter import Weighter, weighter_state
