@@ -7,6 +7,8 @@ import importlib
 from megatron_dwm.errors import UserError
 
 EXTRA_OF = {
+    "accelerate": "eval",
+    "lm_eval": "eval",
     "matplotlib": "report",
     "jinja2": "report",
     "plotly": "report",

@@ -11,6 +11,7 @@ from megatron_dwm.benchmarks.overhead_flags import SETTLING_STEPS
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.errors import UserError
 from megatron_dwm.training.trainer import Trainer
+from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.weighting import BilevelWeighting
 from megatron_dwm.weighting.export import NoExport
 from megatron_dwm.weighting.frozen import FrozenParts, FrozenWeighting
@@ -80,6 +81,8 @@ class Modes:
         self.interval = stages.update_interval
         self.updating = next(n for n in range(1, self.config.train_iters + 1) if stages.is_update(n))
         self.weighter, self.outer = self.weighting.weighter, self.weighting.outer_update
+        assert isinstance(self.outer.lm_gradients, LMGradients)
+        self.lm_gradients = self.outer.lm_gradients
         self.bilevel = trainer.with_weighting(self.weighting)
         weight_metrics, options = self.weighting.weight_metrics, self.weighting.options
         # Nothing is kept of the scores: a weighter that learns between the steps gives others each time.

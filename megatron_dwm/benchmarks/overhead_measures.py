@@ -73,11 +73,11 @@ def measure_modes(modes: Modes, options: OverheadConfig) -> dict[str, Any]:
 
 def measure_alignments(modes: Modes, repeats: int) -> dict[str, list[float]]:
     """Measure the seconds of an iteration with an outer update under each way of alignment, turn by turn."""
-    outer, chosen = modes.outer, modes.outer.lm_gradients
+    outer, chosen = modes.outer, modes.lm_gradients
     ways = get_args(get_type_hints(WeightingConfig)["dwm_alignment"])
 
     def update(passes: LMGradients) -> None:
-        outer.lm_gradients = passes
+        outer.alignment_pass.lm_gradients = passes
         modes.update()
 
     passes = {way: chosen.with_config(replace(chosen.config, dwm_alignment=way)) for way in ways}
@@ -87,7 +87,7 @@ def measure_alignments(modes: Modes, repeats: int) -> dict[str, list[float]]:
             action()
         return take_turns(actions, repeats)
     finally:
-        outer.lm_gradients = chosen
+        outer.alignment_pass.lm_gradients = chosen
 
 
 def measure_counts(modes: Modes) -> dict[str, dict[str, int]]:

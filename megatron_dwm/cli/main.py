@@ -28,6 +28,7 @@ COMMANDS = {
         "megatron_dwm.cli.export_weighter", "write a checkpoint's weighter as a Hugging Face folder"
     ),
     "import-hf": Command("megatron_dwm.cli.import_hf", "write a Hugging Face model as a checkpoint"),
+    "evaluate": Command("megatron_dwm.cli.evaluate", "evaluate checkpoints on tasks, side by side"),
     "score": Command("megatron_dwm.cli.score", "score documents with a trained weighter"),
     "select": Command("megatron_dwm.cli.select", "select documents within a budget: by score, at random, by source"),
     "blend": Command("megatron_dwm.cli.blend", "print the shares of the sources that a run has learnt"),

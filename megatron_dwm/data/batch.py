@@ -32,6 +32,15 @@ class Batch:
     source: torch.Tensor
     """Index of the dataset in its blend that each sample comes from [n], int64."""
 
+    @classmethod
+    def of_sequences(cls, sequences: torch.Tensor) -> Batch:
+        """Return a batch of sequences [n, s + 1] whose every next token counts, of an unnamed dataset."""
+        tokens, labels = sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens).contiguous()
+        index = torch.arange(len(tokens), device=tokens.device)
+        mask = torch.ones_like(tokens, dtype=torch.float32)
+        return cls(tokens, labels, mask, positions, index, torch.zeros_like(index))
+
     def __len__(self) -> int:
         return self.tokens.shape[0]
 

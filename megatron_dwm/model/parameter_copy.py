@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -12,17 +13,17 @@ from megatron_dwm.model.protocols import ModelChunk
 class ParameterCopy:
     """A copy of model chunks' parameters: taken, exchanged with the model's or put back, and dropped."""
 
-    def __init__(self, chunks: Sequence[ModelChunk]) -> None:
+    def __init__(self, chunks: Sequence[ModelChunk | torch.nn.Module]) -> None:
         """
         Args:
-            chunks: this rank's model chunks.
+            chunks: this rank's model chunks, or any modules.
         """
         self._chunks = list(chunks)
         self._params: list[torch.nn.Parameter] = []
         self._copies: list[torch.Tensor] = []
 
     @classmethod
-    def taken(cls, chunks: Sequence[ModelChunk]) -> ParameterCopy:
+    def taken(cls, chunks: Sequence[ModelChunk | torch.nn.Module]) -> ParameterCopy:
         """Return a copy of the present parameters; a collective call as :meth:`take` is."""
         copy = cls(chunks)
         copy.take()
@@ -35,8 +36,9 @@ class ParameterCopy:
         gathered first, which makes this a collective call of the data-parallel group.
         """
         for chunk in self._chunks:
-            if chunk.use_forward_hook:
-                chunk.start_param_sync(force_sync=True)
+            gathering: Any = chunk if getattr(chunk, "use_forward_hook", False) else None
+            if gathering is not None:
+                gathering.start_param_sync(force_sync=True)
         self._params = [param for chunk in self._chunks for param in chunk.parameters()]
         self._copies = [param.detach().clone() for param in self._params]
 

@@ -17,6 +17,8 @@ class ModelChunk(Protocol):
 
     module: Any
     """The GPTModel, or a Float16Module around it."""
+    config: Any
+    """Its TransformerConfig."""
     buffers: Any
     """The gradient buffers, in buckets."""
     force_all_reduce: bool

@@ -6,12 +6,14 @@ import random
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_dwm.config.parallel import ParallelConfig
+from megatron_dwm.runtime.collectives import world_rank, world_size
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class ParallelState:
     @property
     def mp_rank(self) -> int:
         """Rank in the model-parallel group."""
-        return dist.get_rank(self.mp_group)
+        return dist.get_rank(self.mp_group) if self.mp_size > 1 else 0
 
     @property
     def replica_size(self) -> int:
@@ -98,7 +100,7 @@ class ParallelState:
 
     def gather_over_replica(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the ranks' tensors [m, ..] one after the other [replica size · m, ..]; a collective call of theirs."""
-        gathered = _all_gather(tensor, self.mp_group, self.mp_size)
+        gathered = _all_gather(tensor, self.mp_group, self.mp_size) if self.mp_size > 1 else tensor
         return _all_gather(gathered, self.cp_group, self.cp_size) if self.cp_size > 1 else gathered
 
 
@@ -164,6 +166,35 @@ def current_parallel_state() -> ParallelState:
         dp_cp_group=mpu.get_data_parallel_group(with_context_parallel=True),
         optimizer_group=mpu.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=True),
         mp_group=mpu.get_model_parallel_group(),
+    )
+
+
+def data_parallel_state() -> ParallelState:
+    """Return the state of processes that each hold a whole model, without megatron-core's groups.
+
+    There are no groups of one rank, and none at all in a process without torch.distributed, which is alone.
+    """
+    rank, size = world_rank(), world_size()
+    world: Any = dist.group.WORLD if dist.is_initialized() else None
+    none: Any = None
+    return ParallelState(
+        rank=rank,
+        world_size=size,
+        tp_rank=0,
+        tp_size=1,
+        pp_rank=0,
+        pp_size=1,
+        cp_rank=0,
+        cp_size=1,
+        dp_rank=rank,
+        dp_size=size,
+        tp_group=none,
+        pp_group=none,
+        cp_group=none,
+        dp_group=world,
+        dp_cp_group=world,
+        optimizer_group=world,
+        mp_group=none,
     )
 
 

@@ -55,8 +55,10 @@ class SampleGather:
 
     def gather_from_replicas(self, values: torch.Tensor) -> torch.Tensor:
         """Gather each replica's [n, …] to the whole batch's [N, …]; a collective call of the data-parallel group."""
-        gathered = [torch.empty_like(values) for _ in range(self.parallel_state.dp_size)]
-        dist.all_gather(gathered, values.contiguous(), group=self.parallel_state.dp_group)
+        gathered = [values]
+        if self.parallel_state.dp_size > 1:
+            gathered = [torch.empty_like(values) for _ in range(self.parallel_state.dp_size)]
+            dist.all_gather(gathered, values.contiguous(), group=self.parallel_state.dp_group)
         grid = (-1, self.partition.micro_batch_size)
         by_rank: torch.Tensor = torch.stack(gathered).unflatten(1, grid)
         return by_rank.transpose(0, 1).flatten(0, 2)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.config.weighting import WeightingConfig
-from megatron_dwm.runtime.device import current_device
+from megatron_dwm.runtime.collectives import all_reduce_over_world, world_rank
 from megatron_dwm.weighting.sample_reader import SampleReader
 from megatron_dwm.weighting.windows import Window, pad_windows
 
@@ -51,6 +51,12 @@ class Weighter:
             self.model.parameters(), lr=config.dwm_lr, weight_decay=config.dwm_weight_decay
         )
         self._autocast = bf16 and device.type == "cuda"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the classifier computes."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def num_parameters(self) -> int:
@@ -107,7 +113,7 @@ class Weighter:
                 param.grad = torch.zeros_like(param)
             gradients.append(param.grad)
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
+        all_reduce_over_world(flat)
         for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(total.view_as(gradient))
         limit = self.clip_grad if self.clip_grad > 0 else float("inf")
@@ -127,13 +133,13 @@ class Weighter:
             RuntimeError: a replica differs; training on would give each rank other weights.
         """
         digest_here = self.hash()
-        digest = torch.tensor(list(bytes.fromhex(digest_here)), dtype=torch.int64, device=current_device())
+        digest = torch.tensor(list(bytes.fromhex(digest_here)), dtype=torch.int64, device=self.device)
         low, high = digest.clone(), digest.clone()
-        dist.all_reduce(low, op=dist.ReduceOp.MIN)
-        dist.all_reduce(high, op=dist.ReduceOp.MAX)
+        all_reduce_over_world(low, dist.ReduceOp.MIN)
+        all_reduce_over_world(high, dist.ReduceOp.MAX)
         if not torch.equal(low, high):
             raise RuntimeError(
-                f"the weighter's replicas differ (rank {dist.get_rank()} has {digest_here[:16]}); "
+                f"the weighter's replicas differ (rank {world_rank()} has {digest_here[:16]}); "
                 "resume from the last checkpoint"
             )
         return digest_here

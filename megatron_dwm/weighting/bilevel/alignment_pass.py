@@ -5,14 +5,15 @@ Shape legend: N samples of the global batch.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
-from megatron_dwm.data.batch import Batch
 from megatron_dwm.model.parameter_copy import ParameterCopy
+from megatron_dwm.weighting.bilevel.alignment import Direction
 from megatron_dwm.weighting.bilevel.health import require_alignments
-from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.policy import StepOutcome
 from megatron_dwm.weighting.sample_gather import SampleGather
 
@@ -27,13 +28,45 @@ class Alignments:
     """Mean target loss at the model's parameters."""
 
 
+class Samples(Protocol):
+    """Samples of one step, as the passes take them."""
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """What the weighter reads [n, s], int64."""
+
+    def __len__(self) -> int:
+        """Return n."""
+
+
+class Passes(Protocol):
+    """The passes over a language model that an update is made of; they leave its parameters and gradients alone."""
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by in training."""
+
+    @property
+    def check_for_nan(self) -> bool:
+        """Whether alignments that are not finite end the run."""
+
+    def deterministic(self) -> AbstractContextManager[None]:
+        """Return a context in which nothing is dropped out and no random stream moves."""
+
+    def gradient(self, batch: Any) -> tuple[float, Direction]:
+        """Return the mean loss of target samples and its gradient v, the same on every replica."""
+
+    def align(self, batch: Any, direction: Direction) -> torch.Tensor:
+        """Return the alignments of this replica's samples [n], float64."""
+
+
 class AlignmentPass:
     """Aligns batches with batches of the target set; the language model is afterwards what it was."""
 
-    def __init__(self, lm_gradients: LMGradients, sample_gather: SampleGather) -> None:
+    def __init__(self, lm_gradients: Passes, sample_gather: SampleGather) -> None:
         self.lm_gradients, self.sample_gather = lm_gradients, sample_gather
 
-    def run(self, batch: Batch, target: Batch, before: ParameterCopy | None = None) -> Alignments | None:
+    def run(self, batch: Samples, target: Samples, before: ParameterCopy | None = None) -> Alignments | None:
         """Align ``batch`` with ``target``; a collective call of all ranks that empties the gradient buffers.
 
         Args:
@@ -50,8 +83,7 @@ class AlignmentPass:
             FloatingPointError: an alignment is not finite and the schedule checks for that.
             RuntimeError: all alignments are zero.
         """
-        engine = self.lm_gradients.engine
-        with engine.deterministic():
+        with self.lm_gradients.deterministic():
             target_loss, direction = self.lm_gradients.gradient(target)
             if before is not None:
                 before.swap()
@@ -59,7 +91,7 @@ class AlignmentPass:
             if before is not None:
                 before.swap()
         if not bool(alignments.isfinite().all()):
-            if engine.check_for_nan:
+            if self.lm_gradients.check_for_nan:
                 raise FloatingPointError("an alignment is not finite; lower --lr, or look at the data of this step")
             return None
         require_alignments(alignments)

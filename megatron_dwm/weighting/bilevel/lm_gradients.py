@@ -6,6 +6,7 @@ Shape legend: n samples of this replica.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -41,6 +42,20 @@ class LMGradients:
         self.parallel_state, self.micro_batch_size = parallel_state, micro_batch_size
         self.loss_factors = LossFactors(micro_batch_size, engine.config.calculate_per_token_loss, parallel_state)
 
+    @property
+    def loss_scale(self) -> float:
+        """The optimizer's present loss scale."""
+        return float(self.optimizer.get_loss_scale())
+
+    @property
+    def check_for_nan(self) -> bool:
+        """Whether the run's schedule ends it at numbers that are not finite."""
+        return self.engine.check_for_nan
+
+    def deterministic(self) -> AbstractContextManager[None]:
+        """Return a context in which nothing is dropped out and no random stream moves."""
+        return self.engine.deterministic()
+
     def with_config(self, config: WeightingConfig) -> LMGradients:
         """Return the same passes with other settings."""
         return type(self)(config, self.engine, self.optimizer, self.parallel_state, self.micro_batch_size)
@@ -52,7 +67,7 @@ class LMGradients:
             batch, self.micro_batch_size, loss_function=weighted_loss(sample_weights), force_all_reduce=True
         )
         self._gather_shards()
-        scale = 1.0 / float(self.optimizer.get_loss_scale())
+        scale = 1.0 / self.loss_scale
         direction = {
             param: param.main_grad.detach().to(torch.promote_types(param.dtype, torch.float32)) * scale
             for param in self._params()
@@ -118,7 +133,7 @@ class LMGradients:
         """Return alignments [n], the same on all ranks of the replica, of each rank's products of one backward pass."""
         # The engine divides each microbatch's loss by their number, and scales it for the average over CP ranks and
         # in fp16 training.
-        products *= len(products) / (float(self.optimizer.get_loss_scale()) * self.parallel_state.cp_size)
+        products *= len(products) / (self.loss_scale * self.parallel_state.cp_size)
         return sum_over_replica(products, self.parallel_state)
 
     def _align_by_differences(self, batch: Batch, direction: Direction) -> torch.Tensor:

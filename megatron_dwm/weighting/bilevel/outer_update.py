@@ -8,14 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from megatron_dwm.config.weighting import WeightingConfig
-from megatron_dwm.data.batch import Batch
 from megatron_dwm.model.parameter_copy import ParameterCopy
-from megatron_dwm.weighting.bilevel.alignment_pass import AlignmentPass
+from megatron_dwm.runtime.collectives import world_rank, world_size
+from megatron_dwm.weighting.bilevel.alignment_pass import AlignmentPass, Passes, Samples
 from megatron_dwm.weighting.bilevel.learning import GradientLearner, Learner
-from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.replay import AlignedBatch, Replay
 from megatron_dwm.weighting.bilevel.ridge import RidgeLearner
 from megatron_dwm.weighting.sample_gather import SampleGather
@@ -43,7 +41,7 @@ class OuterUpdate:
     """Updates the weighter from the alignment of samples with the target."""
 
     def __init__(
-        self, config: WeightingConfig, lm_gradients: LMGradients, weighter: Weighter, sample_gather: SampleGather
+        self, config: WeightingConfig, lm_gradients: Passes, weighter: Weighter, sample_gather: SampleGather
     ) -> None:
         self.config, self.lm_gradients, self.weighter, self.sample_gather = (
             config,
@@ -58,7 +56,7 @@ class OuterUpdate:
     @property
     def loss_scale(self) -> float:
         """The optimizer's present loss scale."""
-        return float(self.lm_gradients.optimizer.get_loss_scale())
+        return self.lm_gradients.loss_scale
 
     def rank_places(self, batch_samples: int) -> torch.Tensor:
         """Return the places in a batch of N samples of those that this rank works on [c].
@@ -68,9 +66,9 @@ class OuterUpdate:
         partition, places = self.sample_gather.partition, torch.arange(batch_samples)
         if batch_samples % (partition.micro_batch_size * self.sample_gather.parallel_state.dp_size) == 0:
             return self.sample_gather.select_rank(places)
-        return places[dist.get_rank() :: dist.get_world_size()]
+        return places[world_rank() :: world_size()]
 
-    def run(self, batch: Batch, target: Batch, before: ParameterCopy) -> OuterResult | None:
+    def run(self, batch: Samples, target: Samples, before: ParameterCopy) -> OuterResult | None:
         """Align ``batch`` with ``target`` and move the weighter.
 
         The step from θ to θ' has been made; nothing but the weighter is different afterwards, and the gradient

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_dwm.errors import UserError
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.runtime.device import current_device
@@ -65,6 +66,31 @@ def precondition(direction: Direction, optimizer: Optimizer, parallel_state: Par
         flat[place] = scaled.to(flat)
         if sharded:
             dist.all_reduce(v, group=parallel_state.optimizer_group)
+
+
+def precondition_by_torch(direction: Direction, optimizer: torch.optim.Optimizer) -> None:
+    """v ← P v, in place, with torch's own Adam or AdamW; parameters that it has never moved have 0.
+
+    Raises:
+        UserError: the optimizer keeps no second moments.
+    """
+    base_rate = max(float(group["lr"]) for group in optimizer.param_groups)
+    held = {
+        param: _Owned(slice(None), optimizer.state[param], {**group, "max_lr": float(group["lr"])}, base_rate)
+        for group in optimizer.param_groups
+        for param in group["params"]
+        if optimizer.state.get(param)
+    }
+    for param, v in direction.items():
+        if param not in held:
+            v.zero_()
+            continue
+        if "exp_avg_sq" not in held[param].state:
+            raise UserError(
+                f"dwm_preconditioner adam: {type(optimizer).__name__} keeps no second moments; give "
+                "WeightingConfig(dwm_preconditioner='none')"
+            )
+        v.view(-1).copy_(held[param].preconditioned(v.view(-1)))
 
 
 def knows_preconditioner(optimizer: Optimizer) -> bool:

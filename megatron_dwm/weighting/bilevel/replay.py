@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from megatron_dwm.runtime.collectives import all_reduce_over_world
 from megatron_dwm.weighting.weights import standardized
 
 
@@ -107,7 +107,7 @@ class Replay:
         for aligned in self.batches:
             whole = aligned.tokens.new_zeros(len(aligned.alignments), aligned.tokens.shape[1])
             whole[aligned.places.to(whole.device)] = aligned.tokens
-            dist.all_reduce(whole)  # every sample is on one rank, and 0 on the others
+            all_reduce_over_world(whole)  # every sample is on one rank, and 0 on the others
             entries.append({"tokens": whole.cpu(), "alignments": aligned.alignments})
         return entries
 
@@ -130,5 +130,5 @@ def sum_over_ranks(values: torch.Tensor, places: torch.Tensor, count: int) -> to
     """Put this rank's values [c] in their places among ``count``, and those of the others in theirs; on the CPU."""
     whole = values.new_zeros(count)
     whole[places.to(values.device)] = values
-    dist.all_reduce(whole)
+    all_reduce_over_world(whole)
     return whole.cpu()

@@ -21,10 +21,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.errors import UserError
+from megatron_dwm.runtime.collectives import all_reduce_over_world
 from megatron_dwm.weighting.bilevel.replay import Replay
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weights import standardized
@@ -56,14 +56,14 @@ class _Rows:
         """Return X β [c], less its mean over each batch; a collective call."""
         products = torch.zeros_like(self.targets).index_add_(0, self.sample_of, self.values * weights[self.buckets])
         sums = torch.zeros_like(self.batch_sizes).index_add_(0, self.batch_of, products)
-        dist.all_reduce(sums)
+        all_reduce_over_world(sums)
         return products - (sums / self.batch_sizes)[self.batch_of]
 
     def transposed_times(self, residuals: torch.Tensor, num_buckets: int) -> torch.Tensor:
         """Return Xᵀ P r [B]; a collective call. ``residuals`` have the mean 0 over each batch."""
         weighted = residuals * self.batch_weights[self.batch_of]
         sums = weighted.new_zeros(num_buckets).index_add_(0, self.buckets, self.values * weighted[self.sample_of])
-        dist.all_reduce(sums)
+        all_reduce_over_world(sums)
         return sums
 
 

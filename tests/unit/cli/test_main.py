@@ -123,8 +123,8 @@ def test_the_scripts_are_the_commands():
         str(path.relative_to(ROOT)) for folder in ("tools", "benchmarks") for path in (ROOT / folder).glob("*.py")
     }
     assert scripts - DOORS.keys() == {"tools/write_flags.py"}  # of use in the repository alone
-    # gpu has benchmarks/gpu.sh, and starts precision itself; blend is a command only.
-    assert COMMANDS.keys() - set(DOORS.values()) == {"benchmark", "blend", "gpu", "precision"}
+    # gpu has benchmarks/gpu.sh, and starts precision itself; blend and evaluate are commands only.
+    assert COMMANDS.keys() - set(DOORS.values()) == {"benchmark", "blend", "evaluate", "gpu", "precision"}
 
 
 def test_extras_are_those_of_the_distribution():

@@ -1,0 +1,140 @@
+"""Results of several checkpoints side by side: a table, a JSON document and a plot over training."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from megatron_dwm.analysis.task_evaluation import Estimate, TaskResult
+
+METRICS = {
+    "acc": "accuracy",
+    "acc_norm": "accuracy, by length",
+    "exact_match": "exact match",
+    "answer_nll": "nats an answer",
+    "choice_nll": "nats a choice",
+}
+"""What is shown of the results, and what it is called; lower nats are better."""
+
+
+@dataclass(frozen=True)
+class CheckpointResults:
+    """Results of one checkpoint."""
+
+    name: str
+    """As the user has named it."""
+    run: str
+    """Folder that it is in: checkpoints of one run are one line of the plot."""
+    iteration: int | None
+    results: list[TaskResult]
+
+
+def name_of(path: Path) -> tuple[str, int | None]:
+    """Return the run's name and the iteration of a checkpoint's folder."""
+    match = re.fullmatch(r"iter_(\d+)", path.name)
+    return (str(path.parent), int(match[1])) if match else (str(path), None)
+
+
+def difference(result: TaskResult, first: TaskResult, metric: str) -> Estimate | None:
+    """Return a likelihood's mean difference from the first checkpoint's, item by item; None without items in common.
+
+    The items are the same, so what is hard for both cancels: its standard error is smaller than those of the two.
+    """
+    here, there = result.values.get(metric, {}), first.values.get(metric, {})
+    common = sorted(here.keys() & there.keys())
+    return Estimate.of([here[item] - there[item] for item in common]) if common else None
+
+
+def table(checkpoints: Sequence[CheckpointResults]) -> str:
+    """Return the results as text, a block for each task and number of examples."""
+    width = max(len(each.name) for each in checkpoints)
+    blocks = []
+    for place, first in enumerate(checkpoints[0].results):
+        shown = [metric for metric in METRICS if metric in first.metrics]
+        lines = [f"{first.task}, {first.num_fewshot} examples, {first.samples} items"]
+        lines.append("  " + " " * width + "".join(f"  {METRICS[metric]:>36}" for metric in shown))
+        for each in checkpoints:
+            result = each.results[place]
+            cells = []
+            for metric in shown:
+                cell = _number(result.metrics[metric])
+                change = difference(result, first, metric) if each is not checkpoints[0] else None
+                if change is not None:
+                    cell += f" ({change.mean:+.3f} ± {change.stderr:.3f})"
+                cells.append(f"  {cell:>36}")
+            lines.append(f"  {each.name:{width}}" + "".join(cells))
+        blocks.append("\n".join(lines))
+    note = "± is a standard error. In brackets: the difference from the first checkpoint on the same items."
+    return "\n\n".join([*blocks, note if len(checkpoints) > 1 else "± is a standard error."])
+
+
+def as_json(checkpoints: Sequence[CheckpointResults], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the results with the settings that they were made with."""
+    return {
+        "settings": settings,
+        "checkpoints": [
+            {
+                "checkpoint": each.name,
+                "run": each.run,
+                "iteration": each.iteration,
+                "results": [
+                    {
+                        "task": result.task,
+                        "num_fewshot": result.num_fewshot,
+                        "samples": result.samples,
+                        "metrics": {name: _estimate(value) for name, value in result.metrics.items()},
+                        "difference_from_first": {
+                            name: _estimate(change)
+                            for name in result.values
+                            if (change := difference(result, checkpoints[0].results[place], name)) is not None
+                        },
+                    }
+                    for place, result in enumerate(each.results)
+                ],
+            }
+            for each in checkpoints
+        ],
+    }
+
+
+def _number(estimate: Estimate) -> str:
+    return f"{estimate.mean:.3f}" + ("" if math.isnan(estimate.stderr) else f" ± {estimate.stderr:.3f}")
+
+
+def _estimate(estimate: Estimate) -> dict[str, float | None]:
+    return {"mean": estimate.mean, "stderr": None if math.isnan(estimate.stderr) else estimate.stderr}
+
+
+def figure(checkpoints: Sequence[CheckpointResults]) -> Figure:
+    """Return a plot over training: a row for each task and number of examples, accuracy beside likelihood."""
+    rows = checkpoints[0].results
+    drawn = Figure(figsize=(10, 2.6 * len(rows)), layout="constrained")
+    grid = drawn.subplots(len(rows), 2, squeeze=False)
+    runs = list(dict.fromkeys(each.run for each in checkpoints))
+    has_iterations = any(each.iteration is not None for each in checkpoints)
+    for place, first in enumerate(rows):
+        for axes, metrics in zip(grid[place], (("acc", "exact_match"), ("choice_nll", "answer_nll")), strict=True):
+            metric = next((name for name in metrics if name in first.metrics), None)
+            if metric is None:
+                axes.set_visible(False)
+                continue
+            for run in runs:
+                of_run = [(n, each) for n, each in enumerate(checkpoints) if each.run == run]
+                points = sorted(
+                    (each.iteration if each.iteration is not None else n, each.results[place].metrics[metric])
+                    for n, each in of_run
+                )
+                x, found = [point[0] for point in points], [point[1] for point in points]
+                errors = [0.0 if math.isnan(estimate.stderr) else estimate.stderr for estimate in found]
+                axes.errorbar(x, [value.mean for value in found], errors, marker="o", capsize=3, label=run)
+            axes.set_title(f"{first.task}, {first.num_fewshot} examples", fontsize=9)
+            axes.set_ylabel(METRICS[metric])
+            axes.set_xlabel("iteration" if has_iterations else "checkpoint")
+    grid[0][0].legend(fontsize=8)
+    return drawn

@@ -1,0 +1,195 @@
+"""Evaluation of language models on tasks by lm-evaluation-harness, by likelihood as well as accuracy.
+
+Accuracy says little of a small model: it changes only where an answer overtakes another. The harness's own results are
+kept as they are; from its samples two more figures are made, which change with every step:
+
+* the negative log-likelihood of the right answer after the question, in nats an answer;
+* of a choice, the negative logarithm of the right answer's share among the answers; log 4 is chance among four.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dwm.errors import UserError, shortened
+
+logger = logging.getLogger(__name__)
+
+ACCURACIES = ("acc", "acc_norm", "exact_match")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over the items of a task, and its standard error."""
+
+    mean: float
+    stderr: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """Return the mean of values and its standard error; NaN if there is one value."""
+        mean = sum(values) / len(values)
+        if len(values) < 2:
+            return cls(mean, math.nan)
+        variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+        return cls(mean, math.sqrt(variance / len(values)))
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a model did on a task."""
+
+    task: str
+    num_fewshot: int
+    samples: int
+    metrics: dict[str, Estimate]
+    """The harness's metrics, and ``answer_nll`` and ``choice_nll`` where the task has them."""
+    values: dict[str, dict[int, float]] = field(default_factory=dict)
+    """``answer_nll`` and ``choice_nll`` of each item, by its number in the task."""
+
+
+class Evaluator:
+    """Tasks that models are evaluated on, one model after the other."""
+
+    def __init__(
+        self,
+        local: Sequence[dict[str, Any]],
+        others: Sequence[str],
+        *,
+        num_fewshot: Sequence[int],
+        limit: int | None,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        """
+        Args:
+            local: tasks in the harness's form.
+            others: names of tasks of the harness, whose data are on the Hugging Face Hub.
+            num_fewshot: numbers of examples before each question, each evaluated.
+            limit: most items of each task; None for all.
+            batch_size: sequences evaluated together.
+            seed: of the choice of examples.
+
+        Raises:
+            UserError: the harness has no such task.
+        """
+        from lm_eval.tasks import TaskManager
+
+        # Reading the harness's own thousands of tasks takes seconds: only where one of them is asked for.
+        self.manager = TaskManager(include_defaults=bool(others))
+        known = self.manager.match_tasks(list(others)) if others else []
+        for name in others:
+            if not self.manager.match_tasks([name]):
+                raise UserError(
+                    f"--tasks {name}: lm-evaluation-harness has no such task; `lm_eval ls tasks` lists its tasks"
+                )
+        self.local, self.others = list(local), sorted(known)
+        self.num_fewshot, self.limit, self.batch_size, self.seed = num_fewshot, limit, batch_size, seed
+
+    def evaluate(self, folder: Path, *, is_export: bool = False) -> list[TaskResult]:
+        """Evaluate the model in a Hugging Face folder.
+
+        Args:
+            folder: the model and its tokenizer.
+            is_export: whether it is this program's, which trains without the tokenizer's special tokens; otherwise the
+                tokenizer adds those that it adds by itself.
+
+        Raises:
+            UserError: it cannot be loaded, or a task's data cannot.
+        """
+        model = self._model(folder, add_bos_token=False if is_export else None)
+        return [result for count in self.num_fewshot for result in self._results(model, count)]
+
+    def _model(self, folder: Path, add_bos_token: bool | None) -> Any:
+        from lm_eval.models.huggingface import HFLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"{folder}: cannot be loaded as a language model ({shortened(error)})") from None
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with quiet_harness():
+            return HFLM(
+                model.eval().to(device), tokenizer=tokenizer, batch_size=self.batch_size, add_bos_token=add_bos_token
+            )
+
+    def _results(self, model: Any, num_fewshot: int) -> Iterator[TaskResult]:
+        from lm_eval import simple_evaluate
+
+        with quiet_harness():
+            try:
+                found = simple_evaluate(
+                    model,
+                    tasks=[*self.local, *self.others],
+                    num_fewshot=num_fewshot,
+                    limit=self.limit,
+                    bootstrap_iters=1000,  # of metrics whose standard error has no formula
+                    task_manager=self.manager,
+                    fewshot_random_seed=self.seed,
+                )
+            except (OSError, ConnectionError, ValueError, RuntimeError) as error:
+                if not self.others:
+                    raise
+                raise UserError(
+                    f"--tasks {' '.join(self.others)}: cannot be evaluated here ({shortened(error)}); their data come "
+                    "from the Hugging Face Hub, which needs a network; the local- tasks do not"
+                ) from error
+        assert found is not None  # which it is on other ranks of several
+        for task, samples in sorted(found["samples"].items()):
+            yield _task_result(task, num_fewshot, found["results"][task], samples)
+
+
+@contextmanager
+def quiet_harness() -> Iterator[None]:
+    """While open, the harness and datasets say only what is wrong."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+def _task_result(task: str, num_fewshot: int, results: dict[str, Any], samples: Sequence[dict[str, Any]]) -> TaskResult:
+    metrics = {}
+    for key, value in results.items():
+        name, comma, _ = key.partition(",")
+        if comma and not name.endswith("_stderr") and isinstance(value, (int, float)):
+            stderr = results.get(key.replace(",", "_stderr,", 1))
+            metrics[name] = Estimate(float(value), float(stderr) if isinstance(stderr, (int, float)) else math.nan)
+    values: dict[str, dict[int, float]] = {}
+    for sample in samples:
+        for name, value in likelihoods(sample).items():
+            values.setdefault(name, {})[int(sample["doc_id"])] = value
+    metrics |= {name: Estimate.of(list(by_item.values())) for name, by_item in values.items()}
+    return TaskResult(task, num_fewshot, len(samples), metrics, values)
+
+
+def likelihoods(sample: dict[str, Any]) -> dict[str, float]:
+    """Return ``answer_nll`` and ``choice_nll`` of an item of the harness, as far as it has them."""
+    responses = sample["filtered_resps"]
+    if not responses or not all(isinstance(response, (tuple, list)) and len(response) == 2 for response in responses):
+        return {}  # text that was generated, or the likelihood of a whole document
+    logs = [float(log_likelihood) for log_likelihood, _ in responses]
+    if len(logs) == 1:
+        return {"answer_nll": -logs[0]}
+    target = sample["target"]
+    if isinstance(target, str) and target.isdigit():
+        target = int(target)
+    if not isinstance(target, int) or not 0 <= target < len(logs):
+        return {}  # several right answers
+    total = math.log(math.fsum(math.exp(log - max(logs)) for log in logs)) + max(logs)
+    return {"answer_nll": -logs[target], "choice_nll": total - logs[target]}

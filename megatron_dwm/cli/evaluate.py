@@ -1,0 +1,155 @@
+"""Evaluate checkpoints on tasks, side by side: accuracy and likelihood with standard errors, by lm-evaluation-harness.
+
+    megatron-dwm evaluate CHECKPOINT ... --tasks TASK ... --output FOLDER
+
+A CHECKPOINT is a run's --save folder (its latest checkpoint), an iter_XXXXXXX folder in it, or a Hugging Face folder.
+Tasks are local-cloze, local-continuation, local-title and local-definition, which are made of text on this machine, or
+any of the harness's, whose data come from the Hugging Face Hub.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from megatron_dwm.analysis.local_tasks import LOCAL_TASKS, local_task, read_passages
+from megatron_dwm.atomic_write import atomic_files
+from megatron_dwm.cli.command import limit_progress_bars, run_command
+from megatron_dwm.cli.export_hf import ExportConfig, export
+from megatron_dwm.config.flags import flag, parse, require_at_least
+from megatron_dwm.errors import UserError
+from megatron_dwm.extras import require_packages
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation."""
+
+    checkpoints: list[str] | None = flag(
+        None, "Checkpoints to compare with the first one. May also be given first and without the flag."
+    )
+    tasks: list[str] | None = flag(None, f"Tasks: {', '.join(LOCAL_TASKS)}, or names of lm-evaluation-harness's tasks.")
+    num_fewshot: list[int] = flag([0, 2], "Numbers of examples before each question; each is evaluated.")
+    task_text: list[str] | None = flag(
+        None,
+        "Held-out text that the local tasks are made of: plain text (.txt, .md, .rst), JSON lines or Parquet; without "
+        "it, the held-out prose of the built-in corpus.",
+    )
+    task_packages: list[str] | None = flag(
+        None, "Installed documentation that the local tasks are made of: debian:NAME or pypi:NAME."
+    )
+    limit: int | None = flag(200, "Most items of each task; 0 for all.")
+    batch_size: int = flag(16, "Sequences evaluated together.")
+    seed: int = flag(1234, "Seed of the choice of items, wrong answers and examples.")
+    output: str = flag("evaluation", "Folder for evaluation.json and evaluation.png.")
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoints", "tasks"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is missing; give at least one")
+        require_at_least(self, 1, "batch_size")
+        require_at_least(self, 0, "limit")
+        if not self.num_fewshot or min(self.num_fewshot) < 0:
+            raise UserError(f"--num-fewshot {' '.join(map(str, self.num_fewshot))}: give numbers of at least 0")
+        local = [task for task in self.tasks or [] if task in LOCAL_TASKS]
+        unknown = [task for task in self.tasks or [] if task.startswith("local-") and task not in LOCAL_TASKS]
+        if unknown:
+            raise UserError(f"--tasks {unknown[0]}: no such local task; give one of {', '.join(LOCAL_TASKS)}")
+        if (self.task_text or self.task_packages) and not local:
+            raise UserError("--task-text and --task-packages are for local tasks; leave them out")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate checkpoints."""
+    run_command(partial(_main, argv))
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-"):
+        words = ["--checkpoints", *words]
+    config: EvaluateConfig = parse(words, {"evaluate": EvaluateConfig}, description=__doc__)["evaluate"]
+    require_packages("evaluate", "lm_eval", "accelerate", "matplotlib")
+    from megatron_dwm.analysis.evaluation_report import CheckpointResults, as_json, figure, name_of, table
+    from megatron_dwm.analysis.plots import png
+    from megatron_dwm.analysis.task_evaluation import Evaluator
+
+    limit_progress_bars()
+    folders = [checkpoint_folder(name) for name in config.checkpoints or []]
+    limit = config.limit or None
+    names = list(dict.fromkeys(config.tasks or []))
+    wanted = [name for name in names if name in LOCAL_TASKS]
+    passages = read_passages(config.task_text or [], config.task_packages or []) if wanted else None
+    evaluator = Evaluator(
+        [local_task(name, passages, limit, config.seed) for name in wanted] if passages else [],
+        [name for name in names if name not in LOCAL_TASKS],
+        num_fewshot=config.num_fewshot,
+        limit=limit,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    found = []
+    for folder in folders:
+        run, iteration = name_of(folder)
+        with tempfile.TemporaryDirectory() as temporary:
+            model = hf_folder(folder, temporary)
+            results = evaluator.evaluate(model, is_export=model != folder)
+        found.append(CheckpointResults(str(folder), run, iteration, results))
+    settings = asdict(config) | {"text": passages.name if passages else None}
+    document = json.dumps(as_json(found, settings), indent=1, allow_nan=False)
+    output = Path(config.output)
+    try:
+        with atomic_files(output) as beside:
+            (beside / "evaluation.json").write_text(document)
+            (beside / "evaluation.png").write_bytes(png(figure(found)))
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror or error}); give another") from None
+    print(table(found))
+    print(f"{output}: evaluation.json and evaluation.png")
+
+
+def checkpoint_folder(name: str) -> Path:
+    """Return the folder of the checkpoint that the user names: of a run its latest.
+
+    Raises:
+        UserError: there is none.
+    """
+    from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
+    from megatron_dwm.training.checkpoint_folders import latest_checkpoint
+
+    path = Path(name)
+    if (path / "config.json").is_file() or (path.name.startswith("iter_") and path.is_dir()):
+        return path
+    if not (path / TRACKER).is_file():
+        raise UserError(
+            f"--checkpoints {name}: no config.json of Hugging Face and no {TRACKER} there; give a run's --save folder, "
+            "an iter_ folder in it, or a Hugging Face folder"
+        )
+    folder = latest_checkpoint(CheckpointConfig(load=name))
+    assert folder is not None  # as there is a tracker
+    return folder
+
+
+def hf_folder(folder: Path, temporary: str) -> Path:
+    """Return a checkpoint's language model as a Hugging Face folder: itself, or its export in a temporary folder.
+
+    Raises:
+        UserError: it is no whole checkpoint, or Hugging Face has no such model.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    exported = Path(temporary) / "model"
+    step = folder.name.removeprefix("iter_")
+    if not step.isdigit():
+        raise UserError(f"--checkpoints {folder}: no iteration in its name; give an iter_ folder")
+    export(ExportConfig(load=str(folder.parent), ckpt_step=int(step), output=str(exported)), {})
+    return exported
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Collective calls of all processes; a process that is alone, without torch.distributed, may make them too."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+
+def all_reduce_over_world(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+    """Reduce ``tensor`` in place over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=op)
+
+
+def world_rank() -> int:
+    """Return the rank of this process among all."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return how many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1

@@ -1,0 +1,238 @@
+"""Data weighting in somebody else's training loop: a plain torch loop, a Trainer, or a loop over megatron-core.
+
+The loop makes three calls a step, the same on every process: :meth:`EmbeddedWeighting.before_step`, then
+:meth:`~EmbeddedWeighting.weigh`, the step with the weights in its loss, and
+:meth:`~EmbeddedWeighting.after_step`. docs/embedding.md shows such loops.
+
+Shape legend: n samples of this replica, s sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_dwm.config.weighting import WeightingConfig
+from megatron_dwm.data.batch import Batch
+from megatron_dwm.data.sampler import BatchPartition
+from megatron_dwm.errors import UserError
+from megatron_dwm.model.engine import PipelineEngine
+from megatron_dwm.model.parameter_copy import ParameterCopy
+from megatron_dwm.model.protocols import ModelChunk, Optimizer
+from megatron_dwm.runtime.process_groups import current_parallel_state, data_parallel_state
+from megatron_dwm.weighting.bilevel.alignment_pass import Passes, Samples
+from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
+from megatron_dwm.weighting.bilevel.module_gradients import (
+    Method,
+    ModuleBatch,
+    ModuleGradients,
+    SampleLosses,
+    next_token_losses,
+    tokens_of,
+)
+from megatron_dwm.weighting.bilevel.outer_update import OuterResult, OuterUpdate
+from megatron_dwm.weighting.sample_gather import SampleGather
+from megatron_dwm.weighting.stage_schedule import bilevel_stages
+from megatron_dwm.weighting.weighter import Weighter, weighter_state
+from megatron_dwm.weighting.weighter_init import random_weighter_model
+from megatron_dwm.weighting.weights import weights_from_scores
+
+
+@dataclass(frozen=True)
+class WeighterSize:
+    """What a new weighter is made for."""
+
+    vocab_size: int
+    seq_length: int = 2048
+    """Longest sample of a weighter that is a transformer; an n-gram weighter takes any length."""
+    end_of_document: int = 0
+    """Token that ends documents; a transformer pads with it."""
+    seed: int = 1234
+
+
+class EmbeddedWeighting:
+    """A weighter that learns beside a training loop that is not this package's."""
+
+    def __init__(
+        self,
+        settings: WeightingConfig,
+        passes: Passes,
+        sample_gather: SampleGather,
+        weighter: Weighter,
+        *,
+        parameters: ParameterCopy,
+        targets: Iterator[Any],
+        train_iters: int,
+        as_samples: Callable[[Any], Samples],
+    ) -> None:
+        """
+        Args:
+            as_samples: makes of the loop's batches what the passes take.
+
+        Raises:
+            UserError: settings of another mode, or stages that do not fit into the run.
+        """
+        if settings.dwm_mode != "bilevel":
+            raise UserError(f"dwm_mode {settings.dwm_mode}: only bilevel weighting learns in another program's loop")
+        self.settings, self.sample_gather, self.weighter = settings, sample_gather, weighter
+        self.outer_update = OuterUpdate(settings, passes, weighter, sample_gather)
+        self.stages = bilevel_stages(settings, train_iters)
+        self.targets, self.as_samples, self._parameters_before = targets, as_samples, parameters
+        self.iteration = 0
+        """Steps begun."""
+
+    @classmethod
+    def for_module(
+        cls,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        targets: Iterator[Any],
+        weighter: WeighterSize | torch.nn.Module,
+        *,
+        train_iters: int,
+        settings: WeightingConfig | None = None,
+        sample_losses: SampleLosses = next_token_losses,
+        tokens_of: Callable[[Any], torch.Tensor] = tokens_of,
+        method: Method = "forward-mode",
+    ) -> EmbeddedWeighting:
+        """Weigh the samples of a module that each process holds whole: alone, or under DistributedDataParallel.
+
+        Args:
+            model: the module; shards of FSDP are none.
+            optimizer: torch's Adam or AdamW, or any with ``dwm_preconditioner="none"``.
+            targets: batches whose loss the weighter lowers, one for each outer update, of this process.
+            weighter: size of a new weighter, or a sequence classifier of transformers with one label.
+            train_iters: steps of the run, which the schedule of updates depends on.
+            settings: as of ``--dwm-*``.
+            sample_losses: losses [n] of a batch.
+            tokens_of: tokens [n, s] of a batch.
+            method: how alignments are computed; see
+                :func:`~megatron_dwm.weighting.bilevel.module_gradients.alignments`.
+        """
+        settings = settings or WeightingConfig()
+        parallel_state = data_parallel_state()
+        preconditioning = optimizer if settings.dwm_preconditioner == "adam" else None
+        device = next(model.parameters()).device
+        return cls(
+            settings,
+            ModuleGradients(model, sample_losses, preconditioning_optimizer=preconditioning, method=method),
+            # One sample a microbatch: batches of any size are in one global order.
+            SampleGather(BatchPartition(1, 1, parallel_state.dp_rank, parallel_state.dp_size), parallel_state),
+            _new_weighter(settings, weighter, device),
+            parameters=ParameterCopy([model]),
+            targets=targets,
+            train_iters=train_iters,
+            as_samples=lambda batch: ModuleBatch(batch, tokens_of(batch)),
+        )
+
+    @classmethod
+    def for_megatron(
+        cls,
+        chunks: Sequence[ModelChunk],
+        optimizer: Optimizer,
+        targets: Iterator[Batch],
+        weighter: WeighterSize | torch.nn.Module,
+        *,
+        partition: BatchPartition,
+        seq_length: int,
+        train_iters: int,
+        settings: WeightingConfig | None = None,
+    ) -> EmbeddedWeighting:
+        """Weigh the samples of a megatron-core GPT under tensor, pipeline, context and data parallelism.
+
+        Args:
+            chunks: megatron-core's DistributedDataParallel chunks of this rank; their configuration has its
+                ``grad_scale_func`` and ``finalize_model_grads_func``.
+            optimizer: megatron-core's.
+            targets: batches whose loss the weighter lowers, of this replica: the same on its ranks.
+            weighter: size of a new weighter, or a sequence classifier with one label.
+            seq_length: tokens of a sample.
+            partition: how a step's samples are divided among replicas and microbatches.
+            train_iters: steps of the run.
+            settings: as of ``--dwm-*``.
+        """
+        settings = settings or WeightingConfig()
+        parallel_state, config = current_parallel_state(), chunks[0].config
+        engine = PipelineEngine(chunks, config, parallel_state, seq_length)
+        device = next(chunks[0].parameters()).device
+        return cls(
+            settings,
+            LMGradients(settings, engine, optimizer, parallel_state, partition.micro_batch_size),
+            SampleGather(partition, parallel_state),
+            _new_weighter(settings, weighter, device),
+            parameters=ParameterCopy(chunks),
+            targets=targets,
+            train_iters=train_iters,
+            as_samples=lambda batch: batch,
+        )
+
+    def before_step(self) -> None:
+        """Begin a step: copy the parameters if an outer update follows it."""
+        self.iteration += 1
+        if self.stages.is_update(self.iteration):
+            self._parameters_before.take()
+
+    def weigh(self, batch: Any) -> torch.Tensor:
+        """Return the weights [n] of this replica's samples for the step that was begun, float32; a collective call.
+
+        Their mean over the global batch is 1. They are exactly 1.0 in the warm-up, and while the scores are equal.
+        """
+        tokens = self.as_samples(batch).tokens
+        if not self.stages.is_weighted(self.iteration):
+            return torch.ones(len(tokens), device=tokens.device)
+        rank_scores = self.weighter.score(tokens[self.sample_gather.rank_slice_of(len(tokens))])
+        scores = self.sample_gather.gather_from_ranks(rank_scores, len(tokens)).cpu()
+        sample_weights = weights_from_scores(scores, self.settings.dwm_temperature)
+        return self.sample_gather.select_replica(sample_weights).to(tokens.device, torch.float32)
+
+    def after_step(self, batch: Any) -> OuterResult | None:
+        """Make the outer update if it is due; a collective call then.
+
+        Args:
+            batch: of the step that was made, all of its microbatches.
+
+        Returns:
+            what the update found, None if there was none.
+
+        Raises:
+            FloatingPointError: an alignment is not finite.
+            RuntimeError: all alignments are zero, or the weighter's replicas differ.
+        """
+        if not self.stages.is_update(self.iteration):
+            return None
+        samples, target = self.as_samples(batch), self.as_samples(next(self.targets))
+        result = self.outer_update.run(samples, target, self._parameters_before)
+        self._parameters_before.drop()
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, but the place in the targets; a collective call."""
+        return {
+            "iteration": self.iteration,
+            **weighter_state(self.weighter),
+            "replay": self.outer_update.replay.state(),
+            "num_updates": self.outer_update.replay.num_appended,
+            "weighter_prior": self.outer_update.learner.prior,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self.iteration = state["iteration"]
+        self.weighter.load_state(state)
+        replay = self.outer_update.replay
+        replay.load(state["replay"], self.outer_update.rank_places, self.weighter.device)
+        replay.num_appended = state["num_updates"]
+        self.outer_update.learner.prior = state["weighter_prior"]
+
+
+def _new_weighter(
+    settings: WeightingConfig, weighter: WeighterSize | torch.nn.Module, device: torch.device
+) -> Weighter:
+    model = weighter
+    if isinstance(weighter, WeighterSize):
+        sizes = weighter.vocab_size, weighter.seq_length, weighter.end_of_document, weighter.seed
+        model = random_weighter_model(settings, *sizes)
+    return Weighter(model, settings, device)

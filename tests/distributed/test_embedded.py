@@ -1,0 +1,169 @@
+"""Weighting in other programs' loops: the examples of docs/embedding.md, as they are.
+
+In their data every second sample is of the target's kind, the others are noise. Uniform weights, of a weighter whose
+learning rate is 0, are plain training bit for bit, although outer updates are made.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from megatron_dwm.errors import UserError
+from megatron_dwm.weighting.embedded import EmbeddedWeighting, WeighterSize
+from tests.distributed.harness import run_distributed
+from tests.paths import ROOT
+
+STEPS, FEW_STEPS = 24, 8
+
+
+@pytest.fixture
+def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Imports an example by the name of its file, as a program in its folder would."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    yield importlib.import_module
+    for name in [name for name in sys.modules if name.startswith("embed_")]:
+        del sys.modules[name]
+
+
+def own_lines(path: Path) -> int:
+    """Lines of a program without imports, docstrings and comments."""
+    tree, left_out = ast.parse(path.read_text()), set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            left_out |= {*range(node.lineno, node.end_lineno + 1)}
+        elif isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            left_out |= {*range(node.body[0].lineno, node.body[0].end_lineno + 1)}
+    lines = enumerate(path.read_text().splitlines(), start=1)
+    return sum(bool(line.strip()) and number not in left_out for number, line in lines)
+
+
+def blocks(heading: str) -> list[str]:
+    """The programs below a heading of docs/embedding.md."""
+    section = (ROOT / "docs/embedding.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+
+def test_the_examples_are_short_and_the_page_quotes_them():
+    for name in ("torch", "trainer", "megatron"):
+        assert own_lines(ROOT / f"examples/embed_{name}.py") < 60
+    (loop,) = blocks("A plain PyTorch loop")
+    program = {line.strip() for line in (ROOT / "examples/embed_torch.py").read_text().splitlines()}
+    assert all(line.strip() in program for line in loop.splitlines())
+
+
+def test_the_page_computes_alignments(capsys: pytest.CaptureFixture[str]):
+    (program,) = blocks("Alignments alone")
+    torch.manual_seed(0)
+    exec(program, {})
+    printed = capsys.readouterr().out
+    assert printed.startswith("tensor([") and "dtype=torch.float64" in printed
+
+
+def uniform(settings: Any) -> Any:
+    """The same settings for a weighter that never learns."""
+    return dataclasses.replace(settings, dwm_lr=0.0)
+
+
+def assert_target_counts_more(weights: torch.Tensor) -> None:
+    """Every sample of the target's kind has a larger weight than every sample of noise."""
+    assert float(weights[::2].min()) > float(weights[1::2].max())
+    assert float(weights[::2].mean()) > 1.5 * float(weights[1::2].mean())
+
+
+def test_a_plain_loop_with_its_state_kept(examples: Any):
+    example = examples("embed_torch")
+    _, weights = example.train(STEPS)
+    assert_target_counts_more(weights)
+    assert float(weights.mean()) == pytest.approx(1)
+    losses, _ = example.train(STEPS, uniform(example.SETTINGS))
+    plain, _ = example.train(STEPS, settings=None)
+    assert losses == plain
+
+
+def test_a_weighter_goes_on_from_its_state(examples: Any):
+    example = examples("embed_torch")
+
+    def started() -> tuple[Any, Any, EmbeddedWeighting]:
+        torch.manual_seed(0)
+        model = example.TinyModel()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        targets = example.target_batches(16, seed=2)
+        weighting = EmbeddedWeighting.for_module(
+            model, optimizer, targets, WeighterSize(example.VOCABULARY), train_iters=8, settings=example.SETTINGS
+        )
+        return model, optimizer, weighting
+
+    model, optimizer, first = started()
+    batch = next(example.mixed_batches(16, seed=1))
+    for _ in range(4):
+        first.before_step()
+        (first.weigh(batch) * example.next_token_losses(model, batch)).mean().backward()
+        optimizer.step()
+        result = first.after_step(batch)
+    assert result is not None and result.alignments.shape == (16,)
+    _, _, second = started()
+    assert torch.equal(second.weigh(batch), torch.ones(16))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.weigh(batch), first.weigh(batch)) and second.iteration == 4
+    assert not torch.equal(first.weigh(batch), torch.ones(16))
+
+
+def test_other_modes_are_refused(examples: Any):
+    example = examples("embed_torch")
+    model, settings = example.TinyModel(), dataclasses.replace(example.SETTINGS, dwm_mode="off")
+    with pytest.raises(UserError, match="dwm_mode off: only bilevel"):
+        EmbeddedWeighting.for_module(
+            model, None, iter([]), WeighterSize(example.VOCABULARY), train_iters=8, settings=settings
+        )
+
+
+def in_trainer(example: ModuleType, steps: int, settings: Any) -> tuple[list[float], dict[str, torch.Tensor], Any]:
+    """The losses that a Trainer logs, its model at the end, and the last weights."""
+    trainer, callback = example.train(steps, settings)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, dict(trainer.model.state_dict()), None if callback is None else callback.weights
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_trainer_by_a_callback(examples: Any, processes: int):
+    example = examples("embed_trainer")
+
+    def trainings() -> Any:
+        plainly = [in_trainer(example, FEW_STEPS, settings) for settings in (uniform(example.SETTINGS), None)]
+        return [in_trainer(example, STEPS, example.SETTINGS), *plainly]
+
+    for weighted, unweighted, plain in run_distributed(trainings, processes):
+        assert_target_counts_more(weighted[2])
+        assert torch.equal(unweighted[2], torch.ones(16))
+        # transformers adds the token losses up in another order for the log; the gradients are those of the same terms.
+        assert len(plain[0]) == FEW_STEPS and unweighted[0] == pytest.approx(plain[0], rel=1e-6)
+        assert all(torch.equal(unweighted[1][name], value) for name, value in plain[1].items())
+        assert not all(torch.equal(weighted[1][name], value) for name, value in plain[1].items())
+
+
+def test_a_loop_over_megatron_core(examples: Any):
+    example = examples("embed_megatron")
+
+    def trainings() -> Any:
+        results = []
+        for steps, settings in ((STEPS, example.SETTINGS), (FEW_STEPS, uniform(example.SETTINGS)), (FEW_STEPS, None)):
+            results.append(example.train(steps, 2, 2, settings))
+            parallel_state.destroy_model_parallel()
+        return results
+
+    for weighted, unweighted, plain in run_distributed(trainings, 4):
+        assert_target_counts_more(weighted[1])
+        assert unweighted[0] == plain[0] and len(plain[0]) == FEW_STEPS
+        assert torch.equal(unweighted[1], torch.ones(16))

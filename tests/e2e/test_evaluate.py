@@ -1,0 +1,146 @@
+"""``megatron-dwm evaluate``: checkpoints on tasks that are made of a file, by lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from megatron_dwm.analysis.local_tasks import LOCAL_TASKS, local_task, read_passages
+from megatron_dwm.cli import evaluate, import_hf
+from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
+from megatron_dwm.data.tokenizers import build_tokenizer
+from tests.unit.data.made_tokenizers import sentencepiece_model
+
+ANIMALS = ["horse", "rabbit", "heron", "salmon", "beetle", "badger", "falcon", "otter", "weasel", "cricket"]
+PLACES = ["river", "forest", "meadow", "valley", "harbor", "garden"]
+ITEMS = 10
+
+
+def write_story(path: Path) -> None:
+    """Write documents with a title, two sentences and a definition each; what an animal does follows from its name."""
+    with path.open("w") as file:
+        for number in range(40):
+            animal, place = ANIMALS[number % len(ANIMALS)], PLACES[(number // 2) % len(PLACES)]
+            text = (
+                f"On day {number} the {animal} left its home early and went down to the old {place}. "
+                f"There the {animal} waited until the evening for the {ANIMALS[(number + 1) % len(ANIMALS)]}.\n\n"
+                f"{animal} {number}: the animal that lives near the {place} all year"
+            )
+            file.write(json.dumps({"title": f"Day {number} of the {animal}", "text": text}) + "\n")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a file of text, an untrained model as a checkpoint, and one trained on that text."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    write_story(folder / "story.jsonl")
+    settings = TokenizerConfig("SentencePieceTokenizer", sentencepiece_model(folder / "bpe.model"))
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=400,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+        )
+    )
+    tokenizer = build_tokenizer(settings)
+    for name in ("untrained", "trained"):
+        model.save_pretrained(folder / name)
+        save_hf_tokenizer(tokenizer, settings, folder / name)
+        if name == "untrained":
+            texts = [json.loads(line)["text"] for line in (folder / "story.jsonl").read_text().splitlines()]
+            tokens = torch.tensor([tokenizer.tokenize(text)[:64] for text in texts])
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+            for _ in range(30):
+                model(input_ids=tokens, labels=tokens).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    import_hf.main(["--input", str(folder / "untrained"), "--save", str(folder / "run")])
+    return folder
+
+
+def evaluated(workplace: Path, *arguments: str | Path) -> dict[str, Any]:
+    """Run the command and return what it wrote."""
+    evaluate.main([str(word) for word in (*arguments, "--output", workplace / "out", "--limit", ITEMS)])
+    assert (workplace / "out/evaluation.png").read_bytes().startswith(b"\x89PNG")
+    document: dict[str, Any] = json.loads((workplace / "out/evaluation.json").read_text())
+    return document
+
+
+def test_a_checkpoint_and_hugging_face_folders_side_by_side(workplace: Path, capsys: pytest.CaptureFixture[str]):
+    run, untrained, trained = workplace / "run/iter_0000001", workplace / "untrained", workplace / "trained"
+    text = ["--task-text", workplace / "story.jsonl"]
+    document = evaluated(workplace, workplace / "run", untrained, trained, "--tasks", *LOCAL_TASKS, *text)
+    first, same, better = document["checkpoints"]
+    assert (first["checkpoint"], first["run"], first["iteration"]) == (str(run), str(workplace / "run"), 1)
+    assert first["results"] == same["results"]  # its export is the model that it was imported from
+
+    by_task = {(result["task"], result["num_fewshot"]): result for result in better["results"]}
+    assert by_task.keys() == {(task, count) for task in LOCAL_TASKS for count in (0, 2)}
+    for (task, _), result in by_task.items():
+        assert result["samples"] == ITEMS and result["metrics"]["acc"]["stderr"] is not None
+        change = result["difference_from_first"]["answer_nll"]
+        assert change["mean"] < -5 * change["stderr"] < 0  # it has learnt these very texts
+        assert ("choice_nll" in result["metrics"]) == (task != "local-cloze")
+    cloze = by_task["local-cloze", 0]["metrics"]["answer_nll"]
+    assert cloze == pytest.approx(answer_nll(trained, workplace / "story.jsonl"), rel=1e-4)
+
+    printed = capsys.readouterr().out
+    assert f"local-title, 2 examples, {ITEMS} items" in printed
+    assert f"{cloze['mean']:.3f} ± {cloze['stderr']:.3f} (-" in printed
+
+
+def answer_nll(folder: Path, text: Path) -> dict[str, float]:
+    """The mean and standard error of the cloze's answers, computed by the model itself."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    task = local_task("local-cloze", read_passages([str(text)], []), ITEMS, seed=1234)
+    found = []
+    for row in task["custom_dataset"]()["test"]:
+        query = tokenizer(row["query"], add_special_tokens=False)["input_ids"]
+        whole = tokenizer(f"{row['query']} {row['answer']}", add_special_tokens=False)["input_ids"]
+        assert whole[: len(query)] == query
+        with torch.no_grad():
+            logs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        places = range(len(query) - 1, len(whole) - 1)
+        found.append(-sum(float(logs[place, whole[place + 1]]) for place in places))
+    values = torch.tensor(found, dtype=torch.float64)
+    return {"mean": float(values.mean()), "stderr": float(values.std() / math.sqrt(len(values)))}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["nowhere", "--tasks", "local-cloze"], "--checkpoints nowhere: no config.json of Hugging Face and no latest_"),
+        (["{untrained}"], "--tasks is missing; give at least one"),
+        (["{untrained}", "--tasks", "local-riddle"], "--tasks local-riddle: no such local task; give one of local-c"),
+        (["{untrained}", "--tasks", "local-cloze", "--num-fewshot", "-1"], "--num-fewshot -1: give numbers of at"),
+        (["{untrained}", "--tasks", "local-cloze", "--task-text", "no.txt"], "--task-text no.txt: no such file; give"),
+        (["{untrained}", "--tasks", "local-title", "--task-text", "{short}"], "has 1 titles with a sentence below th"),
+        (["{untrained}", "--tasks", "local-title", "--task-text", "{bad}"], 'line 1: no JSON object with the key "te'),
+        (["{untrained}", "--tasks", "arc", "--task-text", "{short}"], "--task-text and --task-packages are for local"),
+        (["{bad_model}", "--tasks", "local-cloze", "--task-text", "{story}"], "cannot be loaded as a language model"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], line: str, workplace: Path, capsys: pytest.CaptureFixture[str]):
+    (workplace / "short.txt").write_text("A Title\n\nOne sentence that stands below this title.\n")
+    (workplace / "bad.jsonl").write_text('{"content": "text"}\n')
+    (workplace / "bad_model").mkdir(exist_ok=True)
+    (workplace / "bad_model/config.json").write_text("{}")
+    places = {"short": "short.txt", "bad": "bad.jsonl", "story": "story.jsonl"}
+    names = {name: workplace / places.get(name, name) for name in ("untrained", "bad_model", *places)}
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([*(word.format(**names) for word in arguments), "--output", str(workplace / "none")])
+    error = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and line in error and len(error.splitlines()) == 1
+    assert not (workplace / "none").exists()

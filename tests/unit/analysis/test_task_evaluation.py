@@ -1,0 +1,98 @@
+"""Items of the local tasks, and the figures that are made of the harness's samples."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from megatron_dwm.analysis.evaluation_report import difference
+from megatron_dwm.analysis.local_tasks import (
+    FEWSHOT_ITEMS,
+    Item,
+    Passages,
+    cloze_items,
+    continuation_items,
+    definition_items,
+    local_task,
+    title_items,
+)
+from megatron_dwm.analysis.task_evaluation import Estimate, TaskResult, likelihoods
+from megatron_dwm.corpora.corpus import Document
+
+TEXT = """Of Ships
+========
+
+The harbor was quiet that night, and no ship had come in for a week. The old keeper lit his lamp. He slept.
+
+beam: the widest part of a ship, measured from side to side
+  * keel -- the long piece along the bottom of a ship
+http://example.org/a-page-that-is-not-a-definition-of-anything
+
+What is a mast good for? "It carries the sails, and the sails carry the ship," said the keeper to the boy."""
+
+
+def passages(*texts: str) -> Passages:
+    return Passages("a test", [Document(text, str(number)) for number, text in enumerate(texts)])
+
+
+def test_items_of_a_text():
+    text = passages(TEXT)
+    first = "The harbor was quiet that night, and no ship had come in for a week."
+    assert list(title_items(text)) == [Item("Of Ships", first, 0)]
+    assert list(continuation_items(text)) == [
+        Item(first, "The old keeper lit his lamp.", 0),
+        Item(
+            "What is a mast good for?",
+            '"It carries the sails, and the sails carry the ship," said the keeper to the boy.',
+            0,
+        ),
+    ]
+    assert [item.answer for item in cloze_items(text)] == ["slept", "boy"]
+    assert [(item.query, item.answer[:10]) for item in definition_items(text)] == [
+        ("beam", "the widest"),
+        ("keel", "the long p"),
+    ]
+
+
+def rows_of(task: dict[str, Any], part: str) -> list[dict[str, Any]]:
+    return list(task["custom_dataset"]()[part])
+
+
+def test_wrong_answers_are_right_ones_of_other_documents():
+    text = passages(*(f"word {n}: what the word number {n} means to all of us here" for n in range(30)))
+    task = local_task("local-definition", text, limit=10, seed=1)
+    rows = rows_of(task, "test")
+    assert len(rows) == 10 and len(rows_of(task, "fewshot")) == FEWSHOT_ITEMS
+    assert not {row["query"] for row in rows} & {row["query"] for row in rows_of(task, "fewshot")}
+    for row in rows:
+        right = row["query"].split()[1]
+        assert len(set(row["choices"])) == 4
+        assert [f"number {right} " in choice for choice in row["choices"]].index(True) == row["right"]
+    assert len({row["right"] for row in rows}) > 1
+    assert rows_of(local_task("local-definition", text, limit=10, seed=1), "test") == rows
+    assert rows_of(local_task("local-definition", text, limit=10, seed=2), "test") != rows
+
+
+def sample(target: Any, *log_likelihoods: float) -> dict[str, Any]:
+    return {"target": target, "filtered_resps": [(value, False) for value in log_likelihoods]}
+
+
+def test_likelihoods_of_an_item():
+    assert likelihoods(sample("word", -2.5)) == {"answer_nll": 2.5}
+    found = likelihoods(sample(1, -1000.0, -1001.0))
+    assert found["answer_nll"] == 1001.0
+    assert found["choice_nll"] == pytest.approx(math.log(1 + math.e))
+    assert likelihoods(sample("1", -1000.0, -1001.0)) == found
+    assert likelihoods(sample([0, 1], -1.0, -2.0)) == {}
+    assert likelihoods({"target": "text", "filtered_resps": ["generated"]}) == {}
+
+
+def test_the_difference_is_of_the_same_items():
+    """What is common to both cancels: of 1, 5, 9 and 2, 6.5, 9.5 the differences are 1, 1.5, 0.5."""
+    first = TaskResult("task", 0, 4, {}, {"answer_nll": {0: 1.0, 1: 5.0, 2: 9.0, 3: 100.0}})
+    other = TaskResult("task", 0, 3, {}, {"answer_nll": {0: 2.0, 1: 6.5, 2: 9.5}})
+    assert difference(other, first, "answer_nll") == Estimate(1.0, pytest.approx(0.5 / math.sqrt(3)))  # type: ignore[arg-type]
+    assert difference(other, first, "choice_nll") is None
+    assert math.isnan(Estimate.of([1.0]).stderr)
