@@ -26,7 +26,7 @@ SECTIONS = ("summary", "strength", "sources", "properties", "documents", "sample
 FIGURES = ("losses", "spread", "size", "weights", "fractions", "alignments", "in_batch", "in_source", "documents")
 QUARTERS = 9
 """Figures of a property each."""
-LINE = r"{page}: up to iteration \d+, \d\.\d MB\n"
+LINE = r"{page}: up to iteration \d+(, \d+)*, \d\.\d MB\n"
 END = 100  # of a document, to the NullTokenizer
 
 
@@ -296,6 +296,8 @@ def test_a_browser_draws_the_page_legibly_and_the_keyboard_reads_it(
     assert measured["width"] == width  # nothing sticks out: wide tables scroll by themselves
     assert len(measured["texts"]) > 100
     for figure, text, size, left, right, chart, fill in measured["texts"]:
+        if left == right:  # what the library measures with, and does not show
+            continue
         assert size >= 11 and left >= -1 and right <= chart + 1, (figure, text, size, left, right, chart)
         red, green, blue = (int(part) for part in re.findall(r"\d+", fill)[:3])
         assert (red + green + blue > 330) == (theme == "dark"), (figure, text, fill)
