@@ -51,7 +51,6 @@ SMALLER = {
 NOT_RUN = {
     "README.md: Two commands: bash": "tests/e2e/test_quickstart.py runs the first; the second runs this test",
     "README.md: On a cluster: bash": "needs a cluster with GPUs; tests/e2e/test_slurm.py submits the script to a SLURM",
-    "README.md: Your own data in five commands: bash 2": "takes hours; tests/e2e/test_benefit.py runs it smaller",
     "docs/cluster.md: SLURM: bash": "needs a cluster; tests/e2e/test_slurm.py submits the script to a SLURM",
     "docs/cluster.md: SLURM: bash 2": "the same; its variables become flags, which are read below",
     "docs/transfer.md: Longer samples than it was made for: text": "what a run says",

@@ -26,7 +26,7 @@ SECTIONS = ("summary", "strength", "sources", "properties", "documents", "sample
 FIGURES = ("losses", "spread", "size", "weights", "fractions", "alignments", "in_batch", "in_source", "documents")
 QUARTERS = 9
 """Figures of a property each."""
-LINE = r"{page}: up to iteration \d+, \d\.\d MB\n"
+LINE = r"{page}: up to iteration \d+(, \d+)*, \d\.\d MB\n"
 END = 100  # of a document, to the NullTokenizer
 
 
@@ -152,8 +152,9 @@ def test_others_score_the_samples_and_runs_are_compared(run: Path, tmp_path: Pat
 
 
 def test_samples_are_shown_as_the_text_that_the_run_read(written: Written):
-    shown = [html.unescape(text) for text in re.findall(r"<pre>(.*?)</pre>", written.page, flags=re.S)]
-    heads = re.findall(r"<b>\S ([\d.]+)</b><b>(\w+)</b>", written.page)
+    section = written.page.split('<section id="samples">')[1]
+    shown = [html.unescape(text) for text in re.findall(r"<pre>(.*?)</pre>", section, flags=re.S)]
+    heads = re.findall(r"<b>\S ([\d.]+)</b><b>(\w+)</b>", section)
     assert len(shown) == len(heads) == 2 * 2 * 4  # two stages, both ends, four each
     documents = []
     for text, (_, source) in zip(shown, heads, strict=True):
@@ -179,7 +180,7 @@ def test_without_the_data_the_rest_of_the_page_is_made_and_says_so(run: Path, tm
     assert "counting_text_document.idx is not there" in finished.stderr
     page = (tmp_path / "page" / "preference.html").read_text()
     assert "counting_text_document.idx is not there" in page and "There are no texts to show." in page
-    assert all(f'id="{name}"' in page for name in SECTIONS) and "distinct-1" in page
+    assert {name for name in SECTIONS if f'id="{name}"' not in page} == {"documents"} and "distinct-1" in page
 
 
 def test_data_that_have_changed_since_are_noticed(run: Path, tmp_path: Path):
@@ -295,6 +296,8 @@ def test_a_browser_draws_the_page_legibly_and_the_keyboard_reads_it(
     assert measured["width"] == width  # nothing sticks out: wide tables scroll by themselves
     assert len(measured["texts"]) > 100
     for figure, text, size, left, right, chart, fill in measured["texts"]:
+        if left == right:  # what the library measures with, and does not show
+            continue
         assert size >= 11 and left >= -1 and right <= chart + 1, (figure, text, size, left, right, chart)
         red, green, blue = (int(part) for part in re.findall(r"\d+", fill)[:3])
         assert (red + green + blue > 330) == (theme == "dark"), (figure, text, fill)

@@ -131,7 +131,7 @@ def mark(value: float) -> dict[str, Any]:
 def note(text: str) -> dict[str, Any]:
     """Return the layout of a figure that has too little to draw, and says so in its middle."""
     words = {"text": text, "showarrow": False, "xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5}
-    return {"annotations": [{**words, "font": {"size": 14, "color": FAINT}}]}
+    return {"annotations": [{**words, "font": {"size": 14, "color": INK}}]}
 
 
 def _shaded_stages(run: RunRecords) -> list[dict[str, Any]]:
