@@ -41,6 +41,7 @@ UNSUPPORTED: dict[str, str] = {
     "Megatron-LM no longer has it; use --lr-warmup-fraction": "--warmup",
     "Megatron-LM no longer has it; use --tensor-model-parallel-size": "--model-parallel-size",
     "Megatron-LM's guide has it, its parser has not; use --fp8-format hybrid": "--fp8-hybrid",
+    "the bounds are rounded by default; leave it out": "--yarn-correction-range-round-to-int",
     "use --num-layers": "--encoder-num-layers",
     "use --seq-length": "--encoder-seq-length",
     "samples are of one length, so all are divided alike; use --context-parallel-size": """

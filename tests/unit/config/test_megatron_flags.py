@@ -47,6 +47,10 @@ OTHER_DEFAULTS = {
     "--no-save-rng": "None and False say the same",
     "--no-load-optim": "None and False say the same",
     "--no-load-rng": "None and False say the same",
+    **dict.fromkeys(
+        ("--yarn-original-max-position-embeddings", "--yarn-beta-fast", "--yarn-beta-slow"),
+        "None stands for megatron-core's own defaults, which these are",
+    ),
 }
 FEWER_CHOICES = {
     "--ckpt-format": "the other formats are not written",
@@ -64,12 +68,6 @@ OTHER_CHOICES = {
     "--transformer-impl": "torch is our own; inference is not there",
     "--position-embedding-type": "yarn is of a newer Megatron-LM; the others are for other models",
 }
-OF_NEWER_VERSIONS = {
-    "--yarn-original-max-position-embeddings",
-    "--yarn-beta-fast",
-    "--yarn-beta-slow",
-    "--no-yarn-correction-range-round-to-int",
-}
 
 
 def test_flags_of_our_own_do_not_sound_like_megatrons():
@@ -79,7 +77,6 @@ def test_flags_of_our_own_do_not_sound_like_megatrons():
         "--plan",
         "--plan-json",
         "--plan-world-size",
-        *OF_NEWER_VERSIONS,
     }
     assert all(name.startswith("--dwm-") or name in known for name in OURS.keys() - MEGATRON.keys())
 
@@ -176,7 +173,7 @@ def test_the_page_says_where_each_flag_comes_from():
     for row in re.findall(r"^\| (`--.*) \|$", page, re.MULTILINE):
         flags, _, origin, _ = row.split(" | ", 3)
         found.update(dict.fromkeys(re.findall(r"`(--[^`]+)`", flags), origin))
-    theirs = MEGATRON.keys() | OF_NEWER_VERSIONS
+    theirs = MEGATRON.keys()
     expected = {
         name: "no effect" if item.field in no_effect else "Megatron-LM" if name in theirs else "ours"
         for name, item in OURS.items()
