@@ -121,7 +121,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "endless warm-up": ({"--lr-warmup-iters": 20}, ["--lr-warmup-iters", "--train-iters"]),
     "weighter deeper than the model": (
         {"--dwm-init-from": "lm", "--dwm-num-layers": 9},
-        ["--dwm-num-layers 9", "--num-layers 4"],
+        ["--dwm-num-layers 9", "--num-layers 2"],
     ),
     "checkpoint that is not there": (
         {"--load": "{data}"},
