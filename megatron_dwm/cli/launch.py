@@ -99,7 +99,7 @@ def with_pretrained(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, checkpoint=checkpoint)
 
 
-def run_program(program: Callable[[Process], None], argv: Sequence[str] | None) -> None:
+def run_program(program: Callable[[Process], None], argv: Sequence[str] | None = None) -> None:
     """Run ``program`` on this rank of torchrun, srun, mpirun or a lone process.
 
     A user's error ends all ranks with exit code 2, after the one line of the rank that found it; any other failure ends

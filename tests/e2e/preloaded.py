@@ -65,6 +65,9 @@ def start(folder: Path) -> tuple[Path, multiprocessing.Process]:
 
 def _serve(listener: socket.socket, python: str) -> None:
     """Fork for each request, and answer with the exit code of the fork."""
+    for package in ("multiprocessing", "multiprocess"):
+        if (module := sys.modules.get(f"{package}.forkserver")) is not None:
+            module._forkserver.__init__()  # what the tests have started is no child of this process
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ)
     while True:
