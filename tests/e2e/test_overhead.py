@@ -25,7 +25,10 @@ FLAGS = {
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
-    "TP2, sequence parallel": (2, {"--tensor-model-parallel-size": 2, "--sequence-parallel": True}),
+    "TP2, sequence parallel": (
+        2,
+        {"--tensor-model-parallel-size": 2, "--sequence-parallel": True, "--global-batch-size": 4},
+    ),
 }
 
 

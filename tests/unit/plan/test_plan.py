@@ -13,6 +13,7 @@ from megatron_dwm.cli.plan import split_plan
 from megatron_dwm.cli.pretrain import main
 from megatron_dwm.config.plan import PlanConfig
 from megatron_dwm.errors import UserError
+from tests.e2e.launch import pretrain
 from tests.paths import ROOT
 from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, Flags, as_argv
 
@@ -32,13 +33,19 @@ RUN: Flags = {
 }
 
 
-@pytest.fixture(autouse=True)
-def visible_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan hides GPUs from its process, which here goes on."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+def plan(folder: Path, argv: list[str]) -> str:
+    """Run the command in a process of its own, which a plan changes, and return what it printed."""
+
+    def in_folder() -> None:
+        os.chdir(folder)
+        main(argv)
+
+    finished = pretrain(folder / "log", 1, {}, in_folder)
+    assert finished.codes == [0], finished.text
+    return finished.output[0]
 
 
-def test_the_plan_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_plan_of_a_run(tmp_path: Path):
     path, save = tmp_path / "plan.json", tmp_path / "run"
     # Layers that this machine cannot have are planned all the same.
     layers = {
@@ -48,19 +55,20 @@ def test_the_plan_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         "--fp8-recipe": "tensorwise",
     }
     flags = {**RUN, **layers, "--context-parallel-size": 2, "--save": save, "--save-interval": 5}
-    main([*as_argv(flags), "--plan", "--nproc", "32", "--plan-json", str(path)])
-    printed = capsys.readouterr().out
-    plan = json.loads(path.read_text())
-    assert plan["layout"]["data_parallel"] == 8 and "32 ranks = tensor 2 x pipeline 1 x context 2 x data 8" in printed
+    printed = plan(tmp_path, [*as_argv(flags), "--plan", "--plan-world-size", "32", "--plan-json", str(path)])
+    planned = json.loads(path.read_text())
+    assert (
+        planned["layout"]["data_parallel"] == 8 and "32 ranks = tensor 2 x pipeline 1 x context 2 x data 8" in printed
+    )
     # Iterations 1 to 4 are the warm-up; two stages of 8 follow, with an update every 2.
-    assert plan["updates"] == [6, 8, 10, 12, 14, 16, 18, 20]
+    assert planned["updates"] == [6, 8, 10, 12, 14, 16, 18, 20]
     assert "outer updates    8: after iterations 6 to 20, every 2" in printed
     # 4 layers of 4 x 32 x 32 and 3 x 32 x 64 and 2 norms, a norm, and an embedding and an output layer of 256 rows.
-    assert plan["model_parameters"] == 4 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32 + 2 * 256 * 32
-    files = {file["path"].removeprefix(f"{save}/"): file["times"] for file in plan["files"]}
+    assert planned["model_parameters"] == 4 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32 + 2 * 256 * 32
+    files = {file["path"].removeprefix(f"{save}/"): file["times"] for file in planned["files"]}
     # Exports are at the ends of the stages too, 12 and 20.
     assert (files["iter_XXXXXXX"], files["weighter/iter_XXXXXXX"], files["metrics.jsonl"]) == (4, 5, 1)
-    (stage,) = plan["memory"]
+    (stage,) = planned["memory"]
     assert stage["peak"] > stage["plain"] > stage["weights"] + stage["gradients"] + stage["optimizer"] > 0
     assert "activations of --transformer-impl torch, in place of Transformer Engine's" in printed
     assert not save.exists()
@@ -75,13 +83,10 @@ def test_the_plan_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         ({"--recompute-granularity": "full", "--recompute-method": "uniform"}, "needs --recompute-num-layers"),
     ],
 )
-def test_what_would_fail_on_the_cluster_fails_in_the_plan(
-    flags: Flags, message: str, capsys: pytest.CaptureFixture[str]
-):
-    with pytest.raises(SystemExit) as ended:
-        main([*as_argv({**RUN, **flags}), "--plan", "--plan-world-size", "16"])
-    captured = capsys.readouterr()
-    assert ended.value.code == 2 and message in captured.err and captured.err.count("\n") == 1
+def test_what_would_fail_on_the_cluster_fails_in_the_plan(flags: Flags, message: str, tmp_path: Path):
+    finished = pretrain(tmp_path, 1, {**RUN, **flags, "--plan": True, "--plan-world-size": 16})
+    (error,) = finished.errors
+    assert finished.codes == [2] and message in error and error.count("\n") == 1
 
 
 def test_flags_of_the_plan_are_taken_out_and_need_it():
@@ -95,9 +100,7 @@ def test_flags_of_the_plan_are_taken_out_and_need_it():
 
 
 @pytest.mark.parametrize(("size", "layout"), [("370m", "8 ranks = tensor 1"), ("8b", "256 ranks = tensor 2")])
-def test_the_scripts_for_slurm_plan_their_runs(
-    size: str, layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+def test_the_scripts_for_slurm_plan_their_runs(size: str, layout: str, tmp_path: Path):
     """The flags that a script starts the program with are planned here; tests/e2e/test_slurm.py submits the third."""
     recorder = tmp_path / "python"
     recorder.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
@@ -109,6 +112,4 @@ def test_the_scripts_for_slurm_plan_their_runs(
     started = subprocess.run(["bash", script], env={**os.environ, **settings, **data}, capture_output=True, text=True)
     program, *flags = started.stdout.splitlines()
     assert program == str(ROOT / "pretrain_dwm.py"), started.stderr
-    monkeypatch.chdir(tmp_path)
-    main(flags)
-    assert layout in capsys.readouterr().out
+    assert layout in plan(tmp_path, flags)
