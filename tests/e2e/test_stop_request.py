@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from megatron_dwm.runtime.process_groups import free_port
-from tests.e2e.launch import records
+from tests.e2e.launch import records, succeed
 from tests.e2e.test_uniform_weights import assert_same_checkpoints
 from tests.paths import ROOT
 from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING
@@ -71,12 +71,11 @@ def test_a_signal_to_every_process_of_a_run_loses_nothing(tmp_path: Path):
         assert 10 <= status["iteration"] < 40
         assert (save / f"iter_{status['iteration']:07d}" / "metadata.json").is_file()
 
-        codes = [rank.wait() for rank in start(tmp_path, save, processes)]
-        assert codes == [0] * processes
-        assert json.loads((save / "run_status.json").read_text())["status"] == "finished"
-        whole = tmp_path / "whole"
-        assert [rank.wait() for rank in start(tmp_path, whole, processes)] == [0] * processes
-        assert_same_checkpoints(whole / "iter_0000040", save / "iter_0000040")
+    succeed(tmp_path / "resumed", processes, {**FLAGS, "--save": save, "--load": save})
+    assert json.loads((save / "run_status.json").read_text())["status"] == "finished"
+    whole = tmp_path / "whole"
+    succeed(tmp_path / "log", processes, {**FLAGS, "--save": whole})
+    assert_same_checkpoints(whole / "iter_0000040", save / "iter_0000040")
 
 
 def test_an_interval_interrupts_and_does_not_finish(tmp_path: Path):
