@@ -88,7 +88,7 @@ def _adapt_megatron_to_cpu() -> None:
     torch.cuda.current_device = _CpuAnswer(cpu)
     torch.cuda.synchronize = _CpuAnswer(None)
     torch.cuda.empty_cache = _CpuAnswer(None)
-    torch.cuda.current_stream = _CpuAnswer(None)
+    torch.cuda.current_stream = _CpuAnswer(_CpuStream())
     torch.cuda.default_stream = _CpuAnswer(_CpuStream())
     torch.cuda.Stream = _CpuStream  # type: ignore[assignment, misc]
     modules: tuple[Any, ...] = (torch.cuda, torch.cuda.random)
