@@ -38,9 +38,12 @@ from megatron_dwm.runtime.logging import configure_logging, print_messages_of
 from megatron_dwm.runtime.startup_sync import StartupSync
 
 if TYPE_CHECKING:
+    from megatron_dwm.training.dataloaders import Dataloaders
+    from megatron_dwm.training.setup import LanguageModel, RunInputs
     from megatron_dwm.training.trainer import Trainer
-    from megatron_dwm.weighting.build import WeightingContext
+    from megatron_dwm.weighting.build import WeightingContext, WeightingInputs
     from megatron_dwm.weighting.policy import SampleWeighting
+    from megatron_dwm.weighting.stage_schedule import StageSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -157,13 +160,7 @@ def build_trainer(
     )
     from megatron_dwm.training.trainer import Trainer
     from megatron_dwm.training.write_results import start_results_process
-    from megatron_dwm.weighting.build import (
-        WeightingContext,
-        build_weighting,
-        check_gradients,
-        read_weighting_inputs,
-        run_stages,
-    )
+    from megatron_dwm.weighting.build import build_weighting, check_gradients, read_weighting_inputs, run_stages
 
     if config.logging.logging_level is not None:
         print_messages_of("megatron.core", process.rank, process.world_size, config.logging.logging_level)
@@ -181,15 +178,40 @@ def build_trainer(
     language_model = build_language_model(config, inputs, device, process.startup_sync)
     train_state, weighting_state = load_if_there(config, inputs, language_model, save_folder)
     if train_state.iteration > 0:  # of a release, which counts the samples it was made with, all are to come
-        resumed_at = (train_state.iteration, train_state.consumed_train_samples)
-        config = dataclasses.replace(config, resumed_at=resumed_at)
+        config = dataclasses.replace(config, resumed_at=(train_state.iteration, train_state.consumed_train_samples))
     dataloaders = Dataloaders(
         config, inputs.paths, inputs.tokenizer, language_model.parallel_state, process.startup_sync, train_state
     )
     with process.startup_sync.phase("stages"):
         has_begun = train_state.iteration > 0 and weighting_state.get("weighter") is not None
         stages = run_stages(config, train_state.iteration if has_begun else None)
-    context = WeightingContext(
+    context = _weighting_context(config, inputs, weighting_inputs, stages, language_model, dataloaders, device)
+    with process.startup_sync.phase("weighting"):
+        weighting = (make_weighting or build_weighting)(context)
+        weighting.load_state_dict(weighting_state)
+    if config.weighting.dwm_check and train_state.iteration < config.train_iters:
+        consumed_target = weighting_state.get("consumed_target_samples", 0)
+        batches = dataloaders.peek(train_state.consumed_train_samples, consumed_target)
+        with process.startup_sync.phase("hypergradient"):
+            check_gradients(context, *batches)
+    parts = build_trainer_parts(config, language_model, dataloaders, train_state, process.startup_sync, save_folder)
+    process.startup_sync.end_start()
+    return Trainer(config, parts, weighting)
+
+
+def _weighting_context(
+    config: RunConfig,
+    inputs: RunInputs,
+    weighting_inputs: WeightingInputs,
+    stages: StageSchedule,
+    language_model: LanguageModel,
+    dataloaders: Dataloaders,
+    device: torch.device,
+) -> WeightingContext:
+    """Return the parts of the run that its weighting works with."""
+    from megatron_dwm.weighting.build import WeightingContext
+
+    return WeightingContext(
         config=config,
         inputs=weighting_inputs,
         stages=stages,
@@ -203,17 +225,6 @@ def build_trainer(
         make_target_loader=dataloaders.target,
         device=device,
     )
-    with process.startup_sync.phase("weighting"):
-        weighting = (make_weighting or build_weighting)(context)
-        weighting.load_state_dict(weighting_state)
-    if config.weighting.dwm_check and train_state.iteration < config.train_iters:
-        consumed_target = weighting_state.get("consumed_target_samples", 0)
-        batch, target = dataloaders.peek(train_state.consumed_train_samples, consumed_target)
-        with process.startup_sync.phase("hypergradient"):
-            check_gradients(context, batch, target)
-    parts = build_trainer_parts(config, language_model, dataloaders, train_state, process.startup_sync, save_folder)
-    process.startup_sync.end_start()
-    return Trainer(config, parts, weighting)
 
 
 def _timeout(argv: Sequence[str]) -> timedelta:

@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron_dwm.config.flags import declared_flags, flag_name
 from megatron_dwm.config.layer_patterns import parse_layers
-from megatron_dwm.config.model import ModelConfig, lacking_flag
+from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.needed_flags import lacking_flag
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.safe_unpickling import UnreadableFile, read_common_state, read_torch_file

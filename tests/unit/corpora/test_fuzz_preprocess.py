@@ -96,27 +96,27 @@ def assert_one_short_line(error: UserError, path: Path) -> None:
 
 
 @fuzz_settings(60)
-@given(content=strategies.lists(lines, max_size=5).map(b"\n".join), skip=strategies.booleans())
-@example(content=b"", skip=True)
-@example(content=b"\n\n", skip=False)
+@given(content=strategies.lists(lines, max_size=5).map(b"\n".join), skips_malformed=strategies.booleans())
+@example(content=b"", skips_malformed=True)
+@example(content=b"\n\n", skips_malformed=False)
 def test_documents_are_taken_and_the_rest_is_one_line(
-    content: bytes, skip: bool, tokenizer: TokenizerConfig, tmp_path_factory: pytest.TempPathFactory
+    content: bytes, skips_malformed: bool, tokenizer: TokenizerConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("fuzz")
     path, out = folder / "texts.jsonl", folder / "out"
     path.write_bytes(content)
     text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", errors="surrogateescape")
     expected = [is_document(line) for line in text]
-    config = PreprocessConfig(input=[str(path)], output_prefix=str(out / "made"), skip_malformed=skip)
+    config = PreprocessConfig(input=[str(path)], output_prefix=str(out / "made"), skip_malformed=skips_malformed)
     try:
         preprocess(config, tokenizer)
     except UserError as error:
         assert_one_short_line(error, path)
         is_another_format = " are not read; give JSON lines" in str(error) or "check the file" in str(error)
-        assert is_another_format or not any(expected) or (not skip and not all(expected))
+        assert is_another_format or not any(expected) or (not skips_malformed and not all(expected))
         assert not out.exists() or list(out.iterdir()) == []
     else:
-        assert any(expected) and (skip or all(expected))
+        assert any(expected) and (skips_malformed or all(expected))
         assert sorted(made.name for made in out.iterdir()) == ["made_text_document.bin", "made_text_document.idx"]
         index = IndexFile.open(str(out / "made_text_document"))
         assert index.num_boundaries - 1 == sum(expected)
