@@ -99,7 +99,7 @@ class LogLine:
 
 
 def update_line(record: Mapping[str, Any]) -> str:
-    """Return the line of an outer update: how the target does, what the weighter gained, which sources are aligned."""
+    """Return the log line of an outer update: target loss, the weighter's objective, alignments by source."""
     parts = [
         f" [{timestamp()}] outer update at iteration {record['iteration']:8d}",
         f"target loss: {record['target_loss']:.6E}",

@@ -1,8 +1,8 @@
 """The ranks of a run meet, and while it starts each shows that it is still there.
 
 They meet at a store, which the first rank holds, or torchrun. A rank that has not come in time is named by the first
-rank. So is one that came and then falls silent: each rank that starts moves a number in the store, its pulse. Later,
-when ranks train, the timeout of their collectives does that work.
+rank. So is one that came and then falls silent: each rank that starts moves a number in the store, its heartbeat.
+Later, when ranks train, the timeout of their collectives does that work.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Has = Callable[[list[str]], bool]
 """Whether the store holds keys."""
 PATH = "ranks"
 OVER = "over"
-"""In place of the pulse of a rank whose start is over."""
+"""In place of the heartbeat of a rank whose start is over."""
 LINGER_SECONDS = 5.0
 """The store ends with the first rank, so it stays so long until the others have read who is missing."""
 
@@ -109,8 +109,8 @@ def meet(rank: int, world_size: int, timeout: timedelta, store_watch: StoreWatch
     return store
 
 
-class Pulses:
-    """The pulses of the ranks while the run starts. The first rank looks at all, the others at the first rank's."""
+class Heartbeats:
+    """The heartbeats of the ranks while the run starts. The first rank looks at all, the others at the first rank's."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: timedelta, seconds: float) -> None:
         """
@@ -120,13 +120,13 @@ class Pulses:
         """
         self._ranks, self._rank, self._timeout = dist.PrefixStore(PATH, store), rank, timeout
         others = list(range(1, world_size)) if rank == 0 else [0]
-        self._pulses: dict[int, bytes] = dict.fromkeys(others, b"")
+        self._heartbeats: dict[int, bytes] = dict.fromkeys(others, b"")
         # Looks are counted, not seconds: a job that is suspended as a whole does not get older.
         self._looks = dict.fromkeys(others, 0)
         self._most_looks = max(1, round(timeout.total_seconds() / seconds))
 
     def beat(self) -> None:
-        """Move this rank's pulse."""
+        """Move this rank's heartbeat."""
         self._ranks.add(str(self._rank), 1)
 
     def end(self) -> None:
@@ -134,16 +134,16 @@ class Pulses:
         self._ranks.set(str(self._rank), OVER)
 
     def require_all(self) -> None:
-        """Check the pulses of other ranks.
+        """Check the heartbeats of other ranks.
 
         Raises:
             UserError: one has not moved for too long.
         """
-        found = self._ranks.multi_get([str(rank) for rank in self._pulses])
-        for rank, pulse in zip(self._pulses, found, strict=True):
-            is_alive = pulse != self._pulses[rank] or pulse == OVER.encode()
+        found = self._ranks.multi_get([str(rank) for rank in self._heartbeats])
+        for rank, heartbeat in zip(self._heartbeats, found, strict=True):
+            is_alive = heartbeat != self._heartbeats[rank] or heartbeat == OVER.encode()
             self._looks[rank] = 0 if is_alive else self._looks[rank] + 1
-            self._pulses[rank] = pulse
+            self._heartbeats[rank] = heartbeat
         if silent := [rank for rank, looks in self._looks.items() if looks >= self._most_looks]:
             raise silence(silent, self._timeout)
 

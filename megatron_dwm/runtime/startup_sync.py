@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from megatron_dwm.errors import EXIT_CODE, PeerError, UserError, print_error, shortened
 from megatron_dwm.runtime.process_groups import free_port
-from megatron_dwm.runtime.rendezvous import Pulses, StoreWatch, meet, named
+from megatron_dwm.runtime.rendezvous import Heartbeats, StoreWatch, meet, named
 
 PATIENCE = timedelta(hours=2)
 """One rank may build a large dataset's index while the others wait."""
@@ -244,7 +244,7 @@ class StartupSync:
         store: Any = self.store  # torch's types lack the method
         connection = store.clone()  # the run's may be held by a wait
         failures = dist.PrefixStore("failures", connection)
-        pulses = Pulses(connection, self.rank, self.world_size, self._timeout, POLL_SECONDS)
+        heartbeats = Heartbeats(connection, self.rank, self.world_size, self._timeout, POLL_SECONDS)
         is_starting = True
         try:
             while not self._finished.wait(POLL_SECONDS):
@@ -255,21 +255,21 @@ class StartupSync:
                         return
                     self._end(failure, failures)
                 if is_starting and self._started.is_set():
-                    pulses.end()
+                    heartbeats.end()
                     is_starting = False
                 elif is_starting:
-                    pulses.beat()
-                    self._require_pulses(pulses, failures)
+                    heartbeats.beat()
+                    self._require_heartbeats(heartbeats, failures)
                 self._store_watch.answered()
             if is_starting:
-                pulses.end()
+                heartbeats.end()
         except RuntimeError:  # the store has ended; whoever waits for its holder finds out
             return
 
-    def _require_pulses(self, pulses: Pulses, failures: dist.Store) -> None:
+    def _require_heartbeats(self, heartbeats: Heartbeats, failures: dist.Store) -> None:
         """End this process if another one has fallen silent."""
         try:
-            pulses.require_all()
+            heartbeats.require_all()
         except UserError as error:
             description = self._description(error)
             if self._is_first_to_report(description, failures):

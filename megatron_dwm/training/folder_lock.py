@@ -3,7 +3,7 @@
 The lock is the operating system's on the file ``.lock`` (POSIX ``fcntl``): it ends with the process that holds it,
 however that ends, and children do not inherit it. NFS passes it on to its server. Some mounts do not: Lustre without
 ``flock`` refuses it, and NFS with ``nolock`` or ``local_lock`` keeps it on one machine without saying so. There
-counts that the holder touches a file beside it, its pulse: a folder whose pulse moves is not taken.
+counts that the holder touches a file beside it, its heartbeat: a folder whose heartbeat moves is not taken.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from megatron_dwm.errors import UserError
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-PULSE = ".lock.pulse"
-PULSE_SECONDS = 10.0
+HEARTBEAT = ".lock.heartbeat"
+HEARTBEAT_SECONDS = 10.0
 LEASE_SECONDS = 60.0
-"""A pulse that has not moved for so long is that of a holder that was killed."""
+"""A heartbeat that has not moved for so long is that of a holder that was killed."""
 SETTLE_SECONDS = 2.0
 """Of several that come at once, the last to write its name has the folder."""
 
@@ -63,7 +63,7 @@ class FolderLock:
         """Let another process have the folder."""
         self._closed.set()
         with contextlib.suppress(OSError):
-            (self.folder / PULSE).unlink(missing_ok=True)
+            (self.folder / HEARTBEAT).unlink(missing_ok=True)
             self._file.truncate(0)
         self._file.close()
 
@@ -76,7 +76,7 @@ class FolderLock:
                 self._refuse(_owner(self._file))
             logger.warning(
                 f"{self.flag} {self.folder}: its file system knows no locks ({error.strerror}); whether another run "
-                f"writes there shows by {PULSE}, which a run touches every {PULSE_SECONDS:.0f} s"
+                f"writes there shows by {HEARTBEAT}, which a run touches every {HEARTBEAT_SECONDS:.0f} s"
             )
             return False
         return True
@@ -89,12 +89,12 @@ class FolderLock:
         )
 
     def _wait_for_end_of(self, owner: dict[str, Any] | None) -> None:
-        """Wait until the pulse of a holder whom the lock does not show has stood still for long enough.
+        """Wait until the heartbeat of a holder whom the lock does not show has stood still for long enough.
 
         Raises:
             UserError: it moves.
         """
-        before = self._pulse()
+        before = self._heartbeat()
         deadline = time.monotonic() + LEASE_SECONDS - self._age_of(before)
         if before is None or time.monotonic() > deadline:
             return
@@ -103,8 +103,8 @@ class FolderLock:
             "a sign of life"
         )
         while time.monotonic() < deadline:
-            time.sleep(PULSE_SECONDS / 10)
-            if self._pulse() != before:
+            time.sleep(HEARTBEAT_SECONDS / 10)
+            if self._heartbeat() != before:
                 self._refuse(owner)
 
     def _own(self, *, is_certain: bool) -> None:
@@ -118,7 +118,7 @@ class FolderLock:
         self._file.truncate(0)
         self._file.write(json.dumps(mine) + "\n")
         self._file.flush()
-        (self.folder / PULSE).touch()
+        (self.folder / HEARTBEAT).touch()
         if not is_certain:
             time.sleep(SETTLE_SECONDS)
             owner = _owner(self._file)
@@ -126,15 +126,15 @@ class FolderLock:
                 self._refuse(owner)
 
     def _beat(self) -> None:
-        while not self._closed.wait(PULSE_SECONDS):
+        while not self._closed.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):  # a full disk, or a folder that was removed, is found when saving
-                os.utime(self.folder / PULSE)
+                os.utime(self.folder / HEARTBEAT)
 
-    def _pulse(self) -> int | None:
-        """Return when the pulse moved last, by the clock of the file system; None if there is none."""
+    def _heartbeat(self) -> int | None:
+        """Return when the heartbeat moved last, by the clock of the file system; None if there is none."""
         try:
             # Opened anew: NFS then asks its server.
-            descriptor = os.open(self.folder / PULSE, os.O_RDONLY)
+            descriptor = os.open(self.folder / HEARTBEAT, os.O_RDONLY)
         except OSError:
             return None
         try:
@@ -142,10 +142,10 @@ class FolderLock:
         finally:
             os.close(descriptor)
 
-    def _age_of(self, pulse: int | None) -> float:
-        """Return the seconds since the pulse moved, by the same clock."""
+    def _age_of(self, heartbeat: int | None) -> float:
+        """Return the seconds since the heartbeat moved, by the same clock."""
         with tempfile.TemporaryFile(dir=self.folder) as now:
-            return 0.0 if pulse is None else max(0.0, (os.fstat(now.fileno()).st_mtime_ns - pulse) / 1e9)
+            return 0.0 if heartbeat is None else max(0.0, (os.fstat(now.fileno()).st_mtime_ns - heartbeat) / 1e9)
 
 
 def _owner(file: TextIO) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""What a run tells of itself, iteration by iteration."""
+"""Reports of a run: log lines, records and curves of each iteration."""
 
 from __future__ import annotations
 

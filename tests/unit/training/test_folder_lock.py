@@ -18,7 +18,7 @@ import pytest
 
 from megatron_dwm.errors import UserError
 from megatron_dwm.training import folder_lock
-from megatron_dwm.training.folder_lock import LOCK, PULSE
+from megatron_dwm.training.folder_lock import HEARTBEAT, LOCK
 from megatron_dwm.training.save_folder import SaveFolder
 
 FORK = multiprocessing.get_context("fork")
@@ -116,7 +116,7 @@ def without_locks(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("mount", [of_another_host, without_locks])
-def test_where_no_lock_decides_the_pulse_of_the_holder_does(
+def test_where_no_lock_decides_the_heartbeat_of_the_holder_does(
     mount: Callable[[pytest.MonkeyPatch], None],
     request: pytest.FixtureRequest,
     tmp_path: Path,
@@ -125,7 +125,7 @@ def test_where_no_lock_decides_the_pulse_of_the_holder_does(
 ):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(folder_lock, "LEASE_SECONDS", LEASE)
-    monkeypatch.setattr(folder_lock, "PULSE_SECONDS", LEASE / 3)
+    monkeypatch.setattr(folder_lock, "HEARTBEAT_SECONDS", LEASE / 3)
     monkeypatch.setattr(folder_lock, "SETTLE_SECONDS", LEASE / 3)
     mount(monkeypatch)
     save, said = tmp_path / "save", "its file system knows no locks (No locks available)"
@@ -137,10 +137,10 @@ def test_where_no_lock_decides_the_pulse_of_the_holder_does(
     owner.kill()
     owner.join()
     started = time.monotonic()
-    SaveFolder(save).close()  # the pulse stands still
+    SaveFolder(save).close()  # the heartbeat stands still
     assert time.monotonic() - started < 3 * LEASE
     assert f"was held by process {owner.pid} on " in caplog.text
-    assert (save / LOCK).read_text() == "" and not (save / PULSE).exists()
+    assert (save / LOCK).read_text() == "" and not (save / HEARTBEAT).exists()
 
 
 def test_a_holder_that_has_been_dead_for_long_is_not_waited_for(
@@ -148,7 +148,7 @@ def test_a_holder_that_has_been_dead_for_long_is_not_waited_for(
 ):
     owner.kill()
     owner.join()
-    os.utime(tmp_path / "save" / PULSE, (time.time() - 3600,) * 2)
+    os.utime(tmp_path / "save" / HEARTBEAT, (time.time() - 3600,) * 2)
     monkeypatch.setattr(folder_lock, "SETTLE_SECONDS", 0.0)
     of_another_host(monkeypatch)
     started = time.monotonic()
@@ -158,7 +158,7 @@ def test_a_holder_that_has_been_dead_for_long_is_not_waited_for(
 
 def test_of_two_that_come_at_once_one_gets_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Without locks: each writes its name, and looks after a while whose name is there."""
-    monkeypatch.setattr(folder_lock, "PULSE_SECONDS", 0.3)
+    monkeypatch.setattr(folder_lock, "HEARTBEAT_SECONDS", 0.3)
     monkeypatch.setattr(folder_lock, "LEASE_SECONDS", 5.0)
     monkeypatch.setattr(folder_lock, "SETTLE_SECONDS", 1.0)
     without_locks(monkeypatch)
