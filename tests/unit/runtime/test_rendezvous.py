@@ -19,9 +19,9 @@ from megatron_dwm.runtime import rendezvous, startup_sync
 from megatron_dwm.runtime.process_groups import free_port
 
 FORK = multiprocessing.get_context("fork")
-SECONDS = 2
-"""That ranks are waited for, in place of minutes."""
-MINUTES = "0.0333333"
+SECONDS = 4
+"""That ranks are waited for, in place of minutes; more than a busy machine keeps a process waiting."""
+MINUTES = "0.0666667"
 
 Program = Callable[[Process], None]
 
