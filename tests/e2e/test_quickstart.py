@@ -13,8 +13,7 @@ from megatron_dwm.analysis.records import read_run
 from tests.paths import ROOT
 from tests.turns import several_processes
 
-ITERATIONS = 48
-"""Enough to tell prose from code; word order is told apart later."""
+ITERATIONS = 160
 
 
 def quickstart(folder: Path) -> str:
@@ -37,10 +36,10 @@ def test_the_quickstart_trains_learns_whom_to_trust_and_is_not_redone(tmp_path: 
     run = read_run(folder / "checkpoints")
     assert len(run.steps) == ITERATIONS and set(run.sources) == {"prose", "code", "comments", "shuffled"}
     valid = [record["lm_loss"] for record in run.evaluated("valid")]
-    assert valid[-1] < run.steps[0]["lm_loss"] - 0.5
+    assert valid[-1] < valid[0] - 0.5
     last = [step["weight_by_source"] for step in run.steps[-ITERATIONS // 4 :]]
-    mean = {source: sum(weights[source] for weights in last) / len(last) for source in ("prose", "code")}
-    assert mean["code"] < mean["prose"], mean
+    mean = {source: sum(weights[source] for weights in last) / len(last) for source in ("prose", "shuffled")}
+    assert mean["shuffled"] < mean["prose"], mean
 
     weighter = folder / "checkpoints" / "weighter" / name
     model = AutoModelForSequenceClassification.from_pretrained(weighter)

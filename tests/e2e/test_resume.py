@@ -40,10 +40,8 @@ def assert_same(one: object, other: object, where: str = "") -> None:
     [
         pytest.param("one process", "lm", 3, id="one process, in the warm-up"),
         pytest.param("one process", "modernbert", 10, id="one process, weighter of random weights"),
-        *(
-            pytest.param(layout, start, 10, id=f"{layout}, {start}, in the middle of a stage")
-            for layout, start in zip(list(LAYOUTS)[1:], ("ngram", "lm"), strict=True)
-        ),
+        pytest.param("TP2 x PP2", "ngram", 10, id="TP2 x PP2, n-gram weighter"),
+        *(pytest.param(layout, "lm", 10, id=f"{layout}, in the middle of a stage") for layout in list(LAYOUTS)[1:]),
     ],
 )
 def test_a_resumed_run_equals_the_whole_one_bit_for_bit(layout: str, start: str, stop: int, tmp_path: Path):
