@@ -75,12 +75,16 @@ def missing_markers() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def package_logging() -> Iterator[None]:
-    """Undo what a command of the test sets for the whole process."""
-    package = logging.getLogger("megatron_dwm")
-    handlers, level, propagate = package.handlers, package.level, package.propagate
+    """Undo what a command sets for the whole process, in a test or in a fixture that lives longer than one."""
+    _reset_package_logging()
     yield
-    package.handlers, package.propagate = handlers, propagate
-    package.setLevel(level)
+    _reset_package_logging()
+
+
+def _reset_package_logging() -> None:
+    package = logging.getLogger("megatron_dwm")
+    package.handlers, package.propagate = [], True
+    package.setLevel(logging.NOTSET)
 
 
 def pytest_configure(config: pytest.Config) -> None:

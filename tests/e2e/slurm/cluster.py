@@ -136,7 +136,10 @@ class Cluster:
         while (state := self._job_state(job_id)) not in LAST_STATES:
             self._check_health()
             time.sleep(1)
-        return Job(state, log.read_text() if log.exists() else "(the job wrote no log)")
+        text = log.read_text() if log.exists() else "(the job wrote no log)\n"
+        if state != "COMPLETED":  # what SLURM has to say of it
+            text += self._call("scontrol", "show", "job", job_id) + self._daemon_logs()
+        return Job(state, text)
 
     def start_at_once(self, job_id: str) -> None:
         """Let a requeued job start now; SLURM makes it wait for two minutes."""
@@ -225,8 +228,10 @@ class Cluster:
         return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
     def _error(self, message: str) -> ClusterError:
-        logs = (f"--- {name}\n{(self.folder / f'{name}.log').read_text()}" for name in self._daemons)
-        return ClusterError("\n".join([message, *logs]))
+        return ClusterError(f"{message}\n{self._daemon_logs()}")
+
+    def _daemon_logs(self) -> str:
+        return "\n".join(f"--- {name}\n{(self.folder / f'{name}.log').read_text()}" for name in self._daemons)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
@@ -33,15 +34,20 @@ def same(item: int) -> int:
     return item
 
 
-def workers() -> list[multiprocessing.process.BaseProcess]:
-    """The pool's processes; other tests of this process may have left a manager running."""
-    return [process for process in multiprocessing.active_children() if "Manager" not in process.name]
+Workers: TypeAlias = Callable[[], list[multiprocessing.process.BaseProcess]]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.fixture
+def workers() -> Workers:
+    """Lists the pool's processes: those that were not there before, for other tests leave servers running."""
+    before = set(multiprocessing.active_children())
+    return lambda: [process for process in multiprocessing.active_children() if process not in before]
+
+
+@pytest.mark.parametrize("number_of_workers", [1, 2, 5])
 @pytest.mark.parametrize("number", [0, 1, 7, 1000])
-def test_results_come_in_the_order_of_the_items(workers: int, number: int) -> None:
-    with WorkerPool(square, workers) as pool:
+def test_results_come_in_the_order_of_the_items(number_of_workers: int, number: int) -> None:
+    with WorkerPool(square, number_of_workers) as pool:
         assert list(pool.map(chunks(number))) == [item * item for item in range(number)]
 
 
@@ -88,7 +94,7 @@ def die(how: Callable[[], None], at: int) -> Callable[[int], int]:
         (lambda: os._exit(3), "exit code 3"),
     ],
 )
-def test_a_worker_that_ends_is_an_error(how: Callable[[], None], message: str, at: int) -> None:
+def test_a_worker_that_ends_is_an_error(how: Callable[[], None], message: str, at: int, workers: Workers) -> None:
     with WorkerPool(die(how, at), 3) as pool, pytest.raises(WorkerDied, match=message):
         list(pool.map(chunks(300)))
     assert workers() == []
@@ -97,7 +103,7 @@ def test_a_worker_that_ends_is_an_error(how: Callable[[], None], message: str, a
 @pytest.mark.parametrize("moment", ["before", "within", "after"])
 @pytest.mark.parametrize("name", [signal.SIGKILL, signal.SIGSTOP])
 def test_workers_that_are_killed_or_stopped_from_outside_do_not_hang_the_parent(
-    name: signal.Signals, moment: str
+    name: signal.Signals, moment: str, workers: Workers
 ) -> None:
     """At any moment, the end of the work included; one that is stopped is waited for only while it owes results."""
     done = [item for chunk in chunks(300) for item in chunk]
@@ -126,7 +132,7 @@ def test_workers_that_are_killed_or_stopped_from_outside_do_not_hang_the_parent(
     assert workers() == []
 
 
-def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path, workers: Workers) -> None:
     def parent() -> None:
         with WorkerPool(same, 3) as pool:
             pids = [process.pid for process in workers()]
