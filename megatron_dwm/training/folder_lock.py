@@ -150,7 +150,7 @@ class FolderLock:
 
 def _owner(file: TextIO) -> dict[str, Any] | None:
     """Return what the lock's file says of its holder, if anything."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         file.seek(0)
         owner = json.loads(file.readline())
         return owner if isinstance(owner, dict) else None
