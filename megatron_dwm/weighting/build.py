@@ -281,9 +281,15 @@ class _Builder:
         """Return a checkpoint's weighter, which reads samples as it did.
 
         Raises:
-            UserError: it has a tokenizer of its own, which the flags do not name.
+            UserError: it has a tokenizer of its own, which the flags do not name, or fewer tokens than the run's.
         """
         model, folder = weighter_model_from_json(state["weighter_config"]), self.inputs.folder
+        embeddings, tokens = model.config.vocab_size, int(self.context.tokenizer.vocab_size)
+        if not state.get("weighter_tokenizer") and embeddings < tokens:
+            raise UserError(
+                f"--load: the checkpoint's weighter has {embeddings} tokens and the tokenizer {tokens}; give the flags "
+                "of the tokenizer that it was trained with"
+            )
         if own := state.get("weighter_tokenizer"):
             if folder is None or folder.own_tokenizer is None or folder.fingerprint != own:
                 raise UserError(

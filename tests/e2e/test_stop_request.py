@@ -26,6 +26,7 @@ FLAGS = {
     **{"--num-workers": 2, "--train-iters": 40, "--eval-interval": 20, "--exit-signal-handler": True},
     "--save-interval": 8,
 }
+DISTRIBUTED = {"--use-distributed-optimizer": True, "--dist-ckpt-optim-fully-reshardable": True}
 
 
 def start(folder: Path, save: Path, processes: int, **changes: object) -> list[subprocess.Popen[str]]:
@@ -59,7 +60,7 @@ def test_a_signal_to_every_process_of_a_run_loses_nothing(tmp_path: Path):
     number, processes = signal.SIGTERM, 2
     save = tmp_path / "interrupted"
     with several_processes:
-        ranks = start(tmp_path, save, processes)
+        ranks = start(tmp_path, save, processes, **DISTRIBUTED)
         wait_for_iteration(save / "metrics.jsonl", 10, ranks)
         for rank in ranks:
             os.killpg(rank.pid, number)  # the loaders' processes as well, as SLURM does
@@ -72,10 +73,10 @@ def test_a_signal_to_every_process_of_a_run_loses_nothing(tmp_path: Path):
         assert 10 <= status["iteration"] < 40
         assert (save / f"iter_{status['iteration']:07d}" / "metadata.json").is_file()
 
-    succeed(tmp_path / "resumed", processes, {**FLAGS, "--save": save, "--load": save})
+    succeed(tmp_path / "resumed", processes, {**FLAGS, **DISTRIBUTED, "--save": save, "--load": save})
     assert json.loads((save / "run_status.json").read_text())["status"] == "finished"
     whole = tmp_path / "whole"
-    succeed(tmp_path / "log", processes, {**FLAGS, "--save": whole})
+    succeed(tmp_path / "log", processes, {**FLAGS, **DISTRIBUTED, "--save": whole})
     assert_same_checkpoints(whole / "iter_0000040", save / "iter_0000040")
 
 

@@ -50,6 +50,13 @@ def test_a_missing_weighter_state_is_refused(save: Path, tmp_path: Path):
     assert "dwm_state.pt, the state of the weighting, is missing" in finished.errors[0]
 
 
+def test_a_tokenizer_of_more_tokens_than_the_weighter_has_is_refused(save: Path, tmp_path: Path):
+    """They fit the language model, whose rows are padded."""
+    finished = pretrain(tmp_path / "log", 1, RUN | {"--load": save, "--vocab-size": 31})
+    assert finished.codes == [2] and finished.errors[0].count("\n") == 1, finished.text
+    assert "the checkpoint's weighter has 31 tokens and the tokenizer 32" in finished.errors[0]
+
+
 def test_the_weighters_flags_count_on_resume_and_are_said(save: Path, tmp_path: Path):
     changes = {"--dwm-lr": 0.5, "--dwm-weight-decay": 0.25, "--dwm-hidden-size": 64}
     finished = succeed(tmp_path / "log", 1, RUN | changes | {"--load": save, "--save": tmp_path / "changed"})
