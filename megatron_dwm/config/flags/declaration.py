@@ -84,9 +84,13 @@ def flag(
     return dataclasses.field(default=default, metadata={_KEY: declaration})
 
 
-@functools.cache
 def declared_flags(config_class: type) -> tuple[Flag, ...]:
     """Return the flags that ``config_class`` declares, in order."""
+    return _declared_flags(config_class)
+
+
+@functools.cache
+def _declared_flags(config_class: type) -> tuple[Flag, ...]:
     hints = typing.get_type_hints(config_class)
     fields = [field for field in dataclasses.fields(config_class) if _KEY in field.metadata]
     return tuple(_to_flag(field, hints[field.name]) for field in fields)
