@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_dwm.config.flags import flag, flag_name, require_at_least
 from megatron_dwm.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Names the newest checkpoint of a folder."""
@@ -87,9 +90,12 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "save_interval save_retain_interval non_persistent_save_interval")
-        for name in ("save_interval", "non_persistent_save_interval"):
-            if getattr(self, name) is not None and self.save is None:
-                raise UserError(f"{flag_name(name)} {getattr(self, name)} needs --save; give the folder")
+        if self.save_interval is not None and self.save is None:
+            logger.warning(f"--save-interval {self.save_interval} has no effect without --save: nothing is saved")
+        if self.non_persistent_save_interval is not None and self.save is None:
+            raise UserError(
+                f"--non-persistent-save-interval {self.non_persistent_save_interval} needs --save; give the folder"
+            )
         if self.ckpt_format == "torch" and self.async_save:
             raise UserError("--ckpt-format torch cannot be written while training goes on; leave --async-save out")
         if self.non_persistent_save_interval is not None and self.non_persistent_ckpt_type is None:

@@ -1,4 +1,4 @@
-"""Megatron-LM's flags that this program does not have, and why. None of them is silently ignored.
+"""Flags of Megatron-LM and of its forks that this program does not have, and why. None of them is silently ignored.
 
 Flags that scripts also give with a value that changes nothing (``--expert-model-parallel-size 1``) are declared with
 the others, as ``refused``, and those that change nothing whatever they say stand in ``no_effect.py``.
@@ -40,6 +40,11 @@ UNSUPPORTED: dict[str, str] = {
     "Megatron-LM no longer has it; use --micro-batch-size": "--batch-size",
     "Megatron-LM no longer has it; use --lr-warmup-fraction": "--warmup",
     "Megatron-LM no longer has it; use --tensor-model-parallel-size": "--model-parallel-size",
+    "Megatron-LM no longer has it; use --recompute-granularity full --recompute-method uniform": """
+        --activations-checkpoint-*""",
+    "DeepSpeed is not used; use --use-distributed-optimizer": "--deepspeed* --zero-* --no-pipeline-parallel",
+    "it adds a term to the losses or leaves tokens out, so that what is weighted is another loss; leave it out": """
+        --use-z-loss --goldfish-*""",
     "Megatron-LM's guide has it, its parser has not; use --fp8-format hybrid": "--fp8-hybrid",
     "the bounds are rounded by default; leave it out": "--yarn-correction-range-round-to-int",
     "use --num-layers": "--encoder-num-layers",
@@ -73,7 +78,7 @@ UNSUPPORTED: dict[str, str] = {
         --fp8-quantizer-factory --te-precision-config-file --fp8-output-proj""",
     "there is no FP4 training; use --bf16 or --fp8-format": "--fp4-*",
     "the optimizers are megatron-core's Adam and SGD with fp32 state; leave it out": """
-        --muon-* --lion-* --no-use-layer-wise-param-layout
+        --muon-* --lion-* --ademamix-* --no-use-layer-wise-param-layout
         --use-precision-aware-optimizer --optimizer-cpu-offload --dump-param-to-param-group-map
         --apply-wd-to-qk-layernorm --no-weight-decay-cond-type""",
     "kernels are chosen by --transformer-impl and the --no-*-fusion flags; leave it out": """
@@ -123,7 +128,7 @@ UNSUPPORTED: dict[str, str] = {
 
 
 def reason_unsupported(name: str) -> str | None:
-    """Return why Megatron-LM's flag ``name`` is not supported, and the remedy; None if Megatron-LM has no such flag."""
+    """Return why the flag ``name`` is not supported, and the remedy; None if it is not known."""
     for reason, patterns in UNSUPPORTED.items():
         if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
             return reason
