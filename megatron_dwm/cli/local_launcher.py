@@ -6,6 +6,7 @@ on the screen, and its exit code is the command's.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -13,13 +14,14 @@ import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import megatron_dwm
 from megatron_dwm.errors import UserError
 
 NPROC_FLAG = "--nproc"
 SHUTDOWN_SECONDS = 600
-"""How long ranks may take to save after a signal before they are killed."""
+"""How long ranks may take to save after a signal before they are killed; 30 where torch is older than that setting."""
 
 
 def split_nproc(argv: Sequence[str]) -> tuple[int | None, list[str]]:
@@ -48,6 +50,12 @@ def split_nproc(argv: Sequence[str]) -> tuple[int | None, list[str]]:
     return int(text), rest
 
 
+def known_settings(config_class: type, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the settings that a dataclass has; torch 2.11's launcher lacks some of newer ones."""
+    known = {field.name for field in dataclasses.fields(config_class)}
+    return {name: value for name, value in settings.items() if name in known}
+
+
 def launch_locally(module: str, processes: int, argv: Sequence[str]) -> int:
     """Run ``python -m module argv`` as the ranks of one machine, and return the exit code of the run."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -66,7 +74,7 @@ def launch_locally(module: str, processes: int, argv: Sequence[str]) -> int:
         max_restarts=0,
         monitor_interval=0.1,
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT",
-        shutdown_timeout=SHUTDOWN_SECONDS,
+        **known_settings(LaunchConfig, {"shutdown_timeout": SHUTDOWN_SECONDS}),
     )
     # The ranks find this package where this process has found it, also if it is not installed.
     package = str(Path(megatron_dwm.__file__).parents[1])

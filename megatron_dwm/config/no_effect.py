@@ -74,6 +74,7 @@ class NoEffectConfig:
     )
     contiguous_buffers_in_local_ddp: bool = flag(True, "Gradients lie in contiguous buffers in any case.")
     use_contiguous_buffers_in_local_ddp: bool = flag(False, "Gradients lie in contiguous buffers in any case.")
+    local_rank: int = flag(0, "Given by torch.distributed.launch, which says it in the environment too.")
     use_mpi: bool = flag(False, "Ranks that mpirun starts know their numbers by its environment in any case.")
 
     # What happens in any case.
