@@ -39,6 +39,12 @@ class CheckpointConfig:
         "Format that checkpoints are written in: torch_dist, which any layout can load, or torch, which only a run of "
         "the same one can. Which one --load names is seen from its files.",
     )
+    ckpt_convert_format: Literal["torch", "torch_dist"] | None = flag(
+        None, "Train nothing: write the checkpoint of --load in this format, in --ckpt-convert-save."
+    )
+    ckpt_convert_save: str | None = flag(
+        None, "Folder in which --ckpt-convert-format makes one that is named like --load's."
+    )
     dist_ckpt_strictness: Literal[
         "assume_ok_unexpected",
         "log_unexpected",
@@ -96,6 +102,8 @@ class CheckpointConfig:
             raise UserError(
                 f"--non-persistent-save-interval {self.non_persistent_save_interval} needs --save; give the folder"
             )
+        if (self.ckpt_convert_format is None) != (self.ckpt_convert_save is None):
+            raise UserError("--ckpt-convert-format and --ckpt-convert-save need each other; give both")
         if self.ckpt_format == "torch" and self.async_save:
             raise UserError("--ckpt-format torch cannot be written while training goes on; leave --async-save out")
         if self.non_persistent_save_interval is not None and self.non_persistent_ckpt_type is None:
@@ -103,7 +111,7 @@ class CheckpointConfig:
                 f"--non-persistent-save-interval {self.non_persistent_save_interval} needs "
                 "--non-persistent-ckpt-type global; add it"
             )
-        for name in ("exit_on_missing_checkpoint", "use_checkpoint_args"):
+        for name in ("exit_on_missing_checkpoint", "use_checkpoint_args", "ckpt_convert_format"):
             if getattr(self, name) and self.load is None and self.pretrained_checkpoint is None:
                 raise UserError(f"{flag_name(name)} needs --load; give the folder")
 

@@ -119,7 +119,8 @@ UNSUPPORTED: dict[str, str] = {
     "records go to the log, a JSON-lines file and TensorBoard; leave it out": """
         --*one-logger* --app-tag-run-* --config-logger-dir""",
     "checkpoints are torch_dist, in folders that all ranks share; leave it out": """
-        --load-main-params-from-ckpt --non-persistent-local-* --ckpt-convert-* --dist-ckpt-save-pre-mcore-014
+        --load-main-params-from-ckpt --non-persistent-local-* --ckpt-convert-update-legacy-dist-opt-format
+        --dist-ckpt-save-pre-mcore-014
         --distrib-optim-fully-reshardable-mem-efficient --replication* --use-mp-args-from-checkpoint-args
         --*-use-tokenizer-model-from-checkpoint-args --async-ckpt-* --override-ckpt-iteration
         --*-ckpt-load-validate-sharding-integrity --*-stream-ckpt-dequant""",

@@ -28,7 +28,7 @@ from megatron_dwm import __version__
 from megatron_dwm.atomic_write import atomic_files, sync
 from megatron_dwm.config.flags import flag
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.corpora.readers import Reader, Record, input_files
+from megatron_dwm.corpora.readers import Reader, Record, input_files, without_suffixes
 from megatron_dwm.corpora.unfinished import Progress, UnfinishedWork, file_stamps, unfinished_work
 from megatron_dwm.corpora.worker_pool import WorkerDied, WorkerPool
 from megatron_dwm.data.tokenizers import build_tokenizer, end_of_document
@@ -55,6 +55,9 @@ class PreprocessConfig:
     lang: str = flag("english", "Language of sentence splitting; otherwise without effect.")
     append_eod: bool = flag(False, "Append the end-of-document token to each document.")
     output_prefix: str | None = flag(None, "Path of the output without _<key>_document.bin/.idx.")
+    output_per_file: bool = flag(
+        False, "Make data sets of each input file, with its name behind --output-prefix, in place of those of all."
+    )
     workers: int = flag(1, "Number of processes that tokenize.")
     partitions: int = flag(1, "Deal the documents out to this many partitions, which follow each other.")
     log_interval: int = flag(1000, "Report progress after this many documents.")
@@ -187,6 +190,44 @@ def preprocess(config: PreprocessConfig, tokenizer_config: TokenizerConfig) -> N
     """
     encoder = Encoder(config, tokenizer_config)
     paths = input_files(config.input or [])
+    if not config.output_per_file:
+        _preprocess(config, tokenizer_config, encoder, paths)
+        return
+    prefix = Path(config.output_prefix or "")
+    names = _names(paths)
+    Reader(paths, config.json_keys)  # a file that cannot be read is found before the first one is worked on
+    job = _job(config, tokenizer_config, paths)
+    with unfinished_work(prefix.with_name(f".{prefix.name}.files"), job, "files") as work:
+        for name, path in list(names.items())[work.progress.records :]:
+            of_file = replace(config, input=[path], output_prefix=f"{prefix}_{name}")
+            logger.info(f"{path} to {of_file.output_prefix}")
+            _preprocess(of_file, tokenizer_config, encoder, [path])
+            work.keep(work.next_segment(), Progress(records=work.progress.records + 1))
+
+
+def _names(paths: list[str]) -> dict[str, str]:
+    """Return the files by their names without suffixes.
+
+    Raises:
+        UserError: two have one name.
+    """
+    names: dict[str, str] = {}
+    for path in paths:
+        name = without_suffixes(path)
+        if name in names:
+            raise UserError(f"--output-per-file: {names[name]} and {path} have one name; rename one of them")
+        names[name] = path
+    return names
+
+
+def _preprocess(
+    config: PreprocessConfig, tokenizer_config: TokenizerConfig, encoder: Encoder, paths: list[str]
+) -> None:
+    """Write the data sets of some files.
+
+    Raises:
+        UserError: as :func:`preprocess`.
+    """
     reader = Reader(paths, config.json_keys)
     prefix = Path(config.output_prefix or "")
     try:
