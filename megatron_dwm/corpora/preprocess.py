@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -182,8 +183,11 @@ def _cause(sentences: list[str], error: Exception) -> Exception:
     return error
 
 
-def preprocess(config: PreprocessConfig, tokenizer_config: TokenizerConfig) -> None:
+def preprocess(config: PreprocessConfig, tokenizer_config: TokenizerConfig) -> list[str]:
     """Write ``<output_prefix>_<key>_document.bin`` and ``.idx`` of each key, in place of old ones.
+
+    Returns:
+        the names of the data sets, without suffix.
 
     Raises:
         UserError: an unreadable input or tokenizer, a malformed record (unless skipped), or no documents.
@@ -192,7 +196,7 @@ def preprocess(config: PreprocessConfig, tokenizer_config: TokenizerConfig) -> N
     paths = input_files(config.input or [])
     if not config.output_per_file:
         _preprocess(config, tokenizer_config, encoder, paths)
-        return
+        return [_dataset(Path(config.output_prefix or ""), key) for key in config.json_keys]
     prefix = Path(config.output_prefix or "")
     names = _names(paths)
     Reader(paths, config.json_keys)  # a file that cannot be read is found before the first one is worked on
@@ -203,6 +207,7 @@ def preprocess(config: PreprocessConfig, tokenizer_config: TokenizerConfig) -> N
             logger.info(f"{path} to {of_file.output_prefix}")
             _preprocess(of_file, tokenizer_config, encoder, [path])
             work.keep(work.next_segment(), Progress(records=work.progress.records + 1))
+    return [_dataset(Path(f"{prefix}_{name}"), key) for name in names for key in config.json_keys]
 
 
 def _names(paths: list[str]) -> dict[str, str]:
@@ -315,7 +320,7 @@ def _publish(config: PreprocessConfig, dtype: Any, segments: list[Path], prefix:
     with atomic_files(prefix.parent) as scratch:
         if len(parts) == 1:
             for key, suffix in itertools.product(config.json_keys, (".bin", ".idx")):
-                os.replace(_dataset(parts[0], key) + suffix, _dataset(scratch / prefix.name, key) + suffix)
+                _link(_dataset(parts[0], key) + suffix, _dataset(scratch / prefix.name, key) + suffix)
         else:
             whole = _Writer(config.json_keys, dtype, scratch / prefix.name)
             for part in parts:
@@ -329,6 +334,14 @@ def _publish(config: PreprocessConfig, dtype: Any, segments: list[Path], prefix:
             if path.suffix == ".idx":
                 (prefix.parent / path.name).unlink(missing_ok=True)
         sync(prefix.parent)
+
+
+def _link(finished: str, name: str) -> None:
+    """Give a finished file another name; it stays where it is, for a call that comes after an interruption."""
+    try:
+        os.link(finished, name)
+    except OSError:  # a file system without such names
+        shutil.copyfile(finished, name)
 
 
 def _dataset(prefix: Path, key: str) -> str:

@@ -363,8 +363,9 @@ def test_each_file_has_data_sets_of_its_own_and_those_that_are_there_are_not_mad
     assert "Going on after 1 files" in capsys.readouterr().out
     expected = {f"made_{name}_text_document{suffix}" for name in ("a", "b.x") for suffix in (".bin", ".idx")}
     assert {path.name for path in (tmp_path / "out").iterdir()} == expected
-    assert IndexedDataset(str(tmp_path / "out/made_a_text_document"))[0].tolist() == [1, 2]
-    assert IndexedDataset(str(tmp_path / "out/made_b.x_text_document"))[0].tolist() == [3, 4]
+    for name, tokens in (("a", [1, 2]), ("b.x", [3, 4])):
+        made = IndexedDataset(str(tmp_path / f"out/made_{name}_text_document"))
+        assert made[0].tolist() == tokens
     (tmp_path / "a.json").write_text("{}")
     assert run_tool(monkeypatch, *argv[:1], tmp_path / "a.json", *argv[1:]) == 2
     assert "have one name; rename one" in capsys.readouterr().err
