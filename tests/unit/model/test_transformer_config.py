@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_flags_of_pipelines_and_checks_are_copied():
 
 
 def test_flags_of_overlapped_and_deferred_communication_are_copied():
-    changed = {
+    changed: dict[str, Any] = {
         **dict.fromkeys(
             ("tp_comm_bulk_wgrad", "tp_comm_bulk_dgrad", "tp_comm_overlap_ag", "tp_comm_overlap_rs"), False
         ),
