@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import os
 import shutil
@@ -39,7 +40,13 @@ PACKAGES = {"slurm": "slurm-wlm munge", "browser": "chromium"}
 """Debian's packages that have them."""
 GPUS_NEEDED = {"gpu": 1, "gpus": 2}
 """GPUs that the tests of a marker need; without them they are deselected in any case."""
-FIXTURES = {"cluster": "slurm", "browser": "browser", "one_gpu": "gpu", "two_gpus": "gpus"}
+FIXTURES = {
+    "cluster": "slurm",
+    "browser": "browser",
+    "one_gpu": "gpu",
+    "two_gpus": "gpus",
+    "transformer_engine": "transformer_engine",
+}
 """Markers of the tests that use a fixture."""
 
 
@@ -52,9 +59,16 @@ def count_gpus() -> int:
     return listed.stdout.count("GPU ")
 
 
-def missing_gpus() -> list[str]:
-    """Return the markers of tests that need more GPUs than there are."""
-    return [marker for marker, count in GPUS_NEEDED.items() if count > count_gpus()]
+def missing_gpus() -> dict[str, str]:
+    """Return the markers of tests that need more GPUs than there are, or Transformer Engine on them, and what for."""
+    missing = {
+        marker: f"this machine has not {count} NVIDIA GPU(s)"
+        for marker, count in GPUS_NEEDED.items()
+        if count > count_gpus()
+    }
+    if importlib.util.find_spec("transformer_engine") is None:
+        missing["transformer_engine"] = "it is not installed"
+    return missing
 
 
 @pytest.fixture
@@ -65,6 +79,11 @@ def one_gpu() -> None:
 @pytest.fixture
 def two_gpus() -> None:
     """What a test needs that is to run where there are two GPUs."""
+
+
+@pytest.fixture
+def transformer_engine() -> None:
+    """What a test needs that is to run where Transformer Engine is installed."""
 
 
 def missing_markers() -> list[str]:
@@ -113,10 +132,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         f"deselected: tests marked {marker}, because not all of {', '.join(PROGRAMS[marker])} are installed "
         f"(Debian: {PACKAGES[marker]}); {REQUIRE_ALL}=1 makes them fail instead"
         for marker in missing_markers()
-    ] + [
-        f"deselected: tests marked {marker}, because this machine has not {GPUS_NEEDED[marker]} NVIDIA GPU(s)"
-        for marker in missing_gpus()
-    ]
+    ] + [f"deselected: tests marked {marker}, because {reason}" for marker, reason in missing_gpus().items()]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -38,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def pretrain(argv: Sequence[str], process: Process) -> None:
     """Run one rank of a pretraining run."""
     config, device = process.parse(partial(read_run_flags, argv))
-    build_trainer(config, device, process).train()
+    trainer = build_trainer(config, device, process)
+    if config.checkpoint.ckpt_convert_format is None:
+        trainer.train()
+    else:
+        trainer.convert()
 
 
 if __name__ == "__main__":
