@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_dwm.model.optimizer_parts import optimizer_parts
+from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.model.vocabulary import Vocabulary
 from megatron_dwm.plan.costs import step_traffic, update_traffic
 from megatron_dwm.plan.memory import held_activations, in_flight
@@ -56,9 +57,12 @@ def _count(flags: Flags) -> dict[str, Any]:
     with Meter() as step:
         optimizer.step()
     gradients = built.lm_gradients()
+    before = ParameterCopy.taken(chunks)
     with Meter() as update:
         _, direction = gradients.gradient(target)
+        before.swap()
         gradients.align(batch, direction)
+        before.swap()
     held["activations"] = passes.peak
     return {**held, "step": (passes.traffic + step.traffic).payloads, "update": update.traffic.payloads}
 
