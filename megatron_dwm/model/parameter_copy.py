@@ -88,7 +88,8 @@ class ParameterCopy:
                 continue  # the last one's parameters lie elsewhere than in their buckets
             for bucket_group in chunk.bucket_groups:
                 for bucket in bucket_group.buckets:
-                    yield bucket_group.intra_distributed_optimizer_instance_group, bucket
+                    if bucket.param_data is not None:
+                        yield bucket_group.intra_distributed_optimizer_instance_group, bucket
 
 
 def _own_shard(group: dist.ProcessGroup, bucket: Any) -> torch.Tensor:
