@@ -57,7 +57,9 @@ def _count(flags: Flags) -> dict[str, Any]:
     with Meter() as step:
         optimizer.step()
     gradients = built.lm_gradients()
-    before = ParameterCopy.taken(chunks)
+    with Meter() as copy:
+        before = ParameterCopy.taken(chunks)
+    held["parameter copy"] = copy.allocated
     with Meter() as update:
         _, direction = gradients.gradient(target)
         before.swap()
@@ -101,6 +103,7 @@ def test_a_plan_is_what_ranks_hold_and_send(case: str):
         assert stage.weights == found["weights"]
         assert stage.gradients == found["gradients"]
         assert stage.optimizer == found["optimizer"]
+        assert stage.parameter_copy == found["parameter copy"]
         assert _payloads(step_traffic(config, stage)) == found["step"]
         assert _payloads(update_traffic(config, stage, nothing)) == found["update"]
         activations = held_activations(stage.training, in_flight(config, stage.number, config.num_microbatches))

@@ -30,6 +30,10 @@ from megatron_dwm.runtime.process_groups import ParallelState
 _LINEAR = (ColumnParallelLinear, RowParallelLinear)
 _EMBEDDINGS = (VocabParallelEmbedding, torch.nn.Embedding)
 _NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm)
+_CHANGE_AT_A_TIME = {"cpu": 1 << 22, "gpu": 1 << 27}
+"""Numbers of a layer's outputs whose change is computed at a time: enough for a matrix product to be worth it."""
+_PRODUCTS_AT_A_TIME = {"cpu": 1 << 19, "gpu": 1 << 24}
+"""Numbers that are multiplied at a time, in float32: few enough for a CPU's cache, or to use a GPU well."""
 
 
 def has_known_layers(chunks: Sequence[ModelChunk]) -> bool:
@@ -133,8 +137,8 @@ class _Layer:
 
         The outputs of a large vocabulary would otherwise need room several times over.
         """
-        size = max(1, _part_size(gradient) * len(gradient) // max(1, gradient.numel()))
-        whole = None if self.takes_parts else self._change(inputs, kwargs)
+        size = _rows(gradient, _CHANGE_AT_A_TIME)
+        whole = None if self.takes_parts and inputs else self._change(inputs, kwargs)
         for start in range(0, len(gradient), size):
             part = slice(start, start + size)
             change = whole[part] if whole is not None else self._change((inputs[0][part], *inputs[1:]), kwargs)
@@ -173,17 +177,19 @@ class _WithoutHooks(torch.nn.Module):
         return self.layer.forward(*args, **kwargs)
 
 
-def _part_size(values: torch.Tensor) -> int:
-    """Return how many numbers are worked on at a time: few enough for a CPU's cache, or to use a GPU well."""
-    return 1 << (19 if values.is_cpu else 25)
+def _rows(values: torch.Tensor, at_a_time: Mapping[str, int]) -> int:
+    """Return how many rows of a tensor, along its first dimension, hold so many numbers; at least one."""
+    limit = at_a_time["cpu" if values.is_cpu else "gpu"]
+    return max(1, limit * len(values) // max(1, values.numel()))
 
 
 def _inner_products(one: torch.Tensor, other: torch.Tensor, batch_dim: int) -> torch.Tensor:
     """Return the inner product of each sample's part of two tensors [b], float64."""
-    wide = torch.promote_types(one.dtype, torch.float32)
-    by_row = (one.to(wide) * other.to(wide)).sum(-1)
-    others = [dim for dim in range(by_row.dim()) if dim != batch_dim]
-    return by_row.sum(others, dtype=torch.float64)
+    wide, size = torch.promote_types(one.dtype, torch.float32), _rows(one, _PRODUCTS_AT_A_TIME)
+    pairs = zip(one.split(size), other.split(size), strict=True)
+    by_row = torch.cat([(some.to(wide) * others.to(wide)).sum(-1) for some, others in pairs])
+    summed = [dim for dim in range(by_row.dim()) if dim != batch_dim]
+    return by_row.sum(summed, dtype=torch.float64)
 
 
 def _is_replicated(name: str, module: torch.nn.Module) -> bool:
