@@ -17,11 +17,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
 
 from tests.paths import ROOT
 
 # One thread: a child forked after the parent used OpenMP's threads hangs in its first parallel region.
 torch.set_num_threads(1)
+
+# Of its 100,000 mock documents, samples of twelve tokens would be 17 million, and putting them into an order is most of
+# what a small run computes.
+MockGPTLowLevelDataset.size = 1000
 
 REQUIRE_ALL = "REQUIRE_ALL_TESTS"
 """Environment variable that makes tests fail, in place of being deselected, where their programs are not installed."""
