@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import sys
 from collections.abc import Callable
 
 EXIT_CODE = 2
 MOST_CHARACTERS = 1000  # of a message; a value or a file may have any number
 MOST_CHARACTERS_OF_A_WORD = 300  # of a message: enough for a path
+
+_NOT_WRITTEN = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EPERM, errno.EROFS}
+_TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "iostream")
 
 
 class UserError(Exception):
@@ -39,8 +44,20 @@ def print_error(error: UserError) -> None:
     print(f"error: {shortened(' '.join(words), MOST_CHARACTERS)}", file=sys.stderr, flush=True)
 
 
+def reason_not_written(error: Exception) -> str | None:
+    """Return why a file could not be written, if it is of this that the system, torch or safetensors tells."""
+    if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, RuntimeError) and any(writer in str(error) for writer in _TORCH_WRITERS):
+        return "a file could not be written to its end"  # it does not say why
+    # As the libraries that are written in Rust put it: safetensors, and tokenizers with a plain Exception.
+    return shortened(error) if re.search(r"\(os error \d+\)", str(error)) else None
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run the ``main`` of a command of one process, turning a :class:`UserError` into its line and exit code.
+
+    A disk that is full and a folder that cannot be written to are the user's too.
 
     Programs of several ranks start through ``megatron_dwm.cli.launch`` instead.
     """
@@ -48,4 +65,10 @@ def run_cli(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         print_error(error)
+        raise SystemExit(EXIT_CODE) from None
+    except Exception as error:
+        reason = reason_not_written(error)
+        if reason is None:
+            raise
+        print_error(UserError(f"{reason}; make room, or give another folder"))
         raise SystemExit(EXIT_CODE) from None

@@ -13,8 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from megatron_dwm.checksums import checksum
-from megatron_dwm.config.flags import flag_name
-from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.flags import declared_flags, flag_name
+from megatron_dwm.config.run import PARTS, RunConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.blend import DataPaths
 from megatron_dwm.data.index_cache import data_stamp
@@ -34,7 +34,9 @@ def rank_facts(config: RunConfig, paths: DataPaths, weighter_digest: str | None)
     Args:
         weighter_digest: of the parameters of the weighters that were read from folders, if any.
     """
-    facts = {flag_name(name): repr(value) for name, value in config.flat().items()}
+    flags = [item for part in PARTS.values() for item in declared_flags(part)]
+    names = {item.field: item.names[0] for item in flags if item.value_type is not None}
+    facts = {names.get(field, flag_name(field)): repr(value) for field, value in config.flat().items()}
     facts["Python"] = ".".join(platform.python_version_tuple()[:2])
     for package in PACKAGES:
         try:

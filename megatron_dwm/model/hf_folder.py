@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,9 +136,17 @@ def read_hugging_face(folder: Path, flag: str = "--input") -> HuggingFaceModel:
 def _read(folder: Path) -> HuggingFaceModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    model = model_config(config)
+    declared = json.loads((folder / "config.json").read_text())
     files = weight_files(folder)
+    _check_layers(declared, len(files))
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            "its adapter (adapter_config.json) is not part of its weights; merge it and save the model again"
+        )
+    if getattr(config, "quantization_config", None):
+        raise UserError("config.json has a quantization_config; give a model that is not quantized")
+    model = model_config(config)
     with _quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -152,7 +160,7 @@ def _read(folder: Path) -> HuggingFaceModel:
     language_model, report = loaded
     _refuse_differences(report)
     _check_head(config, files)
-    _check_rope(folder, config, language_model, files)
+    _check_rope(declared, config, language_model, files)
     prefix = language_model.base_model_prefix
     names = {
         name: f"{prefix}.{name}" if f"{prefix}.{name}" in files else name
@@ -160,6 +168,7 @@ def _read(folder: Path) -> HuggingFaceModel:
     }
     if model.untie_embeddings_and_output_weights:
         names[_HEAD] = _HEAD
+    _check_dtypes(files, names.values())
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(
             hf_config(model, vocab_size=config.vocab_size, num_layers=model.layers)
@@ -228,6 +237,22 @@ def _precision(files: FolderTensors) -> torch.dtype:
     return precision
 
 
+def _check_layers(declared: Mapping[str, Any], tensors: int) -> None:
+    """Refuse more layers than there are tensors: they would be made before it shows that they are not there."""
+    for name in ("num_hidden_layers", "n_layer"):
+        layers = declared.get(name)
+        if isinstance(layers, int) and layers > tensors:
+            raise UserError(f"config.json has {name} {layers} and the weights {tensors} tensors; correct it")
+
+
+def _check_dtypes(files: FolderTensors, names: Iterable[str]) -> None:
+    """Refuse parameters that are integers, or of 8 bits: numbers that others, which are not read, would scale."""
+    for name in names:
+        dtype = files.dtype(name)
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise UserError(f"{name} is of {dtype}; give a model that is not quantized")
+
+
 def _refuse_differences(report: dict[str, Any]) -> None:
     if report["mismatched_keys"]:
         name, found, declared = sorted(report["mismatched_keys"])[0]
@@ -267,9 +292,8 @@ def _check_head(config: Any, tensors: FolderTensors) -> None:
         )
 
 
-def _check_rope(folder: Path, config: Any, language_model: Any, tensors: FolderTensors) -> None:
+def _check_rope(raw: Mapping[str, Any], config: Any, language_model: Any, tensors: FolderTensors) -> None:
     """Refuse rotary frequencies in the files, as older versions saved them, that config.json does not give."""
-    raw = json.loads((folder / "config.json").read_text())
     declared = getattr(config, "rope_parameters", None) or {}
     if raw.get("rope_theta", declared.get("rope_theta")) != declared.get("rope_theta"):
         raise UserError(

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_dwm.atomic_write import atomic_write_text, delete_folder, publish_folder
 from megatron_dwm.config.checkpoint import TRACKER
 from megatron_dwm.config.run import RunConfig
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, reason_not_written
 from megatron_dwm.runtime.compat import sharded_save_options
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.logging import timestamp
@@ -262,10 +262,11 @@ class CheckpointWriter:
                 reason = reasons[0]
         except OSError as error:
             reason = error.strerror or str(error)
-        except RuntimeError as error:  # torch.save's, from code that does not say why a file cannot grow
-            if not any(writer in str(error) for writer in ("inline_container", "PytorchStreamWriter", "iostream")):
+        except RuntimeError as error:
+            unwritten = reason_not_written(error)
+            if unwritten is None:
                 raise
-            reason = "a file could not be written to its end"
+            reason = unwritten
         if self.parallel_state.is_first_rank:
             shutil.rmtree(beside, ignore_errors=True)
         latest = tracked(root)

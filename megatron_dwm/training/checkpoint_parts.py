@@ -85,9 +85,14 @@ def write_parts(
         folder: the checkpoint's.
         on_write: told the bytes of each part.
     """
+    from torch.distributed.checkpoint.api import CheckpointException  # a BaseException: nothing else catches it
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    save(dict(objects), checkpoint_id=str(folder), planner=_PartsPlanner(tensors, on_write), no_dist=True)
+    try:
+        save(dict(objects), checkpoint_id=str(folder), planner=_PartsPlanner(tensors, on_write), no_dist=True)
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        raise (causes[0] if causes else error) from None
 
 
 class _PartsPlanner(DefaultSavePlanner):

@@ -39,9 +39,12 @@ def reported_divergence(iteration: int) -> Iterator[None]:
     except FloatingPointError as error:
         reason = str(error)
     except RuntimeError as error:
-        if re.search("found (NaN|Inf) in local grad norm", str(error)) is None:
+        if re.search("found (NaN|Inf) in local grad norm", str(error)) is not None:
+            reason = "the gradient is not finite; lower --lr or look at the data of this step"
+        elif "cannot be converted to type float without overflow" in str(error):  # an optimizer's
+            reason = "its step is greater than any number; lower --lr or --dwm-lr"
+        else:
             raise
-        reason = "the gradient is not finite; lower --lr or look at the data of this step"
     raise UserError(f"iteration {iteration}: {reason}")
 
 

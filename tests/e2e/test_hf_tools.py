@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import resource
 import shlex
 import sys
 from pathlib import Path
@@ -344,4 +346,24 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(
     weights["model.norm.weight"][1] = float("inf")
     save_file(weights, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
     assert "norm.weight holds numbers that are not finite" in refused(import_hf, input=tmp_path / "hf", save=out)
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    tokenizer_flags: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    _hugging_face("llama", tokenizer_flags, tmp_path / "hf")
+    there = sorted(tmp_path.rglob("*"))
+
+    def on_a_full_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        import_hf.main(["--input", str(tmp_path / "hf"), "--save", str(tmp_path / "save")])
+
+    capfd.readouterr()
+    process = multiprocessing.get_context("fork").Process(target=on_a_full_disk)
+    process.start()
+    process.join()
+    error = capfd.readouterr().err
+    assert process.exitcode == EXIT_CODE and error.count("\n") == 1, error
+    assert error.startswith("error: ") and "make room, or give another folder" in error
     assert sorted(tmp_path.rglob("*")) == there

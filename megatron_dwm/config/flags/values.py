@@ -58,7 +58,10 @@ def require_at_least(config: Any, least: float, fields: str) -> None:
     for field in fields.split():
         value = getattr(config, field)
         if value is not None and not value >= least:
-            raise UserError(f"{flag_name(field)} {value}: must be at least {least}")
+            spelling = next(
+                (item.names[0] for item in declared_flags(type(config)) if item.field == field), flag_name(field)
+            )
+            raise UserError(f"{spelling} {value}: must be at least {least}")
 
 
 def converter(value_type: type) -> Callable[[str], Any]:

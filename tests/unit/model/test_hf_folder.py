@@ -75,6 +75,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a larger vocabulary": ({"vocab_size": 10}, "correct vocab_size"),
     "fewer layers": ({"num_hidden_layers": 1}, r"hold model\.layers\.1.* which the model of config.json has not"),
     "more layers": ({"num_hidden_layers": 3}, r"weights lack model\.layers\.2"),
+    "more layers than there are tensors": (
+        {"num_hidden_layers": 10**9},
+        "num_hidden_layers 1000000000 and the weights",
+    ),
     "another feed-forward size": ({"intermediate_size": 16}, "correct the sizes"),
     "two bases of rotation": ({"rope_theta": 500000.0}, "rope_theta 500000.0 and 10000.0 in rope_parameters"),
 }
@@ -96,6 +100,23 @@ def test_biases_that_are_not_declared_are_named(tmp_path: Path):
     _llama(tmp_path)
     _rewrite(tmp_path, lambda state: state.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(8)}))
     with pytest.raises(UserError, match=r"hold model\.layers\.0\.self_attn\.q_proj\.bias.*attention_bias"):
+        read_hugging_face(tmp_path)
+
+
+def test_quantized_weights_and_adapters_are_refused(tmp_path: Path):
+    """Whether a file says so or a tensor does."""
+    _llama(tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        _rewrite(tmp_path, lambda state, dtype=dtype: state.update({name: state[name].float().to(dtype)}))
+        with pytest.raises(UserError, match=rf"{name} is of {dtype}; give a model that is not quantized"):
+            read_hugging_face(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"its adapter .adapter_config\.json. is not part of its weights; merge it"):
+        read_hugging_face(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    _declare(tmp_path, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(UserError, match=r"config\.json has a quantization_config; give a model that is not quantized"):
         read_hugging_face(tmp_path)
 
 
