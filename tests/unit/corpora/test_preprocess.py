@@ -366,6 +366,8 @@ def test_each_file_has_data_sets_of_its_own_and_those_that_are_there_are_not_mad
     for name, tokens in (("a", [1, 2]), ("b.x", [3, 4])):
         made = IndexedDataset(str(tmp_path / f"out/made_{name}_text_document"))
         assert made[0].tolist() == tokens
+    assert run_tool(monkeypatch, *argv[:-1], f"{tmp_path}/folder/") == 0
+    assert {path.name for path in (tmp_path / "folder").iterdir()} == {name.removeprefix("made_") for name in expected}
     (tmp_path / "a.json").write_text("{}")
     assert run_tool(monkeypatch, *argv[:1], tmp_path / "a.json", *argv[1:]) == 2
     assert "have one name; rename one" in capsys.readouterr().err
