@@ -104,13 +104,15 @@ class _Layer:
             products,
             micro_batch_size,
         )
-        self.bare = _WithoutHooks(module)
+        self.params: Mapping[str, torch.nn.Parameter | None] = vars(module)["_parameters"]
+        """Those of the layer itself; None for one that it does without."""
         self.batch_dim = 1
         if isinstance(module, _EMBEDDINGS):
             self.batch_dim = 1 if getattr(module, "reduce_scatter_embeddings", False) else 0
         self.counts = parallel_state.tp_rank == 0 or not _is_replicated(name, module)
         self.is_local = not isinstance(module, (RowParallelLinear, VocabParallelEmbedding))
         """Whether it computes what its parameters contribute without the other ranks of its TP group."""
+        self.is_whole_linear = isinstance(module, _LINEAR) and parallel_state.tp_size == 1
         self.takes_parts = isinstance(module, ColumnParallelLinear) and not module.sequence_parallel
         """Whether a part of its inputs gives that part of its outputs."""
         self.microbatches = 0
@@ -156,25 +158,19 @@ class _Layer:
         tied = kwargs.get("weight")  # the output layer's, where it is the embedding's
         if tied is not None:
             kwargs = {**kwargs, "weight": self._along(tied)}
-        params = {f"layer.{name}": self._along(param) for name, param in self.module.named_parameters(recurse=False)}
-        output: Any = torch.func.functional_call(self.bare, params, inputs, dict(kwargs))
+        along = {name: None if param is None else self._along(param) for name, param in self.params.items()}
+        if self.is_whole_linear and inputs:  # many small calls through megatron-core's layers take time on the host
+            weight = kwargs["weight"] if tied is not None else along["weight"]
+            assert weight is not None
+            return torch.nn.functional.linear(inputs[0], weight, along.get("bias"))
+        with changed_attributes(self.module, {"_parameters": along}):  # as torch.func.functional_call, but no hooks
+            output: Any = self.module.forward(*inputs, **kwargs)
         change, bias = output if isinstance(output, tuple) else (output, None)
         moved: torch.Tensor = change if bias is None else change + bias
         return moved
 
     def _along(self, param: Any) -> torch.Tensor:
         return self.direction[param].to(param.dtype)
-
-
-class _WithoutHooks(torch.nn.Module):
-    """A layer's computation alone."""
-
-    def __init__(self, layer: torch.nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.layer.forward(*args, **kwargs)
 
 
 def _rows(values: torch.Tensor, at_a_time: Mapping[str, int]) -> int:
