@@ -86,7 +86,7 @@ def read_run_flags(argv: Sequence[str] | None, world_size: int) -> RunConfig:
     Raises:
         UserError: a bad flag, or ``--use-checkpoint-args`` without a checkpoint.
     """
-    return with_pretrained(parse_run(argv, world_size, read_saved=_read_saved))
+    return with_conversion(with_pretrained(parse_run(argv, world_size, read_saved=_read_saved)))
 
 
 def with_pretrained(config: RunConfig) -> RunConfig:
@@ -99,6 +99,18 @@ def with_pretrained(config: RunConfig) -> RunConfig:
         return config
     logger.info(f" > --load {flags.load} holds no checkpoint: the run starts from {flags.pretrained_checkpoint}")
     checkpoint = dataclasses.replace(flags, load=flags.pretrained_checkpoint, ckpt_step=None, finetune=True)
+    return dataclasses.replace(config, checkpoint=checkpoint)
+
+
+def with_conversion(config: RunConfig) -> RunConfig:
+    """Return the configuration that saves as ``--ckpt-convert-format`` says, if it is given."""
+    flags = config.checkpoint
+    if flags.ckpt_convert_format is None or flags.ckpt_convert_save is None or flags.load is None:
+        return config
+    save = Path(flags.ckpt_convert_save) / Path(flags.load).name
+    checkpoint = dataclasses.replace(
+        flags, save=str(save), ckpt_format=flags.ckpt_convert_format, async_save=False, exit_on_missing_checkpoint=True
+    )
     return dataclasses.replace(config, checkpoint=checkpoint)
 
 

@@ -67,12 +67,13 @@ _JOB = "job.json"
 
 
 @contextmanager
-def unfinished_work(folder: Path, job: str | None) -> Iterator[UnfinishedWork]:
+def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> Iterator[UnfinishedWork]:
     """Yield the work in ``folder``, which goes when the block ends, or if it raises before a segment was finished.
 
     Args:
         folder: of this work alone.
         job: what the work depends on; None for work that cannot be taken up. Another job's segments are removed.
+        unit: what :attr:`Progress.records` counts.
 
     Raises:
         UserError: another process is at it.
@@ -96,14 +97,14 @@ def unfinished_work(folder: Path, job: str | None) -> Iterator[UnfinishedWork]:
             else:
                 atomic_write_text(written, job)
         if work.segments:
-            logger.info(f"Going on after {work.progress.records:,} documents that are in {folder}.")
+            logger.info(f"Going on after {work.progress.records:,} {unit} that are in {folder}.")
         try:
             yield work
         except BaseException:
             if not work.segments or job is None:
                 shutil.rmtree(folder, ignore_errors=True)
             else:
-                logger.info(f"{work.progress.records:,} documents are kept in {folder} for the same command.")
+                logger.info(f"{work.progress.records:,} {unit} are kept in {folder} for the same command.")
             raise
         shutil.rmtree(folder)
 

@@ -84,6 +84,18 @@ class Trainer:
         status: Literal["interrupted", "finished"] = "finished" if stop_reason is None else "interrupted"
         write_run_status(self.config.checkpoint.save, status, self.train_state.iteration, stop_reason or "")
 
+    def convert(self) -> None:
+        """Save the checkpoint that was loaded, as it is, in the format of this run."""
+        flags = self.config.checkpoint
+        try:
+            self.save()
+        finally:
+            self.dataloaders.close()
+        self.checkpoints.close()
+        self.parts.profiler.close()
+        self.reporter.close()
+        logger.info(f" > converted checkpoint: {flags.load} -> {flags.save}.")
+
     def _train(self) -> str | None:
         """Train and evaluate; return why the run ends early, None if it does not."""
         config, train_state = self.config, self.train_state

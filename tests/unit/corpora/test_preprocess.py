@@ -338,6 +338,39 @@ def test_killed_work_goes_on_behind_its_last_finished_segment(
     assert done.exitcode == 2 and not (tmp_path / "busy" / kept.name).exists()
 
 
+def test_each_file_has_data_sets_of_its_own_and_those_that_are_there_are_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, first in (("a.jsonl", 1), ("b.x.jsonl.gz", 3)):
+        opened: Any = gzip.open if name.endswith(".gz") else open
+        with opened(tmp_path / name, "wt") as file:
+            file.write(f'{{"text": "{first} {first + 1}"}}\n')
+    argv = [
+        "--input",
+        tmp_path / "*.jsonl*",
+        *NUMBERS,
+        "--output-per-file",
+        "--output-prefix",
+        tmp_path / "out" / "made",
+    ]
+    names = [Path(path).name.partition(".jsonl")[0] for path in glob.glob(str(tmp_path / "*.jsonl*"))]
+    blocked = tmp_path / "out" / f"made_{names[1]}_text_document.bin"
+    blocked.mkdir(parents=True)
+    assert run_tool(monkeypatch, *argv) == 2
+    blocked.rmdir()
+    capsys.readouterr()
+    assert run_tool(monkeypatch, *argv) == 0
+    assert "Going on after 1 files" in capsys.readouterr().out
+    expected = {f"made_{name}_text_document{suffix}" for name in ("a", "b.x") for suffix in (".bin", ".idx")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected
+    for name, tokens in (("a", [1, 2]), ("b.x", [3, 4])):
+        made = IndexedDataset(str(tmp_path / f"out/made_{name}_text_document"))
+        assert made[0].tolist() == tokens
+    (tmp_path / "a.json").write_text("{}")
+    assert run_tool(monkeypatch, *argv[:1], tmp_path / "a.json", *argv[1:]) == 2
+    assert "have one name; rename one" in capsys.readouterr().err
+
+
 def test_segments_change_no_byte_of_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_lines(tmp_path / "texts.jsonl", [f'{{"text": "{n} {n + 1}"}}' for n in range(50)])
     flags = ["--input", source, *NUMBERS, "--partitions", "2", "--workers", "2", "--output-prefix"]
