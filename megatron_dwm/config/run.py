@@ -41,11 +41,6 @@ PARTS: dict[str, type] = {
 FLAG_GROUPS: dict[str, type] = PARTS | {"plan": PlanConfig, "no_effect": NoEffectConfig}
 """All flags that are accepted."""
 
-TARGET_PART = 8
-"""An outer update reads an eighth of a batch of the target set: more cost more, and were no better
-(docs/lab-notes.md)."""
-LEAST_TARGET_SAMPLES = 8
-
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -278,19 +273,8 @@ class RunConfig:
 
     @property
     def target_batch_size(self) -> int:
-        """The number of target samples in one outer update.
-
-        If not given it is an eighth of a batch, but at least 8, or the next number that divides into microbatches.
-        """
-        if self.weighting.dwm_target_batch_size is not None:
-            return self.weighting.dwm_target_batch_size
-        micro, dp, parallel = self.training.micro_batch, self.data_parallel_size, self.parallel
-        wanted = max(-(-self.global_batch_size // TARGET_PART), LEAST_TARGET_SAMPLES)
-        of_replica = -(-wanted // dp)
-        unit = micro if of_replica > micro else of_replica
-        if parallel.virtual_stages(self.model.layers) is not None:
-            unit = micro * max(parallel.pp, parallel.microbatch_group_size_per_vp_stage or 0)
-        return min(-(-of_replica // unit) * unit * dp, self.global_batch_size)
+        """The number of target samples in one outer update."""
+        return self.weighting.dwm_target_batch_size or self.global_batch_size
 
     @property
     def target_micro_batch(self) -> int:
