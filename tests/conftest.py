@@ -18,11 +18,17 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
 
 from tests.paths import ROOT
 
 # One thread: a child forked after the parent used OpenMP's threads hangs in its first parallel region.
 torch.set_num_threads(1)
+
+# megatron-core's 100,000 mock documents are 17 million samples of twelve tokens, and putting them into an order is much
+# of what a small run computes.
+MOCK_DOCUMENTS = MockGPTLowLevelDataset.size
+MockGPTLowLevelDataset.size = 1000
 
 REQUIRE_ALL = "REQUIRE_ALL_TESTS"
 """Environment variable that makes tests fail, in place of being deselected, where their programs are not installed."""
@@ -90,6 +96,12 @@ def missing_markers() -> list[str]:
         for marker, programs in PROGRAMS.items()
         if any(shutil.which(program, path=path) is None for program in programs)
     ]
+
+
+@pytest.fixture
+def all_mock_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mock data as they are elsewhere: for tests that compare with other processes than their own forks."""
+    monkeypatch.setattr(MockGPTLowLevelDataset, "size", MOCK_DOCUMENTS)
 
 
 @pytest.fixture(autouse=True)

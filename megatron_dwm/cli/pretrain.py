@@ -15,6 +15,7 @@ from megatron_dwm.cli.launch import Process, build_trainer, read_run_flags, run_
 from megatron_dwm.cli.local_launcher import launch_locally, split_nproc
 from megatron_dwm.cli.plan import print_plan, split_plan
 from megatron_dwm.errors import run_cli
+from megatron_dwm.runtime.logging import configure_logging
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run_command(partial(print_plan, plan, rest, processes))
             return
         if processes is not None:
+            configure_logging()
             raise SystemExit(launch_locally("megatron_dwm.cli.pretrain", processes, rest))
         run_program(partial(pretrain, rest), rest)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from megatron_dwm.cli.local_launcher import known_settings, split_nproc
+from megatron_dwm.cli.local_launcher import split_nproc
 from megatron_dwm.errors import UserError
 from tests.e2e.launch import records
 from tests.paths import ROOT
@@ -45,12 +44,3 @@ def test_a_number_of_processes_that_is_none_is_refused(text: str):
     with pytest.raises(UserError, match="--nproc"):
         split_nproc(["--lr", "1", "--nproc", text])
     assert split_nproc(["--lr", "1", "--nproc=3", "--bf16"]) == (3, ["--lr", "1", "--bf16"])
-
-
-@dataclass
-class OlderLaunchConfig:
-    max_restarts: int = 3
-
-
-def test_a_launcher_that_is_older_than_a_setting_does_without_it():
-    assert known_settings(OlderLaunchConfig, {"max_restarts": 0, "shutdown_timeout": 600}) == {"max_restarts": 0}

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from megatron_dwm.runtime.process_groups import free_port
 from tests.e2e.launch import records, succeed
 from tests.e2e.test_uniform_weights import assert_same_checkpoints
@@ -55,6 +57,7 @@ def wait_for_iteration(metrics: Path, iteration: int, ranks: list[subprocess.Pop
         time.sleep(0.05)
 
 
+@pytest.mark.usefixtures("all_mock_data")
 def test_a_signal_to_every_process_of_a_run_loses_nothing(tmp_path: Path):
     number, processes = signal.SIGTERM, 2
     save = tmp_path / "interrupted"

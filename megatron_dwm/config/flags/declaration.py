@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from dataclasses import dataclass
@@ -83,10 +84,16 @@ def flag(
     return dataclasses.field(default=default, metadata={_KEY: declaration})
 
 
-def declared_flags(config_class: type) -> list[Flag]:
+def declared_flags(config_class: type) -> tuple[Flag, ...]:
     """Return the flags that ``config_class`` declares, in order."""
+    return _declared_flags(config_class)
+
+
+@functools.cache
+def _declared_flags(config_class: type) -> tuple[Flag, ...]:
     hints = typing.get_type_hints(config_class)
-    return [_to_flag(field, hints[field.name]) for field in dataclasses.fields(config_class) if _KEY in field.metadata]
+    fields = [field for field in dataclasses.fields(config_class) if _KEY in field.metadata]
+    return tuple(_to_flag(field, hints[field.name]) for field in fields)
 
 
 def title_of(config_class: type) -> str:
