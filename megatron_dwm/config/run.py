@@ -41,6 +41,11 @@ PARTS: dict[str, type] = {
 FLAG_GROUPS: dict[str, type] = PARTS | {"plan": PlanConfig, "no_effect": NoEffectConfig}
 """All flags that are accepted."""
 
+TARGET_PART = 8
+"""An outer update reads an eighth of a batch of the target set: more cost more, and were no better
+(docs/lab-notes.md)."""
+LEAST_TARGET_SAMPLES = 8
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -224,13 +229,13 @@ class RunConfig:
                 f"--tp-comm-overlap with --micro-batch-size {micro}: its buffers have the shape of a microbatch, and "
                 "an outer update reads alignments off single samples; use --micro-batch-size 1, or leave it out"
             )
-        if self.target_batch_size % (micro * dp):
+        if self.target_batch_size % (self.target_micro_batch * dp):
             raise UserError(
-                f"--dwm-target-batch-size {self.target_batch_size} is not divisible by --micro-batch-size {micro} x "
-                f"data-parallel size {dp}; change one"
+                f"--dwm-target-batch-size {self.target_batch_size} is not divisible by --micro-batch-size "
+                f"{self.target_micro_batch} x data-parallel size {dp}; change one"
             )
         if self.parallel.virtual_stages(self.model.layers) is not None:
-            self._check_groups(self.target_batch_size // (micro * dp), "--dwm-target-batch-size")
+            self._check_groups(self.target_batch_size // (self.target_micro_batch * dp), "--dwm-target-batch-size")
         half = "--bf16" if self.optimizer.bf16 else "--fp16" if self.optimizer.fp16 else None
         if half and self.weighting.dwm_alignment == "finite-difference":
             raise UserError(
@@ -273,8 +278,24 @@ class RunConfig:
 
     @property
     def target_batch_size(self) -> int:
-        """The number of target samples in one outer update."""
-        return self.weighting.dwm_target_batch_size or self.global_batch_size
+        """The number of target samples in one outer update.
+
+        If not given it is an eighth of a batch, but at least 8, or the next number that divides into microbatches.
+        """
+        if self.weighting.dwm_target_batch_size is not None:
+            return self.weighting.dwm_target_batch_size
+        micro, dp, parallel = self.training.micro_batch, self.data_parallel_size, self.parallel
+        wanted = max(-(-self.global_batch_size // TARGET_PART), LEAST_TARGET_SAMPLES)
+        of_replica = -(-wanted // dp)
+        unit = micro if of_replica > micro else of_replica
+        if parallel.virtual_stages(self.model.layers) is not None:
+            unit = micro * max(parallel.pp, parallel.microbatch_group_size_per_vp_stage or 0)
+        return min(-(-of_replica // unit) * unit * dp, self.global_batch_size)
+
+    @property
+    def target_micro_batch(self) -> int:
+        """The number of samples of a target microbatch: the run's, or fewer where a replica has not as many."""
+        return max(1, min(self.training.micro_batch, self.target_batch_size // self.data_parallel_size))
 
     @property
     def train_iters(self) -> int:

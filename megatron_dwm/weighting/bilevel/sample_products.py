@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ from megatron_dwm.runtime.process_groups import ParallelState
 _LINEAR = (ColumnParallelLinear, RowParallelLinear)
 _EMBEDDINGS = (VocabParallelEmbedding, torch.nn.Embedding)
 _NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm)
+_CHANGE_AT_A_TIME = {"cpu": 1 << 22, "gpu": 1 << 27}
+"""Numbers of a layer's outputs whose change is computed at a time: enough for a matrix product to be worth it."""
+_PRODUCTS_AT_A_TIME = {"cpu": 1 << 19, "gpu": 1 << 24}
+"""Numbers that are multiplied at a time, in float32: few enough for a CPU's cache, or to use a GPU well."""
 
 
 def has_known_layers(chunks: Sequence[ModelChunk]) -> bool:
@@ -104,6 +109,10 @@ class _Layer:
         if isinstance(module, _EMBEDDINGS):
             self.batch_dim = 1 if getattr(module, "reduce_scatter_embeddings", False) else 0
         self.counts = parallel_state.tp_rank == 0 or not _is_replicated(name, module)
+        self.is_local = not isinstance(module, (RowParallelLinear, VocabParallelEmbedding))
+        """Whether it computes what its parameters contribute without the other ranks of its TP group."""
+        self.takes_parts = isinstance(module, ColumnParallelLinear) and not module.sequence_parallel
+        """Whether a part of its inputs gives that part of its outputs."""
         self.microbatches = 0
 
     def watch(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -117,15 +126,26 @@ class _Layer:
         self.microbatches += 1
         inputs = tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in args)
 
-        def add_products(gradient: torch.Tensor) -> None:
-            change = self._change(inputs, kwargs)
-            others = [dim for dim in range(gradient.dim()) if dim != self.batch_dim]
-            wide = torch.promote_types(gradient.dtype, torch.float32)
-            found = (gradient.to(wide) * change.to(wide)).sum(others, dtype=torch.float64)
-            self.products[first : first + len(found)] += found * self.counts
-
-        outputs.register_hook(add_products)
+        if self.counts or not self.is_local:
+            outputs.register_hook(partial(self._add_products, first, inputs, kwargs))
         return (outputs, *output[1:]) if isinstance(output, tuple) else outputs
+
+    def _add_products(
+        self, first: int, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], gradient: torch.Tensor
+    ) -> None:
+        """Add the products of one microbatch, whose first sample is ``first``, part by part.
+
+        The outputs of a large vocabulary would otherwise need room several times over.
+        """
+        size = _rows(gradient, _CHANGE_AT_A_TIME)
+        whole = None if self.takes_parts and inputs else self._change(inputs, kwargs)
+        for start in range(0, len(gradient), size):
+            part = slice(start, start + size)
+            change = whole[part] if whole is not None else self._change((inputs[0][part], *inputs[1:]), kwargs)
+            if self.counts:
+                samples = part if self.batch_dim == 0 else slice(0, gradient.shape[1])
+                found = _inner_products(gradient[part], change, self.batch_dim)
+                self.products[first : first + self.micro_batch_size][samples] += found
 
     @torch.no_grad()
     def _change(self, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
@@ -155,6 +175,21 @@ class _WithoutHooks(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.layer.forward(*args, **kwargs)
+
+
+def _rows(values: torch.Tensor, at_a_time: Mapping[str, int]) -> int:
+    """Return how many rows of a tensor, along its first dimension, hold so many numbers; at least one."""
+    limit = at_a_time["cpu" if values.is_cpu else "gpu"]
+    return max(1, limit * len(values) // max(1, values.numel()))
+
+
+def _inner_products(one: torch.Tensor, other: torch.Tensor, batch_dim: int) -> torch.Tensor:
+    """Return the inner product of each sample's part of two tensors [b], float64."""
+    wide, size = torch.promote_types(one.dtype, torch.float32), _rows(one, _PRODUCTS_AT_A_TIME)
+    pairs = zip(one.split(size), other.split(size), strict=True)
+    by_row = torch.cat([(some.to(wide) * others.to(wide)).sum(-1) for some, others in pairs])
+    summed = [dim for dim in range(by_row.dim()) if dim != batch_dim]
+    return by_row.sum(summed, dtype=torch.float64)
 
 
 def _is_replicated(name: str, module: torch.nn.Module) -> bool:

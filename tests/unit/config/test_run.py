@@ -368,3 +368,26 @@ def test_a_run_counted_in_samples_has_its_schedule_in_samples(flags: str, said: 
 def test_what_recomputation_is_left_in_a_script_is_warned_of(caplog: pytest.LogCaptureFixture):
     assert _parse(f"{RUN} --recompute-num-layers 1").model.recompute_granularity is None
     assert "--recompute-num-layers has no effect without --recompute-granularity" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "samples"),
+    [
+        ("--micro-batch-size 2 --global-batch-size 4", 1, 4),
+        ("--micro-batch-size 2 --global-batch-size 32", 1, 8),
+        ("--micro-batch-size 32 --global-batch-size 128", 1, 16),  # in one microbatch of 16
+        ("--micro-batch-size 4 --global-batch-size 80", 1, 12),  # 10 are no whole microbatches
+        ("--micro-batch-size 2 --global-batch-size 32", 16, 16),  # one of each replica
+        ("--micro-batch-size 4 --global-batch-size 64 --dwm-target-batch-size 3", 1, 3),
+        (
+            "--micro-batch-size 3 --global-batch-size 72 --pipeline-model-parallel-size 2 "
+            "--num-virtual-stages-per-pipeline-rank 2",
+            2,
+            12,
+        ),
+    ],
+)
+def test_an_update_reads_an_eighth_of_a_batch_of_targets(flags: str, world: int, samples: int):
+    config = _parse(f"{RUN} {flags}", world)
+    assert config.target_batch_size == samples
+    assert samples % (config.target_micro_batch * config.data_parallel_size) == 0
