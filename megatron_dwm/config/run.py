@@ -334,4 +334,6 @@ def parse_run(
     )
     if parts["plan"].plan:
         raise UserError("--plan is for pretrain_dwm.py and megatron-dwm pretrain; leave it out")
+    if parts["no_effect"].no_query_key_layer_scaling and parts["model"].apply_query_key_layer_scaling:
+        raise UserError("--no-query-key-layer-scaling contradicts --apply-query-key-layer-scaling; leave one out")
     return RunConfig(world_size=world_size, **{name: parts[name] for name in PARTS})

@@ -139,7 +139,7 @@ class Encoder:
         if isinstance(content, dict):
             return content, sum(len(text.encode()) for text in content.values() if isinstance(text, str))
         try:
-            size = len(content.encode())
+            size = len(content) if content.isascii() else len(content.encode())
         except UnicodeEncodeError:
             raise _MalformedError("not UTF-8") from None
         try:
@@ -162,7 +162,7 @@ class Encoder:
         try:
             sequences = [ids for ids in map(self.tokenizer.tokenize, sentences) if len(ids) > 0]
             lengths = [len(ids) for ids in sequences]
-            tokens = [token for ids in sequences for token in ids]
+            tokens = list(itertools.chain.from_iterable(sequences))
             if tokens and self.end is not None:
                 tokens.append(self.end)
                 lengths[-1] += 1

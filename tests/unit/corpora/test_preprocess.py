@@ -249,7 +249,7 @@ def test_a_worker_that_is_killed_ends_the_command_in_one_line(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("at", "found"),
-    # Both files leave their segment and are synced, the old index goes, the folder is synced; both files are synced,
+    # Both files get a second name and are synced, the old index goes, the folder is synced; both files are synced,
     # moved, the folder synced.
     enumerate(["old"] * 5 + ["none"] * 5 + ["new"]),
 )
@@ -269,7 +269,7 @@ def test_a_kill_while_files_are_put_in_place_leaves_no_data_beside_another_index
 
     def count_calls() -> None:
         calls = itertools.count()
-        for name in ("replace", "unlink", "fsync"):
+        for name in ("link", "replace", "unlink", "fsync"):
             function = getattr(os, name)
 
             def counted(*arguments: Any, function: Callable[..., Any] = function, **options: Any) -> Any:
@@ -291,6 +291,9 @@ def test_a_kill_while_files_are_put_in_place_leaves_no_data_beside_another_index
         check_dataset("data", data, 101)
         whole = IndexedDataset(data)
         assert whole[0].tolist() == {"old": [1, 2], "new": [3, 4]}[found]
+    preprocess(PreprocessConfig(input=[str(new)], output_prefix=prefix), null)  # the same command ends what it began
+    whole = IndexedDataset(data)
+    assert whole[0].tolist() == [3, 4]
 
 
 def test_killed_work_goes_on_behind_its_last_finished_segment(
@@ -453,7 +456,10 @@ def test_bad_flags_and_paths_are_one_line_and_code_2(
         (["--padded-vocab-size", "128"], "--padded-vocab-size is not supported: it has no effect on the data;"),
         (["--vocab-extra-ids", "100"], "--vocab-extra-ids is not supported: only GPT models are trained;"),
         (["--tiktoken-special-tokens", "<s>"], "--tiktoken-special-tokens is not supported: "),
-        (["--tokenizer-type", "BertWordPieceCase"], "argument --tokenizer-type: invalid choice: 'BertWordPieceCase'"),
+        (
+            ["--tokenizer-type", "BertWordPieceCase"],
+            "--tokenizer-type BertWordPieceCase is not supported: it is of other",
+        ),
         (["--no-such-flag"], "unknown flag --no-such-flag"),
     ],
 )
