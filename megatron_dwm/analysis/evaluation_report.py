@@ -108,7 +108,9 @@ def _number(estimate: Estimate) -> str:
 
 
 def _estimate(estimate: Estimate) -> dict[str, float | None]:
-    return {"mean": estimate.mean, "stderr": None if math.isnan(estimate.stderr) else estimate.stderr}
+    """Return an estimate as JSON has it, which knows no numbers that are not finite."""
+    values = {"mean": estimate.mean, "stderr": estimate.stderr}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def figure(checkpoints: Sequence[CheckpointResults]) -> Figure:

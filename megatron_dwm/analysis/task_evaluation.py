@@ -113,8 +113,9 @@ class Evaluator:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+            options = {"local_files_only": True, "trust_remote_code": False}
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            model = AutoModelForCausalLM.from_pretrained(folder, **options)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"{folder}: cannot be loaded as a language model ({shortened(error)})") from None
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -51,6 +51,8 @@ Flags = TypeVar("Flags")
 
 _FUTURE = ".*(load_state_dict|ShardedTensor|all_gather_into_tensor|reduce_scatter_tensor).*"
 """torch's interfaces that megatron-core still uses, in their warnings."""
+_SHARDS = ".*grad attribute of a Tensor that is not a leaf Tensor.*"
+"""Of fp32 parameters the distributed optimizer's shards are views, to which it gives gradients itself."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def run_program(program: Callable[[Process], None], argv: Sequence[str] | None =
     # megatron-core warns on every process that optional packages are missing, and of torch interfaces it still uses.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine).*")
     warnings.filterwarnings("ignore", category=FutureWarning, message=_FUTURE)
+    warnings.filterwarnings("ignore", message=_SHARDS)
     try:
         rank, local_rank, world_size = environment_rank()
         configure_logging(rank, world_size)

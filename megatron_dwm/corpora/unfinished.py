@@ -58,7 +58,12 @@ class UnfinishedWork:
     def take_up(self) -> None:
         """Find the segments that an earlier call has finished."""
         while (done := self.folder / f"{len(self.segments):06d}" / _DONE).is_file():
-            self.progress = Progress(**json.loads(done.read_text()))
+            try:
+                self.progress = Progress(**json.loads(done.read_text(encoding="utf-8")))
+            except (OSError, RecursionError, TypeError, ValueError):
+                logger.warning(f"{done}: damaged; what follows is made again")
+                shutil.rmtree(done.parent)
+                return
             self.segments.append(done.parent)
 
 
@@ -86,7 +91,7 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
         except (BlockingIOError, PermissionError):
             raise UserError(f"{folder}: another process is writing there; wait for its end") from None
         work, written = UnfinishedWork(folder), folder / _JOB
-        if job is not None and written.is_file() and written.read_text() == job:
+        if job is not None and written.is_file() and written.read_bytes() == job.encode():
             work.take_up()
         else:
             for path in folder.iterdir():

@@ -324,7 +324,8 @@ def test_killed_work_goes_on_behind_its_last_finished_segment(
     assert process.exitcode == -signal.SIGKILL
     kept = tmp_path / "out" / ".made.unfinished"
     assert [path.name for path in (tmp_path / "out").iterdir()] == [kept.name]
-    shutil.copytree(kept, tmp_path / "changed" / kept.name)
+    for name in ("changed", "damaged"):
+        shutil.copytree(kept, tmp_path / name / kept.name)
     assert run_tool(monkeypatch, *argv, tmp_path / "out" / "made") == 0
     said = capsys.readouterr()
     assert "Going on after 60 documents" in said.out
@@ -332,6 +333,10 @@ def test_killed_work_goes_on_behind_its_last_finished_segment(
     assert hashes(tmp_path / "out", ["text"]) == hashes(tmp_path / "whole", ["text"])
     assert run_tool(monkeypatch, *argv, tmp_path / "changed" / "made", "--append-eod") == 0
     assert "Going on" not in capsys.readouterr().out
+    (tmp_path / "damaged" / kept.name / "000002" / "done.json").write_text("{")
+    assert run_tool(monkeypatch, *argv, tmp_path / "damaged" / "made") == 0
+    assert "Going on after 40 documents" in capsys.readouterr().out
+    assert hashes(tmp_path / "damaged", ["text"]) == hashes(tmp_path / "whole", ["text"])
     with unfinished_work(tmp_path / "busy" / kept.name, None):
         done = multiprocessing.get_context("fork").Process(
             target=lambda: sys.exit(run_tool(monkeypatch, *argv, tmp_path / "busy" / "made"))
