@@ -19,6 +19,7 @@ from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.plan import PlanConfig
 from megatron_dwm.config.profiling import ProfilingConfig
+from megatron_dwm.config.tasks import TasksConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.config.unsupported_flags import reason_unsupported
@@ -35,6 +36,7 @@ PARTS: dict[str, type] = {
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
     "profiling": ProfilingConfig,
+    "tasks": TasksConfig,
     "weighting": WeightingConfig,
 }
 """What a run's configuration is made of."""
@@ -56,6 +58,7 @@ class RunConfig:
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     profiling: ProfilingConfig
+    tasks: TasksConfig
     weighting: WeightingConfig
     resumed_at: tuple[int, int] = (0, 0)
     """Iterations done and training samples consumed before the run's start or resumption."""
@@ -75,6 +78,10 @@ class RunConfig:
             raise UserError("--use-pytorch-profiler writes to --tensorboard-dir; give it")
         if logging.log_progress and self.checkpoint.save is None:
             raise UserError("--log-progress writes to the --save folder; give it")
+        if self.tasks.eval_tasks and self.tokenizer.tokenizer_type == "NullTokenizer":
+            raise UserError(
+                "--eval-tasks are texts, and --tokenizer-type NullTokenizer has none; give another tokenizer"
+            )
         if not logging.wandb_project:
             return
         if not logging.wandb_exp_name:
