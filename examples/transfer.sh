@@ -38,7 +38,7 @@ mkdir -p "$RUN/texts"
     --method random --fraction 0.5
 [[ -f $RUN/texts/dsir.jsonl ]] || python tools/select_data.py --input "${POOL[@]}" --output "$RUN/texts/dsir.jsonl" \
     --method dsir --target "$RUN/corpus/prose.target.jsonl" --fraction 0.5
-cp -u "${POOL[@]}" "$RUN"/corpus/prose.t*.jsonl "$RUN/texts"
+cp -u "${POOL[@]}" "$RUN"/corpus/prose.{target,test}.jsonl "$RUN/texts"
 
 step 3 "tokenizer and datasets"
 [[ -f $RUN/tokenizer.model ]] || python tools/train_tokenizer.py --input "${POOL[@]}" --output-prefix "$RUN/tokenizer" \
@@ -63,7 +63,7 @@ train() {
         { tail -n 3 "$folder/log.txt" >&2; return 1; }
 }
 
-step 4 "the small model ($((2)) layers of $WIDTH) learns the weighter, in five stages"
+step 4 "the small model (2 layers of $WIDTH) learns the weighter, in five stages"
 blend=()
 for name in prose code shuffled; do blend+=("$(stat -c %s "$RUN/corpus/$name.train.jsonl")" "$RUN/data/$name.train_text_document"); done
 train "$SMALL" 1000 2 "$WIDTH" --train-data-path "${blend[@]}" --save "$SMALL" --dwm-score-batch-size "$BATCH" \

@@ -25,7 +25,18 @@ from the classes in `megatron_dwm/config/`, where a flag is declared once; edit 
 A switch has no value and its default is *off*. A flag that is not in these tables ends the run, with
 the reason given under [Not supported](#not-supported).
 """
-OWN_FLAGS = {"--metrics-jsonl", "--no-checkpoint-checksums", "--plan", "--plan-json", "--plan-world-size"}
+OWN_FLAGS = {
+    "--eval-tasks",
+    "--eval-tasks-interval",
+    "--eval-tasks-text",
+    "--eval-tasks-num-fewshot",
+    "--eval-tasks-limit",
+    "--metrics-jsonl",
+    "--no-checkpoint-checksums",
+    "--plan",
+    "--plan-json",
+    "--plan-world-size",
+}
 """Ours, besides those that start with ``--dwm-``."""
 
 

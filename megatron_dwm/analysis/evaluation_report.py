@@ -63,7 +63,7 @@ def table(checkpoints: Sequence[CheckpointResults]) -> str:
             result = each.results[place]
             cells = []
             for metric in shown:
-                cell = _number(result.metrics[metric])
+                cell = str(result.metrics[metric])
                 change = difference(result, first, metric) if each is not checkpoints[0] else None
                 if change is not None:
                     cell += f" ({change.mean:+.3f} ± {change.stderr:.3f})"
@@ -88,9 +88,9 @@ def as_json(checkpoints: Sequence[CheckpointResults], settings: dict[str, Any]) 
                         "task": result.task,
                         "num_fewshot": result.num_fewshot,
                         "samples": result.samples,
-                        "metrics": {name: _estimate(value) for name, value in result.metrics.items()},
+                        "metrics": {name: value.as_json() for name, value in result.metrics.items()},
                         "difference_from_first": {
-                            name: _estimate(change)
+                            name: change.as_json()
                             for name in result.values
                             if (change := difference(result, checkpoints[0].results[place], name)) is not None
                         },
@@ -101,16 +101,6 @@ def as_json(checkpoints: Sequence[CheckpointResults], settings: dict[str, Any]) 
             for each in checkpoints
         ],
     }
-
-
-def _number(estimate: Estimate) -> str:
-    return f"{estimate.mean:.3f}" + ("" if math.isnan(estimate.stderr) else f" ± {estimate.stderr:.3f}")
-
-
-def _estimate(estimate: Estimate) -> dict[str, float | None]:
-    """Return an estimate as JSON has it, which knows no numbers that are not finite."""
-    values = {"mean": estimate.mean, "stderr": estimate.stderr}
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def figure(checkpoints: Sequence[CheckpointResults]) -> Figure:

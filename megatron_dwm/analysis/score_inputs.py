@@ -13,6 +13,7 @@ from datatrove.data import Document
 from datatrove.pipeline.readers.base import BaseDiskReader
 
 from megatron_dwm.corpora.readers import Reader, Record, file_format, input_files
+from megatron_dwm.corpora.storage import is_url, size_of
 from megatron_dwm.data.index_file import IndexFile
 from megatron_dwm.data.validation import VOCABULARY_SAMPLE, check_dataset
 from megatron_dwm.errors import UserError, shortened
@@ -34,7 +35,7 @@ def parts_of(patterns: Sequence[str], split_bytes: int) -> list[Part]:
     """Return the parts of all inputs, in their order.
 
     Args:
-        patterns: files, folders and glob patterns, or prefixes of indexed datasets.
+        patterns: files, folders and glob patterns, also by URLs, or prefixes of indexed datasets.
         split_bytes: size above which lines of JSON, and datasets, are divided.
 
     Raises:
@@ -42,6 +43,9 @@ def parts_of(patterns: Sequence[str], split_bytes: int) -> list[Part]:
     """
     parts: list[Part] = []
     for pattern in patterns:
+        if is_url(pattern):
+            parts += [Part("file", url, 0, size_of(url)) for url in input_files([pattern])]
+            continue
         prefix = pattern.removesuffix(".idx").removesuffix(".bin")
         if os.path.isfile(f"{prefix}.idx") and os.path.isfile(f"{prefix}.bin"):
             index = check_dataset(f"--input {prefix}", prefix, None, sample=VOCABULARY_SAMPLE)

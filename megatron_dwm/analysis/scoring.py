@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any, Literal
 
 import orjson
 import torch
 from datatrove.data import Document
 from datatrove.executor.local import LocalPipelineExecutor
+from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.writers.jsonl import JsonlWriter
 from datatrove.pipeline.writers.parquet import ParquetWriter
@@ -26,7 +32,7 @@ from pyarrow import ArrowException
 
 from megatron_dwm.analysis.score_inputs import Part, Rows
 from megatron_dwm.analysis.scoring_model import PerplexityModel, Rule, ScoringModel
-from megatron_dwm.atomic_write import atomic_write_text, sync
+from megatron_dwm.corpora.storage import OutputFolder
 from megatron_dwm.errors import UserError, shortened
 
 _BUFFER = 4096  # documents that are sorted by length at a time
@@ -181,17 +187,14 @@ class _Published(PipelineStep):  # type: ignore[misc]
 
     type, name = "writer", "published"
 
-    def __init__(self, partial: Path, finished: Path, suffix: str) -> None:
+    def __init__(self, folder: OutputFolder, suffix: str) -> None:
         super().__init__()
-        self.partial, self.finished, self.suffix = partial, finished, suffix
+        self.folder, self.suffix = folder, suffix
 
     def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         yield from data
         name = f"{rank:05d}{self.suffix}"
-        if (self.partial / name).exists():  # a file without documents leaves none
-            sync(self.partial / name)
-            os.replace(self.partial / name, self.finished / name)
-            sync(self.finished)
+        self.folder.move(f"partial/{name}", f"data/{name}")  # a file without documents leaves none
 
 
 class _QuietExecutor(LocalPipelineExecutor):  # type: ignore[misc]
@@ -202,53 +205,56 @@ class _QuietExecutor(LocalPipelineExecutor):  # type: ignore[misc]
         return super()._run_for_rank(rank, local_rank, node_rank)
 
 
-def score_parts(
+def score_steps(
     parts: Sequence[Part],
-    output: Path,
+    output: str,
     settings: ScoreSettings,
     *,
-    text_key: str,
-    output_format: Literal["jsonl", "parquet"],
-    workers: int,
-    skip_malformed: bool,
-    show_progress: bool,
-) -> dict[str, int]:
-    """Score the parts of files; those that an earlier call has finished stay as they are.
+    text_key: str = "text",
+    output_format: Literal["jsonl", "parquet"] = "jsonl",
+    skip_malformed: bool = False,
+    show_progress: bool = False,
+) -> list[PipelineStep]:
+    """Return the pipeline that scores parts of files into a folder, for any executor of datatrove, a task for each.
+
+    Its executor has to keep its logs in the folder's ``logs``: parts that are done are known by them.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written.
+    """
+    folder = OutputFolder(output)
+    job = {**vars(settings), "model": str(Path(settings.model).resolve()), "text_key": text_key}
+    job |= {"format": output_format, "skip_malformed": skip_malformed, "parts": list(map(vars, parts))}
+    suffix = f".{output_format}"
+    with refused_output(output):
+        _claim(folder, job)
+    writer_class = _WholeJsonl if output_format == "jsonl" else _WholeParquet
+    writer = writer_class(
+        folder.path("partial"), f"${{rank}}{suffix}", **_WRITER_OPTIONS[output_format], adapter=_row, max_file_size=-1
+    )
+    return [
+        Rows(parts, text_key, skip_malformed=skip_malformed, show_progress=show_progress),
+        Scores(replace(settings, model=job["model"]), text_key),
+        writer,
+        _Published(folder, suffix),
+    ]
+
+
+def run_here(steps: Sequence[PipelineStep], output: str, tasks: int, workers: int) -> dict[str, int]:
+    """Run the pipeline of :func:`score_steps` on this machine; tasks that an earlier call has done stay as they are.
 
     Returns:
         documents, bytes of their text, and rows that were skipped, of this call.
 
     Raises:
-        UserError: bad input, another job's output, or a file that cannot be written.
+        UserError: bad input, or a file that cannot be written.
     """
-    job = {**vars(settings), "model": str(Path(settings.model).resolve()), "text_key": text_key}
-    job |= {"format": output_format, "skip_malformed": skip_malformed, "parts": list(map(vars, parts))}
-    finished, partial, suffix = output / "data", output / "partial", f".{output_format}"
-    try:
-        _claim(output, job)
-        finished.mkdir(exist_ok=True)
-        writer_class = _WholeJsonl if output_format == "jsonl" else _WholeParquet
-        writer = writer_class(
-            str(partial), f"${{rank}}{suffix}", **_WRITER_OPTIONS[output_format], adapter=_row, max_file_size=-1
-        )
-        executor = _QuietExecutor(
-            [
-                Rows(parts, text_key, skip_malformed=skip_malformed, show_progress=show_progress),
-                Scores(settings, text_key),
-                writer,
-                _Published(partial, finished, suffix),
-            ],
-            tasks=len(parts),
-            workers=min(workers, len(parts)),
-            logging_dir=str(output / "logs"),
-        )
-        logger.disable("datatrove")
+    executor = _QuietExecutor(
+        list(steps), tasks=tasks, workers=min(workers, tasks), logging_dir=OutputFolder(output).path("logs")
+    )
+    logger.disable("datatrove")
+    with refused_output(output):
         stats = executor.run()
-    except OSError as error:
-        raise UserError(
-            f"--output {output}: cannot be written ({error.strerror or shortened(error)}); mend that and run the "
-            "command again, finished files are kept"
-        ) from None
     if stats is None:
         return {"documents": 0, "bytes": 0, "skipped": 0}
     by_step = {step.name: step.stats for step in stats.stats}
@@ -261,21 +267,85 @@ def score_parts(
     }
 
 
+@dataclass(frozen=True)
+class SlurmJob:
+    """What a job of scoring asks SLURM for."""
+
+    partition: str
+    time: str
+    gpus_per_task: int
+    memory_gb: int
+    options: Mapping[str, str]
+    """Of ``sbatch``, by their long names."""
+
+
+def submit(steps: Sequence[PipelineStep], output: str, tasks: int, workers: int, slurm: SlurmJob) -> str | None:
+    """Submit the tasks of :func:`score_steps` that are not done as an array of a SLURM job.
+
+    Args:
+        workers: tasks at the same time.
+
+    Returns:
+        the job's number; None if all tasks are done.
+
+    Raises:
+        UserError: SLURM does not take it.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError("--slurm-partition: there is no sbatch here; start it where SLURM jobs are submitted")
+    programs = os.path.dirname(sys.executable)
+    executor = SlurmPipelineExecutor(
+        list(steps),
+        tasks=tasks,
+        workers=workers,
+        time=slurm.time,
+        partition=slurm.partition,
+        gpus_per_task=slurm.gpus_per_task,
+        mem_per_cpu_gb=slurm.memory_gb,
+        job_name="megatron-dwm-score",
+        qos=None,
+        env_command=f"export PATH={shlex.quote(programs)}:$PATH",
+        sbatch_args=dict(slurm.options),
+        logging_dir=OutputFolder(output).path("logs"),
+    )
+    logger.disable("datatrove")
+    try:
+        with refused_output(output):
+            executor.run()
+    except CalledProcessError as error:
+        raise UserError(
+            f"--slurm-partition {slurm.partition}: sbatch refuses the job with code {error.returncode} (its message is "
+            "above); change the --slurm flags"
+        ) from None
+    return None if executor.job_id == -1 else str(executor.job_id)
+
+
+@contextmanager
+def refused_output(output: str) -> Iterator[None]:
+    """While open, a file that cannot be written is a user's error."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--output {output}: cannot be written ({error.strerror or shortened(error)}); mend that and run the "
+            "command again, finished files are kept"
+        ) from None
+
+
 _WRITER_OPTIONS: dict[str, dict[str, Any]] = {"jsonl": {"compression": None}, "parquet": {"compression": "snappy"}}
 
 
-def _claim(output: Path, job: dict[str, Any]) -> None:
+def _claim(folder: OutputFolder, job: dict[str, Any]) -> None:
     """Make the output's folder for this job, or check that it is this job's.
 
     Raises:
         UserError: it holds something else.
     """
-    file = output / "job.json"
     text = json.dumps(job, indent=2) + "\n"
-    if file.exists():
-        if file.read_text() != text:
-            raise UserError(f"--output {output}: is of other input or flags; give another folder, or remove it")
-    elif output.exists() and any(output.iterdir()):
-        raise UserError(f"--output {output}: is no folder of scores; give another folder")
-    else:
-        atomic_write_text(file, text)
+    found = folder.read("job.json")
+    if found is None and not folder.holds_something():
+        folder.write("job.json", text)
+    elif found is None:
+        raise UserError(f"--output {folder.location}: is no folder of scores; give another folder")
+    elif found != text:
+        raise UserError(f"--output {folder.location}: is of other input or flags; give another folder, or remove it")

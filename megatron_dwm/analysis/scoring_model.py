@@ -21,7 +21,7 @@ from megatron_dwm.weighting.export_manifest import read_manifest, trained_length
 from megatron_dwm.weighting.windows import SpecialTokens, Window, cut, pad_windows, position_limit
 
 Rule = Literal["mean", "max", "first"]
-_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 """What a batch holds; a CPU's caches are small."""
 
 

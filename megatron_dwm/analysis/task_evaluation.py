@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,14 @@ class Estimate:
             return cls(mean, math.nan)
         variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
         return cls(mean, math.sqrt(variance / len(values)))
+
+    def as_json(self) -> dict[str, float | None]:
+        """Return both numbers as JSON has them: null where one is not finite."""
+        values = {"mean": self.mean, "stderr": self.stderr}
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" + ("" if math.isnan(self.stderr) else f" ± {self.stderr:.3f}")
 
 
 @dataclass(frozen=True)
@@ -105,8 +113,29 @@ class Evaluator:
         Raises:
             UserError: it cannot be loaded, or a task's data cannot.
         """
-        model = self._model(folder, add_bos_token=False if is_export else None)
-        return [result for count in self.num_fewshot for result in self._results(model, count)]
+        return self.evaluate_model(self._model(folder, add_bos_token=False if is_export else None))
+
+    def evaluate_model(self, model: Any, *, is_training: bool = False) -> list[TaskResult]:
+        """Evaluate a model in the harness's form.
+
+        Args:
+            is_training: whether it is a running one: torch's random streams stay as they are, and no processes are
+                started, so that metrics whose standard error has no formula have none.
+
+        Raises:
+            UserError: a task's data cannot be loaded.
+        """
+        return [result for count in self.num_fewshot for result in self._results(model, count, is_training)]
+
+    def kinds(self) -> dict[str, str]:
+        """Return what each task wants of a model, in the harness's word, after its data are loaded.
+
+        Raises:
+            UserError: a task's data cannot be loaded.
+        """
+        with quiet_harness(), self._refused_data():
+            tasks = self.manager.load([*self.local, *self.others])["tasks"]
+        return {name: str(task.OUTPUT_TYPE) for name, task in tasks.items()}
 
     def _model(self, folder: Path, add_bos_token: bool | None) -> Any:
         from lm_eval.models.huggingface import HFLM
@@ -124,27 +153,34 @@ class Evaluator:
                 model.eval().to(device), tokenizer=tokenizer, batch_size=self.batch_size, add_bos_token=add_bos_token
             )
 
-    def _results(self, model: Any, num_fewshot: int) -> Iterator[TaskResult]:
+    @contextmanager
+    def _refused_data(self) -> Iterator[None]:
+        """While open, data of the harness's tasks that cannot be loaded are a user's error."""
+        try:
+            yield
+        except (OSError, ConnectionError, ValueError, RuntimeError) as error:
+            if not self.others:
+                raise
+            raise UserError(
+                f"--tasks {' '.join(self.others)}: cannot be evaluated here ({shortened(error)}); their data come "
+                "from the Hugging Face Hub, which needs a network; the local- tasks do not"
+            ) from error
+
+    def _results(self, model: Any, num_fewshot: int, is_training: bool) -> Iterator[TaskResult]:
         from lm_eval import simple_evaluate
 
-        with quiet_harness():
-            try:
-                found = simple_evaluate(
-                    model,
-                    tasks=[*self.local, *self.others],
-                    num_fewshot=num_fewshot,
-                    limit=self.limit,
-                    bootstrap_iters=1000,  # of metrics whose standard error has no formula
-                    task_manager=self.manager,
-                    fewshot_random_seed=self.seed,
-                )
-            except (OSError, ConnectionError, ValueError, RuntimeError) as error:
-                if not self.others:
-                    raise
-                raise UserError(
-                    f"--tasks {' '.join(self.others)}: cannot be evaluated here ({shortened(error)}); their data come "
-                    "from the Hugging Face Hub, which needs a network; the local- tasks do not"
-                ) from error
+        kept = {"torch_random_seed": None} if is_training else {}
+        with quiet_harness(), nullcontext() if is_training else self._refused_data():
+            found = simple_evaluate(
+                model,
+                tasks=[*self.local, *self.others],
+                num_fewshot=num_fewshot,
+                limit=self.limit,
+                bootstrap_iters=0 if is_training else 1000,  # of metrics whose standard error has no formula
+                task_manager=self.manager,
+                fewshot_random_seed=self.seed,
+                **kept,
+            )
         assert found is not None  # which it is on other ranks of several
         for task, samples in sorted(found["samples"].items()):
             yield _task_result(task, num_fewshot, found["results"][task], samples)
@@ -170,7 +206,12 @@ def _task_result(task: str, num_fewshot: int, results: dict[str, Any], samples: 
         name, comma, _ = key.partition(",")
         if comma and not name.endswith("_stderr") and isinstance(value, (int, float)):
             stderr = results.get(key.replace(",", "_stderr,", 1))
-            metrics[name] = Estimate(float(value), float(stderr) if isinstance(stderr, (int, float)) else math.nan)
+            estimate = Estimate(float(value), float(stderr) if isinstance(stderr, (int, float)) else math.nan)
+            by_item = [sample[name] for sample in samples if isinstance(sample.get(name), (int, float))]
+            if math.isnan(estimate.stderr) and len(by_item) == len(samples):
+                of_items = Estimate.of([float(number) for number in by_item])
+                estimate = of_items if math.isclose(of_items.mean, estimate.mean) else estimate
+            metrics[name] = estimate
     values: dict[str, dict[int, float]] = {}
     for sample in samples:
         for name, value in likelihoods(sample).items():

@@ -20,13 +20,12 @@ DEFAULT_RUN = (
     "--num-layers 8 --hidden-size 256 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 "
     "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
     "--untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0 "
-    "--micro-batch-size 2 --global-batch-size 32 --dwm-target-batch-size 4 --train-iters 3000 --lr 3e-4 "
+    "--micro-batch-size 2 --global-batch-size 32 --train-iters 3000 --lr 3e-4 "
     "--lr-warmup-iters 10 "
     "--mock-data --tokenizer-type NullTokenizer --vocab-size 4095 --num-workers 0 --eval-iters 0 --log-interval 3000 "
     "--dwm-update-interval 100"
 )
-"""The run that is measured if the flags describe no model: short, with the update interval of a long run, and the
-part of target samples that large batches have."""
+"""The run that is measured if the flags describe no model: short, with the update interval of a long run."""
 
 
 @dataclass(frozen=True)

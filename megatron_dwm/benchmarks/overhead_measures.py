@@ -83,7 +83,7 @@ def measure_alignments(modes: Modes, options: OverheadConfig) -> dict[str, list[
     passes = {way: chosen.with_config(replace(chosen.config, dwm_alignment=way)) for way in ways}
     actions: dict[str, Callable[[], Any]] = {way: partial(update, passes[way]) for way in ways}
     try:
-        for action in actions.values():  # the first time, kernels may be compiled
+        for action in actions.values() if torch.cuda.is_available() else ():  # at first, kernels may be compiled
             action()
         return take_turns(actions, options.repeats, options.clock)
     finally:

@@ -4,7 +4,8 @@
 
 The classifier's forward pass is timed on whole windows at several batch sizes; the best of them is what scoring is
 held against, in turns. Scoring is timed from the file of JSON lines to the finished output, with the loading of the
-model. Documents are prose of Python's library, of all lengths.
+model. Documents are prose of Python's library, of all lengths. On a CPU, time is this process's processor time, so
+that other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -58,11 +59,11 @@ def _main(argv: Sequence[str] | None) -> None:
     config: ScoringBenchmarkConfig = parse(argv, description, description=__doc__)["scoring"]
     require_packages("benchmark scoring", "datatrove", "orjson", "pyarrow")
     from megatron_dwm.analysis.score_inputs import parts_of
-    from megatron_dwm.analysis.scoring import ScoreSettings, score_parts
+    from megatron_dwm.analysis.scoring import ScoreSettings, run_here, score_steps
 
     folder = Path(config.output)
     source, texts = _documents(config, folder)
-    weighter = config.weighter or str(_classifier(config, folder / "classifier", texts))
+    weighter = config.weighter or str(make_classifier(config, folder / "classifier", texts))
     settings = ScoreSettings(weighter, False, config.window, "mean", config.batch_tokens, "score")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = settings.load(device)
@@ -78,17 +79,11 @@ def _main(argv: Sequence[str] | None) -> None:
     for turn in range(config.repeats):
         own = _speed(scorer, batch, repeats=max(1, tokens // batch.numel() // 2))
         with tempfile.TemporaryDirectory(dir=folder) as output:
-            options: dict[str, Any] = {"text_key": "text", "output_format": "jsonl", "workers": 1}
-            start = perf_counter()
-            score_parts(
-                parts_of([str(source)], 10**9),
-                Path(output) / str(turn),
-                settings,
-                **options,
-                skip_malformed=False,
-                show_progress=False,
-            )
-            speeds.append(tokens / (perf_counter() - start))
+            start = _seconds()
+            to = str(Path(output) / str(turn))
+            steps = score_steps(parts_of([str(source)], 10**9), to, settings)
+            run_here(steps, to, tasks=1, workers=1)
+            speeds.append(tokens / (_seconds() - start))
         ratios.append(speeds[-1] / own)
     result = {
         "documents": len(texts),
@@ -110,11 +105,15 @@ def _speed(scorer: Any, batch: torch.Tensor, repeats: int) -> float:
     with torch.inference_mode(), scorer.precision():
         scorer.model(input_ids=batch)
         _wait(batch)
-        start = perf_counter()
+        start = _seconds()
         for _ in range(repeats):
             scorer.model(input_ids=batch)
         _wait(batch)
-    return repeats * batch.numel() / (perf_counter() - start)
+    return repeats * batch.numel() / (_seconds() - start)
+
+
+def _seconds() -> float:
+    return perf_counter() if torch.cuda.is_available() else process_time()
 
 
 def _wait(batch: torch.Tensor) -> None:
@@ -133,7 +132,7 @@ def _documents(config: ScoringBenchmarkConfig, folder: Path) -> tuple[Path, list
     return source, [json.loads(line)["text"] for line in lines]
 
 
-def _classifier(config: ScoringBenchmarkConfig, folder: Path, texts: Sequence[str]) -> Path:
+def make_classifier(config: ScoringBenchmarkConfig, folder: Path, texts: Sequence[str]) -> Path:
     """Make a classifier of random weights, and a tokenizer of the texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast

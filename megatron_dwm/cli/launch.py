@@ -31,6 +31,7 @@ from megatron_dwm.config.flags import flag_name
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.run import RunConfig, parse_run
 from megatron_dwm.errors import EXIT_CODE, PeerError, UserError, print_error
+from megatron_dwm.extras import require_packages
 from megatron_dwm.runtime.compat import require_megatron_core
 from megatron_dwm.runtime.device import select_device
 from megatron_dwm.runtime.environment import environment_rank
@@ -40,7 +41,7 @@ from megatron_dwm.runtime.startup_sync import StartupSync
 if TYPE_CHECKING:
     from megatron_dwm.training.dataloaders import Dataloaders
     from megatron_dwm.training.setup import LanguageModel, RunInputs
-    from megatron_dwm.training.trainer import Trainer
+    from megatron_dwm.training.trainer import TaskEvaluation, Trainer
     from megatron_dwm.weighting.build import WeightingContext, WeightingInputs
     from megatron_dwm.weighting.policy import SampleWeighting
     from megatron_dwm.weighting.stage_schedule import StageSchedule
@@ -210,8 +211,28 @@ def build_trainer(
         with process.startup_sync.phase("hypergradient"):
             check_gradients(context, *batches)
     parts = build_trainer_parts(config, language_model, dataloaders, train_state, process.startup_sync, save_folder)
+    with process.startup_sync.phase("tasks"):
+        parts = dataclasses.replace(parts, evaluate_tasks=_task_evaluation(config, inputs, language_model))
     process.startup_sync.end_start()
     return Trainer(config, parts, weighting)
+
+
+def _task_evaluation(config: RunConfig, inputs: RunInputs, language_model: LanguageModel) -> TaskEvaluation | None:
+    """Return what evaluates the run's model on tasks, if the flags ask for that.
+
+    Raises:
+        UserError: the tasks or the tokenizer do not allow it.
+    """
+    if config.tasks.eval_tasks is None:
+        return None
+    require_packages("--eval-tasks", "lm_eval")
+    from megatron_dwm.analysis.running_tasks import RunningTasks
+    from megatron_dwm.data.hf_tokenizers import to_hf_tokenizer
+
+    tokenizer = to_hf_tokenizer(inputs.tokenizer, config.tokenizer)
+    vocabulary, micro_batch = language_model.components.vocabulary, config.training.micro_batch
+    size = vocabulary.softmax_size if vocabulary.softmax_size < vocabulary.rows else inputs.vocab_size
+    return RunningTasks(config.tasks, language_model.engine, tokenizer, size, micro_batch).evaluate
 
 
 def _weighting_context(

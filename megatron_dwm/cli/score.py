@@ -12,11 +12,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 from megatron_dwm.cli.command import limit_progress_bars, run_command
-from megatron_dwm.config.flags import flag, parse
+from megatron_dwm.config.flags import flag, parse, require_at_least
 from megatron_dwm.errors import UserError
 from megatron_dwm.extras import require_packages
 
@@ -53,10 +52,17 @@ class ScoreConfig:
         "mean", "Score of a document of several windows: their mean by tokens, the highest, or the first's."
     )
     batch_tokens: int | None = flag(
-        None, "Tokens of a batch, padding included; if not set, 2048 on a CPU and 16384 on a GPU."
+        None, "Tokens of a batch, padding included; if not set, 1024 on a CPU and 16384 on a GPU."
     )
-    workers: int = flag(1, "Number of processes; on a machine with GPUs they share them.")
+    workers: int = flag(1, "Number of processes, or of tasks of a SLURM job at a time; they share a machine's GPUs.")
     skip_malformed: bool = flag(False, "Leave out and count rows that are no document instead of stopping at one.")
+    slurm_partition: str | None = flag(
+        None, "Submit the tasks to this SLURM partition, as a job array, in place of scoring here."
+    )
+    slurm_time: str = flag("24:00:00", "Time limit of a task there.")
+    slurm_gpus_per_task: int = flag(0, "GPUs of a task there.")
+    slurm_memory_gb: int = flag(4, "Memory of a task there, in GB.")
+    slurm_options: list[str] | None = flag(None, "Further options of sbatch: account=NAME qos=NAME ...")
 
     def __post_init__(self) -> None:
         for name in ("input", "output"):
@@ -69,9 +75,24 @@ class ScoreConfig:
             ("--batch-tokens", self.batch_tokens),
             ("--split-bytes", self.split_bytes),
             ("--workers", self.workers),
+            ("--slurm-memory-gb", self.slurm_memory_gb),
         ):
             if number is not None and number < 1:
                 raise UserError(f"{name} {number} is less than 1; give a positive number")
+        require_at_least(self, 0, "slurm_gpus_per_task")
+        self.sbatch_options()
+
+    def sbatch_options(self) -> dict[str, str]:
+        """Return --slurm-options by name.
+
+        Raises:
+            UserError: one has no name or no value.
+        """
+        pairs = [option.partition("=") for option in self.slurm_options or ()]
+        for (name, equals, _), option in zip(pairs, self.slurm_options or (), strict=True):
+            if not name or not equals:
+                raise UserError(f"--slurm-options {option}: give NAME=VALUE, as account=mine")
+        return {name.lstrip("-"): value for name, _, value in pairs}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,7 +106,7 @@ def _main(argv: Sequence[str] | None) -> None:
     import torch
 
     from megatron_dwm.analysis.score_inputs import parts_of
-    from megatron_dwm.analysis.scoring import DocumentTokens, ScoreSettings, score_parts
+    from megatron_dwm.analysis.scoring import DocumentTokens, ScoreSettings, SlurmJob, run_here, score_steps, submit
 
     limit_progress_bars()
     parts = parts_of(config.input or [], config.split_bytes)
@@ -100,23 +121,36 @@ def _main(argv: Sequence[str] | None) -> None:
     )
     # Before anything is written, and once rather than in each process.
     DocumentTokens(settings.load(torch.device("cpu")), config.dataset_tokenizer, config.json_key)
-    start = time.perf_counter()
-    done = score_parts(
+    output, tasks = config.output, len(parts)
+    steps = score_steps(
         parts,
-        Path(config.output),
+        output,
         settings,
         text_key=config.json_key,
         output_format=config.output_format,
-        workers=config.workers,
         skip_malformed=config.skip_malformed,
-        show_progress=sys.stderr.isatty(),
+        show_progress=sys.stderr.isatty() and config.slurm_partition is None,
     )
+    if config.slurm_partition is not None:
+        slurm = SlurmJob(
+            config.slurm_partition,
+            config.slurm_time,
+            config.slurm_gpus_per_task,
+            config.slurm_memory_gb,
+            config.sbatch_options(),
+        )
+        job = submit(steps, output, tasks, config.workers, slurm)
+        done = "all tasks are done" if job is None else f"submitted job {job}; its logs are in {output}/logs/slurm_logs"
+        print(f"{output}/data: {tasks} tasks, {done}")
+        return
+    start = time.perf_counter()
+    counts = run_here(steps, output, tasks, config.workers)
     seconds = time.perf_counter() - start
     files = len({part.path for part in parts})
     print(
-        f"{config.output}/data: scored {done['documents']:,} documents of {files:,} files, "
-        f"skipped {done['skipped']:,} rows, {done['documents'] / seconds:,.1f} docs/s, "
-        f"{done['bytes'] / seconds / 1e6:.2f} MB/s"
+        f"{config.output}/data: scored {counts['documents']:,} documents of {files:,} files, "
+        f"skipped {counts['skipped']:,} rows, {counts['documents'] / seconds:,.1f} docs/s, "
+        f"{counts['bytes'] / seconds / 1e6:.2f} MB/s"
     )
 
 

@@ -19,6 +19,7 @@ from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.plan import PlanConfig
 from megatron_dwm.config.profiling import ProfilingConfig
+from megatron_dwm.config.tasks import TasksConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.config.unsupported_flags import reason_unsupported
@@ -35,16 +36,12 @@ PARTS: dict[str, type] = {
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
     "profiling": ProfilingConfig,
+    "tasks": TasksConfig,
     "weighting": WeightingConfig,
 }
 """What a run's configuration is made of."""
 FLAG_GROUPS: dict[str, type] = PARTS | {"plan": PlanConfig, "no_effect": NoEffectConfig}
 """All flags that are accepted."""
-
-TARGET_PART = 8
-"""An outer update reads an eighth of a batch of the target set: more cost more, and were no better
-(docs/lab-notes.md)."""
-LEAST_TARGET_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,7 @@ class RunConfig:
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     profiling: ProfilingConfig
+    tasks: TasksConfig
     weighting: WeightingConfig
     resumed_at: tuple[int, int] = (0, 0)
     """Iterations done and training samples consumed before the run's start or resumption."""
@@ -80,6 +78,10 @@ class RunConfig:
             raise UserError("--use-pytorch-profiler writes to --tensorboard-dir; give it")
         if logging.log_progress and self.checkpoint.save is None:
             raise UserError("--log-progress writes to the --save folder; give it")
+        if self.tasks.eval_tasks and self.tokenizer.tokenizer_type == "NullTokenizer":
+            raise UserError(
+                "--eval-tasks are texts, and --tokenizer-type NullTokenizer has none; give another tokenizer"
+            )
         if not logging.wandb_project:
             return
         if not logging.wandb_exp_name:
@@ -278,19 +280,8 @@ class RunConfig:
 
     @property
     def target_batch_size(self) -> int:
-        """The number of target samples in one outer update.
-
-        If not given it is an eighth of a batch, but at least 8, or the next number that divides into microbatches.
-        """
-        if self.weighting.dwm_target_batch_size is not None:
-            return self.weighting.dwm_target_batch_size
-        micro, dp, parallel = self.training.micro_batch, self.data_parallel_size, self.parallel
-        wanted = max(-(-self.global_batch_size // TARGET_PART), LEAST_TARGET_SAMPLES)
-        of_replica = -(-wanted // dp)
-        unit = micro if of_replica > micro else of_replica
-        if parallel.virtual_stages(self.model.layers) is not None:
-            unit = micro * max(parallel.pp, parallel.microbatch_group_size_per_vp_stage or 0)
-        return min(-(-of_replica // unit) * unit * dp, self.global_batch_size)
+        """The number of target samples in one outer update."""
+        return self.weighting.dwm_target_batch_size or self.global_batch_size
 
     @property
     def target_micro_batch(self) -> int:
@@ -350,4 +341,6 @@ def parse_run(
     )
     if parts["plan"].plan:
         raise UserError("--plan is for pretrain_dwm.py and megatron-dwm pretrain; leave it out")
+    if parts["no_effect"].no_query_key_layer_scaling and parts["model"].apply_query_key_layer_scaling:
+        raise UserError("--no-query-key-layer-scaling contradicts --apply-query-key-layer-scaling; leave one out")
     return RunConfig(world_size=world_size, **{name: parts[name] for name in PARTS})

@@ -43,7 +43,7 @@ UNSUPPORTED: dict[str, str] = {
     "Megatron-LM no longer has it; use --lr-warmup-fraction": "--warmup",
     "Megatron-LM no longer has it; use --tensor-model-parallel-size": "--model-parallel-size",
     "Megatron-LM no longer has it; use --recompute-granularity full --recompute-method uniform": """
-        --activations-checkpoint-*""",
+        --activations-checkpoint-method""",
     "DeepSpeed is not used; use --use-distributed-optimizer": "--deepspeed* --zero-* --no-pipeline-parallel",
     "it adds a term to the losses or leaves tokens out, so that what is weighted is another loss; leave it out": """
         --use-z-loss --goldfish-*""",

@@ -69,9 +69,7 @@ class WeightingConfig:
         old_names=("--dwm-valid-data-path",),
     )
     dwm_target_batch_size: int | None = flag(
-        None,
-        "Target samples in one outer update; if not given, an eighth of the global batch size, but at least 8, or as "
-        "many more as divide into microbatches.",
+        None, "Target samples in one outer update; the global batch size if not given."
     )
     dwm_init_from: str = flag(
         "random",

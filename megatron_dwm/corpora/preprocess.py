@@ -57,7 +57,9 @@ class PreprocessConfig:
     append_eod: bool = flag(False, "Append the end-of-document token to each document.")
     output_prefix: str | None = flag(None, "Path of the output without _<key>_document.bin/.idx.")
     output_per_file: bool = flag(
-        False, "Make data sets of each input file, with its name behind --output-prefix, in place of those of all."
+        False,
+        "Make data sets of each input file, with its name behind --output-prefix, or in that folder if it ends with a "
+        "slash, in place of those of all.",
     )
     workers: int = flag(1, "Number of processes that tokenize.")
     partitions: int = flag(1, "Deal the documents out to this many partitions, which follow each other.")
@@ -137,7 +139,7 @@ class Encoder:
         if isinstance(content, dict):
             return content, sum(len(text.encode()) for text in content.values() if isinstance(text, str))
         try:
-            size = len(content.encode())
+            size = len(content) if content.isascii() else len(content.encode())
         except UnicodeEncodeError:
             raise _MalformedError("not UTF-8") from None
         try:
@@ -160,7 +162,7 @@ class Encoder:
         try:
             sequences = [ids for ids in map(self.tokenizer.tokenize, sentences) if len(ids) > 0]
             lengths = [len(ids) for ids in sequences]
-            tokens = [token for ids in sequences for token in ids]
+            tokens = list(itertools.chain.from_iterable(sequences))
             if tokens and self.end is not None:
                 tokens.append(self.end)
                 lengths[-1] += 1
@@ -199,15 +201,18 @@ def preprocess(config: PreprocessConfig, tokenizer_config: TokenizerConfig) -> l
         return [_dataset(Path(config.output_prefix or ""), key) for key in config.json_keys]
     prefix = Path(config.output_prefix or "")
     names = _names(paths)
+    outputs = {name: f"{prefix}_{name}" for name in names}
+    if (config.output_prefix or "").endswith("/"):
+        outputs = {name: str(prefix / name) for name in names}
     Reader(paths, config.json_keys)  # a file that cannot be read is found before the first one is worked on
     job = _job(config, tokenizer_config, paths)
     with unfinished_work(prefix.with_name(f".{prefix.name}.files"), job, "files") as work:
         for name, path in list(names.items())[work.progress.records :]:
-            of_file = replace(config, input=[path], output_prefix=f"{prefix}_{name}")
+            of_file = replace(config, input=[path], output_prefix=outputs[name])
             logger.info(f"{path} to {of_file.output_prefix}")
             _preprocess(of_file, tokenizer_config, encoder, [path])
             work.keep(work.next_segment(), Progress(records=work.progress.records + 1))
-    return [_dataset(Path(f"{prefix}_{name}"), key) for name in names for key in config.json_keys]
+    return [_dataset(Path(output), key) for output in outputs.values() for key in config.json_keys]
 
 
 def _names(paths: list[str]) -> dict[str, str]:

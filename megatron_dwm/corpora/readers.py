@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_dwm.corpora.storage import files_of_url, is_url, open_file, size_of
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.extras import require_packages
 
@@ -52,14 +53,18 @@ class Record(NamedTuple):
 
 
 def input_files(patterns: Sequence[str]) -> list[str]:
-    """Return the files that the patterns name: a file, a folder with all files below it, or a glob pattern.
+    """Return the files that the patterns name: a file, a folder with all files below it, or a glob pattern; or URLs.
 
     Raises:
         UserError: a pattern matches nothing, or a folder holds no file of a known suffix.
     """
     files: list[str] = []
     for pattern in patterns:
-        if os.path.isdir(pattern):
+        if is_url(pattern):
+            matches = [url for url in files_of_url(pattern) if url == pattern or _is_input(Path(url))]
+            if not matches:
+                raise UserError(f"--input {pattern}: no such file; check the URL or pattern")
+        elif os.path.isdir(pattern):
             matches = sorted(str(path) for path in Path(pattern).rglob("*") if path.is_file() and _is_input(path))
             if not matches:
                 raise UserError(
@@ -106,9 +111,9 @@ class Reader:
             UserError: a file cannot be opened or has a format that is not read.
         """
         self._paths, self._columns = paths, columns
-        self._sizes = [os.path.getsize(path) for path in paths]
+        self._sizes = [size_of(path) for path in paths]
         for path in paths:
-            if os.path.isfile(path):  # what a pipe holds shows itself only once, when it is read
+            if is_url(path) or os.path.isfile(path):  # what a pipe holds shows itself only once, when it is read
                 with _open(path) as file:
                     _format_of(path, file)
         self._finished = 0
@@ -176,7 +181,7 @@ def _open(path: str) -> io.BufferedReader:
         UserError: it cannot be opened.
     """
     try:
-        return open(path, "rb")
+        return open_file(path)
     except OSError as error:
         raise UserError(f"--input {path}: cannot be opened ({error.strerror}); check the file") from None
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.hf_rope import rope_flags, rope_parameters
+from megatron_dwm.model.hf_window import can_have_window, has_window_in_all_layers, window_flags, window_values
 from megatron_dwm.model.transformer_config import has_tanh_gelu
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ def architecture(model: ModelConfig) -> str:
     """Return the model_type of the Hugging Face model that is nearest to ``model``.
 
     Rotary positions and RMSNorm make it a Llama, with a bias of queries, keys and values alone a Qwen2, with norms of
-    queries and keys a Qwen3, with a rotated part of the head a Phi-3; LayerNorm makes it a Nemotron. Learned positions
-    make it a GPT-2.
+    queries and keys a Qwen3, with a rotated part of the head a Phi-3, with a window in all layers a Mistral; LayerNorm
+    makes it a Nemotron. Learned positions make it a GPT-2.
     """
     if not model.has_rotary_positions:
         return "gpt2"
@@ -54,7 +55,9 @@ def architecture(model: ModelConfig) -> str:
         return "phi3"
     if model.qk_layernorm:
         return "qwen3"
-    return "qwen2" if model.add_qkv_bias and not model.add_bias_linear else "llama"
+    if model.add_qkv_bias and not model.add_bias_linear:
+        return "qwen2"
+    return "mistral" if has_window_in_all_layers(model) else "llama"
 
 
 def hf_config(
@@ -74,6 +77,10 @@ def hf_config(
     _check_expressible(model, kind)
     if has_any_tokenizer:
         kind = TWINS.get(kind, kind)
+    if not can_have_window(model, kind):
+        layers = model.window_attn_skip_freq
+        flags = f"--window-size {model.window_size}{f' --window-attn-skip-freq {layers}' if layers else ''}"
+        raise UserError(f"a Hugging Face {_title(kind)} cannot express {flags}; leave it out")
     positions = model.max_position_embeddings or model.sequence
     values: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -109,6 +116,7 @@ def hf_config(
         "attention_dropout": model.attention_dropout,
         "rope_parameters": rope_parameters(model),
         "norm_eps" if kind == "nemotron" else "rms_norm_eps": model.layernorm_epsilon,
+        **window_values(model, kind, num_layers),
     }
     if kind in ("llama", "nemotron"):
         values |= {"attention_bias": model.add_bias_linear, "mlp_bias": model.add_bias_linear}
@@ -133,7 +141,6 @@ def _activation(model: ModelConfig) -> str:
 def _megatron_alone(model: ModelConfig) -> dict[str, bool]:
     """Parts of megatron-core's models that no model of transformers has, whose presence is a misfit."""
     return {
-        f"--window-size {model.window_size}; leave it out": model.window_size is not None,
         f"--no-rope-freq {model.no_rope_freq}; leave it out": model.no_rope_freq is not None,
         f"--softmax-type {model.softmax_type}; use vanilla": model.softmax_type != "vanilla",
         "--attention-output-gate; leave it out": model.attention_output_gate,
@@ -164,7 +171,7 @@ def _check_expressible(model: ModelConfig, kind: str) -> None:
         f"--num-attention-heads {model.heads} that do not divide the hidden size; change it": (
             kind == "llama" and model.hidden % model.heads != 0
         ),
-        "biases; add --disable-bias-linear": kind in ("qwen3", "phi3") and model.add_bias_linear,
+        "biases; add --disable-bias-linear": kind in ("qwen3", "phi3", "mistral") and model.add_bias_linear,
         "--add-qkv-bias; leave it out": (
             kind in ("qwen3", "phi3", "nemotron") and model.add_qkv_bias and not model.add_bias_linear
         ),
@@ -223,8 +230,6 @@ def _rotary_flags(config: PretrainedConfig) -> dict[str, Any]:
         has_qkv_bias, attention_bias = attention_bias, config.attention_out_bias
     else:
         has_qkv_bias = kind == "qwen2"
-    window = getattr(config, "sliding_window", None)
-    is_windowed = window is not None and window < config.max_position_embeddings
     has_biases = attention_bias or mlp_bias
     _refuse(
         subject,
@@ -232,7 +237,6 @@ def _rotary_flags(config: PretrainedConfig) -> dict[str, Any]:
             f"hidden_act {activation}": activation not in (_UNGATED if kind == "nemotron" else _SILU),
             f"hidden_act {activation} without biases": activation in _TANH_GELU and not has_biases,
             "attention_bias beside norms of queries and keys": kind == "qwen3" and attention_bias,
-            f"sliding_window {window} of {config.max_position_embeddings} positions": is_windowed,
             f"embd_pdrop {getattr(config, 'embd_pdrop', 0)} beside resid_pdrop": (
                 getattr(config, "embd_pdrop", 0) != getattr(config, "resid_pdrop", 0)
             ),
@@ -245,6 +249,7 @@ def _rotary_flags(config: PretrainedConfig) -> dict[str, Any]:
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     flags = {
         **positions,
+        **window_flags(config),
         "normalization": "LayerNorm" if kind == "nemotron" else "RMSNorm",
         "layernorm_epsilon": config.norm_eps if kind == "nemotron" else config.rms_norm_eps,
         "qk_layernorm": kind == "qwen3",

@@ -18,7 +18,7 @@ import torch
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.errors import UserError
-from megatron_dwm.model.hf_config import hf_config, model_config
+from megatron_dwm.model.hf_config import architecture, hf_config, model_config
 
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = "embed_tokens.weight", "wte.weight"
@@ -81,19 +81,25 @@ class BaseModelTensors(Mapping[str, torch.Tensor]):
     """
 
     def __init__(
-        self, files: FolderTensors, names: Mapping[str, str], zeros: Mapping[str, torch.Size], dtype: torch.dtype
+        self,
+        files: FolderTensors,
+        names: Mapping[str, str],
+        zeros: Mapping[str, torch.Size],
+        dtype: torch.dtype,
+        rows: Mapping[str, slice],
     ) -> None:
         """
         Args:
             names: a tensor's name in the files, by its name here.
             zeros: shapes of the biases that the model has not.
+            rows: which rows of a tensor in the files one is, by its name here; all of them if not given.
         """
-        self.files, self.names, self.zeros, self.dtype = files, dict(names), dict(zeros), dtype
+        self.files, self.names, self.zeros, self.dtype, self.rows = files, dict(names), dict(zeros), dtype, dict(rows)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self.zeros:
             return torch.zeros(self.zeros[name], dtype=self.dtype)
-        return self.files[self.names[name]].to(self.dtype)
+        return self.files[self.names[name]][self.rows.get(name, slice(None))].to(self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         yield from self.names
@@ -169,14 +175,42 @@ def _read(folder: Path) -> HuggingFaceModel:
     if model.untie_embeddings_and_output_weights:
         names[_HEAD] = _HEAD
     _check_dtypes(files, names.values())
+    rows: dict[str, slice] = {}
+    if config.model_type == "phi3" and architecture(model) != "phi3":
+        names, rows = _taken_apart(names, model)
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(
             hf_config(model, vocab_size=config.vocab_size, num_layers=model.layers)
         )
     zeros = {name: tensor.shape for name, tensor in whole.base_model.state_dict().items() if name not in names}
     assert all(name.endswith(".bias") for name in zeros), sorted(zeros)
-    state = BaseModelTensors(files, names, zeros, _precision(files))
+    state = BaseModelTensors(files, names, zeros, _precision(files), rows)
     return HuggingFaceModel(model, int(config.vocab_size), state)
+
+
+def _taken_apart(names: Mapping[str, str], model: ModelConfig) -> tuple[dict[str, str], dict[str, slice]]:
+    """Return a Phi-3's names as a Llama's, which has its matrices one by one, and the rows that they are.
+
+    A Phi-3 that rotates its heads whole computes what a Llama does.
+    """
+    queries, keys, ffn = model.heads * model.head_size, model.query_groups * model.head_size, model.ffn
+    parts = {
+        "qkv_proj": {
+            "q_proj": slice(queries),
+            "k_proj": slice(queries, queries + keys),
+            "v_proj": slice(queries + keys, queries + 2 * keys),
+        },
+        "gate_up_proj": {"gate_proj": slice(ffn), "up_proj": slice(ffn, 2 * ffn)},
+    }
+    apart: dict[str, str] = {}
+    rows: dict[str, slice] = {}
+    for name, in_files in names.items():
+        whole = next((whole for whole in parts if f".{whole}." in name), None)
+        for part, its_rows in parts[whole].items() if whole else ():
+            apart[name.replace(str(whole), part)], rows[name.replace(str(whole), part)] = in_files, its_rows
+        if whole is None:
+            apart[name] = in_files
+    return apart, rows
 
 
 @contextmanager

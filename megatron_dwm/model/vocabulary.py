@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.utils import VocabUtility
+from torch.utils.hooks import RemovableHandle
 
 from megatron_dwm.errors import UserError
 
@@ -59,22 +60,27 @@ def saved_softmax_size(arguments: Mapping[str, Any], rows: int) -> int:
     return int(arguments.get(SOFTMAX_SIZE) or arguments.get("hf_vocab_size") or rows)
 
 
-def leave_padding_out(output_layer: torch.nn.Module, softmax_size: int, tp_rank: int, tp_size: int) -> None:
+def leave_padding_out(
+    output_layer: torch.nn.Module, softmax_size: int, tp_rank: int, tp_size: int
+) -> RemovableHandle | None:
     """Let the rows from ``softmax_size`` on take no part in the softmax of ``output_layer``'s logits.
 
     Their logits are set to the lowest number, whose exponential is exactly 0 in every precision; so is their gradient.
 
     Args:
         output_layer: a ColumnParallelLinear of logits [s, b, v] that stay split over the tensor-parallel ranks.
+
+    Returns:
+        what undoes it; None if this rank has no such rows.
     """
     partition: int = output_layer.output_size_per_partition  # type: ignore[assignment]
     first, _ = VocabUtility.vocab_range_from_per_partition_vocab_size(partition, tp_rank, tp_size)
     if first + partition <= softmax_size:
-        return
+        return None
 
     def mask(_module: Any, _inputs: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
         logits, bias = output
         is_padding = torch.arange(first, first + partition, device=logits.device) >= softmax_size
         return logits.masked_fill(is_padding, torch.finfo(logits.dtype).min), bias
 
-    output_layer.register_forward_hook(mask)
+    return output_layer.register_forward_hook(mask)

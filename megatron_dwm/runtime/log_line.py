@@ -158,6 +158,15 @@ def validation_line(prefix: str, loss: float, label: str | None = None, name: st
     return f"{rule}\n{text}\n{rule}"
 
 
+def task_line(iteration: int, task: str, items: int, metrics: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Return the report of an evaluation on one task: means, and their standard errors where they have any."""
+    figures = [
+        f"{name} {value['mean']:.3f}" + ("" if value["stderr"] is None else f" ± {value['stderr']:.3f}")
+        for name, value in metrics.items()
+    ]
+    return f" dwm tasks at iteration {iteration} | {task}, {items} items | {' | '.join(figures)}"
+
+
 def event_line(event: str) -> str:
     """Megatron-LM's line for the time at which something happened."""
     return f"[{event}] datetime: {timestamp()} "

@@ -16,7 +16,15 @@ from megatron_dwm.model.flops import training_flops
 from megatron_dwm.model.memory import MEBIBYTE, memory_estimate
 from megatron_dwm.runtime.device import peak_flops
 from megatron_dwm.runtime.energy import EnergyMeter
-from megatron_dwm.runtime.log_line import LogLine, LossWindow, Speed, update_curves, update_line, validation_line
+from megatron_dwm.runtime.log_line import (
+    LogLine,
+    LossWindow,
+    Speed,
+    task_line,
+    update_curves,
+    update_line,
+    validation_line,
+)
 from megatron_dwm.runtime.logging import EVERY_RANK, LAST_RANK
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.runtime.record_writers import JsonLines, ScalarWriter, TensorBoard, WeightsAndBiases
@@ -165,6 +173,16 @@ class Reporter:
             for name, value in by_source.items():
                 self._draw_evaluation(f"lm loss validation-{labels[name]}", value, train_state)
                 self._draw(f"dwm/validation_loss/{name}", value, train_state.iteration)
+
+    def tasks(self, iteration: int, results: list[dict[str, Any]]) -> None:
+        """Report an evaluation on tasks: a log line, a record and curves for each."""
+        for result in results:
+            name, metrics = f"{result['task']}, {result['num_fewshot']} examples", result["metrics"]
+            logger.info(task_line(iteration, name, result["samples"], metrics), extra=LAST_RANK)
+            self.record({**result, "iteration": iteration})
+            for metric, value in metrics.items():
+                label = f"dwm/tasks/{result['task']}/{result['num_fewshot']}-shot {metric}"
+                self._draw(label, value["mean"], iteration)
 
     def _draw_evaluation(self, name: str, loss: float, train_state: TrainState) -> None:
         """Draw a point of a loss's curve, and if asked for of its perplexity's, under Megatron-LM's names."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,9 @@ from megatron_dwm.weighting.policy import SampleWeighting
 
 logger = logging.getLogger(__name__)
 
+TaskEvaluation = Callable[[], list[dict[str, Any]]]
+"""Evaluates the model on tasks, with all ranks; returns a record for each task."""
+
 SAVES_WITH_MEMORY_REPORT = 3
 """Megatron-LM reports the GPU's memory around a run's first checkpoints."""
 
@@ -53,6 +56,7 @@ class TrainerParts:
     timers: StepTimers
     profiler: StepProfiler
     stragglers: StragglerReport
+    evaluate_tasks: TaskEvaluation | None = None
 
 
 class Trainer:
@@ -114,6 +118,7 @@ class Trainer:
             stop_reason = self.stop_request.reason(train_state.iteration)
             if config.data.eval_interval and train_state.iteration % config.data.eval_interval == 0:
                 self.evaluate("valid", f"iteration {train_state.iteration}")
+            self._evaluate_tasks_if_due()
             self._save_if_due(is_last=stop_reason is not None)
             if stop_reason is not None:
                 logger.info(event_line(stop_reason))
@@ -220,6 +225,14 @@ class Trainer:
             by_source = {name: result.loss for name, result in results.items()}
             is_by_source = split == "valid" and self.config.data.multiple_validation_sets
             self.reporter.evaluation(self.train_state, split, loss, prefix, by_source if is_by_source else {})
+
+    def _evaluate_tasks_if_due(self) -> None:
+        interval, iteration = self.config.tasks.eval_tasks_interval, self.train_state.iteration
+        if self.parts.evaluate_tasks is None or interval is None:
+            return
+        if iteration % interval == 0 or iteration == self.config.train_iters:
+            with self.reporter.paused(), self.engine.full_parameters():
+                self.reporter.tasks(iteration, self.parts.evaluate_tasks())
 
     def _announce_second_evaluation(self) -> None:
         """Say why there are two validation losses of the last iteration, as Megatron-LM has them, if there are."""

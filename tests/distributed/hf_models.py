@@ -47,6 +47,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "head_dim": 64,
     },
     "mistral": {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
+    "mistral, window": {"model_type": "mistral", "head_dim": 16, "sliding_window": 5},
+    "qwen2, window in some layers": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "phi3, window": {
+        "model_type": "phi3",
+        "sliding_window": 4,
+        "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5},
+    },
+    "phi3, rotated whole, window": {"model_type": "phi3", "sliding_window": 4, "rope_parameters": _ROPE},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_parameters": _ROPE},
     "qwen2, yarn": {"model_type": "qwen2", "head_dim": 32, "rope_parameters": _YARN},
     "seed_oss": {

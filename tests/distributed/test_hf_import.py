@@ -36,7 +36,13 @@ BYTES = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLeve
 
 TWINS = {"mistral": "llama", "seed_oss": "qwen2"}
 """What models are exported as that compute the same as another."""
-SPREAD = ["llama with biases of attention, linear", "qwen2", "qwen3, yarn of other attention", "nemotron", "gpt2"]
+SPREAD = [
+    "llama with biases of attention, linear",
+    "qwen2, window in some layers",
+    "qwen3, yarn of other attention",
+    "nemotron",
+    "gpt2",
+]
 """Models that are tried on several ranks: tied and untied, biases, norms of heads, fused and not."""
 
 
@@ -125,6 +131,9 @@ def test_an_import_is_exported_as_the_model_that_it_was(name: str, folders: dict
     back: Any = AutoModelForCausalLM.from_pretrained(output)
     with torch.no_grad():
         torch.testing.assert_close(back(TOKENS[:, :-1]).logits, known(TOKENS[:, :-1]).logits, rtol=1e-5, atol=1e-5)
+    if "rotated whole" in name:  # a Mistral, whose matrices are not together, computes the same
+        assert back.config.model_type == "mistral"
+        return
     state, added = back.state_dict(), 0
     for key, tensor in known.state_dict().items():
         torch.testing.assert_close(state.pop(key), tensor, rtol=0, atol=_rounding(name, key), msg=key)
@@ -134,7 +143,8 @@ def test_an_import_is_exported_as_the_model_that_it_was(name: str, folders: dict
     assert (added > 0) == ("with biases of" in name)
     written = json.loads((output / "config.json").read_text())
     assert written["architectures"] == [type(back).__name__] and written["dtype"] == "float32"
-    assert written["model_type"] == TWINS.get(known.config.model_type, known.config.model_type)
+    kind = known.config.model_type
+    assert written["model_type"] == (kind if "window" in name else TWINS.get(kind, kind))
 
 
 def test_an_export_states_its_window_special_tokens_and_generation(folders: dict[str, Path], tmp_path: Path):

@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from megatron_dwm.analysis.local_tasks import LOCAL_TASKS, local_task, read_passages
 from megatron_dwm.cli import evaluate, import_hf
 from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
 from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
 from megatron_dwm.data.tokenizers import build_tokenizer
+from tests.e2e.launch import records, succeed
+from tests.small_runs import LANGUAGE_MODEL, TRAINING
 from tests.unit.data.made_tokenizers import sentencepiece_model
 
 ANIMALS = ["horse", "rabbit", "heron", "salmon", "beetle", "badger", "falcon", "otter", "weasel", "cricket"]
@@ -99,6 +103,40 @@ def test_a_checkpoint_and_hugging_face_folders_side_by_side(workplace: Path, cap
     printed = capsys.readouterr().out
     assert f"local-title, 2 examples, {ITEMS} items" in printed
     assert f"{cloze['mean']:.3f} ± {cloze['stderr']:.3f} (-" in printed
+
+
+def test_a_run_evaluates_its_model_on_tasks(workplace: Path, tmp_path: Path):
+    """What it finds is what ``evaluate`` finds of its checkpoint, and the run is as it is without."""
+    tokenizer = {"--tokenizer-type": "SentencePieceTokenizer", "--tokenizer-model": workplace / "bpe.model"}
+    story, prefix = str(workplace / "story.jsonl"), str(tmp_path / "story")
+    settings = TokenizerConfig("SentencePieceTokenizer", str(workplace / "bpe.model"))
+    preprocess(PreprocessConfig(input=[story], output_prefix=prefix, append_eod=True), settings)
+    tasks = {"--eval-tasks": ["local-cloze", "local-title"], "--eval-tasks-text": story, "--eval-tasks-limit": ITEMS}
+    flags: dict[str, Any] = {**LANGUAGE_MODEL, **TRAINING, **tokenizer, "--train-iters": 6, "--dwm-mode": "off"}
+    flags |= {"--train-data-path": f"{prefix}_text_document", "--tensor-model-parallel-size": 2}
+    flags |= {"--seq-length": 64, "--max-position-embeddings": 64, "--metrics-jsonl": tmp_path / "plain.jsonl"}
+    run = {"--save": tmp_path / "run", "--save-interval": 4, "--tensorboard-dir": tmp_path / "board"}
+    run |= {"--metrics-jsonl": tmp_path / "with.jsonl", "--eval-tasks-interval": 4}
+    succeed(tmp_path / "plain", 2, flags)
+    finished = succeed(tmp_path / "with", 2, {**flags, **tasks, **run, "--eval-tasks-num-fewshot": [0, 2]})
+    losses = [[r["lm_loss"] for r in records(tmp_path / name, "train")] for name in ("plain.jsonl", "with.jsonl")]
+    assert losses[0] == losses[1]
+
+    found = records(tmp_path / "with.jsonl", "tasks")
+    assert [record["iteration"] for record in found] == [4] * 4 + [6] * 4
+    text = ["--tasks", *tasks["--eval-tasks"], "--task-text", story]
+    (checkpoint,) = evaluated(tmp_path, tmp_path / "run/iter_0000004", *text)["checkpoints"]
+    for record, result in zip(found, checkpoint["results"], strict=False):
+        for name in ("task", "num_fewshot", "samples"):
+            assert record[name] == result[name]
+        assert record["metrics"].keys() == result["metrics"].keys() >= {"acc", "answer_nll"}
+        for name, value in result["metrics"].items():
+            assert record["metrics"][name] == pytest.approx(value, rel=1e-4), name
+    line = "dwm tasks at iteration 4 | local-cloze, 0 examples, 10 items | acc 0."
+    assert line in finished.output[1]
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("dwm/tasks/local-title/2-shot choice_nll")] == [4, 6]
 
 
 def answer_nll(folder: Path, text: Path) -> dict[str, float]:

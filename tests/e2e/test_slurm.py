@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification
 
+from megatron_dwm.benchmarks.scoring import ScoringBenchmarkConfig, make_classifier
+from megatron_dwm.cli import score
 from megatron_dwm.runtime.process_groups import free_port
 from tests.e2e.slurm.cluster import Cluster, running_cluster
 from tests.paths import ROOT
@@ -150,6 +152,38 @@ def test_a_preempted_job_saves_requeues_itself_and_goes_on(cluster: Cluster, tmp
 def _log_of_nodes(save: Path) -> str:
     """Return what the ranks have printed, node by node."""
     return "".join(path.read_text() for path in sorted((save / "logs").glob("pretrain-1b-dwm-*.log")))
+
+
+def test_documents_are_scored_by_an_array_of_tasks(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """Tasks that are done are not submitted again; a wrong partition is one line."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    texts = [f"the number {number} of {number % 7} and no other" for number in range(30)]
+    for part in range(2):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts[part::2]]
+        (tmp_path / f"part{part}.jsonl").write_text("".join(lines))
+    make_classifier(ScoringBenchmarkConfig(num_layers=1, hidden_size=64), tmp_path / "weighter", texts)
+    command = ["--weighter", "weighter", "--input", "part*.jsonl"]
+    slurm = ["--slurm-memory-gb", "1", "--slurm-options", "comment=scores", "--workers", "2", "--slurm-partition"]
+    with pytest.raises(SystemExit) as end:
+        score.main([*command, "--output", "refused", *slurm, "nowhere"])
+    assert end.value.code == 2 and "--slurm-partition nowhere: sbatch refuses the job" in capfd.readouterr().err
+
+    array = [*command, "--output", "array", *slurm, "main"]
+    with several_processes:
+        score.main(array)
+        submitted = capfd.readouterr().out
+        assert re.fullmatch(r"array/data: 2 tasks, submitted job \d+; its logs are in .*\n", submitted)
+        done = tmp_path / "array" / "logs" / "completions"
+        cluster.wait_for("end of the tasks", lambda: len(list(done.glob("*"))) == 2)
+    score.main(array)
+    assert capfd.readouterr().out == "array/data: 2 tasks, all tasks are done\n"
+    score.main([*command, "--output", "here"])
+    for file in ("data/00000.jsonl", "data/00001.jsonl"):
+        assert (tmp_path / "array" / file).read_text() == (tmp_path / "here" / file).read_text()
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ ProctrackType=proctrack/linuxproc
 ReturnToService=2
 SelectType=select/linear
 TaskPlugin=task/none
-NodeName=localhost NodeAddr=127.0.0.1 CPUs=16
+NodeName=localhost NodeAddr=127.0.0.1 CPUs=16 RealMemory=4000
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=main Nodes=localhost Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=120
@@ -151,10 +151,10 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         munge_files = [f"--{kind}={self.folder}/munge.{kind}" for kind in ("socket", "pid-file", "seed-file")]
         self._launch("munged", "--foreground", f"--key-file={key}", *munge_files)
-        self._wait_for("socket of munged", (self.folder / "munge.socket").exists)
+        self.wait_for("socket of munged", (self.folder / "munge.socket").exists)
         self._launch("slurmctld", "-D", "-c")
         self._launch("slurmd", "-D", "-N", "localhost")
-        self._wait_for("idle node", lambda: self._node_state() == "idle")
+        self.wait_for("idle node", lambda: self._node_state() == "idle")
 
     def stop(self) -> None:
         """End what still runs: jobs first, for slurmd would leave their processes behind."""
@@ -162,7 +162,7 @@ class Cluster:
         try:
             if self._node_state() in busy:
                 self._call("scancel", "--full", f"--user={_user()}")
-                self._wait_for("idle node", lambda: self._node_state() not in busy)
+                self.wait_for("idle node", lambda: self._node_state() not in busy)
         finally:
             for daemon in reversed(self._daemons.values()):
                 daemon.terminate()
@@ -181,7 +181,12 @@ class Cluster:
                 stderr=subprocess.STDOUT,
             )
 
-    def _wait_for(self, what: str, holds: Callable[[], bool]) -> None:
+    def wait_for(self, what: str, holds: Callable[[], bool]) -> None:
+        """Wait until something holds.
+
+        Raises:
+            ClusterError: it does not in time, or a daemon has ended.
+        """
         deadline = time.monotonic() + START_LIMIT_S
         while not holds():
             self._check_daemons()

@@ -107,6 +107,34 @@ def test_scores_are_those_of_training_and_rows_stay_whole_and_in_order(weighter:
     assert [row["id"] for row in table] == list(range(30))
 
 
+def test_files_behind_urls_are_read_and_written_as_others(weighter: Path, tmp_path: Path, capsys):
+    """``file:`` goes the way of all of fsspec's file systems, S3 among them."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write(folder / "a.jsonl", ROWS[:12])
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS[12:20]).encode()))
+    pq.write_table(pa.Table.from_pylist(ROWS[20:]), folder / "c.parquet")
+    flags = ("--weighter", weighter, "--window", WINDOW, "--workers", 2)
+    assert run(*flags, "--input", folder, "--output", tmp_path / "plain") == 0
+    url = f"file://{tmp_path}"
+    remote = (*flags, "--output", f"{url}/out")
+    assert run(*remote, "--input", f"{url}/in") == 0
+    assert output_rows(tmp_path / "out") == output_rows(tmp_path / "plain")
+    assert run(*remote, "--input", f"{url}/in") == 0
+    assert "scored 0 documents" in capsys.readouterr().out  # they are done
+    assert run(*remote, "--input", f"{url}/in/*.gz") == 2
+    assert "is of other input or flags" in capsys.readouterr().err
+    for words, said in {
+        ("--input", f"{url}/in/*.txt"): f"--input {url}/in/*.txt: no such file",
+        ("--input", f"{url}/nowhere.jsonl"): f"--input {url}/nowhere.jsonl: no such file",
+        ("--input", "nothing://x/y.jsonl"): "--input nothing://x/y.jsonl: Protocol not known: nothing",
+    }.items():
+        assert run(*flags, *words, "--output", tmp_path / "none") == 2
+        error = capsys.readouterr().err
+        assert said in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "none").exists()
+
+
 def test_one_file_is_shared_by_several_tasks_and_a_killed_one_loses_no_row(weighter: Path, tmp_path: Path):
     """Lines belong to the part that they begin in, whatever their length; one part is as if it was not finished."""
     rows = [{"id": n, "text": text(n, 3), "long": "x" * (n % 3 * 200)} for n in range(30)]

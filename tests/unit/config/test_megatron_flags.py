@@ -77,6 +77,11 @@ def test_flags_of_our_own_do_not_sound_like_megatrons():
         "--plan",
         "--plan-json",
         "--plan-world-size",
+        "--eval-tasks",
+        "--eval-tasks-interval",
+        "--eval-tasks-limit",
+        "--eval-tasks-num-fewshot",
+        "--eval-tasks-text",
     }
     others = OURS.keys() - MEGATRON.keys() - OF_OLDER_ONES_AND_FORKS
     assert all(name.startswith("--dwm-") or name in known for name in others)

@@ -66,6 +66,11 @@ def test_a_value_that_would_have_an_effect_is_refused_with_the_reason(flags: str
         _parse(flags)
 
 
+def test_an_old_spelling_does_not_overrule_a_flag():
+    with pytest.raises(UserError, match="contradicts --apply-query-key-layer-scaling"):
+        _parse("--no-query-key-layer-scaling --apply-query-key-layer-scaling --fp16")
+
+
 @pytest.mark.parametrize(
     "flag",
     [

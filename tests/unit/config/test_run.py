@@ -286,6 +286,12 @@ MISTAKES = {
     "--error-injection-rate 5": "tests --rerun-mode validate_results",
     "--wandb-project x": "--wandb-project x needs --wandb-exp-name",
     "--dwm-peak-tflops 0": "--dwm-peak-tflops 0.0: must be above 0",
+    "--eval-tasks local-cloze": "--eval-tasks has no effect without --eval-tasks-interval; add that",
+    "--eval-tasks-interval 5": "--eval-tasks-interval has no effect without --eval-tasks; add that",
+    "--eval-tasks local-cloze --eval-tasks-interval 0": "--eval-tasks-interval 0: must be at least 1",
+    "--eval-tasks local-cloze --eval-tasks-interval 5": "--tokenizer-type NullTokenizer has none",
+    "--eval-tasks piqa --eval-tasks-interval 5 --eval-tasks-text a.txt": "--eval-tasks-text is for local tasks",
+    "--eval-tasks piqa --eval-tasks-interval 5 --eval-tasks-num-fewshot -1": "--eval-tasks-num-fewshot -1: give numb",
     "--plan": "--plan is for pretrain_dwm.py",
     "--plan-world-size 8": "--plan-world-size 8 goes with --plan",
     "--rampup-batch-size 4 4 100": "--rampup-batch-size needs --train-samples",
@@ -371,23 +377,15 @@ def test_what_recomputation_is_left_in_a_script_is_warned_of(caplog: pytest.LogC
 
 
 @pytest.mark.parametrize(
-    ("flags", "world", "samples"),
+    ("flags", "world", "micro"),
     [
-        ("--micro-batch-size 2 --global-batch-size 4", 1, 4),
-        ("--micro-batch-size 2 --global-batch-size 32", 1, 8),
-        ("--micro-batch-size 32 --global-batch-size 128", 1, 16),  # in one microbatch of 16
-        ("--micro-batch-size 4 --global-batch-size 80", 1, 12),  # 10 are no whole microbatches
-        ("--micro-batch-size 2 --global-batch-size 32", 16, 16),  # one of each replica
-        ("--micro-batch-size 4 --global-batch-size 64 --dwm-target-batch-size 3", 1, 3),
-        (
-            "--micro-batch-size 3 --global-batch-size 72 --pipeline-model-parallel-size 2 "
-            "--num-virtual-stages-per-pipeline-rank 2",
-            2,
-            12,
-        ),
+        ("--micro-batch-size 4 --global-batch-size 32", 2, 4),
+        ("--micro-batch-size 4 --global-batch-size 32 --dwm-target-batch-size 8", 1, 4),
+        ("--micro-batch-size 4 --global-batch-size 32 --dwm-target-batch-size 6", 2, 3),  # one microbatch a replica
+        ("--micro-batch-size 4 --global-batch-size 32 --dwm-target-batch-size 1", 1, 1),
     ],
 )
-def test_an_update_reads_an_eighth_of_a_batch_of_targets(flags: str, world: int, samples: int):
+def test_few_targets_are_one_microbatch_of_fewer_samples(flags: str, world: int, micro: int):
     config = _parse(f"{RUN} {flags}", world)
-    assert config.target_batch_size == samples
-    assert samples % (config.target_micro_batch * config.data_parallel_size) == 0
+    assert config.target_micro_batch == micro
+    assert config.target_batch_size % (micro * config.data_parallel_size) == 0

@@ -249,7 +249,7 @@ def test_a_worker_that_is_killed_ends_the_command_in_one_line(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("at", "found"),
-    # Both files leave their segment and are synced, the old index goes, the folder is synced; both files are synced,
+    # Both files get a second name and are synced, the old index goes, the folder is synced; both files are synced,
     # moved, the folder synced.
     enumerate(["old"] * 5 + ["none"] * 5 + ["new"]),
 )
@@ -269,7 +269,7 @@ def test_a_kill_while_files_are_put_in_place_leaves_no_data_beside_another_index
 
     def count_calls() -> None:
         calls = itertools.count()
-        for name in ("replace", "unlink", "fsync"):
+        for name in ("link", "replace", "unlink", "fsync"):
             function = getattr(os, name)
 
             def counted(*arguments: Any, function: Callable[..., Any] = function, **options: Any) -> Any:
@@ -291,6 +291,9 @@ def test_a_kill_while_files_are_put_in_place_leaves_no_data_beside_another_index
         check_dataset("data", data, 101)
         whole = IndexedDataset(data)
         assert whole[0].tolist() == {"old": [1, 2], "new": [3, 4]}[found]
+    preprocess(PreprocessConfig(input=[str(new)], output_prefix=prefix), null)  # the same command ends what it began
+    whole = IndexedDataset(data)
+    assert whole[0].tolist() == [3, 4]
 
 
 def test_killed_work_goes_on_behind_its_last_finished_segment(
@@ -371,6 +374,8 @@ def test_each_file_has_data_sets_of_its_own_and_those_that_are_there_are_not_mad
     for name, tokens in (("a", [1, 2]), ("b.x", [3, 4])):
         made = IndexedDataset(str(tmp_path / f"out/made_{name}_text_document"))
         assert made[0].tolist() == tokens
+    assert run_tool(monkeypatch, *argv[:-1], f"{tmp_path}/folder/") == 0
+    assert {path.name for path in (tmp_path / "folder").iterdir()} == {name.removeprefix("made_") for name in expected}
     (tmp_path / "a.json").write_text("{}")
     assert run_tool(monkeypatch, *argv[:1], tmp_path / "a.json", *argv[1:]) == 2
     assert "have one name; rename one" in capsys.readouterr().err
@@ -456,7 +461,10 @@ def test_bad_flags_and_paths_are_one_line_and_code_2(
         (["--padded-vocab-size", "128"], "--padded-vocab-size is not supported: it has no effect on the data;"),
         (["--vocab-extra-ids", "100"], "--vocab-extra-ids is not supported: only GPT models are trained;"),
         (["--tiktoken-special-tokens", "<s>"], "--tiktoken-special-tokens is not supported: "),
-        (["--tokenizer-type", "BertWordPieceCase"], "argument --tokenizer-type: invalid choice: 'BertWordPieceCase'"),
+        (
+            ["--tokenizer-type", "BertWordPieceCase"],
+            "--tokenizer-type BertWordPieceCase is not supported: it is of other",
+        ),
         (["--no-such-flag"], "unknown flag --no-such-flag"),
     ],
 )

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.errors import UserError
-from megatron_dwm.model.hf_config import model_config
+from megatron_dwm.model.hf_config import hf_config, model_config
 from megatron_dwm.model.hf_rope import rope_flags, rope_parameters
 
 SIZES: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -23,8 +23,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt_neox", SIZES, "attention and MLP stand side by side"),
     ("mixtral", SIZES, "it has experts"),
     ("smollm3", SIZES, "no positions"),
-    ("mistral", {**SIZES, "sliding_window": 16}, "sliding_window 16 of 131072 positions"),
-    ("qwen2", {**SIZES, "use_sliding_window": True, "max_window_layers": 0}, "sliding_window 4096"),
     ("qwen3", {**SIZES, "attention_bias": True}, "attention_bias beside norms of queries and keys"),
     ("llama", {**SIZES, "hidden_act": "gelu"}, "hidden_act gelu"),
     ("nemotron", {**SIZES, "hidden_act": "gelu_new"}, "hidden_act gelu_new without biases"),
@@ -48,7 +46,38 @@ def test_what_is_not_computed_is_refused_by_name(kind: str, values: dict[str, An
 def test_a_window_that_no_sequence_exceeds_is_none():
     sizes = {**SIZES, "num_key_value_heads": 2, "sliding_window": 64, "max_position_embeddings": 64}
     config = AutoConfig.for_model("mistral", **sizes)
-    assert model_config(config).sequence == 64
+    assert model_config(config).sequence == 64 and model_config(config).window is None
+
+
+def _windowed(**flags: Any) -> ModelConfig:
+    sizes = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 16, "ffn_hidden_size": 8}
+    kind = {"position_embedding_type": "rope", "normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False}
+    return ModelConfig(**sizes, **{**kind, "window_size": "3,0", **flags})
+
+
+def test_a_window_of_some_layers_is_that_of_the_first_ones_too():
+    """The weighter that starts from a language model has its first layers."""
+    model = _windowed(add_qkv_bias=True, window_attn_skip_freq="2")
+    whole, first = (hf_config(model, vocab_size=9, num_layers=layers) for layers in (2, 1))
+    assert whole.sliding_window == first.sliding_window == 4
+    assert (whole.layer_types, first.layer_types) == (["sliding_attention", "full_attention"], ["sliding_attention"])
+    assert hf_config(_windowed(window_size="15,0"), vocab_size=9, num_layers=2).model_type == "llama"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            {"window_attn_skip_freq": "[1,0]"},
+            "a Hugging Face Llama cannot express --window-size 3,0 --window-attn-skip",
+        ),
+        ({"add_bias_linear": True}, "a Hugging Face Mistral cannot express biases; add --disable-bias-linear"),
+        ({"normalization": "LayerNorm", "swiglu": False}, "a Hugging Face Nemotron cannot express --window-size 3,0"),
+    ],
+)
+def test_a_window_that_no_model_of_transformers_has_is_refused(flags: dict[str, Any], said: str):
+    with pytest.raises(UserError, match=re.escape(said)):
+        hf_config(_windowed(**flags), vocab_size=9, num_layers=2)
 
 
 YARN: dict[str, Any] = {"position_embedding_type": "yarn", "rotary_scaling_factor": 4.0}

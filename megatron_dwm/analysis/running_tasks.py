@@ -1,0 +1,170 @@
+"""Evaluation of the model in training on tasks, in the layout that it is trained in.
+
+The first rank runs lm-evaluation-harness. Whenever that asks for likelihoods, all ranks compute them.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch.distributed as dist
+from lm_eval.api.model import TemplateLM
+
+from megatron_dwm.analysis.local_tasks import LOCAL_TASKS, local_task, read_passages
+from megatron_dwm.analysis.task_evaluation import Evaluator
+from megatron_dwm.config.tasks import TasksConfig
+from megatron_dwm.errors import UserError
+from megatron_dwm.model.continuations import Continuation, Likelihood, continuation_likelihoods
+from megatron_dwm.model.engine import PipelineEngine
+
+_SEED = 1234
+"""Of the choice of items and examples: what ``megatron-dwm evaluate`` takes if not told otherwise."""
+
+
+class RunningTasks:
+    """The tasks of a run."""
+
+    def __init__(
+        self, flags: TasksConfig, engine: PipelineEngine, tokenizer: Any, vocab_size: int, micro_batch_size: int
+    ) -> None:
+        """
+        Args:
+            tokenizer: Hugging Face's, which gives the ids that the model is trained on.
+            vocab_size: tokens that the run's own tokenizer has.
+
+        Raises:
+            UserError: on the first rank, if a task is unknown, its data are not there, or it needs generated text.
+        """
+        self._engine, self._micro_batch_size, self._vocab_size = engine, micro_batch_size, vocab_size
+        self._evaluator = None
+        if dist.get_rank() == 0:
+            self._evaluator = _evaluator(flags)
+            self._model = _RunningModel(self.likelihoods, tokenizer, engine.seq_length)
+
+    def evaluate(self) -> list[dict[str, Any]]:
+        """Return a record for each task and number of examples, on every rank; every rank calls it.
+
+        The parameters must be up to date.
+        """
+        if self._evaluator is None:
+            while (asked := self._broadcast(_Asked())).records is None:
+                self._compute(asked.continuations)
+            return asked.records or []
+        # The harness draws progress bars, which no flag of it turns off.
+        with _kept_random_states(), redirect_stderr(io.StringIO()):
+            results = self._evaluator.evaluate_model(self._model, is_training=True)
+        records = [
+            {
+                "kind": "tasks",
+                "task": result.task,
+                "num_fewshot": result.num_fewshot,
+                "samples": result.samples,
+                "metrics": {name: value.as_json() for name, value in result.metrics.items()},
+            }
+            for result in results
+        ]
+        self._broadcast(_Asked(records=records))
+        return records
+
+    def likelihoods(self, continuations: list[Continuation]) -> list[Likelihood]:
+        """Return the likelihoods of continuations; the other ranks wait in :meth:`evaluate` to help."""
+        self._broadcast(_Asked(continuations))
+        return self._compute(continuations)
+
+    def _compute(self, continuations: Sequence[Continuation]) -> list[Likelihood]:
+        return continuation_likelihoods(self._engine, continuations, self._micro_batch_size, self._vocab_size)
+
+    def _broadcast(self, asked: _Asked) -> _Asked:
+        """Return what the first rank asks the others for."""
+        box = [asked]
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(box, 0)
+        return box[0]
+
+
+class _Asked(NamedTuple):
+    """What the first rank wants of all: likelihoods, or with the results that they go on."""
+
+    continuations: Sequence[Continuation] = ()
+    records: list[dict[str, Any]] | None = None
+
+
+class _RunningModel(TemplateLM):  # type: ignore[misc]
+    """The model in training, as the harness wants it."""
+
+    def __init__(
+        self, likelihoods: Callable[[list[Continuation]], list[Likelihood]], tokenizer: Any, max_length: int
+    ) -> None:
+        super().__init__()
+        self.likelihoods, self.tokenizer, self.max_length = likelihoods, tokenizer, max_length
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        ids: list[int] = self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        asked = [Continuation([*context, *following], len(following)) for _, context, following in requests]
+        return [(found.log_likelihood, found.is_likeliest) for found in self.likelihoods(asked)]
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        raise NotImplementedError  # refused at the start
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        raise NotImplementedError  # refused at the start
+
+
+def _evaluator(flags: TasksConfig) -> Evaluator:
+    names, limit = list(dict.fromkeys(flags.eval_tasks or ())), flags.eval_tasks_limit or None
+    unknown = [name for name in names if name.startswith("local-") and name not in LOCAL_TASKS]
+    if unknown:
+        raise UserError(f"--eval-tasks {unknown[0]}: no such local task; give one of {', '.join(LOCAL_TASKS)}")
+    wanted = [name for name in names if name in LOCAL_TASKS]
+    try:
+        passages = read_passages(flags.eval_tasks_text or [], []) if wanted else None
+        evaluator = Evaluator(
+            [local_task(name, passages, limit, _SEED) for name in wanted] if passages else [],
+            [name for name in names if name not in LOCAL_TASKS],
+            num_fewshot=flags.eval_tasks_num_fewshot,
+            limit=limit,
+            batch_size=1,
+            seed=_SEED,
+        )
+        with _kept_random_states():
+            kinds = evaluator.kinds()
+    except UserError as error:
+        flags_here = str(error).replace("--tasks", "--eval-tasks").replace("--task-text", "--eval-tasks-text")
+        raise UserError(flags_here) from None
+    for task, kind in kinds.items():
+        if kind not in ("loglikelihood", "multiple_choice"):
+            raise UserError(
+                f"--eval-tasks {task}: needs {kind}, and a model in training gives likelihoods of answers only; leave "
+                "it to megatron-dwm evaluate"
+            )
+    return evaluator
+
+
+@contextmanager
+def _kept_random_states() -> Iterator[None]:
+    """While open, the harness may seed Python's and numpy's random streams."""
+    own, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(own)
+        np.random.set_state(numpy)

@@ -1,0 +1,145 @@
+"""Files on this machine, or behind a URL such as ``s3://bucket/corpus`` (fsspec; S3 needs the package s3fs)."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_dwm.atomic_write import atomic_write_text, sync
+from megatron_dwm.errors import UserError, shortened
+
+
+def is_url(path: str) -> bool:
+    """Tell whether a path is a URL."""
+    return "://" in path
+
+
+def absolute(path: str) -> str:
+    """Return the path from the root of the file system; a URL as it is."""
+    return path.rstrip("/") if is_url(path) else os.path.abspath(path)
+
+
+def size_of(path: str) -> int:
+    """Return the bytes of a file.
+
+    Raises:
+        UserError: it is behind a URL, and cannot be reached.
+    """
+    if not is_url(path):
+        return os.path.getsize(path)
+    fs, inner = _file_system(path)
+    try:
+        return int(fs.size(inner))
+    except Exception as error:  # each kind of store has its own
+        raise UserError(f"--input {path}: cannot be read ({shortened(error)}); check the URL") from None
+
+
+def open_file(path: str) -> io.BufferedReader:
+    """Open a file for reading.
+
+    Raises:
+        OSError: it cannot be opened.
+        UserError: it is behind a URL, and cannot be reached.
+    """
+    if not is_url(path):
+        return open(path, "rb")
+    fs, inner = _file_system(path)
+    try:
+        return io.BufferedReader(fs.open(inner, "rb"))
+    except Exception as error:
+        raise UserError(f"--input {path}: cannot be read ({shortened(error)}); check the URL") from None
+
+
+def files_of_url(pattern: str) -> list[str]:
+    """Return the files that a URL names, in the order of their names: one, those below a folder, or those of a pattern.
+
+    Raises:
+        UserError: the store cannot be reached.
+    """
+    fs, inner = _file_system(pattern)
+    try:
+        if any(letter in inner for letter in "*?["):
+            found = [path for path in fs.glob(inner) if not fs.isdir(path)]
+        else:
+            found = fs.find(inner)
+    except Exception as error:
+        raise UserError(f"--input {pattern}: cannot be read ({shortened(error)}); check the URL") from None
+    return sorted(fs.unstrip_protocol(path) for path in found)
+
+
+class OutputFolder:
+    """A folder that files are written to and get their names in when they are complete."""
+
+    def __init__(self, location: str) -> None:
+        """
+        Raises:
+            UserError: it is behind a URL that no installed package reads.
+        """
+        self.location = absolute(location)
+        self._fs: Any = None
+        self._root = self.location
+        if is_url(location):
+            self._fs, self._root = _file_system(self.location, "--output")
+
+    def path(self, name: str) -> str:
+        """Return the path or URL of a file or folder in it."""
+        return f"{self.location}/{name}"
+
+    def read(self, name: str) -> str | None:
+        """Return the text of a file; None if there is none."""
+        if self._fs is None:
+            file = Path(self.path(name))
+            return file.read_text() if file.exists() else None
+        inner = f"{self._root}/{name}"
+        return self._fs.cat_file(inner).decode() if self._fs.exists(inner) else None
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file whole."""
+        if self._fs is None:
+            atomic_write_text(Path(self.path(name)), text)
+        else:
+            self._make_folder_of(name)
+            self._fs.pipe_file(f"{self._root}/{name}", text.encode())
+
+    def holds_something(self) -> bool:
+        """Tell whether there is anything in it."""
+        if self._fs is None:
+            return os.path.isdir(self.location) and any(os.scandir(self.location))
+        return bool(self._fs.exists(self._root) and self._fs.ls(self._root))
+
+    def move(self, name: str, to: str) -> None:
+        """Give a complete file another name, if it is there."""
+        source, target = self.path(name), self.path(to)
+        if self._fs is not None:
+            if self._fs.exists(f"{self._root}/{name}"):
+                self._make_folder_of(to)
+                self._fs.mv(f"{self._root}/{name}", f"{self._root}/{to}")
+        elif os.path.exists(source):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            sync(Path(source))
+            os.replace(source, target)
+            sync(Path(target).parent)
+
+    def _make_folder_of(self, name: str) -> None:
+        """Make the folder of a file on this machine; elsewhere there are none, or they come with their files."""
+        from fsspec.implementations.local import LocalFileSystem
+
+        if isinstance(self._fs, LocalFileSystem):
+            self._fs.makedirs(os.path.dirname(f"{self._root}/{name}"), exist_ok=True)
+
+
+def _file_system(url: str, flag: str = "--input") -> tuple[Any, str]:
+    """Return fsspec's file system of a URL, and the path in it.
+
+    Raises:
+        UserError: there is none of that name, or its package is missing.
+    """
+    import fsspec
+
+    try:
+        fs, inner = fsspec.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{flag} {url}: {shortened(error)}; install that package, or give a path") from None
+    return fs, inner.rstrip("/")
