@@ -35,13 +35,10 @@ if [[ -f $RUN/tokenizer.model ]]; then done_already "$RUN/tokenizer.model"; else
 fi
 
 step 4 "indexed datasets"
-for part in train/{prose,code,comments,shuffled} {target,test}/prose; do
-    source=${part#*/} split=${part%/*}
-    if [[ -f $RUN/data/${part}_text_document.idx ]]; then done_already "$RUN/data/$part"; else
-        python tools/preprocess_data.py --input "$RUN/corpus/$source.$split.jsonl" --output-prefix "$RUN/data/$part" \
-            "${TOKENIZER[@]}" --append-eod
-    fi
-done
+if [[ -f $RUN/data/prose.test_text_document.idx ]]; then done_already "$RUN/data"; else
+    python tools/preprocess_data.py --output-prefix "$RUN/data/" --output-per-file "${TOKENIZER[@]}" --append-eod \
+        --input "$RUN"/corpus/{prose,code,comments,shuffled}.train.jsonl "$RUN"/corpus/prose.{target,test}.jsonl
+fi
 
 # Four processes of a CPU, or of four GPUs, share the model; fewer GPUs than that: one holds it.
 PROCESSES=4 LAYOUT=(--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2)
@@ -51,7 +48,7 @@ fi
 # The target set is prose; two thirds of the training data are of little use to it. Evaluation is on other prose.
 data=()
 for part in 0.2:prose 0.3:code 0.1:comments 0.4:shuffled; do
-    data+=("${part%%:*}" "$RUN/data/train/${part##*:}_text_document")
+    data+=("${part%%:*}" "$RUN/data/${part##*:}.train_text_document")
 done
 # train FOLDER FLAGS...: one run, which continues if it was interrupted.
 train() {
@@ -67,12 +64,12 @@ train() {
         --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 \
         --micro-batch-size 16 --global-batch-size 64 --train-iters "$ITERATIONS" \
         --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20 --weight-decay 0.1 --adam-beta2 0.95 \
-        "${TOKENIZER[@]}" --train-data-path "${data[@]}" --valid-data-path "$RUN/data/test/prose_text_document" \
+        "${TOKENIZER[@]}" --train-data-path "${data[@]}" --valid-data-path "$RUN/data/prose.test_text_document" \
         --save "$save" --load "$save" --save-interval 80 --eval-interval 40 --eval-iters 4 --log-interval 10 \
         --tensorboard-dir "$save/tensorboard" --num-workers 0 "$@"
 }
 step 5 "pretraining with learnt weights: $ITERATIONS iterations on $PROCESSES process(es) ${LAYOUT[*]}"
-train "$SAVE" --dwm-target-data-path "$RUN/data/target/prose_text_document"
+train "$SAVE" --dwm-target-data-path "$RUN/data/prose.target_text_document"
 
 step 6 "the same with uniform weights, to compare"
 train "$UNIFORM" --dwm-mode off

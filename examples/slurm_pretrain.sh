@@ -131,7 +131,8 @@ if [[ $PLAN_ONLY == 1 ]]; then
 fi
 
 # Where the ranks meet: found anew at each start of the job, on a port that the start before it did not use.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # a pipe to head can end scontrol, and so this script
+MASTER_ADDR=${hosts%%$'\n'*}
 MASTER_PORT=${MASTER_PORT:-$((10000 + (SLURM_JOB_ID + 7 * ${SLURM_RESTART_COUNT:-0}) % 20000))}
 export MASTER_ADDR MASTER_PORT
 # srun does not take --cpus-per-task over from sbatch.

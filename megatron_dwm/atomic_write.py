@@ -23,8 +23,9 @@ _REPLACED = re.compile(r"\.(.+)\.replaced")
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder to fill, which becomes ``folder`` when the block ends, in place of one that was there.
 
-    If the block raises, ``folder`` is as it was.
+    If the block raises, ``folder`` is as it was, and so is the folder above.
     """
+    is_above_new = not folder.parent.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = _beside(folder)
     shutil.rmtree(beside, ignore_errors=True)
@@ -34,6 +35,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         publish_folder(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        if is_above_new:
+            with contextlib.suppress(OSError):  # it is not empty: something was made
+                folder.parent.rmdir()
 
 
 @contextlib.contextmanager

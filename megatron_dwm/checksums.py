@@ -46,7 +46,7 @@ def parse_checksums(files: Any) -> dict[str, Checksum]:
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
             raise ValueError("a path that leads out of the folder")
         return {str(name): Checksum(int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"no checksums ({type(error).__name__})") from None
 
 

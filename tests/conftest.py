@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import os
 import shutil
@@ -17,11 +18,17 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
 
 from tests.paths import ROOT
 
 # One thread: a child forked after the parent used OpenMP's threads hangs in its first parallel region.
 torch.set_num_threads(1)
+
+# megatron-core's 100,000 mock documents are 17 million samples of twelve tokens, and putting them into an order is much
+# of what a small run computes.
+MOCK_DOCUMENTS = MockGPTLowLevelDataset.size
+MockGPTLowLevelDataset.size = 1000
 
 REQUIRE_ALL = "REQUIRE_ALL_TESTS"
 """Environment variable that makes tests fail, in place of being deselected, where their programs are not installed."""
@@ -33,7 +40,13 @@ PACKAGES = {"slurm": "slurm-wlm munge", "browser": "chromium"}
 """Debian's packages that have them."""
 GPUS_NEEDED = {"gpu": 1, "gpus": 2}
 """GPUs that the tests of a marker need; without them they are deselected in any case."""
-FIXTURES = {"cluster": "slurm", "browser": "browser", "one_gpu": "gpu", "two_gpus": "gpus"}
+FIXTURES = {
+    "cluster": "slurm",
+    "browser": "browser",
+    "one_gpu": "gpu",
+    "two_gpus": "gpus",
+    "transformer_engine": "transformer_engine",
+}
 """Markers of the tests that use a fixture."""
 
 
@@ -46,9 +59,16 @@ def count_gpus() -> int:
     return listed.stdout.count("GPU ")
 
 
-def missing_gpus() -> list[str]:
-    """Return the markers of tests that need more GPUs than there are."""
-    return [marker for marker, count in GPUS_NEEDED.items() if count > count_gpus()]
+def missing_gpus() -> dict[str, str]:
+    """Return the markers of tests that need more GPUs than there are, or Transformer Engine on them, and what for."""
+    missing = {
+        marker: f"this machine has not {count} NVIDIA GPU(s)"
+        for marker, count in GPUS_NEEDED.items()
+        if count > count_gpus()
+    }
+    if importlib.util.find_spec("transformer_engine") is None:
+        missing["transformer_engine"] = "it is not installed"
+    return missing
 
 
 @pytest.fixture
@@ -61,6 +81,11 @@ def two_gpus() -> None:
     """What a test needs that is to run where there are two GPUs."""
 
 
+@pytest.fixture
+def transformer_engine() -> None:
+    """What a test needs that is to run where Transformer Engine is installed."""
+
+
 def missing_markers() -> list[str]:
     """Return the markers whose tests' programs are not installed here, unless all tests are required."""
     if os.environ.get(REQUIRE_ALL):
@@ -71,6 +96,12 @@ def missing_markers() -> list[str]:
         for marker, programs in PROGRAMS.items()
         if any(shutil.which(program, path=path) is None for program in programs)
     ]
+
+
+@pytest.fixture
+def all_mock_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mock data as they are elsewhere: for tests that compare with other processes than their own forks."""
+    monkeypatch.setattr(MockGPTLowLevelDataset, "size", MOCK_DOCUMENTS)
 
 
 @pytest.fixture(autouse=True)
@@ -101,10 +132,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         f"deselected: tests marked {marker}, because not all of {', '.join(PROGRAMS[marker])} are installed "
         f"(Debian: {PACKAGES[marker]}); {REQUIRE_ALL}=1 makes them fail instead"
         for marker in missing_markers()
-    ] + [
-        f"deselected: tests marked {marker}, because this machine has not {GPUS_NEEDED[marker]} NVIDIA GPU(s)"
-        for marker in missing_gpus()
-    ]
+    ] + [f"deselected: tests marked {marker}, because {reason}" for marker, reason in missing_gpus().items()]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -19,7 +19,7 @@ from tests.paths import ROOT
 from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, as_argv
 
 RUN: dict[str, Any] = {**LANGUAGE_MODEL, **TRAINING, **DATA, **WEIGHTING, "--train-iters": 12}
-STOP = 8
+STOPS = 4, 8
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2": {"--tensor-model-parallel-size": 2},
     "DP2, distributed optimizer": {"--use-distributed-optimizer": True},
@@ -40,21 +40,22 @@ def train(python: str, flags: dict[str, Any]) -> list[float]:
 
 
 def main() -> None:
-    pythons = sys.argv[1:]
+    python, other = sys.argv[1:]
     for layout, parallel in LAYOUTS.items():
         with tempfile.TemporaryDirectory() as name:
             folder, flags = Path(name), {**RUN, **parallel}
-            for python, other in (pythons, pythons[::-1]):
-                run = folder / Path(python).parts[-3]
-                whole = train(other, {**flags, "--metrics-jsonl": run / "whole.jsonl"})
-                saving = {"--save": run / "save", "--exit-interval": STOP, "--metrics-jsonl": run / "first.jsonl"}
-                first = train(python, {**flags, **saving})
-                second = train(other, {**flags, "--load": run / "save", "--metrics-jsonl": run / "second.jsonl"})
-                found = [*first, *second]
-                assert len(found) == len(whole) == RUN["--train-iters"]
-                worst = max(abs(a - b) / b for a, b in zip(found, whole, strict=True))
-                assert worst <= TOLERANCE, f"{layout}: {python} to {other}: {worst}"
-                print(f"{layout}: a checkpoint of {python} goes on with {other}, largest difference {worst:.1e}")
+            whole = train(python, {**flags, "--metrics-jsonl": folder / "whole.jsonl"})
+            # There and back: each version goes on from what the other one has saved.
+            found: list[float] = []
+            for number, (version, stop) in enumerate([(python, STOPS[0]), (other, STOPS[1]), (python, None)]):
+                part = {**flags, "--metrics-jsonl": folder / f"part{number}.jsonl"}
+                part |= {"--load": folder / f"save{number - 1}"} if number else {}
+                part |= {"--save": folder / f"save{number}", "--exit-interval": stop} if stop else {}
+                found += train(version, part)
+            assert len(found) == len(whole) == RUN["--train-iters"]
+            worst = max(abs(a - b) / b for a, b in zip(found, whole, strict=True))
+            assert worst <= TOLERANCE, f"{layout}: {worst}"
+            print(f"{layout}: checkpoints of {python} and {other} go on with the other, largest difference {worst:.1e}")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ INTRODUCTION = """\
 
 Names, meaning and defaults are those of Megatron-LM (core_v0.16.1), but for the flags of our own. Flags that came with
 Megatron-LM 0.17 to 0.19 are known too. The column *Origin*
-says which is which: *Megatron-LM*, *ours*, or *no effect* for a flag of Megatron-LM's that is accepted because what it
-asks for happens in any case. This page is written by `python tools/write_flags.py` from the classes in
-`megatron_dwm/config/`, where a flag is declared once; edit there.
+says which is which: *Megatron-LM*, *ours*, or *no effect* for a flag of Megatron-LM's, of an older one or of a fork
+that is accepted because what it asks for happens in any case. This page is written by `python tools/write_flags.py`
+from the classes in `megatron_dwm/config/`, where a flag is declared once; edit there.
 
-A switch has no value and its default is *off*. A flag of Megatron-LM's that is not in these tables ends the run with
+A switch has no value and its default is *off*. A flag that is not in these tables ends the run, with
 the reason given under [Not supported](#not-supported).
 """
 OWN_FLAGS = {

@@ -43,8 +43,9 @@ class Estimate:
         return cls(mean, math.sqrt(variance / len(values)))
 
     def as_json(self) -> dict[str, float | None]:
-        """Return both numbers; null is one that is none."""
-        return {"mean": self.mean, "stderr": None if math.isnan(self.stderr) else self.stderr}
+        """Return both numbers as JSON has them, which knows none that is not finite."""
+        values = {"mean": self.mean, "stderr": self.stderr}
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
     def __str__(self) -> str:
         return f"{self.mean:.3f}" + ("" if math.isnan(self.stderr) else f" ± {self.stderr:.3f}")
@@ -141,8 +142,9 @@ class Evaluator:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+            options = {"local_files_only": True, "trust_remote_code": False}
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            model = AutoModelForCausalLM.from_pretrained(folder, **options)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"{folder}: cannot be loaded as a language model ({shortened(error)})") from None
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,26 +7,29 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from time import perf_counter
-from typing import Any
+from time import perf_counter, process_time
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from megatron_dwm.runtime.device import current_device
 
+Clock = Literal["wall", "processor"]
 
-def seconds(action: Callable[[], Any]) -> float:
-    """Return the wall time of ``action``: from when all ranks are ready until this rank's device has finished."""
+
+def seconds(action: Callable[[], Any], clock: Clock = "wall") -> float:
+    """Return the time of ``action``: from when all ranks are ready until this rank's device has finished."""
+    now = perf_counter if clock == "wall" else process_time
     torch.cuda.synchronize()
     dist.barrier()
-    start = perf_counter()
+    start = now()
     action()
     torch.cuda.synchronize()
-    return perf_counter() - start
+    return now() - start
 
 
-def take_turns(actions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+def take_turns(actions: dict[str, Callable[[], Any]], repeats: int, clock: Clock = "wall") -> dict[str, list[float]]:
     """Measure the seconds of each action on the slowest rank, one list entry a turn.
 
     Every other turn runs the actions in reverse order, so that none is always behind the same other one.
@@ -34,7 +37,7 @@ def take_turns(actions: dict[str, Callable[[], Any]], repeats: int) -> dict[str,
     found: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(repeats):
         for name in list(actions)[:: 1 if turn % 2 == 0 else -1]:
-            found[name].append(seconds(actions[name]))
+            found[name].append(seconds(actions[name], clock))
     slowest = torch.tensor(list(found.values()), dtype=torch.float64, device=current_device())
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return dict(zip(found, slowest.tolist(), strict=True))
@@ -48,7 +51,8 @@ def paired_ratio(one: list[float], other: list[float]) -> float:
 class Stopwatch:
     """The time of parts of a run, measured around the functions that it calls; a part within a part counts once."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = "wall") -> None:
+        self._now = perf_counter if clock == "wall" else process_time
         self._elapsed: dict[str, float] = defaultdict(float)
         self._running = False
 
@@ -67,12 +71,12 @@ class Stopwatch:
                 return function(*args, **kwargs)
             self._running = True
             torch.cuda.synchronize()
-            start = perf_counter()
+            start = self._now()
             try:
                 return function(*args, **kwargs)
             finally:
                 torch.cuda.synchronize()
-                self._elapsed[part] += perf_counter() - start
+                self._elapsed[part] += self._now() - start
                 self._running = False
 
         setattr(target, name, timed)

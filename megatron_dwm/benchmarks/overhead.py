@@ -1,6 +1,7 @@
 """What data weighting costs: time, throughput and memory of plain, frozen and bilevel training, side by side.
 
     python benchmarks/overhead.py --json overhead.json
+    python benchmarks/overhead.py --micro-batch-sizes 1 2 4
     torchrun --nproc-per-node 4 benchmarks/overhead.py --tensor-model-parallel-size 2 <flags of pretrain_dwm.py>
 
 All modes train one model in one group of processes and take turns, and a ratio is the median over the turns, so that
@@ -10,7 +11,8 @@ other work on the machine slows all of them alike. Nothing is saved. The time of
   - bare: megatron-core's schedule, optimizer and learning rate, called by the fewest lines that do it;
   - frozen: the training loop with a weighter that scores;
   - bilevel: frozen steps, and one step with an outer update every ``--dwm-update-interval``. Both are measured; the
-    mode's time is their mean over an interval. With ``--steps`` of an interval or more, intervals are also run whole.
+    mode's time is their mean over an interval, and that at other ``--intervals`` follows from them too. With
+    ``--steps`` of an interval or more, intervals are also run whole.
 
 Between the turns the parts of a step are timed around the functions that the run itself calls.
 """
@@ -18,13 +20,17 @@ Between the turns the parts of a step are timed around the functions that the ru
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.benchmarks.overhead_flags import parse_overhead
-from megatron_dwm.benchmarks.overhead_report import table
+from megatron_dwm.benchmarks.overhead_report import cost_lines, table
+from megatron_dwm.benchmarks.programs import call
 from megatron_dwm.cli.launch import Process, build_trainer, run_program
 
 
@@ -33,16 +39,41 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def program(process: Process) -> None:
         (options, config), device = process.parse(partial(parse_overhead, argv))
-        from megatron_dwm.benchmarks.overhead_measures import measure  # after the flags: this import takes seconds
+        if options.micro_batch_sizes is not None:
+            runs = [
+                _measured_by_itself(list(argv if argv is not None else sys.argv[1:]), size)
+                for size in options.micro_batch_sizes
+            ]
+            figures: dict[str, Any] = {"runs": runs}
+            text = "\n".join(line for run in runs for line in ["", *cost_lines(run)])
+        else:
+            from megatron_dwm.benchmarks.overhead_measures import measure  # after the flags: it takes seconds
 
-        figures = measure(build_trainer(config, device, process), options)
+            figures = measure(build_trainer(config, device, process), options)
+            text = table(figures)
         if process.rank == 0:
-            print(table(figures), flush=True)
+            print(text, flush=True)
             if options.json_file is not None:
                 atomic_write_text(Path(options.json_file), json.dumps(figures, indent=2) + "\n")
                 print(options.json_file, flush=True)
 
     run_program(program, argv)
+
+
+def _measured_by_itself(argv: list[str], micro_batch_size: int) -> dict[str, Any]:
+    """Measure a run with this micro-batch size in a process of its own, and return its figures."""
+    without = [*argv]
+    at = next(place for place, word in enumerate(argv) if word.split("=")[0] == "--micro-batch-sizes")
+    end = at + 1
+    while "=" not in argv[at] and end < len(argv) and not argv[end].startswith("--"):
+        end += 1
+    del without[at:end]
+    with tempfile.TemporaryDirectory() as folder:
+        found, log = Path(folder) / "figures.json", Path(folder) / "log.txt"
+        flags = [*without, "--micro-batch-size", micro_batch_size, "--json", found]
+        call("benchmark", "overhead", *flags, log=log)
+        figures: dict[str, Any] = json.loads(found.read_text())
+    return figures
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark
+from megatron_dwm.benchmarks.measuring import Clock
 from megatron_dwm.config.flags import flag, require_at_least
 from megatron_dwm.config.run import RunConfig, parse_run
 from megatron_dwm.errors import UserError
@@ -16,10 +17,11 @@ from megatron_dwm.weighting.stage_schedule import bilevel_stages
 SETTLING_STEPS = 3
 """Steps before anything is measured: the first ones allocate, and Adam's preconditioner needs one."""
 DEFAULT_RUN = (
-    "--num-layers 8 --hidden-size 256 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256 "
+    "--num-layers 8 --hidden-size 256 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 "
     "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
     "--untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0 "
-    "--micro-batch-size 2 --global-batch-size 8 --train-iters 3000 --lr 3e-4 --lr-warmup-iters 10 "
+    "--micro-batch-size 2 --global-batch-size 32 --train-iters 3000 --lr 3e-4 "
+    "--lr-warmup-iters 10 "
     "--mock-data --tokenizer-type NullTokenizer --vocab-size 4095 --num-workers 0 --eval-iters 0 --log-interval 3000 "
     "--dwm-update-interval 100"
 )
@@ -33,9 +35,26 @@ class OverheadConfig:
     json_file: str | None = flag(None, "Also write the figures to this JSON file.", "--json")
     steps: int = flag(2, "Steps of each mode in a turn; from the update interval on, whole intervals are timed too.")
     repeats: int = flag(12, "Turns.")
+    intervals: list[int] = flag(
+        [16, 50, 100],
+        "Intervals between outer updates; a run's throughput follows from the time of a weighted iteration and of one "
+        "with an update.",
+    )
+    micro_batch_sizes: list[int] | None = flag(
+        None,
+        "Measure with each of these micro-batch sizes, one after the other, and print one table; without torchrun.",
+    )
+    clock: Clock = flag(
+        "wall",
+        "What is measured: wall time, or the time that this process has had a processor, for machines that others use "
+        "too. The latter sees nothing of a GPU.",
+    )
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "steps repeats")
+        for name, values in (("intervals", self.intervals), ("micro-batch-sizes", self.micro_batch_sizes or [1])):
+            if not values or min(values) < 1:
+                raise UserError(f"--{name} {' '.join(map(str, values))}: give numbers of at least 1")
         if self.json_file is not None and not Path(self.json_file).absolute().parent.is_dir():
             raise UserError(f"--json {self.json_file}: its folder does not exist; make it, or give another file")
 
@@ -53,6 +72,11 @@ def parse_overhead(argv: Sequence[str] | None, world_size: int) -> tuple[Overhea
     options, rest = parse_benchmark(OverheadConfig, argv, description)
     if not any(word.split("=")[0] == "--num-layers" for word in rest):
         rest = DEFAULT_RUN.split() + rest
+    if options.micro_batch_sizes is not None and world_size > 1:
+        given = " ".join(map(str, options.micro_batch_sizes))
+        raise UserError(f"--micro-batch-sizes {given} on {world_size} ranks: measure one --micro-batch-size at a time")
+    for size in options.micro_batch_sizes or []:
+        parse_run([*rest, "--micro-batch-size", str(size)], world_size)
     config = parse_run(rest, world_size)
     if not config.weighting.learns_weighter:
         raise UserError(f"--dwm-mode {config.weighting.dwm_mode}: all modes are measured; leave the flag out")

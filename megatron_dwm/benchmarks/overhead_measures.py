@@ -47,7 +47,7 @@ def measure_modes(modes: Modes, options: OverheadConfig) -> dict[str, Any]:
     }
     if steps >= interval:
         actions["intervals"] = partial(modes.intervals, steps // interval)
-    times = take_turns(actions, options.repeats)
+    times = take_turns(actions, options.repeats, options.clock)
     step_times = {name: [t / steps for t in times[name]] for name in ("plain", "bare", "frozen")}
     bilevel = [
         ((interval - 1) * scored + updated) / interval
@@ -71,7 +71,7 @@ def measure_modes(modes: Modes, options: OverheadConfig) -> dict[str, Any]:
     }
 
 
-def measure_alignments(modes: Modes, repeats: int) -> dict[str, list[float]]:
+def measure_alignments(modes: Modes, options: OverheadConfig) -> dict[str, list[float]]:
     """Measure the seconds of an iteration with an outer update under each way of alignment, turn by turn."""
     outer, chosen = modes.outer, modes.lm_gradients
     ways = get_args(get_type_hints(WeightingConfig)["dwm_alignment"])
@@ -83,9 +83,9 @@ def measure_alignments(modes: Modes, repeats: int) -> dict[str, list[float]]:
     passes = {way: chosen.with_config(replace(chosen.config, dwm_alignment=way)) for way in ways}
     actions: dict[str, Callable[[], Any]] = {way: partial(update, passes[way]) for way in ways}
     try:
-        for action in actions.values():  # the first time, kernels may be compiled
+        for action in actions.values() if torch.cuda.is_available() else ():  # at first, kernels may be compiled
             action()
-        return take_turns(actions, repeats)
+        return take_turns(actions, options.repeats, options.clock)
     finally:
         outer.alignment_pass.lm_gradients = chosen
 
@@ -107,6 +107,9 @@ def described(modes: Modes) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
         "world_size": config.world_size,
+        "micro_batch_size": config.training.micro_batch,
+        "global_batch_size": config.global_batch_size,
+        "target_batch_size": config.target_batch_size,
         "parameters": sum(param.numel() for chunk in modes.bilevel.engine.chunks for param in chunk.parameters()),
         "weighter_parameters": modes.weighter.num_parameters,
         "alignment": config.weighting.dwm_alignment,
@@ -114,36 +117,29 @@ def described(modes: Modes) -> dict[str, Any]:
     }
 
 
-def measure_passes(modes: Modes, repeats: int) -> dict[str, float]:
-    """Measure the alignment pass against a plain forward-backward of the same samples."""
+def measure_passes(modes: Modes, options: OverheadConfig) -> dict[str, list[float]]:
+    """Measure the seconds of an alignment pass, and of a plain forward-backward of the same samples."""
     engine, lm_gradients, trainer = modes.bilevel.engine, modes.outer.lm_gradients, modes.bilevel
     batch, micro = trainer.dataloaders.train.next_batch(), modes.config.training.micro_batch
 
-    def forward_backward(size: int) -> None:
+    def forward_backward() -> None:
         for chunk in engine.chunks:
             chunk.zero_grad_buffer()
         trainer.components.optimizer.zero_grad()
-        engine.run(batch, size)
+        engine.run(batch, micro)
 
     with engine.full_parameters(), engine.deterministic():
-        _, direction = lm_gradients.gradient(batch)
-        times = take_turns(
-            {
-                "align": lambda: lm_gradients.align(batch, direction),
-                "single": partial(forward_backward, 1),
-                "micro": partial(forward_backward, micro),
-            },
-            repeats,
-        )
-    return {
-        "alignment_pass_ratio": paired_ratio(times["align"], times["single"]),
-        "alignment_pass_ratio_at_micro_batch_size": paired_ratio(times["align"], times["micro"]),
-    }
+        direction = {param: v.clone() for param, v in lm_gradients.gradient(batch)[1].items()}
+        actions: dict[str, Callable[[], Any]] = {
+            "alignment pass": lambda: lm_gradients.align(batch, direction),
+            "forward-backward": forward_backward,
+        }
+        return take_turns(actions, options.repeats, options.clock)
 
 
-def measured_parts(modes: Modes, repeats: int) -> dict[str, float]:
+def measured_parts(modes: Modes, options: OverheadConfig) -> dict[str, float]:
     """Measure the seconds of each part in a mean bilevel step, on this rank."""
-    watch = Stopwatch()
+    watch = Stopwatch(options.clock)
     scored: list[dict[str, float]] = []
     updated: list[dict[str, float]] = []
     with ExitStack() as stack:
@@ -159,9 +155,9 @@ def measured_parts(modes: Modes, repeats: int) -> dict[str, float]:
             (modes.weighter, "score", "weighter steps"),
         ):
             stack.enter_context(watch.around(target, name, part))
-        for _ in range(repeats):
+        for _ in range(options.repeats):
             for action, turns in ((partial(modes.frozen.train_iteration, 1), scored), (modes.update, updated)):
-                total = seconds(action)
+                total = seconds(action, options.clock)
                 parts = watch.take()
                 turns.append({**parts, "other": total - sum(parts.values())})
 
@@ -172,27 +168,32 @@ def measured_parts(modes: Modes, repeats: int) -> dict[str, float]:
     return {part: (quiet * typical(scored, part) + typical(updated, part)) / modes.interval for part in PARTS}
 
 
-def theoretical_parts(modes: Modes) -> dict[str, float]:
-    """Return the floating-point operations of each part in a mean bilevel step."""
+def operations(modes: Modes) -> dict[str, float]:
+    """Return the floating-point operations of the parts of a step, and of those of an update."""
     config, vocab = modes.config, modes.bilevel.reporter.padded_vocab_size
     weighter = modes.weighter.num_computing_parameters
     lm_gradients = outer_update_flops(config, vocab, 0)
     target = training_flops(config.model, vocab, config.target_batch_size)
-    return dict.fromkeys(PARTS, 0.0) | {
+    whole = outer_update_flops(config, vocab, weighter, is_linear=modes.weighter.is_linear)
+    return {
         "training step": training_flops(config.model, vocab, config.global_batch_size),
         "scoring": scoring_flops(weighter, config.global_batch_size, config.model.sequence),
-        "target pass": target / modes.interval,
-        "alignment pass": (lm_gradients - target) / modes.interval,
-        "weighter steps": (
-            outer_update_flops(config, vocab, weighter, is_linear=modes.weighter.is_linear) - lm_gradients
-        )
-        / modes.interval,
+        "target pass": target,
+        "alignment pass": lm_gradients - target,
+        "weighter steps": whole - lm_gradients,
     }
 
 
-def measure_fractions(modes: Modes, repeats: int) -> dict[str, dict[str, float]]:
+def theoretical_parts(modes: Modes) -> dict[str, float]:
+    """Return the floating-point operations of each part in a mean bilevel step."""
+    every_step = ("training step", "scoring")
+    parts = {part: n / (1 if part in every_step else modes.interval) for part, n in operations(modes).items()}
+    return dict.fromkeys(PARTS, 0.0) | parts
+
+
+def measure_fractions(modes: Modes, options: OverheadConfig) -> dict[str, dict[str, float]]:
     """Return each part's fraction of a bilevel run's time, as measured (mean over the ranks) and by operations."""
-    on_rank = measured_parts(modes, repeats)
+    on_rank = measured_parts(modes, options)
     summed = torch.tensor(list(on_rank.values()), dtype=torch.float64, device=current_device())
     dist.all_reduce(summed)
     spent = {"measured": dict(zip(on_rank, summed.tolist(), strict=True)), "theoretical": theoretical_parts(modes)}
@@ -257,14 +258,16 @@ def weighter_part(modes: Modes) -> float:
 def measure(trainer: Trainer, options: OverheadConfig) -> dict[str, Any]:
     """Measure everything; every rank calls it."""
     modes = Modes(trainer)
-    figures = measure_modes(modes, options) | measure_passes(modes, options.repeats)
-    fractions = measure_fractions(modes, options.repeats)
-    figures |= {"update_seconds": measure_alignments(modes, options.repeats), "device_counts": measure_counts(modes)}
+    figures = measure_modes(modes, options) | {"passes": measure_passes(modes, options)}
+    fractions = measure_fractions(modes, options)
+    figures |= {"update_seconds": measure_alignments(modes, options), "device_counts": measure_counts(modes)}
     return (
         figures
         | described(modes)
         | {
-            "theoretical_bilevel_ratio": fractions["theoretical"]["training step"],
+            "clock": options.clock,
+            "intervals": options.intervals,
+            "operations": operations(modes),
             "weighter_part": weighter_part(modes),
             "update_interval": modes.interval,
             "peak_memory": measure_memory(modes),

@@ -10,6 +10,9 @@ from pathlib import Path
 from megatron_dwm.cli.main import PROGRAM
 from megatron_dwm.errors import UserError
 
+_LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+"""What torchrun tells a process of its ranks, which are not those of the processes that it starts itself."""
+
 
 def call(command: str, *arguments: object, log: Path | None = None) -> None:
     """Run ``megatron-dwm command`` in a process of its own.
@@ -25,7 +28,8 @@ def call(command: str, *arguments: object, log: Path | None = None) -> None:
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
     # Runs beside each other would fight for the cores if each took a thread for every core.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    present = {name: value for name, value in os.environ.items() if name not in _LAUNCHED}
+    environment = {"OMP_NUM_THREADS": "1", **present}
     argv = [sys.executable, "-m", "megatron_dwm.cli.main", command, *map(str, arguments)]
     with (log or Path(os.devnull)).open("w") as output:
         finished = subprocess.run(argv, stdout=output, stderr=subprocess.PIPE, text=True, env=environment)

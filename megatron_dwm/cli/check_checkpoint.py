@@ -85,8 +85,11 @@ def verify(folder: Path, on_read: Callable[[int], object]) -> str:
     Raises:
         UserError: it is damaged.
     """
+    from megatron_dwm.training.checkpoint_folders import has_torch_format
     from megatron_dwm.weighting.export_manifest import MANIFEST, verify_export
 
+    if has_torch_format(folder):
+        return _verify_torch_checkpoint(folder, on_read)
     if (folder / MANIFEST).exists():
         verify_export("--load", folder)
         return "an exported weighter, whole"
@@ -117,6 +120,21 @@ def _verify_checkpoint(folder: Path, on_read: Callable[[int], object]) -> str:
     verified = "checksums verified" if (folder / CHECKSUMS).exists() else "without checksums"
     weighter = ", a weighter" if state.get("weighter") else ""
     return f"whole, {verified}: {tensors} tensors, {len(objects)} objects{weighter}"
+
+
+def _verify_torch_checkpoint(folder: Path, on_read: Callable[[int], object]) -> str:
+    from megatron_dwm.training.saved_checkpoint import CheckpointDamage, reported_damage, verify_torch_checkpoint
+
+    files = tensors = not_finite = 0
+    with reported_damage(folder):
+        for state in verify_torch_checkpoint(folder, on_read):
+            found = _tensors_in(state)
+            files, tensors = files + 1, tensors + len(found)
+            not_finite += sum(not _is_finite(tensor) for tensor in found)
+            on_read(sum(tensor.numel() * tensor.element_size() for tensor in found))
+        if not_finite:
+            raise CheckpointDamage(f"{not_finite} tensors hold values that are not finite")
+    return f"whole, in the format torch: {tensors} tensors of {files} ranks"
 
 
 def _is_finite(tensor: Any) -> bool:

@@ -59,6 +59,7 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
     from megatron_dwm.model.hf_card import language_model_card
     from megatron_dwm.model.hf_config import architecture, hf_config
     from megatron_dwm.model.hf_model import hf_skeleton, hf_tensors, write_weights
+    from megatron_dwm.model.hf_weights import require_finite
     from megatron_dwm.model.vocabulary import saved_softmax_size
     from megatron_dwm.training.saved_checkpoint import open_checkpoint
 
@@ -89,7 +90,7 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
         prefix = skeleton.base_model_prefix
         for name, tensor in hf_tensors(model, prefix, vocab_size, lambda p: checkpoint.read_row(p.key, p.layer)):
             bar.update(tensor.numel() * tensor.element_size())
-            yield name, tensor
+            yield name, require_finite(f"--load {folder}: {name}", tensor)
 
     with bar, atomic_folder(Path(config.output)) as beside:
         try:

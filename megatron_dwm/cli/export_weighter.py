@@ -44,6 +44,7 @@ def export(config: ExportWeighterConfig) -> str:
     """
     from megatron_dwm.data.blend import data_paths
     from megatron_dwm.data.hf_tokenizers import fingerprint_of
+    from megatron_dwm.model.hf_weights import require_finite
     from megatron_dwm.training.checkpoint_folders import iteration_of
     from megatron_dwm.training.saved_checkpoint import open_checkpoint
     from megatron_dwm.weighting.build import run_stages
@@ -62,6 +63,8 @@ def export(config: ExportWeighterConfig) -> str:
     effect = _effect(config)
     model = weighter_model_from_json(state["weighter_config"])
     model.load_state_dict(state["weighter"])
+    for name, param in model.named_parameters():
+        require_finite(f"--load {folder}: the weighter's {name}", param)
     tokenizer = _tokenizer(run, state.get("weighter_tokenizer", ""))
     paths = data_paths(run.data, run.weighting.dwm_target_data_path if run.weighting.needs_target else None)
     iteration = iteration_of(folder)

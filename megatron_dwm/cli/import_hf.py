@@ -29,6 +29,7 @@ from megatron_dwm.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_dwm.model.hf_folder import HuggingFaceModel
+    from megatron_dwm.model.hf_weights import Piece
     from megatron_dwm.training.checkpoint_parts import TensorOfParts
 
 ITERATION = 1
@@ -123,10 +124,15 @@ def write_checkpoint(folder: Path, read: HuggingFaceModel, padded_vocab_size: in
 
 def _tensors(read: HuggingFaceModel, padded_vocab_size: int) -> dict[str, TensorOfParts]:
     """Return the checkpoint's tensors, which are made when they are written."""
-    from megatron_dwm.model.hf_weights import LAYERS, from_hf, pieces
+    from megatron_dwm.model.hf_weights import LAYERS, from_hf, pieces, require_finite
     from megatron_dwm.training.checkpoint_parts import TensorOfParts, TensorPart
 
     model = read.model
+
+    def make_part(piece: Piece) -> torch.Tensor:
+        tensor = from_hf(piece, read.state, model, padded_vocab_size)
+        return require_finite(f"--input: {' and '.join(piece.names(model))}", tensor)
+
     made: dict[str, list[TensorPart]] = {}
     described: dict[str, tuple[torch.Size, torch.dtype]] = {}
     for piece in pieces(model, range(model.layers)):
@@ -134,7 +140,7 @@ def _tensors(read: HuggingFaceModel, padded_vocab_size: int) -> dict[str, Tensor
             tensor = from_hf(piece, read.state, model, padded_vocab_size)
             described[piece.key] = tensor.shape, tensor.dtype
         shape = tuple(described[piece.key][0])
-        make = partial(from_hf, piece, read.state, model, padded_vocab_size)
+        make = partial(make_part, piece)
         if piece.layer is None:
             part = TensorPart((0,) * len(shape), shape, make)
         else:

@@ -52,6 +52,8 @@ Flags = TypeVar("Flags")
 
 _FUTURE = ".*(load_state_dict|ShardedTensor|all_gather_into_tensor|reduce_scatter_tensor).*"
 """torch's interfaces that megatron-core still uses, in their warnings."""
+_SHARDS = ".*grad attribute of a Tensor that is not a leaf Tensor.*"
+"""Of fp32 parameters the distributed optimizer's shards are views, to which it gives gradients itself."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def read_run_flags(argv: Sequence[str] | None, world_size: int) -> RunConfig:
     Raises:
         UserError: a bad flag, or ``--use-checkpoint-args`` without a checkpoint.
     """
-    return with_pretrained(parse_run(argv, world_size, read_saved=_read_saved))
+    return with_conversion(with_pretrained(parse_run(argv, world_size, read_saved=_read_saved)))
 
 
 def with_pretrained(config: RunConfig) -> RunConfig:
@@ -100,6 +102,18 @@ def with_pretrained(config: RunConfig) -> RunConfig:
         return config
     logger.info(f" > --load {flags.load} holds no checkpoint: the run starts from {flags.pretrained_checkpoint}")
     checkpoint = dataclasses.replace(flags, load=flags.pretrained_checkpoint, ckpt_step=None, finetune=True)
+    return dataclasses.replace(config, checkpoint=checkpoint)
+
+
+def with_conversion(config: RunConfig) -> RunConfig:
+    """Return the configuration that saves as ``--ckpt-convert-format`` says, if it is given."""
+    flags = config.checkpoint
+    if flags.ckpt_convert_format is None or flags.ckpt_convert_save is None or flags.load is None:
+        return config
+    save = Path(flags.ckpt_convert_save) / Path(flags.load).name
+    checkpoint = dataclasses.replace(
+        flags, save=str(save), ckpt_format=flags.ckpt_convert_format, async_save=False, exit_on_missing_checkpoint=True
+    )
     return dataclasses.replace(config, checkpoint=checkpoint)
 
 
@@ -116,6 +130,7 @@ def run_program(program: Callable[[Process], None], argv: Sequence[str] | None =
     # megatron-core warns on every process that optional packages are missing, and of torch interfaces it still uses.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine).*")
     warnings.filterwarnings("ignore", category=FutureWarning, message=_FUTURE)
+    warnings.filterwarnings("ignore", message=_SHARDS)
     try:
         rank, local_rank, world_size = environment_rank()
         configure_logging(rank, world_size)

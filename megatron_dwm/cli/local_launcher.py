@@ -6,16 +6,21 @@ on the screen, and its exit code is the command's.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
 import sys
 import uuid
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import megatron_dwm
 from megatron_dwm.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 NPROC_FLAG = "--nproc"
 SHUTDOWN_SECONDS = 600
@@ -48,6 +53,17 @@ def split_nproc(argv: Sequence[str]) -> tuple[int | None, list[str]]:
     return int(text), rest
 
 
+def supported_settings(config_class: type, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that this torch's launcher has; a warning names the others."""
+    known = {field.name for field in dataclasses.fields(config_class)}
+    if missing := sorted(settings.keys() - known):
+        logger.warning(
+            f"the launcher of torch {version('torch')} has no {' and no '.join(missing)}: after a signal it ends ranks "
+            "that save for longer than its own limit; start them by srun, or take a newer torch"
+        )
+    return {name: value for name, value in settings.items() if name in known}
+
+
 def launch_locally(module: str, processes: int, argv: Sequence[str]) -> int:
     """Run ``python -m module argv`` as the ranks of one machine, and return the exit code of the run."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -56,6 +72,10 @@ def launch_locally(module: str, processes: int, argv: Sequence[str]) -> int:
 
     # The ranks print what has failed; the launcher would repeat it in words of its own.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    settings: dict[str, Any] = {
+        "signals_to_handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
+        "shutdown_timeout": SHUTDOWN_SECONDS,
+    }
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -65,8 +85,7 @@ def launch_locally(module: str, processes: int, argv: Sequence[str]) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.1,
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT",
-        shutdown_timeout=SHUTDOWN_SECONDS,
+        **supported_settings(LaunchConfig, settings),
     )
     # The ranks find this package where this process has found it, also if it is not installed.
     package = str(Path(megatron_dwm.__file__).parents[1])

@@ -29,9 +29,7 @@ def _main(argv: Sequence[str] | None) -> None:
     # Each worker tokenizes one text at a time; threads beside them would only warn about the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     config: PreprocessConfig = configs["preprocess"]
-    preprocess(config, configs["tokenizer"])
-    for key in config.json_keys:
-        prefix = f"{config.output_prefix}_{key}_document"
+    for prefix in preprocess(config, configs["tokenizer"]):
         index = IndexFile.open(prefix)
         print(f"{prefix}: {index.num_boundaries - 1:,} documents, {int(index.lengths.sum(dtype='int64')):,} tokens")
 

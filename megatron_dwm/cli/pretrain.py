@@ -15,6 +15,7 @@ from megatron_dwm.cli.launch import Process, build_trainer, read_run_flags, run_
 from megatron_dwm.cli.local_launcher import launch_locally, split_nproc
 from megatron_dwm.cli.plan import print_plan, split_plan
 from megatron_dwm.errors import run_cli
+from megatron_dwm.runtime.logging import configure_logging
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run_command(partial(print_plan, plan, rest, processes))
             return
         if processes is not None:
+            configure_logging()
             raise SystemExit(launch_locally("megatron_dwm.cli.pretrain", processes, rest))
         run_program(partial(pretrain, rest), rest)
 
@@ -36,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def pretrain(argv: Sequence[str], process: Process) -> None:
     """Run one rank of a pretraining run."""
     config, device = process.parse(partial(read_run_flags, argv))
-    build_trainer(config, device, process).train()
+    trainer = build_trainer(config, device, process)
+    if config.checkpoint.ckpt_convert_format is None:
+        trainer.train()
+    else:
+        trainer.convert()
 
 
 if __name__ == "__main__":

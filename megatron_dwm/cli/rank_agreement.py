@@ -7,11 +7,15 @@ which is worse, they would train on with numbers that belong to no run.
 from __future__ import annotations
 
 import platform
+import re
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from megatron_dwm.checksums import checksum
 from megatron_dwm.config.flags import flag_name
 from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.blend import DataPaths
 from megatron_dwm.data.index_cache import data_stamp
 from megatron_dwm.training.checkpoint_folders import latest_checkpoint
@@ -37,10 +41,26 @@ def rank_facts(config: RunConfig, paths: DataPaths, weighter_digest: str | None)
             facts[f"package {package}"] = version(package)
         except PackageNotFoundError:
             facts[f"package {package}"] = "not installed"
-    for flag, (prefixes, _) in paths.blends().items():
+    for flag, (prefixes, weights) in paths.blends().items():
+        facts[f"blend of {flag}"] = repr((prefixes, weights))  # which a file may name, and each node have its own
         if all(Path(f"{prefix}{suffix}").is_file() for prefix in prefixes for suffix in (".bin", ".idx")):
             facts[f"data of {flag}"] = data_stamp(prefixes)
+    for name, path in tokenizer_files(config.tokenizer):
+        facts[f"{name} in {path.name}"] = checksum(path).sha256
     facts["checkpoint of --load"] = str(latest_checkpoint(config.checkpoint))
     if weighter_digest is not None:
         facts["weighter of --dwm-load or --dwm-init-from"] = weighter_digest
     return facts
+
+
+def tokenizer_files(config: TokenizerConfig) -> Iterator[tuple[str, Path]]:
+    """Yield the files that a tokenizer is made of, each with the flag that names it or its folder."""
+    for name in ("tokenizer_model", "tokenizer_metadata", "vocab_file", "merge_file"):
+        value = getattr(config, name)
+        path = Path(value or "")
+        if value and path.is_file():
+            yield flag_name(name), path
+        elif value and path.is_dir():  # of a model, too, whose weights do not matter
+            for file in sorted(path.iterdir()):
+                if file.is_file() and (file.suffix == ".model" or re.search("token|vocab|merges", file.name)):
+                    yield flag_name(name), file

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_dwm.config.flags import flag, flag_name, require_at_least
 from megatron_dwm.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Names the newest checkpoint of a folder."""
@@ -35,6 +38,12 @@ class CheckpointConfig:
         "torch_dist",
         "Format that checkpoints are written in: torch_dist, which any layout can load, or torch, which only a run of "
         "the same one can. Which one --load names is seen from its files.",
+    )
+    ckpt_convert_format: Literal["torch", "torch_dist"] | None = flag(
+        None, "Train nothing: write the checkpoint of --load in this format, in --ckpt-convert-save."
+    )
+    ckpt_convert_save: str | None = flag(
+        None, "Folder in which --ckpt-convert-format makes one that is named like --load's."
     )
     dist_ckpt_strictness: Literal[
         "assume_ok_unexpected",
@@ -87,9 +96,14 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "save_interval save_retain_interval non_persistent_save_interval")
-        for name in ("save_interval", "non_persistent_save_interval"):
-            if getattr(self, name) is not None and self.save is None:
-                raise UserError(f"{flag_name(name)} {getattr(self, name)} needs --save; give the folder")
+        if self.save_interval is not None and self.save is None:
+            logger.warning(f"--save-interval {self.save_interval} has no effect without --save: nothing is saved")
+        if self.non_persistent_save_interval is not None and self.save is None:
+            raise UserError(
+                f"--non-persistent-save-interval {self.non_persistent_save_interval} needs --save; give the folder"
+            )
+        if (self.ckpt_convert_format is None) != (self.ckpt_convert_save is None):
+            raise UserError("--ckpt-convert-format and --ckpt-convert-save need each other; give both")
         if self.ckpt_format == "torch" and self.async_save:
             raise UserError("--ckpt-format torch cannot be written while training goes on; leave --async-save out")
         if self.non_persistent_save_interval is not None and self.non_persistent_ckpt_type is None:
@@ -97,7 +111,7 @@ class CheckpointConfig:
                 f"--non-persistent-save-interval {self.non_persistent_save_interval} needs "
                 "--non-persistent-ckpt-type global; add it"
             )
-        for name in ("exit_on_missing_checkpoint", "use_checkpoint_args"):
+        for name in ("exit_on_missing_checkpoint", "use_checkpoint_args", "ckpt_convert_format"):
             if getattr(self, name) and self.load is None and self.pretrained_checkpoint is None:
                 raise UserError(f"{flag_name(name)} needs --load; give the folder")
 

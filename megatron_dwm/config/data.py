@@ -43,7 +43,7 @@ class DataConfig:
     num_dataset_builder_threads: int = flag(1, "Threads that build a blend's datasets.")
     mid_level_dataset_surplus: float = flag(0.005, "Extra samples asked of each dataset of a blend.")
     allow_ambiguous_pad_tokens: bool = flag(False, "Let pad tokens also occur in the data.")
-    eval_iters: int = flag(100, "Batches in one evaluation.")
+    eval_iters: int = flag(100, "Batches in one evaluation; 0 or -1 for none.")
     eval_interval: int | None = flag(None, "Iterations between evaluations.")
     full_validation: bool = flag(
         False, "Evaluate on every sample of the validation data each time, whatever --eval-iters says."
@@ -71,7 +71,8 @@ class DataConfig:
             raise UserError("--mock-data excludes real data paths; leave one out")
         if not (self.mock_data or shared or split):
             raise UserError("no data: give --data-path, --train-data-path or --mock-data")
-        require_at_least(self, 0, "eval_iters num_workers mid_level_dataset_surplus")
+        require_at_least(self, -1, "eval_iters")
+        require_at_least(self, 0, "num_workers mid_level_dataset_surplus")
         require_at_least(self, 1, "eval_interval num_dataset_builder_threads")
         names = self.validation_set_names
         if names is not None and not self.multiple_validation_sets:

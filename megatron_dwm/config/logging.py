@@ -41,10 +41,14 @@ class LoggingConfig:
         None, "Least level, as Python counts it (20 is INFO), of megatron-core's own messages."
     )
     wandb_project: str | None = flag(
-        None, "Project of Weights & Biases that records go to; WANDB_MODE=offline keeps them in a folder."
+        None,
+        "Project of Weights & Biases that records go to; WANDB_MODE=offline keeps them in a folder.",
+        old_names=("--wandb-project-name",),
     )
-    wandb_entity: str | None = flag(None, "User or team that --wandb-project belongs to.")
-    wandb_exp_name: str | None = flag(None, "Name of the run in --wandb-project.")
+    wandb_entity: str | None = flag(
+        None, "User or team that --wandb-project belongs to.", old_names=("--wandb-entity-name",)
+    )
+    wandb_exp_name: str | None = flag(None, "Name of the run in --wandb-project.", old_names=("--wandb-name",))
     wandb_save_dir: str | None = flag(
         None, "Folder of Weights & Biases' own files. Default: wandb in the --save folder."
     )

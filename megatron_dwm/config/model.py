@@ -114,7 +114,10 @@ class ModelConfig:
         "auto", "Attention backend of Transformer Engine."
     )
     use_flash_attn: bool = flag(
-        False, "Nothing: for Megatron-LM's older models alone.", deprecated="use --attention-backend flash"
+        False,
+        "Nothing: for Megatron-LM's older models alone.",
+        old_names=("--use-flash-attn-v1", "--use-flash-attn-v2", "--use-flash-attn-triton"),
+        deprecated="use --attention-backend flash",
     )
     deprecated_use_mcore_models: bool = flag(
         False,
@@ -132,9 +135,17 @@ class ModelConfig:
         None, "Recompute whole layers (full) or the modules of --recompute-modules (selective)."
     )
     recompute_method: Literal["uniform", "block"] | None = flag(None, "How full recomputation picks layers.")
-    recompute_num_layers: int | None = flag(None, "Number of layers in one recomputed unit.")
+    recompute_num_layers: int | None = flag(
+        None,
+        "Number of layers in one recomputed unit.",
+        old_names=("--checkpoint-num-layers", "--activations-checkpoint-num-layers"),
+    )
     recompute_modules: list[str] | None = flag(None, "Modules that selective recomputation covers.")
-    distribute_saved_activations: bool = flag(False, "Spread recomputation checkpoints over the TP group.")
+    distribute_saved_activations: bool = flag(
+        False,
+        "Spread recomputation checkpoints over the TP group.",
+        old_names=("--distribute-checkpointed-activations",),
+    )
     masked_softmax_fusion: bool = flag(True, "Do not fuse scale, mask and softmax.", "--no-masked-softmax-fusion")
     bias_gelu_fusion: bool = flag(True, "Do not fuse bias and GELU.", "--no-bias-gelu-fusion")
     bias_swiglu_fusion: bool = flag(True, "Do not fuse bias and SwiGLU.", "--no-bias-swiglu-fusion")

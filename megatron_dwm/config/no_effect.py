@@ -29,6 +29,7 @@ _NEUTRAL_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "exp_avg_dtype": (("fp32",), "the optimizer's state is fp32; leave it out"),
     "exp_avg_sq_dtype": (("fp32",), "the optimizer's state is fp32; leave it out"),
     "rope_type": ((None, "rope"), "only multi-latent attention has another; leave it out"),
+    "data_impl": (("infer", "mmap"), "datasets are memory-mapped; leave it out"),
 }
 """Fields that not every value leaves without effect: the values that do, and why the others are refused."""
 
@@ -61,6 +62,20 @@ class NoEffectConfig:
     onnx_safe: str | None = flag(None, "For Megatron-LM's older models alone.")
     openai_gelu: bool = flag(False, "For Megatron-LM's older models alone.")
     apply_residual_connection_post_layernorm: bool = flag(False, "For Megatron-LM's older models alone.")
+
+    # Spellings of older Megatron-LMs, which say what is the default now, and of forks.
+    no_query_key_layer_scaling: bool = flag(
+        False, "Attention scores are divided by the layer's number with --apply-query-key-layer-scaling alone."
+    )
+    log_batch_size_to_tensorboard: bool = flag(False, "TensorBoard has the batch size in any case.")
+    data_impl: Literal["infer", "mmap", "lazy", "cached"] = flag("infer", "Only mmap, which infer finds too.")
+    ddp_impl: Literal["local", "torch"] = flag(
+        "local", "Gradients are reduced by megatron-core's own wrapper in any case.", "--DDP-impl"
+    )
+    contiguous_buffers_in_local_ddp: bool = flag(True, "Gradients lie in contiguous buffers in any case.")
+    use_contiguous_buffers_in_local_ddp: bool = flag(False, "Gradients lie in contiguous buffers in any case.")
+    local_rank: int = flag(0, "Given by torch.distributed.launch, which says it in the environment too.")
+    use_mpi: bool = flag(False, "Ranks that mpirun starts know their numbers by its environment in any case.")
 
     # What happens in any case.
     manual_gc_eval: bool = flag(

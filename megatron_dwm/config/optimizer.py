@@ -91,14 +91,11 @@ class OptimizerConfig:
             self,
             0,
             "min_lr decoupled_lr decoupled_min_lr lr_warmup_init lr_warmup_fraction lr_warmup_iters lr_warmup_samples "
+            "lr_wsd_decay_iters lr_wsd_decay_samples "
             "weight_decay start_weight_decay end_weight_decay clip_grad adam_beta1 adam_beta2 adam_eps sgd_momentum "
             "loss_scale",
         )
-        require_at_least(
-            self,
-            1,
-            "lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples loss_scale_window hysteresis",
-        )
+        require_at_least(self, 1, "lr_decay_iters lr_decay_samples loss_scale_window hysteresis")
         self._check_learning_rates()
         self._check_weight_decay()
         if self.fp16 and self.bf16:

@@ -231,13 +231,13 @@ class RunConfig:
                 f"--tp-comm-overlap with --micro-batch-size {micro}: its buffers have the shape of a microbatch, and "
                 "an outer update reads alignments off single samples; use --micro-batch-size 1, or leave it out"
             )
-        if self.target_batch_size % (micro * dp):
+        if self.target_batch_size % (self.target_micro_batch * dp):
             raise UserError(
-                f"--dwm-target-batch-size {self.target_batch_size} is not divisible by --micro-batch-size {micro} x "
-                f"data-parallel size {dp}; change one"
+                f"--dwm-target-batch-size {self.target_batch_size} is not divisible by --micro-batch-size "
+                f"{self.target_micro_batch} x data-parallel size {dp}; change one"
             )
         if self.parallel.virtual_stages(self.model.layers) is not None:
-            self._check_groups(self.target_batch_size // (micro * dp), "--dwm-target-batch-size")
+            self._check_groups(self.target_batch_size // (self.target_micro_batch * dp), "--dwm-target-batch-size")
         half = "--bf16" if self.optimizer.bf16 else "--fp16" if self.optimizer.fp16 else None
         if half and self.weighting.dwm_alignment == "finite-difference":
             raise UserError(
@@ -282,6 +282,11 @@ class RunConfig:
     def target_batch_size(self) -> int:
         """The number of target samples in one outer update."""
         return self.weighting.dwm_target_batch_size or self.global_batch_size
+
+    @property
+    def target_micro_batch(self) -> int:
+        """The number of samples of a target microbatch: the run's, or fewer where a replica has not as many."""
+        return max(1, min(self.training.micro_batch, self.target_batch_size // self.data_parallel_size))
 
     @property
     def train_iters(self) -> int:
@@ -336,4 +341,6 @@ def parse_run(
     )
     if parts["plan"].plan:
         raise UserError("--plan is for pretrain_dwm.py and megatron-dwm pretrain; leave it out")
+    if parts["no_effect"].no_query_key_layer_scaling and parts["model"].apply_query_key_layer_scaling:
+        raise UserError("--no-query-key-layer-scaling contradicts --apply-query-key-layer-scaling; leave one out")
     return RunConfig(world_size=world_size, **{name: parts[name] for name in PARTS})

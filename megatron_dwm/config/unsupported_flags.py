@@ -1,4 +1,4 @@
-"""Megatron-LM's flags that this program does not have, and why. None of them is silently ignored.
+"""Flags of Megatron-LM and of its forks that this program does not have, and why. None of them is silently ignored.
 
 Flags that scripts also give with a value that changes nothing (``--expert-model-parallel-size 1``) are declared with
 the others, as ``refused``, and those that change nothing whatever they say stand in ``no_effect.py``.
@@ -24,9 +24,11 @@ UNSUPPORTED: dict[str, str] = {
         --iter-per-epoch --titles-data-path --query-in-block-prob --use-one-sent-docs --evidence-data-path
         --block-data-path --embedding-path --indexer-* --output-bert-embeddings --short-seq-prob --sample-rate
         --vocab-extra-ids --is-hybrid-model --hybrid-attention-ratio --hybrid-mlp-ratio --hybrid-override-pattern
-        --mamba-* --disable-mamba-mem-eff-path --spec --heterogeneous-layers-* --decoder-num-layers
-        --hybrid-layer-pattern --freeze-all-layers
-        --decoder-seq-length --yaml-cfg --enable-experimental""",
+        --mamba-* --disable-mamba-mem-eff-path --hybrid-layer-pattern --decoder-num-layers --decoder-seq-length""",
+    "every layer is trained, and all are alike; leave it out": "--freeze-all-layers --heterogeneous-layers-*",
+    "layers are chosen by --transformer-impl; use that": "--spec",
+    "flags are read from the command line alone; give them there": "--yaml-cfg",
+    "what megatron-core calls experimental is not used; leave it out": "--enable-experimental",
     "attention is the standard one, neither latent, linear nor sparse; leave it out": """
         --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim
         --cache-mla-latents --experimental-attention-variant --dsa-* --linear-*
@@ -40,6 +42,11 @@ UNSUPPORTED: dict[str, str] = {
     "Megatron-LM no longer has it; use --micro-batch-size": "--batch-size",
     "Megatron-LM no longer has it; use --lr-warmup-fraction": "--warmup",
     "Megatron-LM no longer has it; use --tensor-model-parallel-size": "--model-parallel-size",
+    "Megatron-LM no longer has it; use --recompute-granularity full --recompute-method uniform": """
+        --activations-checkpoint-method""",
+    "DeepSpeed is not used; use --use-distributed-optimizer": "--deepspeed* --zero-* --no-pipeline-parallel",
+    "it adds a term to the losses or leaves tokens out, so that what is weighted is another loss; leave it out": """
+        --use-z-loss --goldfish-*""",
     "Megatron-LM's guide has it, its parser has not; use --fp8-format hybrid": "--fp8-hybrid",
     "the bounds are rounded by default; leave it out": "--yarn-correction-range-round-to-int",
     "use --num-layers": "--encoder-num-layers",
@@ -55,7 +62,6 @@ UNSUPPORTED: dict[str, str] = {
         --fake-process-group""",
     "an outer update copies parameters that are whole after the step; use --overlap-param-gather": """
         --overlap-param-gather-with-optimizer-step""",
-    "torchrun and Slurm say it in the environment; leave it out": "--local-rank",
     "parameters are sharded by --use-distributed-optimizer alone; use that": """
         --use-megatron-fsdp --use-torch-fsdp2 --torch-fsdp2-no-reshard-after-forward --outer-dp-sharding-strategy
         --fsdp-* --megatron-fsdp-*
@@ -69,13 +75,26 @@ UNSUPPORTED: dict[str, str] = {
         --enable-cuda-graph --external-cuda-graph --cuda-graph-* --te-rng-tracker --optimizer-cuda-graph""",
     "parameters are kept in 16 bits, as the outer update copies them; leave it out": """
         --keep-fp8-transpose-cache --reuse-grad-buf-for-mxfp8-param-ag""",
-    "the FP8 recipes are Transformer Engine's own; leave it out": """
-        --fp8-quantizer-factory --te-precision-config-file --fp8-output-proj""",
+    "the FP8 recipes are Transformer Engine's own; use one of those": """
+        --fp8-recipe=custom --fp8-quantizer-factory --te-precision-config-file --fp8-output-proj""",
     "there is no FP4 training; use --bf16 or --fp8-format": "--fp4-*",
-    "the optimizers are megatron-core's Adam and SGD with fp32 state; leave it out": """
-        --muon-* --lion-* --no-use-layer-wise-param-layout
-        --use-precision-aware-optimizer --optimizer-cpu-offload --dump-param-to-param-group-map
+    "an outer update reads Adam's second moments, which are fp32 and where the parameters are; leave it out": """
+        --use-precision-aware-optimizer --optimizer-cpu-offload""",
+    "an outer update is made for megatron-core's Adam and SGD; use --optimizer adam or sgd": """
+        --optimizer=*muon --muon-* --lion-* --ademamix-*""",
+    "parameters are grouped as megatron-core does it by default; leave it out": """
+        --no-use-layer-wise-param-layout --dump-param-to-param-group-map
         --apply-wd-to-qk-layernorm --no-weight-decay-cond-type""",
+    "there are no models of images and no T5; use rope": """
+        --position-embedding-type=mrope --position-embedding-type=relative""",
+    "it is of other models than GPTs, or of their fine-tuning; use HuggingFaceTokenizer": """
+        --tokenizer-type=Bert* --tokenizer-type=*Multimodal* --tokenizer-type=SFTTokenizer""",
+    "samples come from megatron-core's datasets alone; use single or cyclic": "--dataloader-type=external",
+    "it is of fully sharded parameters, which are not supported; use torch_dist": """
+        --ckpt-format=torch_dcp --ckpt-format=fsdp_dtensor""",
+    "it needs a library of NVIDIA's and one machine's memory or disk; use global": """
+        --non-persistent-ckpt-type=local --non-persistent-ckpt-type=in_memory""",
+    "its kernels have no backward pass; use transformer_engine": "--transformer-impl=inference_optimized",
     "kernels are chosen by --transformer-impl and the --no-*-fusion flags; leave it out": """
         --disable-bf16-reduced-precision-matmul --batch-invariant-mode --disable-jit-fuser --fused-residual-rmsnorm
         --use-transformer-engine-op-fuser --use-grouped-gemm-for-dense-mlp --flash-attention-version""",
@@ -100,7 +119,8 @@ UNSUPPORTED: dict[str, str] = {
     "records go to the log, a JSON-lines file and TensorBoard; leave it out": """
         --*one-logger* --app-tag-run-* --config-logger-dir""",
     "checkpoints are torch_dist, in folders that all ranks share; leave it out": """
-        --load-main-params-from-ckpt --non-persistent-local-* --ckpt-convert-* --dist-ckpt-save-pre-mcore-014
+        --load-main-params-from-ckpt --non-persistent-local-* --ckpt-convert-update-legacy-dist-opt-format
+        --dist-ckpt-save-pre-mcore-014
         --distrib-optim-fully-reshardable-mem-efficient --replication* --use-mp-args-from-checkpoint-args
         --*-use-tokenizer-model-from-checkpoint-args --async-ckpt-* --override-ckpt-iteration
         --*-ckpt-load-validate-sharding-integrity --*-stream-ckpt-dequant""",
@@ -111,19 +131,25 @@ UNSUPPORTED: dict[str, str] = {
         --tokenizer-hf-no-* --*-tokenizer-sentencepiece-ignore-extra-whitespaces --null-tokenizer-eod-id""",
     "data are local .bin and .idx files of plain text; leave it out": """
         --per-dataset-sequences-path --dataloader-fast-cache-load --dataloader-defer-npy-index-mmap
-        --object-storage-cache-path --disable-msc --enable-msc --fim-* --sft* --chat-template""",
+        --object-storage-cache-path --disable-msc --enable-msc""",
+    "documents would be cut and put together anew at each reading, and with them a sample's score; leave it out": """
+        --fim-*""",
     "this program pretrains only; leave it out": """
+        --sft* --chat-template
         --inference-* --no-inference-* --num-speculative-tokens --use-same-sampling-seed-across-dp-ranks
         --*-chunked-prefill --flash-decode --max-tokens-to-oom --mlp-chunks-for-prefill
         --use-legacy-static-engine --decode-only-cuda-graphs --nccl-all-reduce-for-prefill
         --perform-rl-step --rl-* --no-rl-* --grpo-* --langrl-* --no-langrl-*
         --refit-method""",
 }
-"""Reason and remedy to flags, by name or shell pattern."""
+"""Reason and remedy to flags by name or shell pattern, or to values that the parser lacks, as ``--flag=value``."""
 
 
 def reason_unsupported(name: str) -> str | None:
-    """Return why Megatron-LM's flag ``name`` is not supported, and the remedy; None if Megatron-LM has no such flag."""
+    """Return why the flag ``name``, or the value in ``name=value``, is not supported, and the remedy.
+
+    None if it is not known.
+    """
     for reason, patterns in UNSUPPORTED.items():
         if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
             return reason

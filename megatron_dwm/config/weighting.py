@@ -20,6 +20,8 @@ Rule = Literal[
     "half",
     "oracle",
 ]
+TARGETED_RULES = ("shuffled", "similarity", "source-alignment", "top-alignment")
+"""Rules whose weights depend on the target set."""
 _OF_SOURCES = ("oracle", "source-weights")
 
 
@@ -245,4 +247,4 @@ class WeightingConfig:
     @property
     def needs_target(self) -> bool:
         """Whether the weights depend on the target set."""
-        return self.learns_weighter or self.dwm_rule in ("similarity", "source-alignment", "top-alignment")
+        return self.learns_weighter or self.dwm_rule in TARGETED_RULES

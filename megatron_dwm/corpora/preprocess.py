@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -28,7 +29,7 @@ from megatron_dwm import __version__
 from megatron_dwm.atomic_write import atomic_files, sync
 from megatron_dwm.config.flags import flag
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.corpora.readers import Reader, Record, input_files
+from megatron_dwm.corpora.readers import Reader, Record, input_files, without_suffixes
 from megatron_dwm.corpora.unfinished import Progress, UnfinishedWork, file_stamps, unfinished_work
 from megatron_dwm.corpora.worker_pool import WorkerDied, WorkerPool
 from megatron_dwm.data.tokenizers import build_tokenizer, end_of_document
@@ -55,6 +56,11 @@ class PreprocessConfig:
     lang: str = flag("english", "Language of sentence splitting; otherwise without effect.")
     append_eod: bool = flag(False, "Append the end-of-document token to each document.")
     output_prefix: str | None = flag(None, "Path of the output without _<key>_document.bin/.idx.")
+    output_per_file: bool = flag(
+        False,
+        "Make data sets of each input file, with its name behind --output-prefix (or in it, if that ends with a slash), "
+        "in place of those of all.",
+    )
     workers: int = flag(1, "Number of processes that tokenize.")
     partitions: int = flag(1, "Deal the documents out to this many partitions, which follow each other.")
     log_interval: int = flag(1000, "Report progress after this many documents.")
@@ -133,7 +139,7 @@ class Encoder:
         if isinstance(content, dict):
             return content, sum(len(text.encode()) for text in content.values() if isinstance(text, str))
         try:
-            size = len(content.encode())
+            size = len(content) if content.isascii() else len(content.encode())
         except UnicodeEncodeError:
             raise _MalformedError("not UTF-8") from None
         try:
@@ -156,7 +162,7 @@ class Encoder:
         try:
             sequences = [ids for ids in map(self.tokenizer.tokenize, sentences) if len(ids) > 0]
             lengths = [len(ids) for ids in sequences]
-            tokens = [token for ids in sequences for token in ids]
+            tokens = list(itertools.chain.from_iterable(sequences))
             if tokens and self.end is not None:
                 tokens.append(self.end)
                 lengths[-1] += 1
@@ -179,14 +185,59 @@ def _cause(sentences: list[str], error: Exception) -> Exception:
     return error
 
 
-def preprocess(config: PreprocessConfig, tokenizer_config: TokenizerConfig) -> None:
+def preprocess(config: PreprocessConfig, tokenizer_config: TokenizerConfig) -> list[str]:
     """Write ``<output_prefix>_<key>_document.bin`` and ``.idx`` of each key, in place of old ones.
+
+    Returns:
+        the names of the data sets, without suffix.
 
     Raises:
         UserError: an unreadable input or tokenizer, a malformed record (unless skipped), or no documents.
     """
     encoder = Encoder(config, tokenizer_config)
     paths = input_files(config.input or [])
+    if not config.output_per_file:
+        _preprocess(config, tokenizer_config, encoder, paths)
+        return [_dataset(Path(config.output_prefix or ""), key) for key in config.json_keys]
+    prefix = Path(config.output_prefix or "")
+    names = _names(paths)
+    outputs = {name: f"{prefix}_{name}" for name in names}
+    if (config.output_prefix or "").endswith("/"):
+        outputs = {name: str(prefix / name) for name in names}
+    Reader(paths, config.json_keys)  # a file that cannot be read is found before the first one is worked on
+    job = _job(config, tokenizer_config, paths)
+    with unfinished_work(prefix.with_name(f".{prefix.name}.files"), job, "files") as work:
+        for name, path in list(names.items())[work.progress.records :]:
+            of_file = replace(config, input=[path], output_prefix=outputs[name])
+            logger.info(f"{path} to {of_file.output_prefix}")
+            _preprocess(of_file, tokenizer_config, encoder, [path])
+            work.keep(work.next_segment(), Progress(records=work.progress.records + 1))
+    return [_dataset(Path(output), key) for output in outputs.values() for key in config.json_keys]
+
+
+def _names(paths: list[str]) -> dict[str, str]:
+    """Return the files by their names without suffixes.
+
+    Raises:
+        UserError: two have one name.
+    """
+    names: dict[str, str] = {}
+    for path in paths:
+        name = without_suffixes(path)
+        if name in names:
+            raise UserError(f"--output-per-file: {names[name]} and {path} have one name; rename one of them")
+        names[name] = path
+    return names
+
+
+def _preprocess(
+    config: PreprocessConfig, tokenizer_config: TokenizerConfig, encoder: Encoder, paths: list[str]
+) -> None:
+    """Write the data sets of some files.
+
+    Raises:
+        UserError: as :func:`preprocess`.
+    """
     reader = Reader(paths, config.json_keys)
     prefix = Path(config.output_prefix or "")
     try:
@@ -274,7 +325,7 @@ def _publish(config: PreprocessConfig, dtype: Any, segments: list[Path], prefix:
     with atomic_files(prefix.parent) as scratch:
         if len(parts) == 1:
             for key, suffix in itertools.product(config.json_keys, (".bin", ".idx")):
-                os.replace(_dataset(parts[0], key) + suffix, _dataset(scratch / prefix.name, key) + suffix)
+                _link(_dataset(parts[0], key) + suffix, _dataset(scratch / prefix.name, key) + suffix)
         else:
             whole = _Writer(config.json_keys, dtype, scratch / prefix.name)
             for part in parts:
@@ -288,6 +339,14 @@ def _publish(config: PreprocessConfig, dtype: Any, segments: list[Path], prefix:
             if path.suffix == ".idx":
                 (prefix.parent / path.name).unlink(missing_ok=True)
         sync(prefix.parent)
+
+
+def _link(finished: str, name: str) -> None:
+    """Give a finished file another name; it stays where it is, for a call that comes after an interruption."""
+    try:
+        os.link(finished, name)
+    except OSError:  # a file system without such names
+        shutil.copyfile(finished, name)
 
 
 def _dataset(prefix: Path, key: str) -> str:

@@ -89,6 +89,15 @@ def _is_input(path: Path) -> bool:
     return not path.name.startswith(".") and bool(suffixes) and suffixes[-1] in {*_JSON_SUFFIXES, ".parquet"}
 
 
+def without_suffixes(path: str) -> str:
+    """Return a file's name without the suffixes of the formats that are read."""
+    name = Path(path).name
+    for known in (_SUFFIXES, _JSON_SUFFIXES):
+        stem, suffix = os.path.splitext(name)
+        name = stem if suffix.lower() in known else name
+    return name
+
+
 class Reader:
     """The records of files, one file after the other, and how far reading has come."""
 

@@ -58,7 +58,12 @@ class UnfinishedWork:
     def take_up(self) -> None:
         """Find the segments that an earlier call has finished."""
         while (done := self.folder / f"{len(self.segments):06d}" / _DONE).is_file():
-            self.progress = Progress(**json.loads(done.read_text()))
+            try:
+                self.progress = Progress(**json.loads(done.read_text(encoding="utf-8")))
+            except (OSError, RecursionError, TypeError, ValueError):
+                logger.warning(f"{done}: damaged; what follows is made again")
+                shutil.rmtree(done.parent)
+                return
             self.segments.append(done.parent)
 
 
@@ -67,12 +72,13 @@ _JOB = "job.json"
 
 
 @contextmanager
-def unfinished_work(folder: Path, job: str | None) -> Iterator[UnfinishedWork]:
+def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> Iterator[UnfinishedWork]:
     """Yield the work in ``folder``, which goes when the block ends, or if it raises before a segment was finished.
 
     Args:
         folder: of this work alone.
         job: what the work depends on; None for work that cannot be taken up. Another job's segments are removed.
+        unit: what :attr:`Progress.records` counts.
 
     Raises:
         UserError: another process is at it.
@@ -85,7 +91,7 @@ def unfinished_work(folder: Path, job: str | None) -> Iterator[UnfinishedWork]:
         except (BlockingIOError, PermissionError):
             raise UserError(f"{folder}: another process is writing there; wait for its end") from None
         work, written = UnfinishedWork(folder), folder / _JOB
-        if job is not None and written.is_file() and written.read_text() == job:
+        if job is not None and written.is_file() and written.read_bytes() == job.encode():
             work.take_up()
         else:
             for path in folder.iterdir():
@@ -96,14 +102,14 @@ def unfinished_work(folder: Path, job: str | None) -> Iterator[UnfinishedWork]:
             else:
                 atomic_write_text(written, job)
         if work.segments:
-            logger.info(f"Going on after {work.progress.records:,} documents that are in {folder}.")
+            logger.info(f"Going on after {work.progress.records:,} {unit} that are in {folder}.")
         try:
             yield work
         except BaseException:
             if not work.segments or job is None:
                 shutil.rmtree(folder, ignore_errors=True)
             else:
-                logger.info(f"{work.progress.records:,} documents are kept in {folder} for the same command.")
+                logger.info(f"{work.progress.records:,} {unit} are kept in {folder} for the same command.")
             raise
         shutil.rmtree(folder)
 

@@ -69,8 +69,14 @@ class DataPaths:
 
 
 def short_names(prefixes: Sequence[str]) -> list[str]:
-    """Return the file names of dataset prefixes without preprocessing's suffix, or whole prefixes if names repeat."""
+    """Return the file names of dataset prefixes, or whole prefixes if names repeat.
+
+    They are without preprocessing's suffix, and without one that all have in common, such as ``.train``.
+    """
     names = [Path(prefix).name.removesuffix("_document").removesuffix("_text") for prefix in prefixes]
+    suffixes = {Path(name).suffix for name in names}
+    if len(names) > 1 and len(suffixes) == 1:
+        names = [name.removesuffix(*suffixes) for name in names]
     return names if len(set(names)) == len(names) else list(prefixes)
 
 

@@ -96,7 +96,10 @@ class BatchLoader:
                 loaded = self._end_of_data(partition.replica_samples)
         batch = broadcast_batch(loaded, partition.replica_samples, self.seq, self.parallel_state)
         self.consumed += partition.global_samples
-        least, largest = torch.stack(batch.tokens.aminmax()).tolist()
+        # A rank that has read the samples itself looks at them before they are on the device, which it would wait for.
+        own = loaded if self.parallel_state.replica_size == 1 else None
+        tokens = batch.tokens if own is None else own["tokens"]
+        least, largest = torch.stack(tokens.aminmax()).tolist()
         if least == _NO_TOKEN:
             raise UserError("the data ran out; lower --train-iters or --eval-iters, or give more data")
         if largest >= self.vocab_size:

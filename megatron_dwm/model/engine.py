@@ -60,7 +60,6 @@ class PipelineEngine:
         *,
         loss_function: LossFunction = plain_loss,
         forward_only: bool = False,
-        force_all_reduce: bool = False,
         check_for_nan: bool | None = None,
     ) -> SampleLosses | None:
         """Pass ``batch`` through the model, leaving gradients in the chunks' buffers.
@@ -70,8 +69,6 @@ class PipelineEngine:
             loss_function: what is differentiated of each microbatch's token losses, before megatron-core divides it by
                 the number of unmasked tokens.
             forward_only: losses only, no gradients.
-            force_all_reduce: leave the whole gradient on every data-parallel rank, also under the distributed
-                optimizer.
             check_for_nan: whether to look for losses that are not finite, if not as the engine does.
 
         Returns:
@@ -88,26 +85,16 @@ class PipelineEngine:
             for samples in (slice(start, start + micro_batch_size) for start in range(0, len(batch), micro_batch_size))
         ]
         iterators = [iter(micros) for _ in self.chunks]
-        for chunk in self.chunks:
-            chunk.force_all_reduce = force_all_reduce
-        # megatron-core's aligned reduction always scatters; without it the chunks reduce when they are ready.
-        aligned = {"grad_sync_func": None} if force_all_reduce else {}
-        try:
-            with changed_attributes(self.config, aligned):
-                reports = get_forward_backward_func()(
-                    forward_step_func=partial(self._forward_step, loss_function),
-                    data_iterator=iterators if len(iterators) > 1 else iterators[0],
-                    model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-                    num_microbatches=len(micros),
-                    seq_length=self.seq_length,
-                    micro_batch_size=micro_batch_size,
-                    decoder_seq_length=self.seq_length,
-                    forward_only=forward_only,
-                    force_all_reduce=force_all_reduce,
-                )
-        finally:
-            for chunk in self.chunks:
-                chunk.force_all_reduce = False
+        reports = get_forward_backward_func()(
+            forward_step_func=partial(self._forward_step, loss_function),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(micros),
+            seq_length=self.seq_length,
+            micro_batch_size=micro_batch_size,
+            decoder_seq_length=self.seq_length,
+            forward_only=forward_only,
+        )
         if not self.parallel_state.is_last_pipeline_stage:
             return None
         packed = torch.stack([torch.cat([report[name] for report in reports]) for name in ("total", "tokens")])

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.errors import UserError
 from megatron_dwm.model.hf_config import architecture
 
 LAYERS = "decoder.layers."
@@ -135,6 +136,20 @@ def from_hf(
     if piece.key not in VOCABULARY:
         return tensor
     return torch.cat([tensor, tensor.new_zeros(padded_vocab_size - len(tensor), *tensor.shape[1:])])
+
+
+def require_finite(place: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that is to be written, if all of its numbers are finite.
+
+    Args:
+        place: where it is from, for the message.
+
+    Raises:
+        UserError: one is not.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        raise UserError(f"{place} holds numbers that are not finite; give a model that has not diverged")
+    return tensor
 
 
 def _ends(model: ModelConfig) -> tuple[list[Conversion], list[Conversion]]:

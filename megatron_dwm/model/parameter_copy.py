@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_dwm.model.protocols import ModelChunk
 
+AT_A_TIME = 1 << 22
+"""Elements that are exchanged at a time."""
+
 
 class ParameterCopy:
-    """A copy of model chunks' parameters: taken, exchanged with the model's or put back, and dropped."""
+    """A copy of model chunks' parameters: taken, exchanged with the model's or put back, and dropped.
+
+    Where the optimizer's state is sharded over data-parallel ranks, so is the copy: a rank keeps the shard that its
+    optimizer updates, and parameters that are put back are gathered.
+    """
 
     def __init__(self, chunks: Sequence[ModelChunk | torch.nn.Module]) -> None:
         """
@@ -19,8 +27,8 @@ class ParameterCopy:
             chunks: this rank's model chunks, or any modules.
         """
         self._chunks = list(chunks)
-        self._params: list[torch.nn.Parameter] = []
-        self._copies: list[torch.Tensor] = []
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """What of the model is copied, and its copy."""
 
     @classmethod
     def taken(cls, chunks: Sequence[ModelChunk | torch.nn.Module]) -> ParameterCopy:
@@ -39,23 +47,51 @@ class ParameterCopy:
             gathering: Any = chunk if getattr(chunk, "use_forward_hook", False) else None
             if gathering is not None:
                 gathering.start_param_sync(force_sync=True)
-        self._params = [param for chunk in self._chunks for param in chunk.parameters()]
-        self._copies = [param.detach().clone() for param in self._params]
+        sharded = {param for _, bucket in self._sharded_buckets() for param in bucket.params_list}
+        held = [_own_shard(group, bucket) for group, bucket in self._sharded_buckets()]
+        held += [param.detach() for chunk in self._chunks for param in chunk.parameters() if param not in sharded]
+        self._copies = [(present, present.clone()) for present in held]
 
     def swap(self) -> None:
-        """Exchange the model's parameters with the copy, in place and one tensor at a time."""
+        """Exchange the model's parameters with the copy, in place and part by part; collective if they are sharded."""
         with torch.no_grad():
-            for param, copy in zip(self._params, self._copies, strict=True):
-                current = param.detach().clone()
-                param.data.copy_(copy)
-                copy.copy_(current)
+            for present, copy in self._copies:
+                pieces = [tensor.view(-1).split(AT_A_TIME) for tensor in (present, copy)]
+                for one, other in zip(*pieces, strict=True):
+                    current = one.clone()
+                    one.copy_(other)
+                    other.copy_(current)
+        self._gather()
 
     def restore(self) -> None:
-        """Set the model's parameters to the copy."""
+        """Set the model's parameters to the copy; collective if they are sharded."""
         with torch.no_grad():
-            for param, copy in zip(self._params, self._copies, strict=True):
-                param.data.copy_(copy)
+            for present, copy in self._copies:
+                present.copy_(copy)
+        self._gather()
 
     def drop(self) -> None:
         """Free the copy's memory."""
-        self._params, self._copies = [], []
+        self._copies = []
+
+    def _gather(self) -> None:
+        for group, bucket in self._sharded_buckets():
+            if dist.get_world_size(group) > 1:
+                dist.all_gather_into_tensor(bucket.param_data, _own_shard(group, bucket), group=group)
+
+    def _sharded_buckets(self) -> Iterator[tuple[dist.ProcessGroup, Any]]:
+        """Yield the buckets whose parameters are sharded, with the group that holds the shards."""
+        chunks: list[Any] = self._chunks
+        for chunk in chunks:
+            settings = getattr(chunk, "ddp_config", None)
+            if settings is None or not settings.use_distributed_optimizer or settings.reuse_grad_buf_for_mxfp8_param_ag:
+                continue  # the last one's parameters lie elsewhere than in their buckets
+            for bucket_group in chunk.bucket_groups:
+                for bucket in bucket_group.buckets:
+                    if bucket.param_data is not None:
+                        yield bucket_group.intra_distributed_optimizer_instance_group, bucket
+
+
+def _own_shard(group: dist.ProcessGroup, bucket: Any) -> torch.Tensor:
+    shards: torch.Tensor = bucket.param_data.view(dist.get_world_size(group), -1)
+    return shards[dist.get_rank(group)]

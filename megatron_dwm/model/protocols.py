@@ -21,8 +21,10 @@ class ModelChunk(Protocol):
     """Its TransformerConfig."""
     buffers: Any
     """The gradient buffers, in buckets."""
-    force_all_reduce: bool
-    """Whether a reduction of gradients leaves the whole sum on every rank, also under the distributed optimizer."""
+    bucket_groups: Any
+    """The buckets of parameters and gradients whose communication is one."""
+    ddp_config: Any
+    """Its DistributedDataParallelConfig."""
     use_forward_hook: bool
     """Whether forward passes gather the parameters that they need (``--overlap-param-gather``)."""
 

@@ -63,7 +63,7 @@ def update_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: Wei
 def update_traffic(config: RunConfig, stage: Stage, weighter: WeighterPlan) -> dict[str, Traffic]:
     """Return what a rank of a stage sends in an outer update, by purpose."""
     batch = config.num_microbatches
-    target = config.target_batch_size // (config.training.micro_batch * config.data_parallel_size)
+    target = config.target_batch_size / (config.training.micro_batch * config.data_parallel_size)
     alignment = sum((part.traffic for part in stage.alignment), Traffic())
     kind = config.weighting.dwm_alignment
     single = kind == "single-sample"
@@ -71,13 +71,14 @@ def update_traffic(config: RunConfig, stage: Stage, weighter: WeighterPlan) -> d
     return {
         "layers": _of_passes(stage, target) + alignment.times(passes),
         "stages": stage.stage_traffic.times(target + batch),
-        "gradients": stage.full_gradient_sync,
-        "preconditioner": stage.preconditioner,
+        "gradients": stage.gradient_sync,
+        "target gradient": stage.direction_gather,
+        "parameters": stage.parameter_gather.times(2),  # put back, and forward again
         "weighter": weighter.traffic,
     }
 
 
-def _of_passes(stage: Stage, microbatches: int) -> Traffic:
+def _of_passes(stage: Stage, microbatches: float) -> Traffic:
     return sum((part.traffic for part in stage.training), Traffic()).times(microbatches)
 
 

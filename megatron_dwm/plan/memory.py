@@ -62,15 +62,14 @@ def stage_memory(config: RunConfig, stage: Stage, weighter: WeighterPlan | None)
 def _update_peak(config: RunConfig, stage: Stage, training: float, weighter: WeighterPlan) -> float:
     """Return the bytes beyond weights, gradients and optimizer of an iteration with an outer update, at most."""
     kind = config.weighting.dwm_alignment
-    copy, direction = stage.weights, 4 * stage.parameters
+    copy, direction = stage.parameter_copy, stage.direction
     samples = config.training.micro_batch if kind == "single-sample" else 1
     counts = in_flight(config, stage.number, config.num_microbatches * samples)
     if kind == "finite-difference":  # without a backward pass, and with a second copy to go back to
-        alignment = max(part.peak for part in stage.alignment) + stage.weights + stage.workspace
+        alignment = max(part.peak for part in stage.alignment) + copy + stage.workspace
     else:
         alignment = held_activations(stage.alignment, counts) + stage.workspace
-    # The preconditioner of a parameter is made of two numbers for each that this rank owns.
-    preconditioner = 8 * stage.largest_owned if config.weighting.dwm_preconditioner == "adam" else 0
+    preconditioner = stage.preconditioner if config.weighting.dwm_preconditioner == "adam" else 0
     # Taken before the training step, the copy is there in all passes; v is there once the target pass has been made.
     return max(copy + training, copy + direction + preconditioner, copy + direction + alignment, weighter.learning)
 

@@ -24,6 +24,8 @@ from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.training.optimizer import allocate_state
 from megatron_dwm.training.setup import LanguageModel, assemble_language_model
 from megatron_dwm.weighting.bilevel.alignment import Direction, products_with
+from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers
+from megatron_dwm.weighting.bilevel.preconditioner import batches
 from megatron_dwm.weighting.bilevel.sample_products import sample_products
 
 
@@ -53,8 +55,12 @@ class Stage:
     """Bytes of the gradient buffers."""
     optimizer: int
     """Bytes of the optimizer's state, its copies of the parameters included."""
-    largest_owned: int
-    """Elements of the largest part of a parameter whose state this rank holds."""
+    parameter_copy: int
+    """Bytes of what this rank keeps of the parameters while an outer update goes back to them."""
+    direction: int
+    """Bytes of the target gradient, beside the gradient buffers."""
+    preconditioner: int
+    """Bytes that are needed to precondition it."""
     workspace: int
     """Bytes of megatron-core's buffer for gathered activations, which is made once and kept."""
     training: tuple[Pass, ...]
@@ -63,11 +69,9 @@ class Stage:
     """Of each model chunk, in an outer update; empty if there is none."""
     gradient_sync: Traffic
     """Gradients, after the backward passes of a step."""
-    full_gradient_sync: Traffic
-    """Gradients, where every rank needs the whole."""
     parameter_gather: Traffic
     """Parameters, after the optimizer's step."""
-    preconditioner: Traffic
+    direction_gather: Traffic
     """The target gradient, once each rank has preconditioned its part."""
     stage_traffic: Traffic
     """What one microbatch sends to the neighboring stages."""
@@ -94,16 +98,14 @@ def measure_stage(
                 _measure(config, model, chunk, _plain)
         training = tuple(_measure_chunks(config, model, _plain))
         alignment: tuple[Pass, ...] = ()
-        preconditioner = Traffic()
+        direction_gather = Traffic()
         if config.weighting.needs_target:
+            direction_gather = _traffic_of(GradientBuffers(chunks).gather_shards)
             direction = {param: torch.empty(param.shape, dtype=torch.float32) for param in params}
-            if config.parallel.use_distributed_optimizer and config.weighting.dwm_preconditioner == "adam":
-                preconditioner = _traffic_of(partial(_reduce_all, [*direction.values()], layout))
             alignment = tuple(_measure_chunks(config, model, _alignment(config, model, direction)))
         gradient_sync = _traffic_of(partial(finalize_model_grads, chunks, None))
-        full_gradient_sync = _traffic_of(partial(finalize_model_grads, chunks, None, force_all_reduce=True))
-    gather = Traffic()
-    if config.parallel.use_distributed_optimizer:
+    gather, is_sharded = Traffic(), config.parallel.use_distributed_optimizer
+    if is_sharded:
         gather = _traffic_of(partial(_gather_parameters, chunks))
     return Stage(
         number=layout.pp_rank,
@@ -113,14 +115,15 @@ def measure_stage(
         weights=sum(weights.values()),
         gradients=sum(_gradient_buffers(chunks).values()),
         optimizer=optimizer_bytes,
-        largest_owned=_largest_owned(optimizer),
+        parameter_copy=sum(weights.values()) // (dist.get_world_size(layout.optimizer_group) if is_sharded else 1),
+        direction=sum(4 * buffer.numel() for buffer in _narrow_gradients(chunks)),
+        preconditioner=_preconditioner_bytes(optimizer),
         workspace=sum(_storages(get_global_memory_buffer().buffer.values()).values()),
         training=training,
         alignment=alignment,
         gradient_sync=gradient_sync,
-        full_gradient_sync=full_gradient_sync,
         parameter_gather=gather,
-        preconditioner=preconditioner,
+        direction_gather=direction_gather,
         stage_traffic=_stage_traffic(config, core_config, layout, len(chunks)),
     )
 
@@ -202,11 +205,6 @@ def _shortened(decoder: Any, layers: int) -> AbstractContextManager[None]:
     return changed_attributes(decoder, {"layers": decoder.layers[:few], "num_layers_per_pipeline_rank": few})
 
 
-def _reduce_all(tensors: Sequence[torch.Tensor], layout: ParallelState) -> None:
-    for tensor in tensors:
-        dist.all_reduce(tensor, group=layout.dp_cp_group)
-
-
 def _gather_parameters(chunks: Sequence[Any]) -> None:
     for chunk in chunks:
         chunk.start_param_sync(force_sync=True)
@@ -266,11 +264,17 @@ def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [value for value in [*stepped, *kept] if isinstance(value, torch.Tensor)]
 
 
-def _largest_owned(optimizer: Optimizer) -> int:
+def _narrow_gradients(chunks: Sequence[Any]) -> list[torch.Tensor]:
+    """Return the gradient buffers that are too narrow for the target gradient to stay in them."""
+    buffers = [buffer.grad_data for chunk in chunks for buffer in chunk.buffers]
+    return [buffer for buffer in buffers if buffer.itemsize < torch.float32.itemsize]
+
+
+def _preconditioner_bytes(optimizer: Optimizer) -> int:
     owned = [
         param.numel()
         for part in optimizer_parts(optimizer)
         for group in part.optimizer.param_groups
         for param in group["params"]
     ]
-    return max(owned, default=0)
+    return max((4 * sum(owned[place] for place in places) for places in batches(owned)), default=0)

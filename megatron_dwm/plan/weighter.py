@@ -13,13 +13,16 @@ import torch
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.plan.meter import Meter, Traffic
 from megatron_dwm.plan.simulated_rank import fake_tensors
+from megatron_dwm.weighting.bilevel.ridge import AT_A_TIME
 from megatron_dwm.weighting.build import WeightingInputs
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_init import model_from_config, random_weighter_model
 from megatron_dwm.weighting.windows import position_limit
 
-RIDGE_BYTES_PER_NGRAM = 48
-"""What the regression of a linear weighter holds for each n-gram of the replay: bucket, value, and their places."""
+RIDGE_BYTES_PER_NGRAM = 8
+"""What the regression of a linear weighter holds for each n-gram of the replay: bucket and value."""
+RIDGE_BYTES_AT_A_TIME = 40
+"""What it holds beside for each n-gram that is found or multiplied at the time."""
 RIDGE_VECTORS = 8
 """Vectors of B numbers in float64 that it holds."""
 
@@ -57,8 +60,10 @@ def plan_weighter(config: RunConfig, inputs: WeightingInputs, vocab_size: int, e
     held += settings.dwm_replay * samples * 4 * config.model.sequence if learns else 0
     learning, traffic = 0, Traffic()
     if learns and weighter.is_linear:
-        ngrams = settings.dwm_replay * samples * config.model.sequence * len(lengths)
-        learning = RIDGE_BYTES_PER_NGRAM * ngrams + RIDGE_VECTORS * 8 * weighter.num_parameters
+        tokens = settings.dwm_replay * samples * config.model.sequence
+        learning = (RIDGE_BYTES_PER_NGRAM * tokens + RIDGE_BYTES_AT_A_TIME * min(tokens, AT_A_TIME)) * len(lengths)
+        learning += 4 * tokens
+        learning += RIDGE_VECTORS * 8 * weighter.num_parameters
         # The right-hand side, the residual of the start, and the steps.
         products = settings.dwm_weighter_steps + 2
         traffic.add("all-reduce", float(products * 8 * weighter.num_parameters), config.world_size)

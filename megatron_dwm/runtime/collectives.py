@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 def all_reduce_over_world(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
     """Reduce ``tensor`` in place over all processes."""
-    if dist.is_initialized():
+    if world_size() > 1:
         dist.all_reduce(tensor, op=op)
 
 

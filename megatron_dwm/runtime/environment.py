@@ -6,32 +6,41 @@ import os
 
 from megatron_dwm.errors import UserError
 
-_VARIABLES = {
-    "rank": ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK"),
-    "local rank": ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", "MPI_LOCALRANKID"),
-    "world size": ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS", "PMI_SIZE"),
-}
-"""What torchrun, Open MPI's mpirun, srun, and the mpiexec of MPICH and Intel set, in the order in which they count."""
+_LAUNCHERS = (
+    ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+    ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
+)
+"""Rank, local rank and world size as torchrun, Open MPI's mpirun, MVAPICH, srun, and the mpiexec of MPICH and Intel set
+them, in the order in which they count."""
+_REMEDY = "start the run with torchrun, srun or mpirun"
 
 
 def environment_rank() -> tuple[int, int, int]:
     """Return ``(rank, local rank, world size)`` from a launcher's variables; a lone process is ``(0, 0, 1)``.
 
     Raises:
-        UserError: a variable is not a whole number.
+        UserError: a variable is not a whole number, or one of torchrun's is missing.
     """
-    return _integer("rank", 0), _integer("local rank", 0), _integer("world size", 1)
-
-
-def _integer(kind: str, default: int) -> int:
-    for name in _VARIABLES[kind]:
+    for rank_name, local_name, size_name in _LAUNCHERS:
         # A shell inside an sbatch job also has SLURM_* set: only a step started by srun counts.
-        if name not in os.environ or (name.startswith("SLURM_") and "SLURM_STEP_ID" not in os.environ):
+        if rank_name.startswith("SLURM_") and "SLURM_STEP_ID" not in os.environ:
             continue
-        try:
-            return int(os.environ[name])
-        except ValueError:
-            raise UserError(
-                f"{name}={os.environ[name]}: not a whole number; start the run with torchrun, srun or mpirun"
-            ) from None
-    return default
+        # Both, of the same launcher: an image may have WORLD_SIZE set, and processes that took one another's number for
+        # their own would each train alone.
+        if rank_name in os.environ and size_name in os.environ:
+            return _integer(rank_name), _integer(local_name), _integer(size_name)
+    for name, other, alone in (("RANK", "WORLD_SIZE", 0), ("WORLD_SIZE", "RANK", 1)):
+        if name in os.environ and _integer(name) != alone:
+            raise UserError(f"{name}={os.environ[name]} without {other}; set both, or {_REMEDY}")
+    return 0, 0, 1
+
+
+def _integer(name: str) -> int:
+    value = os.environ.get(name, "0")
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(f"{name}={value}: not a whole number; {_REMEDY}") from None

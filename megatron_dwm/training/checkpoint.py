@@ -116,17 +116,17 @@ class CheckpointWriter:
                 shutil.rmtree(beside, ignore_errors=True)
                 beside.mkdir(parents=True)
             dist.barrier()
-            if dwm_state and self.parallel_state.is_first_rank:
-                torch.save(dwm_state, beside / DWM_STATE)
             if flags.ckpt_format == "torch":
                 allocate_state(self.components.optimizer)
                 write_torch_state(beside, self.config, self.components, train_state, self.parallel_state)
+                self._write_dwm_state(beside, dwm_state)
                 dist.barrier()
                 self._publish(root, beside, iteration)
                 dist.barrier()
                 self._note_saved(train_state, persistent=persistent)
                 return
             request = self._request(beside, train_state)
+            self._write_dwm_state(beside, dwm_state)  # after megatron-core, which takes a file there for a leftover
             request.add_finalize_fn(lambda: self._publish(root, beside, iteration))
             if self._queue is None:
                 request.execute_sync()
@@ -137,6 +137,10 @@ class CheckpointWriter:
             self._queue.schedule_async_request(request)
             self._note_saved(train_state, persistent=persistent)
         logger.info(f"  [{timestamp()}] scheduled an async checkpoint save at iteration {iteration:7d} to {root}")
+
+    def _write_dwm_state(self, beside: Path, dwm_state: dict[str, Any]) -> None:
+        if dwm_state and self.parallel_state.is_first_rank:
+            torch.save(dwm_state, beside / DWM_STATE)
 
     def _note_saved(self, train_state: TrainState, *, persistent: bool) -> None:
         if persistent:

@@ -51,8 +51,9 @@ class Dataloaders:
         self.partition = BatchPartition(micro, config.num_microbatches, parallel_state.dp_rank, dp)
         sizes = config.batch_sizes if config.training.rampup_batch_size is not None else None
         self.train_partition = replace(self.partition, sizes=sizes)
+        target_micro = config.target_micro_batch
         self.target_partition = BatchPartition(
-            micro, config.target_batch_size // (micro * dp), parallel_state.dp_rank, dp
+            target_micro, config.target_batch_size // (target_micro * dp), parallel_state.dp_rank, dp
         )
         # A release starts at iteration 0 with the samples that it was trained on counted: like Megatron-LM's, its data
         # are sized as a new run's.

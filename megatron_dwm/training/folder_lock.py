@@ -45,12 +45,15 @@ class FolderLock:
             flag: what names it, for messages.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process holds it, or its lock is no file.
         """
         self.flag, self.folder = flag, folder
         self._closed = threading.Event()
         # Opened once for the life of the process: closing any handle of this file would end the lock.
-        self._file = (folder / LOCK).open("a+", encoding="utf-8")
+        try:
+            self._file = (folder / LOCK).open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{flag} {folder / LOCK}: cannot be opened ({error.strerror}); remove it") from None
         is_locked = self._lock()
         owner = _owner(self._file)
         is_elsewhere = owner is not None and owner.get("host") != socket.gethostname()
@@ -150,7 +153,7 @@ class FolderLock:
 
 def _owner(file: TextIO) -> dict[str, Any] | None:
     """Return what the lock's file says of its holder, if anything."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         file.seek(0)
         owner = json.loads(file.readline())
         return owner if isinstance(owner, dict) else None

@@ -82,7 +82,9 @@ class Schedule:
             found["decoupled_lr"] = arguments.get("decoupled_lr")
             found["decoupled_min_lr"] = arguments.get("decoupled_min_lr")
             iterations, samples = arguments.get("lr_wsd_decay_iters"), arguments.get("lr_wsd_decay_samples")
-            found["wsd_decay_steps"] = iterations * arguments["global_batch_size"] if iterations else samples
+            found["wsd_decay_steps"] = (
+                iterations * arguments["global_batch_size"] if iterations is not None else samples
+            )
         return dataclasses.replace(flags, **found)
 
 

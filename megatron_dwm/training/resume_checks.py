@@ -12,8 +12,8 @@ from megatron_dwm.config.flags import flag_name
 from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.run import RunConfig
-from megatron_dwm.config.weighting import WeightingConfig
-from megatron_dwm.errors import UserError
+from megatron_dwm.config.weighting import TARGETED_RULES, WeightingConfig
+from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.training.checkpoint_contents import megatron_arguments
 from megatron_dwm.training.checkpoint_folders import DWM_STATE
 from megatron_dwm.training.lr_schedule import Resumed, Schedule, choose_schedule
@@ -25,6 +25,17 @@ logger = logging.getLogger(__name__)
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 _REPLACING = ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad", "dwm_lr", "dwm_weight_decay")
 """Flags that count as they are given, though a resumed run may have been meant to keep the checkpoint's."""
+_OF_A_NEW_WEIGHTER = (
+    "dwm_init_from",
+    "dwm_num_layers",
+    "dwm_hidden_size",
+    "dwm_num_attention_heads",
+    "dwm_ffn_hidden_size",
+    "dwm_ngram_lengths",
+    "dwm_ngram_buckets",
+    "dwm_ngram_hidden_size",
+)
+"""Flags that a checkpoint's weighter overrules; of ``dwm_arch`` the weighting says so."""
 
 
 def should_load_optimizer(flags: CheckpointConfig, saved: SavedCheckpoint) -> bool:
@@ -50,6 +61,8 @@ def check_resume(config: RunConfig, saved: SavedCheckpoint) -> None:
     run, arguments = vars(megatron_arguments(config, TrainState())), vars(saved.arguments)
     if difference := differing_flag(run, arguments, finetune=config.checkpoint.finetune):
         raise UserError(f"--load {load}: {difference}")
+    _check_counters(config, saved)
+    _check_weighting_state(config, saved)
     if not should_load_optimizer(config.checkpoint, saved):
         return
     name = arguments.get("optimizer", config.optimizer.optimizer)
@@ -65,13 +78,45 @@ def check_resume(config: RunConfig, saved: SavedCheckpoint) -> None:
             "another TP or PP size; save with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
         )
     try:
-        resumed_schedule(config, saved)
+        with reported_damage(saved.folder):  # what the schedule is made of is missing, or is something else
+            resumed_schedule(config, saved)
+            int(saved.common["opt_param_scheduler"]["num_steps"])
     except UserError as error:
+        if str(error).startswith("--load "):
+            raise
         raise UserError(f"--load {load}: {error}") from None
-    had_weighter = arguments.get("dwm_mode") == "bilevel"
-    if config.weighting.learns_weighter and had_weighter and not (saved.folder / DWM_STATE).exists():
+
+
+def _check_counters(config: RunConfig, saved: SavedCheckpoint) -> None:
+    """Refuse a checkpoint that does not say how far its run had come.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if config.checkpoint.finetune or saved.is_release:
+        return
+    arguments = vars(saved.arguments)
+    counters = {"iteration": saved.common.get("iteration")}
+    names = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
+    counters |= {name: arguments[name] for name in names if name in arguments}
+    with reported_damage(saved.folder):
+        for name, value in counters.items():
+            if not isinstance(value, int) or value < 0:
+                raise CheckpointDamage(f"its {name} is {shortened(value, 40)}")
+
+
+def _check_weighting_state(config: RunConfig, saved: SavedCheckpoint) -> None:
+    """Refuse a checkpoint that has lost what its weighting had learned, or how far it had read the target set.
+
+    Raises:
+        UserError: the file is missing.
+    """
+    arguments = vars(saved.arguments)
+    had_state = arguments.get("dwm_mode") == "bilevel" or arguments.get("dwm_rule") in TARGETED_RULES
+    goes_on = config.weighting.needs_target and not (config.checkpoint.finetune or saved.is_release)
+    if had_state and goes_on and not (saved.folder / DWM_STATE).exists():
         with reported_damage(saved.folder):
-            raise CheckpointDamage(f"{DWM_STATE}, the weighter's state, is missing")
+            raise CheckpointDamage(f"{DWM_STATE}, the state of the weighting, is missing")
 
 
 def sharding_type(saved: SavedCheckpoint) -> str | None:
@@ -103,6 +148,23 @@ def replacing_flags(config: RunConfig, saved: SavedCheckpoint) -> list[str]:
         and arguments[name] != flags[name]
         and _has_effect(name, config.optimizer, config.weighting)
     ]
+
+
+def overruled_flags(config: RunConfig, saved: SavedCheckpoint) -> list[str]:
+    """Return a line for each flag that has no effect since the checkpoint holds a weighter, which goes on."""
+    flags, arguments = config.flat(), vars(saved.arguments)
+    if not config.weighting.learns_weighter or arguments.get("dwm_mode") not in ("bilevel", "rule"):
+        return []
+    return [
+        f" > {flag_name(name)} {_words(flags[name])} is for a new weighter: the checkpoint's, made with "
+        f"{_words(arguments[name])}, goes on"
+        for name in _OF_A_NEW_WEIGHTER
+        if name in arguments and arguments[name] != flags[name]
+    ]
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else shortened(value)
 
 
 def _has_effect(name: str, optimizer: OptimizerConfig, weighting: WeightingConfig) -> bool:

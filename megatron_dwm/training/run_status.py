@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from megatron_dwm.atomic_write import atomic_write_text
+from megatron_dwm.errors import UserError
 
 FILE_NAME = "run_status.json"
 
@@ -23,10 +24,21 @@ FILE_NAME = "run_status.json"
 def write_run_status(
     save: str | None, status: Literal["running", "interrupted", "finished"], iteration: int, reason: str = ""
 ) -> None:
-    """Write the status on the first rank; nothing without a ``--save`` folder."""
+    """Write the status on the first rank; nothing without a ``--save`` folder.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     if save is not None and dist.get_rank() == 0:
         text = json.dumps({"status": status, "iteration": iteration, "reason": reason, "folder": os.getcwd()})
-        atomic_write_text(Path(save) / FILE_NAME, text + "\n")
+        path = Path(save) / FILE_NAME
+        try:
+            atomic_write_text(path, text + "\n")
+        except OSError as error:
+            raise UserError(
+                f"--save: {path} cannot be written ({error.strerror}), so nobody knows that the run is {status}; make "
+                "room, or remove what is there"
+            ) from None
 
 
 def read_run_status(save: Path) -> dict[str, Any]:

@@ -170,10 +170,30 @@ def verify_checkpoint(folder: Path, on_read: Callable[[int], object] = lambda si
         CheckpointDamage: it is not whole.
     """
     saved = _open(folder)
-    damage = find_damage(folder, _checksums(folder) or {}, on_read)
-    if damage is not None:
-        raise CheckpointDamage(damage)
+    _require_all_checksums(folder, on_read)
     return saved
+
+
+def verify_torch_checkpoint(folder: Path, on_read: Callable[[int], object] = lambda size: None) -> Iterator[Any]:
+    """Hold the files of a checkpoint in the format torch against their checksums, if it has any, then read them.
+
+    Yields:
+        what each model-parallel rank's file holds.
+
+    Raises:
+        CheckpointDamage: it is not whole.
+    """
+    _require_all_checksums(folder, on_read)
+    for path in sorted(folder.glob("mp_rank_*/*.pt")):
+        try:
+            yield read_torch_file(path)
+        except UnreadableFile as error:
+            raise CheckpointDamage(f"{path.parent.name}/{error}") from None
+
+
+def _require_all_checksums(folder: Path, on_read: Callable[[int], object]) -> None:
+    if damage := find_damage(folder, _checksums(folder) or {}, on_read):
+        raise CheckpointDamage(damage)
 
 
 @contextlib.contextmanager
@@ -247,6 +267,10 @@ def _remedy(folder: Path) -> str:
         return "leave out --non-persistent-ckpt-type to load a persistent checkpoint"
     for older in older_checkpoints(folder):
         with contextlib.suppress(CheckpointDamage):
-            verify_checkpoint(older)
+            if has_torch_format(older):
+                for _ in verify_torch_checkpoint(older):
+                    pass
+            else:
+                verify_checkpoint(older)
             return f"give --ckpt-step {iteration_of(older)}, the last one before it that is whole"
     return "no older checkpoint there is whole"

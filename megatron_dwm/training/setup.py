@@ -36,7 +36,7 @@ from megatron_dwm.training.optimizer import build_optimizer
 from megatron_dwm.training.profiler import StepProfiler
 from megatron_dwm.training.progress_log import ProgressLog
 from megatron_dwm.training.reporter import Reporter
-from megatron_dwm.training.resume_checks import check_resume, resumed_vocab_size
+from megatron_dwm.training.resume_checks import check_resume, overruled_flags, resumed_vocab_size
 from megatron_dwm.training.save_folder import SaveFolder, check_writable
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, open_checkpoint
 from megatron_dwm.training.torch_format import open_torch_checkpoint
@@ -234,6 +234,9 @@ def load_if_there(
         f"  successfully loaded checkpoint from {folder.parent} {parallel_state.tp_pp_label} "
         f"at iteration {train_state.iteration}"
     )
+    if weighting_state.get("weighter") is not None:
+        for line in overruled_flags(config, inputs.checkpoint):
+            logger.info(line)
     return train_state, weighting_state
 
 

@@ -88,6 +88,18 @@ class Trainer:
         status: Literal["interrupted", "finished"] = "finished" if stop_reason is None else "interrupted"
         write_run_status(self.config.checkpoint.save, status, self.train_state.iteration, stop_reason or "")
 
+    def convert(self) -> None:
+        """Save the checkpoint that was loaded, as it is, in the format of this run."""
+        flags = self.config.checkpoint
+        try:
+            self.save()
+        finally:
+            self.dataloaders.close()
+        self.checkpoints.close()
+        self.parts.profiler.close()
+        self.reporter.close()
+        logger.info(f" > converted checkpoint: {flags.load} -> {flags.save}.")
+
     def _train(self) -> str | None:
         """Train and evaluate; return why the run ends early, None if it does not."""
         config, train_state = self.config, self.train_state
@@ -110,13 +122,18 @@ class Trainer:
             self._save_if_due(is_last=stop_reason is not None)
             if stop_reason is not None:
                 logger.info(event_line(stop_reason))
-                return None if train_state.iteration >= config.train_iters else stop_reason
+                return stop_reason if self._has_more_to_do() else None
         skipped = "skipping training (--skip-train is on) ..."
         logger.info(skipped if config.training.skip_train else event_line("after training is done"))
         self._announce_second_evaluation()
         self.evaluate("valid", f"iteration {train_state.iteration} on validation set", log_progress=True)
         self.evaluate("test", f"iteration {train_state.iteration} on test set", log_progress=True)
         return None
+
+    def _has_more_to_do(self) -> bool:
+        """Whether a run that ends now would, started again, train or evaluate."""
+        is_evaluated = self.dataloaders.valid is None and self.dataloaders.test is None
+        return self.train_state.iteration < self.config.train_iters or not is_evaluated
 
     def train_iteration(self, iteration: int) -> None:
         """Run one iteration: weigh the batch, step the language model, let the weighting learn from the step."""

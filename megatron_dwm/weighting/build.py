@@ -22,6 +22,7 @@ from megatron_dwm.data.sampler import BatchPartition
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.runtime.process_groups import ParallelState
+from megatron_dwm.safe_unpickling import DAMAGE, short_reason
 from megatron_dwm.weighting.bilevel.gradient_check import check_at_start
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.outer_update import OuterUpdate
@@ -226,7 +227,10 @@ class _Builder:
     def _start_bilevel(self, iteration: int, state: State) -> SampleWeighting:
         is_restored = state.get("weighter") is not None
         if is_restored:
-            weighter = self._restored_weighter(state)
+            try:
+                weighter = self._restored_weighter(state)
+            except DAMAGE as error:
+                raise _damaged_state(error) from None
             self._log_kept_architecture(weighter)
         else:
             weighter = self._new_weighter()
@@ -250,7 +254,10 @@ class _Builder:
         else:
             weighting = BilevelWeighting(self.weight_metrics, self.options, parts)
         if is_restored:
-            weighting.load_state_dict(state)
+            try:
+                weighting.load_state_dict(state)
+            except DAMAGE as error:
+                raise _damaged_state(error) from None
         return weighting
 
     def _outer_update(self, weighter: Weighter) -> OuterUpdate:
@@ -274,9 +281,15 @@ class _Builder:
         """Return a checkpoint's weighter, which reads samples as it did.
 
         Raises:
-            UserError: it has a tokenizer of its own, which the flags do not name.
+            UserError: it has a tokenizer of its own, which the flags do not name, or fewer tokens than the run's.
         """
         model, folder = weighter_model_from_json(state["weighter_config"]), self.inputs.folder
+        embeddings, tokens = model.config.vocab_size, int(self.context.tokenizer.vocab_size)
+        if not state.get("weighter_tokenizer") and embeddings < tokens:
+            raise UserError(
+                f"--load: the checkpoint's weighter has {embeddings} tokens and the tokenizer {tokens}; give the flags "
+                "of the tokenizer that it was trained with"
+            )
         if own := state.get("weighter_tokenizer"):
             if folder is None or folder.own_tokenizer is None or folder.fingerprint != own:
                 raise UserError(
@@ -350,3 +363,10 @@ class _Builder:
 
 def _save_tokenizer(tokenizer: Any, config: TokenizerConfig, max_length: int, folder: Path) -> None:
     save_hf_tokenizer(tokenizer, config, folder, max_length)
+
+
+def _damaged_state(error: Exception) -> UserError:
+    return UserError(
+        f"--load: the checkpoint's state of the weighting is damaged ({short_reason(error)}); give --ckpt-step of an "
+        "earlier one"
+    )

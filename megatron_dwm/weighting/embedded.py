@@ -184,7 +184,7 @@ class EmbeddedWeighting:
         if not self.stages.is_weighted(self.iteration):
             return torch.ones(len(tokens), device=tokens.device)
         rank_scores = self.weighter.score(tokens[self.sample_gather.rank_slice_of(len(tokens))])
-        scores = self.sample_gather.gather_from_ranks(rank_scores, len(tokens)).cpu()
+        scores = self.sample_gather.gather_from_ranks(rank_scores, len(tokens))
         sample_weights = weights_from_scores(scores, self.settings.dwm_temperature)
         return self.sample_gather.select_replica(sample_weights).to(tokens.device, torch.float32)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,19 +12,43 @@ from megatron_dwm.checksums import checksum, find_damage, parse_checksums
 from megatron_dwm.errors import UserError
 
 MANIFEST = "dwm_manifest.json"
+_OWN = "manifest_sha256"
+"""What the manifest says of itself: a digest of all the rest of it."""
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write the manifest of the files that are in ``folder``."""
     files = {path.name: vars(checksum(path)) for path in sorted(folder.iterdir()) if path.is_file()}
-    text = json.dumps({**facts, "files": files}, indent=2)
+    content = {**facts, "files": files}
+    text = json.dumps(content | {_OWN: _digest(content)}, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return a verified export's manifest; an empty one of a folder that has none."""
+    """Return an export's manifest; an empty one of a folder that has none.
+
+    Raises:
+        ValueError: it is no manifest, or not as it was written. Those of earlier versions do not say how that was.
+    """
     path = folder / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    if not isinstance(manifest, dict):
+        raise ValueError("no object")
+    written = manifest.pop(_OWN, None)
+    if written is not None and written != _digest(manifest):
+        raise ValueError("not as it was written")
+    return manifest
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def trained_length(folder: Path, hf_config: Any) -> int | None:
@@ -51,15 +76,11 @@ def verify_export(flag: str, folder: Path) -> bool:
     Raises:
         UserError: the manifest is damaged, or a file is not as it was exported.
     """
-    path = folder / MANIFEST
-    if not path.exists():
+    if not (folder / MANIFEST).exists():
         return False
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict):
-            raise ValueError("no object")
-        checksums = parse_checksums(manifest.get("files", {}))
-    except (OSError, RecursionError, ValueError) as error:
+        checksums = parse_checksums(read_manifest(folder).get("files", {}))
+    except ValueError as error:
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise UserError(f"{flag} {folder}: {MANIFEST} cannot be read ({reason}); export the weighter again") from None
     if damage := find_damage(folder, checksums):

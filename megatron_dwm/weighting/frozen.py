@@ -64,7 +64,7 @@ class FrozenWeighting(ScoredWeighting):
         tokens = batch.tokens[self.sample_gather.rank_slice_of(len(batch))]
         if self.cache.most:
             return self.cache.score(tokens, len(batch), self.weighter.score, self.sample_gather)
-        return self.sample_gather.gather_from_ranks(self.weighter.score(tokens), len(batch)).cpu()
+        return self.sample_gather.gather_from_ranks(self.weighter.score(tokens), len(batch))
 
     def metrics(self, iteration: int, batch: Batch, weights: SampleWeights | None) -> dict[str, Any]:
         """Return the figures of the weights, and the stage that the weighter is from."""

@@ -17,6 +17,7 @@ import torch
 
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.model.loss import SampleLosses
+from megatron_dwm.runtime.host_copy import HostCopy
 
 Record = dict[str, Any]
 """One line of the run's JSON-lines file; ``kind`` says what it is about."""
@@ -28,12 +29,22 @@ State = dict[str, Any]
 class SampleWeights:
     """Weights of one step's samples. Their mean is 1, so that 1.0 everywhere is the plain loss, bit for bit."""
 
-    scores: torch.Tensor
-    """[N], in global order (microbatch, data-parallel rank, place), on the CPU."""
-    sample_weights: torch.Tensor
-    """N softmax(scores / temperature) [N], float64, in global order, on the CPU."""
     replica_sample_weights: torch.Tensor
-    """Those of this replica's samples [n], on its device."""
+    """N softmax(scores / temperature) of this replica's samples [n], float64, on its device."""
+    scores_and_weights: HostCopy
+    """Scores and weights of the whole batch [2, N]."""
+    sources_and_factors: HostCopy
+    """Of each sample the source and how much its loss counts [N, 2]."""
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """[N], float64, in global order (microbatch, data-parallel rank, place), on the CPU."""
+        return self.scores_and_weights.read()[0]
+
+    @property
+    def sample_weights(self) -> torch.Tensor:
+        """N softmax(scores / temperature) [N], float64, in global order, on the CPU."""
+        return self.scores_and_weights.read()[1]
 
 
 class StepOutcome(Protocol):
@@ -64,6 +75,7 @@ class SampleWeighting(Protocol):
     def weigh(self, iteration: int, batch: Batch) -> SampleWeights | None:
         """Give this replica's ``batch`` its weights; None trains it plainly.
 
+        The host need not wait for them: the step can be launched before they are known.
         May gather over the model-parallel, the context-parallel and then the data-parallel group.
         """
 

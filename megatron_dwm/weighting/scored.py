@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_dwm.data.batch import Batch
+from megatron_dwm.runtime.host_copy import HostCopy
 from megatron_dwm.runtime.logging import LAST_RANK
 from megatron_dwm.weighting.bilevel.health import HealthWarning, check_weights
 from megatron_dwm.weighting.policy import Record, SampleWeights, StepOutcome
@@ -47,14 +48,17 @@ class ScoredWeighting(UniformWeighting, ABC):
 
     @abstractmethod
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
-        """Return the scores of the global batch [N], on the CPU and the same on every rank."""
+        """Return the scores of the global batch [N], on any device and the same on every rank."""
 
     def weigh(self, iteration: int, batch: Batch) -> SampleWeights | None:
         """Return N softmax(scores / temperature)."""
         scores = self.scores(iteration, batch)
         sample_weights = weights_from_scores(scores, self.options.temperature)
-        replica_sample_weights = self.sample_gather.select_replica(sample_weights).to(batch.tokens.device)
-        return SampleWeights(scores, sample_weights, replica_sample_weights)
+        return SampleWeights(
+            self.sample_gather.select_replica(sample_weights).to(batch.tokens.device),
+            HostCopy(torch.stack([scores.double(), sample_weights])),
+            HostCopy(self.weight_metrics.sources_and_factors(batch)),
+        )
 
     def after_step(
         self, iteration: int, batch: Batch, weights: SampleWeights | None, outcome: StepOutcome

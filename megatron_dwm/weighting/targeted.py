@@ -107,7 +107,7 @@ class SimilarityWeighting(TargetedWeighting):
         self._target = state.get("target_hidden_state")
 
     def _hidden_states(self, batch: Batch) -> torch.Tensor:
-        return mean_hidden_states(self.parts.engine, batch, self.parts.micro_batch_size)
+        return mean_hidden_states(self.parts.engine, batch, min(self.parts.micro_batch_size, len(batch)))
 
     def _mean_over_replicas(self, hidden: torch.Tensor) -> torch.Tensor:
         mean, state = hidden.mean(dim=0), self.sample_gather.parallel_state

@@ -37,14 +37,18 @@ class WeightMetrics:
         self.sources = list(sources)
 
     def __call__(self, iteration: int, batch: Batch, weights: SampleWeights | None) -> dict[str, Any]:
-        """Return the figures of one step; gathers over the data-parallel group.
+        """Return the figures of one step; without weights it gathers over the data-parallel group.
 
         ``share_by_source`` is the fraction of the trained loss that a source's samples have: Σ w f over them, with the
         factors f by which samples count (their tokens). ``weight_by_source`` is the mean weight of a source's samples.
         """
-        source = self.sample_gather.gather_from_replicas(batch.source).cpu()
-        values = weights.sample_weights if weights is not None else torch.ones(len(source), dtype=torch.float64)
-        counts = values * self.sample_gather.gather_from_replicas(self.loss_factors(batch)).cpu()
+        if weights is not None:
+            source, factors = weights.sources_and_factors.read().unbind(1)
+            values = weights.sample_weights
+        else:
+            source, factors = self.sources_and_factors(batch).cpu().unbind(1)
+            values = torch.ones_like(factors)
+        counts = values * factors
         of_source = {name: source == number for number, name in enumerate(self.sources)}
         present = {name: members for name, members in of_source.items() if bool(members.any())}
         figures: dict[str, Any] = {
@@ -55,3 +59,12 @@ class WeightMetrics:
             return figures
         figures["weight_by_source"] = {name: float(values[members].mean()) for name, members in present.items()}
         return figures | asdict(WeightStatistics.of(values))
+
+    def sources_and_factors(self, batch: Batch) -> torch.Tensor:
+        """Return the source and the loss factor of each sample [N, 2], float64; gathers over the data-parallel group.
+
+        If losses are counted per token it reduces over that group before.
+        """
+        return self.sample_gather.gather_from_replicas(
+            torch.stack([batch.source.double(), self.loss_factors(batch)], dim=1)
+        )

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.runtime.collectives import all_reduce_over_world, world_rank
+from megatron_dwm.weighting.bit_hash import bit_hash
 from megatron_dwm.weighting.sample_reader import SampleReader
 from megatron_dwm.weighting.windows import Window, pad_windows
 
@@ -124,25 +125,25 @@ class Weighter:
         return norm
 
     def check_replicas(self) -> str:
-        """Return the parameters' hash, after checking that it is the same on all ranks.
+        """Return a hash of the parameters' bits, after checking that it is the same on all ranks.
 
         Replicas that differ give samples different weights on different ranks, and nothing else would show it: so they
-        are compared at every update.
+        are compared at every update. The hash is computed where the parameters are.
 
         Raises:
             RuntimeError: a replica differs; training on would give each rank other weights.
         """
-        digest_here = self.hash()
-        digest = torch.tensor(list(bytes.fromhex(digest_here)), dtype=torch.int64, device=self.device)
-        low, high = digest.clone(), digest.clone()
-        all_reduce_over_world(low, dist.ReduceOp.MIN)
-        all_reduce_over_world(high, dist.ReduceOp.MAX)
-        if not torch.equal(low, high):
+        here = bit_hash(self.model.parameters())
+        extremes = torch.stack([here, ~here])  # the complement of the largest is the least of the complements
+        all_reduce_over_world(extremes, dist.ReduceOp.MIN)
+        own, least, most = torch.stack([here, extremes[0], ~extremes[1]]).tolist()
+        digest = "".join(f"{number % 2**64:016x}" for number in own)
+        if least != most:
             raise RuntimeError(
-                f"the weighter's replicas differ (rank {world_rank()} has {digest_here[:16]}); "
+                f"the weighter's replicas differ (rank {world_rank()} has {digest[:16]}); "
                 "resume from the last checkpoint"
             )
-        return digest_here
+        return digest
 
     def hash(self) -> str:
         """Return the sha256 of the parameters' bytes."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dwm.errors import UserError
-from megatron_dwm.weighting.export_manifest import MANIFEST
+from megatron_dwm.weighting.export_manifest import MANIFEST, read_manifest
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,10 @@ def weighter_stages(flag: str, folder: str, train_iters: int) -> list[WeighterSt
     length = 0
     for path in exports:
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = read_manifest(path.parent)
             stage, iteration = int(manifest["stage"]), int(manifest["iteration"])
             length = max(length, int(manifest.get("train_iters") or iteration))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, OverflowError, TypeError, KeyError) as error:
             reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
             raise UserError(f"{flag} {folder}: {path} cannot be read ({reason}); export it again") from None
         if stage > 0 and iteration > ends.get(stage, (0,))[0]:

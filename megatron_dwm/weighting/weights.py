@@ -1,7 +1,7 @@
 """Scores to weights, and the closed-form gradient of the weighter's objective in the scores.
 
 Notation of docs/method.md: scores s [N], w = softmax(s / temperature) [N], sample weights u = N w [N], whose mean is 1,
-alignments a [N]. Everything here is float64 on the CPU: N numbers, the same on every rank.
+alignments a [N]. Everything here is float64: N numbers, the same on every rank.
 """
 
 from __future__ import annotations
@@ -65,9 +65,16 @@ def objective_score_gradient(
 
     c_i = -â_i + λ log(N w_i).
     """
+    return standardized_score_gradient(standardized(alignments, clip), scores, temperature, kl_weight)
+
+
+def standardized_score_gradient(
+    standardized_alignments: torch.Tensor, scores: torch.Tensor, temperature: float, kl_weight: float
+) -> torch.Tensor:
+    """Return :func:`objective_score_gradient` of alignments that are standardized already; nothing is read."""
     log_u = log_weights_from_scores(scores, temperature)
     w = log_u.exp() / len(log_u)
-    c = -standardized(alignments, clip) + kl_weight * log_u
+    c = -standardized_alignments + kl_weight * log_u
     return w * (c - (w * c).sum()) / temperature
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_dwm.model.optimizer_parts import optimizer_parts
+from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.model.vocabulary import Vocabulary
 from megatron_dwm.plan.costs import step_traffic, update_traffic
 from megatron_dwm.plan.memory import held_activations, in_flight
@@ -56,9 +57,14 @@ def _count(flags: Flags) -> dict[str, Any]:
     with Meter() as step:
         optimizer.step()
     gradients = built.lm_gradients()
+    with Meter() as copy:
+        before = ParameterCopy.taken(chunks)
+    held["parameter copy"] = copy.allocated
     with Meter() as update:
         _, direction = gradients.gradient(target)
+        before.swap()
         gradients.align(batch, direction)
+        before.swap()
     held["activations"] = passes.peak
     return {**held, "step": (passes.traffic + step.traffic).payloads, "update": update.traffic.payloads}
 
@@ -97,6 +103,7 @@ def test_a_plan_is_what_ranks_hold_and_send(case: str):
         assert stage.weights == found["weights"]
         assert stage.gradients == found["gradients"]
         assert stage.optimizer == found["optimizer"]
+        assert stage.parameter_copy == found["parameter copy"]
         assert _payloads(step_traffic(config, stage)) == found["step"]
         assert _payloads(update_traffic(config, stage, nothing)) == found["update"]
         activations = held_activations(stage.training, in_flight(config, stage.number, config.num_microbatches))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.training.step import train_step
+from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers
 from megatron_dwm.weighting.bilevel.preconditioner import precondition
 from tests.distributed.built_model import (
     CONTEXT_PARALLEL,
     LAYOUTS,
+    BuiltModel,
     HfState,
     build_model,
     random_mask,
@@ -32,12 +36,21 @@ def preconditioned(flags: Flags) -> tuple[list[HfState], HfState, HfState]:
         batch = built.batch(random_tokens(number), random_mask(2))
         train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None, built.parallel_state)
         gradients.append(built.gradient())
-    direction = {p: torch.randn(p.shape, dtype=torch.float32) for c in built.chunks for p in c.parameters()}
-    for v in direction.values():
+    buffers = _filled(built, torch.randn)
+    for v in buffers.direction.values():
         torch.distributed.broadcast(v, 0)
-    before = built.named(dict(direction))
-    precondition(direction, built.optimizer, built.parallel_state)
-    return gradients, before, built.named(dict(direction))
+    before = built.named({param: v.clone() for param, v in buffers.direction.items()})
+    precondition(buffers.direction, built.optimizer)
+    buffers.gather_shards()
+    return gradients, before, built.named(dict(buffers.direction))
+
+
+def _filled(built: BuiltModel, make: Callable[..., torch.Tensor]) -> GradientBuffers:
+    """The model's gradient buffers, with a made-up v in them."""
+    buffers = GradientBuffers(built.chunks)
+    for v in buffers.direction.values():
+        v.copy_(make(v.shape))
+    return buffers
 
 
 @pytest.mark.parametrize(
@@ -69,8 +82,8 @@ def test_parameters_with_a_learning_rate_of_their_own_have_it_in_p():
         built = build_model({**LLAMA, **rates})
         batch = built.batch(random_tokens(1), random_mask(2))
         train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None, built.parallel_state)
-        direction = {p: torch.ones_like(p) for c in built.chunks for p in c.parameters()}
-        precondition(direction, built.optimizer, built.parallel_state)
+        direction = _filled(built, torch.ones).direction
+        precondition(direction, built.optimizer)
         return built.named(dict(direction))
 
     (plain,) = run_distributed(ratio, 1, {})
@@ -84,9 +97,10 @@ def test_parameters_with_a_learning_rate_of_their_own_have_it_in_p():
 def test_before_the_optimizers_first_step_the_direction_is_unknown(layout: str):
     def all_nan() -> bool:
         built = build_model({**LLAMA, **LAYOUTS[layout][1]})
-        direction = {p: torch.ones_like(p) for c in built.chunks for p in c.parameters()}
-        precondition(direction, built.optimizer, built.parallel_state)
-        return all(bool(v.isnan().all()) for v in direction.values())
+        buffers = _filled(built, torch.ones)
+        precondition(buffers.direction, built.optimizer)
+        buffers.gather_shards()
+        return all(bool(v.isnan().all()) for v in buffers.direction.values())
 
     assert all(run_distributed(all_nan, LAYOUTS[layout][0]))
 

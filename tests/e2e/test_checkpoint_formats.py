@@ -71,6 +71,15 @@ def test_a_run_goes_on_from_the_format_torch(torch_format: Path, tmp_path: Path)
     assert figures(saved) == figures(torch_format)
 
 
+def test_a_run_goes_on_from_a_checkpoint_that_was_converted(torch_format: Path, tmp_path: Path):
+    flags = {**RUN, **PP2, "--bf16": True, "--load": torch_format, "--ckpt-step": HALF}
+    succeed(tmp_path / "out", 2, {**flags, "--ckpt-convert-format": "torch_dist", "--ckpt-convert-save": tmp_path})
+    converted = tmp_path / torch_format.name
+    assert (converted / "iter_0000004" / "metadata.json").is_file()
+    succeed(tmp_path / "again", 2, {**flags, "--load": converted, "--save": converted, "--ckpt-step": HALF})
+    assert figures(converted) == figures(torch_format)
+
+
 def test_a_rank_has_megatron_lms_file(torch_format: Path):
     folder = torch_format / "iter_0000004"
     first, last = (read_torch_file(folder / f"mp_rank_00_00{rank}" / "model_optim_rng.pt") for rank in range(2))

@@ -113,6 +113,12 @@ def test_the_first_start_of_a_command_that_goes_on_is_said(tmp_path: Path):
     assert sorted(path.name for path in (tmp_path / "save").glob("iter_*")) == ["iter_0000002", "iter_0000004"]
 
 
+def test_a_status_that_cannot_be_written_ends_the_run_before_it_trains(tmp_path: Path):
+    (tmp_path / "save" / "run_status.json").mkdir(parents=True)
+    finished = pretrain(tmp_path / "log", 1, RUN | {"--save": tmp_path / "save"})
+    assert_one_line(finished, "run_status.json cannot be written (Is a directory)", "remove what is there")
+
+
 def test_a_run_that_starts_anew_says_what_it_replaces(written: Path, tmp_path: Path):
     shutil.copytree(written, tmp_path / "save")
     finished = succeed(tmp_path / "log", 1, RUN | {"--save": tmp_path / "save"})

@@ -15,6 +15,7 @@ import pytest
 import sentencepiece
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -339,4 +340,8 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(
     assert "1001 tokens" in refused(export_hf, load=save, output=out, tokenizer_type="NullTokenizer", vocab_size=1000)
     assert f"--save {save}: holds checkpoints" in refused(import_hf, input=tmp_path / "hf", save=save)
     assert "no config.json" in refused(import_hf, input=tmp_path / "none", save=out)
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    weights["model.norm.weight"][1] = float("inf")
+    save_file(weights, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    assert "norm.weight holds numbers that are not finite" in refused(import_hf, input=tmp_path / "hf", save=out)
     assert sorted(tmp_path.rglob("*")) == there

@@ -43,7 +43,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
         "--empty-unused-memory-level": 2,
         "--log-progress": True,
         "--wandb-project": "tests",
-        "--wandb-exp-name": "watched",
+        "--wandb-name": "watched",  # as forks spell --wandb-exp-name
+        "--wandb-entity": "team",
+        "--log-batch-size-to-tensorboard": True,
+        "--no-log-loss-scale-to-tensorboard": True,
     }
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("WANDB_MODE", "offline")
@@ -52,7 +55,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
 
 def test_weights_and_biases_keep_the_run_in_a_folder(run: tuple[Path, Finished]):
     (offline,) = (run[0] / "run" / "wandb" / "wandb").glob("offline-run-*")
-    assert [path for path in offline.glob("run-*.wandb") if path.stat().st_size > 0]
+    (written,) = offline.glob("run-*.wandb")
+    assert b"watched" in written.read_bytes() and b"team" in written.read_bytes()
 
 
 def test_some_iterations_are_profiled(run: tuple[Path, Finished]):
@@ -79,6 +83,7 @@ def test_tensorboard_has_the_timers(run: tuple[Path, Finished]):
     found = curves(run[0] / "board")
     assert found["forward-backward-time"] == found["throughput"] == [1, *range(2, 21, 2)]
     assert found["iteration-time"] == [*range(2, 21, 2)]
+    assert "batch-size" in found and "loss-scale" not in found
 
 
 def test_outer_updates_have_a_line_and_curves(run: tuple[Path, Finished]):

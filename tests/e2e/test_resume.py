@@ -84,6 +84,7 @@ def records_of(save: Path, flags: dict[str, Any]) -> list[float]:
     return [record["lm_loss"] for record in records(save / "metrics.jsonl", "train")]
 
 
+@pytest.mark.usefixtures("all_mock_data")
 @pytest.mark.parametrize("run", ["resumed", "frozen"])
 def test_a_checkpoint_and_an_export_of_the_first_format_still_load(run: str, tmp_path: Path):
     """Both were written before checkpoints had checksums; the run that resumes updates the weighter in its stage."""

@@ -139,7 +139,6 @@ def test_a_preempted_job_saves_requeues_itself_and_goes_on(cluster: Cluster, tmp
         while not metrics.is_file() or metrics.read_text().count('"train"') < 4:
             time.sleep(0.2)
         preempting = cluster.run_job(urgent, options=["--partition=urgent"], folder=tmp_path, environment={})
-        cluster.start_at_once(job)
         finished = cluster.wait(job, tmp_path)
     log = finished.log + _log_of_nodes(save)
     assert preempting.state == "COMPLETED", log

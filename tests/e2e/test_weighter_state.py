@@ -47,15 +47,23 @@ def test_a_missing_weighter_state_is_refused(save: Path, tmp_path: Path):
     (save / f"iter_{STOP:07d}" / "dwm_state.pt").unlink()
     finished = pretrain(tmp_path / "log", 1, RUN | {"--load": save})
     assert finished.codes == [2] and finished.errors[0].count("\n") == 1, finished.text
-    assert "dwm_state.pt, the weighter's state, is missing" in finished.errors[0]
+    assert "dwm_state.pt, the state of the weighting, is missing" in finished.errors[0]
+
+
+def test_a_tokenizer_of_more_tokens_than_the_weighter_has_is_refused(save: Path, tmp_path: Path):
+    """They fit the language model, whose rows are padded."""
+    finished = pretrain(tmp_path / "log", 1, RUN | {"--load": save, "--vocab-size": 31})
+    assert finished.codes == [2] and finished.errors[0].count("\n") == 1, finished.text
+    assert "the checkpoint's weighter has 31 tokens and the tokenizer 32" in finished.errors[0]
 
 
 def test_the_weighters_flags_count_on_resume_and_are_said(save: Path, tmp_path: Path):
-    changes = {"--dwm-lr": 0.5, "--dwm-weight-decay": 0.25}
+    changes = {"--dwm-lr": 0.5, "--dwm-weight-decay": 0.25, "--dwm-hidden-size": 64}
     finished = succeed(tmp_path / "log", 1, RUN | changes | {"--load": save, "--save": tmp_path / "changed"})
     (group,) = weighter_state(tmp_path / "changed", 12)["weighter_optimizer"]["param_groups"]
     assert (group["lr"], group["weight_decay"]) == (0.5, 0.25)
     lines = (" > --dwm-lr 0.5 replaces the checkpoint's 0.01", " > --dwm-weight-decay 0.25 replaces the checkpoint's")
+    lines += (" > --dwm-hidden-size 64 is for a new weighter: the checkpoint's, made with 8, goes on\n",)
     for line in lines:
         assert line in finished.output[0], finished.text
 

@@ -55,7 +55,7 @@ def test_energy_is_logged(tmp_path: Path):
     assert re.search(r"Total training energy \(GPU\): [\d.]+ MJ", output)
 
 
-@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.usefixtures("two_gpus", "transformer_engine")
 def test_overlapped_communication_computes_the_same(tmp_path: Path):
     flags = {**LARGER, "--tensor-model-parallel-size": 2, "--sequence-parallel": True}
     flags["--transformer-impl"] = "transformer_engine"
@@ -64,7 +64,7 @@ def test_overlapped_communication_computes_the_same(tmp_path: Path):
     assert found == pytest.approx(expected, rel=1e-2)
 
 
-@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.usefixtures("one_gpu", "transformer_engine")
 def test_parameters_in_fp8_train_as_those_in_bf16(tmp_path: Path):
     flags = {**LARGER, "--transformer-impl": "transformer_engine", "--use-distributed-optimizer": True}
     _, expected = pretrain(tmp_path / "bf16", flags)

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from megatron_dwm.analysis.task_evaluation import Evaluator
+from megatron_dwm.config.checkpoint_args import read_arguments
 from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.corpora.readers import Reader
 from megatron_dwm.data.hf_tokenizers import fingerprint_of_folder, save_hf_tokenizer, vocabulary_fingerprint
 from megatron_dwm.data.tokenizers import build_tokenizer
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.hf_folder import read_hugging_face
+from megatron_dwm.training.torch_format import open_torch_checkpoint
 from megatron_dwm.weighting.weighter_folder import SampleTokens, read_weighter_folder
 from tests.paths import ROOT
+from tests.small_runs import GPT, IN_PROCESS, parse_flags
 
 SETTINGS = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=30)
 TOKENIZER = build_tokenizer(SETTINGS)
@@ -96,6 +105,53 @@ def test_a_pickle_in_place_of_weights_is_not_run(weighter: Path, tmp_path: Path)
     with pytest.raises(UserError, match=f"--dwm-load {weighter}: cannot be loaded"):
         load_weighter(weighter)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_that_is_evaluated_does_not_run_code_of_its_own(weighter: Path, tmp_path: Path):
+    tasks = Evaluator([], [], num_fewshot=[0], limit=1, batch_size=1, seed=1)
+    planted = {
+        "config.json": {"model_type": "a_type_of_their_own", "auto_map": AUTO_MAP},
+        "tokenizer_config.json": {
+            "tokenizer_class": "Theirs",
+            "auto_map": {"AutoTokenizer": [None, "planted.Tokenizer"]},
+        },
+    }
+    for file, changes in planted.items():
+        whole = (weighter / file).read_text()
+        plant_code(weighter, file, changes, tmp_path / "ran")
+        with pytest.raises(UserError, match=f"{weighter}: cannot be loaded as a language model"):
+            tasks.evaluate(weighter)
+        (weighter / file).write_text(whole)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_in_a_checkpoint_of_the_older_format_is_not_run(tmp_path: Path):
+    path = tmp_path / "iter_0000001" / "mp_rank_00" / "model_optim_rng.pt"
+    path.parent.mkdir(parents=True)
+    torch.save({"args": Planted(tmp_path / "ran"), "model": {}}, path)
+    config = parse_flags({**GPT, **IN_PROCESS, "--dwm-mode": "off", "--load": tmp_path})
+    with pytest.raises(UserError, match=r"model_optim_rng\.pt cannot be read"):
+        read_arguments(path.parents[1])
+    with pytest.raises(UserError, match=r"is damaged: model_optim_rng\.pt cannot be read"):
+        open_torch_checkpoint(path.parents[1], config, 0)
+    assert not (tmp_path / "ran").exists()
+    for content, said in (([1], "no arguments"), ({"args": Namespace(), "model": 3}, "no model")):
+        torch.save(content, path)
+        with pytest.raises(UserError, match=f"is damaged: .* holds {said}"):
+            open_torch_checkpoint(path.parents[1], config, 0)
+
+
+def test_a_pickle_in_the_description_of_a_parquet_column_is_not_run(tmp_path: Path):
+    """Earlier versions of pyarrow made a column's type by it."""
+    description = {
+        "ARROW:extension:name": "arrow.py_extension_type",
+        "ARROW:extension:metadata": pickle.dumps(Planted(tmp_path / "ran")),
+    }
+    field = pyarrow.field("text", pyarrow.string(), metadata=description)
+    table = pyarrow.table([pyarrow.array(["a text"])], schema=pyarrow.schema([field]))
+    pyarrow.parquet.write_table(table, tmp_path / "texts.parquet")
+    (record,) = Reader([str(tmp_path / "texts.parquet")], ["text"])
+    assert record.content == {"text": "a text"} and not (tmp_path / "ran").exists()
 
 
 def test_every_test_that_the_page_names_exists():

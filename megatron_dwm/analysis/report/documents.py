@@ -8,7 +8,6 @@ Shape legend: d documents, r reference samples, s tokens of a sample, e exports.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_dwm.errors import UserError, shortened
-from megatron_dwm.weighting.export_manifest import MANIFEST, verify_export
+from megatron_dwm.weighting.export_manifest import MANIFEST, read_manifest, verify_export
 
 REFERENCE_SAMPLES = 64
 _MOST_EXPORTS = 12
@@ -75,10 +74,16 @@ def weights_over_time(folders: Sequence[Path], tokens: torch.Tensor, reference: 
     """
     iterations, columns = [], []
     for folder in tqdm(folders, desc="weighters", unit="export", disable=None):
-        manifest = json.loads((folder / MANIFEST).read_text())
-        scores = _scores(_load(folder), tokens) / manifest["temperature"]
+        model, manifest = _load(folder), read_manifest(folder)
+        try:
+            iteration, temperature = int(manifest["iteration"]), float(manifest["temperature"])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(
+                f"{folder}: its manifest lacks what a run writes ({shortened(error)}); leave it out"
+            ) from None
+        scores = _scores(model, tokens) / temperature
         relative = torch.exp(scores - torch.logsumexp(scores[-reference:], 0))
-        iterations.append(int(manifest["iteration"]))
+        iterations.append(iteration)
         columns.append((relative * reference).numpy())
     return iterations, np.stack(columns, axis=1)
 

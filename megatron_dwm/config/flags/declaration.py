@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Flag:
     field: str
     names: tuple[str, ...]
     old_names: tuple[str, ...]
-    """Spellings of earlier versions."""
+    """Spellings of earlier versions or of forks."""
     default: Any
     help: str
     value_type: type | None
@@ -72,7 +73,7 @@ def flag(
         default: value when the flag is not given. A ``True`` default makes the flag a switch that turns it off.
         help: one sentence; it ends up in ``--help`` and in ``docs/flags.md``.
         names: spellings, when they differ from ``--field-name`` (``--no-field-name`` for a ``True`` default).
-        old_names: spellings of earlier versions, accepted with a warning that names the present one.
+        old_names: spellings of earlier versions or of forks, accepted with a warning that names the present one.
         nargs: as in argparse; list fields default to ``"+"``.
         refused: if set, giving the flag a value other than the default ends the run with this reason.
         deprecated: if set, the flag works as before, and giving it logs a warning that says to do this instead.
@@ -83,10 +84,16 @@ def flag(
     return dataclasses.field(default=default, metadata={_KEY: declaration})
 
 
-def declared_flags(config_class: type) -> list[Flag]:
+def declared_flags(config_class: type) -> tuple[Flag, ...]:
     """Return the flags that ``config_class`` declares, in order."""
+    return _declared_flags(config_class)
+
+
+@functools.cache
+def _declared_flags(config_class: type) -> tuple[Flag, ...]:
     hints = typing.get_type_hints(config_class)
-    return [_to_flag(field, hints[field.name]) for field in dataclasses.fields(config_class) if _KEY in field.metadata]
+    fields = [field for field in dataclasses.fields(config_class) if _KEY in field.metadata]
+    return tuple(_to_flag(field, hints[field.name]) for field in fields)
 
 
 def title_of(config_class: type) -> str:

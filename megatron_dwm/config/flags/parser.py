@@ -6,6 +6,7 @@ import argparse
 import difflib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -22,15 +23,19 @@ USAGE = "%(prog)s [--flag [value ...]] ..."
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are :class:`UserError`, not a usage screen."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, reason_unsupported: Callable[[str], str | None] = lambda name: None, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, usage=USAGE, **kwargs)
+        self.reason_unsupported = reason_unsupported
 
     def error(self, message: str) -> NoReturn:
-        """Raise the error that argparse has found.
+        """Raise the error that argparse has found, with the reason if a value is refused for one.
 
         Raises:
             UserError: always.
         """
+        choice = re.match(r"argument (--[\w-]+)\S*: invalid choice: '([^']*)'", message)
+        if choice is not None and (reason := self.reason_unsupported("=".join(choice.groups()))):
+            raise UserError(f"{' '.join(choice.groups())} is not supported: {reason}")
         raise UserError(f"{message}; see --help for the flags")
 
     def print_help(self, file: Any = None) -> None:
@@ -135,13 +140,16 @@ def read(
         classes: the configuration classes whose flags there are.
         prog: name of the program in its help; that of ``sys.argv`` if not given.
         description: what the program does.
-        reason_unsupported: returns of a flag that no class declares why it cannot be used, or None if it is unknown.
+        reason_unsupported: returns of a flag that no class declares, or of ``flag=value`` with a value that its class
+            has not, why it cannot be used, or None if it is unknown.
         main_class: the class whose flags ``--help`` shows, while ``--help-all`` shows the others; all if not given.
 
     Raises:
         UserError: unknown flag or bad value.
     """
-    parser = OneLineParser(prog=prog, description=description, formatter_class=_HelpFormatter)
+    parser = OneLineParser(
+        prog=prog, description=description, formatter_class=_HelpFormatter, reason_unsupported=reason_unsupported
+    )
     classes = list(classes)
     for config_class in classes:
         add_flags(parser, config_class, show=main_class in (None, config_class))

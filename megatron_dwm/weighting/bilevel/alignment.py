@@ -7,12 +7,14 @@ before data parallelism takes it, and adds its product with v. Finite difference
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_dwm.model.attributes import changed_attributes
 from megatron_dwm.model.protocols import ModelChunk
 from megatron_dwm.runtime.process_groups import ParallelState
 
@@ -47,21 +49,27 @@ def products_with(
     products = torch.zeros(num_samples, dtype=torch.float64, device=device)
     seen: dict[Any, int] = {}
 
-    def add_product(param: Any) -> None:
+    def add_product(counts: bool, param: Any) -> None:
         sample = seen.get(param, 0)
         seen[param] = sample + 1
         assert param.grad is not None
-        products[sample] += inner_product(param.grad, direction[param])
-        param.grad_added_to_main_grad = True  # nobody wants the sum of these gradients: DDP need not form it
+        if counts:
+            products[sample] += inner_product(param.grad, direction[param])
+        # Nobody wants the sum of these gradients, and DDP's buffers may hold v: DDP must not form it there.
+        param.grad_added_to_main_grad = True
 
     handles = [
-        param.register_post_accumulate_grad_hook(add_product)
+        param.register_post_accumulate_grad_hook(partial(add_product, counts_here(name, param, parallel_state)))
         for chunk in chunks
         for name, param in chunk.named_parameters()
-        if param.requires_grad and counts_here(name, param, parallel_state)
+        if param.requires_grad
     ]
+    tied = [p for chunk in chunks for p in chunk.parameters() if getattr(p, "zero_out_wgrad", False)]
     try:
-        yield products
+        with ExitStack() as stack:
+            for param in tied:  # of which DDP would form it nevertheless
+                stack.enter_context(changed_attributes(param, {"zero_out_wgrad": False}))
+            yield products
     finally:
         for handle in handles:
             handle.remove()

@@ -59,6 +59,9 @@ class Passes(Protocol):
     def align(self, batch: Any, direction: Direction) -> torch.Tensor:
         """Return the alignments of this replica's samples [n], float64."""
 
+    def discard(self, direction: Direction) -> None:
+        """Let go of v and of where it lies."""
+
 
 class AlignmentPass:
     """Aligns batches with batches of the target set; the language model is afterwards what it was."""
@@ -88,6 +91,7 @@ class AlignmentPass:
             if before is not None:
                 before.swap()
             alignments = self.sample_gather.gather_from_replicas(self.lm_gradients.align(batch, direction)).cpu()
+            self.lm_gradients.discard(direction)
             if before is not None:
                 before.swap()
         if not bool(alignments.isfinite().all()):

@@ -137,6 +137,7 @@ class _Check:
         _, direction = self.lm_gradients.gradient(self.target)
         self.here.restore()
         alignments = self.lm_gradients.align(self.batch, direction)
+        self.lm_gradients.discard(direction)
         everywhere = self.sample_gather.gather_from_replicas(alignments).cpu()
         return target_score_gradient(everywhere, self.scores, self.temperature, learning_rate=1.0)
 
@@ -144,10 +145,11 @@ class _Check:
         self._step(scores, step_size)
         engine, parallel_state, target = self.lm_gradients.engine, self.lm_gradients.parallel_state, self.target
         with torch.no_grad():
-            losses = engine.run(target, self.lm_gradients.micro_batch_size, forward_only=True)
+            losses = engine.run(target, self.lm_gradients.micro_batch_size_of(target), forward_only=True)
         self.here.restore()
         means = engine.broadcast_losses(losses, len(target)).mean.double()
-        mean = (means * self.lm_gradients.loss_factors(target)).mean()
+        micro = self.lm_gradients.micro_batch_size_of(target)
+        mean = (means * replace(self.lm_gradients.loss_factors, micro_batch_size=micro)(target)).mean()
         dist.all_reduce(mean, group=parallel_state.dp_group)
         return float(mean) / parallel_state.dp_size
 
@@ -156,6 +158,7 @@ class _Check:
         weights = self.sample_gather.select_replica(weights_from_scores(scores, self.temperature))
         _, gradient = self.lm_gradients.gradient(self.batch, weights.to(self.batch.tokens.device))
         shift(gradient, -step_size)
+        self.lm_gradients.discard(gradient)
 
 
 def _slope_along(gradient: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ import torch
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.weighting.bilevel.replay import Draw, Replay, sum_over_ranks
 from megatron_dwm.weighting.weighter import Weighter
-from megatron_dwm.weighting.weights import objective_score_gradient
+from megatron_dwm.weighting.weights import standardized, standardized_score_gradient
 
 
 class Learner(Protocol):
@@ -48,12 +48,13 @@ class GradientLearner:
         return norm
 
     def _step(self, draw: Draw) -> float:
-        config = self.config
+        config, device = self.config, self.weighter.device
+        wanted = standardized(draw.alignments, config.dwm_clip_alignment).to(device)
+        places = draw.places.to(device)
 
         def score_gradient(rank_scores: torch.Tensor) -> torch.Tensor:
-            scores = sum_over_ranks(rank_scores, draw.places, len(draw.alignments))
-            temperature, kl_weight, clip = config.dwm_temperature, config.dwm_kl_weight, config.dwm_clip_alignment
-            return objective_score_gradient(draw.alignments, scores, temperature, kl_weight, clip)[draw.places]
+            scores = sum_over_ranks(rank_scores, places, len(wanted))
+            return standardized_score_gradient(wanted, scores, config.dwm_temperature, config.dwm_kl_weight)[places]
 
         return self.weighter.step(draw.tokens, score_gradient)
 

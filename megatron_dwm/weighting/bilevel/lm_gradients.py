@@ -5,8 +5,8 @@ Shape legend: n samples of this replica.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,12 +14,14 @@ import torch.distributed as dist
 
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.batch import Batch
+from megatron_dwm.model.attributes import changed_attributes
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.loss import weighted_loss
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.weighting.bilevel.alignment import Direction, global_norm, products_with, shift, sum_over_replica
+from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers
 from megatron_dwm.weighting.bilevel.preconditioner import precondition
 from megatron_dwm.weighting.bilevel.sample_products import has_known_layers, sample_products
 from megatron_dwm.weighting.loss_factors import LossFactors
@@ -28,7 +30,7 @@ FINITE_DIFFERENCE_DISTANCE = 1e-2  # how far θ is moved along v, in norm
 
 
 class LMGradients:
-    """Gradients and alignments at the present parameters, which are left as they were; gradient buffers are emptied."""
+    """Gradients and alignments at the present parameters, which are left as they were."""
 
     def __init__(
         self,
@@ -61,34 +63,31 @@ class LMGradients:
         return type(self)(config, self.engine, self.optimizer, self.parallel_state, self.micro_batch_size)
 
     def gradient(self, batch: Batch, sample_weights: torch.Tensor | None = None) -> tuple[float, Direction]:
-        """Return the plain loss of ``batch``, and its gradient weighted by ``sample_weights`` [n], preconditioned."""
-        self._zero_gradients()
-        losses = self.engine.run(
-            batch, self.micro_batch_size, loss_function=weighted_loss(sample_weights), force_all_reduce=True
-        )
-        self._gather_shards()
-        scale = 1.0 / self.loss_scale
-        direction = {
-            param: param.main_grad.detach().to(torch.promote_types(param.dtype, torch.float32)) * scale
-            for param in self._params()
-        }
-        self._zero_gradients()
-        if self.config.dwm_preconditioner == "adam":
-            precondition(direction, self.optimizer, self.parallel_state)
-        return self._mean_over_replicas(losses, batch), direction
+        """Return the plain loss of ``batch``, and its gradient weighted by ``sample_weights`` [n], preconditioned.
 
-    def _gather_shards(self) -> None:
-        """Complete the gradient where the optimizer has several instances; a collective call of each one's ranks.
-
-        megatron-core then sums over all replicas what a rank updates alone, and the rest over its instance.
+        The gradient lies in the buffers of gradients, until :meth:`discard` or the next backward pass that fills them.
         """
-        group = self.parallel_state.optimizer_group
-        if group is self.parallel_state.dp_cp_group:
-            return
-        for buffer in (buffer for chunk in self.engine.chunks for buffer in chunk.buffers):
-            for bucket in buffer.buckets:
-                own = bucket.grad_data.view(dist.get_world_size(group), -1)[dist.get_rank(group)]
-                dist.all_gather_into_tensor(bucket.grad_data, own.clone(), group=group)
+        self._zero_gradients()
+        with ExitStack() as stack:
+            for chunk in self.engine.chunks:  # numbers that are not finite show in the alignments
+                stack.enter_context(changed_attributes(chunk.ddp_config, {"check_for_nan_in_grad": False}))
+            losses = self.engine.run(
+                batch,
+                self.micro_batch_size_of(batch),
+                loss_function=weighted_loss(sample_weights),
+                check_for_nan=False,
+            )
+        gradients = GradientBuffers(self.engine.chunks)
+        gradients.scale(1.0 / self.optimizer.get_loss_scale())
+        if self.config.dwm_preconditioner == "adam":
+            precondition(gradients.direction, self.optimizer)
+        gradients.gather_shards()
+        return self._mean_over_replicas(losses, batch), gradients.direction
+
+    def discard(self, direction: Direction) -> None:
+        """Empty the buffers that the gradient lies in."""
+        direction.clear()
+        self._zero_gradients()
 
     def align(self, batch: Batch, direction: Direction) -> torch.Tensor:
         """Return a_i = f_i ⟨v, ∇ l_i⟩ of this replica's samples [n], float64, at the present parameters.
@@ -114,27 +113,30 @@ class LMGradients:
                 direction, self.engine.chunks, len(batch), self.micro_batch_size, self.parallel_state
             ) as products,
         ):
-            self.engine.run(batch, self.micro_batch_size, loss_function=weighted_loss(weights))
+            self.engine.run(batch, self.micro_batch_size, loss_function=weighted_loss(weights), check_for_nan=False)
         return self._whole(products)
 
     def _align_singly(self, batch: Batch, direction: Direction) -> torch.Tensor:
         """Return ⟨v, ∇ l_i⟩ from one backward pass over microbatches of one sample."""
-        self._zero_gradients()
         chunks = self.engine.chunks
         with (
             self.engine.unsynchronized(),
             products_with(direction, chunks, len(batch), self.parallel_state) as products,
         ):
-            self.engine.run(batch, 1)
-        self._zero_gradients()
+            self.engine.run(batch, 1, check_for_nan=False)
         return self._whole(products)
 
     def _whole(self, products: torch.Tensor) -> torch.Tensor:
         """Return alignments [n], the same on all ranks of the replica, of each rank's products of one backward pass."""
         # The engine divides each microbatch's loss by their number, and scales it for the average over CP ranks and
         # in fp16 training.
-        products *= len(products) / (self.loss_scale * self.parallel_state.cp_size)
+        products *= len(products) / self.parallel_state.cp_size
+        products /= self.optimizer.get_loss_scale()
         return sum_over_replica(products, self.parallel_state)
+
+    def micro_batch_size_of(self, batch: Batch) -> int:
+        """Return the samples of a microbatch: the run's, or all of a batch that has fewer."""
+        return min(self.micro_batch_size, len(batch))
 
     def _align_by_differences(self, batch: Batch, direction: Direction) -> torch.Tensor:
         norm = global_norm(direction, self.parallel_state)
@@ -153,12 +155,10 @@ class LMGradients:
 
     def _mean_over_replicas(self, losses: Any, batch: Batch) -> float:
         means = self.engine.broadcast_losses(losses, len(batch)).mean.double()
-        mean = (means * self.loss_factors(batch)).mean()
+        factors = replace(self.loss_factors, micro_batch_size=self.micro_batch_size_of(batch))(batch)
+        mean = (means * factors).mean()
         dist.all_reduce(mean, group=self.parallel_state.dp_group)
         return float(mean) / self.parallel_state.dp_size
-
-    def _params(self) -> Sequence[Any]:
-        return [p for chunk in self.engine.chunks for p in chunk.parameters() if p.requires_grad]
 
     def _zero_gradients(self) -> None:
         for chunk in self.engine.chunks:

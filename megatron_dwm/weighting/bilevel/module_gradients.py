@@ -241,6 +241,10 @@ class ModuleGradients:
         """Return the alignments of this process's samples [n], float64."""
         return alignments(self.model, batch.content, direction, self.sample_losses, method=self.method)
 
+    def discard(self, direction: Direction) -> None:
+        """Free v."""
+        direction.clear()
+
     def _mean_over_world(self, tensor: torch.Tensor) -> torch.Tensor:
         all_reduce_over_world(tensor)
         return tensor.div_(world_size())

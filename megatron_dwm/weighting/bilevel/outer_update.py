@@ -77,7 +77,7 @@ class OuterUpdate:
         Args:
             batch: this replica's samples of that step.
             target: this replica's target samples.
-            before: the parameters θ; the model holds θ'.
+            before: the parameters θ; the model holds θ'. Dropped as soon as they are not needed any more.
 
         Returns:
             None if an alignment is not finite and the schedule lets such numbers pass, as fp16 training with its loss
@@ -88,25 +88,30 @@ class OuterUpdate:
             RuntimeError: all alignments are zero, or the weighter's replicas differ.
         """
         found = self.alignment_pass.run(batch, target, before)
+        before.drop()
         if found is None:
             return None
         alignments = found.values
         tokens = batch.tokens[self.sample_gather.rank_slice_of(len(batch))]
         self.replay.append(tokens, self.rank_places(len(alignments)), alignments)
-        first = self._objective(self.replay.newest)
+        before_steps = self._scores(self.replay.newest)
         grad_norm = self.learner.learn(self.replay) if self.config.dwm_lr > 0 else 0.0
+        first, last = torch.stack([before_steps, self._scores(self.replay.newest)]).cpu()
         return OuterResult(
             alignments=alignments,
             target_loss=found.target_loss,
-            objective_before=first,
-            objective_after=self._objective(self.replay.newest),
+            objective_before=self._objective(alignments, first),
+            objective_after=self._objective(alignments, last),
             weighter_grad_norm=grad_norm,
             weighter_hash=self.weighter.check_replicas(),
         )
 
-    def _objective(self, aligned: AlignedBatch) -> float:
+    def _scores(self, aligned: AlignedBatch) -> torch.Tensor:
+        """Return the scores of a batch [N], on the weighter's device; a collective call."""
         count = self.sample_gather.replica_samples_of(len(aligned.alignments))
-        scores = self.sample_gather.gather_from_ranks(self.weighter.score(aligned.tokens.long()), count).cpu()
+        return self.sample_gather.gather_from_ranks(self.weighter.score(aligned.tokens.long()), count)
+
+    def _objective(self, alignments: torch.Tensor, scores: torch.Tensor) -> float:
         config = self.config
         settings = config.dwm_temperature, config.dwm_kl_weight, config.dwm_clip_alignment
-        return objective(aligned.alignments, scores, *settings)
+        return objective(alignments, scores, *settings)

@@ -7,7 +7,7 @@ Parameters that learn at a rate of their own (``--decoupled-lr``) have P scaled 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,10 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.runtime.device import current_device
-from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.weighting.bilevel.alignment import Direction
+
+AT_A_TIME = 1 << 22
+"""Elements that are scaled together, if they are several parameters'."""
 
 
 @dataclass(frozen=True)
@@ -33,39 +35,60 @@ class _Owned:
     base_rate: float
     """Learning rate that P is relative to."""
 
-    def preconditioned(self, v: torch.Tensor) -> torch.Tensor:
-        """``v`` is flat and of this part."""
-        if "exp_avg_sq" not in self.state:  # no step has been made yet: P is unknown, and so is what follows from it
-            return torch.full_like(v, torch.nan)
-        step = float(self.state["step"] if "step" in self.state else self.group["step"])
-        second_moment = self.state["exp_avg_sq"].view(-1) / (1 - self.group["betas"][1] ** step)
-        relative_rate = self.group["max_lr"] / self.base_rate if self.base_rate else 1.0
-        # In place: a large parameter must not need more room here than in the optimizer's step.
-        return (relative_rate * v).div_(second_moment.sqrt_().add_(self.group["eps"]))
+    @property
+    def relative_rate(self) -> float:
+        """The learning rate of the parameter's group, relative to the optimizer's."""
+        return float(self.group["max_lr"] / self.base_rate) if self.base_rate else 1.0
 
 
-def precondition(direction: Direction, optimizer: Optimizer, parallel_state: ParallelState) -> None:
+def precondition(direction: Direction, optimizer: Optimizer) -> None:
     """v ← P v, in place; NaN before the optimizer's first step.
 
-    Under the distributed optimizer each of the ranks that its state is sharded over scales the part that it holds; the
-    parts are summed.
+    Under the distributed optimizer each rank scales the part whose state it holds, and leaves the rest as it is.
     """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
     parts = optimizer_parts(optimizer)
-    owned = {param: held for part in parts for param, held in _owned(part, direction)}
-    sharded = any(isinstance(part, DistributedOptimizer) for part in parts)
-    for param, v in direction.items():
-        flat = v.view(-1)
-        place, scaled = slice(0, 0), flat[:0]
-        if param in owned:
-            place = owned[param].place
-            scaled = owned[param].preconditioned(flat[place])
-        if sharded:
-            v.zero_()
-        flat[place] = scaled.to(flat)
-        if sharded:
-            dist.all_reduce(v, group=parallel_state.optimizer_group)
+    owned = [(direction[param].view(-1)[held.place], held) for part in parts for param, held in _owned(part, direction)]
+    _scale([v for v, _ in owned], [held for _, held in owned])
+
+
+def _scale(values: Sequence[torch.Tensor], held: Sequence[_Owned]) -> None:
+    """v ← P v, in place, of parts of v and what is held of them."""
+    known = []
+    for v, part in zip(values, held, strict=True):
+        if "exp_avg_sq" in part.state:
+            known.append((v, part))
+        else:  # no step has been made yet: P is unknown, and so is what follows from it
+            v.fill_(torch.nan)
+    counts = _steps([part for _, part in known])
+    for places in batches([v.numel() for v, _ in known]):
+        some, parts = [known[n][0] for n in places], [known[n][1] for n in places]
+        corrections = [1 - part.group["betas"][1] ** counts[n] for n, part in zip(places, parts, strict=True)]
+        moments = [part.state["exp_avg_sq"].view(-1) for part in parts]
+        scales = list(torch._foreach_div(moments, corrections))
+        torch._foreach_sqrt_(scales)
+        torch._foreach_add_(scales, [part.group["eps"] for part in parts])
+        torch._foreach_mul_(some, [part.relative_rate for part in parts])
+        torch._foreach_div_(some, scales)
+
+
+def _steps(parts: Sequence[_Owned]) -> list[float]:
+    """Return how many steps the optimizer has made with each part; of those on a device, with one read."""
+    steps = [part.state["step"] if "step" in part.state else part.group["step"] for part in parts]
+    tensors = [step for step in steps if isinstance(step, torch.Tensor)]
+    read = iter(torch.stack([step.reshape(()) for step in tensors]).tolist() if tensors else [])
+    return [next(read) if isinstance(step, torch.Tensor) else float(step) for step in steps]
+
+
+def batches(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the places of parts of these sizes that are scaled together, which takes room for as many elements."""
+    batch: list[int] = []
+    for place, size in enumerate(sizes):
+        if batch and size + sum(sizes[n] for n in batch) > AT_A_TIME:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
 
 
 def precondition_by_torch(direction: Direction, optimizer: torch.optim.Optimizer) -> None:
@@ -90,7 +113,7 @@ def precondition_by_torch(direction: Direction, optimizer: torch.optim.Optimizer
                 f"dwm_preconditioner adam: {type(optimizer).__name__} keeps no second moments; give "
                 "WeightingConfig(dwm_preconditioner='none')"
             )
-        v.view(-1).copy_(held[param].preconditioned(v.view(-1)))
+        _scale([v.view(-1)], [held[param]])
 
 
 def knows_preconditioner(optimizer: Optimizer) -> bool:

@@ -97,8 +97,9 @@ class Replay:
         tokens, places = [], []
         for aligned, of_batch in zip(self.batches, place_in_draw.split(sizes.tolist()), strict=True):
             held = of_batch[aligned.places]
-            tokens.append(aligned.tokens[(held >= 0).to(aligned.tokens.device)])
-            places.append(held[held >= 0])
+            drawn_here = (held >= 0).nonzero().squeeze(1)
+            tokens.append(aligned.tokens[drawn_here.to(aligned.tokens.device)])
+            places.append(held[drawn_here])
         return Draw(torch.cat(tokens).long(), torch.cat(places), alignments)
 
     def state(self) -> list[dict[str, Any]]:
@@ -127,8 +128,8 @@ class Replay:
 
 
 def sum_over_ranks(values: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:
-    """Put this rank's values [c] in their places among ``count``, and those of the others in theirs; on the CPU."""
+    """Put this rank's values [c] in their places among ``count``, and those of the others in theirs."""
     whole = values.new_zeros(count)
-    whole[places.to(values.device)] = values
+    whole[places] = values
     all_reduce_over_world(whole)
-    return whole.cpu()
+    return whole

@@ -13,7 +13,7 @@ weights β₀ that the weighter had at its start (0, unless it comes from a fold
 by conjugate gradients in float64, from the last update's solution. Few iterations suffice. Every rank holds the rows
 x_i of its own samples; products with them are summed over the ranks.
 
-Shape legend: B buckets, R batches, c samples of this rank, z their n-grams, all in one row.
+Shape legend: B buckets, R batches, c samples of this rank, f n-grams of a sample.
 """
 
 from __future__ import annotations
@@ -29,20 +29,18 @@ from megatron_dwm.weighting.bilevel.replay import Replay
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weights import standardized
 
+AT_A_TIME = 1 << 20
+"""Tokens of the replay that are worked on at a time."""
 SOLVED = 1e-10
 """Residual, in parts of the right-hand side's norm, at which the iterations end."""
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """This rank's samples of the replay, as rows of the regression."""
+    """This rank's samples of the replay, as rows of the regression; n-grams that do not count have the value 0."""
 
-    buckets: torch.Tensor
-    """[z]"""
-    values: torch.Tensor
-    """[z], float64."""
-    sample_of: torch.Tensor
-    """The sample that each n-gram is from [z]."""
+    pieces: list[tuple[torch.Tensor, torch.Tensor]]
+    """Buckets, int32, and values, float32 [m, f], of m samples after m samples: at once they would need much room."""
     batch_of: torch.Tensor
     """The batch that each sample is from [c]."""
     targets: torch.Tensor
@@ -54,7 +52,7 @@ class _Rows:
 
     def times(self, weights: torch.Tensor) -> torch.Tensor:
         """Return X β [c], less its mean over each batch; a collective call."""
-        products = torch.zeros_like(self.targets).index_add_(0, self.sample_of, self.values * weights[self.buckets])
+        products = torch.cat([(weights[buckets.long()] * values).sum(1) for buckets, values in self.pieces])
         sums = torch.zeros_like(self.batch_sizes).index_add_(0, self.batch_of, products)
         all_reduce_over_world(sums)
         return products - (sums / self.batch_sizes)[self.batch_of]
@@ -62,7 +60,10 @@ class _Rows:
     def transposed_times(self, residuals: torch.Tensor, num_buckets: int) -> torch.Tensor:
         """Return Xᵀ P r [B]; a collective call. ``residuals`` have the mean 0 over each batch."""
         weighted = residuals * self.batch_weights[self.batch_of]
-        sums = weighted.new_zeros(num_buckets).index_add_(0, self.buckets, self.values * weighted[self.sample_of])
+        sums = weighted.new_zeros(num_buckets)
+        of_pieces = weighted.split([len(buckets) for buckets, _ in self.pieces])
+        for (buckets, values), factors in zip(self.pieces, of_pieces, strict=True):
+            sums.index_add_(0, buckets.flatten(), (values * factors[:, None]).flatten())
         all_reduce_over_world(sums)
         return sums
 
@@ -105,23 +106,25 @@ class RidgeLearner:
             return rows.transposed_times(rows.times(vector), count) + ridge * vector
 
         residual = right_hand_side - normal_product(solution)
-        direction, scale = residual.clone(), float(right_hand_side.norm())
+        direction, scale = residual.clone(), right_hand_side.norm()
         square = residual.square().sum()
+        nothing = torch.zeros_like(square)
         for _ in range(self.config.dwm_weighter_steps):
-            if float(square.sqrt()) <= SOLVED * scale:
-                break
+            is_solved = square.sqrt() <= SOLVED * scale  # then nothing moves any more, and the host need not know
             product = normal_product(direction)
-            step = square / (direction * product).sum()
+            step = torch.where(is_solved, nothing, square / (direction * product).sum())
             solution += step * direction
             residual -= step * product
             last_square, square = square, residual.square().sum()
-            direction = residual + (square / last_square) * direction
+            direction = residual + torch.where(is_solved, nothing, square / last_square) * direction
         weights = prior + solution
-        if not bool(weights.isfinite().all()):
+        is_finite = weights.isfinite().all().to(scale)
+        norm, wanted, is_sound = torch.stack([square.sqrt(), scale, is_finite]).tolist()
+        if not is_sound:
             raise FloatingPointError("the weighter's weights are not finite; raise --dwm-kl-weight, or start it anew")
         with torch.no_grad():
             self.weighter.model.embedding.weight.copy_(weights.unsqueeze(1))
-        return float(square.sqrt()) / scale if scale > 0 else 0.0
+        return float(norm / wanted) if wanted > 0 else 0.0
 
     def _weights(self) -> torch.Tensor:
         weights: torch.Tensor = self.weighter.model.embedding.weight.detach().squeeze(1).double().clone()
@@ -130,9 +133,11 @@ class RidgeLearner:
     def _rows(self, replay: Replay) -> _Rows:
         config, device = self.config, self.weighter.model.embedding.weight.device
         scale = config.dwm_temperature / config.dwm_kl_weight
-        tokens = torch.cat([aligned.tokens for aligned in replay.batches]).long()
-        buckets, values = self.weighter.features(tokens)
-        sample_of, column = values.nonzero(as_tuple=True)
+        tokens = torch.cat([aligned.tokens for aligned in replay.batches])
+        pieces = []
+        for part in tokens.split(max(1, AT_A_TIME // tokens.shape[1])):
+            buckets, values = self.weighter.features(part.long())
+            pieces.append((buckets.to(torch.int32), values))
         targets, batch_of = [], []
         for number, aligned in enumerate(replay.batches):
             wanted = scale * standardized(aligned.alignments, config.dwm_clip_alignment)
@@ -140,9 +145,7 @@ class RidgeLearner:
             batch_of.append(torch.full((len(aligned.places),), number))
         sizes = torch.tensor([len(aligned.alignments) for aligned in replay.batches], dtype=torch.float64)
         return _Rows(
-            buckets[sample_of, column],
-            values[sample_of, column].double(),
-            sample_of,
+            pieces,
             torch.cat(batch_of).to(device),
             torch.cat(targets).to(device),
             replay.batch_weights().to(device),

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import linear_with_frozen_weight
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from megatron_dwm.model.attributes import changed_attributes
 from megatron_dwm.model.protocols import ModelChunk
@@ -29,6 +31,8 @@ from megatron_dwm.runtime.process_groups import ParallelState
 _LINEAR = (ColumnParallelLinear, RowParallelLinear)
 _EMBEDDINGS = (VocabParallelEmbedding, torch.nn.Embedding)
 _NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm)
+_AT_A_TIME = {"cpu": 1 << 19, "gpu": 1 << 24}
+"""Numbers that are multiplied at a time, in float32: few enough for a CPU's cache, or to use a GPU well."""
 
 
 def has_known_layers(chunks: Sequence[ModelChunk]) -> bool:
@@ -99,11 +103,20 @@ class _Layer:
             products,
             micro_batch_size,
         )
-        self.bare = _WithoutHooks(module)
+        self.params: Mapping[str, torch.nn.Parameter | None] = vars(module)["_parameters"]
+        """Those of the layer itself; None for one that it does without."""
         self.batch_dim = 1
         if isinstance(module, _EMBEDDINGS):
             self.batch_dim = 1 if getattr(module, "reduce_scatter_embeddings", False) else 0
         self.counts = parallel_state.tp_rank == 0 or not _is_replicated(name, module)
+        self.is_local = not isinstance(module, (RowParallelLinear, VocabParallelEmbedding))
+        """Whether it computes what its parameters contribute without the other ranks of its TP group."""
+        self.has_whole_outputs = (
+            isinstance(module, _LINEAR)
+            if parallel_state.tp_size == 1
+            else (isinstance(module, ColumnParallelLinear) and not module.gather_output)
+        )
+        """Whether it is a linear layer each of whose outputs is computed by one rank."""
         self.microbatches = 0
 
     def watch(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -117,17 +130,46 @@ class _Layer:
         self.microbatches += 1
         inputs = tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in args)
 
-        def add_products(gradient: torch.Tensor) -> None:
-            change = self._change(inputs, kwargs)
-            others = [dim for dim in range(gradient.dim()) if dim != self.batch_dim]
-            wide = torch.promote_types(gradient.dtype, torch.float32)
-            found = (gradient.to(wide) * change.to(wide)).sum(others, dtype=torch.float64)
-            self.products[first : first + len(found)] += found * self.counts
-
-        outputs.register_hook(add_products)
+        if self.counts or not self.is_local:
+            outputs.register_hook(partial(self._add_products, first, inputs, kwargs))
         return (outputs, *output[1:]) if isinstance(output, tuple) else outputs
 
-    @torch.no_grad()
+    def _add_products(
+        self, first: int, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], gradient: torch.Tensor
+    ) -> None:
+        """Add the products of one microbatch, whose first sample is ``first``."""
+        with torch.no_grad():
+            if self.has_whole_outputs and inputs:
+                found = self._products_of_linear(inputs[0], gradient, kwargs.get("weight"))
+            else:
+                found = _inner_products(gradient, self._change(inputs, kwargs), self.batch_dim)
+            if self.counts:
+                self.products[first : first + len(found)] += found
+
+    def _products_of_linear(
+        self, inputs: torch.Tensor, gradient: torch.Tensor, weight: torch.nn.Parameter | None
+    ) -> torch.Tensor:
+        """Return ⟨g_i, x_i Vᵀ⟩ = ⟨g_i V, x_i⟩ [b], the one of the two that multiplies fewer numbers one by one.
+
+        So a large vocabulary needs no room for another tensor of its size.
+
+        Args:
+            weight: given to the layer, if it has none of its own.
+        """
+        if getattr(self.module, "sequence_parallel", False) and isinstance(self.module, ColumnParallelLinear):
+            inputs = gather_from_sequence_parallel_region(inputs, False)
+        along = self._along(self.params["weight"] if weight is None else weight)
+        # In fp16 gradients carry the loss scale, so that their product with V might overflow.
+        if along.shape[1] < along.shape[0] and gradient.dtype != torch.float16:
+            found = _inner_products(gradient @ along, inputs, batch_dim=1)
+        else:
+            found = _inner_products(gradient, torch.nn.functional.linear(inputs, along), batch_dim=1)
+        bias = self.params.get("bias")
+        if bias is None:
+            return found
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        return found + gradient.sum(0, dtype=wide).double() @ self.direction[bias].double()
+
     def _change(self, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
         """Return by what the outputs move when the parameters move along v; the ranks of a TP group call it together.
 
@@ -136,8 +178,9 @@ class _Layer:
         tied = kwargs.get("weight")  # the output layer's, where it is the embedding's
         if tied is not None:
             kwargs = {**kwargs, "weight": self._along(tied)}
-        params = {f"layer.{name}": self._along(param) for name, param in self.module.named_parameters(recurse=False)}
-        output: Any = torch.func.functional_call(self.bare, params, inputs, dict(kwargs))
+        along = {name: None if param is None else self._along(param) for name, param in self.params.items()}
+        with changed_attributes(self.module, {"_parameters": along}):  # as torch.func.functional_call, but no hooks
+            output: Any = self.module.forward(*inputs, **kwargs)
         change, bias = output if isinstance(output, tuple) else (output, None)
         moved: torch.Tensor = change if bias is None else change + bias
         return moved
@@ -146,15 +189,14 @@ class _Layer:
         return self.direction[param].to(param.dtype)
 
 
-class _WithoutHooks(torch.nn.Module):
-    """A layer's computation alone."""
-
-    def __init__(self, layer: torch.nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.layer.forward(*args, **kwargs)
+def _inner_products(one: torch.Tensor, other: torch.Tensor, batch_dim: int) -> torch.Tensor:
+    """Return the inner product of each sample's part of two tensors [b], float64."""
+    wide = torch.promote_types(one.dtype, torch.float32)
+    size = max(1, _AT_A_TIME["cpu" if one.is_cpu else "gpu"] * len(one) // max(1, one.numel()))
+    pairs = zip(one.split(size), other.split(size), strict=True)
+    by_row = torch.cat([(some.to(wide) * others.to(wide)).sum(-1) for some, others in pairs])
+    summed = [dim for dim in range(by_row.dim()) if dim != batch_dim]
+    return by_row.sum(summed, dtype=torch.float64)
 
 
 def _is_replicated(name: str, module: torch.nn.Module) -> bool:

@@ -75,7 +75,7 @@ class BilevelWeighting(ScoredWeighting):
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
         """Let each rank score its part of the replica's samples, and gather."""
         rank_scores = self.weighter.score(batch.tokens[self.sample_gather.rank_slice_of(len(batch))])
-        return self.sample_gather.gather_from_ranks(rank_scores, len(batch)).cpu()
+        return self.sample_gather.gather_from_ranks(rank_scores, len(batch))
 
     def after_step(
         self, iteration: int, batch: Batch, weights: SampleWeights | None, outcome: StepOutcome
@@ -141,13 +141,16 @@ class BilevelWeighting(ScoredWeighting):
             return self._skip_update(iteration, reason)
         self.num_updates += 1
         losses = self.engine.broadcast_losses(outcome.sample_losses, len(batch)).mean
+        # Together, and losses as the integers that their bits are: so the host reads once.
+        columns = torch.stack([batch.index, batch.source, losses.double().view(torch.int64)], dim=1)
+        index, source, loss = self.sample_gather.gather_from_replicas(columns).cpu().unbind(1)
         samples = {
-            "index": self.sample_gather.gather_from_replicas(batch.index).tolist(),
-            "source": [self.sources[n] for n in self.sample_gather.gather_from_replicas(batch.source).tolist()],
+            "index": index.tolist(),
+            "source": [self.sources[n] for n in source.tolist()],
             "score": weights.scores.tolist(),
             "weight": weights.sample_weights.tolist(),
             "alignment": result.alignments.tolist(),
-            "loss": self.sample_gather.gather_from_replicas(losses).tolist(),
+            "loss": loss.contiguous().view(torch.float64).tolist(),
         }
         return self._record(iteration, weights, result, samples)
 

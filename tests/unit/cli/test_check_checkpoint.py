@@ -72,3 +72,20 @@ def test_nothing_to_verify_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     for arguments in (["--load", tmp_path], ["--load", tmp_path, "--ckpt-step", 3], []):
         code, output, errors = check(capsys, *arguments)
         assert (code, output) == (2, "") and errors.startswith("error: --load") and errors.count("\n") == 1
+
+
+def test_a_checkpoint_of_the_older_format_is_verified_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    save = tmp_path / "save"
+    for iteration in (3, 6):
+        file = save / f"iter_{iteration:07d}" / "mp_rank_00" / "model_optim_rng.pt"
+        file.parent.mkdir(parents=True)
+        torch.save({"model": {"weight": torch.ones(1000)}, "iteration": iteration}, file)
+        write_checksums(file.parents[1])
+    code, output, errors = check(capsys, "--load", save)
+    assert (code, errors) == (0, "") and "whole, in the format torch: 1 tensors of 1 ranks" in output
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    code, _, errors = check(capsys, "--load", save)
+    assert code == 2 and "mp_rank_00/model_optim_rng.pt has another sha256" in errors
+    assert "give --ckpt-step 3, the last one before it that is whole" in errors

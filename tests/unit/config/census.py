@@ -14,27 +14,29 @@ from tests.paths import FIXTURES
 
 CENSUS = FIXTURES / "megatron/census.json"
 """Flags with values, and of which of them each configuration is made."""
+CENSUS_OF_TEAMS = FIXTURES / "megatron/census_of_teams.json"
+"""The same of scripts that teams have published."""
 PATH = "PATH"
 """What stands for every value that is a path."""
 FILES = ("--vocab-file", "--merge-file", "--tokenizer-model", "--tokenizer-metadata")
 """Flags of files that are to be there."""
-WORLD_SIZES = (8, 16, 1)
+WORLD_SIZES = (8, 16, 1, 64, 512)
 
 Configuration = dict[str, str]
 """Flags and values; a switch's value is empty."""
 
 
-def write_census(configurations: Iterable[Configuration]) -> None:
+def write_census(configurations: Iterable[Configuration], file: Path = CENSUS) -> None:
     """Write the configurations."""
     numbers: dict[tuple[str, str], int] = {}
     made_of = [[numbers.setdefault(item, len(numbers)) for item in flags.items()] for flags in configurations]
     lines = [",\n".join(json.dumps(line) for line in part) for part in (list(numbers), made_of)]
-    CENSUS.write_text(f'{{"flags": [\n{lines[0]}\n],\n"configurations": [\n{lines[1]}\n]}}\n')
+    file.write_text(f'{{"flags": [\n{lines[0]}\n],\n"configurations": [\n{lines[1]}\n]}}\n')
 
 
-def read_census() -> list[Configuration]:
+def read_census(file: Path = CENSUS) -> list[Configuration]:
     """Read the configurations."""
-    census = json.loads(CENSUS.read_text())
+    census = json.loads(file.read_text())
     flags = [tuple(item) for item in census["flags"]]
     return [dict(flags[number] for number in numbers) for numbers in census["configurations"]]
 

@@ -52,21 +52,21 @@ OTHER_DEFAULTS = {
         "None stands for megatron-core's own defaults, which these are",
     ),
 }
-FEWER_CHOICES = {
-    "--ckpt-format": "the other formats are not written",
-    "--dataloader-type": "external loaders are not plugged in",
-    "--fp8-recipe": "custom quantizers are not plugged in",
-    "--non-persistent-ckpt-type": "local needs a library of its own",
-    "--optimizer": "Muon is not there",
-    "--tokenizer-type": "the others are for other models",
-}
 NOT_IN_ITS_PARSER = {
     *{"--fp8-hybrid"},  # its guide has it
     *{"--export-kd-cfg", "--export-kd-teacher-load", "--export-te-mcore-model"},  # added by its model optimizer
+    *{"--activations-checkpoint-method"},  # older ones had them
+    *{"--deepspeed", "--zero-stage", "--no-pipeline-parallel"},  # Megatron-DeepSpeed's
+    *{"--use-z-loss", "--goldfish-loss", "--ademamix-alpha"},  # forks'
 }
-OTHER_CHOICES = {
-    "--transformer-impl": "torch is our own; inference is not there",
-    "--position-embedding-type": "yarn is of a newer Megatron-LM; the others are for other models",
+OF_OLDER_ONES_AND_FORKS = {
+    *{"--no-query-key-layer-scaling", "--log-batch-size-to-tensorboard", "--data-impl", "--DDP-impl", "--use-mpi"},
+    *{"--no-contiguous-buffers-in-local-ddp", "--use-contiguous-buffers-in-local-ddp"},
+}
+"""Accepted, because they change nothing."""
+MORE_CHOICES = {
+    "--transformer-impl": {"torch"},  # our own
+    "--position-embedding-type": {"yarn"},  # of newer Megatron-LMs
 }
 
 
@@ -83,7 +83,8 @@ def test_flags_of_our_own_do_not_sound_like_megatrons():
         "--eval-tasks-num-fewshot",
         "--eval-tasks-text",
     }
-    assert all(name.startswith("--dwm-") or name in known for name in OURS.keys() - MEGATRON.keys())
+    others = OURS.keys() - MEGATRON.keys() - OF_OLDER_ONES_AND_FORKS
+    assert all(name.startswith("--dwm-") or name in known for name in others)
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -99,12 +100,10 @@ def test_a_shared_flag_is_megatrons(name: str):
         assert ours.default == theirs["default"]
     assert ours.nargs == theirs.get("nargs")
     choices, known = set(ours.choices or ()), set(theirs.get("choices", ()))
-    if name in FEWER_CHOICES:
-        assert choices < known
-    elif name in OTHER_CHOICES:
-        assert choices - known and known - choices
-    else:
-        assert choices == known
+    assert choices - known == MORE_CHOICES.get(name, set())
+    for lacking in known - choices:
+        reason = reason_unsupported(f"{name}={lacking}")
+        assert reason is not None and "; use " in reason, f"{name} {lacking}"
 
 
 def test_a_shared_flag_has_all_its_spellings():
@@ -123,6 +122,11 @@ def test_a_flag_that_is_not_here_is_refused_with_reason_and_remedy(name: str):
 def test_refusals_concern_flags_of_megatrons_that_are_not_here():
     for patterns in UNSUPPORTED.values():
         for pattern in patterns.split():
+            if "=" in pattern:
+                name, value = pattern.split("=")
+                lacking = set(MEGATRON[name]["choices"]) - set(OURS[name].choices or ())
+                assert any(fnmatchcase(choice, value) for choice in lacking), f"{pattern} refuses nothing"
+                continue
             matched = {name for name in (*MEGATRON, *NOT_IN_ITS_PARSER) if fnmatchcase(name, pattern)}
             assert matched - OURS.keys(), f"{pattern} refuses nothing"
     assert reason_unsupported("--no-such-flag") is None

@@ -17,6 +17,7 @@ RUN = (
 ONE_NEUTRAL_VALUE = {
     "ckpt_fully_parallel_load_exchange_algo": "broadcast",
     "cpu_offloading_num_layers": "0",
+    "data_impl": "mmap",
     "dist_ckpt_workers": "1",
     "exp_avg_dtype": "fp32",
     "exp_avg_sq_dtype": "fp32",
@@ -57,11 +58,17 @@ def test_the_run_is_the_one_without_the_flag(field: str):
         ("--exp-avg-dtype fp8", "fp32"),
         ("--exp-avg-sq-dtype fp16", "fp32"),
         ("--rope-type yarn", "only multi-latent attention"),
+        ("--data-impl lazy", "memory-mapped"),
     ],
 )
 def test_a_value_that_would_have_an_effect_is_refused_with_the_reason(flags: str, said: str):
     with pytest.raises(UserError, match=f"^{flags} is not supported: .*{said}"):
         _parse(flags)
+
+
+def test_an_old_spelling_does_not_overrule_a_flag():
+    with pytest.raises(UserError, match="contradicts --apply-query-key-layer-scaling"):
+        _parse("--no-query-key-layer-scaling --apply-query-key-layer-scaling --fp16")
 
 
 @pytest.mark.parametrize(

@@ -374,3 +374,18 @@ def test_a_run_counted_in_samples_has_its_schedule_in_samples(flags: str, said: 
 def test_what_recomputation_is_left_in_a_script_is_warned_of(caplog: pytest.LogCaptureFixture):
     assert _parse(f"{RUN} --recompute-num-layers 1").model.recompute_granularity is None
     assert "--recompute-num-layers has no effect without --recompute-granularity" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "micro"),
+    [
+        ("--micro-batch-size 4 --global-batch-size 32", 2, 4),
+        ("--micro-batch-size 4 --global-batch-size 32 --dwm-target-batch-size 8", 1, 4),
+        ("--micro-batch-size 4 --global-batch-size 32 --dwm-target-batch-size 6", 2, 3),  # one microbatch a replica
+        ("--micro-batch-size 4 --global-batch-size 32 --dwm-target-batch-size 1", 1, 1),
+    ],
+)
+def test_few_targets_are_one_microbatch_of_fewer_samples(flags: str, world: int, micro: int):
+    config = _parse(f"{RUN} {flags}", world)
+    assert config.target_micro_batch == micro
+    assert config.target_batch_size % (micro * config.data_parallel_size) == 0

@@ -249,7 +249,7 @@ def test_a_worker_that_is_killed_ends_the_command_in_one_line(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("at", "found"),
-    # Both files leave their segment and are synced, the old index goes, the folder is synced; both files are synced,
+    # Both files get a second name and are synced, the old index goes, the folder is synced; both files are synced,
     # moved, the folder synced.
     enumerate(["old"] * 5 + ["none"] * 5 + ["new"]),
 )
@@ -269,7 +269,7 @@ def test_a_kill_while_files_are_put_in_place_leaves_no_data_beside_another_index
 
     def count_calls() -> None:
         calls = itertools.count()
-        for name in ("replace", "unlink", "fsync"):
+        for name in ("link", "replace", "unlink", "fsync"):
             function = getattr(os, name)
 
             def counted(*arguments: Any, function: Callable[..., Any] = function, **options: Any) -> Any:
@@ -291,6 +291,9 @@ def test_a_kill_while_files_are_put_in_place_leaves_no_data_beside_another_index
         check_dataset("data", data, 101)
         whole = IndexedDataset(data)
         assert whole[0].tolist() == {"old": [1, 2], "new": [3, 4]}[found]
+    preprocess(PreprocessConfig(input=[str(new)], output_prefix=prefix), null)  # the same command ends what it began
+    whole = IndexedDataset(data)
+    assert whole[0].tolist() == [3, 4]
 
 
 def test_killed_work_goes_on_behind_its_last_finished_segment(
@@ -321,7 +324,8 @@ def test_killed_work_goes_on_behind_its_last_finished_segment(
     assert process.exitcode == -signal.SIGKILL
     kept = tmp_path / "out" / ".made.unfinished"
     assert [path.name for path in (tmp_path / "out").iterdir()] == [kept.name]
-    shutil.copytree(kept, tmp_path / "changed" / kept.name)
+    for name in ("changed", "damaged"):
+        shutil.copytree(kept, tmp_path / name / kept.name)
     assert run_tool(monkeypatch, *argv, tmp_path / "out" / "made") == 0
     said = capsys.readouterr()
     assert "Going on after 60 documents" in said.out
@@ -329,6 +333,10 @@ def test_killed_work_goes_on_behind_its_last_finished_segment(
     assert hashes(tmp_path / "out", ["text"]) == hashes(tmp_path / "whole", ["text"])
     assert run_tool(monkeypatch, *argv, tmp_path / "changed" / "made", "--append-eod") == 0
     assert "Going on" not in capsys.readouterr().out
+    (tmp_path / "damaged" / kept.name / "000002" / "done.json").write_text("{")
+    assert run_tool(monkeypatch, *argv, tmp_path / "damaged" / "made") == 0
+    assert "Going on after 40 documents" in capsys.readouterr().out
+    assert hashes(tmp_path / "damaged", ["text"]) == hashes(tmp_path / "whole", ["text"])
     with unfinished_work(tmp_path / "busy" / kept.name, None):
         done = multiprocessing.get_context("fork").Process(
             target=lambda: sys.exit(run_tool(monkeypatch, *argv, tmp_path / "busy" / "made"))
@@ -336,6 +344,41 @@ def test_killed_work_goes_on_behind_its_last_finished_segment(
         done.start()
         done.join()
     assert done.exitcode == 2 and not (tmp_path / "busy" / kept.name).exists()
+
+
+def test_each_file_has_data_sets_of_its_own_and_those_that_are_there_are_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, first in (("a.jsonl", 1), ("b.x.jsonl.gz", 3)):
+        opened: Any = gzip.open if name.endswith(".gz") else open
+        with opened(tmp_path / name, "wt") as file:
+            file.write(f'{{"text": "{first} {first + 1}"}}\n')
+    argv = [
+        "--input",
+        tmp_path / "*.jsonl*",
+        *NUMBERS,
+        "--output-per-file",
+        "--output-prefix",
+        tmp_path / "out" / "made",
+    ]
+    names = [Path(path).name.partition(".jsonl")[0] for path in glob.glob(str(tmp_path / "*.jsonl*"))]
+    blocked = tmp_path / "out" / f"made_{names[1]}_text_document.bin"
+    blocked.mkdir(parents=True)
+    assert run_tool(monkeypatch, *argv) == 2
+    blocked.rmdir()
+    capsys.readouterr()
+    assert run_tool(monkeypatch, *argv) == 0
+    assert "Going on after 1 files" in capsys.readouterr().out
+    expected = {f"made_{name}_text_document{suffix}" for name in ("a", "b.x") for suffix in (".bin", ".idx")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected
+    for name, tokens in (("a", [1, 2]), ("b.x", [3, 4])):
+        made = IndexedDataset(str(tmp_path / f"out/made_{name}_text_document"))
+        assert made[0].tolist() == tokens
+    assert run_tool(monkeypatch, *argv[:-1], f"{tmp_path}/folder/") == 0
+    assert {path.name for path in (tmp_path / "folder").iterdir()} == {name.removeprefix("made_") for name in expected}
+    (tmp_path / "a.json").write_text("{}")
+    assert run_tool(monkeypatch, *argv[:1], tmp_path / "a.json", *argv[1:]) == 2
+    assert "have one name; rename one" in capsys.readouterr().err
 
 
 def test_segments_change_no_byte_of_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,7 +461,10 @@ def test_bad_flags_and_paths_are_one_line_and_code_2(
         (["--padded-vocab-size", "128"], "--padded-vocab-size is not supported: it has no effect on the data;"),
         (["--vocab-extra-ids", "100"], "--vocab-extra-ids is not supported: only GPT models are trained;"),
         (["--tiktoken-special-tokens", "<s>"], "--tiktoken-special-tokens is not supported: "),
-        (["--tokenizer-type", "BertWordPieceCase"], "argument --tokenizer-type: invalid choice: 'BertWordPieceCase'"),
+        (
+            ["--tokenizer-type", "BertWordPieceCase"],
+            "--tokenizer-type BertWordPieceCase is not supported: it is of other",
+        ),
         (["--no-such-flag"], "unknown flag --no-such-flag"),
     ],
 )

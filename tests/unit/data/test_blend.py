@@ -42,6 +42,8 @@ def test_a_weight_that_is_not_a_positive_number_is_refused(weight: str) -> None:
 
 def test_sources_are_named_by_their_files_unless_these_are_the_same() -> None:
     assert short_names(["/x/prose_text_document", "/x/code_text_document"]) == ["prose", "code"]
+    assert short_names(["/x/prose.train_text_document", "/x/code.train_text_document"]) == ["prose", "code"]
+    assert short_names(["/x/prose.train_text_document", "/x/prose.old_text_document"]) == ["prose.train", "prose.old"]
     assert short_names(["/x/a_text_document", "/y/a_text_document"]) == ["/x/a_text_document", "/y/a_text_document"]
 
 

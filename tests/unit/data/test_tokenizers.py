@@ -94,6 +94,25 @@ def test_vocabulary_is_padded_to_a_multiple(
     assert padded_vocab_size(vocab_size, divisible_by, tensor_parallel) == padded
 
 
+def test_a_class_that_metadata_name_is_not_imported(
+    configs: dict[str, TokenizerConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "planted.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nclass Theirs: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    described = {
+        "library": "sentencepiece",
+        "tokenizer_class": "Theirs",
+        "class_name": "Theirs",
+        "class_path": "planted",
+    }
+    named = {"tokenizer_class_name": "Theirs", "tokenizer_class_path": "planted"}
+    for content in (described, described | named):
+        (tmp_path / "metadata.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"cannot be built from .*metadata\.json"):
+            build_tokenizer(dataclasses.replace(configs["bpe"], tokenizer_metadata=str(tmp_path / "metadata.json")))
+    assert not (tmp_path / "ran").exists()
+
+
 def damage(content: bytes, how: str) -> bytes:
     middle = len(content) // 2
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,25 @@ def test_flags_of_pipelines_and_checks_are_copied():
     assert build_config(parallel=interleaved).microbatch_group_size_per_vp_stage == 3
     on_gpu = build_config(GPU, parallel=interleaved, transformer_impl="torch")
     assert on_gpu.overlap_p2p_comm_warmup_flush
+
+
+def test_flags_of_overlapped_and_deferred_communication_are_copied():
+    changed: dict[str, Any] = {
+        **dict.fromkeys(
+            ("tp_comm_bulk_wgrad", "tp_comm_bulk_dgrad", "tp_comm_overlap_ag", "tp_comm_overlap_rs"), False
+        ),
+        **dict.fromkeys(("tp_comm_split_ag", "tp_comm_split_rs"), False),
+        "tp_comm_overlap_rs_dgrad": True,
+        "tp_comm_bootstrap_backend": "gloo",
+        "wgrad_deferral_limit": 3,
+        "account_for_embedding_in_pipeline_split": True,
+    }
+    config = build_config(parallel=ParallelConfig(**changed))
+    assert {name: getattr(config, name) for name in changed} == changed
+    unchanged = build_config()
+    assert not any(getattr(unchanged, name) == value for name, value in changed.items())
+    last = ParallelConfig(pipeline_model_parallel_size=2, decoder_last_pipeline_num_layers=1)
+    assert build_config(parallel=last).num_layers_in_last_pipeline_stage == 1
 
 
 def test_the_old_spelling_of_recomputation_means_every_layer():

@@ -10,12 +10,13 @@ from megatron_dwm.runtime.environment import environment_rank
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "6", "OMPI_COMM_WORLD_LOCAL_RANK": "2", "OMPI_COMM_WORLD_SIZE": "16"}
 SRUN = {"SLURM_PROCID": "3", "SLURM_LOCALID": "3", "SLURM_NTASKS": "4"}
+MVAPICH = {"MV2_COMM_WORLD_RANK": "4", "MV2_COMM_WORLD_LOCAL_RANK": "0", "MV2_COMM_WORLD_SIZE": "5"}
 MPICH = {"PMI_RANK": "1", "MPI_LOCALRANKID": "0", "PMI_SIZE": "2"}
 
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in [*TORCHRUN, *OPEN_MPI, *SRUN, *MPICH, "SLURM_STEP_ID"]:
+    for name in [*TORCHRUN, *OPEN_MPI, *MVAPICH, *SRUN, *MPICH, "SLURM_STEP_ID"]:
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -26,7 +27,10 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ({}, (0, 0, 1)),
         (TORCHRUN, (5, 1, 8)),
         (OPEN_MPI, (6, 2, 16)),
+        (MVAPICH, (4, 0, 5)),
         (MPICH, (1, 0, 2)),
+        ({"WORLD_SIZE": "1"} | OPEN_MPI, (6, 2, 16)),  # set in a container's image
+        ({"WORLD_SIZE": "1"}, (0, 0, 1)),
         (SRUN | {"SLURM_STEP_ID": "0"}, (3, 3, 4)),
         (SRUN, (0, 0, 1)),  # a shell inside a job, which is no step
         (SRUN | {"SLURM_STEP_ID": "0"} | TORCHRUN, (5, 1, 8)),  # torchrun that srun starts
@@ -41,7 +45,19 @@ def test_the_launchers_variables_give_the_rank(
     assert environment_rank() == expected
 
 
-def test_a_variable_that_is_no_number_is_named(environment: pytest.MonkeyPatch):
-    environment.setenv("OMPI_COMM_WORLD_SIZE", "many")
-    with pytest.raises(UserError, match=r"^OMPI_COMM_WORLD_SIZE=many: not a whole number"):
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        (
+            {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "many"},
+            "OMPI_COMM_WORLD_SIZE=many: not a whole number",
+        ),
+        ({"RANK": "1"}, "RANK=1 without WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK"),
+    ],
+)
+def test_what_makes_no_rank_is_named(environment: pytest.MonkeyPatch, variables: dict[str, str], said: str):
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    with pytest.raises(UserError, match=f"^{said}"):
         environment_rank()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tests.fuzzing import assert_short_line, damaged, fuzz_settings
 from tests.paths import FIXTURES
 from tests.small_runs import parse_flags
 
+VALUES: list[Any] = [None, True, -1, 0, 2**70, 1.5, float("nan"), "", "x" * 2000, [], [1], {}, {"a": 1}, (), b"1"]
 NAME = f"iter_{record.STOP:07d}"
 
 
@@ -80,6 +82,29 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(
 
     with_damage(save / name if name == TRACKER else save / NAME / name, data, check)
     assert sorted(save.rglob("*")) == before and read_everything(config.checkpoint, config)
+
+
+@fuzz_settings(30)
+@given(data=strategies.data())
+def test_other_values_in_what_it_says_of_its_run_are_refused_in_one_line(
+    data: strategies.DataObject, save: Path, config: RunConfig
+) -> None:
+    path = save / NAME / "common.pt"
+    whole = path.read_bytes()
+    common = torch.load(path, weights_only=False)
+    part = data.draw(strategies.sampled_from([common, vars(common["args"]), common["opt_param_scheduler"]]))
+    name = data.draw(strategies.sampled_from(sorted(part)))
+    if data.draw(strategies.booleans()):
+        del part[name]
+    else:
+        part[name] = data.draw(strategies.sampled_from(VALUES))
+    torch.save(common, path)
+    try:
+        read_everything(config.checkpoint, config)
+    except UserError as error:
+        assert "--load" in assert_short_line(error) or str(save) in str(error)
+    finally:
+        path.write_bytes(whole)
 
 
 @fuzz_settings(25)

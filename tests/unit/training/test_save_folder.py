@@ -43,3 +43,9 @@ def test_what_cannot_be_written_is_named_and_nothing_is_left(tmp_path: Path):
             check_writable({"--save": path})
     check_writable({"--save": tmp_path / "below" / "it"})
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_in_place_of_the_lock_is_named(tmp_path: Path):
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(UserError, match=rf"--save {tmp_path / LOCK}: cannot be opened \(Is a directory\)"):
+        SaveFolder(tmp_path)

@@ -18,7 +18,7 @@ from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer, vocabulary_finger
 from megatron_dwm.data.tokenizers import build_tokenizer
 from megatron_dwm.errors import UserError
 from megatron_dwm.weighting.export import export_weighter
-from megatron_dwm.weighting.export_manifest import MANIFEST, verify_export
+from megatron_dwm.weighting.export_manifest import MANIFEST, read_manifest, verify_export
 from megatron_dwm.weighting.weighter_folder import SampleTokens, read_weighter_folder
 
 SETTINGS = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=30)
@@ -47,6 +47,7 @@ def export(tmp_path: Path) -> Path:
 
 def rewrite_manifest(folder: Path, change: Callable[[dict], None]) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
+    manifest.pop("manifest_sha256")  # an earlier version's
     change(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
@@ -75,7 +76,19 @@ def test_single_bits_in_any_file_are_found(export: Path):
         path.write_bytes(whole)
 
 
-@pytest.mark.parametrize("text", ["", "garbage", "[]", '{"files": 3}', '{"files": {"a": 1}}', "[" * 100_000])
+def test_a_fact_that_was_changed_in_the_manifest_is_found(export: Path):
+    text = (export / MANIFEST).read_text()
+    assert read_manifest(export)["iteration"] == 7
+    for changed in (text.replace('"iteration": 7', '"iteration": 3'), text.replace('"iteration"', '"iteratioo"')):
+        (export / MANIFEST).write_text(changed)
+        with pytest.raises(UserError, match=f"{MANIFEST} cannot be read .not as it was written"):
+            load(export)
+
+
+INFINITE = '{"files": {"a": {"bytes": 1e999, "sha256": ""}}}'
+
+
+@pytest.mark.parametrize("text", ["", "garbage", "[]", '{"files": 3}', '{"files": {"a": 1}}', INFINITE, "[" * 100_000])
 def test_a_damaged_manifest_is_refused(text: str, export: Path):
     (export / MANIFEST).write_text(text)
     with pytest.raises(UserError, match=f"--dwm-load {export}: {MANIFEST} cannot be read"):

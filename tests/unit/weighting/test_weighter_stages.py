@@ -44,7 +44,9 @@ def test_one_export_serves_for_the_whole_run(tmp_path: Path):
     assert stages(tmp_path / "iter_0000200", 7) == [("iter_0000200", 7, 1)]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"stage": 1}', '{"stage": "x", "iteration": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"stage": 1}', '{"stage": "x", "iteration": 3}', '{"stage": 1e999, "iteration": 3}']
+)
 def test_a_damaged_manifest_is_named(text: str, tmp_path: Path):
     export(tmp_path, 200, 1)
     (tmp_path / "iter_0000200" / MANIFEST).write_text(text)

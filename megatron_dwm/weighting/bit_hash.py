@@ -1,0 +1,37 @@
+"""A hash of tensors' bits, computed where they are: for comparing copies, not against people who forge them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+AT_A_TIME = 1 << 22
+_LANES = ((0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9), (0xC2B2AE3D27D4EB4F, 0x94D049BB133111EB))
+"""Odd numbers that places, and places mixed with bits, are multiplied with: one pair for each number of the hash."""
+
+
+def bit_hash(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return two integers [2], int64, that depend on every bit of float32 tensors and on its place.
+
+    Each element is mixed with its place, and the results are added, all modulo 2^64. Sums of integers do not depend on
+    their order, so that all devices find the same.
+    """
+    sums: list[torch.Tensor] = []
+    start = 0
+    for tensor in tensors:
+        for bits in tensor.detach().reshape(-1).view(torch.int32).split(AT_A_TIME):
+            places = torch.arange(start, start + len(bits), device=bits.device)
+            start += len(bits)
+            sums.append(torch.stack([_mixed(bits, places, *_signed(*lane)).sum() for lane in _LANES]))
+    return torch.stack(sums).sum(0)
+
+
+def _mixed(bits: torch.Tensor, places: torch.Tensor, of_places: int, of_both: int) -> torch.Tensor:
+    mixed = (bits.long() ^ (places * of_places)).mul_(of_both)
+    return (mixed ^ (mixed >> 29)).mul_(of_both)
+
+
+def _signed(*numbers: int) -> tuple[int, ...]:
+    """Return the integers whose 64 bits are those of numbers below 2^64."""
+    return tuple(number - (1 << 64) if number >> 63 else number for number in numbers)

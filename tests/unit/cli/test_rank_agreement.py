@@ -1,0 +1,33 @@
+"""What ranks compare before they train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_dwm.cli.rank_agreement import rank_facts, tokenizer_files
+from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.data.blend import data_paths
+from tests.small_runs import GPT, IN_PROCESS, parse_flags
+
+
+def test_weights_that_a_file_gives_are_compared(tmp_path: Path):
+    """The flag is the same on every node, its file need not be."""
+    listed = tmp_path / "blend.txt"
+    flags = {name: value for name, value in IN_PROCESS.items() if name != "--mock-data"}
+    config = parse_flags({**GPT, **flags, "--dwm-mode": "off", "--data-args-path": listed})
+    found = []
+    for text in ("1 a 2 b", "1 a 3 b"):
+        listed.write_text(text)
+        found.append(rank_facts(config, data_paths(config.data, None), None))
+    assert {name for name in found[0] if found[0][name] != found[1][name]} == {"blend of --data-path"}
+
+
+def test_a_tokenizer_is_compared_by_its_files(tmp_path: Path):
+    for name in ("tokenizer.json", "merges.txt", "sp.model", "model.safetensors", "README.md"):
+        (tmp_path / name).write_text(name)
+    folder = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path))
+    assert [path.name for _, path in tokenizer_files(folder)] == ["merges.txt", "sp.model", "tokenizer.json"]
+    file = TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(tmp_path / "sp.model"))
+    assert list(tokenizer_files(file)) == [("--tokenizer-model", tmp_path / "sp.model")]
+    on_the_hub = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="somebody/a-model")
+    assert not list(tokenizer_files(on_the_hub))
