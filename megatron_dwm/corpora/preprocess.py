@@ -58,8 +58,8 @@ class PreprocessConfig:
     output_prefix: str | None = flag(None, "Path of the output without _<key>_document.bin/.idx.")
     output_per_file: bool = flag(
         False,
-        "Make data sets of each input file, with its name behind --output-prefix (or in it, if that ends with a slash), "
-        "in place of those of all.",
+        "Make data sets of each input file, with its name behind --output-prefix (or in it, if that ends with a "
+        "slash), in place of those of all.",
     )
     workers: int = flag(1, "Number of processes that tokenize.")
     partitions: int = flag(1, "Deal the documents out to this many partitions, which follow each other.")
