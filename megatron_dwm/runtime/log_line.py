@@ -163,6 +163,7 @@ def task_line(iteration: int, task: str, items: int, metrics: Mapping[str, Mappi
     figures = [
         f"{name} {value['mean']:.3f}" + ("" if value["stderr"] is None else f" ± {value['stderr']:.3f}")
         for name, value in metrics.items()
+        if value["mean"] is not None
     ]
     return f" dwm tasks at iteration {iteration} | {task}, {items} items | {' | '.join(figures)}"
 

@@ -182,7 +182,8 @@ class Reporter:
             self.record({**result, "iteration": iteration})
             for metric, value in metrics.items():
                 label = f"dwm/tasks/{result['task']}/{result['num_fewshot']}-shot {metric}"
-                self._draw(label, value["mean"], iteration)
+                if value["mean"] is not None:
+                    self._draw(label, value["mean"], iteration)
 
     def _draw_evaluation(self, name: str, loss: float, train_state: TrainState) -> None:
         """Draw a point of a loss's curve, and if asked for of its perplexity's, under Megatron-LM's names."""
