@@ -285,7 +285,7 @@ class RunConfig:
 
     @property
     def target_micro_batch(self) -> int:
-        """The number of samples of a target microbatch: the run's, or fewer where a replica has not as many."""
+        """How many samples a target microbatch has: as many as the run's, or fewer where a replica has not as many."""
         return max(1, min(self.training.micro_batch, self.target_batch_size // self.data_parallel_size))
 
     @property
