@@ -19,9 +19,9 @@ from megatron_dwm.runtime import rendezvous, startup_sync
 from megatron_dwm.runtime.process_groups import free_port
 
 FORK = multiprocessing.get_context("fork")
-SECONDS = 4
+SECONDS = 6
 """That ranks are waited for, in place of minutes; more than a busy machine keeps a process waiting."""
-MINUTES = "0.0666667"
+MINUTES = "0.1"
 
 Program = Callable[[Process], None]
 
@@ -31,7 +31,7 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_dwm.cli.launch._timeout", lambda argv: timedelta(seconds=SECONDS))
     monkeypatch.setattr(startup_sync, "POLL_SECONDS", 0.2)
     monkeypatch.setattr(startup_sync, "LINGER_SECONDS", 0.8)
-    monkeypatch.setattr(rendezvous, "LINGER_SECONDS", 0.2)
+    monkeypatch.setattr(rendezvous, "LINGER_SECONDS", 2.0)
 
 
 def start(
