@@ -300,7 +300,7 @@ class ParallelConfig:
         try:
             parsed = PipelineParallelLayerLayout.from_str(layout, self.pp)
             parsed.validate_layer_layout(num_layers=num_layers, mtp_num_layers=0)
-        except (AssertionError, AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
+        except (AssertionError, AttributeError, LookupError, SyntaxError, TypeError, ValueError) as error:
             raise UserError(
                 f"--pipeline-model-parallel-layout {layout}: it does not place {num_layers} layers on {self.pp} "
                 f"pipeline ranks ({error}); change it"

@@ -104,7 +104,7 @@ def _load_distributed(
         UserError: the checkpoint's tensors do not fit the model, or its files are damaged.
     """
     flags = config.checkpoint
-    metadata = {**(saved.common.get("content_metadata") or {}), "dp_cp_group": data_parallel_group()}
+    metadata = {**saved.content_metadata, "dp_cp_group": data_parallel_group()}
     load = partial(_load_sharded, saved, flags)
     template = sharded_state(
         config,

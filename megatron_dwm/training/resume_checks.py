@@ -120,8 +120,12 @@ def _check_weighting_state(config: RunConfig, saved: SavedCheckpoint) -> None:
 
 
 def sharding_type(saved: SavedCheckpoint) -> str | None:
-    """Return how the distributed optimizer's state was saved; None if it was another optimizer's."""
-    value = (saved.common.get("content_metadata") or {}).get("distrib_optim_sharding_type")
+    """Return how the distributed optimizer's state was saved; None if it was another optimizer's.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    value = saved.content_metadata.get("distrib_optim_sharding_type")
     return None if value is None else str(value)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import pickle
+import struct
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_dwm.checksums import Checksum, find_damage
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.safe_unpickling import (
     UnreadableFile,
     load_restricted,
@@ -65,6 +66,19 @@ class SavedCheckpoint:
         """Global shape of each tensor, by key."""
         described = self.metadata.state_dict_metadata
         return {key: tuple(entry.size) for key, entry in described.items() if hasattr(entry, "size")}
+
+    @property
+    def content_metadata(self) -> dict[str, Any]:
+        """How megatron-core has named and sharded what is in it; empty if it does not say.
+
+        Raises:
+            UserError: it is something else.
+        """
+        found = self.common.get("content_metadata") or {}
+        with reported_damage(self.folder):
+            if not isinstance(found, dict):
+                raise CheckpointDamage(f"its content_metadata is {shortened(found, 40)}")
+        return found
 
     def read_tensors(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
         """Return whole tensors by key, on the CPU; no communication.
@@ -230,6 +244,7 @@ _DAMAGE = (
     TypeError,
     ValueError,
     pickle.UnpicklingError,
+    struct.error,
 )
 
 
