@@ -88,9 +88,9 @@ class SavedCheckpoint:
         """
         from torch.distributed.checkpoint.state_dict_loader import load
 
-        described = self.metadata.state_dict_metadata
-        state = {key: torch.empty(described[key].size, dtype=described[key].properties.dtype) for key in keys}
         with reported_damage(self.folder):
+            described = self.metadata.state_dict_metadata
+            state = {key: torch.empty(described[key].size, dtype=described[key].properties.dtype) for key in keys}
             load(state, storage_reader=restricted_reader(self.folder), no_dist=True)
         return state
 
@@ -102,13 +102,13 @@ class SavedCheckpoint:
         """
         from megatron_dwm.training.checkpoint_parts import read_part
 
-        described = self.metadata.state_dict_metadata[key]
-        size = list(described.size)
-        first = [0] * len(size)
-        if row is not None:
-            first[0], size[0] = row, 1
-        target = torch.empty(size, dtype=described.properties.dtype)
         with reported_damage(self.folder):
+            described = self.metadata.state_dict_metadata[key]
+            size = list(described.size)
+            first = [0] * len(size)
+            if row is not None:
+                first[0], size[0] = row, 1
+            target = torch.empty(size, dtype=described.properties.dtype)
             read_part(self.folder, self.metadata, key, first, target)
         return target if row is None else target[0]
 
