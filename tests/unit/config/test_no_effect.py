@@ -99,6 +99,7 @@ def test_the_flags_with_which_others_would_act_are_refused(flag: str):
             "not divisible .* as the flags divide it",
         ),
         ("--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tL", "does not place 4 layers on 2"),
+        ("--num-layers=--", "--num-layers: expected one argument"),
         ("--pipeline-model-parallel-layout=", "does not place 4 layers on 1"),
         (
             "--pipeline-model-parallel-layout EttttL --num-virtual-stages-per-pipeline-rank 2",
