@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import re
+import struct
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -60,6 +61,7 @@ DAMAGE = (
     TypeError,
     ValueError,
     pickle.UnpicklingError,
+    struct.error,
 )
 """What unpickling raises when bytes are missing or wrong."""
 

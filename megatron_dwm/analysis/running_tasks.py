@@ -162,9 +162,9 @@ def _evaluator(flags: TasksConfig) -> Evaluator:
 @contextmanager
 def _kept_random_states() -> Iterator[None]:
     """While open, the harness may seed Python's and numpy's random streams."""
-    own, numpy = random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         yield
     finally:
-        random.setstate(own)
-        np.random.set_state(numpy)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -20,7 +20,6 @@ Between the turns the parts of a step are timed around the functions that the ru
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -28,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.atomic_write import atomic_write_text
-from megatron_dwm.benchmarks.overhead_flags import parse_overhead
+from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark
+from megatron_dwm.benchmarks.overhead_flags import OverheadConfig, parse_overhead
 from megatron_dwm.benchmarks.overhead_report import cost_lines, table
 from megatron_dwm.benchmarks.programs import call
 from megatron_dwm.cli.launch import Process, build_trainer, run_program
@@ -40,10 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     def program(process: Process) -> None:
         (options, config), device = process.parse(partial(parse_overhead, argv))
         if options.micro_batch_sizes is not None:
-            runs = [
-                _measured_by_itself(list(argv if argv is not None else sys.argv[1:]), size)
-                for size in options.micro_batch_sizes
-            ]
+            _, run_flags = parse_benchmark(OverheadConfig, argv, __doc__)
+            runs = [_measured_by_itself(options, run_flags, size) for size in options.micro_batch_sizes]
             figures: dict[str, Any] = {"runs": runs}
             text = "\n".join(line for run in runs for line in ["", *cost_lines(run)])
         else:
@@ -60,18 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_program(program, argv)
 
 
-def _measured_by_itself(argv: list[str], micro_batch_size: int) -> dict[str, Any]:
+def _measured_by_itself(options: OverheadConfig, run_flags: Sequence[str], micro_batch_size: int) -> dict[str, Any]:
     """Measure a run with this micro-batch size in a process of its own, and return its figures."""
-    without = [*argv]
-    at = next(place for place, word in enumerate(argv) if word.split("=")[0] == "--micro-batch-sizes")
-    end = at + 1
-    while "=" not in argv[at] and end < len(argv) and not argv[end].startswith("--"):
-        end += 1
-    del without[at:end]
+    measuring = ["--steps", options.steps, "--repeats", options.repeats, "--clock", options.clock]
+    measuring += ["--intervals", *options.intervals, "--micro-batch-size", micro_batch_size]
     with tempfile.TemporaryDirectory() as folder:
         found, log = Path(folder) / "figures.json", Path(folder) / "log.txt"
-        flags = [*without, "--micro-batch-size", micro_batch_size, "--json", found]
-        call("benchmark", "overhead", *flags, log=log)
+        call("benchmark", "overhead", *run_flags, *measuring, "--json", found, log=log)
         figures: dict[str, Any] = json.loads(found.read_text())
     return figures
 

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_dwm.config.flags import declared_flags, flag_name
 from megatron_dwm.config.layer_patterns import parse_layers
 from megatron_dwm.config.model import ModelConfig
-from megatron_dwm.config.needed_flags import lacking_flag
+from megatron_dwm.config.needed_flags import YARN_FIELDS, lacking_flag
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.safe_unpickling import UnreadableFile, read_common_state, read_torch_file
@@ -55,13 +55,7 @@ _FUNCTION = (
     "rotary_seq_len_interpolation_factor",
     "use_rope_scaling",
     "rope_scaling_factor",
-    "rotary_scaling_factor",
-    "mscale",
-    "mscale_all_dim",
-    "yarn_original_max_position_embeddings",
-    "yarn_beta_fast",
-    "yarn_beta_slow",
-    "yarn_correction_range_round_to_int",
+    *YARN_FIELDS,
     "layernorm_epsilon",
     "layernorm_zero_centered_gamma",
 )

@@ -6,6 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 _ROPE, _YARN = "--position-embedding-type rope", "--position-embedding-type yarn"
+YARN_FIELDS = (
+    "rotary_scaling_factor",
+    "mscale",
+    "mscale_all_dim",
+    "yarn_original_max_position_embeddings",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_correction_range_round_to_int",
+)
+"""What describes YaRN's rotary positions."""
 _NEEDED = {
     "num_query_groups": "--group-query-attention",
     "rotary_base": f"{_ROPE} or yarn",
@@ -18,18 +28,7 @@ _NEEDED = {
         ),
         _ROPE,
     ),
-    **dict.fromkeys(
-        (
-            "rotary_scaling_factor",
-            "mscale",
-            "mscale_all_dim",
-            "yarn_original_max_position_embeddings",
-            "yarn_beta_fast",
-            "yarn_beta_slow",
-            "yarn_correction_range_round_to_int",
-        ),
-        _YARN,
-    ),
+    **dict.fromkeys(YARN_FIELDS, _YARN),
     "no_rope_freq": _ROPE,
     "rope_scaling_factor": "--use-rope-scaling",
     "window_attn_skip_freq": "--window-size",

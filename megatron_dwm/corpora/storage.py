@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,8 @@ def size_of(path: str) -> int:
     if not is_url(path):
         return os.path.getsize(path)
     fs, inner = _file_system(path)
-    try:
+    with _refused_url(path):
         return int(fs.size(inner))
-    except Exception as error:  # each kind of store has its own
-        raise UserError(f"--input {path}: cannot be read ({shortened(error)}); check the URL") from None
 
 
 def open_file(path: str) -> io.BufferedReader:
@@ -46,10 +46,8 @@ def open_file(path: str) -> io.BufferedReader:
     if not is_url(path):
         return open(path, "rb")
     fs, inner = _file_system(path)
-    try:
+    with _refused_url(path):
         return io.BufferedReader(fs.open(inner, "rb"))
-    except Exception as error:
-        raise UserError(f"--input {path}: cannot be read ({shortened(error)}); check the URL") from None
 
 
 def files_of_url(pattern: str) -> list[str]:
@@ -59,14 +57,21 @@ def files_of_url(pattern: str) -> list[str]:
         UserError: the store cannot be reached.
     """
     fs, inner = _file_system(pattern)
-    try:
+    with _refused_url(pattern):
         if any(letter in inner for letter in "*?["):
             found = [path for path in fs.glob(inner) if not fs.isdir(path)]
         else:
             found = fs.find(inner)
+        return sorted(fs.unstrip_protocol(path) for path in found)
+
+
+@contextmanager
+def _refused_url(url: str) -> Iterator[None]:
+    """While open, whatever a store raises is a user's error: each kind of store has its own."""
+    try:
+        yield
     except Exception as error:
-        raise UserError(f"--input {pattern}: cannot be read ({shortened(error)}); check the URL") from None
-    return sorted(fs.unstrip_protocol(path) for path in found)
+        raise UserError(f"--input {url}: cannot be read ({shortened(error)}); check the URL") from None
 
 
 class OutputFolder:

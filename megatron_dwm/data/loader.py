@@ -96,9 +96,9 @@ class BatchLoader:
                 loaded = self._end_of_data(partition.replica_samples)
         batch = broadcast_batch(loaded, partition.replica_samples, self.seq, self.parallel_state)
         self.consumed += partition.global_samples
-        # A rank that has read the samples itself looks at them before they are on the device, which it would wait for.
-        own = loaded if self.parallel_state.replica_size == 1 else None
-        tokens = batch.tokens if own is None else own["tokens"]
+        tokens = batch.tokens
+        if loaded is not None and self.parallel_state.replica_size == 1:
+            tokens = loaded["tokens"]  # on the host, which would wait for the device
         least, largest = torch.stack(tokens.aminmax()).tolist()
         if least == _NO_TOKEN:
             raise UserError("the data ran out; lower --train-iters or --eval-iters, or give more data")

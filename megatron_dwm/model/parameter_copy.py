@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_dwm.model.buckets import buckets_of, gather_shards, shard_of
 from megatron_dwm.model.protocols import ModelChunk
 
 AT_A_TIME = 1 << 22
@@ -48,7 +49,7 @@ class ParameterCopy:
             if gathering is not None:
                 gathering.start_param_sync(force_sync=True)
         sharded = {param for _, bucket in self._sharded_buckets() for param in bucket.params_list}
-        held = [_own_shard(group, bucket) for group, bucket in self._sharded_buckets()]
+        held = [shard_of(bucket.param_data, group) for group, bucket in self._sharded_buckets()]
         held += [param.detach() for chunk in self._chunks for param in chunk.parameters() if param not in sharded]
         self._copies = [(present, present.clone()) for present in held]
 
@@ -76,22 +77,14 @@ class ParameterCopy:
 
     def _gather(self) -> None:
         for group, bucket in self._sharded_buckets():
-            if dist.get_world_size(group) > 1:
-                dist.all_gather_into_tensor(bucket.param_data, _own_shard(group, bucket), group=group)
+            gather_shards(bucket.param_data, group)
 
     def _sharded_buckets(self) -> Iterator[tuple[dist.ProcessGroup, Any]]:
         """Yield the buckets whose parameters are sharded, with the group that holds the shards."""
         chunks: list[Any] = self._chunks
         for chunk in chunks:
-            settings = getattr(chunk, "ddp_config", None)
-            if settings is None or not settings.use_distributed_optimizer or settings.reuse_grad_buf_for_mxfp8_param_ag:
-                continue  # the last one's parameters lie elsewhere than in their buckets
-            for bucket_group in chunk.bucket_groups:
-                for bucket in bucket_group.buckets:
-                    if bucket.param_data is not None:
-                        yield bucket_group.intra_distributed_optimizer_instance_group, bucket
-
-
-def _own_shard(group: dist.ProcessGroup, bucket: Any) -> torch.Tensor:
-    shards: torch.Tensor = bucket.param_data.view(dist.get_world_size(group), -1)
-    return shards[dist.get_rank(group)]
+            if getattr(getattr(chunk, "ddp_config", None), "reuse_grad_buf_for_mxfp8_param_ag", False):
+                continue  # its parameters lie elsewhere than in their buckets
+            for group, bucket in buckets_of([chunk]):
+                if group is not None and bucket.param_data is not None:
+                    yield group, bucket

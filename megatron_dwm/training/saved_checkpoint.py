@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import pickle
-import struct
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import torch
 from megatron_dwm.checksums import Checksum, find_damage
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.safe_unpickling import (
+    DAMAGE,
     UnreadableFile,
     load_restricted,
     read_common_state,
@@ -228,24 +227,9 @@ def reported_damage(folder: Path) -> Iterator[None]:
     except CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
         reason = short_reason(causes[0] if causes else error)
-    except (*_DAMAGE, CheckpointingException) as error:
+    except (*DAMAGE, AssertionError, CheckpointingException) as error:
         reason = short_reason(error)
     raise UserError(f"--load {folder.parent}: {folder.name} is damaged: {reason}; {_remedy(folder)}")
-
-
-_DAMAGE = (
-    AssertionError,
-    AttributeError,
-    EOFError,
-    IndexError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-    struct.error,
-)
 
 
 def _open(folder: Path) -> SavedCheckpoint:

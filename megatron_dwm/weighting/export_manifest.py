@@ -12,7 +12,7 @@ from megatron_dwm.checksums import checksum, find_damage, parse_checksums
 from megatron_dwm.errors import UserError
 
 MANIFEST = "dwm_manifest.json"
-_OWN = "manifest_sha256"
+_DIGEST_OF_MANIFEST = "manifest_sha256"
 """What the manifest says of itself: a digest of all the rest of it."""
 
 
@@ -20,7 +20,7 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write the manifest of the files that are in ``folder``."""
     files = {path.name: vars(checksum(path)) for path in sorted(folder.iterdir()) if path.is_file()}
     content = {**facts, "files": files}
-    text = json.dumps(content | {_OWN: _digest(content)}, indent=2)
+    text = json.dumps(content | {_DIGEST_OF_MANIFEST: _digest(content)}, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -41,7 +41,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(error.strerror) from None
     if not isinstance(manifest, dict):
         raise ValueError("no object")
-    written = manifest.pop(_OWN, None)
+    written = manifest.pop(_DIGEST_OF_MANIFEST, None)
     if written is not None and written != _digest(manifest):
         raise ValueError("not as it was written")
     return manifest

@@ -136,8 +136,8 @@ class Weighter:
         here = bit_hash(self.model.parameters())
         extremes = torch.stack([here, ~here])  # the complement of the largest is the least of the complements
         all_reduce_over_world(extremes, dist.ReduceOp.MIN)
-        own, least, most = torch.stack([here, extremes[0], ~extremes[1]]).tolist()
-        digest = "".join(f"{number % 2**64:016x}" for number in own)
+        found, least, most = torch.stack([here, extremes[0], ~extremes[1]]).tolist()
+        digest = "".join(f"{number % 2**64:016x}" for number in found)
         if least != most:
             raise RuntimeError(
                 f"the weighter's replicas differ (rank {world_rank()} has {digest[:16]}); "

@@ -7,32 +7,14 @@ and the shards are gathered once, bucket by bucket.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
+from megatron_dwm.model.buckets import buckets_of, gather_shards, shard_of
 from megatron_dwm.model.protocols import ModelChunk
 from megatron_dwm.weighting.bilevel.alignment import Direction
-
-
-@dataclass(frozen=True)
-class _Bucket:
-    """A part of the gradient whose shards are gathered together."""
-
-    whole: torch.Tensor
-    """[elements], float32 or wider."""
-    group: dist.ProcessGroup | None
-    """The ranks that hold shards of it; None if each rank has it whole."""
-
-    @property
-    def own(self) -> torch.Tensor:
-        """The part that this rank holds."""
-        if self.group is None:
-            return self.whole
-        return self.whole.view(dist.get_world_size(self.group), -1)[dist.get_rank(self.group)]
 
 
 class GradientBuffers:
@@ -43,11 +25,12 @@ class GradientBuffers:
         Args:
             chunks: this rank's model chunks. Buffers narrower than float32 are copied to float32.
         """
-        self._buckets: list[_Bucket] = []
+        self._buckets: list[tuple[torch.Tensor, dist.ProcessGroup | None]] = []
+        """Gradients [elements] of a bucket, float32 or wider, and the group that holds shards of them."""
         views: Direction = {}
-        for group, bucket in _buckets(chunks):
+        for group, bucket in buckets_of(chunks):
             whole = bucket.grad_data.to(torch.promote_types(bucket.grad_data.dtype, torch.float32))
-            self._buckets.append(_Bucket(whole, group))
+            self._buckets.append((whole, group))
             for param in bucket.params_list:
                 start = param.main_grad.storage_offset() - bucket.grad_data.storage_offset()
                 views[param] = whole[start : start + param.numel()].view(param.shape)
@@ -57,21 +40,10 @@ class GradientBuffers:
 
     def scale(self, factor: torch.Tensor) -> None:
         """Multiply the rank's part by a number."""
-        for bucket in self._buckets:
-            bucket.own.mul_(factor)
+        for whole, group in self._buckets:
+            shard_of(whole, group).mul_(factor)
 
     def gather_shards(self) -> None:
         """Complete the gradient on every rank; a collective call of the ranks that hold shards."""
-        for bucket in self._buckets:
-            if bucket.group is not None and dist.get_world_size(bucket.group) > 1:
-                dist.all_gather_into_tensor(bucket.whole, bucket.own, group=bucket.group)
-
-
-def _buckets(chunks: Sequence[ModelChunk]) -> Iterator[tuple[dist.ProcessGroup | None, Any]]:
-    """Yield all buckets, with the group over which their gradients and parameters are sharded, if they are."""
-    for chunk in chunks:
-        for bucket_group in chunk.bucket_groups:
-            is_sharded = chunk.ddp_config.use_distributed_optimizer
-            group = bucket_group.intra_distributed_optimizer_instance_group if is_sharded else None
-            for bucket in bucket_group.buckets:
-                yield group, bucket
+        for whole, group in self._buckets:
+            gather_shards(whole, group)
