@@ -41,7 +41,8 @@ def shortened(value: object, most: int = 200) -> str:
 def print_error(error: UserError) -> None:
     """Print the error's one line on standard error."""
     words = (shortened(word, MOST_CHARACTERS_OF_A_WORD) for word in str(error).split())
-    print(f"error: {shortened(' '.join(words), MOST_CHARACTERS)}", file=sys.stderr, flush=True)
+    # In one piece: other ranks write to the same screen.
+    print(f"error: {shortened(' '.join(words), MOST_CHARACTERS)}\n", file=sys.stderr, end="", flush=True)
 
 
 def reason_not_written(error: Exception) -> str | None:

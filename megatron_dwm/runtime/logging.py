@@ -31,11 +31,12 @@ class _RankHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        # The streams are looked up at each message: whoever redirects them later is heard.
+        # The streams are looked up at each message: whoever redirects them later is heard. A line and its end are
+        # written in one piece, since other ranks write to the same screen.
         if record.levelno >= logging.WARNING:
-            print(f"{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
+            print(f"{record.levelname.lower()}: {text}\n", file=sys.stderr, end="", flush=True)
         else:
-            print(text, file=sys.stdout, flush=True)
+            print(f"{text}\n", file=sys.stdout, end="", flush=True)
 
 
 def configure_logging(rank: int = 0, world_size: int = 1, level: int = logging.INFO) -> None:
