@@ -37,6 +37,7 @@ from megatron_dwm.runtime.device import select_device
 from megatron_dwm.runtime.environment import environment_rank
 from megatron_dwm.runtime.logging import configure_logging, print_messages_of
 from megatron_dwm.runtime.startup_sync import StartupSync
+from megatron_dwm.runtime.stop_signals import StartSignals
 
 if TYPE_CHECKING:
     from megatron_dwm.training.dataloaders import Dataloaders
@@ -54,6 +55,8 @@ _FUTURE = ".*(load_state_dict|ShardedTensor|all_gather_into_tensor|reduce_scatte
 """torch's interfaces that megatron-core still uses, in their warnings."""
 _SHARDS = ".*grad attribute of a Tensor that is not a leaf Tensor.*"
 """Of fp32 parameters the distributed optimizer's shards are views, to which it gives gradients itself."""
+_IN_PLACE_OF_A_RUN = ("-h", "--help", "--help-all", "--plan")
+"""A rank with one of these would end, and the others wait for it."""
 
 
 @dataclass(frozen=True)
@@ -131,17 +134,21 @@ def run_program(program: Callable[[Process], None], argv: Sequence[str] | None =
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine).*")
     warnings.filterwarnings("ignore", category=FutureWarning, message=_FUTURE)
     warnings.filterwarnings("ignore", message=_SHARDS)
+    words = sys.argv[1:] if argv is None else argv
     try:
         rank, local_rank, world_size = environment_rank()
         configure_logging(rank, world_size)
-        startup_sync = StartupSync(rank, world_size, _timeout(sys.argv[1:] if argv is None else argv))
+        signals = StartSignals() if flag_name("exit_signal_handler") in words else None
+        startup_sync = StartupSync(rank, world_size, _timeout(words), signals)
     except PeerError:
         raise SystemExit(EXIT_CODE) from None
     except UserError as error:
         print_error(error)
         raise SystemExit(EXIT_CODE) from None
     startup_sync.watch_peers()
+    asked = {word for word in words if word in _IN_PLACE_OF_A_RUN}
     try:
+        startup_sync.agree_on_command(" ".join(sorted(asked)) or "a run", ends_at_once=bool(asked - {"--plan"}))
         program(Process(rank, local_rank, world_size, startup_sync))
     except (Exception, KeyboardInterrupt) as error:
         _end_failed(error, startup_sync)

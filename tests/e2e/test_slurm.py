@@ -201,3 +201,35 @@ def test_a_variable_that_is_missing_is_named_in_one_line(settings: dict[str, str
     done = subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {missing} is not set") and done.stderr.count("\n") == 1
+
+
+def test_a_job_that_is_stopped_goes_back_into_the_queue_but_not_for_ever(tmp_path: Path):
+    """Commands in place of SLURM's: what ``srun`` ends with, and leaves as the run's status, is the step's."""
+    for name, text in {
+        "srun": 'if [[ -n $STATUS ]]; then echo "$STATUS" >"$SAVE/run_status.json"; fi\nexit "$CODE"',
+        "scontrol": "if [[ $1 == requeue ]]; then echo requeued; else echo localhost; fi",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    fixed = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SAVE": str(tmp_path), "REPO_DIR": str(ROOT), **TINY}
+    fixed |= {"DATA_PATH": "x", "DWM_MODE": "off", "PREFLIGHT": "0", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x"}
+    fixed |= {"PYTHON": sys.executable}
+    steps = [  # (status and iteration that the run leaves, code of srun, code of the script, whether it is requeued)
+        (None, 75, 0, True),
+        ("interrupted 4", 0, 0, True),
+        (None, 75, 0, True),
+        ("interrupted 4", 0, 0, True),
+        (None, 75, 2, False),  # the third time in a row without an iteration
+        ("interrupted 9", 0, 0, True),
+        ("running 12", 143, 143, False),  # killed
+        (None, 2, 2, False),
+        ("finished 20", 0, 0, False),
+    ]
+    for number, (status, code, expected, is_requeued) in enumerate(steps):
+        kind, iteration = (status or " ").split(" ")
+        record = json.dumps({"status": kind, "iteration": int(iteration), "reason": ""}) if status else ""
+        environment = {**fixed, "CODE": str(code), "STATUS": record}
+        done = subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True, text=True)
+        assert (done.returncode, "requeued" in done.stdout) == (expected, is_requeued), (number, done)
+        is_hopeless = "no iteration was made since 4 in three starts" in done.stderr
+        assert is_hopeless == (code == 75 and expected == 2), (number, done)
