@@ -66,13 +66,17 @@ class _CudaMeansCpu(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        # Every operation comes by here: most of them have no keyword arguments.
         if func is torch.Tensor.cuda:
             return args[0]
-        if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs["device"] = torch.device("cpu")
-        kwargs.pop("pin_memory", None)  # of memory that is copied to a GPU
-        result = func(*args, **kwargs)
+        if not kwargs:
+            result = func(*args)
+        else:
+            kwargs = dict(kwargs)
+            if str(kwargs.get("device", "")).startswith("cuda"):
+                kwargs["device"] = torch.device("cpu")
+            kwargs.pop("pin_memory", None)  # of memory that is copied to a GPU
+            result = func(*args, **kwargs)
         if func is torch.Tensor.type and isinstance(result, str):
             return result.replace("torch.", "torch.cuda.", 1)
         return result
