@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from megatron_dwm.training.dataloaders import Dataloaders
     from megatron_dwm.training.setup import LanguageModel, RunInputs
     from megatron_dwm.training.trainer import TaskEvaluation, Trainer
-    from megatron_dwm.weighting.build import WeightingContext, WeightingInputs
+    from megatron_dwm.weighting.context import WeightingContext
+    from megatron_dwm.weighting.inputs import WeightingInputs
     from megatron_dwm.weighting.policy import SampleWeighting
     from megatron_dwm.weighting.stage_schedule import StageSchedule
 
@@ -183,7 +184,8 @@ def build_trainer(
     )
     from megatron_dwm.training.trainer import Trainer
     from megatron_dwm.training.write_results import start_results_process
-    from megatron_dwm.weighting.build import build_weighting, check_gradients, read_weighting_inputs, run_stages
+    from megatron_dwm.weighting.build import build_weighting, check_gradients
+    from megatron_dwm.weighting.inputs import read_weighting_inputs, run_stages
 
     if config.logging.logging_level is not None:
         print_messages_of("megatron.core", process.rank, process.world_size, config.logging.logging_level)
@@ -253,7 +255,7 @@ def _weighting_context(
     device: torch.device,
 ) -> WeightingContext:
     """Return the parts of the run that its weighting works with."""
-    from megatron_dwm.weighting.build import WeightingContext
+    from megatron_dwm.weighting.context import WeightingContext
 
     return WeightingContext(
         config=config,

@@ -20,7 +20,7 @@ from megatron_dwm.cli import score
 from megatron_dwm.runtime.process_groups import free_port
 from tests.e2e.slurm.cluster import Cluster, running_cluster
 from tests.paths import ROOT
-from tests.turns import several_processes
+from tests.turns import turn
 
 SCRIPT = ROOT / "examples" / "pretrain_1b_dwm.sh"
 VOCAB_SIZE = 60
@@ -86,7 +86,7 @@ def test_the_submitted_script_trains_stops_and_continues_from_its_checkpoint(clu
     }
 
     def submit(*arguments: str, **settings: str) -> str:
-        with several_processes:
+        with turn(4):
             job = cluster.run_job(
                 SCRIPT,
                 *arguments,
@@ -132,7 +132,7 @@ def test_a_preempted_job_saves_requeues_itself_and_goes_on(cluster: Cluster, tmp
     }
     urgent = tmp_path / "urgent.sh"
     urgent.write_text("#!/bin/sh\ntrue\n")
-    with several_processes:
+    with turn(2):
         options = [*OPTIONS, "--ntasks-per-node=2"]
         job = cluster.submit(SCRIPT, options=options, folder=tmp_path, environment=environment)
         metrics = save / "metrics.jsonl"
@@ -173,7 +173,7 @@ def test_documents_are_scored_by_an_array_of_tasks(
     assert end.value.code == 2 and "--slurm-partition nowhere: sbatch refuses the job" in capfd.readouterr().err
 
     array = [*command, "--output", "array", *slurm, "main"]
-    with several_processes:
+    with turn(2):
         score.main(array)
         submitted = capfd.readouterr().out
         assert re.fullmatch(r"array/data: 2 tasks, submitted job \d+; its logs are in .*\n", submitted)

@@ -24,7 +24,7 @@ from tests.e2e.launch import pretrain, records, succeed
 from tests.e2e.test_uniform_weights import assert_same_checkpoints
 from tests.paths import ROOT
 from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING
-from tests.turns import several_processes
+from tests.turns import turn
 
 # Data loader processes are what is default; they get the signal, too.
 FLAGS = {
@@ -69,7 +69,7 @@ def wait_for_iteration(metrics: Path, iteration: int, ranks: list[subprocess.Pop
 def test_a_signal_to_every_process_of_a_run_loses_nothing(tmp_path: Path):
     number, processes = signal.SIGTERM, 2
     save = tmp_path / "interrupted"
-    with several_processes:
+    with turn(processes):
         ranks = start(tmp_path, save, processes, **DISTRIBUTED)
         wait_for_iteration(save / "metrics.jsonl", 10, ranks)
         for rank in ranks:
