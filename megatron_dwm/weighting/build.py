@@ -1,4 +1,4 @@
-"""From the flags to the weighting of a run."""
+"""Builds the weighting of a run from the flags."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ DOCUMENT_JOINT = "\n\n"
 
 @dataclass(frozen=True)
 class WeightingInputs:
-    """What the weighting reads, checked before any process waits for another."""
+    """The inputs of the weighting, checked before any process waits for another."""
 
     samples: SampleTokens | None = None
     """What the weighter can read; None without a weighter."""
@@ -71,13 +71,13 @@ class WeightingInputs:
 
 
 def run_stages(config: RunConfig, begun_by: int | None = None) -> StageSchedule:
-    """Lay out the stages of a run; of a resumed one over its whole length, as its flags say it now.
+    """Return the stages of a run; those of a resumed run cover its whole length by its present flags.
 
     Args:
-        begun_by: the iteration that a run with a weighter which has begun to learn goes on from, if it does.
+        begun_by: the iteration from which a run continues with a weighter that has begun to learn, if it does.
 
     Raises:
-        UserError: they do not fit into the run.
+        UserError: the stages do not fit into the run.
     """
     if not config.weighting.needs_target:
         return frozen_stages(config.weighting, config.train_iters)
@@ -135,7 +135,7 @@ class WeightingContext:
 
 
 def build_weighting(context: WeightingContext) -> SampleWeighting:
-    """Return the weighting that ``--dwm-mode`` names.
+    """Return the weighting for ``--dwm-mode``.
 
     Raises:
         UserError: flags that do not fit the data.
@@ -146,7 +146,7 @@ def build_weighting(context: WeightingContext) -> SampleWeighting:
 
 
 def check_gradients(context: WeightingContext, batch: Batch, target: Batch) -> None:
-    """Hold the run's hypergradient against finite differences (``--dwm-check``); every rank calls it.
+    """Compare the run's hypergradient with finite differences (``--dwm-check``); every rank calls it.
 
     Raises:
         UserError: on every rank, if they differ or there is nothing to check.
@@ -155,13 +155,13 @@ def check_gradients(context: WeightingContext, batch: Batch, target: Batch) -> N
 
 
 def lm_gradients(context: WeightingContext) -> LMGradients:
-    """Return the passes over the language model that an outer update is made of."""
+    """Return the passes over the language model in an outer update."""
     config, micro_batch_size = context.config, context.config.training.micro_batch
     return LMGradients(config.weighting, context.engine, context.optimizer, context.parallel_state, micro_batch_size)
 
 
 def weight_metrics(context: WeightingContext) -> WeightMetrics:
-    """Return what computes the figures of each step's weights."""
+    """Return the object that computes the metrics of each step's weights."""
     config, gather = context.config, SampleGather(context.partition, context.parallel_state)
     is_per_token = context.engine.config.calculate_per_token_loss
     loss_factors = LossFactors(config.training.micro_batch, is_per_token, context.parallel_state)
@@ -169,7 +169,7 @@ def weight_metrics(context: WeightingContext) -> WeightMetrics:
 
 
 def scoring_options(config: RunConfig) -> ScoringOptions:
-    """Return how the flags make weights of scores."""
+    """Return how scores become weights, from the flags."""
     return ScoringOptions(
         temperature=config.weighting.dwm_temperature,
         min_effective_sample_size=config.weighting.dwm_min_effective_sample_size,
@@ -236,8 +236,8 @@ class _Builder:
             weighter = self._new_weighter()
             if iteration > self.context.stages.warmup_iters + 1:
                 logger.warning(
-                    f"the checkpoint holds no weighter, so a new one starts at iteration {iteration}; to go on with "
-                    "an earlier one, give its export as --dwm-init-from"
+                    f"the checkpoint holds no weighter, so a new one starts at iteration {iteration}; to continue "
+                    "with an earlier one, give its export as --dwm-init-from"
                 )
             self._announce(iteration, weighter)
         parts = BilevelParts(
@@ -274,14 +274,14 @@ class _Builder:
         )
 
     def _weighter_of_folder(self, folder: WeighterFolder, model: Any) -> Weighter:
-        """Return a weighter that reads as the one of a folder does."""
+        """Return a weighter that reads samples like the one in a folder."""
         return self._weighter(model, folder.reader, "" if folder.own_tokenizer is None else folder.fingerprint)
 
     def _restored_weighter(self, state: State) -> Weighter:
-        """Return a checkpoint's weighter, which reads samples as it did.
+        """Return a checkpoint's weighter, which reads samples as it did when it was saved.
 
         Raises:
-            UserError: it has a tokenizer of its own, which the flags do not name, or fewer tokens than the run's.
+            UserError: it has another tokenizer, which the flags do not name, or fewer tokens than the run's tokenizer.
         """
         model, folder = weighter_model_from_json(state["weighter_config"]), self.inputs.folder
         embeddings, tokens = model.config.vocab_size, int(self.context.tokenizer.vocab_size)
@@ -303,7 +303,7 @@ class _Builder:
         return weighter
 
     def _new_weighter(self) -> Weighter:
-        """Make the weighter that the flags ask for; a collective call of all ranks."""
+        """Create the weighter that the flags ask for; a collective call of all ranks."""
         if self.inputs.folder is not None:
             return self._weighter_of_folder(self.inputs.folder, self.inputs.folder.model)
         return self._weighter(self._new_model())
@@ -317,11 +317,11 @@ class _Builder:
             return weighter_model_from_lm(self.engine.chunks, model, settings, vocab, eod, seed)
 
     def _log_kept_architecture(self, weighter: Weighter) -> None:
-        """Say that a checkpoint's weighter stays what it is, if the flags would make another."""
+        """Log that a checkpoint's weighter is kept, if the flags ask for another kind."""
         kind, arch = weighter.model.config.model_type, self.settings.dwm_arch
         wanted = NGRAM if arch == "ngram" else arch
         if self.settings.dwm_init_from == "random" and kind != wanted:
-            logger.info(f" > the checkpoint's weighter, a {kind}, goes on; --dwm-arch {arch} is for a new one")
+            logger.info(f" > the checkpoint's weighter, a {kind}, is kept; --dwm-arch {arch} applies only to a new one")
 
     def _announce(self, iteration: int, weighter: Weighter) -> None:
         kind, size, mode = type(weighter.model).__name__, weighter.num_parameters, self.settings.dwm_mode
