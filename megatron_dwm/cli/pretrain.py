@@ -1,7 +1,7 @@
 """Pretrain a Megatron-Core GPT with a data weighting model.
 
-Started by torchrun, srun or mpirun this is one rank of the run. ``--nproc N`` starts N ranks on this machine instead.
-``--plan`` prints what the run will be, and trains nothing.
+Under torchrun, srun or mpirun this process is one rank of the run. ``--nproc N`` starts N ranks on this machine
+instead. ``--plan`` prints the plan of the run, and does not train.
 """
 
 from __future__ import annotations

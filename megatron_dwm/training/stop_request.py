@@ -1,4 +1,4 @@
-"""Why a run ends before its last iteration: a signal, its time, or an interval."""
+"""Requests to end a run before its last iteration: a signal, a time limit, or an interval."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class EvaluationBrokenOffError(Exception):
 
 
 class StopRequest:
-    """Watches for what ends a run early, so that it can save before it leaves."""
+    """Watches for requests to end the run early, so that it can save before it exits."""
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
@@ -27,13 +27,13 @@ class StopRequest:
         self._received = 0
 
     def listen(self) -> None:
-        """Take signals as a request to save and leave, if ``--exit-signal-handler`` asks for it."""
+        """Treat signals as a request to save and exit, with ``--exit-signal-handler``."""
         if self.config.exit_signal_handler:
             for number in STOP_SIGNALS:
                 signal.signal(number, self._receive)
 
     def reason(self, iteration: int) -> str | None:
-        """Return why the run ends after this iteration, None if it goes on; all ranks find the same."""
+        """Return why the run ends after this iteration, or None if it continues; the same on all ranks."""
         config = self.config
         if config.exit_signal_handler or config.exit_duration_in_mins is not None:
             minutes = (time.perf_counter() - self._started) / 60

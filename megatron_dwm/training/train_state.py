@@ -1,4 +1,4 @@
-"""How far a run has come, and the parts of it that a checkpoint restores."""
+"""The progress of a run, and the parts of it that a checkpoint restores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EVALUATIONS = ("validation", "tasks")
 
 @dataclass
 class TrainState:
-    """Counters of a run."""
+    """Counters of a run's progress."""
 
     iteration: int = 0
     consumed_train_samples: int = 0
@@ -29,7 +29,7 @@ class TrainState:
         """Count one iteration.
 
         Args:
-            skipped_samples: by which its batch was smaller than the flags ask for.
+            skipped_samples: the samples by which its batch was smaller than the flags ask for.
         """
         self.skipped_train_samples += skipped_samples
         self.iteration = iteration
