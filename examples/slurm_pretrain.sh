@@ -163,6 +163,19 @@ if [[ $PREFLIGHT == 1 && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
     "${PLAN[@]}" "${ARGS[@]}"
 fi
 
+# Put this job back into the queue; the third time in a row that it has made no iteration is an error.
+requeue() { # ITERATION
+    local stops=$LOG_DIR/stops-without-progress
+    if (($1 > iteration_before)); then rm -f "$stops"; else echo "$1" >>"$stops"; fi
+    if [[ -f $stops ]] && (($(wc -l <"$stops") >= 3)); then
+        rm -f "$stops"
+        fail "no iteration was made since $1 in three starts; give the job more time, or its signal more notice"
+    fi
+    echo "interrupted at iteration $1; the job goes back into the queue"
+    scontrol requeue "$SLURM_JOB_ID" ||
+        echo "this job cannot be requeued; submit the same again to continue from iteration $1"
+}
+
 read -r _ iteration_before <<<"$(run_status)"
 # SLURM may signal this shell as well as the tasks, and the shell must outlive them. Without a command in the trap, the
 # tasks would inherit that the signal is ignored.
@@ -171,15 +184,11 @@ trap : TERM USR1 USR2
 # Each task gets its rank in the variables that torch.distributed reads.
 "${SRUN[@]}" --output="$LOG_DIR/%x-%j-%N.log" --open-mode=append bash -c '
     export WORLD_SIZE=$SLURM_NTASKS RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
-    exec "$@"' pretrain_dwm "$PYTHON" "$REPO_DIR/pretrain_dwm.py" "${ARGS[@]}" ||
-    { code=$? && echo "the run failed; its ranks' messages are in $LOG_DIR" >&2 && exit $code; }
+    exec "$@"' pretrain_dwm "$PYTHON" "$REPO_DIR/pretrain_dwm.py" "${ARGS[@]}" || code=$?
 
 read -r status iteration <<<"$(run_status)"
-if [[ $status == interrupted ]]; then
-    if ((iteration <= iteration_before)); then
-        fail "no iteration was made since $iteration_before; give the job more time, or its signal more notice"
-    fi
-    echo "interrupted at iteration $iteration; the job is requeued"
-    scontrol requeue "$SLURM_JOB_ID" ||
-        echo "this job cannot be requeued; submit it again to continue from iteration $iteration"
-fi
+case ${code:-0} in
+    0) [[ $status != interrupted ]] || requeue "$iteration" ;;
+    75) requeue "$iteration_before" ;; # a signal while the run started
+    *) echo "the run failed; its ranks' messages are in $LOG_DIR" >&2 && exit "$code" ;;
+esac

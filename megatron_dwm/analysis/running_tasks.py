@@ -24,6 +24,8 @@ from megatron_dwm.model.engine import PipelineEngine
 
 _SEED = 1234
 """Of the choice of items and examples: what ``megatron-dwm evaluate`` takes if not told otherwise."""
+_MICROBATCHES_TOGETHER = 64
+"""Of a replica, in one run through the pipeline."""
 
 
 class RunningTasks:
@@ -41,16 +43,23 @@ class RunningTasks:
             UserError: on the first rank, if a task is unknown, its data are not there, or it needs generated text.
         """
         self._engine, self._micro_batch_size, self._vocab_size = engine, micro_batch_size, vocab_size
+        # Asked for together these would fill the memory with long tasks, and nothing could break them off.
+        self._most_together = _MICROBATCHES_TOGETHER * micro_batch_size * engine.parallel_state.dp_size
+        self._before_batch: Callable[[], None] = lambda: None
         self._evaluator = None
         if dist.get_rank() == 0:
             self._evaluator = _evaluator(flags)
             self._model = _RunningModel(self.likelihoods, tokenizer, engine.seq_length)
 
-    def evaluate(self) -> list[dict[str, Any]]:
+    def evaluate(self, before_batch: Callable[[], None]) -> list[dict[str, Any]]:
         """Return a record for each task and number of examples, on every rank; every rank calls it.
 
         The parameters must be up to date.
+
+        Args:
+            before_batch: called on every rank before some continuations are computed; may raise to break off.
         """
+        self._before_batch = before_batch
         if self._evaluator is None:
             while (asked := self._broadcast(_Asked())).records is None:
                 self._compute(asked.continuations)
@@ -77,7 +86,12 @@ class RunningTasks:
         return self._compute(continuations)
 
     def _compute(self, continuations: Sequence[Continuation]) -> list[Likelihood]:
-        return continuation_likelihoods(self._engine, continuations, self._micro_batch_size, self._vocab_size)
+        found: list[Likelihood] = []
+        for first in range(0, len(continuations), self._most_together):
+            self._before_batch()
+            together = continuations[first : first + self._most_together]
+            found += continuation_likelihoods(self._engine, together, self._micro_batch_size, self._vocab_size)
+        return found
 
     def _broadcast(self, asked: _Asked) -> _Asked:
         """Broadcast the first rank's request, and return it."""

@@ -24,12 +24,17 @@ def run_command(command: Callable[[], None]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # paths may hold bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
     configure_logging()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    hide_warnings()
     try:
         run_cli(command)
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None  # as a shell reports a program that Ctrl-C has ended
+
+
+def hide_warnings() -> None:
+    """Hide the warnings of the libraries."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 def limit_progress_bars() -> None:

@@ -2,7 +2,7 @@
 
 The model's flags come from the checkpoint, and so do those of the tokenizer unless they are given. The checkpoint may
 have been saved in any parallel layout; the export needs one process, no GPU, and memory for one weight file. The folder
-is loaded again and compared with the checkpoint before it gets its name.
+is loaded again and compared with the checkpoint before it appears under its final name.
 """
 
 from __future__ import annotations

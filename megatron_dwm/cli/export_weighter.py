@@ -48,8 +48,8 @@ def export(config: ExportWeighterConfig) -> str:
     from megatron_dwm.model.hf_weights import require_finite
     from megatron_dwm.training.checkpoint_folders import iteration_of
     from megatron_dwm.training.saved_checkpoint import open_checkpoint
-    from megatron_dwm.weighting.build import run_stages
     from megatron_dwm.weighting.export import export_weighter, run_facts, weighter_facts
+    from megatron_dwm.weighting.inputs import run_stages
     from megatron_dwm.weighting.weighter import model_digest
     from megatron_dwm.weighting.weighter_init import weighter_model_from_json
 

@@ -37,12 +37,14 @@ from megatron_dwm.runtime.device import select_device
 from megatron_dwm.runtime.environment import environment_rank
 from megatron_dwm.runtime.logging import configure_logging, print_messages_of
 from megatron_dwm.runtime.startup_sync import StartupSync
+from megatron_dwm.runtime.stop_signals import StartSignals
 
 if TYPE_CHECKING:
     from megatron_dwm.training.dataloaders import Dataloaders
     from megatron_dwm.training.setup import LanguageModel, RunInputs
     from megatron_dwm.training.trainer import TaskEvaluation, Trainer
-    from megatron_dwm.weighting.build import WeightingContext, WeightingInputs
+    from megatron_dwm.weighting.context import WeightingContext
+    from megatron_dwm.weighting.inputs import WeightingInputs
     from megatron_dwm.weighting.policy import SampleWeighting
     from megatron_dwm.weighting.stage_schedule import StageSchedule
 
@@ -54,6 +56,8 @@ _FUTURE = ".*(load_state_dict|ShardedTensor|all_gather_into_tensor|reduce_scatte
 """torch's interfaces that megatron-core still uses, in their warnings."""
 _SHARDS = ".*grad attribute of a Tensor that is not a leaf Tensor.*"
 """Of fp32 parameters the distributed optimizer's shards are views, to which it gives gradients itself."""
+_IN_PLACE_OF_A_RUN = ("-h", "--help", "--help-all", "--plan")
+"""A rank with one of these would end, and the others wait for it."""
 
 
 @dataclass(frozen=True)
@@ -131,17 +135,21 @@ def run_program(program: Callable[[Process], None], argv: Sequence[str] | None =
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine).*")
     warnings.filterwarnings("ignore", category=FutureWarning, message=_FUTURE)
     warnings.filterwarnings("ignore", message=_SHARDS)
+    words = sys.argv[1:] if argv is None else argv
     try:
         rank, local_rank, world_size = environment_rank()
         configure_logging(rank, world_size)
-        startup_sync = StartupSync(rank, world_size, _timeout(sys.argv[1:] if argv is None else argv))
+        signals = StartSignals() if flag_name("exit_signal_handler") in words else None
+        startup_sync = StartupSync(rank, world_size, _timeout(words), signals)
     except PeerError:
         raise SystemExit(EXIT_CODE) from None
     except UserError as error:
         print_error(error)
         raise SystemExit(EXIT_CODE) from None
     startup_sync.watch_peers()
+    asked = {word for word in words if word in _IN_PLACE_OF_A_RUN}
     try:
+        startup_sync.agree_on_command(" ".join(sorted(asked)) or "a run", ends_at_once=bool(asked - {"--plan"}))
         program(Process(rank, local_rank, world_size, startup_sync))
     except (Exception, KeyboardInterrupt) as error:
         _end_failed(error, startup_sync)
@@ -176,7 +184,8 @@ def build_trainer(
     )
     from megatron_dwm.training.trainer import Trainer
     from megatron_dwm.training.write_results import start_results_process
-    from megatron_dwm.weighting.build import build_weighting, check_gradients, read_weighting_inputs, run_stages
+    from megatron_dwm.weighting.build import build_weighting, check_gradients
+    from megatron_dwm.weighting.inputs import read_weighting_inputs, run_stages
 
     if config.logging.logging_level is not None:
         print_messages_of("megatron.core", process.rank, process.world_size, config.logging.logging_level)
@@ -245,8 +254,8 @@ def _weighting_context(
     dataloaders: Dataloaders,
     device: torch.device,
 ) -> WeightingContext:
-    """Return the parts of the run that its weighting needs."""
-    from megatron_dwm.weighting.build import WeightingContext
+    """Return the parts of the run that its weighting works with."""
+    from megatron_dwm.weighting.context import WeightingContext
 
     return WeightingContext(
         config=config,

@@ -13,6 +13,7 @@ from megatron_dwm.data.batch import Batch, broadcast_batch
 from megatron_dwm.data.sampler import BatchPartition
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.process_groups import ParallelState
+from megatron_dwm.runtime.stop_signals import STOP_SIGNALS
 
 _NO_TOKEN = -1  # in every place of a batch that says that the data has ended
 
@@ -38,7 +39,7 @@ def _ignore_stop_signals(worker: int) -> None:
 
     A scheduler sends them to every process of a job step. The run shuts the workers down when it has saved.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (*STOP_SIGNALS, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

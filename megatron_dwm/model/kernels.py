@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.activations import squared_relu
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.common.embeddings import rope_utils
 
@@ -33,7 +31,7 @@ def resolve_transformer_impl(model: ModelConfig, device: torch.device) -> str:
 
 
 def without_fusions(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the changes to a TransformerConfig that disable fused kernels and just-in-time compilation.
+    """Return the changes to a TransformerConfig that leave out fused kernels.
 
     A CPU has neither. The model computes the same function.
     """
@@ -51,8 +49,6 @@ def without_fusions(values: dict[str, Any]) -> dict[str, Any]:
     )
     if values["activation_func"] is F.gelu and values["bias_activation_fusion"]:
         plain["activation_func"] = functools.partial(F.gelu, approximate="tanh")
-    elif values["activation_func"] is squared_relu:
-        plain["activation_func"] = inspect.unwrap(squared_relu)
     return plain
 
 

@@ -23,7 +23,7 @@ from megatron_dwm.plan.stages import measure_stages
 from megatron_dwm.plan.weighter import WeighterPlan, plan_weighter
 from megatron_dwm.training.checkpoint_folders import iteration_of, latest_checkpoint
 from megatron_dwm.training.save_folder import check_writable
-from megatron_dwm.weighting.build import read_weighting_inputs, run_stages
+from megatron_dwm.weighting.inputs import read_weighting_inputs, run_stages
 from megatron_dwm.weighting.stage_schedule import StageSchedule
 
 

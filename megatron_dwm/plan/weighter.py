@@ -14,7 +14,7 @@ from megatron_dwm.config.run import RunConfig
 from megatron_dwm.plan.meter import Meter, Traffic
 from megatron_dwm.plan.simulated_rank import fake_tensors
 from megatron_dwm.weighting.bilevel.ridge import AT_A_TIME
-from megatron_dwm.weighting.build import WeightingInputs
+from megatron_dwm.weighting.inputs import WeightingInputs
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_init import model_from_config, random_weighter_model
 from megatron_dwm.weighting.windows import position_limit

@@ -66,13 +66,17 @@ class _CudaMeansCpu(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        # Every operation comes by here: most of them have no keyword arguments.
         if func is torch.Tensor.cuda:
             return args[0]
-        if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs["device"] = torch.device("cpu")
-        kwargs.pop("pin_memory", None)  # of memory that is copied to a GPU
-        result = func(*args, **kwargs)
+        if not kwargs:
+            result = func(*args)
+        else:
+            kwargs = dict(kwargs)
+            if str(kwargs.get("device", "")).startswith("cuda"):
+                kwargs["device"] = torch.device("cpu")
+            kwargs.pop("pin_memory", None)  # of memory that is copied to a GPU
+            result = func(*args, **kwargs)
         if func is torch.Tensor.type and isinstance(result, str):
             return result.replace("torch.", "torch.cuda.", 1)
         return result
@@ -96,6 +100,8 @@ def _adapt_megatron_to_cpu() -> None:
         module.get_rng_state = lambda *_, **__: torch.get_rng_state()
         module.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
         module.manual_seed = torch.manual_seed
+    # megatron-core's compiled functions would need a C++ compiler, and take it several seconds.
+    torch.compiler.set_stance("force_eager")
     # On a CPU the "GPU RNG context" is the CPU's own stream, which is meant to move.
     logging.getLogger(core_random.__name__).setLevel(logging.ERROR)
     core_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -26,16 +26,19 @@ logger = logging.getLogger(__name__)
 class JsonLines:
     """Appends records to a file, one JSON object per line, each flushed when written.
 
-    A resumed run removes the records after its first iteration, which it will write again. A run that starts from
-    scratch renames another run's records to a name with their time. A log never stops training: lines that are not
-    records are moved to ``<name>.damaged``, and a record that cannot be written is lost with one warning.
+    A resumed run drops the records that it is about to write again. A run that starts anew leaves another run's records
+    beside, under a name with their time. A log never stops training: lines that are no records are set aside in
+    ``<name>.damaged``, and a record that cannot be written is lost with one warning.
     """
 
-    def __init__(self, path: Path, resumed_at: int) -> None:
+    def __init__(
+        self, path: Path, resumed_at: int, is_made_again: Callable[[Mapping[str, Any]], bool] = lambda record: False
+    ) -> None:
         """
         Args:
-            path: the file.
-            resumed_at: the iteration from which the run continues, 0 for a new run.
+            path: of the file.
+            resumed_at: the iteration that the run goes on from, 0 for a new run.
+            is_made_again: whether a record of that iteration is about to be written again, as those of later ones are.
 
         Raises:
             UserError: the file cannot be written.
@@ -44,7 +47,7 @@ class JsonLines:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file() and resumed_at > 0:
-                _keep_records_until(path, resumed_at)
+                _keep_records_until(path, resumed_at, is_made_again)
             elif path.is_file():
                 written = datetime.fromtimestamp(path.stat().st_mtime)
                 path.rename(path.with_name(f"{path.stem}.until-{written:%Y%m%d-%H%M%S-%f}{path.suffix}"))
@@ -83,8 +86,8 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _keep_records_until(path: Path, iteration: int) -> None:
-    """Rewrite ``path`` with its records up to ``iteration``, line by line, because it may be larger than memory."""
+def _keep_records_until(path: Path, iteration: int, is_made_again: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Rewrite ``path`` with its records up to ``iteration``, one line at a time: it may be larger than memory."""
     damaged = 0
     with (
         path.open("rb") as lines,
@@ -94,7 +97,8 @@ def _keep_records_until(path: Path, iteration: int) -> None:
             for line in lines:
                 record = _record(line)
                 if record is not None:
-                    if record["iteration"] <= iteration:
+                    number = record["iteration"]
+                    if number < iteration or (number == iteration and not is_made_again(record)):
                         kept.write(line)
                 elif line.endswith(b"\n"):  # half a line at the end is what an interrupted write leaves
                     with path.with_name(f"{path.name}.damaged").open("ab") as aside:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron_dwm.errors import EXIT_CODE, PeerError, UserError, print_error, shortened
 from megatron_dwm.runtime.process_groups import free_port
 from megatron_dwm.runtime.rendezvous import Heartbeats, StoreWatch, meet, named
+from megatron_dwm.runtime.stop_signals import START_AGAIN, StartSignals, end_alone, signaled
 
 PATIENCE = timedelta(hours=2)
 """One rank may build a large dataset's index while the others wait."""
@@ -38,11 +39,12 @@ LINGER_SECONDS = 4 * POLL_SECONDS
 class StartupSync:
     """Phases of the start-up, which all ranks complete together, or fail together with the same error."""
 
-    def __init__(self, rank: int, world_size: int, timeout: timedelta) -> None:
-        """Join the other ranks at MASTER_ADDR:MASTER_PORT; a single process also has a store.
+    def __init__(self, rank: int, world_size: int, timeout: timedelta, signals: StartSignals | None = None) -> None:
+        """Meet the other ranks at MASTER_ADDR:MASTER_PORT; a lone process meets itself.
 
         Args:
-            timeout: how long to wait for ranks that do not join, or do not answer during start-up.
+            timeout: how long ranks are waited for that do not come, or do not answer while the run starts.
+            signals: what ends this rank if it is signaled meanwhile; from now on it ends the others, too.
 
         Raises:
             UserError: the rank is not in the world, MASTER_ADDR or MASTER_PORT is missing, or
@@ -67,6 +69,9 @@ class StartupSync:
         self._watcher: threading.Thread | None = None
         self._agreed_error: UserError | None = None
         self._everybody_knows = False
+        self._signals = signals
+        if signals is not None:
+            signals.end = self.end_signaled
         self.is_store_lost = False
         """Whether the store did not answer: the first rank, which holds it, has ended or is stuck."""
 
@@ -117,23 +122,44 @@ class StartupSync:
             self._phases.wait([f"{name}/everybody-read"], PATIENCE)
         return is_first_error, message
 
-    def require_same(self, facts: Mapping[str, str]) -> None:
+    def agree_on_command(self, command: str, *, ends_at_once: bool) -> None:
+        """Check that all ranks were asked for the same; every rank calls it, once.
+
+        Args:
+            command: what this rank was asked for, in words.
+            ends_at_once: whether this process is about to end; the store must then outlive the others' last look.
+
+        Raises:
+            UserError: on every rank, if they differ.
+        """
+        with self.phase("command"):
+            self.require_same({"what the flags ask for": command}, "command")
+        if ends_at_once and self.world_size > 1:
+            if self._phases.add("command/left", 1) == self.world_size:
+                self._phases.set("command/everybody-left", "yes")
+            if self.rank == 0:
+                self._phases.wait(["command/everybody-left"], PATIENCE)
+
+    def require_same(self, facts: Mapping[str, str], name: str = "facts") -> None:
         """Check that this rank's facts are those of the first rank; every rank calls it inside a :meth:`phase`.
 
         A fact that one of the two does not have is not compared.
+
+        Args:
+            name: of these facts, of which there may be several.
 
         Raises:
             UserError: one differs.
         """
         if self.rank == 0:
-            self._phases.set("facts", json.dumps(dict(facts)))
+            self._phases.set(f"same/{name}", json.dumps(dict(facts)))
             return
-        expected = json.loads(self._phases.get("facts"))
-        for name, value in facts.items():
-            if name in expected and expected[name] != value:
-                local, first = shortened(value), shortened(expected[name])
+        expected = json.loads(self._phases.get(f"same/{name}"))
+        for fact, value in facts.items():
+            if fact in expected and expected[fact] != value:
+                local, first = shortened(value), shortened(expected[fact])
                 raise UserError(
-                    f"{name} is {local} on rank {self.rank} and {first} on rank 0; start every rank with the same "
+                    f"{fact} is {local} on rank {self.rank} and {first} on rank 0; start every rank with the same "
                     "command, packages and files"
                 )
 
@@ -151,6 +177,25 @@ class StartupSync:
         """Stop checking heartbeats: from now on ranks wait in collectives, which have a timeout."""
         self._started.set()
         self._store_watch.end()
+        if self._signals is not None:
+            self._signals.close()
+
+    def end_signaled(self, name: str) -> NoReturn:
+        """End all ranks after a signal that came while the run started; the first to say so prints why.
+
+        Args:
+            name: of the signal.
+        """
+        failure = {"rank": self.rank, "code": START_AGAIN, "reason": name}
+        if self.world_size == 1:
+            end_alone(name)
+        store: Any = self.store
+        failures = dist.PrefixStore("failures", store.clone())
+        if self._is_first_to_report(json.dumps(failure), failures):
+            print_error(signaled(name))
+            self._end(failure, failures)
+        self._mark_read(failures)
+        self._end(json.loads(failures.get("first")), failures)
 
     def report_failure(self, error: BaseException) -> bool:
         """Report to the other ranks why this one ends.
@@ -277,7 +322,7 @@ class StartupSync:
             self._end(json.loads(description), failures)
 
     def _end(self, failure: dict[str, Any], store: dist.Store) -> NoReturn:
-        if failure["code"] != EXIT_CODE:  # a user's error is one line, which the rank that found it has printed
+        if failure["code"] not in (EXIT_CODE, START_AGAIN):  # one line, which the rank that found it has printed
             line = f"error: rank {self.rank} ends because rank {failure['rank']} failed ({failure['reason']})"
             print(line, file=sys.stderr, flush=True)
         sys.stdout.flush()

@@ -17,6 +17,9 @@ from megatron_dwm.config.run import RunConfig
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.training.train_state import TrainComponents, TrainState
 
+EVALUATIONS_DUE = "dwm_evaluations_due"
+"""The argument, which only a run has that was stopped in an evaluation."""
+
 VERSION = 3.0
 """Of the layout of these keys, as Megatron-LM counts it."""
 
@@ -80,7 +83,8 @@ def megatron_arguments(config: RunConfig, train_state: TrainState) -> Namespace:
         "train_iters": config.train_iters,
     }
     counts = {key: value for key, value in asdict(train_state).items() if key.startswith(("consumed", "skipped"))}
-    return Namespace(**{**config.flat(), **derived, **counts})
+    due = {EVALUATIONS_DUE: list(train_state.evaluations_due)} if train_state.evaluations_due else {}
+    return Namespace(**{**config.flat(), **derived, **counts, **due})
 
 
 def sharding_metadata(parallel: ParallelConfig, checkpoint: CheckpointConfig) -> dict[str, Any]:

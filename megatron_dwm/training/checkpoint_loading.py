@@ -16,6 +16,7 @@ from megatron_dwm.runtime.compat import common_state_given
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.safe_unpickling import restricted_checkpoint_loading, short_reason
 from megatron_dwm.training.checkpoint_contents import (
+    EVALUATIONS_DUE,
     data_parallel_group,
     model_key,
     set_rng_state,
@@ -85,6 +86,7 @@ def load_checkpoint(
         skipped_train_samples=getattr(arguments, "skipped_train_samples", 0),
         consumed_valid_samples=getattr(arguments, "consumed_valid_samples", 0),
         num_floating_point_operations_so_far=operations,
+        evaluations_due=() if starts_anew else tuple(getattr(arguments, EVALUATIONS_DUE, ())),
     )
     return train_state, {} if starts_anew else saved.read_dwm_state()
 

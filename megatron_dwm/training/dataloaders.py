@@ -60,6 +60,8 @@ class Dataloaders:
         consumed = START
         if train_state.iteration > 0:
             consumed_valid = train_state.consumed_valid_samples
+            if "validation" in train_state.evaluations_due:  # which a signal has broken off
+                consumed_valid += max(0, config.data.eval_iters) * config.global_batch_size
             consumed = Consumed(train_state.iteration, train_state.consumed_train_samples, consumed_valid)
         self.datasets = build_datasets(
             config.data,

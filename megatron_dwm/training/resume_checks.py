@@ -14,11 +14,11 @@ from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.config.weighting import TARGETED_RULES, WeightingConfig
 from megatron_dwm.errors import UserError, shortened
-from megatron_dwm.training.checkpoint_contents import megatron_arguments
+from megatron_dwm.training.checkpoint_contents import EVALUATIONS_DUE, megatron_arguments
 from megatron_dwm.training.checkpoint_folders import DWM_STATE
 from megatron_dwm.training.lr_schedule import Resumed, Schedule, choose_schedule
 from megatron_dwm.training.saved_checkpoint import CheckpointDamage, SavedCheckpoint, reported_damage
-from megatron_dwm.training.train_state import TrainState
+from megatron_dwm.training.train_state import EVALUATIONS, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,9 @@ def _check_counters(config: RunConfig, saved: SavedCheckpoint) -> None:
         for name, value in counters.items():
             if not isinstance(value, int) or value < 0:
                 raise CheckpointDamage(f"its {name} is {shortened(value, 40)}")
+        due = arguments.get(EVALUATIONS_DUE, [])
+        if not isinstance(due, list) or any(name not in EVALUATIONS for name in due):
+            raise CheckpointDamage(f"its {EVALUATIONS_DUE} is {shortened(due, 40)}")
 
 
 def _check_weighting_state(config: RunConfig, saved: SavedCheckpoint) -> None:

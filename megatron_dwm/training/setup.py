@@ -266,7 +266,7 @@ def build_trainer_parts(
             is_last_rank=parallel_state.is_last_rank,
         )
         stragglers = StragglerReport(config.profiling, parallel_state.rank, parallel_state.world_size)
-        reporter = Reporter(config, parallel_state, language_model.padded_vocab_size, train_state.iteration, timers)
+        reporter = Reporter(config, parallel_state, language_model.padded_vocab_size, train_state, timers)
     progress = ProgressLog(
         Path(str(config.checkpoint.save)) if is_noted else None,
         parallel_state.world_size,

@@ -9,6 +9,9 @@ from typing import Any
 from megatron_dwm.model.protocols import ModelChunk, Optimizer
 from megatron_dwm.model.vocabulary import Vocabulary
 
+EVALUATIONS = ("validation", "tasks")
+"""What a run evaluates during training, in the order in which it does."""
+
 
 @dataclass
 class TrainState:
@@ -19,6 +22,8 @@ class TrainState:
     skipped_train_samples: int = 0
     consumed_valid_samples: int = 0
     num_floating_point_operations_so_far: float = 0
+    evaluations_due: tuple[str, ...] = ()
+    """Of ``EVALUATIONS``, those that this iteration asks for and that were not made yet."""
 
     def advance(self, iteration: int, samples: int, flops: float, skipped_samples: int = 0) -> None:
         """Count one iteration.

@@ -29,14 +29,14 @@ from megatron_dwm.training.reporter import Reporter
 from megatron_dwm.training.rerun import StepValidation, reported_divergence
 from megatron_dwm.training.run_status import write_run_status
 from megatron_dwm.training.step import StepResult, train_step
-from megatron_dwm.training.stop_request import StopRequest
-from megatron_dwm.training.train_state import TrainComponents, TrainState
+from megatron_dwm.training.stop_request import EvaluationBrokenOffError, StopRequest
+from megatron_dwm.training.train_state import EVALUATIONS, TrainComponents, TrainState
 from megatron_dwm.weighting.policy import SampleWeighting
 
 logger = logging.getLogger(__name__)
 
-TaskEvaluation = Callable[[], list[dict[str, Any]]]
-"""Evaluates the model on tasks, with all ranks; returns a record for each task."""
+TaskEvaluation = Callable[[Callable[[], None]], list[dict[str, Any]]]
+"""Evaluates the model on tasks, with all ranks, and calls its argument now and then; returns a record for each task."""
 
 SAVES_WITH_MEMORY_REPORT = 3
 """Megatron-LM reports the GPU's memory around a run's first checkpoints."""
@@ -109,30 +109,43 @@ class Trainer:
             gc.collect()
         start = train_state.iteration
         self._check_replicas(start)
-        while not config.training.skip_train and train_state.iteration < config.train_iters:
+        stop_reason = None
+        if not config.training.skip_train and not self._make_due_evaluations():
+            stop_reason = self.stop_request.reason(start)
+        while not config.training.skip_train and train_state.iteration < config.train_iters and stop_reason is None:
             self.checkpoints.poll()
             with reported_divergence(train_state.iteration + 1):
                 self.train_iteration(train_state.iteration + 1)
             self.parts.profiler.after_iteration(train_state.iteration - start, train_state.iteration)
             self._check_replicas(train_state.iteration)
+            train_state.evaluations_due = self._evaluations_of(train_state.iteration)
+            self._make_due_evaluations()
             stop_reason = self.stop_request.reason(train_state.iteration)
-            if config.data.eval_interval and train_state.iteration % config.data.eval_interval == 0:
-                self.evaluate("valid", f"iteration {train_state.iteration}")
-            self._evaluate_tasks_if_due()
-            self._save_if_due(is_last=stop_reason is not None)
-            if stop_reason is not None:
-                logger.info(event_line(stop_reason))
-                return stop_reason if self._has_more_to_do() else None
+            if self._save_if_due(is_last=stop_reason is not None):
+                stop_reason = stop_reason or self.stop_request.reason(train_state.iteration)
+        if stop_reason is not None:
+            logger.info(event_line(stop_reason))
+            return stop_reason if self._has_more_to_do() else None
+        return self._evaluate_at_the_end()
+
+    def _evaluate_at_the_end(self) -> str | None:
+        """Evaluate after training; return the reason if a signal breaks that off."""
+        config, train_state = self.config, self.train_state
         skipped = "skipping training (--skip-train is on) ..."
         logger.info(skipped if config.training.skip_train else event_line("after training is done"))
         self._announce_second_evaluation()
-        self.evaluate("valid", f"iteration {train_state.iteration} on validation set", log_progress=True)
-        self.evaluate("test", f"iteration {train_state.iteration} on test set", log_progress=True)
+        try:
+            self.evaluate("valid", f"iteration {train_state.iteration} on validation set", after_training=True)
+            self.evaluate("test", f"iteration {train_state.iteration} on test set", after_training=True)
+        except EvaluationBrokenOffError as error:
+            logger.info(event_line(reason := f"exiting program after receiving {error}."))
+            return reason
         return None
 
     def _has_more_to_do(self) -> bool:
         """Whether a run that ends now would train or evaluate if it were started again."""
         is_evaluated = self.dataloaders.valid is None and self.dataloaders.test is None
+        is_evaluated = is_evaluated and not self.train_state.evaluations_due
         return self.train_state.iteration < self.config.train_iters or not is_evaluated
 
     def train_iteration(self, iteration: int) -> None:
@@ -195,12 +208,15 @@ class Trainer:
                 raise RuntimeError(f"the replicas' parameters differ after iteration {iteration}")
         logger.info(f">>> Weight hashes match after {iteration} iterations...")
 
-    def evaluate(self, split: str, prefix: str, *, log_progress: bool = False) -> None:
+    def evaluate(self, split: str, prefix: str, *, after_training: bool = False) -> None:
         """Evaluate on ``valid`` or ``test``, if there is such data.
 
         Args:
-            prefix: the point of the run, for the log.
-            log_progress: whether to log each batch.
+            prefix: where in the run this is, for the log.
+            after_training: whether it is the one after the last iteration, which logs each batch.
+
+        Raises:
+            EvaluationBrokenOffError: on every rank, if one receives a signal.
         """
         data = self.dataloaders.valid if split == "valid" else self.dataloaders.test
         if data is None:
@@ -214,8 +230,9 @@ class Trainer:
                     batches,
                     self.config.training.micro_batch,
                     self.parallel_state,
-                    log_progress=log_progress,
+                    log_progress=after_training,
                     dtype=torch.float64 if reads_whole_sets else torch.float32,
+                    before_batch=self.stop_request.break_off_if_signaled,
                 )
                 for name, batches in data.batches.items()
             }
@@ -224,15 +241,43 @@ class Trainer:
             loss = Evaluation.of_all(list(results.values())).loss
             by_source = {name: result.loss for name, result in results.items()}
             is_by_source = split == "valid" and self.config.data.multiple_validation_sets
-            self.reporter.evaluation(self.train_state, split, loss, prefix, by_source if is_by_source else {})
+            by_source = by_source if is_by_source else {}
+            self.reporter.evaluation(self.train_state, split, loss, prefix, by_source, after_training=after_training)
 
-    def _evaluate_tasks_if_due(self) -> None:
-        interval, iteration = self.config.tasks.eval_tasks_interval, self.train_state.iteration
-        if self.parts.evaluate_tasks is None or interval is None:
-            return
-        if iteration % interval == 0 or iteration == self.config.train_iters:
+    def _evaluations_of(self, iteration: int) -> tuple[str, ...]:
+        """Return which evaluations follow an iteration."""
+        of_validation, of_tasks = self.config.data.eval_interval, self.config.tasks.eval_tasks_interval
+        is_last = iteration == self.config.train_iters
+        asked = (
+            of_validation and iteration % of_validation == 0 and self.dataloaders.valid is not None,
+            self.parts.evaluate_tasks and of_tasks is not None and (iteration % of_tasks == 0 or is_last),
+        )
+        return tuple(name for name, is_asked in zip(EVALUATIONS, asked, strict=True) if is_asked)
+
+    def _make_due_evaluations(self) -> bool:
+        """Evaluate what this iteration asks for, or what the run before left to this one.
+
+        Returns:
+            whether it was all made; a signal breaks it off.
+        """
+        train_state, iteration = self.train_state, self.train_state.iteration
+        try:
+            while train_state.evaluations_due:
+                if train_state.evaluations_due[0] == "validation":
+                    self.evaluate("valid", f"iteration {iteration}")
+                else:
+                    self._evaluate_tasks()
+                train_state.evaluations_due = train_state.evaluations_due[1:]
+        except EvaluationBrokenOffError as error:
+            due = " and ".join(train_state.evaluations_due)
+            logger.info(f" > {error} breaks off {due} of iteration {iteration}, to be made when the run goes on")
+        return not train_state.evaluations_due
+
+    def _evaluate_tasks(self) -> None:
+        if self.parts.evaluate_tasks is not None:
             with self.reporter.paused(), self.engine.full_parameters():
-                self.reporter.tasks(iteration, self.parts.evaluate_tasks())
+                records = self.parts.evaluate_tasks(self.stop_request.break_off_if_signaled)
+                self.reporter.tasks(self.train_state.iteration, records)
 
     def _announce_second_evaluation(self) -> None:
         """Log why the last iteration has two validation losses, as in Megatron-LM, if it has."""
@@ -257,15 +302,18 @@ class Trainer:
             if should_report:
                 self.reporter.memory(f"(after save_checkpoint for iteration {iteration})")
 
-    def _save_if_due(self, *, is_last: bool) -> None:
+    def _save_if_due(self, *, is_last: bool) -> bool:
+        """Return whether a checkpoint was saved that stays."""
         flags, iteration = self.config.checkpoint, self.train_state.iteration
         if not flags.save:
-            return
+            return False
         is_due = bool(flags.save_interval) and iteration % (flags.save_interval or 1) == 0
         if is_last or is_due or iteration == self.config.train_iters:
             self.save()
-        elif flags.non_persistent_save_interval and iteration % flags.non_persistent_save_interval == 0:
+            return True
+        if flags.non_persistent_save_interval and iteration % flags.non_persistent_save_interval == 0:
             self.save(persistent=False)
+        return False
 
     def _report(self, result: StepResult, metrics: dict[str, object], weighting_flops: float, samples: int) -> None:
         optimizer = self.components.optimizer

@@ -15,7 +15,7 @@ from multiprocessing.managers import SyncManager
 
 import torch
 
-from megatron_dwm.training.stop_request import SIGNALS
+from megatron_dwm.runtime.stop_signals import STOP_SIGNALS
 
 WATCH_SECONDS = 1.0
 """Between two looks whether the rank is still there."""
@@ -34,7 +34,7 @@ def start_results_process() -> None:
 
 
 def _live_as_long_as_the_rank() -> None:
-    for number in (*SIGNALS, signal.SIGHUP):
+    for number in (*STOP_SIGNALS, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_after_the_rank, daemon=True).start()
 

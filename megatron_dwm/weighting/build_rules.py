@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from megatron_dwm.model.flops import training_flops
+from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
+from megatron_dwm.weighting.context import WeightingContext
 from megatron_dwm.weighting.flops import forward_flops, outer_update_flops
 from megatron_dwm.weighting.rules import (
     HalfWeighting,
@@ -24,10 +25,6 @@ from megatron_dwm.weighting.targeted import (
     TopAlignmentWeighting,
 )
 from megatron_dwm.weighting.weight_metrics import WeightMetrics
-
-if TYPE_CHECKING:
-    from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
-    from megatron_dwm.weighting.build import WeightingContext
 
 
 def build_rule(
