@@ -93,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     config, run_flags = parse_benchmark(ChaosConfig, argv, __doc__)
     folder = Path(config.output or tempfile.mkdtemp(prefix="chaos-"))
-    from megatron_dwm.benchmarks.chaos_ranks import import_what_ranks_need  # after the flags: this takes seconds
+    from megatron_dwm.benchmarks.chaos_ranks import preload_modules  # after the flags: this takes seconds
 
-    import_what_ranks_need()
+    preload_modules()
     started, results = time.monotonic(), []
     for layout in config.layouts:
         for saves in config.saves:

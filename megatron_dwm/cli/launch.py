@@ -178,8 +178,8 @@ def build_trainer(
     from megatron_dwm.training.setup import (
         build_language_model,
         build_trainer_parts,
-        hold_folders,
-        load_if_there,
+        load_if_present,
+        lock_folders,
         read_inputs,
     )
     from megatron_dwm.training.trainer import Trainer
@@ -190,7 +190,7 @@ def build_trainer(
     if config.logging.logging_level is not None:
         print_messages_of("megatron.core", process.rank, process.world_size, config.logging.logging_level)
     with process.startup_sync.phase("folders"):
-        save_folder = hold_folders(config.checkpoint, config.data, config.logging, process.rank)
+        save_folder = lock_folders(config.checkpoint, config.data, config.logging, process.rank)
     with process.startup_sync.phase("inputs"):
         inputs = read_inputs(config, process.rank, process.world_size)
         weighting_inputs = read_weighting_inputs(config, inputs.tokenizer)
@@ -201,7 +201,7 @@ def build_trainer(
     if config.checkpoint.save is not None:
         start_results_process()
     language_model = build_language_model(config, inputs, device, process.startup_sync)
-    train_state, weighting_state = load_if_there(config, inputs, language_model, save_folder)
+    train_state, weighting_state = load_if_present(config, inputs, language_model, save_folder)
     if train_state.iteration > 0:  # of a release, which counts the samples it was made with, all are to come
         config = dataclasses.replace(config, resumed_at=(train_state.iteration, train_state.consumed_train_samples))
     dataloaders = Dataloaders(

@@ -94,9 +94,9 @@ def meet(rank: int, world_size: int, timeout: timedelta, store_watch: StoreWatch
         if ranks.add(str(rank), 1) > 1:
             raise UserError(f"RANK={rank} is used by two processes; start the run with torchrun, srun or mpirun")
         if rank == 0:
-            missing = _look_who_comes(ranks, has, world_size, timeout)
+            missing = _find_missing_ranks(ranks, has, world_size, timeout)
         else:
-            missing = _hear_who_comes(ranks, has, rank, timeout)
+            missing = _receive_missing_ranks(ranks, has, rank, timeout)
     except RuntimeError:
         raise UserError(f"rank 0 ended while the ranks met at {point}; see what it has printed") from None
     if missing and rank == 0:
@@ -192,7 +192,7 @@ def _wait_until_reachable(host: str, port: int, timeout: timedelta) -> None:
         )
 
 
-def _look_who_comes(ranks: dist.Store, has: Has, world_size: int, timeout: timedelta) -> list[int]:
+def _find_missing_ranks(ranks: dist.Store, has: Has, world_size: int, timeout: timedelta) -> list[int]:
     """Return the missing ranks, and tell the other ranks; called on the first rank."""
     expected = [str(rank) for rank in range(world_size)]
     has_all = _wait_for(lambda: has(expected), timeout)
@@ -204,7 +204,7 @@ def _look_who_comes(ranks: dist.Store, has: Has, world_size: int, timeout: timed
     return missing
 
 
-def _hear_who_comes(ranks: dist.Store, has: Has, rank: int, timeout: timedelta) -> list[int]:
+def _receive_missing_ranks(ranks: dist.Store, has: Has, rank: int, timeout: timedelta) -> list[int]:
     """Return the ranks that the first rank reports as missing; it may itself join just before the timeout.
 
     Raises:

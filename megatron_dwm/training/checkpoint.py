@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_dwm.atomic_write import atomic_write_text, delete_folder, publish_folder
 from megatron_dwm.config.checkpoint import TRACKER
 from megatron_dwm.config.run import RunConfig
-from megatron_dwm.errors import UserError, reason_not_written
+from megatron_dwm.errors import UserError, write_failure_reason
 from megatron_dwm.runtime.compat import sharded_save_options
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.logging import timestamp
@@ -263,7 +263,7 @@ class CheckpointWriter:
         except OSError as error:
             reason = error.strerror or str(error)
         except RuntimeError as error:
-            unwritten = reason_not_written(error)
+            unwritten = write_failure_reason(error)
             if unwritten is None:
                 raise
             reason = unwritten

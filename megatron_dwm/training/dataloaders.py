@@ -154,7 +154,7 @@ class Dataloaders:
     def _validation(self, consumed: int, names: list[str]) -> EvaluationData:
         """Return the data of an evaluation on the validation set; a collective call of all ranks."""
         data, sets = self.config.data, self.datasets.valid
-        if not data.validates_sets:
+        if not data.has_separate_validation_sets:
             return self._evaluated(sets, consumed)
         lengths = [sets.lengths if sets is not None else None]
         dist.broadcast_object_list(lengths, src=0)

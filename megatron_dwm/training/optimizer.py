@@ -59,9 +59,9 @@ def _initial_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], para
     if "betas" not in group:
         return {"momentum_buffer": torch.zeros_like(param)} if group["momentum"] else {}
     state = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
-    return state if counts_steps_in_groups(optimizer) else {**state, "step": torch.zeros(())}
+    return state if has_steps_in_groups(optimizer) else {**state, "step": torch.zeros(())}
 
 
-def counts_steps_in_groups(optimizer: torch.optim.Optimizer) -> bool:
+def has_steps_in_groups(optimizer: torch.optim.Optimizer) -> bool:
     """Whether Adam counts its steps per parameter group (Transformer Engine, Apex), not per parameter."""
     return not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))

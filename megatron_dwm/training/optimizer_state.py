@@ -30,7 +30,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.training.checkpoint_contents import model_key
-from megatron_dwm.training.optimizer import allocate_state, counts_steps_in_groups
+from megatron_dwm.training.optimizer import allocate_state, has_steps_in_groups
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint
 from megatron_dwm.training.train_state import TrainComponents
 
@@ -277,7 +277,7 @@ def _inner(state: Any) -> Any:
 
 
 def _set_step(optimizer: torch.optim.Optimizer, step: float | None) -> None:
-    if counts_steps_in_groups(optimizer):
+    if has_steps_in_groups(optimizer):
         if step is not None:
             for group in optimizer.param_groups:
                 group["step"] = int(step)

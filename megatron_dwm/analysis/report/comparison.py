@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from megatron_dwm.analysis.comparison import catches_up, training_seconds
+from megatron_dwm.analysis.comparison import catch_up_fractions, training_seconds
 from megatron_dwm.analysis.records import Curve, RunRecords
 from megatron_dwm.analysis.report.drawing import axis_title, faint_line, figure, line, mark
 from megatron_dwm.analysis.report.palette import color
@@ -47,7 +47,7 @@ def cost(run: RunRecords, first: RunRecords | None = None) -> Cost:
     ratios: tuple[float, float] | None = None
     reaches: bool | None = None
     if first is not None and all(_has_times(each) and _has_losses(each) for each in (first, run)):
-        ratios = catches_up(first, run)
+        ratios = catch_up_fractions(first, run)
         reaches = ratios is not None
     return Cost(
         iterations=run.steps[-1]["iteration"],

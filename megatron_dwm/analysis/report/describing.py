@@ -162,11 +162,11 @@ def _with_history(report: Report, folder: Path, run_samples: RunSamples, number:
         index = indices[row]
         return Document(sources[index], index, _shown(run_samples, index), weights[row].tolist())
 
-    history = WeightHistory(iterations, [document(row) for row in _telling(weights, number)], len(reference))
+    history = WeightHistory(iterations, [document(row) for row in _notable_rows(weights, number)], len(reference))
     return replace(report, history=history)
 
 
-def _telling(weights: np.ndarray, number: int) -> list[int]:
+def _notable_rows(weights: np.ndarray, number: int) -> list[int]:
     """Return the rows of weights [n, e] with the highest and lowest last values, and those that change most."""
     last = np.argsort(weights[:, -1], kind="stable")
     change = np.argsort(-np.abs(np.log(weights[:, -1] / weights[:, 0])), kind="stable")

@@ -22,7 +22,7 @@ Direction = dict[torch.nn.Parameter, torch.Tensor]
 """v, by parameter: the shape of the parameter, float32 (float64 for float64 models)."""
 
 
-def counts_here(name: str, param: torch.nn.Parameter, parallel_state: ParallelState) -> bool:
+def is_counted_here(name: str, param: torch.nn.Parameter, parallel_state: ParallelState) -> bool:
     """Return whether this rank's product for the parameter is included in the sum over the replica.
 
     A parameter that is replicated over the TP ranks has the same gradient on all of them, and counts once. If its
@@ -37,7 +37,7 @@ def counts_here(name: str, param: torch.nn.Parameter, parallel_state: ParallelSt
 
 
 @contextmanager
-def products_with(
+def single_sample_products(
     direction: Direction, chunks: Sequence[ModelChunk], num_samples: int, parallel_state: ParallelState
 ) -> Iterator[torch.Tensor]:
     """Make backward passes of single-sample microbatches add ⟨v, gradient⟩ to the yielded tensor [n], float64.
@@ -59,7 +59,7 @@ def products_with(
         param.grad_added_to_main_grad = True
 
     handles = [
-        param.register_post_accumulate_grad_hook(partial(add_product, counts_here(name, param, parallel_state)))
+        param.register_post_accumulate_grad_hook(partial(add_product, is_counted_here(name, param, parallel_state)))
         for chunk in chunks
         for name, param in chunk.named_parameters()
         if param.requires_grad
@@ -94,7 +94,7 @@ def sum_over_replica(products: torch.Tensor, parallel_state: ParallelState) -> t
     return products
 
 
-def held_for_all(param: torch.nn.Parameter, parallel_state: ParallelState) -> bool:
+def is_counting_rank(param: torch.nn.Parameter, parallel_state: ParallelState) -> bool:
     """Return whether this is the one rank, of the model-parallel ranks with the same parameter, that counts it."""
     sharded = getattr(param, "tensor_model_parallel", False)
     # megatron-core marks the last stage's copy of a tied embedding, which carries the first stage's v.
@@ -106,7 +106,7 @@ def global_norm(direction: Direction, parallel_state: ParallelState) -> float:
     device = next(iter(direction)).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     for param, v in direction.items():
-        if held_for_all(param, parallel_state):
+        if is_counting_rank(param, parallel_state):
             total += v.double().square().sum()
     dist.all_reduce(total, group=parallel_state.mp_group)
     return float(total.sqrt())

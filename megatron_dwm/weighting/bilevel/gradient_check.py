@@ -21,7 +21,7 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.weighting.bilevel.alignment import shift
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
-from megatron_dwm.weighting.bilevel.preconditioner import knows_preconditioner
+from megatron_dwm.weighting.bilevel.preconditioner import is_preconditioner_known
 from megatron_dwm.weighting.sample_gather import SampleGather
 from megatron_dwm.weighting.weights import target_score_gradient, weights_from_scores
 
@@ -64,7 +64,7 @@ def check_at_start(lm_gradients: LMGradients, sample_gather: SampleGather, batch
         UserError: on every rank, if the check fails or there is nothing to check.
     """
     config = lm_gradients.config
-    is_unknown = config.dwm_preconditioner == "adam" and not knows_preconditioner(lm_gradients.optimizer)
+    is_unknown = config.dwm_preconditioner == "adam" and not is_preconditioner_known(lm_gradients.optimizer)
     if is_unknown:
         lm_gradients = lm_gradients.with_config(replace(config, dwm_preconditioner="none"))
     result = check_hypergradient(lm_gradients, sample_gather, batch, target)

@@ -116,7 +116,7 @@ def precondition_by_torch(direction: Direction, optimizer: torch.optim.Optimizer
         _scale([v.view(-1)], [held[param]])
 
 
-def knows_preconditioner(optimizer: Optimizer) -> bool:
+def is_preconditioner_known(optimizer: Optimizer) -> bool:
     """Whether P is known: the optimizer has made a step, or its state was loaded; a collective call of all ranks."""
     parts = optimizer_parts(optimizer)
     known = any("exp_avg_sq" in state for part in parts for state in part.optimizer.state.values())

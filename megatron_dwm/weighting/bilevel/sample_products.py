@@ -35,7 +35,7 @@ _AT_A_TIME = {"cpu": 1 << 19, "gpu": 1 << 24}
 """Numbers that are multiplied at a time, in float32: few enough for a CPU's cache, or to use a GPU well."""
 
 
-def has_known_layers(chunks: Sequence[ModelChunk]) -> bool:
+def has_supported_layers(chunks: Sequence[ModelChunk]) -> bool:
     """Whether each parameter belongs to a supported kind of layer; those of Transformer Engine and Apex are not."""
     return all(
         isinstance(module, (*_LINEAR, *_EMBEDDINGS, *_NORMS)) or next(module.parameters(recurse=False), None) is None
@@ -60,7 +60,7 @@ def sample_products(
 
     Args:
         direction: v, by parameter.
-        chunks: model chunks that :func:`has_known_layers` accepts.
+        chunks: model chunks that :func:`has_supported_layers` accepts.
         num_samples: n.
         micro_batch_size: b.
         parallel_state: the layout.

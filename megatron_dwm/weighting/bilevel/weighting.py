@@ -17,7 +17,7 @@ from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.runtime.device import current_device
-from megatron_dwm.weighting.bilevel.alignment_pass import reason_unmoved
+from megatron_dwm.weighting.bilevel.alignment_pass import reason_unchanged
 from megatron_dwm.weighting.bilevel.health import HealthWarning, check_scores
 from megatron_dwm.weighting.bilevel.outer_update import OuterResult, OuterUpdate
 from megatron_dwm.weighting.export import WeighterExporter
@@ -87,7 +87,7 @@ class BilevelWeighting(ScoredWeighting):
         """
         if weights is None:
             return []
-        is_update, reason = self.stages.is_update(iteration), reason_unmoved(outcome)
+        is_update, reason = self.stages.is_update(iteration), reason_unchanged(outcome)
         should_check = is_update or iteration % self.options.check_interval == 0
         records = self.health_records(iteration, weights) if should_check else []
         if is_update and reason is not None:
@@ -106,7 +106,7 @@ class BilevelWeighting(ScoredWeighting):
 
     def flops(self, iteration: int, outcome: StepOutcome) -> float:
         """Return the operations of scoring, and of the outer update if one was made."""
-        is_update = self.stages.is_update(iteration) and reason_unmoved(outcome) is None
+        is_update = self.stages.is_update(iteration) and reason_unchanged(outcome) is None
         return self._flops.per_batch + (self._flops.per_update if is_update else 0.0)
 
     def before_save(self, iteration: int) -> None:
