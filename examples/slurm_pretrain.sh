@@ -163,7 +163,7 @@ if [[ $PREFLIGHT == 1 && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
     "${PLAN[@]}" "${ARGS[@]}"
 fi
 
-# Put this job back into the queue; the third time in a row that it has made no iteration is an error.
+# Requeue this job; it is an error if it has made no iteration for the third time in a row.
 requeue() { # ITERATION
     local stops=$LOG_DIR/stops-without-progress
     if (($1 > iteration_before)); then rm -f "$stops"; else echo "$1" >>"$stops"; fi
@@ -171,9 +171,9 @@ requeue() { # ITERATION
         rm -f "$stops"
         fail "no iteration was made since $1 in three starts; give the job more time, or its signal more notice"
     fi
-    echo "interrupted at iteration $1; the job goes back into the queue"
+    echo "interrupted at iteration $1; the job is requeued"
     scontrol requeue "$SLURM_JOB_ID" ||
-        echo "this job cannot be requeued; submit the same again to continue from iteration $1"
+        echo "this job cannot be requeued; submit it again to continue from iteration $1"
 }
 
 read -r _ iteration_before <<<"$(run_status)"

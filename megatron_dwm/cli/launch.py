@@ -254,7 +254,7 @@ def _weighting_context(
     dataloaders: Dataloaders,
     device: torch.device,
 ) -> WeightingContext:
-    """Return the parts of the run that its weighting works with."""
+    """Return the parts of the run that its weighting needs."""
     from megatron_dwm.weighting.context import WeightingContext
 
     return WeightingContext(

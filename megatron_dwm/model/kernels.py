@@ -31,9 +31,9 @@ def resolve_transformer_impl(model: ModelConfig, device: torch.device) -> str:
 
 
 def without_fusions(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the changes to a TransformerConfig that leave out fused kernels.
+    """Return the changes to a TransformerConfig that disable fused kernels.
 
-    A CPU has neither. The model computes the same function.
+    A CPU has none of them. The model computes the same function.
     """
     plain: dict[str, Any] = dict.fromkeys(
         (

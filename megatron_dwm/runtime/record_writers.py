@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 class JsonLines:
     """Appends records to a file, one JSON object per line, each flushed when written.
 
-    A resumed run drops the records that it is about to write again. A run that starts anew leaves another run's records
-    beside, under a name with their time. A log never stops training: lines that are no records are set aside in
+    A resumed run removes the records that it will write again. A run that starts from scratch renames another run's
+    records to a name with their time. A log never stops training: lines that are not records are moved to
     ``<name>.damaged``, and a record that cannot be written is lost with one warning.
     """
 
@@ -36,9 +36,9 @@ class JsonLines:
     ) -> None:
         """
         Args:
-            path: of the file.
-            resumed_at: the iteration that the run goes on from, 0 for a new run.
-            is_made_again: whether a record of that iteration is about to be written again, as those of later ones are.
+            path: the file.
+            resumed_at: the iteration from which the run continues, 0 for a new run.
+            is_made_again: whether a record of that iteration will be written again, as those of later ones will.
 
         Raises:
             UserError: the file cannot be written.
@@ -87,7 +87,7 @@ def _finite(value: Any) -> Any:
 
 
 def _keep_records_until(path: Path, iteration: int, is_made_again: Callable[[Mapping[str, Any]], bool]) -> None:
-    """Rewrite ``path`` with its records up to ``iteration``, one line at a time: it may be larger than memory."""
+    """Rewrite ``path`` with its records up to ``iteration``, line by line, because it may be larger than memory."""
     damaged = 0
     with (
         path.open("rb") as lines,

@@ -40,11 +40,11 @@ class StartupSync:
     """Phases of the start-up, which all ranks complete together, or fail together with the same error."""
 
     def __init__(self, rank: int, world_size: int, timeout: timedelta, signals: StartSignals | None = None) -> None:
-        """Meet the other ranks at MASTER_ADDR:MASTER_PORT; a lone process meets itself.
+        """Join the other ranks at MASTER_ADDR:MASTER_PORT; a single process also has a store.
 
         Args:
-            timeout: how long ranks are waited for that do not come, or do not answer while the run starts.
-            signals: what ends this rank if it is signaled meanwhile; from now on it ends the others, too.
+            timeout: how long to wait for ranks that do not join, or do not answer during start-up.
+            signals: ends this rank if it receives a signal during start-up; from now on it ends the others, too.
 
         Raises:
             UserError: the rank is not in the world, MASTER_ADDR or MASTER_PORT is missing, or

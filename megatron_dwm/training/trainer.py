@@ -212,11 +212,11 @@ class Trainer:
         """Evaluate on ``valid`` or ``test``, if there is such data.
 
         Args:
-            prefix: where in the run this is, for the log.
-            after_training: whether it is the one after the last iteration, which logs each batch.
+            prefix: the point of the run, for the log.
+            after_training: whether this is the evaluation after the last iteration, which logs each batch.
 
         Raises:
-            EvaluationBrokenOffError: on every rank, if one receives a signal.
+            EvaluationBrokenOffError: on every rank, if one of them receives a signal.
         """
         data = self.dataloaders.valid if split == "valid" else self.dataloaders.test
         if data is None:
