@@ -50,7 +50,7 @@ def saved_model(saved: Mapping[str, Any]) -> ModelConfig:
     """Return the configuration of the model that a checkpoint's arguments describe.
 
     Raises:
-        UserError: it is not a model that this program configuration.
+        UserError: it is not a model that this program trains.
     """
     return build(ModelConfig, effective_arguments(saved))
 

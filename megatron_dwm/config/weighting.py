@@ -133,7 +133,7 @@ class WeightingConfig:
         "Weighter steps in one outer update: the first on the update's batch, the others on the same number of samples "
         "drawn from the replay. A linear weighter takes this many conjugate-gradient steps on the whole replay.",
     )
-    dwm_replay: int = flag(64, "Size of the replay: the newest aligned batches, on which the weighter is values.")
+    dwm_replay: int = flag(64, "Size of the replay: the newest aligned batches, on which the weighter is trained.")
     dwm_replay_half_life: float | None = flag(
         None, "Outer updates after which a sample of the replay counts half as much. Default: all count the same."
     )
