@@ -164,7 +164,7 @@ def overruled_flags(config: RunConfig, saved: SavedCheckpoint) -> list[str]:
         return []
     return [
         f" > {flag_name(name)} {_words(flags[name])} is for a new weighter: the checkpoint's, made with "
-        f"{_words(arguments[name])}, goes on"
+        f"{_words(arguments[name])}, is kept"
         for name in _OF_A_NEW_WEIGHTER
         if name in arguments and arguments[name] != flags[name]
     ]

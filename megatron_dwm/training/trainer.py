@@ -270,7 +270,7 @@ class Trainer:
                 train_state.evaluations_due = train_state.evaluations_due[1:]
         except EvaluationBrokenOffError as error:
             due = " and ".join(train_state.evaluations_due)
-            logger.info(f" > {error} breaks off {due} of iteration {iteration}, to be made when the run goes on")
+            logger.info(f" > {error} interrupts {due} of iteration {iteration}, which is made when the run continues")
         return not train_state.evaluations_due
 
     def _evaluate_tasks(self) -> None:

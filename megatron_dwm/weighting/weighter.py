@@ -121,7 +121,7 @@ class Weighter:
         limit = self.clip_grad if self.clip_grad > 0 else float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the weighter's gradient has norm {norm}; lower --dwm-lr, or start it anew")
+            raise FloatingPointError(f"the weighter's gradient has norm {norm}; lower --dwm-lr, or start a new one")
         self.optimizer.step()
         return norm
 

@@ -100,13 +100,15 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
         return WeighterFolder(folder, model, reader, tokenizer, fingerprint, reading)
     if cutting := window_reader(model, samples.seq_length):
         reading = (
-            f"its positions end at {cutting.window}: samples of {samples.seq_length} tokens are scored in windows of "
-            f"{cutting.window}, whose mean counts"
+            f"its maximum length is {cutting.window}: samples of {samples.seq_length} tokens are scored in windows of "
+            f"{cutting.window} tokens, whose mean is the score"
         )
         return WeighterFolder(folder, model, cutting, None, fingerprint, reading)
     trained, reading = trained_length(Path(folder), model.config), ""
     if trained is not None and trained < samples.seq_length:
-        reading = f"made for {trained} tokens, it scores samples of {samples.seq_length} whole: its positions go on"
+        reading = (
+            f"made for {trained} tokens; samples of {samples.seq_length} tokens are scored whole (no maximum length)"
+        )
     return WeighterFolder(folder, model, None, None, fingerprint, reading)
 
 

@@ -121,7 +121,7 @@ class RidgeLearner:
         is_finite = weights.isfinite().all().to(scale)
         norm, wanted, is_sound = torch.stack([square.sqrt(), scale, is_finite]).tolist()
         if not is_sound:
-            raise FloatingPointError("the weighter's weights are not finite; raise --dwm-kl-weight, or start it anew")
+            raise FloatingPointError("the weighter's weights are not finite; raise --dwm-kl-weight, or start a new one")
         with torch.no_grad():
             self.weighter.model.embedding.weight.copy_(weights.unsqueeze(1))
         return float(norm / wanted) if wanted > 0 else 0.0
