@@ -23,9 +23,9 @@ from megatron_dwm.model.continuations import Continuation, Likelihood, continuat
 from megatron_dwm.model.engine import PipelineEngine
 
 _SEED = 1234
-"""Of the choice of items and examples: what ``megatron-dwm evaluate`` takes if not told otherwise."""
+"""Seed of the choice of items and examples: the default of ``megatron-dwm evaluate``."""
 _MICROBATCHES_TOGETHER = 64
-"""Of a replica, in one run through the pipeline."""
+"""Microbatches of a replica in one run through the pipeline."""
 
 
 class RunningTasks:

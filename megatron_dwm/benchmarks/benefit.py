@@ -55,9 +55,9 @@ ArmName = Literal[
     "target-only",
 ]
 FROM_ANOTHER_RUN = ("frozen", "continued", "source-weights")
-"""Arms that start from what a bilevel run with another seed has learnt: its weighter, or its sources' mean weights."""
+"""Arms that use the result of a bilevel run with another seed: its weighter, or its sources' mean weights."""
 WEIGHTER_SEED = 1000
-"""Of that run: no seed of the arms, however many there are."""
+"""Seed of that run, which is never a seed of the arms."""
 SWEEP_ARMS: tuple[ArmName, ...] = ("uniform", "frozen", "bilevel")
 SWEEP_FACTORS = (0.5, 1.0, 2.0)
 

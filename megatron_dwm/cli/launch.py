@@ -57,7 +57,7 @@ _FUTURE = ".*(load_state_dict|ShardedTensor|all_gather_into_tensor|reduce_scatte
 _SHARDS = ".*grad attribute of a Tensor that is not a leaf Tensor.*"
 """Of fp32 parameters the distributed optimizer's shards are views, to which it gives gradients itself."""
 _IN_PLACE_OF_A_RUN = ("-h", "--help", "--help-all", "--plan")
-"""A rank with one of these would end, and the others wait for it."""
+"""Flags with which a rank would end, while the others wait for it."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from megatron_dwm.training.checkpoint_folders import latest_checkpoint
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine", "megatron-dwm")
 
 Facts = dict[str, str]
-"""By the name under which an error speaks of it."""
+"""Facts by their names in error messages."""
 
 
 def rank_facts(config: RunConfig, paths: DataPaths, weighter_digest: str | None) -> Facts:

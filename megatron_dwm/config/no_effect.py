@@ -16,7 +16,7 @@ from megatron_dwm.errors import UserError
 OTHER_FIELDS_WITHOUT_EFFECT = frozenset(
     {"create_attention_mask_in_dataloader", "deprecated_use_mcore_models", "legacy_tokenizer", "use_flash_attn"}
 )
-"""Fields of a run's configuration, and so of its checkpoints' arguments, that change nothing either."""
+"""Fields of a run's configuration, and so of its checkpoints' arguments, that have no effect either."""
 
 _NEUTRAL_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "pipeline_model_parallel_comm_backend": ((None, "nccl"), "pipelines communicate by NCCL; leave it out"),
@@ -31,7 +31,7 @@ _NEUTRAL_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "rope_type": ((None, "rope"), "only multi-latent attention has another; leave it out"),
     "data_impl": (("infer", "mmap"), "datasets are memory-mapped; leave it out"),
 }
-"""Fields that not every value leaves without effect: the values that do, and why the others are refused."""
+"""Fields of which only some values have no effect: these values, and why the others are refused."""
 
 
 @dataclass(frozen=True)

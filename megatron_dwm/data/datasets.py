@@ -30,7 +30,7 @@ class Datasets:
 
     train: Any | None
     valid: Any | None
-    """A :class:`~megatron_dwm.data.validation_sets.ValidationSets` if its datasets are read by themselves."""
+    """A :class:`~megatron_dwm.data.validation_sets.ValidationSets` if its datasets are evaluated separately."""
     test: Any | None
     target: Any | None
 

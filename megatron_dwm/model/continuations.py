@@ -28,7 +28,7 @@ class Continuation(NamedTuple):
 
     tokens: Sequence[int]
     length: int
-    """How many last ones."""
+    """The number of last tokens."""
 
 
 class Likelihood(NamedTuple):
@@ -36,7 +36,7 @@ class Likelihood(NamedTuple):
 
     log_likelihood: float
     is_likeliest: bool
-    """Whether each of its tokens is the likeliest after those before it."""
+    """Whether each of its tokens is the most likely one after the tokens before it."""
 
 
 def continuation_likelihoods(

@@ -51,7 +51,7 @@ class PipelineEngine:
         )
         self.document_end, self.check_for_nan = document_end, check_for_nan
         self.around_forward: AbstractContextManager[Any] = nullcontext()
-        """What forward passes run in."""
+        """The context in which forward passes run."""
 
     def run(
         self,

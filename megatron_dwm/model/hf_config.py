@@ -33,7 +33,7 @@ _NOT_COMPUTED = {
     "granite": "it scales embeddings, residuals and logits, and megatron-core's GPT does not",
     "smollm3": "some of its layers have no positions, and megatron-core's are all alike",
 }
-"""Why what a model_type computes is not what megatron-core's dense GPT does."""
+"""Why megatron-core's dense GPT cannot compute a model_type."""
 
 _SILU = ("silu", "swish")
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")

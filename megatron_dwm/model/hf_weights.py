@@ -20,7 +20,7 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.model.hf_config import architecture
 
 LAYERS = "decoder.layers."
-"""What the checkpoint keys of layers begin with; their tensors are stacked."""
+"""Prefix of the checkpoint keys of layers, whose tensors are stacked."""
 _ATTENTION, _MLP = "self_attention.", "mlp."
 _QKV, _FC1 = f"{_ATTENTION}linear_qkv", f"{_MLP}linear_fc1"
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"

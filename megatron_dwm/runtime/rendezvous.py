@@ -23,9 +23,9 @@ Has = Callable[[list[str]], bool]
 """Whether the store holds keys."""
 PATH = "ranks"
 OVER = "over"
-"""In place of the heartbeat of a rank whose start is over."""
+"""Replaces the heartbeat of a rank whose start-up is over."""
 LINGER_SECONDS = 5.0
-"""The store ends with the first rank, so it stays so long until the others have read who is missing."""
+"""The store ends with the first rank, which therefore waits until the others have read which ranks are missing."""
 
 
 class StoreWatch:

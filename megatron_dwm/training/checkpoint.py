@@ -78,7 +78,7 @@ class CheckpointWriter:
         self._save_folder, self._progress = save_folder, progress or ProgressLog(None)
         self._queue: Any = None
         self._strategy: Any = None
-        """What plans the writing, kept from one checkpoint to the next with ``--ckpt-assume-constant-structure``."""
+        """The save strategy, reused for later checkpoints with ``--ckpt-assume-constant-structure``."""
         # What fails in a process that writes is raised here, and said in one line.
         logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
         if config.checkpoint.async_save:

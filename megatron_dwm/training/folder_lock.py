@@ -30,9 +30,9 @@ LOCK = ".lock"
 HEARTBEAT = ".lock.heartbeat"
 HEARTBEAT_SECONDS = 10.0
 LEASE_SECONDS = 60.0
-"""A heartbeat that has not moved for so long is that of a holder that was killed."""
+"""A holder whose heartbeat has not moved for this long is considered killed."""
 SETTLE_SECONDS = 2.0
-"""Of several that come at once, the last to write its name has the folder."""
+"""If several processes come at once, the last one to write its name has the folder."""
 
 
 class FolderLock:

@@ -22,7 +22,7 @@ class Schedule:
     max_lr: float
     min_lr: float
     init_lr: float
-    """Learning rate that the warm-up starts at."""
+    """Learning rate at the start of the warm-up."""
     lr_warmup_steps: float
     """Samples of the warm-up."""
     lr_decay_steps: int
@@ -37,7 +37,7 @@ class Schedule:
     """Samples of the whole run."""
     wd_incr_style: str
     decoupled_lr: float | None = None
-    """Of the embedding and output layers."""
+    """Learning rate of the embedding and output layers."""
     decoupled_min_lr: float | None = None
 
     @staticmethod

@@ -65,9 +65,9 @@ class Reporter:
         self.padded_vocab_size = padded_vocab_size
         self.flops_per_step = training_flops(config.model, padded_vocab_size, config.global_batch_size)
         self.since = time.perf_counter()
-        """When the log line's window began, later by what is not training."""
+        """Start of the log line's window, shifted by the time that is not training."""
         self.step_since = self.since
-        """When the last step was reported, later by what is not training."""
+        """Time of the last reported step, shifted by the time that is not training."""
         self.first_step = True
         self.memory_reports_left = 2
         self.peak_tflops = _peak_tflops(config)

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 _REPLACING = ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad", "dwm_lr", "dwm_weight_decay")
-"""Flags that count as they are given, though a resumed run may have been meant to keep the checkpoint's."""
+"""Flags whose given values replace those of the checkpoint."""
 _OF_A_NEW_WEIGHTER = (
     "dwm_init_from",
     "dwm_num_layers",
@@ -35,7 +35,7 @@ _OF_A_NEW_WEIGHTER = (
     "dwm_ngram_buckets",
     "dwm_ngram_hidden_size",
 )
-"""Flags that a checkpoint's weighter overrules; of ``dwm_arch`` the weighting says so."""
+"""Flags without effect on a checkpoint's weighter; for ``dwm_arch`` the weighting logs it."""
 
 
 def should_load_optimizer(flags: CheckpointConfig, saved: SavedCheckpoint) -> bool:

@@ -54,7 +54,7 @@ class RunInputs:
     tokenizer: Any
     paths: DataPaths
     checkpoint: SavedCheckpoint | None
-    """The one to go on from; None to start anew."""
+    """The checkpoint to continue from; None to start from scratch."""
 
     @property
     def vocab_size(self) -> int:

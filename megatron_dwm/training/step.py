@@ -29,9 +29,9 @@ class StepResult:
     skipped: bool
     """The gradient overflowed (fp16) and no update was made."""
     learning_rate: float
-    """Of this step, the largest of the parameter groups; the same on every rank."""
+    """Learning rate of this step, the largest of the parameter groups; the same on every rank."""
     sample_losses: SampleLosses | None
-    """This replica's; on the last pipeline stage."""
+    """Losses of this replica's samples, on the last pipeline stage."""
 
 
 def train_step(

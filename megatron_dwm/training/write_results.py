@@ -18,7 +18,7 @@ import torch
 from megatron_dwm.runtime.stop_signals import STOP_SIGNALS
 
 WATCH_SECONDS = 1.0
-"""Between two looks whether the rank is still there."""
+"""Between two checks whether the rank still runs."""
 
 
 def start_results_process() -> None:

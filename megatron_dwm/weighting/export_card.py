@@ -10,7 +10,7 @@ from megatron_dwm.model_card import bullets, render_card
 from megatron_dwm.weighting.ngram.configuration import MODEL_TYPE
 
 LONGEST = 10**9
-"""Tokenizers that know no length say a greater one."""
+"""Tokenizers without a maximum length report a larger one."""
 NOT_MEASURED = (
     "Not measured in this folder. `megatron-dwm export-weighter --baseline RUN` writes a card with what the weighter's "
     "run has gained over a run with uniform weights."

@@ -18,7 +18,7 @@ import torch
 from megatron_dwm.weighting.windows import SpecialTokens, Window, cut
 
 SampleReader = Callable[[torch.Tensor], list[list[Window]]]
-"""Gives each of the samples [m, s] its windows."""
+"""Returns the windows of each of the samples [m, s]."""
 MOST_CACHED_TOKENS = 2**25
 """Tokens of texts that are kept: 128 MiB."""
 

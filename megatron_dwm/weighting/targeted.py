@@ -33,10 +33,10 @@ class TargetedParts:
     engine: PipelineEngine
     lm_gradients: LMGradients
     make_target_loader: Callable[[int], BatchLoader]
-    """Reads the target set, from a number of consumed samples on."""
+    """Returns a loader of the target set, after a number of consumed samples."""
     micro_batch_size: int
     flops_per_batch: float
-    """Operations for a batch that the rule looks at."""
+    """Operations for a training batch."""
     flops_per_target: float
     """Operations for a target batch."""
 

@@ -20,7 +20,7 @@ from megatron_dwm.weighting.weighter_init import seeded, zero_head
 from megatron_dwm.weighting.windows import position_limit
 
 _LONGEST = 10**9
-"""Tokenizers that know no length say a greater one."""
+"""Tokenizers without a maximum length report a larger one."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class SampleTokens:
     seq_length: int
     vocab_size: int
     eod: int
-    """End-of-document token, which pads where a folder names no token for that."""
+    """End-of-document token, used for padding if a folder defines no padding token."""
     fingerprint: str
     """Of the tokenizer's vocabulary."""
     text_of: Callable[[npt.NDArray[np.integer[Any]]], str]
-    """Gives the text of a sample's tokens [s]."""
+    """Returns the text of a sample's tokens [s]."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class WeighterFolder:
     path: str
     model: Any
     reader: SampleReader | None
-    """None if it reads a sample's tokens as they are."""
+    """Converts samples to its input; None if it reads the sample's tokens."""
     own_tokenizer: Any | None
     """Its tokenizer, of Hugging Face, if that is not the run's."""
     fingerprint: str
     """Of its tokenizer's vocabulary."""
     reading: str
-    """How it reads the samples, in words; empty if there is nothing to say of it."""
+    """A description of how it reads the samples, for the log; may be empty."""
 
 
 def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: int) -> WeighterFolder:

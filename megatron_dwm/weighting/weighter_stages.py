@@ -15,9 +15,9 @@ class WeighterStage:
 
     folder: str
     last_iteration: int
-    """Of the run that uses it."""
+    """The last iteration of the present run that uses it."""
     number: int
-    """Of the stage at whose end it was exported."""
+    """The number of the stage at whose end it was exported."""
 
 
 def weighter_stages(flag: str, folder: str, train_iters: int) -> list[WeighterStage]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 _PROBES = ("0", "a", "the")
-"""Texts of which a tokenizer makes tokens; one that knows numbers alone does of the first."""
+"""Texts to probe a tokenizer with; the first one also works for tokenizers of numbers."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Window(NamedTuple):
     """A part of a text that is scored as a whole."""
 
     ids: Sequence[int]
-    """With the special tokens around them."""
+    """Token ids, including special tokens."""
     size: int
-    """Tokens of the text in it: what it counts in a mean over windows."""
+    """The number of tokens of the text in it, its weight in a mean over windows."""
 
 
 def cut(ids: Sequence[int], length: int | None, special: SpecialTokens) -> list[Window]:

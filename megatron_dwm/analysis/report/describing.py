@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 LONGEST_TEXT = 800
 """Characters of a sample that the page shows."""
 Examples = dict[int, tuple[list[Example], list[Example]]]
-"""Of each stage the samples with the highest and with the lowest weights."""
+"""The samples with the highest and with the lowest weights of each stage."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Settings:
     """Settings of the description of a run."""
 
     samples: int
-    """Of each stage."""
+    """Number of samples of each stage."""
     examples: int
-    """Of each stage, of the highest and of the lowest weight."""
+    """Number of samples of each stage with the highest, and with the lowest, weight."""
     documents: int
-    """Of each kind, whose weight is followed over time."""
+    """Number of documents of each kind whose weight is shown over time."""
     scores: ExternalScores | None
     texts_output: Path | None
-    """Where the samples' texts go, for others to score."""
+    """File for the samples' texts, for external scoring."""
 
 
 def describe(name: str, folder: Path, run: RunRecords, settings: Settings, benefit: Any | None) -> Report:

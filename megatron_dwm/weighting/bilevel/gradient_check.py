@@ -39,7 +39,7 @@ class HypergradientCheck:
     """Result of the check."""
 
     derivative: float
-    """Of the target loss in the scores along the hypergradient, in closed form."""
+    """Derivative of the target loss with respect to the scores, along the hypergradient, in closed form."""
     difference: float
     """The same from central differences."""
     error: float

@@ -29,7 +29,7 @@ class _Owned:
     """The part of a parameter whose optimizer state this rank holds."""
 
     place: slice
-    """Of the flattened parameter."""
+    """The part's range in the flattened parameter."""
     state: dict[str, Any]
     group: dict[str, Any]
     base_rate: float

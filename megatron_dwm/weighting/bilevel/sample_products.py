@@ -104,13 +104,13 @@ class _Layer:
             micro_batch_size,
         )
         self.params: Mapping[str, torch.nn.Parameter | None] = vars(module)["_parameters"]
-        """Those of the layer itself; None for one that it does without."""
+        """The layer's parameters; None for a missing one."""
         self.batch_dim = 1
         if isinstance(module, _EMBEDDINGS):
             self.batch_dim = 1 if getattr(module, "reduce_scatter_embeddings", False) else 0
         self.counts = parallel_state.tp_rank == 0 or not _is_replicated(name, module)
         self.is_local = not isinstance(module, (RowParallelLinear, VocabParallelEmbedding))
-        """Whether it computes what its parameters contribute without the other ranks of its TP group."""
+        """Whether the layer computes its parameters' contribution without the other ranks of its TP group."""
         self.has_whole_outputs = (
             isinstance(module, _LINEAR)
             if parallel_state.tp_size == 1

@@ -35,9 +35,9 @@ class BilevelFlops:
     """Operations of all ranks that weighting adds to plain training."""
 
     per_batch: float
-    """Of scoring one global batch."""
+    """Operations of scoring one global batch."""
     per_update: float
-    """Of one outer update."""
+    """Operations of one outer update."""
 
 
 @dataclass(frozen=True)
