@@ -147,7 +147,7 @@ def _complete_settings(skeleton: Any, tokenizer: Any, folder: Path, *, window: i
     for settings in (config, generation):
         settings.bos_token_id, settings.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     generation.pad_token_id = tokenizer.pad_token_id
-    if tokenizer.pad_token_id != tokenizer.eos_token_id:  # whose embedding would not learn any more
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:  # the embedding of a padding token is not trained
         config.pad_token_id = tokenizer.pad_token_id
     generation.max_length = window
     config.architectures = [type(skeleton).__name__]

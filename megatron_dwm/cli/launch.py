@@ -194,7 +194,7 @@ def build_trainer(
     with process.startup_sync.phase("inputs"):
         inputs = read_inputs(config, process.rank, process.world_size)
         weighting_inputs = read_weighting_inputs(config, inputs.tokenizer)
-        if inputs.checkpoint is None:  # the length of a run that goes on is known when that is loaded
+        if inputs.checkpoint is None:  # the length of a continued run is known when its checkpoint is loaded
             run_stages(config)
     with process.startup_sync.phase("agreement"):
         process.startup_sync.require_same(rank_facts(config, inputs.paths, weighting_inputs.digest))
@@ -202,7 +202,7 @@ def build_trainer(
         start_results_process()
     language_model = build_language_model(config, inputs, device, process.startup_sync)
     train_state, weighting_state = load_if_present(config, inputs, language_model, save_folder)
-    if train_state.iteration > 0:  # of a release, which counts the samples it was made with, all are to come
+    if train_state.iteration > 0:  # a release has a nonzero count of samples, but starts at iteration 0
         config = dataclasses.replace(config, resumed_at=(train_state.iteration, train_state.consumed_train_samples))
     dataloaders = Dataloaders(
         config, inputs.paths, inputs.tokenizer, language_model.parallel_state, process.startup_sync, train_state
@@ -321,7 +321,7 @@ def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
 
 
 def _read_saved(flags: CheckpointConfig) -> Mapping[str, Any]:
-    # Only --use-checkpoint-args reads a checkpoint before the configuration is whole, and imports all it takes.
+    # Only --use-checkpoint-args reads a checkpoint before the configuration is complete, and needs these imports.
     from megatron_dwm.training.checkpoint_folders import saved_arguments
 
     return saved_arguments(flags)

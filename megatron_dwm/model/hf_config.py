@@ -88,7 +88,7 @@ def hf_config(
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "bos_token_id": None,
         "eos_token_id": None,
-        "pad_token_id": None,  # Phi-3's default would be a token of its own vocabulary
+        "pad_token_id": None,  # Phi-3's default is a token of its original vocabulary
     }
     if kind == "gpt2":
         values |= {

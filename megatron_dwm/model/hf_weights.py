@@ -176,7 +176,7 @@ def _norm(model: ModelConfig, key: str, name: str) -> list[Conversion]:
             weight.key,
             weight.names,
             lambda tensor: ((tensor.float() - 1).to(tensor.dtype),),
-            lambda tensors: tensors[0].float() + 1,  # 16 bits may not hold the sum
+            lambda tensors: tensors[0].float() + 1,  # the sum may not fit into 16 bits
         )
     bias = [Conversion(f"{key}bias", (f"{name}.bias",))] if model.normalization == "LayerNorm" else []
     return [weight, *bias]

@@ -84,7 +84,7 @@ class ParameterCopy:
         chunks: list[Any] = self._chunks
         for chunk in chunks:
             if getattr(getattr(chunk, "ddp_config", None), "reuse_grad_buf_for_mxfp8_param_ag", False):
-                continue  # its parameters lie elsewhere than in their buckets
+                continue  # its parameters are not views of the bucket
             for group, bucket in buckets_of([chunk]):
                 if group is not None and bucket.param_data is not None:
                     yield group, bucket

@@ -55,12 +55,12 @@ class Dataloaders:
         self.target_partition = BatchPartition(
             target_micro, config.target_batch_size // (target_micro * dp), parallel_state.dp_rank, dp
         )
-        # A release starts at iteration 0 with the samples that it was trained on counted: like Megatron-LM's, its data
-        # are sized as a new run's.
+        # A release starts at iteration 0 with a nonzero count of samples. As in Megatron-LM, its data sets
+        # have the size of a new run's.
         consumed = START
         if train_state.iteration > 0:
             consumed_valid = train_state.consumed_valid_samples
-            if "validation" in train_state.evaluations_due:  # which a signal has broken off
+            if "validation" in train_state.evaluations_due:  # a signal has interrupted it
                 consumed_valid += max(0, config.data.eval_iters) * config.global_batch_size
             consumed = Consumed(train_state.iteration, train_state.consumed_train_samples, consumed_valid)
         self.datasets = build_datasets(

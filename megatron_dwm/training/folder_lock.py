@@ -136,7 +136,7 @@ class FolderLock:
     def _heartbeat(self) -> int | None:
         """Return the time of the last heartbeat, by the clock of the file system; None if there is none."""
         try:
-            # Opened anew: NFS then asks its server.
+            # Opened again, so that NFS asks its server.
             descriptor = os.open(self.folder / HEARTBEAT, os.O_RDONLY)
         except OSError:
             return None

@@ -164,7 +164,7 @@ def choose_schedule(
             differences.pop("lr_decay_steps", None)
         if settings.lr_warmup_fraction is not None and _is_fraction(saved, settings.lr_warmup_fraction):
             differences.pop("lr_warmup_steps", None)
-            followed = dataclasses.replace(flags, lr_warmup_steps=saved.lr_warmup_steps)  # it is over, or on its way
+            followed = dataclasses.replace(flags, lr_warmup_steps=saved.lr_warmup_steps)  # it is over or in progress
     for difference in differences.values():
         raise _disagreement(difference)
     if followed.lr_decay_steps == saved.lr_decay_steps or followed.lr_decay_style == "constant":

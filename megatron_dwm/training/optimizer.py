@@ -31,7 +31,7 @@ def build_optimizer(config: RunConfig, chunks: Sequence[ModelChunk]) -> Optimize
         use_gloo_process_groups=config.parallel.enable_gloo_process_groups,
     )
     for part in optimizer_parts(optimizer):
-        part.init_state_fn = _allocate  # megatron-core's is for Adam alone, and leaves out the step that torch's counts
+        part.init_state_fn = _allocate  # megatron-core's own supports only Adam, without the step count of torch's Adam
     return optimizer
 
 

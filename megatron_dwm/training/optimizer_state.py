@@ -58,7 +58,7 @@ class NativeState:
         allocate_state(self.optimizer)
         with _keeping_hyperparameters(_only_part(self.optimizer)):
             state = self.optimizer.sharded_state_dict(sharded_model, is_loading=True, metadata=self.metadata)
-        # Groups are matched here: megatron-core would merge those of the checkpoint and of the run by their number.
+        # Groups are matched here, because megatron-core would match those of the checkpoint and the run by index.
         _inner(state).pop("param_groups", None)
         return {"optimizer": state}
 
@@ -267,7 +267,7 @@ def _keeping_hyperparameters(part: Any) -> Iterator[None]:
 
 
 def _only_part(optimizer: Any) -> Any:
-    (part,) = optimizer_parts(optimizer)  # several are for experts, and there are none here
+    (part,) = optimizer_parts(optimizer)  # there is more than one only with experts
     return part
 
 
@@ -282,7 +282,9 @@ def _set_step(optimizer: torch.optim.Optimizer, step: float | None) -> None:
             for group in optimizer.param_groups:
                 group["step"] = int(step)
         return
-    for state in optimizer.state.values():  # a tensor each: a shared one would be counted up once a parameter
+    for (
+        state
+    ) in optimizer.state.values():  # a separate tensor each: a shared one would be incremented once per parameter
         state["step"] = torch.tensor(step or 0.0)
 
 

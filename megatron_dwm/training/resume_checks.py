@@ -78,7 +78,7 @@ def check_resume(config: RunConfig, saved: SavedCheckpoint) -> None:
             "another TP or PP size; save with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
         )
     try:
-        with reported_damage(saved.folder):  # what the schedule is made of is missing, or is something else
+        with reported_damage(saved.folder):  # a part of the schedule is missing or invalid
             resumed_schedule(config, saved)
             int(saved.common["opt_param_scheduler"]["num_steps"])
     except UserError as error:
@@ -242,7 +242,7 @@ def check_shapes(saved: SavedCheckpoint, template: Mapping[str, Any], *, tolerat
     for entry in entries:
         found, expected = shapes.get(entry.key), tuple(entry.global_shape)
         if found is None and tolerates_missing and not entry.key.startswith("optimizer."):
-            continue  # megatron-core says so, or is silent, as the flag asks
+            continue  # megatron-core reports it or not, as the flag asks
         if found != expected:
             there = "is missing" if found is None else f"has shape {list(found)}"
             raise UserError(

@@ -77,7 +77,7 @@ def train_step(
         updated, grad_norm, num_zeros = optimizer.step()
     if empty_unused_memory_level >= 2:
         torch.cuda.empty_cache()
-    # A stage without the embeddings may lack a parameter group, so the rate is agreed on, in the same reduction.
+    # A stage without the embeddings may lack a parameter group, so the learning rate is reduced over the stages too.
     least_updated, least_negative_rate = _min_over_model([float(updated), -learning_rate], parallel_state)
     updated = bool(least_updated)
     if updated:

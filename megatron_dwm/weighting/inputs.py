@@ -64,7 +64,7 @@ def read_weighting_inputs(config: RunConfig, tokenizer: Any) -> WeightingInputs:
     flag, seed = "--dwm-load", config.training.seed
     if settings.dwm_load is not None:
         weighters = weighter_stages(flag, settings.dwm_load, config.train_iters)
-        # All of them, so that none fails in the middle of the run.
+        # Check all of them, so that none fails in the middle of the run.
         digests = [model_digest(read_weighter_folder(flag, w.folder, samples, seed).model) for w in weighters[1:]]
         folder = read_weighter_folder(flag, weighters[0].folder, samples, seed)
         return WeightingInputs(samples, folder, "".join([model_digest(folder.model), *digests]))

@@ -111,7 +111,7 @@ class Weighter:
             scores.backward(gradient_in_scores)
         gradients = []
         for param in self.model.parameters():
-            if param.grad is None:  # this rank had no sample, or the parameter has no part in the score
+            if param.grad is None:  # this rank had no sample, or the parameter does not affect the score
                 param.grad = torch.zeros_like(param)
             gradients.append(param.grad)
         flat = torch.cat([gradient.flatten() for gradient in gradients])

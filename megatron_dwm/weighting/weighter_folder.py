@@ -81,7 +81,7 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
     most = len(tokenizer) if is_own else samples.vocab_size
     if model.config.vocab_size < most:
         raise UserError(f"{flag} {folder}: its {model.config.vocab_size} embeddings are fewer than the {most} tokens")
-    if model.config.pad_token_id is None:  # a language model's; without one a classifier takes no batches
+    if model.config.pad_token_id is None:  # as in a language model; a classifier needs one for batches
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         model.config.pad_token_id = next(pad for pad in pads if pad is not None) if is_own else samples.eod
     if not 0 <= model.config.pad_token_id < model.config.vocab_size:

@@ -68,7 +68,7 @@ def pad_windows(windows: Sequence[Window], pad: int, device: torch.device) -> tu
     """Return the tokens of windows, padded at their ends, and a mask that is 0 for padding, both [b, t]."""
     width = max([1, *(len(window.ids) for window in windows)])
     tokens = [[*window.ids, *[pad] * (width - len(window.ids))] for window in windows]
-    # Of a window without any token the first one of padding is read: there is no score of nothing.
+    # In a window without tokens the first padding token is read, because an empty window has no score.
     mask = [[1] * max(len(window.ids), 1) + [0] * (width - max(len(window.ids), 1)) for window in windows]
     shape = len(windows), width
     return (
@@ -88,7 +88,7 @@ def position_limit(model: Any) -> int | None:
         return None
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            # RoBERTa and its kind count positions from behind that of padding.
+            # RoBERTa-like models count positions from after the padding position.
             unused = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - unused
     return int(positions)

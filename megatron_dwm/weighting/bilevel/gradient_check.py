@@ -28,10 +28,10 @@ from megatron_dwm.weighting.weights import target_score_gradient, weights_from_s
 logger = logging.getLogger(__name__)
 
 # Of the relative error. In fp32 it was 1.4e-3 and less in every layout with exact alignments, and 6.6e-3 and less with
-# those of finite differences; in bf16 it is 0.1 and more, whatever the step, which is why that is refused.
+# those of finite differences. In bf16 it is at least 0.1 for any step size, which is why that is refused.
 BOUND = 1e-2
-SCORE_DISTANCE = 0.05  # δ in temperatures: the softmax's own curvature is then some 1e-3 of the difference
-LOSS_DIFFERENCE = 2e-3  # nats between the two sides, for which η is chosen: small, yet far above fp32's rounding
+SCORE_DISTANCE = 0.05  # δ in units of the temperature; the softmax's curvature is then about 1e-3 of the difference
+LOSS_DIFFERENCE = 2e-3  # difference in nats that determines η: small, but far above the rounding of fp32
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from megatron_dwm.weighting.bilevel.preconditioner import precondition
 from megatron_dwm.weighting.bilevel.sample_products import has_supported_layers, sample_products
 from megatron_dwm.weighting.loss_factors import LossFactors
 
-FINITE_DIFFERENCE_DISTANCE = 1e-2  # how far θ is moved along v, in norm
+FINITE_DIFFERENCE_DISTANCE = 1e-2  # norm of the shift of θ along v
 
 
 class LMGradients:
@@ -75,7 +75,7 @@ class LMGradients:
         """
         self._zero_gradients()
         with ExitStack() as stack:
-            for chunk in self.engine.chunks:  # numbers that are not finite show in the alignments
+            for chunk in self.engine.chunks:  # values that are not finite are detected in the alignments
                 stack.enter_context(changed_attributes(chunk.ddp_config, {"check_for_nan_in_grad": False}))
             losses = self.engine.run(
                 batch,

@@ -57,7 +57,7 @@ def _scale(values: Sequence[torch.Tensor], held: Sequence[_Owned]) -> None:
     for v, part in zip(values, held, strict=True):
         if "exp_avg_sq" in part.state:
             known.append((v, part))
-        else:  # no step has been made yet: P is unknown, and so is what follows from it
+        else:  # no step has been made yet, so P is unknown
             v.fill_(torch.nan)
     counts = _steps([part for _, part in known])
     for places in batches([v.numel() for v, _ in known]):

@@ -110,7 +110,9 @@ class RidgeLearner:
         square = residual.square().sum()
         nothing = torch.zeros_like(square)
         for _ in range(self.config.dwm_weighter_steps):
-            is_solved = square.sqrt() <= SOLVED * scale  # then nothing moves any more, and the host need not know
+            is_solved = (
+                square.sqrt() <= SOLVED * scale
+            )  # then the solution no longer changes, without a read by the host
             product = normal_product(direction)
             step = torch.where(is_solved, nothing, square / (direction * product).sum())
             solution += step * direction

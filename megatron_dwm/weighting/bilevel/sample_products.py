@@ -124,7 +124,7 @@ class _Layer:
         if not torch.is_grad_enabled():  # an evaluation, or the first pass of a layer that is recomputed
             return None
         outputs = output[0] if isinstance(output, tuple) else output
-        if not outputs.requires_grad:  # an embedding's, as its parameters are frozen
+        if not outputs.requires_grad:  # those of an embedding, because its parameters are frozen
             outputs = outputs.detach().requires_grad_()
         first = self.microbatches * self.micro_batch_size
         self.microbatches += 1
@@ -175,11 +175,13 @@ class _Layer:
 
         A layer may leave adding its bias to the next layer; the gradient is still that of the sum.
         """
-        tied = kwargs.get("weight")  # the output layer's, where it is the embedding's
+        tied = kwargs.get("weight")  # of the output layer, if it is tied to the embedding
         if tied is not None:
             kwargs = {**kwargs, "weight": self._along(tied)}
         along = {name: None if param is None else self._along(param) for name, param in self.params.items()}
-        with changed_attributes(self.module, {"_parameters": along}):  # as torch.func.functional_call, but no hooks
+        with changed_attributes(
+            self.module, {"_parameters": along}
+        ):  # like torch.func.functional_call, but without hooks
             output: Any = self.module.forward(*inputs, **kwargs)
         change, bias = output if isinstance(output, tuple) else (output, None)
         moved: torch.Tensor = change if bias is None else change + bias

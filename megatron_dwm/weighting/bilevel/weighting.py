@@ -141,7 +141,7 @@ class BilevelWeighting(ScoredWeighting):
             return self._skip_update(iteration, reason)
         self.num_updates += 1
         losses = self.engine.broadcast_losses(outcome.sample_losses, len(batch)).mean
-        # Together, and losses as the integers that their bits are: so the host reads once.
+        # In one tensor, with losses reinterpreted as integers, so that the host reads only once.
         columns = torch.stack([batch.index, batch.source, losses.double().view(torch.int64)], dim=1)
         index, source, loss = self.sample_gather.gather_from_replicas(columns).cpu().unbind(1)
         samples = {
