@@ -133,7 +133,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
             if self.is_causal:
                 seen = self._seen(seen, 0, q.size(2), k.size(2))
             return self._product(q, k, v, seen, is_causal=self.is_causal and seen is None)
-        # Each of the rank's two chunks attends to the keys up to its end. The ranks' work is then equal, and half of what
+        # Each of a rank's two chunks attends to the keys up to its end. The ranks' work is then equal, and half of what
         # all keys would cost.
         size = self.cp_group.size()
         length = k.size(2) // (2 * size)
