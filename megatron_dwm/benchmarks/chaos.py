@@ -230,7 +230,7 @@ class _Start:
         texts = [self.ranks.printed(rank) for rank in range(self.ranks.world_size)]
         if found.victim is not None:
             others = "".join(text for rank, text in enumerate(texts) if rank != found.victim)
-            at_start = rf"|rank {found.victim} (ended while|was not there)|ranks? (\d+, )*{found.victim}\b.* did not "
+            at_start = rf"|rank {found.victim} (ended while|was not reached)|ranks? (\d+, )*{found.victim}\b.* did not "
             named = f"rank {found.victim} does not answer" + (at_start if found.iteration == 0 else "")
             if re.search(named, others) is None:
                 yield f"no other rank names rank {found.victim}"

@@ -80,7 +80,7 @@ def meet(rank: int, world_size: int, timeout: timedelta, store_watch: StoreWatch
         store = dist.TCPStore(host, port, world_size, is_holder, timeout, wait_for_workers=False, multi_tenant=True)
     except RuntimeError as error:
         reason = shortened(str(error).splitlines()[0], 150)
-        raise UserError(f"{point}: the ranks cannot meet there ({reason}); give another address or port") from None
+        raise UserError(f"{point}: the rendezvous cannot be opened ({reason}); give another address or port") from None
     ranks = dist.PrefixStore(PATH, store)
     if world_size > 1:
         store_watch.start()
@@ -98,14 +98,14 @@ def meet(rank: int, world_size: int, timeout: timedelta, store_watch: StoreWatch
         else:
             missing = _receive_missing_ranks(ranks, has, rank, timeout)
     except RuntimeError:
-        raise UserError(f"rank 0 ended while the ranks met at {point}; see what it has printed") from None
+        raise UserError(f"rank 0 ended while the ranks were joining at {point}; see its output") from None
     if missing and rank == 0:
         raise UserError(
-            f"{named(missing)} of {world_size} did not come to {point} within {_minutes(timeout)}; see what is printed "
+            f"{named(missing)} of {world_size} did not join at {point} within {_minutes(timeout)}; see what is printed "
             "there, or raise --distributed-timeout-minutes"
         )
     if missing:
-        raise PeerError(f"{named(missing)} did not come")
+        raise PeerError(f"{named(missing)} did not join")
     return store
 
 
@@ -187,8 +187,8 @@ def _wait_until_reachable(host: str, port: int, timeout: timedelta) -> None:
 
     if not _wait_for(is_reachable, timeout):
         raise UserError(
-            f"MASTER_ADDR={host} MASTER_PORT={port}: rank 0 was not there for {_minutes(timeout)} ({reason}); see what "
-            "it has printed, check the address, or raise --distributed-timeout-minutes"
+            f"MASTER_ADDR={host} MASTER_PORT={port}: rank 0 was not reached for {_minutes(timeout)} ({reason}); see "
+            "its output, check the address, or raise --distributed-timeout-minutes"
         )
 
 
@@ -211,7 +211,7 @@ def _receive_missing_ranks(ranks: dist.Store, has: Has, rank: int, timeout: time
         UserError: the first rank does not answer.
     """
     if not _wait_for(lambda: has(["missing"]), 2 * timeout + timedelta(seconds=LINGER_SECONDS)):
-        raise UserError("rank 0 did not come, or was killed, while the ranks met; see what it has printed")
+        raise UserError("rank 0 did not start, or was killed, while the ranks were joining; see its output")
     missing: list[int] = json.loads(ranks.get("missing"))
     if missing:
         ranks.set(f"read/{rank}", "yes")
