@@ -1,4 +1,4 @@
-"""The parts of a run that a weighting is made of."""
+"""The parts of a run that a weighting is built from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron_dwm.weighting.weight_metrics import WeightMetrics
 
 @dataclass(frozen=True)
 class WeightingContext:
-    """The parts of a run that a weighting works with."""
+    """The parts of a run that a weighting needs."""
 
     config: RunConfig
     inputs: WeightingInputs

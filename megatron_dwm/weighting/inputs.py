@@ -1,4 +1,4 @@
-"""What the weighting of a run reads, and the stages that it goes through; known before the processes meet."""
+"""The inputs and the stages of a run's weighting, checked before any process waits for another."""
 
 from __future__ import annotations
 
