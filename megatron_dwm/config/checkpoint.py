@@ -12,7 +12,7 @@ from megatron_dwm.errors import UserError
 logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
-"""Names the newest checkpoint of a folder."""
+"""The file that names the newest checkpoint of a folder."""
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class SaveFolder:
         if found := checkpoints_in(self.folder):
             logger.warning(
                 f"--save {self.folder} holds checkpoints up to {found[-1].name}, which this run replaces as it starts "
-                "anew; give --load to go on from them, or another folder"
+                "from scratch; give --load to continue from them, or give another folder"
             )
 
     def close(self) -> None:

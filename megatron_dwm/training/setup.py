@@ -54,7 +54,7 @@ class RunInputs:
     tokenizer: Any
     paths: DataPaths
     checkpoint: SavedCheckpoint | None
-    """The one to go on from; None to start anew."""
+    """The checkpoint to continue from; None to start from scratch."""
 
     @property
     def vocab_size(self) -> int:
@@ -76,7 +76,7 @@ class LanguageModel:
         return self.components.vocabulary.rows
 
 
-def hold_folders(
+def lock_folders(
     checkpoint: CheckpointConfig, data: DataConfig, logging_flags: LoggingConfig, rank: int
 ) -> SaveFolder | None:
     """Lock the ``--save`` folder for this run, and check that all output folders are writable.
@@ -207,7 +207,7 @@ def _vocabulary(model: ModelConfig, tp: int, inputs: RunInputs) -> Vocabulary:
     return vocabulary
 
 
-def load_if_there(
+def load_if_present(
     config: RunConfig, inputs: RunInputs, language_model: LanguageModel, save_folder: SaveFolder | None
 ) -> tuple[TrainState, State]:
     """Load the checkpoint that the flags name, if there is one; every rank calls it.
