@@ -1,4 +1,4 @@
-"""What a step of training and an outer update take: operations, and bytes sent."""
+"""The cost of a training step and of an outer update: operations, and bytes sent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_dwm.weighting.flops import forward_flops, outer_update_flops, scor
 
 @dataclass(frozen=True)
 class Cost:
-    """What one iteration, or one part of it, takes."""
+    """The cost of one iteration, or of a part of it."""
 
     operations: float
     """Floating-point operations of all ranks."""
@@ -29,13 +29,13 @@ class Cost:
 
 
 def step_cost(config: RunConfig, rows: int, stages: list[Stage]) -> Cost:
-    """Return what a step of plain training takes; ``rows`` are those of the embedding."""
+    """Return the cost of a step of plain training; ``rows`` is the number of rows of the embedding."""
     operations = training_flops(config.model, rows, config.global_batch_size)
     return Cost(operations, _busiest([step_traffic(config, stage) for stage in stages]))
 
 
 def step_traffic(config: RunConfig, stage: Stage) -> dict[str, Traffic]:
-    """Return what a rank of a stage sends in a step of plain training, by purpose."""
+    """Return the bytes that a rank of a stage sends in a step of plain training, by purpose."""
     microbatches = config.num_microbatches
     return {
         "layers": _of_passes(stage.training, microbatches),
@@ -71,7 +71,7 @@ def update_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: Wei
 
 
 def update_traffic(config: RunConfig, stage: Stage, weighter: WeighterPlan | None) -> dict[str, Traffic]:
-    """Return what a rank of a stage sends in an outer update, by purpose."""
+    """Return the bytes that a rank of a stage sends in an outer update, by purpose."""
     batch = config.num_microbatches
     target = config.target_batch_size / (config.training.micro_batch * config.data_parallel_size)
     kind = config.weighting.dwm_alignment

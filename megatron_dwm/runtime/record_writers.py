@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides the log: JSON lines, TensorBoard and Weights & Biases."""
+"""Writers of a run's records besides the log: JSON lines, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -24,18 +24,21 @@ logger = logging.getLogger(__name__)
 
 
 class JsonLines:
-    """Appends records to a file, one JSON object a line, each flushed as it is written.
+    """Appends records to a file, one JSON object per line, each flushed when written.
 
-    A resumed run drops the records past its first iteration, which it is about to write again. A run that starts anew
-    leaves another run's records beside, under a name with their time. A log never stops training: lines that are no
-    records are set aside in ``<name>.damaged``, and a record that cannot be written is lost with one warning.
+    A resumed run removes the records that it will write again. A run that starts from scratch renames another run's
+    records to a name with their time. A log never stops training: lines that are not records are moved to
+    ``<name>.damaged``, and a record that cannot be written is lost with one warning.
     """
 
-    def __init__(self, path: Path, resumed_at: int) -> None:
+    def __init__(
+        self, path: Path, resumed_at: int, is_made_again: Callable[[Mapping[str, Any]], bool] = lambda record: False
+    ) -> None:
         """
         Args:
-            path: of the file.
-            resumed_at: the iteration that the run goes on from, 0 for a new run.
+            path: the file.
+            resumed_at: the iteration from which the run continues, 0 for a new run.
+            is_made_again: whether a record of that iteration will be written again, as those of later ones will.
 
         Raises:
             UserError: the file cannot be written.
@@ -44,7 +47,7 @@ class JsonLines:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file() and resumed_at > 0:
-                _keep_records_until(path, resumed_at)
+                _keep_records_until(path, resumed_at, is_made_again)
             elif path.is_file():
                 written = datetime.fromtimestamp(path.stat().st_mtime)
                 path.rename(path.with_name(f"{path.stem}.until-{written:%Y%m%d-%H%M%S-%f}{path.suffix}"))
@@ -55,7 +58,7 @@ class JsonLines:
             ) from None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record; numbers that are not finite, which JSON does not know, become null."""
+        """Append one record; numbers that are not finite, which JSON does not support, become null."""
         try:
             self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
             self._file.flush()
@@ -83,8 +86,8 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _keep_records_until(path: Path, iteration: int) -> None:
-    """Rewrite ``path`` with its records up to ``iteration``, one line at a time: it may be larger than memory."""
+def _keep_records_until(path: Path, iteration: int, is_made_again: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Rewrite ``path`` with its records up to ``iteration``, line by line, because it may be larger than memory."""
     damaged = 0
     with (
         path.open("rb") as lines,
@@ -94,7 +97,8 @@ def _keep_records_until(path: Path, iteration: int) -> None:
             for line in lines:
                 record = _record(line)
                 if record is not None:
-                    if record["iteration"] <= iteration:
+                    number = record["iteration"]
+                    if number < iteration or (number == iteration and not is_made_again(record)):
                         kept.write(line)
                 elif line.endswith(b"\n"):  # half a line at the end is what an interrupted write leaves
                     with path.with_name(f"{path.name}.damaged").open("ab") as aside:
@@ -113,7 +117,7 @@ def _keep_records_until(path: Path, iteration: int) -> None:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """Return the record in a line with its iteration (0 if it has none); None if it holds no record."""
+    """Return the record in a line and its iteration (0 if it has none); None if it is not a record."""
     try:
         record = parse_object(line)
     except ValueError:
@@ -125,13 +129,13 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 class ScalarWriter(Protocol):
-    """What draws curves."""
+    """A writer of curves."""
 
     def scalar(self, name: str, value: float, iteration: int, samples: int | None = None) -> None:
         """Write a point of the curve ``name``; with ``samples``, also of the curve against them."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left and close."""
 
 
 class TensorBoard:
@@ -154,7 +158,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; the library's own environment variables say where it goes (``WANDB_MODE=offline``)."""
+    """A run of Weights & Biases; the library's environment variables control where it goes (``WANDB_MODE=offline``)."""
 
     def __init__(self, flags: LoggingConfig, save: str | None, arguments: Mapping[str, Any]) -> None:
         """

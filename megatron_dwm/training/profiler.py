@@ -11,7 +11,7 @@ from megatron_dwm.errors import UserError
 
 
 class StepProfiler:
-    """What ``--profile`` and ``--record-memory-history`` ask for, on the ranks that they ask of."""
+    """Implements ``--profile`` and ``--record-memory-history`` on the ranks that the flags name."""
 
     def __init__(self, flags: ProfilingConfig, tensorboard_dir: str | None, rank: int, *, is_last_rank: bool) -> None:
         """
@@ -69,7 +69,7 @@ class StepProfiler:
             self.close()
 
     def write_memory(self) -> None:
-        """Write the GPU's allocations to the file that they are to be in."""
+        """Write the GPU's allocations to ``--memory-snapshot-path``."""
         if self._writes_memory:
             torch.cuda.memory._dump_snapshot(self._flags.memory_snapshot_path)  # noqa: SLF001
 

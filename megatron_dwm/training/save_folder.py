@@ -1,4 +1,4 @@
-"""The folders that a run writes to: held by one run at a time, cleared of leftovers, and known to be writable."""
+"""The folders that a run writes to: locked for one run at a time, cleared of leftovers, and checked to be writable."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SaveFolder:
     """The ``--save`` folder, which no other run writes to while this process lives (``folder_lock.py``)."""
 
     def __init__(self, folder: Path) -> None:
-        """Take a folder that is there already, and clear it of what killed runs have left in it.
+        """Lock an existing folder, and remove what killed runs have left in it.
 
         Raises:
             UserError: the folder cannot be written to, or another run holds it.
@@ -32,17 +32,17 @@ class SaveFolder:
             self._clean()
 
     def create(self) -> None:
-        """Create the folder if it is not there yet, and take it.
+        """Create the folder if it does not exist yet, and lock it.
 
         Raises:
-            UserError: another run has come first.
+            UserError: another run has locked it first.
         """
         if self._held is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._held = FolderLock("--save", self.folder)
 
     def warn_of_other_run(self) -> None:
-        """Warn that this run, which starts anew, will replace the checkpoints of another one."""
+        """Warn that this run, which starts from scratch, will replace the checkpoints of another one."""
         if found := checkpoints_in(self.folder):
             logger.warning(
                 f"--save {self.folder} holds checkpoints up to {found[-1].name}, which this run replaces as it starts "
@@ -50,7 +50,7 @@ class SaveFolder:
             )
 
     def close(self) -> None:
-        """Let another run have the folder."""
+        """Release the folder."""
         if self._held is not None:
             self._held.close()
             self._held = None
@@ -59,18 +59,18 @@ class SaveFolder:
         """Remove half-written folders and files, and checkpoints that were to be deleted."""
         for folder in (self.folder, self.folder / NON_PERSISTENT, self.folder / "weighter"):
             for leftover in remove_leftovers(folder):
-                logger.info(f" > cleared what an interrupted run left: {leftover}")
+                logger.info(f" > removed what an interrupted run had left:  {leftover}")
         delete_retired(self.folder)
 
 
 def check_writable(paths: Mapping[str, Path]) -> None:
-    """Check that folders can be written to, those that are not there yet by the first parent that is; leaves no trace.
+    """Check that folders are writable, or for new ones their first existing parent; leave no trace.
 
     Args:
         paths: folders by the flag that names them.
 
     Raises:
-        UserError: one cannot.
+        UserError: one is not writable.
     """
     for flag, path in paths.items():
         existing = path

@@ -1,7 +1,7 @@
-"""The process in which a rank's writers of checkpoints leave what they have written.
+"""The process that collects the results of a rank's checkpoint writers.
 
-megatron-core starts one at a rank's first save. That one imports torch anew, is ended by the signals that ask a run to
-save and stop, so that there is no saving any more, and outlives a rank that is killed. This one does none of these.
+megatron-core starts one at a rank's first save. It imports torch again, is killed by the signals that ask a run to
+save and stop, after which saving is impossible, and outlives a rank that is killed. This one does none of these.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from multiprocessing.managers import SyncManager
 
 import torch
 
-from megatron_dwm.training.stop_request import SIGNALS
+from megatron_dwm.runtime.stop_signals import STOP_SIGNALS
 
 WATCH_SECONDS = 1.0
 """Between two looks whether the rank is still there."""
@@ -34,7 +34,7 @@ def start_results_process() -> None:
 
 
 def _live_as_long_as_the_rank() -> None:
-    for number in (*SIGNALS, signal.SIGHUP):
+    for number in (*STOP_SIGNALS, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_after_the_rank, daemon=True).start()
 

@@ -21,7 +21,9 @@ def test_a_resumed_run_drops_the_records_that_it_writes_again(tmp_path: Path):
     first.close()
     with path.open("a") as file:
         file.write('{"kind": "tra')  # an interrupted write
+    JsonLines(path, 4, lambda record: record["iteration"] in (1, 4)).close()  # asked of iteration 4 alone
     again = JsonLines(path, resumed_at=3)
+    assert path.read_text().count("\n") == 3
     again.write({"kind": "train", "iteration": 4})
     again.close()
     assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]

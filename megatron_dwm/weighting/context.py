@@ -1,0 +1,65 @@
+"""The parts of a run that a weighting is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_dwm.config.run import RunConfig
+from megatron_dwm.data.blend import DataPaths
+from megatron_dwm.data.loader import BatchLoader
+from megatron_dwm.data.sampler import BatchPartition
+from megatron_dwm.model.engine import PipelineEngine
+from megatron_dwm.runtime.process_groups import ParallelState
+from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
+from megatron_dwm.weighting.inputs import WeightingInputs
+from megatron_dwm.weighting.loss_factors import LossFactors
+from megatron_dwm.weighting.sample_gather import SampleGather
+from megatron_dwm.weighting.scored import ScoringOptions
+from megatron_dwm.weighting.stage_schedule import StageSchedule
+from megatron_dwm.weighting.weight_metrics import WeightMetrics
+
+
+@dataclass(frozen=True)
+class WeightingContext:
+    """The parts of a run that a weighting works with."""
+
+    config: RunConfig
+    inputs: WeightingInputs
+    stages: StageSchedule
+    paths: DataPaths
+    tokenizer: Any
+    padded_vocab_size: int
+    engine: PipelineEngine
+    optimizer: Any
+    partition: BatchPartition
+    parallel_state: ParallelState
+    make_target_loader: Callable[[int], BatchLoader]
+    """Reads the target set, from a number of consumed samples on."""
+    device: torch.device
+
+
+def lm_gradients(context: WeightingContext) -> LMGradients:
+    """Return the passes over the language model that an outer update is made of."""
+    config, micro_batch_size = context.config, context.config.training.micro_batch
+    return LMGradients(config.weighting, context.engine, context.optimizer, context.parallel_state, micro_batch_size)
+
+
+def weight_metrics(context: WeightingContext) -> WeightMetrics:
+    """Return what computes the figures of each step's weights."""
+    config, gather = context.config, SampleGather(context.partition, context.parallel_state)
+    is_per_token = context.engine.config.calculate_per_token_loss
+    loss_factors = LossFactors(config.training.micro_batch, is_per_token, context.parallel_state)
+    return WeightMetrics(context.stages, gather, loss_factors, context.paths.train_sources)
+
+
+def scoring_options(config: RunConfig) -> ScoringOptions:
+    """Return how the flags make weights of scores."""
+    return ScoringOptions(
+        temperature=config.weighting.dwm_temperature,
+        min_effective_sample_size=config.weighting.dwm_min_effective_sample_size,
+        check_interval=config.logging.log_interval,
+    )
