@@ -204,7 +204,7 @@ MISTAKES = {
     "--num-distributed-optimizer-instances 2": "has no effect without --use-distributed-optimizer; add it",
     "--use-distributed-optimizer --num-distributed-optimizer-instances 3": "3 does not divide the 4 ranks",
     "--window-size 4": "--window-size 4: give the number of previous tokens that a token attends to",
-    "--window-size 4,1": "and 0 for those after it, which a GPT must not see",
+    "--window-size 4,1": "and 0 for later tokens, which a GPT must not attend to",
     "--window-attn-skip-freq 2": "--window-attn-skip-freq has no effect without --window-size; add that",
     "--window-size 4,0 --window-attn-skip-freq [1]*9": "neither a positive number nor a pattern",
     "--position-embedding-type rope --no-rope-freq 3": "--no-rope-freq 3 does not divide --num-layers 4",
