@@ -41,7 +41,8 @@ def select_device(local_rank: int) -> torch.device:
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise UserError(
-            f"LOCAL_RANK {local_rank}: this node has {count} GPU(s); start at most that many processes a node"
+            f"LOCAL_RANK {local_rank}: this process sees {count} GPU(s); start at most that many processes a node, and "
+            "let each see all of the node's (under SLURM --gpus-per-node, not --gpus-per-task)"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

@@ -16,7 +16,7 @@ from megatron_dwm.config.logging import LoggingConfig
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.blend import DataPaths, data_paths
-from megatron_dwm.data.tokenizers import build_tokenizer, padded_vocab_size
+from megatron_dwm.data.tokenizers import build_tokenizer, vocabulary_rows
 from megatron_dwm.data.validation import check_data
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
@@ -198,7 +198,7 @@ def assemble_language_model(
 
 
 def _vocabulary(model: ModelConfig, tp: int, inputs: RunInputs) -> Vocabulary:
-    padded = model.padded_vocab_size or padded_vocab_size(inputs.vocab_size, model.make_vocab_size_divisible_by, tp)
+    padded = vocabulary_rows(inputs.vocab_size, model, tp)
     if inputs.checkpoint is None:
         return Vocabulary(padded, padded)
     rows = resumed_vocab_size(inputs.checkpoint, padded, inputs.vocab_size, model.padded_vocab_size, tp)

@@ -233,6 +233,7 @@ MISTAKES = {
     "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 0": "must be at least 1",
     "--num-virtual-stages-per-pipeline-rank 2": "--pipeline-model-parallel-size 2 or more",
     "--global-batch-size 12": "--global-batch-size 12 is not divisible by --micro-batch-size 2",
+    "--dwm-mode off --global-batch-size 13": "--global-batch-size 13 is not divisible by --micro-batch-size 2",
     "--dwm-target-batch-size 3": "--dwm-target-batch-size 3 is not divisible",
     "--train-samples 40": "exactly one of --train-iters and --train-samples",
     "--lr-decay-samples 40": "--lr-decay-samples 40 has no effect with --train-iters; use --lr-decay-iters",
