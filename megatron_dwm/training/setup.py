@@ -37,7 +37,7 @@ from megatron_dwm.training.profiler import StepProfiler
 from megatron_dwm.training.progress_log import ProgressLog
 from megatron_dwm.training.reporter import Reporter
 from megatron_dwm.training.resume_checks import check_resume, overruled_flags, resumed_vocab_size
-from megatron_dwm.training.save_folder import SaveFolder, check_writable
+from megatron_dwm.training.save_folder import SaveFolder, check_owner, check_writable
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, open_checkpoint
 from megatron_dwm.training.torch_format import open_torch_checkpoint
 from megatron_dwm.training.train_state import TrainComponents, TrainState
@@ -85,7 +85,7 @@ def lock_folders(
         the folder, on the first rank; it is released when this process ends.
 
     Raises:
-        UserError: a folder cannot be written to, or another run writes to ``--save``.
+        UserError: a folder cannot be written to, or is another run's.
     """
     if rank != 0:
         return None
@@ -96,7 +96,11 @@ def lock_folders(
         "--non-persistent-global-ckpt-dir": checkpoint.non_persistent_global_ckpt_dir,
     }
     check_writable({flag: Path(path) for flag, path in paths.items() if path})
-    return SaveFolder(Path(checkpoint.save)) if checkpoint.save else None
+    check_owner(checkpoint)
+    if not checkpoint.save:
+        return None
+    writes_others = checkpoint.non_persistent_save_interval and checkpoint.non_persistent_global_ckpt_dir
+    return SaveFolder(Path(checkpoint.save), Path(writes_others) if writes_others else None)
 
 
 def read_inputs(config: RunConfig, rank: int, world_size: int) -> RunInputs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -168,6 +169,29 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ((code, text),) = start(tmp_path, [0], 1, never, port=store.port)
     assert code == 2 and text.count("error: ") == 1 and "address already in use" in text
+
+
+def test_a_rank_that_is_signaled_while_it_waits_for_others_says_so(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    rank = FORK.Process(target=run_program, args=(never, ["--exit-signal-handler"]))
+    rank.start()
+    while not is_listening(int(environment["MASTER_PORT"])):
+        time.sleep(0.05)
+    os.kill(rank.pid or 0, signal.SIGTERM)
+    rank.join()
+    error = capfd.readouterr().err
+    assert (rank.exitcode, error.count("\n")) == (75, 1), error
+    assert error.startswith("error: SIGTERM came while the run started: there is nothing to save"), error
+
+
+def is_listening(port: int) -> bool:
+    """Whether the store is there, and with it what takes signals."""
+    with socket.socket() as found:
+        return found.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.mark.parametrize(
