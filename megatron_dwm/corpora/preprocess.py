@@ -1,9 +1,9 @@
-"""Documents to Megatron's ``.bin``/``.idx``, byte for byte what Megatron-LM's tool writes.
+"""Tokenizes documents into Megatron's ``.bin``/``.idx``, with the same bytes as Megatron-LM's tool.
 
 One process reads and writes, ``--workers`` processes tokenize. Partitions, which are files in Megatron-LM, only decide
 the order of the documents here: the documents are dealt out to the partitions one by one, and the partitions follow
 each other, unless ``--keep-sequential-samples`` keeps the input's order. Finished segments of the documents are kept
-until the datasets are there, so that the same command goes on after an interruption.
+until the datasets are there, so that the same command continues after an interruption.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Work on a dataset that takes long: its finished segments are kept beside it until the whole is there.
 
-The same command, started again after an interruption, goes on behind the last finished segment.
+The same command, started again after an interruption, continues after the last finished segment.
 """
 
 from __future__ import annotations

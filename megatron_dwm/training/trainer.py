@@ -36,7 +36,7 @@ from megatron_dwm.weighting.policy import SampleWeighting
 logger = logging.getLogger(__name__)
 
 TaskEvaluation = Callable[[Callable[[], None]], list[dict[str, Any]]]
-"""Evaluates the model on tasks, with all ranks, and calls its argument now and then; returns a record for each task."""
+"""Evaluates the model on tasks, on all ranks, and calls its argument before each batch; returns a record per task."""
 
 SAVES_WITH_MEMORY_REPORT = 3
 """Megatron-LM reports the GPU's memory around a run's first checkpoints."""
@@ -129,7 +129,7 @@ class Trainer:
         return self._evaluate_at_the_end()
 
     def _evaluate_at_the_end(self) -> str | None:
-        """Evaluate after training; return the reason if a signal breaks that off."""
+        """Evaluate after training; return the reason if a signal interrupts it."""
         config, train_state = self.config, self.train_state
         skipped = "skipping training (--skip-train is on) ..."
         logger.info(skipped if config.training.skip_train else event_line("after training is done"))
@@ -257,10 +257,10 @@ class Trainer:
         return tuple(name for name, is_asked in zip(EVALUATIONS, asked, strict=True) if is_asked)
 
     def _make_due_evaluations(self) -> bool:
-        """Evaluate what this iteration asks for, or what the run before left to this one.
+        """Make the evaluations that are due at this iteration, or that an interrupted run left to this one.
 
         Returns:
-            whether it was all made; a signal breaks it off.
+            whether all were made; False if a signal interrupted them.
         """
         train_state, iteration = self.train_state, self.train_state.iteration
         try:
@@ -307,7 +307,7 @@ class Trainer:
                 self.reporter.memory(f"(after save_checkpoint for iteration {iteration})")
 
     def _save_if_due(self, *, is_last: bool) -> bool:
-        """Return whether a checkpoint was saved that stays."""
+        """Save a checkpoint if one is due; return whether a persistent one was saved."""
         flags, iteration = self.config.checkpoint, self.train_state.iteration
         if not flags.save:
             return False
