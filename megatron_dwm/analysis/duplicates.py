@@ -24,7 +24,7 @@ def duplicates(kind: Kind, texts: Iterable[str], folder: Path) -> Iterator[bool]
 
     Args:
         kind: equal texts, or near duplicates, which share about 7 in 10 of their sequences of 5 words.
-        texts: of all rows, in their order; they are read once.
+        texts: the texts of all rows, in order; they are read once.
         folder: for the steps' files, which are some tens or hundreds of bytes a text.
 
     Raises:

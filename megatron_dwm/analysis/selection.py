@@ -36,7 +36,7 @@ def select_files(config: SelectConfig, tokenizer_config: TokenizerConfig | None)
 
     Args:
         config: what is kept.
-        tokenizer_config: of the dataset; None if JSON lines are written.
+        tokenizer_config: tokenizer of the dataset; None if JSON lines are written.
 
     Returns:
         the manifest.

@@ -45,7 +45,7 @@ class Moment:
 
     aim: Aim
     iteration: int
-    """That it falls into; 0 at the start."""
+    """The iteration in which the moment falls; 0 during start-up."""
     delay: float
     """Seconds after what it is aimed at has begun."""
 

@@ -76,7 +76,7 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
     """Yield the work in ``folder``, which goes when the block ends, or if it raises before a segment was finished.
 
     Args:
-        folder: of this work alone.
+        folder: a folder that only this work uses.
         job: what the work depends on; None for work that cannot be taken up. Another job's segments are removed.
         unit: what :attr:`Progress.records` counts.
 

@@ -113,7 +113,7 @@ def build_datasets(
 
     Args:
         sequence: tokens of one sample.
-        seed: of the shuffling of documents and samples.
+        seed: seed for shuffling documents and samples.
         target_batch_size: samples of one target batch; None for a run without a target set.
     """
     # Imported here: megatron-core's datasets take a second, and most commands need none.

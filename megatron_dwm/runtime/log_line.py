@@ -65,7 +65,7 @@ class LogLine:
     skipped_iterations: int
     nan_iterations: int
     extra: Mapping[str, float | str] = field(default_factory=dict)
-    """What Megatron-LM's line does not have."""
+    """Figures that Megatron-LM's line does not have."""
 
     def __str__(self) -> str:
         parts = [

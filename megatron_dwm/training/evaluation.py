@@ -65,7 +65,7 @@ def evaluate(
 
     Args:
         log_progress: whether to log each batch.
-        dtype: of the sums; Megatron-LM's are float32, which counts 2^24 tokens exactly.
+        dtype: type of the sums; Megatron-LM's are float32, which counts 2^24 tokens exactly.
         before_batch: called on every rank; may raise to interrupt the evaluation.
     """
     if log_progress:

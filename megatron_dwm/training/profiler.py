@@ -73,8 +73,8 @@ class StepProfiler:
         """Begin or end profiling.
 
         Args:
-            number: iterations of this process, from 1 on, by which PyTorch counts as in Megatron-LM.
-            iteration: of the run, by which nsys' ranges are.
+            number: number of the iteration in this process, from 1 on, which PyTorch profiling uses, as in Megatron-LM.
+            iteration: the run's iteration, which nsys profiling uses for its range.
         """
         if not self._is_profiled:
             return

@@ -347,7 +347,7 @@ def params_norm(parameters: Iterable[torch.nn.Parameter], sharded_by: Optimizer 
     """Return the norm of all parameters over the model, each counted once.
 
     Args:
-        parameters: those of this rank.
+        parameters: the parameters of this rank.
         sharded_by: the optimizer over whose ranks the parameters are sharded; None if they are not sharded.
     """
     from megatron.core import parallel_state as mpu

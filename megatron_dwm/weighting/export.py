@@ -135,7 +135,7 @@ def weighter_facts(iteration: int, stage: int, num_parameters: int, digest: str)
     """Return the part of a manifest about the weighter itself.
 
     Args:
-        digest: of its parameters.
+        digest: digest of its parameters.
     """
     return {
         "iteration": iteration,
@@ -158,7 +158,7 @@ def run_facts(
     """Return the part of a manifest about the run that the weighter comes from.
 
     Args:
-        tokenizer_fingerprint: of the weighter's tokenizer.
+        tokenizer_fingerprint: fingerprint of the weighter's tokenizer.
         adds_special_tokens: whether the weighter was trained on texts with its tokenizer's special tokens.
     """
     return {
