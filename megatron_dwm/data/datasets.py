@@ -84,7 +84,8 @@ def split_sizes(
     Args:
         train_samples: ``--train-samples``, if the run is counted in samples.
         grows: whether the first batches are smaller, so that the number of steps does not determine the number of
-        samples. (others): as for :func:`samples_read`.
+            samples.
+        (others): as for :func:`samples_read`.
     """
     of_megatron_lm = samples_read(data, train_iters, global_batch_size)
     if train_samples:

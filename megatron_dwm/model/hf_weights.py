@@ -1,8 +1,8 @@
 """Conversion of a GPT's weights between megatron-core's checkpoint keys and Hugging Face's names.
 
 A *full state* maps checkpoint keys to unsharded tensors, those of layers stacked: [layers, ...]. A *Hugging Face
-state* has the names of the base model (LlamaModel, GPT2Model, ...), and ``lm_head.weight`` if the model has an output
-layer. Each checkpoint tensor, and each layer's part of a stacked tensor, is converted separately, so that a
+state* has the names of the base model (LlamaModel, GPT2Model, ...), and ``lm_head.weight`` if the model has a separate
+output layer. Each checkpoint tensor, and each layer's part of a stacked tensor, is converted separately, so that a
 model can be converted piece by piece.
 
 Shape legend: h hidden size, n heads, g query groups, d head size, f feed-forward size, v vocabulary.
