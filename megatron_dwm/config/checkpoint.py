@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from megatron_dwm.config.flags import flag, flag_name, require_at_least
@@ -12,7 +13,7 @@ from megatron_dwm.errors import UserError
 logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
-"""Names the newest checkpoint of a folder."""
+"""The file that names the newest checkpoint of a folder."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,11 @@ class CheckpointConfig:
             raise UserError(
                 f"--non-persistent-save-interval {self.non_persistent_save_interval} needs "
                 "--non-persistent-ckpt-type global; add it"
+            )
+        other = self.non_persistent_global_ckpt_dir
+        if other and self.save and Path(other).resolve() == Path(self.save).resolve():
+            raise UserError(
+                f"--non-persistent-global-ckpt-dir {other}: is --save, whose checkpoints are to stay; give another"
             )
         for name in ("exit_on_missing_checkpoint", "use_checkpoint_args", "ckpt_convert_format"):
             if getattr(self, name) and self.load is None and self.pretrained_checkpoint is None:

@@ -39,7 +39,7 @@ PARTS: dict[str, type] = {
     "tasks": TasksConfig,
     "weighting": WeightingConfig,
 }
-"""What a run's configuration is made of."""
+"""The parts of a run's configuration."""
 FLAG_GROUPS: dict[str, type] = PARTS | {"plan": PlanConfig, "no_effect": NoEffectConfig}
 """All flags that are accepted."""
 

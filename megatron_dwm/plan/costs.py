@@ -20,7 +20,7 @@ class Cost:
     operations: float
     """Floating-point operations of all ranks."""
     traffic: dict[str, Traffic]
-    """What the rank sends that sends most, by purpose."""
+    """The traffic of the rank that sends most, by purpose."""
 
     @property
     def sent(self) -> float:

@@ -22,11 +22,11 @@ class StageMemory:
     gradients: int
     optimizer: int
     activations: float
-    """At most, in a training step."""
+    """Peak of the activations in a training step."""
     weighting_between_updates: int
     """Weighter and replay."""
     weighting_in_update: float
-    """What an outer update adds to the peak of plain training, at most; without what is held between updates."""
+    """What an outer update adds to the peak of plain training, without what is held between updates."""
 
     @property
     def plain(self) -> float:

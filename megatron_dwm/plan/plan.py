@@ -40,7 +40,7 @@ class Layout:
     micro_batch_size: int
     global_batch_size: int
     microbatches: int
-    """Of a replica in a step."""
+    """Microbatches of a replica in a step."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Plan:
 
     layout: Layout
     layers: str
-    """Whose layers the memory was counted with."""
+    """The layer implementation with which the memory was measured."""
     model_parameters: int
     padded_vocab_size: int
     train_iters: int
@@ -65,14 +65,14 @@ class Plan:
     """Iterations that the checkpoint to continue from has done."""
     tokens: int
     memory: list[StageMemory]
-    """Of each pipeline stage."""
+    """Memory of each pipeline stage."""
     weighter: WeighterPlan | None
     step: Cost
-    """A step of plain training."""
+    """Cost of a step of plain training."""
     scoring: Cost
-    """What the weights of a step take."""
+    """Cost of the scores of a step."""
     update: Cost
-    """What an outer update takes."""
+    """Cost of an outer update."""
     updates: list[int]
     """Iterations after which there is an outer update."""
     share: WeightingShare

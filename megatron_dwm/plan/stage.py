@@ -23,7 +23,7 @@ from megatron_dwm.plan.meter import Meter, Traffic, storage_key
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.training.optimizer import allocate_state
 from megatron_dwm.training.setup import LanguageModel, assemble_language_model
-from megatron_dwm.weighting.bilevel.alignment import Direction, products_with
+from megatron_dwm.weighting.bilevel.alignment import Direction, single_sample_products
 from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers
 from megatron_dwm.weighting.bilevel.preconditioner import batches
 from megatron_dwm.weighting.bilevel.sample_products import sample_products
@@ -165,7 +165,7 @@ def _alignment(config: RunConfig, model: LanguageModel, direction: Direction) ->
         stack = ExitStack()
         stack.enter_context(model.engine.unsynchronized())
         if kind == "single-sample":
-            stack.enter_context(products_with(direction, [chunk], 1, state))
+            stack.enter_context(single_sample_products(direction, [chunk], 1, state))
             return stack, 1, True
         stack.enter_context(sample_products(direction, [chunk], samples, samples, state))
         return stack, samples, True

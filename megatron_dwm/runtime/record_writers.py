@@ -15,7 +15,7 @@ from typing import Any, Protocol, TextIO
 
 from megatron_dwm.atomic_write import sync
 from megatron_dwm.config.logging import LoggingConfig
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.extras import require_packages
 from megatron_dwm.json_lines import parse_object
 from megatron_dwm.runtime.logging import EVERY_RANK
@@ -44,6 +44,8 @@ class JsonLines:
             UserError: the file cannot be written.
         """
         self._has_failed = False
+        if path.is_fifo():  # opening it would wait for a reader
+            raise UserError(f"--metrics-jsonl {path}: is a named pipe; give another path")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file() and resumed_at > 0:
@@ -138,26 +140,57 @@ class ScalarWriter(Protocol):
         """Write what is left and close."""
 
 
-class TensorBoard:
+class _Curves:
+    """Curves that never stop training: when they cannot be written there is one warning, and no more of them."""
+
+    def __init__(self, name: str, *errors: type[Exception]) -> None:
+        """
+        Args:
+            name: the flag and its value, for the warning.
+            errors: those of writing.
+        """
+        self._name, self._errors, self._has_failed = name, errors, False
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        if self._has_failed:
+            return
+        try:
+            write()
+        except self._errors as error:
+            self._has_failed = True
+            logger.warning(
+                f"{self._name}: cannot be written ({shortened(error)}); curves are lost from here on", extra=EVERY_RANK
+            )
+
+
+class TensorBoard(_Curves):
     """TensorBoard's writer under Megatron-LM's names."""
 
     def __init__(self, folder: str, queue_size: int) -> None:
+        """
+        Raises:
+            UserError: the folder cannot be written to.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(log_dir=folder, max_queue=queue_size)
+        super().__init__(f"--tensorboard-dir {folder}", OSError)
+        try:
+            self._writer = SummaryWriter(log_dir=folder, max_queue=queue_size)
+        except OSError as error:
+            raise UserError(f"{self._name}: cannot be written ({error.strerror}); give another folder") from None
 
     def scalar(self, name: str, value: float, iteration: int, samples: int | None = None) -> None:
         """Write ``value``, and with ``samples`` also Megatron-LM's curve against samples."""
-        self._writer.add_scalar(name, value, iteration)
+        self._attempt(lambda: self._writer.add_scalar(name, value, iteration))
         if samples is not None:
-            self._writer.add_scalar(f"{name} vs samples", value, samples)
+            self._attempt(lambda: self._writer.add_scalar(f"{name} vs samples", value, samples))
 
     def close(self) -> None:
         """Write what is left in the queue and close the file."""
-        self._writer.close()
+        self._attempt(self._writer.close)
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(_Curves):
     """A run of Weights & Biases; the library's environment variables control where it goes (``WANDB_MODE=offline``)."""
 
     def __init__(self, flags: LoggingConfig, save: str | None, arguments: Mapping[str, Any]) -> None:
@@ -172,6 +205,7 @@ class WeightsAndBiases:
         require_packages("--wandb-project", "wandb")
         import wandb
 
+        super().__init__(f"--wandb-project {flags.wandb_project}", OSError, RuntimeError, wandb.Error)
         folder = Path(flags.wandb_save_dir or Path(save or ".") / "wandb")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -190,8 +224,9 @@ class WeightsAndBiases:
 
     def scalar(self, name: str, value: float, iteration: int, samples: int | None = None) -> None:
         """Write ``value``, and with ``samples`` Megatron-LM's one curve of samples against iterations."""
-        self._run.log({name: value} | ({} if samples is None else {"samples vs steps": samples}), step=iteration)
+        values = {name: value} | ({} if samples is None else {"samples vs steps": samples})
+        self._attempt(lambda: self._run.log(values, step=iteration))
 
     def close(self) -> None:
         """Send or write what is left, and end the run."""
-        self._run.finish()
+        self._attempt(self._run.finish)

@@ -21,7 +21,7 @@ EVALUATIONS_DUE = "dwm_evaluations_due"
 """The argument, which only a run has that was stopped in an evaluation."""
 
 VERSION = 3.0
-"""Of the layout of these keys, as Megatron-LM counts it."""
+"""Version of this layout of keys in Megatron-LM."""
 
 
 def sharded_state(

@@ -30,7 +30,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.training.checkpoint_contents import model_key
-from megatron_dwm.training.optimizer import allocate_state, counts_steps_in_groups
+from megatron_dwm.training.optimizer import allocate_state, has_steps_in_groups
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint
 from megatron_dwm.training.train_state import TrainComponents
 
@@ -58,7 +58,7 @@ class NativeState:
         allocate_state(self.optimizer)
         with _keeping_hyperparameters(only_part(self.optimizer)):
             state = self.optimizer.sharded_state_dict(sharded_model, is_loading=True, metadata=self.metadata)
-        # Groups are matched here: megatron-core would merge those of the checkpoint and of the run by their number.
+        # Groups are matched here, because megatron-core would match those of the checkpoint and the run by index.
         _inner(state).pop("param_groups", None)
         return {"optimizer": state}
 
@@ -268,7 +268,7 @@ def _keeping_hyperparameters(part: Any) -> Iterator[None]:
 
 def only_part(optimizer: Any) -> Any:
     """Return the one part that the optimizer of a dense model has."""
-    (part,) = optimizer_parts(optimizer)  # several are for experts, and there are none here
+    (part,) = optimizer_parts(optimizer)  # there is more than one only with experts
     return part
 
 
@@ -278,12 +278,14 @@ def _inner(state: Any) -> Any:
 
 
 def _set_step(optimizer: torch.optim.Optimizer, step: float | None) -> None:
-    if counts_steps_in_groups(optimizer):
+    if has_steps_in_groups(optimizer):
         if step is not None:
             for group in optimizer.param_groups:
                 group["step"] = int(step)
         return
-    for state in optimizer.state.values():  # a tensor each: a shared one would be counted up once a parameter
+    for (
+        state
+    ) in optimizer.state.values():  # a separate tensor each: a shared one would be incremented once per parameter
         state["step"] = torch.tensor(step or 0.0)
 
 

@@ -37,7 +37,7 @@ from megatron_dwm.training.profiler import StepProfiler
 from megatron_dwm.training.progress_log import ProgressLog
 from megatron_dwm.training.reporter import Reporter
 from megatron_dwm.training.resume_checks import check_resume, overruled_flags, resumed_vocab_size
-from megatron_dwm.training.save_folder import SaveFolder, check_writable
+from megatron_dwm.training.save_folder import SaveFolder, check_owner, check_writable
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, open_checkpoint
 from megatron_dwm.training.torch_format import open_torch_checkpoint
 from megatron_dwm.training.train_state import TrainComponents, TrainState
@@ -54,7 +54,7 @@ class RunInputs:
     tokenizer: Any
     paths: DataPaths
     checkpoint: SavedCheckpoint | None
-    """The one to go on from; None to start anew."""
+    """The checkpoint to continue from; None to start from scratch."""
 
     @property
     def vocab_size(self) -> int:
@@ -76,7 +76,7 @@ class LanguageModel:
         return self.components.vocabulary.rows
 
 
-def hold_folders(
+def lock_folders(
     checkpoint: CheckpointConfig, data: DataConfig, logging_flags: LoggingConfig, rank: int
 ) -> SaveFolder | None:
     """Lock the ``--save`` folder for this run, and check that all output folders are writable.
@@ -85,7 +85,7 @@ def hold_folders(
         the folder, on the first rank; it is released when this process ends.
 
     Raises:
-        UserError: a folder cannot be written to, or another run writes to ``--save``.
+        UserError: a folder cannot be written to, or is another run's.
     """
     if rank != 0:
         return None
@@ -96,7 +96,11 @@ def hold_folders(
         "--non-persistent-global-ckpt-dir": checkpoint.non_persistent_global_ckpt_dir,
     }
     check_writable({flag: Path(path) for flag, path in paths.items() if path})
-    return SaveFolder(Path(checkpoint.save)) if checkpoint.save else None
+    check_owner(checkpoint)
+    if not checkpoint.save:
+        return None
+    writes_others = checkpoint.non_persistent_save_interval and checkpoint.non_persistent_global_ckpt_dir
+    return SaveFolder(Path(checkpoint.save), Path(writes_others) if writes_others else None)
 
 
 def read_inputs(config: RunConfig, rank: int, world_size: int) -> RunInputs:
@@ -207,7 +211,7 @@ def _vocabulary(model: ModelConfig, tp: int, inputs: RunInputs) -> Vocabulary:
     return vocabulary
 
 
-def load_if_there(
+def load_if_present(
     config: RunConfig, inputs: RunInputs, language_model: LanguageModel, save_folder: SaveFolder | None
 ) -> tuple[TrainState, State]:
     """Load the checkpoint that the flags name, if there is one; every rank calls it.
