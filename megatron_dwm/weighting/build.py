@@ -24,6 +24,7 @@ from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.safe_unpickling import DAMAGE, short_reason
 from megatron_dwm.weighting.bilevel.gradient_check import check_at_start
+from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.outer_update import OuterUpdate
 from megatron_dwm.weighting.bilevel.weighting import BilevelFlops, BilevelParts, BilevelWeighting
@@ -154,10 +155,15 @@ def check_gradients(context: WeightingContext, batch: Batch, target: Batch) -> N
     check_at_start(lm_gradients(context), SampleGather(context.partition, context.parallel_state), batch, target)
 
 
-def lm_gradients(context: WeightingContext) -> LMGradients:
-    """Return the passes over the language model that an outer update is made of."""
+def lm_gradients(context: WeightingContext, gradient_mean: GradientMean | None = None) -> LMGradients:
+    """Return the passes over the language model that an outer update is made of.
+
+    Args:
+        gradient_mean: what averages the target gradient over updates.
+    """
     config, micro_batch_size = context.config, context.config.training.micro_batch
-    return LMGradients(config.weighting, context.engine, context.optimizer, context.parallel_state, micro_batch_size)
+    parts = context.engine, context.optimizer, context.parallel_state, micro_batch_size
+    return LMGradients(config.weighting, *parts, gradient_mean)
 
 
 def weight_metrics(context: WeightingContext) -> WeightMetrics:
@@ -240,13 +246,17 @@ class _Builder:
                     "an earlier one, give its export as --dwm-init-from"
                 )
             self._announce(iteration, weighter)
+        momentum = self.config.target_momentum
+        gradient_mean = GradientMean(self.engine.chunks, momentum) if momentum > 0 else None
+        passes = lm_gradients(self.context, gradient_mean)
         parts = BilevelParts(
             self.engine,
             weighter,
-            self._outer_update(weighter),
+            OuterUpdate(self.settings, passes, weighter, self.sample_gather),
             self.context.make_target_loader(state.get("consumed_target_samples", 0)),
             self._exporter(has_own_tokenizer=bool(weighter.tokenizer_fingerprint)),
             BilevelFlops(self._scoring_flops(weighter), self._update_flops(weighter)),
+            gradient_mean,
         )
         if self.settings.dwm_mode == "rule":
             shuffle_seed = self.config.training.seed
@@ -259,9 +269,6 @@ class _Builder:
             except DAMAGE as error:
                 raise _damaged_state(error) from None
         return weighting
-
-    def _outer_update(self, weighter: Weighter) -> OuterUpdate:
-        return OuterUpdate(self.settings, lm_gradients(self.context), weighter, self.sample_gather)
 
     def _weighter(self, model: Any, reader: SampleReader | None = None, tokenizer_fingerprint: str = "") -> Weighter:
         return Weighter(

@@ -77,6 +77,11 @@ class EmbeddedWeighting:
         """
         if settings.dwm_mode != "bilevel":
             raise UserError(f"dwm_mode {settings.dwm_mode}: only bilevel weighting learns in another program's loop")
+        if settings.dwm_target_momentum:
+            raise UserError(
+                f"dwm_target_momentum {settings.dwm_target_momentum}: only pretrain_dwm.py keeps a mean of the target "
+                "gradient; leave it out, and give each update as many target samples as its batch"
+            )
         self.settings, self.sample_gather, self.weighter = settings, sample_gather, weighter
         self.outer_update = OuterUpdate(settings, passes, weighter, sample_gather)
         self.stages = bilevel_stages(settings, train_iters)

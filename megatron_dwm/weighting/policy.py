@@ -23,6 +23,9 @@ Record = dict[str, Any]
 """One line of the run's JSON-lines file; ``kind`` says what it is about."""
 State = dict[str, Any]
 """What a checkpoint keeps: tensors, numbers, strings, and lists and dicts of them."""
+OF_PARAMETERS = "of_parameters"
+"""Key of a state's dicts, by name, of one tensor for each parameter of the model, of its shape; they are sharded as the
+parameters are."""
 
 
 @dataclass(frozen=True)
