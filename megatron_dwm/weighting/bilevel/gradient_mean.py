@@ -17,9 +17,6 @@ from megatron_dwm.runtime.device import current_device
 from megatron_dwm.weighting.bilevel.alignment import Direction
 from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers, views_by_parameter
 
-AT_A_TIME = 1 << 22
-"""Elements that are averaged at a time."""
-
 
 class GradientMean:
     """m ← β m + (1 − β) g in each update, divided by the sum of its gradients' factors, so that it is a mean."""
@@ -39,8 +36,8 @@ class GradientMean:
     def average(self, gradients: GradientBuffers) -> None:
         """Take a gradient up and put the mean in its place; a collective call of all ranks.
 
-        A gradient that is not finite, as fp16 training may have, stays what it is and is forgotten. The host does not
-        wait for the device.
+        A gradient that is not finite, as fp16 training may have, is forgotten, and NaN is put in its place, which
+        skips the update. The host does not wait for the device.
         """
         if not self._shards:
             self._shards = [torch.zeros_like(shard) for shard in gradients.shards()]
@@ -49,11 +46,11 @@ class GradientMean:
         dist.all_reduce(all_finite, op=dist.ReduceOp.MIN)
         is_taken = all_finite.bool()
         self._total = torch.where(is_taken, self._momentum * self._total + (1 - self._momentum), self._total)
-        for mean, gradient in zip(self._shards, gradients.shards(), strict=True):
-            for old, new in zip(mean.split(AT_A_TIME), gradient.split(AT_A_TIME), strict=True):
-                moved = torch.lerp(old, new, 1 - self._momentum)
-                old.copy_(torch.where(is_taken, moved, old))
-                new.copy_(torch.where(is_taken, moved.div_(self._total), new))
+        divisor = torch.where(is_taken, self._total, torch.nan)  # without a mean there is no update
+        for mean, gradient in zip(self._shards, gradients.shards(), strict=True):  # without a temporary of their size
+            torch.where(is_taken, gradient, mean, out=gradient)
+            mean.lerp_(gradient, 1 - self._momentum)
+            gradient.copy_(mean).div_(divisor)
 
     def state(self) -> tuple[float, Direction] | None:
         """Return the sum of the factors, and m by parameter; None before the first gradient. Gathers shards."""
