@@ -1,4 +1,4 @@
-"""Weights of a weighter that learns in the course of the run: the method (docs/method.md).
+"""Weights from a weighter that is trained during the run: the bi-level method (docs/method.md).
 
 Shape legend: N samples of the global batch, n of this replica.
 """
@@ -17,7 +17,7 @@ from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.runtime.device import current_device
-from megatron_dwm.weighting.bilevel.alignment_pass import reason_unmoved
+from megatron_dwm.weighting.bilevel.alignment_pass import reason_unchanged
 from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
 from megatron_dwm.weighting.bilevel.health import HealthWarning, check_scores
 from megatron_dwm.weighting.bilevel.outer_update import OuterResult, OuterUpdate
@@ -39,14 +39,14 @@ class BilevelFlops:
     """Operations of all ranks that weighting adds to plain training."""
 
     per_batch: float
-    """Of scoring one global batch."""
+    """Operations of scoring one global batch."""
     per_update: float
-    """Of one outer update."""
+    """Operations of one outer update."""
 
 
 @dataclass(frozen=True)
 class BilevelParts:
-    """What bilevel weighting is made of."""
+    """The parts of bilevel weighting."""
 
     engine: PipelineEngine
     weighter: Weighter
@@ -61,7 +61,7 @@ class BilevelParts:
 class BilevelWeighting(ScoredWeighting):
     """Scores batches with a weighter, and updates it from the alignment of samples with the target set.
 
-    The language model's parameters before a step that an outer update follows are copied before it.
+    If an outer update follows a step, the language model's parameters are copied before the step.
     """
 
     def __init__(self, weight_metrics: WeightMetrics, options: ScoringOptions, parts: BilevelParts) -> None:
@@ -80,7 +80,7 @@ class BilevelWeighting(ScoredWeighting):
             self._parameters_before.take()
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
-        """Let each rank score its part of the replica's samples, and gather."""
+        """Score this rank's part of the replica's samples, and gather all scores."""
         rank_scores = self.weighter.score(batch.tokens[self.sample_gather.rank_slice_of(len(batch))])
         return self.sample_gather.gather_from_ranks(rank_scores, len(batch))
 
@@ -89,12 +89,12 @@ class BilevelWeighting(ScoredWeighting):
     ) -> list[Record]:
         """Make the outer update if it is due, and export the weighter at the end of a stage.
 
-        A step that moved no parameter says nothing of its weights: the update that was due after it is skipped, and
-        said to be.
+        A step that changed no parameter provides no information on its weights: the update that was due is skipped,
+        with a log line.
         """
         if weights is None:
             return []
-        is_update, reason = self.stages.is_update(iteration), reason_unmoved(outcome)
+        is_update, reason = self.stages.is_update(iteration), reason_unchanged(outcome)
         should_check = is_update or iteration % self.options.check_interval == 0
         records = self.health_records(iteration, weights) if should_check else []
         if is_update and reason is not None:
@@ -108,12 +108,12 @@ class BilevelWeighting(ScoredWeighting):
         return records
 
     def health_warnings(self, weights: SampleWeights) -> list[HealthWarning]:
-        """Return what is wrong with the weights of one batch, equal scores after updates included."""
+        """Return the health warnings of the weights of one batch, including equal scores after updates."""
         return super().health_warnings(weights) + check_scores(weights.scores, self.num_updates)
 
     def flops(self, iteration: int, outcome: StepOutcome) -> float:
         """Return the operations of scoring, and of the outer update if one was made."""
-        is_update = self.stages.is_update(iteration) and reason_unmoved(outcome) is None
+        is_update = self.stages.is_update(iteration) and reason_unchanged(outcome) is None
         return self._flops.per_batch + (self._flops.per_update if is_update else 0.0)
 
     def before_save(self, iteration: int) -> None:
@@ -133,7 +133,7 @@ class BilevelWeighting(ScoredWeighting):
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Continue with the replay and the counts of ``state``; the weighter was made of it already."""
+        """Continue with the replay and the counts of ``state``; the weighter has already been created from it."""
         self.consumed_target_samples = state["consumed_target_samples"]
         self.num_updates = state["outer_updates"]
         outer_update = self.outer_update
@@ -153,7 +153,7 @@ class BilevelWeighting(ScoredWeighting):
             return self._skip_update(iteration, reason)
         self.num_updates += 1
         losses = self.engine.broadcast_losses(outcome.sample_losses, len(batch)).mean
-        # Together, and losses as the integers that their bits are: so the host reads once.
+        # In one tensor, with losses reinterpreted as integers, so that the host reads only once.
         columns = torch.stack([batch.index, batch.source, losses.double().view(torch.int64)], dim=1)
         index, source, loss = self.sample_gather.gather_from_replicas(columns).cpu().unbind(1)
         samples = {
