@@ -42,6 +42,10 @@ PARTS: dict[str, type] = {
 """The parts of a run's configuration."""
 FLAG_GROUPS: dict[str, type] = PARTS | {"plan": PlanConfig, "no_effect": NoEffectConfig}
 """All flags that are accepted."""
+TARGET_PART = 4
+"""Batches have this many times as many samples as the target has in an outer update, unless flags say otherwise."""
+TARGET_MOMENTUM = 0.6
+"""With it a running mean has as little noise as a mean over ``TARGET_PART`` gradients: (1 + 0.6) / (1 - 0.6) = 4."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +233,11 @@ class RunConfig:
                 f"--dwm-target-batch-size {self.target_batch_size} is not divisible by --micro-batch-size "
                 f"{self.target_micro_batch} x data-parallel size {dp}; change one"
             )
+        if self.parallel.tp_comm_overlap and self.target_micro_batch != micro:
+            raise UserError(
+                f"--dwm-target-batch-size {self.target_batch_size} with --tp-comm-overlap: its buffers have the shape "
+                f"of a microbatch of {micro} samples; give a multiple of {micro * dp}"
+            )
         if self.parallel.virtual_stages(self.model.layers) is not None:
             self._check_groups(self.target_batch_size // (self.target_micro_batch * dp), "--dwm-target-batch-size")
         half = "--bf16" if self.optimizer.bf16 else "--fp16" if self.optimizer.fp16 else None
@@ -273,8 +282,31 @@ class RunConfig:
 
     @property
     def target_batch_size(self) -> int:
-        """The number of target samples in one outer update."""
-        return self.weighting.dwm_target_batch_size or self.global_batch_size
+        """The number of target samples in one outer update: unless given, a quarter of the batch, rounded up.
+
+        Rules that learn no weighter have as many as the batch. What a quarter is rounded up to gives each replica as
+        many samples, in whole microbatches where there are several, and the interleaved schedule whole groups of them.
+        """
+        if self.weighting.dwm_target_batch_size is not None:
+            return self.weighting.dwm_target_batch_size
+        if not self.weighting.learns_weighter:
+            return self.global_batch_size
+        dp, part = self.data_parallel_size, -(-self.global_batch_size // TARGET_PART)
+        unit = dp
+        if self.parallel.virtual_stages(self.model.layers) is not None:
+            unit *= self.training.micro_batch * (self.parallel.microbatch_group_size_per_vp_stage or self.parallel.pp)
+        elif part > self.training.micro_batch * dp or self.parallel.tp_comm_overlap:  # whose buffers have one size
+            unit *= self.training.micro_batch
+        return min(-(-part // unit) * unit, self.global_batch_size)
+
+    @property
+    def target_momentum(self) -> float:
+        """The momentum of the target gradient's running mean; 0 without one."""
+        if not self.weighting.learns_weighter:
+            return 0.0
+        if self.weighting.dwm_target_momentum is not None:
+            return self.weighting.dwm_target_momentum
+        return TARGET_MOMENTUM if self.weighting.dwm_target_batch_size is None else 0.0
 
     @property
     def target_micro_batch(self) -> int:

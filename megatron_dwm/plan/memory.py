@@ -24,7 +24,7 @@ class StageMemory:
     activations: float
     """Peak of the activations in a training step."""
     weighting_between_updates: int
-    """Weighter and replay."""
+    """Weighter, replay, and the mean of the target gradient."""
     weighting_in_update: float
     """What an outer update adds to the peak of plain training, without what is held between updates."""
 
@@ -44,6 +44,9 @@ def stage_memory(config: RunConfig, stage: Stage, weighter: WeighterPlan | None)
     microbatches = config.num_microbatches
     training = held_activations(stage.training, in_flight(config, stage.number, microbatches)) + stage.workspace
     added = 0.0
+    held = weighter.held if weighter is not None else 0
+    if config.target_momentum > 0:
+        held += stage.gradient_mean
     if config.weighting.aligns:
         added = _update_peak(config, stage, training, weighter) - training
     return StageMemory(
@@ -54,7 +57,7 @@ def stage_memory(config: RunConfig, stage: Stage, weighter: WeighterPlan | None)
         gradients=stage.gradients,
         optimizer=stage.optimizer,
         activations=training,
-        weighting_between_updates=weighter.held if weighter is not None else 0,
+        weighting_between_updates=held,
         weighting_in_update=max(0.0, added),
     )
 

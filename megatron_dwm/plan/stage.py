@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.model.attributes import changed_attributes
+from megatron_dwm.model.buckets import buckets_of, shard_of
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.model.vocabulary import Vocabulary
@@ -59,7 +60,9 @@ class Stage:
     optimizer: int
     """Bytes of the optimizer's state, including its copies of the parameters."""
     parameter_copy: int
-    """Bytes of this rank's copy of the parameters, to which an outer update returns."""
+    """Bytes of what this rank keeps of the parameters while an outer update goes back to them."""
+    gradient_mean: int
+    """Bytes of what this rank keeps of a mean of gradients."""
     direction: int
     """Bytes of the target gradient, in addition to the gradient buffers."""
     preconditioner: int
@@ -123,6 +126,7 @@ def measure_stage(
         gradients=sum(_gradient_buffers(chunks).values()),
         optimizer=optimizer_bytes,
         parameter_copy=sum(weights.values()) // (dist.get_world_size(layout.optimizer_group) if is_sharded else 1),
+        gradient_mean=sum(4 * shard_of(bucket.grad_data, group).numel() for group, bucket in buckets_of(chunks)),
         direction=sum(4 * buffer.numel() for buffer in _narrow_gradients(chunks)),
         preconditioner=_preconditioner_bytes(optimizer),
         workspace=sum(_storages(get_global_memory_buffer().buffer.values()).values()),

@@ -29,6 +29,7 @@ from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.safe_unpickling import short_reason
 from megatron_dwm.training.checkpoint_checksums import write_checksums, write_rank_checksums
 from megatron_dwm.training.checkpoint_contents import (
+    OfParameters,
     comparable,
     data_parallel_group,
     sharded_state,
@@ -49,6 +50,7 @@ from megatron_dwm.training.progress_log import ProgressLog
 from megatron_dwm.training.save_folder import SaveFolder
 from megatron_dwm.training.torch_format import write_torch_state
 from megatron_dwm.training.train_state import TrainComponents, TrainState
+from megatron_dwm.weighting.policy import OF_PARAMETERS
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,8 @@ class CheckpointWriter:
         self._queue: Any = None
         self._strategy: Any = None
         """The save strategy, reused for later checkpoints with ``--ckpt-assume-constant-structure``."""
+        self._saved_names: set[str] = set()
+        """Names of the weighting's per-parameter tensors in the last checkpoint."""
         # A failure in a writing process is raised here, and reported in one line.
         logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
         if config.checkpoint.async_save:
@@ -118,14 +122,15 @@ class CheckpointWriter:
             dist.barrier()
             if flags.ckpt_format == "torch":
                 allocate_state(self.components.optimizer)
-                write_torch_state(beside, self.config, self.components, train_state, self.parallel_state)
+                of_parameters = dwm_state.get(OF_PARAMETERS, {})
+                write_torch_state(beside, self.config, self.components, train_state, self.parallel_state, of_parameters)
                 self._write_dwm_state(beside, dwm_state)
                 dist.barrier()
                 self._publish(root, beside, iteration)
                 dist.barrier()
                 self._note_saved(train_state, persistent=persistent)
                 return
-            request = self._request(beside, train_state)
+            request = self._request(beside, train_state, dwm_state.get(OF_PARAMETERS, {}))
             self._write_dwm_state(beside, dwm_state)  # after megatron-core, which treats existing files as leftovers
             request.add_finalize_fn(lambda: self._publish(root, beside, iteration))
             if self._queue is None:
@@ -140,7 +145,8 @@ class CheckpointWriter:
 
     def _write_dwm_state(self, beside: Path, dwm_state: dict[str, Any]) -> None:
         if dwm_state and self.parallel_state.is_first_rank:
-            torch.save(dwm_state, beside / DWM_STATE)
+            kept = {key: value for key, value in dwm_state.items() if key != OF_PARAMETERS}
+            torch.save(kept, beside / DWM_STATE)
 
     def _note_saved(self, train_state: TrainState, *, persistent: bool) -> None:
         if persistent:
@@ -167,7 +173,7 @@ class CheckpointWriter:
             with self._reported_failure(*self._pending):
                 self._queue.maybe_finalize_async_calls(blocking=blocking)
 
-    def _request(self, beside: Path, train_state: TrainState) -> Any:
+    def _request(self, beside: Path, train_state: TrainState, of_parameters: OfParameters) -> Any:
         """Prepare to write all shards, and write what is not sharded."""
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
@@ -184,7 +190,10 @@ class CheckpointWriter:
             is_loading=False,
             with_optimizer=not flags.no_save_optim,
             with_rng=not flags.no_save_rng,
+            of_parameters=of_parameters,
         )
+        if self._saved_names != set(of_parameters):
+            self._strategy, self._saved_names = None, set(of_parameters)
         strategy, is_constant = self._strategy, flags.ckpt_assume_constant_structure
         if strategy is None:
             strategy = get_default_save_sharded_strategy("torch_dist")
