@@ -24,7 +24,7 @@ class StageMemory:
     activations: float
     """Peak of the activations in a training step."""
     weighting_between_updates: int
-    """Weighter, replay, and the mean of the target gradient."""
+    """The weighter, the replay, and the running mean of the target gradient."""
     weighting_in_update: float
     """What an outer update adds to the peak of plain training, without what is held between updates."""
 

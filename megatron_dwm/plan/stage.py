@@ -60,9 +60,9 @@ class Stage:
     optimizer: int
     """Bytes of the optimizer's state, including its copies of the parameters."""
     parameter_copy: int
-    """Bytes of what this rank keeps of the parameters while an outer update goes back to them."""
+    """Bytes of this rank's copy of the parameters, to which an outer update returns."""
     gradient_mean: int
-    """Bytes of what this rank keeps of a mean of gradients."""
+    """Bytes of this rank's part of the running mean of the target gradient."""
     direction: int
     """Bytes of the target gradient, in addition to the gradient buffers."""
     preconditioner: int

@@ -21,13 +21,13 @@ from megatron_dwm.training.train_state import EVALUATIONS, TrainState
 logger = logging.getLogger(__name__)
 
 TaskEvaluation = Callable[[Callable[[], None]], list[dict[str, Any]]]
-"""Evaluates the model on tasks, with all ranks, and calls its argument now and then; returns a record for each task."""
+"""Evaluates the model on tasks, on all ranks, and calls its argument before each batch; returns a record per task."""
 
 
 class Evaluator:
     """Evaluates on the validation and test sets and on tasks; a signal interrupts it, so that the run can save.
 
-    What an iteration asks for stays in the training state until it is done, so that a resumed run does it first.
+    Evaluations that are due stay in the training state until they are made, so that a resumed run makes them first.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class Evaluator:
         self.train_state.evaluations_due = tuple(name for name, is_due in zip(EVALUATIONS, due, strict=True) if is_due)
 
     def make_due(self) -> bool:
-        """Make the evaluations that are due, those that the previous run was interrupted in included.
+        """Make the evaluations that are due, including one in which the previous run was interrupted.
 
         Returns:
-            whether all were made; a signal interrupts them.
+            whether all were made; False if a signal interrupted them.
         """
         train_state, iteration = self.train_state, self.train_state.iteration
         try:
@@ -82,7 +82,7 @@ class Evaluator:
         return not train_state.evaluations_due
 
     def finish(self) -> str | None:
-        """Evaluate on both sets after training; return the reason if a signal interrupts that."""
+        """Evaluate on both sets after training; return the reason if a signal interrupts it."""
         iteration = self.train_state.iteration
         skipped = "skipping training (--skip-train is on) ..."
         logger.info(skipped if self.config.training.skip_train else event_line("after training is done"))
