@@ -32,7 +32,7 @@ from megatron_dwm.errors import UserError, shortened
 
 
 def select_files(config: SelectConfig, tokenizer_config: TokenizerConfig | None) -> dict[str, Any]:
-    """Write the rows that are kept, in the input's order, and ``OUTPUT.manifest.json`` beside them.
+    """Write the rows that are kept, in the input's order, and ``OUTPUT.manifest.json`` next to them.
 
     Args:
         config: what is kept.

@@ -1,6 +1,6 @@
-"""The ranks of a run as processes that can be disturbed: forks of this one, which has imported all that they need.
+"""The ranks of a run as processes that can be disturbed: forks of this process, which has imported what they need.
 
-Each rank is the leader of a session, so that whatever it starts is found, and can be ended, when it is gone.
+Each rank is the leader of a session, so that its child processes can be found and ended after it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How much of a classifier's own speed ``megatron-dwm score`` reaches, on one process.
+"""Compare the speed of ``megatron-dwm score`` with that of the classifier alone, in one process.
 
     python benchmarks/scoring.py
 
-The classifier's forward pass is timed on whole windows at several batch sizes; the best of them is what scoring is
-held against, in turns. Scoring is timed from the file of JSON lines to the finished output, with the loading of the
-model. Documents are prose of Python's library, of all lengths. On a CPU, time is this process's processor time, so
+The classifier's forward pass is timed on whole windows at several batch sizes; scoring is
+compared with the best of them, in turns. Scoring is timed from the file of JSON lines to the finished output,
+including the loading of the model. Documents are prose from Python's library, of all lengths. On a CPU, time is this process's processor time, so
 that other work on the machine does not count.
 """
 

@@ -236,7 +236,7 @@ def _publish(config: PreprocessConfig, dtype: Any, segments: list[Path], prefix:
             for part in parts:
                 whole.append(part)
             whole.finish()
-        # New data beside an old index would be a dataset of wrong documents; data without an index is none.
+        # New data with an old index would be a dataset with wrong documents; data without an index is not a dataset.
         written = list(scratch.iterdir())
         for path in written:
             sync(path)

@@ -267,7 +267,7 @@ class StartupSync:
         """Stop watching: the run has ended normally, and its ranks exit one after the other."""
         self._finished.set()
         self._store_watch.end()
-        if self._watcher is not None:  # it tells the others that this rank is not silent, but has ended
+        if self._watcher is not None:  # it reports to the others that this rank has ended
             self._watcher.join(POLL_SECONDS)
 
     def linger(self) -> None:
@@ -308,7 +308,7 @@ class StartupSync:
                 self._store_watch.answered()
             if is_starting:
                 heartbeats.end()
-        except RuntimeError:  # the store has ended; whoever waits for its holder finds out
+        except RuntimeError:  # the store has ended; ranks that wait for its host notice that
             return
 
     def _require_heartbeats(self, heartbeats: Heartbeats, failures: dist.Store) -> None:

@@ -236,7 +236,7 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     step = saved_step(inner)
     with ExitStack() as stack:
         stack.enter_context(_keeping_hyperparameters(part))
-        stack.enter_context(torch.no_grad())  # fp32 shards are views of parameters that ask for gradients
+        stack.enter_context(torch.no_grad())  # fp32 shards are views of parameters that require gradients
         if isinstance(part, DistributedOptimizer):
             stack.enter_context(keeping_steps(part))
         inner["param_groups"] = part.optimizer.state_dict()["param_groups"]

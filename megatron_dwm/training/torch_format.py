@@ -2,7 +2,7 @@
 
 ``iter_0000100/mp_rank_00/model_optim_rng.pt`` (``mp_rank_00_000`` in a pipeline) holds the rank's state, under the
 names of its modules, so that only a run with the same layout can load it. The distributed optimizer's state is in
-``distrib_optim.pt`` beside it.
+``distrib_optim.pt`` next to it.
 """
 
 from __future__ import annotations
