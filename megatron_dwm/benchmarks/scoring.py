@@ -2,10 +2,10 @@
 
     python benchmarks/scoring.py
 
-The classifier's forward pass is timed on whole windows at several batch sizes; scoring is
-compared with the best of them, in turns. Scoring is timed from the file of JSON lines to the finished output,
-including the loading of the model. Documents are prose from Python's library, of all lengths. On a CPU, time is this process's processor time, so
-that other work on the machine does not count.
+The classifier's forward pass is timed on whole windows at several batch sizes; scoring is compared with the best of
+them, in turns. Scoring is timed from the file of JSON lines to the finished output, including the loading of the model.
+Documents are prose from Python's library, of all lengths. On a CPU, time is this process's processor time, so that
+other work on the machine does not count.
 """
 
 from __future__ import annotations
