@@ -35,6 +35,7 @@ from megatron_dwm.checksums import checksum
 from megatron_dwm.config.slurm import SlurmConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.corpora.dataset_shards import DatasetShards, publish_shards
+from megatron_dwm.corpora.encoder import Encoder
 from megatron_dwm.corpora.parts import Part, file_parts
 from megatron_dwm.corpora.pipelines import Call, Job, Published, Records
 from megatron_dwm.corpora.readers import input_files
@@ -88,6 +89,8 @@ class Selection:
         Raises:
             UserError: a file is missing, cannot be read twice, or is the output.
         """
+        if tokenizer is not None:  # a bad one is found before anything is read
+            Encoder([config.json_key], tokenizer, append_eod=config.append_eod)
         paths = input_files(config.input or [])
         stamps = _stamps(paths, config.output)
         parts = file_parts(paths, config.split_bytes)
@@ -125,7 +128,8 @@ class Selection:
             kept += [Lines(folder.path("partial"), "${rank}", compression=None), Published(folder, "", "rows")]
         else:
             shards = folder.path("shards")
-            kept.append(DatasetShards(shards, [config.json_key], self.tokenizer, append_eod=config.append_eod))
+            remedy, keys = "correct the row, or give another --json-key", [config.json_key]
+            kept.append(DatasetShards(shards, keys, self.tokenizer, append_eod=config.append_eod, remedy=remedy))
         jobs.append(job("rows", kept, tasks))
         return [*jobs, job("output", [Call(partial(_write, self))])]
 

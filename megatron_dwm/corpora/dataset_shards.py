@@ -30,6 +30,7 @@ class DatasetShards(PipelineStep):  # type: ignore[misc]
         *,
         append_eod: bool,
         skip_malformed: bool = False,
+        remedy: str = "mend it or give --skip-malformed",
     ) -> None:
         """
         Args:
@@ -37,10 +38,11 @@ class DatasetShards(PipelineStep):  # type: ignore[misc]
             keys: of a document's texts; each becomes a dataset.
             append_eod: whether the end-of-document token follows each document.
             skip_malformed: whether records that are no document are left out and counted.
+            remedy: for one that is not left out.
         """
         super().__init__()
         self.folder, self.keys, self.tokenizer = Path(folder), list(keys), tokenizer
-        self.append_eod, self.skip_malformed = append_eod, skip_malformed
+        self.append_eod, self.skip_malformed, self.remedy = append_eod, skip_malformed, remedy
 
     def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> None:
         """Write the shard.
@@ -55,7 +57,7 @@ class DatasetShards(PipelineStep):  # type: ignore[misc]
             result = encoder(document.metadata["record"])
             if isinstance(result, Malformed):
                 if not self.skip_malformed:
-                    raise UserError(f"--input {result}; mend it or give --skip-malformed")
+                    raise UserError(f"--input {result}; {self.remedy}")
                 self.stat_update("skipped")
                 continue
             writer = writer or DatasetWriter(self.keys, encoder.dtype, prefix)

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,7 +117,9 @@ class _QuietExecutor(LocalPipelineExecutor):  # type: ignore[misc]
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         logger.disable("datatrove")
-        return super()._run_for_rank(rank, local_rank, node_rank)
+        with warnings.catch_warnings():  # as commands do, in whose processes this one may not be
+            warnings.simplefilter("ignore")
+            return super()._run_for_rank(rank, local_rank, node_rank)
 
 
 def run_here(job: Job, workers: int) -> Any:
