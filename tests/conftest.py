@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
+import itertools
 import logging
 import os
 import shutil
@@ -24,6 +26,10 @@ from tests.paths import ROOT
 
 # One thread: a child forked after the parent used OpenMP's threads hangs in its first parallel region.
 torch.set_num_threads(1)
+
+# A fork's garbage collector passes over what the tests had imported when it began: that takes half a second each time,
+# and copies the memory. megatron-core collects at every checkpoint.
+os.register_at_fork(after_in_child=gc.freeze)
 
 # megatron-core's 100,000 mock documents are 17 million samples of twelve tokens, and putting them into an order is much
 # of what a small run computes.
@@ -136,7 +142,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests by their folder and by what they start, and deselect those that cannot run here."""
+    """Mark tests by their folder and by what they start, deselect those that cannot run here, and order the rest."""
     missing = {*missing_markers(), *missing_gpus()}
     selected, deselected = [], []
     for item in items:
@@ -148,4 +154,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (deselected if markers & missing else selected).append(item)
     if deselected:
         config.hook.pytest_deselected(items=deselected)
-        items[:] = selected
+    items[:] = _spread_unit_tests(selected)
+
+
+def _spread_unit_tests(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return the tests with the files of unit/ evenly among the others.
+
+    Runs of several processes take turns (tests/turns.py), and tests of one process are what fills the waiting.
+    """
+    files = [list(tests) for _, tests in itertools.groupby(items, key=lambda item: item.path)]
+    unit = [tests for tests in files if tests[0].get_closest_marker("unit")]
+    others = [tests for tests in files if not tests[0].get_closest_marker("unit")]
+    placed = [(number / len(kind), tests) for kind in (others, unit) for number, tests in enumerate(kind)]
+    return [item for _, tests in sorted(placed, key=lambda place: place[0]) for item in tests]

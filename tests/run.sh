@@ -25,6 +25,6 @@ ruff check . || status=1
 ruff format --check . || status=1
 mypy || status=1  # what pyproject.toml names
 sphinx-build -qW --keep-going -b html docs build/docs || status=1
-# Two files at a time, in their order: the longest tests are single ones, which would else come last, and one by one.
-pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" || status=1
+# Three files at a time, though two cores are enough: runs of several processes take turns, and one file has to wait.
+pytest -n 3 --dist loadfile --no-loadscope-reorder "$@" || status=1
 exit $status

@@ -1,17 +1,49 @@
 """Runs of several processes take turns, whichever worker of pytest starts them.
 
-Where processes outnumber the cores, one that waits for a message waits until its sender is scheduled: two runs of four
-processes beside each other took several times as long as one after the other.
+Where processes outnumber the cores twice, one that waits for a message waits until its sender is scheduled: two runs of
+four processes beside each other took several times as long as one after the other.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 _RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
 
-several_processes = FileLock(Path(tempfile.gettempdir(), f"megatron-dwm-tests-{_RUN}.lock"))
+
+def _lock(name: str) -> FileLock:
+    return FileLock(Path(tempfile.gettempdir(), f"megatron-dwm-tests-{_RUN}-{name}.lock"))
+
+
+_HALVES = (_lock("first-half"), _lock("second-half"))
+_NEXT = _lock("next")
+"""Held by whoever waits for a half or for both: else runs that need one only would leave no moment with both free."""
+
+
+@contextmanager
+def turn(processes: int) -> Iterator[None]:
+    """Wait until a run of ``processes`` may start: two of two at a time, a larger one alone, one process at once."""
+    with ExitStack() as held:
+        if processes > 1:
+            with _NEXT:
+                if processes > 2:
+                    for half in _HALVES:
+                        held.enter_context(half)
+                else:
+                    held.enter_context(_free_half())
+        yield
+
+
+def _free_half() -> AbstractContextManager[object]:
+    while True:
+        for half in _HALVES:
+            with suppress(Timeout):
+                return half.acquire(blocking=False)
+        time.sleep(0.05)

@@ -45,7 +45,7 @@ class Signatures(PipelineStep):  # type: ignore[misc]
     def __init__(self, kind: Kind, folder: str) -> None:
         """
         Args:
-            kind: equal texts, or near ones: those that share about 7 in 10 of their runs of 5 words.
+            kind: equal texts, or near duplicates, which share about 7 in 10 of their sequences of 5 words.
             folder: for the steps' files, which are some tens or hundreds of bytes a text.
         """
         super().__init__()
@@ -95,7 +95,7 @@ def find_steps(kind: Kind, folder: str) -> list[tuple[PipelineStep, int]]:
 
 
 def duplicates_of_task(kind: Kind, folder: str, rank: int, rows: int) -> npt.NDArray[np.bool_]:
-    """Return of each row of a task whether it is to go: of equal texts, or of a cluster of near ones, one stays."""
+    """Return for each row of a task whether to remove it: one of equal texts, or of near duplicates, is kept."""
     is_duplicate = np.ones(rows, np.bool_)
     for chunk, start in enumerate(range(0, rows, _CHUNK)):
         numbers = (Document(text=str(n), id=str(n)) for n in range(start, min(start + _CHUNK, rows)))

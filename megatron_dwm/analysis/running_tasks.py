@@ -1,6 +1,6 @@
-"""Evaluation of the model in training on tasks, in the layout that it is trained in.
+"""Evaluation of the model in training on tasks, in the layout of the training run.
 
-The first rank runs lm-evaluation-harness. Whenever that asks for likelihoods, all ranks compute them.
+The first rank runs lm-evaluation-harness; when it requests likelihoods, all ranks compute them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from megatron_dwm.model.continuations import Continuation, Likelihood, continuat
 from megatron_dwm.model.engine import PipelineEngine
 
 _SEED = 1234
-"""Of the choice of items and examples: what ``megatron-dwm evaluate`` takes if not told otherwise."""
+"""Seed of the choice of items and examples: the default of ``megatron-dwm evaluate``."""
+_MICROBATCHES_TOGETHER = 64
+"""Microbatches of a replica in one run through the pipeline."""
 
 
 class RunningTasks:
@@ -34,29 +36,36 @@ class RunningTasks:
     ) -> None:
         """
         Args:
-            tokenizer: Hugging Face's, which gives the ids that the model is trained on.
+            tokenizer: the Hugging Face tokenizer that gives the ids that the model is trained on.
             vocab_size: tokens that the run's own tokenizer has.
 
         Raises:
             UserError: on the first rank, if a task is unknown, its data are not there, or it needs generated text.
         """
         self._engine, self._micro_batch_size, self._vocab_size = engine, micro_batch_size, vocab_size
+        # Asked for together these would fill the memory with long tasks, and nothing could break them off.
+        self._most_together = _MICROBATCHES_TOGETHER * micro_batch_size * engine.parallel_state.dp_size
+        self._before_batch: Callable[[], None] = lambda: None
         self._evaluator = None
         if dist.get_rank() == 0:
             self._evaluator = _evaluator(flags)
             self._model = _RunningModel(self.likelihoods, tokenizer, engine.seq_length)
 
-    def evaluate(self) -> list[dict[str, Any]]:
+    def evaluate(self, before_batch: Callable[[], None]) -> list[dict[str, Any]]:
         """Return a record for each task and number of examples, on every rank; every rank calls it.
 
         The parameters must be up to date.
+
+        Args:
+            before_batch: called on every rank before some continuations are computed; may raise to break off.
         """
+        self._before_batch = before_batch
         if self._evaluator is None:
-            while (asked := self._broadcast(_Asked())).records is None:
+            while (asked := self._broadcast(_Request())).records is None:
                 self._compute(asked.continuations)
             return asked.records or []
         # The harness draws progress bars, which no flag of it turns off.
-        with _kept_random_states(), redirect_stderr(io.StringIO()):
+        with _restored_random_states(), redirect_stderr(io.StringIO()):
             results = self._evaluator.evaluate_model(self._model, is_training=True)
         records = [
             {
@@ -68,34 +77,39 @@ class RunningTasks:
             }
             for result in results
         ]
-        self._broadcast(_Asked(records=records))
+        self._broadcast(_Request(records=records))
         return records
 
     def likelihoods(self, continuations: list[Continuation]) -> list[Likelihood]:
         """Return the likelihoods of continuations; the other ranks wait in :meth:`evaluate` to help."""
-        self._broadcast(_Asked(continuations))
+        self._broadcast(_Request(continuations))
         return self._compute(continuations)
 
     def _compute(self, continuations: Sequence[Continuation]) -> list[Likelihood]:
-        return continuation_likelihoods(self._engine, continuations, self._micro_batch_size, self._vocab_size)
+        found: list[Likelihood] = []
+        for first in range(0, len(continuations), self._most_together):
+            self._before_batch()
+            together = continuations[first : first + self._most_together]
+            found += continuation_likelihoods(self._engine, together, self._micro_batch_size, self._vocab_size)
+        return found
 
-    def _broadcast(self, asked: _Asked) -> _Asked:
-        """Return what the first rank asks the others for."""
+    def _broadcast(self, asked: _Request) -> _Request:
+        """Broadcast the first rank's request, and return it."""
         box = [asked]
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(box, 0)
         return box[0]
 
 
-class _Asked(NamedTuple):
-    """What the first rank wants of all: likelihoods, or with the results that they go on."""
+class _Request(NamedTuple):
+    """A request of the first rank to all ranks: to compute likelihoods, or to finish with the results."""
 
     continuations: Sequence[Continuation] = ()
     records: list[dict[str, Any]] | None = None
 
 
 class _RunningModel(TemplateLM):  # type: ignore[misc]
-    """The model in training, as the harness wants it."""
+    """The model in training, with the interface of the harness."""
 
     def __init__(
         self, likelihoods: Callable[[list[Continuation]], list[Likelihood]], tokenizer: Any, max_length: int
@@ -145,7 +159,7 @@ def _evaluator(flags: TasksConfig) -> Evaluator:
             batch_size=1,
             seed=_SEED,
         )
-        with _kept_random_states():
+        with _restored_random_states():
             kinds = evaluator.kinds()
     except UserError as error:
         flags_here = str(error).replace("--tasks", "--eval-tasks").replace("--task-text", "--eval-tasks-text")
@@ -160,8 +174,8 @@ def _evaluator(flags: TasksConfig) -> Evaluator:
 
 
 @contextmanager
-def _kept_random_states() -> Iterator[None]:
-    """While open, the harness may seed Python's and numpy's random streams."""
+def _restored_random_states() -> Iterator[None]:
+    """Restore Python's and numpy's random streams afterwards, because the harness seeds them."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         yield

@@ -1,7 +1,7 @@
 """Scoring of documents with an exported weighter, or by a language model: the steps of a datatrove pipeline.
 
-Needs the model's folder and transformers, nothing of Megatron. A task reads one part of the input and writes one file
-beside the finished ones, where it is renamed to when it is complete: what was interrupted is done again from its start.
+Needs the model's folder and transformers, but not Megatron. A task reads one part of the input and writes one file
+under a temporary name, which is renamed when it is complete; an interrupted task starts again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BUFFER = 4096  # documents that are sorted by length at a time
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """What a job's scores depend on."""
+    """Settings that determine the scores of a job."""
 
     model: str
     """Folder of the model."""
@@ -147,7 +147,7 @@ def _row(writer: Any, document: Document) -> dict[str, Any]:
 
 
 class _WholeJsonl(JsonlWriter):  # type: ignore[misc]
-    """Writes rows as they are; datatrove's own writer gives a field named media a meaning."""
+    """Writes rows unchanged; datatrove's own writer treats a field named media specially."""
 
     def _write(self, document: dict[str, Any], file_handler: Any, _filename: str) -> None:
         try:
@@ -171,7 +171,7 @@ class _WholeParquet(ParquetWriter):  # type: ignore[misc]
             super()._write_batch(filename)
         except (ArrowException, ValueError) as error:
             raise UserError(
-                f"--output-format parquet: the rows make no table ({shortened(error)}); write jsonl"
+                f"--output-format parquet: the rows do not form a table ({shortened(error)}); write jsonl"
             ) from None
 
 
@@ -187,7 +187,7 @@ def score_steps(
 ) -> list[PipelineStep]:
     """Return the pipeline that scores parts of files into a folder, for any executor of datatrove, a task for each.
 
-    Its executor has to keep its logs in the folder's ``logs``: parts that are done are known by them.
+    Its executor has to keep its logs in the folder's ``logs``, which record the finished parts.
 
     Raises:
         UserError: the folder holds something else, or cannot be written.
@@ -228,7 +228,7 @@ _WRITER_OPTIONS: dict[str, dict[str, Any]] = {"jsonl": {"compression": None}, "p
 
 
 def _claim(folder: OutputFolder, job: dict[str, Any]) -> None:
-    """Make the output's folder for this job, or check that it is this job's.
+    """Create the output's folder for this job, or check that it belongs to this job.
 
     Raises:
         UserError: it holds something else.
@@ -238,6 +238,8 @@ def _claim(folder: OutputFolder, job: dict[str, Any]) -> None:
     if found is None and not folder.holds_something():
         folder.write("job.json", text)
     elif found is None:
-        raise UserError(f"--output {folder.location}: is no folder of scores; give another folder")
+        raise UserError(f"--output {folder.location}: does not hold scores; give another folder")
     elif found != text:
-        raise UserError(f"--output {folder.location}: is of other input or flags; give another folder, or remove it")
+        raise UserError(
+            f"--output {folder.location}: was made with other input or flags; give another folder, or remove it"
+        )

@@ -208,7 +208,7 @@ def _stamps(paths: Sequence[str], output: str) -> list[tuple[int, str]]:
     """
     for path in paths:
         if not is_url(path) and not os.path.isfile(path):
-            raise UserError(f"--input {path}: is read twice, and is no file that can be; give a regular file")
+            raise UserError(f"--input {path}: is not a regular file, and has to be read twice; give a regular file")
         if path == output or (os.path.exists(output) and os.path.exists(path) and os.path.samefile(path, output)):
             raise UserError(f"--output {output}: is an input too; give another name")
     return list(map(stamp_of, paths))
@@ -323,7 +323,7 @@ def _groups(config: SelectConfig, sources: list[str], held: Any) -> list[Group]:
 
 
 def _count(config: SelectConfig, sources: list[str], top: TopRows, table: Table) -> dict[str, Any]:
-    """Return what is kept, as the manifest's first part.
+    """Return the counts of kept and dropped rows, the manifest's first part.
 
     Raises:
         UserError: nothing is kept.
@@ -331,9 +331,7 @@ def _count(config: SelectConfig, sources: list[str], top: TopRows, table: Table)
     held = costs_by_source(table, None, len(sources) + 1)[:-1]
     kept = costs_by_source(table, top.masks(), len(sources))
     if not kept[:, 0].any():
-        raise UserError(
-            f"the budget is too small for a single one of {int(held[:, 0].sum()):,} documents; give a greater one"
-        )
+        raise UserError(f"the budget is too small for any of {int(held[:, 0].sum()):,} documents; give a greater one")
 
     def counts(kept: Any, dropped: Any) -> dict[str, int]:
         found = {"documents_kept": int(kept[0]), "documents_dropped": int(dropped[0])}

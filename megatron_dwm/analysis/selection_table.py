@@ -114,7 +114,9 @@ class Numbers(PipelineStep):  # type: ignore[misc]
 
 def too_many_sources(config: SelectConfig) -> UserError:
     """Return the error."""
-    return UserError(f"--source-key {config.source_key}: more than {MOST_SOURCES} sources; give a key of few values")
+    return UserError(
+        f"--source-key {config.source_key}: more than {MOST_SOURCES} sources; give a key with fewer values"
+    )
 
 
 def _numbers(
@@ -182,7 +184,7 @@ def _tokens(record: Record, row: dict[str, Any], key: str) -> int:
     """
     value = _number(record, row, "--token-key", key)
     if not 0 <= value <= _MOST_TOKENS or value != int(value):
-        raise UserError(f"--input {record.place}: {value} under {key!r} is no number of tokens; correct the row")
+        raise UserError(f"--input {record.place}: {value} under {key!r} is not a number of tokens; correct the row")
     return int(value)
 
 

@@ -1,4 +1,4 @@
-"""The best rows that a budget pays for, exactly, in memory that does not grow with their number.
+"""Exact selection of the best rows within a budget, in memory that does not grow with their number.
 
 The rows' numbers are a table on the disk. The key of the last kept row is found 16 bits at a time: four passes over the
 table, each with a histogram of what the rows cost.
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 ROW = np.dtype([("key", np.float64), ("cost", np.int64), ("source", np.int32)])
-"""A row of the table: what it is ranked by, highest first, what it takes of the budget, the number of its source."""
+"""A row of the table: the key that it is ranked by, highest first, its cost, and the number of its source."""
 Table = npt.NDArray[Any]
 _BLOCK = 1 << 16  # rows that are looked at together
 _DIGITS = 16  # bits of a key that one pass finds

@@ -1,12 +1,12 @@
-"""Disturb a training run at random moments, restart it each time, and hold it against one that was left alone.
+"""Disturb a training run at random moments, restart it each time, and compare it with an undisturbed run.
 
     python benchmarks/chaos.py --times 50 --seed 1
 
 A small bilevel run is trained to its end undisturbed. Then it is trained again and again in other folders, and while
-ranks train, save, update the weighter or export it, one of them or all are killed, stopped, asked to end, or find that
-the disk is full. The same command then starts it again, until it has finished. At the end its records, its last
-checkpoint and its exports must be those of the undisturbed run bit for bit. After every disturbance the ranks that are
-left must have ended within a stated bound, with whatever they had started, and one of them must have named the rank
+ranks train, save, update the weighter or export it, one of them or all are killed, stopped, asked to end, or get the
+error of a full disk. The same command then restarts it, until it has finished. At the end its records, its last
+checkpoint and its exports must equal those of the undisturbed run bit for bit. After every disturbance the ranks that
+are left must have ended within a time limit, with all their child processes, and one of them must have named the rank
 that was killed or stopped. Ranks are processes of this machine and compute on its CPU. Unknown flags go to
 ``pretrain_dwm.py``.
 """
@@ -43,7 +43,7 @@ LAYOUTS: dict[Layout, tuple[int, str]] = {
     "dp2": (2, "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"),
     "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
 }
-"""Ranks and flags. The distributed optimizer's other format also saves padding, which is whatever lay in memory."""
+"""Ranks and flags. The distributed optimizer's other format also saves padding, which is uninitialized memory."""
 PLAN = Plan(iterations=24, save_interval=4, warmup=4, update_interval=2)
 RUN = shlex.split(
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
@@ -57,13 +57,13 @@ RUN = shlex.split(
     "--dwm-weighter-steps 2"
 )
 BOUND_SECONDS = 30.0
-"""For ranks to end after one of them was killed, all were asked to end, or the disk was full."""
+"""Time limit for ranks to end after one of them was killed, all were asked to end, or the disk was full."""
 TIMEOUT_SECONDS = 60.0
-"""Of collectives: ranks that wait for a stopped one have so much longer, and so have those that wait at the start."""
+"""Timeout of collectives, which is added to the limit for ranks that wait for a stopped one, or at the start."""
 CHILDREN_SECONDS = 10.0
-"""For what an ended rank had started."""
+"""Time limit for the child processes of an ended rank."""
 LONGEST_RUN = 300.0
-"""Seconds in which a run comes to the moment that was chosen, or to its end."""
+"""Time limit for a run to reach the chosen moment, or its end."""
 
 
 @dataclass(frozen=True)
@@ -71,20 +71,18 @@ class ChaosConfig:
     """Disturbing."""
 
     times: int = flag(4, "Disturbances of each layout with each way of saving.")
-    seed: int = flag(
-        1, "Of the moments and kinds of the disturbances; the run's own seed does not follow it.", "--seed"
-    )
+    seed: int = flag(1, "Seed of the moments and kinds of the disturbances; the run has another seed.", "--seed")
     layouts: list[Layout] = flag(list(get_args(Layout)), "Ranks and parallelism.")
-    saves: list[Saves] = flag(list(get_args(Saves)), "Ways of saving: the run waits, or goes on.")
+    saves: list[Saves] = flag(list(get_args(Saves)), "Ways of saving: synchronous or asynchronous.")
     output: str | None = flag(
-        None, "New folder for the runs; if not given, a temporary one that is kept only if something was wrong."
+        None, "New folder for the runs. Default: a temporary one, which is kept only if a check failed."
     )
     json_file: str | None = flag(None, "Also write all disturbances to this file.", "--json")
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "times")
         if self.output is not None and Path(self.output).exists():
-            raise UserError(f"--output {self.output}: is there already; give another folder, or remove it")
+            raise UserError(f"--output {self.output}: exists already; give another folder, or remove it")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -95,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     config, run_flags = parse_benchmark(ChaosConfig, argv, __doc__)
     folder = Path(config.output or tempfile.mkdtemp(prefix="chaos-"))
-    from megatron_dwm.benchmarks.chaos_ranks import import_what_ranks_need  # after the flags: this takes seconds
+    from megatron_dwm.benchmarks.chaos_ranks import preload_modules  # after the flags: this takes seconds
 
-    import_what_ranks_need()
+    preload_modules()
     started, results = time.monotonic(), []
     for layout in config.layouts:
         for saves in config.saves:
@@ -232,7 +230,7 @@ class _Start:
         texts = [self.ranks.printed(rank) for rank in range(self.ranks.world_size)]
         if found.victim is not None:
             others = "".join(text for rank, text in enumerate(texts) if rank != found.victim)
-            at_start = rf"|rank {found.victim} (ended while|was not there)|ranks? (\d+, )*{found.victim}\b.* did not "
+            at_start = rf"|rank {found.victim} (ended while|was not reached)|ranks? (\d+, )*{found.victim}\b.* did not "
             named = f"rank {found.victim} does not answer" + (at_start if found.iteration == 0 else "")
             if re.search(named, others) is None:
                 yield f"no other rank names rank {found.victim}"

@@ -1,4 +1,4 @@
-"""Whether a run that was disturbed has become what the undisturbed one is, bit for bit."""
+"""Bit-for-bit comparison of a disturbed run with an undisturbed one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_dwm.training.folder_lock import LOCK
 from megatron_dwm.training.saved_checkpoint import open_checkpoint
 
 _TIMES = ("seconds", "elapsed", "throughput")
-"""In the names of figures that depend on the machine."""
+"""Parts of the names of metrics that depend on the machine."""
 
 
 def differences(expected: Path, found: Path, iterations: int) -> list[str]:
@@ -35,12 +35,7 @@ def _different_records(expected: Path, found: Path) -> Iterator[str]:
     one, other = read_run(expected), read_run(found)
     yield from _different_lists("steps", one.steps, other.steps)
     yield from _different_lists("updates", one.updates, other.updates)
-    yield from _different_lists("evaluations", *(_last_of_each(run.evaluations) for run in (one, other)))
-
-
-def _last_of_each(evaluations: Sequence[Record]) -> list[Record]:
-    """Return the evaluations, of those made again the last: a run that was killed in its last one makes both again."""
-    return list({(record["iteration"], record["split"]): record for record in evaluations}.values())
+    yield from _different_lists("evaluations", one.evaluations, other.evaluations)
 
 
 def _different_lists(kind: str, expected: Sequence[Record], found: Sequence[Record]) -> Iterator[str]:

@@ -1,6 +1,6 @@
-"""Print what shares a run's weighter gives the sources of the data, as --data-path lines, overall and by stage.
+"""Print each source's share of the training loss under a run's weights, overall and by stage, as --data-path lines.
 
-The last line has the sources' mean weights as flags of a run that weighs by source alone.
+The last line has the sources' mean weights, as flags of a run with one fixed weight per source.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_dwm.analysis.records import read_run
-from megatron_dwm.analysis.shares import learnt_shares, learnt_weights
+from megatron_dwm.analysis.shares import learned_shares, learned_weights
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.cli.run_argument import RunArgument, with_run_flag
 from megatron_dwm.config.flags import flag, parse
@@ -23,7 +23,7 @@ from megatron_dwm.errors import UserError
 class BlendConfig(RunArgument):
     """Blend."""
 
-    data_path: list[str] | None = flag(None, "Prefixes to print in place of the sources' names, in their order.")
+    data_path: list[str] | None = flag(None, "Prefixes to print instead of the sources' names, in the same order.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     config: BlendConfig = parse(with_run_flag(argv), {"blend": BlendConfig}, description=__doc__)["blend"]
     run = read_run(Path(config.run))
-    found = learnt_shares(run)
+    found = learned_shares(run)
     names = config.data_path or run.sources
     if len(names) != len(run.sources):
         raise UserError(
@@ -48,8 +48,8 @@ def _main(argv: Sequence[str] | None) -> None:
             print(f"#   {source}: {shares.mean[source]:.4f} ({bounds})")
         pairs = (f"{share:.6f} {name}" for name, share in zip(names, shares.mean.values(), strict=True))
         print(f"--data-path {' '.join(pairs)}")
-    weights = learnt_weights(run)
-    print("# the mean weights of their samples, for a run that weighs by source alone")
+    weights = learned_weights(run)
+    print("# the mean weights of the sources' samples, for a run with one weight per source")
     print(
         f"--dwm-mode rule --dwm-rule source-weights --dwm-rule-sources {' '.join(weights)} "
         f"--dwm-rule-weights {' '.join(f'{weight:.4f}' for weight in weights.values())}"

@@ -1,6 +1,6 @@
-"""Verify checkpoints from the first to the last byte: checksums, every tensor and object, the weighter's state.
+"""Verify checkpoints completely: checksums, every tensor and object, the weighter's state.
 
-``--load`` is a run's ``--save`` folder, of which all checkpoints are verified and the exported weighters beside them.
+``--load`` is a run's ``--save`` folder; all its checkpoints and exported weighters are verified.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CheckCheckpointConfig:
     """Checkpoints to verify."""
 
     load: str = flag("", "Folder of checkpoints: a run's --save.")
-    ckpt_step: int | None = flag(None, "Iteration of the one checkpoint to verify, in place of all.")
+    ckpt_step: int | None = flag(None, "Iteration of the only checkpoint to verify; by default all.")
 
     def __post_init__(self) -> None:
         if not self.load:
@@ -80,7 +80,7 @@ def checkpoints_to_verify(config: CheckCheckpointConfig) -> list[Path]:
 
 
 def verify(folder: Path, on_read: Callable[[int], object]) -> str:
-    """Verify one folder; return a line that says what is in it.
+    """Verify one folder; return a line that describes its content.
 
     Raises:
         UserError: it is damaged.
@@ -125,16 +125,17 @@ def _verify_checkpoint(folder: Path, on_read: Callable[[int], object]) -> str:
 def _verify_torch_checkpoint(folder: Path, on_read: Callable[[int], object]) -> str:
     from megatron_dwm.training.saved_checkpoint import CheckpointDamage, reported_damage, verify_torch_checkpoint
 
-    files = tensors = not_finite = 0
+    tensors = not_finite = 0
     with reported_damage(folder):
         for state in verify_torch_checkpoint(folder, on_read):
             found = _tensors_in(state)
-            files, tensors = files + 1, tensors + len(found)
+            tensors += len(found)
             not_finite += sum(not _is_finite(tensor) for tensor in found)
             on_read(sum(tensor.numel() * tensor.element_size() for tensor in found))
         if not_finite:
             raise CheckpointDamage(f"{not_finite} tensors hold values that are not finite")
-    return f"whole, in the format torch: {tensors} tensors of {files} ranks"
+    ranks = len(list(folder.glob("mp_rank_*")))
+    return f"whole, in the format torch: {tensors} tensors of {ranks} ranks"
 
 
 def _is_finite(tensor: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The start of every command of one process; programs of several ranks start through ``launch``."""
+"""The entry point of commands that run in one process; programs with several ranks start through ``launch``."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from megatron_dwm.runtime.logging import configure_logging
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run ``command`` so that its messages are printed and a user's error is one line with exit code 2.
+    """Run ``command``, with its messages printed, and a user's error as one line with exit code 2.
 
-    Warnings of the libraries are not shown: they are about accelerators and several ranks, which no such command has.
+    Warnings of libraries are not shown: they concern accelerators and several ranks, which these commands do not use.
 
     Raises:
         SystemExit: the command ended early.
@@ -25,16 +25,21 @@ def run_command(command: Callable[[], None]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # paths may hold bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
     configure_logging()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    hide_warnings()
     try:
         run_cli(command)
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None  # as a shell reports a program that Ctrl-C has ended
 
 
+def hide_warnings() -> None:
+    """Hide the warnings of the libraries."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
 def limit_progress_bars() -> None:
-    """Let transformers draw its progress bars on a terminal only: a log file needs none."""
+    """Show transformers' progress bars only on a terminal, and not in a log file."""
     from transformers.utils import logging as hf_logging
 
     if not sys.stderr.isatty():

@@ -1,8 +1,8 @@
-"""The start and the end of every program that runs on several ranks.
+"""The entry point of every program that runs on several ranks.
 
-:func:`run_program` finds the ranks, meets them, runs the program, and ends this process so that a failure is printed
-once, by the rank that found it, and reaches every other rank. :func:`build_trainer` makes of a configuration what
-trains.
+:func:`run_program` joins the other ranks, runs the program, and ends this process so that a failure is printed
+once, by the rank that found it, and ends every other rank. :func:`build_trainer` builds a trainer from a
+configuration.
 """
 
 from __future__ import annotations
@@ -37,12 +37,15 @@ from megatron_dwm.runtime.device import select_device
 from megatron_dwm.runtime.environment import environment_rank
 from megatron_dwm.runtime.logging import configure_logging, print_messages_of
 from megatron_dwm.runtime.startup_sync import StartupSync
+from megatron_dwm.runtime.stop_signals import StartSignals
 
 if TYPE_CHECKING:
     from megatron_dwm.training.dataloaders import Dataloaders
+    from megatron_dwm.training.evaluator import TaskEvaluation
     from megatron_dwm.training.setup import LanguageModel, RunInputs
-    from megatron_dwm.training.trainer import TaskEvaluation, Trainer
-    from megatron_dwm.weighting.build import WeightingContext, WeightingInputs
+    from megatron_dwm.training.trainer import Trainer
+    from megatron_dwm.weighting.context import WeightingContext
+    from megatron_dwm.weighting.inputs import WeightingInputs
     from megatron_dwm.weighting.policy import SampleWeighting
     from megatron_dwm.weighting.stage_schedule import StageSchedule
 
@@ -54,11 +57,13 @@ _FUTURE = ".*(load_state_dict|ShardedTensor|all_gather_into_tensor|reduce_scatte
 """torch's interfaces that megatron-core still uses, in their warnings."""
 _SHARDS = ".*grad attribute of a Tensor that is not a leaf Tensor.*"
 """Of fp32 parameters the distributed optimizer's shards are views, to which it gives gradients itself."""
+_IN_PLACE_OF_A_RUN = ("-h", "--help", "--help-all", "--plan")
+"""Flags with which a rank would end, while the others wait for it."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """One of the processes of a program."""
+    """This process of a program with several ranks."""
 
     rank: int
     local_rank: int
@@ -69,7 +74,7 @@ class Process:
         """Read the flags and choose the device.
 
         Args:
-            read_flags: makes the program's configuration for a number of ranks.
+            read_flags: returns the program's configuration for a number of ranks.
 
         Raises:
             UserError: on every rank, if one finds a bad flag.
@@ -84,7 +89,7 @@ class Process:
 
 
 def read_run_flags(argv: Sequence[str] | None, world_size: int) -> RunConfig:
-    """Return the configuration of a pretraining run; ``argv`` None takes this process's command line.
+    """Return the configuration of a pretraining run; by default from this process's command line.
 
     Raises:
         UserError: a bad flag, or ``--use-checkpoint-args`` without a checkpoint.
@@ -93,9 +98,9 @@ def read_run_flags(argv: Sequence[str] | None, world_size: int) -> RunConfig:
 
 
 def with_pretrained(config: RunConfig) -> RunConfig:
-    """Return the configuration that starts from ``--pretrained-checkpoint``, if it is to.
+    """Return the configuration that starts from ``--pretrained-checkpoint``, if that applies.
 
-    It is while ``--load`` holds no checkpoint; as in Megatron-LM, the run then goes on as with ``--finetune``.
+    It applies while ``--load`` holds no checkpoint; as in Megatron-LM, the run then continues as with ``--finetune``.
     """
     flags = config.checkpoint
     if flags.pretrained_checkpoint is None or (flags.load is not None and (Path(flags.load) / TRACKER).is_file()):
@@ -106,7 +111,7 @@ def with_pretrained(config: RunConfig) -> RunConfig:
 
 
 def with_conversion(config: RunConfig) -> RunConfig:
-    """Return the configuration that saves as ``--ckpt-convert-format`` says, if it is given."""
+    """Return the configuration that saves in ``--ckpt-convert-format``, if it is given."""
     flags = config.checkpoint
     if flags.ckpt_convert_format is None or flags.ckpt_convert_save is None or flags.load is None:
         return config
@@ -118,30 +123,34 @@ def with_conversion(config: RunConfig) -> RunConfig:
 
 
 def run_program(program: Callable[[Process], None], argv: Sequence[str] | None = None) -> None:
-    """Run ``program`` on this rank of torchrun, srun, mpirun or a lone process.
+    """Run ``program`` on this rank, started by torchrun, srun or mpirun, or as a single process.
 
-    A user's error ends all ranks with exit code 2, after the one line of the rank that found it; any other failure ends
-    them with code 1, after its traceback and one line of each other rank. Ranks that do not come, or fall silent before
-    the run has started, are waited for as long as ``--distributed-timeout-minutes`` says.
+    A user's error ends all ranks with exit code 2, and one line from the rank that found it. Any other failure ends
+    them with code 1, with a traceback and one line from each other rank. Ranks that do not join, or do not answer
+    before the run has started, are waited for up to ``--distributed-timeout-minutes``.
 
     Args:
-        argv: the program's flags; None takes this process's command line.
+        argv: the program's flags; by default this process's command line.
     """
     # megatron-core warns on every process that optional packages are missing, and of torch interfaces it still uses.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine).*")
     warnings.filterwarnings("ignore", category=FutureWarning, message=_FUTURE)
     warnings.filterwarnings("ignore", message=_SHARDS)
+    words = sys.argv[1:] if argv is None else argv
     try:
         rank, local_rank, world_size = environment_rank()
         configure_logging(rank, world_size)
-        startup_sync = StartupSync(rank, world_size, _timeout(sys.argv[1:] if argv is None else argv))
+        signals = StartSignals() if flag_name("exit_signal_handler") in words else None
+        startup_sync = StartupSync(rank, world_size, _timeout(words), signals)
     except PeerError:
         raise SystemExit(EXIT_CODE) from None
     except UserError as error:
         print_error(error)
         raise SystemExit(EXIT_CODE) from None
     startup_sync.watch_peers()
+    asked = {word for word in words if word in _IN_PLACE_OF_A_RUN}
     try:
+        startup_sync.agree_on_command(" ".join(sorted(asked)) or "a run", ends_at_once=bool(asked - {"--plan"}))
         program(Process(rank, local_rank, world_size, startup_sync))
     except (Exception, KeyboardInterrupt) as error:
         _end_failed(error, startup_sync)
@@ -159,7 +168,7 @@ def build_trainer(
     """Build everything that a run needs and load its checkpoint; every rank calls it.
 
     Args:
-        make_weighting: makes the run's weighting; None takes the one that the flags name.
+        make_weighting: builds the run's weighting; by default the one that the flags name.
 
     Raises:
         UserError: on every rank, if data, tokenizer, weighter, model or checkpoint do not fit the flags.
@@ -170,30 +179,31 @@ def build_trainer(
     from megatron_dwm.training.setup import (
         build_language_model,
         build_trainer_parts,
-        hold_folders,
-        load_if_there,
+        load_if_present,
+        lock_folders,
         read_inputs,
     )
     from megatron_dwm.training.trainer import Trainer
     from megatron_dwm.training.write_results import start_results_process
-    from megatron_dwm.weighting.build import build_weighting, check_gradients, read_weighting_inputs, run_stages
+    from megatron_dwm.weighting.build import build_weighting, check_gradients
+    from megatron_dwm.weighting.inputs import read_weighting_inputs, run_stages
 
     if config.logging.logging_level is not None:
         print_messages_of("megatron.core", process.rank, process.world_size, config.logging.logging_level)
     with process.startup_sync.phase("folders"):
-        save_folder = hold_folders(config.checkpoint, config.data, config.logging, process.rank)
+        save_folder = lock_folders(config.checkpoint, config.data, config.logging, process.rank)
     with process.startup_sync.phase("inputs"):
         inputs = read_inputs(config, process.rank, process.world_size)
         weighting_inputs = read_weighting_inputs(config, inputs.tokenizer)
-        if inputs.checkpoint is None:  # the length of a run that goes on is known when that is loaded
+        if inputs.checkpoint is None:  # the length of a continued run is known when its checkpoint is loaded
             run_stages(config)
     with process.startup_sync.phase("agreement"):
         process.startup_sync.require_same(rank_facts(config, inputs.paths, weighting_inputs.digest))
     if config.checkpoint.save is not None:
         start_results_process()
     language_model = build_language_model(config, inputs, device, process.startup_sync)
-    train_state, weighting_state = load_if_there(config, inputs, language_model, save_folder)
-    if train_state.iteration > 0:  # of a release, which counts the samples it was made with, all are to come
+    train_state, weighting_state = load_if_present(config, inputs, language_model, save_folder)
+    if train_state.iteration > 0:  # a release has a nonzero count of samples, but starts at iteration 0
         config = dataclasses.replace(config, resumed_at=(train_state.iteration, train_state.consumed_train_samples))
     dataloaders = Dataloaders(
         config, inputs.paths, inputs.tokenizer, language_model.parallel_state, process.startup_sync, train_state
@@ -218,7 +228,7 @@ def build_trainer(
 
 
 def _task_evaluation(config: RunConfig, inputs: RunInputs, language_model: LanguageModel) -> TaskEvaluation | None:
-    """Return what evaluates the run's model on tasks, if the flags ask for that.
+    """Return the evaluation of the run's model on tasks, if the flags ask for it.
 
     Raises:
         UserError: the tasks or the tokenizer do not allow it.
@@ -245,8 +255,8 @@ def _weighting_context(
     dataloaders: Dataloaders,
     device: torch.device,
 ) -> WeightingContext:
-    """Return the parts of the run that its weighting works with."""
-    from megatron_dwm.weighting.build import WeightingContext
+    """Return the parts of the run that its weighting needs."""
+    from megatron_dwm.weighting.context import WeightingContext
 
     return WeightingContext(
         config=config,
@@ -265,9 +275,10 @@ def _weighting_context(
 
 
 def _timeout(argv: Sequence[str]) -> timedelta:
-    """Return ``--distributed-timeout-minutes``: ranks meet before they read flags, so that all report a mistake once.
+    """Return ``--distributed-timeout-minutes``, which is needed before the other flags are parsed.
 
-    A mistake in this one is left to the parser.
+    Ranks join before they parse the flags, so that a mistake is reported once. A mistake in this flag is left to the
+    parser.
     """
     name = flag_name("distributed_timeout_minutes")
     minutes = ParallelConfig().distributed_timeout_minutes
@@ -279,10 +290,10 @@ def _timeout(argv: Sequence[str]) -> timedelta:
 
 
 def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
-    """End this process after a failure; it is printed here unless another rank's came first.
+    """End this process after a failure, which is printed unless another rank's failure came first.
 
     Raises:
-        SystemExit: this process is alone, or all know of the failure; otherwise it ends here.
+        SystemExit: this is the only process, or all ranks know of the failure; otherwise the process ends here.
     """
     sys.stdout.flush()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at a worker's end
@@ -311,7 +322,7 @@ def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
 
 
 def _read_saved(flags: CheckpointConfig) -> Mapping[str, Any]:
-    # Only --use-checkpoint-args reads a checkpoint before the configuration is whole, and imports all it takes.
+    # Only --use-checkpoint-args reads a checkpoint before the configuration is complete, and needs these imports.
     from megatron_dwm.training.checkpoint_folders import saved_arguments
 
     return saved_arguments(flags)

@@ -1,4 +1,4 @@
-"""Turn documents into Megatron's indexed datasets; flags and output are those of Megatron-LM's tool.
+"""Tokenize documents to Megatron's indexed datasets; flags and output are those of Megatron-LM's tool.
 
 Each line is an object with the text under the key of --json-keys, such as {"text": "One document."}. Parquet files with
 columns of these names are read too.
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     classes = {"preprocess": PreprocessConfig, "tokenizer": TokenizerConfig, "slurm": SlurmConfig}
     configs = parse(argv, classes, description=__doc__, reason_unsupported=reason_unsupported)
-    # Each worker tokenizes one text at a time; threads beside them would only warn about the fork.
+    # Each worker tokenizes one text at a time; additional threads would only cause warnings about the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     config: PreprocessConfig = configs["preprocess"]
     if configs["slurm"].slurm_partition is None:

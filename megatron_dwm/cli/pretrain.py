@@ -1,20 +1,22 @@
 """Pretrain a Megatron-Core GPT with a data weighting model.
 
-Started by torchrun, srun or mpirun this is one rank of the run. ``--nproc N`` starts N ranks on this machine instead.
-``--plan`` prints what the run will be, and trains nothing.
+Under torchrun, srun or mpirun this process is one rank of the run. ``--nproc N`` starts N ranks on this machine
+instead. ``--plan`` prints the plan of the run, and does not train.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 
-from megatron_dwm.cli.command import run_command
+from megatron_dwm.cli.command import hide_warnings, run_command
 from megatron_dwm.cli.launch import Process, build_trainer, read_run_flags, run_program
 from megatron_dwm.cli.local_launcher import launch_locally, split_nproc
 from megatron_dwm.cli.plan import print_plan, split_plan
-from megatron_dwm.errors import run_cli
+from megatron_dwm.errors import UserError, run_cli
+from megatron_dwm.runtime.environment import environment_rank
 from megatron_dwm.runtime.logging import configure_logging
 
 
@@ -22,7 +24,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Pretrain; flags are Megatron-LM's, plus ``--dwm-*`` (docs/flags.md) and ``--nproc``."""
 
     def launch() -> None:
-        processes, rest = split_nproc(sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
+        if environment_rank()[2] > 1 and "MASTER_ADDR" in os.environ:
+            run_program(partial(run_rank, words), words)
+            return
+        processes, rest = split_nproc(words)
         plan, rest = split_plan(rest)
         if plan.plan:
             run_command(partial(print_plan, plan, rest, processes))
@@ -33,6 +39,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_program(partial(pretrain, rest), rest)
 
     run_cli(launch)
+
+
+def run_rank(argv: Sequence[str], process: Process) -> None:
+    """Run one of several ranks that a launcher has started; what is wrong with one's flags ends all."""
+    with process.startup_sync.phase("launch"):
+        processes, rest = split_nproc(argv)
+        if processes is not None:
+            raise UserError(f"--nproc {processes}: a launcher has started {process.world_size} processes; leave it out")
+        plan, rest = split_plan(rest)
+    if not plan.plan:
+        pretrain(rest, process)
+        return
+    hide_warnings()
+    with process.startup_sync.phase("plan"):
+        print_plan(plan, rest, None)
 
 
 def pretrain(argv: Sequence[str], process: Process) -> None:

@@ -1,7 +1,7 @@
-"""What must be the same on every rank, compared before any rank trains.
+"""Checks before training that flags, versions and files are the same on every rank.
 
-Ranks that differ in a flag, in the version of a package or in what lies under a path would hang in a collective. Or,
-which is worse, they would train on with numbers that belong to no run.
+Ranks that differ in a flag, in the version of a package or in the content of a file would hang in a collective, or,
+worse, train on inconsistent numbers.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from megatron_dwm.training.checkpoint_folders import latest_checkpoint
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine", "megatron-dwm")
 
 Facts = dict[str, str]
-"""By the name under which an error speaks of it."""
+"""Facts by their names in error messages."""
 
 
 def rank_facts(config: RunConfig, paths: DataPaths, weighter_digest: str | None) -> Facts:
-    """Return what must be the same on every rank: flags, versions, data, checkpoint and weighter.
+    """Return the facts that must be the same on every rank: flags, versions, data, checkpoint and weighter.
 
-    Data that this rank cannot see is left out: only one rank of a model replica reads them.
+    Data that this rank cannot read is left out, because only one rank of a model replica reads data.
 
     Args:
-        weighter_digest: of the parameters of the weighters that were read from folders, if any.
+        weighter_digest: digest of the parameters of weighters that were read from folders, if any.
     """
     flags = [item for part in PARTS.values() for item in declared_flags(part)]
     names = {item.field: item.names[0] for item in flags if item.value_type is not None}
@@ -44,7 +44,7 @@ def rank_facts(config: RunConfig, paths: DataPaths, weighter_digest: str | None)
         except PackageNotFoundError:
             facts[f"package {package}"] = "not installed"
     for flag, (prefixes, weights) in paths.blends().items():
-        facts[f"blend of {flag}"] = repr((prefixes, weights))  # which a file may name, and each node have its own
+        facts[f"blend of {flag}"] = repr((prefixes, weights))  # a file may name them, and may differ between nodes
         if all(Path(f"{prefix}{suffix}").is_file() for prefix in prefixes for suffix in (".bin", ".idx")):
             facts[f"data of {flag}"] = data_stamp(prefixes)
     for name, path in tokenizer_files(config.tokenizer):
@@ -56,13 +56,13 @@ def rank_facts(config: RunConfig, paths: DataPaths, weighter_digest: str | None)
 
 
 def tokenizer_files(config: TokenizerConfig) -> Iterator[tuple[str, Path]]:
-    """Yield the files that a tokenizer is made of, each with the flag that names it or its folder."""
+    """Yield the files of a tokenizer, each with the flag that names it or its folder."""
     for name in ("tokenizer_model", "tokenizer_metadata", "vocab_file", "merge_file"):
         value = getattr(config, name)
         path = Path(value or "")
         if value and path.is_file():
             yield flag_name(name), path
-        elif value and path.is_dir():  # of a model, too, whose weights do not matter
+        elif value and path.is_dir():  # may also be the folder of a model, whose weights do not matter
             for file in sorted(path.iterdir()):
                 if file.is_file() and (file.suffix == ".model" or re.search("token|vocab|merges", file.name)):
                     yield flag_name(name), file

@@ -21,7 +21,7 @@ class ExportArguments:
     """Flags of a command that exports from a checkpoint."""
 
     load: str = flag("", "Folder of checkpoints: a run's --save.")
-    ckpt_step: int | None = flag(None, "Iteration to export, in place of the latest.")
+    ckpt_step: int | None = flag(None, "Iteration of the checkpoint to export, instead of the latest.")
     output: str = flag("", "Hugging Face folder to write; it must not exist yet.")
 
     def __post_init__(self) -> None:
@@ -74,6 +74,6 @@ def saved_config(saved: Mapping[str, Any]) -> RunConfig:
     """
     known = effective_arguments(saved)
     if known.get("train_samples"):
-        known["train_iters"] = None  # which follows from it
+        known["train_iters"] = None  # because it follows from the samples
     parts: dict[str, Any] = {name: build(part, known) for name, part in PARTS.items()}
     return RunConfig(world_size=int(saved.get("world_size", 1)), **parts)

@@ -39,14 +39,18 @@ PARTS: dict[str, type] = {
     "tasks": TasksConfig,
     "weighting": WeightingConfig,
 }
-"""What a run's configuration is made of."""
+"""The parts of a run's configuration."""
 FLAG_GROUPS: dict[str, type] = PARTS | {"plan": PlanConfig, "no_effect": NoEffectConfig}
 """All flags that are accepted."""
+TARGET_PART = 4
+"""Batches have this many times as many samples as the target has in an outer update, unless flags say otherwise."""
+TARGET_MOMENTUM = 0.6
+"""With it a running mean has as little noise as a mean over ``TARGET_PART`` gradients: (1 + 0.6) / (1 - 0.6) = 4."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything the flags say, checked against the world size."""
+    """All flags of a run, checked against each other and the world size."""
 
     world_size: int
     model: ModelConfig
@@ -110,13 +114,6 @@ class RunConfig:
                 f"--num-distributed-optimizer-instances {instances} does not divide the {ranks} ranks that the "
                 "optimizer is sharded over; change it"
             )
-        checkpoint = self.checkpoint
-        writes_torch = checkpoint.ckpt_format == "torch" and checkpoint.save is not None
-        if writes_torch and self.parallel.use_distributed_optimizer and not checkpoint.no_save_optim:
-            raise UserError(
-                "--ckpt-format torch does not hold --use-distributed-optimizer's state; use torch_dist, or add "
-                "--no-save-optim"
-            )
         tp, heads = self.parallel.tp, self.parallel.context_parallel_heads
         divided = {
             "--num-attention-heads": self.model.heads,
@@ -142,7 +139,7 @@ class RunConfig:
             )
 
     def _check_sequence(self) -> None:
-        """Require a sequence that context parallelism can divide."""
+        """Require a sequence length that context parallelism can split."""
         sequence, tp, cp = self.model.sequence, self.parallel.tp, self.parallel.cp
         if cp == 1:
             return
@@ -158,20 +155,20 @@ class RunConfig:
             )
 
     def _check_batches(self) -> None:
-        chunks = self.parallel.virtual_stages(self.model.layers)
+        sizes, chunks = self.batch_sizes, self.parallel.virtual_stages(self.model.layers)
         if chunks is not None:
-            for size in self.batch_sizes.running_sizes:
-                microbatches = size // self.batch_sizes.unit
+            for size in sizes.running_sizes:
+                microbatches = size // sizes.unit
                 self._check_groups(microbatches, "--global-batch-size or --micro-batch-size")
         samples = self.training.train_samples
         if samples is not None and samples < self.global_batch_size:
             raise UserError(f"--train-samples {samples} is less than one batch of {self.global_batch_size}; raise it")
 
     def _check_groups(self, microbatches: int, flags: str) -> None:
-        """Require microbatches that the interleaved schedule can take in its groups.
+        """Require a number of microbatches that the interleaved schedule can group.
 
         Args:
-            flags: what their number follows from.
+            flags: the flags that determine their number.
         """
         pp, group = self.parallel.pp, self.parallel.microbatch_group_size_per_vp_stage
         if group is None:
@@ -187,7 +184,7 @@ class RunConfig:
             )
 
     def _check_schedule(self) -> None:
-        """Require a learning-rate schedule that is counted as the run is, and whose phases fit into each other."""
+        """Require a learning-rate schedule in the unit of the run's length, with consistent phases."""
         optimizer, training = self.optimizer, self.training
         unit, other = ("iters", "samples") if training.train_samples is None else ("samples", "iters")
         for name in ("lr-decay", "lr-warmup", "lr-wsd-decay"):
@@ -236,6 +233,11 @@ class RunConfig:
                 f"--dwm-target-batch-size {self.target_batch_size} is not divisible by --micro-batch-size "
                 f"{self.target_micro_batch} x data-parallel size {dp}; change one"
             )
+        if self.parallel.tp_comm_overlap and self.target_micro_batch != micro:
+            raise UserError(
+                f"--dwm-target-batch-size {self.target_batch_size} with --tp-comm-overlap: its buffers have the shape "
+                f"of a microbatch of {micro} samples; give a multiple of {micro * dp}"
+            )
         if self.parallel.virtual_stages(self.model.layers) is not None:
             self._check_groups(self.target_batch_size // (self.target_micro_batch * dp), "--dwm-target-batch-size")
         half = "--bf16" if self.optimizer.bf16 else "--fp16" if self.optimizer.fp16 else None
@@ -262,7 +264,7 @@ class RunConfig:
 
     @property
     def global_batch_size(self) -> int:
-        """The number of samples in one step, the largest where steps differ."""
+        """The number of samples in one step; the largest if steps differ."""
         return self.batch_sizes.running_sizes[-1]
 
     @property
@@ -280,12 +282,35 @@ class RunConfig:
 
     @property
     def target_batch_size(self) -> int:
-        """The number of target samples in one outer update."""
-        return self.weighting.dwm_target_batch_size or self.global_batch_size
+        """The number of target samples in one outer update: unless given, a quarter of the batch, rounded up.
+
+        Rules that learn no weighter have as many as the batch. What a quarter is rounded up to gives each replica as
+        many samples, in whole microbatches where there are several, and the interleaved schedule whole groups of them.
+        """
+        if self.weighting.dwm_target_batch_size is not None:
+            return self.weighting.dwm_target_batch_size
+        if not self.weighting.learns_weighter:
+            return self.global_batch_size
+        dp, part = self.data_parallel_size, -(-self.global_batch_size // TARGET_PART)
+        unit = dp
+        if self.parallel.virtual_stages(self.model.layers) is not None:
+            unit *= self.training.micro_batch * (self.parallel.microbatch_group_size_per_vp_stage or self.parallel.pp)
+        elif part > self.training.micro_batch * dp or self.parallel.tp_comm_overlap:  # whose buffers have one size
+            unit *= self.training.micro_batch
+        return min(-(-part // unit) * unit, self.global_batch_size)
+
+    @property
+    def target_momentum(self) -> float:
+        """The momentum of the target gradient's running mean; 0 without one."""
+        if not self.weighting.learns_weighter:
+            return 0.0
+        if self.weighting.dwm_target_momentum is not None:
+            return self.weighting.dwm_target_momentum
+        return TARGET_MOMENTUM if self.weighting.dwm_target_batch_size is None else 0.0
 
     @property
     def target_micro_batch(self) -> int:
-        """How many samples a target microbatch has: as many as the run's, or fewer where a replica has not as many."""
+        """The number of samples of a target microbatch: the run's, or fewer if a replica has fewer target samples."""
         return max(1, min(self.training.micro_batch, self.target_batch_size // self.data_parallel_size))
 
     @property
@@ -298,7 +323,7 @@ class RunConfig:
         return iteration + self.batch_sizes.iterations(self.training.train_samples, consumed)
 
     def flat(self) -> dict[str, Any]:
-        """Return all flags by their names, as Megatron-LM keeps its arguments."""
+        """Return all flags by name, as in Megatron-LM's arguments."""
         return {
             field.name: getattr(getattr(self, part), field.name)
             for part, cls in PARTS.items()

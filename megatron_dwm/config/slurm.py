@@ -13,11 +13,11 @@ class SlurmConfig:
     """SLURM."""
 
     slurm_partition: str | None = flag(
-        None, "Submit the tasks to this SLURM partition, as job arrays, in place of doing them here."
+        None, "Submit the tasks to this SLURM partition as job arrays, instead of running them on this machine."
     )
-    slurm_time: str = flag("24:00:00", "Time limit of a task there.")
-    slurm_gpus_per_task: int = flag(0, "GPUs of a task there.")
-    slurm_memory_gb: int = flag(4, "Memory of a task there, in GB.")
+    slurm_time: str = flag("24:00:00", "Time limit of a SLURM task.")
+    slurm_gpus_per_task: int = flag(0, "GPUs of a SLURM task.")
+    slurm_memory_gb: int = flag(4, "Memory of a SLURM task, in GB.")
     slurm_options: list[str] | None = flag(None, "Further options of sbatch: account=NAME qos=NAME ...")
 
     def __post_init__(self) -> None:

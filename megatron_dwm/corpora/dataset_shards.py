@@ -30,7 +30,7 @@ class DatasetShards(PipelineStep):  # type: ignore[misc]
         *,
         append_eod: bool,
         skip_malformed: bool = False,
-        remedy: str = "mend it or give --skip-malformed",
+        remedy: str = "correct it or give --skip-malformed",
     ) -> None:
         """
         Args:

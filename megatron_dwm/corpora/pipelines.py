@@ -83,7 +83,7 @@ class Records(BaseDiskReader):  # type: ignore[misc]
 
 
 class Published(PipelineStep):  # type: ignore[misc]
-    """Moves the file of a task to the finished ones when a writer has closed it."""
+    """Renames the file of a task to its final name when the writer has closed it."""
 
     type, name = "writer", "published"
 
@@ -113,7 +113,7 @@ class Call(PipelineStep):  # type: ignore[misc]
 
 
 class _QuietExecutor(LocalPipelineExecutor):  # type: ignore[misc]
-    """datatrove's executor; what a user must know is raised, and its log of steps is kept from the terminal."""
+    """datatrove's executor, without its log on the terminal; errors are raised."""
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         logger.disable("datatrove")
@@ -185,10 +185,12 @@ def submit(name: str, jobs: Sequence[Job], workers: int, slurm: SlurmConfig) -> 
         the last job's number; None if all tasks are done.
 
     Raises:
-        UserError: SLURM does not take it.
+        UserError: SLURM refuses it.
     """
     if shutil.which("sbatch") is None:
-        raise UserError("--slurm-partition: there is no sbatch here; start it where SLURM jobs are submitted")
+        raise UserError(
+            "--slurm-partition: there is no sbatch on this machine; run the command where SLURM jobs are submitted"
+        )
     programs = os.path.dirname(sys.executable)
     executor = None
     for job in jobs:
@@ -221,7 +223,7 @@ def submit(name: str, jobs: Sequence[Job], workers: int, slurm: SlurmConfig) -> 
 
 @contextmanager
 def refused_output(output: str, flag: str = "--output") -> Iterator[None]:
-    """While open, a file that cannot be written, or a worker process that was killed, is a user's error."""
+    """Turn a file that cannot be written, or a worker process that was killed, into a UserError while open."""
     try:
         yield
     except UserError:
@@ -236,6 +238,6 @@ def refused_output(output: str, flag: str = "--output") -> Iterator[None]:
             raise
         reason = (error.strerror if isinstance(error, OSError) else None) or shortened(error)
         raise UserError(
-            f"{flag} {output}: cannot be written ({reason}); mend that and run the command again, finished files are "
+            f"{flag} {output}: cannot be written ({reason}); fix that and run the command again, finished files are "
             "kept"
         ) from None

@@ -46,7 +46,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         # The arguments are what megatron-core gives every core attention. Scaling by layer number leaves no
-        # trace: it divides before a 16-bit softmax and multiplies inside it, and this softmax is in fp32.
+        # effect: it divides before a 16-bit softmax and multiplies inside it, while this softmax is in fp32.
         super().__init__(config=config)
         self.is_causal = attn_mask_type == AttnMaskType.causal
         self.softmax_scale = softmax_scale
@@ -64,12 +64,12 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
         )
 
     def _add_softmax_offset(self) -> None:
-        """Make what is added to the softmax's denominator, as its logarithm for each of this rank's heads."""
+        """Create the softmax offsets: logarithms of what is added to the denominator, for each of this rank's heads."""
         own = self.config.num_attention_heads // self.tp_group.size()
         self.softmax_offset: torch.Tensor | None = None
         if self.config.softmax_type == "vanilla":
             return
-        # Those of all heads are drawn, so that a model starts as the same one for every TP size.
+        # The offsets of all heads are drawn, so that a model is initialized the same for every TP size.
         offsets = torch.zeros(self.config.num_attention_heads, device=current_device(), dtype=self.config.params_dtype)
         if self.config.softmax_type == "learnable" and self.config.perform_initialization:
             self.config.init_method(offsets)
@@ -133,7 +133,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
             if self.is_causal:
                 seen = self._seen(seen, 0, q.size(2), k.size(2))
             return self._product(q, k, v, seen, is_causal=self.is_causal and seen is None)
-        # Each of the rank's two chunks sees the keys up to its own end: the ranks' work is equal then, and half of what
+        # Each of a rank's two chunks attends to the keys up to its end. The ranks' work is then equal, and half of what
         # all keys would cost.
         size = self.cp_group.size()
         length = k.size(2) // (2 * size)
@@ -147,11 +147,11 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
         return torch.cat(parts, dim=2)
 
     def _seen(self, seen: torch.Tensor | None, first: int, num_queries: int, num_keys: int) -> torch.Tensor | None:
-        """Return where a query sees a key [.., queries, keys]; None where the causal mask alone says it.
+        """Return the mask of keys that a query attends to [.., queries, keys]; None if it is the causal mask.
 
         Args:
-            seen: where it does by the batch's mask, if it has one, which is causal.
-            first: place of the first query in the sequence.
+            seen: the batch's mask, if it has one, which is causal.
+            first: position of the first query in the sequence.
         """
         if self.window is None and self.softmax_offset is None:
             return seen
@@ -165,9 +165,9 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
     def _product(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Any, *, is_causal: bool = False
     ) -> torch.Tensor:
-        """Attend with queries [b, n, .., d]; ``seen`` is True where a query sees a key, or a causal bias."""
+        """Attend with queries [b, n, .., d]; ``seen`` is True where a query attends to a key, or a causal bias."""
         if self.softmax_offset is not None:
-            # One key more, of which all that counts is its share of the softmax: its logit is the offset, its value 0.
+            # One more key, whose logit is the offset and whose value is 0, so that it only takes part in the softmax.
             k, v = (F.pad(tensor, (0, 0, 0, 1)) for tensor in (k, v))
             seen = seen.expand(1 if seen.dim() == 2 else seen.size(0), q.size(1), -1, -1)
             offset = self.softmax_offset.to(q.dtype).view(1, -1, 1, 1).expand(*seen.shape[:3], 1)
@@ -211,7 +211,7 @@ def _mark_partial_gradients(norm: torch.nn.Module, config: TransformerConfig) ->
 def torch_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, and the norm after the last one.
 
-    It is megatron-core's local layer with the attention and the norms exchanged.
+    It is megatron-core's local layer with other attention and norms.
     """
     norm = TorchRMSNorm if config.normalization == "RMSNorm" else TorchLayerNorm
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)

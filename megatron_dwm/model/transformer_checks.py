@@ -22,7 +22,7 @@ _DETERMINISTIC = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),  # Transformer Engine's
 }
-"""What the libraries under a GPU's run read from the environment, and values that make them deterministic."""
+"""Environment variables of GPU libraries, and the values that make them deterministic."""
 
 _FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
@@ -120,7 +120,8 @@ def check_context_parallelism(parallel: ParallelConfig, impl: str) -> None:
     kind = parallel.cp_comm_type[0]
     if impl == "torch" and kind in ("a2a", "a2a+p2p"):
         raise UserError(
-            f"--cp-comm-type {kind} is Transformer Engine's and the layers are torch, which gather keys and values; "
+            f"--cp-comm-type {kind} is for Transformer Engine's layers, and the layers are torch, which gather "
+            "keys and values; "
             "give all_gather or leave it out"
         )
 

@@ -1,4 +1,4 @@
-"""Memory of a run's stages, from what one microbatch takes."""
+"""The memory of a run's stages, computed from one microbatch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class StageMemory:
     gradients: int
     optimizer: int
     activations: float
-    """At most, in a training step."""
+    """Peak of the activations in a training step."""
     weighting_between_updates: int
-    """Weighter and replay."""
+    """Weighter, replay, and the mean of the target gradient."""
     weighting_in_update: float
-    """What an outer update adds to the peak of plain training, at most; without what is held between updates."""
+    """What an outer update adds to the peak of plain training, without what is held between updates."""
 
     @property
     def plain(self) -> float:
@@ -44,7 +44,10 @@ def stage_memory(config: RunConfig, stage: Stage, weighter: WeighterPlan | None)
     microbatches = config.num_microbatches
     training = held_activations(stage.training, in_flight(config, stage.number, microbatches)) + stage.workspace
     added = 0.0
-    if weighter is not None and config.weighting.needs_target:
+    held = weighter.held if weighter is not None else 0
+    if config.target_momentum > 0:
+        held += stage.gradient_mean
+    if config.weighting.aligns:
         added = _update_peak(config, stage, training, weighter) - training
     return StageMemory(
         stage=stage.number,
@@ -54,15 +57,16 @@ def stage_memory(config: RunConfig, stage: Stage, weighter: WeighterPlan | None)
         gradients=stage.gradients,
         optimizer=stage.optimizer,
         activations=training,
-        weighting_between_updates=weighter.held if weighter is not None else 0,
+        weighting_between_updates=held,
         weighting_in_update=max(0.0, added),
     )
 
 
-def _update_peak(config: RunConfig, stage: Stage, training: float, weighter: WeighterPlan) -> float:
-    """Return the bytes beyond weights, gradients and optimizer of an iteration with an outer update, at most."""
+def _update_peak(config: RunConfig, stage: Stage, training: float, weighter: WeighterPlan | None) -> float:
+    """Return the peak bytes of an iteration with an outer update, without weights, gradients and optimizer."""
     kind = config.weighting.dwm_alignment
-    copy, direction = stage.parameter_copy, stage.direction
+    copy = 0 if config.weighting.dwm_rule == "top-alignment" else stage.parameter_copy  # which goes back to none
+    direction, learning = stage.direction, 0 if weighter is None else weighter.learning
     samples = config.training.micro_batch if kind == "single-sample" else 1
     counts = in_flight(config, stage.number, config.num_microbatches * samples)
     if kind == "finite-difference":  # without a backward pass, and with a second copy to go back to
@@ -71,17 +75,17 @@ def _update_peak(config: RunConfig, stage: Stage, training: float, weighter: Wei
         alignment = held_activations(stage.alignment, counts) + stage.workspace
     preconditioner = stage.preconditioner if config.weighting.dwm_preconditioner == "adam" else 0
     # Taken before the training step, the copy is there in all passes; v is there once the target pass has been made.
-    return max(copy + training, copy + direction + preconditioner, copy + direction + alignment, weighter.learning)
+    return max(copy + training, copy + direction + preconditioner, copy + direction + alignment, learning)
 
 
 def held_activations(passes: Sequence[Pass], counts: Sequence[int]) -> float:
-    """Return the bytes of activations at most, of which each chunk's pass has so many microbatches in flight."""
+    """Return the peak bytes of activations, from each chunk's pass and number of microbatches in flight."""
     kept = sum(part.kept * count for part, count in zip(passes, counts, strict=True))
     return kept + max(part.peak - part.kept for part in passes)
 
 
 def in_flight(config: RunConfig, stage: int, microbatches: int) -> list[int]:
-    """Return how many microbatches of each model chunk wait for their backward pass, at most.
+    """Return the maximum number of microbatches of each model chunk that wait for their backward pass.
 
     megatron-core's schedules run so many forward passes before the first backward pass, and then one for one.
     """

@@ -1,4 +1,4 @@
-"""The plan of a run: what its flags make of it, before it starts."""
+"""The plan of a run before it starts, from its flags."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_dwm.config.flags import declared_flags
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.blend import data_paths
-from megatron_dwm.data.tokenizers import build_tokenizer, padded_vocab_size
+from megatron_dwm.data.tokenizers import build_tokenizer, vocabulary_rows
 from megatron_dwm.model.transformer_checks import check_attention_mask, check_layers
 from megatron_dwm.model.vocabulary import Vocabulary
 from megatron_dwm.plan.costs import Cost, scoring_cost, step_cost, update_cost
@@ -23,13 +23,13 @@ from megatron_dwm.plan.stages import measure_stages
 from megatron_dwm.plan.weighter import WeighterPlan, plan_weighter
 from megatron_dwm.training.checkpoint_folders import iteration_of, latest_checkpoint
 from megatron_dwm.training.save_folder import check_writable
-from megatron_dwm.weighting.build import read_weighting_inputs, run_stages
+from megatron_dwm.weighting.inputs import read_weighting_inputs, run_stages
 from megatron_dwm.weighting.stage_schedule import StageSchedule
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is laid out over processes."""
+    """The parallel layout of a run."""
 
     processes: int
     tensor_parallel: int
@@ -40,12 +40,12 @@ class Layout:
     micro_batch_size: int
     global_batch_size: int
     microbatches: int
-    """Of a replica in a step."""
+    """Microbatches of a replica in a step."""
 
 
 @dataclass(frozen=True)
 class WeightingShare:
-    """What weighting takes of a run, against plain training of as many iterations."""
+    """The share of a run's cost that is due to weighting."""
 
     operations: float
     sent: float
@@ -57,7 +57,7 @@ class Plan:
 
     layout: Layout
     layers: str
-    """Whose layers the memory was counted with."""
+    """The layer implementation with which the memory was measured."""
     model_parameters: int
     padded_vocab_size: int
     train_iters: int
@@ -65,14 +65,14 @@ class Plan:
     """Iterations that the checkpoint to continue from has done."""
     tokens: int
     memory: list[StageMemory]
-    """Of each pipeline stage."""
+    """Memory of each pipeline stage."""
     weighter: WeighterPlan | None
     step: Cost
-    """A step of plain training."""
+    """Cost of a step of plain training."""
     scoring: Cost
-    """What the weights of a step take."""
+    """Cost of the scores of a step."""
     update: Cost
-    """What an outer update takes."""
+    """Cost of an outer update."""
     updates: list[int]
     """Iterations after which there is an outer update."""
     share: WeightingShare
@@ -80,18 +80,18 @@ class Plan:
 
     @property
     def fullest(self) -> StageMemory:
-        """The stage that needs most memory."""
+        """The stage that needs the most memory."""
         return max(self.memory, key=lambda stage: stage.peak)
 
 
 def make_plan(config: RunConfig, *, for_gpu: bool = True) -> Plan:
-    """Check a configuration and return its plan; for a process that has no process groups and sees no GPU.
+    """Check a configuration and return its plan; needs a process without process groups and GPUs.
 
     Args:
-        for_gpu: whether the run is to have a GPU, whose kernels keep less for the backward pass than a CPU's.
+        for_gpu: whether the run will use GPUs, whose kernels keep less for the backward pass than a CPU's.
 
     Raises:
-        UserError: flags that do not make a run; a tokenizer, weighter or folder that does not fit.
+        UserError: the flags are not valid, or a tokenizer, weighter or folder does not fit.
     """
     config, layers = _with_known_layers(config)
     _check_folders(config)
@@ -100,16 +100,15 @@ def make_plan(config: RunConfig, *, for_gpu: bool = True) -> Plan:
     tokenizer = build_tokenizer(config.tokenizer)
     vocab, eod = int(tokenizer.vocab_size), int(tokenizer.eod)
     inputs = read_weighting_inputs(config, tokenizer)
-    model, tp = config.model, config.parallel.tp
-    rows = model.padded_vocab_size or padded_vocab_size(vocab, model.make_vocab_size_divisible_by, tp)
+    model = config.model
+    rows = vocabulary_rows(vocab, model, config.parallel.tp)
     vocabulary = Vocabulary(rows, rows)
-    vocabulary.require_tokens(vocab)
     stages = measure_stages(config, vocabulary, for_gpu=for_gpu)
     weighter = plan_weighter(config, inputs, vocab, eod) if config.weighting.has_weighter else None
-    step, scoring = step_cost(config, rows, stages), scoring_cost(config, weighter)
+    step, scoring = step_cost(config, rows, stages), scoring_cost(config, rows, stages, weighter)
     update = update_cost(config, rows, stages, weighter)
     schedule = run_stages(config)
-    updates = [i for i in range(1, config.train_iters + 1) if schedule.is_update(i)]
+    updates = [i for i in range(1, config.train_iters + 1) if update.operations and schedule.is_update(i)]
     parameters = sum(stage.model_parameters for stage in stages)
     return Plan(
         layout=_layout(config),
@@ -143,7 +142,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
 def _with_known_layers(config: RunConfig) -> tuple[RunConfig, str]:
     """Return the configuration with layers that can be built anywhere, and whose they are.
 
-    Transformer Engine's need a GPU: torch's stand in for them, without what only they know.
+    Transformer Engine's layers need a GPU, so torch's layers replace them, without features that only the former have.
 
     Raises:
         UserError: flags that Transformer Engine's layers cannot follow.
@@ -205,7 +204,7 @@ def _share(
 ) -> WeightingShare:
     weighted = config.train_iters - stages.warmup_iters
     operations = weighted * scoring.operations + updates * update.operations
-    sent = updates * update.sent
+    sent = weighted * scoring.sent + updates * update.sent
     return WeightingShare(
         operations / (config.train_iters * step.operations),
         sent / (config.train_iters * step.sent) if step.sent else 0.0,

@@ -1,4 +1,4 @@
-"""What one pipeline stage holds and sends: it is built as a run builds it, and one microbatch passes through it."""
+"""Memory and traffic of one pipeline stage: it is built as in a run, and one microbatch passes through it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.model.attributes import changed_attributes
+from megatron_dwm.model.buckets import buckets_of, shard_of
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.model.vocabulary import Vocabulary
@@ -23,10 +24,13 @@ from megatron_dwm.plan.meter import Meter, Traffic, storage_key
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.training.optimizer import allocate_state
 from megatron_dwm.training.setup import LanguageModel, assemble_language_model
-from megatron_dwm.weighting.bilevel.alignment import Direction, products_with
+from megatron_dwm.weighting.bilevel.alignment import Direction, single_sample_products
 from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers
 from megatron_dwm.weighting.bilevel.preconditioner import batches
 from megatron_dwm.weighting.bilevel.sample_products import sample_products
+
+RULES_OF_FORWARD_PASSES = ("loss", "linupper", "similarity")
+"""Rules that pass each batch forward once more."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Stage:
     """Bytes of the optimizer's state, its copies of the parameters included."""
     parameter_copy: int
     """Bytes of what this rank keeps of the parameters while an outer update goes back to them."""
+    gradient_mean: int
+    """Bytes of what this rank keeps of a mean of gradients."""
     direction: int
     """Bytes of the target gradient, beside the gradient buffers."""
     preconditioner: int
@@ -66,7 +72,7 @@ class Stage:
     training: tuple[Pass, ...]
     """Of each model chunk."""
     alignment: tuple[Pass, ...]
-    """Of each model chunk, in an outer update; empty if there is none."""
+    """Of each model chunk, in an outer update, or where a rule looks at losses; empty if there is neither."""
     gradient_sync: Traffic
     """Gradients, after the backward passes of a step."""
     parameter_gather: Traffic
@@ -75,6 +81,8 @@ class Stage:
     """The target gradient, once each rank has preconditioned its part."""
     stage_traffic: Traffic
     """What one microbatch sends to the neighboring stages."""
+    forward_traffic: Traffic
+    """What of it the forward pass sends."""
 
 
 def measure_stage(
@@ -83,7 +91,7 @@ def measure_stage(
     """Build the stage of the present rank and measure it.
 
     Args:
-        core_config: what ``config`` says of the model, for megatron-core.
+        core_config: megatron-core's configuration of the model in ``config``.
     """
     model = assemble_language_model(config, core_config, vocabulary, layout, None)
     chunks, optimizer = model.engine.chunks, model.components.optimizer
@@ -99,7 +107,9 @@ def measure_stage(
         training = tuple(_measure_chunks(config, model, _plain))
         alignment: tuple[Pass, ...] = ()
         direction_gather = Traffic()
-        if config.weighting.needs_target:
+        if config.weighting.dwm_rule in RULES_OF_FORWARD_PASSES:
+            alignment = tuple(_measure_chunks(config, model, _forward(model)))
+        elif config.weighting.aligns:
             direction_gather = _traffic_of(GradientBuffers(chunks).gather_shards)
             direction = {param: torch.empty(param.shape, dtype=torch.float32) for param in params}
             alignment = tuple(_measure_chunks(config, model, _alignment(config, model, direction)))
@@ -116,6 +126,7 @@ def measure_stage(
         gradients=sum(_gradient_buffers(chunks).values()),
         optimizer=optimizer_bytes,
         parameter_copy=sum(weights.values()) // (dist.get_world_size(layout.optimizer_group) if is_sharded else 1),
+        gradient_mean=sum(4 * shard_of(bucket.grad_data, group).numel() for group, bucket in buckets_of(chunks)),
         direction=sum(4 * buffer.numel() for buffer in _narrow_gradients(chunks)),
         preconditioner=_preconditioner_bytes(optimizer),
         workspace=sum(_storages(get_global_memory_buffer().buffer.values()).values()),
@@ -124,7 +135,8 @@ def measure_stage(
         gradient_sync=gradient_sync,
         parameter_gather=gather,
         direction_gather=direction_gather,
-        stage_traffic=_stage_traffic(config, core_config, layout, len(chunks)),
+        stage_traffic=_stage_traffic(config, core_config, layout, len(chunks), has_backward=True),
+        forward_traffic=_stage_traffic(config, core_config, layout, len(chunks), has_backward=False),
     )
 
 
@@ -137,18 +149,27 @@ def _plain(chunk: Any, samples: int) -> tuple[AbstractContextManager[Any], int, 
     return chunk.no_sync(), samples, True
 
 
+def _forward(model: LanguageModel) -> _Run:
+    def run(chunk: Any, samples: int) -> tuple[AbstractContextManager[Any], int, bool]:
+        stack = ExitStack()
+        stack.enter_context(model.engine.unsynchronized())
+        stack.enter_context(torch.no_grad())
+        return stack, samples, False
+
+    return run
+
+
 def _alignment(config: RunConfig, model: LanguageModel, direction: Direction) -> _Run:
-    """Return how the passes run in which alignments are found."""
+    """Return how the alignment passes run."""
     kind, state = config.weighting.dwm_alignment, model.parallel_state
+    if kind == "finite-difference":
+        return _forward(model)
 
     def run(chunk: Any, samples: int) -> tuple[AbstractContextManager[Any], int, bool]:
         stack = ExitStack()
         stack.enter_context(model.engine.unsynchronized())
-        if kind == "finite-difference":
-            stack.enter_context(torch.no_grad())
-            return stack, samples, False
         if kind == "single-sample":
-            stack.enter_context(products_with(direction, [chunk], 1, state))
+            stack.enter_context(single_sample_products(direction, [chunk], 1, state))
             return stack, 1, True
         stack.enter_context(sample_products(direction, [chunk], samples, samples, state))
         return stack, samples, True
@@ -157,7 +178,7 @@ def _alignment(config: RunConfig, model: LanguageModel, direction: Direction) ->
 
 
 def _measure_chunks(config: RunConfig, model: LanguageModel, run: _Run) -> Iterable[Pass]:
-    """Yield the passes of each chunk; many equal layers are measured as a few, and the others added."""
+    """Yield the passes of each chunk; of many equal layers a few are measured, and the others extrapolated."""
     for chunk in model.engine.chunks:
         decoder = _decoder(chunk)
         layers, unit = len(decoder.layers), config.model.recompute_num_layers or 1
@@ -218,20 +239,22 @@ def _traffic_of(action: Callable[[], Any]) -> Traffic:
 
 
 def _stage_traffic(
-    config: RunConfig, core_config: TransformerConfig, layout: ParallelState, num_chunks: int
+    config: RunConfig, core_config: TransformerConfig, layout: ParallelState, num_chunks: int, *, has_backward: bool
 ) -> Traffic:
-    """Return what a microbatch sends forward and backward, from each of the rank's chunks."""
+    """Return what each of the rank's chunks sends forward, and backward, for a microbatch."""
     traffic, size = Traffic(), core_config.pipeline_dtype.itemsize
     tokens = config.model.sequence // config.parallel.cp // (layout.tp_size if core_config.sequence_parallel else 1)
     tensor = float(tokens * config.training.micro_batch * config.model.hidden * size)
-    is_last, is_first = layout.is_last_pipeline_stage, layout.pp_rank == 0
-    for _ in range(2 * num_chunks - is_last - is_first if layout.pp_size > 1 else 0):
+    sends = num_chunks - layout.is_last_pipeline_stage
+    if has_backward:
+        sends += num_chunks - (layout.pp_rank == 0)
+    for _ in range(sends if layout.pp_size > 1 else 0):
         traffic.add("send", tensor, 2)
     return traffic
 
 
 def _times_held(param: Any, layout: ParallelState) -> int:
-    """Return how many tensor-parallel ranks hold another part of a parameter; 0 for a tied embedding's copy."""
+    """Return the number of tensor-parallel ranks over which a parameter is split; 0 for a tied embedding's copy."""
     if getattr(param, "shared", False):
         return 0
     return layout.tp_size if getattr(param, "tensor_model_parallel", False) else 1
@@ -248,7 +271,7 @@ def _decoder(chunk: Any) -> Any:
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Return the bytes of the storages that tensors lie in, each once."""
+    """Return the bytes of the tensors' storages, each counted once."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return {storage_key(storage): storage.nbytes() for storage in storages}
 
@@ -258,14 +281,14 @@ def _gradient_buffers(chunks: Sequence[Any]) -> dict[int, int]:
 
 
 def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Return what an optimizer steps, and what it keeps for it."""
+    """Return the tensors that an optimizer updates, and those of its state."""
     stepped = [param for group in optimizer.param_groups for param in group["params"]]
     kept = [value for state in optimizer.state.values() for value in state.values()]
     return [value for value in [*stepped, *kept] if isinstance(value, torch.Tensor)]
 
 
 def _narrow_gradients(chunks: Sequence[Any]) -> list[torch.Tensor]:
-    """Return the gradient buffers that are too narrow for the target gradient to stay in them."""
+    """Return the gradient buffers whose precision is too low to hold the target gradient."""
     buffers = [buffer.grad_data for chunk in chunks for buffer in chunk.buffers]
     return [buffer for buffer in buffers if buffer.itemsize < torch.float32.itemsize]
 

@@ -1,4 +1,4 @@
-"""A plan as lines of text."""
+"""Formatting of a plan as text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_ROWS = 8
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """Return what a plan says, line by line."""
+    """Return the lines of a plan."""
     return [*_layout(plan), "", *_memory(plan), "", *_costs(plan), "", *_updates(plan), "", *_files(plan.files)]
 
 
@@ -67,7 +67,7 @@ def _costs(plan: Plan) -> list[str]:
     rows = [["", "TFLOP a rank", "GiB sent", *purposes]]
     rows += [_cost_row(name, cost, ranks, purposes) for name, cost in parts.items() if cost.operations]
     lines = ["operations, and bytes that a rank sends (of the stage that sends most), by purpose", *_table(rows)]
-    if plan.weighter is not None:
+    if plan.share.operations:
         lines.append(
             f"  weighting takes {plan.share.operations:.2%} of the run's operations more than plain training, and "
             f"{plan.share.sent:.2%} of the bytes sent"

@@ -1,4 +1,4 @@
-"""What the weighter of a run holds and sends: its model is built without memory.
+"""Memory and traffic of a run's weighter, whose model is built without allocating memory.
 
 Shape legend: N samples of the global batch, c of them on this rank, s sequence length, B buckets of an n-gram weighter.
 """
@@ -14,7 +14,7 @@ from megatron_dwm.config.run import RunConfig
 from megatron_dwm.plan.meter import Meter, Traffic
 from megatron_dwm.plan.simulated_rank import fake_tensors
 from megatron_dwm.weighting.bilevel.ridge import AT_A_TIME
-from megatron_dwm.weighting.build import WeightingInputs
+from megatron_dwm.weighting.inputs import WeightingInputs
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_init import model_from_config, random_weighter_model
 from megatron_dwm.weighting.windows import position_limit
@@ -34,18 +34,18 @@ class WeighterPlan:
     kind: str
     parameters: int
     computing_parameters: int
-    """Those that a token is multiplied with."""
+    """Parameters without the input embedding."""
     is_linear: bool
     held: int
-    """Bytes that it holds all the time: parameters, optimizer's state, replay."""
+    """Bytes that it always holds: parameters, optimizer's state, replay."""
     learning: int
-    """Bytes beyond those while it learns."""
+    """Additional bytes during an outer update."""
     traffic: Traffic
-    """What one outer update sends for it."""
+    """Traffic of one outer update for the weighter."""
 
 
 def plan_weighter(config: RunConfig, inputs: WeightingInputs, vocab_size: int, eod: int) -> WeighterPlan:
-    """Build the weighter of the flags and return what it takes."""
+    """Build the weighter of the flags and return its plan."""
     from transformers.initialization import no_init_weights
 
     settings = config.weighting
@@ -96,7 +96,7 @@ def _model(config: RunConfig, inputs: WeightingInputs, vocab_size: int, eod: int
 
 
 def _activations(weighter: Weighter, samples: int, sequence: int) -> int:
-    """Return the bytes that a step on so many samples holds for its backward pass, at most."""
+    """Return the peak bytes that a step on ``samples`` holds for its backward pass."""
     window, meter = min(sequence, position_limit(weighter.model) or sequence), Meter()
     with meter:
         tokens = torch.zeros(samples * -(-sequence // window), window, dtype=torch.int64)

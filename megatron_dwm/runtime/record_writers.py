@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides the log: JSON lines, TensorBoard and Weights & Biases."""
+"""Writers of a run's records besides the log: JSON lines, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from megatron_dwm.atomic_write import sync
 from megatron_dwm.config.logging import LoggingConfig
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.extras import require_packages
 from megatron_dwm.json_lines import parse_object
 from megatron_dwm.runtime.logging import EVERY_RANK
@@ -24,27 +24,32 @@ logger = logging.getLogger(__name__)
 
 
 class JsonLines:
-    """Appends records to a file, one JSON object a line, each flushed as it is written.
+    """Appends records to a file, one JSON object per line, each flushed when written.
 
-    A resumed run drops the records past its first iteration, which it is about to write again. A run that starts anew
-    leaves another run's records beside, under a name with their time. A log never stops training: lines that are no
-    records are set aside in ``<name>.damaged``, and a record that cannot be written is lost with one warning.
+    A resumed run removes the records that it will write again. A run that starts from scratch renames another run's
+    records to a name with their time. A log never stops training: lines that are not records are moved to
+    ``<name>.damaged``, and a record that cannot be written is lost with one warning.
     """
 
-    def __init__(self, path: Path, resumed_at: int) -> None:
+    def __init__(
+        self, path: Path, resumed_at: int, is_made_again: Callable[[Mapping[str, Any]], bool] = lambda record: False
+    ) -> None:
         """
         Args:
-            path: of the file.
-            resumed_at: the iteration that the run goes on from, 0 for a new run.
+            path: the file.
+            resumed_at: the iteration from which the run continues, 0 for a new run.
+            is_made_again: whether a record of that iteration will be written again, as those of later ones will.
 
         Raises:
             UserError: the file cannot be written.
         """
         self._has_failed = False
+        if path.is_fifo():  # opening it would wait for a reader
+            raise UserError(f"--metrics-jsonl {path}: is a named pipe; give another path")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file() and resumed_at > 0:
-                _keep_records_until(path, resumed_at)
+                _keep_records_until(path, resumed_at, is_made_again)
             elif path.is_file():
                 written = datetime.fromtimestamp(path.stat().st_mtime)
                 path.rename(path.with_name(f"{path.stem}.until-{written:%Y%m%d-%H%M%S-%f}{path.suffix}"))
@@ -55,7 +60,7 @@ class JsonLines:
             ) from None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record; numbers that are not finite, which JSON does not know, become null."""
+        """Append one record; numbers that are not finite, which JSON does not support, become null."""
         try:
             self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
             self._file.flush()
@@ -69,7 +74,7 @@ class JsonLines:
         """Close the file."""
         try:
             self._file.close()
-        except OSError:  # what was left in the buffer; the warning of it has been given
+        except OSError:  # the buffer could not be written; there has been a warning
             self._has_failed = True
 
 
@@ -83,8 +88,8 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _keep_records_until(path: Path, iteration: int) -> None:
-    """Rewrite ``path`` with its records up to ``iteration``, one line at a time: it may be larger than memory."""
+def _keep_records_until(path: Path, iteration: int, is_made_again: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Rewrite ``path`` with its records up to ``iteration``, line by line, because it may be larger than memory."""
     damaged = 0
     with (
         path.open("rb") as lines,
@@ -94,9 +99,10 @@ def _keep_records_until(path: Path, iteration: int) -> None:
             for line in lines:
                 record = _record(line)
                 if record is not None:
-                    if record["iteration"] <= iteration:
+                    number = record["iteration"]
+                    if number < iteration or (number == iteration and not is_made_again(record)):
                         kept.write(line)
-                elif line.endswith(b"\n"):  # half a line at the end is what an interrupted write leaves
+                elif line.endswith(b"\n"):  # an interrupted write leaves half a line at the end
                     with path.with_name(f"{path.name}.damaged").open("ab") as aside:
                         aside.write(line)
                     damaged += 1
@@ -108,12 +114,12 @@ def _keep_records_until(path: Path, iteration: int) -> None:
     os.replace(kept.name, path)
     if damaged:
         logger.warning(
-            f"{path}: {damaged} lines are no records; they are set aside in {path.name}.damaged", extra=EVERY_RANK
+            f"{path}: {damaged} lines are not records; they were moved to {path.name}.damaged", extra=EVERY_RANK
         )
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """Return the record in a line with its iteration (0 if it has none); None if it holds no record."""
+    """Return the record in a line and its iteration (0 if it has none); None if it is not a record."""
     try:
         record = parse_object(line)
     except ValueError:
@@ -125,36 +131,67 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 class ScalarWriter(Protocol):
-    """What draws curves."""
+    """A writer of curves."""
 
     def scalar(self, name: str, value: float, iteration: int, samples: int | None = None) -> None:
-        """Write a point of the curve ``name``; with ``samples``, also of the curve against them."""
+        """Write a point of the curve ``name``; with ``samples``, also of the curve against samples."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left and close."""
 
 
-class TensorBoard:
-    """TensorBoard's writer under Megatron-LM's names."""
+class _Curves:
+    """Curves, which never stop training: if they cannot be written, there is one warning, and no more are written."""
+
+    def __init__(self, name: str, *errors: type[Exception]) -> None:
+        """
+        Args:
+            name: the flag and its value, for the warning.
+            errors: the exceptions that writing may raise.
+        """
+        self._name, self._errors, self._has_failed = name, errors, False
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        if self._has_failed:
+            return
+        try:
+            write()
+        except self._errors as error:
+            self._has_failed = True
+            logger.warning(
+                f"{self._name}: cannot be written ({shortened(error)}); curves are lost from here on", extra=EVERY_RANK
+            )
+
+
+class TensorBoard(_Curves):
+    """Writes curves to TensorBoard under Megatron-LM's names."""
 
     def __init__(self, folder: str, queue_size: int) -> None:
+        """
+        Raises:
+            UserError: the folder cannot be written to.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(log_dir=folder, max_queue=queue_size)
+        super().__init__(f"--tensorboard-dir {folder}", OSError)
+        try:
+            self._writer = SummaryWriter(log_dir=folder, max_queue=queue_size)
+        except OSError as error:
+            raise UserError(f"{self._name}: cannot be written ({error.strerror}); give another folder") from None
 
     def scalar(self, name: str, value: float, iteration: int, samples: int | None = None) -> None:
         """Write ``value``, and with ``samples`` also Megatron-LM's curve against samples."""
-        self._writer.add_scalar(name, value, iteration)
+        self._attempt(lambda: self._writer.add_scalar(name, value, iteration))
         if samples is not None:
-            self._writer.add_scalar(f"{name} vs samples", value, samples)
+            self._attempt(lambda: self._writer.add_scalar(f"{name} vs samples", value, samples))
 
     def close(self) -> None:
         """Write what is left in the queue and close the file."""
-        self._writer.close()
+        self._attempt(self._writer.close)
 
 
-class WeightsAndBiases:
-    """A run of Weights & Biases; the library's own environment variables say where it goes (``WANDB_MODE=offline``)."""
+class WeightsAndBiases(_Curves):
+    """A run of Weights & Biases; the library's environment variables control where it goes (``WANDB_MODE=offline``)."""
 
     def __init__(self, flags: LoggingConfig, save: str | None, arguments: Mapping[str, Any]) -> None:
         """
@@ -168,6 +205,7 @@ class WeightsAndBiases:
         require_packages("--wandb-project", "wandb")
         import wandb
 
+        super().__init__(f"--wandb-project {flags.wandb_project}", OSError, RuntimeError, wandb.Error)
         folder = Path(flags.wandb_save_dir or Path(save or ".") / "wandb")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -186,8 +224,9 @@ class WeightsAndBiases:
 
     def scalar(self, name: str, value: float, iteration: int, samples: int | None = None) -> None:
         """Write ``value``, and with ``samples`` Megatron-LM's one curve of samples against iterations."""
-        self._run.log({name: value} | ({} if samples is None else {"samples vs steps": samples}), step=iteration)
+        values = {name: value} | ({} if samples is None else {"samples vs steps": samples})
+        self._attempt(lambda: self._run.log(values, step=iteration))
 
     def close(self) -> None:
         """Send or write what is left, and end the run."""
-        self._run.finish()
+        self._attempt(self._run.finish)

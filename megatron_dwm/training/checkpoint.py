@@ -1,7 +1,7 @@
-"""Checkpoints written: in megatron-core's format ``torch_dist``, or in Megatron-LM's older one, ``torch``.
+"""Writing of checkpoints, in megatron-core's format ``torch_dist`` or in Megatron-LM's older format, ``torch``.
 
 A checkpoint's folder (``checkpoint_folders.py``) holds what ``checkpoint_contents.py`` names, the weighting's state in
-``dwm_state.pt`` and the checksums of all files. It is written beside its place and put there when it is whole, so an
+``dwm_state.pt`` and the checksums of all files. It is written under a temporary name and renamed when complete, so an
 interrupted save loses nothing.
 """
 
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_dwm.atomic_write import atomic_write_text, delete_folder, publish_folder
 from megatron_dwm.config.checkpoint import TRACKER
 from megatron_dwm.config.run import RunConfig
-from megatron_dwm.errors import UserError, reason_not_written
+from megatron_dwm.errors import UserError, write_failure_reason
 from megatron_dwm.runtime.compat import sharded_save_options
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.logging import timestamp
@@ -29,6 +29,7 @@ from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.safe_unpickling import short_reason
 from megatron_dwm.training.checkpoint_checksums import write_checksums, write_rank_checksums
 from megatron_dwm.training.checkpoint_contents import (
+    OfParameters,
     comparable,
     data_parallel_group,
     sharded_state,
@@ -49,6 +50,7 @@ from megatron_dwm.training.progress_log import ProgressLog
 from megatron_dwm.training.save_folder import SaveFolder
 from megatron_dwm.training.torch_format import write_torch_state
 from megatron_dwm.training.train_state import TrainComponents, TrainState
+from megatron_dwm.weighting.policy import OF_PARAMETERS
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ KEPT_NON_PERSISTENT = 2
 
 
 class CheckpointWriter:
-    """Writes checkpoints; with ``--async-save`` while training goes on.
+    """Writes checkpoints; with ``--async-save`` in the background.
 
     Every method is collective.
     """
@@ -72,27 +74,29 @@ class CheckpointWriter:
         """
         Args:
             save_folder: the first rank's hold on the folder, which ends when the writer is closed.
-            progress: where checkpoints are noted.
+            progress: the log in which checkpoints are noted.
         """
         self.config, self.components, self.parallel_state = config, components, parallel_state
         self._save_folder, self._progress = save_folder, progress or ProgressLog(None)
         self._queue: Any = None
         self._strategy: Any = None
-        """What plans the writing, kept from one checkpoint to the next with ``--ckpt-assume-constant-structure``."""
-        # What fails in a process that writes is raised here, and said in one line.
+        """The save strategy, reused for later checkpoints with ``--ckpt-assume-constant-structure``."""
+        self._saved_names: set[str] = set()
+        """Names of the weighting's per-parameter tensors in the last checkpoint."""
+        # A failure in a writing process is raised here, and reported in one line.
         logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
         if config.checkpoint.async_save:
             from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-            # A process with a CUDA context must not be forked: there megatron-core's own worker writes.
+            # A process with a CUDA context must not be forked, so on a GPU megatron-core's own worker writes.
             self._queue = AsyncCallsQueue(persistent=torch.cuda.is_available())
 
     def save(self, train_state: TrainState, dwm_state: dict[str, Any], *, persistent: bool = True) -> None:
-        """Write a checkpoint, or begin to; none of a model whose parameters are not finite.
+        """Write a checkpoint, or start to write it; skip it if the model's parameters are not finite.
 
         Args:
             dwm_state: the weighting's state; none is written if it is empty.
-            persistent: whether it is to stay until ``--save-retain-interval`` says otherwise; of the others only the
+            persistent: whether to keep it according to ``--save-retain-interval``; of the others only the
                 newest two are kept.
 
         Raises:
@@ -118,15 +122,16 @@ class CheckpointWriter:
             dist.barrier()
             if flags.ckpt_format == "torch":
                 allocate_state(self.components.optimizer)
-                write_torch_state(beside, self.config, self.components, train_state, self.parallel_state)
+                of_parameters = dwm_state.get(OF_PARAMETERS, {})
+                write_torch_state(beside, self.config, self.components, train_state, self.parallel_state, of_parameters)
                 self._write_dwm_state(beside, dwm_state)
                 dist.barrier()
                 self._publish(root, beside, iteration)
                 dist.barrier()
                 self._note_saved(train_state, persistent=persistent)
                 return
-            request = self._request(beside, train_state)
-            self._write_dwm_state(beside, dwm_state)  # after megatron-core, which takes a file there for a leftover
+            request = self._request(beside, train_state, dwm_state.get(OF_PARAMETERS, {}))
+            self._write_dwm_state(beside, dwm_state)  # after megatron-core, which treats existing files as leftovers
             request.add_finalize_fn(lambda: self._publish(root, beside, iteration))
             if self._queue is None:
                 request.execute_sync()
@@ -140,22 +145,23 @@ class CheckpointWriter:
 
     def _write_dwm_state(self, beside: Path, dwm_state: dict[str, Any]) -> None:
         if dwm_state and self.parallel_state.is_first_rank:
-            torch.save(dwm_state, beside / DWM_STATE)
+            kept = {key: value for key, value in dwm_state.items() if key != OF_PARAMETERS}
+            torch.save(kept, beside / DWM_STATE)
 
     def _note_saved(self, train_state: TrainState, *, persistent: bool) -> None:
         if persistent:
             self._progress.saved(train_state, is_async=self._queue is not None)
 
     def poll(self) -> None:
-        """Put a checkpoint that has been written in the background into its place."""
+        """Publish a checkpoint that has been written in the background, if there is one."""
         self._finalize(blocking=False)
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is in its place."""
+        """Wait until the last checkpoint is complete."""
         self._finalize(blocking=True)
 
     def close(self) -> None:
-        """Finish, end the background's worker, and let other runs have the folder."""
+        """Finish, end the background worker, and release the folder."""
         self.finish()
         if self._queue is not None:
             self._queue.close()
@@ -167,7 +173,7 @@ class CheckpointWriter:
             with self._reported_failure(*self._pending):
                 self._queue.maybe_finalize_async_calls(blocking=blocking)
 
-    def _request(self, beside: Path, train_state: TrainState) -> Any:
+    def _request(self, beside: Path, train_state: TrainState, of_parameters: OfParameters) -> Any:
         """Prepare to write all shards, and write what is not sharded."""
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
@@ -184,7 +190,10 @@ class CheckpointWriter:
             is_loading=False,
             with_optimizer=not flags.no_save_optim,
             with_rng=not flags.no_save_rng,
+            of_parameters=of_parameters,
         )
+        if self._saved_names != set(of_parameters):
+            self._strategy, self._saved_names = None, set(of_parameters)
         strategy, is_constant = self._strategy, flags.ckpt_assume_constant_structure
         if strategy is None:
             strategy = get_default_save_sharded_strategy("torch_dist")
@@ -206,7 +215,7 @@ class CheckpointWriter:
         return request
 
     def _publish(self, root: Path, beside: Path, iteration: int) -> None:
-        """Put the whole checkpoint into its place and name it as the latest; the first rank's work."""
+        """Rename the complete checkpoint to its final name and make it the latest; called on the first rank."""
         if not self.parallel_state.is_first_rank:
             return
         if self.config.checkpoint.checkpoint_checksums:
@@ -243,7 +252,7 @@ class CheckpointWriter:
 
     @contextlib.contextmanager
     def _reported_failure(self, root: Path, beside: Path, iteration: int) -> Iterator[None]:
-        """Turn what fails in writing into a UserError, and leave nothing half-written.
+        """Turn failures of writing into a UserError, and remove half-written files.
 
         Raises:
             UserError: the block failed.
@@ -256,14 +265,14 @@ class CheckpointWriter:
         except CheckpointException as error:
             causes = [cause for cause, _ in error.failures.values()]
             reason = short_reason(causes[0] if causes else error)
-            if error.args[0] == "write":  # all ranks raise it, and the first alone is told why
+            if error.args[0] == "write":  # all ranks raise it, and only the first knows the reason
                 reasons = [reason]
                 dist.broadcast_object_list(reasons, src=0)
                 reason = reasons[0]
         except OSError as error:
             reason = error.strerror or str(error)
         except RuntimeError as error:
-            unwritten = reason_not_written(error)
+            unwritten = write_failure_reason(error)
             if unwritten is None:
                 raise
             reason = unwritten
@@ -278,14 +287,14 @@ class CheckpointWriter:
 
 
 def _write_with_checksums(write: Callable[..., None], folder: Path, rank: int, buckets: Any, results: Any) -> None:
-    """Write one rank's files, maybe in a process of its own, then leave their checksums beside them."""
+    """Write one rank's files, possibly in a separate process, and their checksums next to them."""
     write(rank, buckets, results)
-    with contextlib.suppress(OSError):  # a failed write is in the results, and raised from there
+    with contextlib.suppress(OSError):  # a failed write is reported through the results
         write_rank_checksums(folder, rank, [Path(bucket[0]) for bucket in buckets])
 
 
 def _is_unretained(previous: Path | None, current: Path, retain_interval: int | None) -> bool:
-    """Whether the checkpoint before this one is not to be kept."""
+    """Whether the checkpoint before this one is not retained."""
     if retain_interval is None or previous is None or previous == current or previous.is_symlink():
         return False
     return iteration_of(previous) % retain_interval != 0  # 0, a release, is kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -17,8 +18,15 @@ from megatron_dwm.config.run import RunConfig
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.training.train_state import TrainComponents, TrainState
 
+OfParameters = Mapping[str, Mapping[torch.nn.Parameter, torch.Tensor]]
+"""Tensors with the shapes of the model's parameters, by name."""
+OF_WEIGHTING = "dwm."
+"""Prefix of the weighting's per-parameter tensors."""
+EVALUATIONS_DUE = "dwm_evaluations_due"
+"""The argument, which only a run has that was stopped in an evaluation."""
+
 VERSION = 3.0
-"""Of the layout of these keys, as Megatron-LM counts it."""
+"""Version of this layout of keys in Megatron-LM."""
 
 
 def sharded_state(
@@ -31,19 +39,27 @@ def sharded_state(
     is_loading: bool,
     with_optimizer: bool,
     with_rng: bool,
+    of_parameters: OfParameters | None = None,
 ) -> dict[str, Any]:
-    """Return the sharded state to save, or the template to load into."""
-    state = unsharded_state(config, components, train_state) | sharded_model(components, metadata)
+    """Return the sharded state to save, or the template to load into.
+
+    Args:
+        of_parameters: the weighting's tensors of the model's parameters, by name.
+    """
+    model = sharded_model(components, metadata)
+    state = unsharded_state(config, components, train_state) | model
     if with_optimizer:
         state["optimizer"] = components.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
         state["opt_param_scheduler"] = components.scheduler.state_dict()
     if with_rng:
         state["rng_state"] = _sharded_rng_state(parallel_state)
+    for name, tensors in (of_parameters or {}).items():
+        state[f"{OF_WEIGHTING}{name}"] = _sharded_as_parameters(model, tensors, f"{OF_WEIGHTING}{name}")
     return state
 
 
 def unsharded_state(config: RunConfig, components: TrainComponents, train_state: TrainState) -> dict[str, Any]:
-    """Return what is the same on every rank."""
+    """Return the state that is the same on every rank."""
     return {
         "args": Namespace(**vars(megatron_arguments(config, train_state)), **components.vocabulary.arguments),
         "checkpoint_version": VERSION,
@@ -60,13 +76,34 @@ def sharded_model(components: TrainComponents, metadata: dict[str, Any]) -> dict
     }
 
 
+def trained_parameters(components: TrainComponents) -> list[torch.nn.Parameter]:
+    """Return this rank's parameters that have gradients, in the model's order."""
+    return [param for chunk in components.chunks for param in chunk.parameters() if param.requires_grad]
+
+
+def _sharded_as_parameters(
+    model: dict[str, Any], tensors: Mapping[torch.nn.Parameter, torch.Tensor], prefix: str
+) -> dict[str, Any]:
+    """Return tensors of the parameters' shapes, sharded as they are in ``model``, by the parameters' order."""
+    from megatron.core.dist_checkpointing.optimizer import (
+        get_param_id_to_sharded_param_map,
+        make_sharded_optimizer_tensor,
+    )
+
+    sharded = get_param_id_to_sharded_param_map(model, list(tensors))
+    return {
+        str(number): make_sharded_optimizer_tensor(sharded[number], tensor, prefix)
+        for number, tensor in enumerate(tensors.values())
+    }
+
+
 def model_key(components: TrainComponents, number: int) -> str:
     """Return the key of a model chunk's state."""
     return "model" if len(components.chunks) == 1 else f"model{number}"
 
 
 def megatron_arguments(config: RunConfig, train_state: TrainState) -> Namespace:
-    """Return the arguments as Megatron-LM keeps them: plain values under its own names."""
+    """Return the arguments as in Megatron-LM's checkpoints: plain values under Megatron-LM's names."""
     model = config.model
     derived = {
         "world_size": config.world_size,
@@ -80,11 +117,12 @@ def megatron_arguments(config: RunConfig, train_state: TrainState) -> Namespace:
         "train_iters": config.train_iters,
     }
     counts = {key: value for key, value in asdict(train_state).items() if key.startswith(("consumed", "skipped"))}
-    return Namespace(**{**config.flat(), **derived, **counts})
+    due = {EVALUATIONS_DUE: list(train_state.evaluations_due)} if train_state.evaluations_due else {}
+    return Namespace(**{**config.flat(), **derived, **counts, **due})
 
 
 def sharding_metadata(parallel: ParallelConfig, checkpoint: CheckpointConfig) -> dict[str, Any]:
-    """Return how megatron-core is to shard the state that is saved."""
+    """Return the metadata that tells megatron-core how to shard the saved state."""
     metadata: dict[str, Any] = {
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
@@ -100,7 +138,7 @@ def sharding_metadata(parallel: ParallelConfig, checkpoint: CheckpointConfig) ->
 
 
 def data_parallel_group() -> Any:
-    """Return the group over which megatron-core spreads what all replicas hold."""
+    """Return the group over which megatron-core distributes the saving of replicated state."""
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -1,4 +1,4 @@
-"""Checkpoints loaded: the model, the optimizer, the schedule and the counters, from either format."""
+"""Loading of checkpoints: model, optimizer, schedule and counters, from either format."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_dwm.config.checkpoint import CheckpointConfig
@@ -16,10 +17,13 @@ from megatron_dwm.runtime.compat import common_state_given
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.safe_unpickling import restricted_checkpoint_loading, short_reason
 from megatron_dwm.training.checkpoint_contents import (
+    EVALUATIONS_DUE,
+    OF_WEIGHTING,
     data_parallel_group,
     model_key,
     set_rng_state,
     sharded_state,
+    trained_parameters,
 )
 from megatron_dwm.training.lr_schedule import resume_schedule
 from megatron_dwm.training.optimizer_state import choose_reader
@@ -33,6 +37,7 @@ from megatron_dwm.training.resume_checks import (
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, reported_damage
 from megatron_dwm.training.torch_format import TorchCheckpoint, load_torch_state
 from megatron_dwm.training.train_state import TrainComponents, TrainState
+from megatron_dwm.weighting.policy import OF_PARAMETERS
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +59,21 @@ def load_checkpoint(
     with_optimizer = should_load_optimizer(config.checkpoint, saved)
     with_rng = not (starts_anew or flags.no_load_rng) and _has_rng(saved)
     if with_rng and not has_same_layout(config.parallel, saved):
-        logger.info(" > random state is not taken over: it belongs to another TP or PP size")
+        logger.info(" > the random state is not loaded: it belongs to another TP or PP size")
         with_rng = False
 
+    with_weighting = config.weighting.learns_weighter and not starts_anew
     if isinstance(saved, TorchCheckpoint):
         state = load_torch_state(saved, components, parallel_state, with_optimizer=with_optimizer)
     else:
         state = _load_distributed(
-            config, saved, components, parallel_state, with_optimizer=with_optimizer, with_rng=with_rng
+            config,
+            saved,
+            components,
+            parallel_state,
+            with_optimizer=with_optimizer,
+            with_rng=with_rng,
+            with_weighting=with_weighting,
         )
     if with_optimizer:
         resumed = resumed_schedule(config, saved)
@@ -70,7 +82,7 @@ def load_checkpoint(
             logger.info(line)
     else:
         if not (starts_anew or flags.no_load_optim):
-            logger.info(" > the checkpoint holds no optimizer state: optimizer and schedule start anew")
+            logger.info(" > the checkpoint holds no optimizer state: optimizer and schedule start from scratch")
         if config.optimizer.fp16 or config.optimizer.bf16:
             components.optimizer.reload_model_params()
     if with_rng:
@@ -85,8 +97,24 @@ def load_checkpoint(
         skipped_train_samples=getattr(arguments, "skipped_train_samples", 0),
         consumed_valid_samples=getattr(arguments, "consumed_valid_samples", 0),
         num_floating_point_operations_so_far=operations,
+        evaluations_due=() if starts_anew else tuple(getattr(arguments, EVALUATIONS_DUE, ())),
     )
-    return train_state, {} if starts_anew else saved.read_dwm_state()
+    if starts_anew:
+        return train_state, {}
+    dwm_state = saved.read_dwm_state()
+    if with_weighting and (of_parameters := _of_parameters(state, components)):
+        dwm_state[OF_PARAMETERS] = of_parameters
+    return train_state, dwm_state
+
+
+def _of_parameters(state: dict[str, Any], components: TrainComponents) -> dict[str, dict[torch.nn.Parameter, Any]]:
+    """Return the weighting's tensors of parameters in what was loaded, by name and parameter."""
+    params = trained_parameters(components)
+    return {
+        key.removeprefix(OF_WEIGHTING): {param: tensors[str(number)] for number, param in enumerate(params)}
+        for key, tensors in state.items()
+        if key.startswith(OF_WEIGHTING)
+    }
 
 
 def _load_distributed(
@@ -97,8 +125,9 @@ def _load_distributed(
     *,
     with_optimizer: bool,
     with_rng: bool,
+    with_weighting: bool,
 ) -> dict[str, Any]:
-    """Load the model, and the optimizer's state, from the format ``torch_dist``; return all that was loaded.
+    """Load the model, and the optimizer's and the weighting's state, from the format ``torch_dist``; return all of it.
 
     Raises:
         UserError: the checkpoint's tensors do not fit the model, or its files are damaged.
@@ -115,6 +144,7 @@ def _load_distributed(
         is_loading=True,
         with_optimizer=False,
         with_rng=with_rng,
+        of_parameters=_empty_of_parameters(saved, components) if with_weighting else {},
     )
     reader = None
     if with_optimizer:
@@ -130,11 +160,22 @@ def _load_distributed(
     return state
 
 
+def _empty_of_parameters(
+    saved: SavedCheckpoint, components: TrainComponents
+) -> dict[str, dict[torch.nn.Parameter, torch.Tensor]]:
+    """Return tensors to load the weighting's tensors of parameters into, those that a checkpoint has, by name."""
+    keys = [key.removeprefix(OF_WEIGHTING) for key in saved.shapes if key.startswith(OF_WEIGHTING)]
+    names = dict.fromkeys(key.split(".")[0] for key in keys)
+    params = trained_parameters(components)
+    dtypes = {param: torch.promote_types(param.dtype, torch.float32) for param in params}
+    return {name: {param: torch.empty_like(param, dtype=dtypes[param]) for param in params} for name in names}
+
+
 def _load_sharded(saved: SavedCheckpoint, flags: CheckpointConfig, template: dict[str, Any]) -> dict[str, Any]:
     """Load a template of sharded tensors; every rank calls it.
 
     Raises:
-        UserError: the files are damaged, or differ from the template in what ``--dist-ckpt-strictness`` refuses.
+        UserError: the files are damaged, or differ from the template in a way that ``--dist-ckpt-strictness`` refuses.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException

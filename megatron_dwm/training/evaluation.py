@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What an evaluation reads."""
+    """The data that an evaluation reads."""
 
     loader: BatchLoader
-    """Of all sets, one after the other."""
+    """The loader of all sets, one after the other."""
     batches: Mapping[str, int]
     """Batches of each set by its name, in order; a set that is all of the split has none."""
 
@@ -41,12 +41,12 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Mean loss of the unmasked tokens; not a number where they were not counted."""
+        """Mean loss of the unmasked tokens; NaN if they were not counted."""
         return float(self.sums[0] / self.sums[1])
 
     @classmethod
     def of_all(cls, parts: Sequence[Evaluation]) -> Evaluation:
-        """Return the evaluation of the data of several together."""
+        """Return the combined result of several evaluations."""
         return cls(torch.stack([part.sums for part in parts]).sum(dim=0))
 
 
@@ -59,27 +59,32 @@ def evaluate(
     *,
     log_progress: bool = False,
     dtype: torch.dtype = torch.float32,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Return the mean loss over the next ``batches`` batches of ``batch_loader``, without dropout.
 
     Args:
         log_progress: whether to log each batch.
         dtype: of the sums; Megatron-LM's are float32, which counts 2^24 tokens exactly.
+        before_batch: called on every rank; may raise to break the evaluation off.
     """
     if log_progress:
         logger.info(f"Evaluating on {batches * batch_loader.partition.global_samples} samples")
     sums = torch.zeros(2, dtype=dtype, device=current_device())
     for chunk in engine.chunks:
         chunk.eval()
-    with torch.no_grad():
-        for number in range(batches):
-            if log_progress:
-                logger.info(f"Evaluating iter {number + 1}/{batches}")
-            losses = engine.run(batch_loader.next_batch(), micro_batch_size, forward_only=True)
-            if losses is not None:
-                sums += losses.sums
-    for chunk in engine.chunks:
-        chunk.train()
+    try:
+        with torch.no_grad():
+            for number in range(batches):
+                before_batch()
+                if log_progress:
+                    logger.info(f"Evaluating iter {number + 1}/{batches}")
+                losses = engine.run(batch_loader.next_batch(), micro_batch_size, forward_only=True)
+                if losses is not None:
+                    sums += losses.sums
+    finally:
+        for chunk in engine.chunks:
+            chunk.train()
     if parallel_state.is_last_pipeline_stage:
         sum_over_replicas(sums, parallel_state)
     return Evaluation(sums)

@@ -1,4 +1,4 @@
-"""Loading the optimizer's state of a checkpoint, whichever kind of optimizer saved it.
+"""Loading of the optimizer's state from a checkpoint, whatever kind of optimizer saved it.
 
 The kinds differ in where a checkpoint keeps the moments of a parameter, and its fp32 copy if the model is in half
 precision. ``KEY`` is the parameter's key in the model:
@@ -30,7 +30,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.training.checkpoint_contents import model_key
-from megatron_dwm.training.optimizer import allocate_state, counts_steps_in_groups
+from megatron_dwm.training.optimizer import allocate_state, has_steps_in_groups
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint
 from megatron_dwm.training.train_state import TrainComponents
 
@@ -54,11 +54,11 @@ class NativeState:
         self.optimizer, self.metadata = optimizer, dict(metadata)
 
     def template(self, sharded_model: dict[str, Any]) -> dict[str, Any]:
-        """Return what is to be loaded together with the model."""
+        """Return the template that is loaded together with the model."""
         allocate_state(self.optimizer)
-        with _keeping_hyperparameters(_only_part(self.optimizer)):
+        with _keeping_hyperparameters(only_part(self.optimizer)):
             state = self.optimizer.sharded_state_dict(sharded_model, is_loading=True, metadata=self.metadata)
-        # Groups are matched here: megatron-core would merge those of the checkpoint and of the run by their number.
+        # Groups are matched here, because megatron-core would match those of the checkpoint and the run by index.
         _inner(state).pop("param_groups", None)
         return {"optimizer": state}
 
@@ -75,7 +75,7 @@ class ModelSpaceState:
         self._templates: dict[torch.nn.Parameter, dict[str, Any]] = {}
 
     def template(self, sharded_model: dict[str, Any]) -> dict[str, Any]:
-        """Return nothing: it is loaded after the model, whose own tensors may be among what is read."""
+        """Return nothing: the state is loaded after the model, because it may include the model's own tensors."""
         main = next((f"{STATE}{name}" for name in ("fp32_param", PARAM) if _has_state(self.saved, name)), None)
         prefixes = {PARAM: main, **{name: STATE + name for name in MOMENTS if _has_state(self.saved, name)}}
         for param, entry in _sharded_parameters(self.components, sharded_model):
@@ -83,7 +83,7 @@ class ModelSpaceState:
         return {}
 
     def apply(self, loaded: Mapping[str, Any]) -> None:
-        """Load the tensors and put them where the run's optimizer keeps them."""
+        """Load the tensors and copy them to where the run's optimizer keeps them."""
         states = self.load({str(number): state for number, state in enumerate(self._templates.values())})
         by_parameter = {param: states[str(number)] for number, param in enumerate(self._templates)}
         common = self.saved.common["optimizer"]
@@ -97,11 +97,11 @@ class BucketState:
         self.components, self.saved, self.model_parallel_rank = components, saved, model_parallel_rank
 
     def template(self, sharded_model: dict[str, Any]) -> dict[str, Any]:
-        """Return nothing: buckets are read by themselves."""
+        """Return nothing: buckets are read separately."""
         return {}
 
     def apply(self, loaded: Mapping[str, Any]) -> None:
-        """Read the buckets and put their tensors where the run's optimizer keeps them.
+        """Read the buckets and copy their tensors to where the run's optimizer keeps them.
 
         Raises:
             UserError: the buckets do not hold this rank's parameters.
@@ -139,13 +139,13 @@ def choose_reader(
     model_parallel_rank: int,
     load: Load,
 ) -> NativeState | ModelSpaceState | BucketState:
-    """Return how the optimizer's state is to be loaded.
+    """Return the reader that can load the checkpoint's optimizer state.
 
     Args:
         metadata: how the checkpoint's state is sharded.
         load: loads a template of sharded tensors; a collective call.
     """
-    part = _only_part(components.optimizer)
+    part = only_part(components.optimizer)
     is_distributed = isinstance(part, DistributedOptimizer)
     if any(_BUCKET.fullmatch(key) for key in saved.shapes):
         sizes = saved.read_object(_bucket_object(model_parallel_rank, "per_bucket_numel_unpadded"))
@@ -173,7 +173,7 @@ def _bucket_object(model_parallel_rank: int, name: str) -> str:
 
 
 def _template_of(entry: Any, param: torch.Tensor, prefix: str | None) -> Any:
-    """Return what to load a parameter's state tensor into; without a prefix, its value in the model.
+    """Return the template to load a parameter's state tensor into; without a prefix, its value in the model.
 
     Args:
         entry: megatron-core's description of the parameter's place in the checkpoint.
@@ -192,7 +192,7 @@ def unpack_buckets(
     """Return each parameter's tensors from the flat buckets of one model chunk.
 
     megatron-core fills buckets with the parameters from the last to the first, each from a multiple of
-    :data:`START_ALIGNMENT` on. A bucket ends with its last parameter, by which it is told where the next one begins.
+    :data:`START_ALIGNMENT`. A bucket ends with its last parameter, which shows where the next one begins.
 
     Args:
         buckets: flat tensors by name, in order.
@@ -226,19 +226,19 @@ def unpack_buckets(
 
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """Load state of the optimizer's own kind; hyperparameters stay those of the flags.
+    """Load state that was saved by the same kind of optimizer; hyperparameters stay those of the flags.
 
-    Beyond megatron-core's ``load_state_dict`` this holds for torch's optimizers, and for parameter groups that differ
-    in their learning rates alone, which megatron-core takes for one.
+    Unlike megatron-core's ``load_state_dict`` this works for torch's optimizers, and for parameter groups that differ
+    only in their learning rates, which megatron-core takes for one group.
     """
-    part = _only_part(optimizer)
+    part = only_part(optimizer)
     inner = _inner(state)
     step = saved_step(inner)
     with ExitStack() as stack:
         stack.enter_context(_keeping_hyperparameters(part))
         stack.enter_context(torch.no_grad())  # fp32 shards are views of parameters that ask for gradients
         if isinstance(part, DistributedOptimizer):
-            stack.enter_context(_keeping_steps(part))
+            stack.enter_context(keeping_steps(part))
         inner["param_groups"] = part.optimizer.state_dict()["param_groups"]
         for group in inner["param_groups"] if step is not None else ():
             group["step"] = step
@@ -247,7 +247,7 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
 
 
 def saved_step(inner: Mapping[str, Any]) -> float | None:
-    """Return how often an optimizer had stepped when its state was saved; None if it does not count."""
+    """Return the number of steps of an optimizer when its state was saved; None if it does not count them."""
     step = inner.get("state", {}).get("common_step")
     if step is None:
         step = next((group["step"] for group in inner.get("param_groups", ()) if "step" in group), None)
@@ -256,7 +256,7 @@ def saved_step(inner: Mapping[str, Any]) -> float | None:
 
 @contextmanager
 def _keeping_hyperparameters(part: Any) -> Iterator[None]:
-    """While open, megatron-core can tell the parameter groups apart; afterwards they hold what they held before."""
+    """Make the parameter groups distinguishable for megatron-core while open; restore them afterwards."""
     before = [{key: value for key, value in group.items() if key != "params"} for group in part.optimizer.param_groups]
     for number, group in enumerate(part.optimizer.param_groups):
         group["is_decoupled_lr"] = number
@@ -266,8 +266,9 @@ def _keeping_hyperparameters(part: Any) -> Iterator[None]:
         group.update(values)
 
 
-def _only_part(optimizer: Any) -> Any:
-    (part,) = optimizer_parts(optimizer)  # several are for experts, and there are none here
+def only_part(optimizer: Any) -> Any:
+    """Return the one part that the optimizer of a dense model has."""
+    (part,) = optimizer_parts(optimizer)  # there is more than one only with experts
     return part
 
 
@@ -277,12 +278,14 @@ def _inner(state: Any) -> Any:
 
 
 def _set_step(optimizer: torch.optim.Optimizer, step: float | None) -> None:
-    if counts_steps_in_groups(optimizer):
+    if has_steps_in_groups(optimizer):
         if step is not None:
             for group in optimizer.param_groups:
                 group["step"] = int(step)
         return
-    for state in optimizer.state.values():  # a tensor each: a shared one would be counted up once a parameter
+    for (
+        state
+    ) in optimizer.state.values():  # a separate tensor each: a shared one would be incremented once per parameter
         state["step"] = torch.tensor(step or 0.0)
 
 
@@ -294,7 +297,7 @@ def _set_states(
 ) -> None:
     """Give each parameter its fp32 value and its state; tensors have the parameter's shape."""
     allocate_state(optimizer)
-    part = _only_part(optimizer)
+    part = only_part(optimizer)
     with torch.no_grad():
         for param, tensors in by_parameter.items():
             param.copy_(tensors[PARAM])
@@ -312,18 +315,18 @@ def _set_states(
 
 
 def _set_shard(part: Any, param: torch.nn.Parameter, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give the distributed optimizer what it owns of a parameter."""
+    """Copy this rank's shard of a parameter into the distributed optimizer."""
     if param not in part.model_param_group_index_map:
         return
     owned = part._get_model_param_range_map(param)["param"]
     shard = {name: value.flatten()[owned.start : owned.end] for name, value in tensors.items()}
-    with _keeping_steps(part):
+    with keeping_steps(part):
         part._set_main_param_and_optimizer_states(param, shard)
 
 
 @contextmanager
-def _keeping_steps(part: Any) -> Iterator[None]:
-    """While open, tensors are loaded into ``part`` without their step, which is set by itself."""
+def keeping_steps(part: Any) -> Iterator[None]:
+    """Load tensors into ``part`` without their step while open; the step is set separately."""
     set_states = part._set_main_param_and_optimizer_states
 
     def set_states_but_step(model_param: Any, tensors: dict[str, torch.Tensor]) -> None:

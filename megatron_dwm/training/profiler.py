@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from megatron_dwm.config.profiling import ProfilingConfig
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, shortened
+from megatron_dwm.runtime.logging import EVERY_RANK
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def _lost_if_unwritable(path: str) -> Iterator[None]:
+    """While open, what cannot be written is lost with a warning: a profile never stops training."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch's, of a folder
+        logger.warning(f"{path}: cannot be written ({shortened(error)}); it is lost", extra=EVERY_RANK)
 
 
 class StepProfiler:
-    """What ``--profile`` and ``--record-memory-history`` ask for, on the ranks that they ask of."""
+    """Implements ``--profile`` and ``--record-memory-history`` on the ranks that the flags name."""
 
     def __init__(self, flags: ProfilingConfig, tensorboard_dir: str | None, rank: int, *, is_last_rank: bool) -> None:
         """
@@ -37,11 +52,17 @@ class StepProfiler:
 
     def _started(self, folder: str) -> Any:
         start, end = self._flags.profile_step_start, self._flags.profile_step_end
+        write_trace = torch.profiler.tensorboard_trace_handler(folder)
+
+        def write(profiler: torch.profiler.profile) -> None:
+            with _lost_if_unwritable(f"--tensorboard-dir {folder}"):
+                write_trace(profiler)
+
         profiler = torch.profiler.profile(
             schedule=torch.profiler.schedule(
                 wait=max(start - 1, 0), warmup=1 if start > 0 else 0, active=end - start, repeat=1
             ),
-            on_trace_ready=torch.profiler.tensorboard_trace_handler(folder),
+            on_trace_ready=write,
             record_shapes=True,
             with_stack=True,
         )
@@ -69,9 +90,10 @@ class StepProfiler:
             self.close()
 
     def write_memory(self) -> None:
-        """Write the GPU's allocations to the file that they are to be in."""
+        """Write the GPU's allocations to ``--memory-snapshot-path``."""
         if self._writes_memory:
-            torch.cuda.memory._dump_snapshot(self._flags.memory_snapshot_path)  # noqa: SLF001
+            with _lost_if_unwritable(f"--memory-snapshot-path {self._flags.memory_snapshot_path}"):
+                torch.cuda.memory._dump_snapshot(self._flags.memory_snapshot_path)  # noqa: SLF001
 
     def close(self) -> None:
         """End profiling, if it has not ended yet."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,11 @@ from megatron_dwm.training.train_state import TrainState
 
 logger = logging.getLogger(__name__)
 
+AFTER_TRAINING = "after_training"
+"""True in the record of an evaluation after the last iteration; others have no such field."""
+_EVALUATIONS = {"evaluation": "validation", "tasks": "tasks"}
+"""Which of a run's evaluations the records of a kind are of."""
+
 
 class Reporter:
     """Writes the log line, curves and JSON-lines records.
@@ -46,17 +51,23 @@ class Reporter:
         config: RunConfig,
         parallel_state: ParallelState,
         padded_vocab_size: int,
-        resumed_at: int,
+        start: TrainState,
         timers: StepTimers,
     ) -> None:
+        """
+        Args:
+            start: how far the run has come when it starts.
+        """
         self.config, self.parallel_state, self.timers = config, parallel_state, timers
+        self._due = start.evaluations_due
+        self._has_trained = start.iteration >= config.train_iters and not config.training.skip_train
         self.window, self.energy = LossWindow(), EnergyMeter(is_wanted=config.profiling.log_energy)
         self.padded_vocab_size = padded_vocab_size
         self.flops_per_step = training_flops(config.model, padded_vocab_size, config.global_batch_size)
         self.since = time.perf_counter()
-        """When the log line's window began, later by what is not training."""
+        """Start of the log line's window, shifted by the time that is not training."""
         self.step_since = self.since
-        """When the last step was reported, later by what is not training."""
+        """Time of the last reported step, shifted by the time that is not training."""
         self.first_step = True
         self.memory_reports_left = 2
         self.peak_tflops = _peak_tflops(config)
@@ -66,7 +77,7 @@ class Reporter:
             path = config.logging.metrics_jsonl
             if path is None and config.checkpoint.save is not None:
                 path = str(Path(config.checkpoint.save) / "metrics.jsonl")
-            self.jsonl = JsonLines(Path(path), resumed_at) if path else None
+            self.jsonl = JsonLines(Path(path), start.iteration, self._is_made_again) if path else None
             if config.logging.tensorboard_dir is not None:
                 self.boards.append(TensorBoard(config.logging.tensorboard_dir, config.logging.tensorboard_queue_size))
             if config.logging.wandb_project:
@@ -128,7 +139,7 @@ class Reporter:
                     **weighting,
                 }
             )
-        # As in Megatron-LM, a run's first step has a line of its own and counts again in the next one.
+        # As in Megatron-LM, the first step has a separate line, and counts again in the next one.
         if self.first_step or train_state.iteration % self.config.logging.log_interval == 0:
             self._log_line(train_state, result, learning_rate, loss_scale, params_norm, weighting, batch_size)
             if not self.first_step:
@@ -149,14 +160,22 @@ class Reporter:
                     self._draw(f"dwm/{name}", value, record["iteration"])
 
     def evaluation(
-        self, train_state: TrainState, split: str, loss: float, prefix: str, by_source: dict[str, float]
+        self,
+        train_state: TrainState,
+        split: str,
+        loss: float,
+        prefix: str,
+        by_source: dict[str, float],
+        *,
+        after_training: bool,
     ) -> None:
         """Report an evaluation on ``split`` (valid or test).
 
         Args:
             loss: mean over all that was read.
-            prefix: where in the run this is, for the log.
+            prefix: the point of the run, for the log.
             by_source: the loss of each set by its name, if sets are evaluated by themselves.
+            after_training: whether it is the one after the last iteration.
         """
         if not self.parallel_state.is_last_rank:
             return
@@ -166,13 +185,23 @@ class Reporter:
         for line in lines or [validation_line(prefix, loss)]:
             logger.info(line, extra=LAST_RANK)
         record = {"kind": "evaluation", "iteration": train_state.iteration, "split": split, "lm_loss": loss}
-        self.record({**record, "lm_loss_by_source": by_source} if by_source else record)
-        # Megatron-LM puts the test loss at the end of the validation's curve.
+        if by_source:
+            record["lm_loss_by_source"] = by_source
+        if after_training:
+            record[AFTER_TRAINING] = True
+        self.record(record)
+        # Megatron-LM appends the test loss to the validation curve.
         if not self.config.training.skip_train:
             self._draw_evaluation("lm loss validation", loss, train_state)
             for name, value in by_source.items():
                 self._draw_evaluation(f"lm loss validation-{labels[name]}", value, train_state)
                 self._draw(f"dwm/validation_loss/{name}", value, train_state.iteration)
+
+    def _is_made_again(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record of the iteration that the run goes on from is of an evaluation that is still to come."""
+        if AFTER_TRAINING in record:
+            return self._has_trained
+        return _EVALUATIONS.get(str(record.get("kind"))) in self._due
 
     def tasks(self, iteration: int, results: list[dict[str, Any]]) -> None:
         """Report an evaluation on tasks: a log line, a record and curves for each."""
@@ -186,7 +215,7 @@ class Reporter:
                     self._draw(label, value["mean"], iteration)
 
     def _draw_evaluation(self, name: str, loss: float, train_state: TrainState) -> None:
-        """Draw a point of a loss's curve, and if asked for of its perplexity's, under Megatron-LM's names."""
+        """Write a point of a loss curve, and of its perplexity curve if asked for, under Megatron-LM's names."""
         self._draw(name, loss, train_state.iteration, train_state.consumed_train_samples)
         if self.config.logging.log_validation_ppl_to_tensorboard:
             ppl = float(torch.tensor(min(20.0, loss)).exp())
@@ -194,7 +223,7 @@ class Reporter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While open (an evaluation, a save), time does not count as that of an iteration."""
+        """Exclude the time while open (an evaluation, a save) from the time of an iteration."""
         paused_at = time.perf_counter()
         self.energy.pause()
         try:
@@ -256,7 +285,7 @@ class Reporter:
         if self.config.logging.log_throughput and weighting:
             added = self.window.weighting_flops / self.window.iterations
             extra["dwm throughput per GPU (TFLOP/s/GPU)"] = (flops + added) * per_flop
-        if not self.first_step:  # which starts everything up
+        if not self.first_step:  # the first step includes start-up costs
             tokens = batch_size * self.config.model.sequence / (seconds * self.parallel_state.world_size)
             seconds_left = seconds * (self.config.train_iters - train_state.iteration)
             extra |= Speed(tokens, flops * per_flop, self.peak_tflops, seconds_left).figures()
@@ -336,7 +365,7 @@ class Reporter:
 
 
 def _peak_tflops(config: RunConfig) -> float | None:
-    """Return the TFLOP/s that a device can do at most in this run, if that is known."""
+    """Return the peak TFLOP/s of a device in this run, if known."""
     if config.logging.dwm_peak_tflops is not None:
         return config.logging.dwm_peak_tflops
     is_half = config.optimizer.bf16 or config.optimizer.fp16

@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint with the flags that it has, before any of it is loaded."""
+"""Checks, before anything is loaded, that a run can continue from a checkpoint with its flags."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.config.weighting import TARGETED_RULES, WeightingConfig
 from megatron_dwm.errors import UserError, shortened
-from megatron_dwm.training.checkpoint_contents import megatron_arguments
+from megatron_dwm.training.checkpoint_contents import EVALUATIONS_DUE, megatron_arguments
 from megatron_dwm.training.checkpoint_folders import DWM_STATE
 from megatron_dwm.training.lr_schedule import Resumed, Schedule, choose_schedule
 from megatron_dwm.training.saved_checkpoint import CheckpointDamage, SavedCheckpoint, reported_damage
-from megatron_dwm.training.train_state import TrainState
+from megatron_dwm.training.train_state import EVALUATIONS, TrainState
 
 logger = logging.getLogger(__name__)
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 _REPLACING = ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad", "dwm_lr", "dwm_weight_decay")
-"""Flags that count as they are given, though a resumed run may have been meant to keep the checkpoint's."""
+"""Flags whose given values replace those of the checkpoint."""
 _OF_A_NEW_WEIGHTER = (
     "dwm_init_from",
     "dwm_num_layers",
@@ -35,7 +35,7 @@ _OF_A_NEW_WEIGHTER = (
     "dwm_ngram_buckets",
     "dwm_ngram_hidden_size",
 )
-"""Flags that a checkpoint's weighter overrules; of ``dwm_arch`` the weighting says so."""
+"""Flags without effect on a checkpoint's weighter; for ``dwm_arch`` the weighting logs it."""
 
 
 def should_load_optimizer(flags: CheckpointConfig, saved: SavedCheckpoint) -> bool:
@@ -55,7 +55,7 @@ def check_resume(config: RunConfig, saved: SavedCheckpoint) -> None:
     """Check the flags against the checkpoint; no communication.
 
     Raises:
-        UserError: it is of another model, of another optimizer or schedule, or its state cannot move to this layout.
+        UserError: it has another model, optimizer or schedule, or its state cannot be loaded in this layout.
     """
     load = config.checkpoint.load
     run, arguments = vars(megatron_arguments(config, TrainState())), vars(saved.arguments)
@@ -68,7 +68,7 @@ def check_resume(config: RunConfig, saved: SavedCheckpoint) -> None:
     name = arguments.get("optimizer", config.optimizer.optimizer)
     if name != config.optimizer.optimizer:
         raise UserError(
-            f"--load {load}: --optimizer {config.optimizer.optimizer} cannot go on with the checkpoint's state of "
+            f"--load {load}: --optimizer {config.optimizer.optimizer} cannot use the checkpoint's state of "
             f"{name}; change it, or load with --no-load-optim"
         )
     sharding = sharding_type(saved)
@@ -78,7 +78,7 @@ def check_resume(config: RunConfig, saved: SavedCheckpoint) -> None:
             "another TP or PP size; save with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
         )
     try:
-        with reported_damage(saved.folder):  # what the schedule is made of is missing, or is something else
+        with reported_damage(saved.folder):  # a part of the schedule is missing or invalid
             resumed_schedule(config, saved)
             int(saved.common["opt_param_scheduler"]["num_steps"])
     except UserError as error:
@@ -88,7 +88,7 @@ def check_resume(config: RunConfig, saved: SavedCheckpoint) -> None:
 
 
 def _check_counters(config: RunConfig, saved: SavedCheckpoint) -> None:
-    """Refuse a checkpoint that does not say how far its run had come.
+    """Refuse a checkpoint that lacks the counters of its run.
 
     Raises:
         UserError: it is damaged.
@@ -103,10 +103,13 @@ def _check_counters(config: RunConfig, saved: SavedCheckpoint) -> None:
         for name, value in counters.items():
             if not isinstance(value, int) or value < 0:
                 raise CheckpointDamage(f"its {name} is {shortened(value, 40)}")
+        due = arguments.get(EVALUATIONS_DUE, [])
+        if not isinstance(due, list) or any(name not in EVALUATIONS for name in due):
+            raise CheckpointDamage(f"its {EVALUATIONS_DUE} is {shortened(due, 40)}")
 
 
 def _check_weighting_state(config: RunConfig, saved: SavedCheckpoint) -> None:
-    """Refuse a checkpoint that has lost what its weighting had learned, or how far it had read the target set.
+    """Refuse a checkpoint that lacks the weighting's state, or its position in the target set.
 
     Raises:
         UserError: the file is missing.
@@ -120,7 +123,7 @@ def _check_weighting_state(config: RunConfig, saved: SavedCheckpoint) -> None:
 
 
 def sharding_type(saved: SavedCheckpoint) -> str | None:
-    """Return how the distributed optimizer's state was saved; None if it was another optimizer's.
+    """Return how the distributed optimizer's state was sharded; None if it was another optimizer's.
 
     Raises:
         UserError: the checkpoint is damaged.
@@ -143,7 +146,7 @@ def resumed_schedule(config: RunConfig, saved: SavedCheckpoint) -> Resumed:
 
 
 def replacing_flags(config: RunConfig, saved: SavedCheckpoint) -> list[str]:
-    """Return a line for each flag whose value takes the place of the checkpoint's."""
+    """Return a line for each flag whose value replaces the checkpoint's."""
     flags, arguments = config.flat(), vars(saved.arguments)
     return [
         f" > {flag_name(name)} {flags[name]} replaces the checkpoint's {arguments[name]}"
@@ -155,13 +158,13 @@ def replacing_flags(config: RunConfig, saved: SavedCheckpoint) -> list[str]:
 
 
 def overruled_flags(config: RunConfig, saved: SavedCheckpoint) -> list[str]:
-    """Return a line for each flag that has no effect since the checkpoint holds a weighter, which goes on."""
+    """Return a line for each flag that has no effect because the checkpoint's weighter is kept."""
     flags, arguments = config.flat(), vars(saved.arguments)
     if not config.weighting.learns_weighter or arguments.get("dwm_mode") not in ("bilevel", "rule"):
         return []
     return [
         f" > {flag_name(name)} {_words(flags[name])} is for a new weighter: the checkpoint's, made with "
-        f"{_words(arguments[name])}, goes on"
+        f"{_words(arguments[name])}, is kept"
         for name in _OF_A_NEW_WEIGHTER
         if name in arguments and arguments[name] != flags[name]
     ]
@@ -181,13 +184,13 @@ def _has_effect(name: str, optimizer: OptimizerConfig, weighting: WeightingConfi
 def resumed_vocab_size(
     saved: SavedCheckpoint, padded: int, vocab_size: int, given: int | None, tensor_parallel_size: int
 ) -> int:
-    """Return the rows of the vocabulary, padding included, that the model must have to be the checkpoint's.
+    """Return the padded vocabulary size that the model must have to match the checkpoint.
 
-    Padding follows the TP size, and rows of another number would take part in the softmax with values that nobody
-    trained.
+    The padding depends on the TP size, and additional rows would take part in the softmax with untrained
+    values.
 
     Args:
-        padded: rows that the flags make.
+        padded: the padded size that follows from the flags.
         vocab_size: tokens of the tokenizer.
         given: ``--padded-vocab-size``.
 
@@ -217,7 +220,7 @@ def resumed_vocab_size(
 def check_shapes(saved: SavedCheckpoint, template: Mapping[str, Any], *, tolerates_missing: bool = False) -> None:
     """Check each tensor that is to be loaded against the checkpoint's; no communication.
 
-    megatron-core does so for most tensors; of embeddings it takes what fits.
+    megatron-core does so for most tensors, but loads embeddings of another size as far as they fit.
 
     Args:
         template: sharded tensors, nested.
@@ -239,7 +242,7 @@ def check_shapes(saved: SavedCheckpoint, template: Mapping[str, Any], *, tolerat
     for entry in entries:
         found, expected = shapes.get(entry.key), tuple(entry.global_shape)
         if found is None and tolerates_missing and not entry.key.startswith("optimizer."):
-            continue  # megatron-core says so, or is silent, as the flag asks
+            continue  # megatron-core reports it or not, as the flag asks
         if found != expected:
             there = "is missing" if found is None else f"has shape {list(found)}"
             raise UserError(

@@ -1,4 +1,4 @@
-"""The folders that a run writes to: held by one run at a time, cleared of leftovers, and known to be writable."""
+"""The folders that a run writes to: locked for one run at a time, cleared of leftovers, and checked to be writable."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_dwm.atomic_write import remove_leftovers
+from megatron_dwm.config.checkpoint import CheckpointConfig
+from megatron_dwm.config.checkpoint_args import read_arguments
 from megatron_dwm.errors import UserError
 from megatron_dwm.training.checkpoint_folders import NON_PERSISTENT, checkpoints_in, delete_retired
 from megatron_dwm.training.folder_lock import FolderLock
@@ -18,59 +20,90 @@ logger = logging.getLogger(__name__)
 class SaveFolder:
     """The ``--save`` folder, which no other run writes to while this process lives (``folder_lock.py``)."""
 
-    def __init__(self, folder: Path) -> None:
-        """Take a folder that is there already, and clear it of what killed runs have left in it.
+    def __init__(self, folder: Path, non_persistent: Path | None = None) -> None:
+        """Lock an existing folder, and remove what killed runs have left in it.
+
+        Args:
+            non_persistent: another folder, that ``--non-persistent-global-ckpt-dir`` names, which is held as well.
 
         Raises:
-            UserError: the folder cannot be written to, or another run holds it.
+            UserError: a folder cannot be written to, or another run holds it.
         """
-        self.folder = folder
-        self._held: FolderLock | None = None
-        check_writable({"--save": folder})
-        if folder.is_dir():
-            self._held = FolderLock("--save", folder)
+        self.folder, self._non_persistent = folder, non_persistent
+        self._folders = {"--save": folder}
+        if non_persistent is not None:
+            self._folders["--non-persistent-global-ckpt-dir"] = non_persistent
+        self._held: dict[str, FolderLock] = {}
+        check_writable(self._folders)
+        for flag, path in self._folders.items():
+            if path.is_dir():
+                self._held[flag] = FolderLock(flag, path)
+        if "--save" in self._held:
             self._clean()
 
     def create(self) -> None:
-        """Create the folder if it is not there yet, and take it.
+        """Create the folders that do not exist yet, and lock them.
 
         Raises:
-            UserError: another run has come first.
+            UserError: another run has locked it first.
         """
-        if self._held is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._held = FolderLock("--save", self.folder)
+        for flag, path in self._folders.items():
+            if flag not in self._held:
+                path.mkdir(parents=True, exist_ok=True)
+                self._held[flag] = FolderLock(flag, path)
 
     def warn_of_other_run(self) -> None:
-        """Warn that this run, which starts anew, will replace the checkpoints of another one."""
+        """Warn that this run, which starts from scratch, will replace the checkpoints of another one."""
         if found := checkpoints_in(self.folder):
             logger.warning(
                 f"--save {self.folder} holds checkpoints up to {found[-1].name}, which this run replaces as it starts "
-                "anew; give --load to go on from them, or another folder"
+                "from scratch; give --load to continue from them, or give another folder"
             )
 
     def close(self) -> None:
-        """Let another run have the folder."""
-        if self._held is not None:
-            self._held.close()
-            self._held = None
+        """Release the folders."""
+        while self._held:
+            self._held.popitem()[1].close()
 
     def _clean(self) -> None:
         """Remove half-written folders and files, and checkpoints that were to be deleted."""
-        for folder in (self.folder, self.folder / NON_PERSISTENT, self.folder / "weighter"):
+        non_persistent = self._non_persistent or self.folder / NON_PERSISTENT
+        for folder in (self.folder, non_persistent, self.folder / "weighter"):
             for leftover in remove_leftovers(folder):
-                logger.info(f" > cleared what an interrupted run left: {leftover}")
+                logger.info(f" > removed what an interrupted run had left: {leftover}")
         delete_retired(self.folder)
 
 
+def check_owner(flags: CheckpointConfig) -> None:
+    """Check that ``--non-persistent-global-ckpt-dir`` holds no other run's checkpoints.
+
+    All but the newest two there are deleted, and the newest is loaded, so each run needs a folder of its own.
+
+    Raises:
+        UserError: it does.
+    """
+    if flags.non_persistent_global_ckpt_dir is None or flags.non_persistent_ckpt_type is None:
+        return
+    folder = Path(flags.non_persistent_global_ckpt_dir)
+    own = [path for path in (flags.save, flags.load) if path is not None]
+    for checkpoint in checkpoints_in(folder)[-1:]:
+        owner = read_arguments(checkpoint).get("save")
+        if owner in own or Path(str(owner)).resolve() in [Path(path).resolve() for path in own]:
+            continue
+        raise UserError(
+            f"--non-persistent-global-ckpt-dir {folder}: {checkpoint.name} there is of a run with --save {owner}, "
+            "which this one would delete; give another folder"
+        )
+
+
 def check_writable(paths: Mapping[str, Path]) -> None:
-    """Check that folders can be written to, those that are not there yet by the first parent that is; leaves no trace.
+    """Check that folders are writable, or for new ones their first existing parent; leave no trace.
 
     Args:
         paths: folders by the flag that names them.
 
     Raises:
-        UserError: one cannot.
+        UserError: one is not writable.
     """
     for flag, path in paths.items():
         existing = path

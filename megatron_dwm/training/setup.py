@@ -1,4 +1,4 @@
-"""From the configuration to the parts of a trainer, each built once, in the order in which they need each other."""
+"""Builds the parts of a trainer from the configuration, in the order in which they depend on each other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_dwm.config.logging import LoggingConfig
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.blend import DataPaths, data_paths
-from megatron_dwm.data.tokenizers import build_tokenizer, padded_vocab_size
+from megatron_dwm.data.tokenizers import build_tokenizer, vocabulary_rows
 from megatron_dwm.data.validation import check_data
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
@@ -37,7 +37,7 @@ from megatron_dwm.training.profiler import StepProfiler
 from megatron_dwm.training.progress_log import ProgressLog
 from megatron_dwm.training.reporter import Reporter
 from megatron_dwm.training.resume_checks import check_resume, overruled_flags, resumed_vocab_size
-from megatron_dwm.training.save_folder import SaveFolder, check_writable
+from megatron_dwm.training.save_folder import SaveFolder, check_owner, check_writable
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, open_checkpoint
 from megatron_dwm.training.torch_format import open_torch_checkpoint
 from megatron_dwm.training.train_state import TrainComponents, TrainState
@@ -49,12 +49,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run reads, checked before any process waits for another."""
+    """The inputs of a run, checked before any process waits for another."""
 
     tokenizer: Any
     paths: DataPaths
     checkpoint: SavedCheckpoint | None
-    """The one to go on from; None to start anew."""
+    """The checkpoint to continue from; None to start from scratch."""
 
     @property
     def vocab_size(self) -> int:
@@ -64,7 +64,7 @@ class RunInputs:
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """The model in training: its parts on this rank, and the groups it is spread over."""
+    """The model in training: its parts on this rank, and its process groups."""
 
     parallel_state: ParallelState
     engine: PipelineEngine
@@ -76,16 +76,16 @@ class LanguageModel:
         return self.components.vocabulary.rows
 
 
-def hold_folders(
+def lock_folders(
     checkpoint: CheckpointConfig, data: DataConfig, logging_flags: LoggingConfig, rank: int
 ) -> SaveFolder | None:
-    """Take the ``--save`` folder for this run, and check that all that is written to can be.
+    """Lock the ``--save`` folder for this run, and check that all output folders are writable.
 
     Returns:
-        the folder, on the first rank; other runs may have it when this process ends.
+        the folder, on the first rank; it is released when this process ends.
 
     Raises:
-        UserError: a folder cannot be written to, or another run writes to ``--save``.
+        UserError: a folder cannot be written to, or is another run's.
     """
     if rank != 0:
         return None
@@ -96,14 +96,18 @@ def hold_folders(
         "--non-persistent-global-ckpt-dir": checkpoint.non_persistent_global_ckpt_dir,
     }
     check_writable({flag: Path(path) for flag, path in paths.items() if path})
-    return SaveFolder(Path(checkpoint.save)) if checkpoint.save else None
+    check_owner(checkpoint)
+    if not checkpoint.save:
+        return None
+    writes_others = checkpoint.non_persistent_save_interval and checkpoint.non_persistent_global_ckpt_dir
+    return SaveFolder(Path(checkpoint.save), Path(writes_others) if writes_others else None)
 
 
 def read_inputs(config: RunConfig, rank: int, world_size: int) -> RunInputs:
     """Open and check the tokenizer, the data and the checkpoint; the first rank checks the data for all.
 
     Raises:
-        UserError: whatever is wrong with them.
+        UserError: one of them is invalid.
     """
     settings = config.weighting
     tokenizer = build_tokenizer(config.tokenizer)
@@ -135,7 +139,7 @@ def build_language_model(
     """Build the process groups, the model, its optimizer and the engine that runs it; every rank calls it.
 
     Raises:
-        UserError: on every rank, if flags do not make a model.
+        UserError: on every rank, if the flags do not define a valid model.
     """
     with startup_sync.phase("model configuration"):
         core_config = transformer_config(
@@ -198,7 +202,7 @@ def assemble_language_model(
 
 
 def _vocabulary(model: ModelConfig, tp: int, inputs: RunInputs) -> Vocabulary:
-    padded = model.padded_vocab_size or padded_vocab_size(inputs.vocab_size, model.make_vocab_size_divisible_by, tp)
+    padded = vocabulary_rows(inputs.vocab_size, model, tp)
     if inputs.checkpoint is None:
         return Vocabulary(padded, padded)
     rows = resumed_vocab_size(inputs.checkpoint, padded, inputs.vocab_size, model.padded_vocab_size, tp)
@@ -207,7 +211,7 @@ def _vocabulary(model: ModelConfig, tp: int, inputs: RunInputs) -> Vocabulary:
     return vocabulary
 
 
-def load_if_there(
+def load_if_present(
     config: RunConfig, inputs: RunInputs, language_model: LanguageModel, save_folder: SaveFolder | None
 ) -> tuple[TrainState, State]:
     """Load the checkpoint that the flags name, if there is one; every rank calls it.
@@ -216,14 +220,14 @@ def load_if_there(
         save_folder: on the first rank, if the run saves.
 
     Returns:
-        how far its run had come, and its weighting's state (empty if it has none).
+        the counters of its run, and its weighting's state (empty if it has none).
 
     Raises:
         UserError: the checkpoint does not fit.
     """
     if inputs.checkpoint is None:
         if config.checkpoint.load is not None:
-            logger.info(f" > --load {config.checkpoint.load} holds no checkpoint yet: the run starts anew")
+            logger.info(f" > --load {config.checkpoint.load} holds no checkpoint yet: the run starts from scratch")
         elif save_folder is not None:
             save_folder.warn_of_other_run()
         return TrainState(), {}
@@ -266,7 +270,7 @@ def build_trainer_parts(
             is_last_rank=parallel_state.is_last_rank,
         )
         stragglers = StragglerReport(config.profiling, parallel_state.rank, parallel_state.world_size)
-        reporter = Reporter(config, parallel_state, language_model.padded_vocab_size, train_state.iteration, timers)
+        reporter = Reporter(config, parallel_state, language_model.padded_vocab_size, train_state, timers)
     progress = ProgressLog(
         Path(str(config.checkpoint.save)) if is_noted else None,
         parallel_state.world_size,

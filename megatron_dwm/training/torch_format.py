@@ -1,8 +1,8 @@
 """Checkpoints in Megatron-LM's older format, ``torch``: a file for each tensor- and pipeline-parallel rank.
 
-``iter_0000100/mp_rank_00/model_optim_rng.pt`` (``mp_rank_00_000`` in a pipeline) holds what the rank holds, under the
-names of its own modules, so that only a run of the same layout can load it. The distributed optimizer's state, which is
-in a file beside it, is not loaded.
+``iter_0000100/mp_rank_00/model_optim_rng.pt`` (``mp_rank_00_000`` in a pipeline) holds the rank's state, under the
+names of its modules, so that only a run with the same layout can load it. The distributed optimizer's state is in
+``distrib_optim.pt`` beside it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,16 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.safe_unpickling import read_torch_file, short_reason
-from megatron_dwm.training.checkpoint_contents import VERSION, model_key, rng_state, unsharded_state
+from megatron_dwm.training.checkpoint_contents import (
+    OF_WEIGHTING,
+    VERSION,
+    OfParameters,
+    model_key,
+    rng_state,
+    unsharded_state,
+)
 from megatron_dwm.training.checkpoint_folders import rank_file
+from megatron_dwm.training.optimizer_shards import SHARDS, gathered_shards, load_shards
 from megatron_dwm.training.optimizer_state import load_optimizer
 from megatron_dwm.training.resume_checks import WORD_EMBEDDINGS
 from megatron_dwm.training.saved_checkpoint import CheckpointDamage, SavedCheckpoint, reported_damage, require_checksums
@@ -45,7 +53,7 @@ class TorchCheckpoint(SavedCheckpoint):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Global shapes of the tensors that are known before a rank's own file is read: the word embeddings'."""
+        """Global shapes of the tensors that are known before a rank's file is read: the word embeddings'."""
         return {} if self.embedding is None else {WORD_EMBEDDINGS: self.embedding}
 
 
@@ -53,10 +61,10 @@ def open_torch_checkpoint(folder: Path, config: RunConfig, rank: int) -> TorchCh
     """Open the first rank's file, after a part of all files has been verified; no communication.
 
     Args:
-        rank: which of the run's ranks this is, and so which part it verifies.
+        rank: this rank, which determines the part that it verifies.
 
     Raises:
-        UserError: it is damaged, or was saved by a run of another layout, or by a Megatron-LM of long ago.
+        UserError: it is damaged, or was saved in another layout, or by a very old version of Megatron-LM.
     """
     pp = config.parallel.pp
     path = first_rank_file(folder)
@@ -82,13 +90,16 @@ def open_torch_checkpoint(folder: Path, config: RunConfig, rank: int) -> TorchCh
             "its own layout and save it as torch_dist, which any layout can load"
         )
     flags = config.checkpoint
-    if arguments.get("use_distributed_optimizer") and not (flags.finetune or flags.no_load_optim):
+    was_sharded = bool(arguments.get("use_distributed_optimizer"))
+    has_optimizer = not (flags.finetune or flags.no_load_optim) and "optimizer" in state
+    if has_optimizer and was_sharded != config.parallel.use_distributed_optimizer:
         raise UserError(
-            f"{where} has its optimizer's state in distrib_optim.pt, which is not read; load with --no-load-optim"
+            f"{where} was saved {'with' if was_sharded else 'without'} --use-distributed-optimizer and this run is "
+            f"{'without' if was_sharded else 'with'} it; load it as it was saved, or with --no-load-optim"
         )
     rows = state[_first_model_key(state)].get(WORD_EMBEDDINGS)
     embedding = None if rows is None else (rows.shape[0] * config.parallel.tp, *rows.shape[1:])
-    common = {key: value for key, value in state.items() if not key.startswith("model")}
+    common = {key: value for key, value in state.items() if not key.startswith(("model", OF_WEIGHTING))}
     if "optimizer" in common:
         common["optimizer"] = {}  # each rank reads its own
     keys = {"rng_state/": None} if "rng_state" in state else {}
@@ -101,10 +112,10 @@ def load_torch_state(
     """Load this rank's model, and its optimizer's state; no communication.
 
     Returns:
-        what else is in its file.
+        the rest of the file's content.
 
     Raises:
-        UserError: the file is damaged, or of another model.
+        UserError: the file is damaged, or belongs to another model.
     """
     path = rank_file(saved.folder, parallel_state.tp_rank, parallel_state.pp_rank, parallel_state.pp_size)
     with reported_damage(saved.folder):
@@ -117,7 +128,11 @@ def load_torch_state(
         except RuntimeError as error:
             reason = short_reason(RuntimeError(" ".join(str(error).split())))
             raise UserError(f"--load {saved.folder.parent}: {path.parent.name} is of another model: {reason}") from None
-    if with_optimizer:
+    if with_optimizer and getattr(saved.arguments, "use_distributed_optimizer", False):
+        load_optimizer(components.optimizer, state["optimizer"])
+        with reported_damage(saved.folder):
+            load_shards(components.optimizer, path.with_name(SHARDS))
+    elif with_optimizer:
         load_optimizer(components.optimizer, _with_step(state["optimizer"], components, saved.folder))
     return state
 
@@ -128,11 +143,18 @@ def write_torch_state(
     components: TrainComponents,
     train_state: TrainState,
     parallel_state: ParallelState,
+    of_parameters: OfParameters | None = None,
 ) -> None:
-    """Write this rank's file; no communication."""
+    """Write this rank's files; collective with the distributed optimizer, whose shards are gathered.
+
+    Args:
+        of_parameters: the weighting's per-parameter tensors, by name.
+    """
+    flags, shards = config.checkpoint, None
+    if config.parallel.use_distributed_optimizer and not flags.no_save_optim:
+        shards = gathered_shards(components.optimizer, use_gloo=config.parallel.enable_gloo_process_groups)
     if parallel_state.dp_rank != 0 or parallel_state.cp_rank != 0:
         return
-    flags = config.checkpoint
     state = unsharded_state(config, components, train_state)
     for number, chunk in enumerate(components.chunks):
         module: Any = chunk.module
@@ -144,8 +166,12 @@ def write_torch_state(
     if not flags.no_save_rng:
         state["rng_state"] = [rng_state()]
     path = rank_file(folder, parallel_state.tp_rank, parallel_state.pp_rank, parallel_state.pp_size)
+    for name, tensors in (of_parameters or {}).items():
+        state[f"{OF_WEIGHTING}{name}"] = {str(number): tensor for number, tensor in enumerate(tensors.values())}
     path.parent.mkdir(exist_ok=True)
     torch.save(state, path)
+    if shards is not None:
+        torch.save(shards, path.with_name(SHARDS))
 
 
 def _renamed(saved: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,10 +187,10 @@ def _renamed(saved: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, 
 
 
 def _with_step(state: dict[str, Any], components: TrainComponents, folder: Path) -> dict[str, Any]:
-    """Return the optimizer's state with its step where megatron-core looks for it.
+    """Return the optimizer's state with its step where megatron-core expects it.
 
     Raises:
-        UserError: it is of other parameters.
+        UserError: it belongs to other parameters.
     """
     inner = dict(state["optimizer"] if isinstance(state.get("optimizer"), dict) else state)
     (part,) = optimizer_parts(components.optimizer)

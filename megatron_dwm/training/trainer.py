@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from megatron_dwm.runtime.stragglers import StragglerReport
 from megatron_dwm.runtime.timers import StepTimers
 from megatron_dwm.training.checkpoint import CheckpointWriter
 from megatron_dwm.training.dataloaders import Dataloaders
-from megatron_dwm.training.evaluation import Evaluation, evaluate
+from megatron_dwm.training.evaluator import Evaluator, TaskEvaluation
 from megatron_dwm.training.profiler import StepProfiler
 from megatron_dwm.training.reporter import Reporter
 from megatron_dwm.training.rerun import StepValidation, reported_divergence
@@ -35,16 +35,13 @@ from megatron_dwm.weighting.policy import SampleWeighting
 
 logger = logging.getLogger(__name__)
 
-TaskEvaluation = Callable[[], list[dict[str, Any]]]
-"""Evaluates the model on tasks, with all ranks; returns a record for each task."""
-
 SAVES_WITH_MEMORY_REPORT = 3
 """Megatron-LM reports the GPU's memory around a run's first checkpoints."""
 
 
 @dataclass(frozen=True)
 class TrainerParts:
-    """What a trainer works with besides a weighting (``setup.py`` builds them)."""
+    """All that a trainer needs besides a weighting (built by ``setup.py``)."""
 
     parallel_state: ParallelState
     engine: PipelineEngine
@@ -69,6 +66,16 @@ class Trainer:
         self.checkpoints, self.train_state, self.timers = parts.checkpoints, parts.train_state, parts.timers
         self.batch_sizes, self.validation = config.batch_sizes, StepValidation(config.training)
         self.stop_request = StopRequest(config.training)
+        self.evaluator = Evaluator(
+            config,
+            parts.engine,
+            parts.parallel_state,
+            parts.dataloaders,
+            parts.reporter,
+            parts.train_state,
+            self.stop_request,
+            parts.evaluate_tasks,
+        )
         self.saves_with_memory_report = SAVES_WITH_MEMORY_REPORT
 
     def with_weighting(self, weighting: SampleWeighting) -> Trainer:
@@ -89,7 +96,7 @@ class Trainer:
         write_run_status(self.config.checkpoint.save, status, self.train_state.iteration, stop_reason or "")
 
     def convert(self) -> None:
-        """Save the checkpoint that was loaded, as it is, in the format of this run."""
+        """Save the checkpoint that was loaded, unchanged, in the format of this run."""
         flags = self.config.checkpoint
         try:
             self.save()
@@ -101,7 +108,7 @@ class Trainer:
         logger.info(f" > converted checkpoint: {flags.load} -> {flags.save}.")
 
     def _train(self) -> str | None:
-        """Train and evaluate; return why the run ends early, None if it does not."""
+        """Train and evaluate; return why the run ends early, or None if it does not."""
         config, train_state = self.config, self.train_state
         self.stop_request.listen()
         if config.training.manual_gc:
@@ -109,34 +116,28 @@ class Trainer:
             gc.collect()
         start = train_state.iteration
         self._check_replicas(start)
-        while not config.training.skip_train and train_state.iteration < config.train_iters:
+        stop_reason = None
+        if not config.training.skip_train and not self.evaluator.make_due():
+            stop_reason = self.stop_request.reason(start)
+        while not config.training.skip_train and train_state.iteration < config.train_iters and stop_reason is None:
             self.checkpoints.poll()
             with reported_divergence(train_state.iteration + 1):
                 self.train_iteration(train_state.iteration + 1)
             self.parts.profiler.after_iteration(train_state.iteration - start, train_state.iteration)
             self._check_replicas(train_state.iteration)
+            self.evaluator.schedule()
+            self.evaluator.make_due()
             stop_reason = self.stop_request.reason(train_state.iteration)
-            if config.data.eval_interval and train_state.iteration % config.data.eval_interval == 0:
-                self.evaluate("valid", f"iteration {train_state.iteration}")
-            self._evaluate_tasks_if_due()
-            self._save_if_due(is_last=stop_reason is not None)
-            if stop_reason is not None:
-                logger.info(event_line(stop_reason))
-                return stop_reason if self._has_more_to_do() else None
-        skipped = "skipping training (--skip-train is on) ..."
-        logger.info(skipped if config.training.skip_train else event_line("after training is done"))
-        self._announce_second_evaluation()
-        self.evaluate("valid", f"iteration {train_state.iteration} on validation set", log_progress=True)
-        self.evaluate("test", f"iteration {train_state.iteration} on test set", log_progress=True)
-        return None
-
-    def _has_more_to_do(self) -> bool:
-        """Whether a run that ends now would, started again, train or evaluate."""
-        is_evaluated = self.dataloaders.valid is None and self.dataloaders.test is None
-        return self.train_state.iteration < self.config.train_iters or not is_evaluated
+            if self._save_if_due(is_last=stop_reason is not None):
+                stop_reason = stop_reason or self.stop_request.reason(train_state.iteration)
+        if stop_reason is None:
+            return self.evaluator.finish()
+        logger.info(event_line(stop_reason))
+        is_finished = train_state.iteration >= config.train_iters and not self.evaluator.has_more_to_do
+        return None if is_finished else stop_reason
 
     def train_iteration(self, iteration: int) -> None:
-        """Run one iteration: weigh the batch, step the language model, let the weighting learn from the step."""
+        """Run one iteration: weight the batch, train the language model, update the weighting."""
         timed = self.timers.timed
         with timed("batch-generator"), self.parts.stragglers.reading():
             batch = self.dataloaders.train.next_batch()
@@ -164,7 +165,9 @@ class Trainer:
                 self.validation.check if self.validation.is_active else None,
             )
         samples = len(batch) * self.parallel_state.dp_size
-        part = samples / self.config.global_batch_size  # of the largest batch, which operations are counted for
+        part = (
+            samples / self.config.global_batch_size
+        )  # relative to the largest batch, for which operations are counted
         self.parts.stragglers.count(part * self.reporter.flops_per_step)
         skipped = self.batch_sizes.nominal(self.train_state.consumed_train_samples) - samples
         self.train_state.advance(iteration, samples, part * self.reporter.flops_per_step, skipped)
@@ -195,77 +198,35 @@ class Trainer:
                 raise RuntimeError(f"the replicas' parameters differ after iteration {iteration}")
         logger.info(f">>> Weight hashes match after {iteration} iterations...")
 
-    def evaluate(self, split: str, prefix: str, *, log_progress: bool = False) -> None:
-        """Evaluate on ``valid`` or ``test``, if there is such data.
-
-        Args:
-            prefix: where in the run this is, for the log.
-            log_progress: whether to log each batch.
-        """
-        data = self.dataloaders.valid if split == "valid" else self.dataloaders.test
-        if data is None:
-            return
-        reads_whole_sets = split == "valid" and self.config.data.full_validation
-        with self.reporter.paused(), self.engine.full_parameters():
-            results = {
-                name: evaluate(
-                    self.engine,
-                    data.loader,
-                    batches,
-                    self.config.training.micro_batch,
-                    self.parallel_state,
-                    log_progress=log_progress,
-                    dtype=torch.float64 if reads_whole_sets else torch.float32,
-                )
-                for name, batches in data.batches.items()
-            }
-            if split == "valid" and not reads_whole_sets:  # each set has a place of its own, the same for all
-                self.train_state.consumed_valid_samples += data.samples // len(data.batches)
-            loss = Evaluation.of_all(list(results.values())).loss
-            by_source = {name: result.loss for name, result in results.items()}
-            is_by_source = split == "valid" and self.config.data.multiple_validation_sets
-            self.reporter.evaluation(self.train_state, split, loss, prefix, by_source if is_by_source else {})
-
-    def _evaluate_tasks_if_due(self) -> None:
-        interval, iteration = self.config.tasks.eval_tasks_interval, self.train_state.iteration
-        if self.parts.evaluate_tasks is None or interval is None:
-            return
-        if iteration % interval == 0 or iteration == self.config.train_iters:
-            with self.reporter.paused(), self.engine.full_parameters():
-                self.reporter.tasks(iteration, self.parts.evaluate_tasks())
-
-    def _announce_second_evaluation(self) -> None:
-        """Say why there are two validation losses of the last iteration, as Megatron-LM has them, if there are."""
-        config, interval = self.config, self.config.data.eval_interval
-        was_evaluated = interval and self.train_state.iteration % interval == 0 and not config.training.skip_train
-        if was_evaluated and self.dataloaders.valid is not None and not config.data.full_validation:
-            samples = config.data.eval_iters * config.global_batch_size
-            logger.info(f" > the final validation loss is of the next {samples} samples, after those of the loss above")
-
     def save(self, *, persistent: bool = True) -> None:
-        """Write a checkpoint, and with a persistent one what the weighting writes beside it."""
+        """Write a checkpoint; with a persistent one, also the files of the weighting."""
         iteration = self.train_state.iteration
         with self.reporter.paused():
             should_report = self.saves_with_memory_report > 0
             self.saves_with_memory_report -= 1
             if should_report:
                 self.reporter.memory(f"(before save_checkpoint for iteration {iteration})")
-            if persistent:  # first: a run that is killed between the two goes on from before both, and writes both
+            if (
+                persistent
+            ):  # first, so that a run that is killed in between resumes from before both, and writes both again
                 self.weighting.before_save(iteration)
             with self.engine.full_parameters():
                 self.checkpoints.save(self.train_state, self.weighting.state_dict(), persistent=persistent)
             if should_report:
                 self.reporter.memory(f"(after save_checkpoint for iteration {iteration})")
 
-    def _save_if_due(self, *, is_last: bool) -> None:
+    def _save_if_due(self, *, is_last: bool) -> bool:
+        """Return whether a checkpoint was saved that stays."""
         flags, iteration = self.config.checkpoint, self.train_state.iteration
         if not flags.save:
-            return
+            return False
         is_due = bool(flags.save_interval) and iteration % (flags.save_interval or 1) == 0
         if is_last or is_due or iteration == self.config.train_iters:
             self.save()
-        elif flags.non_persistent_save_interval and iteration % flags.non_persistent_save_interval == 0:
+            return True
+        if flags.non_persistent_save_interval and iteration % flags.non_persistent_save_interval == 0:
             self.save(persistent=False)
+        return False
 
     def _report(self, result: StepResult, metrics: dict[str, object], weighting_flops: float, samples: int) -> None:
         optimizer = self.components.optimizer
@@ -287,7 +248,7 @@ class Trainer:
         optimizer = self.components.optimizer
         if not self.config.optimizer.fp16:
             return params_norm(optimizer.get_parameters(), optimizer)
-        # As Megatron-LM: of fp16 training it is the model's parameters, not their masters.
+        # As in Megatron-LM: in fp16 training the norm is of the model's parameters, not of the fp32 masters.
         return params_norm([param for chunk in self.components.chunks for param in chunk.parameters()])
 
 
@@ -295,8 +256,8 @@ def params_norm(parameters: Iterable[torch.nn.Parameter], sharded_by: Optimizer 
     """Return the norm of all parameters over the model, each counted once.
 
     Args:
-        parameters: this rank's.
-        sharded_by: the optimizer whose ranks hold parts of the parameters; None if each rank of the model has its own.
+        parameters: those of this rank.
+        sharded_by: the optimizer over whose ranks the parameters are sharded; None if they are not sharded.
     """
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate

@@ -1,7 +1,7 @@
-"""The process in which a rank's writers of checkpoints leave what they have written.
+"""The process that collects the results of a rank's checkpoint writers.
 
-megatron-core starts one at a rank's first save. That one imports torch anew, is ended by the signals that ask a run to
-save and stop, so that there is no saving any more, and outlives a rank that is killed. This one does none of these.
+megatron-core starts one at a rank's first save. It imports torch again, is killed by the signals that ask a run to
+save and stop, after which saving is impossible, and outlives a rank that is killed. This one does none of these.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from multiprocessing.managers import SyncManager
 
 import torch
 
-from megatron_dwm.training.stop_request import SIGNALS
+from megatron_dwm.runtime.stop_signals import STOP_SIGNALS
 
 WATCH_SECONDS = 1.0
-"""Between two looks whether the rank is still there."""
+"""Between two checks whether the rank still runs."""
 
 
 def start_results_process() -> None:
@@ -29,12 +29,12 @@ def start_results_process() -> None:
         # A process with a CUDA context must not be forked.
         context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
         manager = SyncManager(ctx=context)
-        manager.start(initializer=_live_as_long_as_the_rank)
+        manager.start(initializer=_serve_until_rank_exits)
         filesystem_async._results_queue = manager.Queue()
 
 
-def _live_as_long_as_the_rank() -> None:
-    for number in (*SIGNALS, signal.SIGHUP):
+def _serve_until_rank_exits() -> None:
+    for number in (*STOP_SIGNALS, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_after_the_rank, daemon=True).start()
 

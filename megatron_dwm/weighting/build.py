@@ -1,51 +1,37 @@
-"""From the flags to the weighting of a run."""
+"""Builds the weighting of a run from the flags."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_dwm.config.run import RunConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.data.blend import DataPaths
-from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer, vocabulary_fingerprint
-from megatron_dwm.data.loader import BatchLoader
-from megatron_dwm.data.sample_text import sample_text
-from megatron_dwm.data.sampler import BatchPartition
+from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
 from megatron_dwm.errors import UserError
-from megatron_dwm.model.engine import PipelineEngine
-from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.safe_unpickling import DAMAGE, short_reason
 from megatron_dwm.weighting.bilevel.gradient_check import check_at_start
-from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
+from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
 from megatron_dwm.weighting.bilevel.outer_update import OuterUpdate
 from megatron_dwm.weighting.bilevel.weighting import BilevelFlops, BilevelParts, BilevelWeighting
 from megatron_dwm.weighting.build_rules import build_rule
+from megatron_dwm.weighting.context import WeightingContext, lm_gradients, scoring_options, weight_metrics
 from megatron_dwm.weighting.export import FolderExporter, NoExport, WeighterExporter, run_facts
 from megatron_dwm.weighting.flops import outer_update_flops, scoring_flops
 from megatron_dwm.weighting.frozen import FrozenParts, FrozenWeighting
-from megatron_dwm.weighting.loss_factors import LossFactors
 from megatron_dwm.weighting.policy import SampleWeighting, State
 from megatron_dwm.weighting.rules import ShuffledWeighting
 from megatron_dwm.weighting.sample_gather import SampleGather
 from megatron_dwm.weighting.sample_reader import SampleReader
-from megatron_dwm.weighting.scored import ScoringOptions
-from megatron_dwm.weighting.stage_schedule import StageSchedule, bilevel_stages, frozen_stages
 from megatron_dwm.weighting.uniform import UniformWeighting
 from megatron_dwm.weighting.warmup import Start, WarmupWeighting
-from megatron_dwm.weighting.weight_metrics import WeightMetrics
-from megatron_dwm.weighting.weighter import Weighter, model_digest
-from megatron_dwm.weighting.weighter_folder import SampleTokens, WeighterFolder, read_weighter_folder, window_reader
+from megatron_dwm.weighting.weighter import Weighter
+from megatron_dwm.weighting.weighter_folder import WeighterFolder, read_weighter_folder, window_reader
 from megatron_dwm.weighting.weighter_init import (
     NGRAM,
-    check_init_from_lm,
     random_weighter_model,
     weighter_model_from_json,
     weighter_model_from_lm,
@@ -54,88 +40,9 @@ from megatron_dwm.weighting.weighter_stages import WeighterStage, weighter_stage
 
 logger = logging.getLogger(__name__)
 
-DOCUMENT_JOINT = "\n\n"
-"""Stands between two documents of a sample, where a classifier with another tokenizer reads its text."""
-
-
-@dataclass(frozen=True)
-class WeightingInputs:
-    """What the weighting reads, checked before any process waits for another."""
-
-    samples: SampleTokens | None = None
-    """What the weighter can read; None without a weighter."""
-    folder: WeighterFolder | None = None
-    """The classifier that ``--dwm-load`` or ``--dwm-init-from`` names, if it names a folder; the first of several."""
-    digest: str | None = None
-    """Of the parameters of all weighters that are read from folders."""
-
-
-def run_stages(config: RunConfig, begun_by: int | None = None) -> StageSchedule:
-    """Lay out the stages of a run; of a resumed one over its whole length, as its flags say it now.
-
-    Args:
-        begun_by: the iteration that a run with a weighter which has begun to learn goes on from, if it does.
-
-    Raises:
-        UserError: they do not fit into the run.
-    """
-    if not config.weighting.needs_target:
-        return frozen_stages(config.weighting, config.train_iters)
-    return bilevel_stages(config.weighting, config.train_iters, begun_by)
-
-
-def read_weighting_inputs(config: RunConfig, tokenizer: Any) -> WeightingInputs:
-    """Open and check the weighter's folder.
-
-    Raises:
-        UserError: the folder does not fit.
-    """
-    settings = config.weighting
-    if not settings.has_weighter:
-        return WeightingInputs()
-    samples = SampleTokens(
-        config.model.sequence,
-        int(tokenizer.vocab_size),
-        int(tokenizer.eod),
-        vocabulary_fingerprint(tokenizer, config.tokenizer),
-        partial(sample_text, tokenizer=tokenizer, joint=DOCUMENT_JOINT),
-    )
-    flag, seed = "--dwm-load", config.training.seed
-    if settings.dwm_load is not None:
-        weighters = weighter_stages(flag, settings.dwm_load, config.train_iters)
-        # All of them, so that none fails in the middle of the run.
-        digests = [model_digest(read_weighter_folder(flag, w.folder, samples, seed).model) for w in weighters[1:]]
-        folder = read_weighter_folder(flag, weighters[0].folder, samples, seed)
-        return WeightingInputs(samples, folder, "".join([model_digest(folder.model), *digests]))
-    if settings.dwm_init_from == "lm":
-        check_init_from_lm(config.model, settings)
-    if settings.dwm_init_from in ("lm", "random"):
-        return WeightingInputs(samples)
-    folder = read_weighter_folder("--dwm-init-from", settings.dwm_init_from, samples, seed)
-    return WeightingInputs(samples, folder, digest=model_digest(folder.model))
-
-
-@dataclass(frozen=True)
-class WeightingContext:
-    """The parts of a run that a weighting works with."""
-
-    config: RunConfig
-    inputs: WeightingInputs
-    stages: StageSchedule
-    paths: DataPaths
-    tokenizer: Any
-    padded_vocab_size: int
-    engine: PipelineEngine
-    optimizer: Any
-    partition: BatchPartition
-    parallel_state: ParallelState
-    make_target_loader: Callable[[int], BatchLoader]
-    """Reads the target set, from a number of consumed samples on."""
-    device: torch.device
-
 
 def build_weighting(context: WeightingContext) -> SampleWeighting:
-    """Return the weighting that ``--dwm-mode`` names.
+    """Return the weighting for ``--dwm-mode``.
 
     Raises:
         UserError: flags that do not fit the data.
@@ -146,35 +53,12 @@ def build_weighting(context: WeightingContext) -> SampleWeighting:
 
 
 def check_gradients(context: WeightingContext, batch: Batch, target: Batch) -> None:
-    """Hold the run's hypergradient against finite differences (``--dwm-check``); every rank calls it.
+    """Compare the run's hypergradient with finite differences (``--dwm-check``); every rank calls it.
 
     Raises:
         UserError: on every rank, if they differ or there is nothing to check.
     """
     check_at_start(lm_gradients(context), SampleGather(context.partition, context.parallel_state), batch, target)
-
-
-def lm_gradients(context: WeightingContext) -> LMGradients:
-    """Return the passes over the language model that an outer update is made of."""
-    config, micro_batch_size = context.config, context.config.training.micro_batch
-    return LMGradients(config.weighting, context.engine, context.optimizer, context.parallel_state, micro_batch_size)
-
-
-def weight_metrics(context: WeightingContext) -> WeightMetrics:
-    """Return what computes the figures of each step's weights."""
-    config, gather = context.config, SampleGather(context.partition, context.parallel_state)
-    is_per_token = context.engine.config.calculate_per_token_loss
-    loss_factors = LossFactors(config.training.micro_batch, is_per_token, context.parallel_state)
-    return WeightMetrics(context.stages, gather, loss_factors, context.paths.train_sources)
-
-
-def scoring_options(config: RunConfig) -> ScoringOptions:
-    """Return how the flags make weights of scores."""
-    return ScoringOptions(
-        temperature=config.weighting.dwm_temperature,
-        min_effective_sample_size=config.weighting.dwm_min_effective_sample_size,
-        check_interval=config.logging.log_interval,
-    )
 
 
 class _Builder:
@@ -236,17 +120,21 @@ class _Builder:
             weighter = self._new_weighter()
             if iteration > self.context.stages.warmup_iters + 1:
                 logger.warning(
-                    f"the checkpoint holds no weighter, so a new one starts at iteration {iteration}; to go on with "
-                    "an earlier one, give its export as --dwm-init-from"
+                    f"the checkpoint holds no weighter, so a new one starts at iteration {iteration}; to continue "
+                    "with an earlier one, give its export as --dwm-init-from"
                 )
             self._announce(iteration, weighter)
+        momentum = self.config.target_momentum
+        gradient_mean = GradientMean(self.engine.chunks, momentum) if momentum > 0 else None
+        passes = lm_gradients(self.context, gradient_mean)
         parts = BilevelParts(
             self.engine,
             weighter,
-            self._outer_update(weighter),
+            OuterUpdate(self.settings, passes, weighter, self.sample_gather),
             self.context.make_target_loader(state.get("consumed_target_samples", 0)),
             self._exporter(has_own_tokenizer=bool(weighter.tokenizer_fingerprint)),
             BilevelFlops(self._scoring_flops(weighter), self._update_flops(weighter)),
+            gradient_mean,
         )
         if self.settings.dwm_mode == "rule":
             shuffle_seed = self.config.training.seed
@@ -260,9 +148,6 @@ class _Builder:
                 raise _damaged_state(error) from None
         return weighting
 
-    def _outer_update(self, weighter: Weighter) -> OuterUpdate:
-        return OuterUpdate(self.settings, lm_gradients(self.context), weighter, self.sample_gather)
-
     def _weighter(self, model: Any, reader: SampleReader | None = None, tokenizer_fingerprint: str = "") -> Weighter:
         return Weighter(
             model,
@@ -274,14 +159,14 @@ class _Builder:
         )
 
     def _weighter_of_folder(self, folder: WeighterFolder, model: Any) -> Weighter:
-        """Return a weighter that reads as the one of a folder does."""
+        """Return a weighter that reads samples like the one in a folder."""
         return self._weighter(model, folder.reader, "" if folder.own_tokenizer is None else folder.fingerprint)
 
     def _restored_weighter(self, state: State) -> Weighter:
-        """Return a checkpoint's weighter, which reads samples as it did.
+        """Return a checkpoint's weighter, which reads samples as it did when it was saved.
 
         Raises:
-            UserError: it has a tokenizer of its own, which the flags do not name, or fewer tokens than the run's.
+            UserError: it has another tokenizer, which the flags do not name, or fewer tokens than the run's tokenizer.
         """
         model, folder = weighter_model_from_json(state["weighter_config"]), self.inputs.folder
         embeddings, tokens = model.config.vocab_size, int(self.context.tokenizer.vocab_size)
@@ -303,7 +188,7 @@ class _Builder:
         return weighter
 
     def _new_weighter(self) -> Weighter:
-        """Make the weighter that the flags ask for; a collective call of all ranks."""
+        """Create the weighter that the flags ask for; a collective call of all ranks."""
         if self.inputs.folder is not None:
             return self._weighter_of_folder(self.inputs.folder, self.inputs.folder.model)
         return self._weighter(self._new_model())
@@ -317,11 +202,11 @@ class _Builder:
             return weighter_model_from_lm(self.engine.chunks, model, settings, vocab, eod, seed)
 
     def _log_kept_architecture(self, weighter: Weighter) -> None:
-        """Say that a checkpoint's weighter stays what it is, if the flags would make another."""
+        """Log that a checkpoint's weighter is kept, if the flags ask for another kind."""
         kind, arch = weighter.model.config.model_type, self.settings.dwm_arch
         wanted = NGRAM if arch == "ngram" else arch
         if self.settings.dwm_init_from == "random" and kind != wanted:
-            logger.info(f" > the checkpoint's weighter, a {kind}, goes on; --dwm-arch {arch} is for a new one")
+            logger.info(f" > the checkpoint's weighter, a {kind}, is kept; --dwm-arch {arch} applies only to a new one")
 
     def _announce(self, iteration: int, weighter: Weighter) -> None:
         kind, size, mode = type(weighter.model).__name__, weighter.num_parameters, self.settings.dwm_mode

@@ -1,11 +1,12 @@
-"""From the flags to the rules of mode ``rule`` that learn no weighter."""
+"""Builds the rules of mode ``rule`` that train no weighter from the flags."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from megatron_dwm.model.flops import training_flops
+from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
+from megatron_dwm.weighting.context import WeightingContext
 from megatron_dwm.weighting.flops import forward_flops, outer_update_flops
 from megatron_dwm.weighting.rules import (
     HalfWeighting,
@@ -25,20 +26,16 @@ from megatron_dwm.weighting.targeted import (
 )
 from megatron_dwm.weighting.weight_metrics import WeightMetrics
 
-if TYPE_CHECKING:
-    from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
-    from megatron_dwm.weighting.build import WeightingContext
-
 
 def build_rule(
     context: WeightingContext, lm_gradients: LMGradients, weight_metrics: WeightMetrics, options: ScoringOptions
 ) -> ScoredWeighting:
-    """Return the weighting that ``--dwm-rule`` names.
+    """Return the weighting for ``--dwm-rule``.
 
     Args:
         context: the parts of the run.
-        lm_gradients: the passes that alignments are made of.
-        weight_metrics: what computes the figures of each step's weights.
+        lm_gradients: the passes that compute alignments.
+        weight_metrics: computes the metrics of each step's weights.
         options: how scores become weights.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A weighter from a Hugging Face folder: a classifier with one output, whatever its tokenizer and its positions."""
+"""A weighter from a Hugging Face folder: a classifier with one output, with any tokenizer and maximum length."""
 
 from __future__ import annotations
 
@@ -20,49 +20,49 @@ from megatron_dwm.weighting.weighter_init import seeded, zero_head
 from megatron_dwm.weighting.windows import position_limit
 
 _LONGEST = 10**9
-"""Tokenizers that know no length say a greater one."""
+"""Tokenizers without a maximum length report a larger one."""
 
 
 @dataclass(frozen=True)
 class SampleTokens:
-    """What a run's samples are made of."""
+    """The format of a run's samples."""
 
     seq_length: int
     vocab_size: int
     eod: int
-    """End-of-document token, which pads where a folder names no token for that."""
+    """End-of-document token, used for padding if a folder defines no padding token."""
     fingerprint: str
     """Of the tokenizer's vocabulary."""
     text_of: Callable[[npt.NDArray[np.integer[Any]]], str]
-    """Gives the text of a sample's tokens [s]."""
+    """Returns the text of a sample's tokens [s]."""
 
 
 @dataclass(frozen=True)
 class WeighterFolder:
-    """A classifier, and how it reads the samples of a run."""
+    """A classifier, and how it reads a run's samples."""
 
     path: str
     model: Any
     reader: SampleReader | None
-    """None if it reads a sample's tokens as they are."""
+    """Converts samples to its input; None if it reads the sample's tokens."""
     own_tokenizer: Any | None
     """Its tokenizer, of Hugging Face, if that is not the run's."""
     fingerprint: str
     """Of its tokenizer's vocabulary."""
     reading: str
-    """How it reads the samples, in words; empty if there is nothing to say of it."""
+    """A description of how it reads the samples, for the log; may be empty."""
 
 
 def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: int) -> WeighterFolder:
-    """Read a classifier from any Hugging Face folder; a language model's gets a new head.
+    """Read a classifier from any Hugging Face folder; a language model gets a new head.
 
-    A classifier with another tokenizer is given the samples' texts. One that has fewer positions than a sample has
-    tokens goes on if its positions do, and else scores a sample in windows.
+    A classifier with another tokenizer reads the samples' texts. A classifier with a shorter maximum length than the
+    samples scores them in windows, unless its positions are rotary or absent.
 
     Args:
         flag: the flag that names ``folder``, for messages.
-        samples: what the run's samples are made of.
-        seed: of a new head.
+        samples: the format of the run's samples.
+        seed: seed of a new head.
 
     Raises:
         UserError: the folder is missing or damaged, cannot be loaded, has more than one label, or a tokenizer that
@@ -81,11 +81,13 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
     most = len(tokenizer) if is_own else samples.vocab_size
     if model.config.vocab_size < most:
         raise UserError(f"{flag} {folder}: its {model.config.vocab_size} embeddings are fewer than the {most} tokens")
-    if model.config.pad_token_id is None:  # a language model's; without one a classifier takes no batches
+    if model.config.pad_token_id is None:  # as in a language model; a classifier needs one for batches
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         model.config.pad_token_id = next(pad for pad in pads if pad is not None) if is_own else samples.eod
     if not 0 <= model.config.pad_token_id < model.config.vocab_size:
-        raise UserError(f"{flag} {folder}: its token of padding, {model.config.pad_token_id}, is none; give another")
+        raise UserError(
+            f"{flag} {folder}: its padding token, {model.config.pad_token_id}, is not in the vocabulary; give another"
+        )
     essential = missing if is_export else [key for key in missing if _is_of_base_model(key, model)]
     if essential:
         raise UserError(f"{flag} {folder}: its weights lack {essential[0]}; give a whole model")
@@ -98,18 +100,20 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
         return WeighterFolder(folder, model, reader, tokenizer, fingerprint, reading)
     if cutting := window_reader(model, samples.seq_length):
         reading = (
-            f"its positions end at {cutting.window}: samples of {samples.seq_length} tokens are scored in windows of "
-            f"{cutting.window}, whose mean counts"
+            f"its maximum length is {cutting.window}: samples of {samples.seq_length} tokens are scored in windows of "
+            f"{cutting.window} tokens, whose mean is the score"
         )
         return WeighterFolder(folder, model, cutting, None, fingerprint, reading)
     trained, reading = trained_length(Path(folder), model.config), ""
     if trained is not None and trained < samples.seq_length:
-        reading = f"made for {trained} tokens, it scores samples of {samples.seq_length} whole: its positions go on"
+        reading = (
+            f"made for {trained} tokens; samples of {samples.seq_length} tokens are scored whole (no maximum length)"
+        )
     return WeighterFolder(folder, model, None, None, fingerprint, reading)
 
 
 def _text_reader(flag: str, folder: str, model: Any, tokenizer: Any, samples: SampleTokens) -> tuple[SampleReader, str]:
-    """Return what reads samples by their text, and that in words.
+    """Return a reader of the samples' texts, and its description for the log.
 
     Raises:
         UserError: the tokenizer does not work.
@@ -127,13 +131,13 @@ def _text_reader(flag: str, folder: str, model: Any, tokenizer: Any, samples: Sa
 
 
 def window_reader(model: Any, seq_length: int) -> WindowReader | None:
-    """Return what cuts samples for a classifier of the run's tokens; None if it reads them whole."""
+    """Return a reader that cuts samples into windows; None if the classifier reads them whole."""
     window = position_limit(model)
     return WindowReader(window) if window is not None and window < seq_length else None
 
 
 def _load(flag: str, folder: str, seed: int) -> tuple[Any, list[str]]:
-    """Return the classifier, and the names of the parameters that the folder has not.
+    """Return the classifier, and the names of the parameters that are missing in the folder.
 
     Raises:
         UserError: it cannot be loaded.
@@ -160,10 +164,10 @@ def _load(flag: str, folder: str, seed: int) -> tuple[Any, list[str]]:
 
 
 def _check_layers(folder: Path, hf_config: Any) -> None:
-    """Check, before they are made, that a classifier's layers can be those whose tensors are there.
+    """Check, before building it, that a classifier has no more layers than there are tensors.
 
     Raises:
-        ValueError: there are more than tensors.
+        ValueError: it has more layers.
     """
     from safetensors import safe_open
 
@@ -177,5 +181,5 @@ def _check_layers(folder: Path, hf_config: Any) -> None:
 
 
 def _is_of_base_model(key: str, model: Any) -> bool:
-    """Whether a tensor is of the layers below the classifier's head, which a language model's folder must have."""
+    """Whether a tensor belongs to the layers below the classifier's head, which a language model's folder must have."""
     return key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key

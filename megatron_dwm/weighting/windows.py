@@ -1,4 +1,4 @@
-"""Windows of token ids: what a classifier that reads only so many at once is given.
+"""Windows of token ids, for classifiers that read only a limited number at once.
 
 Training and ``megatron-dwm score`` cut and pad in the same way, so that they give the same scores. Megatron is not
 needed here.
@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 
 _PROBES = ("0", "a", "the")
-"""Texts of which a tokenizer makes tokens; one that knows numbers alone does of the first."""
+"""Texts to probe a tokenizer with; the first one also works for tokenizers of numbers."""
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What a tokenizer puts around a text."""
+    """The special tokens that a tokenizer puts around a text."""
 
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
@@ -42,21 +42,21 @@ class SpecialTokens:
 
 
 class Window(NamedTuple):
-    """A part of a text that is scored at once."""
+    """A part of a text that is scored as a whole."""
 
     ids: Sequence[int]
-    """With the special tokens around them."""
+    """Token ids, including special tokens."""
     size: int
-    """Tokens of the text in it: what it counts in a mean over windows."""
+    """The number of tokens of the text in it, its weight in a mean over windows."""
 
 
 def cut(ids: Sequence[int], length: int | None, special: SpecialTokens) -> list[Window]:
     """Cut a text's token ids into windows, each between the special tokens.
 
     Args:
-        ids: of the text, without special tokens.
-        length: most tokens of a window, the special ones included; None for one window.
-        special: what stands around each window.
+        ids: token ids of the text, without special tokens.
+        length: maximum length of a window, including special tokens; None for a single window.
+        special: the special tokens around each window.
     """
     room = max(len(ids), 1) if length is None else max(length - len(special), 1)
     starts = range(0, max(len(ids), 1), room)
@@ -65,10 +65,10 @@ def cut(ids: Sequence[int], length: int | None, special: SpecialTokens) -> list[
 
 
 def pad_windows(windows: Sequence[Window], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tokens of windows, padded at their ends, and 1 where a token is none of padding, both [b, t]."""
+    """Return the tokens of windows, padded at their ends, and a mask that is 0 for padding, both [b, t]."""
     width = max([1, *(len(window.ids) for window in windows)])
     tokens = [[*window.ids, *[pad] * (width - len(window.ids))] for window in windows]
-    # Of a window without any token the first one of padding is read: there is no score of nothing.
+    # In a window without tokens the first padding token is read, because an empty window has no score.
     mask = [[1] * max(len(window.ids), 1) + [0] * (width - max(len(window.ids), 1)) for window in windows]
     shape = len(windows), width
     return (
@@ -78,9 +78,9 @@ def pad_windows(windows: Sequence[Window], pad: int, device: torch.device) -> tu
 
 
 def position_limit(model: Any) -> int | None:
-    """Return how many tokens a classifier can read at once; None if its positions go on beyond those it has seen.
+    """Return the number of tokens that a classifier can read at once; None if it is not limited.
 
-    Rotary positions do, and a classifier that has none.
+    It is not limited with rotary positions, or without positions.
     """
     config = model.config
     positions = getattr(config, "max_position_embeddings", None)
@@ -88,7 +88,7 @@ def position_limit(model: Any) -> int | None:
         return None
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            # RoBERTa and its kind count positions from behind that of padding.
+            # RoBERTa-like models count positions from after the padding position.
             unused = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - unused
     return int(positions)

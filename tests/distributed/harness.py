@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_dwm.runtime.device import select_device
-from tests.turns import several_processes
+from tests.turns import turn
 
 Result = TypeVar("Result")
 
@@ -45,7 +45,7 @@ def run_distributed(fn: Callable[..., Result], world_size: int, *args: Any) -> l
         Exception: the error of the worker that failed first, with its traceback as the cause. The other
             workers are ended.
     """
-    with several_processes:
+    with turn(world_size):
         return _run(fn, world_size, args)
 
 

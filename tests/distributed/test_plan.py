@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.utils._python_dispatch import _disable_current_modes
 
+from megatron_dwm.model import torch_layers
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.model.vocabulary import Vocabulary
@@ -17,9 +20,11 @@ from megatron_dwm.plan.meter import Meter, Traffic
 from megatron_dwm.plan.stages import measure_stages
 from megatron_dwm.plan.weighter import WeighterPlan
 from megatron_dwm.training.optimizer import allocate_state
-from tests.distributed.built_model import LAYOUTS, build_model, random_mask, random_tokens
+from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers
+from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
+from tests.distributed.built_model import CONTEXT_PARALLEL, LAYOUTS, build_model, random_mask, random_tokens
 from tests.distributed.harness import run_distributed
-from tests.small_runs import GPT, IN_PROCESS, LLAMA, VOCAB_SIZE, Flags, parse_flags
+from tests.small_runs import GPT, IN_PROCESS, LLAMA, NUM_SAMPLES, VOCAB_SIZE, Flags, parse_flags
 
 CASES: dict[str, tuple[int, Flags]] = {
     "llama, TP2, sequence parallel, x PP2": (4, {**LLAMA, **LAYOUTS["TP2 x PP2"][1], "--sequence-parallel": True}),
@@ -33,12 +38,20 @@ CASES: dict[str, tuple[int, Flags]] = {
             "--recompute-num-layers": 1,
         },
     ),
-    "llama, DP2, distributed optimizer, bf16": (2, {**LLAMA, "--use-distributed-optimizer": True, "--bf16": True}),
+    "llama, CP2 x DP2, distributed optimizer, overlapped, bf16": (
+        4,
+        {**LLAMA, **CONTEXT_PARALLEL["CP2 x DP2, distributed optimizer, overlapped"][1], "--bf16": True},
+    ),
+    "gpt, tied, PP2, finite differences": (
+        2,
+        {**GPT, **LAYOUTS["PP2"][1], "--dwm-alignment": "finite-difference"},
+    ),
 }
 
 
 def _count(flags: Flags) -> dict[str, Any]:
     """Train a step and align a batch on this rank, and return what it held and sent."""
+    torch_layers.causal_lower_right = _mask  # type: ignore[assignment]  # in this process alone
     built = build_model(flags)
     chunks, optimizer = built.chunks, built.optimizer
     allocate_state(optimizer)
@@ -52,6 +65,8 @@ def _count(flags: Flags) -> dict[str, Any]:
     micro = built.config.training.micro_batch
     batch, target = (built.batch(random_tokens(seed), random_mask(seed)) for seed in (1, 2))
     built.engine.run(batch, micro)  # makes megatron-core's buffers
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
     with Meter() as passes:
         built.engine.run(batch, micro)
     with Meter() as step:
@@ -60,13 +75,23 @@ def _count(flags: Flags) -> dict[str, Any]:
     with Meter() as copy:
         before = ParameterCopy.taken(chunks)
     held["parameter copy"] = copy.allocated
-    with Meter() as update:
+    with Meter() as mean:
+        gradient_mean = GradientMean(chunks, momentum=0.5)
+        gradient_mean.average(GradientBuffers(chunks))
+    held["gradient mean"] = mean.allocated
+    with Meter() as update, built.engine.full_parameters():
         _, direction = gradients.gradient(target)
         before.swap()
         gradients.align(batch, direction)
         before.swap()
     held["activations"] = passes.peak
     return {**held, "step": (passes.traffic + step.traffic).payloads, "update": update.traffic.payloads}
+
+
+def _mask(queries: int, keys: int) -> CausalBias:
+    """Make a mask of a class that cannot be made while a meter looks on."""
+    with _disable_current_modes():
+        return causal_lower_right(queries, keys)
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -92,7 +117,7 @@ def _payloads(traffic: Mapping[str, Traffic]) -> dict[str, float]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_plan_is_what_ranks_hold_and_send(case: str):
     processes, flags = CASES[case]
-    flags = {**flags, "--num-layers": 4}
+    flags = {**flags, "--num-layers": 4, "--dwm-target-batch-size": NUM_SAMPLES}
     config = parse_flags({**IN_PROCESS, **flags}, processes)
     stages = measure_stages(config, Vocabulary(VOCAB_SIZE, VOCAB_SIZE), for_gpu=False)
     counted = run_distributed(_count, processes, flags)
@@ -104,6 +129,8 @@ def test_a_plan_is_what_ranks_hold_and_send(case: str):
         assert stage.gradients == found["gradients"]
         assert stage.optimizer == found["optimizer"]
         assert stage.parameter_copy == found["parameter copy"]
+        # Beside it are the sum of its factors and the flag that says whether a gradient was finite.
+        assert stage.gradient_mean == pytest.approx(found["gradient mean"], abs=64)
         assert _payloads(step_traffic(config, stage)) == found["step"]
         assert _payloads(update_traffic(config, stage, nothing)) == found["update"]
         activations = held_activations(stage.training, in_flight(config, stage.number, config.num_microbatches))

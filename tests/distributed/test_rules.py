@@ -19,7 +19,9 @@ from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.data.sampler import build_sampler
 from megatron_dwm.model.full_state import gather_full_state
 from megatron_dwm.training.step import train_step
-from megatron_dwm.weighting.build import WeightingContext, build_weighting, read_weighting_inputs, run_stages
+from megatron_dwm.weighting.build import build_weighting
+from megatron_dwm.weighting.context import WeightingContext
+from megatron_dwm.weighting.inputs import read_weighting_inputs, run_stages
 from megatron_dwm.weighting.policy import SampleWeighting
 from tests.distributed.built_model import LAYOUTS, BuiltModel, build_model, random_mask, random_tokens
 from tests.distributed.harness import run_distributed

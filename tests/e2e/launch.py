@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing.managers import SyncManager
@@ -21,7 +20,7 @@ from megatron_dwm.cli import pretrain as pretrain_command
 from megatron_dwm.runtime.process_groups import free_port
 from tests.distributed.harness import become_rank, checkpoint_manager
 from tests.small_runs import as_argv
-from tests.turns import several_processes
+from tests.turns import turn
 
 _TOKENIZERS = "megatron.core.tokenizers"
 # What a run imports on its way, here so that its processes inherit it: two seconds each.
@@ -73,7 +72,7 @@ def pretrain(
         context.Process(target=_work, args=(rank, processes, port, argv, folder, main, manager))
         for rank in range(processes)
     ]
-    with several_processes if processes > 1 else nullcontext():
+    with turn(processes):
         for worker in workers:
             worker.start()
         for worker in workers:

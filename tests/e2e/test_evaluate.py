@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from megatron_dwm.analysis import running_tasks
 from megatron_dwm.analysis.local_tasks import LOCAL_TASKS, local_task, read_passages
 from megatron_dwm.cli import evaluate, import_hf
+from megatron_dwm.cli import pretrain as pretrain_command
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
 from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
 from megatron_dwm.data.tokenizers import build_tokenizer
-from tests.e2e.launch import records, succeed
+from megatron_dwm.model.continuations import continuation_likelihoods
+from tests.e2e.launch import pretrain, records, succeed
 from tests.small_runs import LANGUAGE_MODEL, TRAINING
 from tests.unit.data.made_tokenizers import sentencepiece_model
 
@@ -105,6 +111,20 @@ def test_a_checkpoint_and_hugging_face_folders_side_by_side(workplace: Path, cap
     assert f"{cloze['mean']:.3f} ± {cloze['stderr']:.3f} (-" in printed
 
 
+def signaled_in_tasks() -> None:
+    """The command whose last rank gets a signal when it computes likelihoods for the first time."""
+    calls = []
+
+    def signaled(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 1 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return continuation_likelihoods(*args)
+
+    running_tasks.continuation_likelihoods = signaled
+    pretrain_command.main()
+
+
 def test_a_run_evaluates_its_model_on_tasks(workplace: Path, tmp_path: Path):
     """What it finds is what ``evaluate`` finds of its checkpoint, and the run is as it is without."""
     tokenizer = {"--tokenizer-type": "SentencePieceTokenizer", "--tokenizer-model": workplace / "bpe.model"}
@@ -118,7 +138,11 @@ def test_a_run_evaluates_its_model_on_tasks(workplace: Path, tmp_path: Path):
     run = {"--save": tmp_path / "run", "--save-interval": 4, "--tensorboard-dir": tmp_path / "board"}
     run |= {"--metrics-jsonl": tmp_path / "with.jsonl", "--eval-tasks-interval": 4}
     succeed(tmp_path / "plain", 2, flags)
-    finished = succeed(tmp_path / "with", 2, {**flags, **tasks, **run, "--eval-tasks-num-fewshot": [0, 2]})
+    run |= {"--load": tmp_path / "run", "--exit-signal-handler": True, "--eval-tasks-num-fewshot": [0, 2]}
+    stopped = pretrain(tmp_path / "with", 2, {**flags, **tasks, **run}, main=signaled_in_tasks)
+    assert stopped.codes == [0, 0] and "SIGUSR1 interrupts tasks of iteration 4" in stopped.output[0], stopped.text
+    assert not records(tmp_path / "with.jsonl", "tasks")
+    finished = succeed(tmp_path / "with", 2, {**flags, **tasks, **run})
     losses = [[r["lm_loss"] for r in records(tmp_path / name, "train")] for name in ("plain.jsonl", "with.jsonl")]
     assert losses[0] == losses[1]
 

@@ -14,7 +14,7 @@ from megatron_dwm.errors import UserError
 from tests.e2e.launch import records
 from tests.paths import ROOT
 from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING
-from tests.turns import several_processes
+from tests.turns import turn
 
 
 def launch(folder: Path, **changes: object) -> subprocess.CompletedProcess[str]:
@@ -22,7 +22,7 @@ def launch(folder: Path, **changes: object) -> subprocess.CompletedProcess[str]:
     argv = [str(word) for name, value in flags.items() for word in ([name] if value is True else [name, value])]
     command = [sys.executable, "-m", "megatron_dwm.cli.pretrain", "--nproc", "2", *argv]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with several_processes:
+    with turn(2):
         return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
 
 

@@ -176,6 +176,11 @@ def test_keeps_the_checkpoints_that_it_is_told_to_keep(data: dict[str, Any], tmp
         finished = succeed(tmp_path / "log", 1, flags | {"--load": tmp_path, "--ckpt-step": 8} | extra)
         assert loaded.format(folder, iteration) in finished.output[0]
 
+    scratch |= {"--non-persistent-global-ckpt-dir": kept, "--save": tmp_path / "other"}
+    finished = pretrain(tmp_path / "log", 1, flags | scratch)
+    message = f"error: --non-persistent-global-ckpt-dir {kept}: iter_0000009 there is of a run with --save {tmp_path},"
+    assert finished.codes == [2] and finished.errors[0].startswith(message), finished.text
+
 
 OTHER_MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "of the same tensors": (

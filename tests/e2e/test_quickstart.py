@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 from pathlib import Path
@@ -11,15 +12,15 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from megatron_dwm.analysis.records import read_run
 from tests.paths import ROOT
-from tests.turns import several_processes
+from tests.turns import turn
 
-ITERATIONS = 160
+ITERATIONS = 48
 
 
 def quickstart(folder: Path) -> str:
     environment = {**os.environ, "ITERATIONS": str(ITERATIONS)}
     command = ["bash", str(ROOT / "examples" / "quickstart.sh"), str(folder)]
-    with several_processes:
+    with turn(4):
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -36,7 +37,7 @@ def test_the_quickstart_trains_learns_whom_to_trust_and_is_not_redone(tmp_path: 
     run = read_run(folder / "checkpoints")
     assert len(run.steps) == ITERATIONS and set(run.sources) == {"prose", "code", "comments", "shuffled"}
     valid = [record["lm_loss"] for record in run.evaluated("valid")]
-    assert valid[-1] < valid[0] - 0.5
+    assert valid[-1] < math.log(1024) - 1  # the loss of guessing among the vocabulary is its logarithm
     last = [step["weight_by_source"] for step in run.steps[-ITERATIONS // 4 :]]
     mean = {source: sum(weights[source] for weights in last) / len(last) for source in ("prose", "shuffled")}
     assert mean["shuffled"] < mean["prose"], mean
@@ -47,5 +48,5 @@ def test_the_quickstart_trains_learns_whom_to_trust_and_is_not_redone(tmp_path: 
     assert model(input_ids=ids).logits.shape == torch.Size([1, 1])
 
     stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != "run.png"}
-    assert quickstart(folder).count("done already") == 5
+    assert quickstart(folder).count("already done") == 5
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}

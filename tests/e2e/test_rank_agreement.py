@@ -58,3 +58,49 @@ def test_a_checkpoint_that_one_rank_does_not_see_is_named(tmp_path: Path):
     finished = pretrain(tmp_path / "log2", 2, {**flags, "--load": tmp_path / "save"}, main=main)
     assert finished.codes == [2, 2], finished.text
     assert "".join(finished.errors).startswith("error: --load "), finished.text
+
+
+@pytest.mark.parametrize(
+    ("rank", "words", "message"),
+    [
+        (
+            1,
+            ["--help"],
+            "what the flags ask for is --help on rank 1 and a run on rank 0; start every rank with the",
+        ),
+        (
+            0,
+            ["--plan"],
+            "what the flags ask for is a run on rank 1 and --plan on rank 0; start every rank with the",
+        ),
+        (1, ["--nproc", "2"], "--nproc 2: a launcher has started 2 processes; leave it out"),
+        (1, ["--nproc", "x"], "--nproc x: give the number of processes to start on this machine"),
+        (0, ["--plan-json", "plan.json"], "--plan-json"),
+        (0, ["--version"], "unknown flag --version"),
+    ],
+)
+def test_a_rank_that_is_asked_for_something_else_ends_all_at_once(
+    rank: int, words: list[str], message: str, tmp_path: Path
+):
+    def main() -> None:
+        if os.environ["RANK"] == str(rank):
+            sys.argv += words
+        pretrain_command.main()
+
+    finished = pretrain(tmp_path / "log", 2, FLAGS, main=main)
+    assert finished.codes == [2, 2], finished.text
+    errors = "".join(finished.errors)
+    assert errors.startswith(f"error: {message}") and errors.count("\n") == 1, finished.text
+
+
+@pytest.mark.parametrize(("flag", "printed"), [("--help", "--dwm-mode"), ("--plan", "2 ranks = ")])
+def test_what_is_printed_in_place_of_a_run_is_printed_once(flag: str, printed: str, tmp_path: Path):
+    finished = pretrain(tmp_path / "log", 2, {**FLAGS, flag: True})
+    assert finished.codes == [0, 0], finished.text
+    assert printed in finished.output[0] and not finished.output[1] and not "".join(finished.errors), finished.text
+
+
+def test_a_plan_that_cannot_be_made_is_one_line_of_all_ranks(tmp_path: Path):
+    finished = pretrain(tmp_path / "log", 2, {**FLAGS, "--plan": True, "--num-layers": 0})
+    assert finished.codes == [2, 2], finished.text
+    assert "".join(finished.errors).startswith("error: --num-layers 0") and "Traceback" not in finished.text

@@ -20,7 +20,7 @@ from megatron_dwm.cli import score, select
 from megatron_dwm.runtime.process_groups import free_port
 from tests.e2e.slurm.cluster import Cluster, running_cluster
 from tests.paths import ROOT
-from tests.turns import several_processes
+from tests.turns import turn
 
 SCRIPT = ROOT / "examples" / "pretrain_1b_dwm.sh"
 VOCAB_SIZE = 60
@@ -86,7 +86,7 @@ def test_the_submitted_script_trains_stops_and_continues_from_its_checkpoint(clu
     }
 
     def submit(*arguments: str, **settings: str) -> str:
-        with several_processes:
+        with turn(4):
             job = cluster.run_job(
                 SCRIPT,
                 *arguments,
@@ -132,7 +132,7 @@ def test_a_preempted_job_saves_requeues_itself_and_goes_on(cluster: Cluster, tmp
     }
     urgent = tmp_path / "urgent.sh"
     urgent.write_text("#!/bin/sh\ntrue\n")
-    with several_processes:
+    with turn(2):
         options = [*OPTIONS, "--ntasks-per-node=2"]
         job = cluster.submit(SCRIPT, options=options, folder=tmp_path, environment=environment)
         metrics = save / "metrics.jsonl"
@@ -173,7 +173,7 @@ def test_documents_are_scored_and_selected_by_arrays_of_tasks(
     assert end.value.code == 2 and "--slurm-partition nowhere: sbatch refuses the job" in capfd.readouterr().err
 
     array = [*command, "--output", "array", *slurm, "main"]
-    with several_processes:
+    with turn(2):
         score.main(array)
         submitted = capfd.readouterr().out
         assert re.fullmatch(r"array/data: 2 tasks, submitted job \d+; its logs are in .*\n", submitted)
@@ -186,7 +186,7 @@ def test_documents_are_scored_and_selected_by_arrays_of_tasks(
         assert (tmp_path / "array" / file).read_text() == (tmp_path / "here" / file).read_text()
 
     choice = ["--input", "here/data", "--documents", "9", "--output"]
-    with several_processes:
+    with turn(2):
         select.main([*choice, "array.jsonl", *slurm, "main"])
         assert re.fullmatch(r"array.jsonl: submitted job \d+; .*\n", capfd.readouterr().out.splitlines(True)[-1])
         cluster.wait_for("end of the jobs", (tmp_path / ".array.jsonl.unfinished/logs/output/completions/00000").exists)
@@ -212,3 +212,35 @@ def test_a_variable_that_is_missing_is_named_in_one_line(settings: dict[str, str
     done = subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {missing} is not set") and done.stderr.count("\n") == 1
+
+
+def test_a_job_that_is_stopped_goes_back_into_the_queue_but_not_for_ever(tmp_path: Path):
+    """Commands in place of SLURM's: what ``srun`` ends with, and leaves as the run's status, is the step's."""
+    for name, text in {
+        "srun": 'if [[ -n $STATUS ]]; then echo "$STATUS" >"$SAVE/run_status.json"; fi\nexit "$CODE"',
+        "scontrol": "if [[ $1 == requeue ]]; then echo requeued; else echo localhost; fi",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    fixed = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SAVE": str(tmp_path), "REPO_DIR": str(ROOT), **TINY}
+    fixed |= {"DATA_PATH": "x", "DWM_MODE": "off", "PREFLIGHT": "0", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x"}
+    fixed |= {"PYTHON": sys.executable}
+    steps = [  # (status and iteration that the run leaves, code of srun, code of the script, whether it is requeued)
+        (None, 75, 0, True),
+        ("interrupted 4", 0, 0, True),
+        (None, 75, 0, True),
+        ("interrupted 4", 0, 0, True),
+        (None, 75, 2, False),  # the third time in a row without an iteration
+        ("interrupted 9", 0, 0, True),
+        ("running 12", 143, 143, False),  # killed
+        (None, 2, 2, False),
+        ("finished 20", 0, 0, False),
+    ]
+    for number, (status, code, expected, is_requeued) in enumerate(steps):
+        kind, iteration = (status or " ").split(" ")
+        record = json.dumps({"status": kind, "iteration": int(iteration), "reason": ""}) if status else ""
+        environment = {**fixed, "CODE": str(code), "STATUS": record}
+        done = subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True, text=True)
+        assert (done.returncode, "requeued" in done.stdout) == (expected, is_requeued), (number, done)
+        is_hopeless = "no iteration was made since 4 in three starts" in done.stderr
+        assert is_hopeless == (code == 75 and expected == 2), (number, done)

@@ -7,17 +7,24 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_dwm.cli import pretrain as pretrain_command
+from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.runtime.process_groups import free_port
-from tests.e2e.launch import records, succeed
+from megatron_dwm.training import setup
+from megatron_dwm.training.checkpoint import CheckpointWriter
+from tests.e2e.launch import pretrain, records, succeed
 from tests.e2e.test_uniform_weights import assert_same_checkpoints
 from tests.paths import ROOT
 from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING
-from tests.turns import several_processes
+from tests.turns import turn
 
 # Data loader processes are what is default; they get the signal, too.
 FLAGS = {
@@ -62,7 +69,7 @@ def wait_for_iteration(metrics: Path, iteration: int, ranks: list[subprocess.Pop
 def test_a_signal_to_every_process_of_a_run_loses_nothing(tmp_path: Path):
     number, processes = signal.SIGTERM, 2
     save = tmp_path / "interrupted"
-    with several_processes:
+    with turn(processes):
         ranks = start(tmp_path, save, processes, **DISTRIBUTED)
         wait_for_iteration(save / "metrics.jsonl", 10, ranks)
         for rank in ranks:
@@ -94,3 +101,91 @@ def test_a_run_is_finished_when_it_has_trained_and_evaluated(tmp_path: Path):
         evaluated = [record["split"] for record in records(save / "metrics.jsonl", "evaluation")]
         found.append((status["status"], status["iteration"], evaluated))
     assert found == [("interrupted", 6, []), ("interrupted", 12, []), ("finished", 12, ["valid", "test"])]
+
+
+def signaled_at_pass(count: int, *, forward_only: bool) -> Callable[[], None]:
+    """The command that gets SIGTERM at its ``count``-th pass of training, or of evaluation, from its start on."""
+
+    def main() -> None:
+        run, passes = PipelineEngine.run, []
+
+        def signaled_run(engine: PipelineEngine, *args: Any, **settings: Any) -> Any:
+            if bool(settings.get("forward_only")) == forward_only:
+                passes.append(args)
+                if len(passes) == count:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return run(engine, *args, **settings)
+
+        PipelineEngine.run = signaled_run
+        pretrain_command.main()
+
+    return main
+
+
+def signaled_in_save() -> None:
+    """The command that gets SIGTERM while it writes its first checkpoint."""
+    publish = CheckpointWriter._publish
+
+    def signaled(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        publish(*args)
+
+    CheckpointWriter._publish = signaled
+    pretrain_command.main()
+
+
+def test_a_long_evaluation_is_broken_off_by_a_signal_and_made_when_the_run_goes_on(tmp_path: Path):
+    whole, save = tmp_path / "whole", tmp_path / "save"
+    flags = {
+        **FLAGS,
+        "--num-workers": 0,
+        "--train-iters": 6,
+        "--eval-interval": 3,
+        "--eval-iters": 9,
+        "--dwm-mode": "off",
+    }
+    flags |= {"--save-interval": 2}
+    succeed(tmp_path / "log", 1, {**flags, "--save": whole})
+    flags |= {"--save": save, "--load": save}
+    stops = {  # and the evaluations that are recorded then
+        "in a save, after which there is no other": (signaled_in_save, 2, []),
+        "in the validation": (signaled_at_pass(3, forward_only=True), 3, []),
+        "in that validation, when it is made up for": (signaled_at_pass(2, forward_only=True), 3, []),
+        "in the step before a validation": (signaled_at_pass(3, forward_only=False), 6, [3]),
+        "in the evaluation after training": (signaled_at_pass(9 + 9 + 2, forward_only=True), 6, [3, 6, 6]),
+    }
+    for when, (main, iteration, evaluated) in stops.items():
+        finished = pretrain(tmp_path / "log", 1, flags, main=main)
+        assert finished.codes == [0] and "exiting program after receiving SIGTERM." in finished.text, finished.text
+        status = json.loads((save / "run_status.json").read_text())
+        assert (status["status"], status["iteration"]) == ("interrupted", iteration), (when, status)
+        assert [record["iteration"] for record in records(save / "metrics.jsonl", "evaluation")] == evaluated, when
+        assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == str(iteration), when
+    succeed(tmp_path / "log", 1, flags)
+    assert json.loads((save / "run_status.json").read_text())["status"] == "finished"
+    expected, found = (
+        [(record["iteration"], record["split"], record["lm_loss"]) for record in records(path, "evaluation")]
+        for path in (whole / "metrics.jsonl", save / "metrics.jsonl")
+    )
+    assert found == expected and len(found) == 4
+    assert_same_checkpoints(whole / "iter_0000006", save / "iter_0000006")
+
+
+@pytest.mark.parametrize("signaled", [[0, 1], [1]])
+def test_a_signal_while_a_run_starts_ends_it_with_one_line_and_a_code_of_its_own(signaled: list[int], tmp_path: Path):
+    """Rank 1 waits in the store for rank 0, which is at work; as it may be on a large dataset's index."""
+
+    def main() -> None:
+        def work(*_: object, **__: object) -> None:
+            time.sleep(60)
+
+        setup.check_data = work
+        for rank in signaled:
+            if os.environ["RANK"] == str(rank):
+                threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        pretrain_command.main()
+
+    finished = pretrain(tmp_path / "log", 2, {**FLAGS, "--save": tmp_path / "save"}, main=main)
+    assert finished.codes == [75, 75], finished.text
+    line = "error: SIGTERM came while the run started: there is nothing to save; start it again\n"
+    assert "".join(finished.errors) == line, finished.text

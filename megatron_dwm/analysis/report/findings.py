@@ -1,4 +1,4 @@
-"""Plain sentences on a run: the most important figures, and what in them contradicts what."""
+"""The sentences at the top of the page: the most important figures of a run, and contradictions among them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def key_facts(report: Report) -> list[Fact]:
 
 
 def warnings(report: Report) -> list[str]:
-    """Return a sentence for each contradiction between weights and alignments, and for stages that say little."""
+    """Return a sentence for each contradiction between weights and alignments, and for stages with few updates."""
     found = []
     few = [str(stage) for stage, number in _all_updates(report).items() if number < ENOUGH_UPDATES]
     if few:
@@ -107,7 +107,7 @@ def _contradictions(report: Report, stage: int) -> list[str]:
                 f"({signed(values[0])} against {signed(values[1])} standard deviations; difference {gap:.2f} ± "
                 f"{half:.2f}, n = {difference.n} updates), yet it has the higher weight ({low_weight:.2f} against "
                 f"{high_weight:.2f}). The weighter learns slowly, from past updates too; what it sees of a text may "
-                "also not tell these sources apart.",
+                "also not distinguish these sources.",
             )
         )
     return [sentence for _, sentence in sorted(pairs, reverse=True)[:_MOST_SENTENCES]]
@@ -120,7 +120,7 @@ def _all_updates(report: Report) -> dict[int, int]:
 
 
 def worth(estimate: Estimate) -> str:
-    """Return a figure with what it is worth: its interval and what it was counted from, or why it has none."""
+    """Return a figure with its interval and number of values, or the reason why it has none."""
     if estimate.value is None:
         return "none: all values are equal"
     counted = f"n = {estimate.n:,} {estimate.unit}"

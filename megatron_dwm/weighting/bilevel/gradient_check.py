@@ -1,8 +1,8 @@
-"""``--dwm-check``: the hypergradient of the user's own configuration against central differences (docs/method.md).
+"""``--dwm-check``: compares the hypergradient of the user's configuration with central differences (docs/method.md).
 
-One step θ' = θ - η P ∇ Σ w_i l_i of plain gradient descent is made by hand, for scores s and for s ± δd, with the
-gradient that training would use. The difference of the target loss at the two θ' is held against the closed form
-∂ l_target(θ') / ∂ s_i, with the alignments that an outer update would use. Nothing is different afterwards.
+One step θ' = θ - η P ∇ Σ w_i l_i of plain gradient descent is computed explicitly, for scores s and for s ± δd, with
+the gradient that training would use. The difference of the target loss at the two θ' is compared with the closed form
+∂ l_target(θ') / ∂ s_i, with the alignments that an outer update would use. The run's state is restored afterwards.
 
 Shape legend: N samples of the global batch, n of this replica.
 """
@@ -21,25 +21,25 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.weighting.bilevel.alignment import shift
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
-from megatron_dwm.weighting.bilevel.preconditioner import knows_preconditioner
+from megatron_dwm.weighting.bilevel.preconditioner import is_preconditioner_known
 from megatron_dwm.weighting.sample_gather import SampleGather
 from megatron_dwm.weighting.weights import target_score_gradient, weights_from_scores
 
 logger = logging.getLogger(__name__)
 
 # Of the relative error. In fp32 it was 1.4e-3 and less in every layout with exact alignments, and 6.6e-3 and less with
-# those of finite differences; in bf16 it is 0.1 and more, whatever the step, which is why that is refused.
+# those of finite differences. In bf16 it is at least 0.1 for any step size, which is why that is refused.
 BOUND = 1e-2
-SCORE_DISTANCE = 0.05  # δ in temperatures: the softmax's own curvature is then some 1e-3 of the difference
-LOSS_DIFFERENCE = 2e-3  # nats between the two sides, for which η is chosen: small, yet far above fp32's rounding
+SCORE_DISTANCE = 0.05  # δ in units of the temperature; the softmax's curvature is then about 1e-3 of the difference
+LOSS_DIFFERENCE = 2e-3  # difference in nats that determines η: small, but far above the rounding of fp32
 
 
 @dataclass(frozen=True)
 class HypergradientCheck:
-    """What the check found."""
+    """Result of the check."""
 
     derivative: float
-    """Of the target loss in the scores along the hypergradient, in closed form."""
+    """Derivative of the target loss with respect to the scores, along the hypergradient, in closed form."""
     difference: float
     """The same from central differences."""
     error: float
@@ -58,20 +58,20 @@ class HypergradientCheck:
 
 
 def check_at_start(lm_gradients: LMGradients, sample_gather: SampleGather, batch: Batch, target: Batch) -> None:
-    """Check the hypergradient and log how it went; every rank calls it.
+    """Check the hypergradient and log the result; every rank calls it.
 
     Raises:
         UserError: on every rank, if the check fails or there is nothing to check.
     """
     config = lm_gradients.config
-    is_unknown = config.dwm_preconditioner == "adam" and not knows_preconditioner(lm_gradients.optimizer)
+    is_unknown = config.dwm_preconditioner == "adam" and not is_preconditioner_known(lm_gradients.optimizer)
     if is_unknown:
         lm_gradients = lm_gradients.with_config(replace(config, dwm_preconditioner="none"))
     result = check_hypergradient(lm_gradients, sample_gather, batch, target)
     if not result.passed:
         raise UserError(
-            f"--dwm-check: {result}; the weighter would learn from wrong alignments: find out which kernel, fusion or "
-            "parallel flag it needs by leaving them out one by one"
+            f"--dwm-check: {result}; the weighter would learn from wrong alignments: leave out flags of kernels, "
+            "fusions and parallelism one by one to find the one that causes it"
         )
     note = ", without Adam's preconditioner, which is unknown before the first step" if is_unknown else ""
     logger.info(f" > --dwm-check: {result}{note}")
@@ -80,7 +80,7 @@ def check_at_start(lm_gradients: LMGradients, sample_gather: SampleGather, batch
 def check_hypergradient(
     lm_gradients: LMGradients, sample_gather: SampleGather, batch: Batch, target: Batch
 ) -> HypergradientCheck:
-    """Hold the closed form against central differences; every rank calls it and finds the same.
+    """Compare the closed form with central differences; every rank calls it and gets the same result.
 
     Args:
         passes: of the run. Parameters are restored, gradient buffers left empty.

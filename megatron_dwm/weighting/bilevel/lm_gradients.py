@@ -1,4 +1,4 @@
-"""The passes over the language model that an outer update is made of: a gradient, and samples' alignments with it.
+"""The passes over the language model in an outer update: a gradient, and the samples' alignments with it.
 
 Shape legend: n samples of this replica.
 """
@@ -20,17 +20,24 @@ from megatron_dwm.model.loss import weighted_loss
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.runtime.process_groups import ParallelState
-from megatron_dwm.weighting.bilevel.alignment import Direction, global_norm, products_with, shift, sum_over_replica
+from megatron_dwm.weighting.bilevel.alignment import (
+    Direction,
+    global_norm,
+    shift,
+    single_sample_products,
+    sum_over_replica,
+)
 from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers
+from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
 from megatron_dwm.weighting.bilevel.preconditioner import precondition
-from megatron_dwm.weighting.bilevel.sample_products import has_known_layers, sample_products
+from megatron_dwm.weighting.bilevel.sample_products import has_supported_layers, sample_products
 from megatron_dwm.weighting.loss_factors import LossFactors
 
-FINITE_DIFFERENCE_DISTANCE = 1e-2  # how far θ is moved along v, in norm
+FINITE_DIFFERENCE_DISTANCE = 1e-2  # norm of the shift of θ along v
 
 
 class LMGradients:
-    """Gradients and alignments at the present parameters, which are left as they were."""
+    """Gradients and alignments at the present parameters, which do not change."""
 
     def __init__(
         self,
@@ -39,8 +46,13 @@ class LMGradients:
         optimizer: Optimizer,
         parallel_state: ParallelState,
         micro_batch_size: int,
+        gradient_mean: GradientMean | None = None,
     ) -> None:
-        self.config, self.engine, self.optimizer = config, engine, optimizer
+        """
+        Args:
+            gradient_mean: what takes up each gradient, and gives the mean of it and earlier ones in its place.
+        """
+        self.config, self.engine, self.optimizer, self.gradient_mean = config, engine, optimizer, gradient_mean
         self.parallel_state, self.micro_batch_size = parallel_state, micro_batch_size
         self.loss_factors = LossFactors(micro_batch_size, engine.config.calculate_per_token_loss, parallel_state)
 
@@ -51,25 +63,26 @@ class LMGradients:
 
     @property
     def check_for_nan(self) -> bool:
-        """Whether the run's schedule ends it at numbers that are not finite."""
+        """Whether numbers that are not finite end the run."""
         return self.engine.check_for_nan
 
     def deterministic(self) -> AbstractContextManager[None]:
-        """Return a context in which nothing is dropped out and no random stream moves."""
+        """Return a context without dropout, in which no random stream advances."""
         return self.engine.deterministic()
 
     def with_config(self, config: WeightingConfig) -> LMGradients:
         """Return the same passes with other settings."""
-        return type(self)(config, self.engine, self.optimizer, self.parallel_state, self.micro_batch_size)
+        parts = self.engine, self.optimizer, self.parallel_state, self.micro_batch_size
+        return type(self)(config, *parts, self.gradient_mean)
 
     def gradient(self, batch: Batch, sample_weights: torch.Tensor | None = None) -> tuple[float, Direction]:
-        """Return the plain loss of ``batch``, and its gradient weighted by ``sample_weights`` [n], preconditioned.
+        """Return the plain loss of ``batch``; compute its gradient with ``sample_weights`` [n], preconditioned.
 
-        The gradient lies in the buffers of gradients, until :meth:`discard` or the next backward pass that fills them.
+        The gradient stays in the gradient buffers until :meth:`discard` or the next backward pass that fills them.
         """
         self._zero_gradients()
         with ExitStack() as stack:
-            for chunk in self.engine.chunks:  # numbers that are not finite show in the alignments
+            for chunk in self.engine.chunks:  # values that are not finite are detected in the alignments
                 stack.enter_context(changed_attributes(chunk.ddp_config, {"check_for_nan_in_grad": False}))
             losses = self.engine.run(
                 batch,
@@ -79,25 +92,27 @@ class LMGradients:
             )
         gradients = GradientBuffers(self.engine.chunks)
         gradients.scale(1.0 / self.optimizer.get_loss_scale())
+        if self.gradient_mean is not None:
+            self.gradient_mean.average(gradients)
         if self.config.dwm_preconditioner == "adam":
             precondition(gradients.direction, self.optimizer)
         gradients.gather_shards()
         return self._mean_over_replicas(losses, batch), gradients.direction
 
     def discard(self, direction: Direction) -> None:
-        """Empty the buffers that the gradient lies in."""
+        """Empty the gradient buffers."""
         direction.clear()
         self._zero_gradients()
 
     def align(self, batch: Batch, direction: Direction) -> torch.Tensor:
         """Return a_i = f_i ⟨v, ∇ l_i⟩ of this replica's samples [n], float64, at the present parameters.
 
-        f_i is the factor with which the trained loss counts sample i's mean loss.
+        f_i is the factor of sample i's mean loss in the training loss.
         """
         if self.config.dwm_alignment == "finite-difference":
             products = self._align_by_differences(batch, direction)
-        elif self.config.dwm_alignment == "single-sample" or not has_known_layers(self.engine.chunks):
-            products = self._align_singly(batch, direction)
+        elif self.config.dwm_alignment == "single-sample" or not has_supported_layers(self.engine.chunks):
+            products = self._align_single_samples(batch, direction)
         else:
             products = self._align_exactly(batch, direction)
         return products * self.loss_factors(batch)
@@ -116,18 +131,18 @@ class LMGradients:
             self.engine.run(batch, self.micro_batch_size, loss_function=weighted_loss(weights), check_for_nan=False)
         return self._whole(products)
 
-    def _align_singly(self, batch: Batch, direction: Direction) -> torch.Tensor:
+    def _align_single_samples(self, batch: Batch, direction: Direction) -> torch.Tensor:
         """Return ⟨v, ∇ l_i⟩ from one backward pass over microbatches of one sample."""
         chunks = self.engine.chunks
         with (
             self.engine.unsynchronized(),
-            products_with(direction, chunks, len(batch), self.parallel_state) as products,
+            single_sample_products(direction, chunks, len(batch), self.parallel_state) as products,
         ):
             self.engine.run(batch, 1, check_for_nan=False)
         return self._whole(products)
 
     def _whole(self, products: torch.Tensor) -> torch.Tensor:
-        """Return alignments [n], the same on all ranks of the replica, of each rank's products of one backward pass."""
+        """Return alignments [n], the same on all ranks of a replica, from the ranks' products of one backward pass."""
         # The engine divides each microbatch's loss by their number, and scales it for the average over CP ranks and
         # in fp16 training.
         products *= len(products) / self.parallel_state.cp_size

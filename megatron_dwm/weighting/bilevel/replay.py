@@ -1,4 +1,4 @@
-"""The replay: samples that were aligned in past outer updates, from which the weighter goes on learning.
+"""The replay: samples that were aligned in past outer updates, on which the weighter continues to train.
 
 Every rank keeps the tokens of the samples that it scored, and the alignments of whole batches.
 
@@ -25,7 +25,7 @@ class AlignedBatch:
     tokens: torch.Tensor
     """This rank's samples [c, s], int32."""
     places: torch.Tensor
-    """Their places in the batch [c], int64, on the CPU. Every place is on one rank."""
+    """Their positions in the batch [c], int64, on the CPU. Every position is on one rank."""
     alignments: torch.Tensor
     """Alignments of the whole batch in global order [N], float64, on the CPU."""
 
@@ -35,11 +35,11 @@ class Draw:
     """Samples drawn from the replay, the same on every rank."""
 
     tokens: torch.Tensor
-    """Those that this rank holds [c, s], int64."""
+    """Tokens of the drawn samples that this rank holds [c, s], int64."""
     places: torch.Tensor
-    """Their places among the drawn ones [c], int64, on the CPU."""
+    """Their positions among the drawn samples [c], int64, on the CPU."""
     alignments: torch.Tensor
-    """Of all drawn samples [M], float64, each standardized within the batch that it was aligned in."""
+    """Alignments of all drawn samples [M], float64, each standardized within its own batch."""
 
 
 class Replay:
@@ -49,12 +49,12 @@ class Replay:
         """
         Args:
             max_batches: how many are kept.
-            half_life: batches after which a sample counts half as much; None if all count alike.
+            half_life: batches after which a sample counts half as much; None if all count the same.
         """
         self.batches: deque[AlignedBatch] = deque(maxlen=max_batches)
         self.half_life = half_life
         self.num_appended = 0
-        """Batches of the whole run, those included that are not kept any more."""
+        """The number of batches of the whole run, including those that are no longer kept."""
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -65,9 +65,9 @@ class Replay:
         return self.batches[-1]
 
     def append(self, tokens: torch.Tensor, places: torch.Tensor, alignments: torch.Tensor) -> None:
-        """Keep a batch: this rank's tokens [c, s] and their places [c], and all alignments [N].
+        """Add a batch: this rank's tokens [c, s] and their positions [c], and all alignments [N].
 
-        A batch of samples of another length than those that are kept takes their place.
+        If its samples have another length than the kept ones, it replaces all of them.
         """
         if self.batches and self.newest.tokens.shape[1] != tokens.shape[1]:
             self.batches.clear()
@@ -88,7 +88,7 @@ class Replay:
         """
         sizes = torch.tensor([len(aligned.alignments) for aligned in self.batches])
         chances = self.batch_weights().repeat_interleave(sizes)
-        # The largest of Gumbel variables, each shifted by the logarithm of its chance, are a draw without repetition.
+        # Gumbel top-k: the largest of Gumbel variables, shifted by log-probabilities, are a draw without replacement.
         noise = -torch.rand(len(chances), dtype=torch.float64, generator=generator).clamp_min(1e-300).log()
         drawn = (chances.log() - noise.clamp_min(1e-300).log()).topk(min(count, len(chances))).indices.sort().values
         alignments = torch.cat([standardized(aligned.alignments) for aligned in self.batches])[drawn]
@@ -115,11 +115,11 @@ class Replay:
     def load(
         self, entries: list[dict[str, Any]], rank_places: Callable[[int], torch.Tensor], device: torch.device
     ) -> None:
-        """Take the batches of :meth:`state`, each rank its part, in whatever layout and batch size they were made.
+        """Load the batches of :meth:`state`, each rank its part, from any layout and batch size.
 
         Args:
             entries: the batches.
-            rank_places: returns which samples of a batch of so many this rank keeps [c].
+            rank_places: returns, for a batch size, the positions of the samples that this rank keeps [c].
             device: where the tokens are kept.
         """
         for entry in entries:
@@ -128,7 +128,7 @@ class Replay:
 
 
 def sum_over_ranks(values: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:
-    """Put this rank's values [c] in their places among ``count``, and those of the others in theirs."""
+    """Return all ``count`` values, from each rank's values [c] and their positions; a collective call."""
     whole = values.new_zeros(count)
     whole[places] = values
     all_reduce_over_world(whole)

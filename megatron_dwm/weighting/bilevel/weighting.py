@@ -1,4 +1,4 @@
-"""Weights of a weighter that learns in the course of the run: the method (docs/method.md).
+"""Weights from a weighter that is trained during the run: the bi-level method (docs/method.md).
 
 Shape legend: N samples of the global batch, n of this replica.
 """
@@ -17,11 +17,12 @@ from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.runtime.device import current_device
-from megatron_dwm.weighting.bilevel.alignment_pass import reason_unmoved
+from megatron_dwm.weighting.bilevel.alignment_pass import reason_unchanged
+from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
 from megatron_dwm.weighting.bilevel.health import HealthWarning, check_scores
 from megatron_dwm.weighting.bilevel.outer_update import OuterResult, OuterUpdate
 from megatron_dwm.weighting.export import WeighterExporter
-from megatron_dwm.weighting.policy import Record, SampleWeights, State, StepOutcome
+from megatron_dwm.weighting.policy import OF_PARAMETERS, Record, SampleWeights, State, StepOutcome
 from megatron_dwm.weighting.scored import ScoredWeighting, ScoringOptions
 from megatron_dwm.weighting.weight_metrics import WeightMetrics
 from megatron_dwm.weighting.weighter import Weighter, weighter_state
@@ -29,20 +30,23 @@ from megatron_dwm.weighting.weights import WeightStatistics
 
 logger = logging.getLogger(__name__)
 
+TARGET_GRADIENT = "target_gradient"
+"""Name of the target gradient's running mean among a checkpoint's tensors of parameters."""
+
 
 @dataclass(frozen=True)
 class BilevelFlops:
     """Operations of all ranks that weighting adds to plain training."""
 
     per_batch: float
-    """Of scoring one global batch."""
+    """Operations of scoring one global batch."""
     per_update: float
-    """Of one outer update."""
+    """Operations of one outer update."""
 
 
 @dataclass(frozen=True)
 class BilevelParts:
-    """What bilevel weighting is made of."""
+    """The parts of bilevel weighting."""
 
     engine: PipelineEngine
     weighter: Weighter
@@ -50,18 +54,21 @@ class BilevelParts:
     target_loader: BatchLoader
     exporter: WeighterExporter
     flops: BilevelFlops
+    gradient_mean: GradientMean | None = None
+    """Of the target, over updates."""
 
 
 class BilevelWeighting(ScoredWeighting):
     """Scores batches with a weighter, and updates it from the alignment of samples with the target set.
 
-    The language model's parameters before a step that an outer update follows are copied before it.
+    If an outer update follows a step, the language model's parameters are copied before the step.
     """
 
     def __init__(self, weight_metrics: WeightMetrics, options: ScoringOptions, parts: BilevelParts) -> None:
         super().__init__(weight_metrics, options)
         self.engine, self.weighter, self.outer_update = parts.engine, parts.weighter, parts.outer_update
         self.target_loader, self.exporter, self._flops = parts.target_loader, parts.exporter, parts.flops
+        self.gradient_mean = parts.gradient_mean
         self.stages, self.sources = weight_metrics.stages, weight_metrics.sources
         self.consumed_target_samples = 0
         self.num_updates = 0
@@ -73,7 +80,7 @@ class BilevelWeighting(ScoredWeighting):
             self._parameters_before.take()
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
-        """Let each rank score its part of the replica's samples, and gather."""
+        """Score this rank's part of the replica's samples, and gather all scores."""
         rank_scores = self.weighter.score(batch.tokens[self.sample_gather.rank_slice_of(len(batch))])
         return self.sample_gather.gather_from_ranks(rank_scores, len(batch))
 
@@ -82,12 +89,12 @@ class BilevelWeighting(ScoredWeighting):
     ) -> list[Record]:
         """Make the outer update if it is due, and export the weighter at the end of a stage.
 
-        A step that moved no parameter says nothing of its weights: the update that was due after it is skipped, and
-        said to be.
+        A step that changed no parameter provides no information on its weights: the update that was due is skipped,
+        with a log line.
         """
         if weights is None:
             return []
-        is_update, reason = self.stages.is_update(iteration), reason_unmoved(outcome)
+        is_update, reason = self.stages.is_update(iteration), reason_unchanged(outcome)
         should_check = is_update or iteration % self.options.check_interval == 0
         records = self.health_records(iteration, weights) if should_check else []
         if is_update and reason is not None:
@@ -101,12 +108,12 @@ class BilevelWeighting(ScoredWeighting):
         return records
 
     def health_warnings(self, weights: SampleWeights) -> list[HealthWarning]:
-        """Return what is wrong with the weights of one batch, equal scores after updates included."""
+        """Return the health warnings of the weights of one batch, including equal scores after updates."""
         return super().health_warnings(weights) + check_scores(weights.scores, self.num_updates)
 
     def flops(self, iteration: int, outcome: StepOutcome) -> float:
         """Return the operations of scoring, and of the outer update if one was made."""
-        is_update = self.stages.is_update(iteration) and reason_unmoved(outcome) is None
+        is_update = self.stages.is_update(iteration) and reason_unchanged(outcome) is None
         return self._flops.per_batch + (self._flops.per_update if is_update else 0.0)
 
     def before_save(self, iteration: int) -> None:
@@ -114,23 +121,28 @@ class BilevelWeighting(ScoredWeighting):
         self.exporter.export(self.weighter, iteration, self.stages.stage(iteration))
 
     def state_dict(self) -> State:
-        """Return the weighter, its optimizer, the replay in global order, and what was consumed."""
+        """Return the weighter, its optimizer, the replay in global order, the target's gradient, what was consumed."""
+        mean = None if self.gradient_mean is None else self.gradient_mean.state()
         return {
             "consumed_target_samples": self.consumed_target_samples,
             "outer_updates": self.num_updates,
             **weighter_state(self.weighter),
             "replay": self.outer_update.replay.state(),
             "weighter_prior": self.outer_update.learner.prior,
+            **({} if mean is None else {"target_gradients": mean[0], OF_PARAMETERS: {TARGET_GRADIENT: mean[1]}}),
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Continue with the replay and the counts of ``state``; the weighter was made of it already."""
+        """Continue with the replay and the counts of ``state``; the weighter has already been created from it."""
         self.consumed_target_samples = state["consumed_target_samples"]
         self.num_updates = state["outer_updates"]
         outer_update = self.outer_update
         outer_update.replay.load(state["replay"], outer_update.rank_places, current_device())
         outer_update.replay.num_appended = self.num_updates
         outer_update.learner.prior = state.get("weighter_prior")
+        of_parameters = state.get(OF_PARAMETERS, {})
+        if self.gradient_mean is not None and TARGET_GRADIENT in of_parameters:
+            self.gradient_mean.load(state["target_gradients"], of_parameters[TARGET_GRADIENT])
 
     def _update(self, iteration: int, batch: Batch, weights: SampleWeights, outcome: StepOutcome) -> Record:
         target = self.target_loader.next_batch()
@@ -141,7 +153,7 @@ class BilevelWeighting(ScoredWeighting):
             return self._skip_update(iteration, reason)
         self.num_updates += 1
         losses = self.engine.broadcast_losses(outcome.sample_losses, len(batch)).mean
-        # Together, and losses as the integers that their bits are: so the host reads once.
+        # In one tensor, with losses reinterpreted as integers, so that the host reads only once.
         columns = torch.stack([batch.index, batch.source, losses.double().view(torch.int64)], dim=1)
         index, source, loss = self.sample_gather.gather_from_replicas(columns).cpu().unbind(1)
         samples = {

@@ -18,7 +18,7 @@ from megatron_dwm.plan.stages import measure_stages
 from megatron_dwm.plan.weighter import plan_weighter
 from megatron_dwm.weighting.bilevel.replay import Replay
 from megatron_dwm.weighting.bilevel.ridge import RidgeLearner
-from megatron_dwm.weighting.build import read_weighting_inputs
+from megatron_dwm.weighting.inputs import read_weighting_inputs
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_init import random_weighter_model
 from tests.small_runs import IN_PROCESS, LLAMA, VOCAB_SIZE, parse_flags

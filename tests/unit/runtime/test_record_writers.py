@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import resource
 from pathlib import Path
 
 import pytest
 
 from megatron_dwm.errors import UserError
-from megatron_dwm.runtime.record_writers import JsonLines
+from megatron_dwm.runtime.record_writers import JsonLines, TensorBoard
 
 
 def test_a_resumed_run_drops_the_records_that_it_writes_again(tmp_path: Path):
@@ -21,7 +23,9 @@ def test_a_resumed_run_drops_the_records_that_it_writes_again(tmp_path: Path):
     first.close()
     with path.open("a") as file:
         file.write('{"kind": "tra')  # an interrupted write
+    JsonLines(path, 4, lambda record: record["iteration"] in (1, 4)).close()  # asked of iteration 4 alone
     again = JsonLines(path, resumed_at=3)
+    assert path.read_text().count("\n") == 3
     again.write({"kind": "train", "iteration": 4})
     again.close()
     assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
@@ -31,6 +35,27 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--metrics-jsonl .*file/metrics\.jsonl"):
         JsonLines(tmp_path / "file" / "metrics.jsonl", resumed_at=0)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"--metrics-jsonl .*pipe: is a named pipe"):
+        JsonLines(tmp_path / "pipe", resumed_at=0)
+
+
+def test_curves_that_cannot_be_written_are_lost_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--tensorboard-dir .*file: cannot be written \(.+\); give another folder"):
+        TensorBoard(str(tmp_path / "file"), queue_size=1)
+    board = TensorBoard(str(tmp_path / "board"), queue_size=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as on a full disk
+    try:
+        with caplog.at_level(logging.WARNING):
+            for iteration in range(20):
+                board.scalar("loss", 1.0, iteration, samples=8 * iteration)
+            board.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (message,) = caplog.messages
+    assert message.startswith(f"--tensorboard-dir {tmp_path / 'board'}: cannot be written ([Errno 27] File too large")
 
 
 def test_a_new_run_leaves_the_records_of_another_beside(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,22 @@ def test_a_folder_in_place_of_the_lock_is_named(tmp_path: Path):
     (tmp_path / LOCK).mkdir()
     with pytest.raises(UserError, match=rf"--save {tmp_path / LOCK}: cannot be opened \(Is a directory\)"):
         SaveFolder(tmp_path)
+
+
+def test_a_folder_of_non_persistent_checkpoints_is_held_and_cleared_too(tmp_path: Path):
+    scratch = tmp_path / "scratch"
+    (scratch / ".iter_0000009.partial").mkdir(parents=True)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    held = SaveFolder(tmp_path / "one", scratch)
+    assert (scratch / LOCK).is_file() and not (scratch / ".iter_0000009.partial").exists()
+
+    def hold_in_another_process() -> None:
+        with pytest.raises(UserError, match=f"--non-persistent-global-ckpt-dir {scratch}: "):
+            SaveFolder(tmp_path / "two", scratch)
+
+    process = multiprocessing.get_context("fork").Process(target=hold_in_another_process)
+    process.start()
+    process.join()
+    held.close()
+    assert process.exitcode == 0

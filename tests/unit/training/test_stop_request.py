@@ -9,7 +9,8 @@ import pytest
 import torch.distributed as dist
 
 from megatron_dwm.config.training import TrainingConfig
-from megatron_dwm.training.stop_request import SIGNALS, StopRequest
+from megatron_dwm.runtime.stop_signals import STOP_SIGNALS
+from megatron_dwm.training.stop_request import EvaluationBrokenOffError, StopRequest
 from tests.distributed.harness import run_distributed
 
 
@@ -21,10 +22,26 @@ def reason_after(number: int | None, iteration: int, **flags: object) -> str | N
     return request.reason(iteration)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_that_one_rank_receives_is_every_ranks_reason(number: signal.Signals):
     reasons = run_distributed(lambda: reason_after(number, 1, exit_signal_handler=True), 2)
     assert reasons == [f"exiting program after receiving {number.name}."] * 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, None])
+def test_a_signal_that_one_rank_receives_breaks_every_ranks_evaluation_off(number: signal.Signals | None):
+    def broken_off_by() -> str | None:
+        request = StopRequest(TrainingConfig(micro_batch_size=1, train_iters=9, exit_signal_handler=True))
+        request.listen()
+        if number is not None and dist.get_rank() == 0:
+            os.kill(os.getpid(), number)
+        try:
+            request.break_off_if_signaled()
+        except EvaluationBrokenOffError as error:
+            return str(error)
+        return None
+
+    assert run_distributed(broken_off_by, 2) == [number and number.name] * 2
 
 
 def test_without_a_reason_the_run_goes_on():

@@ -1,0 +1,71 @@
+"""The parts of a run that a weighting is built from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_dwm.config.run import RunConfig
+from megatron_dwm.data.blend import DataPaths
+from megatron_dwm.data.loader import BatchLoader
+from megatron_dwm.data.sampler import BatchPartition
+from megatron_dwm.model.engine import PipelineEngine
+from megatron_dwm.runtime.process_groups import ParallelState
+from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
+from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
+from megatron_dwm.weighting.inputs import WeightingInputs
+from megatron_dwm.weighting.loss_factors import LossFactors
+from megatron_dwm.weighting.sample_gather import SampleGather
+from megatron_dwm.weighting.scored import ScoringOptions
+from megatron_dwm.weighting.stage_schedule import StageSchedule
+from megatron_dwm.weighting.weight_metrics import WeightMetrics
+
+
+@dataclass(frozen=True)
+class WeightingContext:
+    """The parts of a run that a weighting needs."""
+
+    config: RunConfig
+    inputs: WeightingInputs
+    stages: StageSchedule
+    paths: DataPaths
+    tokenizer: Any
+    padded_vocab_size: int
+    engine: PipelineEngine
+    optimizer: Any
+    partition: BatchPartition
+    parallel_state: ParallelState
+    make_target_loader: Callable[[int], BatchLoader]
+    """Returns a loader of the target set, after a number of consumed samples."""
+    device: torch.device
+
+
+def lm_gradients(context: WeightingContext, gradient_mean: GradientMean | None = None) -> LMGradients:
+    """Return the passes over the language model in an outer update.
+
+    Args:
+        gradient_mean: averages the target gradient over updates.
+    """
+    config, micro_batch_size = context.config, context.config.training.micro_batch
+    parts = context.engine, context.optimizer, context.parallel_state, micro_batch_size
+    return LMGradients(config.weighting, *parts, gradient_mean)
+
+
+def weight_metrics(context: WeightingContext) -> WeightMetrics:
+    """Return the object that computes the metrics of each step's weights."""
+    config, gather = context.config, SampleGather(context.partition, context.parallel_state)
+    is_per_token = context.engine.config.calculate_per_token_loss
+    loss_factors = LossFactors(config.training.micro_batch, is_per_token, context.parallel_state)
+    return WeightMetrics(context.stages, gather, loss_factors, context.paths.train_sources)
+
+
+def scoring_options(config: RunConfig) -> ScoringOptions:
+    """Return how scores become weights, from the flags."""
+    return ScoringOptions(
+        temperature=config.weighting.dwm_temperature,
+        min_effective_sample_size=config.weighting.dwm_min_effective_sample_size,
+        check_interval=config.logging.log_interval,
+    )

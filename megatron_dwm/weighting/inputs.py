@@ -1,0 +1,76 @@
+"""The inputs and the stages of a run's weighting, checked before any process waits for another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from megatron_dwm.config.run import RunConfig
+from megatron_dwm.data.hf_tokenizers import vocabulary_fingerprint
+from megatron_dwm.data.sample_text import sample_text
+from megatron_dwm.weighting.stage_schedule import StageSchedule, bilevel_stages, frozen_stages
+from megatron_dwm.weighting.weighter import model_digest
+from megatron_dwm.weighting.weighter_folder import SampleTokens, WeighterFolder, read_weighter_folder
+from megatron_dwm.weighting.weighter_init import check_init_from_lm
+from megatron_dwm.weighting.weighter_stages import weighter_stages
+
+DOCUMENT_JOINT = "\n\n"
+"""Text between two documents of a sample, for classifiers that read a sample's text."""
+
+
+@dataclass(frozen=True)
+class WeightingInputs:
+    """The inputs of the weighting, checked before any process waits for another."""
+
+    samples: SampleTokens | None = None
+    """The format of the samples; None without a weighter."""
+    folder: WeighterFolder | None = None
+    """The classifier that ``--dwm-load`` or ``--dwm-init-from`` names, if it names a folder; the first of several."""
+    digest: str | None = None
+    """Digest of the parameters of all weighters that are read from folders."""
+
+
+def run_stages(config: RunConfig, begun_by: int | None = None) -> StageSchedule:
+    """Return the stages of a run; those of a resumed run cover its whole length by its present flags.
+
+    Args:
+        begun_by: the iteration from which a run continues with a weighter that has begun to learn, if it does.
+
+    Raises:
+        UserError: the stages do not fit into the run.
+    """
+    if not config.weighting.needs_target:
+        return frozen_stages(config.weighting, config.train_iters)
+    return bilevel_stages(config.weighting, config.train_iters, begun_by)
+
+
+def read_weighting_inputs(config: RunConfig, tokenizer: Any) -> WeightingInputs:
+    """Open and check the weighter's folder.
+
+    Raises:
+        UserError: the folder does not fit.
+    """
+    settings = config.weighting
+    if not settings.has_weighter:
+        return WeightingInputs()
+    samples = SampleTokens(
+        config.model.sequence,
+        int(tokenizer.vocab_size),
+        int(tokenizer.eod),
+        vocabulary_fingerprint(tokenizer, config.tokenizer),
+        partial(sample_text, tokenizer=tokenizer, joint=DOCUMENT_JOINT),
+    )
+    flag, seed = "--dwm-load", config.training.seed
+    if settings.dwm_load is not None:
+        weighters = weighter_stages(flag, settings.dwm_load, config.train_iters)
+        # Check all of them, so that none fails in the middle of the run.
+        digests = [model_digest(read_weighter_folder(flag, w.folder, samples, seed).model) for w in weighters[1:]]
+        folder = read_weighter_folder(flag, weighters[0].folder, samples, seed)
+        return WeightingInputs(samples, folder, "".join([model_digest(folder.model), *digests]))
+    if settings.dwm_init_from == "lm":
+        check_init_from_lm(config.model, settings)
+    if settings.dwm_init_from in ("lm", "random"):
+        return WeightingInputs(samples)
+    folder = read_weighter_folder("--dwm-init-from", settings.dwm_init_from, samples, seed)
+    return WeightingInputs(samples, folder, digest=model_digest(folder.model))
