@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_dwm.atomic_write import atomic_write_text, sync
+from megatron_dwm.corpora.storage import absolute, is_url, stamp_of
 from megatron_dwm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -114,9 +115,8 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
         shutil.rmtree(folder)
 
 
-def file_stamps(paths: list[str]) -> list[tuple[str, int, int]] | None:
-    """Return path, size and time of the last change of each file; None if one is no regular file."""
-    if not all(os.path.isfile(path) for path in paths):
+def file_stamps(paths: list[str]) -> list[tuple[str, int, str]] | None:
+    """Return path, size and last change of each file; None if one is neither a regular file nor behind a URL."""
+    if not all(is_url(path) or os.path.isfile(path) for path in paths):
         return None
-    stats = [(path, os.stat(path)) for path in paths]
-    return [(os.path.abspath(path), status.st_size, status.st_mtime_ns) for path, status in stats]
+    return [(absolute(path), *stamp_of(path)) for path in paths]
