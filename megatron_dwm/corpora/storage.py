@@ -38,7 +38,7 @@ def size_of(path: str) -> int:
 
 
 def stamp_of(path: str) -> tuple[int, str]:
-    """Return the size of a file and what changes when it is written: a time, or what a store calls a version.
+    """Return the size of a file and its version: the time of the last change, or what the storage provides.
 
     Raises:
         UserError: it is behind a URL, and cannot be reached.
@@ -126,7 +126,7 @@ class OutputFolder:
 
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
-        """Open a file for writing; it is on the disk when the block has ended."""
+        """Open a file for writing; it is synced to disk when the context ends."""
         if self._fs is not None:
             self._make_folder_of(name)
             with self._fs.open(f"{self._root}/{name}", "wb") as file:
@@ -145,11 +145,11 @@ class OutputFolder:
             return file.read()
 
     def exists(self, name: str) -> bool:
-        """Tell whether there is such a file."""
+        """Return whether there is such a file."""
         return os.path.exists(self.path(name)) if self._fs is None else bool(self._fs.exists(f"{self._root}/{name}"))
 
     def remove(self) -> None:
-        """Remove it with all that is in it, if it is there."""
+        """Remove the folder and its content, if it exists."""
         if self._fs is None:
             shutil.rmtree(self.location, ignore_errors=True)
         elif self._fs.exists(self._root):
