@@ -108,7 +108,7 @@ class Ranks:
                 process.send_signal(number)
 
     def limit_files(self, size: int) -> None:
-        """Let no process of the run write a file beyond so many bytes: it gets an error as from a full disk."""
+        """Limit the size of files that the run's processes write; beyond it they get an error as from a full disk."""
         for process in self.running():
             with contextlib.suppress(OSError):
                 _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)

@@ -134,7 +134,7 @@ def _documents(config: ScoringBenchmarkConfig, folder: Path) -> tuple[Path, list
 
 
 def make_classifier(config: ScoringBenchmarkConfig, folder: Path, texts: Sequence[str]) -> Path:
-    """Make a classifier of random weights, and a tokenizer of the texts."""
+    """Write a classifier with random weights, and a tokenizer trained on the texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 

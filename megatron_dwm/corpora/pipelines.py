@@ -223,7 +223,7 @@ def submit(name: str, jobs: Sequence[Job], workers: int, slurm: SlurmConfig) -> 
 
 @contextmanager
 def refused_output(output: str, flag: str = "--output") -> Iterator[None]:
-    """Turn a file that cannot be written, or a worker process that was killed, into a UserError while open."""
+    """Inside the context, a file that cannot be written or a worker process that is killed causes a UserError."""
     try:
         yield
     except UserError:

@@ -15,7 +15,7 @@ from megatron_dwm.errors import UserError, shortened
 
 
 def is_url(path: str) -> bool:
-    """Tell whether a path is a URL."""
+    """Return whether a path is a URL."""
     return "://" in path
 
 
@@ -156,13 +156,13 @@ class OutputFolder:
             self._fs.rm(self._root, recursive=True)
 
     def holds_something(self) -> bool:
-        """Tell whether there is anything in it."""
+        """Return whether the folder contains anything."""
         if self._fs is None:
             return os.path.isdir(self.location) and any(os.scandir(self.location))
         return bool(self._fs.exists(self._root) and self._fs.ls(self._root))
 
     def move(self, name: str, to: str) -> None:
-        """Give a complete file another name, if it is there."""
+        """Rename a complete file, if it exists."""
         source, target = self.path(name), self.path(to)
         if self._fs is not None:
             if self._fs.exists(f"{self._root}/{name}"):
@@ -175,7 +175,7 @@ class OutputFolder:
             sync(Path(target).parent)
 
     def _make_folder_of(self, name: str) -> None:
-        """Make the folder of a file on this machine; elsewhere there are none, or they come with their files."""
+        """Create the folder of a file on this machine; other storage creates folders with their files, or has none."""
         from fsspec.implementations.local import LocalFileSystem
 
         if isinstance(self._fs, LocalFileSystem):

@@ -65,7 +65,7 @@ class Traffic:
 
 
 class Meter(TorchDispatchMode):
-    """Counts, while open, the bytes of new storages as long as they live, and the traffic."""
+    """Inside the context, counts the bytes of new storages as long as they live, and the traffic."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -223,7 +223,7 @@ class Reporter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time while open (an evaluation, a save) from the time of an iteration."""
+        """Exclude the time inside the context (an evaluation, a save) from the time of an iteration."""
         paused_at = time.perf_counter()
         self.energy.pause()
         try:
