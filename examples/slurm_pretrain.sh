@@ -38,7 +38,7 @@ SAVE_INTERVAL=${SAVE_INTERVAL:-1000}
 EVAL_INTERVAL=${EVAL_INTERVAL:-1000}
 EVAL_ITERS=${EVAL_ITERS:-10}
 LOG_INTERVAL=${LOG_INTERVAL:-10}
-LOG_DIR=${LOG_DIR:-$SAVE/logs} # one log per node; the job's own log says how the job ended
+LOG_DIR=${LOG_DIR:-$SAVE/logs} # one log per node; the job's own log shows how the job ended
 
 require DATA_PATH "the prefix of the training data (.bin and .idx), or weights and prefixes"
 [[ $DWM_MODE != bilevel ]] || require TARGET_DATA_PATH "the prefix of the target data, or use DWM_MODE=off"
@@ -123,7 +123,7 @@ done
 ARGS+=(${EXTRA_ARGS:-} "$@")
 
 
-# NCCL keeps its defaults, which suit most clusters; docs/cluster.md says what to change where they do not.
+# NCCL keeps its defaults, which suit most clusters; docs/cluster.md describes what to change otherwise.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # required for overlapping tensor-parallel communication
 

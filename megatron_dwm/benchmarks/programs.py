@@ -15,7 +15,7 @@ _LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "
 
 
 def call(command: str, *arguments: object, log: Path | None = None) -> None:
-    """Run ``megatron-dwm command`` in a process of its own.
+    """Run ``megatron-dwm command`` in a separate process.
 
     Args:
         command: the name of the command.

@@ -29,7 +29,7 @@ LINGER_SECONDS = 5.0
 
 
 class StoreWatch:
-    """Ends this process when the store no longer answers: a request to it has no timeout of its own."""
+    """Ends this process when the store no longer answers: requests to it have no timeout."""
 
     def __init__(self, timeout: timedelta, seconds: float) -> None:
         """

@@ -182,7 +182,7 @@ def test_the_benefit_table_holds_means_and_deviations(tmp_path: Path):
     file.write_text(json.dumps(BENEFIT))
     page = render_report(report_of(run_of([]), benefit=read_benefit(file)))
     assert "2.6000 ± 0.1414" in page and "1,000" in page and ">10</td>" in page
-    assert "closes 25&nbsp;% of the gap" in page and "0.80 times their tokens" in page and "In time" not in page
+    assert "closes 25&nbsp;% of the gap" in page and "0.80 times as many tokens" in page and "The time for" not in page
 
 
 @pytest.mark.parametrize(
