@@ -34,7 +34,7 @@ class ImportanceWeights:
         """
         for name, counts in (("--input", everything), ("--target", target)):
             if not counts.any():
-                raise UserError(f"{name}: its texts hold no words; give files that hold some")
+                raise UserError(f"{name}: its texts contain no words; give other files")
         self._log_ratio = np.log(target / target.sum() + _SMOOTHING) - np.log(
             everything / everything.sum() + _SMOOTHING
         )

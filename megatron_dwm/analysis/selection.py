@@ -224,7 +224,7 @@ def _choose(selection: Selection) -> None:
     names = [json.loads(folder.read_bytes(f"sources/{rank:05d}")) for rank in tasks]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(name for found in names for name in found))}
     if not numbers:
-        raise UserError(f"--input {' '.join(selection.paths)}: no rows; give files that hold some")
+        raise UserError(f"--input {' '.join(selection.paths)}: no rows; give other files")
     if len(numbers) > MOST_SOURCES:
         raise too_many_sources(config)
     sources, rows, dropped = list(numbers), [], 0

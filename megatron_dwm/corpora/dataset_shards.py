@@ -79,6 +79,6 @@ def publish_shards(folder: Path, keys: Sequence[str], tasks: int, prefix: Path) 
     shards = [folder / f"{rank:05d}" for rank in range(tasks)]
     parts = [shard for shard in shards if Path(dataset_prefix(shard, keys[0]) + ".idx").is_file()]
     if not parts:
-        raise UserError("--input: no documents; give files that hold some")
+        raise UserError("--input: no documents; give other files")
     dtype: Any = IndexFile.open(dataset_prefix(parts[0], keys[0])).dtype.type
     publish_datasets(keys, dtype, parts, prefix)

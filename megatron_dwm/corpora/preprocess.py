@@ -220,7 +220,7 @@ def _write(results: Iterable[Encoded | Malformed], config: PreprocessConfig, dty
     if progress.skipped:
         logger.warning(f"{progress.skipped} malformed documents were skipped, the first: {progress.first_skipped}")
     if progress.documents == 0:
-        raise UserError(f"--input {' '.join(config.input or [])}: no documents; give files that hold some")
+        raise UserError(f"--input {' '.join(config.input or [])}: no documents; give other files")
     if writers:
         _keep(work, segment, writers, progress)
 
