@@ -7,16 +7,16 @@
 #SBATCH --signal=TERM@300
 #SBATCH --requeue
 #
-# Pretrain a LLaMA-shaped model of 8 billion parameters with a data weighting model, one task a GPU:
+# Pretrain a LLaMA-style model of 8 billion parameters with a data weighting model, one task per GPU:
 #
-#   export DATA_PATH=data/train_text_document        # what to train on: prefix, or "weight prefix weight prefix ..."
-#   export TARGET_DATA_PATH=data/lambada_text_document   # whose loss the weighter learns to lower
-#   export TOKENIZER_MODEL=tokenizer                 # folder (or name) of a Hugging Face tokenizer
+#   export DATA_PATH=data/train_text_document        # training data: prefix, or "weight prefix weight prefix ..."
+#   export TARGET_DATA_PATH=data/lambada_text_document  # the data whose loss the weighter is trained to lower
+#   export TOKENIZER_MODEL=tokenizer                 # folder or name of a Hugging Face tokenizer
 #   sbatch --gpus-per-node=8 examples/pretrain_8b_dwm.sh
 #
 # Submit from the repository's root, or set REPO_DIR. Options of sbatch override the directives above, for example
-# --nodes=2 --cpus-per-task=12 --time=24:00:00; a cluster without GPUs wants no --gpus-per-node. The sizes below are
-# defaults: each variable can be set in the environment. slurm_pretrain.sh has the others, and what is done with them.
+# --nodes=2 --cpus-per-task=12 --time=24:00:00; leave out --gpus-per-node on a cluster without GPUs. The sizes below are
+# defaults: each variable can be set in the environment. slurm_pretrain.sh has the other variables and starts the run.
 set -euo pipefail
 
 REPO_DIR=${REPO_DIR:-${SLURM_SUBMIT_DIR:-$PWD}}
@@ -25,7 +25,7 @@ if [[ ! -f $REPO_DIR/examples/slurm_pretrain.sh ]]; then
     exit 2
 fi
 
-# Layout: two GPUs share a copy of the model, since an outer update needs room beside what training holds
+# Layout: the model is split over two GPUs, because an outer update needs memory in addition to training
 GPUS=${GPUS:-256}
 TP=${TP:-2}
 PP=${PP:-1}

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# From an empty clone to a language model, a learnt data weighting model, and a picture of what it gained, on a laptop:
+# From an empty clone to a language model, a trained data weighting model, and a plot of the gain, on a laptop:
 #
 #   bash examples/quickstart.sh            everything goes to runs/quickstart
 #   bash examples/quickstart.sh DIR        ... or to DIR
 #
-# Steps that are done are not done again; training that was interrupted continues from its last checkpoint.
+# Finished steps are not repeated; interrupted training continues from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,17 +14,17 @@ readonly SAVE=$RUN/checkpoints UNIFORM=$RUN/uniform
 readonly NAME=iter_$(printf %07d "$ITERATIONS")
 readonly TOKENIZER=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "$RUN/tokenizer.model")
 
-# One thread a process: four of them share the machine.
+# One thread per process, because four processes share the machine.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 step() { echo "[$1/7] $2"; }
-done_already() { echo "      done already: $1"; }
+done_already() { echo "      already done: $1"; }
 
 step 1 "environment: .venv with pinned dependencies"
 bash tools/setup_env.sh
 source .venv/bin/activate
 
-step 2 "corpus: documentation, code, comments and shuffled words from Python's own library"
+step 2 "corpus: documentation, code, comments and shuffled words from Python's standard library"
 if [[ -f $RUN/corpus/shuffled.train.jsonl ]]; then done_already "$RUN/corpus"; else
     python tools/build_corpus.py --output "$RUN/corpus"
 fi
@@ -40,17 +40,17 @@ if [[ -f $RUN/data/prose.test_text_document.idx ]]; then done_already "$RUN/data
         --input "$RUN"/corpus/{prose,code,comments,shuffled}.train.jsonl "$RUN"/corpus/prose.{target,test}.jsonl
 fi
 
-# Four processes of a CPU, or of four GPUs, share the model; fewer GPUs than that: one holds it.
+# The model is split over four processes, on CPUs or on four GPUs; with fewer GPUs there is a single process.
 PROCESSES=4 LAYOUT=(--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2)
 if python -c 'import sys, torch; sys.exit(not 0 < torch.cuda.device_count() < 4)'; then
     PROCESSES=1 LAYOUT=(--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1)
 fi
-# The target set is prose; two thirds of the training data are of little use to it. Evaluation is on other prose.
+# The target set is prose. Two thirds of the training data are of little use for it. Evaluation is on other prose.
 data=()
 for part in 0.2:prose 0.3:code 0.1:comments 0.4:shuffled; do
     data+=("${part%%:*}" "$RUN/data/${part##*:}.train_text_document")
 done
-# train FOLDER FLAGS...: one run, which continues if it was interrupted.
+# train FOLDER FLAGS...: runs or continues one run.
 train() {
     local save=$1
     shift
@@ -68,20 +68,20 @@ train() {
         --save "$save" --load "$save" --save-interval 80 --eval-interval 40 --eval-iters 4 --log-interval 10 \
         --tensorboard-dir "$save/tensorboard" --num-workers 0 "$@"
 }
-step 5 "pretraining with learnt weights: $ITERATIONS iterations on $PROCESSES process(es) ${LAYOUT[*]}"
+step 5 "pretraining with learned weights: $ITERATIONS iterations on $PROCESSES process(es) ${LAYOUT[*]}"
 train "$SAVE" --dwm-target-data-path "$RUN/data/prose.target_text_document"
 
-step 6 "the same with uniform weights, to compare"
+step 6 "the same with uniform weights, for comparison"
 train "$UNIFORM" --dwm-mode off
 
-step 7 "picture"
+step 7 "plot"
 python tools/plot_run.py --run "$SAVE" --baseline "$UNIFORM" --output "$RUN/run.png"
 
 cat <<END
 
-Finished. Where everything is:
+Finished. The results are in:
   checkpoint          $SAVE/$NAME
   exported weighter   $SAVE/weighter/$NAME
   metrics             $SAVE/metrics.jsonl, $SAVE/tensorboard
-  picture             $RUN/run.png
+  plot                $RUN/run.png
 END

@@ -1,13 +1,13 @@
-# What the SLURM scripts beside this file have in common: it is sourced by them, after they have set the sizes.
+# The common part of the SLURM scripts in this folder, which source it after setting the sizes.
 #
-# One task a GPU. Each variable below can be set in the environment. Every DWM_SOME_FLAG=value becomes --dwm-some-flag
-# value. Words after the script's name, and those in EXTRA_ARGS, go to pretrain_dwm.py as they are.
+# One task per GPU. Each variable below can be set in the environment. Every DWM_SOME_FLAG=value becomes --dwm-some-flag
+# value. Arguments of the script, and words in EXTRA_ARGS, are passed to pretrain_dwm.py unchanged.
 #
-# Submitting the same again continues from the latest checkpoint in SAVE. When the time limit draws near, or another
-# job preempts this one, SLURM's signal makes the run save a checkpoint and stop; the job then puts itself back into the
-# queue and goes on. So it does after --exit-interval and --exit-duration-in-mins. Submit with --no-requeue to stop there.
+# Submitted again, a job continues from the latest checkpoint in SAVE. Before the time limit, or when another
+# job preempts this one, SLURM's signal makes the run save a checkpoint and stop; the job then requeues itself and
+# continues. The same happens after --exit-interval and --exit-duration-in-mins. Submit with --no-requeue to stop there.
 #
-# PLAN_ONLY=1 bash examples/pretrain_1b_dwm.sh prints what the run will be on GPUS of them, without SLURM, and ends.
+# PLAN_ONLY=1 bash examples/pretrain_1b_dwm.sh prints the plan of the run on GPUS GPUs, without SLURM, and ends.
 # shellcheck shell=bash disable=SC2206 # values are split into words on purpose
 set -f # and never expanded as patterns
 
@@ -27,7 +27,7 @@ if [[ -n $CONTAINER_IMAGE ]]; then PYTHON=${PYTHON:-python}; else PYTHON=${PYTHO
 PREFLIGHT=${PREFLIGHT:-1} # 0 skips the check of all flags before the tasks start
 PLAN_ONLY=${PLAN_ONLY:-0}
 
-# What all sizes share, by default.
+# Defaults for all sizes.
 PRECISION=${PRECISION:-bf16} # bf16, fp16 or fp32
 LR_WARMUP_FRACTION=${LR_WARMUP_FRACTION:-0.01}
 TOKENIZER_TYPE=${TOKENIZER_TYPE:-HuggingFaceTokenizer}
@@ -37,7 +37,7 @@ SAVE_INTERVAL=${SAVE_INTERVAL:-1000}
 EVAL_INTERVAL=${EVAL_INTERVAL:-1000}
 EVAL_ITERS=${EVAL_ITERS:-10}
 LOG_INTERVAL=${LOG_INTERVAL:-10}
-LOG_DIR=${LOG_DIR:-$SAVE/logs} # one log a node; the job's own log says how the job went
+LOG_DIR=${LOG_DIR:-$SAVE/logs} # one log per node; the job's own log says how the job ended
 
 require DATA_PATH "the prefix of the training data (.bin and .idx), or weights and prefixes"
 [[ $DWM_MODE != bilevel ]] || require TARGET_DATA_PATH "the prefix of the target data, or use DWM_MODE=off"
@@ -111,7 +111,7 @@ else
 fi
 if [[ $DWM_MODE == bilevel ]]; then ARGS+=(--dwm-target-data-path $TARGET_DATA_PATH); fi
 
-# Flags that are left to the program unless their variable is set.
+# Flags that keep the program's default unless their variable is set.
 for name in TOKENIZER_MODEL VOCAB_SIZE VOCAB_FILE MERGE_FILE DATA_CACHE_PATH DISTRIBUTED_BACKEND TRANSFORMER_IMPL \
     ${!DWM_@}; do
     if [[ -n ${!name:-} ]]; then
@@ -122,20 +122,20 @@ done
 ARGS+=(${EXTRA_ARGS:-} "$@")
 
 
-# Nothing of NCCL's is set: its defaults suit most clusters (docs/cluster.md has what to look at where they do not).
+# NCCL keeps its defaults, which suit most clusters; docs/cluster.md says what to change where they do not.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # tensor parallelism's overlap counts on the order
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # required for overlapping tensor-parallel communication
 
 if [[ $PLAN_ONLY == 1 ]]; then
     exec "$PYTHON" "$REPO_DIR/pretrain_dwm.py" --plan --plan-world-size "$GPUS" "${ARGS[@]}"
 fi
 
-# Where the ranks meet: found anew at each start of the job, on a port that the start before it did not use.
-hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # a pipe to head can end scontrol, and so this script
+# The rendezvous: determined at each start of the job, with another port than at the previous start.
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # piping to head could end scontrol, and so this script
 MASTER_ADDR=${hosts%%$'\n'*}
 MASTER_PORT=${MASTER_PORT:-$((10000 + (SLURM_JOB_ID + 7 * ${SLURM_RESTART_COUNT:-0}) % 20000))}
 export MASTER_ADDR MASTER_PORT
-# srun does not take --cpus-per-task over from sbatch.
+# srun does not inherit --cpus-per-task from sbatch.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 SRUN=(srun --kill-on-bad-exit=1)
 if [[ -n $CONTAINER_IMAGE ]]; then
@@ -155,7 +155,7 @@ run_status() {
     fi
 }
 
-# Before any task waits for another, one process checks the flags, and writes down what the run will be. A job that
+# Before the tasks start, one process checks the flags and writes the plan of the run. A job that
 # SLURM has started again was checked at its first start.
 if [[ $PREFLIGHT == 1 && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
     PLAN=("$PYTHON" "$REPO_DIR/pretrain_dwm.py" --plan --plan-world-size "$SLURM_NTASKS" --plan-json "$SAVE/plan.json")
@@ -163,7 +163,7 @@ if [[ $PREFLIGHT == 1 && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
     "${PLAN[@]}" "${ARGS[@]}"
 fi
 
-# Put this job back into the queue; the third time in a row that it has made no iteration is an error.
+# Requeue this job; it is an error if it has made no iteration for the third time in a row.
 requeue() { # ITERATION
     local stops=$LOG_DIR/stops-without-progress
     if (($1 > iteration_before)); then rm -f "$stops"; else echo "$1" >>"$stops"; fi
@@ -171,17 +171,17 @@ requeue() { # ITERATION
         rm -f "$stops"
         fail "no iteration was made since $1 in three starts; give the job more time, or its signal more notice"
     fi
-    echo "interrupted at iteration $1; the job goes back into the queue"
+    echo "interrupted at iteration $1; the job is requeued"
     scontrol requeue "$SLURM_JOB_ID" ||
-        echo "this job cannot be requeued; submit the same again to continue from iteration $1"
+        echo "this job cannot be requeued; submit it again to continue from iteration $1"
 }
 
 read -r _ iteration_before <<<"$(run_status)"
-# SLURM may signal this shell as well as the tasks; it has to outlive them. Without a command in the trap, tasks would
-# inherit that the signal is ignored.
+# SLURM may signal this shell as well as the tasks, and the shell must outlive them. Without a command in the trap, the
+# tasks would inherit that the signal is ignored.
 trap : TERM USR1 USR2
 
-# Each task gets its place among the others in the variables that torch.distributed reads.
+# Each task gets its rank in the variables that torch.distributed reads.
 "${SRUN[@]}" --output="$LOG_DIR/%x-%j-%N.log" --open-mode=append bash -c '
     export WORLD_SIZE=$SLURM_NTASKS RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
     exec "$@"' pretrain_dwm "$PYTHON" "$REPO_DIR/pretrain_dwm.py" "${ARGS[@]}" || code=$?

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A weighter that a small language model has learned, used by a larger one, whose width and depth are doubled:
+# A small language model learns a weighter, which a larger model, with twice the width and depth, then uses:
 #
 #   bash examples/transfer.sh              three seeds; everything goes to runs/transfer
-#   bash examples/transfer.sh DIR SEEDS    ... or to DIR, with so many seeds
+#   bash examples/transfer.sh DIR SEEDS    ... to DIR, with SEEDS seeds
 #
-# The larger model trains on a random half of the corpus, and on the half that DSIR selects as most like the target: each
-# with uniform weights, with the last weighter, frozen, and with the weighter of the stage that the small run was in at
-# the same fraction of training. Steps that are done are not done again.
+# The larger model trains on a random half of the corpus, and on the half that DSIR selects as most similar to the
+# target: each with uniform weights, with the last weighter (frozen), and with the weighter of the stage that the small
+# run was in at the same fraction of training (staged). Finished steps are not repeated.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,24 +15,24 @@ readonly ITERATIONS=${ITERATIONS:-480} BATCH=${BATCH:-128} WIDTH=${WIDTH:-64}
 readonly SMALL=$RUN/small
 readonly TOKENIZER=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "$RUN/tokenizer.model")
 
-# One thread a process: JOBS runs share the machine.
+# One thread per process, because JOBS runs share the machine.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 JOBS=${JOBS:-$(python -c 'import os; print(max(1, (os.cpu_count() or 2) // 2))')}
 
 step() { echo "[$1/6] $2"; }
-# tokenize NAME: makes a dataset of $RUN/texts/NAME.jsonl.
+# tokenize NAME: makes a dataset from $RUN/texts/NAME.jsonl.
 tokenize() {
     [[ -f $RUN/data/$1_text_document.idx ]] || python tools/preprocess_data.py --input "$RUN/texts/$1.jsonl" \
         --output-prefix "$RUN/data/$1" "${TOKENIZER[@]}" --append-eod
 }
 
-step 1 "environment and corpus: prose, code and shuffled characters from Python's own library; prose is the target"
+step 1 "environment and corpus: prose, code and shuffled characters from Python's standard library; prose is the target"
 bash tools/setup_env.sh
 source .venv/bin/activate
 [[ -f $RUN/corpus/shuffled.train.jsonl ]] || python tools/build_corpus.py --output "$RUN/corpus" --shuffle characters
 readonly POOL=("$RUN"/corpus/{prose,code,shuffled}.train.jsonl)
 
-step 2 "two halves of it: a random one, and the one most like the target by DSIR"
+step 2 "two halves of the corpus: a random one, and the one most similar to the target by DSIR"
 mkdir -p "$RUN/texts"
 [[ -f $RUN/texts/random.jsonl ]] || python tools/select_data.py --input "${POOL[@]}" --output "$RUN/texts/random.jsonl" \
     --method random --fraction 0.5
@@ -45,7 +45,7 @@ step 3 "tokenizer and datasets"
     --vocab-size 400
 for name in {prose,code,shuffled}.train random dsir prose.target prose.test; do tokenize "$name"; done
 
-# train FOLDER SEED LAYERS WIDTH FLAGS...: one run, unless it is done.
+# train FOLDER SEED LAYERS WIDTH FLAGS...: one run, unless it has finished.
 train() {
     local folder=$1 seed=$2 layers=$3 width=$4
     shift 4

@@ -1,8 +1,8 @@
-"""Write files and folders whole or not at all: beside their place first, on the disk next, renamed last.
+"""Atomic writing of files and folders: under a temporary name, synced to disk, then renamed.
 
-A process that is killed on the way leaves what was there before, and at most an entry whose name starts with a dot:
-``.NAME.tmp<pid>`` (not finished), ``.NAME.replaced`` (the old one, about to go) or ``.NAME.deleted`` (going).
-:func:`remove_leftovers` clears them.
+A process that is killed meanwhile leaves the previous content, and at most an entry whose name starts with a dot:
+``.NAME.tmp<pid>`` (not finished), ``.NAME.replaced`` (the old content) or ``.NAME.deleted`` (being deleted).
+:func:`remove_leftovers` removes them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _REPLACED = re.compile(r"\.(.+)\.replaced")
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder to fill, which becomes ``folder`` when the block ends, in place of one that was there.
+    """Yield a folder to fill, which replaces ``folder`` when the block ends.
 
     If the block raises, ``folder`` is as it was, and so is the folder above.
     """
@@ -66,7 +66,7 @@ def atomic_files(folder: Path, prefix: str = "") -> Iterator[Path]:
 
 
 def publish_folder(beside: Path, folder: Path) -> None:
-    """Rename the finished folder ``beside`` to ``folder``; a folder that was there goes only afterwards."""
+    """Rename the finished folder ``beside`` to ``folder``; an existing folder is deleted only afterwards."""
     for path in (*beside.rglob("*"), beside):
         _give_usual_permissions(path)
         sync(path)
@@ -115,9 +115,9 @@ def sync(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what interrupted writers left in ``folder``, and undo a replacement that stopped half-way.
+    """Remove what interrupted writers left in ``folder``, and undo incomplete replacements.
 
-    Call it only while nobody else writes there.
+    Must not be called while another process writes there.
 
     Returns:
         what was removed or put back.
@@ -145,7 +145,7 @@ def _beside(path: Path) -> Path:
 
 
 def _give_usual_permissions(path: Path) -> None:
-    """Let others read what a library wrote for its owner alone, as far as the umask allows."""
+    """Give files that a library made readable only for their owner the permissions of the umask."""
     umask = os.umask(0o077)  # it can only be read by setting it
     os.umask(umask)
     os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~umask)

@@ -1,8 +1,8 @@
-"""Our weighter's architecture among transformers' Auto classes, without importing transformers before somebody does.
+"""Registration of the n-gram weighter with transformers' Auto classes, without importing transformers.
 
 ``import megatron_dwm`` is enough for ``AutoConfig`` and ``AutoModelForSequenceClassification`` to know it. Importing
-transformers takes seconds, so this waits for the two modules that hold the Auto classes, and registers when they have
-been imported, or at once where they are there already.
+transformers takes seconds, so this waits for the two modules with the Auto classes, and registers when they have
+been imported, or at once if they already are.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def _register(module: ModuleType) -> None:
 
 
 class _WaitingFinder(MetaPathFinder):
-    """Finds the awaited modules where they are, and wraps their loaders."""
+    """Finds the awaited modules, and wraps their loaders."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the usual spec of an awaited module, with a loader that registers; None for all others."""
+        """Return the spec of an awaited module, with a loader that registers; None for all others."""
         if fullname not in REGISTRATIONS:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
@@ -49,13 +49,13 @@ class _WaitingFinder(MetaPathFinder):
 
 
 class _RegisteringLoader(Loader):
-    """Loads a module as its own loader does, then registers with it."""
+    """Loads a module with its original loader, then registers."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Create the module as its own loader does."""
+        """Create the module with its original loader."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:

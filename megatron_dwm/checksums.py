@@ -1,4 +1,4 @@
-"""Checksums of files: what a folder's files were when they were written, and whether they still are."""
+"""Checksums of a folder's files, and their verification."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Checksum:
-    """What a file was when it was written."""
+    """Size and digest of a file."""
 
     bytes: int
     sha256: str
@@ -25,7 +25,7 @@ def checksum(path: Path, on_read: Callable[[int], object] = lambda size: None) -
 
     Args:
         path: the file.
-        on_read: told the size of each block.
+        on_read: called with the size of each block.
     """
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
@@ -37,7 +37,7 @@ def checksum(path: Path, on_read: Callable[[int], object] = lambda size: None) -
 
 
 def parse_checksums(files: Any) -> dict[str, Checksum]:
-    """Return checksums by path in their folder from what JSON holds: ``{path: {"bytes": N, "sha256": "..."}}``.
+    """Parse checksums by relative path from JSON: ``{path: {"bytes": N, "sha256": "..."}}``.
 
     Raises:
         ValueError: it holds something else.
@@ -53,12 +53,12 @@ def parse_checksums(files: Any) -> dict[str, Checksum]:
 def find_damage(
     folder: Path, checksums: Mapping[str, Checksum], on_read: Callable[[int], object] = lambda size: None
 ) -> str | None:
-    """Return what is wrong with the first of the files that is not as it was written; None if all are.
+    """Return a description of the first damaged file; None if all files match their checksums.
 
     Args:
-        folder: where the files are.
+        folder: the folder of the files.
         checksums: by file name.
-        on_read: told the size of each block that is read.
+        on_read: called with the size of each block that is read.
     """
     for name, expected in checksums.items():
         path = folder / name

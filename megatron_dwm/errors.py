@@ -16,7 +16,7 @@ _TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "iostream")
 
 
 class UserError(Exception):
-    """Something the user can mend.
+    """An error that the user can correct.
 
     The message is one line that names the flag or file, the offending value and the remedy.
     """
@@ -27,9 +27,9 @@ class PeerError(UserError):
 
 
 def shortened(value: object, most: int = 200) -> str:
-    """Return the text of a value on one line, without its middle if it has more than ``most`` characters.
+    """Return the text of a value on one line, with its middle cut out if it has more than ``most`` characters.
 
-    The two ends are kept: a message begins with what is wrong and ends with the remedy.
+    Both ends are kept, because a message begins with the problem and ends with the remedy.
     """
     text = " ".join(str(value).split())
     if len(text) <= most:
@@ -46,7 +46,7 @@ def print_error(error: UserError) -> None:
 
 
 def reason_not_written(error: Exception) -> str | None:
-    """Return why a file could not be written, if it is of this that the system, torch or safetensors tells."""
+    """Return why a file could not be written, if that is what an error of the system, torch or safetensors means."""
     if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, RuntimeError) and any(writer in str(error) for writer in _TORCH_WRITERS):
@@ -58,7 +58,7 @@ def reason_not_written(error: Exception) -> str | None:
 def run_cli(main: Callable[[], None]) -> None:
     """Run the ``main`` of a command of one process, turning a :class:`UserError` into its line and exit code.
 
-    A disk that is full and a folder that cannot be written to are the user's too.
+    A full disk and a folder that is not writable are user errors too.
 
     Programs of several ranks start through ``megatron_dwm.cli.launch`` instead.
     """

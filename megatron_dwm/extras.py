@@ -1,4 +1,4 @@
-"""Optional packages: what pretraining does not need is installed by an extra of this distribution."""
+"""Optional packages, which are installed by the extras of this distribution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines of JSON: one object a line."""
+"""Parsing of JSON lines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def parse_object(line: str | bytes) -> dict[str, Any]:
-    """Return the object that a line holds.
+    """Return the JSON object in a line.
 
     Raises:
         ValueError: the line is not JSON, is nested too deeply, or holds something other than an object.

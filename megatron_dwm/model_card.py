@@ -30,8 +30,8 @@ def render_card(title: str, *, task: str, tags: Sequence[str], introduction: str
     Args:
         title: the first heading.
         task: the Hub's name of what the model does, such as ``"text-generation"``.
-        tags: the Hub's, beside the program's own.
-        introduction: stands under the title.
+        tags: the Hub's tags, in addition to those of the program.
+        introduction: the text under the title.
         sections: text by heading.
     """
     from huggingface_hub import ModelCardData

@@ -1,7 +1,7 @@
 """Reading pickles that others may have written, without running code that is in them.
 
-A pickle names the functions that rebuild its objects, and ordinary unpickling calls whatever is named. What a
-checkpoint needs is known, so here anything else is refused: in ``common.pt`` and single objects by torch's
+A pickle names the functions that rebuild its objects, and ordinary unpickling calls them. What a
+checkpoint needs is known, so anything else is refused: in ``common.pt`` and single objects by torch's
 ``weights_only`` loading, in ``.metadata``, which torch reads with plain pickle, by the list below.
 """
 
@@ -71,7 +71,7 @@ COMMON_KEY = "common_state/shard_0_1"
 
 
 class UnreadableFile(Exception):
-    """A file that cannot be read, by name, and why."""
+    """A file cannot be read; the message names it and the reason."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -85,7 +85,7 @@ def read_metadata(path: Path) -> Any:
     """Return the ``Metadata`` in a checkpoint's ``.metadata`` file.
 
     Raises:
-        UnreadableFile: the file is missing or damaged, or names what is not allowed.
+        UnreadableFile: the file is missing or damaged, or names something that is not allowed.
     """
     from torch.distributed.checkpoint.metadata import Metadata
 
@@ -103,7 +103,7 @@ def read_torch_file(path: Path) -> Any:
     """Return what a file of ``torch.save`` holds: tensors, plain values, and the classes of Megatron-LM's arguments.
 
     Raises:
-        UnreadableFile: the file is missing or damaged, or names what is not allowed.
+        UnreadableFile: the file is missing or damaged, or names something that is not allowed.
     """
     try:
         return load_restricted(BytesIO(path.read_bytes()))
@@ -112,7 +112,7 @@ def read_torch_file(path: Path) -> Any:
 
 
 def load_restricted(content: BytesIO) -> Any:
-    """Return what ``torch.save`` wrote, if it is of allowed classes alone."""
+    """Load what ``torch.save`` wrote, if it contains only allowed classes."""
     import megatron.core  # noqa: F401  registers the classes of Megatron-LM's arguments with torch
     import torch
 
@@ -120,7 +120,7 @@ def load_restricted(content: BytesIO) -> Any:
 
 
 def short_reason(error: BaseException) -> str:
-    """Return the type of an error that unpickling raised, and the line of its message that tells most."""
+    """Return the type of an error of unpickling, and the most informative line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     # torch's advice is to load the file without its protection; what it did not like comes after that.
     telling = [line for line in lines[1:] if re.search("unsupported|not allowed|GLOBAL", line, re.IGNORECASE)]
@@ -128,12 +128,12 @@ def short_reason(error: BaseException) -> str:
 
 
 def read_common_state(folder: Path) -> Any:
-    """Return what a checkpoint says of all ranks: its arguments and counters.
+    """Return the common state of a checkpoint: its arguments and counters.
 
     They are in ``common.pt``; megatron-core from 0.17 on stores them among the tensors.
 
     Raises:
-        UnreadableFile: they are missing or damaged, or name what is not allowed.
+        UnreadableFile: they are missing or damaged, or name something that is not allowed.
     """
     path, described = folder / "common.pt", folder / ".metadata"
     if path.exists() or not described.exists():
@@ -156,7 +156,7 @@ def read_common_state(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def restricted_checkpoint_loading() -> Iterator[None]:
-    """While open, megatron-core and torch load a checkpoint's tensors with the restrictions of this module."""
+    """Make megatron-core and torch load checkpoints with the restrictions of this module while open."""
     from megatron.core.dist_checkpointing.strategies import torch as strategies
     from torch.distributed.checkpoint._traverse import set_element
 
@@ -182,7 +182,7 @@ def restricted_checkpoint_loading() -> Iterator[None]:
 
 
 def restricted_reader(folder: Path) -> Any:
-    """Return torch's reader of a checkpoint's folder, with :func:`read_metadata` in place of its own."""
+    """Return torch's reader of a checkpoint's folder, with :func:`read_metadata` instead of its own."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import StorageMeta
 

@@ -1,1 +1,1 @@
-"""What a run has recorded: read, described and drawn."""
+"""Analysis of recorded runs: reading, statistics and figures."""

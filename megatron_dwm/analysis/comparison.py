@@ -1,4 +1,4 @@
-"""A run against one with uniform weights: what weighting has gained."""
+"""Comparison of a run with one with uniform weights."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from megatron_dwm.errors import UserError
 
 
 def training_seconds(steps: Sequence[Record], last_iteration: float = float("inf")) -> float:
-    """Return the time of the steps up to an iteration, with all that weighting costs, without evaluations."""
+    """Return the time of the steps up to an iteration, including all overhead of weighting, without evaluations."""
     return float(sum(step["seconds"] for step in steps if step["iteration"] <= last_iteration))
 
 
 def training_flops(steps: Sequence[Record], last_iteration: float = float("inf")) -> float:
-    """Return the operations of the steps up to an iteration, with all that weighting adds."""
+    """Return the operations of the steps up to an iteration, including all overhead of weighting."""
     return float(sum(step["flops"] for step in steps if step["iteration"] <= last_iteration))
 
 
 def caught_up_at(uniform: RunRecords, other: RunRecords) -> float | None:
-    """Return the iteration from which ``other``'s evaluation loss stays at or under ``uniform``'s last one.
+    """Return the iteration from which ``other``'s evaluation loss stays at or below ``uniform``'s last one.
 
-    Between evaluations the loss is taken as linear in the tokens. None if it never falls so far.
+    The loss is interpolated linearly between evaluations. None if it never falls so far.
     """
     goal = uniform.evaluated("valid")[-1]["lm_loss"]
     curve = [(point["iteration"], point["lm_loss"]) for point in other.evaluated("valid")]
@@ -35,10 +35,10 @@ def caught_up_at(uniform: RunRecords, other: RunRecords) -> float | None:
 
 
 def catches_up(uniform: RunRecords, other: RunRecords) -> tuple[float, float] | None:
-    """Return when ``other``'s evaluation loss falls to ``uniform``'s last.
+    """Return when ``other``'s evaluation loss reaches ``uniform``'s last one.
 
     Returns:
-        fractions of uniform's tokens and of its seconds; None if it never falls so far.
+        fractions of uniform's tokens and of its time; None if it never falls so far.
     """
     iteration = caught_up_at(uniform, other)
     if iteration is None:
@@ -48,7 +48,7 @@ def catches_up(uniform: RunRecords, other: RunRecords) -> tuple[float, float] | 
 
 
 def gain_line(uniform: RunRecords, weighted: RunRecords) -> str:
-    """Return in one line how the evaluation losses of two runs of the same length compare.
+    """Return one line that compares the evaluation losses of two runs of the same length.
 
     Raises:
         UserError: one of them has no evaluations, or they differ in length.

@@ -20,10 +20,10 @@ _CHUNK = 1 << 18  # rows whose signatures are sorted together
 
 
 def duplicates(kind: Kind, texts: Iterable[str], folder: Path) -> Iterator[bool]:
-    """Yield of each text whether it is to go: of equal texts, or of a cluster of near ones, one stays.
+    """Yield for each text whether to remove it: one of equal texts, or of a cluster of near duplicates, is kept.
 
     Args:
-        kind: equal texts, or near ones: those that share about 7 in 10 of their runs of 5 words.
+        kind: equal texts, or near duplicates, which share about 7 in 10 of their sequences of 5 words.
         texts: of all rows, in their order; they are read once.
         folder: for the steps' files, which are some tens or hundreds of bytes a text.
 

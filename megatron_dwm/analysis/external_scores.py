@@ -1,4 +1,4 @@
-"""Scores of a run's samples that others have given, such as quality raters: JSON lines with the sample's index."""
+"""Scores of a run's samples from other programs, such as quality classifiers: JSON lines with the sample's index."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read_scores(patterns: Sequence[str]) -> ExternalScores:
             row = _row(record.content, record.place)
             index = row.get(_INDEX)
             if isinstance(index, bool) or not isinstance(index, int):
-                raise UserError(f"--input {record.place}: no whole number under {_INDEX!r}; give the sample's index")
+                raise UserError(f"--input {record.place}: no integer under {_INDEX!r}; give the sample's index")
             numbers = {name: _number(value) for name, value in row.items() if name != _INDEX}
             if not any(value is not None for value in numbers.values()):
                 raise UserError(f"--input {record.place}: no number beside {_INDEX!r}; give a score")
@@ -74,7 +74,7 @@ def _row(content: str | dict[str, object], place: str) -> dict[str, object]:
 
 
 def _number(value: object) -> float | None:
-    """Return a value as a number; None if it is none, or not finite."""
+    """Return a value as a number; None if it is not a finite number."""
     try:
         if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
             return float(value)

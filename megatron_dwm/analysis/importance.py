@@ -1,7 +1,7 @@
 """Importance weights of texts by DSIR: hashed n-grams of a target set against those of all texts (arXiv 2302.03169).
 
 The n-grams are those of the package ``data-selection``. Its own loop over files keeps a list of all weights in memory
-and reads plain JSON lines only; here a text goes in and a number comes out.
+and reads only plain JSON lines; here the weight of a single text is computed.
 """
 
 from __future__ import annotations

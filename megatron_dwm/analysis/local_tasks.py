@@ -1,8 +1,8 @@
-"""Tasks made of text that is on this machine, for lm-evaluation-harness: none of them needs a network.
+"""Tasks for lm-evaluation-harness that are made from local text, without a network.
 
 ``local-cloze``: the last word of a passage, after the passage without it. ``local-continuation``: which of four
 sentences comes next. ``local-title``: which of four sentences a title's text begins with. ``local-definition``: which
-of four definitions is a word's. Wrong answers are right ones of other items, of about the same length.
+of four definitions is that of a word. Wrong answers are right answers to other items, of about the same length.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SIMILAR = 24  # of them the nearest, among which wrong ones are drawn
 
 @dataclass(frozen=True)
 class Item:
-    """A question, its answer, and the document that it is from."""
+    """A question, its answer, and its document."""
 
     query: str
     answer: str
@@ -47,7 +47,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Passages:
-    """The text that tasks are made of."""
+    """The text from which tasks are made."""
 
     name: str
     """Where it is from, for messages and records."""
@@ -176,11 +176,11 @@ def local_task(name: str, passages: Passages, limit: int | None, seed: int) -> d
     Args:
         name: of :data:`LOCAL_TASKS`.
         passages: the text.
-        limit: most items that are counted; None for all.
-        seed: of the choice of items and of wrong answers.
+        limit: maximum number of items; None for all.
+        seed: seed of the choice of items and wrong answers.
 
     Raises:
-        UserError: the text holds too few items.
+        UserError: the text has too few items.
     """
     kind, rng = _KINDS[name], random.Random(f"{name} {seed}")
     items = list({(item.query, item.answer): item for item in kind.items(passages)}.values())

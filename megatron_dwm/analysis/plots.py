@@ -101,7 +101,7 @@ def _mark_uniform(axes: Axes) -> None:
 
 
 def legend_text(name: str) -> str:
-    """Return a name from the data as matplotlib shows it literally.
+    """Return a name from the data, escaped so that matplotlib shows it literally.
 
     Dollar signs would begin a formula, a leading underscore would hide it from the legend, and half of a surrogate pair
     cannot be drawn.

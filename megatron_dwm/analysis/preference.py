@@ -1,4 +1,4 @@
-"""What a weighter prefers: statistics of the weights that a run has recorded.
+"""Statistics of the recorded weights of a run: what its weighter prefers.
 
 A weight is N times the sample's weight in its batch of N: 1 is the weight of a sample when all count alike.
 
@@ -85,7 +85,7 @@ def weighted_samples(updates: Sequence[Record], most: Sequence[int] | None = Non
 
 
 def described_samples(updates: Sequence[Record], samples_per_stage: int) -> WeightedSamples:
-    """Choose samples of each stage, from as many of its updates as that many samples allow.
+    """Choose samples of each stage, from as many updates as the number of samples allows.
 
     Updates are evenly spaced. Of large batches a part is drawn, so that a stage is described by many updates.
     """
@@ -102,9 +102,9 @@ def described_samples(updates: Sequence[Record], samples_per_stage: int) -> Weig
 
 
 def _drawn(length: int, most: int) -> np.ndarray:
-    """Return at most ``most`` places in their order, always the same ones.
+    """Return at most ``most`` positions in order, always the same ones.
 
-    They are random: blended sources come in turn, and evenly spaced places could all be of one source.
+    They are random, because blended sources alternate, and evenly spaced positions could all be of one source.
     """
     if length <= most:
         return np.arange(length)
@@ -122,7 +122,7 @@ def standardized(values: Sequence[float]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SourceFigures:
-    """How one data source was weighted in one stage."""
+    """The weights of one data source in one stage."""
 
     weight: float | None
     """Mean weight of its samples."""

@@ -1,4 +1,4 @@
-"""A run's records: the JSON lines that pretrain_dwm.py writes, read and checked."""
+"""Reading of a run's records: the JSON lines that pretrain_dwm.py writes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class RunRecords:
 
     @property
     def stage_spans(self) -> list[StageSpan]:
-        """The stages in their order, with the iterations that they go over; the warm-up is stage 0."""
+        """The stages in order, with their iterations; the warm-up is stage 0."""
         groups = groupby(self.steps, key=lambda step: int(step.get("stage", 0)))
         starts = [(stage, next(group)["iteration"]) for stage, group in groups]
         ends = [*(start for _, start in starts[1:]), self.steps[-1]["iteration"]]
@@ -73,12 +73,12 @@ class RunRecords:
         return [record for record in self.evaluations if record["split"] == split]
 
     def series(self, name: str, source: str) -> Curve:
-        """Return a figure that steps hold by source, such as ``weight_by_source``."""
+        """Return a metric that steps record by source, such as ``weight_by_source``."""
         points = [(s["iteration"], s[name][source]) for s in self.steps if source in s.get(name, ())]
         return Curve([iteration for iteration, _ in points], [value for _, value in points])
 
     def step_series(self, name: str) -> Curve:
-        """Return a figure that steps hold, such as ``lm_loss``, where it is finite."""
+        """Return a metric that steps record, such as ``lm_loss``, where it is finite."""
         points = [(step["iteration"], step[name]) for step in self.steps if step.get(name) is not None]
         return Curve([iteration for iteration, _ in points], [value for _, value in points])
 
@@ -97,7 +97,7 @@ def read_run(path: Path) -> RunRecords:
         by_kind.get(record["kind"], []).append(record)  # other kinds are not used here
     run = RunRecords(by_kind["train"], by_kind["outer_update"], by_kind["evaluation"])
     if not run.steps:
-        raise UserError(f"{file}: holds no training step; wait for the run's first iteration")
+        raise UserError(f"{file}: contains no training step; wait for the run's first iteration")
     return run
 
 
@@ -116,17 +116,17 @@ def _parse(line: str, place: str) -> Record:
     """Return the record of a line.
 
     Raises:
-        UserError: it holds no record, or one without what its kind has.
+        UserError: it is not a record, or the record lacks a field of its kind.
     """
     try:
         record = parse_object(line)
     except ValueError as error:
-        raise UserError(f"{place}: no record ({shortened(error)}); give a run's JSON lines") from None
+        raise UserError(f"{place}: not a record ({shortened(error)}); give a run's JSON lines") from None
     for key, is_valid in (_COMMON | _FIELDS.get(str(record.get("kind")), {})).items():
         name = key.removesuffix("?")
         if name not in record:
             if name == key:
-                raise UserError(f"{place}: a record without {name!r}; give the JSON lines of pretrain_dwm.py")
+                raise UserError(f"{place}: the record lacks {name!r}; give the JSON lines of pretrain_dwm.py")
         elif not is_valid(record[name]):
             raise UserError(f"{place}: {name!r} cannot be {shortened(record[name])}; the file is damaged")
     return record
@@ -137,7 +137,7 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    """Tell whether a value is a number, or null, which stands for one that is not finite."""
+    """Return whether a value is a number, or null, which stands for one that is not finite."""
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
@@ -154,7 +154,7 @@ def _are_losses_by_name(value: object) -> bool:
 
 
 def _are_samples(value: object) -> bool:
-    """Tell whether a value is a table of samples: columns of equal length."""
+    """Return whether a value is a table of samples: columns of equal length."""
     if not isinstance(value, Mapping) or not value.keys() >= _COLUMNS.keys():
         return False
     columns = [column for name, column in value.items() if name in _COLUMNS or name == "loss"]

@@ -1,4 +1,4 @@
-"""Means of a curve that look back, never ahead: one that looks ahead moves before the update that moves it."""
+"""Running means over past values only: a centered mean would react before the update that causes the change."""
 
 from __future__ import annotations
 

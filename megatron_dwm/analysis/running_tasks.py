@@ -1,6 +1,6 @@
-"""Evaluation of the model in training on tasks, in the layout that it is trained in.
+"""Evaluation of the model in training on tasks, in the layout of the training run.
 
-The first rank runs lm-evaluation-harness. Whenever that asks for likelihoods, all ranks compute them.
+The first rank runs lm-evaluation-harness; when it requests likelihoods, all ranks compute them.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class RunningTasks:
     ) -> None:
         """
         Args:
-            tokenizer: Hugging Face's, which gives the ids that the model is trained on.
+            tokenizer: the Hugging Face tokenizer that gives the ids that the model is trained on.
             vocab_size: tokens that the run's own tokenizer has.
 
         Raises:
             UserError: on the first rank, if a task is unknown, its data are not there, or it needs generated text.
         """
         self._engine, self._micro_batch_size, self._vocab_size = engine, micro_batch_size, vocab_size
-        # Asked for together these would fill the memory with long tasks, and nothing could break them off.
+        # All at once would need much memory for long tasks, and could not be interrupted.
         self._most_together = _MICROBATCHES_TOGETHER * micro_batch_size * engine.parallel_state.dp_size
         self._before_batch: Callable[[], None] = lambda: None
         self._evaluator = None
@@ -57,7 +57,7 @@ class RunningTasks:
         The parameters must be up to date.
 
         Args:
-            before_batch: called on every rank before some continuations are computed; may raise to break off.
+            before_batch: called on every rank before each batch of continuations; may raise to stop the evaluation.
         """
         self._before_batch = before_batch
         if self._evaluator is None:
@@ -94,7 +94,7 @@ class RunningTasks:
         return found
 
     def _broadcast(self, asked: _Asked) -> _Asked:
-        """Return what the first rank asks the others for."""
+        """Broadcast the first rank's request, and return it."""
         box = [asked]
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(box, 0)
@@ -102,14 +102,14 @@ class RunningTasks:
 
 
 class _Asked(NamedTuple):
-    """What the first rank wants of all: likelihoods, or with the results that they go on."""
+    """A request of the first rank to all ranks: to compute likelihoods, or to finish with the results."""
 
     continuations: Sequence[Continuation] = ()
     records: list[dict[str, Any]] | None = None
 
 
 class _RunningModel(TemplateLM):  # type: ignore[misc]
-    """The model in training, as the harness wants it."""
+    """The model in training, with the interface of the harness."""
 
     def __init__(
         self, likelihoods: Callable[[list[Continuation]], list[Likelihood]], tokenizer: Any, max_length: int
@@ -175,7 +175,7 @@ def _evaluator(flags: TasksConfig) -> Evaluator:
 
 @contextmanager
 def _kept_random_states() -> Iterator[None]:
-    """While open, the harness may seed Python's and numpy's random streams."""
+    """Restore Python's and numpy's random streams afterwards, because the harness seeds them."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         yield

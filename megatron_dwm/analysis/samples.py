@@ -1,4 +1,4 @@
-"""The texts of a run's samples: its training and target sets, built again from the arguments in its checkpoint."""
+"""The texts of a run's samples: its training and target sets, rebuilt from the arguments in its checkpoint."""
 
 from __future__ import annotations
 
@@ -131,8 +131,8 @@ def _opened(config: RunConfig, consumed_valid: int, start: Path) -> Iterator[Run
             for file in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin")):
                 if not file.is_file():
                     raise UserError(
-                        f"the run's dataset {file} is not there, nor in {start}; start from the folder that its path "
-                        "begins in, or put the data back"
+                        f"the run's dataset {file} does not exist, also not in {start}; run the command in the folder "
+                        "that the path is relative to, or restore the data"
                     )
     tokenizer = build_tokenizer(config.tokenizer)
     # megatron-core asks a process group who writes index caches.
@@ -172,7 +172,7 @@ def saved_arguments(folder: Path) -> dict[str, Any]:
 
     checkpoint = latest_checkpoint(CheckpointConfig(load=str(folder)))
     if checkpoint is None:
-        raise UserError(f"{folder} holds no checkpoint, which says what data the run read; give its --save folder")
+        raise UserError(f"{folder} holds no checkpoint, so the run's data is not known; give its --save folder")
     saved = read_arguments(checkpoint)
     if "dwm_mode" not in saved:
         raise UserError(f"{checkpoint} was not saved by pretrain_dwm.py; give the --save folder of one of its runs")

@@ -1,4 +1,4 @@
-"""What is scored: files in parts, so that several processes share a large one, and the documents of a part."""
+"""Inputs of scoring: files in parts, so that several processes can share a large one, and the documents of a part."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _bounds(count: int, size: int, split_bytes: int) -> list[tuple[int, int]]:
 
 
 class Rows(BaseDiskReader):  # type: ignore[misc]
-    """Reads the documents of one part, and stops at what is none.
+    """Reads the documents of one part, and stops at a malformed row.
 
     datatrove's own readers leave out malformed lines, empty documents and the end of a damaged file with a warning. A
     document of a dataset has its token ids in the metadata, and its text is made of them later.
@@ -128,7 +128,7 @@ class Rows(BaseDiskReader):  # type: ignore[misc]
             yield Document(text=" ", id=place, metadata={"row": {"document": number}, "ids": ids})
 
     def _skip(self, place: str, reason: str, remedy: str) -> None:
-        """Count a row that is no document.
+        """Count a row that is not a document.
 
         Raises:
             UserError: such rows are not skipped.
@@ -159,5 +159,5 @@ def _lines(part: Part) -> Iterator[Record]:
 
 
 def _refuse(word: str) -> None:
-    """Refuse what Python reads as a number and JSON has not."""
+    """Refuse NaN and infinity, which Python reads as numbers and JSON does not allow."""
     raise ValueError(f"{word} is not JSON")

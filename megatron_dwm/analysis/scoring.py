@@ -1,7 +1,7 @@
 """Scoring of documents with an exported weighter, or by a language model: the steps of a datatrove pipeline.
 
-Needs the model's folder and transformers, nothing of Megatron. A task reads one part of the input and writes one file
-beside the finished ones, where it is renamed to when it is complete: what was interrupted is done again from its start.
+Needs the model's folder and transformers, but not Megatron. A task reads one part of the input and writes one file
+under a temporary name, which is renamed when it is complete; an interrupted task starts again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _BUFFER = 4096  # documents that are sorted by length at a time
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """What a job's scores depend on."""
+    """Settings that determine the scores of a job."""
 
     model: str
     """Folder of the model."""
@@ -154,7 +154,7 @@ def _row(writer: Any, document: Document) -> dict[str, Any]:
 
 
 class _WholeJsonl(JsonlWriter):  # type: ignore[misc]
-    """Writes rows as they are; datatrove's own writer gives a field named media a meaning."""
+    """Writes rows unchanged; datatrove's own writer treats a field named media specially."""
 
     def _write(self, document: dict[str, Any], file_handler: Any, _filename: str) -> None:
         try:
@@ -178,12 +178,12 @@ class _WholeParquet(ParquetWriter):  # type: ignore[misc]
             super()._write_batch(filename)
         except (ArrowException, ValueError) as error:
             raise UserError(
-                f"--output-format parquet: the rows make no table ({shortened(error)}); write jsonl"
+                f"--output-format parquet: the rows do not form a table ({shortened(error)}); write jsonl"
             ) from None
 
 
 class _Published(PipelineStep):  # type: ignore[misc]
-    """Moves the file of a task to the finished ones when a writer has closed it."""
+    """Renames the file of a task to its final name when the writer has closed it."""
 
     type, name = "writer", "published"
 
@@ -198,7 +198,7 @@ class _Published(PipelineStep):  # type: ignore[misc]
 
 
 class _QuietExecutor(LocalPipelineExecutor):  # type: ignore[misc]
-    """datatrove's executor; what a user must know is raised, and its log of steps is kept from the terminal."""
+    """datatrove's executor, without its log on the terminal; errors are raised."""
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         logger.disable("datatrove")
@@ -217,7 +217,7 @@ def score_steps(
 ) -> list[PipelineStep]:
     """Return the pipeline that scores parts of files into a folder, for any executor of datatrove, a task for each.
 
-    Its executor has to keep its logs in the folder's ``logs``: parts that are done are known by them.
+    Its executor has to keep its logs in the folder's ``logs``, which record the finished parts.
 
     Raises:
         UserError: the folder holds something else, or cannot be written.
@@ -269,7 +269,7 @@ def run_here(steps: Sequence[PipelineStep], output: str, tasks: int, workers: in
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What a job of scoring asks SLURM for."""
+    """The resources of a scoring job on SLURM."""
 
     partition: str
     time: str
@@ -289,10 +289,12 @@ def submit(steps: Sequence[PipelineStep], output: str, tasks: int, workers: int,
         the job's number; None if all tasks are done.
 
     Raises:
-        UserError: SLURM does not take it.
+        UserError: SLURM refuses it.
     """
     if shutil.which("sbatch") is None:
-        raise UserError("--slurm-partition: there is no sbatch here; start it where SLURM jobs are submitted")
+        raise UserError(
+            "--slurm-partition: there is no sbatch on this machine; run the command where SLURM jobs are submitted"
+        )
     programs = os.path.dirname(sys.executable)
     executor = SlurmPipelineExecutor(
         list(steps),
@@ -322,12 +324,12 @@ def submit(steps: Sequence[PipelineStep], output: str, tasks: int, workers: int,
 
 @contextmanager
 def refused_output(output: str) -> Iterator[None]:
-    """While open, a file that cannot be written is a user's error."""
+    """Turn a file that cannot be written into a UserError while open."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"--output {output}: cannot be written ({error.strerror or shortened(error)}); mend that and run the "
+            f"--output {output}: cannot be written ({error.strerror or shortened(error)}); fix that and run the "
             "command again, finished files are kept"
         ) from None
 
@@ -336,7 +338,7 @@ _WRITER_OPTIONS: dict[str, dict[str, Any]] = {"jsonl": {"compression": None}, "p
 
 
 def _claim(folder: OutputFolder, job: dict[str, Any]) -> None:
-    """Make the output's folder for this job, or check that it is this job's.
+    """Create the output's folder for this job, or check that it belongs to this job.
 
     Raises:
         UserError: it holds something else.
@@ -346,6 +348,8 @@ def _claim(folder: OutputFolder, job: dict[str, Any]) -> None:
     if found is None and not folder.holds_something():
         folder.write("job.json", text)
     elif found is None:
-        raise UserError(f"--output {folder.location}: is no folder of scores; give another folder")
+        raise UserError(f"--output {folder.location}: does not hold scores; give another folder")
     elif found != text:
-        raise UserError(f"--output {folder.location}: is of other input or flags; give another folder, or remove it")
+        raise UserError(
+            f"--output {folder.location}: was made with other input or flags; give another folder, or remove it"
+        )

@@ -1,6 +1,6 @@
 """The models that score documents: a classifier, or a language model whose perplexity is the score.
 
-They need their folder and transformers, nothing of Megatron.
+They need their folder and transformers, but not Megatron.
 
 Shape legend: b windows of a batch, t tokens of the longest of them, v vocabulary size.
 """
@@ -26,15 +26,15 @@ _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 class ScoringModel:
-    """A classifier and its tokenizer, as they lie in a folder, on one device."""
+    """A classifier and its tokenizer from a folder, on one device."""
 
     flag, noun = "--weighter", "the folder of an exported weighter"
 
     def __init__(self, folder: str, window: int | None, batch_tokens: int | None, device: torch.device) -> None:
         """
         Args:
-            window: most tokens that are scored at once; None takes the length that the model was trained with.
-            batch_tokens: tokens of a batch, padding included; None takes what suits the device.
+            window: maximum number of tokens that are scored at once; by default the model's training length.
+            batch_tokens: tokens of a batch, including padding; the default depends on the device.
 
         Raises:
             UserError: the folder holds no such model, or no tokenizer that fits it.
@@ -107,7 +107,7 @@ class ScoringModel:
             raise UserError(f"{self.flag} {self.folder}: no trained classifier with one label; give {self.noun}")
 
     def _special_tokens(self) -> SpecialTokens:
-        """Return what stands around a window. Training gives a run's own weighters nothing; their exports say so."""
+        """Return the special tokens around a window; none for a run's weighters, as their exports record."""
         adds_special_tokens = read_manifest(self.folder).get("special_tokens", True)
         return SpecialTokens.of(self.tokenizer) if adds_special_tokens else SpecialTokens()
 
@@ -130,14 +130,14 @@ class ScoringModel:
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
 
     def _finished(self, score: float) -> float:
-        """Return what is written of a document's score."""
+        """Return the final form of a document's score."""
         return score
 
 
 class PerplexityModel(ScoringModel):
     """A language model; a document's score is its perplexity.
 
-    Each window begins with the end-of-document token, from which its first token is predicted: so begin the documents
+    Each window begins with the end-of-document token, from which its first token is predicted, like the documents
     that the model was trained on.
     """
 

@@ -1,6 +1,6 @@
-"""Selection of documents within a budget: two passes over the files, between them a table of three numbers a row.
+"""Selection of documents within a budget: two passes over the files, with a table of three numbers per row in between.
 
-The first pass writes the table to an unnamed file beside the output, the second one copies the rows that are kept.
+The first pass writes the table to an unnamed file next to the output; the second pass copies the rows that are kept.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def select_files(config: SelectConfig, tokenizer_config: TokenizerConfig | None)
 
 
 def _drop_duplicates(config: SelectConfig, paths: Sequence[str], table: Table, sources: int, folder: Path) -> int:
-    """Give duplicates a source of their own, number ``sources``, that no budget is for; return how many there are."""
+    """Move duplicates to a separate source, number ``sources``, without a budget; return their number."""
     if config.duplicates == "keep":
         return 0
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -119,7 +119,7 @@ def _stamps(paths: Sequence[str], output: Path) -> list[tuple[int, int]]:
     """
     for path in paths:
         if not os.path.isfile(path):
-            raise UserError(f"--input {path}: is read twice, and is no file that can be; give a regular file")
+            raise UserError(f"--input {path}: is not a regular file, and has to be read twice; give a regular file")
         if output.exists() and os.path.samefile(path, output):
             raise UserError(f"--output {output}: is an input too; give another name")
     return [(status.st_size, status.st_mtime_ns) for status in map(os.stat, paths)]
@@ -184,7 +184,7 @@ def _groups(config: SelectConfig, sources: list[str], held: Any) -> list[Group]:
 
 
 def _count(config: SelectConfig, sources: list[str], top: TopRows, table: Table) -> dict[str, Any]:
-    """Return what is kept, as the manifest's first part.
+    """Return the counts of kept and dropped rows, the manifest's first part.
 
     Raises:
         UserError: nothing is kept.
@@ -192,9 +192,7 @@ def _count(config: SelectConfig, sources: list[str], top: TopRows, table: Table)
     held = costs_by_source(table, None, len(sources) + 1)[:-1]
     kept = costs_by_source(table, top.masks(), len(sources))
     if not kept[:, 0].any():
-        raise UserError(
-            f"the budget is too small for a single one of {int(held[:, 0].sum()):,} documents; give a greater one"
-        )
+        raise UserError(f"the budget is too small for any of {int(held[:, 0].sum()):,} documents; give a greater one")
 
     def counts(kept: Any, dropped: Any) -> dict[str, int]:
         found = {"documents_kept": int(kept[0]), "documents_dropped": int(dropped[0])}
@@ -220,7 +218,7 @@ def _count(config: SelectConfig, sources: list[str], top: TopRows, table: Table)
 
 @contextmanager
 def _open(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
-    """Open a file for writing, compressed by its name, always to the same bytes."""
+    """Open a file for writing, compressed according to its name, with reproducible bytes."""
     with path.open("wb") as file:
         if path.suffix != ".gz":
             yield file

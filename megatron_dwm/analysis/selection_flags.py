@@ -31,21 +31,21 @@ class SelectConfig:
     workers: int = flag(1, "With --output-format indexed: processes that tokenize.")
     duplicates: Literal["keep", "exact", "near"] = flag(
         "keep",
-        "Rows that go before anything is chosen: none, all but one of those with equal texts, or of those with nearly "
-        "equal ones (MinHash).",
+        "Duplicates to remove before the selection: none, all but one of the rows with equal texts, or with nearly "
+        "equal texts (MinHash).",
     )
     method: Literal["random", "score", "perplexity", "dsir", "source-mix"] = flag(
         "score",
-        "Which rows are kept: random ones, those of the highest score, of the lowest perplexity, those most like "
-        "--target (DSIR), or random ones in the shares of the sources: those of --quota, else those that score keeps.",
+        "Which rows are kept: random ones, the highest scores, the lowest perplexities, those most similar to "
+        "--target (DSIR), or random ones with the sources' shares of --quota, or else those that score would keep.",
     )
     score_key: str | None = flag(
-        None, "Key (column) of the number that ranks; if not set, perplexity with that method, else score."
+        None, "Key (column) of the number to rank by. Default: perplexity with that method, otherwise score."
     )
-    target: list[str] | None = flag(None, "With --method dsir: files of the texts that are wanted, as for --input.")
+    target: list[str] | None = flag(None, "With --method dsir: files of the target texts, as for --input.")
     documents: int | None = flag(None, "Budget: number of documents.")
     tokens: int | None = flag(None, "Budget: number of tokens; needs --token-key or --tokenizer.")
-    fraction: float | None = flag(None, "Budget: share of the documents.")
+    fraction: float | None = flag(None, "Budget: fraction of the documents.")
     token_key: str | None = flag(None, "Key (column) of a document's number of tokens.")
     tokenizer: str | None = flag(
         None, "Hugging Face folder whose tokenizer counts the tokens of a text, without special tokens."
@@ -57,12 +57,12 @@ class SelectConfig:
         None,
         "Draw rows with probabilities in proportion to exp(score / X) instead of taking the highest (Gumbel top-k).",
     )
-    seed: int = flag(1234, "Seed of what is drawn.")
+    seed: int = flag(1234, "Seed of random draws.")
     quota: list[str] | None = flag(
         None, "SOURCE=SHARE: shares of the budget; sources that are not named compete for what is left."
     )
     source_key: str | None = flag(
-        None, "Key (column) of the name of a row's source; if not set, each input file is a source, named by its path."
+        None, "Key (column) of a row's source. Default: each input file is a source, named by its path."
     )
 
     def __post_init__(self) -> None:
@@ -77,23 +77,23 @@ class SelectConfig:
             raise UserError("--append-eod and --workers are for --output-format indexed; leave them out")
         elif not self.output.removesuffix(".gz").endswith(_SUFFIXES):
             raise UserError(
-                f"--output {self.output}: JSON lines are written; give a name that ends with .jsonl or .jsonl.gz"
+                f"--output {self.output}: the output is JSON lines; give a name that ends with .jsonl or .jsonl.gz"
             )
         if sum(value is not None for value in (self.documents, self.tokens, self.fraction)) != 1:
             raise UserError("the budget is missing or given twice; give one of --documents, --tokens and --fraction")
         require_at_least(self, 1, "documents tokens")
         require_at_least(self, 0, "seed")
         if self.fraction is not None and not 0 < self.fraction <= 1:
-            raise UserError(f"--fraction {self.fraction} is not a share; give a number above 0 and up to 1")
+            raise UserError(f"--fraction {self.fraction} is not between 0 and 1; give a number above 0 and at most 1")
         ways = sum(value is not None for value in (self.token_key, self.tokenizer))
         if ways != (self.tokens is not None):
             raise UserError(
-                "--tokens needs either --token-key or --tokenizer, which are for it alone; correct the flags"
+                "--tokens needs either --token-key or --tokenizer, and only --tokens uses them; correct the flags"
             )
         if self.score_key is not None and self.ranking_key is None:
             raise UserError(f"--score-key {self.score_key}: --method {self.method} needs none; leave one of them out")
         if bool(self.target) != (self.method == "dsir"):
-            raise UserError("--method dsir and --target are for each other; give both or neither")
+            raise UserError("--method dsir and --target need each other; give both or neither")
         if self.temperature is not None:
             if not 0 < self.temperature < float("inf"):
                 raise UserError(f"--temperature {self.temperature} is not above 0; give a positive number")
@@ -106,7 +106,7 @@ class SelectConfig:
         """Shares of the budget by source.
 
         Raises:
-            UserError: they are no shares.
+            UserError: they are not valid shares.
         """
         shares: dict[str, Fraction] = {}
         for word in self.quota or ():
@@ -119,18 +119,18 @@ class SelectConfig:
                 raise UserError(f"--quota {word}: not SOURCE=SHARE; give such as web=0.5")
         if len(shares) != len(self.quota or ()) or sum(shares.values()) > 1:
             raise UserError(
-                f"--quota {' '.join(self.quota or ())}: a source comes twice, or the sum is over 1; correct it"
+                f"--quota {' '.join(self.quota or ())}: a source is named twice, or the sum is above 1; correct it"
             )
         return shares
 
     @property
     def ranking_key(self) -> str | None:
-        """Key of the number that ranks; None if none of the rows' own numbers does."""
+        """Key of the number that rows are ranked by; None if they are not ranked by a field."""
         if self.method in ("random", "dsir") or (self.method == "source-mix" and self.quota):
             return None
         return self.score_key or ("perplexity" if self.method == "perplexity" else "score")
 
     @property
     def unit(self) -> str:
-        """What the budget counts."""
+        """The unit of the budget."""
         return "tokens" if self.tokens is not None else "documents"

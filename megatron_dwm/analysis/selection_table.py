@@ -1,4 +1,4 @@
-"""The first pass of a selection: three numbers of each row, in a table on the disk."""
+"""The first pass of a selection: three numbers per row, in a table on disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOST_TOKENS = 1 << 40  # of a row: sums stay within 64 bits
 
 
 def progressing_records(paths: Sequence[str], description: str) -> Iterator[Record]:
-    """Yield the records of files behind a progress bar."""
+    """Yield the records of files, with a progress bar."""
     reader = Reader(paths, None)
     with tqdm(desc=description, total=reader.size, unit="B", unit_scale=True, disable=None) as bar:
         for number, record in enumerate(reader):
@@ -34,7 +34,7 @@ def progressing_records(paths: Sequence[str], description: str) -> Iterator[Reco
 
 
 def texts_of(paths: Sequence[str], key: str, description: str) -> Iterator[str]:
-    """Yield the texts of files behind a progress bar.
+    """Yield the texts of files, with a progress bar.
 
     Raises:
         UserError: a row has none.
@@ -72,7 +72,7 @@ def write_table(config: SelectConfig, paths: Sequence[str], file: IO[bytes]) -> 
             table["source"][place] = sources.setdefault(_source(record, row, config.source_key), len(sources))
         if len(sources) > _MOST_SOURCES:
             raise UserError(
-                f"--source-key {config.source_key}: more than {_MOST_SOURCES} sources; give a key of few values"
+                f"--source-key {config.source_key}: more than {_MOST_SOURCES} sources; give a key with fewer values"
             )
         table.tofile(file)
     if not sources:
@@ -119,7 +119,7 @@ def _tokens(record: Record, row: dict[str, Any], key: str) -> int:
     """
     value = _number(record, row, "--token-key", key)
     if not 0 <= value <= _MOST_TOKENS or value != int(value):
-        raise UserError(f"--input {record.place}: {value} under {key!r} is no number of tokens; correct the row")
+        raise UserError(f"--input {record.place}: {value} under {key!r} is not a number of tokens; correct the row")
     return int(value)
 
 

@@ -1,4 +1,4 @@
-"""The shares of the training loss that a run's weighter gives the data's sources, with bootstrap intervals."""
+"""The sources' shares of the training loss under a run's weights, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Shares:
 def learnt_shares(run: RunRecords) -> list[Shares]:
     """Return the shares over the whole of the weighted training, then stage by stage.
 
-    Iterations count alike. Those before the first stage, which are trained with equal weights, are left out.
+    All iterations count the same, except for those before the first stage, which are left out.
 
     Raises:
         UserError: the run has no weights.
@@ -60,7 +60,7 @@ def _weighted_steps(run: RunRecords) -> list[Record]:
     weighted = [step for step in run.steps if step.get("weight_by_source") and step.get("share_by_source")]
     learning = [step for step in weighted if step.get("stage", 1) >= 1]
     if not learning:
-        raise UserError("the run holds no weights of sources; give a run with --dwm-mode bilevel, frozen or rule")
+        raise UserError("the run recorded no weights of sources; give a run with --dwm-mode bilevel, frozen or rule")
     return learning
 
 
@@ -79,7 +79,7 @@ def _shares(label: str, steps: Sequence[Record], sources: Sequence[str]) -> Shar
 def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the bounds of the means [sources] of values [iterations, sources].
 
-    Neighboring iterations have nearly the same weighter, so blocks of them are drawn, not single ones.
+    Neighboring iterations have nearly the same weighter, so blocks of iterations are drawn.
     """
     if len(values) < _BLOCKS:
         nothing = np.full(values.shape[1], np.nan)

@@ -1,4 +1,4 @@
-"""The folder that a run was started from: relative paths among its arguments begin there."""
+"""The folder that a run was started from, to which relative paths in its arguments refer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_dwm.training.run_status import read_run_status
 
 
 def find_start_folder(save: Path, saved_as: str | None, named: Sequence[str]) -> Path:
-    """Return the folder from which most of the paths in a run's arguments lead to something.
+    """Return the folder in which most of the paths in a run's arguments exist.
 
     That is the present folder, the one that the run's status names, the one from which ``--save`` leads to the run
     (a whole project may have been moved), or one above the run; the first of these where several are as good.
@@ -37,7 +37,7 @@ def find_start_folder(save: Path, saved_as: str | None, named: Sequence[str]) ->
 def working_in(folder: Path) -> Iterator[None]:
     """Work in another folder while the block runs.
 
-    A run's arguments hold paths in many places, and libraries open them; all of them begin there.
+    A run's arguments hold paths in many places, which libraries open; all of them are relative to that folder.
     """
     before = Path.cwd()
     os.chdir(folder)

@@ -1,10 +1,10 @@
 """Evaluation of language models on tasks by lm-evaluation-harness, by likelihood as well as accuracy.
 
-Accuracy says little of a small model: it changes only where an answer overtakes another. The harness's own results are
-kept as they are; from its samples two more figures are made, which change with every step:
+For a small model accuracy is coarse: it changes only when an answer overtakes another. The harness's own results are
+kept; from its samples two more metrics are computed, which change with every step:
 
 * the negative log-likelihood of the right answer after the question, in nats an answer;
-* of a choice, the negative logarithm of the right answer's share among the answers; log 4 is chance among four.
+* for a choice, the negative logarithm of the right answer's probability among the answers; log 4 is chance among four.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Estimate:
         return cls(mean, math.sqrt(variance / len(values)))
 
     def as_json(self) -> dict[str, float | None]:
-        """Return both numbers as JSON has them: null where one is not finite."""
+        """Return both numbers for JSON, with null where one is not finite."""
         values = {"mean": self.mean, "stderr": self.stderr}
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
@@ -53,7 +53,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a model did on a task."""
+    """Result of a model on a task."""
 
     task: str
     num_fewshot: int
@@ -188,7 +188,7 @@ class Evaluator:
 
 @contextmanager
 def quiet_harness() -> Iterator[None]:
-    """While open, the harness and datasets say only what is wrong."""
+    """Show only errors of the harness and of datasets while open."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     levels = [each.level for each in loggers]
     for each in loggers:

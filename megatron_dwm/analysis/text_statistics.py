@@ -1,4 +1,4 @@
-"""Statistics of texts, as tokens: how often they repeat themselves, how much they are like a target set."""
+"""Statistics of texts as tokens: their repetition, and their similarity to a target set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The best rows that a budget pays for, exactly, in memory that does not grow with their number.
+"""Exact selection of the best rows within a budget, in memory that does not grow with their number.
 
 The rows' numbers are a table on the disk. The key of the last kept row is found 16 bits at a time: four passes over the
 table, each with a histogram of what the rows cost.

@@ -1,4 +1,4 @@
-"""What a figure is worth: its interval, and what it was counted from."""
+"""Confidence intervals of figures."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Benchmarks: what weighting is worth, and what it costs."""
+"""Benchmarks of the gain and the cost of weighting."""

@@ -1,4 +1,4 @@
-"""Flags of a benchmark; those that it does not know describe the runs that it makes."""
+"""Flags of a benchmark; unknown flags are passed to the runs that it makes."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What weighting is worth: language models trained on the same tokens under several weightings, compared on a target.
+"""The gain from weighting: language models trained on the same tokens with different weightings, compared on a target.
 
     python benchmarks/benefit.py --json benefit.json
     python benchmarks/benefit.py --sweep --output runs/sweep
 
 A mixture of sources, a target set and a held-out test set of the target's kind are tokenized; then every arm trains the
-same model on the same batches, once a seed, one process each. Runs that have finished are not made again. Unknown flags
+same model on the same batches, once per seed, one process each. Finished runs are not repeated. Unknown flags
 go to ``pretrain_dwm.py``: the model, its training and the weighting can be changed for all arms.
 """
 
@@ -86,25 +86,25 @@ class BenefitConfig:
         None, "Weightings to compare; all if not given, and uniform, frozen and bilevel with --sweep."
     )
     sweep: bool = flag(
-        False, "Train each arm at half, once and twice the learning rate, and compare what is best of each."
+        False, "Train each arm at half, once and twice the learning rate, and compare the arms at their best rates."
     )
     seeds: int = flag(3, "Runs of each arm.")
     iterations: int = flag(960, "Training steps of each run.")
-    jobs: int | None = flag(None, "Runs at the same time; as many as there are cores if not given.")
+    jobs: int | None = flag(None, "Runs at the same time. Default: the number of cores.")
     corpus: CorpusName | None = flag(
         None,
-        "What the mixture is made of: Python's library, which is the default; installed documentation; prose and prose "
+        "Mixture to train on: Python's standard library (the default); installed documentation; prose and prose "
         "with its words shuffled (order); registers of English with one of them as the target (speeches, scripture, "
         "glosses, genres); or two archives that both hold all registers, so that no source is better than the other.",
     )
-    clean: bool = flag(False, "Train on the target's source alone, where nothing can be gained.")
+    clean: bool = flag(False, "Train only on the target's source, where there is nothing to gain.")
     data: list[str] = flag(
-        [], 'Training sources of your own, one file each of JSON lines such as {"text": "One document."}.'
+        [], 'Your own training sources, one file of JSON lines each, such as {"text": "One document."}.'
     )
-    mix: list[float] = flag([], "Their fractions of the tokens; by size if not given.")
+    mix: list[float] = flag([], "Fractions of the tokens of the --data sources. Default: by size.")
     like: list[str] = flag([], "Sources, by file name without .jsonl, that the oracle trains on.")
-    target: str | None = flag(None, "Target set, with --data: JSON lines as there.")
-    test: str | None = flag(None, "Held-out test set, with --data: JSON lines as there.")
+    target: str | None = flag(None, "Target set for --data, as JSON lines.")
+    test: str | None = flag(None, "Held-out test set for --data, as JSON lines.")
     vocab_size: int = flag(400, "Pieces of the tokenizer.")
 
     def __post_init__(self) -> None:
@@ -116,7 +116,7 @@ class BenefitConfig:
             return
         for name in ("clean", "corpus"):
             if getattr(self, name):
-                raise UserError(f"--{name} is about a mixture that is made here; leave it out with --data")
+                raise UserError(f"--{name} is for the built-in mixtures; leave it out with --data")
         for name in ("target", "test"):
             if getattr(self, name) is None:
                 raise UserError(f"--data needs --{name}; give a JSONL file")
@@ -268,7 +268,7 @@ def _newest_weighter(run: Path) -> str:
 
 
 def train(name: str, place: Path, flags: list[str]) -> None:
-    """Make a run, unless that is done.
+    """Make a run, unless it has finished.
 
     Raises:
         UserError: the run failed, or ``place`` holds a run with other flags.

@@ -1,4 +1,4 @@
-"""The figures of ``benchmarks/benefit.py``: arms compared, as numbers, as a table and as a picture."""
+"""The results of ``benchmarks/benefit.py``: numbers, a table and a plot."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Disturb a training run at random moments, restart it each time, and hold it against one that was left alone.
+"""Disturb a training run at random moments, restart it each time, and compare it with an undisturbed run.
 
     python benchmarks/chaos.py --times 50 --seed 1
 
 A small bilevel run is trained to its end undisturbed. Then it is trained again and again in other folders, and while
-ranks train, save, update the weighter or export it, one of them or all are killed, stopped, asked to end, or find that
-the disk is full. The same command then starts it again, until it has finished. At the end its records, its last
-checkpoint and its exports must be those of the undisturbed run bit for bit. After every disturbance the ranks that are
-left must have ended within a stated bound, with whatever they had started, and one of them must have named the rank
+ranks train, save, update the weighter or export it, one of them or all are killed, stopped, asked to end, or get the
+error of a full disk. The same command then restarts it, until it has finished. At the end its records, its last
+checkpoint and its exports must equal those of the undisturbed run bit for bit. After every disturbance the ranks that
+are left must have ended within a time limit, with all their child processes, and one of them must have named the rank
 that was killed or stopped. Ranks are processes of this machine and compute on its CPU. Unknown flags go to
 ``pretrain_dwm.py``.
 """
@@ -71,20 +71,18 @@ class ChaosConfig:
     """Disturbing."""
 
     times: int = flag(4, "Disturbances of each layout with each way of saving.")
-    seed: int = flag(
-        1, "Of the moments and kinds of the disturbances; the run's own seed does not follow it.", "--seed"
-    )
+    seed: int = flag(1, "Seed of the moments and kinds of the disturbances; the run has another seed.", "--seed")
     layouts: list[Layout] = flag(list(get_args(Layout)), "Ranks and parallelism.")
-    saves: list[Saves] = flag(list(get_args(Saves)), "Ways of saving: the run waits, or goes on.")
+    saves: list[Saves] = flag(list(get_args(Saves)), "Ways of saving: synchronous or asynchronous.")
     output: str | None = flag(
-        None, "New folder for the runs; if not given, a temporary one that is kept only if something was wrong."
+        None, "New folder for the runs. Default: a temporary one, which is kept only if a check failed."
     )
     json_file: str | None = flag(None, "Also write all disturbances to this file.", "--json")
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "times")
         if self.output is not None and Path(self.output).exists():
-            raise UserError(f"--output {self.output}: is there already; give another folder, or remove it")
+            raise UserError(f"--output {self.output}: exists already; give another folder, or remove it")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Whether a run that was disturbed has become what the undisturbed one is, bit for bit."""
+"""Bit-for-bit comparison of a disturbed run with an undisturbed one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a run is disturbed, and how."""
+"""The moments and kinds of disturbances."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``benchmarks/chaos.py`` has found, as a table."""
+"""The table of ``benchmarks/chaos.py``."""
 
 from __future__ import annotations
 

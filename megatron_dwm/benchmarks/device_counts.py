@@ -1,4 +1,4 @@
-"""What an action asks of the device: kernels that the host launches, and results for which the host waits."""
+"""Counts of an action's kernel launches, and of results for which the host waits."""
 
 from __future__ import annotations
 

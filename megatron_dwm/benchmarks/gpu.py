@@ -1,16 +1,16 @@
-"""All that a single GPU can show, in one call: cost and memory at two sizes, precision of the alignments, benefit.
+"""The benchmark on one GPU: cost and memory at two sizes, precision of the alignments, benefit.
 
     bash benchmarks/gpu.sh --output runs/gpu
 
-Each part runs in processes of its own, and what it has found is written as soon as it is there, so a time limit loses
-the rest only. Nothing is downloaded: the texts are made of what is installed. Parts whose results are there are not
+Each part runs in separate processes, and its results are written as soon as it has finished, so that a time limit loses
+only the rest. Nothing is downloaded: the texts come from installed packages. Parts with existing results are not
 measured again.
 
   - costs-125m, costs-1b: ``benchmarks/overhead.py`` in bf16: time, memory, kernel launches, reads by the host;
   - precision: alignments in bf16 against those in fp32;
   - benefit: a short comparison of uniform, bilevel and oracle weights on text.
 
-``--size tiny`` makes everything so small that a CPU does it in a minute: it shows that the program works.
+``--size tiny`` uses very small models, so that a CPU takes a minute, to test that the program works.
 """
 
 from __future__ import annotations
@@ -45,11 +45,13 @@ Part = Literal["costs-125m", "costs-1b", "precision", "benefit"]
 class GpuConfig:
     """Measuring on one GPU."""
 
-    output: str = flag("runs/gpu", "Folder for one JSON file a part, and for gpu.png.")
-    scratch: str | None = flag(None, "Folder for texts, runs and logs; a folder in --output if not given.")
+    output: str = flag("runs/gpu", "Folder for one JSON file per part, and for gpu.png.")
+    scratch: str | None = flag(None, "Folder for texts, runs and logs. Default: a subfolder of --output.")
     size: Size = flag("full", "full: for a GPU with 40 GB or more; tiny: for a test on a CPU.")
     parts: list[Part] = flag(list(get_args(Part)), "What to measure.")
-    report: bool = flag(False, "Measure nothing: draw and print what --output holds, as tables for docs/gpu.md.")
+    report: bool = flag(
+        False, "Measure nothing; plot the results in --output, and print them as tables for docs/gpu.md."
+    )
 
     @property
     def scratch_folder(self) -> Path:

@@ -1,4 +1,4 @@
-"""What ``benchmarks/gpu.sh`` measures: the flags of the runs that its parts make, at full size and tiny."""
+"""The flags of the runs of ``benchmarks/gpu.sh``, at full size and tiny."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether alignments and scores predict what training on some samples does: the linear datamodeling score.
+"""Whether alignments and scores predict the effect of training on subsets: the linear datamodeling score.
 
     python benchmarks/lds.py --json lds.json
 
@@ -46,10 +46,10 @@ class LdsConfig:
 
     output: str = flag("runs/lds", "Folder for data and runs.")
     json_file: str | None = flag(None, "Also write the result to this file.", "--json")
-    halves: int = flag(24, "Random halves that are trained on.")
+    halves: int = flag(24, "Number of random halves to train on.")
     iterations: int = flag(100, "Training steps of each run.")
-    jobs: int | None = flag(None, "Runs at the same time; as many as there are cores if not given.")
-    corpus: CorpusName = flag("library", "What the mixture is made of, as for the benchmark benefit.")
+    jobs: int | None = flag(None, "Runs at the same time. Default: the number of cores.")
+    corpus: CorpusName = flag("library", "Mixture to train on, as for the benchmark benefit.")
     vocab_size: int = flag(400, "Pieces of the tokenizer.")
 
     def __post_init__(self) -> None:

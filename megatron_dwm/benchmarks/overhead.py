@@ -1,4 +1,4 @@
-"""What data weighting costs: time, throughput and memory of plain, frozen and bilevel training, side by side.
+"""The cost of data weighting: time, throughput and memory of plain, frozen and bilevel training.
 
     python benchmarks/overhead.py --json overhead.json
     python benchmarks/overhead.py --micro-batch-sizes 1 2 4

@@ -33,8 +33,10 @@ class OverheadConfig:
     """Measuring."""
 
     json_file: str | None = flag(None, "Also write the figures to this JSON file.", "--json")
-    steps: int = flag(2, "Steps of each mode in a turn; from the update interval on, whole intervals are timed too.")
-    repeats: int = flag(12, "Turns.")
+    steps: int = flag(
+        2, "Steps of each mode in a turn; if at least the update interval, whole intervals are timed too."
+    )
+    repeats: int = flag(12, "Number of repetitions.")
     intervals: list[int] = flag(
         [16, 50, 100],
         "Intervals between outer updates; a run's throughput follows from the time of a weighted iteration and of one "
@@ -46,8 +48,8 @@ class OverheadConfig:
     )
     clock: Clock = flag(
         "wall",
-        "What is measured: wall time, or the time that this process has had a processor, for machines that others use "
-        "too. The latter sees nothing of a GPU.",
+        "Clock: wall time, or the processor time of this process, for machines that are busy with other work; it does "
+        "not cover GPUs.",
     )
 
     def __post_init__(self) -> None:
@@ -56,7 +58,7 @@ class OverheadConfig:
             if not values or min(values) < 1:
                 raise UserError(f"--{name} {' '.join(map(str, values))}: give numbers of at least 1")
         if self.json_file is not None and not Path(self.json_file).absolute().parent.is_dir():
-            raise UserError(f"--json {self.json_file}: its folder does not exist; make it, or give another file")
+            raise UserError(f"--json {self.json_file}: its folder does not exist; create it, or give another file")
 
 
 def parse_overhead(argv: Sequence[str] | None, world_size: int) -> tuple[OverheadConfig, RunConfig]:
@@ -84,7 +86,7 @@ def parse_overhead(argv: Sequence[str] | None, world_size: int) -> tuple[Overhea
     if (needed := batches_read(options, stages.update_interval)) > config.train_iters:
         raise UserError(
             f"--train-iters {config.train_iters}: --steps {options.steps} and --repeats {options.repeats} read "
-            f"{needed} batches; raise the one or lower the others"
+            f"{needed} batches; raise the former or lower the others"
         )
     checkpoint = dataclasses.replace(config.checkpoint, save=None)
     logging = dataclasses.replace(config.logging, metrics_jsonl=None, tensorboard_dir=None)

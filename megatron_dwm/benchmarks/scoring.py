@@ -37,13 +37,13 @@ class ScoringBenchmarkConfig:
 
     output: str = flag("runs/scoring", "Folder for the corpus and the classifier.")
     json_file: str | None = flag(None, "Also write the result to this file.", "--json")
-    weighter: str | None = flag(None, "Folder of a classifier; one of random weights is made if not given.")
-    num_layers: int = flag(4, "Layers of the one that is made.")
-    hidden_size: int = flag(256, "Its hidden size.")
+    weighter: str | None = flag(None, "Folder of a classifier. Default: one with random weights is created.")
+    num_layers: int = flag(4, "Number of layers of the created classifier.")
+    hidden_size: int = flag(256, "Hidden size of the created classifier.")
     window: int = flag(256, "Tokens scored at once.")
-    batch_tokens: int | None = flag(None, "Tokens of a batch; what score takes if not given.")
-    documents: int = flag(400, "Documents that are scored.")
-    repeats: int = flag(3, "Turns.")
+    batch_tokens: int | None = flag(None, "Tokens of a batch. Default: as in score.")
+    documents: int = flag(400, "Number of documents to score.")
+    repeats: int = flag(3, "Number of repetitions.")
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "num_layers hidden_size window batch_tokens documents repeats")

@@ -51,7 +51,7 @@ class WordOrderConfig:
     first_seed: int = flag(1, "Seed of the first.")
     iterations: int = flag(480, "Training steps of each run.")
     update_interval: int = flag(6, "Iterations between outer updates.")
-    jobs: int | None = flag(None, "Runs at the same time; as many as there are cores if not given.")
+    jobs: int | None = flag(None, "Runs at the same time. Default: the number of cores.")
     vocab_size: int = flag(1024, "Pieces of the tokenizer.")
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
-"""Print what shares a run's weighter gives the sources of the data, as --data-path lines, overall and by stage.
+"""Print each source's share of the training loss under a run's weights, overall and by stage, as --data-path lines.
 
-The last line has the sources' mean weights as flags of a run that weighs by source alone.
+The last line has the sources' mean weights, as flags of a run with one fixed weight per source.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_dwm.errors import UserError
 class BlendConfig(RunArgument):
     """Blend."""
 
-    data_path: list[str] | None = flag(None, "Prefixes to print in place of the sources' names, in their order.")
+    data_path: list[str] | None = flag(None, "Prefixes to print instead of the sources' names, in the same order.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,7 +49,7 @@ def _main(argv: Sequence[str] | None) -> None:
         pairs = (f"{share:.6f} {name}" for name, share in zip(names, shares.mean.values(), strict=True))
         print(f"--data-path {' '.join(pairs)}")
     weights = learnt_weights(run)
-    print("# the mean weights of their samples, for a run that weighs by source alone")
+    print("# the mean weights of the sources' samples, for a run with one weight per source")
     print(
         f"--dwm-mode rule --dwm-rule source-weights --dwm-rule-sources {' '.join(weights)} "
         f"--dwm-rule-weights {' '.join(f'{weight:.4f}' for weight in weights.values())}"

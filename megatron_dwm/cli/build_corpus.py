@@ -1,4 +1,4 @@
-"""Make a corpus of several sources without a download, from what is installed: documentation, and Python itself."""
+"""Build a corpus of several sources without a download, from installed documentation and Python's standard library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_dwm.extras import require_packages
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Make a corpus."""
+    """Build a corpus."""
     run_command(partial(_main, argv))
 
 

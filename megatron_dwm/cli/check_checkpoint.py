@@ -1,6 +1,6 @@
-"""Verify checkpoints from the first to the last byte: checksums, every tensor and object, the weighter's state.
+"""Verify checkpoints completely: checksums, every tensor and object, the weighter's state.
 
-``--load`` is a run's ``--save`` folder, of which all checkpoints are verified and the exported weighters beside them.
+``--load`` is a run's ``--save`` folder; all its checkpoints and exported weighters are verified.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CheckCheckpointConfig:
     """Checkpoints to verify."""
 
     load: str = flag("", "Folder of checkpoints: a run's --save.")
-    ckpt_step: int | None = flag(None, "Iteration of the one checkpoint to verify, in place of all.")
+    ckpt_step: int | None = flag(None, "Iteration of the only checkpoint to verify; by default all.")
 
     def __post_init__(self) -> None:
         if not self.load:
@@ -80,7 +80,7 @@ def checkpoints_to_verify(config: CheckCheckpointConfig) -> list[Path]:
 
 
 def verify(folder: Path, on_read: Callable[[int], object]) -> str:
-    """Verify one folder; return a line that says what is in it.
+    """Verify one folder; return a line that describes its content.
 
     Raises:
         UserError: it is damaged.

@@ -1,6 +1,6 @@
-"""Verify datasets from the first to the last byte: the index in every entry, every token against the vocabulary.
+"""Verify datasets completely: every entry of the index, and every token against the vocabulary.
 
-Give the tokenizer's flags as for a run; without them tokens are compared with no vocabulary.
+Give the tokenizer's flags as for a run; without them tokens are not compared with a vocabulary.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _main(argv: Sequence[str] | None) -> None:
 
 
 def verify(prefix: str, vocab_size: int | None) -> tuple[int, int]:
-    """Verify one dataset behind a progress bar; return its number of documents and of tokens.
+    """Verify one dataset with a progress bar; return its numbers of documents and tokens.
 
     Raises:
         UserError: a file is missing or damaged, or a token is outside the vocabulary.

@@ -1,4 +1,4 @@
-"""The start of every command of one process; programs of several ranks start through ``launch``."""
+"""The entry point of commands that run in one process; programs with several ranks start through ``launch``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from megatron_dwm.runtime.logging import configure_logging
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run ``command`` so that its messages are printed and a user's error is one line with exit code 2.
+    """Run ``command``, with its messages printed, and a user's error as one line with exit code 2.
 
-    Warnings of the libraries are not shown: they are about accelerators and several ranks, which no such command has.
+    Warnings of libraries are not shown: they concern accelerators and several ranks, which these commands do not use.
 
     Raises:
         SystemExit: the command ended early.
@@ -38,7 +38,7 @@ def hide_warnings() -> None:
 
 
 def limit_progress_bars() -> None:
-    """Let transformers draw its progress bars on a terminal only: a log file needs none."""
+    """Show transformers' progress bars only on a terminal, and not in a log file."""
     from transformers.utils import logging as hf_logging
 
     if not sys.stderr.isatty():

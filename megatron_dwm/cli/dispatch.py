@@ -1,4 +1,4 @@
-"""Commands that are chosen by a word: ``megatron-dwm WORD``."""
+"""Subcommands: ``megatron-dwm WORD``."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from megatron_dwm.errors import UserError
 
 @dataclass(frozen=True)
 class Command:
-    """A command: a module whose ``main()`` reads ``sys.argv``, and what it does in one line."""
+    """A subcommand: a module whose ``main()`` reads ``sys.argv``, and its description in one line."""
 
     module: str
     summary: str
 
 
 def dispatch(program: str, commands: Mapping[str, Command], description: str) -> None:
-    """Run the command that the first argument names with the arguments behind it.
+    """Run the subcommand named by the first argument with the arguments after it.
 
     The module of a command is imported only when it is run: some of them take seconds to import.
 
     Args:
-        program: what the user types before the name of the command.
+        program: the program's name, as the user types it.
         commands: the commands by name.
-        description: what ``--help`` says of the program.
+        description: the program's description in ``--help``.
 
     Raises:
         UserError: no such command, or none is given.

@@ -1,9 +1,9 @@
-"""Evaluate checkpoints on tasks, side by side: accuracy and likelihood with standard errors, by lm-evaluation-harness.
+"""Compare checkpoints on tasks with lm-evaluation-harness: accuracies and likelihoods, with standard errors.
 
     megatron-dwm evaluate CHECKPOINT ... --tasks TASK ... --output FOLDER
 
 A CHECKPOINT is a run's --save folder (its latest checkpoint), an iter_XXXXXXX folder in it, or a Hugging Face folder.
-Tasks are local-cloze, local-continuation, local-title and local-definition, which are made of text on this machine, or
+Tasks are local-cloze, local-continuation, local-title and local-definition, which are made from local text, or
 any of the harness's, whose data come from the Hugging Face Hub.
 """
 
@@ -34,16 +34,18 @@ class EvaluateConfig:
         None, "Checkpoints to compare with the first one. May also be given first and without the flag."
     )
     tasks: list[str] | None = flag(None, f"Tasks: {', '.join(LOCAL_TASKS)}, or names of lm-evaluation-harness's tasks.")
-    num_fewshot: list[int] = flag([0, 2], "Numbers of examples before each question; each is evaluated.")
+    num_fewshot: list[int] = flag(
+        [0, 2], "Numbers of few-shot examples before each question; each number is evaluated."
+    )
     task_text: list[str] | None = flag(
         None,
-        "Held-out text that the local tasks are made of: plain text (.txt, .md, .rst), JSON lines or Parquet; without "
-        "it, the held-out prose of the built-in corpus.",
+        "Held-out text that the local tasks are made from: plain text (.txt, .md, .rst), JSON lines or Parquet. "
+        "Default: the held-out prose of the built-in corpus.",
     )
     task_packages: list[str] | None = flag(
-        None, "Installed documentation that the local tasks are made of: debian:NAME or pypi:NAME."
+        None, "Installed documentation that the local tasks are made from: debian:NAME or pypi:NAME."
     )
-    limit: int | None = flag(200, "Most items of each task; 0 for all.")
+    limit: int | None = flag(200, "Maximum number of items of each task; 0 for all.")
     batch_size: int = flag(16, "Sequences evaluated together.")
     seed: int = flag(1234, "Seed of the choice of items, wrong answers and examples.")
     output: str = flag("evaluation", "Folder for evaluation.json and evaluation.png.")
@@ -114,7 +116,7 @@ def _main(argv: Sequence[str] | None) -> None:
 
 
 def checkpoint_folder(name: str) -> Path:
-    """Return the folder of the checkpoint that the user names: of a run its latest.
+    """Return the folder of the checkpoint that the user names; for a run, its latest checkpoint.
 
     Raises:
         UserError: there is none.
@@ -139,7 +141,7 @@ def hf_folder(folder: Path, temporary: str) -> Path:
     """Return a checkpoint's language model as a Hugging Face folder: itself, or its export in a temporary folder.
 
     Raises:
-        UserError: it is no whole checkpoint, or Hugging Face has no such model.
+        UserError: the checkpoint is damaged, or Hugging Face has no such model.
     """
     if (folder / "config.json").is_file():
         return folder

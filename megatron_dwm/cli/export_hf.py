@@ -1,8 +1,8 @@
 """Write the language model of a checkpoint as a Hugging Face folder: Llama, Qwen2, Qwen3, Phi-3, Nemotron or GPT-2.
 
-The model's flags come from the checkpoint, and the tokenizer's do where they are not given. The checkpoint may have
-been saved under any parallel layout; this needs one process, no GPU, and memory for one weight file. The folder is
-loaded again and compared with the checkpoint before it gets its name.
+The model's flags come from the checkpoint, and so do those of the tokenizer unless they are given. The checkpoint may
+have been saved in any parallel layout; the export needs one process, no GPU, and memory for one weight file. The folder
+is loaded again and compared with the checkpoint before it gets its name.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 class ExportConfig(ExportArguments):
     """Export."""
 
-    max_shard_size: str = flag("5GB", "Largest size of one weight file, of which the tensors are in memory at a time.")
+    max_shard_size: str = flag("5GB", "Maximum size of a weight file; the tensors of one file are in memory at a time.")
 
 
 def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
-    """Write the folder that ``config`` names, and compare it with the checkpoint.
+    """Write the folder named in ``config``, and compare it with the checkpoint.
 
     The tensors of one weight file are in memory at a time.
 
@@ -49,7 +49,7 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
         tokenizer_flags: values of TokenizerConfig's fields that take precedence over the checkpoint's.
 
     Returns:
-        a line that says what was written.
+        a line that describes what was written.
 
     Raises:
         UserError: no such checkpoint, or Hugging Face has no such model.
@@ -115,7 +115,7 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
 
 
 def _effect(load: str) -> str | None:
-    """Return what the run's records say of its loss; None if there are none."""
+    """Return the loss in the run's records; None if there are none."""
     from megatron_dwm.analysis.records import read_run
 
     if not (Path(load) / "metrics.jsonl").is_file():
@@ -129,7 +129,7 @@ def _effect(load: str) -> str | None:
 
 
 def _check_tensors(checkpoint: SavedCheckpoint, model: ModelConfig) -> None:
-    """Refuse a checkpoint whose tensors are not those of the model that its arguments describe."""
+    """Refuse a checkpoint whose tensors do not match the model that its arguments describe."""
     from megatron_dwm.model.hf_weights import pieces
 
     for piece in pieces(model, range(model.layers)):
@@ -159,7 +159,7 @@ def _verify(folder: Path, skeleton: Any, tensors: Iterator[tuple[str, torch.Tens
     """Load the folder again, and compare it with the checkpoint.
 
     Args:
-        folder: that was written.
+        folder: the folder that was written.
         skeleton: the model, without storage.
         tensors: the checkpoint's, by Hugging Face name.
 
@@ -167,7 +167,7 @@ def _verify(folder: Path, skeleton: Any, tensors: Iterator[tuple[str, torch.Tens
         the number of tensors.
 
     Raises:
-        UserError: it does not load, or is another model.
+        UserError: it cannot be loaded, or differs from the checkpoint.
     """
     from transformers import AutoConfig
 

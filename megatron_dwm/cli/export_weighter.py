@@ -1,7 +1,8 @@
 """Write the weighter of a checkpoint as a Hugging Face folder with a model card.
 
-A run exports its weighter at the end of each stage and with each checkpoint; this writes that of any checkpoint, and
-what its run has gained. The folder is loaded again and compared with the checkpoint before it gets its name.
+A run exports its weighter at the end of each stage and with each checkpoint; this exports the weighter of any
+checkpoint, with a model card on what its run has gained. The folder is loaded again and compared with the checkpoint
+before it is renamed.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ class ExportWeighterConfig(ExportArguments):
     """Export."""
 
     baseline: str | None = flag(
-        None, "A run with uniform weights (its --save folder), over which the card says what this run has gained."
+        None, "A run with uniform weights (its --save folder), with which the card compares this run."
     )
 
 
 def export(config: ExportWeighterConfig) -> str:
-    """Write the folder that ``config`` names.
+    """Write the folder named in ``config``.
 
     Returns:
-        a line that says what was written.
+        a line that describes what was written.
 
     Raises:
         UserError: no such checkpoint, or it holds no weighter.
@@ -92,7 +93,7 @@ def _tokenizer(run: RunConfig, own: str) -> Any:
     """Return the weighter's Hugging Face tokenizer.
 
     Args:
-        own: fingerprint of the tokenizer that the weighter does not share with its run; empty if it does.
+        own: fingerprint of the weighter's tokenizer; empty if it is that of the run.
 
     Raises:
         UserError: the folder that it was started from is gone.
@@ -117,7 +118,7 @@ def _check_loads(folder: Path, *, model: Any, fingerprint: str) -> None:
     """Load the folder again, and compare it with the checkpoint's weighter.
 
     Raises:
-        UserError: it does not load, or is another weighter.
+        UserError: it cannot be loaded, or differs from the checkpoint's weighter.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -138,10 +139,10 @@ def _check_loads(folder: Path, *, model: Any, fingerprint: str) -> None:
 
 
 def _effect(config: ExportWeighterConfig) -> str | None:
-    """Return what the records of the run and of the baseline say, in Markdown; None without records.
+    """Return the results in the records of the run and of the baseline, in Markdown; None without records.
 
     Raises:
-        UserError: the baseline is none, or cannot be compared.
+        UserError: the baseline is not a run, or cannot be compared.
     """
     from megatron_dwm.analysis.comparison import gain_line
     from megatron_dwm.analysis.records import read_run

@@ -1,8 +1,8 @@
-"""Write a Hugging Face causal language model as a checkpoint that pretraining can start from.
+"""Convert a Hugging Face causal language model to a checkpoint that pretraining can start from.
 
-Llama, Mistral, Qwen2, Qwen2.5, Qwen3, Phi-3, Nemotron and GPT-2 are known. ``pretrain_dwm.py --load CHECKPOINTS
---finetune`` starts from the checkpoint under any parallel layout, with the model's flags, which are printed. This needs
-one process, no GPU, and memory for little more than one layer.
+Llama, Mistral, Qwen2, Qwen2.5, Qwen3, Phi-3, Nemotron and GPT-2 are supported. ``pretrain_dwm.py --load CHECKPOINTS
+--finetune`` starts from the checkpoint in any parallel layout, with the model's flags, which are printed. The import
+needs one process, no GPU, and memory for little more than one layer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ImportConfig:
     """Import."""
 
     input: str = flag("", "Hugging Face folder of a causal language model.")
-    save: str = flag("", "Folder of checkpoints to write to; it must hold none yet.")
+    save: str = flag("", "Folder to write the checkpoint to; it must not hold checkpoints yet.")
     make_vocab_size_divisible_by: int = flag(128, "Pad the vocabulary to a multiple of this.")
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class ImportConfig:
 
 
 def import_model(config: ImportConfig) -> tuple[Path, HuggingFaceModel]:
-    """Write the checkpoint that ``config`` names, and the tracker file beside it.
+    """Write the checkpoint named in ``config``, and the tracker file.
 
     One tensor of one layer is in memory at a time.
 
@@ -60,7 +60,7 @@ def import_model(config: ImportConfig) -> tuple[Path, HuggingFaceModel]:
         the checkpoint's folder, and the model that was read.
 
     Raises:
-        UserError: no such model, an architecture that is not trained here, or there are checkpoints already.
+        UserError: there is no such model, its architecture is not supported, or the folder holds checkpoints already.
     """
     from megatron_dwm.config.checkpoint import TRACKER
     from megatron_dwm.data.tokenizers import padded_vocab_size
@@ -99,7 +99,7 @@ def import_model(config: ImportConfig) -> tuple[Path, HuggingFaceModel]:
 
 
 def write_checkpoint(folder: Path, read: HuggingFaceModel, padded_vocab_size: int, arguments: dict[str, Any]) -> None:
-    """Fill ``folder`` in megatron-core's ``torch_dist`` format, each layer's part of a tensor as a shard of its own."""
+    """Write ``folder`` in megatron-core's ``torch_dist`` format, with each layer's part of a tensor as one shard."""
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
     from megatron_dwm.training.checkpoint_checksums import write_checksums
@@ -123,7 +123,7 @@ def write_checkpoint(folder: Path, read: HuggingFaceModel, padded_vocab_size: in
 
 
 def _tensors(read: HuggingFaceModel, padded_vocab_size: int) -> dict[str, TensorOfParts]:
-    """Return the checkpoint's tensors, which are made when they are written."""
+    """Return the checkpoint's tensors, which are computed when they are written."""
     from megatron_dwm.model.hf_weights import LAYERS, from_hf, pieces, require_finite
     from megatron_dwm.training.checkpoint_parts import TensorOfParts, TensorPart
 
@@ -158,7 +158,7 @@ def _as_row(make: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def _empty_extra_states(model: ModelConfig) -> dict[str, list[None]]:
-    """Return the states of FP8 scales that megatron-core expects of each module; there are none."""
+    """Return the empty states of FP8 scales that megatron-core expects of each module."""
     modules = (
         *(("self_attention.q_layernorm", "self_attention.k_layernorm") if model.qk_layernorm else ()),
         "self_attention.core_attention",

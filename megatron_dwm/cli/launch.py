@@ -1,8 +1,8 @@
-"""The start and the end of every program that runs on several ranks.
+"""The entry point of every program that runs on several ranks.
 
-:func:`run_program` finds the ranks, meets them, runs the program, and ends this process so that a failure is printed
-once, by the rank that found it, and reaches every other rank. :func:`build_trainer` makes of a configuration what
-trains.
+:func:`run_program` joins the other ranks, runs the program, and ends this process so that a failure is printed
+once, by the rank that found it, and ends every other rank. :func:`build_trainer` builds a trainer from a
+configuration.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ _FUTURE = ".*(load_state_dict|ShardedTensor|all_gather_into_tensor|reduce_scatte
 _SHARDS = ".*grad attribute of a Tensor that is not a leaf Tensor.*"
 """Of fp32 parameters the distributed optimizer's shards are views, to which it gives gradients itself."""
 _IN_PLACE_OF_A_RUN = ("-h", "--help", "--help-all", "--plan")
-"""A rank with one of these would end, and the others wait for it."""
+"""Flags with which a rank would end while the others wait for it."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """One of the processes of a program."""
+    """This process of a program with several ranks."""
 
     rank: int
     local_rank: int
@@ -73,7 +73,7 @@ class Process:
         """Read the flags and choose the device.
 
         Args:
-            read_flags: makes the program's configuration for a number of ranks.
+            read_flags: returns the program's configuration for a number of ranks.
 
         Raises:
             UserError: on every rank, if one finds a bad flag.
@@ -88,7 +88,7 @@ class Process:
 
 
 def read_run_flags(argv: Sequence[str] | None, world_size: int) -> RunConfig:
-    """Return the configuration of a pretraining run; ``argv`` None takes this process's command line.
+    """Return the configuration of a pretraining run; by default from this process's command line.
 
     Raises:
         UserError: a bad flag, or ``--use-checkpoint-args`` without a checkpoint.
@@ -97,9 +97,9 @@ def read_run_flags(argv: Sequence[str] | None, world_size: int) -> RunConfig:
 
 
 def with_pretrained(config: RunConfig) -> RunConfig:
-    """Return the configuration that starts from ``--pretrained-checkpoint``, if it is to.
+    """Return the configuration that starts from ``--pretrained-checkpoint``, if that applies.
 
-    It is while ``--load`` holds no checkpoint; as in Megatron-LM, the run then goes on as with ``--finetune``.
+    It applies while ``--load`` holds no checkpoint; as in Megatron-LM, the run then continues as with ``--finetune``.
     """
     flags = config.checkpoint
     if flags.pretrained_checkpoint is None or (flags.load is not None and (Path(flags.load) / TRACKER).is_file()):
@@ -110,7 +110,7 @@ def with_pretrained(config: RunConfig) -> RunConfig:
 
 
 def with_conversion(config: RunConfig) -> RunConfig:
-    """Return the configuration that saves as ``--ckpt-convert-format`` says, if it is given."""
+    """Return the configuration that saves in ``--ckpt-convert-format``, if it is given."""
     flags = config.checkpoint
     if flags.ckpt_convert_format is None or flags.ckpt_convert_save is None or flags.load is None:
         return config
@@ -122,14 +122,14 @@ def with_conversion(config: RunConfig) -> RunConfig:
 
 
 def run_program(program: Callable[[Process], None], argv: Sequence[str] | None = None) -> None:
-    """Run ``program`` on this rank of torchrun, srun, mpirun or a lone process.
+    """Run ``program`` on this rank, started by torchrun, srun or mpirun, or as a single process.
 
-    A user's error ends all ranks with exit code 2, after the one line of the rank that found it; any other failure ends
-    them with code 1, after its traceback and one line of each other rank. Ranks that do not come, or fall silent before
-    the run has started, are waited for as long as ``--distributed-timeout-minutes`` says.
+    A user's error ends all ranks with exit code 2, and one line from the rank that found it. Any other failure ends
+    them with code 1, with a traceback and one line from each other rank. Ranks that do not join, or do not answer
+    before the run has started, are waited for up to ``--distributed-timeout-minutes``.
 
     Args:
-        argv: the program's flags; None takes this process's command line.
+        argv: the program's flags; by default this process's command line.
     """
     # megatron-core warns on every process that optional packages are missing, and of torch interfaces it still uses.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|transformer_engine).*")
@@ -167,7 +167,7 @@ def build_trainer(
     """Build everything that a run needs and load its checkpoint; every rank calls it.
 
     Args:
-        make_weighting: makes the run's weighting; None takes the one that the flags name.
+        make_weighting: builds the run's weighting; by default the one that the flags name.
 
     Raises:
         UserError: on every rank, if data, tokenizer, weighter, model or checkpoint do not fit the flags.
@@ -227,7 +227,7 @@ def build_trainer(
 
 
 def _task_evaluation(config: RunConfig, inputs: RunInputs, language_model: LanguageModel) -> TaskEvaluation | None:
-    """Return what evaluates the run's model on tasks, if the flags ask for that.
+    """Return the evaluation of the run's model on tasks, if the flags ask for it.
 
     Raises:
         UserError: the tasks or the tokenizer do not allow it.
@@ -254,7 +254,7 @@ def _weighting_context(
     dataloaders: Dataloaders,
     device: torch.device,
 ) -> WeightingContext:
-    """Return the parts of the run that its weighting works with."""
+    """Return the parts of the run that its weighting needs."""
     from megatron_dwm.weighting.context import WeightingContext
 
     return WeightingContext(
@@ -274,9 +274,10 @@ def _weighting_context(
 
 
 def _timeout(argv: Sequence[str]) -> timedelta:
-    """Return ``--distributed-timeout-minutes``: ranks meet before they read flags, so that all report a mistake once.
+    """Return ``--distributed-timeout-minutes``, which is needed before the other flags are parsed.
 
-    A mistake in this one is left to the parser.
+    Ranks join before they parse the flags, so that a mistake is reported once. A mistake in this flag is left to the
+    parser.
     """
     name = flag_name("distributed_timeout_minutes")
     minutes = ParallelConfig().distributed_timeout_minutes
@@ -288,10 +289,10 @@ def _timeout(argv: Sequence[str]) -> timedelta:
 
 
 def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
-    """End this process after a failure; it is printed here unless another rank's came first.
+    """End this process after a failure, which is printed unless another rank's failure came first.
 
     Raises:
-        SystemExit: this process is alone, or all know of the failure; otherwise it ends here.
+        SystemExit: this is the only process, or all ranks know of the failure; otherwise the process ends here.
     """
     sys.stdout.flush()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at a worker's end

@@ -1,7 +1,7 @@
-"""Several ranks of a command on this machine, as ``torchrun --nproc-per-node`` starts them.
+"""``--nproc N``: starts several ranks of a command on this machine, as ``torchrun --nproc-per-node`` does.
 
-torchrun ends a failed run with some thirty lines of its own and exit code 1. Here the failing rank's line is the last
-on the screen, and its exit code is the command's.
+torchrun ends a failed run with some thirty lines of output and exit code 1. Here the failing rank's line is the last
+one on the screen, and its exit code becomes the command's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The plan of a run, in place of the run: ``pretrain_dwm.py --plan``."""
+"""``pretrain_dwm.py --plan``: prints the plan of a run instead of running it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_dwm.runtime.environment import environment_rank
 
 
 def split_plan(argv: Sequence[str]) -> tuple[PlanConfig, list[str]]:
-    """Take the flags of the plan out of a command line, and return them and the other arguments.
+    """Split a command line into the flags of the plan and the other arguments.
 
     Raises:
         UserError: one has a bad value, or is given without ``--plan``.
@@ -36,7 +36,7 @@ def print_plan(config: PlanConfig, argv: Sequence[str], processes: int | None) -
         processes: value of ``--nproc``.
 
     Raises:
-        UserError: flags that do not make a run, or a file that cannot be written.
+        UserError: the flags are not valid, or a file cannot be written.
     """
     rank, _, started = environment_rank()
     if rank != 0:  # one process is enough

@@ -1,4 +1,4 @@
-"""Draw a run: losses and the mean weight of each data source over iterations, as one PNG."""
+"""Plot a run: losses and the mean weight of each data source over iterations, as one PNG."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class PlotConfig(RunArgument):
 
     baseline: str | None = flag(
         None,
-        "The same run with uniform weights (--dwm-mode off), to draw beside it and to say what weighting gained.",
+        "The same run with uniform weights (--dwm-mode off), to plot with it and to report the gain.",
     )
-    output: str | None = flag(None, "The PNG to write; run.png beside the records if not given.")
+    output: str | None = flag(None, "PNG file to write. Default: run.png next to the records.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw a run."""
+    """Plot a run."""
     run_command(partial(_main, argv))
 
 

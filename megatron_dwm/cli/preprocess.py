@@ -1,4 +1,4 @@
-"""Turn documents into Megatron's indexed datasets; flags and output are those of Megatron-LM's tool.
+"""Tokenize documents to Megatron's indexed datasets; flags and output are those of Megatron-LM's tool.
 
 Each line is an object with the text under the key of --json-keys, such as {"text": "One document."}. Parquet files with
 columns of these names are read too.

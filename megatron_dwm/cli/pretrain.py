@@ -1,7 +1,7 @@
 """Pretrain a Megatron-Core GPT with a data weighting model.
 
-Started by torchrun, srun or mpirun this is one rank of the run. ``--nproc N`` starts N ranks on this machine instead.
-``--plan`` prints what the run will be, and trains nothing.
+Under torchrun, srun or mpirun this process is one rank of the run. ``--nproc N`` starts N ranks on this machine
+instead. ``--plan`` prints the plan of the run, and does not train.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_rank(argv: Sequence[str], process: Process) -> None:
-    """Run one of several ranks that a launcher has started; what is wrong with one's flags ends all."""
+    """Run one of several ranks that a launcher has started; a wrong flag on one rank ends all."""
     with process.startup_sync.phase("launch"):
         processes, rest = split_nproc(argv)
         if processes is not None:

@@ -1,7 +1,7 @@
-"""What must be the same on every rank, compared before any rank trains.
+"""Checks before training that flags, versions and files are the same on every rank.
 
-Ranks that differ in a flag, in the version of a package or in what lies under a path would hang in a collective. Or,
-which is worse, they would train on with numbers that belong to no run.
+Ranks that differ in a flag, in the version of a package or in the content of a file would hang in a collective, or,
+worse, train on inconsistent numbers.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Facts = dict[str, str]
 
 
 def rank_facts(config: RunConfig, paths: DataPaths, weighter_digest: str | None) -> Facts:
-    """Return what must be the same on every rank: flags, versions, data, checkpoint and weighter.
+    """Return the facts that must be the same on every rank: flags, versions, data, checkpoint and weighter.
 
-    Data that this rank cannot see is left out: only one rank of a model replica reads them.
+    Data that this rank cannot read is left out, because only one rank of a model replica reads data.
 
     Args:
-        weighter_digest: of the parameters of the weighters that were read from folders, if any.
+        weighter_digest: digest of the parameters of weighters that were read from folders, if any.
     """
     flags = [item for part in PARTS.values() for item in declared_flags(part)]
     names = {item.field: item.names[0] for item in flags if item.value_type is not None}
@@ -56,7 +56,7 @@ def rank_facts(config: RunConfig, paths: DataPaths, weighter_digest: str | None)
 
 
 def tokenizer_files(config: TokenizerConfig) -> Iterator[tuple[str, Path]]:
-    """Yield the files that a tokenizer is made of, each with the flag that names it or its folder."""
+    """Yield the files of a tokenizer, each with the flag that names it or its folder."""
     for name in ("tokenizer_model", "tokenizer_metadata", "vocab_file", "merge_file"):
         value = getattr(config, name)
         path = Path(value or "")

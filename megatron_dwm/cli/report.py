@@ -4,8 +4,8 @@
     megatron-dwm report RUN RUN ...
     megatron-dwm report RUN --follow 60
 
-RUN is a run's --save folder, or its --metrics-jsonl file. Of one run the page shows what its weighter prefers, with
-texts; of several it compares losses, weights and costs: the first is the one that the others are held against.
+RUN is a run's --save folder, or its --metrics-jsonl file. For one run the page shows what its weighter prefers, with
+texts; for several it compares losses, weights and costs with those of the first.
 """
 
 from __future__ import annotations
@@ -39,29 +39,32 @@ class ReportConfig:
         "given first and without the flag.",
     )
     output: str | None = flag(
-        None, "Folder to write to; if not given preference/ beside the records, or comparison/ beside the first run's."
+        None,
+        "Folder to write to. Default: preference/ next to the records, or comparison/ next to the first run's records.",
     )
     follow: int | None = flag(
-        None, "Write the page anew every so many seconds, whenever there are new records, until no run goes on."
+        None, "Interval in seconds at which the page is rewritten if there are new records, until all runs have ended."
     )
     scores: list[str] | None = flag(
         None,
-        'External scores of samples, as further properties: files of rows such as {"index": 17, "quality": 3.5}, JSON '
-        "lines (plain, .gz, .zst) or Parquet. The index is the sample's, as in --texts-output.",
+        'External scores of samples, as further properties: files with rows such as {"index": 17, "quality": 3.5}, '
+        "as JSON lines (plain, .gz, .zst) or Parquet. The index is the sample's, as in --texts-output.",
     )
     texts_output: str | None = flag(
         None,
-        'Also write the described samples as JSON lines {"index": N, "source": ..., "text": ...}, for others to score.',
+        'Also write the samples of the page as JSON lines {"index": N, "source": ..., "text": ...}, to score them.',
     )
     benefit: str | None = flag(
-        None, "JSON file of benchmarks/benefit.py --json; benefit.json beside the records if that is there."
+        None, "JSON file of benchmarks/benefit.py --json; by default benefit.json next to the records, if it exists."
     )
-    samples: int = flag(4000, "Samples of each stage whose texts are read, from as many outer updates as they allow.")
-    examples: int = flag(4, "Samples of each stage that are shown as text, of the highest and of the lowest weight.")
+    samples: int = flag(4000, "Samples of each stage whose texts are analyzed, from as many outer updates as possible.")
+    examples: int = flag(
+        4, "Samples of each stage that are shown as text: this many of the highest and of the lowest weight."
+    )
     documents: int = flag(
         4,
-        "Documents whose weight is followed over the run's exported weighters: so many of the highest weight, of the "
-        "lowest, and of the greatest change; 0 for none.",
+        "Documents whose weight is shown over the run's exported weighters: this many of the highest weight, of the "
+        "lowest weight, and of the largest change; 0 for none.",
     )
 
     def __post_init__(self) -> None:
@@ -73,7 +76,7 @@ class ReportConfig:
             for name in ("scores", "texts_output", "benefit"):
                 if getattr(self, name) is not None:
                     spelling = "--" + name.replace("_", "-")
-                    raise UserError(f"{spelling}: is of one run, and {len(self.run)} are compared; leave it out")
+                    raise UserError(f"{spelling}: is for a single run, and {len(self.run)} are compared; leave it out")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -93,7 +96,7 @@ def _main(argv: Sequence[str] | None) -> None:
 
 
 def _follow(config: ReportConfig, paths: Sequence[Path], seconds: int) -> None:
-    """Write the page whenever there are new records, until no run goes on.
+    """Write the page whenever there are new records, until all runs have ended.
 
     Raises:
         UserError: as :func:`_write`.
@@ -113,7 +116,7 @@ def _follow(config: ReportConfig, paths: Sequence[Path], seconds: int) -> None:
             else:
                 _write(config, paths, runs, seconds if goes_on else None)
         if not goes_on:
-            print("no run goes on; this is the last page")
+            print("all runs have ended; this is the last page")
             return
         time.sleep(seconds)
 
@@ -123,7 +126,7 @@ def _folder(path: Path) -> Path:
 
 
 def _state(path: Path) -> tuple[int, int]:
-    """Return what changes when a run writes a record."""
+    """Return a value that changes when a run writes a record."""
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.exists():
         return 0, 0
@@ -132,7 +135,7 @@ def _state(path: Path) -> tuple[int, int]:
 
 
 def _write(config: ReportConfig, paths: Sequence[Path], runs: Sequence[RunRecords], reload_seconds: int | None) -> None:
-    """Write the page once, and print where it is.
+    """Write the page once, and print its path.
 
     Raises:
         UserError: scores cannot be read, or the page cannot be written.

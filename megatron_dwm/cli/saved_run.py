@@ -21,7 +21,7 @@ class ExportArguments:
     """Flags of a command that exports from a checkpoint."""
 
     load: str = flag("", "Folder of checkpoints: a run's --save.")
-    ckpt_step: int | None = flag(None, "Iteration to export, in place of the latest.")
+    ckpt_step: int | None = flag(None, "Iteration of the checkpoint to export, instead of the latest.")
     output: str = flag("", "Hugging Face folder to write; it must not exist yet.")
 
     def __post_init__(self) -> None:

@@ -1,8 +1,8 @@
-"""Score documents with an exported weighter, or by a language model's perplexity: each row comes out with its score.
+"""Score documents with an exported weighter, or by a language model's perplexity; the score is added to each row.
 
 Each row is an object with the text under the key of --json-key, such as {"text": "One document."}.
 
-Needs the model's folder and the extra data. The same command, started again, goes on where it was interrupted.
+Needs the model's folder and the extra data. After an interruption, the same command continues where it stopped.
 """
 
 from __future__ import annotations
@@ -28,40 +28,41 @@ class ScoreConfig:
         None, "Folder of an exported weighter, or of any Hugging Face classifier with one label."
     )
     language_model: str | None = flag(
-        None, "Folder of a language model, such as export-hf writes: the score is a document's perplexity."
+        None, "Folder of a language model, such as one from export-hf: the score is the document's perplexity."
     )
     input: list[str] | None = flag(
         None,
         "JSON lines (plain, .gz or .zst) or Parquet: files, folders, or glob patterns; or indexed datasets, by the "
         "prefix of .bin and .idx.",
     )
-    output: str = flag("", "Folder to write; the rows are in its folder data, one file for each task.")
+    output: str = flag("", "Folder to write; the rows are in its subfolder data, one file for each task.")
     split_bytes: int = flag(
-        1000000000, "Plain JSON lines and datasets that are larger are divided into tasks; other files are one each."
+        1000000000,
+        "Plain JSON lines and datasets larger than this are split into several tasks; other files are one task each.",
     )
     dataset_tokenizer: str | None = flag(
-        None, "Folder of the tokenizer that indexed datasets were made with; if not set, it is the model's own."
+        None, "Folder of the tokenizer of indexed datasets. Default: the model's tokenizer."
     )
     output_format: Literal["jsonl", "parquet"] = flag("jsonl", "Format of the output.")
     json_key: str = flag("text", "Key (column) of the text.")
     score_key: str | None = flag(
-        None, "Key (column) of the score; if not set, score, or perplexity with --language-model."
+        None, "Key (column) of the score. Default: score, or perplexity with --language-model."
     )
-    window: int | None = flag(None, "Tokens scored at once; if not set, the model's length in training.")
+    window: int | None = flag(None, "Tokens scored at once. Default: the model's training length.")
     rule: Literal["mean", "max", "first"] = flag(
-        "mean", "Score of a document of several windows: their mean by tokens, the highest, or the first's."
+        "mean", "Score of a document with several windows: the mean in proportion to tokens, the highest, or the first."
     )
     batch_tokens: int | None = flag(
-        None, "Tokens of a batch, padding included; if not set, 1024 on a CPU and 16384 on a GPU."
+        None, "Tokens of a batch, including padding. Default: 1024 on a CPU and 16384 on a GPU."
     )
-    workers: int = flag(1, "Number of processes, or of tasks of a SLURM job at a time; they share a machine's GPUs.")
-    skip_malformed: bool = flag(False, "Leave out and count rows that are no document instead of stopping at one.")
+    workers: int = flag(1, "Number of processes, or of simultaneous tasks of a SLURM job; they share a machine's GPUs.")
+    skip_malformed: bool = flag(False, "Skip and count rows that are not documents instead of stopping.")
     slurm_partition: str | None = flag(
-        None, "Submit the tasks to this SLURM partition, as a job array, in place of scoring here."
+        None, "Submit the tasks to this SLURM partition as a job array, instead of scoring on this machine."
     )
-    slurm_time: str = flag("24:00:00", "Time limit of a task there.")
-    slurm_gpus_per_task: int = flag(0, "GPUs of a task there.")
-    slurm_memory_gb: int = flag(4, "Memory of a task there, in GB.")
+    slurm_time: str = flag("24:00:00", "Time limit of a SLURM task.")
+    slurm_gpus_per_task: int = flag(0, "GPUs of a SLURM task.")
+    slurm_memory_gb: int = flag(4, "Memory of a SLURM task, in GB.")
     slurm_options: list[str] | None = flag(None, "Further options of sbatch: account=NAME qos=NAME ...")
 
     def __post_init__(self) -> None:
@@ -69,7 +70,7 @@ class ScoreConfig:
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing; give a path")
         if (self.weighter is None) == (self.language_model is None):
-            raise UserError("--weighter and --language-model: one of them scores; give one")
+            raise UserError("--weighter and --language-model exclude each other; give one")
         for name, number in (
             ("--window", self.window),
             ("--batch-tokens", self.batch_tokens),

@@ -1,8 +1,8 @@
 """Select documents within a budget: at random, by a score, by perplexity, or by the shares of the sources.
 
 Each row is an object such as {"text": "One document.", "score": 0.5}: the text under the key of --json-key, the number
-that ranks under that of --score-key. Rows are kept in the input's order. A manifest beside the output says how many of
-each source, and by which threshold.
+to rank by under that of --score-key. Rows are kept in the input's order. A manifest next to the output lists how many
+of each source were kept, and the threshold.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def _main(argv: Sequence[str] | None) -> None:
 
 
 def _tokenizer_config(config: SelectConfig, values: Mapping[str, Any]) -> TokenizerConfig | None:
-    """Return the tokenizer of the dataset to write, if one is to be written.
+    """Return the tokenizer of the indexed dataset, if that is the output format.
 
     Raises:
-        UserError: there are flags of a tokenizer that nothing is made with, or none that are needed.
+        UserError: flags of a tokenizer are given but not used, or needed but not given.
     """
     given = [field.name for field in dataclasses.fields(TokenizerConfig) if field.name in values]
     if config.output_format == "indexed":

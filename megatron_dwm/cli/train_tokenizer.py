@@ -33,7 +33,7 @@ class TrainTokenizerConfig:
         None, "JSON lines (plain, .gz or .zst) or Parquet: files, folders, or glob patterns."
     )
     output_prefix: str | None = flag(None, "Path of the output without .model and .vocab.")
-    vocab_size: int | None = flag(None, "Number of pieces, the 256 bytes and 3 control pieces among them.")
+    vocab_size: int | None = flag(None, "Number of pieces, including 256 byte pieces and 3 control pieces.")
     model_type: Literal["bpe", "unigram"] = flag("bpe", "Kind of the SentencePiece model.")
     json_key: str = flag("text", "Key of the text in each line.")
 
@@ -42,7 +42,7 @@ class TrainTokenizerConfig:
             if not value:
                 raise UserError(f"{name} is missing; give a path")
         if self.vocab_size is None or self.vocab_size < 1:
-            raise UserError(f"--vocab-size {self.vocab_size} is no size; give a positive number")
+            raise UserError(f"--vocab-size {self.vocab_size} is not a size; give a positive number")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,7 +70,7 @@ def _texts(paths: Sequence[str], key: str) -> Iterator[str]:
     """Yield the documents of the files.
 
     Raises:
-        UserError: a line is no JSON object with a text under ``key``.
+        UserError: a line is not a JSON object with a text under ``key``.
     """
     for record in Reader(paths, [key]):
         try:
@@ -78,7 +78,8 @@ def _texts(paths: Sequence[str], key: str) -> Iterator[str]:
             text.encode()
         except (ValueError, LookupError, TypeError, AttributeError):
             raise UserError(
-                f"--input {record.place}: no JSON object with a text under {key!r}; mend it or give another --json-key"
+                f"--input {record.place}: no JSON object with a text under {key!r}; correct it or give another "
+                "--json-key"
             ) from None
         yield text
 
@@ -86,11 +87,11 @@ def _texts(paths: Sequence[str], key: str) -> Iterator[str]:
 def _train(lines: list[str], config: TrainTokenizerConfig) -> bytes:
     """Return the model, as the bytes of its file.
 
-    The text is not normalized and any character can be spelled in bytes, so that decoding gives the text back. A BPE of
+    The text is not normalized, and unknown characters fall back to bytes, so that decoding restores the text. A BPE of
     the tokenizers library can do exactly the same.
 
     Raises:
-        UserError: the text does not make a vocabulary of this size.
+        UserError: there is not enough text for a vocabulary of this size.
     """
     model = io.BytesIO()
     try:

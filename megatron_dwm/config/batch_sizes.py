@@ -1,4 +1,4 @@
-"""How many samples each step has: as many as ever, or more and more (``--rampup-batch-size``)."""
+"""The number of samples of each step: constant, or growing (``--rampup-batch-size``)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_dwm.errors import UserError
 
 @dataclass(frozen=True)
 class Rampup:
-    """Batches that grow while the first samples are trained on."""
+    """Batch sizes that grow over the first samples."""
 
     start: int
     increment: int
@@ -19,7 +19,7 @@ class Rampup:
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Global batch sizes of a run, by the samples that it has consumed."""
+    """Global batch sizes of a run, by the number of consumed samples."""
 
     final: int
     """``--global-batch-size``."""
@@ -37,7 +37,7 @@ class BatchSizes:
                 raise UserError(f"{flag}: start, increment and samples must be at least 1")
             if ramp.start >= self.final or (self.final - ramp.start) % ramp.increment:
                 raise UserError(
-                    f"{flag}: no whole number of increments leads to --global-batch-size {self.final}; change one"
+                    f"{flag}: no number of increments leads to exactly --global-batch-size {self.final}; change one"
                 )
         for size in self.nominal_sizes:
             if self._running(size) < self.unit or self._running(size) % self.unit:
@@ -49,7 +49,7 @@ class BatchSizes:
 
     @property
     def unit(self) -> int:
-        """The samples of one microbatch on all replicas, of which a batch is a multiple."""
+        """The samples of one microbatch on all replicas; batch sizes are multiples of it."""
         return self.micro_batch_size * self.data_parallel_size
 
     @property
@@ -63,7 +63,7 @@ class BatchSizes:
 
     @property
     def running_sizes(self) -> list[int]:
-        """All sizes that are trained with, in order."""
+        """All sizes that are used in training, in order."""
         return [self._running(size) for size in self.nominal_sizes]
 
     def nominal(self, consumed: int) -> int:
@@ -79,9 +79,9 @@ class BatchSizes:
         return self._running(self.nominal(consumed))
 
     def iterations(self, samples: int, consumed: int = 0) -> int:
-        """Return how many steps a run of so many samples has after ``consumed``; an incomplete last one is left out.
+        """Return the number of steps of a run of ``samples`` after ``consumed``, without an incomplete last one.
 
-        As in Megatron-LM, what :attr:`decreases` leaves out of batches counts as trained on.
+        As in Megatron-LM, samples that :attr:`decreases` leaves out of batches count as consumed.
         """
         count = 0
         if self.rampup is not None:

@@ -25,7 +25,7 @@ class CheckpointConfig:
         None, "Iterations between checkpoints.", "--save-interval", "--persistent-save-interval"
     )
     save_retain_interval: int | None = flag(
-        None, "Keep only checkpoints whose iteration is divisible by this, and the last."
+        None, "Keep only checkpoints whose iteration is divisible by this, and the last one."
     )
     load: str | None = flag(None, "Folder to continue from.")
     no_save_optim: bool = flag(False, "Leave the optimizer's state out of checkpoints.")
@@ -33,18 +33,20 @@ class CheckpointConfig:
     no_load_optim: bool = flag(False, "Do not load the optimizer's state.")
     no_load_rng: bool = flag(False, "Do not load the random state.")
     finetune: bool = flag(False, "Load the weights only and start at iteration 0.")
-    ckpt_step: int | None = flag(None, "Iteration to load, in place of the latest.")
-    exit_on_missing_checkpoint: bool = flag(False, "Stop if --load holds no checkpoint, instead of starting anew.")
+    ckpt_step: int | None = flag(None, "Iteration of the checkpoint to load, instead of the latest.")
+    exit_on_missing_checkpoint: bool = flag(
+        False, "Stop if --load holds no checkpoint, instead of starting from scratch."
+    )
     ckpt_format: Literal["torch", "torch_dist"] = flag(
         "torch_dist",
-        "Format that checkpoints are written in: torch_dist, which any layout can load, or torch, which only a run of "
-        "the same one can. Which one --load names is seen from its files.",
+        "Format of the checkpoints that are saved: torch_dist, which any layout can load, or torch, which only a run "
+        "with the same layout can load. The format of --load is detected from its files.",
     )
     ckpt_convert_format: Literal["torch", "torch_dist"] | None = flag(
-        None, "Train nothing: write the checkpoint of --load in this format, in --ckpt-convert-save."
+        None, "Do not train; write the checkpoint of --load in this format to --ckpt-convert-save."
     )
     ckpt_convert_save: str | None = flag(
-        None, "Folder in which --ckpt-convert-format makes one that is named like --load's."
+        None, "Folder to which --ckpt-convert-format writes, in a subfolder with the name of the --load folder."
     )
     dist_ckpt_strictness: Literal[
         "assume_ok_unexpected",
@@ -57,11 +59,11 @@ class CheckpointConfig:
         "ignore_all",
     ] = flag(
         "assume_ok_unexpected",
-        "What differs between a checkpoint's tensors and the model's that is loaded: an error, logged (with return_* "
-        "too) or ignored. *_unexpected asks for what the model has alone, *_all also for what only the checkpoint has.",
+        "How to treat tensors that only the model or only the checkpoint has: raise_* is an error, log_* and return_* "
+        "log them, ignore_all ignores them. *_unexpected covers tensors that only the model has, *_all covers both.",
     )
     pretrained_checkpoint: str | None = flag(
-        None, "Folder of a model to start from, as with --finetune, while --load holds no checkpoint yet."
+        None, "Folder of a model to start from, as with --finetune, if --load holds no checkpoint yet."
     )
     ckpt_fully_parallel_save: bool = flag(
         True,
@@ -73,26 +75,27 @@ class CheckpointConfig:
     dist_ckpt_optim_fully_reshardable: bool = flag(
         False, "Save the distributed optimizer so that it can be loaded under another TP and PP size."
     )
-    async_save: bool = flag(False, "Write checkpoints while training goes on.")
+    async_save: bool = flag(False, "Write checkpoints in the background while training continues.")
     ckpt_assume_constant_structure: bool = flag(
-        False, "Plan a checkpoint's writing once, and write later ones by the same plan."
+        False, "Plan the writing of a checkpoint once, and reuse the plan for later ones."
     )
     non_persistent_save_interval: int | None = flag(
         None, "Iterations between non-persistent checkpoints, of which only the newest two are kept."
     )
     non_persistent_ckpt_type: Literal["global"] | None = flag(
-        None, "Write non-persistent checkpoints, and load one if it is the newest: global, a folder all ranks share."
+        None,
+        "Write non-persistent checkpoints to a folder that all ranks share (global); load one if it is the newest.",
     )
     non_persistent_global_ckpt_dir: str | None = flag(
         None, "Folder of non-persistent checkpoints. Default: non_persistent in the --save or --load folder."
     )
     checkpoint_checksums: bool = flag(
         True,
-        "Neither write checksums of a checkpoint's files nor verify them when it is loaded.",
+        "Do not write checksums of a checkpoint's files, and do not verify them when it is loaded.",
         "--no-checkpoint-checksums",
     )
     use_checkpoint_args: bool = flag(
-        False, "Take the model's flags from the checkpoint; sizes only where they are not given."
+        False, "Take the model's flags from the checkpoint; sizes only if they are not given."
     )
 
     def __post_init__(self) -> None:
@@ -106,7 +109,7 @@ class CheckpointConfig:
         if (self.ckpt_convert_format is None) != (self.ckpt_convert_save is None):
             raise UserError("--ckpt-convert-format and --ckpt-convert-save need each other; give both")
         if self.ckpt_format == "torch" and self.async_save:
-            raise UserError("--ckpt-format torch cannot be written while training goes on; leave --async-save out")
+            raise UserError("--ckpt-format torch cannot be written in the background; leave --async-save out")
         if self.non_persistent_save_interval is not None and self.non_persistent_ckpt_type is None:
             raise UserError(
                 f"--non-persistent-save-interval {self.non_persistent_save_interval} needs "

@@ -95,7 +95,7 @@ def first_rank_file(folder: Path) -> Path | None:
 def read_arguments(folder: Path) -> dict[str, Any]:
     """Return the arguments that the checkpoint in ``folder`` was saved with, by their present names.
 
-    Whether a tokenizer may run code of its own is not among them: that is for who reads the checkpoint to say.
+    ``trust_remote_code`` is not among them: only the user who loads the checkpoint may allow it.
 
     Raises:
         UserError: it has none.
@@ -113,7 +113,7 @@ def read_arguments(folder: Path) -> dict[str, Any]:
 
 
 def effective_arguments(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``saved`` without the values that have no effect; Megatron-LM sets and keeps some of these.
+    """Return ``saved`` without the values that have no effect, some of which Megatron-LM saves.
 
     Raises:
         UserError: they describe a model that this program does not train.
@@ -131,10 +131,10 @@ def effective_arguments(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_words(name: str, value: Any, num_layers: int) -> str:
-    """Return the shortest words with which the flag of a window, or of layers, says ``value``.
+    """Return the shortest spelling of ``value`` for a flag of a window or of layers.
 
     Raises:
-        UserError: it says no such thing.
+        UserError: the flag cannot express it.
     """
     text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).replace(" ", "")
     if name == "window_size":
@@ -145,7 +145,7 @@ def _as_words(name: str, value: Any, num_layers: int) -> str:
 def with_saved_arguments(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flags' values under ``--use-checkpoint-args``.
 
-    As in Megatron-LM, the architecture is the checkpoint's whatever the flags say, and sizes are where they are not
+    As in Megatron-LM, the architecture is always the checkpoint's, and sizes are the checkpoint's if they are not
     given. So is the tokenizer, which Megatron-LM always takes from the checkpoint.
 
     Args:
@@ -165,9 +165,9 @@ def differing_flag(run: Mapping[str, Any], saved: Mapping[str, Any], *, finetune
     """Return how the model of a run's arguments differs from that of a checkpoint's; None if it does not.
 
     Args:
-        run: what the run would save as its arguments.
-        saved: what the checkpoint was saved with.
-        finetune: whether the model may compute something else with the same tensors.
+        run: the arguments that the run would save.
+        saved: the arguments that the checkpoint was saved with.
+        finetune: whether the model may compute something different with the same tensors.
 
     Returns:
         the flag, its value and the checkpoint's, and a remedy.
@@ -202,7 +202,7 @@ def _difference(name: str, value: Any, found: Any) -> str:
 
 
 def _architecture(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``arguments`` in one form, so that flags which mean the same compare equal."""
+    """Return ``arguments`` in a canonical form, so that flags with the same meaning compare equal."""
     known = effective_arguments(arguments)
     if known.get("use_rotary_position_embeddings"):
         known["position_embedding_type"] = "rope"

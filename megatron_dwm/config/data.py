@@ -14,7 +14,7 @@ class DataConfig:
     """Data and data loading."""
 
     data_path: list[str] | None = flag(
-        None, "One dataset prefix, prefixes, or weight-prefix pairs, divided by --split.", nargs="*"
+        None, "One dataset prefix, several prefixes, or pairs of weight and prefix; divided by --split.", nargs="*"
     )
     split: str | None = flag(None, "Train, validation and test parts of --data-path, e.g. 969,30,1.")
     train_data_path: list[str] | None = flag(None, "Dataset prefix or blend for training.", nargs="*")
@@ -25,36 +25,36 @@ class DataConfig:
         None, 'JSON file {"train": [...], "valid": [...], "test": [...]} with one blend each.'
     )
     data_cache_path: str | None = flag(None, "Folder for the datasets' index caches.")
-    mock_data: bool = flag(False, "Train on made-up data.")
+    mock_data: bool = flag(False, "Train on generated data.")
     mmap_bin_files: bool = flag(True, "Do not memory-map .bin files.", "--no-mmap-bin-files")
     num_workers: int = flag(2, "Data loader processes.")
     dataloader_type: Literal["single", "cyclic"] | None = flag(
-        None, "Read the data once in the dataset's order (single) or shuffled over and over (cyclic)."
+        None, "Read the data once in the dataset's order (single), or repeatedly and shuffled (cyclic)."
     )
     data_sharding: bool = flag(True, "Do not shard the data of a cyclic loader.", "--no-data-sharding")
-    reset_position_ids: bool = flag(False, "Start learned positions anew after an end-of-document token.")
+    reset_position_ids: bool = flag(False, "Restart learned positions after an end-of-document token.")
     reset_attention_mask: bool = flag(False, "Do not attend across end-of-document tokens.")
     eod_mask_loss: bool = flag(False, "Mask the loss of end-of-document tokens.")
     create_attention_mask_in_dataloader: bool = flag(
         True,
-        "Accepted for Megatron-LM scripts: masks are made on the device here in any case.",
+        "Accepted for Megatron-LM scripts: masks are always made on the device.",
         "--no-create-attention-mask-in-dataloader",
     )
     num_dataset_builder_threads: int = flag(1, "Threads that build a blend's datasets.")
-    mid_level_dataset_surplus: float = flag(0.005, "Extra samples asked of each dataset of a blend.")
-    allow_ambiguous_pad_tokens: bool = flag(False, "Let pad tokens also occur in the data.")
+    mid_level_dataset_surplus: float = flag(0.005, "Fraction of extra samples that each dataset of a blend provides.")
+    allow_ambiguous_pad_tokens: bool = flag(False, "Allow pad tokens to occur in the data.")
     eval_iters: int = flag(100, "Batches in one evaluation; 0 or -1 for none.")
     eval_interval: int | None = flag(None, "Iterations between evaluations.")
     full_validation: bool = flag(
-        False, "Evaluate on every sample of the validation data each time, whatever --eval-iters says."
+        False, "Evaluate on every sample of the validation data each time, regardless of --eval-iters."
     )
     multiple_validation_sets: bool = flag(
         False,
-        "Evaluate on each dataset of --valid-data-path (or the validation part of each one of --data-path) by itself, "
-        "and report one loss for each.",
+        "Evaluate separately on each dataset of --valid-data-path (or on the validation part of each dataset of "
+        "--data-path), and report one loss for each.",
     )
     validation_set_names: list[str] | None = flag(
-        None, "Names of --multiple-validation-sets, in place of those of their files."
+        None, "Names of the sets of --multiple-validation-sets, instead of the names of their files."
     )
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class DataConfig:
         if names is not None and len(set(names)) < len(names):
             raise UserError(f"--validation-set-names {' '.join(names)}: a name repeats; change one")
         if self.full_validation and self.mock_data:
-            raise UserError("--full-validation: made-up data (--mock-data) has no end; leave it out")
+            raise UserError("--full-validation: generated data (--mock-data) has no end; leave it out")
 
     @property
     def has_validation(self) -> bool:
@@ -89,5 +89,5 @@ class DataConfig:
 
     @property
     def validates_sets(self) -> bool:
-        """Whether each dataset of the validation data is read by itself."""
+        """Whether each dataset of the validation data is evaluated separately."""
         return self.full_validation or self.multiple_validation_sets

@@ -1,4 +1,4 @@
-"""Which layers of a model something holds for: ``4`` for every fourth, or an expression such as ``([1]*3+[0]*1)*2``."""
+"""Layer patterns: ``4`` for every fourth layer, or an expression such as ``([1]*3+[0]*1)*2``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ MOST_LAYERS = 10_000  # of a pattern: more are a mistake, and would fill the mem
 
 
 def parse_layers(flag: str, text: str, num_layers: int) -> int | list[int]:
-    """Read a flag that says which layers it means.
+    """Parse the value of a flag that selects layers.
 
     Args:
-        flag: whose value ``text`` is.
+        flag: the flag whose value is ``text``.
         num_layers: of the model.
 
     Returns:
-        every how many layers, or 0 or 1 for each layer.
+        the interval, or 0 or 1 for each layer.
 
     Raises:
         UserError: it is neither a positive number nor a pattern of as many zeros and ones as there are layers.
@@ -37,7 +37,7 @@ def parse_layers(flag: str, text: str, num_layers: int) -> int | list[int]:
 
 
 def _evaluate(node: ast.expr) -> int | list[int]:
-    """Return the value of an expression of whole numbers, lists, + and *.
+    """Return the value of an expression of integers, lists, + and *.
 
     Raises:
         ValueError: it holds something else, or is too long.

@@ -15,17 +15,17 @@ class LoggingConfig:
     log_interval: int = flag(100, "Iterations between log lines.")
     log_throughput: bool = flag(False, "Log the throughput in TFLOP/s per GPU.")
     log_progress: bool = flag(
-        False, "Keep progress.txt in the --save folder: starts of the run, and its throughput at each checkpoint."
+        False, "Write progress.txt to the --save folder: starts of the run, and its throughput at each checkpoint."
     )
     dwm_peak_tflops: float | None = flag(
         None,
-        "TFLOP/s that a device can do at most, of which the log says what part plain training's operations reach "
-        "(MFU). Default: by the device's name, in 16-bit training.",
+        "Peak TFLOP/s of a device, from which the log computes the MFU of plain training's operations. Default: by the "
+        "device's name, in 16-bit training.",
     )
     log_params_norm: bool = flag(False, "Log the norm of the parameters.")
     tensorboard_dir: str | None = flag(None, "Folder for TensorBoard's event files.")
     tensorboard_log_interval: int = flag(1, "Iterations between TensorBoard records.")
-    tensorboard_queue_size: int = flag(1000, "Records TensorBoard keeps before it writes.")
+    tensorboard_queue_size: int = flag(1000, "Records that TensorBoard keeps before it writes them.")
     log_validation_ppl_to_tensorboard: bool = flag(False, "Also write the validation perplexity.")
     log_loss_scale_to_tensorboard: bool = flag(
         True,
@@ -36,9 +36,9 @@ class LoggingConfig:
     log_memory_to_tensorboard: bool = flag(False, "Write the GPU's memory statistics.")
     log_world_size_to_tensorboard: bool = flag(False, "Write the world size.")
     log_memory_interval: int | None = flag(None, "Iterations between reports of the GPU's memory in the log.")
-    log_device_memory_used: bool = flag(False, "Report also how much of the GPU's memory all programs use.")
+    log_device_memory_used: bool = flag(False, "Also report how much of the GPU's memory all programs use.")
     logging_level: int | None = flag(
-        None, "Least level, as Python counts it (20 is INFO), of megatron-core's own messages."
+        None, "Lowest level of megatron-core's messages that are logged, as a number of Python's logging (20 is INFO)."
     )
     wandb_project: str | None = flag(
         None,
@@ -50,7 +50,7 @@ class LoggingConfig:
     )
     wandb_exp_name: str | None = flag(None, "Name of the run in --wandb-project.", old_names=("--wandb-name",))
     wandb_save_dir: str | None = flag(
-        None, "Folder of Weights & Biases' own files. Default: wandb in the --save folder."
+        None, "Folder for the files of Weights & Biases. Default: wandb in the --save folder."
     )
     metrics_jsonl: str | None = flag(
         None, "JSON-lines file for every record. Default: metrics.jsonl in the --save folder."

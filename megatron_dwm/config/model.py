@@ -38,65 +38,71 @@ class ModelConfig:
     )
     add_position_embedding: bool = flag(
         True,
-        "Have no learned positions; goes with rope, which has none.",
+        "Do not use learned position embeddings; only with --position-embedding-type rope or none.",
         "--no-position-embedding",
-        deprecated="--position-embedding-type says it all",
+        deprecated="--position-embedding-type is enough",
     )
     rotary_base: int = flag(10000, "Base of the rotary position embeddings.")
-    rotary_percent: float = flag(1.0, "Part of the head dimension that is rotated.")
+    rotary_percent: float = flag(1.0, "Fraction of the head dimension that is rotated.")
     rotary_interleaved: bool = flag(False, "Use interleaved rotary embeddings.")
     use_rope_scaling: bool = flag(False, "Scale rotary frequencies as Llama 3 does.")
     rotary_seq_len_interpolation_factor: int | None = flag(
-        None, "Divide positions by this before they are rotated, for sequences longer than a model has seen."
+        None, "Divide positions by this factor before the rotation, for sequences longer than the model was trained on."
     )
     rope_scaling_factor: float = flag(8.0, "Factor of --use-rope-scaling.")
-    rotary_scaling_factor: float = flag(1.0, "Factor of YaRN: how many times longer sequences are.")
-    mscale: float = flag(1.0, "How much YaRN scales attention: by 0.1 x this x log(factor) + 1.")
-    mscale_all_dim: float = flag(0.0, "Like --mscale, and divides by it.")
+    rotary_scaling_factor: float = flag(1.0, "Factor of YaRN: by how much sequences are longer.")
+    mscale: float = flag(1.0, "Attention scaling of YaRN: the factor is 0.1 x this x log(factor) + 1.")
+    mscale_all_dim: float = flag(0.0, "Like --mscale, but the attention is divided by the result.")
     yarn_original_max_position_embeddings: int = flag(
-        4096, "Length of the sequences that a model was trained with before YaRN."
+        4096, "Length of the sequences that the model was trained with before YaRN."
     )
-    yarn_beta_fast: float = flag(32.0, "Rotations in that length from which YaRN leaves a frequency as it is.")
-    yarn_beta_slow: float = flag(1.0, "Rotations in that length up to which YaRN divides a frequency by the factor.")
-    yarn_correction_range_round_to_int: bool = flag(True, "Do not round the bounds of these two to whole frequencies.")
+    yarn_beta_fast: float = flag(
+        32.0, "Number of rotations in that length from which YaRN keeps a frequency unchanged."
+    )
+    yarn_beta_slow: float = flag(
+        1.0, "Number of rotations in that length up to which YaRN divides a frequency by the factor."
+    )
+    yarn_correction_range_round_to_int: bool = flag(
+        True, "Do not round the frequencies that correspond to --yarn-beta-fast and --yarn-beta-slow to whole indices."
+    )
     no_rope_freq: str | None = flag(
-        None, "Layers whose queries and keys are not rotated: every so many, or a pattern of 1 such as ([0]*3+[1])*2."
+        None, "Layers without rotary positions: N for every Nth layer, or a pattern with 1 for each, as ([0]*3+[1])*2."
     )
     window_size: str | None = flag(
-        None, "Sliding window: how many tokens before its own a token sees, and 0 for none after it, as 127,0."
+        None, "Sliding window: the number of previous tokens that a token attends to, and 0 for later ones, as 127,0."
     )
     window_attn_skip_freq: str | None = flag(
-        None, "Layers without the window: every so many, or a pattern of 1 with and 0 without such as ([1]*3+[0])*2."
+        None, "Layers without the window: N for every Nth layer, or a pattern of 1 (with) and 0 (without)."
     )
     softmax_type: Literal["vanilla", "off-by-one", "learnable"] = flag(
         "vanilla",
-        "Softmax of attention: the usual; with 1 added to the denominator, so that a token may see nothing; or with "
-        "what is added learnt for each head.",
+        "Softmax of the attention: the usual one; with 1 added to the denominator, so that a token may attend to "
+        "nothing; or with a learned offset for each head.",
     )
     attention_output_gate: bool = flag(False, "Multiply the outputs of attention by a sigmoid gate of the inputs.")
     normalization: Literal["LayerNorm", "RMSNorm"] = flag("LayerNorm", "Which normalization to use.")
     layernorm_epsilon: float = flag(1e-5, "Epsilon of the normalization.", "--norm-epsilon")
     layernorm_zero_centered_gamma: bool = flag(
-        False, "Centre the normalization's gain on zero (Transformer Engine only).", "--apply-layernorm-1p"
+        False, "Center the normalization's gain on zero (Transformer Engine only).", "--apply-layernorm-1p"
     )
     qk_layernorm: bool = flag(False, "Normalize queries and keys.")
-    qk_l2_norm: bool = flag(False, "Divide queries and keys by their root mean square; nothing of that is learnt.")
-    swiglu: bool = flag(False, "Use SwiGLU in place of GELU.")
-    squared_relu: bool = flag(False, "Use squared ReLU in place of GELU.")
-    quick_geglu: bool = flag(False, "Use GELU's sigmoid approximation with a gate in place of GELU.")
-    glu_linear_offset: float = flag(0.0, "Added to what the gate of a feed-forward layer multiplies.")
+    qk_l2_norm: bool = flag(False, "Divide queries and keys by their root mean square, without learned parameters.")
+    swiglu: bool = flag(False, "Use SwiGLU instead of GELU.")
+    squared_relu: bool = flag(False, "Use squared ReLU instead of GELU.")
+    quick_geglu: bool = flag(False, "Use a gated unit with the sigmoid approximation of GELU instead of GELU.")
+    glu_linear_offset: float = flag(0.0, "Offset added to the linear half of a gated feed-forward layer.")
     activation_func_clamp_value: float | None = flag(
-        None, "Bound of what goes into the activation of a feed-forward layer with a gate."
+        None, "Clamp the inputs of the activation of a gated feed-forward layer to this value."
     )
-    add_bias_linear: bool = flag(True, "Leave the biases of linear layers out.", "--disable-bias-linear")
-    add_qkv_bias: bool = flag(False, "Keep the bias of the QKV projection alone.")
-    untie_embeddings_and_output_weights: bool = flag(False, "Give the output layer weights of its own.")
+    add_bias_linear: bool = flag(True, "Do not use biases in linear layers.", "--disable-bias-linear")
+    add_qkv_bias: bool = flag(False, "Use a bias in the QKV projection, also with --disable-bias-linear.")
+    untie_embeddings_and_output_weights: bool = flag(False, "Do not share the weights of embedding and output layer.")
     hidden_dropout: float = flag(0.1, "Dropout probability of hidden states.")
     attention_dropout: float = flag(0.1, "Dropout probability of attention weights.")
     init_method_std: float = flag(0.02, "Standard deviation of the initial weights.")
     init_method_xavier_uniform: bool = flag(False, "Initialize weights Xavier-uniform.")
     embedding_init_method_std: float | None = flag(
-        None, "Standard deviation of the initial embeddings; weight decay then leaves them alone."
+        None, "Standard deviation of the initial embeddings; with this flag they have no weight decay."
     )
     apply_query_key_layer_scaling: bool = flag(False, "Scale attention scores by 1 / layer number.")
     attention_softmax_in_fp32: bool = flag(False, "Run attention masking and softmax in fp32.")
@@ -108,33 +114,33 @@ class ModelConfig:
     transformer_impl: Literal["transformer_engine", "local", "torch"] | None = flag(
         None,
         "Which layers to use: Transformer Engine's, megatron-core's own, or torch (SDPA attention, torch norms). "
-        "Default: transformer_engine where it is installed, else torch.",
+        "Default: transformer_engine if it is installed, else torch.",
     )
     attention_backend: Literal["flash", "fused", "unfused", "local", "auto"] = flag(
         "auto", "Attention backend of Transformer Engine."
     )
     use_flash_attn: bool = flag(
         False,
-        "Nothing: for Megatron-LM's older models alone.",
+        "No effect: only for Megatron-LM's older models.",
         old_names=("--use-flash-attn-v1", "--use-flash-attn-v2", "--use-flash-attn-triton"),
         deprecated="use --attention-backend flash",
     )
     deprecated_use_mcore_models: bool = flag(
         False,
-        "Nothing: the models are megatron-core's in any case.",
+        "No effect: the models are always megatron-core's.",
         "--use-mcore-models",
         deprecated="leave it out",
     )
     checkpoint_activations: bool = flag(
         False,
-        "Recompute every layer, as Megatron-LM once did.",
+        "Recompute every layer, as in early versions of Megatron-LM.",
         deprecated="use --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     )
     recompute_activations: bool = flag(False, "Recompute core attention in the backward pass.")
     recompute_granularity: Literal["full", "selective"] | None = flag(
         None, "Recompute whole layers (full) or the modules of --recompute-modules (selective)."
     )
-    recompute_method: Literal["uniform", "block"] | None = flag(None, "How full recomputation picks layers.")
+    recompute_method: Literal["uniform", "block"] | None = flag(None, "How full recomputation chooses layers.")
     recompute_num_layers: int | None = flag(
         None,
         "Number of layers in one recomputed unit.",
@@ -153,7 +159,7 @@ class ModelConfig:
     apply_rope_fusion: bool = flag(True, "Do not fuse rotary embeddings.", "--no-rope-fusion")
     no_persist_layer_norm: bool = flag(False, "Do not use the persistent layer norm kernel.")
     gradient_accumulation_fusion: bool = flag(
-        True, "Do not fuse gradient accumulation into weight gradients.", "--no-gradient-accumulation-fusion"
+        True, "Do not fuse gradient accumulation with weight gradients.", "--no-gradient-accumulation-fusion"
     )
     cross_entropy_loss_fusion: bool = flag(False, "Use the fused cross entropy.")
     cross_entropy_fusion_impl: Literal["native", "te"] = flag("native", "Implementation of the fused cross entropy.")
@@ -169,15 +175,19 @@ class ModelConfig:
     )
     fp8_recipe: Literal["tensorwise", "delayed", "mxfp8", "blockwise"] = flag("delayed", "How FP8 is scaled.")
     fp8_margin: int = flag(0, "Margin of the FP8 scale.")
-    fp8_interval: int = flag(1, "Steps between changes of the FP8 scale; newer Transformer Engines have none.")
-    fp8_amax_history_len: int = flag(1, "Steps of which delayed scaling keeps the largest values.")
-    fp8_amax_compute_algo: Literal["most_recent", "max"] = flag("most_recent", "Which of them delayed scaling takes.")
+    fp8_interval: int = flag(
+        1, "Steps between changes of the FP8 scale; not used by newer versions of Transformer Engine."
+    )
+    fp8_amax_history_len: int = flag(1, "Number of steps in the history of largest values (amax) of delayed scaling.")
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = flag(
+        "most_recent", "Which value of that history delayed scaling uses."
+    )
     fp8_wgrad: bool = flag(
         True, "Compute weight gradients in higher precision than FP8.", "--no-fp8-wgrad", "--disable-fp8-wgrad"
     )
     first_last_layers_bf16: bool = flag(False, "Keep the first and last layers in bf16 under FP8.")
-    num_layers_at_start_in_bf16: int = flag(1, "First layers that --first-last-layers-bf16 keeps in bf16.")
-    num_layers_at_end_in_bf16: int = flag(1, "Last layers that --first-last-layers-bf16 keeps in bf16.")
+    num_layers_at_start_in_bf16: int = flag(1, "Number of first layers that --first-last-layers-bf16 keeps in bf16.")
+    num_layers_at_end_in_bf16: int = flag(1, "Number of last layers that --first-last-layers-bf16 keeps in bf16.")
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
@@ -248,7 +258,7 @@ class ModelConfig:
             raise UserError(f"--rotary-percent {self.rotary_percent}: must be above 0 and at most 1")
 
     def _check_layers(self) -> None:
-        """Read the flags that say which layers they mean, and the window."""
+        """Check the flags that select layers, and the window."""
         frequency = self.layers_of("no_rope_freq")
         if isinstance(frequency, int) and self.layers % frequency:
             raise UserError(
@@ -257,12 +267,12 @@ class ModelConfig:
         self.layers_of("window_attn_skip_freq")
         if self.window_size is not None and self.window is None:
             raise UserError(
-                f"--window-size {self.window_size}: give the tokens before a token's own that it sees (or -1 for all), "
-                "and 0 for those after it, which a GPT must not see, as 127,0"
+                f"--window-size {self.window_size}: give the number of previous tokens that a token attends to (-1 for "
+                "all), and 0 for later tokens, which a GPT must not attend to, as 127,0"
             )
 
     def _check_companions(self) -> None:
-        """Refuse flags that would silently do nothing without another."""
+        """Refuse flags that would silently have no effect without another flag."""
         if self.recompute_granularity == "full" and self.recompute_method is None:
             raise UserError("--recompute-granularity full needs --recompute-method; give uniform or block")
         for item in declared_flags(type(self)):
@@ -274,17 +284,17 @@ class ModelConfig:
                 logger.warning(message)
 
     def layers_of(self, field: str) -> int | list[int] | None:
-        """Return which layers a field means: every how many, 0 or 1 for each, or None if it is not given.
+        """Return the layers that a field selects: an interval, or 0 or 1 for each; None if it is not given.
 
         Raises:
-            UserError: it is no such thing.
+            UserError: the value is neither.
         """
         text = getattr(self, field)
         return None if text is None else parse_layers(flag_name(field), text, self.layers)
 
     @property
     def window(self) -> tuple[int, int] | None:
-        """How many tokens before and after its own a token sees; None without a window, or if the flag says none."""
+        """The numbers of tokens before and after a token that it attends to; None without a window."""
         words = (self.window_size or "").strip("() ").split(",")
         try:
             before, after = map(int, words)
@@ -294,7 +304,7 @@ class ModelConfig:
 
     @property
     def has_gated_ffn(self) -> bool:
-        """Whether a feed-forward layer multiplies its activations by a gate, which is a third matrix."""
+        """Whether feed-forward layers have a gate, and so a third matrix."""
         return self.swiglu or self.quick_geglu
 
     # The required sizes as plain integers (they are None only in the parser's defaults).
@@ -324,7 +334,7 @@ class ModelConfig:
 
     @property
     def ffn(self) -> int:
-        """The feed-forward hidden size; by Megatron-LM's rule where the flag is not given."""
+        """The feed-forward hidden size; Megatron-LM's default if the flag is not given."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
         return int((4 * self.hidden * 2 / 3) / 64) * 64 if self.swiglu else 4 * self.hidden

@@ -1,6 +1,6 @@
-"""Megatron-LM's flags that change nothing here, so that scripts that give them run as they are.
+"""Flags of Megatron-LM that are accepted without effect, so that scripts with them run unchanged.
 
-A flag belongs here if what it asks for is what happens in any case: it has no effect in Megatron-LM either, or only
+A flag belongs here if the program always behaves as it asks: it has no effect in Megatron-LM either, or only
 with another flag that is refused, or a value of it means "as without the flag". Other values are refused by name.
 They are read and checked, and are no part of a run's configuration or of a checkpoint's arguments.
 """

@@ -36,19 +36,19 @@ class OptimizerConfig:
     decoupled_lr: float | None = flag(None, "Learning rate of the embedding and output layers.")
     decoupled_min_lr: float | None = flag(None, "Lowest learning rate of the embedding and output layers.")
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = flag(
-        "linear", "Shape of the learning rate's decay."
+        "linear", "Shape of the learning rate decay."
     )
-    lr_decay_iters: int | None = flag(None, "Steps of the decay; the whole run if not given.")
+    lr_decay_iters: int | None = flag(None, "Steps of the decay. Default: the whole run.")
     lr_decay_samples: int | None = flag(None, "Samples of the decay (with --train-samples).")
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = flag(
         "exponential", "Shape of WSD's last phase."
     )
     lr_wsd_decay_iters: int | None = flag(None, "Steps of WSD's last phase.")
     lr_wsd_decay_samples: int | None = flag(None, "Samples of WSD's last phase.")
-    lr_warmup_fraction: float | None = flag(None, "Part of the decay spent on linear warm-up.")
+    lr_warmup_fraction: float | None = flag(None, "Fraction of the decay that is linear warm-up.")
     lr_warmup_iters: int = flag(0, "Steps of linear warm-up.")
     lr_warmup_samples: int = flag(0, "Samples of linear warm-up (with --train-samples).")
-    lr_warmup_init: float = flag(0.0, "Learning rate the warm-up starts at.")
+    lr_warmup_init: float = flag(0.0, "Learning rate at the start of the warm-up.")
     override_opt_param_scheduler: bool = flag(
         False,
         "Take the schedule from the flags, not the checkpoint.",
@@ -65,7 +65,7 @@ class OptimizerConfig:
     start_weight_decay: float | None = flag(None, "Weight decay at the start.")
     end_weight_decay: float | None = flag(None, "Weight decay at the end.")
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = flag(
-        "constant", "How weight decay moves from start to end."
+        "constant", "How weight decay changes from start to end."
     )
     clip_grad: float = flag(1.0, "Clip the gradient to this global norm; 0 for no clipping.")
     adam_beta1: float = flag(0.9, "Adam's first decay rate.")
@@ -74,11 +74,11 @@ class OptimizerConfig:
     sgd_momentum: float = flag(0.9, "SGD's momentum.")
     fp16: bool = flag(False, "Train in fp16 with dynamic loss scaling.")
     bf16: bool = flag(False, "Train in bf16 with fp32 master weights.")
-    loss_scale: float | None = flag(None, "Fixed loss scale in place of the dynamic one.")
-    initial_loss_scale: float = flag(float(2**32), "First dynamic loss scale.")
+    loss_scale: float | None = flag(None, "Fixed loss scale instead of a dynamic one.")
+    initial_loss_scale: float = flag(float(2**32), "Initial dynamic loss scale.")
     min_loss_scale: float = flag(1.0, "Lowest dynamic loss scale.")
-    loss_scale_window: float = flag(1000, "Steps without overflow before the scale rises.")
-    hysteresis: int = flag(2, "Overflows before the scale falls.")
+    loss_scale_window: float = flag(1000, "Steps without overflow after which the loss scale is raised.")
+    hysteresis: int = flag(2, "Overflows after which the loss scale is lowered.")
     accumulate_allreduce_grads_in_fp32: bool = flag(False, "Accumulate and reduce gradients in fp32.")
     grad_reduce_in_bf16: bool = flag(False, "Reduce gradients in bf16.")
     fp16_lm_cross_entropy: bool = flag(False, "Compute the cross entropy in fp16.")
@@ -149,7 +149,7 @@ class OptimizerConfig:
 
     @property
     def has_dynamic_loss_scale(self) -> bool:
-        """Whether the loss scale follows the overflows of the run."""
+        """Whether the loss scale is dynamic."""
         return self.fp16 and not self.loss_scale
 
     @property

@@ -1,4 +1,4 @@
-"""Flags that lay the model out over processes."""
+"""Flags of the parallel layout and its communication."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class ParallelConfig:
     tensor_model_parallel_size: int = flag(1, "Degree of tensor parallelism.")
     pipeline_model_parallel_size: int = flag(1, "Degree of pipeline parallelism.")
     num_layers_per_virtual_pipeline_stage: int | None = flag(
-        None, "Layers in one virtual pipeline stage; turns the interleaved schedule on."
+        None, "Layers in one virtual pipeline stage; enables the interleaved schedule."
     )
     num_virtual_stages_per_pipeline_rank: int | None = flag(
-        None, "Virtual pipeline stages on each rank; turns the interleaved schedule on."
+        None, "Virtual pipeline stages on each rank; enables the interleaved schedule."
     )
     microbatch_group_size_per_vp_stage: int | None = flag(
         None,
-        "Microbatches that the interleaved schedule runs through one stage before the next; the pipeline's size if not "
-        "given.",
+        "Microbatches that the interleaved schedule runs through one virtual stage before the next. Default: the "
+        "pipeline parallel size.",
         "--microbatch-group-size-per-virtual-pipeline-stage",
     )
     decoder_first_pipeline_num_layers: int | None = flag(None, "Layers of the first pipeline rank.")
@@ -39,14 +39,14 @@ class ParallelConfig:
         False, "Count the output layer and the loss as a layer when layers are divided over the pipeline."
     )
     pipeline_model_parallel_layout: str | None = flag(
-        None, "Stages of the pipeline, letter by letter: E embedding, t layer, L loss, | between stages, *N repeats."
+        None, "Pipeline stages as letters: E embedding, t layer, L loss, | between stages, *N to repeat."
     )
     sequence_parallel: bool = flag(False, "Shard activations along the sequence inside a TP group.")
-    context_parallel_size: int = flag(1, "Degree of context parallelism: each rank holds a part of every sequence.")
+    context_parallel_size: int = flag(1, "Degree of context parallelism: sequences are split over this many ranks.")
     cp_comm_type: list[str] = flag(
         ["p2p"],
-        "How Transformer Engine's attention crosses context-parallel ranks: p2p, all_gather, a2a or a2a+p2p; "
-        "--transformer-impl torch gathers keys and values, also with the default.",
+        "How Transformer Engine's attention communicates between context-parallel ranks: p2p, all_gather, a2a or "
+        "a2a+p2p. --transformer-impl torch always gathers keys and values.",
     )
     hierarchical_context_parallel_sizes: list[int] | None = flag(
         None, "Sizes of the levels of context parallelism, for --cp-comm-type a2a+p2p."
@@ -66,7 +66,7 @@ class ParallelConfig:
     )
     tp_comm_overlap: bool = flag(
         False,
-        "Overlap tensor-parallel communication with matrix products; Transformer Engine's, with --sequence-parallel.",
+        "Overlap tensor-parallel communication with matrix products; needs Transformer Engine and --sequence-parallel.",
     )
     tp_comm_bulk_wgrad: bool = flag(
         True,
@@ -97,13 +97,13 @@ class ParallelConfig:
     )
     tp_comm_split_ag: bool = flag(
         True,
-        "--no-tp-comm-overlap-ag of Transformer Engines before 1.6.",
+        "--no-tp-comm-overlap-ag for versions of Transformer Engine before 1.6.",
         "--no-tp-comm-split-ag",
         "--disable-tp-comm-split-ag",
     )
     tp_comm_split_rs: bool = flag(
         True,
-        "--no-tp-comm-overlap-rs of Transformer Engines before 1.6.",
+        "--no-tp-comm-overlap-rs for versions of Transformer Engine before 1.6.",
         "--no-tp-comm-split-rs",
         "--disable-tp-comm-split-rs",
     )
@@ -111,11 +111,11 @@ class ParallelConfig:
         None, "YAML file of --tp-comm-overlap: how each layer's communication is overlapped."
     )
     tp_comm_bootstrap_backend: Literal["nccl", "mpi", "gloo"] = flag(
-        "nccl", "How --tp-comm-overlap's buffers are made known to the other ranks."
+        "nccl", "Backend with which ranks exchange the addresses of --tp-comm-overlap's buffers."
     )
     use_distributed_optimizer: bool = flag(False, "Shard the optimizer's state over data-parallel ranks.")
     num_distributed_optimizer_instances: int = flag(
-        1, "Copies of the distributed optimizer's state: each is sharded over a part of the replicas."
+        1, "Number of copies of the distributed optimizer's state; each is sharded over a part of the replicas."
     )
     overlap_grad_reduce: bool = flag(False, "Overlap gradient reduction with the backward pass.")
     overlap_param_gather: bool = flag(False, "Overlap parameter all-gather with the forward pass.")
@@ -127,29 +127,29 @@ class ParallelConfig:
     ddp_bucket_size: int | None = flag(None, "Parameters in one gradient bucket.")
     ddp_average_in_collective: bool = flag(False, "Average gradients in the collective itself.")
     fp8_param_gather: bool = flag(
-        False, "Keep parameters in FP8 and gather them so; with the distributed optimizer and --fp8-format."
+        False, "Keep and gather parameters in FP8; needs the distributed optimizer and --fp8-format."
     )
     defer_embedding_wgrad_compute: bool = flag(
         False, "Compute the output layer's weight gradient while the pipeline is flushed."
     )
     wgrad_deferral_limit: int = flag(
-        0, "Microbatches for which --defer-embedding-wgrad-compute waits at most; 0 for all."
+        0, "Maximum number of microbatches that --defer-embedding-wgrad-compute defers; 0 for all."
     )
     clone_scatter_output_in_embedding: bool = flag(
         True,
-        "Do not copy the embedding's output under sequence parallelism; keeps more memory and saves a copy.",
+        "Do not copy the embedding's output under sequence parallelism; saves the copy, but uses more memory.",
         "--no-clone-scatter-output-in-embedding",
         "--disable-clone-scatter-output-in-embedding",
     )
     distributed_backend: Literal["nccl", "gloo"] = flag(
-        "nccl", "Communication backend; without a GPU it is gloo whatever this says."
+        "nccl", "Communication backend; without a GPU it is always gloo."
     )
     distributed_timeout_minutes: int = flag(
-        10, "Timeout of collectives; ranks that do not come at the start, or fall silent there, are waited for as long."
+        10, "Timeout of collectives, and of waiting for ranks that do not join or do not answer during start-up."
     )
     use_tp_pp_dp_mapping: bool = flag(False, "Order ranks tp-pp-dp instead of tp-dp-pp.")
     enable_gloo_process_groups: bool = flag(
-        True, "Do not create gloo groups beside NCCL's.", "--disable-gloo-process-groups"
+        True, "Do not create gloo groups in addition to NCCL's.", "--disable-gloo-process-groups"
     )
 
     def __post_init__(self) -> None:
@@ -165,7 +165,7 @@ class ParallelConfig:
         interleaved = self.num_layers_per_virtual_pipeline_stage, self.num_virtual_stages_per_pipeline_rank
         if None not in interleaved:
             raise UserError(
-                "--num-layers-per-virtual-pipeline-stage and --num-virtual-stages-per-pipeline-rank say the same; "
+                "--num-layers-per-virtual-pipeline-stage and --num-virtual-stages-per-pipeline-rank set the same; "
                 "give one"
             )
         self._check_split()
@@ -182,7 +182,7 @@ class ParallelConfig:
             raise UserError("--ddp-num-buckets and --ddp-bucket-size exclude each other; give one")
 
     def _check_split(self) -> None:
-        """Refuse ways of dividing the layers over the pipeline that exclude each other."""
+        """Refuse contradictory ways of splitting the layers over the pipeline."""
         counted = self.account_for_embedding_in_pipeline_split or self.account_for_loss_in_pipeline_split
         ends = self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers
         has_ends = ends != (None, None)
@@ -200,7 +200,7 @@ class ParallelConfig:
             virtual = self.num_layers_per_virtual_pipeline_stage, self.num_virtual_stages_per_pipeline_rank
             if has_ends or counted or virtual != (None, None):
                 raise UserError(
-                    "--pipeline-model-parallel-layout says all of the stages; leave out the other flags that do"
+                    "--pipeline-model-parallel-layout defines all stages; leave out the other flags that define them"
                 )
         if self.overlap_p2p_comm_warmup_flush and not self.overlap_p2p_comm:
             raise UserError("--overlap-p2p-communication-warmup-flush excludes --no-overlap-p2p-communication")
@@ -211,8 +211,8 @@ class ParallelConfig:
                 raise UserError(f"--cp-comm-type {kind}: unknown; choose from {', '.join(CP_COMM_TYPES)}")
         if len(set(self.cp_comm_type)) > 1:
             raise UserError(
-                f"--cp-comm-type {' '.join(self.cp_comm_type)}: megatron-core 0.16 looks each layer's up in the wrong "
-                "place; give one for all layers"
+                f"--cp-comm-type {' '.join(self.cp_comm_type)}: megatron-core 0.16 uses the values of the wrong "
+                "layers; give one for all layers"
             )
         sizes = self.hierarchical_context_parallel_sizes
         if sizes is not None and math.prod(sizes) != self.cp:
@@ -237,7 +237,7 @@ class ParallelConfig:
 
     @property
     def mp(self) -> int:
-        """The ranks that hold the model's parameters once."""
+        """The model parallel size: the number of ranks that hold the parameters once."""
         return self.tp * self.pp
 
     @property
@@ -247,7 +247,7 @@ class ParallelConfig:
 
     @property
     def context_parallel_heads(self) -> int:
-        """Between how many context-parallel ranks the heads of attention are divided (``--cp-comm-type`` with a2a)."""
+        """The context-parallel ranks that the attention heads are split over (``--cp-comm-type`` with a2a)."""
         sizes = self.hierarchical_context_parallel_sizes
         of_kind = {"a2a": self.cp, "a2a+p2p": sizes[0] if sizes else 1}
         return of_kind.get(self.cp_comm_type[0], 1)
@@ -256,7 +256,7 @@ class ParallelConfig:
         """Return the number of model chunks on each pipeline rank; None without the interleaved schedule.
 
         Raises:
-            UserError: the layers do not divide.
+            UserError: the number of layers is not divisible.
         """
         if self.pipeline_model_parallel_layout is not None:
             return self._stages_of_layout(num_layers)
@@ -288,10 +288,10 @@ class ParallelConfig:
         return chunks if chunks and chunks > 1 else None
 
     def _stages_of_layout(self, num_layers: int) -> int | None:
-        """Return the number of model chunks on each pipeline rank that the layout says.
+        """Return the number of model chunks on each pipeline rank, from the layout.
 
         Raises:
-            UserError: it is no layout of these layers and this pipeline.
+            UserError: the layout does not fit the layers and the pipeline.
         """
         # Imported here: megatron-core takes seconds, and most runs have no layout.
         from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout

@@ -1,4 +1,4 @@
-"""Flags of the plan that is made of a run in place of the run."""
+"""Flags of ``--plan``, which prints the plan of a run instead of running it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class PlanConfig:
 
     plan: bool = flag(
         False,
-        "Do not train: check the flags, and print the run's layout, memory, operations, communication and files. It "
-        "takes one process, and neither data nor a GPU.",
+        "Do not train; check the flags, and print the run's layout, memory, operations, communication and files. Needs "
+        "one process, and neither data nor a GPU.",
     )
     plan_world_size: int | None = flag(
-        None, "Processes of the run that --plan is about. Default: those that are started, or --nproc."
+        None, "Number of processes of the run that --plan describes. Default: --nproc, or those that were started."
     )
-    plan_json: str | None = flag(None, "File that --plan writes the same to, as JSON.")
+    plan_json: str | None = flag(None, "JSON file to which --plan also writes its results.")
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "plan_world_size")

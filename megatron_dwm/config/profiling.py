@@ -15,11 +15,11 @@ class ProfilingConfig:
 
     timing_log_level: Literal[0, 1, 2] = flag(
         0,
-        "What is timed: 0 iterations alone, 1 also what an iteration does once (forward and backward passes, gradient "
-        "reduction, optimizer, weighting), 2 also each microbatch and message. Above 0 every timer waits for the GPU.",
+        "What is timed. 0: iterations only; 1: also the parts of an iteration (forward and backward passes, gradient "
+        "reduction, optimizer, weighting); 2: also each microbatch and message. Above 0 every timer waits for the GPU.",
     )
     timing_log_option: Literal["max", "minmax", "all"] = flag(
-        "minmax", "Which times are logged: the largest over all ranks, the smallest and the largest, or each rank's."
+        "minmax", "Which times are logged: the longest over all ranks, the shortest and the longest, or each rank's."
     )
     barrier_with_L1_time: bool = flag(  # noqa: N815 - named as in Megatron-LM
         True,
@@ -31,28 +31,28 @@ class ProfilingConfig:
     )
     profile: bool = flag(
         False,
-        "Profile some iterations: by nsys, which is started around this program with --capture-range=cudaProfilerApi, "
-        "or with --use-pytorch-profiler by PyTorch.",
+        "Profile some iterations: with nsys (start this program under nsys with --capture-range=cudaProfilerApi), or "
+        "with PyTorch's profiler (--use-pytorch-profiler).",
     )
     profile_step_start: int = flag(10, "Iteration after which --profile begins.")
     profile_step_end: int = flag(12, "Last iteration of --profile.")
     profile_ranks: list[int] = flag([0], "Ranks that --profile profiles.")
     use_pytorch_profiler: bool = flag(
-        False, "Let PyTorch's profiler do --profile; it writes a trace for TensorBoard to --tensorboard-dir."
+        False, "Use PyTorch's profiler for --profile; it writes a trace for TensorBoard to --tensorboard-dir."
     )
     record_memory_history: bool = flag(
-        False, "Record the GPU's allocations; the last rank writes them with every log line."
+        False, "Record the GPU's allocations; the last rank writes them to a file with every log line."
     )
     log_straggler: bool = flag(
         False,
-        "Log with every line which ranks' forward passes and batches take the least and the longest, and the state of "
+        "Log with every log line which ranks have the fastest and slowest forward passes and batches, and the state of "
         "their GPUs.",
     )
     straggler_minmax_count: int = flag(1, "Ranks that --log-straggler lists as the slowest and as the fastest.")
     straggler_ctrlr_port: int = flag(
-        65535, "Port on the first rank's machine; a connection turns --log-straggler off or on."
+        65535, "Port on the first rank's machine; each connection to it turns --log-straggler off or on."
     )
-    disable_straggler_on_startup: bool = flag(False, "Begin with --log-straggler turned off.")
+    disable_straggler_on_startup: bool = flag(False, "Start with --log-straggler turned off.")
     log_energy: bool = flag(False, "Log the energy and power of the GPUs; needs NVML (the gpu extra).")
     memory_snapshot_path: str = flag("snapshot.pickle", "File of --record-memory-history.")
 

@@ -46,7 +46,7 @@ FLAG_GROUPS: dict[str, type] = PARTS | {"plan": PlanConfig, "no_effect": NoEffec
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything the flags say, checked against the world size."""
+    """All flags of a run, checked against each other and the world size."""
 
     world_size: int
     model: ModelConfig
@@ -142,7 +142,7 @@ class RunConfig:
             )
 
     def _check_sequence(self) -> None:
-        """Require a sequence that context parallelism can divide."""
+        """Require a sequence length that context parallelism can split."""
         sequence, tp, cp = self.model.sequence, self.parallel.tp, self.parallel.cp
         if cp == 1:
             return
@@ -168,10 +168,10 @@ class RunConfig:
             raise UserError(f"--train-samples {samples} is less than one batch of {self.global_batch_size}; raise it")
 
     def _check_groups(self, microbatches: int, flags: str) -> None:
-        """Require microbatches that the interleaved schedule can take in its groups.
+        """Require a number of microbatches that the interleaved schedule can group.
 
         Args:
-            flags: what their number follows from.
+            flags: the flags that determine their number.
         """
         pp, group = self.parallel.pp, self.parallel.microbatch_group_size_per_vp_stage
         if group is None:
@@ -187,7 +187,7 @@ class RunConfig:
             )
 
     def _check_schedule(self) -> None:
-        """Require a learning-rate schedule that is counted as the run is, and whose phases fit into each other."""
+        """Require a learning-rate schedule in the unit of the run's length, with consistent phases."""
         optimizer, training = self.optimizer, self.training
         unit, other = ("iters", "samples") if training.train_samples is None else ("samples", "iters")
         for name in ("lr-decay", "lr-warmup", "lr-wsd-decay"):
@@ -262,7 +262,7 @@ class RunConfig:
 
     @property
     def global_batch_size(self) -> int:
-        """The number of samples in one step, the largest where steps differ."""
+        """The number of samples in one step; the largest if steps differ."""
         return self.batch_sizes.running_sizes[-1]
 
     @property
@@ -285,7 +285,7 @@ class RunConfig:
 
     @property
     def target_micro_batch(self) -> int:
-        """How many samples a target microbatch has: as many as the run's, or fewer where a replica has not as many."""
+        """The number of samples of a target microbatch: the run's, or fewer if a replica has fewer target samples."""
         return max(1, min(self.training.micro_batch, self.target_batch_size // self.data_parallel_size))
 
     @property
@@ -298,7 +298,7 @@ class RunConfig:
         return iteration + self.batch_sizes.iterations(self.training.train_samples, consumed)
 
     def flat(self) -> dict[str, Any]:
-        """Return all flags by their names, as Megatron-LM keeps its arguments."""
+        """Return all flags by name, as in Megatron-LM's arguments."""
         return {
             field.name: getattr(getattr(self, part), field.name)
             for part, cls in PARTS.items()

@@ -13,18 +13,20 @@ class TasksConfig:
     """Tasks."""
 
     eval_tasks_interval: int | None = flag(
-        None, "Iterations between evaluations of the model on --eval-tasks; the last iteration has one too."
+        None, "Iterations between evaluations on --eval-tasks; there is also one after the last iteration."
     )
     eval_tasks: list[str] | None = flag(
-        None, "Tasks, as megatron-dwm evaluate takes them with --tasks; they must not need generated text."
+        None, "Tasks to evaluate, as in megatron-dwm evaluate --tasks; tasks that generate text are refused."
     )
     eval_tasks_text: list[str] | None = flag(
         None,
-        "Held-out text that the local tasks are made of: plain text (.txt, .md, .rst), JSON lines or Parquet. Default: "
-        "the held-out prose of the built-in corpus.",
+        "Held-out text that the local tasks are made from: plain text (.txt, .md, .rst), JSON lines or Parquet. "
+        "Default: the held-out prose of the built-in corpus.",
     )
-    eval_tasks_num_fewshot: list[int] = flag([0], "Numbers of examples before each question; each is evaluated.")
-    eval_tasks_limit: int = flag(200, "Most items of each task; 0 for all.")
+    eval_tasks_num_fewshot: list[int] = flag(
+        [0], "Numbers of few-shot examples before each question; each number is evaluated."
+    )
+    eval_tasks_limit: int = flag(200, "Maximum number of items of each task; 0 for all.")
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "eval_tasks_interval")

@@ -31,7 +31,7 @@ class TokenizerConfig:
     vocab_file: str | None = flag(None, "Path to the vocab file (GPT2BPETokenizer).")
     merge_file: str | None = flag(None, "Path to the BPE merge file (GPT2BPETokenizer).")
     vocab_size: int | None = flag(
-        None, "Size of the vocabulary before padding: NullTokenizer needs it, TikTokenizer may cut to it."
+        None, "Size of the vocabulary before padding: required by NullTokenizer; TikTokenizer may be truncated to it."
     )
     tokenizer_metadata: str | None = flag(None, "Path to a tokenizer metadata JSON file.")
     tokenizer_special_tokens: list[str] | None = flag(None, "Special tokens to add to the tokenizer.")
@@ -40,11 +40,11 @@ class TokenizerConfig:
     tokenizer_hf_include_special_tokens: bool = flag(
         False, "Let a Hugging Face tokenizer add its special tokens to each text."
     )
-    trust_remote_code: bool = flag(False, "Let a Hugging Face tokenizer run code of its own.")
+    trust_remote_code: bool = flag(False, "Allow a Hugging Face tokenizer to run its own code.")
     tiktoken_pattern: str | None = flag(None, "Which tiktoken pattern to use: v1 or v2.")
     tiktoken_num_special_tokens: int = flag(1000, "Number of special tokens in the tiktoken tokenizer.")
     legacy_tokenizer: bool = flag(
-        False, "Nothing: the tokenizers are megatron-core's, which make the tokens of Megatron-LM's older ones."
+        False, "No effect: megatron-core's tokenizers, which are always used, give the same tokens."
     )
 
     def __post_init__(self) -> None:

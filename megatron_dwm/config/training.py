@@ -15,51 +15,52 @@ class TrainingConfig:
     """Batches and length of the run."""
 
     micro_batch_size: int | None = flag(None, "Samples in one microbatch of one model replica.")
-    global_batch_size: int | None = flag(
-        None, "Samples in one step; micro batch size x data-parallel size if not given."
-    )
+    global_batch_size: int | None = flag(None, "Samples in one step. Default: micro-batch size x data-parallel size.")
     rampup_batch_size: list[int] | None = flag(
         None,
-        "Start with batches of the first number of samples, and enlarge them by the second until, after the third "
-        "number of samples, they have --global-batch-size. With --train-samples alone.",
+        "START INCREMENT SAMPLES: start with batches of START samples, and enlarge them by INCREMENT until they reach "
+        "--global-batch-size after SAMPLES samples. Only with --train-samples.",
         nargs=3,
     )
     decrease_batch_size_if_needed: bool = flag(
-        False, "Make a batch smaller where it is no multiple of micro batch size x data-parallel size."
+        False, "Reduce a batch that is not a multiple of micro-batch size x data-parallel size."
     )
     train_iters: int | None = flag(None, "Steps to train.")
-    train_samples: int | None = flag(None, "Samples to train on, in place of --train-iters.")
-    exit_interval: int | None = flag(None, "Stop after an iteration divisible by this.")
+    train_samples: int | None = flag(None, "Samples to train on, instead of --train-iters.")
+    exit_interval: int | None = flag(None, "Stop after the first iteration that is divisible by this.")
     exit_duration_in_mins: int | None = flag(None, "Save and stop after this many minutes.")
     exit_signal_handler: bool = flag(False, "Save and stop on SIGTERM.")
     skip_train: bool = flag(False, "Only evaluate.")
     seed: int = flag(1234, "Seed of initialization, data order and dropout.")
     data_parallel_random_init: bool = flag(
-        False, "Initialize each data-parallel rank differently.", refused="replicas start equal; leave it out"
+        False, "Initialize each data-parallel rank differently.", refused="replicas must start equal; leave it out"
     )
     check_for_nan_in_loss_and_grad: bool = flag(
         True, "Do not stop at a NaN in loss or gradient.", "--no-check-for-nan-in-loss-and-grad"
     )
     rerun_mode: Literal["disabled", "validate_results", "report_stats"] = flag(
         "disabled",
-        "What follows if a loss or gradient is not finite: the run ends (disabled), or the iteration is run again, to "
-        "see whether the same comes out (validate_results). Not report_stats.",
+        "What happens if a loss or gradient is not finite: the run ends (disabled), or the iteration is run again, to "
+        "see whether the result is the same (validate_results). report_stats is not supported.",
     )
-    error_injection_rate: int = flag(0, "Test validate_results: about one result in so many is taken for wrong.")
+    error_injection_rate: int = flag(
+        0, "Test validate_results: on average one of this many results is treated as wrong; 0 for none."
+    )
     error_injection_type: Literal["correct_result", "transient_error", "persistent_error"] = flag(
-        "transient_error", "What injected errors look like when the iteration is run again."
+        "transient_error", "How injected errors behave when the iteration is run again."
     )
     empty_unused_memory_level: Literal[0, 1, 2] = flag(
         0,
-        "Give unused GPU memory back: 1 before the optimizer's step, 2 after it too.",
+        "Release unused GPU memory: 1 before the optimizer step, 2 also after it.",
     )
     check_weight_hash_across_dp_replicas_interval: int | None = flag(
-        None, "Iterations between checks that all replicas hold the same parameters; they are copied to the CPU for it."
+        None,
+        "Iterations between checks that all replicas have the same parameters, which are copied to the CPU for it.",
     )
-    manual_gc: bool = flag(False, "Collect Python garbage at a fixed interval instead of when it likes.")
+    manual_gc: bool = flag(False, "Run Python's garbage collection at a fixed interval instead of automatically.")
     manual_gc_interval: int = flag(0, "Steps between garbage collections; 0 for none.")
     test_mode: bool = flag(
-        False, "Let megatron-core check in every pass that norms of queries and keys are the same on all TP ranks."
+        False, "Check in every pass that the norms of queries and keys are the same on all TP ranks."
     )
     deterministic_mode: bool = flag(False, "Use deterministic kernels only.")
     use_cpu_initialization: bool = flag(False, "Initialize weights on the CPU, the same for every TP size.")

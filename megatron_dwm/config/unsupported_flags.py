@@ -1,7 +1,7 @@
 """Flags of Megatron-LM and of its forks that this program does not have, and why. None of them is silently ignored.
 
-Flags that scripts also give with a value that changes nothing (``--expert-model-parallel-size 1``) are declared with
-the others, as ``refused``, and those that change nothing whatever they say stand in ``no_effect.py``.
+Flags that scripts also give with a value without effect (``--expert-model-parallel-size 1``) are declared with
+the others, as ``refused``; those without effect for any value are in ``no_effect.py``.
 """
 
 from __future__ import annotations

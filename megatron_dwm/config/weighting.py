@@ -31,40 +31,40 @@ class WeightingConfig:
 
     dwm_mode: Literal["off", "frozen", "bilevel", "rule"] = flag(
         "bilevel",
-        "off: plain Megatron; frozen: use the weighter of --dwm-load; bilevel: learn it; rule: weigh by --dwm-rule, to "
-        "compare with.",
+        "off: plain training without weights; frozen: weights from the trained weighter of --dwm-load; bilevel: train "
+        "a weighter during the run; rule: weights from --dwm-rule, for comparison.",
     )
     dwm_rule: Rule | None = flag(
         None,
-        "Rule of rule mode. random: normally distributed scores; loss: a sample's loss before the step, standardized; "
-        "linupper: low losses count for less, high ones are capped; similarity: cosine of the language model's mean "
-        "hidden state with that of the target set, standardized; source-weights: a fixed weight for each source; "
-        "source-alignment: alignments averaged by source, without a weighter; top-alignment: only the samples of each "
-        "batch with the highest alignments count; shuffled: a weighter is learned, and its scores are given to other "
-        "samples of the batch; half: a random half of the training samples counts; oracle: only samples of "
-        "--dwm-rule-sources count.",
+        "Rule for --dwm-mode rule. random: normally distributed scores; loss: a sample's loss before the step, "
+        "standardized; linupper: low losses count for less, high ones are capped; similarity: cosine similarity of the "
+        "language model's mean hidden states of the sample and of the target set, standardized; source-weights: a "
+        "fixed weight for each source; source-alignment: alignments averaged by source, without a weighter; "
+        "top-alignment: only the samples of each batch with the highest alignments count; shuffled: a weighter is "
+        "trained, and its scores are permuted among the samples of the batch; half: a random half of the training "
+        "samples counts; oracle: only samples of --dwm-rule-sources count.",
     )
     dwm_rule_strength: float = flag(1.0, "Standard deviation of the scores of the rules random, loss and similarity.")
     dwm_rule_sources: list[str] | None = flag(
         None,
-        "Sources of the training data by name: those whose samples count under the rule oracle, or those that "
-        "--dwm-rule-weights is about.",
+        "Names of sources of the training data: with the rule oracle, those whose samples count; with the rule "
+        "source-weights, those that --dwm-rule-weights applies to.",
     )
     dwm_rule_weights: list[float] | None = flag(
         None,
-        "Weights of --dwm-rule-sources under the rule source-weights, against each other and against 1 for the "
+        "Weights of --dwm-rule-sources with the rule source-weights, relative to each other and to a weight of 1 for "
         "sources that are not named.",
     )
-    dwm_rule_seed: int = flag(1, "Which random half counts under the rule half.")
-    dwm_rule_fraction: float = flag(0.5, "Part of each batch that counts under the rule top-alignment.")
+    dwm_rule_seed: int = flag(1, "Seed that determines which half of the samples counts with the rule half.")
+    dwm_rule_fraction: float = flag(0.5, "Fraction of each batch that counts with the rule top-alignment.")
     dwm_load: str | None = flag(
         None,
-        "Weighter to use (frozen mode): an export, any Hugging Face classifier with one output, or the folder weighter "
-        "of a run, whose stages are mapped by the fraction of training.",
+        "Trained weighter for --dwm-mode frozen: an exported weighter, any Hugging Face classifier with one output, or "
+        "the folder weighter of a run, of which each stage's weighter is used at the same fraction of training.",
     )
     dwm_target_data_path: list[str] | None = flag(
         None,
-        "Dataset prefix or blend of the target set, whose loss the weighter lowers.",
+        "Dataset prefix or blend of the target set, the data whose loss the weighter is trained to lower.",
         nargs="*",
         old_names=("--dwm-valid-data-path",),
     )
@@ -73,87 +73,90 @@ class WeightingConfig:
     )
     dwm_init_from: str = flag(
         "random",
-        "What the weighter starts as: random, lm (the language model's embedding and first layers, at the end of "
-        "the warm-up; give it a lower --dwm-lr), or a Hugging Face folder, whose tokenizer may be another one.",
+        "Initial weighter: random; lm (a copy of the language model's embedding and first layers at the end of the "
+        "warm-up; use a lower --dwm-lr); or a Hugging Face folder, which may have another tokenizer.",
     )
     dwm_arch: Literal["llama", "gpt2", "modernbert", "ngram"] = flag(
         "ngram",
-        "Architecture of a weighter started at random. ngram scores the n-grams of tokens in a sample, ModernBERT the "
-        "mean over its tokens, the others its last token.",
+        "Architecture of a randomly initialized weighter. ngram reads the n-grams of tokens in a sample; modernbert is "
+        "a transformer that pools the mean over the tokens; llama and gpt2 read the last token.",
     )
-    dwm_num_layers: int = flag(1, "Layers of a weighter started at random or from the language model.")
-    dwm_hidden_size: int = flag(128, "Hidden size of a weighter started at random.")
-    dwm_num_attention_heads: int = flag(4, "Attention heads of a weighter started at random.")
-    dwm_ffn_hidden_size: int | None = flag(None, "Feed-forward size of a weighter started at random.")
+    dwm_num_layers: int = flag(1, "Layers of a weighter initialized at random or from the language model.")
+    dwm_hidden_size: int = flag(128, "Hidden size of a randomly initialized transformer weighter.")
+    dwm_num_attention_heads: int = flag(4, "Attention heads of a randomly initialized transformer weighter.")
+    dwm_ffn_hidden_size: int | None = flag(
+        None, "Feed-forward hidden size of a randomly initialized transformer weighter."
+    )
     dwm_ngram_lengths: list[int] = flag(
-        [1, 2], "Lengths of the n-grams that an ngram weighter looks at; longer ones count more."
+        [1, 2], "Lengths of the n-grams that an ngram weighter reads; longer n-grams count more."
     )
-    dwm_ngram_buckets: int = flag(131072, "Numbers that an ngram weighter hashes n-grams to.")
+    dwm_ngram_buckets: int = flag(131072, "Number of buckets that an ngram weighter hashes n-grams to.")
     dwm_ngram_hidden_size: int = flag(
         0,
-        "Width of an ngram weighter's bag and of the layer above it. 0 gives each bucket one number: such a "
-        "weighter is linear and learns in closed form (--dwm-ridge), without --dwm-lr.",
+        "Width of an ngram weighter's embedding and of the layer above it. With 0 each bucket has one parameter: the "
+        "weighter is linear, is fitted in closed form (--dwm-ridge), and does not use --dwm-lr.",
     )
     dwm_ridge: float = flag(
         8.0,
-        "Ridge penalty of a linear weighter's regression. A higher one keeps the scores of n-grams that few samples "
-        "contain closer to zero.",
+        "Ridge penalty of a linear weighter's regression. A higher penalty keeps the parameters of n-grams that occur "
+        "in few samples closer to zero.",
     )
     dwm_temperature: float = flag(1.0, "Temperature of the softmax that turns scores into weights.")
     dwm_kl_weight: float = flag(
         0.5,
-        "Strength of the weights' KL divergence from uniform ones, against standardized alignments; keeps them from "
-        "collapsing.",
+        "Strength of the KL divergence of the weights from uniform weights in the weighter's objective; prevents "
+        "the weights from collapsing.",
     )
     dwm_clip_alignment: float = flag(
-        2.0, "Cut standardized alignments off at this many standard deviations; 0 for no clipping."
+        2.0, "Clip standardized alignments at this many standard deviations; 0 for no clipping."
     )
     dwm_lr: float = flag(1e-3, "Learning rate of the weighter (AdamW).")
     dwm_weight_decay: float = flag(0.01, "Weight decay of the weighter.")
     dwm_clip_grad: float = flag(1.0, "Clip the weighter's gradient to this norm; 0 for no clipping.")
-    dwm_num_stages: int = flag(5, "Stages that follow the warm-up; the weighter is exported at each one's end.")
+    dwm_num_stages: int = flag(5, "Number of stages after the warm-up; the weighter is exported at the end of each.")
     dwm_warmup_iters: int | None = flag(
         None,
-        "Iterations with uniform weights before the first stage; if not given, as many as in a stage with "
-        "--dwm-init-from lm, none otherwise.",
+        "Iterations with uniform weights before the first stage. Default: as long as a stage with --dwm-init-from lm, "
+        "and 0 otherwise.",
     )
     dwm_stage_update_iters: int | None = flag(
         None,
-        "Iterations at the start of each stage in which the weighter learns; the whole stage if not given.",
+        "Iterations at the start of each stage in which the weighter is updated. Default: the whole stage.",
     )
     dwm_update_interval: int | None = flag(
         None,
-        "Iterations between outer updates. If not given, a run of fewer than 8000 iterations has 80 updates, and a "
-        "longer one has an update every 100 iterations.",
+        "Iterations between outer updates (updates of the weighter). Default: a run of fewer than 8000 iterations has "
+        "80 updates, a longer one an update every 100 iterations.",
     )
     dwm_weighter_steps: int = flag(
         4,
-        "Weighter steps in one outer update: the first on its own batch, the others on as many samples drawn from the "
-        "replay. A linear weighter takes as many steps of conjugate gradients on the whole replay.",
+        "Weighter steps in one outer update: the first on the update's batch, the others on the same number of samples "
+        "drawn from the replay. A linear weighter takes this many conjugate-gradient steps on the whole replay.",
     )
-    dwm_replay: int = flag(64, "Newest aligned batches that are kept to learn from, this update's included.")
+    dwm_replay: int = flag(64, "Size of the replay: the newest aligned batches, on which the weighter is trained.")
     dwm_replay_half_life: float | None = flag(
-        None, "Outer updates after which an aligned sample counts half as much; if not given, all count alike."
+        None, "Outer updates after which a sample of the replay counts half as much. Default: all count the same."
     )
     dwm_alignment: Literal["exact", "single-sample", "finite-difference"] = flag(
         "exact",
-        "Alignments from one backward pass at the run's micro-batch size (exact) or over single samples "
-        "(single-sample, which exact also is with Transformer Engine's layers), or from two forward passes.",
+        "How alignments are computed. exact: one backward pass at the run's micro-batch size (with Transformer "
+        "Engine's layers the same as single-sample); single-sample: a backward pass with one sample per microbatch; "
+        "finite-difference: two forward passes, in fp32 only.",
     )
     dwm_preconditioner: Literal["adam", "none"] = flag(
-        "adam", "Scale the target gradient as Adam scales its step (adam), or not (none)."
+        "adam", "Precondition the target gradient as Adam preconditions its step (adam), or not (none)."
     )
     dwm_min_effective_sample_size: float = flag(
-        0.1, "Warn when the weights' effective sample size falls below this part of the batch."
+        0.1, "Warn if the effective sample size of the weights falls below this fraction of the batch."
     )
     dwm_check: bool = flag(
         False,
-        "Before the first iteration, hold the hypergradient of this very configuration against finite differences, and "
-        "end the run if they disagree. Nothing else changes. For fp32.",
+        "Before the first iteration, compare the hypergradient of this configuration with finite differences, and "
+        "end the run if they disagree. Does not change the run otherwise. In fp32 only.",
     )
-    dwm_score_batch_size: int = flag(32, "Samples, or windows of them, the weighter scores at a time.")
+    dwm_score_batch_size: int = flag(32, "Samples (or windows of samples) that the weighter scores at a time.")
     dwm_score_cache: int = flag(
-        500000, "Samples whose scores frozen mode keeps, so that none is scored again when it comes again; 0 for none."
+        500000, "Samples whose scores are cached in frozen mode, so that they need not be scored again; 0 for none."
     )
 
     def __post_init__(self) -> None:
@@ -182,12 +185,12 @@ class WeightingConfig:
             raise UserError("--dwm-mode frozen needs --dwm-load; give the folder of an exported weighter")
         if self.dwm_mode != "frozen" and self.dwm_load is not None:
             raise UserError(
-                f"--dwm-load {self.dwm_load} goes with --dwm-mode frozen, not {self.dwm_mode}; to learn from a "
-                "weighter on, give it as --dwm-init-from"
+                f"--dwm-load {self.dwm_load} goes with --dwm-mode frozen, not {self.dwm_mode}; to train a weighter "
+                "further, give it as --dwm-init-from"
             )
         if self.dwm_check and not self.learns_weighter:
             raise UserError(
-                f"--dwm-check goes with --dwm-mode bilevel, not {self.dwm_mode}, which learns nothing; leave it out"
+                f"--dwm-check goes with --dwm-mode bilevel, not {self.dwm_mode}, which trains no weighter; leave it out"
             )
 
     def _check_ngrams(self) -> None:
@@ -241,7 +244,7 @@ class WeightingConfig:
 
     @property
     def learns_weighter(self) -> bool:
-        """Whether a weighter is learned, by outer updates that lower the loss on the target set."""
+        """Whether a weighter is trained by outer updates."""
         return self.dwm_mode == "bilevel" or self.dwm_rule == "shuffled"
 
     @property

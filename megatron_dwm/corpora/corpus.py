@@ -29,19 +29,20 @@ _DIVERSITY = 8  # target and test hold at least so many documents, so that none 
 class CorpusConfig:
     """Corpus."""
 
-    output: str | None = flag(None, "Folder that receives <source>.<part>.jsonl.")
+    output: str | None = flag(None, "Folder to write <source>.<part>.jsonl to.")
     seed: int = flag(1234, "Seed of the split into parts and of the shuffling of words.")
     shuffle: Literal["words", "characters"] = flag(
-        "words", "What is shuffled in the bad text: the words of a paragraph, or the characters of each run of eight."
+        "words",
+        "How the shuffled text is made: by shuffling the words of a paragraph, or the characters of each eight.",
     )
-    prose_bytes: int = flag(1_200_000, "Most bytes of text in the train part of prose, and of comments.")
-    code_bytes: int = flag(2_500_000, "Most bytes of text in the train part of code, and of shuffled.")
+    prose_bytes: int = flag(1_200_000, "Maximum bytes of text in the training part of prose, and of comments.")
+    code_bytes: int = flag(2_500_000, "Maximum bytes of text in the training part of code, and of shuffled.")
     documentation: list[str] = flag(
         [],
-        "Make the corpus of the text of installed packages instead, one source each: debian:NAME for what Debian's "
+        "Build the corpus from the text of installed packages instead, one source each: debian:NAME for what Debian's "
         "package NAME installs, pypi:NAME for a Python distribution, npm:NAME for a folder of ./node_modules.",
     )
-    documentation_bytes: int = flag(4_000_000, "Most bytes of text in the train part of each package's documentation.")
+    documentation_bytes: int = flag(4_000_000, "Maximum bytes of text in the training part of each package.")
     heldout_bytes: int = flag(200_000, "Bytes of text in the target part, and in the test part, of each source.")
 
     def __post_init__(self) -> None:

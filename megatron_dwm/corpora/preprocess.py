@@ -44,7 +44,8 @@ class PreprocessConfig:
     """Preprocessing."""
 
     input: list[str] | None = flag(
-        None, "JSON lines (plain, .gz or .zst) or Parquet: files, folders, or glob patterns, which are one input."
+        None,
+        "JSON lines (plain, .gz or .zst) or Parquet: files, folders, or glob patterns; together they are one input.",
     )
     json_keys: list[str] = flag(["text"], "Keys (columns) to extract from each document; each becomes a data set.")
     split_sentences: bool = flag(
@@ -57,19 +58,19 @@ class PreprocessConfig:
     output_per_file: bool = flag(
         False,
         "Make data sets of each input file, with its name behind --output-prefix, or in that folder if it ends with a "
-        "slash, in place of those of all.",
+        "slash, instead of data sets of all files together.",
     )
     workers: int = flag(1, "Number of processes that tokenize.")
-    partitions: int = flag(1, "Deal the documents out to this many partitions, which follow each other.")
+    partitions: int = flag(1, "Distribute the documents over this many partitions, which are concatenated.")
     log_interval: int = flag(1000, "Report progress after this many documents.")
-    keep_sequential_samples: bool = flag(False, "Keep the documents' order with several partitions too.")
+    keep_sequential_samples: bool = flag(False, "Keep the order of the documents, also with several partitions.")
     padded_vocab_size: int | None = flag(
         None, "Size of the model's vocabulary.", refused="it has no effect on the data; leave it out"
     )
-    skip_malformed: bool = flag(False, "Leave out and count malformed lines instead of stopping at one.")
+    skip_malformed: bool = flag(False, "Skip and count malformed lines instead of stopping.")
     resume_interval: int = flag(
         1000000,
-        "Documents after which finished work is kept, from where the same command goes on if it is interrupted.",
+        "Number of documents after which finished work is saved; an interrupted command continues from there.",
     )
 
     def __post_init__(self) -> None:
@@ -129,7 +130,7 @@ def _names(paths: list[str]) -> dict[str, str]:
     for path in paths:
         name = without_suffixes(path)
         if name in names:
-            raise UserError(f"--output-per-file: {names[name]} and {path} have one name; rename one of them")
+            raise UserError(f"--output-per-file: {names[name]} and {path} have the same name; rename one of them")
         names[name] = path
     return names
 
@@ -195,7 +196,7 @@ def _write(results: Iterable[Encoded | Malformed], config: PreprocessConfig, dty
             writers = [_Writer(config.json_keys, dtype, segment / f"part{part}") for part in range(parts)]
         if isinstance(result, Malformed):
             if not config.skip_malformed:
-                raise UserError(f"--input {result}; mend it or give --skip-malformed")
+                raise UserError(f"--input {result}; correct it or give --skip-malformed")
             first_skipped = progress.first_skipped or str(result)
             progress = replace(progress, skipped=progress.skipped + 1, first_skipped=first_skipped)
         else:
@@ -206,7 +207,7 @@ def _write(results: Iterable[Encoded | Malformed], config: PreprocessConfig, dty
             _keep(work, segment, writers, progress)
             writers = []
     if progress.skipped:
-        logger.warning(f"{progress.skipped} malformed documents are left out, the first: {progress.first_skipped}")
+        logger.warning(f"{progress.skipped} malformed documents were skipped, the first: {progress.first_skipped}")
     if progress.documents == 0:
         raise UserError(f"--input {' '.join(config.input or [])}: no documents; give files that hold some")
     if writers:

@@ -199,12 +199,12 @@ def _format_of(path: str, file: io.BufferedReader) -> str:
     kind = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), "JSON lines")
     if kind not in _READ:
         raise UserError(
-            f"--input {path}: files of {kind} are not read; give JSON lines, plain or compressed with gzip or zstd, or "
-            "Parquet"
+            f"--input {path}: {kind} files are not supported; give JSON lines, plain or compressed with gzip or zstd, "
+            "or Parquet"
         )
     named = _SUFFIXES.get(os.path.splitext(path)[1].lower())
     if named is not None and kind != named and start:
-        raise UserError(f"--input {path}: it is named like {named} but does not hold it; check the file")
+        raise UserError(f"--input {path}: its name says {named}, but its content is not {named}; check the file")
     return kind
 
 

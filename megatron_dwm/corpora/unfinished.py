@@ -61,7 +61,7 @@ class UnfinishedWork:
             try:
                 self.progress = Progress(**json.loads(done.read_text(encoding="utf-8")))
             except (OSError, RecursionError, TypeError, ValueError):
-                logger.warning(f"{done}: damaged; what follows is made again")
+                logger.warning(f"{done}: damaged; the work after it is done again")
                 shutil.rmtree(done.parent)
                 return
             self.segments.append(done.parent)
@@ -89,7 +89,7 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
             # Of this process alone: workers that outlive it for a moment do not hold it.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise UserError(f"{folder}: another process is writing there; wait for its end") from None
+            raise UserError(f"{folder}: another process is writing there; wait until it has finished") from None
         work, written = UnfinishedWork(folder), folder / _JOB
         if job is not None and written.is_file() and written.read_bytes() == job.encode():
             work.take_up()
@@ -102,7 +102,7 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
             else:
                 atomic_write_text(written, job)
         if work.segments:
-            logger.info(f"Going on after {work.progress.records:,} {unit} that are in {folder}.")
+            logger.info(f"Continuing after {work.progress.records:,} {unit} that are in {folder}.")
         try:
             yield work
         except BaseException:

@@ -1,4 +1,4 @@
-"""The samples of one step, as every rank of a model replica sees them: whole, also under context parallelism.
+"""The samples of one step, the same on every rank of a model replica: complete, also under context parallelism.
 
 Shape legend: n samples of this replica in one step, s sequence length.
 """
@@ -34,7 +34,7 @@ class Batch:
 
     @classmethod
     def of_sequences(cls, sequences: torch.Tensor) -> Batch:
-        """Return a batch of sequences [n, s + 1] whose every next token counts, of an unnamed dataset."""
+        """Return a batch from sequences [n, s + 1] of a single dataset, in which every next token counts."""
         tokens, labels = sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens).contiguous()
         index = torch.arange(len(tokens), device=tokens.device)
@@ -55,7 +55,7 @@ class Batch:
         )
 
     def sequence_part(self, cp_rank: int, cp_size: int) -> Batch:
-        """Return the part of each sequence [n, s / cp_size] that a context-parallel rank runs through the model."""
+        """Return the part of each sequence [n, s / cp_size] that a context-parallel rank computes."""
         tokens, labels, loss_mask, position_ids = (
             slice_sequence(column, cp_rank, cp_size)
             for column in (self.tokens, self.labels, self.loss_mask, self.position_ids)

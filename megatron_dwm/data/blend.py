@@ -1,4 +1,4 @@
-"""Which datasets a run reads: the flags that name them, as blends of dataset prefixes with weights."""
+"""The datasets of a run: parsing of the flags that name them, as blends of dataset prefixes with weights."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class DataPaths:
 
     @property
     def train(self) -> Blend | None:
-        """The blend that is trained on; None for mock data."""
+        """The blend of the training data; None for mock data."""
         return self.shared or self.per_split[0]
 
     @property
     def valid(self) -> Blend | None:
-        """The blend that is evaluated on; None for mock data, or without any."""
+        """The blend of the validation data; None for mock data, or without validation data."""
         return self.shared or self.per_split[1]
 
     @property
@@ -71,7 +71,7 @@ class DataPaths:
 def short_names(prefixes: Sequence[str]) -> list[str]:
     """Return the file names of dataset prefixes, or whole prefixes if names repeat.
 
-    They are without preprocessing's suffix, and without one that all have in common, such as ``.train``.
+    The suffix of preprocessing is removed, and a suffix that all have in common, such as ``.train``.
     """
     names = [Path(prefix).name.removesuffix("_document").removesuffix("_text") for prefix in prefixes]
     suffixes = {Path(name).suffix for name in names}
@@ -138,7 +138,9 @@ def parse_blend(flag: str, words: list[str] | None) -> Blend | None:
                 raise UserError(f"{flag}: the weight {word} is not a positive number; give one, or drop its prefix")
         return [word.strip() for word in words[1::2]], weights
     if any(_number(word) is not None for word in words):
-        raise UserError(f"{flag} {' '.join(words)}: weights and prefixes must alternate; give one weight a prefix")
+        raise UserError(
+            f"{flag} {' '.join(words)}: weights and prefixes must alternate; give one weight for each prefix"
+        )
     return [word.strip() for word in words], None
 
 
@@ -179,7 +181,7 @@ def _read_per_split(path: str) -> list[list[str] | None]:
 
 
 def split_slices(split: str, num_sequences: int) -> list[slice]:
-    """Return which of a dataset's sequences are its training, validation and test part, as megatron-core divides."""
+    """Return the slices of a dataset's sequences for training, validation and test, as in megatron-core."""
     from megatron.core.datasets import blended_megatron_dataset_config as core
 
     matrix = core.convert_split_vector_to_split_matrix(core.parse_and_normalize_split(split))

@@ -1,4 +1,4 @@
-"""The datasets of a run: training, validation, test and target set, sized for what the run reads of each."""
+"""The datasets of a run: training, validation, test and target set, with the sizes that the run needs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ START = Consumed()
 
 
 def samples_read(data: DataConfig, train_iters: int, global_batch_size: int, consumed: Consumed = START) -> SplitSizes:
-    """Return up to which sample a run reads each split from its start, or where it resumes, to its end.
+    """Return the number of samples of each split that a run has read at its end.
 
     Args:
         data: the data flags, for how often and how long the run evaluates.
@@ -78,13 +78,13 @@ def split_sizes(
     """Return how many samples the datasets of a run are built for.
 
     They are Megatron-LM's numbers, which are those of a run that has read batches of the present size from its first
-    iteration on, or what the run reads if that is more: the order of the samples follows from these numbers, and stays
+    iteration on, or what the run reads if that is more. The order of the samples depends on these numbers, and stays
     the same as long as the flags do.
 
     Args:
         train_samples: ``--train-samples``, if the run is counted in samples.
-        grows: whether the first batches are smaller, so that the number of steps does not say what is read.
-        (others): as for :func:`samples_read`.
+        grows: whether the first batches are smaller, so that the number of steps does not determine the number of
+        samples. (others): as for :func:`samples_read`.
     """
     of_megatron_lm = samples_read(data, train_iters, global_batch_size)
     if train_samples:
@@ -106,9 +106,9 @@ def build_datasets(
     seed: int,
     target_batch_size: int | None,
 ) -> Datasets:
-    """Build the datasets of a run from data that was checked; a collective call of all ranks.
+    """Build the datasets of a run from checked data; a collective call of all ranks.
 
-    A split of which no sample is read, or that no document falls into, is None.
+    A split that is not read, or has no documents, is None.
 
     Args:
         sequence: tokens of one sample.
@@ -181,12 +181,12 @@ def build_datasets(
 def _validation_sets(
     paths: DataPaths, size: int | None, build: Callable[..., list[Any]], core_config: Callable[..., Any]
 ) -> ValidationSets | None:
-    """Build each dataset of the validation data by itself; a collective call of all ranks.
+    """Build each dataset of the validation data separately; a collective call of all ranks.
 
     Args:
         size: samples of each set; None for one epoch.
-        build: builds the datasets of a megatron-core configuration, of sizes for each split.
-        core_config: makes such a configuration.
+        build: builds the datasets of a megatron-core configuration, with a size for each split.
+        core_config: returns such a configuration.
 
     Returns:
         None on ranks that do not read, and without validation data.
@@ -208,7 +208,7 @@ def _validation_sets(
 
 
 def _splits_with_data(paths: DataPaths) -> list[bool]:
-    """Return whether a document of the shared blend falls into the training, validation and test part."""
+    """Return whether the training, validation and test parts of the shared blend have any documents."""
     if paths.shared is None or paths.split is None:
         return [True] * len(SPLIT_NAMES)
     parts = [split_slices(paths.split, len(sequence_lengths(prefix))) for prefix in paths.shared[0]]
@@ -216,9 +216,9 @@ def _splits_with_data(paths: DataPaths) -> list[bool]:
 
 
 def _target_size(target: Blend | None, sequence: int) -> int | None:
-    """Return the samples of the target set, which its loader reads over and over; None for one epoch of each dataset.
+    """Return the size of the target set, which is read repeatedly; None for one epoch of each dataset.
 
-    Of a weighted blend it is the least number that holds every sample of each dataset at least once.
+    For a weighted blend it is the smallest size that holds every sample of each dataset at least once.
     """
     if target is None:
         return None

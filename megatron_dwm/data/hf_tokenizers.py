@@ -1,8 +1,8 @@
 """The Hugging Face counterparts of Megatron-Core's tokenizers.
 
-A data weighting model is a Hugging Face folder with a tokenizer in it, while the language model reads the ids of a
-Megatron-Core tokenizer. The counterpart that is made here gives the same ids for the same text, so that both models can
-read the same samples.
+A data weighting model is a Hugging Face folder with a tokenizer, while the language model reads the ids of a
+Megatron-Core tokenizer. The counterpart that is built here gives the same ids for the same text, so that both models
+can read the same samples.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def to_hf_tokenizer(tokenizer: MegatronTokenizerText, config: TokenizerConfig) -
     It gives them with ``add_special_tokens=False``, unless ``--tokenizer-hf-include-special-tokens`` is given.
 
     Raises:
-        UserError: the tokenizer has no end-of-document token, or transformers has nothing that equals it.
+        UserError: the tokenizer has no end-of-document token, or no equivalent in transformers.
     """
     end_of_document(tokenizer, config)
     convert = {
@@ -80,7 +80,7 @@ def save_hf_tokenizer(
     """Write the counterpart (:func:`to_hf_tokenizer`) for ``AutoTokenizer.from_pretrained(directory)``.
 
     If ``directory`` is to hold a model's ``config.json``, it must be there before: for a few model types
-    ``AutoTokenizer`` rebuilds the tokenizer in its own way, and only then does the check here see it.
+    ``AutoTokenizer`` rebuilds the tokenizer, and only then does the check here notice.
 
     Args:
         max_length: tokens that the model of this tokenizer reads at once, to which ``truncation=True`` cuts.
@@ -121,7 +121,7 @@ def fingerprint_of_folder(directory: Path) -> str:
     """Return the SHA-256 (hex) of the (token, id) pairs of the tokenizer in a Hugging Face folder.
 
     Raises:
-        UserError: the folder holds no tokenizer that loads.
+        UserError: the folder has no tokenizer that can be loaded.
     """
     return fingerprint_of(load_tokenizer_folder(directory))
 
@@ -136,7 +136,7 @@ def load_tokenizer_folder(directory: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a Hugging Face folder.
 
     Raises:
-        UserError: it holds none that loads.
+        UserError: it has none that can be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -152,7 +152,7 @@ def load_tokenizer_folder(directory: Path) -> PreTrainedTokenizerBase:
 def _check_same_ids(
     tokenizer: MegatronTokenizerText, counterpart: PreTrainedTokenizerBase, config: TokenizerConfig
 ) -> None:
-    """Refuse a counterpart that differs in the ids of :data:`_PROBES`, or in the end of document."""
+    """Refuse a counterpart that differs in the ids of :data:`_PROBES`, or in the end-of-document token."""
     problem = f"{describe_tokenizer(config)} cannot be written as a Hugging Face {type(counterpart).__name__}"
     special = tokenizer.library == "huggingface" and config.tokenizer_hf_include_special_tokens
     for text in _NUMBER_PROBES if tokenizer.library.startswith("null") else _PROBES:
@@ -181,8 +181,8 @@ def _from_hugging_face(tokenizer: MegatronTokenizerText) -> PreTrainedTokenizerB
 def _from_sentencepiece(tokenizer: MegatronTokenizerText) -> PreTrainedTokenizerBase:
     """Return a ``tokenizers`` BPE where that is exact; else SentencePiece itself, wrapped by transformers.
 
-    Not exact in ``tokenizers``: Unigram (scores are summed in another precision, and runs such as ``=====``
-    are ties), normalization by a character map (combining marks), user-defined symbols by a leading space.
+    Not exact in ``tokenizers`` are: Unigram (scores are summed in another precision, and runs such as ``=====``
+    are ties), normalization by a character map (combining marks), and user-defined symbols after a leading space.
     """
     from transformers import PreTrainedTokenizerFast, SentencePieceBackend
     from transformers.convert_slow_tokenizer import import_protobuf

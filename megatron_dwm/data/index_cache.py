@@ -1,8 +1,8 @@
-"""Index caches of megatron-core's datasets that belong to one state of the data and are verified before use.
+"""Index caches of megatron-core's datasets that are tied to the data's content and verified before use.
 
-megatron-core keys a cache by the data's path alone and loads it without a check. Data that was preprocessed again under
-the same prefix would be read through the old shuffle index; a cache that a killed run left unfinished, or that lost
-bytes, would be trained on; and ``numpy.load`` would run the code of a pickle that stands in an array's place.
+megatron-core keys a cache only by the data's path, and loads it without a check. Data that was preprocessed again under
+the same prefix would be read through the old shuffle index; a cache that a killed run left unfinished, or that has lost
+bytes, would be used; and ``numpy.load`` would run the code of a pickle in place of an array.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def data_stamp(prefixes: Iterable[str]) -> str:
 
 
 class VerifiedCache:
-    """A dataset whose first rank verifies the index cache, and builds it anew in one step if it is not whole."""
+    """A dataset whose first rank verifies the index cache, and rebuilds it atomically if it is damaged."""
 
     config: Any
     unique_description_hash: str
@@ -56,7 +56,7 @@ class VerifiedCache:
     def with_verified_cache(self, folder: Path | None, split: str, build: Callable[[], Built]) -> Built:
         """Return what ``build`` returns: arrays that it loads from the cache in ``folder`` or writes to it.
 
-        The other ranks, which megatron-core lets wait for the first, find a whole cache.
+        The other ranks, which wait for the first one in megatron-core, find an intact cache.
 
         Args:
             folder: None for no cache.
@@ -85,7 +85,7 @@ class VerifiedCache:
 
 
 def _cache_fault(folder: Path, checksums: str, names: list[str]) -> str | None:
-    """Return why a cache cannot be used, or None if it is whole."""
+    """Return why a cache cannot be used, or None if it is intact."""
     try:
         expected = json.loads((folder / checksums).read_text(encoding="utf-8"))
         for name in names:

@@ -1,8 +1,8 @@
-"""The index file (``.idx``) of a dataset: where each sequence of tokens lies in the data file (``.bin``).
+"""The index file (``.idx``) of a dataset: the positions of the token sequences in the data file (``.bin``).
 
 Layout, little-endian: a header of magic, version, code of the token type, number n of sequences and number d of
 document boundaries; then n lengths in tokens (int32), n places in bytes (int64), d boundaries in sequences (int64).
-A multimodal index ends with n more bytes. Nothing here is read whole: an index of a corpus of terabytes has gigabytes.
+A multimodal index ends with n more bytes. Files are memory-mapped: the index of a corpus of terabytes has gigabytes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TOKEN_TYPES: dict[int, type[np.integer[Any]]] = {
 
 
 class DamagedIndexError(ValueError):
-    """An index file that does not describe a dataset; the message says why."""
+    """An index file is not valid; the message says why."""
 
 
 @dataclass(frozen=True)

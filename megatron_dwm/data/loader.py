@@ -19,7 +19,7 @@ _NO_TOKEN = -1  # in every place of a batch that says that the data has ended
 
 
 class NumberedDataset(Dataset[dict[str, Any]]):
-    """A dataset whose items also hold their index, and the number of the dataset in the blend that each is from."""
+    """A dataset whose items also hold their index, and the number of their dataset in the blend."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -35,9 +35,9 @@ class NumberedDataset(Dataset[dict[str, Any]]):
 
 
 def _ignore_stop_signals(worker: int) -> None:
-    """Let worker processes outlive the signals that ask the run to save and stop.
+    """Make worker processes ignore the signals that ask the run to save and stop.
 
-    A scheduler sends them to every process of a step. The run shuts the workers down when it has saved.
+    A scheduler sends them to every process of a job step. The run shuts the workers down when it has saved.
     """
     for number in (*STOP_SIGNALS, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -102,7 +102,7 @@ class BatchLoader:
             tokens = loaded["tokens"]  # on the host, which would wait for the device
         least, largest = torch.stack(tokens.aminmax()).tolist()
         if least == _NO_TOKEN:
-            raise UserError("the data ran out; lower --train-iters or --eval-iters, or give more data")
+            raise UserError("the data is exhausted; lower --train-iters or --eval-iters, or give more data")
         if largest >= self.vocab_size:
             raise UserError(
                 f"token {largest} in the data is outside the tokenizer's vocabulary of {self.vocab_size}; use the "

@@ -1,9 +1,9 @@
-"""Whether a resumed run reads its training samples in the order in which it has read them up to now.
+"""Checks whether a resumed run reads its training samples in the same order as before.
 
-A run resumes at the number of samples it has consumed. What stands at that place of the training data depends on the
+A run resumes at the number of samples it has consumed. The sample at that position depends on the
 blend, the split, the sequence length and the seed; and, because megatron-core shuffles the documents of all epochs
-together, on how many epochs the whole run needs of each dataset. If any of it changes, samples are trained on again or
-never.
+together, on how many epochs of each dataset the whole run needs. If any of these changes, samples are repeated or
+never read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LAST_EPOCH = 0.8  # megatron-core shuffles a last epoch by itself if the run ne
 
 
 class _Epochs(NamedTuple):
-    """How megatron-core shuffles a dataset: over so many epochs, the last of them by itself or not."""
+    """How megatron-core shuffles a dataset: the number of epochs, and whether the last one is shuffled separately."""
 
     number: int
     is_last_separate: bool
@@ -39,7 +39,7 @@ def order_change(saved: Mapping[str, Any], present: Mapping[str, Any], consumed:
     Args:
         saved: the arguments of the checkpoint that is resumed from, by Megatron-LM's names.
         present: the arguments of this run, by the same names.
-        consumed: how much of the data was read up to the checkpoint.
+        consumed: how much of the data had been read at the checkpoint.
     """
     if consumed.train_samples == 0 or present.get("mock_data"):
         return None
@@ -54,7 +54,7 @@ def order_change(saved: Mapping[str, Any], present: Mapping[str, Any], consumed:
 
 
 def _changed_flags(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """Return the flags of which the order of the samples depends and that have changed, with both values."""
+    """Return the changed flags that determine the order of the samples, with both values."""
     before, now = _blend(saved), _blend(present)
     changes = []
     if before is not None and before != now:
@@ -71,7 +71,7 @@ def _changed_flags(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list
 
 
 def _changed_epochs(saved: Mapping[str, Any], present: Mapping[str, Any], consumed: Consumed) -> list[str]:
-    """Return the datasets of which the run now needs other epochs than the saved one would have needed."""
+    """Return the datasets of which the run now needs another number of epochs than the saved run."""
     blend = _blend(present)
     if blend is None:
         return []
@@ -120,7 +120,7 @@ def _blend(arguments: Mapping[str, Any]) -> tuple[list[str], list[float] | None,
 
 
 def _shown(blend: tuple[list[str], list[float] | None, str | None] | None) -> str:
-    """Return a blend in the words of its flag."""
+    """Return a blend in the spelling of its flag."""
     if blend is None:
         return "of other flags"
     prefixes, weights, split = blend

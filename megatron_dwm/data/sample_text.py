@@ -14,7 +14,7 @@ def sample_text(tokens: npt.NDArray[np.integer[Any]], tokenizer: Any, joint: str
     Args:
         tokens: all of a sample's, ends of documents among them [s].
         tokenizer: megatron-core's.
-        joint: what stands where a document ends.
+        joint: the text that replaces the end of a document.
     """
     ends = np.flatnonzero(tokens == tokenizer.eod)
     pieces = [piece[piece != tokenizer.eod].tolist() for piece in np.split(tokens, ends)]

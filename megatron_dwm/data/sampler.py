@@ -1,4 +1,4 @@
-"""Which samples each data-parallel rank reads, step by step.
+"""Samplers: which samples each data-parallel rank reads in each step.
 
 Megatron-LM's order: a step's microbatches follow each other, and within one microbatch the data-parallel ranks take
 consecutive runs of samples. Samplers start from the number of samples consumed, so that a run resumes where it stopped.
@@ -17,7 +17,7 @@ from megatron_dwm.config.batch_sizes import BatchSizes
 
 @dataclass(frozen=True)
 class BatchPartition:
-    """How one step's samples are divided."""
+    """How one step's samples are divided over replicas and microbatches."""
 
     micro_batch_size: int
     num_microbatches: int
@@ -27,7 +27,7 @@ class BatchPartition:
     """Of batches that grow; this partition is then that of the largest."""
 
     def after(self, consumed: int) -> BatchPartition:
-        """Return how the step is divided that follows ``consumed`` samples."""
+        """Return the partition of the step after ``consumed`` samples."""
         if self.sizes is None:
             return self
         return replace(self, num_microbatches=self.sizes.running(consumed) // self.sizes.unit)
@@ -56,7 +56,7 @@ class BatchPartition:
 def build_sampler(
     kind: Literal["single", "cyclic"] | None, total: int, consumed: int, partition: BatchPartition, *, is_sharded: bool
 ) -> Iterable[list[int]]:
-    """Build the sampler that ``--dataloader-type`` names.
+    """Build the sampler for ``--dataloader-type``.
 
     Args:
         total: samples of the dataset.
@@ -69,7 +69,7 @@ def build_sampler(
 
 
 class SequentialSampler:
-    """A sampler that reads a dataset once, in the dataset's order; an incomplete last step is left out."""
+    """A sampler that reads a dataset once, in the dataset's order, and drops an incomplete last step."""
 
     def __init__(self, total: int, consumed: int, partition: BatchPartition) -> None:
         self.total, self.consumed, self.partition = total, consumed, partition
@@ -86,9 +86,9 @@ class SequentialSampler:
 
 
 class ShuffledSampler:
-    """A sampler that reads a dataset over and over; the order of an epoch is drawn from ``seed`` and the epoch.
+    """A sampler that reads a dataset repeatedly; the order of an epoch is drawn from ``seed`` and the epoch.
 
-    No sample is left out of an epoch: a step may straddle two.
+    No sample is left out of an epoch; a step may span two epochs.
     """
 
     def __init__(self, total: int, consumed: int, partition: BatchPartition, seed: int) -> None:

@@ -23,7 +23,7 @@ def build_tokenizer(config: TokenizerConfig) -> MegatronTokenizerText:
     """Build Megatron-Core's tokenizer from local files (transformers looks up a Hugging Face *name*).
 
     Raises:
-        UserError: the files cannot be read, or do not make such a tokenizer.
+        UserError: the files cannot be read, or are not valid for this type.
     """
     if config.tokenizer_type == "TikTokenizer":
         require_packages("--tokenizer-type TikTokenizer", "tiktoken")
@@ -46,7 +46,7 @@ def _core_build(config: TokenizerConfig) -> MegatronTokenizerText:
 def _build_gpt2(config: TokenizerConfig) -> MegatronTokenizerText:
     """Build GPT-2's byte-level BPE from a vocabulary and a merge file.
 
-    Megatron-Core looks up "gpt2" on a hub even when both files are given, so it is given a folder that holds them.
+    Megatron-Core looks up "gpt2" on the Hub even if both files are given, so it gets a folder with the files.
     """
     assert config.vocab_file is not None and config.merge_file is not None  # checked by TokenizerConfig
     with tempfile.TemporaryDirectory() as folder:

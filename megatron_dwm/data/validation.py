@@ -1,4 +1,4 @@
-"""Faults in data that are found before any process waits for another."""
+"""Checks of the data, made before any process waits for another."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _PIECE = 2**24  # tokens that are read at a time
 def check_data(
     paths: DataPaths, seq_length: int, vocab_size: int, *, has_evaluation: bool, reads_whole_sets: bool = False
 ) -> None:
-    """Check that the named datasets exist, are whole, fit the vocabulary and do not hold the target set.
+    """Check that the datasets exist, are intact, fit the vocabulary, and do not contain the target set.
 
     Args:
-        has_evaluation: whether the run evaluates; else the size of validation and test data does not matter.
+        has_evaluation: whether the run evaluates; otherwise the size of validation and test data does not matter.
         reads_whole_sets: whether every sample of the validation data is read once in an evaluation.
 
     Raises:
-        UserError: the first fault found.
+        UserError: a check failed.
     """
     for flag, blend in paths.blends().items():
         for prefix in blend[0]:
@@ -62,8 +62,8 @@ def check_dataset(
 
     Args:
         name: how messages name the dataset.
-        vocab_size: tokens must be below it; None for no vocabulary to compare with.
-        sample: at most so many tokens are read, in pieces spread evenly; None for all of them.
+        vocab_size: tokens must be below it; None to skip this check.
+        sample: the maximum number of tokens to read, in evenly spread pieces; None for all.
         progress: called with the number of bytes read of either file since its last call.
 
     Raises:
@@ -79,7 +79,7 @@ def check_dataset(
     except (ValueError, OSError) as error:
         raise UserError(f"{name}: {prefix}.idx is not a valid index ({error}); preprocess the data again") from None
     if expected == 0:
-        raise UserError(f"{name}: it holds no token; preprocess the data again")
+        raise UserError(f"{name}: the dataset has no tokens; preprocess the data again")
     if actual != expected:
         raise UserError(
             f"{name}: {prefix}.bin has {actual} bytes where its index says {expected}, so that the two files are not "
@@ -112,16 +112,16 @@ def _pieces(tokens: npt.NDArray[Any], sample: int | None) -> Iterator[tuple[int,
 
 
 def check_masks(name: str, dataset: Any) -> None:
-    """Refuse a dataset whose samples have no token whose loss counts: nothing would be learned from it.
+    """Refuse a dataset in whose samples no token's loss counts, so that nothing would be learned from it.
 
-    :data:`MASK_SAMPLES` samples are read, spread evenly.
+    Reads :data:`MASK_SAMPLES` evenly spread samples.
 
     Args:
         name: how messages name the dataset.
-        dataset: the samples; None passes.
+        dataset: the samples; None is accepted.
 
     Raises:
-        UserError: all of these samples are masked throughout.
+        UserError: all tokens of these samples are masked.
     """
     if dataset is None or len(dataset) == 0:
         return
@@ -136,14 +136,14 @@ def check_masks(name: str, dataset: Any) -> None:
 def _check_parts(
     flag: str, blend: Blend, split: str | None, seq_length: int, num_read: int, *, reads_whole_sets: bool
 ) -> None:
-    """Refuse a dataset that has no data for a part of a blend that other datasets have data for.
+    """Refuse a dataset without data for a split for which other datasets of the blend have data.
 
-    megatron-core would look for its samples without end. It takes one epoch of each dataset of an unweighted blend,
+    megatron-core would search for its samples endlessly. It takes one epoch of each dataset of an unweighted blend,
     which must fill a sample; it repeats the datasets of a weighted one.
 
     Args:
         num_read: how many of the parts training, validation and test the run reads.
-        reads_whole_sets: whether of the validation part one epoch of each dataset is read.
+        reads_whole_sets: whether one epoch of each dataset is read for validation.
     """
     prefixes, weights = blend
     is_epoch = len(prefixes) > 1 and weights is None
@@ -191,14 +191,14 @@ def _check_apart(flag: str, blend: Blend, target: Blend) -> None:
         if common:
             raise UserError(
                 f"{TARGET_FLAG} {' '.join(target[0])}: {common} of its documents are also in {flag} "
-                f"{prefix}; the target set must be apart from the data that is trained and evaluated on"
+                f"{prefix}; the target set must be separate from the training and evaluation data"
             )
 
 
 def _digests(prefix: str, lengths: npt.NDArray[np.int32] | None) -> set[bytes]:
     """Return digests of a dataset's longer documents (and, if given, only of those with one of ``lengths``).
 
-    At most :data:`MOST_DOCUMENTS` are read, spread evenly: a corpus of terabytes is sampled, a small one read whole.
+    At most :data:`MOST_DOCUMENTS` are read, evenly spread: a large corpus is sampled, a small one is read completely.
     """
     index = IndexFile.open(prefix)
     is_candidate = index.lengths >= SHORTEST_DOCUMENT

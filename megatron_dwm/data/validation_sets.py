@@ -1,7 +1,7 @@
-"""Several validation sets that are evaluated one after the other, and sets that are evaluated whole.
+"""Loading of several validation sets one after the other, and of sets that are evaluated completely.
 
-One loader reads them all. A set that is read whole has each of its samples once in an evaluation, whatever the batch
-and the number of replicas: its last batch is filled with samples of which no token's loss counts.
+One loader reads them all. A set that is read completely has each of its samples once in an evaluation, for any batch
+size and number of replicas: its last batch is padded with samples of which no token's loss counts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class ValidationSets(Dataset[dict[str, Any]]):
 class SetsSampler:
     """A sampler that reads some batches of each set, set after set, once for every evaluation.
 
-    Sets that are read whole begin anew with every evaluation, and others go on where the last one stopped.
+    Sets that are read completely start from the beginning in every evaluation; others continue where the last one
+    stopped.
     """
 
     def __init__(
@@ -48,8 +49,8 @@ class SetsSampler:
         """
         Args:
             lengths: samples of each set.
-            batches: how many of them an evaluation reads of each set.
-            consumed: samples of each set that were read before; None if sets are read whole.
+            batches: batches that an evaluation reads of each set.
+            consumed: samples of each set that were read before; None if sets are read completely.
         """
         self.lengths, self.batches, self.consumed, self.partition = lengths, batches, consumed, partition
 

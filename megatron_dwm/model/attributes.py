@@ -1,4 +1,4 @@
-"""Attributes of foreign objects, changed for a while."""
+"""Temporary changes of objects' attributes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextmanager
 def changed_attributes(target: Any, values: dict[str, Any]) -> Iterator[None]:
-    """Set attributes of ``target`` for a while."""
+    """Set attributes of ``target`` while open, and restore them afterwards."""
     before = {name: getattr(target, name) for name in values}
     for name, value in values.items():
         setattr(target, name, value)

@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 
 def buckets_of(chunks: Iterable[Any]) -> Iterator[tuple[dist.ProcessGroup | None, Any]]:
-    """Yield the buckets of model chunks, each with the group whose ranks hold shards of it; None if each has it whole.
+    """Yield the buckets of model chunks, each with the group over which it is sharded; None if it is not sharded.
 
-    Modules that megatron-core does not wrap have none.
+    Modules that are not wrapped by megatron-core have no buckets.
     """
     for chunk in chunks:
         for bucket_group in getattr(chunk, "bucket_groups", ()):
@@ -23,13 +23,13 @@ def buckets_of(chunks: Iterable[Any]) -> Iterator[tuple[dist.ProcessGroup | None
 
 
 def shard_of(whole: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Return this rank's part of a bucket's tensor [elements], a view; all of it if it is not sharded."""
+    """Return this rank's shard of a bucket's tensor [elements], as a view; all of it if it is not sharded."""
     if group is None:
         return whole
     return whole.view(dist.get_world_size(group), -1)[dist.get_rank(group)]
 
 
 def gather_shards(whole: torch.Tensor, group: dist.ProcessGroup | None) -> None:
-    """Fill a bucket's tensor with the shards of all ranks, in place; a collective call of those that hold them."""
+    """Gather a bucket's tensor from the shards of all ranks, in place; a collective call of the group."""
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_gather_into_tensor(whole, shard_of(whole, group), group=group)

@@ -1,4 +1,4 @@
-"""Likelihoods of texts' continuations under the model in training, in whatever layout it is.
+"""Likelihoods of texts' continuations under the model in training, in any layout.
 
 Shape legend: n continuations, m those of this replica, b samples of a microbatch, s sequence length, C size of context
 parallelism, v this rank's rows of the vocabulary.
@@ -24,7 +24,7 @@ from megatron_dwm.runtime.device import current_device
 
 
 class Continuation(NamedTuple):
-    """A text's tokens, of which the last ones follow from the others."""
+    """The tokens of a text, the last of which are the continuation of the others."""
 
     tokens: Sequence[int]
     length: int
@@ -32,7 +32,7 @@ class Continuation(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """What the model says of a continuation."""
+    """The likelihood of a continuation under the model."""
 
     log_likelihood: float
     is_likeliest: bool
@@ -44,10 +44,10 @@ def continuation_likelihoods(
 ) -> list[Likelihood]:
     """Return the likelihoods of continuations on every rank; every rank calls it with the same ones.
 
-    Tokens before the last s + 1 are not read. The replicas share the work. Nothing is dropped out.
+    Tokens before the last s + 1 are not read. The work is divided over the replicas. There is no dropout.
 
     Args:
-        vocab_size: tokens that there are: the padding of the vocabulary takes no part, as in the model's export.
+        vocab_size: the vocabulary without padding, which is excluded, as in the model's export.
     """
     state = engine.parallel_state
     found = torch.zeros(len(continuations), 2, dtype=torch.float64, device=current_device())
@@ -76,7 +76,7 @@ def continuation_likelihoods(
 
 
 def _batch(continuations: Sequence[Continuation], size: int, seq: int) -> Batch:
-    """Return a batch of ``size`` samples whose loss is that of the continuations; those that are too many have none."""
+    """Return a batch of ``size`` samples whose loss is that of the continuations; surplus samples have none."""
     sequences = torch.zeros(size, seq + 1, dtype=torch.int64)
     mask = torch.zeros(size, seq)
     for row, (tokens, length) in enumerate(continuations):
@@ -88,7 +88,7 @@ def _batch(continuations: Sequence[Continuation], size: int, seq: int) -> Batch:
 
 
 class _Misses:
-    """Counts the tokens of each sample's continuation that are not the likeliest, while it is entered."""
+    """Counts, while open, the tokens of each sample's continuation that are not the most likely ones."""
 
     def __init__(self, engine: PipelineEngine, batch: Batch, vocab_size: int) -> None:
         self._state, self._labels, self._vocab_size = engine.parallel_state, batch.labels, vocab_size
@@ -121,7 +121,7 @@ class _Misses:
         self._likeliest = token.T  # [b, s / C]
 
     def count(self, token_losses: torch.Tensor, loss_mask: torch.Tensor, samples: slice) -> torch.Tensor:
-        """Count those of one microbatch; called after its forward pass, in place of a loss."""
+        """Count them for one microbatch; called after its forward pass, instead of a loss."""
         labels = slice_sequence(self._labels[samples], self._state.cp_rank, self._state.cp_size)
         self.counts[samples] = ((self._likeliest != labels) * loss_mask).sum(dim=1)
         return plain_loss(token_losses, loss_mask, samples)

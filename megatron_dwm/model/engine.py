@@ -24,7 +24,7 @@ from megatron_dwm.runtime.process_groups import ParallelState
 
 
 class PipelineEngine:
-    """The model in its pipeline schedule: runs forward and backward passes over batches."""
+    """Runs forward and backward passes of the model over batches, in a pipeline schedule."""
 
     def __init__(
         self,
@@ -65,14 +65,15 @@ class PipelineEngine:
         """Pass ``batch`` through the model, leaving gradients in the chunks' buffers.
 
         Args:
-            micro_batch_size: samples of one microbatch; it divides the batch.
-            loss_function: what is differentiated of each microbatch's token losses, before megatron-core divides it by
+            micro_batch_size: samples of one microbatch; must divide the batch.
+            loss_function: reduces each microbatch's token losses to the scalar that is differentiated, which
+            megatron-core divides by
                 the number of unmasked tokens.
             forward_only: losses only, no gradients.
-            check_for_nan: whether to look for losses that are not finite, if not as the engine does.
+            check_for_nan: whether to check for losses that are not finite; by default as the engine.
 
         Returns:
-            the samples' losses on the last pipeline stage, whatever the loss function, summed over context-parallel
+            the samples' losses on the last pipeline stage, for any loss function, summed over context-parallel
             ranks; None on the others.
 
         Raises:
@@ -136,9 +137,9 @@ class PipelineEngine:
 
     @contextmanager
     def full_parameters(self) -> Iterator[None]:
-        """While open, every rank holds all of the latest parameters, and forward passes gather none.
+        """Make every rank hold all of the latest parameters while open, so that forward passes gather none.
 
-        Without ``--overlap-param-gather`` that is always so.
+        Without ``--overlap-param-gather`` this is always the case.
         """
         gathering = [chunk for chunk in self.chunks if chunk.use_forward_hook]
         for chunk in gathering:
@@ -152,9 +153,9 @@ class PipelineEngine:
 
     @contextmanager
     def unsynchronized(self) -> Iterator[None]:
-        """While open, gradients stay on their rank and each microbatch's loss is its mean token loss.
+        """Disable the reduction of gradients while open; each microbatch's loss is its mean token loss.
 
-        Fused gradient accumulation is off: it would leave ``param.grad`` without the gradient.
+        Fused gradient accumulation is disabled, because it does not write the gradient to ``param.grad``.
         """
         overrides = {
             "no_sync_func": None,
@@ -176,7 +177,7 @@ class PipelineEngine:
 
     @contextmanager
     def deterministic(self) -> Iterator[None]:
-        """While open, nothing is dropped out and no random stream moves; training mode stays on, and with it
+        """Disable dropout while open, so that no random stream advances; training mode stays on, and with it
         activation recomputation.
         """
         from megatron.core import tensor_parallel
@@ -207,13 +208,13 @@ def reduce_output(
     factor: int,
     output: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Reduce the output of one microbatch as megatron-core's schedules want it.
+    """Reduce the output of one microbatch, in the form that megatron-core's schedules expect.
 
     Args:
-        loss_mask: of this rank's part of the sequences [b, s / C] (C: size of context parallelism).
-        samples: place of the microbatch among the batch's samples.
-        num_tokens: what megatron-core is to divide the loss by.
-        factor: what the loss is multiplied by.
+        loss_mask: loss mask of this rank's part of the sequences [b, s / C] (C: context parallel size).
+        samples: position of the microbatch among the batch's samples.
+        num_tokens: the number that megatron-core divides the loss by.
+        factor: the factor of the loss.
         output: token losses [b, s / C].
 
     Returns:

@@ -9,7 +9,7 @@ MULTIPLY_AND_ADD = 2
 
 
 def training_flops(model: ModelConfig, padded_vocab_size: int, batch_size: int) -> float:
-    """Operations of one forward and backward pass over ``batch_size`` samples.
+    """Return the operations of one forward and backward pass over ``batch_size`` samples.
 
     Matrix products only, a causal half of the attention matrix, and the logits: the terms of Megatron-LM's
     ``num_floating_point_operations`` that a dense GPT has.

@@ -1,4 +1,4 @@
-"""The parameters of a model that is spread over ranks, put together.
+"""Gathering of the parameters of a model that is split over ranks.
 
 A *full state* maps checkpoint keys to unsharded tensors, those of layers stacked: [layers, ...].
 """
@@ -20,14 +20,14 @@ from megatron_dwm.runtime.device import current_device
 def gather_full_state(
     chunks: Sequence[Any], wanted: Callable[[str], bool], *, num_layers: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """Unsharded float32 copies of the wanted parameters on the CPU of every rank, whatever the layout.
+    """Return unsharded float32 copies of parameters on the CPU of every rank, from any layout.
 
     Every rank must call it.
 
     Args:
         chunks: this rank's model chunks, wrapped or not.
         wanted: whether a parameter is wanted, by its checkpoint key.
-        num_layers: only that many first layers; all if not given.
+        num_layers: the number of first layers to gather; by default all.
 
     Returns:
         checkpoint key to tensor; parameters of layers are stacked, [layers, ...].
@@ -51,7 +51,7 @@ def gather_full_state(
 
 
 def _main_shards(chunks: Sequence[Any]) -> list[ShardedTensor]:
-    """This rank's parts of the parameters, without those that another rank holds too and is to provide."""
+    """Return this rank's parts of the parameters, without replicas that another rank provides."""
     shards = []
     for chunk in unwrap_model(list(chunks)):
         sharded = chunk.sharded_state_dict()
@@ -65,7 +65,7 @@ def _main_shards(chunks: Sequence[Any]) -> list[ShardedTensor]:
 
 
 def _agree_on_shapes(local_shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """All ranks' keys and global shapes, in the same order everywhere."""
+    """Return all ranks' keys and global shapes, in the same order on every rank."""
     everybody: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everybody, local_shapes)
     return dict(sorted(item for shapes in everybody for item in shapes.items()))

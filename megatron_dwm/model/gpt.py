@@ -1,4 +1,4 @@
-"""The language model of this rank: its chunks, their data-parallel wrapping, the hooks of the pipeline schedule."""
+"""The model chunks of this rank, their data-parallel wrapping, and the hooks of the pipeline schedule."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def bind_schedule_hooks(
     optimizer: Optimizer,
     parallel: ParallelConfig,
 ) -> None:
-    """Set in ``config`` how megatron-core's schedules scale the loss and when they communicate."""
+    """Set the hooks in ``config`` by which megatron-core's schedules scale the loss and communicate."""
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
     if parallel.overlap_grad_reduce:
@@ -168,5 +168,5 @@ def _num_parameters(chunks: Sequence[torch.nn.Module]) -> int:
 
 
 def _one_or_all(hooks: list[Any]) -> Any:
-    """Return a list only if there are several chunks, as megatron-core wants it."""
+    """Return a list only if there are several chunks, as megatron-core expects."""
     return hooks if len(hooks) > 1 else hooks[0]

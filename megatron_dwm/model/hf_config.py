@@ -1,4 +1,4 @@
-"""The configuration of the language model as a Hugging Face model's, both ways."""
+"""Conversion of the language model's configuration to and from Hugging Face."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _UNGATED = (*_TANH_GELU, "gelu", "relu2")
 
 
 def architecture(model: ModelConfig) -> str:
-    """Return the model_type of the Hugging Face model that is nearest to ``model``.
+    """Return the Hugging Face model_type that is closest to ``model``.
 
     Rotary positions and RMSNorm make it a Llama, with a bias of queries, keys and values alone a Qwen2, with norms of
     queries and keys a Qwen3, with a rotated part of the head a Phi-3, with a window in all layers a Mistral; LayerNorm
@@ -63,10 +63,10 @@ def architecture(model: ModelConfig) -> str:
 def hf_config(
     model: ModelConfig, *, vocab_size: int, num_layers: int, has_any_tokenizer: bool = False
 ) -> PretrainedConfig:
-    """The Hugging Face configuration that computes what the language model computes.
+    """Return the Hugging Face configuration that is equivalent to the language model's.
 
     Args:
-        has_any_tokenizer: take one of :data:`TWINS`, if the model has one.
+        has_any_tokenizer: use the model_type's equivalent in :data:`TWINS`, if there is one.
 
     Raises:
         UserError: the architecture has no counterpart; the message names the flag that does not fit.
@@ -139,7 +139,7 @@ def _activation(model: ModelConfig) -> str:
 
 
 def _megatron_alone(model: ModelConfig) -> dict[str, bool]:
-    """Parts of megatron-core's models that no model of transformers has, whose presence is a misfit."""
+    """Return features of megatron-core's models that no model of transformers has, and whether they are used."""
     return {
         f"--no-rope-freq {model.no_rope_freq}; leave it out": model.no_rope_freq is not None,
         f"--softmax-type {model.softmax_type}; use vanilla": model.softmax_type != "vanilla",
@@ -198,12 +198,12 @@ def _refuse(subject: str, misfits: Mapping[str, bool]) -> None:
 
 
 def model_config(config: PretrainedConfig) -> ModelConfig:
-    """The language model that computes what a Hugging Face causal language model of ``config`` computes.
+    """Return the language model's configuration that is equivalent to a Hugging Face ``config``.
 
-    The inverse of :func:`hf_config`; the sequence length is all the positions there are.
+    The inverse of :func:`hf_config`; the sequence length is the number of positions.
 
     Raises:
-        UserError: the architecture is another, or has something that the language model has not.
+        UserError: the architecture is not supported, or has a feature that the language model does not have.
     """
     kind = config.model_type
     if kind not in IMPORTED:

@@ -1,7 +1,7 @@
-"""A folder of a Hugging Face causal language model: read, and refused where its config.json and its weights disagree.
+"""Reading of a Hugging Face causal language model's folder, which is refused if config.json and weights disagree.
 
-config.json declares what the weight files must hold. transformers makes the best of a difference (it initializes what
-is missing, leaves out what is left over, unties a head that is there): another model than the one meant, here an error.
+config.json declares what the weight files must hold. transformers tolerates differences (it initializes what
+is missing, ignores what is left over, unties a head that exists), which gives a different model. Here they are errors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ROUNDED = 1e-2  # files of 16 bits hold frequencies with 8 bits or more
 
 
 class FolderTensors(Mapping[str, torch.Tensor]):
-    """The tensors of a folder's weight files by name; each is read when it is asked for, into memory of its own."""
+    """The tensors of a folder's weight files by name; each is read on access, into separate memory."""
 
     def __init__(self, places: Mapping[str, Path]) -> None:
         """
@@ -62,7 +62,7 @@ class FolderTensors(Mapping[str, torch.Tensor]):
         return max(sizes, key=lambda dtype: sizes[dtype])
 
     def _read(self, name: str) -> torch.Tensor:
-        """Return a tensor that is mapped into memory: of its file only what is looked at is read."""
+        """Return a memory-mapped tensor, of which only the parts that are used are read."""
         path = self.places[name]
         if path.suffix != ".safetensors":
             return _pickled(path)[name]
@@ -74,10 +74,10 @@ class FolderTensors(Mapping[str, torch.Tensor]):
 
 
 class BaseModelTensors(Mapping[str, torch.Tensor]):
-    """The tensors of a causal language model by the names that :mod:`megatron_dwm.model.hf_weights` explains.
+    """The tensors of a causal language model by the names of :mod:`megatron_dwm.model.hf_weights`.
 
-    They are read when they are asked for, in one precision, which holds all of them exactly. Biases that megatron-core
-    has and the model has not are zeros.
+    They are read on access, in one precision, which holds all of them exactly. Biases that megatron-core
+    has and the model does not have are zeros.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class BaseModelTensors(Mapping[str, torch.Tensor]):
 
 @dataclass(frozen=True)
 class HuggingFaceModel:
-    """A causal language model as it lies in a folder."""
+    """A causal language model in a folder."""
 
     model: ModelConfig
     vocab_size: int
@@ -119,13 +119,13 @@ class HuggingFaceModel:
 
 
 def read_hugging_face(folder: Path, flag: str = "--input") -> HuggingFaceModel:
-    """Read a model that was saved by ``save_pretrained``; its weights are read when they are asked for.
+    """Read a model that was saved by ``save_pretrained``; its weights are read on access.
 
     Args:
-        flag: that named the folder, for messages.
+        flag: the flag that names the folder, for messages.
 
     Raises:
-        UserError: it cannot be read, is not a model that this program trains, or its config.json is not true of its
+        UserError: it cannot be read, is not a supported model, or its config.json does not match its
             weights.
     """
     if not (folder / "config.json").is_file():
@@ -148,7 +148,7 @@ def _read(folder: Path) -> HuggingFaceModel:
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if (folder / "adapter_config.json").is_file():
         raise UserError(
-            "its adapter (adapter_config.json) is not part of its weights; merge it and save the model again"
+            "its adapter (adapter_config.json) is not merged into its weights; merge it and save the model again"
         )
     if getattr(config, "quantization_config", None):
         raise UserError("config.json has a quantization_config; give a model that is not quantized")
@@ -189,9 +189,9 @@ def _read(folder: Path) -> HuggingFaceModel:
 
 
 def _taken_apart(names: Mapping[str, str], model: ModelConfig) -> tuple[dict[str, str], dict[str, slice]]:
-    """Return a Phi-3's names as a Llama's, which has its matrices one by one, and the rows that they are.
+    """Map the names of a Phi-3 to those of a Llama, which has separate matrices, and to the rows of each.
 
-    A Phi-3 that rotates its heads whole computes what a Llama does.
+    A Phi-3 that rotates whole heads is equivalent to a Llama.
     """
     queries, keys, ffn = model.heads * model.head_size, model.query_groups * model.head_size, model.ffn
     parts = {
@@ -215,7 +215,7 @@ def _taken_apart(names: Mapping[str, str], model: ModelConfig) -> tuple[dict[str
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and reports back while open: what matters in them becomes an error."""
+    """Suppress transformers' progress bars and reports while open; what matters in them becomes an error."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
@@ -267,12 +267,12 @@ def _precision(files: FolderTensors) -> torch.dtype:
     for dtype in sorted((dtype for dtype in dtypes if dtype.is_floating_point), key=str):
         precision = dtype if precision is None else torch.promote_types(precision, dtype)
     if precision is None:
-        raise UserError("its weights are no floating-point numbers; give a model that is not quantized")
+        raise UserError("its weights are not floating-point numbers; give a model that is not quantized")
     return precision
 
 
 def _check_layers(declared: Mapping[str, Any], tensors: int) -> None:
-    """Refuse more layers than there are tensors: they would be made before it shows that they are not there."""
+    """Refuse more layers than there are tensors, which would be built before the mismatch is found."""
     for name in ("num_hidden_layers", "n_layer"):
         layers = declared.get(name)
         if isinstance(layers, int) and layers > tensors:
@@ -280,11 +280,11 @@ def _check_layers(declared: Mapping[str, Any], tensors: int) -> None:
 
 
 def _check_dtypes(files: FolderTensors, names: Iterable[str]) -> None:
-    """Refuse parameters that are integers, or of 8 bits: numbers that others, which are not read, would scale."""
+    """Refuse integer and 8-bit parameters, whose scales are in other tensors that are not read."""
     for name in names:
         dtype = files.dtype(name)
         if not dtype.is_floating_point or dtype.itemsize < 2:
-            raise UserError(f"{name} is of {dtype}; give a model that is not quantized")
+            raise UserError(f"{name} has type {dtype}; give a model that is not quantized")
 
 
 def _refuse_differences(report: dict[str, Any]) -> None:
@@ -298,13 +298,13 @@ def _refuse_differences(report: dict[str, Any]) -> None:
         raise UserError(f"its weights lack {missing[0]}; give a whole model, or correct config.json")
     if left_over := sorted(report["unexpected_keys"]):
         raise UserError(
-            f"its weights hold {left_over[0]}, which the model of config.json has not; correct "
+            f"its weights hold {left_over[0]}, which the model of config.json does not have; correct "
             f"{_properties(left_over[0])} in it"
         )
 
 
 def _properties(name: str) -> str:
-    """Return what of config.json decides that a tensor is there, and its shape."""
+    """Return the properties of config.json that determine whether a tensor exists, and its shape."""
     if name.endswith((*_EMBEDDINGS, _HEAD)):
         return "vocab_size or hidden_size"
     if name.endswith(".bias"):
@@ -315,19 +315,19 @@ def _properties(name: str) -> str:
 
 
 def _check_head(config: Any, tensors: FolderTensors) -> None:
-    """Refuse a head of its own in a model that is declared to have none. An untied model without is refused before."""
+    """Refuse a separate output head in a model that declares tied embeddings."""
     if not config.tie_word_embeddings or _HEAD not in tensors:
         return
     embeddings = [name for name in tensors if name.endswith(_EMBEDDINGS)]
     if embeddings and not torch.equal(tensors[_HEAD], tensors[embeddings[0]]):
         raise UserError(
-            f"config.json has tie_word_embeddings true and the weights a {_HEAD} of their own; set it to false, or "
+            f"config.json has tie_word_embeddings true, but the weights have a separate {_HEAD}; set it to false, or "
             "remove the tensor if the head is the embedding"
         )
 
 
 def _check_rope(raw: Mapping[str, Any], config: Any, language_model: Any, tensors: FolderTensors) -> None:
-    """Refuse rotary frequencies in the files, as older versions saved them, that config.json does not give."""
+    """Refuse rotary frequencies in the files (saved by older versions) that differ from config.json."""
     declared = getattr(config, "rope_parameters", None) or {}
     if raw.get("rope_theta", declared.get("rope_theta")) != declared.get("rope_theta"):
         raise UserError(

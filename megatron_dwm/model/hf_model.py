@@ -1,4 +1,4 @@
-"""The language model as a Hugging Face model: its first layers in memory, or all of it in files."""
+"""Export of the language model to Hugging Face: its first layers in memory, or all of it to files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _INDEX = "model.safetensors.index.json"
 def gather_first_layers(
     chunks: Sequence[Any], model: ModelConfig, *, num_layers: int, vocab_size: int
 ) -> dict[str, torch.Tensor]:
-    """The first layers as the state of a Hugging Face base model with ``num_layers`` layers, on every rank.
+    """Return the state of a Hugging Face base model with the first ``num_layers`` layers, on every rank.
 
     Every rank must call it. Parameters must be up to date, which they are not between a step of a distributed
     optimizer with overlapped gathering and the next forward pass.
@@ -36,7 +36,7 @@ def gather_first_layers(
 
 
 def hf_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The Hugging Face causal language model of ``config``, without storage for its parameters."""
+    """Return the Hugging Face causal language model of ``config``, without storage for its parameters."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -53,7 +53,7 @@ def hf_tensors(
     Args:
         prefix: the base model's, in names.
         vocab_size: embedding rows to keep, usually the vocabulary without its padding.
-        read: gives the checkpoint tensor of a piece.
+        read: returns the checkpoint tensor of a piece.
     """
     for piece in pieces(model, range(model.layers)):
         for name, tensor in zip(piece.names(model), to_hf(piece, read(piece), vocab_size), strict=True):
@@ -71,7 +71,7 @@ def write_weights(
         max_shard_size: of one file, such as ``"5GB"``.
 
     Raises:
-        ValueError: the tensors are not the model's, or the size is none.
+        ValueError: the tensors are not those of the model, or the size is invalid.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file

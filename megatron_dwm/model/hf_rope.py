@@ -1,4 +1,4 @@
-"""Rotary positions: the language model's flags as the rope_parameters of a Hugging Face configuration, both ways."""
+"""Conversion of rotary positions between the language model's flags and Hugging Face's rope_parameters."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 
 
 def rope_parameters(model: ModelConfig) -> dict[str, Any]:
-    """The rope_parameters of a model with rotary positions.
+    """Return the rope_parameters of a model with rotary positions.
 
     Raises:
-        UserError: two ways of scaling at once.
+        UserError: two ways of scaling are combined.
     """
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model.rotary_base)}
     if model.rotary_percent != 1.0:
@@ -61,10 +61,10 @@ def _attention_factor(scale: float, mscale: float) -> float:
 
 
 def rope_flags(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of ModelConfig that a Hugging Face configuration's rope_parameters are; the inverse.
+    """Return the fields of ModelConfig for a Hugging Face configuration's rope_parameters; the inverse.
 
     Raises:
-        UserError: megatron-core has no such positions; the message says what is different.
+        UserError: megatron-core does not support them; the message says why.
     """
     rope = {name: value for name, value in parameters.items() if value is not None and name != "type"}
     kind, base, percent = rope.pop("rope_type"), rope.pop("rope_theta"), rope.pop("partial_rotary_factor", 1.0)
@@ -90,7 +90,7 @@ def rope_flags(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _yarn_flags(rope: dict[str, Any]) -> dict[str, Any]:
-    """Take what YaRN has of its own out of ``rope``."""
+    """Return the flags of YaRN, and remove its parameters from ``rope``."""
     factor = float(rope.pop("factor"))
     mscale, mscale_all_dim = rope.pop("mscale", 0.0), rope.pop("mscale_all_dim", 0.0)
     if not (mscale and mscale_all_dim):

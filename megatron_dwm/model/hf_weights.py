@@ -1,8 +1,8 @@
-"""The weights of a GPT under megatron-core's checkpoint keys and under Hugging Face's names, both ways.
+"""Conversion of a GPT's weights between megatron-core's checkpoint keys and Hugging Face's names.
 
 A *full state* maps checkpoint keys to unsharded tensors, those of layers stacked: [layers, ...]. A *Hugging Face
 state* has the names of the base model (LlamaModel, GPT2Model, ...), and ``lm_head.weight`` if the model has an output
-layer of its own. Each checkpoint tensor, and of those of layers each layer's part, is converted by itself, so that a
+layer. Each checkpoint tensor, and each layer's part of a stacked tensor, is converted separately, so that a
 model can be converted piece by piece.
 
 Shape legend: h hidden size, n heads, g query groups, d head size, f feed-forward size, v vocabulary.
@@ -38,7 +38,7 @@ def _only(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A checkpoint tensor, and the Hugging Face tensors that it is made of; those of a layer without its prefix."""
+    """A checkpoint tensor and the corresponding Hugging Face tensors; those of a layer without its prefix."""
 
     key: str
     names: tuple[str, ...]
@@ -50,7 +50,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Piece:
-    """A conversion of a model: of one of its layers, or of what is not in layers."""
+    """A conversion for one of a model's layers, or for what is not in a layer."""
 
     conversion: Conversion
     layer: int | None
@@ -74,7 +74,7 @@ class Piece:
 
 
 def pieces(model: ModelConfig, layers: range) -> Iterator[Piece]:
-    """Yield what a model is converted by, in the order of its weights: embedding, ``layers``, last norm, head."""
+    """Yield the pieces of a model in the order of its weights: embedding, ``layers``, last norm, head."""
     first, last = _ends(model)
     for conversion in first:
         yield Piece(conversion, None)
@@ -88,7 +88,7 @@ def pieces(model: ModelConfig, layers: range) -> Iterator[Piece]:
 def to_hf_state_dict(
     full_state: Mapping[str, torch.Tensor], model: ModelConfig, *, layers: range | int, vocab_size: int
 ) -> dict[str, torch.Tensor]:
-    """The Hugging Face state of a full state.
+    """Return the Hugging Face state of a full state.
 
     Args:
         full_state: without ``output_layer.weight`` there is no head.
@@ -109,7 +109,7 @@ def to_hf_state_dict(
 def from_hf_state_dict(
     state: Mapping[str, torch.Tensor], model: ModelConfig, *, padded_vocab_size: int
 ) -> dict[str, torch.Tensor]:
-    """The full state of a Hugging Face state: the inverse of :func:`to_hf_state_dict`.
+    """Return the full state of a Hugging Face state: the inverse of :func:`to_hf_state_dict`.
 
     Args:
         state: with ``lm_head.weight`` if and only if the model has an output layer of its own.
@@ -124,14 +124,14 @@ def from_hf_state_dict(
 
 
 def to_hf(piece: Piece, tensor: torch.Tensor, vocab_size: int) -> Sequence[torch.Tensor]:
-    """The Hugging Face tensors of a piece, in the order of its names; views where that is possible."""
+    """Return the Hugging Face tensors of a piece, in the order of its names; views where possible."""
     return piece.conversion.split(tensor[:vocab_size] if piece.key in VOCABULARY else tensor)
 
 
 def from_hf(
     piece: Piece, state: Mapping[str, torch.Tensor], model: ModelConfig, padded_vocab_size: int
 ) -> torch.Tensor:
-    """The checkpoint tensor of a piece; rows beyond the vocabulary are zero."""
+    """Return the checkpoint tensor of a piece; rows beyond the vocabulary are zero."""
     tensor = piece.conversion.join([state[name] for name in piece.names(model)])
     if piece.key not in VOCABULARY:
         return tensor
@@ -139,10 +139,10 @@ def from_hf(
 
 
 def require_finite(place: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that is to be written, if all of its numbers are finite.
+    """Return a tensor unchanged, if all of its numbers are finite.
 
     Args:
-        place: where it is from, for the message.
+        place: the origin of the tensor, for the message.
 
     Raises:
         UserError: one is not.
@@ -153,7 +153,7 @@ def require_finite(place: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _ends(model: ModelConfig) -> tuple[list[Conversion], list[Conversion]]:
-    """What stands before the layers, and after them."""
+    """The pieces before and after the layers."""
     is_gpt2 = architecture(model) == "gpt2"
     first = [Conversion(_EMBEDDING, ("wte.weight" if is_gpt2 else "embed_tokens.weight",))]
     if is_gpt2:
@@ -183,7 +183,7 @@ def _norm(model: ModelConfig, key: str, name: str) -> list[Conversion]:
 
 
 def _of_llama_layer(model: ModelConfig) -> list[Conversion]:
-    """Of all models with Llama's names; Phi-3 alone keeps some of its matrices together."""
+    """The pieces of a layer with Llama's names; only Phi-3 fuses some of the matrices."""
     is_fused = architecture(model) == "phi3"
 
     def split_qkv(qkv: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -227,7 +227,7 @@ def _of_llama_layer(model: ModelConfig) -> list[Conversion]:
 
 
 def _of_gpt2_layer(model: ModelConfig) -> list[Conversion]:
-    """GPT-2 keeps its matrices [in, out], queries, keys and values in one."""
+    """The pieces of a GPT-2 layer, whose matrices are [in, out], with queries, keys and values in one."""
 
     def split_qkv(qkv: torch.Tensor) -> Sequence[torch.Tensor]:
         return (torch.cat(_split_qkv(qkv, model)).T,)

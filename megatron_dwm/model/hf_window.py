@@ -1,6 +1,6 @@
-"""Sliding windows of attention as Hugging Face models have them, both ways.
+"""Conversion of sliding windows between ``--window-size`` and Hugging Face configurations.
 
-A window of w tokens there holds a token's own and the w - 1 before it; ``--window-size`` counts those before it.
+A Hugging Face window of w tokens includes the token itself; ``--window-size`` counts only the w - 1 before it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 def window_flags(config: PretrainedConfig) -> dict[str, Any]:
-    """Return the flags of a configuration's window; none if it has none, or one that no sequence exceeds."""
+    """Return the flags of a configuration's window; empty if it has none, or one that no sequence exceeds."""
     window = getattr(config, "sliding_window", None)
     if (
         config.model_type not in (*_IN_ALL_LAYERS, *_BY_LAYER)
@@ -38,22 +38,22 @@ def window_flags(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def has_window_in_all_layers(model: ModelConfig) -> bool:
-    """Tell whether no layer's tokens see all that come before them."""
+    """Return whether every layer has a window that limits the attention."""
     return all(_layers(model))
 
 
 def can_have_window(model: ModelConfig, kind: str) -> bool:
-    """Tell whether a configuration of this model_type can say which layers have a window; any can say that none has."""
+    """Return whether configurations of this model_type can express windows in some layers."""
     if not any(_layers(model)) or kind in _BY_LAYER:
         return True
     return kind in _IN_ALL_LAYERS and has_window_in_all_layers(model)
 
 
 def window_values(model: ModelConfig, kind: str, num_layers: int) -> dict[str, Any]:
-    """Return what a configuration says of the window of the first layers.
+    """Return the values of a configuration that express the window of the first layers.
 
     Args:
-        kind: the configuration's model_type, which can say it.
+        kind: the configuration's model_type, which can express it.
     """
     if kind not in (*_IN_ALL_LAYERS, *_BY_LAYER):
         return {}
@@ -70,7 +70,7 @@ def window_values(model: ModelConfig, kind: str, num_layers: int) -> dict[str, A
 
 
 def _layers(model: ModelConfig) -> list[bool]:
-    """Return whether each layer has a window that is shorter than the sequences, as megatron-core counts layers."""
+    """Return, for each layer in megatron-core's order, whether its window is shorter than the sequences."""
     positions = model.max_position_embeddings or model.sequence
     if model.window is None or model.window[0] + 1 >= positions:
         return [False] * model.layers

@@ -1,4 +1,4 @@
-"""Which layers a model is built of, and which fused kernels it uses, on this machine."""
+"""The layer implementation of a model, and its fused kernels, on this machine."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megatron_dwm.errors import UserError
 
 
 def resolve_transformer_impl(model: ModelConfig, device: torch.device) -> str:
-    """Return which layers the model is built of: ``"transformer_engine"``, ``"local"`` or ``"torch"``.
+    """Return the layer implementation of the model: ``"transformer_engine"``, ``"local"`` or ``"torch"``.
 
     Raises:
-        UserError: Transformer Engine is asked for and cannot be used.
+        UserError: Transformer Engine is requested and cannot be used.
     """
     usable = HAVE_TE and device.type == "cuda"
     if model.transformer_impl is None:
@@ -31,9 +31,9 @@ def resolve_transformer_impl(model: ModelConfig, device: torch.device) -> str:
 
 
 def without_fusions(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the changes to a TransformerConfig that leave out fused kernels.
+    """Return the changes to a TransformerConfig that disable fused kernels.
 
-    A CPU has none of them. The function that the model computes is the same.
+    A CPU has none of them. The model computes the same function.
     """
     plain: dict[str, Any] = dict.fromkeys(
         (
@@ -53,7 +53,7 @@ def without_fusions(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def available_kernels(values: dict[str, Any], impl: str) -> dict[str, Any]:
-    """Return which of the fused kernels that the flags ask for (by default all) are installed."""
+    """Return which of the requested fused kernels (by default all) are installed."""
     has_apex_norm = impl != "local" or (is_importable("apex") and values["normalization"] == "LayerNorm")
     available = {
         "apply_rope_fusion": rope_utils.fused_apply_rotary_pos_emb is not None,

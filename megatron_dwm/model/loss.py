@@ -1,4 +1,4 @@
-"""The loss of the language model: from token losses to the sum that is differentiated, weighted or not.
+"""The loss of the language model: the reduction of token losses, with or without sample weights.
 
 Shape legend: n samples of this replica, b samples of a microbatch, s sequence length.
 """
@@ -24,7 +24,7 @@ class LossFunction(Protocol):
         Args:
             token_losses: [b, s], float32 (float64 for float64 models).
             loss_mask: 1.0 where a token's loss counts [b, s].
-            samples: place of the microbatch among the batch's samples.
+            samples: position of the microbatch among the batch's samples.
         """
 
 
@@ -36,8 +36,8 @@ def plain_loss(token_losses: torch.Tensor, loss_mask: torch.Tensor, samples: sli
 def weighted_loss(sample_weights: torch.Tensor | None) -> LossFunction:
     """Return Megatron-LM's loss with each sample's token losses multiplied by its weight: Σ weight · mask · loss.
 
-    Weights enter neither the mask nor the number of tokens that the sum is divided by. Weights of 1.0 leave every bit
-    of the loss as it is.
+    Weights change neither the mask nor the number of tokens that the sum is divided by. Weights of 1.0 leave every bit
+    of the loss unchanged.
 
     Args:
         sample_weights: of the batch's samples [n]; None for the plain loss.
@@ -87,20 +87,20 @@ def mean_over_tokens(sums: torch.Tensor, parallel_state: ParallelState) -> float
 
 
 def sum_over_replicas(sums: torch.Tensor, parallel_state: ParallelState) -> None:
-    """Add up :attr:`SampleLosses.sums` [2] over all replicas, in place; a collective call of the replicas."""
+    """Sum :attr:`SampleLosses.sums` [2] over all replicas, in place; a collective call of the replicas."""
     dist.all_reduce(sums, group=parallel_state.dp_group)
 
 
 def as_token_losses(output: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
-    """Return the model's output as token losses [b, s] in float32, or in float64 if it has that.
+    """Return the model's output as token losses [b, s], in float32, or in float64 for float64 models.
 
     Raises:
-        UserError: ``output`` is not a loss for each token, so the samples' losses cannot be told apart.
+        UserError: ``output`` is not one loss per token, so that there are no per-sample losses.
     """
     if output.shape != loss_mask.shape:
         raise UserError(
             f"the model returns a loss of shape {list(output.shape)} where token losses {list(loss_mask.shape)} are "
-            "needed: samples cannot be weighted once their losses are reduced; leave out the loss that does so "
+            "needed: samples cannot be weighted after their losses have been reduced; leave out the flag that does so "
             "(--cross-entropy-loss-fusion, --cross-entropy-fusion-impl)"
         )
     return output if output.dtype == torch.float64 else output.float()

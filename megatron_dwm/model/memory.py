@@ -1,4 +1,4 @@
-"""Memory that training will take, by Megatron-LM's estimate; it opens Megatron-LM's memory report."""
+"""Megatron-LM's estimate of the memory that training takes, the first part of its memory report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BILLION = 1e9
 
 
 def memory_estimate(config: RunConfig, padded_vocab_size: int) -> list[str]:
-    """Megatron-LM's lines on parameters and memory of the fullest rank."""
+    """Return Megatron-LM's lines on parameters and memory of the rank with the highest memory use."""
     model, parallel = config.model, config.parallel
     weights, lines = _weights_and_optimizer(model, parallel, config.data_parallel_size, padded_vocab_size)
     selective = model.recompute_activations or model.recompute_granularity == "selective"
@@ -62,7 +62,7 @@ def _weights_and_optimizer(
 def _layer_activations(
     model: ModelConfig, parallel: ParallelConfig, micro_batch: int, *, sharded: bool
 ) -> tuple[float, list[str]]:
-    """Bytes of one microbatch's activations in the first pipeline stage, but for the output layer's.
+    """Bytes of one microbatch's activations in the first pipeline stage, without the output layer.
 
     Args:
         sharded: whether sequence parallelism shards them, with core attention recomputed.
@@ -85,14 +85,14 @@ def _layer_activations(
 
 
 def _logits(model: ModelConfig, tp: int, micro_batch: int, vocab: int, *, sharded: bool) -> float:
-    """Bytes of the logits and of what the output layer takes in."""
+    """Bytes of the logits and of the output layer's input."""
     tokens = model.sequence * micro_batch
     width = tokens * model.hidden
     return 4 * (width + tokens * vocab) if sharded else 2 * (tokens * vocab / tp + width)
 
 
 def _in_flight(parallel: ParallelConfig, num_layers: int, num_microbatches: int) -> tuple[float, list[str]]:
-    """How the schedule's microbatches in flight change the memory of a full pipeline."""
+    """The factor on the memory of a full pipeline from the schedule's microbatches in flight."""
     pp, stages = parallel.pp, parallel.virtual_stages(num_layers)
     if stages is not None:
         penalty = 1 + (pp - 1) / (pp * stages)

@@ -1,4 +1,4 @@
-"""The parts that a megatron-core optimizer is made of."""
+"""The parts of a megatron-core optimizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_dwm.model.protocols import Optimizer
 
 
 def optimizer_parts(optimizer: Optimizer) -> list[Any]:
-    """Return the optimizers of a ``ChainedOptimizer``, or the optimizer itself if it is none.
+    """Return the optimizers of a ``ChainedOptimizer``, or the optimizer itself.
 
     Each part has torch's optimizer in ``optimizer`` and its settings in ``config``.
     """

@@ -1,4 +1,4 @@
-"""A second set of a model's parameters, to go back to."""
+"""A copy of a model's parameters that can be restored."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ AT_A_TIME = 1 << 22
 
 
 class ParameterCopy:
-    """A copy of model chunks' parameters: taken, exchanged with the model's or put back, and dropped.
+    """A copy of model chunks' parameters, which can be swapped with the model's, or restored.
 
-    Where the optimizer's state is sharded over data-parallel ranks, so is the copy: a rank keeps the shard that its
-    optimizer updates, and parameters that are put back are gathered.
+    If the optimizer's state is sharded over data-parallel ranks, so is the copy: a rank keeps the shard that its
+    optimizer updates, and restored parameters are gathered.
     """
 
     def __init__(self, chunks: Sequence[ModelChunk | torch.nn.Module]) -> None:

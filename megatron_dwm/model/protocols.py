@@ -1,4 +1,4 @@
-"""What this program uses of megatron-core's model chunks and optimizers, which carry no types of their own."""
+"""Protocols for what this program uses of megatron-core's model chunks and optimizers, which are not typed."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ class ModelChunk(Protocol):
         """Return a context in which backward passes communicate no gradients."""
 
     def start_grad_sync(self) -> None:
-        """Begin to reduce the gradients over the data-parallel group."""
+        """Start to reduce the gradients over the data-parallel group."""
 
     def start_param_sync(self, *, force_sync: bool = False) -> None:
-        """Begin to gather the parameters over the data-parallel group; finish at once with ``force_sync``."""
+        """Start to gather the parameters over the data-parallel group; finish at once with ``force_sync``."""
 
     def enable_forward_pre_hook(self) -> None:
         """Let forward passes gather the parameters that they need."""
@@ -90,7 +90,7 @@ class Optimizer(Protocol):
         """torch's parameter groups."""
 
     def zero_grad(self) -> None:
-        """Free the gradients beside the chunks' buffers."""
+        """Free the gradients outside the chunks' buffers."""
 
     def step(self) -> tuple[bool, float | None, int | None]:
         """Update the parameters: whether it did (fp16 may overflow), the gradient's norm, its number of zeros."""
@@ -102,7 +102,7 @@ class Optimizer(Protocol):
         """Return the loss scale; 1 unless training is in fp16."""
 
     def get_parameters(self) -> list[torch.nn.Parameter]:
-        """Return the parameters that this rank updates: masters of 16-bit ones, its shards if they are sharded."""
+        """Return the parameters that this rank updates: fp32 masters of 16-bit ones, and only its shards."""
 
     def reload_model_params(self) -> None:
         """Set the masters to the model's parameters."""

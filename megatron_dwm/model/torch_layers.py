@@ -64,7 +64,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
         )
 
     def _add_softmax_offset(self) -> None:
-        """Make what is added to the softmax's denominator, as its logarithm for each of this rank's heads."""
+        """Create the softmax offsets: logarithms of what is added to the denominator, for each of this rank's heads."""
         own = self.config.num_attention_heads // self.tp_group.size()
         self.softmax_offset: torch.Tensor | None = None
         if self.config.softmax_type == "vanilla":
@@ -147,11 +147,11 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
         return torch.cat(parts, dim=2)
 
     def _seen(self, seen: torch.Tensor | None, first: int, num_queries: int, num_keys: int) -> torch.Tensor | None:
-        """Return where a query sees a key [.., queries, keys]; None where the causal mask alone says it.
+        """Return the mask of keys that a query attends to [.., queries, keys]; None if it is the causal mask.
 
         Args:
-            seen: where it does by the batch's mask, if it has one, which is causal.
-            first: place of the first query in the sequence.
+            seen: the batch's mask, if it has one, which is causal.
+            first: position of the first query in the sequence.
         """
         if self.window is None and self.softmax_offset is None:
             return seen
@@ -165,7 +165,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
     def _product(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Any, *, is_causal: bool = False
     ) -> torch.Tensor:
-        """Attend with queries [b, n, .., d]; ``seen`` is True where a query sees a key, or a causal bias."""
+        """Attend with queries [b, n, .., d]; ``seen`` is True where a query attends to a key, or a causal bias."""
         if self.softmax_offset is not None:
             # One key more, of which all that counts is its share of the softmax: its logit is the offset, its value 0.
             k, v = (F.pad(tensor, (0, 0, 0, 1)) for tensor in (k, v))
@@ -211,7 +211,7 @@ def _mark_partial_gradients(norm: torch.nn.Module, config: TransformerConfig) ->
 def torch_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, and the norm after the last one.
 
-    It is megatron-core's local layer with the attention and the norms exchanged.
+    It is megatron-core's local layer with other attention and norms.
     """
     norm = TorchRMSNorm if config.normalization == "RMSNorm" else TorchLayerNorm
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)

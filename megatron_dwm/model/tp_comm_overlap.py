@@ -1,7 +1,7 @@
-"""``--tp-comm-overlap``: Transformer Engine's layers communicate while they compute, through buffers made beforehand.
+"""``--tp-comm-overlap``: Transformer Engine's layers overlap communication with computation, in preallocated buffers.
 
-The calls are those of Megatron-LM, in its order: the buffers are made once, after the process groups and before the
-model. They have the shape of one microbatch's activations, so that no pass may have another.
+The calls are those of Megatron-LM, in its order: the buffers are created once, after the process groups and before the
+model. They have the shape of one microbatch's activations, so that all passes must have this shape.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ _WITH_QUANTIZATION_MODES = "2.7.0"
 
 
 def check_tp_comm_overlap(parallel: ParallelConfig, impl: str) -> None:
-    """Refuse what cannot overlap.
+    """Refuse configurations that cannot overlap communication.
 
     Args:
         impl: what ``resolve_transformer_impl`` returned.
 
     Raises:
-        UserError: the layers are not Transformer Engine's, or too old, or do not communicate along the sequence.
+        UserError: the layers are not Transformer Engine's, or its version is too old, or sequence parallelism is off.
     """
     if not parallel.tp_comm_overlap:
         return
     if impl != "transformer_engine":
-        raise UserError(f"--tp-comm-overlap is Transformer Engine's and the layers are {impl}; leave it out")
+        raise UserError(
+            f"--tp-comm-overlap is for Transformer Engine's layers, and the layers are {impl}; leave it out"
+        )
     if parallel.tp < 2 or not parallel.sequence_parallel:
         raise UserError(
             "--tp-comm-overlap needs --sequence-parallel and --tensor-model-parallel-size 2 or more; add them"
@@ -45,7 +47,7 @@ def read_overlap_settings(path: str | None) -> dict[str, Any]:
     """Read ``--tp-comm-overlap-cfg``: how each layer's communication is overlapped.
 
     Raises:
-        UserError: it is no YAML file of such settings.
+        UserError: it is not a YAML file of such settings.
     """
     if path is None:
         return {}
@@ -57,7 +59,7 @@ def read_overlap_settings(path: str | None) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise UserError(f"--tp-comm-overlap-cfg {path}: cannot be read ({reason}); check the file") from None
     if not isinstance(settings, dict):
-        raise UserError(f"--tp-comm-overlap-cfg {path}: no settings by the name of a layer; check the file")
+        raise UserError(f"--tp-comm-overlap-cfg {path}: no settings with the name of a layer; check the file")
     return settings
 
 

@@ -120,7 +120,8 @@ def check_context_parallelism(parallel: ParallelConfig, impl: str) -> None:
     kind = parallel.cp_comm_type[0]
     if impl == "torch" and kind in ("a2a", "a2a+p2p"):
         raise UserError(
-            f"--cp-comm-type {kind} is Transformer Engine's and the layers are torch, which gather keys and values; "
+            f"--cp-comm-type {kind} is for Transformer Engine's layers, and the layers are torch, which gather "
+            "keys and values; "
             "give all_gather or leave it out"
         )
 

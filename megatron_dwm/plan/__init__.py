@@ -1,1 +1,1 @@
-"""What a run will be, found before it starts: layout, memory, operations, communication, files."""
+"""The plan of a run before it starts: layout, memory, operations, communication, files."""

@@ -1,4 +1,4 @@
-"""What a step of training and an outer update take: operations, and bytes sent."""
+"""The cost of a training step and of an outer update: operations, and bytes sent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_dwm.weighting.flops import outer_update_flops, scoring_flops
 
 @dataclass(frozen=True)
 class Cost:
-    """What one iteration, or one part of it, takes."""
+    """The cost of one iteration, or of a part of it."""
 
     operations: float
     """Floating-point operations of all ranks."""
@@ -28,13 +28,13 @@ class Cost:
 
 
 def step_cost(config: RunConfig, rows: int, stages: list[Stage]) -> Cost:
-    """Return what a step of plain training takes; ``rows`` are those of the embedding."""
+    """Return the cost of a step of plain training; ``rows`` is the number of rows of the embedding."""
     operations = training_flops(config.model, rows, config.global_batch_size)
     return Cost(operations, _busiest([step_traffic(config, stage) for stage in stages]))
 
 
 def step_traffic(config: RunConfig, stage: Stage) -> dict[str, Traffic]:
-    """Return what a rank of a stage sends in a step of plain training, by purpose."""
+    """Return the bytes that a rank of a stage sends in a step of plain training, by purpose."""
     microbatches = config.num_microbatches
     return {
         "layers": _of_passes(stage, microbatches),
@@ -45,7 +45,7 @@ def step_traffic(config: RunConfig, stage: Stage) -> dict[str, Traffic]:
 
 
 def scoring_cost(config: RunConfig, weighter: WeighterPlan | None) -> Cost:
-    """Return what the scores of a batch take; of what is sent for them, ranks gather one number a sample."""
+    """Return the cost of scoring a batch, for which ranks gather one number per sample."""
     if weighter is None:
         return Cost(0.0, {})
     samples, sequence = config.global_batch_size, config.model.sequence
@@ -53,7 +53,7 @@ def scoring_cost(config: RunConfig, weighter: WeighterPlan | None) -> Cost:
 
 
 def update_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: WeighterPlan | None) -> Cost:
-    """Return what an outer update takes; nothing in a run that has none."""
+    """Return the cost of an outer update; zero in a run without outer updates."""
     if weighter is None or not config.weighting.needs_target:
         return Cost(0.0, {})
     operations = outer_update_flops(config, rows, weighter.computing_parameters, is_linear=weighter.is_linear)
@@ -61,7 +61,7 @@ def update_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: Wei
 
 
 def update_traffic(config: RunConfig, stage: Stage, weighter: WeighterPlan) -> dict[str, Traffic]:
-    """Return what a rank of a stage sends in an outer update, by purpose."""
+    """Return the bytes that a rank of a stage sends in an outer update, by purpose."""
     batch = config.num_microbatches
     target = config.target_batch_size / (config.training.micro_batch * config.data_parallel_size)
     alignment = sum((part.traffic for part in stage.alignment), Traffic())

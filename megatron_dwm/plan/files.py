@@ -12,7 +12,7 @@ from megatron_dwm.weighting.stage_schedule import StageSchedule
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file or folder that a run writes, once or again and again."""
+    """A file or folder that a run writes, once or repeatedly."""
 
     path: str
     what: str
@@ -24,7 +24,7 @@ class PlannedFile:
 def planned_files(
     config: RunConfig, stages: StageSchedule, model_parameters: int, weighter_parameters: int | None
 ) -> list[PlannedFile]:
-    """Return what a run writes from its first iteration to its last.
+    """Return the files that a run writes.
 
     Args:
         model_parameters: of the language model, each once.

@@ -1,4 +1,4 @@
-"""Memory of a run's stages, from what one microbatch takes."""
+"""The memory of a run's stages, computed from one microbatch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def stage_memory(config: RunConfig, stage: Stage, weighter: WeighterPlan | None)
 
 
 def _update_peak(config: RunConfig, stage: Stage, training: float, weighter: WeighterPlan) -> float:
-    """Return the bytes beyond weights, gradients and optimizer of an iteration with an outer update, at most."""
+    """Return the peak bytes of an iteration with an outer update, without weights, gradients and optimizer."""
     kind = config.weighting.dwm_alignment
     copy, direction = stage.parameter_copy, stage.direction
     samples = config.training.micro_batch if kind == "single-sample" else 1
@@ -75,13 +75,13 @@ def _update_peak(config: RunConfig, stage: Stage, training: float, weighter: Wei
 
 
 def held_activations(passes: Sequence[Pass], counts: Sequence[int]) -> float:
-    """Return the bytes of activations at most, of which each chunk's pass has so many microbatches in flight."""
+    """Return the peak bytes of activations, from each chunk's pass and number of microbatches in flight."""
     kept = sum(part.kept * count for part, count in zip(passes, counts, strict=True))
     return kept + max(part.peak - part.kept for part in passes)
 
 
 def in_flight(config: RunConfig, stage: int, microbatches: int) -> list[int]:
-    """Return how many microbatches of each model chunk wait for their backward pass, at most.
+    """Return the maximum number of microbatches of each model chunk that wait for their backward pass.
 
     megatron-core's schedules run so many forward passes before the first backward pass, and then one for one.
     """

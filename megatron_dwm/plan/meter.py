@@ -1,4 +1,4 @@
-"""Bytes that code allocates and sends, counted while it runs.
+"""Counts the bytes that code allocates and sends while it runs.
 
 Everything that torch computes and communicates passes through its dispatcher. A mode there sees the storage of each
 result, and the tensors of each collective call, of real tensors and of fake ones alike.
@@ -65,7 +65,7 @@ class Traffic:
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of storages that are made while it is entered, as long as they live, and the traffic."""
+    """Counts, while open, the bytes of new storages as long as they live, and the traffic."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

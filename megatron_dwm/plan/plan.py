@@ -1,4 +1,4 @@
-"""The plan of a run: what its flags make of it, before it starts."""
+"""The plan of a run before it starts, from its flags."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from megatron_dwm.weighting.stage_schedule import StageSchedule
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is laid out over processes."""
+    """The parallel layout of a run."""
 
     processes: int
     tensor_parallel: int
@@ -45,7 +45,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class WeightingShare:
-    """What weighting takes of a run, against plain training of as many iterations."""
+    """The share of a run's cost that is due to weighting."""
 
     operations: float
     sent: float
@@ -80,18 +80,18 @@ class Plan:
 
     @property
     def fullest(self) -> StageMemory:
-        """The stage that needs most memory."""
+        """The stage that needs the most memory."""
         return max(self.memory, key=lambda stage: stage.peak)
 
 
 def make_plan(config: RunConfig, *, for_gpu: bool = True) -> Plan:
-    """Check a configuration and return its plan; for a process that has no process groups and sees no GPU.
+    """Check a configuration and return its plan; needs a process without process groups and GPUs.
 
     Args:
-        for_gpu: whether the run is to have a GPU, whose kernels keep less for the backward pass than a CPU's.
+        for_gpu: whether the run will use GPUs, whose kernels keep less for the backward pass than a CPU's.
 
     Raises:
-        UserError: flags that do not make a run; a tokenizer, weighter or folder that does not fit.
+        UserError: the flags are not valid, or a tokenizer, weighter or folder does not fit.
     """
     config, layers = _with_known_layers(config)
     _check_folders(config)
@@ -143,7 +143,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
 def _with_known_layers(config: RunConfig) -> tuple[RunConfig, str]:
     """Return the configuration with layers that can be built anywhere, and whose they are.
 
-    Transformer Engine's need a GPU: torch's stand in for them, without what only they know.
+    Transformer Engine's layers need a GPU, so torch's layers replace them, without features that only the former have.
 
     Raises:
         UserError: flags that Transformer Engine's layers cannot follow.

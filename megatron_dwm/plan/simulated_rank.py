@@ -1,7 +1,7 @@
-"""One rank of a run, without the others: its model is built and run by the same code as in training, but holds no data.
+"""Simulation of one rank of a run: its model is built and run by the same code as in training, but without data.
 
 Tensors are torch's fake ones, which have shapes, types and storages of a size, and no memory. Process groups are
-torch's fake ones, in which every collective call returns at once. What depends on values cannot be run so.
+torch's fake ones, in which every collective call returns at once. Code that depends on values cannot be run this way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_dwm.runtime.process_groups import ParallelState, build_model_group
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Let all tensors that are made be fake for a while; they are on the CPU."""
+    """Make all new tensors fake while open; they are on the CPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with (
@@ -39,9 +39,9 @@ def fake_tensors() -> Iterator[None]:
 def simulated_rank(
     parallel: ParallelConfig, virtual_stages: int | None, world_size: int, rank: int
 ) -> Iterator[ParallelState]:
-    """Be ``rank`` of ``world_size`` for a while; tensors that are made in it are fake.
+    """Simulate ``rank`` of ``world_size`` while open; new tensors are fake.
 
-    For a process that has no process groups and sees no GPU.
+    Needs a process without process groups and GPUs.
     """
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
@@ -67,7 +67,7 @@ def simulated_rank(
 
 
 class _SingleCalls(TorchDispatchMode):
-    """Makes single calls of coalesced ones, which torch does not know for fake tensors."""
+    """Splits coalesced collective calls into single ones, because torch does not support them for fake tensors."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.name()
@@ -88,7 +88,7 @@ class _SingleCalls(TorchDispatchMode):
 
 @contextmanager
 def gpu_kernels() -> Iterator[None]:
-    """Keep for the backward pass what a GPU's kernels keep, where they keep less than a CPU's."""
+    """Keep only what a GPU's kernels keep for the backward pass, if that is less than on a CPU."""
     attention = torch.nn.functional.scaled_dot_product_attention
 
     def attend(*args: Any, dropout_p: float = 0.0, **kwargs: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What one pipeline stage holds and sends: it is built as a run builds it, and one microbatch passes through it."""
+"""Memory and traffic of one pipeline stage: it is built as in a run, and one microbatch passes through it."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def measure_stage(
     """Build the stage of the present rank and measure it.
 
     Args:
-        core_config: what ``config`` says of the model, for megatron-core.
+        core_config: megatron-core's configuration of the model in ``config``.
     """
     model = assemble_language_model(config, core_config, vocabulary, layout, None)
     chunks, optimizer = model.engine.chunks, model.components.optimizer
@@ -138,7 +138,7 @@ def _plain(chunk: Any, samples: int) -> tuple[AbstractContextManager[Any], int, 
 
 
 def _alignment(config: RunConfig, model: LanguageModel, direction: Direction) -> _Run:
-    """Return how the passes run in which alignments are found."""
+    """Return how the alignment passes run."""
     kind, state = config.weighting.dwm_alignment, model.parallel_state
 
     def run(chunk: Any, samples: int) -> tuple[AbstractContextManager[Any], int, bool]:
@@ -157,7 +157,7 @@ def _alignment(config: RunConfig, model: LanguageModel, direction: Direction) ->
 
 
 def _measure_chunks(config: RunConfig, model: LanguageModel, run: _Run) -> Iterable[Pass]:
-    """Yield the passes of each chunk; many equal layers are measured as a few, and the others added."""
+    """Yield the passes of each chunk; of many equal layers a few are measured, and the others extrapolated."""
     for chunk in model.engine.chunks:
         decoder = _decoder(chunk)
         layers, unit = len(decoder.layers), config.model.recompute_num_layers or 1
@@ -220,7 +220,7 @@ def _traffic_of(action: Callable[[], Any]) -> Traffic:
 def _stage_traffic(
     config: RunConfig, core_config: TransformerConfig, layout: ParallelState, num_chunks: int
 ) -> Traffic:
-    """Return what a microbatch sends forward and backward, from each of the rank's chunks."""
+    """Return what each of the rank's chunks sends forward and backward for a microbatch."""
     traffic, size = Traffic(), core_config.pipeline_dtype.itemsize
     tokens = config.model.sequence // config.parallel.cp // (layout.tp_size if core_config.sequence_parallel else 1)
     tensor = float(tokens * config.training.micro_batch * config.model.hidden * size)
@@ -231,7 +231,7 @@ def _stage_traffic(
 
 
 def _times_held(param: Any, layout: ParallelState) -> int:
-    """Return how many tensor-parallel ranks hold another part of a parameter; 0 for a tied embedding's copy."""
+    """Return the number of tensor-parallel ranks over which a parameter is split; 0 for a tied embedding's copy."""
     if getattr(param, "shared", False):
         return 0
     return layout.tp_size if getattr(param, "tensor_model_parallel", False) else 1
@@ -248,7 +248,7 @@ def _decoder(chunk: Any) -> Any:
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Return the bytes of the storages that tensors lie in, each once."""
+    """Return the bytes of the tensors' storages, each counted once."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return {storage_key(storage): storage.nbytes() for storage in storages}
 
@@ -258,14 +258,14 @@ def _gradient_buffers(chunks: Sequence[Any]) -> dict[int, int]:
 
 
 def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Return what an optimizer steps, and what it keeps for it."""
+    """Return the tensors that an optimizer updates, and those of its state."""
     stepped = [param for group in optimizer.param_groups for param in group["params"]]
     kept = [value for state in optimizer.state.values() for value in state.values()]
     return [value for value in [*stepped, *kept] if isinstance(value, torch.Tensor)]
 
 
 def _narrow_gradients(chunks: Sequence[Any]) -> list[torch.Tensor]:
-    """Return the gradient buffers that are too narrow for the target gradient to stay in them."""
+    """Return the gradient buffers whose precision is too low to hold the target gradient."""
     buffers = [buffer.grad_data for chunk in chunks for buffer in chunk.buffers]
     return [buffer for buffer in buffers if buffer.itemsize < torch.float32.itemsize]
 

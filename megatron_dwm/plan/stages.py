@@ -1,4 +1,4 @@
-"""All pipeline stages of a run, each measured as the first of its ranks has it."""
+"""Measurement of all pipeline stages of a run, each on the first of its ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_dwm.plan.stage import Stage, measure_stage
 
 
 def measure_stages(config: RunConfig, vocabulary: Vocabulary, *, for_gpu: bool) -> list[Stage]:
-    """Measure all pipeline stages; those between the first and the last are alike, unless a layout says otherwise."""
+    """Measure all pipeline stages; those between the first and the last are equal, unless the layout differs."""
     stages: list[Stage] = []
     for number in range(config.parallel.pp):
         if 1 < number < config.parallel.pp - 1 and config.parallel.pipeline_model_parallel_layout is None:
@@ -25,7 +25,7 @@ def measure_stages(config: RunConfig, vocabulary: Vocabulary, *, for_gpu: bool) 
 
 
 def _stage(config: RunConfig, vocabulary: Vocabulary, number: int, *, for_gpu: bool) -> Stage:
-    """Build and measure one pipeline stage as its first rank has it."""
+    """Build and measure one pipeline stage on its first rank."""
     # What looks at values cannot be done without them, nor are there Gloo groups beside fake ones.
     training = dataclasses.replace(config.training, check_for_nan_in_loss_and_grad=False)
     parallel = dataclasses.replace(config.parallel, enable_gloo_process_groups=False)

@@ -1,4 +1,4 @@
-"""A plan as lines of text."""
+"""Formatting of a plan as text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_ROWS = 8
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """Return what a plan says, line by line."""
+    """Return the lines of a plan."""
     return [*_layout(plan), "", *_memory(plan), "", *_costs(plan), "", *_updates(plan), "", *_files(plan.files)]
 
 

@@ -1,4 +1,4 @@
-"""What the weighter of a run holds and sends: its model is built without memory.
+"""Memory and traffic of a run's weighter, whose model is built without allocating memory.
 
 Shape legend: N samples of the global batch, c of them on this rank, s sequence length, B buckets of an n-gram weighter.
 """
@@ -45,7 +45,7 @@ class WeighterPlan:
 
 
 def plan_weighter(config: RunConfig, inputs: WeightingInputs, vocab_size: int, eod: int) -> WeighterPlan:
-    """Build the weighter of the flags and return what it takes."""
+    """Build the weighter of the flags and return its plan."""
     from transformers.initialization import no_init_weights
 
     settings = config.weighting
@@ -96,7 +96,7 @@ def _model(config: RunConfig, inputs: WeightingInputs, vocab_size: int, eod: int
 
 
 def _activations(weighter: Weighter, samples: int, sequence: int) -> int:
-    """Return the bytes that a step on so many samples holds for its backward pass, at most."""
+    """Return the peak bytes that a step on ``samples`` holds for its backward pass."""
     window, meter = min(sequence, position_limit(weighter.model) or sequence), Meter()
     with meter:
         tokens = torch.zeros(samples * -(-sequence // window), window, dtype=torch.int64)

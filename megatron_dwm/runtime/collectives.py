@@ -1,4 +1,4 @@
-"""Collective calls of all processes; a process that is alone, without torch.distributed, may make them too."""
+"""Collective calls of all processes, which also work in a single process without torch.distributed."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def world_rank() -> int:
 
 
 def world_size() -> int:
-    """Return how many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1

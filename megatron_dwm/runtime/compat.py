@@ -1,4 +1,4 @@
-"""What differs between the versions of megatron-core that this program runs with, 0.16 to 0.19."""
+"""Differences between the supported versions of megatron-core, 0.16 to 0.19."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _REMEDY = "pip install 'megatron-core>=0.16,<0.20'"
 
 
 def require_megatron_core() -> None:
-    """Refuse a megatron-core whose interfaces and checkpoints this program is not made for.
+    """Refuse versions of megatron-core that are not supported.
 
     Raises:
         UserError: it is missing or of another version.
@@ -31,9 +31,9 @@ def require_megatron_core() -> None:
 
 
 def sharded_save_options() -> dict[str, str]:
-    """Return the options with which ``dist_checkpointing.save`` writes by megatron-core's own writer in any version.
+    """Return the options with which ``dist_checkpointing.save`` uses megatron-core's own writer in any version.
 
-    From 0.17 on the default is a package of NVIDIA's.
+    From 0.17 on the default is a separate package from NVIDIA.
     """
     from megatron.core import dist_checkpointing
 
@@ -43,7 +43,7 @@ def sharded_save_options() -> dict[str, str]:
 
 @contextlib.contextmanager
 def common_state_given(read: Callable[[], dict[str, Any]]) -> Iterator[None]:
-    """While open, megatron-core takes what a checkpoint says of all ranks from ``read``, and opens no file for it."""
+    """Make megatron-core take a checkpoint's common state from ``read`` while open, without reading a file."""
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies import common
 

@@ -1,7 +1,7 @@
-"""Which part of a sequence a context-parallel rank holds, as Megatron-LM divides it.
+"""The part of a sequence that a context-parallel rank holds, as in Megatron-LM.
 
-A sequence is cut into 2C chunks for C ranks, and rank r holds chunks r and 2C - 1 - r: under causal attention an early
-chunk and a late one together cost every rank the same.
+A sequence is split into 2C chunks for C ranks, and rank r holds chunks r and 2C - 1 - r. Under causal attention an
+early chunk and a late one together have the same cost on every rank.
 
 Shape legend: s sequence length.
 """

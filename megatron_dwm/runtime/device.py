@@ -1,8 +1,8 @@
 """The device of this process, and megatron-core on a machine without a GPU.
 
 megatron-core asks for CUDA by name in many places (``device="cuda"``, ``torch.cuda.current_device()``, RNG state of the
-GPU). On a machine without one, :func:`select_device` answers all of them with the CPU for the life of the process.
-Nothing outside this file knows of it.
+GPU). On a machine without one, :func:`select_device` redirects all of them to the CPU for the life of the process.
+This adaptation is confined to this file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PEAK_FLOPS = {
 def select_device(local_rank: int) -> torch.device:
     """Make this process's device current and return it.
 
-    With CUDA that is GPU ``local_rank``; without, the CPU, with megatron-core adapted to it.
+    With CUDA this is GPU ``local_rank``; otherwise the CPU, to which megatron-core is adapted.
 
     Raises:
         UserError: more processes on this node than GPUs.
@@ -55,12 +55,12 @@ def current_device() -> torch.device:
 
 
 def peak_flops(device: str) -> float | None:
-    """Return the dense 16-bit operations per second that a device of this name can do at most; None if not known."""
+    """Return the peak dense 16-bit operations per second of a device of this name; None if unknown."""
     return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites ``device="cuda…"`` arguments to the CPU and names CPU tensor types as their CUDA twins.
+    """Rewrites ``device="cuda…"`` arguments to the CPU, and reports CPU tensor types as the CUDA ones.
 
     megatron-core finds a tensor's dtype by comparing ``tensor.type()`` with ``"torch.cuda.FloatTensor"``.
     """
@@ -83,7 +83,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 def _adapt_megatron_to_cpu() -> None:
-    """Answer megatron-core's CUDA calls with the CPU; once a process (a second call changes nothing)."""
+    """Redirect megatron-core's CUDA calls to the CPU; a second call has no effect."""
     if isinstance(torch.cuda.current_device, _CpuAnswer):
         return
     import megatron.core.tensor_parallel.random as core_random
@@ -111,9 +111,9 @@ def _adapt_megatron_to_cpu() -> None:
 
 
 def _keep_in_backward(mode: TorchFunctionMode) -> None:
-    """Let ``mode`` be active in backward passes, where megatron-core recomputes activations.
+    """Keep ``mode`` active in backward passes, in which megatron-core recomputes activations.
 
-    torch hands ``Tensor.backward`` itself to the mode, and switches the mode off until that returns.
+    torch passes ``Tensor.backward`` itself to the mode, and disables the mode until it returns.
     """
     run_backward = torch.autograd.graph._engine_run_backward
 
@@ -129,7 +129,7 @@ def _keep_in_backward(mode: TorchFunctionMode) -> None:
 
 
 class _CpuStream:
-    """A stand-in for ``torch.cuda.Stream``: a CPU has one, in which all that was begun is done."""
+    """A replacement for ``torch.cuda.Stream`` on a CPU, where every operation is synchronous."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -139,7 +139,7 @@ class _CpuStream:
 
 
 class _CpuAnswer:
-    """A stand-in for a ``torch.cuda`` function that ignores its arguments; also marks the adaptation as made."""
+    """A replacement for a ``torch.cuda`` function that ignores its arguments; also marks the adaptation as made."""
 
     def __init__(self, answer: Any) -> None:
         self.answer = answer

@@ -1,4 +1,4 @@
-"""``--log-energy``: what the GPUs of a run draw, by megatron-core's monitor, which asks NVML."""
+"""``--log-energy``: the energy of a run's GPUs, by megatron-core's monitor, which uses NVML."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from megatron_dwm.extras import require_packages
 
 
 class EnergyMeter:
-    """Energy of all ranks' GPUs while training; without ``--log-energy`` no call does anything."""
+    """Energy of all ranks' GPUs while training; without ``--log-energy`` all calls do nothing."""
 
     def __init__(self, *, is_wanted: bool) -> None:
         """Start.
 
         Raises:
-            UserError: it is wanted, and there is no GPU, or NVML cannot be asked.
+            UserError: the flag is given, and there is no GPU or no NVML.
         """
         self._monitor: Any = None
         if not is_wanted:
@@ -37,12 +37,12 @@ class EnergyMeter:
         self._monitor = monitor
 
     def pause(self) -> None:
-        """Count no energy from now on."""
+        """Stop counting energy."""
         if self._monitor is not None:
             self._monitor.pause()
 
     def resume(self) -> None:
-        """Count energy again."""
+        """Continue counting energy."""
         if self._monitor is not None:
             self._monitor.resume()
 

@@ -19,10 +19,10 @@ _REMEDY = "start the run with torchrun, srun or mpirun"
 
 
 def environment_rank() -> tuple[int, int, int]:
-    """Return ``(rank, local rank, world size)`` from a launcher's variables; a lone process is ``(0, 0, 1)``.
+    """Return ``(rank, local rank, world size)`` from a launcher's variables; ``(0, 0, 1)`` without a launcher.
 
     Raises:
-        UserError: a variable is not a whole number, or one of torchrun's is missing.
+        UserError: a variable is not an integer, or one of torchrun's is missing.
     """
     for rank_name, local_name, size_name in _LAUNCHERS:
         # A shell inside an sbatch job also has SLURM_* set: only a step started by srun counts.

@@ -1,4 +1,4 @@
-"""Numbers on their way from the device to the host, which need not wait for them yet."""
+"""Asynchronous copies of tensors from the device to the host."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 
 
 class HostCopy:
-    """A copy of a tensor on the host, begun when it is made and awaited when it is read.
+    """A copy of a tensor on the host, started when the object is created and awaited when it is read.
 
-    A host that reads a tensor of a GPU at once waits until all work before it is done, and launches nothing meanwhile.
+    A host that reads a GPU's tensor directly waits until all earlier work is done, and launches nothing meanwhile.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
         """
         Args:
-            tensor: on any device; not to be changed.
+            tensor: on any device; must not be changed afterwards.
         """
         self._copy = tensor.to("cpu", non_blocking=True)  # into pinned memory
         self._done = torch.cuda.Event() if tensor.is_cuda else None
@@ -22,7 +22,7 @@ class HostCopy:
             self._done.record()
 
     def read(self) -> torch.Tensor:
-        """Return the tensor on the host, as soon as it is there."""
+        """Wait for the copy and return it."""
         if self._done is not None:
             self._done.synchronize()
         return self._copy

@@ -1,4 +1,4 @@
-"""The lines that a run prints: Megatron-LM's, byte for byte, with the weighting's figures behind them."""
+"""The lines that a run logs: Megatron-LM's, byte for byte, followed by the weighting's metrics."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class LossWindow:
 
 @dataclass(frozen=True)
 class LogLine:
-    """The values of one of Megatron-LM's log lines; ours come after them."""
+    """The values of one of Megatron-LM's log lines; this program's own values follow them."""
 
     iteration: int
     train_iters: int
@@ -111,7 +111,7 @@ def update_line(record: Mapping[str, Any]) -> str:
 
 
 def update_curves(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures of an outer update that are drawn, by name."""
+    """Return the metrics of an outer update that are plotted, by name."""
     names = ("target_loss", "objective_before", "objective_after", "weighter_grad_norm")
     by_source = {f"alignment/{source}": value for source, value in record["alignment_by_source"].items()}
     return {**{name: record[name] for name in names}, **by_source}
@@ -119,7 +119,7 @@ def update_curves(record: Mapping[str, Any]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a run is, and how long it will still take."""
+    """The speed of a run, and its remaining time."""
 
     tokens_per_second: float
     """Of each GPU."""
@@ -148,8 +148,8 @@ def validation_line(prefix: str, loss: float, label: str | None = None, name: st
     """Megatron-LM's report of an evaluation, between rules.
 
     Args:
-        label: of the validation set, if there are several: its number, or the name that the flags give it.
-        name: of that set, which Megatron-LM does not log.
+        label: label of the validation set, if there are several: its number, or its name in the flags.
+        name: name of that set, which Megatron-LM does not log.
     """
     suffix, ours = ("", "") if label is None else (f"-{label}", f"dwm set: {name} | ")
     ppl = math.exp(min(20, loss))

@@ -1,7 +1,7 @@
-"""Logging of a run: which rank prints a message, and where.
+"""Logging setup: which rank prints a message, and where.
 
-Every module has ``logger = logging.getLogger(__name__)``. Messages up to INFO go to standard output as they are, since
-Megatron-LM's log lines are read by programs; warnings and errors go to standard error behind their level. As in
+Every module has ``logger = logging.getLogger(__name__)``. Messages up to INFO go to standard output unchanged, because
+Megatron-LM's log lines are read by programs; warnings and errors go to standard error, prefixed by their level. As in
 Megatron-LM, one rank prints: the first, unless the message names others by ``extra=LAST_RANK`` or ``extra=EVERY_RANK``.
 """
 
@@ -18,7 +18,7 @@ EVERY_RANK = {"printing_rank": "every"}
 
 
 class _RankHandler(logging.Handler):
-    """Prints the messages that are this rank's to print."""
+    """Prints the messages that this rank should print."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class _RankHandler(logging.Handler):
 
 
 def configure_logging(rank: int = 0, world_size: int = 1, level: int = logging.INFO) -> None:
-    """Print the package's messages on the ranks that they are meant for; a second call replaces the first."""
+    """Print the package's messages on the intended ranks; a second call replaces the first."""
     package = logging.getLogger("megatron_dwm")
     package.handlers = [_RankHandler(rank, world_size)]
     package.setLevel(level)
@@ -48,7 +48,7 @@ def configure_logging(rank: int = 0, world_size: int = 1, level: int = logging.I
 
 
 def print_messages_of(package: str, rank: int, world_size: int, level: int = logging.INFO) -> None:
-    """Print messages of another package too, from ``level`` on, on the first rank; a second call replaces the first."""
+    """Also print another package's messages from ``level`` on, on the first rank; a second call replaces the first."""
     logger = logging.getLogger(package)
     logger.handlers = [_RankHandler(rank, world_size)]
     logger.setLevel(level)

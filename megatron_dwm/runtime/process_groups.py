@@ -44,7 +44,7 @@ class ParallelState:
 
     @property
     def mp_size(self) -> int:
-        """Ranks that together hold the model's parameters once."""
+        """Number of ranks that together hold the model's parameters once."""
         return self.tp_size * self.pp_size
 
     @property
@@ -54,7 +54,7 @@ class ParallelState:
 
     @property
     def replica_size(self) -> int:
-        """Ranks of a replica: those that see the same samples, of which context-parallel ones hold parts each."""
+        """Number of ranks of a replica, which read the same samples (context-parallel ranks hold parts of them)."""
         return self.cp_size * self.mp_size
 
     @property
@@ -74,32 +74,32 @@ class ParallelState:
 
     @property
     def tp_pp_label(self) -> str:
-        """Tensor and pipeline rank, as Megatron-LM writes them beside a checkpoint."""
+        """Tensor and pipeline rank, as in Megatron-LM's log lines about checkpoints."""
         return f"[ t {self.tp_rank + 1}/{self.tp_size}, p {self.pp_rank + 1}/{self.pp_size} ]"
 
     @property
     def is_last_pipeline_stage(self) -> bool:
-        """Whether this rank knows the losses."""
+        """Whether this rank is on the last pipeline stage, which computes the losses."""
         return self.pp_rank == self.pp_size - 1
 
     # A replica is a model-parallel group on each context-parallel rank. It has no group of its own: what concerns it
     # goes over the two groups one after the other.
 
     def broadcast_over_replica(self, tensor: torch.Tensor) -> None:
-        """Overwrite ``tensor`` with that of the replica's first rank; a collective call of its ranks."""
+        """Overwrite ``tensor`` with that of the replica's first rank; a collective call of the replica."""
         if self.cp_size > 1 and self.mp_rank == 0:
             dist.broadcast(tensor, dist.get_global_rank(self.cp_group, 0), group=self.cp_group)
         if self.mp_size > 1:
             dist.broadcast(tensor, dist.get_global_rank(self.mp_group, 0), group=self.mp_group)
 
     def sum_over_replica(self, tensor: torch.Tensor) -> None:
-        """Sum ``tensor`` in place over the replica's ranks; a collective call of theirs."""
+        """Sum ``tensor`` in place over the replica's ranks; a collective call of the replica."""
         dist.all_reduce(tensor, group=self.mp_group)
         if self.cp_size > 1:
             dist.all_reduce(tensor, group=self.cp_group)
 
     def gather_over_replica(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the ranks' tensors [m, ..] one after the other [replica size · m, ..]; a collective call of theirs."""
+        """Return the ranks' tensors [m, ..] concatenated [replica size · m, ..]; a collective call of the replica."""
         gathered = _all_gather(tensor, self.mp_group, self.mp_size) if self.mp_size > 1 else tensor
         return _all_gather(gathered, self.cp_group, self.cp_size) if self.cp_size > 1 else gathered
 
@@ -170,9 +170,9 @@ def current_parallel_state() -> ParallelState:
 
 
 def data_parallel_state() -> ParallelState:
-    """Return the state of processes that each hold a whole model, without megatron-core's groups.
+    """Return the state of pure data parallelism, without megatron-core's groups.
 
-    There are no groups of one rank, and none at all in a process without torch.distributed, which is alone.
+    There are no groups of a single rank, and no groups at all without torch.distributed.
     """
     rank, size = world_rank(), world_size()
     world: Any = dist.group.WORLD if dist.is_initialized() else None
@@ -216,7 +216,7 @@ def set_seeds(seed: int, parallel_state: ParallelState) -> None:
 
 
 def free_port() -> int:
-    """Return a TCP port of this host that nobody listens on."""
+    """Return an unused TCP port of this host."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

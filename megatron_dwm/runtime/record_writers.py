@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides the log: JSON lines, TensorBoard and Weights & Biases."""
+"""Writers of a run's records besides the log: JSON lines, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class JsonLines:
-    """Appends records to a file, one JSON object a line, each flushed as it is written.
+    """Appends records to a file, one JSON object per line, each flushed when written.
 
-    A resumed run drops the records that it is about to write again. A run that starts anew leaves another run's records
-    beside, under a name with their time. A log never stops training: lines that are no records are set aside in
+    A resumed run removes the records that it will write again. A run that starts from scratch renames another run's
+    records to a name with their time. A log never stops training: lines that are not records are moved to
     ``<name>.damaged``, and a record that cannot be written is lost with one warning.
     """
 
@@ -36,9 +36,9 @@ class JsonLines:
     ) -> None:
         """
         Args:
-            path: of the file.
-            resumed_at: the iteration that the run goes on from, 0 for a new run.
-            is_made_again: whether a record of that iteration is about to be written again, as those of later ones are.
+            path: the file.
+            resumed_at: the iteration from which the run continues, 0 for a new run.
+            is_made_again: whether a record of that iteration will be written again, as those of later ones will.
 
         Raises:
             UserError: the file cannot be written.
@@ -60,7 +60,7 @@ class JsonLines:
             ) from None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record; numbers that are not finite, which JSON does not know, become null."""
+        """Append one record; numbers that are not finite, which JSON does not support, become null."""
         try:
             self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
             self._file.flush()
@@ -89,7 +89,7 @@ def _finite(value: Any) -> Any:
 
 
 def _keep_records_until(path: Path, iteration: int, is_made_again: Callable[[Mapping[str, Any]], bool]) -> None:
-    """Rewrite ``path`` with its records up to ``iteration``, one line at a time: it may be larger than memory."""
+    """Rewrite ``path`` with its records up to ``iteration``, line by line, because it may be larger than memory."""
     damaged = 0
     with (
         path.open("rb") as lines,
@@ -119,7 +119,7 @@ def _keep_records_until(path: Path, iteration: int, is_made_again: Callable[[Map
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """Return the record in a line with its iteration (0 if it has none); None if it holds no record."""
+    """Return the record in a line and its iteration (0 if it has none); None if it is not a record."""
     try:
         record = parse_object(line)
     except ValueError:
@@ -131,23 +131,23 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 class ScalarWriter(Protocol):
-    """What draws curves."""
+    """A writer of curves."""
 
     def scalar(self, name: str, value: float, iteration: int, samples: int | None = None) -> None:
         """Write a point of the curve ``name``; with ``samples``, also of the curve against them."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left and close."""
 
 
 class _Curves:
-    """Curves that never stop training: when they cannot be written there is one warning, and no more of them."""
+    """Curves that never stop training: the first error while writing is a warning, later values are dropped."""
 
     def __init__(self, name: str, *errors: type[Exception]) -> None:
         """
         Args:
             name: the flag and its value, for the warning.
-            errors: those of writing.
+            errors: the exceptions of writing.
         """
         self._name, self._errors, self._has_failed = name, errors, False
 
@@ -159,7 +159,8 @@ class _Curves:
         except self._errors as error:
             self._has_failed = True
             logger.warning(
-                f"{self._name}: cannot be written ({shortened(error)}); curves are lost from here on", extra=EVERY_RANK
+                f"{self._name}: cannot be written ({shortened(error)}); later values of the curves are lost",
+                extra=EVERY_RANK,
             )
 
 
@@ -191,7 +192,7 @@ class TensorBoard(_Curves):
 
 
 class WeightsAndBiases(_Curves):
-    """A run of Weights & Biases; the library's own environment variables say where it goes (``WANDB_MODE=offline``)."""
+    """A run of Weights & Biases; the library's environment variables control where it goes (``WANDB_MODE=offline``)."""
 
     def __init__(self, flags: LoggingConfig, save: str | None, arguments: Mapping[str, Any]) -> None:
         """

@@ -1,8 +1,8 @@
-"""The ranks of a run meet, and while it starts each shows that it is still there.
+"""The rendezvous of a run's ranks, and their heartbeats during start-up.
 
-They meet at a store, which the first rank holds, or torchrun. A rank that has not come in time is named by the first
-rank. So is one that came and then falls silent: each rank that starts moves a number in the store, its heartbeat.
-Later, when ranks train, the timeout of their collectives does that work.
+Ranks join through a store, which is hosted by the first rank or torchrun. A rank that has not joined in time is named
+by the first rank. So is one that has joined and then stops answering: each rank increments a counter in the store, its
+heartbeat. During training, the timeout of collectives serves the same purpose.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class StoreWatch:
     def __init__(self, timeout: timedelta, seconds: float) -> None:
         """
         Args:
-            seconds: between two looks.
+            seconds: between two checks.
         """
         self._timeout, self._seconds, self._answers = timeout, seconds, 0
         self._ended = threading.Event()
 
     def start(self) -> None:
-        """Begin to watch, in a thread."""
+        """Start to watch, in a thread."""
         threading.Thread(target=self._watch, name="store-watch", daemon=True).start()
 
     def answered(self) -> None:
@@ -62,14 +62,14 @@ class StoreWatch:
 
 
 def meet(rank: int, world_size: int, timeout: timedelta, store_watch: StoreWatch) -> dist.Store:
-    """Meet the other ranks at MASTER_ADDR:MASTER_PORT, and return the store that all of them read and write.
+    """Join the other ranks at MASTER_ADDR:MASTER_PORT, and return the store that all of them use.
 
     Args:
-        store_watch: begins to watch when the store is there, if there are several ranks.
+        store_watch: is started when the store exists, if there are several ranks.
 
     Raises:
-        UserError: the meeting point is no address or cannot be reached, or ranks have not come within the time: the
-            first rank, which is the one to say so, names them.
+        UserError: the address is not valid or cannot be reached, or ranks have not joined in time: the
+            first rank names them.
     """
     host, port = os.environ["MASTER_ADDR"], _port(os.environ["MASTER_PORT"])
     point = f"MASTER_ADDR={host} MASTER_PORT={port}"
@@ -92,7 +92,7 @@ def meet(rank: int, world_size: int, timeout: timedelta, store_watch: StoreWatch
 
     try:
         if ranks.add(str(rank), 1) > 1:
-            raise UserError(f"RANK={rank} is the number of two processes; start the run with torchrun, srun or mpirun")
+            raise UserError(f"RANK={rank} is used by two processes; start the run with torchrun, srun or mpirun")
         if rank == 0:
             missing = _look_who_comes(ranks, has, world_size, timeout)
         else:
@@ -110,13 +110,13 @@ def meet(rank: int, world_size: int, timeout: timedelta, store_watch: StoreWatch
 
 
 class Heartbeats:
-    """The heartbeats of the ranks while the run starts. The first rank looks at all, the others at the first rank's."""
+    """The heartbeats of the ranks during start-up. The first rank checks all others, which check the first rank."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: timedelta, seconds: float) -> None:
         """
         Args:
-            store: a connection of the caller's own.
-            seconds: between two looks.
+            store: a separate connection.
+            seconds: between two checks.
         """
         self._ranks, self._rank, self._timeout = dist.PrefixStore(PATH, store), rank, timeout
         others = list(range(1, world_size)) if rank == 0 else [0]
@@ -126,11 +126,11 @@ class Heartbeats:
         self._most_looks = max(1, round(timeout.total_seconds() / seconds))
 
     def beat(self) -> None:
-        """Move this rank's heartbeat."""
+        """Increment this rank's heartbeat."""
         self._ranks.add(str(self._rank), 1)
 
     def end(self) -> None:
-        """Say that this rank's start is over."""
+        """Report that this rank's start-up is over."""
         self._ranks.set(str(self._rank), OVER)
 
     def require_all(self) -> None:
@@ -149,7 +149,7 @@ class Heartbeats:
 
 
 def silence(ranks: list[int], timeout: timedelta) -> UserError:
-    """Return the error that ranks have fallen silent."""
+    """Return the error that ranks have stopped answering."""
     return UserError(
         f"{named(ranks)} did not answer for {_minutes(timeout)} while the run started: killed, stopped or stuck; "
         "see what is printed there, or raise --distributed-timeout-minutes"
@@ -157,19 +157,19 @@ def silence(ranks: list[int], timeout: timedelta) -> UserError:
 
 
 def named(ranks: list[int]) -> str:
-    """Return the ranks as a message speaks of them."""
+    """Return the ranks as named in messages."""
     shown = ", ".join(map(str, ranks[:20])) + (f" and {len(ranks) - 20} more" if len(ranks) > 20 else "")
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 
 
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**16):
-        raise UserError(f"MASTER_PORT={shortened(text, 40)}: is no port; give a number from 1 to 65535")
+        raise UserError(f"MASTER_PORT={shortened(text, 40)}: not a port; give a number from 1 to 65535")
     return int(text)
 
 
 def _wait_until_reachable(host: str, port: int, timeout: timedelta) -> None:
-    """Wait until the store can be reached; torch's own waiting ends in pages of text.
+    """Wait until the store can be reached; torch's own wait ends with pages of output.
 
     Raises:
         UserError: it cannot be within the time.
@@ -193,7 +193,7 @@ def _wait_until_reachable(host: str, port: int, timeout: timedelta) -> None:
 
 
 def _look_who_comes(ranks: dist.Store, has: Has, world_size: int, timeout: timedelta) -> list[int]:
-    """Return who has not come, and tell it the others; the first rank's part."""
+    """Return the missing ranks, and tell the other ranks; called on the first rank."""
     expected = [str(rank) for rank in range(world_size)]
     has_all = _wait_for(lambda: has(expected), timeout)
     missing = [] if has_all else [rank for rank in range(world_size) if not has([str(rank)])]
@@ -205,10 +205,10 @@ def _look_who_comes(ranks: dist.Store, has: Has, world_size: int, timeout: timed
 
 
 def _hear_who_comes(ranks: dist.Store, has: Has, rank: int, timeout: timedelta) -> list[int]:
-    """Return whom the first rank misses; it may itself come as late as the time allows, and then wait as long.
+    """Return the ranks that the first rank reports as missing; it may itself join just before the timeout.
 
     Raises:
-        UserError: the first rank does not say.
+        UserError: the first rank does not answer.
     """
     if not _wait_for(lambda: has(["missing"]), 2 * timeout + timedelta(seconds=LINGER_SECONDS)):
         raise UserError("rank 0 did not come, or was killed, while the ranks met; see what it has printed")
@@ -219,7 +219,7 @@ def _hear_who_comes(ranks: dist.Store, has: Has, rank: int, timeout: timedelta) 
 
 
 def _wait_for(is_so: Callable[[], bool], timeout: timedelta) -> bool:
-    """Ask again and again, less and less often, until it is so or the time is up; return whether it is."""
+    """Poll a condition, with growing intervals, until it holds or the time is up; return whether it holds."""
     deadline, pause = time.monotonic() + timeout.total_seconds(), 0.02
     while not (found := is_so()) and time.monotonic() < deadline:
         time.sleep(pause)

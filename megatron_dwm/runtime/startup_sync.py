@@ -1,9 +1,9 @@
-"""One rank's error is every rank's error.
+"""Propagation of one rank's error to all ranks.
 
-A user's error may show itself on one process only: a file that is missing on one node, a dataset that only the first
-rank of a replica opens. Processes that did not see it would wait for the others in a collective until a timeout. So
-every rank ends each phase of the start-up by telling the others how it went, and after the start-up a thread of each
-rank looks for a failure that another one has reported. Both go through the rendezvous store, which needs no process
+A user's error may occur on one process only: a file that is missing on one node, a dataset that only the first
+rank of a replica opens. The other processes would wait in a collective until a timeout. Therefore
+every rank ends each phase of the start-up by reporting its result to the others, and after the start-up a thread of
+each rank watches for failures of others. Both use the rendezvous store, which needs no process
 group.
 """
 
@@ -37,18 +37,18 @@ LINGER_SECONDS = 4 * POLL_SECONDS
 
 
 class StartupSync:
-    """Phases that all ranks finish together, or fail together with the same error."""
+    """Phases of the start-up, which all ranks complete together, or fail together with the same error."""
 
     def __init__(self, rank: int, world_size: int, timeout: timedelta, signals: StartSignals | None = None) -> None:
-        """Meet the other ranks at MASTER_ADDR:MASTER_PORT; a lone process meets itself.
+        """Join the other ranks at MASTER_ADDR:MASTER_PORT; a single process also has a store.
 
         Args:
-            timeout: how long ranks are waited for that do not come, or do not answer while the run starts.
-            signals: what ends this rank if it is signaled meanwhile; from now on it ends the others, too.
+            timeout: how long to wait for ranks that do not join, or do not answer during start-up.
+            signals: ends this rank if it receives a signal during start-up; from now on it ends the others, too.
 
         Raises:
-            UserError: the rank is not one of the world's, the variables that name the meeting point are missing, or
-                ranks have not come in time.
+            UserError: the rank is not in the world, MASTER_ADDR or MASTER_PORT is missing, or
+                ranks have not joined in time.
         """
         if not 0 <= rank < world_size:
             raise UserError(
@@ -79,7 +79,7 @@ class StartupSync:
     def phase(self, name: str) -> Iterator[None]:
         """Run a block on every rank; if any rank's raises a UserError, all ranks raise one.
 
-        The rank whose error arrives first raises it as it is; the others raise a :class:`PeerError`, so that it is
+        The rank whose error arrives first raises it unchanged; the others raise a :class:`PeerError`, so that it is
         printed once. The block must not wait for other ranks after a point at which it can raise.
         """
         error: UserError | None = None
@@ -104,7 +104,7 @@ class StartupSync:
             raise PeerError(message)
 
     def _agree(self, name: str, error: UserError | None) -> tuple[bool, str | None]:
-        """Tell the other ranks how the phase went; return whether this rank's error is the first, and the first one."""
+        """Exchange the results of a phase; return whether this rank's error is the first, and the first error."""
         is_first_error = error is not None and self._phases.add(f"{name}/errors", 1) == 1
         if is_first_error:
             self._phases.set(f"{name}/error", str(error))
@@ -123,17 +123,17 @@ class StartupSync:
         return is_first_error, message
 
     def agree_on_command(self, command: str, *, ends_at_once: bool) -> None:
-        """Check that all ranks were asked for the same; every rank calls it, once.
+        """Check that all ranks were started for the same action; every rank calls it once.
 
         Args:
-            command: what this rank was asked for, in words.
-            ends_at_once: whether this process is about to end; the store must then outlive the others' last look.
+            command: the requested action, in words.
+            ends_at_once: whether this process is about to end. The store must then stay until all ranks have read it.
 
         Raises:
             UserError: on every rank, if they differ.
         """
         with self.phase("command"):
-            self.require_same({"what the flags ask for": command}, "command")
+            self.require_same({"the requested action": command}, "command")
         if ends_at_once and self.world_size > 1:
             if self._phases.add("command/left", 1) == self.world_size:
                 self._phases.set("command/everybody-left", "yes")
@@ -143,7 +143,7 @@ class StartupSync:
     def require_same(self, facts: Mapping[str, str], name: str = "facts") -> None:
         """Check that this rank's facts are those of the first rank; every rank calls it inside a :meth:`phase`.
 
-        A fact that one of the two lacks is not compared.
+        A fact that one of the two does not have is not compared.
 
         Args:
             name: of these facts, of which there may be several.
@@ -164,7 +164,7 @@ class StartupSync:
                 )
 
     def watch_peers(self) -> None:
-        """From now on, end this process when another one reports a failure, or falls silent while the run starts.
+        """From now on, end this process if another one reports a failure, or stops answering during start-up.
 
         A rank that waits in a collective for one that has failed would otherwise wait until the collective's timeout.
         It ends within :data:`POLL_SECONDS`, with the exit code of a user's error or 1.
@@ -174,14 +174,14 @@ class StartupSync:
             self._watcher.start()
 
     def end_start(self) -> None:
-        """Stop looking for silent ranks: from now on ranks meet in collectives, which have a timeout."""
+        """Stop checking heartbeats: from now on ranks wait in collectives, which have a timeout."""
         self._started.set()
         self._store_watch.end()
         if self._signals is not None:
             self._signals.close()
 
     def end_signaled(self, name: str) -> NoReturn:
-        """End all ranks after a signal that came while the run started; the first to say so prints why.
+        """End all ranks after a signal during start-up; the first rank to report it prints the message.
 
         Args:
             name: of the signal.
@@ -198,10 +198,10 @@ class StartupSync:
         self._end(json.loads(failures.get("first")), failures)
 
     def report_failure(self, error: BaseException) -> bool:
-        """Tell the other ranks why this one ends.
+        """Report to the other ranks why this one ends.
 
         Returns:
-            whether this is the first failure of the run: those that follow from it need not be printed.
+            whether this is the first failure of the run; those that it causes need not be printed.
         """
         self._finished.set()
         self._store_watch.end()
@@ -236,7 +236,7 @@ class StartupSync:
         return silent
 
     def _description(self, error: BaseException) -> str:
-        """Return what is reported of an error."""
+        """Return the description of an error for other ranks."""
         code = EXIT_CODE if isinstance(error, UserError) else 1
         text = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
@@ -264,14 +264,14 @@ class StartupSync:
         self._end(failure, self._failures)
 
     def finish(self) -> None:
-        """Stop watching: the run has ended well, and its ranks leave one after the other."""
+        """Stop watching: the run has ended normally, and its ranks exit one after the other."""
         self._finished.set()
         self._store_watch.end()
         if self._watcher is not None:  # it tells the others that this rank is not silent, but has ended
             self._watcher.join(POLL_SECONDS)
 
     def linger(self) -> None:
-        """Stay after a reported failure until the others have read of it, if this is the rank that holds the store."""
+        """Wait after a reported failure until the others have read it, if this rank hosts the store."""
         if not (self._everybody_knows or self.is_store_lost):
             self._linger(self._failures)
 
@@ -312,7 +312,7 @@ class StartupSync:
             return
 
     def _require_heartbeats(self, heartbeats: Heartbeats, failures: dist.Store) -> None:
-        """End this process if another one has fallen silent."""
+        """End this process if another one has stopped answering."""
         try:
             heartbeats.require_all()
         except UserError as error:

@@ -1,8 +1,8 @@
-"""``--log-straggler``: which rank of a run is slow, by megatron-core's detector.
+"""``--log-straggler``: reports slow ranks, with megatron-core's detector.
 
 It times each rank's forward passes and the reading of batches, and reads its GPU's temperature, power, utilization and
-clock. With every log line the first rank prints the least and the most of each, and whose they are. A connection to
-``--straggler-ctrlr-port`` of the first rank's machine turns it off or on.
+clock. With every log line the first rank prints the minimum and maximum of each, and the ranks that have them. A
+connection to ``--straggler-ctrlr-port`` of the first rank's machine turns it off or on.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from megatron_dwm.runtime.logging import print_messages_of
 
 
 class StragglerReport:
-    """megatron-core's detector; without ``--log-straggler`` no call does anything."""
+    """megatron-core's detector; without ``--log-straggler`` all calls do nothing."""
 
     def __init__(self, flags: ProfilingConfig, rank: int, world_size: int) -> None:
         """
         Raises:
-            UserError: the flags ask for it, and there is no GPU.
+            UserError: the flag is given, and there is no GPU.
         """
         self._detector: Any = None
         self._operations, self._iterations = 0.0, 0
@@ -49,7 +49,7 @@ class StragglerReport:
 
     @property
     def forward_pass(self) -> AbstractContextManager[Any]:
-        """What every forward pass of a training step is to run in."""
+        """Return the context in which every forward pass of a training step must run."""
         return nullcontext() if self._detector is None else self._detector
 
     def count(self, operations: float) -> None:
@@ -57,7 +57,7 @@ class StragglerReport:
         self._operations, self._iterations = self._operations + operations, self._iterations + 1
 
     def report(self) -> None:
-        """Print what was found since the last report; collective."""
+        """Print a report since the last one; collective."""
         if self._detector is not None and self._iterations > 0:
             self._detector.report(self._operations, self._iterations)
         self._operations, self._iterations = 0.0, 0

@@ -1,7 +1,7 @@
 """Timers of a run: megatron-core's, with Megatron-LM's names and log lines.
 
-megatron-core's schedules and optimizers start and stop timers themselves where their configuration has some. It has
-them only while a training step runs, as the passes of evaluations and outer updates would count as the step's.
+megatron-core's schedules and optimizers start and stop timers if their configuration has any. It has
+them only during training steps, because passes of evaluations and outer updates would otherwise be counted too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LEVELS = {**dict.fromkeys(ONCE_AN_ITERATION, 1), **dict.fromkeys(OFTEN, 2)}
 
 
 class StepTimers:
-    """The timers of ``--timing-log-level``; at level 0 there are none, and no call does anything."""
+    """The timers of ``--timing-log-level``; at level 0 there are none, and all calls do nothing."""
 
     def __init__(self, flags: ProfilingConfig) -> None:
         self._level, self._has_barrier = flags.timing_log_level, flags.barrier_with_L1_time
@@ -54,7 +54,7 @@ class StepTimers:
         timer.stop()
 
     def attached(self, *configs: Any) -> AbstractContextManager[None]:
-        """Return a block in which megatron-core times what it does.
+        """Return a block in which megatron-core's own timers are active.
 
         Args:
             configs: megatron-core's, of the model and of the optimizer.
@@ -94,7 +94,7 @@ class StepTimers:
 
         Args:
             iterations: over which the times were taken.
-            should_reset: whether the timers begin anew.
+            should_reset: whether the timers are reset.
 
         Returns:
             the lines, on every rank; None if nothing was timed.

@@ -1,7 +1,7 @@
-"""Checkpoints written: in megatron-core's format ``torch_dist``, or in Megatron-LM's older one, ``torch``.
+"""Writing of checkpoints, in megatron-core's format ``torch_dist`` or in Megatron-LM's older format, ``torch``.
 
 A checkpoint's folder (``checkpoint_folders.py``) holds what ``checkpoint_contents.py`` names, the weighting's state in
-``dwm_state.pt`` and the checksums of all files. It is written beside its place and put there when it is whole, so an
+``dwm_state.pt`` and the checksums of all files. It is written under a temporary name and renamed when complete, so an
 interrupted save loses nothing.
 """
 
@@ -56,7 +56,7 @@ KEPT_NON_PERSISTENT = 2
 
 
 class CheckpointWriter:
-    """Writes checkpoints; with ``--async-save`` while training goes on.
+    """Writes checkpoints; with ``--async-save`` in the background.
 
     Every method is collective.
     """
@@ -72,7 +72,7 @@ class CheckpointWriter:
         """
         Args:
             save_folder: the first rank's hold on the folder, which ends when the writer is closed.
-            progress: where checkpoints are noted.
+            progress: the log in which checkpoints are noted.
         """
         self.config, self.components, self.parallel_state = config, components, parallel_state
         self._save_folder, self._progress = save_folder, progress or ProgressLog(None)
@@ -88,11 +88,11 @@ class CheckpointWriter:
             self._queue = AsyncCallsQueue(persistent=torch.cuda.is_available())
 
     def save(self, train_state: TrainState, dwm_state: dict[str, Any], *, persistent: bool = True) -> None:
-        """Write a checkpoint, or begin to; none of a model whose parameters are not finite.
+        """Write a checkpoint, or start to write it; skip it if the model's parameters are not finite.
 
         Args:
             dwm_state: the weighting's state; none is written if it is empty.
-            persistent: whether it is to stay until ``--save-retain-interval`` says otherwise; of the others only the
+            persistent: whether to keep it according to ``--save-retain-interval``; of the others only the
                 newest two are kept.
 
         Raises:
@@ -147,15 +147,15 @@ class CheckpointWriter:
             self._progress.saved(train_state, is_async=self._queue is not None)
 
     def poll(self) -> None:
-        """Put a checkpoint that has been written in the background into its place."""
+        """Publish a checkpoint that has been written in the background, if there is one."""
         self._finalize(blocking=False)
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is in its place."""
+        """Wait until the last checkpoint is complete."""
         self._finalize(blocking=True)
 
     def close(self) -> None:
-        """Finish, end the background's worker, and let other runs have the folder."""
+        """Finish, end the background worker, and release the folder."""
         self.finish()
         if self._queue is not None:
             self._queue.close()
@@ -206,7 +206,7 @@ class CheckpointWriter:
         return request
 
     def _publish(self, root: Path, beside: Path, iteration: int) -> None:
-        """Put the whole checkpoint into its place and name it as the latest; the first rank's work."""
+        """Rename the complete checkpoint to its final name and make it the latest; called on the first rank."""
         if not self.parallel_state.is_first_rank:
             return
         if self.config.checkpoint.checkpoint_checksums:
@@ -243,7 +243,7 @@ class CheckpointWriter:
 
     @contextlib.contextmanager
     def _reported_failure(self, root: Path, beside: Path, iteration: int) -> Iterator[None]:
-        """Turn what fails in writing into a UserError, and leave nothing half-written.
+        """Turn failures of writing into a UserError, and remove half-written files.
 
         Raises:
             UserError: the block failed.
@@ -278,14 +278,14 @@ class CheckpointWriter:
 
 
 def _write_with_checksums(write: Callable[..., None], folder: Path, rank: int, buckets: Any, results: Any) -> None:
-    """Write one rank's files, maybe in a process of its own, then leave their checksums beside them."""
+    """Write one rank's files, possibly in a separate process, and their checksums next to them."""
     write(rank, buckets, results)
     with contextlib.suppress(OSError):  # a failed write is in the results, and raised from there
         write_rank_checksums(folder, rank, [Path(bucket[0]) for bucket in buckets])
 
 
 def _is_unretained(previous: Path | None, current: Path, retain_interval: int | None) -> bool:
-    """Whether the checkpoint before this one is not to be kept."""
+    """Whether the checkpoint before this one is not retained."""
     if retain_interval is None or previous is None or previous == current or previous.is_symlink():
         return False
     return iteration_of(previous) % retain_interval != 0  # 0, a release, is kept

@@ -14,13 +14,13 @@ _PARTIAL = ".checksums.rank{}.json"
 
 
 def write_rank_checksums(folder: Path, rank: int, files: Iterable[Path]) -> None:
-    """Leave the checksums of the files that one rank has written in ``folder`` for :func:`write_checksums`."""
+    """Write the checksums of the files that one rank has written to ``folder``, for :func:`write_checksums`."""
     sums = {path.name: vars(checksum(path)) for path in files}
     (folder / _PARTIAL.format(rank)).write_text(json.dumps(sums))
 
 
 def write_checksums(folder: Path) -> None:
-    """Write ``checksums.json`` for all files in ``folder``, with what the ranks have left of theirs."""
+    """Write ``checksums.json`` for all files in ``folder``, from the checksums that the ranks have written."""
     sums: dict[str, Any] = {}
     for partial in folder.glob(_PARTIAL.format("*")):
         sums.update(json.loads(partial.read_text()))
@@ -34,7 +34,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def read_checksums(folder: Path) -> dict[str, Checksum] | None:
-    """Return the checksums of a checkpoint's files by path in it; None if it was written without.
+    """Return the checksums of a checkpoint's files by relative path; None if it was written without checksums.
 
     Raises:
         ValueError: ``checksums.json`` is not what :func:`write_checksums` writes.
@@ -49,6 +49,6 @@ def read_checksums(folder: Path) -> dict[str, Checksum] | None:
 
 
 def part_of_rank(checksums: Mapping[str, Checksum], rank: int, world_size: int) -> dict[str, Checksum]:
-    """Return the checksums that one of several ranks verifies; together they verify all, each about as many bytes."""
+    """Return the checksums that this rank verifies; the ranks together verify all, about equally many bytes each."""
     by_size = sorted(checksums.items(), key=lambda item: (-item[1].bytes, item[0]))
     return dict(by_size[rank::world_size])

@@ -18,7 +18,7 @@ from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.training.train_state import TrainComponents, TrainState
 
 EVALUATIONS_DUE = "dwm_evaluations_due"
-"""The argument, which only a run has that was stopped in an evaluation."""
+"""The argument that lists them; only a run that was stopped during an evaluation has it."""
 
 VERSION = 3.0
 """Of the layout of these keys, as Megatron-LM counts it."""
@@ -46,7 +46,7 @@ def sharded_state(
 
 
 def unsharded_state(config: RunConfig, components: TrainComponents, train_state: TrainState) -> dict[str, Any]:
-    """Return what is the same on every rank."""
+    """Return the state that is the same on every rank."""
     return {
         "args": Namespace(**vars(megatron_arguments(config, train_state)), **components.vocabulary.arguments),
         "checkpoint_version": VERSION,
@@ -69,7 +69,7 @@ def model_key(components: TrainComponents, number: int) -> str:
 
 
 def megatron_arguments(config: RunConfig, train_state: TrainState) -> Namespace:
-    """Return the arguments as Megatron-LM keeps them: plain values under its own names."""
+    """Return the arguments as in Megatron-LM's checkpoints: plain values under Megatron-LM's names."""
     model = config.model
     derived = {
         "world_size": config.world_size,
@@ -88,7 +88,7 @@ def megatron_arguments(config: RunConfig, train_state: TrainState) -> Namespace:
 
 
 def sharding_metadata(parallel: ParallelConfig, checkpoint: CheckpointConfig) -> dict[str, Any]:
-    """Return how megatron-core is to shard the state that is saved."""
+    """Return the metadata that tells megatron-core how to shard the saved state."""
     metadata: dict[str, Any] = {
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
@@ -104,7 +104,7 @@ def sharding_metadata(parallel: ParallelConfig, checkpoint: CheckpointConfig) ->
 
 
 def data_parallel_group() -> Any:
-    """Return the group over which megatron-core spreads what all replicas hold."""
+    """Return the group over which megatron-core distributes the saving of replicated state."""
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -1,4 +1,4 @@
-"""Where checkpoints are, in Megatron-LM's folders.
+"""The layout of checkpoint folders, which is Megatron-LM's.
 
 ``<save>/iter_0000100/`` is a checkpoint. ``<save>/latest_checkpointed_iteration.txt``, the tracker, names the newest or
 says ``release``: then ``<save>/release/`` holds a model to start from. ``<save>/non_persistent/`` has its own tracker.
@@ -26,7 +26,7 @@ def iteration_folder(folder: Path, iteration: int) -> Path:
 
 
 def iteration_of(folder: Path) -> int:
-    """Return the iteration at which a run goes on from a checkpoint's folder."""
+    """Return the iteration of the checkpoint in a folder."""
     return 0 if folder.name == RELEASE else int(folder.name.removeprefix("iter_"))
 
 
@@ -55,13 +55,13 @@ def non_persistent_folder(flags: CheckpointConfig, root: str) -> Path:
 
 
 def latest_checkpoint(flags: CheckpointConfig) -> Path | None:
-    """Return the checkpoint folder that ``--load`` (and ``--ckpt-step``) name; None to start anew.
+    """Return the checkpoint folder that ``--load`` (and ``--ckpt-step``) name; None to start from scratch.
 
     A non-persistent checkpoint is taken if it is as new as the persistent one, with ``--non-persistent-ckpt-type``.
 
     Raises:
-        UserError: there is no such checkpoint. Only a run that continues in its own ``--save`` folder starts anew where
-            that holds none yet: the same command then starts it and goes on with it.
+        UserError: there is no such checkpoint. Only a run whose ``--load`` is its ``--save`` folder may start without a
+            checkpoint, so that the same command starts it and continues it.
     """
     if flags.load is None:
         return None
@@ -136,12 +136,12 @@ def tracked(root: Path) -> Path | None:
 
 
 def retired_mark(folder: Path) -> Path:
-    """Return the file that marks a checkpoint to be deleted as soon as the tracker names another."""
+    """Return the file that marks a checkpoint for deletion as soon as the tracker names another one."""
     return folder.with_name(f".{folder.name}.retired")
 
 
 def delete_retired(root: Path) -> None:
-    """Delete the checkpoints that are marked to go, unless the tracker still names them."""
+    """Delete the checkpoints that are marked for deletion, unless the tracker still names them."""
     current = tracked(root)
     for mark in root.glob(".iter_*.retired"):
         folder = root / mark.name.removeprefix(".").removesuffix(".retired")
@@ -151,7 +151,7 @@ def delete_retired(root: Path) -> None:
 
 
 def _what_is_there(root: Path) -> str:
-    """Return what ``--load`` names in place of a folder of checkpoints, and the remedy."""
+    """Return what was found at ``--load`` instead of a folder of checkpoints, and the remedy."""
     if not root.exists():
         return "does not exist; check the path, or leave it out to start anew"
     if not root.is_dir():

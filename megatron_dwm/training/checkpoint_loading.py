@@ -1,4 +1,4 @@
-"""Checkpoints loaded: the model, the optimizer, the schedule and the counters, from either format."""
+"""Loading of checkpoints: model, optimizer, schedule and counters, from either format."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def load_checkpoint(
     with_optimizer = should_load_optimizer(config.checkpoint, saved)
     with_rng = not (starts_anew or flags.no_load_rng) and _has_rng(saved)
     if with_rng and not has_same_layout(config.parallel, saved):
-        logger.info(" > random state is not taken over: it belongs to another TP or PP size")
+        logger.info(" > the random state is not loaded: it belongs to another TP or PP size")
         with_rng = False
 
     if isinstance(saved, TorchCheckpoint):
@@ -71,7 +71,7 @@ def load_checkpoint(
             logger.info(line)
     else:
         if not (starts_anew or flags.no_load_optim):
-            logger.info(" > the checkpoint holds no optimizer state: optimizer and schedule start anew")
+            logger.info(" > the checkpoint holds no optimizer state: optimizer and schedule start from scratch")
         if config.optimizer.fp16 or config.optimizer.bf16:
             components.optimizer.reload_model_params()
     if with_rng:
@@ -136,7 +136,7 @@ def _load_sharded(saved: SavedCheckpoint, flags: CheckpointConfig, template: dic
     """Load a template of sharded tensors; every rank calls it.
 
     Raises:
-        UserError: the files are damaged, or differ from the template in what ``--dist-ckpt-strictness`` refuses.
+        UserError: the files are damaged, or differ from the template in a way that ``--dist-ckpt-strictness`` refuses.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException

@@ -1,6 +1,6 @@
 """Tensors of a checkpoint's ``.distcp`` files, read and written part by part: models larger than memory.
 
-torch's planners say which part of which tensor lies where; its readers and writers ask them for one part at a time.
+torch's planners define which part of which tensor is where; its readers and writers request one part at a time.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _PartPlanner(DefaultLoadPlanner):
 
 @dataclass(frozen=True)
 class TensorPart:
-    """A part of a tensor, which is made when it is written."""
+    """A part of a tensor, computed when it is written."""
 
     first: tuple[int, ...]
     size: tuple[int, ...]
@@ -66,7 +66,7 @@ class TensorPart:
 
 @dataclass(frozen=True)
 class TensorOfParts:
-    """A tensor to write."""
+    """A tensor to write in parts."""
 
     size: tuple[int, ...]
     dtype: torch.dtype
@@ -79,11 +79,11 @@ def write_parts(
     objects: Mapping[str, Any],
     on_write: Callable[[int], object] = lambda size: None,
 ) -> None:
-    """Write tensors, one part in memory at a time, and objects as a checkpoint's ``.distcp`` files.
+    """Write tensors and objects as a checkpoint's ``.distcp`` files, with one part in memory at a time.
 
     Args:
         folder: the checkpoint's.
-        on_write: told the bytes of each part.
+        on_write: called with the size in bytes of each part.
     """
     from torch.distributed.checkpoint.api import CheckpointException  # a BaseException: nothing else catches it
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -111,7 +111,7 @@ class _PartsPlanner(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """Make the part that is to be written next."""
+        """Compute the part that is written next."""
         if index.fqn not in self.tensors:
             return super().lookup_object(index)
         (part,) = (part for part in self.tensors[index.fqn].parts if part.first == tuple(index.offset or ()))

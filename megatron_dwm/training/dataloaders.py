@@ -92,19 +92,19 @@ class Dataloaders:
         self.test = self._evaluated(self.datasets.test, 0) if has_test else None
 
     def target(self, consumed: int) -> BatchLoader:
-        """The target set's reader, ``consumed`` samples in."""
+        """Return a loader of the target set, after ``consumed`` samples."""
         dataset, partition = self.datasets.target, self.target_partition
         total = len(dataset) if dataset is not None else 1
         sampler = ShuffledSampler(total, consumed, partition, self.config.training.seed)
         return self._loader(dataset, sampler, partition)
 
     def peek(self, consumed_train: int, consumed_target: int) -> tuple[Batch, Batch]:
-        """Return the next training and target samples; the run's loaders read them again."""
+        """Return the next training and target samples without consuming them."""
         train = self._sequential(self.datasets.train, consumed_train, self.train_partition)
         return train.next_batch(), self.target(consumed_target).next_batch()
 
     def _check_samples(self, consumed: Consumed) -> None:
-        """Refuse datasets that cannot fill the batches that the run reads, or of which no token's loss counts."""
+        """Refuse datasets that are too small for the run's batches, or in which no token's loss counts."""
         if self.parallel_state.replica_rank != 0:
             return
         if self.datasets.train is None:
@@ -139,7 +139,7 @@ class Dataloaders:
             loader.close()
 
     def _evaluated_splits(self) -> tuple[bool, bool]:
-        """Whether there is validation and test data, as rank 0, which reads it, knows."""
+        """Whether there is validation and test data; rank 0, which reads the data, tells the others."""
         present = [self.datasets.valid is not None, self.datasets.test is not None]
         dist.broadcast_object_list(present, src=0)
         asked = (self.config.data.has_validation, self.config.data.eval_iters > 0)
@@ -152,7 +152,7 @@ class Dataloaders:
         return EvaluationData(self._sequential(dataset, consumed), {"": self.config.data.eval_iters})
 
     def _validation(self, consumed: int, names: list[str]) -> EvaluationData:
-        """Return what an evaluation on the validation data reads; a collective call of all ranks."""
+        """Return the data of an evaluation on the validation set; a collective call of all ranks."""
         data, sets = self.config.data, self.datasets.valid
         if not data.validates_sets:
             return self._evaluated(sets, consumed)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What an evaluation reads."""
+    """The data that an evaluation reads."""
 
     loader: BatchLoader
     """Of all sets, one after the other."""
@@ -41,12 +41,12 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Mean loss of the unmasked tokens; not a number where they were not counted."""
+        """Mean loss of the unmasked tokens; NaN if they were not counted."""
         return float(self.sums[0] / self.sums[1])
 
     @classmethod
     def of_all(cls, parts: Sequence[Evaluation]) -> Evaluation:
-        """Return the evaluation of the data of several together."""
+        """Return the combined result of several evaluations."""
         return cls(torch.stack([part.sums for part in parts]).sum(dim=0))
 
 
@@ -66,7 +66,7 @@ def evaluate(
     Args:
         log_progress: whether to log each batch.
         dtype: of the sums; Megatron-LM's are float32, which counts 2^24 tokens exactly.
-        before_batch: called on every rank; may raise to break the evaluation off.
+        before_batch: called on every rank; may raise to stop the evaluation.
     """
     if log_progress:
         logger.info(f"Evaluating on {batches * batch_loader.partition.global_samples} samples")

@@ -1,9 +1,9 @@
 """A lock on a folder, which one process holds at a time, on one machine or on many that share a file system.
 
 The lock is the operating system's on the file ``.lock`` (POSIX ``fcntl``): it ends with the process that holds it,
-however that ends, and children do not inherit it. NFS passes it on to its server. Some mounts do not: Lustre without
-``flock`` refuses it, and NFS with ``nolock`` or ``local_lock`` keeps it on one machine without saying so. There
-counts that the holder touches a file beside it, its heartbeat: a folder whose heartbeat moves is not taken.
+however it ends, and children do not inherit it. NFS forwards it to its server. Some mounts do not: Lustre without
+``flock`` refuses it, and NFS with ``nolock`` or ``local_lock`` silently keeps it on one machine. For these cases
+the holder regularly touches a second file, its heartbeat, and a folder whose heartbeat moves is not taken.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ SETTLE_SECONDS = 2.0
 
 
 class FolderLock:
-    """A folder held by this process until it ends or closes the lock."""
+    """A lock on a folder, held by this process until it ends or closes the lock."""
 
     def __init__(self, flag: str, folder: Path) -> None:
-        """Take the folder, which is there.
+        """Lock an existing folder.
 
         Args:
-            flag: what names it, for messages.
+            flag: the flag that names the folder, for messages.
 
         Raises:
-            UserError: another process holds it, or its lock is no file.
+            UserError: another process holds it, or its lock is not a file.
         """
         self.flag, self.folder = flag, folder
         self._closed = threading.Event()
@@ -63,7 +63,7 @@ class FolderLock:
         threading.Thread(target=self._beat, name="folder-lock", daemon=True).start()
 
     def close(self) -> None:
-        """Let another process have the folder."""
+        """Release the folder."""
         self._closed.set()
         with contextlib.suppress(OSError):
             (self.folder / HEARTBEAT).unlink(missing_ok=True)
@@ -71,14 +71,14 @@ class FolderLock:
         self._file.close()
 
     def _lock(self) -> bool:
-        """Take the operating system's lock; return whether the file system has any."""
+        """Take the operating system's lock; return whether the file system supports locks."""
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 self._refuse(_owner(self._file))
             logger.warning(
-                f"{self.flag} {self.folder}: its file system knows no locks ({error.strerror}); whether another run "
+                f"{self.flag} {self.folder}: its file system has no locks ({error.strerror}); whether another run "
                 f"writes there shows by {HEARTBEAT}, which a run touches every {HEARTBEAT_SECONDS:.0f} s"
             )
             return False
@@ -87,12 +87,12 @@ class FolderLock:
     def _refuse(self, owner: dict[str, Any] | None) -> NoReturn:
         self._file.close()
         raise UserError(
-            f"{self.flag} {self.folder}: another run writes there ({_description(owner)}); end it, or give another "
+            f"{self.flag} {self.folder}: another run is writing there ({_description(owner)}); end it, or give another "
             "folder"
         )
 
     def _wait_for_end_of(self, owner: dict[str, Any] | None) -> None:
-        """Wait until the heartbeat of a holder whom the lock does not show has stood still for long enough.
+        """Wait until the heartbeat of a holder that the lock does not reveal has not moved for long enough.
 
         Raises:
             UserError: it moves.
@@ -111,7 +111,7 @@ class FolderLock:
                 self._refuse(owner)
 
     def _own(self, *, is_certain: bool) -> None:
-        """Write who holds the folder, and where no lock decides, look whether another one has done so just then.
+        """Record who holds the folder; without a lock, check that no other process has done so at the same time.
 
         Raises:
             UserError: another one has.
@@ -134,7 +134,7 @@ class FolderLock:
                 os.utime(self.folder / HEARTBEAT)
 
     def _heartbeat(self) -> int | None:
-        """Return when the heartbeat moved last, by the clock of the file system; None if there is none."""
+        """Return the time of the last heartbeat, by the clock of the file system; None if there is none."""
         try:
             # Opened anew: NFS then asks its server.
             descriptor = os.open(self.folder / HEARTBEAT, os.O_RDONLY)
@@ -146,13 +146,13 @@ class FolderLock:
             os.close(descriptor)
 
     def _age_of(self, heartbeat: int | None) -> float:
-        """Return the seconds since the heartbeat moved, by the same clock."""
+        """Return the seconds since the last heartbeat, by the same clock."""
         with tempfile.TemporaryFile(dir=self.folder) as now:
             return 0.0 if heartbeat is None else max(0.0, (os.fstat(now.fileno()).st_mtime_ns - heartbeat) / 1e9)
 
 
 def _owner(file: TextIO) -> dict[str, Any] | None:
-    """Return what the lock's file says of its holder, if anything."""
+    """Return what the lock's file says about its holder; empty if it says nothing."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         file.seek(0)
         owner = json.loads(file.readline())

@@ -1,4 +1,4 @@
-"""The schedule of learning rate and weight decay: from the flags, from a checkpoint, and which of the two counts.
+"""The schedule of learning rate and weight decay: from the flags or from a checkpoint, and which of the two is used.
 
 megatron-core counts a schedule in samples.
 """
@@ -102,7 +102,7 @@ def resume_schedule(scheduler: Any, schedule: Schedule, consumed: int) -> None:
     """Continue ``schedule`` after ``consumed`` samples, in the scheduler and in its optimizer's parameter groups.
 
     megatron-core's own loading would keep the highest and lowest learning rate that the checkpoint has for each
-    group whatever the flags say, and leave the flags' weight decay for one step when it takes the checkpoint's.
+    group regardless of the flags, and use the flags' weight decay for one step when it takes the checkpoint's.
     """
     for field in dataclasses.fields(Schedule):
         if hasattr(scheduler, field.name):
@@ -119,7 +119,7 @@ def resume_schedule(scheduler: Any, schedule: Schedule, consumed: int) -> None:
 
 @dataclass(frozen=True)
 class Resumed:
-    """The schedule that a resumed run follows, and what is to be said of it."""
+    """The schedule that a resumed run follows, and the messages to log about it."""
 
     schedule: Schedule
     messages: tuple[str, ...] = ()
@@ -135,8 +135,8 @@ def choose_schedule(
 ) -> Resumed:
     """Return the schedule of a run that resumes from a checkpoint.
 
-    As in Megatron-LM the two must agree unless a flag says which one counts. But for the length: a run that is made
-    longer or shorter spreads its decay over the new length, where the decay has no length of its own.
+    As in Megatron-LM the two must agree unless a flag says which to use. The length is an exception: a run that is made
+    longer or shorter spreads its decay over the new length, unless the flags give the length of the decay.
 
     Raises:
         UserError: they differ in more than the length.

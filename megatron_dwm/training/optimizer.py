@@ -36,10 +36,10 @@ def build_optimizer(config: RunConfig, chunks: Sequence[ModelChunk]) -> Optimize
 
 
 def allocate_state(optimizer: Optimizer) -> None:
-    """Give an optimizer that has not stepped yet the state that it would start from: zeros.
+    """Create the initial state, zeros, of an optimizer that has not made a step yet.
 
-    A checkpoint holds the state that there is, and is loaded into the state that there is. Torch's optimizers have none
-    before their first step, and megatron-core counts on Transformer Engine's or Apex's Adam to have some.
+    A checkpoint is loaded into existing state, and only existing state is saved. Torch's optimizers have none
+    before their first step, while megatron-core relies on Transformer Engine's or Apex's Adam, which do.
     """
     for part in optimizer_parts(optimizer):
         if part.optimizer is not None:
@@ -63,5 +63,5 @@ def _initial_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], para
 
 
 def counts_steps_in_groups(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether Adam counts its steps in the parameter groups (Transformer Engine, Apex), not beside each parameter."""
+    """Whether Adam counts its steps per parameter group (Transformer Engine, Apex), not per parameter."""
     return not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))

@@ -1,4 +1,4 @@
-"""Loading the optimizer's state of a checkpoint, whichever kind of optimizer saved it.
+"""Loading of the optimizer's state from a checkpoint, whatever kind of optimizer saved it.
 
 The kinds differ in where a checkpoint keeps the moments of a parameter, and its fp32 copy if the model is in half
 precision. ``KEY`` is the parameter's key in the model:
@@ -54,7 +54,7 @@ class NativeState:
         self.optimizer, self.metadata = optimizer, dict(metadata)
 
     def template(self, sharded_model: dict[str, Any]) -> dict[str, Any]:
-        """Return what is to be loaded together with the model."""
+        """Return the template that is loaded together with the model."""
         allocate_state(self.optimizer)
         with _keeping_hyperparameters(_only_part(self.optimizer)):
             state = self.optimizer.sharded_state_dict(sharded_model, is_loading=True, metadata=self.metadata)
@@ -75,7 +75,7 @@ class ModelSpaceState:
         self._templates: dict[torch.nn.Parameter, dict[str, Any]] = {}
 
     def template(self, sharded_model: dict[str, Any]) -> dict[str, Any]:
-        """Return nothing: it is loaded after the model, whose own tensors may be among what is read."""
+        """Return nothing: the state is loaded after the model, because it may include the model's own tensors."""
         main = next((f"{STATE}{name}" for name in ("fp32_param", PARAM) if _has_state(self.saved, name)), None)
         prefixes = {PARAM: main, **{name: STATE + name for name in MOMENTS if _has_state(self.saved, name)}}
         for param, entry in _sharded_parameters(self.components, sharded_model):
@@ -83,7 +83,7 @@ class ModelSpaceState:
         return {}
 
     def apply(self, loaded: Mapping[str, Any]) -> None:
-        """Load the tensors and put them where the run's optimizer keeps them."""
+        """Load the tensors and copy them to where the run's optimizer keeps them."""
         states = self.load({str(number): state for number, state in enumerate(self._templates.values())})
         by_parameter = {param: states[str(number)] for number, param in enumerate(self._templates)}
         common = self.saved.common["optimizer"]
@@ -97,11 +97,11 @@ class BucketState:
         self.components, self.saved, self.model_parallel_rank = components, saved, model_parallel_rank
 
     def template(self, sharded_model: dict[str, Any]) -> dict[str, Any]:
-        """Return nothing: buckets are read by themselves."""
+        """Return nothing: buckets are read separately."""
         return {}
 
     def apply(self, loaded: Mapping[str, Any]) -> None:
-        """Read the buckets and put their tensors where the run's optimizer keeps them.
+        """Read the buckets and copy their tensors to where the run's optimizer keeps them.
 
         Raises:
             UserError: the buckets do not hold this rank's parameters.
@@ -139,7 +139,7 @@ def choose_reader(
     model_parallel_rank: int,
     load: Load,
 ) -> NativeState | ModelSpaceState | BucketState:
-    """Return how the optimizer's state is to be loaded.
+    """Return the reader that can load the checkpoint's optimizer state.
 
     Args:
         metadata: how the checkpoint's state is sharded.
@@ -173,7 +173,7 @@ def _bucket_object(model_parallel_rank: int, name: str) -> str:
 
 
 def _template_of(entry: Any, param: torch.Tensor, prefix: str | None) -> Any:
-    """Return what to load a parameter's state tensor into; without a prefix, its value in the model.
+    """Return the template to load a parameter's state tensor into; without a prefix, its value in the model.
 
     Args:
         entry: megatron-core's description of the parameter's place in the checkpoint.
@@ -192,7 +192,7 @@ def unpack_buckets(
     """Return each parameter's tensors from the flat buckets of one model chunk.
 
     megatron-core fills buckets with the parameters from the last to the first, each from a multiple of
-    :data:`START_ALIGNMENT` on. A bucket ends with its last parameter, by which it is told where the next one begins.
+    :data:`START_ALIGNMENT`. A bucket ends with its last parameter, which shows where the next one begins.
 
     Args:
         buckets: flat tensors by name, in order.
@@ -226,10 +226,10 @@ def unpack_buckets(
 
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """Load state of the optimizer's own kind; hyperparameters stay those of the flags.
+    """Load state that was saved by the same kind of optimizer; hyperparameters stay those of the flags.
 
-    Beyond megatron-core's ``load_state_dict`` this holds for torch's optimizers, and for parameter groups that differ
-    in their learning rates alone, which megatron-core takes for one.
+    Unlike megatron-core's ``load_state_dict`` this works for torch's optimizers, and for parameter groups that differ
+    only in their learning rates, which megatron-core takes for one group.
     """
     part = _only_part(optimizer)
     inner = _inner(state)
@@ -247,7 +247,7 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
 
 
 def saved_step(inner: Mapping[str, Any]) -> float | None:
-    """Return how often an optimizer had stepped when its state was saved; None if it does not count."""
+    """Return the number of steps of an optimizer when its state was saved; None if it does not count them."""
     step = inner.get("state", {}).get("common_step")
     if step is None:
         step = next((group["step"] for group in inner.get("param_groups", ()) if "step" in group), None)
@@ -256,7 +256,7 @@ def saved_step(inner: Mapping[str, Any]) -> float | None:
 
 @contextmanager
 def _keeping_hyperparameters(part: Any) -> Iterator[None]:
-    """While open, megatron-core can tell the parameter groups apart; afterwards they hold what they held before."""
+    """Make the parameter groups distinguishable for megatron-core while open; restore them afterwards."""
     before = [{key: value for key, value in group.items() if key != "params"} for group in part.optimizer.param_groups]
     for number, group in enumerate(part.optimizer.param_groups):
         group["is_decoupled_lr"] = number
@@ -312,7 +312,7 @@ def _set_states(
 
 
 def _set_shard(part: Any, param: torch.nn.Parameter, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give the distributed optimizer what it owns of a parameter."""
+    """Copy this rank's shard of a parameter into the distributed optimizer."""
     if param not in part.model_param_group_index_map:
         return
     owned = part._get_model_param_range_map(param)["param"]
@@ -323,7 +323,7 @@ def _set_shard(part: Any, param: torch.nn.Parameter, tensors: Mapping[str, torch
 
 @contextmanager
 def _keeping_steps(part: Any) -> Iterator[None]:
-    """While open, tensors are loaded into ``part`` without their step, which is set by itself."""
+    """Load tensors into ``part`` without their step while open; the step is set separately."""
     set_states = part._set_main_param_and_optimizer_states
 
     def set_states_but_step(model_param: Any, tensors: dict[str, torch.Tensor]) -> None:

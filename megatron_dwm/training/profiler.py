@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def _lost_if_unwritable(path: str) -> Iterator[None]:
-    """While open, what cannot be written is lost with a warning: a profile never stops training."""
+    """Turn an error of writing inside the block into a warning: a profile never stops training."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch's, of a folder
@@ -26,7 +26,7 @@ def _lost_if_unwritable(path: str) -> Iterator[None]:
 
 
 class StepProfiler:
-    """What ``--profile`` and ``--record-memory-history`` ask for, on the ranks that they ask of."""
+    """Implements ``--profile`` and ``--record-memory-history`` on the ranks that the flags name."""
 
     def __init__(self, flags: ProfilingConfig, tensorboard_dir: str | None, rank: int, *, is_last_rank: bool) -> None:
         """
@@ -90,7 +90,7 @@ class StepProfiler:
             self.close()
 
     def write_memory(self) -> None:
-        """Write the GPU's allocations to the file that they are to be in."""
+        """Write the GPU's allocations to ``--memory-snapshot-path``."""
         if self._writes_memory:
             with _lost_if_unwritable(f"--memory-snapshot-path {self._flags.memory_snapshot_path}"):
                 torch.cuda.memory._dump_snapshot(self._flags.memory_snapshot_path)  # noqa: SLF001

@@ -21,10 +21,10 @@ _OPERATIONS = "Floating-point operations: "
 
 
 class ProgressLog:
-    """Appends to ``progress.txt``; the first rank's work. A file that cannot be written never stops training."""
+    """Appends to ``progress.txt`` on the first rank. A file that cannot be written does not stop training."""
 
     def __init__(self, folder: Path | None, world_size: int = 1, sequence: int = 0, operations: float = 0.0) -> None:
-        """Write that the job starts.
+        """Write a line that the job starts.
 
         Args:
             folder: of the file; None to write nothing.
@@ -38,7 +38,7 @@ class ProgressLog:
         self._append(_STARTED)
 
     def saved(self, train_state: TrainState, *, is_async: bool) -> None:
-        """Write that a checkpoint was saved, or is being saved, and how fast the run has been.
+        """Write a line that a checkpoint was saved, or is being saved, with the run's throughput.
 
         The cumulative throughput is that since the first job of so many processes started.
         """
@@ -59,11 +59,11 @@ class ProgressLog:
         )
 
     def finished_async(self, iteration: int) -> None:
-        """Write that a checkpoint that was saved in the background is complete."""
+        """Write a line that a checkpoint that was saved in the background is complete."""
         self._append(f"Saved async checkpoint\tIteration: {iteration}")
 
     def deleted(self, iteration: int) -> None:
-        """Write that an older checkpoint was deleted."""
+        """Write a line that an older checkpoint was deleted."""
         self._append(f"Deleted checkpoint\tIteration: {iteration}")
 
     def _per_process(self, operations: float, seconds: float) -> float:
@@ -82,7 +82,7 @@ class ProgressLog:
     def _first_job(self) -> tuple[datetime, float] | None:
         """Return when the first job of the present number of processes started, and the operations done before it.
 
-        Jobs before the last change of that number do not count, nor do lines that are none of this file's.
+        Jobs before the last change of that number do not count, nor do lines of another kind.
         """
         first, operations = None, 0.0
         try:

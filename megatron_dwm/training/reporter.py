@@ -173,7 +173,7 @@ class Reporter:
 
         Args:
             loss: mean over all that was read.
-            prefix: where in the run this is, for the log.
+            prefix: the point of the run, for the log.
             by_source: the loss of each set by its name, if sets are evaluated by themselves.
             after_training: whether it is the one after the last iteration.
         """
@@ -215,7 +215,7 @@ class Reporter:
                     self._draw(label, value["mean"], iteration)
 
     def _draw_evaluation(self, name: str, loss: float, train_state: TrainState) -> None:
-        """Draw a point of a loss's curve, and if asked for of its perplexity's, under Megatron-LM's names."""
+        """Write a point of a loss curve, and of its perplexity curve if asked for, under Megatron-LM's names."""
         self._draw(name, loss, train_state.iteration, train_state.consumed_train_samples)
         if self.config.logging.log_validation_ppl_to_tensorboard:
             ppl = float(torch.tensor(min(20.0, loss)).exp())
@@ -223,7 +223,7 @@ class Reporter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While open (an evaluation, a save), time does not count as that of an iteration."""
+        """Exclude the time while open (an evaluation, a save) from the time of an iteration."""
         paused_at = time.perf_counter()
         self.energy.pause()
         try:
@@ -365,7 +365,7 @@ class Reporter:
 
 
 def _peak_tflops(config: RunConfig) -> float | None:
-    """Return the TFLOP/s that a device can do at most in this run, if that is known."""
+    """Return the peak TFLOP/s of a device in this run, if known."""
     if config.logging.dwm_peak_tflops is not None:
         return config.logging.dwm_peak_tflops
     is_half = config.optimizer.bf16 or config.optimizer.fp16

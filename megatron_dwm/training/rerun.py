@@ -1,7 +1,7 @@
-"""Results that cannot be right are validated: megatron-core's rerun state machine runs the iteration again.
+"""Validation of suspicious results: megatron-core's rerun state machine runs the iteration again.
 
-In Megatron-LM a result that comes again is looked at once more from a checkpoint, on another GPU. Here the run ends
-with what the first repetition has shown.
+In Megatron-LM a result that is reproduced is checked once more from a checkpoint, on another GPU. Here the run ends
+with the result of the first repetition.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_dwm.model.loss import SampleLosses
 
 @contextmanager
 def reported_divergence(iteration: int) -> Iterator[None]:
-    """Turn what ends an iteration that has diverged into one line that names it.
+    """Turn the exceptions of a diverged iteration into a UserError that names the iteration.
 
     Raises:
         UserError: the loss, the gradient, an alignment or the weighter is not finite.
@@ -49,10 +49,10 @@ def reported_divergence(iteration: int) -> Iterator[None]:
 
 
 class StepValidation:
-    """What ``--rerun-mode`` asks for, in training steps alone; nothing if it is ``disabled``."""
+    """Implements ``--rerun-mode`` for training steps; does nothing if it is ``disabled``."""
 
     def __init__(self, flags: TrainingConfig) -> None:
-        """Make megatron-core's state machine, of which a process has one."""
+        """Create megatron-core's state machine, of which a process has only one."""
         self.mode = RerunMode(flags.rerun_mode)
         self.is_active = self.mode != RerunMode.DISABLED
         if not self.is_active:
@@ -67,10 +67,10 @@ class StepValidation:
         get_rerun_state_machine().first_iteration_complete = True
 
     def passes(self, iteration: int) -> Iterator[None]:
-        """Yield each time that the passes of a step are to be run; collective if results are validated.
+        """Yield once for each time that the passes of a step must be run; collective if results are validated.
 
         Raises:
-            UserError: on every rank, if a result cannot be right.
+            UserError: on every rank, if a result is not finite.
         """
         if not self.is_active:
             yield
@@ -88,12 +88,12 @@ class StepValidation:
             return
         if machine.state == RerunState.WILL_RERUN_FROM_CHECKPOINT:
             raise UserError(
-                f"iteration {iteration}: loss or gradient is not finite, and came out the same when the iteration was "
-                "run again; lower --lr or look at the data of this step"
+                f"iteration {iteration}: loss or gradient is not finite, and the result was the same when the "
+                "iteration was run again; lower --lr or look at the data of this step"
             )
         raise UserError(
-            f"iteration {iteration}: loss or gradient was not finite, and came out otherwise when the iteration was "
-            "run again; suspect the hardware, and go on from the last checkpoint on other GPUs"
+            f"iteration {iteration}: loss or gradient was not finite, and the result was different when the iteration "
+            "was run again; suspect the hardware, and continue from the last checkpoint on other GPUs"
         )
 
     def check(self, losses: SampleLosses | None) -> None:

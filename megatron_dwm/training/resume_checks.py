@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint with the flags that it has, before any of it is loaded."""
+"""Checks, before anything is loaded, that a run can continue from a checkpoint with its flags."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check_resume(config: RunConfig, saved: SavedCheckpoint) -> None:
     """Check the flags against the checkpoint; no communication.
 
     Raises:
-        UserError: it is of another model, of another optimizer or schedule, or its state cannot move to this layout.
+        UserError: it has another model, optimizer or schedule, or its state cannot be loaded in this layout.
     """
     load = config.checkpoint.load
     run, arguments = vars(megatron_arguments(config, TrainState())), vars(saved.arguments)
@@ -68,7 +68,7 @@ def check_resume(config: RunConfig, saved: SavedCheckpoint) -> None:
     name = arguments.get("optimizer", config.optimizer.optimizer)
     if name != config.optimizer.optimizer:
         raise UserError(
-            f"--load {load}: --optimizer {config.optimizer.optimizer} cannot go on with the checkpoint's state of "
+            f"--load {load}: --optimizer {config.optimizer.optimizer} cannot use the checkpoint's state of "
             f"{name}; change it, or load with --no-load-optim"
         )
     sharding = sharding_type(saved)
@@ -88,7 +88,7 @@ def check_resume(config: RunConfig, saved: SavedCheckpoint) -> None:
 
 
 def _check_counters(config: RunConfig, saved: SavedCheckpoint) -> None:
-    """Refuse a checkpoint that does not say how far its run had come.
+    """Refuse a checkpoint that lacks the counters of its run.
 
     Raises:
         UserError: it is damaged.
@@ -109,7 +109,7 @@ def _check_counters(config: RunConfig, saved: SavedCheckpoint) -> None:
 
 
 def _check_weighting_state(config: RunConfig, saved: SavedCheckpoint) -> None:
-    """Refuse a checkpoint that has lost what its weighting had learned, or how far it had read the target set.
+    """Refuse a checkpoint that lacks the weighting's state, or its position in the target set.
 
     Raises:
         UserError: the file is missing.
@@ -123,7 +123,7 @@ def _check_weighting_state(config: RunConfig, saved: SavedCheckpoint) -> None:
 
 
 def sharding_type(saved: SavedCheckpoint) -> str | None:
-    """Return how the distributed optimizer's state was saved; None if it was another optimizer's.
+    """Return how the distributed optimizer's state was sharded; None if it was another optimizer's.
 
     Raises:
         UserError: the checkpoint is damaged.
@@ -146,7 +146,7 @@ def resumed_schedule(config: RunConfig, saved: SavedCheckpoint) -> Resumed:
 
 
 def replacing_flags(config: RunConfig, saved: SavedCheckpoint) -> list[str]:
-    """Return a line for each flag whose value takes the place of the checkpoint's."""
+    """Return a line for each flag whose value replaces the checkpoint's."""
     flags, arguments = config.flat(), vars(saved.arguments)
     return [
         f" > {flag_name(name)} {flags[name]} replaces the checkpoint's {arguments[name]}"
@@ -158,7 +158,7 @@ def replacing_flags(config: RunConfig, saved: SavedCheckpoint) -> list[str]:
 
 
 def overruled_flags(config: RunConfig, saved: SavedCheckpoint) -> list[str]:
-    """Return a line for each flag that has no effect since the checkpoint holds a weighter, which goes on."""
+    """Return a line for each flag that has no effect because the checkpoint's weighter is kept."""
     flags, arguments = config.flat(), vars(saved.arguments)
     if not config.weighting.learns_weighter or arguments.get("dwm_mode") not in ("bilevel", "rule"):
         return []
@@ -184,13 +184,13 @@ def _has_effect(name: str, optimizer: OptimizerConfig, weighting: WeightingConfi
 def resumed_vocab_size(
     saved: SavedCheckpoint, padded: int, vocab_size: int, given: int | None, tensor_parallel_size: int
 ) -> int:
-    """Return the rows of the vocabulary, padding included, that the model must have to be the checkpoint's.
+    """Return the padded vocabulary size that the model must have to match the checkpoint.
 
-    Padding follows the TP size, and rows of another number would take part in the softmax with values that nobody
-    trained.
+    The padding depends on the TP size, and additional rows would take part in the softmax with untrained
+    values.
 
     Args:
-        padded: rows that the flags make.
+        padded: the padded size that follows from the flags.
         vocab_size: tokens of the tokenizer.
         given: ``--padded-vocab-size``.
 
@@ -220,7 +220,7 @@ def resumed_vocab_size(
 def check_shapes(saved: SavedCheckpoint, template: Mapping[str, Any], *, tolerates_missing: bool = False) -> None:
     """Check each tensor that is to be loaded against the checkpoint's; no communication.
 
-    megatron-core does so for most tensors; of embeddings it takes what fits.
+    megatron-core does so for most tensors, but loads embeddings of another size as far as they fit.
 
     Args:
         template: sharded tensors, nested.

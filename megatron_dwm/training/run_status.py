@@ -2,8 +2,8 @@
 
 ``<save>/run_status.json`` is ``{"status": "running" | "interrupted" | "finished", "iteration": N, "reason": "...",
 "folder": "..."}``; the folder is the one that the run was started from. A run that was asked to stop (by a signal, its
-time or an interval) ends with exit code 0 as one that has finished does, since launchers kill the other ranks at any
-other code; the status tells the two apart.
+time or an interval) ends with exit code 0 like one that has finished, because launchers kill the other ranks at any
+other code; the status distinguishes the two.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def write_run_status(
             atomic_write_text(path, text + "\n")
         except OSError as error:
             raise UserError(
-                f"--save: {path} cannot be written ({error.strerror}), so nobody knows that the run is {status}; make "
-                "room, or remove what is there"
+                f"--save: {path} cannot be written ({error.strerror}) to record that the run is {status}; make room, "
+                "or remove what is there"
             ) from None
 
 
 def read_run_status(save: Path) -> dict[str, Any]:
-    """Return the status of the run that saves to a folder; an empty one if there is none, or it is no status."""
+    """Return the status of the run that saves to a folder; empty if there is none or the file is not a status."""
     try:
         status = json.loads((save / FILE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The folders that a run writes to: held by one run at a time, cleared of leftovers, and known to be writable."""
+"""The folders that a run writes to: locked for one run at a time, cleared of leftovers, and checked to be writable."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class SaveFolder:
     """The ``--save`` folder, which no other run writes to while this process lives (``folder_lock.py``)."""
 
     def __init__(self, folder: Path, non_persistent: Path | None = None) -> None:
-        """Take a folder that is there already, and clear it of what killed runs have left in it.
+        """Lock an existing folder, and remove what killed runs have left in it.
 
         Args:
-            non_persistent: another folder, that ``--non-persistent-global-ckpt-dir`` names, which is held as well.
+            non_persistent: the folder of ``--non-persistent-global-ckpt-dir``, which is locked as well.
 
         Raises:
             UserError: a folder cannot be written to, or another run holds it.
@@ -42,10 +42,10 @@ class SaveFolder:
             self._clean()
 
     def create(self) -> None:
-        """Create the folders that are not there yet, and take them.
+        """Create the folders that do not exist yet, and lock them.
 
         Raises:
-            UserError: another run has come first.
+            UserError: another run has locked it first.
         """
         for flag, path in self._folders.items():
             if flag not in self._held:
@@ -53,7 +53,7 @@ class SaveFolder:
                 self._held[flag] = FolderLock(flag, path)
 
     def warn_of_other_run(self) -> None:
-        """Warn that this run, which starts anew, will replace the checkpoints of another one."""
+        """Warn that this run, which starts from scratch, will replace the checkpoints of another one."""
         if found := checkpoints_in(self.folder):
             logger.warning(
                 f"--save {self.folder} holds checkpoints up to {found[-1].name}, which this run replaces as it starts "
@@ -61,7 +61,7 @@ class SaveFolder:
             )
 
     def close(self) -> None:
-        """Let another run have the folders."""
+        """Release the folders."""
         while self._held:
             self._held.popitem()[1].close()
 
@@ -70,7 +70,7 @@ class SaveFolder:
         non_persistent = self._non_persistent or self.folder / NON_PERSISTENT
         for folder in (self.folder, non_persistent, self.folder / "weighter"):
             for leftover in remove_leftovers(folder):
-                logger.info(f" > cleared what an interrupted run left: {leftover}")
+                logger.info(f" > removed what an interrupted run had left:  {leftover}")
         delete_retired(self.folder)
 
 
@@ -91,19 +91,19 @@ def check_owner(flags: CheckpointConfig) -> None:
         if owner in own or Path(str(owner)).resolve() in [Path(path).resolve() for path in own]:
             continue
         raise UserError(
-            f"--non-persistent-global-ckpt-dir {folder}: {checkpoint.name} there is of a run with --save {owner}, "
-            "which this one would delete; give another folder"
+            f"--non-persistent-global-ckpt-dir {folder}: {checkpoint.name} there belongs to the run with --save "
+            f"{owner}, and this run would delete it; give another folder"
         )
 
 
 def check_writable(paths: Mapping[str, Path]) -> None:
-    """Check that folders can be written to, those that are not there yet by the first parent that is; leaves no trace.
+    """Check that folders are writable, or for new ones their first existing parent; leave no trace.
 
     Args:
         paths: folders by the flag that names them.
 
     Raises:
-        UserError: one cannot.
+        UserError: one is not writable.
     """
     for flag, path in paths.items():
         existing = path

@@ -1,4 +1,4 @@
-"""A checkpoint on the disk, opened and verified before anything of it is loaded."""
+"""A checkpoint on disk, opened and verified before anything is loaded from it."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class SavedCheckpoint:
 
     @property
     def arguments(self) -> Namespace:
-        """The arguments that it was saved with; none if it holds none."""
+        """The arguments that it was saved with; empty if it has none."""
         arguments = self.common.get("args")
         return arguments if isinstance(arguments, Namespace) else Namespace()
 
     @property
     def is_release(self) -> bool:
-        """Whether it is a model to start from, not a run to go on with."""
+        """Whether it is a model to start from, and not a run to continue."""
         return self.folder.name == RELEASE
 
     @property
@@ -68,10 +68,10 @@ class SavedCheckpoint:
 
     @property
     def content_metadata(self) -> dict[str, Any]:
-        """How megatron-core has named and sharded what is in it; empty if it does not say.
+        """How megatron-core has named and sharded its content; empty if not recorded.
 
         Raises:
-            UserError: it is something else.
+            UserError: it is not a dictionary.
         """
         found = self.common.get("content_metadata") or {}
         with reported_damage(self.folder):
@@ -94,7 +94,7 @@ class SavedCheckpoint:
         return state
 
     def read_row(self, key: str, row: int | None = None) -> torch.Tensor:
-        """Return one row of a tensor's first axis, or all of it, on the CPU; nothing else of it is read.
+        """Return one row of a tensor's first axis, or the whole tensor, on the CPU; nothing else is read.
 
         Raises:
             UserError: the files are damaged.
@@ -136,18 +136,18 @@ class SavedCheckpoint:
 
 
 class CheckpointDamage(Exception):
-    """What is wrong with a checkpoint's files, in a few words that name the file."""
+    """Damage of a checkpoint's files; the message names the file."""
 
 
 def open_checkpoint(folder: Path, *, should_verify: bool = True, rank: int = 0, world_size: int = 1) -> SavedCheckpoint:
     """Open a checkpoint; no communication.
 
     Args:
-        should_verify: whether to hold the files against their checksums.
+        should_verify: whether to verify the files against their checksums.
         rank: of the processes that open it, which verifies its part of the files.
 
     Raises:
-        UserError: it is damaged; the message names the file, and the last checkpoint that is whole.
+        UserError: it is damaged; the message names the file, and the last intact checkpoint.
     """
     if has_torch_format(folder):
         raise UserError(
@@ -161,7 +161,7 @@ def open_checkpoint(folder: Path, *, should_verify: bool = True, rank: int = 0, 
 
 
 def require_checksums(folder: Path, rank: int, world_size: int) -> None:
-    """Hold one rank's part of a checkpoint's files against their checksums, if it has any.
+    """Verify one rank's part of a checkpoint's files against their checksums, if there are any.
 
     Raises:
         CheckpointDamage: a file is not as it was written.
@@ -174,13 +174,13 @@ def require_checksums(folder: Path, rank: int, world_size: int) -> None:
 
 
 def verify_checkpoint(folder: Path, on_read: Callable[[int], object] = lambda size: None) -> SavedCheckpoint:
-    """Open a checkpoint and hold all its files against their checksums, if it has any.
+    """Open a checkpoint and verify all its files against their checksums, if there are any.
 
     Args:
-        on_read: told the size of each block that is read.
+        on_read: called with the size of each block that is read.
 
     Raises:
-        CheckpointDamage: it is not whole.
+        CheckpointDamage: it is damaged.
     """
     saved = _open(folder)
     _require_all_checksums(folder, on_read)
@@ -188,13 +188,13 @@ def verify_checkpoint(folder: Path, on_read: Callable[[int], object] = lambda si
 
 
 def verify_torch_checkpoint(folder: Path, on_read: Callable[[int], object] = lambda size: None) -> Iterator[Any]:
-    """Hold the files of a checkpoint in the format torch against their checksums, if it has any, then read them.
+    """Verify the files of a checkpoint in the format torch against their checksums, if any, and read them.
 
     Yields:
         what each model-parallel rank's file holds.
 
     Raises:
-        CheckpointDamage: it is not whole.
+        CheckpointDamage: it is damaged.
     """
     _require_all_checksums(folder, on_read)
     for path in sorted(folder.glob("mp_rank_*/*.pt")):
@@ -211,7 +211,7 @@ def _require_all_checksums(folder: Path, on_read: Callable[[int], object]) -> No
 
 @contextlib.contextmanager
 def reported_damage(folder: Path) -> Iterator[None]:
-    """Turn what torch and megatron-core raise when files are damaged into a UserError that names the folder.
+    """Turn exceptions of torch and megatron-core for damaged files into a UserError that names the folder.
 
     Raises:
         UserError: the block failed.

@@ -1,4 +1,4 @@
-"""From the configuration to the parts of a trainer, each built once, in the order in which they need each other."""
+"""Builds the parts of a trainer from the configuration, in the order in which they depend on each other."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run reads, checked before any process waits for another."""
+    """The inputs of a run, checked before any process waits for another."""
 
     tokenizer: Any
     paths: DataPaths
@@ -64,7 +64,7 @@ class RunInputs:
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """The model in training: its parts on this rank, and the groups it is spread over."""
+    """The model in training: its parts on this rank, and its process groups."""
 
     parallel_state: ParallelState
     engine: PipelineEngine
@@ -79,10 +79,10 @@ class LanguageModel:
 def hold_folders(
     checkpoint: CheckpointConfig, data: DataConfig, logging_flags: LoggingConfig, rank: int
 ) -> SaveFolder | None:
-    """Take the ``--save`` folder for this run, and check that all that is written to can be.
+    """Lock the ``--save`` folder for this run, and check that all output folders are writable.
 
     Returns:
-        the folder, on the first rank; other runs may have it when this process ends.
+        the folder, on the first rank; it is released when this process ends.
 
     Raises:
         UserError: a folder cannot be written to, or is another run's.
@@ -107,7 +107,7 @@ def read_inputs(config: RunConfig, rank: int, world_size: int) -> RunInputs:
     """Open and check the tokenizer, the data and the checkpoint; the first rank checks the data for all.
 
     Raises:
-        UserError: whatever is wrong with them.
+        UserError: one of them is invalid.
     """
     settings = config.weighting
     tokenizer = build_tokenizer(config.tokenizer)
@@ -139,7 +139,7 @@ def build_language_model(
     """Build the process groups, the model, its optimizer and the engine that runs it; every rank calls it.
 
     Raises:
-        UserError: on every rank, if flags do not make a model.
+        UserError: on every rank, if the flags do not define a valid model.
     """
     with startup_sync.phase("model configuration"):
         core_config = transformer_config(
@@ -220,14 +220,14 @@ def load_if_there(
         save_folder: on the first rank, if the run saves.
 
     Returns:
-        how far its run had come, and its weighting's state (empty if it has none).
+        the counters of its run, and its weighting's state (empty if it has none).
 
     Raises:
         UserError: the checkpoint does not fit.
     """
     if inputs.checkpoint is None:
         if config.checkpoint.load is not None:
-            logger.info(f" > --load {config.checkpoint.load} holds no checkpoint yet: the run starts anew")
+            logger.info(f" > --load {config.checkpoint.load} holds no checkpoint yet: the run starts from scratch")
         elif save_folder is not None:
             save_folder.warn_of_other_run()
         return TrainState(), {}

@@ -20,7 +20,7 @@ from megatron_dwm.runtime.process_groups import ParallelState
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did."""
+    """Result of one training step."""
 
     loss: float | None
     """Mean loss of the global batch's unmasked tokens, unweighted; on the last pipeline stage."""
@@ -50,11 +50,11 @@ def train_step(
     """Run forward and backward passes over ``batch``, one optimizer step and one step of the learning-rate schedule.
 
     Args:
-        sample_weights: of this replica's samples [n]; None trains plainly.
+        sample_weights: of this replica's samples [n]; None for plain training.
         optimizer_timer: runs while the optimizer steps.
-        empty_unused_memory_level: whether the GPU's unused memory is given back: before the optimizer's step (1), and
+        empty_unused_memory_level: whether the GPU's unused memory is released: before the optimizer's step (1), and
             after it (2).
-        passes: an item for each time that the passes are to be run.
+        passes: yields once for each time that the passes must be run.
         check_losses: called with the losses of each pass, in place of the engine's own check.
     """
     losses: SampleLosses | None = None
@@ -93,7 +93,7 @@ def train_step(
 
 
 def _least_over_model(values: list[float], parallel_state: ParallelState) -> list[float]:
-    """Return each value's minimum over the ranks of the model."""
+    """Return each value's minimum over the model-parallel ranks."""
     tensor = torch.tensor(values, device=current_device())
     dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=parallel_state.mp_group)
     return list(tensor.tolist())

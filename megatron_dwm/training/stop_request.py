@@ -1,4 +1,4 @@
-"""Why a run ends before its last iteration: a signal, its time, or an interval."""
+"""Requests to end a run before its last iteration: a signal, a time limit, or an interval."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.stop_signals import STOP_SIGNALS
 
 
-class EvaluationBrokenOffError(Exception):
-    """A signal has come, and what is being evaluated has to wait until the run goes on."""
+class EvaluationInterruptedError(Exception):
+    """A signal was received, so the evaluation is stopped and repeated when the run continues."""
 
 
 class StopRequest:
-    """Watches for what ends a run early, so that it can save before it leaves."""
+    """Watches for requests to end the run early, so that it can save before it exits."""
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
@@ -27,13 +27,13 @@ class StopRequest:
         self._received = 0
 
     def listen(self) -> None:
-        """Take signals as a request to save and leave, if ``--exit-signal-handler`` asks for it."""
+        """Treat signals as a request to save and exit, with ``--exit-signal-handler``."""
         if self.config.exit_signal_handler:
             for number in STOP_SIGNALS:
                 signal.signal(number, self._receive)
 
     def reason(self, iteration: int) -> str | None:
-        """Return why the run ends after this iteration, None if it goes on; all ranks find the same."""
+        """Return why the run ends after this iteration, or None if it continues; the same on all ranks."""
         config = self.config
         if config.exit_signal_handler or config.exit_duration_in_mins is not None:
             minutes = (time.perf_counter() - self._started) / 60
@@ -48,17 +48,17 @@ class StopRequest:
             return f"exiting program at iteration {iteration}"
         return None
 
-    def break_off_if_signaled(self) -> None:
-        """Leave an evaluation, which may take longer than a signal leaves time to save; every rank calls it.
+    def interrupt_if_signaled(self) -> None:
+        """Stop an evaluation, which may take longer than the time that is left to save; every rank calls it.
 
         Raises:
-            EvaluationBrokenOffError: on every rank, if one has received a signal.
+            EvaluationInterruptedError: on every rank, if one has received a signal.
         """
         if self.config.exit_signal_handler:
             received = torch.tensor(float(self._received), device=current_device())
             dist.all_reduce(received, op=dist.ReduceOp.MAX)
             if received:
-                raise EvaluationBrokenOffError(signal.Signals(int(received)).name)
+                raise EvaluationInterruptedError(signal.Signals(int(received)).name)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number

@@ -1,8 +1,8 @@
 """Checkpoints in Megatron-LM's older format, ``torch``: a file for each tensor- and pipeline-parallel rank.
 
-``iter_0000100/mp_rank_00/model_optim_rng.pt`` (``mp_rank_00_000`` in a pipeline) holds what the rank holds, under the
-names of its own modules, so that only a run of the same layout can load it. The distributed optimizer's state, which is
-in a file beside it, is not loaded.
+``iter_0000100/mp_rank_00/model_optim_rng.pt`` (``mp_rank_00_000`` in a pipeline) holds the rank's state, under the
+names of its modules, so that only a run with the same layout can load it. The distributed optimizer's state, which is
+in a separate file, is not loaded.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TorchCheckpoint(SavedCheckpoint):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Global shapes of the tensors that are known before a rank's own file is read: the word embeddings'."""
+        """Global shapes of the tensors that are known before a rank's file is read: the word embeddings'."""
         return {} if self.embedding is None else {WORD_EMBEDDINGS: self.embedding}
 
 
@@ -53,10 +53,10 @@ def open_torch_checkpoint(folder: Path, config: RunConfig, rank: int) -> TorchCh
     """Open the first rank's file, after a part of all files has been verified; no communication.
 
     Args:
-        rank: which of the run's ranks this is, and so which part it verifies.
+        rank: this rank, which determines the part that it verifies.
 
     Raises:
-        UserError: it is damaged, or was saved by a run of another layout, or by a Megatron-LM of long ago.
+        UserError: it is damaged, or was saved in another layout, or by a very old version of Megatron-LM.
     """
     pp = config.parallel.pp
     path = first_rank_file(folder)
@@ -101,10 +101,10 @@ def load_torch_state(
     """Load this rank's model, and its optimizer's state; no communication.
 
     Returns:
-        what else is in its file.
+        the rest of the file's content.
 
     Raises:
-        UserError: the file is damaged, or of another model.
+        UserError: the file is damaged, or belongs to another model.
     """
     path = rank_file(saved.folder, parallel_state.tp_rank, parallel_state.pp_rank, parallel_state.pp_size)
     with reported_damage(saved.folder):
@@ -161,10 +161,10 @@ def _renamed(saved: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, 
 
 
 def _with_step(state: dict[str, Any], components: TrainComponents, folder: Path) -> dict[str, Any]:
-    """Return the optimizer's state with its step where megatron-core looks for it.
+    """Return the optimizer's state with its step where megatron-core expects it.
 
     Raises:
-        UserError: it is of other parameters.
+        UserError: it belongs to other parameters.
     """
     inner = dict(state["optimizer"] if isinstance(state.get("optimizer"), dict) else state)
     (part,) = optimizer_parts(components.optimizer)

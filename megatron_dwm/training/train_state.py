@@ -1,4 +1,4 @@
-"""How far a run has come, and the parts of it that a checkpoint restores."""
+"""The progress of a run, and the parts of it that a checkpoint restores."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from megatron_dwm.model.protocols import ModelChunk, Optimizer
 from megatron_dwm.model.vocabulary import Vocabulary
 
 EVALUATIONS = ("validation", "tasks")
-"""What a run evaluates during training, in the order in which it does."""
+"""Evaluations during training, in their order."""
 
 
 @dataclass
 class TrainState:
-    """Counters of a run."""
+    """Counters of a run's progress."""
 
     iteration: int = 0
     consumed_train_samples: int = 0
@@ -23,13 +23,13 @@ class TrainState:
     consumed_valid_samples: int = 0
     num_floating_point_operations_so_far: float = 0
     evaluations_due: tuple[str, ...] = ()
-    """Of ``EVALUATIONS``, those that this iteration asks for and that were not made yet."""
+    """Those of ``EVALUATIONS`` that are due at this iteration and not yet done."""
 
     def advance(self, iteration: int, samples: int, flops: float, skipped_samples: int = 0) -> None:
         """Count one iteration.
 
         Args:
-            skipped_samples: by which its batch was smaller than the flags ask for.
+            skipped_samples: the samples by which its batch was smaller than the flags ask for.
         """
         self.skipped_train_samples += skipped_samples
         self.iteration = iteration

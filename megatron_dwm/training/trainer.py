@@ -29,7 +29,7 @@ from megatron_dwm.training.reporter import Reporter
 from megatron_dwm.training.rerun import StepValidation, reported_divergence
 from megatron_dwm.training.run_status import write_run_status
 from megatron_dwm.training.step import StepResult, train_step
-from megatron_dwm.training.stop_request import EvaluationBrokenOffError, StopRequest
+from megatron_dwm.training.stop_request import EvaluationInterruptedError, StopRequest
 from megatron_dwm.training.train_state import EVALUATIONS, TrainComponents, TrainState
 from megatron_dwm.weighting.policy import SampleWeighting
 
@@ -44,7 +44,7 @@ SAVES_WITH_MEMORY_REPORT = 3
 
 @dataclass(frozen=True)
 class TrainerParts:
-    """What a trainer works with besides a weighting (``setup.py`` builds them)."""
+    """All that a trainer needs besides a weighting (built by ``setup.py``)."""
 
     parallel_state: ParallelState
     engine: PipelineEngine
@@ -89,7 +89,7 @@ class Trainer:
         write_run_status(self.config.checkpoint.save, status, self.train_state.iteration, stop_reason or "")
 
     def convert(self) -> None:
-        """Save the checkpoint that was loaded, as it is, in the format of this run."""
+        """Save the checkpoint that was loaded, unchanged, in the format of this run."""
         flags = self.config.checkpoint
         try:
             self.save()
@@ -101,7 +101,7 @@ class Trainer:
         logger.info(f" > converted checkpoint: {flags.load} -> {flags.save}.")
 
     def _train(self) -> str | None:
-        """Train and evaluate; return why the run ends early, None if it does not."""
+        """Train and evaluate; return why the run ends early, or None if it does not."""
         config, train_state = self.config, self.train_state
         self.stop_request.listen()
         if config.training.manual_gc:
@@ -129,7 +129,7 @@ class Trainer:
         return self._evaluate_at_the_end()
 
     def _evaluate_at_the_end(self) -> str | None:
-        """Evaluate after training; return the reason if a signal breaks that off."""
+        """Evaluate after training; return the reason if a signal interrupts it."""
         config, train_state = self.config, self.train_state
         skipped = "skipping training (--skip-train is on) ..."
         logger.info(skipped if config.training.skip_train else event_line("after training is done"))
@@ -137,19 +137,19 @@ class Trainer:
         try:
             self.evaluate("valid", f"iteration {train_state.iteration} on validation set", after_training=True)
             self.evaluate("test", f"iteration {train_state.iteration} on test set", after_training=True)
-        except EvaluationBrokenOffError as error:
+        except EvaluationInterruptedError as error:
             logger.info(event_line(reason := f"exiting program after receiving {error}."))
             return reason
         return None
 
     def _has_more_to_do(self) -> bool:
-        """Whether a run that ends now would, started again, train or evaluate."""
+        """Whether a run that ends now would train or evaluate if it were started again."""
         is_evaluated = self.dataloaders.valid is None and self.dataloaders.test is None
         is_evaluated = is_evaluated and not self.train_state.evaluations_due
         return self.train_state.iteration < self.config.train_iters or not is_evaluated
 
     def train_iteration(self, iteration: int) -> None:
-        """Run one iteration: weigh the batch, step the language model, let the weighting learn from the step."""
+        """Run one iteration: weight the batch, train the language model, update the weighting."""
         timed = self.timers.timed
         with timed("batch-generator"), self.parts.stragglers.reading():
             batch = self.dataloaders.train.next_batch()
@@ -212,11 +212,11 @@ class Trainer:
         """Evaluate on ``valid`` or ``test``, if there is such data.
 
         Args:
-            prefix: where in the run this is, for the log.
-            after_training: whether it is the one after the last iteration, which logs each batch.
+            prefix: the point of the run, for the log.
+            after_training: whether this is the evaluation after the last iteration, which logs each batch.
 
         Raises:
-            EvaluationBrokenOffError: on every rank, if one receives a signal.
+            EvaluationInterruptedError: on every rank, if one of them receives a signal.
         """
         data = self.dataloaders.valid if split == "valid" else self.dataloaders.test
         if data is None:
@@ -232,7 +232,7 @@ class Trainer:
                     self.parallel_state,
                     log_progress=after_training,
                     dtype=torch.float64 if reads_whole_sets else torch.float32,
-                    before_batch=self.stop_request.break_off_if_signaled,
+                    before_batch=self.stop_request.interrupt_if_signaled,
                 )
                 for name, batches in data.batches.items()
             }
@@ -255,10 +255,10 @@ class Trainer:
         return tuple(name for name, is_asked in zip(EVALUATIONS, asked, strict=True) if is_asked)
 
     def _make_due_evaluations(self) -> bool:
-        """Evaluate what this iteration asks for, or what the run before left to this one.
+        """Make the evaluations that are due at this iteration, or that the previous start of the run left.
 
         Returns:
-            whether it was all made; a signal breaks it off.
+            whether all were made; a signal interrupts them.
         """
         train_state, iteration = self.train_state, self.train_state.iteration
         try:
@@ -268,19 +268,19 @@ class Trainer:
                 else:
                     self._evaluate_tasks()
                 train_state.evaluations_due = train_state.evaluations_due[1:]
-        except EvaluationBrokenOffError as error:
+        except EvaluationInterruptedError as error:
             due = " and ".join(train_state.evaluations_due)
-            logger.info(f" > {error} breaks off {due} of iteration {iteration}, to be made when the run goes on")
+            logger.info(f" > {error} interrupts the {due} of iteration {iteration}, repeated when the run continues")
         return not train_state.evaluations_due
 
     def _evaluate_tasks(self) -> None:
         if self.parts.evaluate_tasks is not None:
             with self.reporter.paused(), self.engine.full_parameters():
-                records = self.parts.evaluate_tasks(self.stop_request.break_off_if_signaled)
+                records = self.parts.evaluate_tasks(self.stop_request.interrupt_if_signaled)
                 self.reporter.tasks(self.train_state.iteration, records)
 
     def _announce_second_evaluation(self) -> None:
-        """Say why there are two validation losses of the last iteration, as Megatron-LM has them, if there are."""
+        """Log why the last iteration has two validation losses, as in Megatron-LM, if it has."""
         config, interval = self.config, self.config.data.eval_interval
         was_evaluated = interval and self.train_state.iteration % interval == 0 and not config.training.skip_train
         if was_evaluated and self.dataloaders.valid is not None and not config.data.full_validation:
@@ -288,7 +288,7 @@ class Trainer:
             logger.info(f" > the final validation loss is of the next {samples} samples, after those of the loss above")
 
     def save(self, *, persistent: bool = True) -> None:
-        """Write a checkpoint, and with a persistent one what the weighting writes beside it."""
+        """Write a checkpoint; with a persistent one, also the files of the weighting."""
         iteration = self.train_state.iteration
         with self.reporter.paused():
             should_report = self.saves_with_memory_report > 0
@@ -343,8 +343,8 @@ def params_norm(parameters: Iterable[torch.nn.Parameter], sharded_by: Optimizer 
     """Return the norm of all parameters over the model, each counted once.
 
     Args:
-        parameters: this rank's.
-        sharded_by: the optimizer whose ranks hold parts of the parameters; None if each rank of the model has its own.
+        parameters: those of this rank.
+        sharded_by: the optimizer over whose ranks the parameters are sharded; None if they are not sharded.
     """
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate

@@ -1,7 +1,7 @@
-"""The process in which a rank's writers of checkpoints leave what they have written.
+"""The process that collects the results of a rank's checkpoint writers.
 
-megatron-core starts one at a rank's first save. That one imports torch anew, is ended by the signals that ask a run to
-save and stop, so that there is no saving any more, and outlives a rank that is killed. This one does none of these.
+megatron-core starts one at a rank's first save. It imports torch again, is killed by the signals that ask a run to
+save and stop, after which saving is impossible, and outlives a rank that is killed. This one does none of these.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A hash of tensors' bits, computed where they are: for comparing copies, not against people who forge them."""
+"""A hash of tensors' bits, computed on their device, for comparing copies; it is not cryptographic."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _LANES = ((0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9), (0xC2B2AE3D27D4EB4F, 0x94D04
 
 
 def bit_hash(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return two integers [2], int64, that depend on every bit of float32 tensors and on its place.
+    """Return two integers [2], int64, that depend on every bit of float32 tensors and on its position.
 
-    Each element is mixed with its place, and the results are added, all modulo 2^64. Sums of integers do not depend on
-    their order, so that all devices find the same.
+    Each element is mixed with its position, and the results are added, all modulo 2^64. Sums of integers do not depend
+    on their order, so that all devices get the same result.
     """
     sums: list[torch.Tensor] = []
     start = 0

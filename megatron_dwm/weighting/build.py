@@ -1,4 +1,4 @@
-"""From the flags to the weighting of a run."""
+"""Builds the weighting of a run from the flags."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_weighting(context: WeightingContext) -> SampleWeighting:
-    """Return the weighting that ``--dwm-mode`` names.
+    """Return the weighting for ``--dwm-mode``.
 
     Raises:
         UserError: flags that do not fit the data.
@@ -52,7 +52,7 @@ def build_weighting(context: WeightingContext) -> SampleWeighting:
 
 
 def check_gradients(context: WeightingContext, batch: Batch, target: Batch) -> None:
-    """Hold the run's hypergradient against finite differences (``--dwm-check``); every rank calls it.
+    """Compare the run's hypergradient with finite differences (``--dwm-check``); every rank calls it.
 
     Raises:
         UserError: on every rank, if they differ or there is nothing to check.
@@ -119,8 +119,8 @@ class _Builder:
             weighter = self._new_weighter()
             if iteration > self.context.stages.warmup_iters + 1:
                 logger.warning(
-                    f"the checkpoint holds no weighter, so a new one starts at iteration {iteration}; to go on with "
-                    "an earlier one, give its export as --dwm-init-from"
+                    f"the checkpoint holds no weighter, so a new one starts at iteration {iteration}; to continue "
+                    "with an earlier one, give its export as --dwm-init-from"
                 )
             self._announce(iteration, weighter)
         parts = BilevelParts(
@@ -157,14 +157,14 @@ class _Builder:
         )
 
     def _weighter_of_folder(self, folder: WeighterFolder, model: Any) -> Weighter:
-        """Return a weighter that reads as the one of a folder does."""
+        """Return a weighter that reads samples like the one in a folder."""
         return self._weighter(model, folder.reader, "" if folder.own_tokenizer is None else folder.fingerprint)
 
     def _restored_weighter(self, state: State) -> Weighter:
-        """Return a checkpoint's weighter, which reads samples as it did.
+        """Return a checkpoint's weighter, which reads samples as it did when it was saved.
 
         Raises:
-            UserError: it has a tokenizer of its own, which the flags do not name, or fewer tokens than the run's.
+            UserError: it has another tokenizer, which the flags do not name, or fewer tokens than the run's tokenizer.
         """
         model, folder = weighter_model_from_json(state["weighter_config"]), self.inputs.folder
         embeddings, tokens = model.config.vocab_size, int(self.context.tokenizer.vocab_size)
@@ -186,7 +186,7 @@ class _Builder:
         return weighter
 
     def _new_weighter(self) -> Weighter:
-        """Make the weighter that the flags ask for; a collective call of all ranks."""
+        """Create the weighter that the flags ask for; a collective call of all ranks."""
         if self.inputs.folder is not None:
             return self._weighter_of_folder(self.inputs.folder, self.inputs.folder.model)
         return self._weighter(self._new_model())
@@ -200,11 +200,11 @@ class _Builder:
             return weighter_model_from_lm(self.engine.chunks, model, settings, vocab, eod, seed)
 
     def _log_kept_architecture(self, weighter: Weighter) -> None:
-        """Say that a checkpoint's weighter stays what it is, if the flags would make another."""
+        """Log that a checkpoint's weighter is kept, if the flags ask for another kind."""
         kind, arch = weighter.model.config.model_type, self.settings.dwm_arch
         wanted = NGRAM if arch == "ngram" else arch
         if self.settings.dwm_init_from == "random" and kind != wanted:
-            logger.info(f" > the checkpoint's weighter, a {kind}, goes on; --dwm-arch {arch} is for a new one")
+            logger.info(f" > the checkpoint's weighter, a {kind}, is kept; --dwm-arch {arch} applies only to a new one")
 
     def _announce(self, iteration: int, weighter: Weighter) -> None:
         kind, size, mode = type(weighter.model).__name__, weighter.num_parameters, self.settings.dwm_mode

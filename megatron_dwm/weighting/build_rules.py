@@ -1,4 +1,4 @@
-"""From the flags to the rules of mode ``rule`` that learn no weighter."""
+"""Builds the rules of mode ``rule`` that train no weighter from the flags."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from megatron_dwm.weighting.weight_metrics import WeightMetrics
 def build_rule(
     context: WeightingContext, lm_gradients: LMGradients, weight_metrics: WeightMetrics, options: ScoringOptions
 ) -> ScoredWeighting:
-    """Return the weighting that ``--dwm-rule`` names.
+    """Return the weighting for ``--dwm-rule``.
 
     Args:
         context: the parts of the run.
-        lm_gradients: the passes that alignments are made of.
-        weight_metrics: what computes the figures of each step's weights.
+        lm_gradients: the passes that compute alignments.
+        weight_metrics: computes the metrics of each step's weights.
         options: how scores become weights.
 
     Raises:

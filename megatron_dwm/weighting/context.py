@@ -1,4 +1,4 @@
-"""The parts of a run that a weighting is made of."""
+"""The parts of a run that a weighting is built from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron_dwm.weighting.weight_metrics import WeightMetrics
 
 @dataclass(frozen=True)
 class WeightingContext:
-    """The parts of a run that a weighting works with."""
+    """The parts of a run that a weighting needs."""
 
     config: RunConfig
     inputs: WeightingInputs
@@ -43,13 +43,13 @@ class WeightingContext:
 
 
 def lm_gradients(context: WeightingContext) -> LMGradients:
-    """Return the passes over the language model that an outer update is made of."""
+    """Return the passes over the language model in an outer update."""
     config, micro_batch_size = context.config, context.config.training.micro_batch
     return LMGradients(config.weighting, context.engine, context.optimizer, context.parallel_state, micro_batch_size)
 
 
 def weight_metrics(context: WeightingContext) -> WeightMetrics:
-    """Return what computes the figures of each step's weights."""
+    """Return the object that computes the metrics of each step's weights."""
     config, gather = context.config, SampleGather(context.partition, context.parallel_state)
     is_per_token = context.engine.config.calculate_per_token_loss
     loss_factors = LossFactors(config.training.micro_batch, is_per_token, context.parallel_state)
@@ -57,7 +57,7 @@ def weight_metrics(context: WeightingContext) -> WeightMetrics:
 
 
 def scoring_options(config: RunConfig) -> ScoringOptions:
-    """Return how the flags make weights of scores."""
+    """Return how scores become weights, from the flags."""
     return ScoringOptions(
         temperature=config.weighting.dwm_temperature,
         min_effective_sample_size=config.weighting.dwm_min_effective_sample_size,

@@ -1,4 +1,4 @@
-"""Data weighting in somebody else's training loop: a plain torch loop, a Trainer, or a loop over megatron-core.
+"""Data weighting in another program's training loop: a plain torch loop, a Trainer, or a loop over megatron-core.
 
 The loop makes three calls a step, the same on every process: :meth:`EmbeddedWeighting.before_step`, then
 :meth:`~EmbeddedWeighting.weigh`, the step with the weights in its loss, and
@@ -43,7 +43,7 @@ from megatron_dwm.weighting.weights import weights_from_scores
 
 @dataclass(frozen=True)
 class WeighterSize:
-    """What a new weighter is made for."""
+    """Sizes of a new weighter."""
 
     vocab_size: int
     seq_length: int = 2048
@@ -54,7 +54,7 @@ class WeighterSize:
 
 
 class EmbeddedWeighting:
-    """A weighter that learns beside a training loop that is not this package's."""
+    """A weighter that is trained alongside a training loop outside this package."""
 
     def __init__(
         self,
@@ -70,13 +70,15 @@ class EmbeddedWeighting:
     ) -> None:
         """
         Args:
-            as_samples: makes of the loop's batches what the passes take.
+            as_samples: converts the loop's batches to what the passes take.
 
         Raises:
-            UserError: settings of another mode, or stages that do not fit into the run.
+            UserError: the settings are for another mode, or the stages do not fit into the run.
         """
         if settings.dwm_mode != "bilevel":
-            raise UserError(f"dwm_mode {settings.dwm_mode}: only bilevel weighting learns in another program's loop")
+            raise UserError(
+                f"dwm_mode {settings.dwm_mode}: only bilevel weighting is supported in another program's loop"
+            )
         self.settings, self.sample_gather, self.weighter = settings, sample_gather, weighter
         self.outer_update = OuterUpdate(settings, passes, weighter, sample_gather)
         self.stages = bilevel_stages(settings, train_iters)
@@ -98,15 +100,15 @@ class EmbeddedWeighting:
         tokens_of: Callable[[Any], torch.Tensor] = tokens_of,
         method: Method = "forward-mode",
     ) -> EmbeddedWeighting:
-        """Weigh the samples of a module that each process holds whole: alone, or under DistributedDataParallel.
+        """Create a weighting for a module that is not sharded: on one process, or under DistributedDataParallel.
 
         Args:
-            model: the module; shards of FSDP are none.
+            model: the module, not sharded by FSDP.
             optimizer: torch's Adam or AdamW, or any with ``dwm_preconditioner="none"``.
-            targets: batches whose loss the weighter lowers, one for each outer update, of this process.
+            targets: this process's batches of the target set, one for each outer update.
             weighter: size of a new weighter, or a sequence classifier of transformers with one label.
             train_iters: steps of the run, which the schedule of updates depends on.
-            settings: as of ``--dwm-*``.
+            settings: the values of ``--dwm-*``.
             sample_losses: losses [n] of a batch.
             tokens_of: tokens [n, s] of a batch.
             method: how alignments are computed; see
@@ -141,18 +143,18 @@ class EmbeddedWeighting:
         train_iters: int,
         settings: WeightingConfig | None = None,
     ) -> EmbeddedWeighting:
-        """Weigh the samples of a megatron-core GPT under tensor, pipeline, context and data parallelism.
+        """Create a weighting for a megatron-core GPT under tensor, pipeline, context and data parallelism.
 
         Args:
             chunks: megatron-core's DistributedDataParallel chunks of this rank; their configuration has its
                 ``grad_scale_func`` and ``finalize_model_grads_func``.
             optimizer: megatron-core's.
-            targets: batches whose loss the weighter lowers, of this replica: the same on its ranks.
+            targets: this replica's batches of the target set, the same on all its ranks.
             weighter: size of a new weighter, or a sequence classifier with one label.
             seq_length: tokens of a sample.
             partition: how a step's samples are divided among replicas and microbatches.
             train_iters: steps of the run.
-            settings: as of ``--dwm-*``.
+            settings: the values of ``--dwm-*``.
         """
         settings = settings or WeightingConfig()
         parallel_state, config = current_parallel_state(), chunks[0].config
@@ -170,15 +172,15 @@ class EmbeddedWeighting:
         )
 
     def before_step(self) -> None:
-        """Begin a step: copy the parameters if an outer update follows it."""
+        """Prepare for a step: copy the parameters if an outer update follows it."""
         self.iteration += 1
         if self.stages.is_update(self.iteration):
             self._parameters_before.take()
 
     def weigh(self, batch: Any) -> torch.Tensor:
-        """Return the weights [n] of this replica's samples for the step that was begun, float32; a collective call.
+        """Return the weights [n] of this replica's samples in the present step, float32; a collective call.
 
-        Their mean over the global batch is 1. They are exactly 1.0 in the warm-up, and while the scores are equal.
+        Their mean over the global batch is 1. They are exactly 1.0 in the warm-up, and as long as all scores are equal.
         """
         tokens = self.as_samples(batch).tokens
         if not self.stages.is_weighted(self.iteration):
@@ -192,10 +194,10 @@ class EmbeddedWeighting:
         """Make the outer update if it is due; a collective call then.
 
         Args:
-            batch: of the step that was made, all of its microbatches.
+            batch: the batch of the step, all of its microbatches.
 
         Returns:
-            what the update found, None if there was none.
+            the results of the update, None if there was none.
 
         Raises:
             FloatingPointError: an alignment is not finite.
@@ -209,7 +211,7 @@ class EmbeddedWeighting:
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, but the place in the targets; a collective call."""
+        """Return the state of a resumed run, except for the position in the targets; a collective call."""
         return {
             "iteration": self.iteration,
             **weighter_state(self.weighter),

@@ -1,7 +1,7 @@
-"""Exports of the weighter in the course of a run.
+"""Exports of the weighter during a run.
 
 An exported weighter is a folder that ``AutoModelForSequenceClassification.from_pretrained`` loads: config.json,
-model.safetensors, the tokenizer, and ``dwm_manifest.json``, which says what run it is from.
+model.safetensors, the tokenizer, and ``dwm_manifest.json``, which describes the run that it comes from.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class WeighterExporter(Protocol):
     """Writes the weighter where a run keeps its exports."""
 
     def export(self, weighter: Weighter, iteration: int, stage: int) -> None:
-        """Export the weighter as it is after ``iteration``; every rank calls it."""
+        """Export the weighter after ``iteration``; every rank calls it."""
 
 
 class NoExport:
@@ -43,20 +43,20 @@ class NoExport:
 
 
 class FolderExporter:
-    """Writes ``<save>/weighter/iter_XXXXXXX/``, each once."""
+    """Writes ``<save>/weighter/iter_XXXXXXX/``, each iteration once."""
 
     def __init__(self, root: Path, save_tokenizer: Callable[[Path], Any], run_facts: Mapping[str, Any]) -> None:
         """
         Args:
             root: holds the exports.
             save_tokenizer: writes the weighter's tokenizer to a folder.
-            run_facts: what the manifest says of the run (:func:`run_facts`).
+            run_facts: the manifest's part about the run (:func:`run_facts`).
         """
         self.root, self.save_tokenizer, self.run_facts = root, save_tokenizer, run_facts
         self._last: tuple[int, str] | None = None
 
     def export(self, weighter: Weighter, iteration: int, stage: int) -> None:
-        """Write the export on the first rank, unless this iteration's is there; a weighter of NaN is not exported.
+        """Write the export on the first rank, unless it exists; a weighter that is not finite is not exported.
 
         Raises:
             UserError: the folder cannot be written.
@@ -80,7 +80,7 @@ class FolderExporter:
 
 @contextlib.contextmanager
 def _reported_failure(save: Path, iteration: int) -> Iterator[None]:
-    """Turn what fails in writing into a UserError.
+    """Turn failures of writing into a UserError.
 
     Raises:
         UserError: the block failed.
@@ -109,12 +109,12 @@ def export_weighter(
     effect: str | None = None,
     check: Callable[[Path], object] = lambda beside: None,
 ) -> None:
-    """Write a weighter's classifier, tokenizer, manifest and model card beside ``folder``, then put them in place.
+    """Write a weighter's classifier, tokenizer, manifest and model card to a temporary folder, then rename it.
 
     Args:
         save_tokenizer: writes the tokenizer to a folder that holds the classifier already.
-        effect: what was measured of the weighter, for the card.
-        check: is given the finished folder before it gets its name, and raises if it must not.
+        effect: the measured gain of the weighter, for the card.
+        check: called with the complete folder before it is renamed; raises if the folder is wrong.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -132,7 +132,7 @@ def export_weighter(
 
 
 def weighter_facts(iteration: int, stage: int, num_parameters: int, digest: str) -> dict[str, Any]:
-    """Return what a manifest says of the weighter itself.
+    """Return the part of a manifest about the weighter itself.
 
     Args:
         digest: of its parameters.
@@ -155,11 +155,11 @@ def run_facts(
     *,
     adds_special_tokens: bool,
 ) -> dict[str, Any]:
-    """Return what a manifest says of the run that the weighter is from.
+    """Return the part of a manifest about the run that the weighter comes from.
 
     Args:
         tokenizer_fingerprint: of the weighter's tokenizer.
-        adds_special_tokens: whether the weighter has seen texts with its tokenizer's special tokens around them.
+        adds_special_tokens: whether the weighter was trained on texts with its tokenizer's special tokens.
     """
     return {
         "mode": settings.dwm_mode,

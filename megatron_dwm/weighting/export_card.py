@@ -21,11 +21,11 @@ def weighter_card(facts: Mapping[str, Any], model: Any, tokenizer: Any, *, name:
     """Return the card.
 
     Args:
-        facts: what the manifest says of the run.
+        facts: the manifest's part about the run.
         model: the classifier.
         tokenizer: the Hugging Face tokenizer.
         name: of the folder.
-        effect: what was measured; None if nothing was.
+        effect: the measured gain; None if it was not measured.
     """
     window = tokenizer.model_max_length if tokenizer.model_max_length < LONGEST else None
     data = {flag: _blend(blend) for flag, blend in facts.get("data", {}).items()}

@@ -1,4 +1,4 @@
-"""The manifest of an exported weighter: what run it is from, and the checksums of the export's files."""
+"""The manifest of an exported weighter: the run that it comes from, and the checksums of the export's files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DIGEST_OF_MANIFEST = "manifest_sha256"
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the manifest of the files that are in ``folder``."""
+    """Write the manifest for the files in ``folder``."""
     files = {path.name: vars(checksum(path)) for path in sorted(folder.iterdir()) if path.is_file()}
     content = {**facts, "files": files}
     text = json.dumps(content | {_DIGEST_OF_MANIFEST: _digest(content)}, indent=2)
@@ -25,10 +25,10 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return an export's manifest; an empty one of a folder that has none.
+    """Return an export's manifest; empty for a folder without one.
 
     Raises:
-        ValueError: it is no manifest, or not as it was written. Those of earlier versions do not say how that was.
+        ValueError: it is not a manifest, or was changed. Manifests of earlier versions have no checksum to tell.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -52,11 +52,11 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def trained_length(folder: Path, hf_config: Any) -> int | None:
-    """Return the tokens of the samples that a weighter learned from; None if that is not known.
+    """Return the length in tokens of the samples that a weighter was trained on; None if unknown.
 
     Args:
         folder: verified, the weighter's.
-        hf_config: its configuration, whose positions count if there is no manifest.
+        hf_config: its configuration, whose number of positions is used if there is no manifest.
     """
     length = read_manifest(folder).get("language_model", {}).get("seq_length")
     length = length or getattr(hf_config, "max_position_embeddings", None)
@@ -64,14 +64,14 @@ def trained_length(folder: Path, hf_config: Any) -> int | None:
 
 
 def verify_export(flag: str, folder: Path) -> bool:
-    """Hold a folder against its manifest, if it has one: models that others made have none.
+    """Verify a folder against its manifest, if it has one; other models have none.
 
     Args:
         flag: the flag that names the folder, for messages.
         folder: the weighter's.
 
     Returns:
-        whether it is an export of ours. Those of earlier versions have no checksums.
+        whether it is an export of this program. Exports of earlier versions have no checksums.
 
     Raises:
         UserError: the manifest is damaged, or a file is not as it was exported.

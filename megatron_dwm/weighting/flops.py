@@ -17,7 +17,7 @@ def scoring_flops(weighter_parameters: int, samples: int, seq_length: int) -> fl
 
     Args:
         weighter_parameters: without the embedding, which is looked up.
-        samples: how many are scored.
+        samples: the number of samples that are scored.
         seq_length: tokens of a sample.
     """
     return float(MULTIPLY_AND_ADD * weighter_parameters * samples * seq_length)

@@ -1,4 +1,4 @@
-"""Weights of a trained weighter that does not change, or of one for each stage of the run that learned them."""
+"""Weights of a trained weighter that does not change, or of a separate one for each stage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FrozenParts:
-    """What frozen weighting is made of."""
+    """The parts of frozen weighting."""
 
     stages: Sequence[WeighterStage]
     read_weighter: Callable[[WeighterStage], Weighter]
@@ -35,14 +35,14 @@ class FrozenParts:
 
 
 class FrozenWeighting(ScoredWeighting):
-    """Scores batches with a weighter, and exports it beside the run's checkpoints."""
+    """Scores batches with a weighter, and exports it with the run's checkpoints."""
 
     def __init__(
         self, weight_metrics: WeightMetrics, options: ScoringOptions, parts: FrozenParts, iteration: int
     ) -> None:
         """
         Args:
-            iteration: the first that is weighted.
+            iteration: the first weighted iteration.
         """
         super().__init__(weight_metrics, options)
         self.parts, self.exporter = parts, parts.exporter
@@ -51,7 +51,7 @@ class FrozenWeighting(ScoredWeighting):
         self.weighter = parts.read_weighter(self.stage)
 
     def before_step(self, iteration: int) -> None:
-        """Take the next stage's weighter when its time has come."""
+        """Switch to the next stage's weighter at the beginning of the stage."""
         stage = self._stage_of(iteration)
         if stage == self.stage:
             return
@@ -60,14 +60,14 @@ class FrozenWeighting(ScoredWeighting):
         logger.info(f" > iteration {iteration}: the weighter of stage {stage.number}, {stage.folder}")
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
-        """Let each rank score what has not been scored of its part of the replica's samples, and gather."""
+        """Score this rank's part of the replica's samples, except for cached scores, and gather all scores."""
         tokens = batch.tokens[self.sample_gather.rank_slice_of(len(batch))]
         if self.cache.most:
             return self.cache.score(tokens, len(batch), self.weighter.score, self.sample_gather)
         return self.sample_gather.gather_from_ranks(self.weighter.score(tokens), len(batch))
 
     def metrics(self, iteration: int, batch: Batch, weights: SampleWeights | None) -> dict[str, Any]:
-        """Return the figures of the weights, and the stage that the weighter is from."""
+        """Return the metrics of the weights, and the stage that the weighter comes from."""
         return super().metrics(iteration, batch, weights) | {"stage": self.stage.number}
 
     def flops(self, iteration: int, outcome: StepOutcome) -> float:
@@ -79,7 +79,7 @@ class FrozenWeighting(ScoredWeighting):
         self.exporter.export(self.weighter, iteration, self.stage.number)
 
     def state_dict(self) -> State:
-        """Return the weighter's state, or that of one that has learned, and the scores of samples."""
+        """Return the loaded state of a trained weighter, or else this weighter's, and the cached scores."""
         cached = {"score_cache": {"weighter": self.weighter.hash(), **self.cache.state()}}
         if self._state.get("outer_updates"):
             return {**self._state, **cached}
@@ -87,7 +87,7 @@ class FrozenWeighting(ScoredWeighting):
         return {**state, **cached}
 
     def load_state_dict(self, state: State) -> None:
-        """Keep ``state``, and take the scores in it if they are this weighter's."""
+        """Keep ``state``, and use its cached scores if they are from this weighter."""
         cached = state.get("score_cache")
         super().load_state_dict(state)
         if cached is not None and cached["weighter"] == self.weighter.hash():

@@ -1,4 +1,4 @@
-"""What the weighting of a run reads, and the stages that it goes through; known before the processes meet."""
+"""The inputs and the stages of a run's weighting, checked before any process waits for another."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DOCUMENT_JOINT = "\n\n"
 
 @dataclass(frozen=True)
 class WeightingInputs:
-    """What the weighting reads, checked before any process waits for another."""
+    """The inputs of the weighting, checked before any process waits for another."""
 
     samples: SampleTokens | None = None
     """What the weighter can read; None without a weighter."""
@@ -32,13 +32,13 @@ class WeightingInputs:
 
 
 def run_stages(config: RunConfig, begun_by: int | None = None) -> StageSchedule:
-    """Lay out the stages of a run; of a resumed one over its whole length, as its flags say it now.
+    """Return the stages of a run; those of a resumed run cover its whole length by its present flags.
 
     Args:
-        begun_by: the iteration that a run with a weighter which has begun to learn goes on from, if it does.
+        begun_by: the iteration from which a run continues with a weighter that has begun to learn, if it does.
 
     Raises:
-        UserError: they do not fit into the run.
+        UserError: the stages do not fit into the run.
     """
     if not config.weighting.needs_target:
         return frozen_stages(config.weighting, config.train_iters)

@@ -1,9 +1,9 @@
-"""How much each sample's mean loss counts in the loss that is trained.
+"""The factor of each sample's mean loss in the training loss.
 
 Megatron-LM divides a microbatch's summed token losses by its number of unmasked tokens (or, with
 ``--calculate-per-token-loss``, the global batch's by that of the global batch), so a sample counts by its tokens. The
 trained loss is therefore (1/N) Σ u_i f_i l_i with the weights u and the factors f, which are 1 where samples have
-equally many unmasked tokens. An alignment and a source's fraction of the loss must carry the same factor.
+equal numbers of unmasked tokens. An alignment and a source's fraction of the loss must include the same factor.
 
 Shape legend: n samples of this replica, N of the global batch, s sequence length.
 """
@@ -31,7 +31,7 @@ class LossFactors:
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Return f of this replica's samples [n], float64; reduces over the data-parallel group if counted per token.
 
-        A sample without an unmasked token has no part in the loss: 0.
+        The factor of a sample without an unmasked token is 0.
         """
         tokens = batch.loss_mask.sum(dim=1, dtype=torch.float64)
         if self.is_per_token:

@@ -1,9 +1,9 @@
-"""The door between training and weighting: all that training knows of how samples get their weights.
+"""The protocol between training and weighting: all that training knows about how samples get their weights.
 
 The training loop is five calls: next batch, :meth:`~SampleWeighting.before_step`, :meth:`~SampleWeighting.weigh`, the
-step, :meth:`~SampleWeighting.after_step`. A way of weighting is one class with these methods; ``docs/extending.md``
-shows one. Every rank calls every method, with the same iteration, in this order: what a method communicates is part of
-the protocol, and stands in its docstring.
+training step, :meth:`~SampleWeighting.after_step`. A way of weighting is one class with these methods;
+``docs/extending.md`` has an example. Every rank calls every method, with the same iteration, in this order. The
+collectives of a method are part of the protocol, and are stated in its docstring.
 
 Shape legend: N samples of the global batch, n of this replica.
 """
@@ -48,7 +48,7 @@ class SampleWeights:
 
 
 class StepOutcome(Protocol):
-    """What a training step tells the weighting."""
+    """What the weighting is told about a training step."""
 
     @property
     def skipped(self) -> bool:
@@ -60,48 +60,48 @@ class StepOutcome(Protocol):
 
     @property
     def sample_losses(self) -> SampleLosses | None:
-        """This replica's losses before the step; None but on the last pipeline stage."""
+        """This replica's losses before the step; None except on the last pipeline stage."""
 
 
 class SampleWeighting(Protocol):
-    """A way to weigh the samples of each batch."""
+    """A way to weight the samples of each batch."""
 
     def before_step(self, iteration: int) -> None:
         """Prepare for an iteration, which counts from 1.
 
-        May gather parameters over all groups; afterwards the model holds the parameters that it held before.
+        May gather parameters over all groups; must leave the model's parameters unchanged.
         """
 
     def weigh(self, iteration: int, batch: Batch) -> SampleWeights | None:
-        """Give this replica's ``batch`` its weights; None trains it plainly.
+        """Return the weights for this replica's ``batch``; None for plain training.
 
-        The host need not wait for them: the step can be launched before they are known.
+        The host need not wait for them: the step's kernels can be launched before they are known.
         May gather over the model-parallel, the context-parallel and then the data-parallel group.
         """
 
     def after_step(
         self, iteration: int, batch: Batch, weights: SampleWeights | None, outcome: StepOutcome
     ) -> list[Record]:
-        """Learn from the step that was made, and return what is to be recorded of it.
+        """Learn from the step, and return records about it.
 
-        May run passes over the model and communicate over all groups. Parameters, optimizer state, random streams and
-        data order of the language model are afterwards what they were before.
+        May run passes over the model and communicate over all groups. Must leave parameters, optimizer state, random
+        streams and data order of the language model unchanged.
         """
 
     def metrics(self, iteration: int, batch: Batch, weights: SampleWeights | None) -> dict[str, Any]:
-        """Return figures of the step's weights for the log: numbers, and dicts of numbers by source.
+        """Return metrics of the step's weights for the log: numbers, and dicts of numbers by source.
 
         May gather over the data-parallel group.
         """
 
     def flops(self, iteration: int, outcome: StepOutcome) -> float:
-        """Return the operations of all ranks in this iteration beyond those of plain training. No communication."""
+        """Return the operations of all ranks in this iteration beyond those of plain training. Does not communicate."""
 
     def before_save(self, iteration: int) -> None:
-        """Write what belongs beside a persistent checkpoint that is about to be written. May wait for all ranks."""
+        """Write files next to a persistent checkpoint that is about to be written. May wait for all ranks."""
 
     def state_dict(self) -> State:
-        """Return what a resumed run needs, in any layout; empty if nothing. May gather over all groups."""
+        """Return the state that a resumed run needs, in any layout; may be empty. May gather over all groups."""
 
     def load_state_dict(self, state: State) -> None:
-        """Continue from :meth:`state_dict`. No communication."""
+        """Continue from :meth:`state_dict`. Does not communicate."""

@@ -1,4 +1,4 @@
-"""Weights that follow a rule and are not learned for what they do: controls to compare with (docs/results.md).
+"""Weights that follow a fixed rule, for comparison with learned weights (docs/results.md).
 
 Shape legend: N samples of the global batch, n of this replica.
 """
@@ -48,15 +48,15 @@ class LossWeighting(ScoredWeighting):
     ) -> None:
         """
         Args:
-            scores_of: makes scores of the losses of the global batch [N].
-            flops_per_batch: operations of the forward pass over a global batch that the losses need.
+            scores_of: computes scores from the losses of the global batch [N].
+            flops_per_batch: operations of the forward pass over a global batch for the losses.
         """
         super().__init__(weight_metrics, options)
         self.scores_of, self.engine, self.micro_batch_size = scores_of, engine, micro_batch_size
         self.flops_per_batch = flops_per_batch
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
-        """Run the batch forward and make scores of the samples' losses."""
+        """Compute scores from the losses of a forward pass over the batch."""
         with torch.no_grad(), self.engine.full_parameters(), self.engine.deterministic():
             losses = self.engine.run(batch, self.micro_batch_size, forward_only=True)
         means = self.engine.broadcast_losses(losses, len(batch)).mean
@@ -68,12 +68,12 @@ class LossWeighting(ScoredWeighting):
 
 
 class OracleWeighting(ScoredWeighting):
-    """Only the samples of named sources count; uniform in a batch that has none of them."""
+    """Only the samples of named sources count; a batch without any of them has uniform weights."""
 
     def __init__(self, weight_metrics: WeightMetrics, options: ScoringOptions, sources: Sequence[str]) -> None:
         """
         Raises:
-            UserError: none of ``sources`` is a source of the training data.
+            UserError: one of ``sources`` is not a source of the training data.
         """
         super().__init__(weight_metrics, options)
         self._counting = torch.tensor(source_numbers(weight_metrics, sources))
@@ -86,7 +86,7 @@ class OracleWeighting(ScoredWeighting):
 
 
 class SourceWeighting(ScoredWeighting):
-    """Each source has a fixed weight; sources that are not named have 1. A batch's weights have the mean 1 as ever."""
+    """Each source has a fixed weight, 1 if it is not named; a batch's weights are scaled to the mean 1, as always."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class SourceWeighting(ScoredWeighting):
     ) -> None:
         """
         Raises:
-            UserError: one of ``sources`` is no source of the training data.
+            UserError: one of ``sources`` is not a source of the training data.
         """
         super().__init__(weight_metrics, options)
         self._scores = torch.zeros(len(weight_metrics.sources), dtype=torch.float64)
@@ -115,20 +115,20 @@ class HalfWeighting(ScoredWeighting):
     def __init__(self, weight_metrics: WeightMetrics, options: ScoringOptions, seed: int) -> None:
         """
         Args:
-            seed: which half; it does not depend on the layout or on the order of the data.
+            seed: determines the half, which does not depend on the layout or the order of the data.
         """
         super().__init__(weight_metrics, options)
         self.seed = seed
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
-        """Return 0 for the samples of the half and -inf for the others; uniform in a batch that has none of them."""
+        """Return 0 for the samples of the half and -inf for the others; all 0 in a batch without any of them."""
         index = self.sample_gather.gather_from_replicas(batch.index).cpu()
         counts = torch.from_numpy(half_of_samples(index.numpy(), self.seed))
         return torch.where(counts, 0.0, float("-inf")) if bool(counts.any()) else torch.zeros(len(index))
 
 
 class ShuffledWeighting(BilevelWeighting):
-    """A weighter that learns as ever, while each of its scores is given to another sample of the batch."""
+    """A weighter that is trained as usual, but whose scores are permuted among the samples of the batch."""
 
     def __init__(self, weight_metrics: WeightMetrics, options: ScoringOptions, parts: BilevelParts, seed: int) -> None:
         super().__init__(weight_metrics, options, parts)
@@ -141,10 +141,10 @@ class ShuffledWeighting(BilevelWeighting):
 
 
 def source_numbers(weight_metrics: WeightMetrics, sources: Sequence[str]) -> list[int]:
-    """Return the places of ``sources`` among those of the training data.
+    """Return the indices of ``sources`` among those of the training data.
 
     Raises:
-        UserError: one of them is none.
+        UserError: one of them does not exist.
     """
     known = weight_metrics.sources
     if unknown := [name for name in sources if name not in known]:
@@ -155,7 +155,7 @@ def source_numbers(weight_metrics: WeightMetrics, sources: Sequence[str]) -> lis
 
 
 def half_of_samples(index: np.ndarray, seed: int) -> np.ndarray:
-    """Return whether each sample of the training data, by index, is in the random half that ``seed`` names."""
+    """Return whether each sample of the training data, by index, is in the random half of ``seed``."""
     mixed = index.astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # the finalizer of SplitMix64
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
@@ -170,8 +170,8 @@ def high_loss_scores(losses: torch.Tensor, strength: float) -> torch.Tensor:
 def linupper_scores(losses: torch.Tensor) -> torch.Tensor:
     """Return the scores [N] of LinUpper (Sow et al., "Dynamic Loss-Based Sample Reweighting", ICLR 2025).
 
-    Losses are scaled to h in [-1, 1] between the batch's least and largest, and the score is min(h + 1, 1): it rises
-    up to the middle and is the same above. The weights' softmax has the paper's r as its temperature.
+    Losses are scaled to h in [-1, 1] between the batch's smallest and largest, and the score is min(h + 1, 1): it rises
+    up to the middle and is constant above. The paper's r is the temperature of the softmax.
     """
     low, high = losses.double().aminmax()
     if low == high:

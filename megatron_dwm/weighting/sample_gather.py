@@ -1,8 +1,8 @@
-"""Numbers per sample between ranks: who holds which samples of a global batch.
+"""Which rank holds which samples of a global batch, and the gathering of per-sample values.
 
 Shape legend: N samples of the global batch, n samples of this model replica, c samples of this rank's slice.
-The global order is microbatch, then data-parallel rank, then place in the microbatch: the order of the data, the same
-in every layout.
+The global order is microbatch, then data-parallel rank, then position in the microbatch. It is the order of the data,
+the same in every layout.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from megatron_dwm.runtime.process_groups import ParallelState
 
 
 class SampleGather:
-    """Gathers values per sample over the ranks of one step's batch, and selects from the whole batch's.
+    """Gathers per-sample values over the ranks, and selects a rank's or replica's part of them.
 
-    The ranks of a replica (of its tensor, pipeline and context parallelism) see the same n samples. Each works on a
+    The tensor-, pipeline- and context-parallel ranks of a replica have the same n samples. Each works on a
     slice of them, so that nothing is computed twice.
     """
 
@@ -32,7 +32,7 @@ class SampleGather:
         return self.rank_slice_of(self.replica_samples)
 
     def rank_slice_of(self, replica_samples: int) -> slice:
-        """Return the part that this rank works on of a batch that has so many samples on the replica."""
+        """Return the slice of this rank for a batch with ``replica_samples`` samples on the replica."""
         size = self._max_rank_samples(replica_samples)
         start = min(self.parallel_state.replica_rank * size, replica_samples)
         return slice(start, min(start + size, replica_samples))
@@ -41,7 +41,7 @@ class SampleGather:
         """Gather each rank's [c, …] to the whole batch's [N, …] on every rank; a collective call.
 
         Args:
-            replica_samples: n; that of the largest batch if not given.
+            replica_samples: n; by default that of the largest batch.
         """
         count = self.replica_samples if replica_samples is None else replica_samples
         return self.gather_from_replicas(self._gather_from_replica(values, count))

@@ -1,4 +1,4 @@
-"""What a weighter reads of a sample where that is not simply its tokens: windows of them, or its text tokenized again.
+"""What a weighter reads instead of a sample's tokens: windows of the tokens, or the text tokenized again.
 
 Shape legend: m samples, s sequence length.
 """
@@ -24,7 +24,7 @@ MOST_CACHED_TOKENS = 2**25
 
 
 class WindowReader:
-    """Cuts samples that are longer than a classifier's positions."""
+    """Cuts samples that are longer than a classifier's maximum length into windows."""
 
     def __init__(self, window: int) -> None:
         self.window = window
@@ -37,7 +37,7 @@ class WindowReader:
 class TextReader:
     """Rebuilds the samples' texts, and tokenizes them with the classifier's own tokenizer.
 
-    The newest results are kept: a weighter that learns reads a sample several times.
+    The newest results are cached, because a weighter in training reads a sample several times.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class TextReader:
     ) -> None:
         """
         Args:
-            text_of: gives the text of a sample's tokens [s].
+            text_of: returns the text of a sample's tokens [s].
             tokenizer: the classifier's, of Hugging Face.
-            window: most tokens that the classifier reads at once; None for any number.
+            window: maximum number of tokens that the classifier reads at once; None for any number.
         """
         # Data loaders fork after tokenizing has begun, which threads of the tokenizer's would not survive.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -75,7 +75,7 @@ class TextReader:
         return [cut(found[key].tolist(), self.window, self.special) for key in keys]
 
     def _keep(self, key: bytes, ids: npt.NDArray[np.int32]) -> None:
-        """Keep a sample's ids as the newest, and let the oldest go."""
+        """Add a sample's ids to the cache, and drop the oldest."""
         if key not in self._cached:
             self._held += len(ids)
         self._cached[key] = ids
@@ -85,5 +85,5 @@ class TextReader:
 
 
 def sample_key(sample: npt.NDArray[np.integer[Any]]) -> bytes:
-    """Return a digest of a sample's tokens [s]: the same for the same sample, wherever and whenever it comes."""
+    """Return a digest of a sample's tokens [s], by which the same sample is recognized."""
     return hashlib.blake2b(sample.astype("<i8").tobytes(), digest_size=8).digest()

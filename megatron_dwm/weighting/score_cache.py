@@ -1,4 +1,4 @@
-"""Scores of samples that a weighter which does not change has scored already: each is scored once, on one rank.
+"""A cache of the scores of a frozen weighter: each sample is scored once, on one rank.
 
 Shape legend: N samples of the global batch, c of this rank's slice, s sequence length, k samples that are kept.
 """
@@ -15,12 +15,12 @@ from megatron_dwm.weighting.sample_reader import sample_key
 
 
 class ScoreCache:
-    """The newest scores, by the samples' tokens; the same on every rank."""
+    """The newest scores, keyed by the samples' tokens; the same on every rank."""
 
     def __init__(self, most: int) -> None:
         """
         Args:
-            most: samples that are kept.
+            most: the number of samples that are kept.
         """
         self.most = most
         self._scores: dict[int, float] = {}
@@ -40,8 +40,8 @@ class ScoreCache:
         Args:
             tokens: this rank's slice of the batch [c, s].
             replica_samples: samples of the replica.
-            score: scores samples [., s].
-            sample_gather: of the run.
+            score: computes the scores of samples [., s].
+            sample_gather: the gathering of the run's batches.
         """
         keys = [int.from_bytes(sample_key(sample), "little", signed=True) for sample in tokens.cpu().numpy()]
         missing = {key: place for place, key in enumerate(keys) if key not in self._scores}
@@ -60,14 +60,14 @@ class ScoreCache:
         return scores
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Remove all scores."""
         self._scores.clear()
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs for the same scores, bit for bit: keys and scores [k], oldest first."""
+        """Return the state of the cache: keys and scores [k], oldest first."""
         keys = torch.tensor(list(self._scores), dtype=torch.int64)
         return {"keys": keys, "scores": torch.tensor(list(self._scores.values()), dtype=torch.float32)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take :meth:`state`."""
+        """Load :meth:`state`."""
         self._scores = dict(zip(state["keys"].tolist(), state["scores"].tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Weights from scores: what all weightings but the uniform one have in common.
+"""The base class of all weightings that compute weights from scores.
 
 Shape legend: N samples of the global batch, n of this replica.
 """
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """How scores become weights, and when weights are looked at."""
+    """How scores become weights, and when weights are checked."""
 
     temperature: float = 1.0
     min_effective_sample_size: float = 0.1
@@ -38,7 +38,7 @@ class ScoringOptions:
 class ScoredWeighting(UniformWeighting, ABC):
     """A weighting that gives each sample a score; the weights are the softmax of a batch's scores.
 
-    A subclass needs :meth:`scores`; where it prepares, learns, writes or keeps something, it overrides those methods.
+    A subclass must define :meth:`scores`. It overrides other methods if it prepares, learns, writes or saves something.
     """
 
     def __init__(self, weight_metrics: WeightMetrics, options: ScoringOptions) -> None:
@@ -63,13 +63,13 @@ class ScoredWeighting(UniformWeighting, ABC):
     def after_step(
         self, iteration: int, batch: Batch, weights: SampleWeights | None, outcome: StepOutcome
     ) -> list[Record]:
-        """Look whether the weights have collapsed, once every check interval."""
+        """Check whether the weights have collapsed, once every check interval."""
         if weights is None or iteration % self.options.check_interval:
             return []
         return self.health_records(iteration, weights)
 
     def health_records(self, iteration: int, weights: SampleWeights) -> list[Record]:
-        """Warn of what is wrong with the weights, and return the records of it."""
+        """Log the health warnings of the weights, and return their records."""
         warnings = self.health_warnings(weights)
         for warning in warnings:
             logger.warning(f"iteration {iteration}: {warning.message}", extra=LAST_RANK)
@@ -79,9 +79,9 @@ class ScoredWeighting(UniformWeighting, ABC):
         ]
 
     def health_warnings(self, weights: SampleWeights) -> list[HealthWarning]:
-        """Return what is wrong with the weights of one batch."""
+        """Return the health warnings of the weights of one batch."""
         return check_weights(weights.sample_weights, self.options.min_effective_sample_size)
 
     def metrics(self, iteration: int, batch: Batch, weights: SampleWeights | None) -> dict[str, Any]:
-        """Return stage, figures by source, and distance from uniform weights."""
+        """Return stage, metrics by source, and distance from uniform weights."""
         return self.weight_metrics(iteration, batch, weights)

@@ -1,7 +1,8 @@
 """When the weighter starts, learns and is exported.
 
-Iterations count from 1. The warm-up trains with uniform weights; then come stages of equal length (the last takes what
-is left over). The weighter learns in the first iterations of each stage, its update window, and is frozen in the rest.
+Iterations count from 1. The warm-up trains with uniform weights. Then follow stages of equal length (the last one
+includes what is left over). The weighter is trained in the first iterations of each stage, its update window, and is
+frozen in the rest.
 """
 
 from __future__ import annotations
@@ -52,14 +53,14 @@ class StageSchedule:
 
 
 def bilevel_stages(config: WeightingConfig, train_iters: int, begun_by: int | None = None) -> StageSchedule:
-    """The stages that the flags ask for.
+    """Return the stages that the flags ask for.
 
     Args:
-        begun_by: the iteration that a run with a weighter which has begun to learn goes on from, if it does. The
-            warm-up that follows from the run's length is over by then: another length does not bring it back.
+        begun_by: the iteration from which a run continues with a weighter that has begun to learn, if it does. The
+            default warm-up, which depends on the run's length, is then over even if the length has changed.
 
     Raises:
-        UserError: no room for the stages, or an update window in which no update falls.
+        UserError: there is no room for the stages, or an update window contains no update.
     """
     stages = config.dwm_num_stages
     warmup = config.dwm_warmup_iters
@@ -79,13 +80,13 @@ def bilevel_stages(config: WeightingConfig, train_iters: int, begun_by: int | No
     if interval > min(window, stage_iters):
         raise UserError(
             f"--dwm-update-interval {interval} exceeds the update window of {min(window, stage_iters)} iterations, "
-            "so the weighter would never learn; lower it, or raise --dwm-stage-update-iters or --train-iters"
+            "so that the weighter would never be updated; lower it, or raise --dwm-stage-update-iters or --train-iters"
         )
     return StageSchedule(train_iters, warmup, stages, stage_iters, window, interval)
 
 
 def frozen_stages(config: WeightingConfig, train_iters: int) -> StageSchedule:
-    """One stage without updates, from the first iteration unless a warm-up is asked for.
+    """Return one stage without updates, from the first iteration unless a warm-up is asked for.
 
     Raises:
         UserError: no iteration is weighted.
@@ -93,7 +94,7 @@ def frozen_stages(config: WeightingConfig, train_iters: int) -> StageSchedule:
     warmup = config.dwm_warmup_iters or 0
     if warmup >= train_iters and warmup > 0 and config.dwm_mode != "off":
         raise UserError(
-            f"--dwm-warmup-iters {warmup} leave none of --train-iters {train_iters} that --dwm-mode {config.dwm_mode} "
-            "weighs; lower it"
+            f"--dwm-warmup-iters {warmup} leaves no iteration of --train-iters {train_iters} for --dwm-mode "
+            f"{config.dwm_mode}; lower it"
         )
     return StageSchedule(train_iters, warmup, 1, max(train_iters - warmup, 1), 0, 1)

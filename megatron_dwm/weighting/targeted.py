@@ -1,4 +1,4 @@
-"""Rules that look at the target set, and learn no weighter: controls to compare with (docs/results.md).
+"""Rules that use the target set but train no weighter, for comparison (docs/results.md).
 
 Shape legend: N samples of the global batch, n of this replica, h hidden size of the language model.
 """
@@ -28,7 +28,7 @@ from megatron_dwm.weighting.weights import standardized
 
 @dataclass(frozen=True)
 class TargetedParts:
-    """What these rules are made of."""
+    """The parts of these rules."""
 
     engine: PipelineEngine
     lm_gradients: LMGradients
@@ -42,7 +42,7 @@ class TargetedParts:
 
 
 class TargetedWeighting(ScoredWeighting, ABC):
-    """A rule that reads the target set from where an earlier run stopped."""
+    """A rule that reads the target set, and continues where an earlier run stopped."""
 
     def __init__(self, weight_metrics: WeightMetrics, options: ScoringOptions, parts: TargetedParts) -> None:
         super().__init__(weight_metrics, options)
@@ -58,20 +58,20 @@ class TargetedWeighting(ScoredWeighting, ABC):
         return self._target_loader.next_batch()
 
     def state_dict(self) -> State:
-        """Return the state that was loaded, with the samples that were read since."""
+        """Return the loaded state, with the number of samples read since."""
         return {**super().state_dict(), "consumed_target_samples": self.consumed_target_samples}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on reading where ``state`` ends."""
+        """Continue reading where ``state`` ends."""
         super().load_state_dict(state)
         self.consumed_target_samples = state.get("consumed_target_samples", 0)
 
 
 class SimilarityWeighting(TargetedWeighting):
-    """Samples whose hidden states are like the target set's count for more.
+    """Samples whose hidden states are similar to the target set's count for more.
 
-    The cosine of a sample's mean hidden state with the target's, at the present parameters, standardized over the
-    batch. The target's is the mean over a batch, renewed where a weighter would be updated.
+    The score is the cosine of a sample's mean hidden state with the target's, at the present parameters, standardized
+    over the batch. The target's is the mean over a target batch; it is renewed when a weighter would be updated.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class SimilarityWeighting(TargetedWeighting):
         self._target: torch.Tensor | None = None  # [h]
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
-        """Pass the batch, and sometimes the target, through the language model, and compare."""
+        """Compute the batch's hidden states, and sometimes the target's, and compare them."""
         if self._target is None or self.stages.is_update(iteration):
             self._target = self._mean_over_replicas(self._hidden_states(self.next_target()))
         hidden = self.sample_gather.gather_from_replicas(self._hidden_states(batch)).cpu()
@@ -98,7 +98,7 @@ class SimilarityWeighting(TargetedWeighting):
         return self.parts.flops_per_batch + self.parts.flops_per_target * self.stages.is_update(iteration)
 
     def state_dict(self) -> State:
-        """Return also the target's hidden state."""
+        """Return the state, including the target's hidden state."""
         return {**super().state_dict(), "target_hidden_state": self._target}
 
     def load_state_dict(self, state: State) -> None:
@@ -116,11 +116,11 @@ class SimilarityWeighting(TargetedWeighting):
 
 
 class SourceAlignmentWeighting(TargetedWeighting):
-    """Sources whose samples align with the target count for more: the method with a source in place of a text.
+    """Sources whose samples align with the target count for more: the method with weights per source.
 
-    After a step that an outer update would follow, its samples are aligned as that update would align them. A source's
+    After each step that an outer update would follow, the step's samples are aligned as in an update. A source's
     score is the mean of its standardized alignments in all batches so far, divided by the KL weight: the optimum of the
-    weighter's objective if all that it could see of a sample were its source.
+    weighter's objective if a sample's source were its only feature.
     """
 
     def __init__(
@@ -133,8 +133,8 @@ class SourceAlignmentWeighting(TargetedWeighting):
     ) -> None:
         """
         Args:
-            kl_weight: strength of the pull towards uniform weights.
-            clip: cut standardized alignments off at this many standard deviations; 0 for no clipping.
+            kl_weight: strength of the KL term.
+            clip: clip standardized alignments at this many standard deviations; 0 for no clipping.
         """
         super().__init__(weight_metrics, options, parts)
         self.kl_weight, self.clip = kl_weight, clip
@@ -156,7 +156,7 @@ class SourceAlignmentWeighting(TargetedWeighting):
     def after_step(
         self, iteration: int, batch: Batch, weights: SampleWeights | None, outcome: StepOutcome
     ) -> list[Record]:
-        """Align the step's samples if that is due, unless it moved no parameter."""
+        """Align the step's samples if that is due, unless the step changed no parameter."""
         records = super().after_step(iteration, batch, weights, outcome)
         if self._aligns(iteration, outcome):
             with self.parts.engine.full_parameters():
@@ -169,11 +169,11 @@ class SourceAlignmentWeighting(TargetedWeighting):
         return records
 
     def flops(self, iteration: int, outcome: StepOutcome) -> float:
-        """Return the operations of the passes, where they are made."""
+        """Return the operations of the passes in iterations that make them."""
         return (self.parts.flops_per_batch + self.parts.flops_per_target) * self._aligns(iteration, outcome)
 
     def state_dict(self) -> State:
-        """Return also the sources' sums by name: a resumed run may blend them in another order."""
+        """Return the state with the sources' sums by name, because a resumed run may order the sources differently."""
         by_name = dict(zip(self.weight_metrics.sources, self._sums.T.tolist(), strict=True))
         return {**super().state_dict(), "source_alignments": by_name}
 
@@ -228,7 +228,7 @@ def similarities(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def top_scores(alignments: torch.Tensor, fraction: float) -> torch.Tensor:
-    """Return 0 for the given part of the samples [N] with the highest alignments, at least one, and -inf for others."""
+    """Return 0 for the ``fraction`` of samples [N] with the highest alignments (at least one), and -inf for others."""
     count = max(1, round(fraction * len(alignments)))
     scores = torch.full_like(alignments, float("-inf"))
     scores[alignments.topk(count).indices] = 0.0

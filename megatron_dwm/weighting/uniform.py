@@ -11,7 +11,7 @@ from megatron_dwm.weighting.policy import Record, SampleWeights, State, StepOutc
 class UniformWeighting:
     """Plain Megatron training.
 
-    The state of a weighting that a checkpoint holds is kept for the next one, so that some iterations of plain training
+    The weighting's state in a checkpoint is kept for the next checkpoint, so that iterations of plain training
     between two bilevel runs do not lose the weighter.
     """
 
@@ -22,7 +22,7 @@ class UniformWeighting:
         """Nothing to prepare."""
 
     def weigh(self, iteration: int, batch: Batch) -> SampleWeights | None:
-        """Train plainly."""
+        """Return None: plain training."""
         return None
 
     def after_step(

@@ -29,9 +29,9 @@ NOT_STARTED: State = {
 
 
 class WarmupWeighting:
-    """Trains plainly in the warm-up; before its first weighted iteration it starts the weighting that follows.
+    """Uniform weights in the warm-up; before the first weighted iteration the following weighting is built.
 
-    A weighting that starts late can be made of what the language model has learned by then.
+    A weighting that starts late can be initialized from what the language model has learned by then.
     """
 
     def __init__(self, stages: StageSchedule, weight_metrics: WeightMetrics, start: Start) -> None:
@@ -42,28 +42,28 @@ class WarmupWeighting:
 
     @property
     def current(self) -> SampleWeighting:
-        """The weighting that weighs at present."""
+        """The weighting that is in use at present."""
         return self._current
 
     def before_step(self, iteration: int) -> None:
-        """Start the weighting if its time has come."""
+        """Build the weighting at the end of the warm-up."""
         if not self._has_started and self.stages.is_weighted(iteration):
             self._current = self._start(iteration, self._state)
             self._has_started, self._state = True, {}
         self._current.before_step(iteration)
 
     def weigh(self, iteration: int, batch: Batch) -> SampleWeights | None:
-        """Weigh as the present weighting does."""
+        """Return the present weighting's weights."""
         return self._current.weigh(iteration, batch)
 
     def after_step(
         self, iteration: int, batch: Batch, weights: SampleWeights | None, outcome: StepOutcome
     ) -> list[Record]:
-        """Learn as the present weighting does."""
+        """Let the present weighting learn from the step."""
         return self._current.after_step(iteration, batch, weights, outcome)
 
     def metrics(self, iteration: int, batch: Batch, weights: SampleWeights | None) -> dict[str, Any]:
-        """Return the figures of the step's weights; in the warm-up those of uniform ones."""
+        """Return the metrics of the step's weights; those of uniform weights in the warm-up."""
         if self._has_started:
             return self._current.metrics(iteration, batch, weights)
         return self.weight_metrics(iteration, batch, weights)
@@ -73,11 +73,11 @@ class WarmupWeighting:
         return self._current.flops(iteration, outcome)
 
     def before_save(self, iteration: int) -> None:
-        """Write what the present weighting writes."""
+        """Write the present weighting's files."""
         self._current.before_save(iteration)
 
     def state_dict(self) -> State:
-        """Return the present weighting's state; before it has started, the state that it will start from."""
+        """Return the present weighting's state; during the warm-up, the state that the weighting will start from."""
         if self._has_started:
             return self._current.state_dict()
         return self._state or NOT_STARTED

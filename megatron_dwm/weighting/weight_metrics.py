@@ -1,4 +1,4 @@
-"""Figures of a step's weights, for the log and the records.
+"""Metrics of a step's weights, for the log and the records.
 
 Shape legend: N samples of the global batch.
 """
@@ -20,7 +20,7 @@ from megatron_dwm.weighting.weights import WeightStatistics
 
 
 class WeightMetrics:
-    """Computes the figures of each step's weights: stage, by source, and distance from uniform weights."""
+    """Computes the metrics of each step's weights: stage, values by source, and distance from uniform weights."""
 
     def __init__(
         self,
@@ -37,10 +37,11 @@ class WeightMetrics:
         self.sources = list(sources)
 
     def __call__(self, iteration: int, batch: Batch, weights: SampleWeights | None) -> dict[str, Any]:
-        """Return the figures of one step; without weights it gathers over the data-parallel group.
+        """Return the metrics of one step; without weights it gathers over the data-parallel group.
 
-        ``share_by_source`` is the fraction of the trained loss that a source's samples have: Σ w f over them, with the
-        factors f by which samples count (their tokens). ``weight_by_source`` is the mean weight of a source's samples.
+        ``share_by_source`` is the fraction of the training loss that comes from a source's samples: Σ w f over them,
+        with the factors f by which samples count (their tokens). ``weight_by_source`` is the mean weight of a source's
+        samples.
         """
         if weights is not None:
             source, factors = weights.sources_and_factors.read().unbind(1)

@@ -40,8 +40,8 @@ class Weighter:
         """
         Args:
             model: a classifier with one label, the same on every rank.
-            reader: what it reads of a sample; None if that is the sample's tokens.
-            tokenizer_fingerprint: of its tokenizer's vocabulary, if that is not the run's.
+            reader: converts samples to what it reads; None if it reads the sample's tokens.
+            tokenizer_fingerprint: fingerprint of its tokenizer's vocabulary, if it is not the run's tokenizer.
             bf16: compute in bf16 on a GPU (the parameters stay in fp32).
         """
         self.model, self.reader = model.float().to(device).eval(), reader
@@ -55,18 +55,18 @@ class Weighter:
 
     @property
     def device(self) -> torch.device:
-        """Where the classifier computes."""
+        """The device of the classifier."""
         device: torch.device = next(self.model.parameters()).device
         return device
 
     @property
     def num_parameters(self) -> int:
-        """All parameters of the classifier."""
+        """The number of the classifier's parameters."""
         return sum(param.numel() for param in self.model.parameters())
 
     @property
     def num_computing_parameters(self) -> int:
-        """Parameters that a token is multiplied with; the input embedding is looked up."""
+        """The number of parameters without the input embedding, which needs no multiplications."""
         if hasattr(self.model, "operations_per_token"):
             return int(self.model.operations_per_token)
         embedding: torch.nn.Module = self.model.get_input_embeddings()
@@ -74,11 +74,11 @@ class Weighter:
 
     @property
     def is_linear(self) -> bool:
-        """Whether the classifier's best weights can be computed (:mod:`megatron_dwm.weighting.bilevel.ridge`)."""
+        """Whether the classifier is fitted in closed form (:mod:`megatron_dwm.weighting.bilevel.ridge`)."""
         return bool(getattr(self.model, "is_linear", False))
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take the parameters and the optimizer's moments of :func:`weighter_state`; learning rate and decay stay."""
+        """Load the parameters and optimizer moments of :func:`weighter_state`; keep the learning rate and decay."""
         self.model.load_state_dict(state["weighter"])
         flags = [(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["weighter_optimizer"])
@@ -91,11 +91,12 @@ class Weighter:
             return self._score(tokens)
 
     def step(self, tokens: torch.Tensor, score_gradient: Callable[[torch.Tensor], torch.Tensor]) -> float:
-        """Move the weighter along one gradient; every rank brings its own samples and holds their activations.
+        """Take one gradient step; every rank passes its own samples and holds their activations.
 
         Args:
             tokens: this rank's samples [m, s].
-            score_gradient: gives, for their scores [m], the objective's gradient in them [m]; may be a collective call.
+            score_gradient: returns, for scores [m], the gradient of the objective with respect to them [m]; may be a
+            collective call.
 
         Returns:
             norm of the gradient over all samples, before clipping.
@@ -127,11 +128,11 @@ class Weighter:
     def check_replicas(self) -> str:
         """Return a hash of the parameters' bits, after checking that it is the same on all ranks.
 
-        Replicas that differ give samples different weights on different ranks, and nothing else would show it: so they
-        are compared at every update. The hash is computed where the parameters are.
+        Replicas that differ would give samples wrong weights, and nothing else would show it. They are therefore
+        compared at every update. The hash is computed on the parameters' device.
 
         Raises:
-            RuntimeError: a replica differs; training on would give each rank other weights.
+            RuntimeError: a replica differs.
         """
         here = bit_hash(self.model.parameters())
         extremes = torch.stack([here, ~here])  # the complement of the largest is the least of the complements
@@ -150,7 +151,7 @@ class Weighter:
         return model_digest(self.model)
 
     def features(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the buckets and values [m, f] that an n-gram classifier sees of tokens [m, s]."""
+        """Return the features of tokens [m, s] for an n-gram classifier: buckets and values [m, f]."""
         if self.reader is None:
             found: tuple[torch.Tensor, torch.Tensor] = self.model.features(tokens)
             return found
@@ -170,7 +171,7 @@ class Weighter:
         return torch.cat(parts) if parts else torch.zeros(0, device=tokens.device)
 
     def _score_windows(self, windows: list[list[Window]], device: torch.device) -> torch.Tensor:
-        """Return of each sample the mean score of its windows, which count by their tokens [m]."""
+        """Return each sample's mean score over its windows, in proportion to their tokens [m]."""
         placed = [(place, window) for place, of_sample in enumerate(windows) for window in of_sample]
         placed.sort(key=lambda item: len(item[1].ids))
         scores = [

@@ -1,4 +1,4 @@
-"""A weighter from a Hugging Face folder: a classifier with one output, whatever its tokenizer and its positions."""
+"""A weighter from a Hugging Face folder: a classifier with one output, with any tokenizer and maximum length."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LONGEST = 10**9
 
 @dataclass(frozen=True)
 class SampleTokens:
-    """What a run's samples are made of."""
+    """The format of a run's samples."""
 
     seq_length: int
     vocab_size: int
@@ -39,7 +39,7 @@ class SampleTokens:
 
 @dataclass(frozen=True)
 class WeighterFolder:
-    """A classifier, and how it reads the samples of a run."""
+    """A classifier, and how it reads a run's samples."""
 
     path: str
     model: Any
@@ -54,15 +54,15 @@ class WeighterFolder:
 
 
 def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: int) -> WeighterFolder:
-    """Read a classifier from any Hugging Face folder; a language model's gets a new head.
+    """Read a classifier from any Hugging Face folder; a language model gets a new head.
 
-    A classifier with another tokenizer is given the samples' texts. One that has fewer positions than a sample has
-    tokens goes on if its positions do, and else scores a sample in windows.
+    A classifier with another tokenizer reads the samples' texts. A classifier with a shorter maximum length than the
+    samples scores them in windows, unless its positions are rotary or absent.
 
     Args:
         flag: the flag that names ``folder``, for messages.
-        samples: what the run's samples are made of.
-        seed: of a new head.
+        samples: the format of the run's samples.
+        seed: seed of a new head.
 
     Raises:
         UserError: the folder is missing or damaged, cannot be loaded, has more than one label, or a tokenizer that
@@ -85,7 +85,9 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         model.config.pad_token_id = next(pad for pad in pads if pad is not None) if is_own else samples.eod
     if not 0 <= model.config.pad_token_id < model.config.vocab_size:
-        raise UserError(f"{flag} {folder}: its token of padding, {model.config.pad_token_id}, is none; give another")
+        raise UserError(
+            f"{flag} {folder}: its padding token, {model.config.pad_token_id}, is not in the vocabulary; give another"
+        )
     essential = missing if is_export else [key for key in missing if _is_of_base_model(key, model)]
     if essential:
         raise UserError(f"{flag} {folder}: its weights lack {essential[0]}; give a whole model")
@@ -109,7 +111,7 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
 
 
 def _text_reader(flag: str, folder: str, model: Any, tokenizer: Any, samples: SampleTokens) -> tuple[SampleReader, str]:
-    """Return what reads samples by their text, and that in words.
+    """Return a reader of the samples' texts, and its description for the log.
 
     Raises:
         UserError: the tokenizer does not work.
@@ -127,13 +129,13 @@ def _text_reader(flag: str, folder: str, model: Any, tokenizer: Any, samples: Sa
 
 
 def window_reader(model: Any, seq_length: int) -> WindowReader | None:
-    """Return what cuts samples for a classifier of the run's tokens; None if it reads them whole."""
+    """Return a reader that cuts samples into windows; None if the classifier reads them whole."""
     window = position_limit(model)
     return WindowReader(window) if window is not None and window < seq_length else None
 
 
 def _load(flag: str, folder: str, seed: int) -> tuple[Any, list[str]]:
-    """Return the classifier, and the names of the parameters that the folder has not.
+    """Return the classifier, and the names of the parameters that are missing in the folder.
 
     Raises:
         UserError: it cannot be loaded.
@@ -160,10 +162,10 @@ def _load(flag: str, folder: str, seed: int) -> tuple[Any, list[str]]:
 
 
 def _check_layers(folder: Path, hf_config: Any) -> None:
-    """Check, before they are made, that a classifier's layers can be those whose tensors are there.
+    """Check, before building it, that a classifier has no more layers than there are tensors.
 
     Raises:
-        ValueError: there are more than tensors.
+        ValueError: it has more layers.
     """
     from safetensors import safe_open
 
@@ -177,5 +179,5 @@ def _check_layers(folder: Path, hf_config: Any) -> None:
 
 
 def _is_of_base_model(key: str, model: Any) -> bool:
-    """Whether a tensor is of the layers below the classifier's head, which a language model's folder must have."""
+    """Whether a tensor belongs to the layers below the classifier's head, which a language model's folder must have."""
     return key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key

@@ -1,4 +1,4 @@
-"""What a weighter starts as, if not a folder: random parameters, or layers of the language model."""
+"""Initialization of a weighter that is not read from a folder: random, or with layers of the language model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NGRAM = "dwm_ngram"
 
 
 def random_weighter_model(config: WeightingConfig, vocab_size: int, seq_length: int, eod: int, seed: int) -> Any:
-    """A classifier of ``--dwm-arch`` and the size flags, the same on every rank."""
+    """Return a classifier of ``--dwm-arch`` and the size flags, the same on every rank."""
     from transformers import AutoConfig
 
     if config.dwm_arch == "ngram":
@@ -51,7 +51,7 @@ def random_weighter_model(config: WeightingConfig, vocab_size: int, seq_length: 
 
 
 def ngram_weighter_model(config: WeightingConfig, vocab_size: int, eod: int, seed: int) -> Any:
-    """An n-gram weighter of the ``--dwm-ngram`` flags; it takes samples of any length."""
+    """Return an n-gram weighter of the ``--dwm-ngram`` flags, for samples of any length."""
     from megatron_dwm.weighting.ngram.configuration import NgramConfig
 
     hf_config = NgramConfig(
@@ -70,7 +70,7 @@ def ngram_weighter_model(config: WeightingConfig, vocab_size: int, eod: int, see
 def weighter_model_from_lm(
     chunks: Sequence[Any], model: ModelConfig, config: WeightingConfig, vocab_size: int, eod: int, seed: int
 ) -> Any:
-    """A classifier whose embedding and layers are the language model's first ones; every rank must call it.
+    """Return a classifier with the language model's embedding and first layers; every rank must call it.
 
     Raises:
         UserError: the language model's architecture has no Hugging Face counterpart, or it has too few layers.
@@ -104,7 +104,7 @@ def check_init_from_lm(model: ModelConfig, config: WeightingConfig) -> None:
 
 
 def model_from_config(hf_config: Any, seed: int) -> Any:
-    """A classifier with weights drawn from ``seed``, leaving the global random state as it is."""
+    """Return a classifier with weights drawn from ``seed``, without changing the global random state."""
     from transformers import AutoModelForSequenceClassification
 
     with seeded(seed):
@@ -112,7 +112,7 @@ def model_from_config(hf_config: Any, seed: int) -> Any:
 
 
 def weighter_model_from_json(hf_config: str) -> Any:
-    """A classifier of the architecture in a Hugging Face configuration's JSON; its weights are to be loaded."""
+    """Return a classifier of the architecture in a Hugging Face configuration's JSON, whose weights must be loaded."""
     from transformers import AutoConfig
 
     values = json.loads(hf_config)
@@ -120,7 +120,7 @@ def weighter_model_from_json(hf_config: str) -> Any:
 
 
 def zero_head(model: Any) -> None:
-    """Make all scores exactly 0, so that an untrained weighter gives uniform weights."""
+    """Zero the head, so that an untrained weighter gives uniform weights."""
     heads = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1]
     head = heads[-1]
     torch.nn.init.zeros_(head.weight)
@@ -135,7 +135,7 @@ def _label_settings(eod: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Any:
-    """Draw from ``seed`` in the block, and leave the global random state as it is."""
+    """Use ``seed`` in the block, and restore the global random state afterwards."""
     # The CPU's stream alone: torch.manual_seed would also seed the GPU's, which the language model's dropout uses.
     generator = torch.default_generator
     state = generator.get_state()

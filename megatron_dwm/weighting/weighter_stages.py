@@ -1,4 +1,4 @@
-"""Which export of a run's weighter a frozen run uses when: the stage that was reached at the same part of training."""
+"""The schedule by which a frozen run uses another run's exports: that of the stage at the same fraction of training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_dwm.weighting.export_manifest import MANIFEST, read_manifest
 
 @dataclass(frozen=True)
 class WeighterStage:
-    """A weighter, and until when it is used."""
+    """An exported weighter, and the last iteration that uses it."""
 
     folder: str
     last_iteration: int
@@ -25,8 +25,8 @@ def weighter_stages(flag: str, folder: str, train_iters: int) -> list[WeighterSt
 
     Args:
         flag: the flag that names ``folder``, for messages.
-        folder: an export, which is used for all of the run, or the folder ``weighter`` that holds all exports of
-            another run: of each of its stages the last one.
+        folder: an export, which is used for the whole run, or the folder ``weighter`` with all exports of
+            another run, of which the last one of each stage is used.
         train_iters: iterations of the run that uses them.
 
     Raises:
@@ -49,7 +49,7 @@ def weighter_stages(flag: str, folder: str, train_iters: int) -> list[WeighterSt
         if stage > 0 and iteration > ends.get(stage, (0,))[0]:
             ends[stage] = (iteration, path.parent)
     if not ends:
-        raise UserError(f"{flag} {folder}: its exports are all of the warm-up; give the folder of one of them")
+        raise UserError(f"{flag} {folder}: all its exports are from the warm-up; give the folder of one of them")
     stages = [
         WeighterStage(str(path), round(train_iters * iteration / length), stage)
         for stage, (iteration, path) in sorted(ends.items())

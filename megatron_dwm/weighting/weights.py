@@ -1,4 +1,4 @@
-"""Scores to weights, and the closed-form gradient of the weighter's objective in the scores.
+"""Weights from scores, and the closed-form gradient of the weighter's objective with respect to the scores.
 
 Notation of docs/method.md: scores s [N], w = softmax(s / temperature) [N], sample weights u = N w [N], whose mean is 1,
 alignments a [N]. Everything here is float64: N numbers, the same on every rank.
@@ -17,9 +17,9 @@ def weights_from_scores(scores: torch.Tensor, temperature: float) -> torch.Tenso
 
 
 def log_weights_from_scores(scores: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return log u = s/t - logmeanexp(s/t) [N]: finite where u itself is too small for a number.
+    """Return log u = s/t - logmeanexp(s/t) [N]: finite even where u underflows.
 
-    With the largest score taken out, equal scores leave exactly 0.
+    The largest score is subtracted first, so that equal scores give exactly 0.
     """
     scaled = scores.double() / temperature
     shifted = scaled - scaled.max()
@@ -30,7 +30,7 @@ def standardized(alignments: torch.Tensor, clip: float = 0.0) -> torch.Tensor:
     """Return alignments with mean 0 and variance 1 over the batch [N]; all zero if they do not differ.
 
     Args:
-        clip: cut off at this many standard deviations; 0 for no clipping.
+        clip: clip at this many standard deviations; 0 for no clipping.
     """
     a = alignments.double()
     if a.max() == a.min():  # their mean may differ by a rounding
@@ -61,7 +61,7 @@ def objective(
 def objective_score_gradient(
     alignments: torch.Tensor, scores: torch.Tensor, temperature: float, kl_weight: float, clip: float = 0.0
 ) -> torch.Tensor:
-    """Return the gradient of :func:`objective` in the scores [N]: w_i (c_i - Σ_j w_j c_j) / τ.
+    """Return the gradient of :func:`objective` with respect to the scores [N]: w_i (c_i - Σ_j w_j c_j) / τ.
 
     c_i = -â_i + λ log(N w_i).
     """
@@ -71,7 +71,7 @@ def objective_score_gradient(
 def standardized_score_gradient(
     standardized_alignments: torch.Tensor, scores: torch.Tensor, temperature: float, kl_weight: float
 ) -> torch.Tensor:
-    """Return :func:`objective_score_gradient` of alignments that are standardized already; nothing is read."""
+    """Return :func:`objective_score_gradient` for alignments that are already standardized; the host reads nothing."""
     log_u = log_weights_from_scores(scores, temperature)
     w = log_u.exp() / len(log_u)
     c = -standardized_alignments + kl_weight * log_u

@@ -1,4 +1,4 @@
-"""Windows of token ids: what a classifier that reads only so many at once is given.
+"""Windows of token ids, for classifiers that read only a limited number at once.
 
 Training and ``megatron-dwm score`` cut and pad in the same way, so that they give the same scores. Megatron is not
 needed here.
@@ -20,7 +20,7 @@ _PROBES = ("0", "a", "the")
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What a tokenizer puts around a text."""
+    """The special tokens that a tokenizer puts around a text."""
 
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
@@ -42,7 +42,7 @@ class SpecialTokens:
 
 
 class Window(NamedTuple):
-    """A part of a text that is scored at once."""
+    """A part of a text that is scored as a whole."""
 
     ids: Sequence[int]
     """With the special tokens around them."""
@@ -54,9 +54,9 @@ def cut(ids: Sequence[int], length: int | None, special: SpecialTokens) -> list[
     """Cut a text's token ids into windows, each between the special tokens.
 
     Args:
-        ids: of the text, without special tokens.
-        length: most tokens of a window, the special ones included; None for one window.
-        special: what stands around each window.
+        ids: token ids of the text, without special tokens.
+        length: maximum length of a window, including special tokens; None for a single window.
+        special: the special tokens around each window.
     """
     room = max(len(ids), 1) if length is None else max(length - len(special), 1)
     starts = range(0, max(len(ids), 1), room)
@@ -65,7 +65,7 @@ def cut(ids: Sequence[int], length: int | None, special: SpecialTokens) -> list[
 
 
 def pad_windows(windows: Sequence[Window], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tokens of windows, padded at their ends, and 1 where a token is none of padding, both [b, t]."""
+    """Return the tokens of windows, padded at their ends, and a mask that is 0 for padding, both [b, t]."""
     width = max([1, *(len(window.ids) for window in windows)])
     tokens = [[*window.ids, *[pad] * (width - len(window.ids))] for window in windows]
     # Of a window without any token the first one of padding is read: there is no score of nothing.
@@ -78,9 +78,9 @@ def pad_windows(windows: Sequence[Window], pad: int, device: torch.device) -> tu
 
 
 def position_limit(model: Any) -> int | None:
-    """Return how many tokens a classifier can read at once; None if its positions go on beyond those it has seen.
+    """Return the number of tokens that a classifier can read at once; None if it is not limited.
 
-    Rotary positions do, and a classifier that has none.
+    It is not limited with rotary positions, or without positions.
     """
     config = model.config
     positions = getattr(config, "max_position_embeddings", None)

@@ -101,7 +101,7 @@ def test_hyperparameters_of_the_optimizer_are_the_flags(tmp_path: Path):
     ("flags", "said"),
     [
         ({"--lr": 0.02}, "--lr 0.02 is not what the checkpoint was saved with, 0.01; give --override-opt-param"),
-        ({"--optimizer": "sgd"}, "--optimizer sgd cannot go on with the checkpoint's state of adam"),
+        ({"--optimizer": "sgd"}, "--optimizer sgd cannot use the checkpoint's state of adam"),
     ],
 )
 def test_what_cannot_go_on_is_one_line(flags: Flags, said: str, tmp_path: Path):

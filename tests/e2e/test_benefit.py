@@ -102,8 +102,8 @@ def test_all_arms_on_a_mixture_of_ones_own(benefit: Benefit, mixture: list[objec
         (["--seeds", "0"], "--seeds 0"),
         (["--like", "prose"], "--like goes with --data"),
         (["--data", __file__, "--target", __file__, "--test", __file__, "--like", "good"], "--like good: no file"),
-        (["--data", __file__, "--corpus", "documentation"], "--corpus is about a mixture that is made here"),
-        (["--data", __file__, "--clean"], "--clean is about a mixture that is made here"),
+        (["--data", __file__, "--corpus", "documentation"], "--corpus is for the built-in mixtures"),
+        (["--data", __file__, "--clean"], "--clean is for the built-in mixtures"),
     ],
 )
 def test_a_mistake_is_one_line(benefit: Benefit, arguments: list[str], expected: str, tmp_path: Path):

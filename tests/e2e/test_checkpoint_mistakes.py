@@ -71,7 +71,7 @@ NOTHING: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no place for records": ({"--metrics-jsonl": "/proc/x/metrics.jsonl"}, ["--metrics-jsonl", "cannot be written"]),
     "no place for an index cache": ({"--data-cache-path": "/proc/x"}, ["--data-cache-path /proc/x"]),
     "another learning rate": ({"--load": "{written}", "--lr": 0.5}, ["--lr 0.5 is not what", "--override-opt-param"]),
-    "another optimizer": ({"--load": "{written}", "--optimizer": "sgd"}, ["--optimizer sgd cannot go on", "adam"]),
+    "another optimizer": ({"--load": "{written}", "--optimizer": "sgd"}, ["--optimizer sgd cannot use", "adam"]),
     "another batch size": ({"--load": "{written}", "--global-batch-size": 16}, ["--global-batch-size 16 is not what"]),
     "the distributed optimizer of SGD": (
         {"--optimizer": "sgd", "--use-distributed-optimizer": True},
@@ -108,7 +108,7 @@ def test_a_folder_of_checkpoints_without_a_tracker_is_not_overwritten(written: P
 def test_the_first_start_of_a_command_that_goes_on_is_said(tmp_path: Path):
     flags = RUN | {"--save": tmp_path / "save", "--load": tmp_path / "save"}
     finished = succeed(tmp_path / "log", 1, flags)
-    assert f" > --load {tmp_path / 'save'} holds no checkpoint yet: the run starts anew\n" in finished.output[0]
+    assert f" > --load {tmp_path / 'save'} holds no checkpoint yet: the run starts from scratch\n" in finished.output[0]
     assert "Overwriting" not in finished.text
     assert sorted(path.name for path in (tmp_path / "save").glob("iter_*")) == ["iter_0000002", "iter_0000004"]
 
@@ -184,7 +184,7 @@ def test_two_runs_do_not_share_a_folder(written: Path, tmp_path: Path):
     with (tmp_path / "save" / ".lock").open("a") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
         finished = pretrain(tmp_path / "log", 2, RUN | {"--save": tmp_path / "save", "--load": tmp_path / "save"})
-    assert_one_line(finished, f"--save {tmp_path / 'save'}: another run writes there")
+    assert_one_line(finished, f"--save {tmp_path / 'save'}: another run is writing there")
 
 
 def test_no_checkpoint_of_nan_is_written(tmp_path: Path):

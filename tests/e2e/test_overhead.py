@@ -92,7 +92,7 @@ def test_sizes_of_microbatches_are_measured_one_after_the_other(tmp_path: Path):
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no update": ({"--dwm-mode": "off"}, ["--dwm-mode off", "leave the flag out"]),
     "no steps": ({"--steps": 0}, ["--steps 0", "at least 1"]),
-    "too short a run": ({"--repeats": 100}, ["--train-iters 60", "--repeats 100", "raise the one"]),
+    "too short a run": ({"--repeats": 100}, ["--train-iters 60", "--repeats 100", "raise the former"]),
     "no folder": ({"--json": "missing/figures.json"}, ["--json missing/figures.json", "does not exist"]),
     "no interval": ({"--intervals": 0}, ["--intervals 0", "at least 1"]),
     "unknown flag": ({"--repeat": 3}, ["unknown flag --repeat"]),

@@ -146,7 +146,7 @@ def test_others_score_the_samples_and_runs_are_compared(run: Path, tmp_path: Pat
     assert '"reload":1' in (tmp_path / "comparison.html").read_text()
     (other / "run_status.json").write_text('{"status": "finished"}')
     rest, _ = follower.communicate(timeout=60)
-    assert follower.returncode == 0 and rest.endswith("no run goes on; this is the last page\n")
+    assert follower.returncode == 0 and rest.endswith("all runs have ended; this is the last page\n")
     page = (tmp_path / "comparison.html").read_text()
     assert '"reload":null' in page and "2 runs compared" in page and "Weights of the sources" in page
 
@@ -208,7 +208,7 @@ def test_data_that_have_changed_since_are_noticed(run: Path, tmp_path: Path):
         (["nowhere"], "nowhere: no such file"),
         ([], "--run"),
         (["nowhere", "--samples", "0"], "--samples 0"),
-        (["a", "b", "--scores", "c"], "--scores: is of one run, and 2 are compared"),
+        (["a", "b", "--scores", "c"], "--scores: is for a single run, and 2 are compared"),
     ],
 )
 def test_a_users_mistake_is_one_line(flags: list[str], named: str, tmp_path: Path):

@@ -32,12 +32,18 @@ def test_results_that_are_right_change_nothing(tmp_path: Path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"--lr": 1e30, "--clip-grad": 0}, "is not finite, and came out the same when the iteration was run again"),
+        (
+            {"--lr": 1e30, "--clip-grad": 0},
+            "is not finite, and the result was the same when the iteration was run again",
+        ),
         (
             {"--lr": 1e30, "--clip-grad": 0, "--rerun-mode": "disabled"},
             "error: iteration 2: the gradient is not finite; lower --lr or look at the data of this step\n",
         ),
-        ({"--error-injection-rate": 5}, "came out otherwise when the iteration was run again; suspect the hardware"),
+        (
+            {"--error-injection-rate": 5},
+            "the result was different when the iteration was run again; suspect the hardware",
+        ),
     ],
     ids=["a learning rate that is too high", "the same, not run again", "an injected transient error"],
 )

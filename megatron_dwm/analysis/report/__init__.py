@@ -1,1 +1,1 @@
-"""The report: figures and sentences of runs, as one page."""
+"""The report of runs: figures and text on one HTML page."""

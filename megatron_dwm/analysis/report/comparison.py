@@ -1,4 +1,4 @@
-"""Several runs beside each other: their names, their costs, and figures with a line for each run."""
+"""Comparison of several runs: their names, their costs, and figures with a line for each run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Cost:
 
 
 def cost(run: RunRecords, first: RunRecords | None = None) -> Cost:
-    """Return what a run took and came to; with ``first``, when it reached that run's last evaluation loss."""
+    """Return the cost and the final loss of a run; with ``first``, also when it reached that run's last loss."""
     has_times = _has_times(run)
     sizes = run.step_series("effective_sample_size").values
     ratios: tuple[float, float] | None = None
@@ -68,13 +68,13 @@ def _has_times(run: RunRecords) -> bool:
 
 
 def _has_losses(run: RunRecords) -> bool:
-    """Tell whether a run was evaluated, and always with a finite loss."""
+    """Return whether a run was evaluated, and always with a finite loss."""
     losses = [record["lm_loss"] for record in run.evaluated("valid")]
     return bool(losses) and None not in losses
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
-    """Return short names that tell the runs apart: their paths without the folders that all have in common."""
+    """Return short, different names of the runs: their paths without the common parent folders."""
     parts = [(path if path.is_dir() else path.parent).resolve().parts for path in paths]
     while len({of_path[0] for of_path in parts if len(of_path) > 1}) == 1 and min(map(len, parts)) > 1:
         parts = [of_path[1:] for of_path in parts]

@@ -1,4 +1,4 @@
-"""What the page of one run says: its numbers, samples and texts, before they are drawn."""
+"""The content of the page of one run: numbers, samples and texts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from megatron_dwm.errors import UserError, shortened
 
 
 class Property(NamedTuple):
-    """A number that describes a sample: its name on the page, the digits that are shown, what it is."""
+    """A numeric property of samples: its name on the page, its number of digits, its description."""
 
     label: str
     digits: int
@@ -66,7 +66,7 @@ PROPERTIES = {
 
 @dataclass(frozen=True)
 class Example:
-    """A sample as the page shows it."""
+    """A sample on the page."""
 
     source: str
     iteration: int
@@ -139,7 +139,7 @@ def read_benefit(path: Path) -> dict[str, Any]:
     """Read the comparison that ``benchmarks/benefit.py --json`` writes.
 
     Raises:
-        UserError: it is not there, or is something else.
+        UserError: it does not exist, or is something else.
     """
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

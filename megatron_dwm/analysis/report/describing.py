@@ -1,4 +1,4 @@
-"""From a run's folder to the content of its page: records, texts, scores of others, documents over time."""
+"""Computes the content of a run's page from its folder: records, texts, external scores, documents over time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Examples = dict[int, tuple[list[Example], list[Example]]]
 
 @dataclass(frozen=True)
 class Settings:
-    """How much of a run is described."""
+    """Settings of the description of a run."""
 
     samples: int
     """Of each stage."""
@@ -51,7 +51,7 @@ class Settings:
 
 
 def describe(name: str, folder: Path, run: RunRecords, settings: Settings, benefit: Any | None) -> Report:
-    """Return the content of a run's page; what cannot be read is left out, and a note says so.
+    """Return the content of a run's page; what cannot be read is left out, with a note.
 
     Args:
         name: of the run, for the title.
@@ -85,7 +85,7 @@ def describe(name: str, folder: Path, run: RunRecords, settings: Settings, benef
 
 
 def _missing(run: RunRecords, samples: WeightedSamples) -> list[str]:
-    """Return a sentence for each thing that the records do not hold."""
+    """Return a sentence for everything that is missing in the records."""
     if not any("weight_by_source" in step for step in run.steps):
         return ["No step of this run was weighted."]
     if not run.updates:
@@ -94,7 +94,7 @@ def _missing(run: RunRecords, samples: WeightedSamples) -> list[str]:
 
 
 def _with_scores(report: Report, scores: ExternalScores) -> Report:
-    """Return the report with what others have scored its samples.
+    """Return the report with the external scores of its samples.
 
     Raises:
         UserError: a name is taken, or no sample that is described has a score.
@@ -107,8 +107,8 @@ def _with_scores(report: Report, scores: ExternalScores) -> Report:
         known = int((~np.isnan(column)).sum())
         if known == 0:
             raise UserError(
-                f"--scores {scores.places[name]}: {name!r} is known of no sample that is described; score the samples "
-                "of --texts-output"
+                f"--scores {scores.places[name]}: {name!r} is given for none of the report's samples; score those that "
+                "--texts-output writes"
             )
         if known < len(column):
             notes.append(f"{name!r} is known of {known:,} of the {len(column):,} samples that are described.")
@@ -167,7 +167,7 @@ def _with_history(report: Report, folder: Path, run_samples: RunSamples, number:
 
 
 def _telling(weights: np.ndarray, number: int) -> list[int]:
-    """Return rows of weights [n, e] that are highest at the end, lowest at the end, and those that change most."""
+    """Return the rows of weights [n, e] with the highest and lowest last values, and those that change most."""
     last = np.argsort(weights[:, -1], kind="stable")
     change = np.argsort(-np.abs(np.log(weights[:, -1] / weights[:, 0])), kind="stable")
     chosen: list[int] = []

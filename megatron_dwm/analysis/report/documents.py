@@ -1,7 +1,7 @@
-"""Documents with their weight over time: some samples, scored by the weighters that a run has exported on its way.
+"""Documents with their weight over time: some samples, scored by each of a run's exported weighters.
 
-A run seldom sees a sample twice, so its records hold one weight of each. Here every export scores the same samples. A
-weight is relative to a batch; to be comparable over time all are taken relative to the same reference samples.
+A run seldom reads a sample twice, so its records hold one weight of each. Here every export scores the same samples. A
+weight is relative to a batch. To be comparable over time, all are computed relative to the same reference samples.
 
 Shape legend: d documents, r reference samples, s tokens of a sample, e exports.
 """
@@ -36,13 +36,13 @@ class Document:
 
     @property
     def change(self) -> float:
-        """By what factor its weight has changed from the first export to the last."""
+        """The factor by which its weight has changed from the first export to the last."""
         return self.weights[-1] / self.weights[0]
 
 
 @dataclass(frozen=True)
 class WeightHistory:
-    """Weights of documents over a run."""
+    """Weights of documents over the exports of a run."""
 
     iterations: list[int]
     """Of the exports [e]."""

@@ -1,4 +1,4 @@
-"""What the page's figures are made of: axes, lines, shaded stages, in plotly."""
+"""Building blocks of the page's figures in plotly: axes, lines, shaded stages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LONGEST_NAME = 32
 
 
 def label(name: str) -> str:
-    """Return a name from the data as plotly shows it literally; a long one is cut in its middle."""
+    """Return a name from the data, escaped so that plotly shows it literally; a long one is shortened."""
     # Half of a surrogate pair is in no JSON that a browser reads.
     whole = name.encode("utf-8", "replace").decode()
     half = _LONGEST_NAME // 2
@@ -50,7 +50,7 @@ def line(
 
 
 def faint_line(iterations: Sequence[int], values: Sequence[float] | np.ndarray, color: str = FAINT) -> go.Scatter:
-    """Return what stands behind a running mean: the values themselves, without a label."""
+    """Return the line behind a running mean: the values themselves, without a label."""
     thin = {"width": 1, "color": faded(color, 0.45)}
     return line(iterations, values, "", color, line=thin, hoverinfo="skip", hovertemplate=None, showlegend=False)
 
@@ -129,7 +129,7 @@ def mark(value: float) -> dict[str, Any]:
 
 
 def note(text: str) -> dict[str, Any]:
-    """Return the layout of a figure that has too little to draw, and says so in its middle."""
+    """Return the layout of a figure without enough data, with a note that says so."""
     words = {"text": text, "showarrow": False, "xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5}
     return {"annotations": [{**words, "font": {"size": 14, "color": INK}}]}
 

@@ -1,4 +1,4 @@
-"""Plain sentences on a run: the most important figures, and what in them contradicts what."""
+"""The sentences at the top of the page: the most important figures of a run, and contradictions among them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def key_facts(report: Report) -> list[Fact]:
 
 
 def warnings(report: Report) -> list[str]:
-    """Return a sentence for each contradiction between weights and alignments, and for stages that say little."""
+    """Return a sentence for each contradiction between weights and alignments, and for stages with few updates."""
     found = []
     few = [str(stage) for stage, number in _all_updates(report).items() if number < ENOUGH_UPDATES]
     if few:
@@ -120,7 +120,7 @@ def _all_updates(report: Report) -> dict[int, int]:
 
 
 def worth(estimate: Estimate) -> str:
-    """Return a figure with what it is worth: its interval and what it was counted from, or why it has none."""
+    """Return a figure with its interval and number of values, or the reason why it has none."""
     if estimate.value is None:
         return "none: all values are equal"
     counted = f"n = {estimate.n:,} {estimate.unit}"

@@ -1,6 +1,6 @@
-"""Pages of figures and sentences, each one HTML file that needs no other file and no network.
+"""HTML pages of figures and text, each one file that needs no other file and no network.
 
-The page runs our own scripts and plotly's alone: its content security policy names their checksums, so that a script in
+The page runs only its own scripts and plotly's: its content security policy names their checksums, so that a script in
 a run's data does not run. plotly's library is stored compressed, since it is 4.8 MB; the page unpacks it.
 """
 
@@ -35,8 +35,8 @@ def write_report(report: Report, folder: Path, reload_seconds: int | None = None
 
     Args:
         report: its content.
-        folder: where to.
-        reload_seconds: the page loads itself again so often, for a run that goes on.
+        folder: the folder to write to.
+        reload_seconds: interval at which the page reloads itself, for a run in progress.
 
     Raises:
         UserError: it cannot be written.
@@ -50,8 +50,8 @@ def write_comparison(
     """Write the page that compares runs into ``folder``; return the page's path.
 
     Args:
-        runs: by name, the one that others are held against first.
-        folder: where to.
+        runs: the runs by name; the others are compared with the first.
+        folder: the folder to write to.
         notes: what is missing, and why.
         reload_seconds: as in :func:`write_report`.
 
@@ -161,7 +161,7 @@ def _render(template: str, drawn: Mapping[str, Any], reload_seconds: int | None,
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON knows in place of NumPy's arrays and numbers."""
+    """Convert NumPy's arrays and numbers to plain Python for JSON."""
     return value.tolist()
 
 
@@ -180,7 +180,7 @@ def _plotly() -> tuple[str, str]:
 
 
 def _checksum(script: str) -> str:
-    """Return a script's checksum as a content security policy has it."""
+    """Return a script's checksum in the form of a content security policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 

@@ -32,11 +32,11 @@ def color(number: int) -> str:
 
 
 def stage_color(place: int, stages: int) -> str:
-    """Return the color of a stage by its place among the stages: the later the stronger."""
+    """Return the color of a stage by its position: the later, the stronger."""
     return STAGES[round(place * (len(STAGES) - 1) / max(1, stages - 1))] if stages > 1 else STAGES[3]
 
 
 def faded(hex_color: str, opacity: float) -> str:
-    """Return a color that lets through what is behind."""
+    """Return a translucent version of a color."""
     red, green, blue = (int(hex_color[start : start + 2], 16) for start in (1, 3, 5))
     return f"rgba({red},{green},{blue},{opacity})"

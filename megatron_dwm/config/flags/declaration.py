@@ -14,7 +14,7 @@ _KEY = "flag"  # in the metadata of a field
 
 @dataclass(frozen=True)
 class _Declaration:
-    """What :func:`flag` is told beyond the default."""
+    """The arguments of :func:`flag`, except for the default."""
 
     help: str
     names: tuple[str, ...]
@@ -26,7 +26,7 @@ class _Declaration:
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag as the parser sees it: the field it fills and how its values are read."""
+    """A flag for the parser: its field, and how its values are read."""
 
     field: str
     names: tuple[str, ...]
@@ -46,7 +46,7 @@ class Flag:
 
     @property
     def value_placeholder(self) -> str:
-        """What stands for the values in help texts; empty for a switch."""
+        """The placeholder of the values in help texts; empty for a switch."""
         if self.value_type is None:
             return ""
         if self.choices is not None:
@@ -71,12 +71,12 @@ def flag(
 
     Args:
         default: value when the flag is not given. A ``True`` default makes the flag a switch that turns it off.
-        help: one sentence; it ends up in ``--help`` and in ``docs/flags.md``.
+        help: one sentence for ``--help`` and ``docs/flags.md``.
         names: spellings, when they differ from ``--field-name`` (``--no-field-name`` for a ``True`` default).
         old_names: spellings of earlier versions or of forks, accepted with a warning that names the present one.
         nargs: as in argparse; list fields default to ``"+"``.
         refused: if set, giving the flag a value other than the default ends the run with this reason.
-        deprecated: if set, the flag works as before, and giving it logs a warning that says to do this instead.
+        deprecated: if set, the flag works, and giving it logs a warning with this advice.
     """
     declaration = _Declaration(help, names, old_names, nargs, refused, deprecated)
     if isinstance(default, list):

@@ -21,14 +21,14 @@ USAGE = "%(prog)s [--flag [value ...]] ..."
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are :class:`UserError`, not a usage screen."""
+    """An argument parser that raises :class:`UserError` instead of printing the usage."""
 
     def __init__(self, *, reason_unsupported: Callable[[str], str | None] = lambda name: None, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, usage=USAGE, **kwargs)
         self.reason_unsupported = reason_unsupported
 
     def error(self, message: str) -> NoReturn:
-        """Raise the error that argparse has found, with the reason if a value is refused for one.
+        """Raise argparse's error as a UserError, with the reason if a value is refused.
 
         Raises:
             UserError: always.
@@ -103,7 +103,7 @@ class _PrintFullHelp(argparse.Action):
 def add_flags(parser: argparse.ArgumentParser, config_class: type, *, show: bool = True) -> None:
     """Add the flags of ``config_class`` to ``parser`` as a group named after its docstring's first line.
 
-    A flag that is not given leaves no value: :func:`build` knows the defaults.
+    A flag that is not given has no value; :func:`build` fills in the defaults.
 
     Args:
         show: whether ``--help`` shows them.
@@ -139,11 +139,12 @@ def read(
 
     Args:
         argv: the arguments, without the program's name; ``None`` takes ``sys.argv``.
-        classes: the configuration classes whose flags there are.
+        classes: the configuration classes that declare the flags.
         prog: name of the program in its help; that of ``sys.argv`` if not given.
         description: what the program does.
-        reason_unsupported: returns of a flag that no class declares, or of ``flag=value`` with a value that its class
-            has not, why it cannot be used, or None if it is unknown.
+        reason_unsupported: returns, for a flag that no class declares, or for ``flag=value`` with a value that its
+        class
+            does not have, why it cannot be used; None if it is unknown.
         main_class: the class whose flags ``--help`` shows, while ``--help-all`` shows the others; all if not given.
 
     Raises:
@@ -180,7 +181,7 @@ def parse(
 
     Args:
         classes: name to configuration class.
-        complete: makes of the values that are given, by field, those to use.
+        complete: returns the values to use, by field, from those that are given.
 
     Returns:
         name to configuration object.
@@ -201,7 +202,7 @@ def parse(
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Keeps the lines of the text that lists the groups."""
+    """Keeps the line breaks of the text that lists the groups."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if "\n  " not in text:
@@ -212,7 +213,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 def _describe_unknown(
     unknown: Sequence[str], known: Sequence[str], reason_unsupported: Callable[[str], str | None]
 ) -> str:
-    """Return what is wrong with the words that the parser did not take."""
+    """Return the error message for words that the parser did not recognize."""
     name = unknown[0].split("=")[0]
     if not name.startswith("-"):
         return f"unexpected argument {name}; the flag before it takes no such value, see --help"

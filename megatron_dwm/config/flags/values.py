@@ -1,4 +1,4 @@
-"""Values of flags: read from words, made into configurations, checked, and written as words again."""
+"""Values of flags: parsing, building of configurations, checks, and conversion back to a command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LARGEST_INTEGER = 2**63 - 1
 
 
 def build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
-    """Make a ``config_class`` of those of ``values`` that are its fields, and of defaults for the rest.
+    """Build a ``config_class`` from those of ``values`` that are its fields, and from defaults for the rest.
 
     Raises:
         UserError: a refused flag was given, or the class's own checks fail.
@@ -34,7 +34,7 @@ def build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def to_argv(config: Any) -> list[str]:
-    """Return the command line that makes ``config``: those of its flags that are not at their defaults."""
+    """Return the command line for ``config``: the flags that differ from their defaults."""
     argv: list[str] = []
     for item in declared_flags(type(config)):
         value = getattr(config, item.field)
@@ -47,13 +47,13 @@ def to_argv(config: Any) -> list[str]:
 
 
 def require_at_least(config: Any, least: float, fields: str) -> None:
-    """Check numbers of a configuration; those that are None pass.
+    """Check that numbers of a configuration are at least ``least``; None is accepted.
 
     Args:
         fields: names of fields, separated by blanks.
 
     Raises:
-        UserError: one is less than ``least``, or is no number.
+        UserError: one is less than ``least``, or not a number.
     """
     for field in fields.split():
         value = getattr(config, field)

@@ -1,1 +1,1 @@
-"""How the weighter is learnt: alignment of gradients, and the outer update."""
+"""The bi-level method: alignment of gradients, and the outer update of the weighter."""

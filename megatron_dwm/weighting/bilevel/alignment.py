@@ -1,7 +1,7 @@
 """Alignment of samples with the target: a_i = ⟨v, ∇ l_i(θ)⟩ (docs/method.md).
 
-Exact: one backward pass over microbatches of one sample. A hook on every parameter sees that sample's gradient just
-before data parallelism takes it, and adds its product with v. Finite difference: two forward passes at θ ± εv.
+Exact: one backward pass over microbatches of one sample. A hook on every parameter receives that sample's gradient just
+before data parallelism reduces it, and adds its product with v. Finite difference: two forward passes at θ ± εv.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Direction = dict[torch.nn.Parameter, torch.Tensor]
 
 
 def counts_here(name: str, param: torch.nn.Parameter, parallel_state: ParallelState) -> bool:
-    """Return whether this rank's product for the parameter belongs in the sum over the replica.
+    """Return whether this rank's product for the parameter is included in the sum over the replica.
 
-    A parameter that the TP ranks hold in full has the same gradient on all of them, and counts once. Where its
-    gradients are parts of a sum all count: norms and biases under sequence parallelism, and norms of queries and keys,
-    whose heads the ranks divide. Tied embeddings on two pipeline stages each hold a part. On every context-parallel
-    rank each parameter's gradient is the part that goes through its tokens, so all of these ranks count alike.
+    A parameter that is replicated over the TP ranks has the same gradient on all of them, and counts once. If its
+    gradients are parts of a sum, all ranks count: norms and biases under sequence parallelism, and norms of queries and
+    keys, whose heads are split over the ranks. Tied embeddings on two pipeline stages each hold a part. On every
+    context-parallel rank, a parameter's gradient is the part from that rank's tokens, so all of these ranks count.
     """
     sharded = getattr(param, "tensor_model_parallel", False)
     of_heads = "q_layernorm" in name or "k_layernorm" in name  # megatron-core knows them by name, too
@@ -40,7 +40,7 @@ def counts_here(name: str, param: torch.nn.Parameter, parallel_state: ParallelSt
 def products_with(
     direction: Direction, chunks: Sequence[ModelChunk], num_samples: int, parallel_state: ParallelState
 ) -> Iterator[torch.Tensor]:
-    """Let backward passes of single-sample microbatches add ⟨v, gradient⟩ to the yielded tensor [n], float64.
+    """Make backward passes of single-sample microbatches add ⟨v, gradient⟩ to the yielded tensor [n], float64.
 
     The k-th gradient a parameter receives belongs to the k-th microbatch of its model chunk in all of megatron-core's
     schedules. The sum is this rank's part; :func:`sum_over_replica` completes it.
@@ -80,8 +80,8 @@ def products_with(
 def inner_product(gradient: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Return ⟨gradient, v⟩, float64.
 
-    torch's dot product is several times as fast as multiplying and summing, but on a CPU it adds up in one pass, whose
-    rounding grows with the length. So long tensors are taken in parts, and the parts are summed in float64.
+    torch's dot product is several times faster than multiplying and summing, but on a CPU it sums sequentially, and its
+    rounding error grows with the length. Long tensors are therefore split into parts, which are summed in float64.
     """
     size = 1 << (16 if gradient.is_cpu else 24)  # a GPU adds up in a tree, and wants few and long ones
     pairs = zip(torch.split(gradient.reshape(-1), size), torch.split(v.reshape(-1), size), strict=True)
@@ -95,7 +95,7 @@ def sum_over_replica(products: torch.Tensor, parallel_state: ParallelState) -> t
 
 
 def held_for_all(param: torch.nn.Parameter, parallel_state: ParallelState) -> bool:
-    """Return whether this rank is the one of the model-parallel ranks with the same parameter that counts it."""
+    """Return whether this is the one rank, of the model-parallel ranks with the same parameter, that counts it."""
     sharded = getattr(param, "tensor_model_parallel", False)
     # megatron-core marks the last stage's copy of a tied embedding, which carries the first stage's v.
     return (sharded or parallel_state.tp_rank == 0) and not getattr(param, "shared", False)

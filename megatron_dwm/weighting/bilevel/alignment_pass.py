@@ -1,4 +1,4 @@
-"""The alignments of a global batch with the target set, as all that follows from them needs them.
+"""The alignments of a global batch with the target set.
 
 Shape legend: N samples of the global batch.
 """
@@ -20,7 +20,7 @@ from megatron_dwm.weighting.sample_gather import SampleGather
 
 @dataclass(frozen=True)
 class Alignments:
-    """What one pass over the target and one over the batch have found."""
+    """Results of one pass over the target samples and one over the batch."""
 
     values: torch.Tensor
     """[N], float64, global order, on the CPU and the same on every rank."""
@@ -29,7 +29,7 @@ class Alignments:
 
 
 class Samples(Protocol):
-    """Samples of one step, as the passes take them."""
+    """Samples of one step, in the form that the passes take."""
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -40,7 +40,7 @@ class Samples(Protocol):
 
 
 class Passes(Protocol):
-    """The passes over a language model that an update is made of; they leave its parameters and gradients alone."""
+    """The passes over a language model in an outer update; they do not change its parameters or gradients."""
 
     @property
     def loss_scale(self) -> float:
@@ -51,7 +51,7 @@ class Passes(Protocol):
         """Whether alignments that are not finite end the run."""
 
     def deterministic(self) -> AbstractContextManager[None]:
-        """Return a context in which nothing is dropped out and no random stream moves."""
+        """Return a context without dropout, in which no random stream advances."""
 
     def gradient(self, batch: Any) -> tuple[float, Direction]:
         """Return the mean loss of target samples and its gradient v, the same on every replica."""
@@ -60,11 +60,11 @@ class Passes(Protocol):
         """Return the alignments of this replica's samples [n], float64."""
 
     def discard(self, direction: Direction) -> None:
-        """Let go of v and of where it lies."""
+        """Free v and its buffers."""
 
 
 class AlignmentPass:
-    """Aligns batches with batches of the target set; the language model is afterwards what it was."""
+    """Aligns batches with batches of the target set, without changing the language model."""
 
     def __init__(self, lm_gradients: Passes, sample_gather: SampleGather) -> None:
         self.lm_gradients, self.sample_gather = lm_gradients, sample_gather
@@ -76,7 +76,7 @@ class AlignmentPass:
             batch: this replica's samples.
             target: this replica's target samples.
             before: the parameters θ at which the samples' gradients are taken, while the model holds the θ' of the
-                target's; the model's own for both if not given.
+                target's; the model's present parameters for both if not given.
 
         Returns:
             None, on every rank, if an alignment is not finite and the schedule lets such numbers pass, as fp16 training
@@ -103,7 +103,7 @@ class AlignmentPass:
 
 
 def reason_unmoved(outcome: StepOutcome) -> str | None:
-    """Return why a step moved no parameter, so that it says nothing of its weights; None if it did."""
+    """Return why a step changed no parameter, and so provides no information on its weights; None if it did."""
     if outcome.skipped:
         return "the gradient of its step overflowed"
     return "the learning rate of its step is 0" if outcome.learning_rate == 0 else None

@@ -1,8 +1,8 @@
-"""A gradient that stays in megatron-core's buffers: v, the direction that samples are aligned with.
+"""A gradient that is kept in megatron-core's buffers: v, the direction that samples are aligned with.
 
-A backward pass leaves it there as training has it: whole on every rank, or, under the distributed optimizer, on each
-rank the shard that the rank's optimizer updates. The optimizer's state is sharded alike, so each rank scales its shard,
-and the shards are gathered once, bucket by bucket.
+A backward pass leaves it there as in training: complete on every rank, or, with the distributed optimizer, on each
+rank the shard that the rank's optimizer updates. The optimizer's state is sharded the same way, so each rank scales its
+shard, and the shards are gathered once, bucket by bucket.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from megatron_dwm.weighting.bilevel.alignment import Direction
 
 
 class GradientBuffers:
-    """The gradient that the last backward pass has left in the chunks' buffers."""
+    """The gradient that the last backward pass left in the chunks' buffers."""
 
     def __init__(self, chunks: Sequence[ModelChunk]) -> None:
         """
         Args:
-            chunks: this rank's model chunks. Buffers narrower than float32 are copied to float32.
+            chunks: this rank's model chunks. Buffers of lower precision than float32 are copied to float32.
         """
         self._buckets: list[tuple[torch.Tensor, dist.ProcessGroup | None]] = []
         """Gradients [elements] of a bucket, float32 or wider, and the group that holds shards of them."""

@@ -1,8 +1,8 @@
-"""``--dwm-check``: the hypergradient of the user's own configuration against central differences (docs/method.md).
+"""``--dwm-check``: compares the hypergradient of the user's configuration with central differences (docs/method.md).
 
-One step θ' = θ - η P ∇ Σ w_i l_i of plain gradient descent is made by hand, for scores s and for s ± δd, with the
-gradient that training would use. The difference of the target loss at the two θ' is held against the closed form
-∂ l_target(θ') / ∂ s_i, with the alignments that an outer update would use. Nothing is different afterwards.
+One step θ' = θ - η P ∇ Σ w_i l_i of plain gradient descent is computed explicitly, for scores s and for s ± δd, with
+the gradient that training would use. The difference of the target loss at the two θ' is compared with the closed form
+∂ l_target(θ') / ∂ s_i, with the alignments that an outer update would use. The run's state is restored afterwards.
 
 Shape legend: N samples of the global batch, n of this replica.
 """
@@ -36,7 +36,7 @@ LOSS_DIFFERENCE = 2e-3  # nats between the two sides, for which η is chosen: sm
 
 @dataclass(frozen=True)
 class HypergradientCheck:
-    """What the check found."""
+    """Result of the check."""
 
     derivative: float
     """Of the target loss in the scores along the hypergradient, in closed form."""
@@ -58,7 +58,7 @@ class HypergradientCheck:
 
 
 def check_at_start(lm_gradients: LMGradients, sample_gather: SampleGather, batch: Batch, target: Batch) -> None:
-    """Check the hypergradient and log how it went; every rank calls it.
+    """Check the hypergradient and log the result; every rank calls it.
 
     Raises:
         UserError: on every rank, if the check fails or there is nothing to check.
@@ -70,8 +70,8 @@ def check_at_start(lm_gradients: LMGradients, sample_gather: SampleGather, batch
     result = check_hypergradient(lm_gradients, sample_gather, batch, target)
     if not result.passed:
         raise UserError(
-            f"--dwm-check: {result}; the weighter would learn from wrong alignments: find out which kernel, fusion or "
-            "parallel flag it needs by leaving them out one by one"
+            f"--dwm-check: {result}; the weighter would learn from wrong alignments: leave out flags of kernels, "
+            "fusions and parallelism one by one to find the one that causes it"
         )
     note = ", without Adam's preconditioner, which is unknown before the first step" if is_unknown else ""
     logger.info(f" > --dwm-check: {result}{note}")
@@ -80,7 +80,7 @@ def check_at_start(lm_gradients: LMGradients, sample_gather: SampleGather, batch
 def check_hypergradient(
     lm_gradients: LMGradients, sample_gather: SampleGather, batch: Batch, target: Batch
 ) -> HypergradientCheck:
-    """Hold the closed form against central differences; every rank calls it and finds the same.
+    """Compare the closed form with central differences; every rank calls it and gets the same result.
 
     Args:
         passes: of the run. Parameters are restored, gradient buffers left empty.

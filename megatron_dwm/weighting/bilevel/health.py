@@ -1,7 +1,7 @@
-"""Signs that the weighting does not work, looked for at every outer update and said aloud.
+"""Checks at every outer update for signs that the weighting does not work.
 
-A warning is a line in the log and a record of kind ``health`` in the JSON lines; the run goes on. What would make every
-further update meaningless (alignments that are not finite, or all zero, or replicas that differ) ends it instead.
+A warning is a line in the log and a record of kind ``health`` in the JSON lines; the run continues. What would make
+every further update meaningless (alignments that are not finite, or all zero, or replicas that differ) ends it instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_dwm.weighting.weights import WeightStatistics
 
 @dataclass(frozen=True)
 class HealthWarning:
-    """Something that the user should look at."""
+    """A warning that the user should look at."""
 
     sign: str
     """Short name, for records."""
@@ -28,7 +28,7 @@ def check_weights(relative: torch.Tensor, floor: float) -> list[HealthWarning]:
 
     Args:
         relative: u = N w of the batch [N].
-        floor: least effective sample size, as a part of the batch (``--dwm-min-effective-sample-size``).
+        floor: lowest effective sample size, as a fraction of the batch (``--dwm-min-effective-sample-size``).
     """
     effective = WeightStatistics.of(relative).effective_sample_size
     if effective >= floor:
@@ -43,11 +43,11 @@ def check_weights(relative: torch.Tensor, floor: float) -> list[HealthWarning]:
 
 
 def check_scores(scores: torch.Tensor, updates: int) -> list[HealthWarning]:
-    """Warn of a weighter that gives all samples of a batch the same score although it has learnt.
+    """Warn of a weighter that gives all samples of a batch the same score although it has been updated.
 
     Args:
         scores: of the batch [N].
-        updates: outer updates that the weighter has had before it scored this batch.
+        updates: outer updates of the weighter before it scored this batch.
     """
     if updates == 0 or len(scores) < 2 or float(scores.max() - scores.min()) > 0:
         return []
@@ -61,10 +61,10 @@ def check_scores(scores: torch.Tensor, updates: int) -> list[HealthWarning]:
 
 
 def require_alignments(alignments: torch.Tensor) -> None:
-    """Refuse alignments from which nothing can be learnt.
+    """Refuse alignments from which nothing can be learned.
 
     Raises:
-        RuntimeError: all alignments [N] are exactly zero: the target gradient, or the samples', does not arrive.
+        RuntimeError: all alignments [N] are exactly zero, so the target gradient or the samples' gradients are missing.
     """
     if not bool(alignments.any()):
         raise RuntimeError(

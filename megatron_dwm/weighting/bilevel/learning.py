@@ -1,4 +1,4 @@
-"""How a weighter learns from the replay by gradient steps: any architecture can.
+"""Training of a weighter on the replay by gradient steps, for any architecture.
 
 Shape legend: M samples that a step is made of, c of them on this rank.
 """
@@ -16,13 +16,13 @@ from megatron_dwm.weighting.weights import standardized, standardized_score_grad
 
 
 class Learner(Protocol):
-    """A way to learn from the replay."""
+    """A way to train a weighter on the replay."""
 
     prior: torch.Tensor | None
     """What a checkpoint keeps of it, if anything."""
 
     def learn(self, replay: Replay) -> float:
-        """Move the weighter; a collective call of all ranks.
+        """Update the weighter; a collective call of all ranks.
 
         Returns:
             norm of the last gradient.
@@ -37,7 +37,7 @@ class GradientLearner:
         self.prior: torch.Tensor | None = None
 
     def learn(self, replay: Replay) -> float:
-        """Take the steps; each is made of as many samples as the newest batch has."""
+        """Take the steps; each uses as many samples as the newest batch has."""
         newest = replay.newest
         draw = Draw(newest.tokens.long(), newest.places, newest.alignments)
         norm = 0.0
@@ -60,5 +60,5 @@ class GradientLearner:
 
 
 def draw_generator(update: int, step: int) -> torch.Generator:
-    """Return the generator of one step's draw: the same on every rank, and in a resumed run."""
+    """Return the random generator of one step's draw: the same on every rank, and in a resumed run."""
     return torch.Generator().manual_seed((update << 32) + step)

@@ -1,4 +1,4 @@
-"""The passes over the language model that an outer update is made of: a gradient, and samples' alignments with it.
+"""The passes over the language model in an outer update: a gradient, and the samples' alignments with it.
 
 Shape legend: n samples of this replica.
 """
@@ -30,7 +30,7 @@ FINITE_DIFFERENCE_DISTANCE = 1e-2  # how far θ is moved along v, in norm
 
 
 class LMGradients:
-    """Gradients and alignments at the present parameters, which are left as they were."""
+    """Gradients and alignments at the present parameters, which do not change."""
 
     def __init__(
         self,
@@ -51,11 +51,11 @@ class LMGradients:
 
     @property
     def check_for_nan(self) -> bool:
-        """Whether the run's schedule ends it at numbers that are not finite."""
+        """Whether numbers that are not finite end the run."""
         return self.engine.check_for_nan
 
     def deterministic(self) -> AbstractContextManager[None]:
-        """Return a context in which nothing is dropped out and no random stream moves."""
+        """Return a context without dropout, in which no random stream advances."""
         return self.engine.deterministic()
 
     def with_config(self, config: WeightingConfig) -> LMGradients:
@@ -63,9 +63,9 @@ class LMGradients:
         return type(self)(config, self.engine, self.optimizer, self.parallel_state, self.micro_batch_size)
 
     def gradient(self, batch: Batch, sample_weights: torch.Tensor | None = None) -> tuple[float, Direction]:
-        """Return the plain loss of ``batch``, and its gradient weighted by ``sample_weights`` [n], preconditioned.
+        """Return the plain loss of ``batch``; compute its gradient with ``sample_weights`` [n], preconditioned.
 
-        The gradient lies in the buffers of gradients, until :meth:`discard` or the next backward pass that fills them.
+        The gradient stays in the gradient buffers until :meth:`discard` or the next backward pass that fills them.
         """
         self._zero_gradients()
         with ExitStack() as stack:
@@ -85,14 +85,14 @@ class LMGradients:
         return self._mean_over_replicas(losses, batch), gradients.direction
 
     def discard(self, direction: Direction) -> None:
-        """Empty the buffers that the gradient lies in."""
+        """Empty the gradient buffers."""
         direction.clear()
         self._zero_gradients()
 
     def align(self, batch: Batch, direction: Direction) -> torch.Tensor:
         """Return a_i = f_i ⟨v, ∇ l_i⟩ of this replica's samples [n], float64, at the present parameters.
 
-        f_i is the factor with which the trained loss counts sample i's mean loss.
+        f_i is the factor of sample i's mean loss in the training loss.
         """
         if self.config.dwm_alignment == "finite-difference":
             products = self._align_by_differences(batch, direction)
@@ -127,7 +127,7 @@ class LMGradients:
         return self._whole(products)
 
     def _whole(self, products: torch.Tensor) -> torch.Tensor:
-        """Return alignments [n], the same on all ranks of the replica, of each rank's products of one backward pass."""
+        """Return alignments [n], the same on all ranks of a replica, from the ranks' products of one backward pass."""
         # The engine divides each microbatch's loss by their number, and scales it for the average over CP ranks and
         # in fp16 training.
         products *= len(products) / self.parallel_state.cp_size

@@ -1,8 +1,8 @@
-"""The passes of an outer update over any torch module that each process holds whole: gradient and alignments.
+"""The passes of an outer update over any torch module that is not sharded: gradient and alignments.
 
 The alignment a_i = ⟨v, ∇ l_i⟩ is the derivative of sample i's loss along v. Forward-mode differentiation computes that
-of all samples in one forward pass, without a graph, whatever layers the module has. A module with an operation that
-has no forward mode takes one backward pass for each sample in its place.
+of all samples in one forward pass, without a graph, for any kind of layer. For a module with an operation that
+has no forward mode, one backward pass per sample is made instead.
 
 Shape legend: n samples of this process, s sequence length.
 """
@@ -60,10 +60,10 @@ def next_token_losses(model: torch.nn.Module, batch: Any) -> torch.Tensor:
 
 
 def token_losses_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the losses [n, s] of logits [n, s, vocabulary] for the next of ``labels`` [n, s].
+    """Return the losses [n, s] of logits [n, s, vocabulary] for the next token in ``labels`` [n, s].
 
-    They are 0 where the next label is ignored, and in the last place, which has no next one. This is what
-    transformers' models compute, in the same order.
+    They are 0 where the next label is ignored, and in the last position, which has no next label. This is what
+    transformers' models compute, in the same order of operations.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
@@ -83,13 +83,13 @@ def alignments(
 ) -> torch.Tensor:
     """Return ⟨v, ∇ l_i⟩ of each of the batch's samples [n], float64, at the present parameters.
 
-    The module is evaluated without dropout; nothing of it is different afterwards. Its attention is computed by
-    torch's reference kernel, which can be differentiated in any way.
+    The module is evaluated without dropout, and is not changed. Its attention is computed by
+    torch's reference kernel, which supports every kind of differentiation.
 
     Args:
-        model: any module on one device; of torch's DistributedDataParallel this process's.
+        model: any module on one device, also wrapped in torch's DistributedDataParallel.
         batch: what ``sample_losses`` takes.
-        direction: v, by parameter; parameters that it does not name do not move.
+        direction: v, by parameter; parameters without an entry are not included in the product.
         sample_losses: the losses [n].
         method: ``forward-mode``: one forward pass in forward mode; ``backward``: one backward pass for each sample.
 
@@ -154,7 +154,7 @@ class _Losses(torch.nn.Module):
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the module within torch's DistributedDataParallel, whose communication these passes do without."""
+    """Return the module inside torch's DistributedDataParallel, because these passes must not communicate."""
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         within: torch.nn.Module = model.module
         return within
@@ -163,7 +163,7 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """While open, the module is in evaluation mode: nothing is dropped out, and no random stream moves."""
+    """Put the module in evaluation mode while open: without dropout, and no random stream advances."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -175,7 +175,7 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ModuleBatch:
-    """A batch as the training loop has it, and the tokens in it."""
+    """A batch in the training loop's format, and its tokens."""
 
     content: Any
     tokens: torch.Tensor
@@ -188,7 +188,7 @@ class ModuleBatch:
 class ModuleGradients:
     """Passes over a module, for :class:`~megatron_dwm.weighting.bilevel.outer_update.OuterUpdate`.
 
-    Every process of torch.distributed holds the whole module and has samples of its own.
+    Every process of torch.distributed holds the whole module and has different samples.
     """
 
     check_for_nan = True
@@ -215,7 +215,7 @@ class ModuleGradients:
 
     @contextmanager
     def deterministic(self) -> Iterator[None]:
-        """While open, nothing is dropped out and no random stream moves."""
+        """Disable dropout while open; no random stream advances."""
         with evaluating(self.model):
             yield
 
@@ -223,7 +223,7 @@ class ModuleGradients:
         """Return the mean loss of all processes' batches, and its gradient, preconditioned; a collective call.
 
         Raises:
-            UserError: the optimizer is no Adam, whose preconditioner is known.
+            UserError: the optimizer is not an Adam whose preconditioner is known.
         """
         params = [param for param in self.model.parameters() if param.requires_grad]
         loss = self.sample_losses(self.model, batch.content).mean()

@@ -1,4 +1,4 @@
-"""One outer update: how the weighter learns (docs/method.md, section 3).
+"""One outer update: how the weighter is trained (docs/method.md, section 3).
 
 Shape legend: N samples of the global batch, n of this replica, c of this rank's slice, s sequence length.
 """
@@ -23,7 +23,7 @@ from megatron_dwm.weighting.weights import objective
 
 @dataclass(frozen=True)
 class OuterResult:
-    """What one outer update found and did."""
+    """Results of one outer update."""
 
     alignments: torch.Tensor
     """[N], float64, global order."""
@@ -38,7 +38,7 @@ class OuterResult:
 
 
 class OuterUpdate:
-    """Updates the weighter from the alignment of samples with the target."""
+    """Updates the weighter from the samples' alignments with the target."""
 
     def __init__(
         self, config: WeightingConfig, lm_gradients: Passes, weighter: Weighter, sample_gather: SampleGather
@@ -59,9 +59,9 @@ class OuterUpdate:
         return self.lm_gradients.loss_scale
 
     def rank_places(self, batch_samples: int) -> torch.Tensor:
-        """Return the places in a batch of N samples of those that this rank works on [c].
+        """Return the positions, in a batch of N samples, of the samples that this rank scores [c].
 
-        A batch that was aligned with other batch sizes may not divide into this run's microbatches.
+        A batch that was aligned with other batch sizes may not be divisible into this run's microbatches.
         """
         partition, places = self.sample_gather.partition, torch.arange(batch_samples)
         if batch_samples % (partition.micro_batch_size * self.sample_gather.parallel_state.dp_size) == 0:
@@ -69,19 +69,19 @@ class OuterUpdate:
         return places[world_rank() :: world_size()]
 
     def run(self, batch: Samples, target: Samples, before: ParameterCopy) -> OuterResult | None:
-        """Align ``batch`` with ``target`` and move the weighter.
+        """Align ``batch`` with ``target`` and update the weighter.
 
-        The step from θ to θ' has been made; nothing but the weighter is different afterwards, and the gradient
-        buffers are empty.
+        The step from θ to θ' has already been made. Only the weighter changes, and the gradient
+        buffers are empty afterwards.
 
         Args:
             batch: this replica's samples of that step.
             target: this replica's target samples.
-            before: the parameters θ; the model holds θ'. Dropped as soon as they are not needed any more.
+            before: the parameters θ, freed as soon as they are not needed any more; the model holds θ'.
 
         Returns:
-            None if an alignment is not finite and the schedule lets such numbers pass, as fp16 training with its loss
-            scale must: nothing has changed then, on any rank.
+            None if an alignment is not finite and the schedule tolerates that, as fp16 training with its loss
+            scale must. In this case nothing has changed, on any rank.
 
         Raises:
             FloatingPointError: an alignment is not finite and the schedule checks for that.

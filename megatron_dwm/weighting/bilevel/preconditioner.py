@@ -2,7 +2,7 @@
 
 A step of Adam moves θ by -η P m, with P = 1 / (sqrt(second moment, bias-corrected) + ε); through m it depends on this
 step's gradient linearly. ⟨v, P ∇ l_i⟩ is therefore how much sample i's weight moves the target loss, to first order.
-Parameters that learn at a rate of their own (``--decoupled-lr``) have P scaled by that rate.
+For parameters with a separate learning rate (``--decoupled-lr``), P is scaled by that rate.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def precondition(direction: Direction, optimizer: Optimizer) -> None:
 
 
 def _scale(values: Sequence[torch.Tensor], held: Sequence[_Owned]) -> None:
-    """v ← P v, in place, of parts of v and what is held of them."""
+    """v ← P v, in place, for the parts of v whose optimizer state is given."""
     known = []
     for v, part in zip(values, held, strict=True):
         if "exp_avg_sq" in part.state:
@@ -72,7 +72,7 @@ def _scale(values: Sequence[torch.Tensor], held: Sequence[_Owned]) -> None:
 
 
 def _steps(parts: Sequence[_Owned]) -> list[float]:
-    """Return how many steps the optimizer has made with each part; of those on a device, with one read."""
+    """Return the optimizer's number of steps for each part; those on a device are read together."""
     steps = [part.state["step"] if "step" in part.state else part.group["step"] for part in parts]
     tensors = [step for step in steps if isinstance(step, torch.Tensor)]
     read = iter(torch.stack([step.reshape(()) for step in tensors]).tolist() if tensors else [])
@@ -80,7 +80,7 @@ def _steps(parts: Sequence[_Owned]) -> list[float]:
 
 
 def batches(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the places of parts of these sizes that are scaled together, which takes room for as many elements."""
+    """Yield groups of parts, by index, that are scaled together; a group takes memory for its number of elements."""
     batch: list[int] = []
     for place, size in enumerate(sizes):
         if batch and size + sum(sizes[n] for n in batch) > AT_A_TIME:
@@ -92,7 +92,7 @@ def batches(sizes: Sequence[int]) -> Iterator[list[int]]:
 
 
 def precondition_by_torch(direction: Direction, optimizer: torch.optim.Optimizer) -> None:
-    """v ← P v, in place, with torch's own Adam or AdamW; parameters that it has never moved have 0.
+    """v ← P v, in place, with torch's Adam or AdamW; 0 for parameters that it has never updated.
 
     Raises:
         UserError: the optimizer keeps no second moments.
@@ -117,7 +117,7 @@ def precondition_by_torch(direction: Direction, optimizer: torch.optim.Optimizer
 
 
 def knows_preconditioner(optimizer: Optimizer) -> bool:
-    """Whether P is known: the optimizer has made a step, or its state was loaded. A collective call of all ranks."""
+    """Whether P is known: the optimizer has made a step, or its state was loaded; a collective call of all ranks."""
     parts = optimizer_parts(optimizer)
     known = any("exp_avg_sq" in state for part in parts for state in part.optimizer.state.values())
     anywhere = torch.tensor(float(known), device=current_device())
@@ -126,7 +126,7 @@ def knows_preconditioner(optimizer: Optimizer) -> bool:
 
 
 def _owned(part: Any, direction: Direction) -> Iterator[tuple[torch.nn.Parameter, _Owned]]:
-    """What ``part`` of the optimizer holds on this rank, by parameter."""
+    """Return the state that ``part`` of the optimizer holds on this rank, by parameter."""
     groups, states, base_rate = part.optimizer.param_groups, part.optimizer.state, part.config.lr
     if hasattr(part, "model_param_group_index_map"):
         for param, (group_index, order) in part.model_param_group_index_map.items():

@@ -1,4 +1,4 @@
-"""The replay: samples that were aligned in past outer updates, from which the weighter goes on learning.
+"""The replay: samples that were aligned in past outer updates, on which the weighter continues to train.
 
 Every rank keeps the tokens of the samples that it scored, and the alignments of whole batches.
 
@@ -49,7 +49,7 @@ class Replay:
         """
         Args:
             max_batches: how many are kept.
-            half_life: batches after which a sample counts half as much; None if all count alike.
+            half_life: batches after which a sample counts half as much; None if all count the same.
         """
         self.batches: deque[AlignedBatch] = deque(maxlen=max_batches)
         self.half_life = half_life
@@ -65,9 +65,9 @@ class Replay:
         return self.batches[-1]
 
     def append(self, tokens: torch.Tensor, places: torch.Tensor, alignments: torch.Tensor) -> None:
-        """Keep a batch: this rank's tokens [c, s] and their places [c], and all alignments [N].
+        """Add a batch: this rank's tokens [c, s] and their positions [c], and all alignments [N].
 
-        A batch of samples of another length than those that are kept takes their place.
+        If its samples have another length than the kept ones, it replaces all of them.
         """
         if self.batches and self.newest.tokens.shape[1] != tokens.shape[1]:
             self.batches.clear()
@@ -115,11 +115,11 @@ class Replay:
     def load(
         self, entries: list[dict[str, Any]], rank_places: Callable[[int], torch.Tensor], device: torch.device
     ) -> None:
-        """Take the batches of :meth:`state`, each rank its part, in whatever layout and batch size they were made.
+        """Load the batches of :meth:`state`, each rank its part, from any layout and batch size.
 
         Args:
             entries: the batches.
-            rank_places: returns which samples of a batch of so many this rank keeps [c].
+            rank_places: returns, for a batch size, the positions of the samples that this rank keeps [c].
             device: where the tokens are kept.
         """
         for entry in entries:
@@ -128,7 +128,7 @@ class Replay:
 
 
 def sum_over_ranks(values: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:
-    """Put this rank's values [c] in their places among ``count``, and those of the others in theirs."""
+    """Return all ``count`` values, from each rank's values [c] and their positions; a collective call."""
     whole = values.new_zeros(count)
     whole[places] = values
     all_reduce_over_world(whole)

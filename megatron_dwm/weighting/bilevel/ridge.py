@@ -1,17 +1,17 @@
-"""How a linear n-gram weighter learns from the replay: ridge regression, which has a closed form.
+"""Training of a linear n-gram weighter on the replay: ridge regression, which has a closed form.
 
-Near uniform weights the objective -Σ â_i w_i + λ KL(w ‖ uniform) is, but for a constant, λ/2τ² times the variance of
-s - τ â/λ over the batch. So the best scores are τ/λ times the alignment that a sample's features let one expect, and a
-ridge regression finds it: weights that few samples speak for stay near 0, where gradient steps with Adam make them as
-large as those that many do.
+Near uniform weights the objective -Σ â_i w_i + λ KL(w ‖ uniform) is, up to a constant, λ/2τ² times the variance of
+s - τ â/λ over the batch. The best scores are τ/λ times the alignment that is expected from a sample's features, and a
+ridge regression finds them. Parameters of features that occur in few samples stay near 0, where Adam would make them as
+large as those of frequent features.
 
-Solved is, over the samples i of the replay's batches, with p_i for their age, an intercept for each batch, and the
-weights β₀ that the weighter had at its start (0, unless it comes from a folder):
+With the weight p_i of sample i of the replay, which depends on its age, an intercept for each batch, and the parameters
+β₀ that the weighter started with (0, unless it comes from a folder), the problem
 
     min_β Σ_i p_i (x_iᵀ β - intercept - τ â_i / λ)² + ρ ‖β - β₀‖²
 
-by conjugate gradients in float64, from the last update's solution. Few iterations suffice. Every rank holds the rows
-x_i of its own samples; products with them are summed over the ranks.
+is solved by conjugate gradients in float64, from the last update's solution. Few iterations suffice. Every rank holds
+the rows x_i of its own samples; products with them are summed over the ranks.
 
 Shape legend: B buckets, R batches, c samples of this rank, f n-grams of a sample.
 """
@@ -37,7 +37,7 @@ SOLVED = 1e-10
 
 @dataclass(frozen=True)
 class _Rows:
-    """This rank's samples of the replay, as rows of the regression; n-grams that do not count have the value 0."""
+    """This rank's samples of the replay, as rows of the regression; ignored n-grams have the value 0."""
 
     pieces: list[tuple[torch.Tensor, torch.Tensor]]
     """Buckets, int32, and values, float32 [m, f], of m samples after m samples: at once they would need much room."""
@@ -74,7 +74,7 @@ class RidgeLearner:
     def __init__(self, config: WeightingConfig, weighter: Weighter) -> None:
         """
         Raises:
-            UserError: without a KL term the best scores are infinite.
+            UserError: the KL weight is 0, so that the best scores are infinite.
         """
         if config.dwm_kl_weight == 0:
             raise UserError(
@@ -88,10 +88,10 @@ class RidgeLearner:
             self.prior = weights
 
     def learn(self, replay: Replay) -> float:
-        """Improve the weights by conjugate gradients.
+        """Improve the parameters by conjugate gradients.
 
         Returns:
-            norm of the gradient that is left, in parts of the right-hand side's.
+            norm of the remaining gradient, relative to that of the right-hand side.
 
         Raises:
             FloatingPointError: the weights are not finite.

@@ -1,13 +1,13 @@
 """Products of v with every sample's gradient, from one backward pass over whole microbatches.
 
-Every layer with parameters is linear in them: y = A(x) W, for a matrix product, an embedding and a norm alike. When W
-moves along V, the outputs move by A(x) V, which is what the layer computes with V in the place of W. So with g_i, the
+Every layer with parameters is linear in them: y = A(x) W, for a matrix product, an embedding or a norm. When W
+moves along V, the outputs move by A(x) V, which is what the layer computes with V in place of W. With g_i, the
 gradient of the loss with respect to the outputs of sample i,
 
     ⟨V, ∇_W l_i⟩ = ⟨g_i, A(x_i) V⟩,
 
-one product more for each layer, where the gradient of the parameters is one less. The samples of a microbatch stay
-apart because each has outputs of its own.
+which is one more product per layer, while the product for the parameters' gradient is saved. The samples of a
+microbatch stay separate because each has its own outputs.
 
 Shape legend: n samples of this replica, b samples of a microbatch, s sequence length (or this rank's part of it).
 """
@@ -36,7 +36,7 @@ _AT_A_TIME = {"cpu": 1 << 19, "gpu": 1 << 24}
 
 
 def has_known_layers(chunks: Sequence[ModelChunk]) -> bool:
-    """Whether each parameter belongs to a layer that is known here; Transformer Engine's and Apex's are not."""
+    """Whether each parameter belongs to a supported kind of layer; those of Transformer Engine and Apex are not."""
     return all(
         isinstance(module, (*_LINEAR, *_EMBEDDINGS, *_NORMS)) or next(module.parameters(recurse=False), None) is None
         for chunk in chunks
@@ -52,10 +52,10 @@ def sample_products(
     micro_batch_size: int,
     parallel_state: ParallelState,
 ) -> Iterator[torch.Tensor]:
-    """Let backward passes add the products of v with the samples' gradients to the yielded tensor [n], float64.
+    """Make backward passes add the products of v with the samples' gradients to the yielded tensor [n], float64.
 
-    While open, no gradients of parameters are formed. The k-th call of a layer that is differentiated belongs to the
-    k-th microbatch of its model chunk in all of megatron-core's schedules, also where activations are recomputed. The
+    While open, no gradients of parameters are computed. The k-th differentiated call of a layer belongs to the
+    k-th microbatch of its model chunk in all of megatron-core's schedules, also with recomputed activations. The
     sum is this rank's part of the replica's.
 
     Args:
@@ -120,7 +120,7 @@ class _Layer:
         self.microbatches = 0
 
     def watch(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Take note of a forward pass: the product follows when the gradient of its outputs is known."""
+        """Register a forward pass: the product is formed when the gradient of its outputs is known."""
         if not torch.is_grad_enabled():  # an evaluation, or the first pass of a layer that is recomputed
             return None
         outputs = output[0] if isinstance(output, tuple) else output
@@ -149,12 +149,12 @@ class _Layer:
     def _products_of_linear(
         self, inputs: torch.Tensor, gradient: torch.Tensor, weight: torch.nn.Parameter | None
     ) -> torch.Tensor:
-        """Return ⟨g_i, x_i Vᵀ⟩ = ⟨g_i V, x_i⟩ [b], the one of the two that multiplies fewer numbers one by one.
+        """Return ⟨g_i, x_i Vᵀ⟩ = ⟨g_i V, x_i⟩ [b], in the form with fewer elementwise products.
 
-        So a large vocabulary needs no room for another tensor of its size.
+        With a large vocabulary this avoids another tensor of the size of the logits.
 
         Args:
-            weight: given to the layer, if it has none of its own.
+            weight: passed to the layer, if it has no weight itself.
         """
         if getattr(self.module, "sequence_parallel", False) and isinstance(self.module, ColumnParallelLinear):
             inputs = gather_from_sequence_parallel_region(inputs, False)
@@ -171,9 +171,9 @@ class _Layer:
         return found + gradient.sum(0, dtype=wide).double() @ self.direction[bias].double()
 
     def _change(self, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
-        """Return by what the outputs move when the parameters move along v; the ranks of a TP group call it together.
+        """Return the change of the outputs when the parameters move along v; a collective call of the TP group.
 
-        A layer may leave the adding of its bias to the next one; the gradient is that of the sum all the same.
+        A layer may leave adding its bias to the next layer; the gradient is still that of the sum.
         """
         tied = kwargs.get("weight")  # the output layer's, where it is the embedding's
         if tied is not None:
@@ -200,7 +200,7 @@ def _inner_products(one: torch.Tensor, other: torch.Tensor, batch_dim: int) -> t
 
 
 def _is_replicated(name: str, module: torch.nn.Module) -> bool:
-    """Whether all ranks of a TP group have the same outputs, so that one of them counts.
+    """Whether all ranks of a TP group have the same outputs, so that only one of them counts.
 
     Under sequence parallelism the outputs of most layers are parts of the sequence; those of norms of queries and keys
     are parts of the heads.

@@ -1,4 +1,4 @@
-"""Weights of a weighter that learns in the course of the run: the method (docs/method.md).
+"""Weights from a weighter that is trained during the run: the bi-level method (docs/method.md).
 
 Shape legend: N samples of the global batch, n of this replica.
 """
@@ -42,7 +42,7 @@ class BilevelFlops:
 
 @dataclass(frozen=True)
 class BilevelParts:
-    """What bilevel weighting is made of."""
+    """The parts of bilevel weighting."""
 
     engine: PipelineEngine
     weighter: Weighter
@@ -55,7 +55,7 @@ class BilevelParts:
 class BilevelWeighting(ScoredWeighting):
     """Scores batches with a weighter, and updates it from the alignment of samples with the target set.
 
-    The language model's parameters before a step that an outer update follows are copied before it.
+    If an outer update follows a step, the language model's parameters are copied before the step.
     """
 
     def __init__(self, weight_metrics: WeightMetrics, options: ScoringOptions, parts: BilevelParts) -> None:
@@ -73,7 +73,7 @@ class BilevelWeighting(ScoredWeighting):
             self._parameters_before.take()
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
-        """Let each rank score its part of the replica's samples, and gather."""
+        """Score this rank's part of the replica's samples, and gather all scores."""
         rank_scores = self.weighter.score(batch.tokens[self.sample_gather.rank_slice_of(len(batch))])
         return self.sample_gather.gather_from_ranks(rank_scores, len(batch))
 
@@ -82,8 +82,8 @@ class BilevelWeighting(ScoredWeighting):
     ) -> list[Record]:
         """Make the outer update if it is due, and export the weighter at the end of a stage.
 
-        A step that moved no parameter says nothing of its weights: the update that was due after it is skipped, and
-        said to be.
+        A step that changed no parameter provides no information on its weights: the update that was due is skipped,
+        with a log line.
         """
         if weights is None:
             return []
@@ -101,7 +101,7 @@ class BilevelWeighting(ScoredWeighting):
         return records
 
     def health_warnings(self, weights: SampleWeights) -> list[HealthWarning]:
-        """Return what is wrong with the weights of one batch, equal scores after updates included."""
+        """Return the health warnings of the weights of one batch, including equal scores after updates."""
         return super().health_warnings(weights) + check_scores(weights.scores, self.num_updates)
 
     def flops(self, iteration: int, outcome: StepOutcome) -> float:
@@ -124,7 +124,7 @@ class BilevelWeighting(ScoredWeighting):
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Continue with the replay and the counts of ``state``; the weighter was made of it already."""
+        """Continue with the replay and the counts of ``state``; the weighter has already been created from it."""
         self.consumed_target_samples = state["consumed_target_samples"]
         self.num_updates = state["outer_updates"]
         outer_update = self.outer_update

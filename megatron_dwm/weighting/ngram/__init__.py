@@ -1,1 +1,1 @@
-"""The n-gram weighter: a sample's score from the n-grams of tokens that are in it."""
+"""The n-gram weighter: it scores a sample by its n-grams of tokens."""

@@ -1,4 +1,4 @@
-"""The configuration of the n-gram weighter, as transformers keeps it."""
+"""The configuration of the n-gram weighter, in transformers' form."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class NgramConfig(PreTrainedConfig):
     ) -> None:
         """
         Args:
-            vocab_size: token ids are below it.
-            ngram_lengths: lengths of the n-grams that are looked at.
-            ngram_buckets: numbers that n-grams are hashed to.
-            hidden_size: width of the bag and of the layer above it; 0 for a linear model, one number for each bucket.
-            initializer_range: standard deviation of the buckets' vectors at the start; linear models start at 0.
-            **others: what all configurations have.
+            vocab_size: size of the vocabulary.
+            ngram_lengths: lengths of the n-grams that are read.
+            ngram_buckets: number of buckets that n-grams are hashed to.
+            hidden_size: width of the embedding and of the layer above it; 0 for a linear model with one parameter per
+            bucket. initializer_range: standard deviation of the initial embeddings; linear models start at 0.
+            ****others: parameters of every configuration.
         """
         self.vocab_size, self.ngram_lengths, self.ngram_buckets = vocab_size, list(ngram_lengths), ngram_buckets
         self.hidden_size, self.initializer_range = hidden_size, initializer_range
@@ -40,5 +40,5 @@ class NgramConfig(PreTrainedConfig):
 
 
 def register(configuration_auto: ModuleType) -> None:
-    """Make the configuration known to ``AutoConfig``."""
+    """Register the configuration with ``AutoConfig``."""
     configuration_auto.CONFIG_MAPPING.register(MODEL_TYPE, NgramConfig, exist_ok=True)

@@ -1,8 +1,8 @@
-"""The n-grams of a sample, as numbers of buckets: what the n-gram weighter sees.
+"""The features of the n-gram weighter: the hashed n-grams of a sample.
 
-An n-gram of token ids is hashed to a bucket by integer arithmetic alone, so that every machine and version finds the
-same one (:func:`ngram_buckets`). A sample is the set of its buckets: how often one occurs does not count, so that a
-text that repeats itself is no louder than others. The set is a vector of Euclidean length 1, in which a longer n-gram
+An n-gram of token ids is hashed to a bucket by integer arithmetic only, so that every machine and version gets the
+same one (:func:`ngram_buckets`). A sample is the set of its buckets: repetitions do not count, so that a repetitive
+text has no larger features than others. The set is a vector of Euclidean norm 1, in which a longer n-gram
 counts in proportion to its length. ``docs/transfer.md`` shows the same in numpy.
 
 Shape legend: m samples, s sequence length, f n-grams of a sample.
@@ -32,16 +32,16 @@ def ngram_buckets(tokens: torch.Tensor, length: int, buckets: int) -> torch.Tens
 def ngram_features(
     tokens: torch.Tensor, attention_mask: torch.Tensor | None, lengths: Sequence[int], buckets: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a sample's buckets and their values.
+    """Return the buckets of samples and their values.
 
     Args:
         tokens: [m, s], int64.
         attention_mask: 0 where a token is padding [m, s]; n-grams with padding in them do not count.
         lengths: lengths of the n-grams.
-        buckets: how many there are.
+        buckets: the number of buckets.
 
     Returns:
-        buckets [m, f] and values [m, f], float32; repeated ones, and those that do not count, have the value 0.
+        buckets [m, f] and values [m, f], float32; repeated and ignored n-grams have the value 0.
     """
     all_found, all_values = [], []
     for length in (n for n in lengths if n <= tokens.shape[1]):

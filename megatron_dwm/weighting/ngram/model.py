@@ -19,8 +19,8 @@ from megatron_dwm.weighting.ngram.features import ngram_features
 class NgramForSequenceClassification(PreTrainedModel):
     """Scores a sample by its n-grams.
 
-    With hidden size 0 the score is the sum of the buckets' numbers, each times its value in the sample. Otherwise the
-    buckets have vectors, and their sum passes through a norm, a layer and a head.
+    With hidden size 0 the score is the sum of the buckets' parameters, each times its value in the sample. Otherwise
+    the buckets have vectors, and their sum passes through a norm, a layer and a head.
     """
 
     config_class = NgramConfig
@@ -39,12 +39,12 @@ class NgramForSequenceClassification(PreTrainedModel):
 
     @property
     def is_linear(self) -> bool:
-        """Whether the score is linear in the features, so that the best weights can be computed."""
+        """Whether the score is linear in the features, so that the best parameters have a closed form."""
         return self.config.hidden_size == 0  # type: ignore[no-any-return]
 
     @property
     def operations_per_token(self) -> int:
-        """Multiplications, each with an addition; the layers count as if they were passed at every token."""
+        """Multiply-adds per token; the layers count as if they were applied at every token."""
         layers = sum(param.numel() for name, param in self.named_parameters() if not name.startswith("embedding"))
         return len(self.config.ngram_lengths) * self.embedding.embedding_dim + layers
 
@@ -66,7 +66,7 @@ class NgramForSequenceClassification(PreTrainedModel):
         Args:
             input_ids: tokens [m, s].
             attention_mask: 0 where a token is padding [m, s]; without one, all tokens count.
-            **unused: what classifiers of other architectures take.
+            ****unused: arguments of classifiers of other architectures.
         """
         buckets, values = self.features(input_ids, attention_mask)
         weight = self.embedding.weight
@@ -83,7 +83,7 @@ class NgramForSequenceClassification(PreTrainedModel):
 
 
 def register(modeling_auto: ModuleType) -> None:
-    """Make the model known to ``AutoModelForSequenceClassification``."""
+    """Register the model with ``AutoModelForSequenceClassification``."""
     modeling_auto.AutoModelForSequenceClassification.register(
         NgramConfig, NgramForSequenceClassification, exist_ok=True
     )

@@ -32,8 +32,8 @@ def test_every_number_but_the_index_is_a_score_and_files_add_up(tmp_path: Path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"quality": 1.0}], "line 1: no whole number under 'index'"),
-        ([{"index": 1.5, "quality": 1.0}], "line 1: no whole number under 'index'"),
+        ([{"quality": 1.0}], "line 1: no integer under 'index'"),
+        ([{"index": 1.5, "quality": 1.0}], "line 1: no integer under 'index'"),
         ([{"index": 1, "text": "a"}], "line 1: no number beside 'index'"),
         ([{"index": 1, "q": 1.0}, {"index": 1, "q": 2.0}], "line 2: another 'q' of sample 1"),
         ([[1]], "line 1: no row"),

@@ -44,16 +44,16 @@ def changed(record: dict[str, Any], **changes: Any) -> str:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: no record"),
-        ("[" * 100_000, "line 2: no record"),
-        ('{"kind": "train", "iteration": 1' + "0" * 5000 + "}", "line 2: no record"),
-        ("[1]", "line 2: no record"),
-        ('"train"', "line 2: no record"),
-        ("{}", "line 2: a record without 'kind'"),
+        ("{", "line 2: not a record"),
+        ("[" * 100_000, "line 2: not a record"),
+        ('{"kind": "train", "iteration": 1' + "0" * 5000 + "}", "line 2: not a record"),
+        ("[1]", "line 2: not a record"),
+        ('"train"', "line 2: not a record"),
+        ("{}", "line 2: the record lacks 'kind'"),
         (changed(STEP, iteration="1"), "line 2: 'iteration' cannot be 1"),
         (changed(STEP, iteration=True), "line 2: 'iteration' cannot be True"),
         (changed(STEP, kind=["train"]), "line 2: 'kind' cannot be ['train']"),
-        ('{"kind": "train", "iteration": 1}', "line 2: a record without 'lm_loss'"),
+        ('{"kind": "train", "iteration": 1}', "line 2: the record lacks 'lm_loss'"),
         (changed(STEP, share_by_source={"a": "much"}), "line 2: 'share_by_source' cannot be"),
         (changed(STEP, seconds=[1]), "line 2: 'seconds' cannot be [1]"),
         (changed(EVALUATION, split=3), "line 2: 'split' cannot be 3"),
@@ -73,7 +73,8 @@ def test_a_damaged_line_is_named(line: str, message: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"\xff\xfe\n", "cannot be read"), (b"", "holds no training step"), (None, "no such file")]
+    ("content", "message"),
+    [(b"\xff\xfe\n", "cannot be read"), (b"", "contains no training step"), (None, "no such file")],
 )
 def test_a_file_without_records_is_refused(content: bytes | None, message: str, tmp_path: Path):
     if content is not None:

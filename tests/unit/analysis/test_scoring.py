@@ -123,7 +123,7 @@ def test_files_behind_urls_are_read_and_written_as_others(weighter: Path, tmp_pa
     assert run(*remote, "--input", f"{url}/in") == 0
     assert "scored 0 documents" in capsys.readouterr().out  # they are done
     assert run(*remote, "--input", f"{url}/in/*.gz") == 2
-    assert "is of other input or flags" in capsys.readouterr().err
+    assert "was made with other input or flags" in capsys.readouterr().err
     for words, said in {
         ("--input", f"{url}/in/*.txt"): f"--input {url}/in/*.txt: no such file",
         ("--input", f"{url}/nowhere.jsonl"): f"--input {url}/nowhere.jsonl: no such file",
@@ -294,7 +294,7 @@ def test_what_cannot_be_used_is_one_line(weighter: Path, tmp_path: Path, capsys)
         ("--weighter", unfit, "tokenizer has 52 tokens"),
         ("--input", damaged, "unreadable"),
         ("--input", tmp_path / "none.jsonl", "no such file"),
-        ("--output", foreign, "no folder of scores"),
+        ("--output", foreign, "does not hold scores"),
         ("--output", source, "cannot be written"),
         ("--score-key", "id", "has 'id' already"),
         ("--batch-tokens", 0, "less than 1"),
@@ -307,7 +307,7 @@ def test_what_cannot_be_used_is_one_line(weighter: Path, tmp_path: Path, capsys)
         assert message.count("\n") == 1 and words in message, message
     for name, row, words in [
         ("jsonl", {"text": "1", "n": 2**70}, "cannot be written"),
-        ("parquet", {"text": "1", "id": "word", "media": []}, "make no table"),
+        ("parquet", {"text": "1", "id": "word", "media": []}, "do not form a table"),
         ("parquet", {"text": "1", "id": 1}, "different fields"),
     ]:
         mixed = write(tmp_path / "mixed.jsonl", [*ROWS[:2], row])

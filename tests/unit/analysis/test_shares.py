@@ -51,7 +51,7 @@ def test_few_iterations_have_no_interval(tmp_path: Path, capsys):
 
 @pytest.mark.parametrize(
     ("weighted", "flags", "words"),
-    [(False, (), "holds no weights"), (True, ("--data-path", "a"), "1 prefixes for 2 sources")],
+    [(False, (), "recorded no weights"), (True, ("--data-path", "a"), "1 prefixes for 2 sources")],
 )
 def test_mistakes_are_one_line(tmp_path: Path, capsys, weighted: bool, flags: tuple[str, ...], words: str):
     run = write_run(tmp_path, 30, weighted=weighted)

@@ -32,8 +32,8 @@ def test_batches_are_made_smaller_where_they_do_not_divide():
     [
         (10, None, "--global-batch-size 10 is not divisible"),
         (16, Rampup(6, 5, 10), "a batch of 6 is not divisible"),
-        (16, Rampup(4, 8, 10), "no whole number of increments leads to --global-batch-size 16"),
-        (16, Rampup(16, 16, 10), "no whole number of increments"),
+        (16, Rampup(4, 8, 10), "no number of increments leads to exactly --global-batch-size 16"),
+        (16, Rampup(16, 16, 10), "no number of increments"),
         (16, Rampup(8, 8, 0), "must be at least 1"),
     ],
 )

@@ -203,7 +203,7 @@ def test_configurations_cannot_be_changed():
 MISTAKES = {
     "--num-distributed-optimizer-instances 2": "has no effect without --use-distributed-optimizer; add it",
     "--use-distributed-optimizer --num-distributed-optimizer-instances 3": "3 does not divide the 4 ranks",
-    "--window-size 4": "--window-size 4: give the tokens before a token's own that it sees",
+    "--window-size 4": "--window-size 4: give the number of previous tokens that a token attends to",
     "--window-size 4,1": "and 0 for those after it, which a GPT must not see",
     "--window-attn-skip-freq 2": "--window-attn-skip-freq has no effect without --window-size; add that",
     "--window-size 4,0 --window-attn-skip-freq [1]*9": "neither a positive number nor a pattern",
@@ -215,7 +215,7 @@ MISTAKES = {
     "--swiglu --activation-func-clamp-value 0": "--activation-func-clamp-value 0.0: must be above 0",
     "--log-progress": "--log-progress writes to the --save folder; give it",
     "--straggler-ctrlr-port 70000": "a port is at most 65535",
-    "--full-validation": "--full-validation: made-up data (--mock-data) has no end",
+    "--full-validation": "--full-validation: generated data (--mock-data) has no end",
     "--no-such-flag 3": "unknown flag --no-such-flag",
     "--num-layers many": "--num-layers: invalid int value: 'many'",
     "--num-layers 0": "--num-layers 0: must be at least 1",

@@ -112,7 +112,7 @@ def test_documents_are_taken_and_the_rest_is_one_line(
         preprocess(config, tokenizer)
     except UserError as error:
         assert_one_short_line(error, path)
-        is_another_format = " are not read; give JSON lines" in str(error) or "check the file" in str(error)
+        is_another_format = " are not supported; give JSON lines" in str(error) or "check the file" in str(error)
         assert is_another_format or not any(expected) or (not skips_malformed and not all(expected))
         assert not out.exists() or list(out.iterdir()) == []
     else:

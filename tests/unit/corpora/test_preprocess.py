@@ -168,7 +168,7 @@ def test_a_malformed_line_is_named_and_nothing_is_written(
     assert code == 2
     message = capsys.readouterr().err
     assert message.startswith(f"error: --input {path}, line 2: {reason}")
-    assert message.endswith("; mend it or give --skip-malformed\n")
+    assert message.endswith("; correct it or give --skip-malformed\n")
     assert message.count("\n") == 1 and len(message) < 600
     assert {path.name: path.read_text() for path in out.iterdir()} == {"made_text_document.bin": "old"}
 
@@ -184,7 +184,7 @@ def test_malformed_lines_are_skipped_and_counted(
     assert run_tool(monkeypatch, "--input", path, *flags, tmp_path / "out" / "made", "--skip-malformed") == 0
     first = f"{path}, line 2: {MALFORMED[0][1]}"
     assert capsys.readouterr().err.startswith(
-        f"warning: {len(MALFORMED)} malformed documents are left out, the first: {first}"
+        f"warning: {len(MALFORMED)} malformed documents were skipped, the first: {first}"
     )
     assert run_tool(monkeypatch, "--input", clean, *flags, tmp_path / "expected" / "made") == 0
     assert hashes(tmp_path / "out", ["text"]) == hashes(tmp_path / "expected", ["text"])
@@ -328,14 +328,14 @@ def test_killed_work_goes_on_behind_its_last_finished_segment(
         shutil.copytree(kept, tmp_path / name / kept.name)
     assert run_tool(monkeypatch, *argv, tmp_path / "out" / "made") == 0
     said = capsys.readouterr()
-    assert "Going on after 60 documents" in said.out
-    assert "15 malformed documents are left out, the first" in said.err and "line 1:" in said.err
+    assert "Continuing after 60 documents" in said.out
+    assert "15 malformed documents were skipped, the first" in said.err and "line 1:" in said.err
     assert hashes(tmp_path / "out", ["text"]) == hashes(tmp_path / "whole", ["text"])
     assert run_tool(monkeypatch, *argv, tmp_path / "changed" / "made", "--append-eod") == 0
     assert "Going on" not in capsys.readouterr().out
     (tmp_path / "damaged" / kept.name / "000002" / "done.json").write_text("{")
     assert run_tool(monkeypatch, *argv, tmp_path / "damaged" / "made") == 0
-    assert "Going on after 40 documents" in capsys.readouterr().out
+    assert "Continuing after 40 documents" in capsys.readouterr().out
     assert hashes(tmp_path / "damaged", ["text"]) == hashes(tmp_path / "whole", ["text"])
     with unfinished_work(tmp_path / "busy" / kept.name, None):
         done = multiprocessing.get_context("fork").Process(
@@ -368,7 +368,7 @@ def test_each_file_has_data_sets_of_its_own_and_those_that_are_there_are_not_mad
     blocked.rmdir()
     capsys.readouterr()
     assert run_tool(monkeypatch, *argv) == 0
-    assert "Going on after 1 files" in capsys.readouterr().out
+    assert "Continuing after 1 files" in capsys.readouterr().out
     expected = {f"made_{name}_text_document{suffix}" for name in ("a", "b.x") for suffix in (".bin", ".idx")}
     assert {path.name for path in (tmp_path / "out").iterdir()} == expected
     for name, tokens in (("a", [1, 2]), ("b.x", [3, 4])):
@@ -378,7 +378,7 @@ def test_each_file_has_data_sets_of_its_own_and_those_that_are_there_are_not_mad
     assert {path.name for path in (tmp_path / "folder").iterdir()} == {name.removeprefix("made_") for name in expected}
     (tmp_path / "a.json").write_text("{}")
     assert run_tool(monkeypatch, *argv[:1], tmp_path / "a.json", *argv[1:]) == 2
-    assert "have one name; rename one" in capsys.readouterr().err
+    assert "have the same name; rename one" in capsys.readouterr().err
 
 
 def test_segments_change_no_byte_of_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,7 @@ def test_checksums_of_a_parquet_file_are_verified(tmp_path: Path) -> None:
 def test_a_format_that_is_not_read_is_named(content: bytes, kind: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"--input {path}: files of {kind} are not read; give JSON lines"):
+    with pytest.raises(UserError, match=rf"--input {path}: {kind} files are not supported; give JSON lines"):
         read(path)
 
 
@@ -159,7 +159,7 @@ def test_a_format_that_is_not_read_is_named(content: bytes, kind: str, tmp_path:
 def test_a_file_that_is_not_what_its_name_says_is_refused(name: str, kind: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(LINES)
-    with pytest.raises(UserError, match=rf"--input {path}: it is named like {kind} but does not hold it"):
+    with pytest.raises(UserError, match=rf"--input {path}: its name says {kind}, but its content is not {kind}"):
         read(path)
 
 

@@ -105,7 +105,7 @@ def test_ranks_of_a_replica_read_the_same_and_all_ranks_end_together(layout: str
     assert sorted({dp_rank for dp_rank, _, _ in results}) == list(range(dp_size))
     for dp_rank, steps, message in results:
         assert steps == expected[dp_rank]
-        assert message == "the data ran out; lower --train-iters or --eval-iters, or give more data"
+        assert message == "the data is exhausted; lower --train-iters or --eval-iters, or give more data"
 
 
 def test_a_token_outside_the_vocabulary_is_an_error_on_every_rank_of_the_replica() -> None:

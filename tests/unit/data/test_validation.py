@@ -108,7 +108,7 @@ def test_data_of_another_size_than_its_index_says_is_named_with_both_sizes(chang
 @pytest.mark.parametrize("documents", [[], [[]], [[], []]])
 def test_data_without_a_token_is_refused(documents: list[list[int]], tmp_path: Path) -> None:
     prefix = write(tmp_path, "train", documents)
-    with pytest.raises(UserError, match=rf"--train-data-path {prefix}: it holds no token"):
+    with pytest.raises(UserError, match=rf"--train-data-path {prefix}: the dataset has no tokens"):
         check(paths(prefix))
 
 

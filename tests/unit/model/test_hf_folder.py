@@ -68,12 +68,15 @@ def test_pickled_and_sharded_weights_are_read_too(tmp_path: Path):
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "a head of its own": ({"tie_word_embeddings": True}, "tie_word_embeddings true and the weights a lm_head.weight"),
+    "a head of its own": (
+        {"tie_word_embeddings": True},
+        "tie_word_embeddings true, but the weights have a separate lm_head.weight",
+    ),
     "biases that are not there": ({"attention_bias": True, "mlp_bias": True}, r"weights lack .*\.bias"),
     "more key heads": ({"num_key_value_heads": 4}, "num_key_value_heads"),
     "wider heads": ({"head_dim": 4}, "num_key_value_heads, head_dim"),
     "a larger vocabulary": ({"vocab_size": 10}, "correct vocab_size"),
-    "fewer layers": ({"num_hidden_layers": 1}, r"hold model\.layers\.1.* which the model of config.json has not"),
+    "fewer layers": ({"num_hidden_layers": 1}, r"hold model\.layers\.1.* which the model of config.json does not have"),
     "more layers": ({"num_hidden_layers": 3}, r"weights lack model\.layers\.2"),
     "more layers than there are tensors": (
         {"num_hidden_layers": 10**9},
@@ -109,10 +112,10 @@ def test_quantized_weights_and_adapters_are_refused(tmp_path: Path):
     name = "model.layers.1.mlp.up_proj.weight"
     for dtype in (torch.int8, torch.float8_e4m3fn):
         _rewrite(tmp_path, lambda state, dtype=dtype: state.update({name: state[name].float().to(dtype)}))
-        with pytest.raises(UserError, match=rf"{name} is of {dtype}; give a model that is not quantized"):
+        with pytest.raises(UserError, match=rf"{name} has type {dtype}; give a model that is not quantized"):
             read_hugging_face(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"its adapter .adapter_config\.json. is not part of its weights; merge it"):
+    with pytest.raises(UserError, match=r"its adapter .adapter_config\.json. is not merged into its weights; merge it"):
         read_hugging_face(tmp_path)
     (tmp_path / "adapter_config.json").unlink()
     _declare(tmp_path, quantization_config={"quant_method": "fp8"})

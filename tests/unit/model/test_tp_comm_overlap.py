@@ -32,7 +32,7 @@ class Modes(Enum):
 @pytest.mark.parametrize(
     ("parallel", "impl", "said"),
     [
-        ({}, "torch", "--tp-comm-overlap is Transformer Engine's and the layers are torch"),
+        ({}, "torch", "--tp-comm-overlap is for Transformer Engine's layers, and the layers are torch"),
         ({"sequence_parallel": False}, "transformer_engine", "needs --sequence-parallel"),
         ({"tensor_model_parallel_size": 1}, "transformer_engine", "--tensor-model-parallel-size 2 or more"),
     ],

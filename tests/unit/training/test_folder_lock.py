@@ -44,7 +44,7 @@ def owner(tmp_path: Path) -> Iterator[Any]:
 
 
 def test_a_folder_that_another_process_holds_is_refused_by_name(owner: Any, tmp_path: Path):
-    with pytest.raises(UserError, match=rf"another run writes there \(process {owner.pid} on "):
+    with pytest.raises(UserError, match=rf"another run is writing there \(process {owner.pid} on "):
         SaveFolder(tmp_path / "save")
 
 
@@ -90,7 +90,7 @@ def test_two_runs_that_find_no_folder_do_not_both_get_it(tmp_path: Path):
     process = FORK.Process(target=hold, args=(tmp_path / "save", taken))
     process.start()
     taken.wait()
-    with pytest.raises(UserError, match="another run writes there"):
+    with pytest.raises(UserError, match="another run is writing there"):
         late.create()
     process.kill()
     process.join()
@@ -128,9 +128,9 @@ def test_where_no_lock_decides_the_heartbeat_of_the_holder_does(
     monkeypatch.setattr(folder_lock, "HEARTBEAT_SECONDS", LEASE / 3)
     monkeypatch.setattr(folder_lock, "SETTLE_SECONDS", LEASE / 3)
     mount(monkeypatch)
-    save, said = tmp_path / "save", "its file system knows no locks (No locks available)"
+    save, said = tmp_path / "save", "its file system has no locks (No locks available)"
     owner = request.getfixturevalue("owner")
-    with pytest.raises(UserError, match=rf"another run writes there \(process {owner.pid} on "):
+    with pytest.raises(UserError, match=rf"another run is writing there \(process {owner.pid} on "):
         SaveFolder(save)
     assert (said in caplog.text) == (mount is without_locks)
 
@@ -181,4 +181,6 @@ def test_of_two_that_come_at_once_one_gets_the_folder(tmp_path: Path, monkeypatc
     for process in processes:
         process.kill()
         process.join()
-    assert found.count("held") == 1 and sum("another run writes there (process" in text for text in found) == 2, found
+    assert found.count("held") == 1 and sum("another run is writing there (process" in text for text in found) == 2, (
+        found
+    )

@@ -67,7 +67,9 @@ def test_a_weighter_that_has_begun_is_not_warmed_up_again():
 def test_a_warm_up_that_leaves_nothing_to_weigh_is_refused(mode: Literal["frozen", "rule"]):
     given: dict[str, Any] = {"frozen": {"dwm_load": "somewhere"}, "rule": {"dwm_rule": "random"}}[mode]
     config = WeightingConfig(dwm_mode=mode, dwm_warmup_iters=21, **given)
-    with pytest.raises(UserError, match=f"--dwm-warmup-iters 21 leave none of --train-iters 21 that --dwm-mode {mode}"):
+    with pytest.raises(
+        UserError, match=f"--dwm-warmup-iters 21 leaves no iteration of --train-iters 21 for --dwm-mode {mode}"
+    ):
         frozen_stages(config, 21)
     assert iterations(frozen_stages(config, 22).is_weighted, 22) == [22]
 
