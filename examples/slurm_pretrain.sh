@@ -22,7 +22,8 @@ require() { # VARIABLE MEANING
 
 # Cluster. In a container (pyxis and enroot) Python is the container's.
 CONTAINER_IMAGE=${CONTAINER_IMAGE:-}   # an image of enroot, such as a .sqsh file
-CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-} # such as /data:/data,/home/me:/home/me; REPO_DIR is mounted besides
+CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-} # such as /data:/data; REPO_DIR and the job's folder are mounted besides
+SRUN_ARGS=${SRUN_ARGS:-}               # further options of srun, such as --mpi=none --cpu-bind=cores
 if [[ -n $CONTAINER_IMAGE ]]; then PYTHON=${PYTHON:-python}; else PYTHON=${PYTHON:-$REPO_DIR/.venv/bin/python}; fi
 PREFLIGHT=${PREFLIGHT:-1} # 0 skips the check of all flags before the tasks start
 PLAN_ONLY=${PLAN_ONLY:-0}
@@ -137,9 +138,10 @@ MASTER_PORT=${MASTER_PORT:-$((10000 + (SLURM_JOB_ID + 7 * ${SLURM_RESTART_COUNT:
 export MASTER_ADDR MASTER_PORT
 # srun does not inherit --cpus-per-task from sbatch.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
-SRUN=(srun --kill-on-bad-exit=1)
+SRUN=(srun --kill-on-bad-exit=1 $SRUN_ARGS)
 if [[ -n $CONTAINER_IMAGE ]]; then
     mounts=$REPO_DIR:$REPO_DIR${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
+    if [[ $PWD != "$REPO_DIR" ]]; then mounts+=,$PWD:$PWD; fi # where relative paths lead to
     SRUN+=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$PWD")
 fi
 mkdir -p "$LOG_DIR"

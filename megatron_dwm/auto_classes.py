@@ -18,7 +18,7 @@ REGISTRATIONS = {
     "transformers.models.auto.configuration_auto": "megatron_dwm.weighting.ngram.configuration",
     "transformers.models.auto.modeling_auto": "megatron_dwm.weighting.ngram.model",
 }
-"""A module of transformers, and ours whose ``register`` is called with it."""
+"""A module of transformers, and the module of this package whose ``register`` is called with it."""
 
 
 def register_auto_classes() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 _BLOCK = 1 << 20
-"""Bytes that are read at a time, whatever a file's size."""
+"""Bytes that are read at a time."""
 
 
 @dataclass(frozen=True)

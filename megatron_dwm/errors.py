@@ -45,7 +45,7 @@ def print_error(error: UserError) -> None:
     print(f"error: {shortened(' '.join(words), MOST_CHARACTERS)}\n", file=sys.stderr, end="", flush=True)
 
 
-def reason_not_written(error: Exception) -> str | None:
+def write_failure_reason(error: Exception) -> str | None:
     """Return why a file could not be written, if that is what an error of the system, torch or safetensors means."""
     if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -68,7 +68,7 @@ def run_cli(main: Callable[[], None]) -> None:
         print_error(error)
         raise SystemExit(EXIT_CODE) from None
     except Exception as error:
-        reason = reason_not_written(error)
+        reason = write_failure_reason(error)
         if reason is None:
             raise
         print_error(UserError(f"{reason}; make room, or give another folder"))

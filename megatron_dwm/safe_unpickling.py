@@ -111,6 +111,20 @@ def read_torch_file(path: Path) -> Any:
         raise UnreadableFile(f"{path.name} cannot be read ({short_reason(error)})") from None
 
 
+def map_torch_file(path: Path) -> Any:
+    """Return what :func:`read_torch_file` does, with tensors that are read from the file where they are used.
+
+    Raises:
+        UnreadableFile: the file is missing or damaged, or names what is not allowed.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except DAMAGE as error:
+        raise UnreadableFile(f"{path.name} cannot be read ({short_reason(error)})") from None
+
+
 def load_restricted(content: BytesIO) -> Any:
     """Load what ``torch.save`` wrote, if it contains only allowed classes."""
     import megatron.core  # noqa: F401  registers the classes of Megatron-LM's arguments with torch

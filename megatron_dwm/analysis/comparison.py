@@ -18,7 +18,7 @@ def training_flops(steps: Sequence[Record], last_iteration: float = float("inf")
     return float(sum(step["flops"] for step in steps if step["iteration"] <= last_iteration))
 
 
-def caught_up_at(uniform: RunRecords, other: RunRecords) -> float | None:
+def catch_up_iteration(uniform: RunRecords, other: RunRecords) -> float | None:
     """Return the iteration from which ``other``'s evaluation loss stays at or below ``uniform``'s last one.
 
     The loss is interpolated linearly between evaluations. None if it never falls so far.
@@ -34,13 +34,13 @@ def caught_up_at(uniform: RunRecords, other: RunRecords) -> float | None:
     return float(before + (after - before) * (high - goal) / (high - low))
 
 
-def catches_up(uniform: RunRecords, other: RunRecords) -> tuple[float, float] | None:
+def catch_up_fractions(uniform: RunRecords, other: RunRecords) -> tuple[float, float] | None:
     """Return when ``other``'s evaluation loss reaches ``uniform``'s last one.
 
     Returns:
         fractions of uniform's tokens and of its time; None if it never falls so far.
     """
-    iteration = caught_up_at(uniform, other)
+    iteration = catch_up_iteration(uniform, other)
     if iteration is None:
         return None
     seconds = training_seconds(other.steps, iteration) / training_seconds(uniform.steps)
@@ -60,7 +60,7 @@ def gain_line(uniform: RunRecords, weighted: RunRecords) -> str:
     if last[0] != last[1]:
         raise UserError(f"--baseline has {last[0]} iterations and --run {last[1]}; compare runs of the same length")
     before, after = (run.evaluated("valid")[-1]["lm_loss"] for run in (uniform, weighted))
-    reached = catches_up(uniform, weighted)
+    reached = catch_up_fractions(uniform, weighted)
     line = f"evaluation loss {after:.3f} with weighting and {before:.3f} with uniform weights ({after - before:+.3f})"
     if reached is None:
         return f"{line}; the uniform run's last loss was not reached"

@@ -20,7 +20,7 @@ METRICS = {
     "answer_nll": "nats an answer",
     "choice_nll": "nats a choice",
 }
-"""What is shown of the results, and what it is called; lower nats are better."""
+"""The metrics that are shown, and their names; lower nats are better."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class CheckpointResults:
     name: str
     """As the user has named it."""
     run: str
-    """Folder that it is in: checkpoints of one run are one line of the plot."""
+    """The folder of its run: checkpoints of one run are one line of the plot."""
     iteration: int | None
     results: list[TaskResult]
 

@@ -24,9 +24,9 @@ from megatron_dwm.errors import UserError
 
 CHOICES = 4
 LEAST_ITEMS = 8
-"""Items below which a task says nothing."""
+"""Minimum number of items of a task."""
 FEWSHOT_ITEMS = 8
-"""First items, which are examples only; so the items that are counted are the same with and without examples."""
+"""First items, used only as examples, so that the evaluated items are the same with and without examples."""
 
 _QUOTES = "\u2018\u2019\u201c\u201d"  # typographic ones
 _SENTENCE_END = re.compile(rf"(?<=[.!?])[\"')\]{_QUOTES}]*\s+(?=[\"'({_QUOTES}]?[A-Z])")
@@ -50,7 +50,7 @@ class Passages:
     """The text from which tasks are made."""
 
     name: str
-    """Where it is from, for messages and records."""
+    """Its origin, for messages and records."""
     documents: list[Document]
     """A document's first paragraph may be its title."""
 

@@ -18,9 +18,9 @@ from megatron_dwm.analysis.uncertainty import Estimate, mean_correlation, mean_o
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _UPDATES_PER_STAGE = 40
-"""That describe a stage, if batches are so large that its samples would otherwise be of fewer."""
+"""Minimum number of updates that describe a stage, even if their batches are large."""
 _FEWEST_OF_A_SOURCE = 10
-"""Samples of a source that a correlation is taken of."""
+"""Minimum number of samples of a source for a correlation."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class WeightedSamples:
     source: np.ndarray
     weight: np.ndarray
     alignment: np.ndarray
-    """Standardized within the batch: how many standard deviations above its mean."""
+    """Standardized within the batch: standard deviations above its mean."""
     properties: dict[str, np.ndarray] = field(default_factory=dict)
     """Numbers that describe the samples, by name [n]; NaN where one is not known."""
 
@@ -127,7 +127,7 @@ class SourceFigures:
     weight: float | None
     """Mean weight of its samples."""
     loss_fraction: float
-    """Its samples' fraction of the trained loss, and so of the gradient; mean over the steps."""
+    """Its samples' fraction of the training loss, and so of the gradient; mean over the steps."""
     sample_fraction: float | None
     """Its samples' fraction of the batches, as they count without weights: by their tokens."""
     alignment: Estimate
@@ -139,7 +139,7 @@ class SourceAlignments:
     """Mean alignment of each source's samples in each update."""
 
     iterations: np.ndarray
-    """Of the updates [u]."""
+    """Iterations of the updates [u]."""
     sources: list[str]
     mean: np.ndarray
     """By update and source [u, s]; NaN where an update has no sample of the source."""

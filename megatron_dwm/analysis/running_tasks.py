@@ -23,9 +23,9 @@ from megatron_dwm.model.continuations import Continuation, Likelihood, continuat
 from megatron_dwm.model.engine import PipelineEngine
 
 _SEED = 1234
-"""Of the choice of items and examples: what ``megatron-dwm evaluate`` takes if not told otherwise."""
+"""Seed of the choice of items and examples: the default of ``megatron-dwm evaluate``."""
 _MICROBATCHES_TOGETHER = 64
-"""Of a replica, in one run through the pipeline."""
+"""Microbatches of a replica in one run through the pipeline."""
 
 
 class RunningTasks:
@@ -61,11 +61,11 @@ class RunningTasks:
         """
         self._before_batch = before_batch
         if self._evaluator is None:
-            while (asked := self._broadcast(_Asked())).records is None:
+            while (asked := self._broadcast(_Request())).records is None:
                 self._compute(asked.continuations)
             return asked.records or []
         # The harness draws progress bars, which no flag of it turns off.
-        with _kept_random_states(), redirect_stderr(io.StringIO()):
+        with _restored_random_states(), redirect_stderr(io.StringIO()):
             results = self._evaluator.evaluate_model(self._model, is_training=True)
         records = [
             {
@@ -77,12 +77,12 @@ class RunningTasks:
             }
             for result in results
         ]
-        self._broadcast(_Asked(records=records))
+        self._broadcast(_Request(records=records))
         return records
 
     def likelihoods(self, continuations: list[Continuation]) -> list[Likelihood]:
         """Return the likelihoods of continuations; the other ranks wait in :meth:`evaluate` to help."""
-        self._broadcast(_Asked(continuations))
+        self._broadcast(_Request(continuations))
         return self._compute(continuations)
 
     def _compute(self, continuations: Sequence[Continuation]) -> list[Likelihood]:
@@ -93,7 +93,7 @@ class RunningTasks:
             found += continuation_likelihoods(self._engine, together, self._micro_batch_size, self._vocab_size)
         return found
 
-    def _broadcast(self, asked: _Asked) -> _Asked:
+    def _broadcast(self, asked: _Request) -> _Request:
         """Broadcast the first rank's request, and return it."""
         box = [asked]
         if dist.get_world_size() > 1:
@@ -101,7 +101,7 @@ class RunningTasks:
         return box[0]
 
 
-class _Asked(NamedTuple):
+class _Request(NamedTuple):
     """A request of the first rank to all ranks: to compute likelihoods, or to finish with the results."""
 
     continuations: Sequence[Continuation] = ()
@@ -159,7 +159,7 @@ def _evaluator(flags: TasksConfig) -> Evaluator:
             batch_size=1,
             seed=_SEED,
         )
-        with _kept_random_states():
+        with _restored_random_states():
             kinds = evaluator.kinds()
     except UserError as error:
         flags_here = str(error).replace("--tasks", "--eval-tasks").replace("--task-text", "--eval-tasks-text")
@@ -174,7 +174,7 @@ def _evaluator(flags: TasksConfig) -> Evaluator:
 
 
 @contextmanager
-def _kept_random_states() -> Iterator[None]:
+def _restored_random_states() -> Iterator[None]:
     """Restore Python's and numpy's random streams afterwards, because the harness seeds them."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:

@@ -23,7 +23,7 @@ from megatron_dwm.errors import UserError
 MOST_TARGET_SAMPLES = 2000
 """Samples of the target set that others are compared with."""
 END_MARK = " ▪ "
-"""Stands between two documents of a sample."""
+"""Text between two documents of a sample."""
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ class Part:
     """A part of an input, which one task reads."""
 
     kind: Literal["file", "lines", "dataset"]
-    """All of a file, the lines that begin in a range of its bytes, or a range of a dataset's documents."""
+    """A whole file, the lines that begin in a range of its bytes, or a range of a dataset's documents."""
     path: str
-    """Of the file, or the prefix of the dataset."""
+    """The file, or the prefix of the dataset."""
     start: int = 0
     end: int = 0
 

@@ -276,7 +276,7 @@ class SlurmJob:
     gpus_per_task: int
     memory_gb: int
     options: Mapping[str, str]
-    """Of ``sbatch``, by their long names."""
+    """Options of ``sbatch``, by their long names."""
 
 
 def submit(steps: Sequence[PipelineStep], output: str, tasks: int, workers: int, slurm: SlurmJob) -> str | None:

@@ -26,7 +26,7 @@ class Shares:
     """Of each share, 95 percent; not a number where there are too few iterations."""
 
 
-def learnt_shares(run: RunRecords) -> list[Shares]:
+def learned_shares(run: RunRecords) -> list[Shares]:
     """Return the shares over the whole of the weighted training, then stage by stage.
 
     All iterations count the same, except for those before the first stage, which are left out.
@@ -43,7 +43,7 @@ def learnt_shares(run: RunRecords) -> list[Shares]:
     return found
 
 
-def learnt_weights(run: RunRecords) -> dict[str, float]:
+def learned_weights(run: RunRecords) -> dict[str, float]:
     """Return the mean weight of each source's samples over the weighted training, iterations counting alike.
 
     Raises:

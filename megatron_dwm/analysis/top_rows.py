@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 ROW = np.dtype([("key", np.float64), ("cost", np.int64), ("source", np.int32)])
-"""A row of the table: what it is ranked by, highest first, what it takes of the budget, the number of its source."""
+"""A row of the table: the key that it is ranked by, highest first, its cost, and the number of its source."""
 Table = npt.NDArray[Any]
 _BLOCK = 1 << 16  # rows that are looked at together
 _DIGITS = 16  # bits of a key that one pass finds

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 ENOUGH_UPDATES = 5
-"""Outer updates under which no interval is given: Student's t would make it wider than what it is to tell apart."""
+"""Minimum number of outer updates for an interval; with fewer, Student's t makes it too wide to be useful."""
 _NORMAL = 1.959964
 """Of the normal distribution, two-sided 95 %."""
 
@@ -19,13 +19,13 @@ class Estimate:
     """A figure with its 95 % interval."""
 
     value: float | None
-    """None: there is nothing that it could be taken from."""
+    """None if there are no values to compute it from."""
     low: float | None
     high: float | None
     """The interval; None if there are too few updates."""
     n: int
     unit: Literal["updates", "samples"]
-    """What ``n`` counts."""
+    """The unit of ``n``."""
 
     @property
     def is_known(self) -> bool:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from megatron_dwm.analysis.records import read_run
-from megatron_dwm.analysis.shares import learnt_weights
+from megatron_dwm.analysis.shares import learned_weights
 from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark
 from megatron_dwm.benchmarks.benefit_report import Arm, figure, summary, table
@@ -55,9 +55,9 @@ ArmName = Literal[
     "target-only",
 ]
 FROM_ANOTHER_RUN = ("frozen", "continued", "source-weights")
-"""Arms that start from what a bilevel run with another seed has learnt: its weighter, or its sources' mean weights."""
+"""Arms that use the result of a bilevel run with another seed: its weighter, or its sources' mean weights."""
 WEIGHTER_SEED = 1000
-"""Of that run: no seed of the arms, however many there are."""
+"""Seed of that run, which is never a seed of the arms."""
 SWEEP_ARMS: tuple[ArmName, ...] = ("uniform", "frozen", "bilevel")
 SWEEP_FACTORS = (0.5, 1.0, 2.0)
 
@@ -255,7 +255,7 @@ def _arm_flags(name: ArmName, place: Path, mixture: Mixture, weighter_run: Path)
         case "shuffled" | "similarity" | "source-alignment" | "top-alignment":
             return [*bilevel, *rule]
         case "source-weights":
-            weights = learnt_weights(read_run(weighter_run))
+            weights = learned_weights(read_run(weighter_run))
             return [*rule, "--dwm-rule-sources", *weights, "--dwm-rule-weights", *map(str, weights.values())]
         case "oracle":
             return [*rule, "--dwm-rule-sources", *mixture.like_target]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_dwm.analysis.comparison import catches_up, training_flops, training_seconds
+from megatron_dwm.analysis.comparison import catch_up_fractions, training_flops, training_seconds
 from megatron_dwm.analysis.records import RunRecords
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def summary(arms: Sequence[Arm], sequence: int) -> dict[str, Any]:
         gap = (losses["uniform"] - losses["bilevel"]) / (losses["uniform"] - losses["oracle"])
     if {"uniform", "bilevel"} <= losses.keys():
         pairs = list(zip(by_name["uniform"].runs, by_name["bilevel"].runs, strict=True))
-        ratios = [catches_up(uniform, bilevel) for uniform, bilevel in pairs]
+        ratios = [catch_up_fractions(uniform, bilevel) for uniform, bilevel in pairs]
         reached = [ratio for ratio in ratios if ratio is not None]
         if len(reached) == len(pairs):
             tokens = statistics.mean(ratio[0] for ratio in reached)

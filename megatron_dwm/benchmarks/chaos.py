@@ -43,7 +43,7 @@ LAYOUTS: dict[Layout, tuple[int, str]] = {
     "dp2": (2, "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"),
     "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
 }
-"""Ranks and flags. The distributed optimizer's other format also saves padding, which is whatever lay in memory."""
+"""Ranks and flags. The distributed optimizer's other format also saves padding, which is uninitialized memory."""
 PLAN = Plan(iterations=24, save_interval=4, warmup=4, update_interval=2)
 RUN = shlex.split(
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
@@ -57,13 +57,13 @@ RUN = shlex.split(
     "--dwm-weighter-steps 2"
 )
 BOUND_SECONDS = 30.0
-"""For ranks to end after one of them was killed, all were asked to end, or the disk was full."""
+"""Time limit for ranks to end after one of them was killed, all were asked to end, or the disk was full."""
 TIMEOUT_SECONDS = 60.0
-"""Of collectives: ranks that wait for a stopped one have so much longer, and so have those that wait at the start."""
+"""Timeout of collectives, which is added to the limit for ranks that wait for a stopped one, or at the start."""
 CHILDREN_SECONDS = 10.0
-"""For what an ended rank had started."""
+"""Time limit for the child processes of an ended rank."""
 LONGEST_RUN = 300.0
-"""Seconds in which a run comes to the moment that was chosen, or to its end."""
+"""Time limit for a run to reach the chosen moment, or its end."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     config, run_flags = parse_benchmark(ChaosConfig, argv, __doc__)
     folder = Path(config.output or tempfile.mkdtemp(prefix="chaos-"))
-    from megatron_dwm.benchmarks.chaos_ranks import import_what_ranks_need  # after the flags: this takes seconds
+    from megatron_dwm.benchmarks.chaos_ranks import preload_modules  # after the flags: this takes seconds
 
-    import_what_ranks_need()
+    preload_modules()
     started, results = time.monotonic(), []
     for layout in config.layouts:
         for saves in config.saves:
@@ -230,7 +230,7 @@ class _Start:
         texts = [self.ranks.printed(rank) for rank in range(self.ranks.world_size)]
         if found.victim is not None:
             others = "".join(text for rank, text in enumerate(texts) if rank != found.victim)
-            at_start = rf"|rank {found.victim} (ended while|was not there)|ranks? (\d+, )*{found.victim}\b.* did not "
+            at_start = rf"|rank {found.victim} (ended while|was not reached)|ranks? (\d+, )*{found.victim}\b.* did not "
             named = f"rank {found.victim} does not answer" + (at_start if found.iteration == 0 else "")
             if re.search(named, others) is None:
                 yield f"no other rank names rank {found.victim}"

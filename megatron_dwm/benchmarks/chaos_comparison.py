@@ -15,7 +15,7 @@ from megatron_dwm.training.folder_lock import LOCK
 from megatron_dwm.training.saved_checkpoint import open_checkpoint
 
 _TIMES = ("seconds", "elapsed", "throughput")
-"""In the names of figures that depend on the machine."""
+"""Parts of the names of metrics that depend on the machine."""
 
 
 def differences(expected: Path, found: Path, iterations: int) -> list[str]:

@@ -13,9 +13,9 @@ Aim = Literal["save", "update", "export", "any iteration", "start"]
 Kind = Literal["kill one", "kill all", "terminate", "full disk", "stop one"]
 
 AIMS: dict[Aim, int] = {"save": 7, "update": 5, "export": 3, "any iteration": 3, "start": 2}
-"""What a moment falls into, and how often of 20."""
+"""Phases that moments fall into, and how often of 20."""
 KINDS: dict[Kind, int] = {"kill one": 3, "kill all": 2, "terminate": 2, "full disk": 2, "stop one": 1}
-"""What is done, and how often of 10; a stopped rank costs a minute, the least timeout of collectives."""
+"""Kinds of disturbances, and how often of 10; a stopped rank takes a minute, the shortest timeout of collectives."""
 LONGEST_DELAY: dict[Aim, float] = {"save": 0.4, "update": 0.2, "export": 0.1, "any iteration": 0.2, "start": 4.0}
 """Seconds that a moment may lie after what it is aimed at has begun."""
 

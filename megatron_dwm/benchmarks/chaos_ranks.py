@@ -37,7 +37,7 @@ _IMPORTS = (
 )
 
 
-def import_what_ranks_need() -> None:
+def preload_modules() -> None:
     """Import in this process what its forks would import one by one, ten seconds of each start."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has found a GPU cannot be forked
     torch.set_num_threads(1)  # nor one whose threads compute

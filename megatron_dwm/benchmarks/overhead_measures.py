@@ -23,7 +23,7 @@ from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.training import trainer as training_loop
 from megatron_dwm.training.trainer import Trainer
-from megatron_dwm.weighting.bilevel.alignment import held_for_all
+from megatron_dwm.weighting.bilevel.alignment import is_counting_rank
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.flops import outer_update_flops, scoring_flops
 
@@ -250,7 +250,7 @@ def weighter_part(modes: Modes) -> float:
     parallel_state = modes.bilevel.parallel_state
     total = torch.zeros((), dtype=torch.int64, device=current_device())
     for chunk in modes.bilevel.engine.chunks:
-        total += sum(param.numel() for param in chunk.parameters() if held_for_all(param, parallel_state))
+        total += sum(param.numel() for param in chunk.parameters() if is_counting_rank(param, parallel_state))
     dist.all_reduce(total, group=parallel_state.mp_group)
     return modes.weighter.num_parameters / int(total)
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Alignment = Literal["exact", "single-sample", "finite-difference"]
 Preconditioner = Literal["adam", "none"]
 REFERENCE: tuple[str, Alignment] = ("fp32", "exact")
-"""Precision and way of alignment that the others are held against."""
+"""Precision and kind of alignment that the others are compared with."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from megatron_dwm.cli.main import PROGRAM
 from megatron_dwm.errors import UserError
 
 _LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-"""What torchrun tells a process of its ranks, which are not those of the processes that it starts itself."""
+"""Variables that torchrun sets, which must not be inherited by processes that start other ranks."""
 
 
 def call(command: str, *arguments: object, log: Path | None = None) -> None:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_dwm.analysis.comparison import caught_up_at, training_flops, training_seconds
+from megatron_dwm.analysis.comparison import catch_up_iteration, training_flops, training_seconds
 from megatron_dwm.analysis.records import RunRecords
 from megatron_dwm.benchmarks.benefit_report import Arm, interval
 
@@ -100,7 +100,7 @@ def _against(by_factor: ByFactor, uniform: Arm, name: str) -> dict[str, Any]:
 
 def _ratios(uniform: RunRecords, other: RunRecords) -> tuple[float, float, float] | None:
     """Return the parts of uniform's tokens, seconds and operations until ``other`` has its loss."""
-    iteration = caught_up_at(uniform, other)
+    iteration = catch_up_iteration(uniform, other)
     if iteration is None:
         return None
     seconds = training_seconds(other.steps, iteration) / training_seconds(uniform.steps)

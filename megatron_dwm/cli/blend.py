@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_dwm.analysis.records import read_run
-from megatron_dwm.analysis.shares import learnt_shares, learnt_weights
+from megatron_dwm.analysis.shares import learned_shares, learned_weights
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.cli.run_argument import RunArgument, with_run_flag
 from megatron_dwm.config.flags import flag, parse
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     config: BlendConfig = parse(with_run_flag(argv), {"blend": BlendConfig}, description=__doc__)["blend"]
     run = read_run(Path(config.run))
-    found = learnt_shares(run)
+    found = learned_shares(run)
     names = config.data_path or run.sources
     if len(names) != len(run.sources):
         raise UserError(
@@ -48,7 +48,7 @@ def _main(argv: Sequence[str] | None) -> None:
             print(f"#   {source}: {shares.mean[source]:.4f} ({bounds})")
         pairs = (f"{share:.6f} {name}" for name, share in zip(names, shares.mean.values(), strict=True))
         print(f"--data-path {' '.join(pairs)}")
-    weights = learnt_weights(run)
+    weights = learned_weights(run)
     print("# the mean weights of the sources' samples, for a run with one weight per source")
     print(
         f"--dwm-mode rule --dwm-rule source-weights --dwm-rule-sources {' '.join(weights)} "

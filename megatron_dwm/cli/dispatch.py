@@ -38,7 +38,7 @@ def dispatch(program: str, commands: Mapping[str, Command], description: str) ->
         return
     if word not in commands:
         raise UserError(_unknown(program, word, commands))
-    # A command reads its arguments where a script finds them, and its --help shows its name.
+    # So that the command finds its arguments in sys.argv, and its --help shows its name.
     sys.argv = [f"{program} {word}", *rest]
     importlib.import_module(commands[word].module).main()
 

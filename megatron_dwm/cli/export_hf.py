@@ -2,7 +2,7 @@
 
 The model's flags come from the checkpoint, and so do those of the tokenizer unless they are given. The checkpoint may
 have been saved in any parallel layout; the export needs one process, no GPU, and memory for one weight file. The folder
-is loaded again and compared with the checkpoint before it gets its name.
+is loaded again and compared with the checkpoint before it appears under its final name.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
     Raises:
         UserError: no such checkpoint, or Hugging Face has no such model.
     """
-    from megatron_dwm.data.hf_tokenizers import is_kept_beside, load_tokenizer_folder, save_hf_tokenizer
+    from megatron_dwm.data.hf_tokenizers import is_loaded_unchanged, load_tokenizer_folder, save_hf_tokenizer
     from megatron_dwm.data.tokenizers import build_tokenizer
     from megatron_dwm.model.hf_card import language_model_card
     from megatron_dwm.model.hf_config import architecture, hf_config
@@ -78,7 +78,7 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
         )
     vocab_size = max(int(tokenizer.vocab_size), saved_softmax_size(saved, 0))
     dtype = checkpoint.metadata.state_dict_metadata[_EMBEDDING].properties.dtype
-    has_any_tokenizer = not is_kept_beside(architecture(model), tokenizer, tokenizer_config)
+    has_any_tokenizer = not is_loaded_unchanged(architecture(model), tokenizer, tokenizer_config)
     skeleton = hf_skeleton(
         hf_config(model, vocab_size=vocab_size, num_layers=model.layers, has_any_tokenizer=has_any_tokenizer), dtype
     )
@@ -147,7 +147,7 @@ def _complete_settings(skeleton: Any, tokenizer: Any, folder: Path, *, window: i
     for settings in (config, generation):
         settings.bos_token_id, settings.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     generation.pad_token_id = tokenizer.pad_token_id
-    if tokenizer.pad_token_id != tokenizer.eos_token_id:  # whose embedding would not learn any more
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:  # the embedding of a padding token is not trained
         config.pad_token_id = tokenizer.pad_token_id
     generation.max_length = window
     config.architectures = [type(skeleton).__name__]

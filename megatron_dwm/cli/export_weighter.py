@@ -146,7 +146,7 @@ def _effect(config: ExportWeighterConfig) -> str | None:
     """
     from megatron_dwm.analysis.comparison import gain_line
     from megatron_dwm.analysis.records import read_run
-    from megatron_dwm.analysis.shares import learnt_shares
+    from megatron_dwm.analysis.shares import learned_shares
 
     if not (Path(config.load) / "metrics.jsonl").is_file():
         if config.baseline is not None:
@@ -166,7 +166,7 @@ def _effect(config: ExportWeighterConfig) -> str | None:
     if sizes:
         lines.append(f"* Effective sample size of the last step: {sizes[-1]:.2f} of the batch.")
     if any(step.get("weight_by_source") for step in run.steps):
-        overall = learnt_shares(run)[0]
+        overall = learned_shares(run)[0]
         shares = ", ".join(f"{source} {share:.3f}" for source, share in overall.mean.items())
         lines.append(f"* Shares that the weights gave the sources, over {overall.iterations} iterations: {shares}.")
     return "\n".join(lines) or None

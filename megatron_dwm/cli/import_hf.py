@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from megatron_dwm.training.checkpoint_parts import TensorOfParts
 
 ITERATION = 1
-"""Of the checkpoint: Megatron-LM takes 0 for a mistake."""
+"""Iteration of the checkpoint, because Megatron-LM does not accept 0."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ _FUTURE = ".*(load_state_dict|ShardedTensor|all_gather_into_tensor|reduce_scatte
 _SHARDS = ".*grad attribute of a Tensor that is not a leaf Tensor.*"
 """Of fp32 parameters the distributed optimizer's shards are views, to which it gives gradients itself."""
 _IN_PLACE_OF_A_RUN = ("-h", "--help", "--help-all", "--plan")
-"""Flags with which a rank would end while the others wait for it."""
+"""Flags with which a rank would end, while the others wait for it."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,8 @@ def build_trainer(
     from megatron_dwm.training.setup import (
         build_language_model,
         build_trainer_parts,
-        hold_folders,
-        load_if_there,
+        load_if_present,
+        lock_folders,
         read_inputs,
     )
     from megatron_dwm.training.trainer import Trainer
@@ -190,19 +190,19 @@ def build_trainer(
     if config.logging.logging_level is not None:
         print_messages_of("megatron.core", process.rank, process.world_size, config.logging.logging_level)
     with process.startup_sync.phase("folders"):
-        save_folder = hold_folders(config.checkpoint, config.data, config.logging, process.rank)
+        save_folder = lock_folders(config.checkpoint, config.data, config.logging, process.rank)
     with process.startup_sync.phase("inputs"):
         inputs = read_inputs(config, process.rank, process.world_size)
         weighting_inputs = read_weighting_inputs(config, inputs.tokenizer)
-        if inputs.checkpoint is None:  # the length of a run that goes on is known when that is loaded
+        if inputs.checkpoint is None:  # the length of a continued run is known when its checkpoint is loaded
             run_stages(config)
     with process.startup_sync.phase("agreement"):
         process.startup_sync.require_same(rank_facts(config, inputs.paths, weighting_inputs.digest))
     if config.checkpoint.save is not None:
         start_results_process()
     language_model = build_language_model(config, inputs, device, process.startup_sync)
-    train_state, weighting_state = load_if_there(config, inputs, language_model, save_folder)
-    if train_state.iteration > 0:  # of a release, which counts the samples it was made with, all are to come
+    train_state, weighting_state = load_if_present(config, inputs, language_model, save_folder)
+    if train_state.iteration > 0:  # a release has a nonzero count of samples, but starts at iteration 0
         config = dataclasses.replace(config, resumed_at=(train_state.iteration, train_state.consumed_train_samples))
     dataloaders = Dataloaders(
         config, inputs.paths, inputs.tokenizer, language_model.parallel_state, process.startup_sync, train_state
@@ -321,7 +321,7 @@ def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
 
 
 def _read_saved(flags: CheckpointConfig) -> Mapping[str, Any]:
-    # Only --use-checkpoint-args reads a checkpoint before the configuration is whole, and imports all it takes.
+    # Only --use-checkpoint-args reads a checkpoint before the configuration is complete, and needs these imports.
     from megatron_dwm.training.checkpoint_folders import saved_arguments
 
     return saved_arguments(flags)

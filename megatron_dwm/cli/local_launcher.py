@@ -70,7 +70,7 @@ def launch_locally(module: str, processes: int, argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # The ranks print what has failed; the launcher would repeat it in words of its own.
+    # The ranks print the failure; the launcher would only repeat it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     settings: dict[str, Any] = {
         "signals_to_handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
@@ -87,14 +87,16 @@ def launch_locally(module: str, processes: int, argv: Sequence[str]) -> int:
         monitor_interval=0.1,
         **supported_settings(LaunchConfig, settings),
     )
-    # The ranks find this package where this process has found it, also if it is not installed.
+    # So that the ranks find this package even if it is not installed.
     package = str(Path(megatron_dwm.__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     try:
         elastic_launch(config, sys.executable)("-u", "-m", module, *argv)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode  # as a shell says it of a signal
+        return (
+            failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        )  # the exit code of a shell for a signal
     except SignalException as error:
         return 128 + int(error.sigval if isinstance(error.sigval, signal.Signals) else signal.SIGTERM)
     return 0

@@ -48,7 +48,7 @@ def print_plan(config: PlanConfig, argv: Sequence[str], processes: int | None) -
     from megatron_dwm.plan.text import plan_lines
 
     model_logger = logging.getLogger("megatron_dwm.model")
-    model_logger.setLevel(logging.WARNING)  # every stage would say that it was built
+    model_logger.setLevel(logging.WARNING)  # otherwise every stage would log its construction
     try:
         plan = make_plan(run)
     finally:

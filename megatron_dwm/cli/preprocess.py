@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     classes = {"preprocess": PreprocessConfig, "tokenizer": TokenizerConfig}
     configs = parse(argv, classes, description=__doc__, reason_unsupported=reason_unsupported)
-    # Each worker tokenizes one text at a time; threads beside them would only warn about the fork.
+    # Each worker tokenizes one text at a time; additional threads would only cause warnings about the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     config: PreprocessConfig = configs["preprocess"]
     for prefix in preprocess(config, configs["tokenizer"]):

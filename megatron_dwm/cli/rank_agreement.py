@@ -23,7 +23,7 @@ from megatron_dwm.training.checkpoint_folders import latest_checkpoint
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine", "megatron-dwm")
 
 Facts = dict[str, str]
-"""By the name under which an error speaks of it."""
+"""Facts by their names in error messages."""
 
 
 def rank_facts(config: RunConfig, paths: DataPaths, weighter_digest: str | None) -> Facts:
@@ -44,7 +44,7 @@ def rank_facts(config: RunConfig, paths: DataPaths, weighter_digest: str | None)
         except PackageNotFoundError:
             facts[f"package {package}"] = "not installed"
     for flag, (prefixes, weights) in paths.blends().items():
-        facts[f"blend of {flag}"] = repr((prefixes, weights))  # which a file may name, and each node have its own
+        facts[f"blend of {flag}"] = repr((prefixes, weights))  # a file may name them, and may differ between nodes
         if all(Path(f"{prefix}{suffix}").is_file() for prefix in prefixes for suffix in (".bin", ".idx")):
             facts[f"data of {flag}"] = data_stamp(prefixes)
     for name, path in tokenizer_files(config.tokenizer):
@@ -62,7 +62,7 @@ def tokenizer_files(config: TokenizerConfig) -> Iterator[tuple[str, Path]]:
         path = Path(value or "")
         if value and path.is_file():
             yield flag_name(name), path
-        elif value and path.is_dir():  # of a model, too, whose weights do not matter
+        elif value and path.is_dir():  # may also be the folder of a model, whose weights do not matter
             for file in sorted(path.iterdir()):
                 if file.is_file() and (file.suffix == ".model" or re.search("token|vocab|merges", file.name)):
                     yield flag_name(name), file

@@ -74,6 +74,6 @@ def saved_config(saved: Mapping[str, Any]) -> RunConfig:
     """
     known = effective_arguments(saved)
     if known.get("train_samples"):
-        known["train_iters"] = None  # which follows from it
+        known["train_iters"] = None  # because it follows from the samples
     parts: dict[str, Any] = {name: build(part, known) for name, part in PARTS.items()}
     return RunConfig(world_size=int(saved.get("world_size", 1)), **parts)

@@ -13,7 +13,7 @@ from megatron_dwm.errors import UserError
 logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
-"""Names the newest checkpoint of a folder."""
+"""The file that names the newest checkpoint of a folder."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ class CheckpointConfig:
     )
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "save_interval save_retain_interval non_persistent_save_interval")
+        require_at_least(self, 0 if self.save is None else 1, "save_interval")  # as in Megatron-LM
+        require_at_least(self, 1, "save_retain_interval non_persistent_save_interval")
         if self.save_interval is not None and self.save is None:
             logger.warning(f"--save-interval {self.save_interval} has no effect without --save: nothing is saved")
         if self.non_persistent_save_interval is not None and self.save is None:

@@ -23,7 +23,7 @@ UNKNOWN_PARTS = (
     "multi_latent_attention",
     "num_experts",
 )
-"""Arguments in Megatron-LM's checkpoints that, where set, make another model of the same tensors."""
+"""Arguments in Megatron-LM's checkpoints that, if set, make a different model from the same tensors."""
 
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
 _PARTS = (

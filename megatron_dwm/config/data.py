@@ -88,6 +88,6 @@ class DataConfig:
         return self.eval_iters > 0 or self.full_validation
 
     @property
-    def validates_sets(self) -> bool:
+    def has_separate_validation_sets(self) -> bool:
         """Whether each dataset of the validation data is evaluated separately."""
         return self.full_validation or self.multiple_validation_sets

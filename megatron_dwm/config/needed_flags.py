@@ -51,7 +51,7 @@ _NEEDED = {
 }
 """Fields that have no effect without another flag, and that flag."""
 IDLE_IN_MEGATRON_LMS_SCRIPTS = {"recompute_method", "recompute_num_layers"}
-"""Those of them that scripts leave in when they leave the other flag out."""
+"""Those of them that scripts give even without the other flag."""
 
 
 def lacking_flag(field: str, values: Mapping[str, Any]) -> str | None:

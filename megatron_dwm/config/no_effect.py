@@ -16,7 +16,7 @@ from megatron_dwm.errors import UserError
 OTHER_FIELDS_WITHOUT_EFFECT = frozenset(
     {"create_attention_mask_in_dataloader", "deprecated_use_mcore_models", "legacy_tokenizer", "use_flash_attn"}
 )
-"""Fields of a run's configuration, and so of its checkpoints' arguments, that change nothing either."""
+"""Fields of a run's configuration, and so of its checkpoints' arguments, that have no effect either."""
 
 _NEUTRAL_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "pipeline_model_parallel_comm_backend": ((None, "nccl"), "pipelines communicate by NCCL; leave it out"),
@@ -31,7 +31,7 @@ _NEUTRAL_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "rope_type": ((None, "rope"), "only multi-latent attention has another; leave it out"),
     "data_impl": (("infer", "mmap"), "datasets are memory-mapped; leave it out"),
 }
-"""Fields that not every value leaves without effect: the values that do, and why the others are refused."""
+"""Fields of which only some values have no effect: these values, and why the others are refused."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class NoEffectConfig:
     )
     enable_one_logger: bool = flag(True, "There is no one-logger in any case.", "--no-one-logger")
     use_persistent_ckpt_worker: bool = flag(
-        False, "With a GPU one process writes all of --async-save's checkpoints in any case; without, forks do."
+        False, "With a GPU one process always writes all of --async-save's checkpoints; without, forks do."
     )
-    auto_detect_ckpt_format: bool = flag(False, "The format of --load is seen from its files in any case.")
+    auto_detect_ckpt_format: bool = flag(False, "The format of --load is always detected from its files.")
     pipeline_model_parallel_comm_backend: Literal["nccl", "ucc"] | None = flag(
         None, "Only nccl; without a GPU pipelines communicate by gloo."
     )
@@ -93,10 +93,10 @@ class NoEffectConfig:
     main_params_dtype: Literal["fp32", "fp16"] = flag("fp32", "Only fp32.")
     exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = flag("fp32", "Only fp32.")
     exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = flag("fp32", "Only fp32.")
-    rope_type: Literal["rope", "yarn"] | None = flag(None, "Only rope: the other is of multi-latent attention.")
+    rope_type: Literal["rope", "yarn"] | None = flag(None, "Only rope; yarn here is for multi-latent attention.")
 
     # Of newer Megatron-LMs (0.17 to 0.19).
-    async_strategy: Literal["nvrx", "mcore"] = flag("nvrx", "megatron-core writes in any case; the files are the same.")
+    async_strategy: Literal["nvrx", "mcore"] = flag("nvrx", "megatron-core always writes; the files are the same.")
     ckpt_fully_parallel_load_exchange_algo: Literal["broadcast", "gather_rounds", "gather_object"] = flag(
         "broadcast", "Only broadcast."
     )
@@ -105,13 +105,13 @@ class NoEffectConfig:
     dist_ckpt_workers: int = flag(1, "Only 1.")
     verify_integrity: bool = flag(False, "Checksums are verified unless --no-checkpoint-checksums is given.")
     null_tokenizer_pad_id: int = flag(-1, "Only -1.")
-    pytorch_profiler_collect_shapes: bool = flag(False, "Shapes are recorded in any case.")
-    pytorch_profiler_collect_callstack: bool = flag(False, "Call stacks are recorded in any case.")
-    record_shapes: bool = flag(False, "Shapes are recorded in any case.")
+    pytorch_profiler_collect_shapes: bool = flag(False, "Shapes are always recorded.")
+    pytorch_profiler_collect_callstack: bool = flag(False, "Call stacks are always recorded.")
+    record_shapes: bool = flag(False, "Shapes are always recorded.")
 
     # What acts only with another flag, which is refused.
     cpu_offloading_retain_pinned_cpu_buffers: bool = flag(False, "For --cpu-offloading-num-layers alone.")
-    expert_tensor_parallel_size: int | None = flag(None, "For mixtures of experts alone.")
+    expert_tensor_parallel_size: int | None = flag(None, "Only for mixtures of experts.")
     data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = flag(
         "no_shard", "For --use-megatron-fsdp alone."
     )

@@ -39,7 +39,7 @@ PARTS: dict[str, type] = {
     "tasks": TasksConfig,
     "weighting": WeightingConfig,
 }
-"""What a run's configuration is made of."""
+"""The parts of a run's configuration."""
 FLAG_GROUPS: dict[str, type] = PARTS | {"plan": PlanConfig, "no_effect": NoEffectConfig}
 """All flags that are accepted."""
 
@@ -110,13 +110,6 @@ class RunConfig:
                 f"--num-distributed-optimizer-instances {instances} does not divide the {ranks} ranks that the "
                 "optimizer is sharded over; change it"
             )
-        checkpoint = self.checkpoint
-        writes_torch = checkpoint.ckpt_format == "torch" and checkpoint.save is not None
-        if writes_torch and self.parallel.use_distributed_optimizer and not checkpoint.no_save_optim:
-            raise UserError(
-                "--ckpt-format torch does not hold --use-distributed-optimizer's state; use torch_dist, or add "
-                "--no-save-optim"
-            )
         tp, heads = self.parallel.tp, self.parallel.context_parallel_heads
         divided = {
             "--num-attention-heads": self.model.heads,
@@ -158,10 +151,10 @@ class RunConfig:
             )
 
     def _check_batches(self) -> None:
-        chunks = self.parallel.virtual_stages(self.model.layers)
+        sizes, chunks = self.batch_sizes, self.parallel.virtual_stages(self.model.layers)
         if chunks is not None:
-            for size in self.batch_sizes.running_sizes:
-                microbatches = size // self.batch_sizes.unit
+            for size in sizes.running_sizes:
+                microbatches = size // sizes.unit
                 self._check_groups(microbatches, "--global-batch-size or --micro-batch-size")
         samples = self.training.train_samples
         if samples is not None and samples < self.global_batch_size:

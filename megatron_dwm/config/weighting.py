@@ -251,3 +251,8 @@ class WeightingConfig:
     def needs_target(self) -> bool:
         """Whether the weights depend on the target set."""
         return self.learns_weighter or self.dwm_rule in TARGETED_RULES
+
+    @property
+    def aligns(self) -> bool:
+        """Whether samples are aligned with the target set."""
+        return self.needs_target and self.dwm_rule != "similarity"

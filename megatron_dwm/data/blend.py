@@ -103,7 +103,7 @@ def data_paths(data: DataConfig, target: list[str] | None) -> DataPaths:
     train, valid, test = (parse_blend(flag, part) for flag, part in zip(flags, split_words, strict=True))
     if shared is None and not data.mock_data and train is None:
         raise UserError("--train-data-path is missing; evaluation data alone is not enough, give training data")
-    if data.validates_sets and valid is not None and valid[1] is not None:
+    if data.has_separate_validation_sets and valid is not None and valid[1] is not None:
         name = "--full-validation" if data.full_validation else "--multiple-validation-sets"
         raise UserError(
             f"--valid-data-path has weights, and {name} reads each dataset by itself; leave the weights out"

@@ -30,7 +30,7 @@ class Datasets:
 
     train: Any | None
     valid: Any | None
-    """A :class:`~megatron_dwm.data.validation_sets.ValidationSets` if its datasets are read by themselves."""
+    """A :class:`~megatron_dwm.data.validation_sets.ValidationSets` if its datasets are evaluated separately."""
     test: Any | None
     target: Any | None
 
@@ -149,7 +149,7 @@ def build_datasets(
         dataset_class = CachedMockGPTDataset if data.mock_data else StampedGPTDataset
         return list(DatasetBuilder(dataset_class, core_sizes, is_built_on_rank, config).build())
 
-    has_sets = data.validates_sets and data.has_validation and bool(paths.valid_sources)
+    has_sets = data.has_separate_validation_sets and data.has_validation and bool(paths.valid_sources)
     valid_size, read = (None if data.full_validation else sizes.valid), sizes
     if has_sets:
         read = sizes._replace(valid=0)

@@ -96,7 +96,7 @@ def save_hf_tokenizer(
     _check_same_ids(tokenizer, load_tokenizer_folder(directory), config)
 
 
-def is_kept_beside(model_type: str, tokenizer: MegatronTokenizerText, config: TokenizerConfig) -> bool:
+def is_loaded_unchanged(model_type: str, tokenizer: MegatronTokenizerText, config: TokenizerConfig) -> bool:
     """Return whether ``AutoTokenizer`` loads the counterpart as it is from a folder of a model of ``model_type``.
 
     Raises:

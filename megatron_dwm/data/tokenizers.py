@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.extras import require_packages
@@ -115,6 +116,20 @@ def padded_vocab_size(vocab_size: int, make_vocab_size_divisible_by: int, tensor
     """Round ``vocab_size`` up to a multiple of the product of the other two."""
     multiple = make_vocab_size_divisible_by * tensor_model_parallel_size
     return math.ceil(vocab_size / multiple) * multiple
+
+
+def vocabulary_rows(vocab_size: int, model: ModelConfig, tensor_model_parallel_size: int) -> int:
+    """Return the rows of the embedding that the flags make for a tokenizer of ``vocab_size`` tokens.
+
+    Raises:
+        UserError: ``--padded-vocab-size`` gives fewer rows than there are tokens.
+    """
+    rows = model.padded_vocab_size
+    if rows is None:
+        return padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, tensor_model_parallel_size)
+    if rows < vocab_size:
+        raise UserError(f"--padded-vocab-size {rows} is less than the tokenizer's {vocab_size} tokens; raise it")
+    return rows
 
 
 def describe_tokenizer(config: TokenizerConfig) -> str:

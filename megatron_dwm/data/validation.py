@@ -47,7 +47,7 @@ def check_data(
         _check_target_size(paths.target, seq_length)
         for flag, blend in paths.blends().items():
             if flag != TARGET_FLAG:
-                _check_apart(flag, blend, paths.target)
+                _check_target_is_separate(flag, blend, paths.target)
 
 
 def check_dataset(
@@ -173,7 +173,7 @@ def _check_target_size(target: Blend, seq_length: int) -> None:
         )
 
 
-def _check_apart(flag: str, blend: Blend, target: Blend) -> None:
+def _check_target_is_separate(flag: str, blend: Blend, target: Blend) -> None:
     """Refuse target documents that are also in ``blend``: compared by file first, then by content."""
     target_files = {Path(prefix).resolve(): prefix for prefix in target[0]}
     for prefix in blend[0]:

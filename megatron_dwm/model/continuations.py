@@ -28,7 +28,7 @@ class Continuation(NamedTuple):
 
     tokens: Sequence[int]
     length: int
-    """How many last ones."""
+    """The number of last tokens."""
 
 
 class Likelihood(NamedTuple):
@@ -36,7 +36,7 @@ class Likelihood(NamedTuple):
 
     log_likelihood: float
     is_likeliest: bool
-    """Whether each of its tokens is the likeliest after those before it."""
+    """Whether each of its tokens is the most likely one after the tokens before it."""
 
 
 def continuation_likelihoods(
@@ -52,7 +52,7 @@ def continuation_likelihoods(
     state = engine.parallel_state
     found = torch.zeros(len(continuations), 2, dtype=torch.float64, device=current_device())
     mine = continuations[state.dp_rank :: state.dp_size]
-    most = -(-len(continuations) // state.dp_size)  # of a replica; all run as many microbatches
+    most = -(-len(continuations) // state.dp_size)  # maximum per replica; all run the same number of microbatches
     together = micro_batch_size * (engine.config.microbatch_group_size_per_vp_stage or 1)
     batch = _batch(mine, -(-most // together) * together, engine.seq_length)
     for chunk in engine.chunks:
@@ -99,7 +99,7 @@ class _Misses:
     def __enter__(self) -> _Misses:
         state = self._state
         masks = [leave_padding_out(head, self._vocab_size, state.tp_rank, state.tp_size) for head in self._heads]
-        # After the masks: hooks are called in the order in which they came.
+        # Registered after the masks, because hooks are called in order.
         finders = [head.register_forward_hook(self._find_likeliest) for head in self._heads]
         self._handles = [handle for handle in (*masks, *finders) if handle is not None]
         return self

@@ -51,7 +51,7 @@ class PipelineEngine:
         )
         self.document_end, self.check_for_nan = document_end, check_for_nan
         self.around_forward: AbstractContextManager[Any] = nullcontext()
-        """What forward passes run in."""
+        """The context in which forward passes run."""
 
     def run(
         self,
@@ -188,7 +188,7 @@ class PipelineEngine:
         with ExitStack() as stack:
             for chunk in self.chunks:
                 for module in chunk.modules():
-                    # Layers, and Transformer Engine's attentions, keep probabilities as plain numbers.
+                    # Layers and Transformer Engine's attention keep dropout probabilities as plain numbers.
                     names = ["p"] if isinstance(module, torch.nn.Dropout) else ["hidden_dropout", "attention_dropout"]
                     present = {name: 0.0 for name in names if isinstance(getattr(module, name, None), float)}
                     stack.enter_context(changed_attributes(module, present))

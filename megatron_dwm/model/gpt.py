@@ -79,7 +79,7 @@ def build_model_chunks(
             pg_collection=groups,
         )
         for name, param in chunk.named_parameters():
-            if name.endswith("softmax_offset"):  # each rank has those of its heads
+            if name.endswith("softmax_offset"):  # each rank has only those of its heads
                 param.tensor_model_parallel = True
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
         return_bias_copies(chunk)

@@ -33,7 +33,7 @@ _NOT_COMPUTED = {
     "granite": "it scales embeddings, residuals and logits, and megatron-core's GPT does not",
     "smollm3": "some of its layers have no positions, and megatron-core's are all alike",
 }
-"""Why what a model_type computes is not what megatron-core's dense GPT does."""
+"""Why megatron-core's dense GPT cannot compute a model_type."""
 
 _SILU = ("silu", "swish")
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
@@ -88,7 +88,7 @@ def hf_config(
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "bos_token_id": None,
         "eos_token_id": None,
-        "pad_token_id": None,  # Phi-3's default would be a token of its own vocabulary
+        "pad_token_id": None,  # Phi-3's default is a token of its original vocabulary
     }
     if kind == "gpt2":
         values |= {

@@ -23,7 +23,7 @@ from megatron_dwm.model.hf_config import architecture, hf_config, model_config
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = "embed_tokens.weight", "wte.weight"
 _FREQUENCIES = "rotary_emb.inv_freq"
-_ROUNDED = 1e-2  # files of 16 bits hold frequencies with 8 bits or more
+_ROUNDED = 1e-2  # 16-bit files hold frequencies with at least 8 bits of precision
 
 
 class FolderTensors(Mapping[str, torch.Tensor]):
@@ -134,7 +134,7 @@ def read_hugging_face(folder: Path, flag: str = "--input") -> HuggingFaceModel:
         return _read(folder)
     except UserError as error:
         raise UserError(f"{flag} {folder}: {error}") from error
-    except Exception as error:  # transformers, safetensors and pickle raise whatever they like
+    except Exception as error:  # transformers, safetensors and pickle raise many kinds of errors
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{flag} {folder}: cannot be loaded ({reason}); save the model again") from error
 
@@ -159,7 +159,7 @@ def _read(folder: Path) -> HuggingFaceModel:
             config=config,
             dtype=files.main_dtype(),  # so that tensors stay mapped into memory, and are not read
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report, and refused below
+            ignore_mismatched_sizes=True,  # they are reported, and refused below
             local_files_only=True,
             trust_remote_code=False,
         )

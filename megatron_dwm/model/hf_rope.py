@@ -96,7 +96,7 @@ def _yarn_flags(rope: dict[str, Any]) -> dict[str, Any]:
     if not (mscale and mscale_all_dim):
         mscale, mscale_all_dim = 1.0, 0.0
     attention = rope.pop("attention_factor", None)
-    if attention is not None:  # it stands in place of these two
+    if attention is not None:  # it replaces these two
         if factor <= 1.0:
             raise UserError(f"attention_factor {attention} with a yarn factor of {factor}")
         mscale, mscale_all_dim = (attention - 1.0) / (0.1 * math.log(factor)), 0.0

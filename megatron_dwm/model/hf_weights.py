@@ -20,7 +20,7 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.model.hf_config import architecture
 
 LAYERS = "decoder.layers."
-"""What the checkpoint keys of layers begin with; their tensors are stacked."""
+"""Prefix of the checkpoint keys of layers, whose tensors are stacked."""
 _ATTENTION, _MLP = "self_attention.", "mlp."
 _QKV, _FC1 = f"{_ATTENTION}linear_qkv", f"{_MLP}linear_fc1"
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -176,7 +176,7 @@ def _norm(model: ModelConfig, key: str, name: str) -> list[Conversion]:
             weight.key,
             weight.names,
             lambda tensor: ((tensor.float() - 1).to(tensor.dtype),),
-            lambda tensors: tensors[0].float() + 1,  # 16 bits may not hold the sum
+            lambda tensors: tensors[0].float() + 1,  # the sum may not fit into 16 bits
         )
     bias = [Conversion(f"{key}bias", (f"{name}.bias",))] if model.normalization == "LayerNorm" else []
     return [weight, *bias]

@@ -63,7 +63,7 @@ def window_values(model: ModelConfig, kind: str, num_layers: int) -> dict[str, A
     if kind in _BY_LAYER:
         layers = _layers(model)[:num_layers]
         types = [_SLIDING if has else _FULL for has in layers]
-        # What older versions of transformers go by: layers from this one on have the window.
+        # For older versions of transformers: layers from this one on have the window.
         first = layers.index(True) if True in layers else num_layers
         values |= {"use_sliding_window": True, "layer_types": types, "max_window_layers": first}
     return values

@@ -12,7 +12,7 @@ from megatron_dwm.model.buckets import buckets_of, gather_shards, shard_of
 from megatron_dwm.model.protocols import ModelChunk
 
 AT_A_TIME = 1 << 22
-"""Elements that are exchanged at a time."""
+"""Elements that are swapped at a time."""
 
 
 class ParameterCopy:
@@ -29,7 +29,7 @@ class ParameterCopy:
         """
         self._chunks = list(chunks)
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        """What of the model is copied, and its copy."""
+        """The copied tensors of the model, and their copies."""
 
     @classmethod
     def taken(cls, chunks: Sequence[ModelChunk | torch.nn.Module]) -> ParameterCopy:
@@ -84,7 +84,7 @@ class ParameterCopy:
         chunks: list[Any] = self._chunks
         for chunk in chunks:
             if getattr(getattr(chunk, "ddp_config", None), "reuse_grad_buf_for_mxfp8_param_ag", False):
-                continue  # its parameters lie elsewhere than in their buckets
+                continue  # its parameters are not views of the bucket
             for group, bucket in buckets_of([chunk]):
                 if group is not None and bucket.param_data is not None:
                     yield group, bucket

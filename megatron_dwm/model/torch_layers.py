@@ -46,7 +46,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         # The arguments are what megatron-core gives every core attention. Scaling by layer number leaves no
-        # trace: it divides before a 16-bit softmax and multiplies inside it, and this softmax is in fp32.
+        # effect: it divides before a 16-bit softmax and multiplies inside it, while this softmax is in fp32.
         super().__init__(config=config)
         self.is_causal = attn_mask_type == AttnMaskType.causal
         self.softmax_scale = softmax_scale
@@ -69,7 +69,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
         self.softmax_offset: torch.Tensor | None = None
         if self.config.softmax_type == "vanilla":
             return
-        # Those of all heads are drawn, so that a model starts as the same one for every TP size.
+        # The offsets of all heads are drawn, so that a model is initialized the same for every TP size.
         offsets = torch.zeros(self.config.num_attention_heads, device=current_device(), dtype=self.config.params_dtype)
         if self.config.softmax_type == "learnable" and self.config.perform_initialization:
             self.config.init_method(offsets)
@@ -133,7 +133,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
             if self.is_causal:
                 seen = self._seen(seen, 0, q.size(2), k.size(2))
             return self._product(q, k, v, seen, is_causal=self.is_causal and seen is None)
-        # Each of the rank's two chunks sees the keys up to its own end: the ranks' work is equal then, and half of what
+        # Each of a rank's two chunks attends to the keys up to its end. The ranks' work is then equal, and half of what
         # all keys would cost.
         size = self.cp_group.size()
         length = k.size(2) // (2 * size)
@@ -167,7 +167,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
     ) -> torch.Tensor:
         """Attend with queries [b, n, .., d]; ``seen`` is True where a query attends to a key, or a causal bias."""
         if self.softmax_offset is not None:
-            # One key more, of which all that counts is its share of the softmax: its logit is the offset, its value 0.
+            # One more key, whose logit is the offset and whose value is 0, so that it only takes part in the softmax.
             k, v = (F.pad(tensor, (0, 0, 0, 1)) for tensor in (k, v))
             seen = seen.expand(1 if seen.dim() == 2 else seen.size(0), q.size(1), -1, -1)
             offset = self.softmax_offset.to(q.dtype).view(1, -1, 1, 1).expand(*seen.shape[:3], 1)

@@ -22,7 +22,7 @@ _DETERMINISTIC = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),  # Transformer Engine's
 }
-"""What the libraries under a GPU's run read from the environment, and values that make them deterministic."""
+"""Environment variables of GPU libraries, and the values that make them deterministic."""
 
 _FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 

@@ -91,7 +91,7 @@ def transformer_config(
         inference_sampling_seed=training.seed,
         transformer_impl="transformer_engine" if impl == "transformer_engine" else "local",
         persist_layer_norm=not model.no_persist_layer_norm,
-        cuda_graph_scope=[],  # megatron-core warns of its own default
+        cuda_graph_scope=[],  # megatron-core warns about its own default
     )
     if device.type == "cpu":
         if model.cross_entropy_loss_fusion:
@@ -104,10 +104,10 @@ def transformer_config(
         values.update(available_kernels(values, impl))
     try:
         config = TransformerConfig(**values)
-    except (ValueError, AssertionError) as error:  # its own checks; those above name flags and remedies
+    except (ValueError, AssertionError) as error:  # megatron-core's checks; those above name flags and remedies
         raise UserError(f"megatron-core cannot combine the model's flags: {error}; change them") from error
     if model.positions == "yarn":
-        # megatron-core reads these off its configuration, and declares none of them there.
+        # megatron-core reads these attributes of its configuration, but does not declare them.
         for name, field in _YARN.items():
             setattr(config, name, getattr(model, field))
     check_recomputed_units(config)
@@ -145,14 +145,14 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
     }
     if model.swiglu:
         values.update(activation_func=F.silu, gated_linear_unit=True, bias_activation_fusion=model.bias_swiglu_fusion)
-    elif model.quick_geglu:  # megatron-core fuses it in mixtures of experts alone
+    elif model.quick_geglu:  # megatron-core fuses it only in mixtures of experts
         values.update(activation_func=quick_gelu, gated_linear_unit=True, bias_activation_fusion=False)
     elif model.squared_relu:
         values.update(activation_func=squared_relu)
     else:
         values.update(activation_func=F.gelu)
     if model.glu_linear_offset != 0 or model.activation_func_clamp_value is not None:
-        values.update(bias_activation_fusion=False)  # the fused SwiGLU has neither
+        values.update(bias_activation_fusion=False)  # the fused SwiGLU supports neither
     if model.checkpoint_activations:
         values.update(
             recompute_method=model.recompute_method or "uniform", recompute_num_layers=model.recompute_num_layers or 1
@@ -175,7 +175,7 @@ def _layout(model: ModelConfig, parallel: ParallelConfig, device: torch.device) 
         # Gloo would pair its messages wrongly, and a CPU has nothing to overlap them with.
         "overlap_p2p_comm_warmup_flush": overlap and parallel.overlap_p2p_comm_warmup_flush and device.type == "cuda",
         "batch_p2p_comm": not overlap,
-        # Gloo reads an output while it is being sent; freeing it would send what comes to lie in its place.
+        # Gloo reads an output while it is being sent; if it were freed, overwritten memory would be sent.
         "deallocate_pipeline_outputs": device.type == "cuda",
         "cp_comm_type": parallel.cp_comm_type[0],
         "fp8_param": parallel.fp8_param_gather,

@@ -29,9 +29,9 @@ class Vocabulary:
     """Size of a model's vocabulary."""
 
     rows: int
-    """Of the embedding and of the output layer, padding included."""
+    """Rows of the embedding and of the output layer, including padding."""
     softmax_size: int
-    """How many of them, the first ones, take part in the softmax."""
+    """The number of first rows that take part in the softmax."""
 
     @property
     def arguments(self) -> dict[str, int]:

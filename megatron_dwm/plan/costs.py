@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.model.flops import training_flops
 from megatron_dwm.plan.meter import Traffic
-from megatron_dwm.plan.stage import Stage
+from megatron_dwm.plan.stage import RULES_OF_FORWARD_PASSES, Pass, Stage
 from megatron_dwm.plan.weighter import WeighterPlan
-from megatron_dwm.weighting.flops import outer_update_flops, scoring_flops
+from megatron_dwm.weighting.flops import forward_flops, outer_update_flops, scoring_flops
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Cost:
     operations: float
     """Floating-point operations of all ranks."""
     traffic: dict[str, Traffic]
-    """What the rank sends that sends most, by purpose."""
+    """The traffic of the rank that sends most, by purpose."""
 
     @property
     def sent(self) -> float:
@@ -37,49 +38,75 @@ def step_traffic(config: RunConfig, stage: Stage) -> dict[str, Traffic]:
     """Return the bytes that a rank of a stage sends in a step of plain training, by purpose."""
     microbatches = config.num_microbatches
     return {
-        "layers": _of_passes(stage, microbatches),
+        "layers": _of_passes(stage.training, microbatches),
         "stages": stage.stage_traffic.times(microbatches),
         "gradients": stage.gradient_sync,
         "parameters": stage.parameter_gather,
     }
 
 
-def scoring_cost(config: RunConfig, weighter: WeighterPlan | None) -> Cost:
-    """Return the cost of scoring a batch, for which ranks gather one number per sample."""
-    if weighter is None:
-        return Cost(0.0, {})
-    samples, sequence = config.global_batch_size, config.model.sequence
-    return Cost(scoring_flops(weighter.computing_parameters, samples, sequence), {})
+def scoring_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: WeighterPlan | None) -> Cost:
+    """Return what the weights of a step take; of what is sent for a weighter's scores, ranks gather one number each."""
+    settings, samples = config.weighting, config.global_batch_size
+    if weighter is not None:
+        return Cost(scoring_flops(weighter.computing_parameters, samples, config.model.sequence), {})
+    if settings.dwm_rule in RULES_OF_FORWARD_PASSES:
+        return _forward_cost(config, rows, stages, samples)
+    if settings.dwm_rule == "top-alignment":
+        traffic = [update_traffic(config, stage, None) for stage in stages]
+        return Cost(outer_update_flops(config, rows, 0), _busiest(traffic))
+    return Cost(0.0, {})
 
 
 def update_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: WeighterPlan | None) -> Cost:
-    """Return the cost of an outer update; zero in a run without outer updates."""
-    if weighter is None or not config.weighting.needs_target:
+    """Return what an outer update takes, or what a rule does in its place; nothing in a run that has none."""
+    settings = config.weighting
+    if not settings.needs_target or settings.dwm_rule == "top-alignment":
         return Cost(0.0, {})
-    operations = outer_update_flops(config, rows, weighter.computing_parameters, is_linear=weighter.is_linear)
+    if settings.dwm_rule == "similarity":
+        return _forward_cost(config, rows, stages, config.target_batch_size)
+    computing, is_linear = (0, False) if weighter is None else (weighter.computing_parameters, weighter.is_linear)
+    operations = outer_update_flops(config, rows, computing, is_linear=is_linear)
     return Cost(operations, _busiest([update_traffic(config, stage, weighter) for stage in stages]))
 
 
-def update_traffic(config: RunConfig, stage: Stage, weighter: WeighterPlan) -> dict[str, Traffic]:
+def update_traffic(config: RunConfig, stage: Stage, weighter: WeighterPlan | None) -> dict[str, Traffic]:
     """Return the bytes that a rank of a stage sends in an outer update, by purpose."""
     batch = config.num_microbatches
     target = config.target_batch_size / (config.training.micro_batch * config.data_parallel_size)
-    alignment = sum((part.traffic for part in stage.alignment), Traffic())
     kind = config.weighting.dwm_alignment
-    single = kind == "single-sample"
-    passes = batch * (config.training.micro_batch if single else 1) * (2 if kind == "finite-difference" else 1)
+    passes = batch * (config.training.micro_batch if kind == "single-sample" else 1)
+    between = stage.stage_traffic.times(target + batch)
+    if kind == "finite-difference":  # forward passes at two places
+        passes, between = 2 * batch, stage.stage_traffic.times(target) + stage.forward_traffic.times(2 * batch)
+    gathers = 0 if config.weighting.dwm_rule == "top-alignment" else 2  # put back, and forward again
+    gathers += 2 if kind == "finite-difference" else 0  # back from either place
+    gathers += config.parallel.overlap_param_gather  # before the passes, which the next forward pass does again
     return {
-        "layers": _of_passes(stage, target) + alignment.times(passes),
-        "stages": stage.stage_traffic.times(target + batch),
+        "layers": _of_passes(stage.training, target) + _of_passes(stage.alignment, passes),
+        "stages": between,
         "gradients": stage.gradient_sync,
         "target gradient": stage.direction_gather,
-        "parameters": stage.parameter_gather.times(2),  # put back, and forward again
-        "weighter": weighter.traffic,
+        "parameters": stage.parameter_gather.times(gathers),
+        "weighter": Traffic() if weighter is None else weighter.traffic,
     }
 
 
-def _of_passes(stage: Stage, microbatches: float) -> Traffic:
-    return sum((part.traffic for part in stage.training), Traffic()).times(microbatches)
+def _forward_cost(config: RunConfig, rows: int, stages: list[Stage], samples: int) -> Cost:
+    """Return what forward passes over so many samples take."""
+    microbatches = samples / (config.training.micro_batch * config.data_parallel_size)
+    traffic = [
+        {
+            "layers": _of_passes(stage.alignment, microbatches),
+            "stages": stage.forward_traffic.times(microbatches),
+        }
+        for stage in stages
+    ]
+    return Cost(forward_flops(config.model, rows, samples), _busiest(traffic))
+
+
+def _of_passes(passes: Sequence[Pass], microbatches: float) -> Traffic:
+    return sum((part.traffic for part in passes), Traffic()).times(microbatches)
 
 
 def _busiest(stages: list[dict[str, Traffic]]) -> dict[str, Traffic]:

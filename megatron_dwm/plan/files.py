@@ -18,7 +18,7 @@ class PlannedFile:
     what: str
     times: int
     size: int | None = None
-    """Bytes of each; None if they are not known, or few."""
+    """Bytes of each; None if unknown or small."""
 
 
 def planned_files(

@@ -22,11 +22,11 @@ class StageMemory:
     gradients: int
     optimizer: int
     activations: float
-    """At most, in a training step."""
+    """Peak of the activations in a training step."""
     weighting_between_updates: int
     """Weighter and replay."""
     weighting_in_update: float
-    """What an outer update adds to the peak of plain training, at most; without what is held between updates."""
+    """What an outer update adds to the peak of plain training, without what is held between updates."""
 
     @property
     def plain(self) -> float:
@@ -44,7 +44,7 @@ def stage_memory(config: RunConfig, stage: Stage, weighter: WeighterPlan | None)
     microbatches = config.num_microbatches
     training = held_activations(stage.training, in_flight(config, stage.number, microbatches)) + stage.workspace
     added = 0.0
-    if weighter is not None and config.weighting.needs_target:
+    if config.weighting.aligns:
         added = _update_peak(config, stage, training, weighter) - training
     return StageMemory(
         stage=stage.number,
@@ -59,10 +59,11 @@ def stage_memory(config: RunConfig, stage: Stage, weighter: WeighterPlan | None)
     )
 
 
-def _update_peak(config: RunConfig, stage: Stage, training: float, weighter: WeighterPlan) -> float:
+def _update_peak(config: RunConfig, stage: Stage, training: float, weighter: WeighterPlan | None) -> float:
     """Return the peak bytes of an iteration with an outer update, without weights, gradients and optimizer."""
     kind = config.weighting.dwm_alignment
-    copy, direction = stage.parameter_copy, stage.direction
+    copy = 0 if config.weighting.dwm_rule == "top-alignment" else stage.parameter_copy  # which goes back to none
+    direction, learning = stage.direction, 0 if weighter is None else weighter.learning
     samples = config.training.micro_batch if kind == "single-sample" else 1
     counts = in_flight(config, stage.number, config.num_microbatches * samples)
     if kind == "finite-difference":  # without a backward pass, and with a second copy to go back to
@@ -71,7 +72,7 @@ def _update_peak(config: RunConfig, stage: Stage, training: float, weighter: Wei
         alignment = held_activations(stage.alignment, counts) + stage.workspace
     preconditioner = stage.preconditioner if config.weighting.dwm_preconditioner == "adam" else 0
     # Taken before the training step, the copy is there in all passes; v is there once the target pass has been made.
-    return max(copy + training, copy + direction + preconditioner, copy + direction + alignment, weighter.learning)
+    return max(copy + training, copy + direction + preconditioner, copy + direction + alignment, learning)
 
 
 def held_activations(passes: Sequence[Pass], counts: Sequence[int]) -> float:

@@ -72,7 +72,7 @@ class Meter(TorchDispatchMode):
         self.allocated = 0
         """Bytes of the storages that were made since the start and still live."""
         self.peak = 0
-        """Most of them at any time."""
+        """The maximum of ``allocated``."""
         self.traffic = Traffic()
         self._sizes: dict[int, int] = {}
 

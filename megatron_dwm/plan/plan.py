@@ -13,7 +13,7 @@ from megatron_dwm.config.flags import declared_flags
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.blend import data_paths
-from megatron_dwm.data.tokenizers import build_tokenizer, padded_vocab_size
+from megatron_dwm.data.tokenizers import build_tokenizer, vocabulary_rows
 from megatron_dwm.model.transformer_checks import check_attention_mask, check_layers
 from megatron_dwm.model.vocabulary import Vocabulary
 from megatron_dwm.plan.costs import Cost, scoring_cost, step_cost, update_cost
@@ -40,7 +40,7 @@ class Layout:
     micro_batch_size: int
     global_batch_size: int
     microbatches: int
-    """Of a replica in a step."""
+    """Microbatches of a replica in a step."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Plan:
 
     layout: Layout
     layers: str
-    """Whose layers the memory was counted with."""
+    """The layer implementation with which the memory was measured."""
     model_parameters: int
     padded_vocab_size: int
     train_iters: int
@@ -65,14 +65,14 @@ class Plan:
     """Iterations that the checkpoint to continue from has done."""
     tokens: int
     memory: list[StageMemory]
-    """Of each pipeline stage."""
+    """Memory of each pipeline stage."""
     weighter: WeighterPlan | None
     step: Cost
-    """A step of plain training."""
+    """Cost of a step of plain training."""
     scoring: Cost
-    """What the weights of a step take."""
+    """Cost of the scores of a step."""
     update: Cost
-    """What an outer update takes."""
+    """Cost of an outer update."""
     updates: list[int]
     """Iterations after which there is an outer update."""
     share: WeightingShare
@@ -100,16 +100,15 @@ def make_plan(config: RunConfig, *, for_gpu: bool = True) -> Plan:
     tokenizer = build_tokenizer(config.tokenizer)
     vocab, eod = int(tokenizer.vocab_size), int(tokenizer.eod)
     inputs = read_weighting_inputs(config, tokenizer)
-    model, tp = config.model, config.parallel.tp
-    rows = model.padded_vocab_size or padded_vocab_size(vocab, model.make_vocab_size_divisible_by, tp)
+    model = config.model
+    rows = vocabulary_rows(vocab, model, config.parallel.tp)
     vocabulary = Vocabulary(rows, rows)
-    vocabulary.require_tokens(vocab)
     stages = measure_stages(config, vocabulary, for_gpu=for_gpu)
     weighter = plan_weighter(config, inputs, vocab, eod) if config.weighting.has_weighter else None
-    step, scoring = step_cost(config, rows, stages), scoring_cost(config, weighter)
+    step, scoring = step_cost(config, rows, stages), scoring_cost(config, rows, stages, weighter)
     update = update_cost(config, rows, stages, weighter)
     schedule = run_stages(config)
-    updates = [i for i in range(1, config.train_iters + 1) if schedule.is_update(i)]
+    updates = [i for i in range(1, config.train_iters + 1) if update.operations and schedule.is_update(i)]
     parameters = sum(stage.model_parameters for stage in stages)
     return Plan(
         layout=_layout(config),
@@ -205,7 +204,7 @@ def _share(
 ) -> WeightingShare:
     weighted = config.train_iters - stages.warmup_iters
     operations = weighted * scoring.operations + updates * update.operations
-    sent = updates * update.sent
+    sent = weighted * scoring.sent + updates * update.sent
     return WeightingShare(
         operations / (config.train_iters * step.operations),
         sent / (config.train_iters * step.sent) if step.sent else 0.0,

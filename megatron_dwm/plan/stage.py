@@ -23,10 +23,13 @@ from megatron_dwm.plan.meter import Meter, Traffic, storage_key
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.training.optimizer import allocate_state
 from megatron_dwm.training.setup import LanguageModel, assemble_language_model
-from megatron_dwm.weighting.bilevel.alignment import Direction, products_with
+from megatron_dwm.weighting.bilevel.alignment import Direction, single_sample_products
 from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers
 from megatron_dwm.weighting.bilevel.preconditioner import batches
 from megatron_dwm.weighting.bilevel.sample_products import sample_products
+
+RULES_OF_FORWARD_PASSES = ("loss", "linupper", "similarity")
+"""Rules that pass each batch forward once more."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Stage:
     training: tuple[Pass, ...]
     """Of each model chunk."""
     alignment: tuple[Pass, ...]
-    """Of each model chunk, in an outer update; empty if there is none."""
+    """Of each model chunk, in an outer update, or where a rule looks at losses; empty if there is neither."""
     gradient_sync: Traffic
     """Gradients, after the backward passes of a step."""
     parameter_gather: Traffic
@@ -75,6 +78,8 @@ class Stage:
     """The target gradient, once each rank has preconditioned its part."""
     stage_traffic: Traffic
     """What one microbatch sends to the neighboring stages."""
+    forward_traffic: Traffic
+    """What of it the forward pass sends."""
 
 
 def measure_stage(
@@ -99,7 +104,9 @@ def measure_stage(
         training = tuple(_measure_chunks(config, model, _plain))
         alignment: tuple[Pass, ...] = ()
         direction_gather = Traffic()
-        if config.weighting.needs_target:
+        if config.weighting.dwm_rule in RULES_OF_FORWARD_PASSES:
+            alignment = tuple(_measure_chunks(config, model, _forward(model)))
+        elif config.weighting.aligns:
             direction_gather = _traffic_of(GradientBuffers(chunks).gather_shards)
             direction = {param: torch.empty(param.shape, dtype=torch.float32) for param in params}
             alignment = tuple(_measure_chunks(config, model, _alignment(config, model, direction)))
@@ -124,7 +131,8 @@ def measure_stage(
         gradient_sync=gradient_sync,
         parameter_gather=gather,
         direction_gather=direction_gather,
-        stage_traffic=_stage_traffic(config, core_config, layout, len(chunks)),
+        stage_traffic=_stage_traffic(config, core_config, layout, len(chunks), has_backward=True),
+        forward_traffic=_stage_traffic(config, core_config, layout, len(chunks), has_backward=False),
     )
 
 
@@ -137,18 +145,27 @@ def _plain(chunk: Any, samples: int) -> tuple[AbstractContextManager[Any], int, 
     return chunk.no_sync(), samples, True
 
 
+def _forward(model: LanguageModel) -> _Run:
+    def run(chunk: Any, samples: int) -> tuple[AbstractContextManager[Any], int, bool]:
+        stack = ExitStack()
+        stack.enter_context(model.engine.unsynchronized())
+        stack.enter_context(torch.no_grad())
+        return stack, samples, False
+
+    return run
+
+
 def _alignment(config: RunConfig, model: LanguageModel, direction: Direction) -> _Run:
     """Return how the alignment passes run."""
     kind, state = config.weighting.dwm_alignment, model.parallel_state
+    if kind == "finite-difference":
+        return _forward(model)
 
     def run(chunk: Any, samples: int) -> tuple[AbstractContextManager[Any], int, bool]:
         stack = ExitStack()
         stack.enter_context(model.engine.unsynchronized())
-        if kind == "finite-difference":
-            stack.enter_context(torch.no_grad())
-            return stack, samples, False
         if kind == "single-sample":
-            stack.enter_context(products_with(direction, [chunk], 1, state))
+            stack.enter_context(single_sample_products(direction, [chunk], 1, state))
             return stack, 1, True
         stack.enter_context(sample_products(direction, [chunk], samples, samples, state))
         return stack, samples, True
@@ -218,14 +235,16 @@ def _traffic_of(action: Callable[[], Any]) -> Traffic:
 
 
 def _stage_traffic(
-    config: RunConfig, core_config: TransformerConfig, layout: ParallelState, num_chunks: int
+    config: RunConfig, core_config: TransformerConfig, layout: ParallelState, num_chunks: int, *, has_backward: bool
 ) -> Traffic:
-    """Return what each of the rank's chunks sends forward and backward for a microbatch."""
+    """Return what each of the rank's chunks sends forward, and backward, for a microbatch."""
     traffic, size = Traffic(), core_config.pipeline_dtype.itemsize
     tokens = config.model.sequence // config.parallel.cp // (layout.tp_size if core_config.sequence_parallel else 1)
     tensor = float(tokens * config.training.micro_batch * config.model.hidden * size)
-    is_last, is_first = layout.is_last_pipeline_stage, layout.pp_rank == 0
-    for _ in range(2 * num_chunks - is_last - is_first if layout.pp_size > 1 else 0):
+    sends = num_chunks - layout.is_last_pipeline_stage
+    if has_backward:
+        sends += num_chunks - (layout.pp_rank == 0)
+    for _ in range(sends if layout.pp_size > 1 else 0):
         traffic.add("send", tensor, 2)
     return traffic
 

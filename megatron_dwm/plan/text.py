@@ -67,7 +67,7 @@ def _costs(plan: Plan) -> list[str]:
     rows = [["", "TFLOP a rank", "GiB sent", *purposes]]
     rows += [_cost_row(name, cost, ranks, purposes) for name, cost in parts.items() if cost.operations]
     lines = ["operations, and bytes that a rank sends (of the stage that sends most), by purpose", *_table(rows)]
-    if plan.weighter is not None:
+    if plan.share.operations:
         lines.append(
             f"  weighting takes {plan.share.operations:.2%} of the run's operations more than plain training, and "
             f"{plan.share.sent:.2%} of the bytes sent"

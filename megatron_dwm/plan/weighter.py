@@ -34,14 +34,14 @@ class WeighterPlan:
     kind: str
     parameters: int
     computing_parameters: int
-    """Those that a token is multiplied with."""
+    """Parameters without the input embedding."""
     is_linear: bool
     held: int
-    """Bytes that it holds all the time: parameters, optimizer's state, replay."""
+    """Bytes that it always holds: parameters, optimizer's state, replay."""
     learning: int
-    """Bytes beyond those while it learns."""
+    """Additional bytes during an outer update."""
     traffic: Traffic
-    """What one outer update sends for it."""
+    """Traffic of one outer update for the weighter."""
 
 
 def plan_weighter(config: RunConfig, inputs: WeightingInputs, vocab_size: int, eod: int) -> WeighterPlan:

@@ -41,7 +41,8 @@ def select_device(local_rank: int) -> torch.device:
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise UserError(
-            f"LOCAL_RANK {local_rank}: this node has {count} GPU(s); start at most that many processes a node"
+            f"LOCAL_RANK {local_rank}: this process sees {count} GPU(s); start at most that many processes a node, and "
+            "let each see all of the node's (under SLURM --gpus-per-node, not --gpus-per-task)"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
@@ -59,7 +60,7 @@ def peak_flops(device: str) -> float | None:
     return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
 
 
-class _CudaMeansCpu(TorchFunctionMode):
+class _CudaToCpu(TorchFunctionMode):
     """Rewrites ``device="cuda…"`` arguments to the CPU, and reports CPU tensor types as the CUDA ones.
 
     megatron-core finds a tensor's dtype by comparing ``tensor.type()`` with ``"torch.cuda.FloatTensor"``.
@@ -105,7 +106,7 @@ def _adapt_megatron_to_cpu() -> None:
     # On a CPU the "GPU RNG context" is the CPU's own stream, which is meant to move.
     logging.getLogger(core_random.__name__).setLevel(logging.ERROR)
     core_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    mode = _CudaMeansCpu()
+    mode = _CudaToCpu()
     mode.__enter__()  # type: ignore[no-untyped-call]
     _keep_in_backward(mode)
 

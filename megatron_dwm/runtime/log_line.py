@@ -52,7 +52,7 @@ class LogLine:
     skipped_samples: int
     seconds_per_iteration: float
     throughput: float | None
-    """Of the language model's steps, in TFLOP/s per GPU."""
+    """Throughput of the language model's steps, in TFLOP/s per GPU."""
     joules: float | None
     """Energy of one GPU in one iteration, if it is measured."""
     learning_rate: float
@@ -126,7 +126,7 @@ class Speed:
     tflops: float
     """TFLOP/s of each GPU, of plain training's operations."""
     peak_tflops: float | None
-    """What a GPU can do at most; None if that is not known."""
+    """Peak TFLOP/s of a GPU; None if unknown."""
     seconds_left: float
 
     def figures(self) -> dict[str, float | str]:

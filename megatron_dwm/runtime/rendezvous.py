@@ -23,9 +23,9 @@ Has = Callable[[list[str]], bool]
 """Whether the store holds keys."""
 PATH = "ranks"
 OVER = "over"
-"""In place of the heartbeat of a rank whose start is over."""
+"""Replaces the heartbeat of a rank whose start-up is over."""
 LINGER_SECONDS = 5.0
-"""The store ends with the first rank, so it stays so long until the others have read who is missing."""
+"""The store ends with the first rank, which therefore waits until the others have read which ranks are missing."""
 
 
 class StoreWatch:
@@ -80,7 +80,7 @@ def meet(rank: int, world_size: int, timeout: timedelta, store_watch: StoreWatch
         store = dist.TCPStore(host, port, world_size, is_holder, timeout, wait_for_workers=False, multi_tenant=True)
     except RuntimeError as error:
         reason = shortened(str(error).splitlines()[0], 150)
-        raise UserError(f"{point}: the ranks cannot meet there ({reason}); give another address or port") from None
+        raise UserError(f"{point}: the rendezvous cannot be opened ({reason}); give another address or port") from None
     ranks = dist.PrefixStore(PATH, store)
     if world_size > 1:
         store_watch.start()
@@ -94,18 +94,18 @@ def meet(rank: int, world_size: int, timeout: timedelta, store_watch: StoreWatch
         if ranks.add(str(rank), 1) > 1:
             raise UserError(f"RANK={rank} is used by two processes; start the run with torchrun, srun or mpirun")
         if rank == 0:
-            missing = _look_who_comes(ranks, has, world_size, timeout)
+            missing = _find_missing_ranks(ranks, has, world_size, timeout)
         else:
-            missing = _hear_who_comes(ranks, has, rank, timeout)
+            missing = _receive_missing_ranks(ranks, has, rank, timeout)
     except RuntimeError:
-        raise UserError(f"rank 0 ended while the ranks met at {point}; see what it has printed") from None
+        raise UserError(f"rank 0 ended while the ranks were joining at {point}; see its output") from None
     if missing and rank == 0:
         raise UserError(
-            f"{named(missing)} of {world_size} did not come to {point} within {_minutes(timeout)}; see what is printed "
+            f"{named(missing)} of {world_size} did not join at {point} within {_minutes(timeout)}; see what is printed "
             "there, or raise --distributed-timeout-minutes"
         )
     if missing:
-        raise PeerError(f"{named(missing)} did not come")
+        raise PeerError(f"{named(missing)} did not join")
     return store
 
 
@@ -187,12 +187,12 @@ def _wait_until_reachable(host: str, port: int, timeout: timedelta) -> None:
 
     if not _wait_for(is_reachable, timeout):
         raise UserError(
-            f"MASTER_ADDR={host} MASTER_PORT={port}: rank 0 was not there for {_minutes(timeout)} ({reason}); see what "
-            "it has printed, check the address, or raise --distributed-timeout-minutes"
+            f"MASTER_ADDR={host} MASTER_PORT={port}: rank 0 was not reached for {_minutes(timeout)} ({reason}); see "
+            "its output, check the address, or raise --distributed-timeout-minutes"
         )
 
 
-def _look_who_comes(ranks: dist.Store, has: Has, world_size: int, timeout: timedelta) -> list[int]:
+def _find_missing_ranks(ranks: dist.Store, has: Has, world_size: int, timeout: timedelta) -> list[int]:
     """Return the missing ranks, and tell the other ranks; called on the first rank."""
     expected = [str(rank) for rank in range(world_size)]
     has_all = _wait_for(lambda: has(expected), timeout)
@@ -204,14 +204,14 @@ def _look_who_comes(ranks: dist.Store, has: Has, world_size: int, timeout: timed
     return missing
 
 
-def _hear_who_comes(ranks: dist.Store, has: Has, rank: int, timeout: timedelta) -> list[int]:
+def _receive_missing_ranks(ranks: dist.Store, has: Has, rank: int, timeout: timedelta) -> list[int]:
     """Return the ranks that the first rank reports as missing; it may itself join just before the timeout.
 
     Raises:
         UserError: the first rank does not answer.
     """
     if not _wait_for(lambda: has(["missing"]), 2 * timeout + timedelta(seconds=LINGER_SECONDS)):
-        raise UserError("rank 0 did not come, or was killed, while the ranks met; see what it has printed")
+        raise UserError("rank 0 did not start, or was killed, while the ranks were joining; see its output")
     missing: list[int] = json.loads(ranks.get("missing"))
     if missing:
         ranks.set(f"read/{rank}", "yes")

@@ -29,11 +29,11 @@ from megatron_dwm.runtime.stop_signals import START_AGAIN, StartSignals, end_alo
 PATIENCE = timedelta(hours=2)
 """One rank may build a large dataset's index while the others wait."""
 POLL_SECONDS = 2.0
-"""Between two looks for another rank's failure: rarely enough for a store that thousands of ranks ask."""
+"""Between two checks for another rank's failure: infrequent enough for a store that thousands of ranks query."""
 ANSWER_SECONDS = 2.5 * POLL_SECONDS
-"""A rank that has not read of a failure by then is taken for dead or stuck."""
+"""A rank that has not read a reported failure by then is considered dead or stuck."""
 LINGER_SECONDS = 4 * POLL_SECONDS
-"""The store ends with the process that holds it, so the first rank stays until the others have read of a failure."""
+"""The store ends with its process, so the first rank waits until the others have read a failure."""
 
 
 class StartupSync:
@@ -73,7 +73,7 @@ class StartupSync:
         if signals is not None:
             signals.end = self.end_signaled
         self.is_store_lost = False
-        """Whether the store did not answer: the first rank, which holds it, has ended or is stuck."""
+        """Whether the store did not answer, because the first rank, which hosts it, has ended or is stuck."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_dwm.atomic_write import atomic_write_text, delete_folder, publish_folder
 from megatron_dwm.config.checkpoint import TRACKER
 from megatron_dwm.config.run import RunConfig
-from megatron_dwm.errors import UserError, reason_not_written
+from megatron_dwm.errors import UserError, write_failure_reason
 from megatron_dwm.runtime.compat import sharded_save_options
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.logging import timestamp
@@ -78,13 +78,13 @@ class CheckpointWriter:
         self._save_folder, self._progress = save_folder, progress or ProgressLog(None)
         self._queue: Any = None
         self._strategy: Any = None
-        """What plans the writing, kept from one checkpoint to the next with ``--ckpt-assume-constant-structure``."""
-        # What fails in a process that writes is raised here, and said in one line.
+        """The save strategy, reused for later checkpoints with ``--ckpt-assume-constant-structure``."""
+        # A failure in a writing process is raised here, and reported in one line.
         logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
         if config.checkpoint.async_save:
             from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-            # A process with a CUDA context must not be forked: there megatron-core's own worker writes.
+            # A process with a CUDA context must not be forked, so on a GPU megatron-core's own worker writes.
             self._queue = AsyncCallsQueue(persistent=torch.cuda.is_available())
 
     def save(self, train_state: TrainState, dwm_state: dict[str, Any], *, persistent: bool = True) -> None:
@@ -126,7 +126,7 @@ class CheckpointWriter:
                 self._note_saved(train_state, persistent=persistent)
                 return
             request = self._request(beside, train_state)
-            self._write_dwm_state(beside, dwm_state)  # after megatron-core, which takes a file there for a leftover
+            self._write_dwm_state(beside, dwm_state)  # after megatron-core, which treats existing files as leftovers
             request.add_finalize_fn(lambda: self._publish(root, beside, iteration))
             if self._queue is None:
                 request.execute_sync()
@@ -256,14 +256,14 @@ class CheckpointWriter:
         except CheckpointException as error:
             causes = [cause for cause, _ in error.failures.values()]
             reason = short_reason(causes[0] if causes else error)
-            if error.args[0] == "write":  # all ranks raise it, and the first alone is told why
+            if error.args[0] == "write":  # all ranks raise it, and only the first knows the reason
                 reasons = [reason]
                 dist.broadcast_object_list(reasons, src=0)
                 reason = reasons[0]
         except OSError as error:
             reason = error.strerror or str(error)
         except RuntimeError as error:
-            unwritten = reason_not_written(error)
+            unwritten = write_failure_reason(error)
             if unwritten is None:
                 raise
             reason = unwritten
@@ -280,7 +280,7 @@ class CheckpointWriter:
 def _write_with_checksums(write: Callable[..., None], folder: Path, rank: int, buckets: Any, results: Any) -> None:
     """Write one rank's files, possibly in a separate process, and their checksums next to them."""
     write(rank, buckets, results)
-    with contextlib.suppress(OSError):  # a failed write is in the results, and raised from there
+    with contextlib.suppress(OSError):  # a failed write is reported through the results
         write_rank_checksums(folder, rank, [Path(bucket[0]) for bucket in buckets])
 
 

@@ -21,7 +21,7 @@ EVALUATIONS_DUE = "dwm_evaluations_due"
 """The argument that lists them; only a run that was stopped during an evaluation has it."""
 
 VERSION = 3.0
-"""Of the layout of these keys, as Megatron-LM counts it."""
+"""Version of this layout of keys in Megatron-LM."""
 
 
 def sharded_state(

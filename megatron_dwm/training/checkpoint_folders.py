@@ -153,7 +153,7 @@ def delete_retired(root: Path) -> None:
 def _what_is_there(root: Path) -> str:
     """Return what was found at ``--load`` instead of a folder of checkpoints, and the remedy."""
     if not root.exists():
-        return "does not exist; check the path, or leave it out to start anew"
+        return "does not exist; check the path, or leave it out to start from scratch"
     if not root.is_dir():
         return "is a file; give the folder that a run saved to"
     if (root / "metadata.json").is_file() or (root / "common.pt").is_file():
@@ -162,7 +162,7 @@ def _what_is_there(root: Path) -> str:
         return f"is one checkpoint; give the folder that it is in, {root.parent}{named}"
     if _looks_like_checkpoints(root):
         return f"holds checkpoints but no {TRACKER}; {_other_steps(root)}"
-    return f"no {TRACKER} there; check the path, or leave it out to start anew"
+    return f"no {TRACKER} there; check the path, or leave it out to start from scratch"
 
 
 def _looks_like_checkpoints(root: Path) -> bool:

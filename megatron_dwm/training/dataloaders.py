@@ -55,12 +55,12 @@ class Dataloaders:
         self.target_partition = BatchPartition(
             target_micro, config.target_batch_size // (target_micro * dp), parallel_state.dp_rank, dp
         )
-        # A release starts at iteration 0 with the samples that it was trained on counted: like Megatron-LM's, its data
-        # are sized as a new run's.
+        # A release starts at iteration 0 with a nonzero count of samples. As in Megatron-LM, its data sets
+        # have the size of a new run's.
         consumed = START
         if train_state.iteration > 0:
             consumed_valid = train_state.consumed_valid_samples
-            if "validation" in train_state.evaluations_due:  # which a signal has broken off
+            if "validation" in train_state.evaluations_due:  # a signal has interrupted it
                 consumed_valid += max(0, config.data.eval_iters) * config.global_batch_size
             consumed = Consumed(train_state.iteration, train_state.consumed_train_samples, consumed_valid)
         self.datasets = build_datasets(
@@ -154,7 +154,7 @@ class Dataloaders:
     def _validation(self, consumed: int, names: list[str]) -> EvaluationData:
         """Return the data of an evaluation on the validation set; a collective call of all ranks."""
         data, sets = self.config.data, self.datasets.valid
-        if not data.validates_sets:
+        if not data.has_separate_validation_sets:
             return self._evaluated(sets, consumed)
         lengths = [sets.lengths if sets is not None else None]
         dist.broadcast_object_list(lengths, src=0)

@@ -22,7 +22,7 @@ class EvaluationData:
     """The data that an evaluation reads."""
 
     loader: BatchLoader
-    """Of all sets, one after the other."""
+    """The loader of all sets, one after the other."""
     batches: Mapping[str, int]
     """Batches of each set by its name, in order; a set that is all of the split has none."""
 

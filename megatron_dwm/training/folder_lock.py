@@ -30,9 +30,9 @@ LOCK = ".lock"
 HEARTBEAT = ".lock.heartbeat"
 HEARTBEAT_SECONDS = 10.0
 LEASE_SECONDS = 60.0
-"""A heartbeat that has not moved for so long is that of a holder that was killed."""
+"""A holder whose heartbeat has not moved for this long is considered killed."""
 SETTLE_SECONDS = 2.0
-"""Of several that come at once, the last to write its name has the folder."""
+"""If several processes come at once, the last one to write its name has the folder."""
 
 
 class FolderLock:
@@ -136,7 +136,7 @@ class FolderLock:
     def _heartbeat(self) -> int | None:
         """Return the time of the last heartbeat, by the clock of the file system; None if there is none."""
         try:
-            # Opened anew: NFS then asks its server.
+            # Opened again, so that NFS asks its server.
             descriptor = os.open(self.folder / HEARTBEAT, os.O_RDONLY)
         except OSError:
             return None

@@ -22,7 +22,7 @@ class Schedule:
     max_lr: float
     min_lr: float
     init_lr: float
-    """Learning rate that the warm-up starts at."""
+    """Learning rate at the start of the warm-up."""
     lr_warmup_steps: float
     """Samples of the warm-up."""
     lr_decay_steps: int
@@ -37,7 +37,7 @@ class Schedule:
     """Samples of the whole run."""
     wd_incr_style: str
     decoupled_lr: float | None = None
-    """Of the embedding and output layers."""
+    """Learning rate of the embedding and output layers."""
     decoupled_min_lr: float | None = None
 
     @staticmethod
@@ -164,7 +164,7 @@ def choose_schedule(
             differences.pop("lr_decay_steps", None)
         if settings.lr_warmup_fraction is not None and _is_fraction(saved, settings.lr_warmup_fraction):
             differences.pop("lr_warmup_steps", None)
-            followed = dataclasses.replace(flags, lr_warmup_steps=saved.lr_warmup_steps)  # it is over, or on its way
+            followed = dataclasses.replace(flags, lr_warmup_steps=saved.lr_warmup_steps)  # it is over or in progress
     for difference in differences.values():
         raise _disagreement(difference)
     if followed.lr_decay_steps == saved.lr_decay_steps or followed.lr_decay_style == "constant":

@@ -31,7 +31,7 @@ def build_optimizer(config: RunConfig, chunks: Sequence[ModelChunk]) -> Optimize
         use_gloo_process_groups=config.parallel.enable_gloo_process_groups,
     )
     for part in optimizer_parts(optimizer):
-        part.init_state_fn = _allocate  # megatron-core's is for Adam alone, and leaves out the step that torch's counts
+        part.init_state_fn = _allocate  # megatron-core's own supports only Adam, without the step count of torch's Adam
     return optimizer
 
 
@@ -59,9 +59,9 @@ def _initial_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], para
     if "betas" not in group:
         return {"momentum_buffer": torch.zeros_like(param)} if group["momentum"] else {}
     state = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
-    return state if counts_steps_in_groups(optimizer) else {**state, "step": torch.zeros(())}
+    return state if has_steps_in_groups(optimizer) else {**state, "step": torch.zeros(())}
 
 
-def counts_steps_in_groups(optimizer: torch.optim.Optimizer) -> bool:
+def has_steps_in_groups(optimizer: torch.optim.Optimizer) -> bool:
     """Whether Adam counts its steps per parameter group (Transformer Engine, Apex), not per parameter."""
     return not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))

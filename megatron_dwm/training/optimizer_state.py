@@ -30,7 +30,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.training.checkpoint_contents import model_key
-from megatron_dwm.training.optimizer import allocate_state, counts_steps_in_groups
+from megatron_dwm.training.optimizer import allocate_state, has_steps_in_groups
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint
 from megatron_dwm.training.train_state import TrainComponents
 
@@ -56,9 +56,9 @@ class NativeState:
     def template(self, sharded_model: dict[str, Any]) -> dict[str, Any]:
         """Return the template that is loaded together with the model."""
         allocate_state(self.optimizer)
-        with _keeping_hyperparameters(_only_part(self.optimizer)):
+        with _keeping_hyperparameters(only_part(self.optimizer)):
             state = self.optimizer.sharded_state_dict(sharded_model, is_loading=True, metadata=self.metadata)
-        # Groups are matched here: megatron-core would merge those of the checkpoint and of the run by their number.
+        # Groups are matched here, because megatron-core would match those of the checkpoint and the run by index.
         _inner(state).pop("param_groups", None)
         return {"optimizer": state}
 
@@ -145,7 +145,7 @@ def choose_reader(
         metadata: how the checkpoint's state is sharded.
         load: loads a template of sharded tensors; a collective call.
     """
-    part = _only_part(components.optimizer)
+    part = only_part(components.optimizer)
     is_distributed = isinstance(part, DistributedOptimizer)
     if any(_BUCKET.fullmatch(key) for key in saved.shapes):
         sizes = saved.read_object(_bucket_object(model_parallel_rank, "per_bucket_numel_unpadded"))
@@ -231,14 +231,14 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     Unlike megatron-core's ``load_state_dict`` this works for torch's optimizers, and for parameter groups that differ
     only in their learning rates, which megatron-core takes for one group.
     """
-    part = _only_part(optimizer)
+    part = only_part(optimizer)
     inner = _inner(state)
     step = saved_step(inner)
     with ExitStack() as stack:
         stack.enter_context(_keeping_hyperparameters(part))
         stack.enter_context(torch.no_grad())  # fp32 shards are views of parameters that ask for gradients
         if isinstance(part, DistributedOptimizer):
-            stack.enter_context(_keeping_steps(part))
+            stack.enter_context(keeping_steps(part))
         inner["param_groups"] = part.optimizer.state_dict()["param_groups"]
         for group in inner["param_groups"] if step is not None else ():
             group["step"] = step
@@ -266,8 +266,9 @@ def _keeping_hyperparameters(part: Any) -> Iterator[None]:
         group.update(values)
 
 
-def _only_part(optimizer: Any) -> Any:
-    (part,) = optimizer_parts(optimizer)  # several are for experts, and there are none here
+def only_part(optimizer: Any) -> Any:
+    """Return the one part that the optimizer of a dense model has."""
+    (part,) = optimizer_parts(optimizer)  # there is more than one only with experts
     return part
 
 
@@ -277,12 +278,14 @@ def _inner(state: Any) -> Any:
 
 
 def _set_step(optimizer: torch.optim.Optimizer, step: float | None) -> None:
-    if counts_steps_in_groups(optimizer):
+    if has_steps_in_groups(optimizer):
         if step is not None:
             for group in optimizer.param_groups:
                 group["step"] = int(step)
         return
-    for state in optimizer.state.values():  # a tensor each: a shared one would be counted up once a parameter
+    for (
+        state
+    ) in optimizer.state.values():  # a separate tensor each: a shared one would be incremented once per parameter
         state["step"] = torch.tensor(step or 0.0)
 
 
@@ -294,7 +297,7 @@ def _set_states(
 ) -> None:
     """Give each parameter its fp32 value and its state; tensors have the parameter's shape."""
     allocate_state(optimizer)
-    part = _only_part(optimizer)
+    part = only_part(optimizer)
     with torch.no_grad():
         for param, tensors in by_parameter.items():
             param.copy_(tensors[PARAM])
@@ -317,12 +320,12 @@ def _set_shard(part: Any, param: torch.nn.Parameter, tensors: Mapping[str, torch
         return
     owned = part._get_model_param_range_map(param)["param"]
     shard = {name: value.flatten()[owned.start : owned.end] for name, value in tensors.items()}
-    with _keeping_steps(part):
+    with keeping_steps(part):
         part._set_main_param_and_optimizer_states(param, shard)
 
 
 @contextmanager
-def _keeping_steps(part: Any) -> Iterator[None]:
+def keeping_steps(part: Any) -> Iterator[None]:
     """Load tensors into ``part`` without their step while open; the step is set separately."""
     set_states = part._set_main_param_and_optimizer_states
 

@@ -65,9 +65,9 @@ class Reporter:
         self.padded_vocab_size = padded_vocab_size
         self.flops_per_step = training_flops(config.model, padded_vocab_size, config.global_batch_size)
         self.since = time.perf_counter()
-        """When the log line's window began, later by what is not training."""
+        """Start of the log line's window, shifted by the time that is not training."""
         self.step_since = self.since
-        """When the last step was reported, later by what is not training."""
+        """Time of the last reported step, shifted by the time that is not training."""
         self.first_step = True
         self.memory_reports_left = 2
         self.peak_tflops = _peak_tflops(config)
@@ -139,7 +139,7 @@ class Reporter:
                     **weighting,
                 }
             )
-        # As in Megatron-LM, a run's first step has a line of its own and counts again in the next one.
+        # As in Megatron-LM, the first step has a separate line, and counts again in the next one.
         if self.first_step or train_state.iteration % self.config.logging.log_interval == 0:
             self._log_line(train_state, result, learning_rate, loss_scale, params_norm, weighting, batch_size)
             if not self.first_step:
@@ -190,7 +190,7 @@ class Reporter:
         if after_training:
             record[AFTER_TRAINING] = True
         self.record(record)
-        # Megatron-LM puts the test loss at the end of the validation's curve.
+        # Megatron-LM appends the test loss to the validation curve.
         if not self.config.training.skip_train:
             self._draw_evaluation("lm loss validation", loss, train_state)
             for name, value in by_source.items():
@@ -285,7 +285,7 @@ class Reporter:
         if self.config.logging.log_throughput and weighting:
             added = self.window.weighting_flops / self.window.iterations
             extra["dwm throughput per GPU (TFLOP/s/GPU)"] = (flops + added) * per_flop
-        if not self.first_step:  # which starts everything up
+        if not self.first_step:  # the first step includes start-up costs
             tokens = batch_size * self.config.model.sequence / (seconds * self.parallel_state.world_size)
             seconds_left = seconds * (self.config.train_iters - train_state.iteration)
             extra |= Speed(tokens, flops * per_flop, self.peak_tflops, seconds_left).figures()

@@ -41,7 +41,7 @@ def reported_divergence(iteration: int) -> Iterator[None]:
     except RuntimeError as error:
         if re.search("found (NaN|Inf) in local grad norm", str(error)) is not None:
             reason = "the gradient is not finite; lower --lr or look at the data of this step"
-        elif "cannot be converted to type float without overflow" in str(error):  # an optimizer's
+        elif "cannot be converted to type float without overflow" in str(error):  # raised by an optimizer
             reason = "its step is greater than any number; lower --lr or --dwm-lr"
         else:
             raise
@@ -63,7 +63,7 @@ class StepValidation:
             state_restore_func=lambda states: get_cuda_rng_tracker().set_states(states),
             error_injector=injector,
         )
-        # Megatron-LM leaves a run's first step alone, after which it could not save a checkpoint.
+        # As in Megatron-LM the first step is not validated, because no checkpoint could be saved after it.
         get_rerun_state_machine().first_iteration_complete = True
 
     def passes(self, iteration: int) -> Iterator[None]:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 _REPLACING = ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad", "dwm_lr", "dwm_weight_decay")
-"""Flags that count as they are given, though a resumed run may have been meant to keep the checkpoint's."""
+"""Flags whose given values replace those of the checkpoint."""
 _OF_A_NEW_WEIGHTER = (
     "dwm_init_from",
     "dwm_num_layers",
@@ -35,7 +35,7 @@ _OF_A_NEW_WEIGHTER = (
     "dwm_ngram_buckets",
     "dwm_ngram_hidden_size",
 )
-"""Flags that a checkpoint's weighter overrules; of ``dwm_arch`` the weighting says so."""
+"""Flags without effect on a checkpoint's weighter; for ``dwm_arch`` the weighting logs it."""
 
 
 def should_load_optimizer(flags: CheckpointConfig, saved: SavedCheckpoint) -> bool:
@@ -78,7 +78,7 @@ def check_resume(config: RunConfig, saved: SavedCheckpoint) -> None:
             "another TP or PP size; save with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
         )
     try:
-        with reported_damage(saved.folder):  # what the schedule is made of is missing, or is something else
+        with reported_damage(saved.folder):  # a part of the schedule is missing or invalid
             resumed_schedule(config, saved)
             int(saved.common["opt_param_scheduler"]["num_steps"])
     except UserError as error:
@@ -164,7 +164,7 @@ def overruled_flags(config: RunConfig, saved: SavedCheckpoint) -> list[str]:
         return []
     return [
         f" > {flag_name(name)} {_words(flags[name])} is for a new weighter: the checkpoint's, made with "
-        f"{_words(arguments[name])}, goes on"
+        f"{_words(arguments[name])}, is kept"
         for name in _OF_A_NEW_WEIGHTER
         if name in arguments and arguments[name] != flags[name]
     ]
@@ -242,7 +242,7 @@ def check_shapes(saved: SavedCheckpoint, template: Mapping[str, Any], *, tolerat
     for entry in entries:
         found, expected = shapes.get(entry.key), tuple(entry.global_shape)
         if found is None and tolerates_missing and not entry.key.startswith("optimizer."):
-            continue  # megatron-core says so, or is silent, as the flag asks
+            continue  # megatron-core reports it or not, as the flag asks
         if found != expected:
             there = "is missing" if found is None else f"has shape {list(found)}"
             raise UserError(

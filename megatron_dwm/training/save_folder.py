@@ -57,7 +57,7 @@ class SaveFolder:
         if found := checkpoints_in(self.folder):
             logger.warning(
                 f"--save {self.folder} holds checkpoints up to {found[-1].name}, which this run replaces as it starts "
-                "anew; give --load to go on from them, or another folder"
+                "from scratch; give --load to continue from them, or give another folder"
             )
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class SaveFolder:
         non_persistent = self._non_persistent or self.folder / NON_PERSISTENT
         for folder in (self.folder, non_persistent, self.folder / "weighter"):
             for leftover in remove_leftovers(folder):
-                logger.info(f" > removed what an interrupted run had left:  {leftover}")
+                logger.info(f" > removed what an interrupted run had left: {leftover}")
         delete_retired(self.folder)
 
 

@@ -45,7 +45,7 @@ class SavedCheckpoint:
 
     folder: Path
     common: Mapping[str, Any]
-    """What is not sharded: arguments, counters, schedule."""
+    """The state that is not sharded: arguments, counters, schedule."""
     metadata: Any
     """torch's description of the tensors and objects in the ``.distcp`` files."""
 

@@ -16,7 +16,7 @@ from megatron_dwm.config.logging import LoggingConfig
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.blend import DataPaths, data_paths
-from megatron_dwm.data.tokenizers import build_tokenizer, padded_vocab_size
+from megatron_dwm.data.tokenizers import build_tokenizer, vocabulary_rows
 from megatron_dwm.data.validation import check_data
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
@@ -54,7 +54,7 @@ class RunInputs:
     tokenizer: Any
     paths: DataPaths
     checkpoint: SavedCheckpoint | None
-    """The one to go on from; None to start anew."""
+    """The checkpoint to continue from; None to start from scratch."""
 
     @property
     def vocab_size(self) -> int:
@@ -76,7 +76,7 @@ class LanguageModel:
         return self.components.vocabulary.rows
 
 
-def hold_folders(
+def lock_folders(
     checkpoint: CheckpointConfig, data: DataConfig, logging_flags: LoggingConfig, rank: int
 ) -> SaveFolder | None:
     """Lock the ``--save`` folder for this run, and check that all output folders are writable.
@@ -202,7 +202,7 @@ def assemble_language_model(
 
 
 def _vocabulary(model: ModelConfig, tp: int, inputs: RunInputs) -> Vocabulary:
-    padded = model.padded_vocab_size or padded_vocab_size(inputs.vocab_size, model.make_vocab_size_divisible_by, tp)
+    padded = vocabulary_rows(inputs.vocab_size, model, tp)
     if inputs.checkpoint is None:
         return Vocabulary(padded, padded)
     rows = resumed_vocab_size(inputs.checkpoint, padded, inputs.vocab_size, model.padded_vocab_size, tp)
@@ -211,7 +211,7 @@ def _vocabulary(model: ModelConfig, tp: int, inputs: RunInputs) -> Vocabulary:
     return vocabulary
 
 
-def load_if_there(
+def load_if_present(
     config: RunConfig, inputs: RunInputs, language_model: LanguageModel, save_folder: SaveFolder | None
 ) -> tuple[TrainState, State]:
     """Load the checkpoint that the flags name, if there is one; every rank calls it.

@@ -29,9 +29,9 @@ class StepResult:
     skipped: bool
     """The gradient overflowed (fp16) and no update was made."""
     learning_rate: float
-    """Of this step, the largest of the parameter groups; the same on every rank."""
+    """Learning rate of this step, the largest of the parameter groups; the same on every rank."""
     sample_losses: SampleLosses | None
-    """This replica's; on the last pipeline stage."""
+    """Losses of this replica's samples, on the last pipeline stage."""
 
 
 def train_step(
@@ -77,8 +77,8 @@ def train_step(
         updated, grad_norm, num_zeros = optimizer.step()
     if empty_unused_memory_level >= 2:
         torch.cuda.empty_cache()
-    # A stage without the embeddings may lack a parameter group, so the rate is agreed on, in the same reduction.
-    least_updated, least_negative_rate = _least_over_model([float(updated), -learning_rate], parallel_state)
+    # A stage without the embeddings may lack a parameter group, so the learning rate is reduced over the stages too.
+    least_updated, least_negative_rate = _min_over_model([float(updated), -learning_rate], parallel_state)
     updated = bool(least_updated)
     if updated:
         scheduler.step(increment=len(batch) * parallel_state.dp_size)
@@ -92,7 +92,7 @@ def train_step(
     )
 
 
-def _least_over_model(values: list[float], parallel_state: ParallelState) -> list[float]:
+def _min_over_model(values: list[float], parallel_state: ParallelState) -> list[float]:
     """Return each value's minimum over the model-parallel ranks."""
     tensor = torch.tensor(values, device=current_device())
     dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=parallel_state.mp_group)

@@ -1,8 +1,8 @@
 """Checkpoints in Megatron-LM's older format, ``torch``: a file for each tensor- and pipeline-parallel rank.
 
 ``iter_0000100/mp_rank_00/model_optim_rng.pt`` (``mp_rank_00_000`` in a pipeline) holds the rank's state, under the
-names of its modules, so that only a run with the same layout can load it. The distributed optimizer's state, which is
-in a separate file, is not loaded.
+names of its modules, so that only a run with the same layout can load it. The distributed optimizer's state is in
+``distrib_optim.pt`` beside it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.safe_unpickling import read_torch_file, short_reason
 from megatron_dwm.training.checkpoint_contents import VERSION, model_key, rng_state, unsharded_state
 from megatron_dwm.training.checkpoint_folders import rank_file
+from megatron_dwm.training.optimizer_shards import SHARDS, gathered_shards, load_shards
 from megatron_dwm.training.optimizer_state import load_optimizer
 from megatron_dwm.training.resume_checks import WORD_EMBEDDINGS
 from megatron_dwm.training.saved_checkpoint import CheckpointDamage, SavedCheckpoint, reported_damage, require_checksums
@@ -82,9 +83,12 @@ def open_torch_checkpoint(folder: Path, config: RunConfig, rank: int) -> TorchCh
             "its own layout and save it as torch_dist, which any layout can load"
         )
     flags = config.checkpoint
-    if arguments.get("use_distributed_optimizer") and not (flags.finetune or flags.no_load_optim):
+    was_sharded = bool(arguments.get("use_distributed_optimizer"))
+    has_optimizer = not (flags.finetune or flags.no_load_optim) and "optimizer" in state
+    if has_optimizer and was_sharded != config.parallel.use_distributed_optimizer:
         raise UserError(
-            f"{where} has its optimizer's state in distrib_optim.pt, which is not read; load with --no-load-optim"
+            f"{where} was saved {'with' if was_sharded else 'without'} --use-distributed-optimizer and this run is "
+            f"{'without' if was_sharded else 'with'} it; load it as it was saved, or with --no-load-optim"
         )
     rows = state[_first_model_key(state)].get(WORD_EMBEDDINGS)
     embedding = None if rows is None else (rows.shape[0] * config.parallel.tp, *rows.shape[1:])
@@ -117,7 +121,11 @@ def load_torch_state(
         except RuntimeError as error:
             reason = short_reason(RuntimeError(" ".join(str(error).split())))
             raise UserError(f"--load {saved.folder.parent}: {path.parent.name} is of another model: {reason}") from None
-    if with_optimizer:
+    if with_optimizer and getattr(saved.arguments, "use_distributed_optimizer", False):
+        load_optimizer(components.optimizer, state["optimizer"])
+        with reported_damage(saved.folder):
+            load_shards(components.optimizer, path.with_name(SHARDS))
+    elif with_optimizer:
         load_optimizer(components.optimizer, _with_step(state["optimizer"], components, saved.folder))
     return state
 
@@ -129,10 +137,12 @@ def write_torch_state(
     train_state: TrainState,
     parallel_state: ParallelState,
 ) -> None:
-    """Write this rank's file; no communication."""
+    """Write this rank's files; collective with the distributed optimizer, whose shards are gathered."""
+    flags, shards = config.checkpoint, None
+    if config.parallel.use_distributed_optimizer and not flags.no_save_optim:
+        shards = gathered_shards(components.optimizer, use_gloo=config.parallel.enable_gloo_process_groups)
     if parallel_state.dp_rank != 0 or parallel_state.cp_rank != 0:
         return
-    flags = config.checkpoint
     state = unsharded_state(config, components, train_state)
     for number, chunk in enumerate(components.chunks):
         module: Any = chunk.module
@@ -146,6 +156,8 @@ def write_torch_state(
     path = rank_file(folder, parallel_state.tp_rank, parallel_state.pp_rank, parallel_state.pp_size)
     path.parent.mkdir(exist_ok=True)
     torch.save(state, path)
+    if shards is not None:
+        torch.save(shards, path.with_name(SHARDS))
 
 
 def _renamed(saved: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:

@@ -177,7 +177,9 @@ class Trainer:
                 self.validation.check if self.validation.is_active else None,
             )
         samples = len(batch) * self.parallel_state.dp_size
-        part = samples / self.config.global_batch_size  # of the largest batch, which operations are counted for
+        part = (
+            samples / self.config.global_batch_size
+        )  # relative to the largest batch, for which operations are counted
         self.parts.stragglers.count(part * self.reporter.flops_per_step)
         skipped = self.batch_sizes.nominal(self.train_state.consumed_train_samples) - samples
         self.train_state.advance(iteration, samples, part * self.reporter.flops_per_step, skipped)
@@ -236,7 +238,7 @@ class Trainer:
                 )
                 for name, batches in data.batches.items()
             }
-            if split == "valid" and not reads_whole_sets:  # each set has a place of its own, the same for all
+            if split == "valid" and not reads_whole_sets:  # each set has a separate position, which is the same for all
                 self.train_state.consumed_valid_samples += data.samples // len(data.batches)
             loss = Evaluation.of_all(list(results.values())).loss
             by_source = {name: result.loss for name, result in results.items()}
@@ -270,7 +272,7 @@ class Trainer:
                 train_state.evaluations_due = train_state.evaluations_due[1:]
         except EvaluationInterruptedError as error:
             due = " and ".join(train_state.evaluations_due)
-            logger.info(f" > {error} interrupts the {due} of iteration {iteration}, repeated when the run continues")
+            logger.info(f" > {error} interrupts {due} of iteration {iteration}, which is made when the run continues")
         return not train_state.evaluations_due
 
     def _evaluate_tasks(self) -> None:
@@ -295,7 +297,9 @@ class Trainer:
             self.saves_with_memory_report -= 1
             if should_report:
                 self.reporter.memory(f"(before save_checkpoint for iteration {iteration})")
-            if persistent:  # first: a run that is killed between the two goes on from before both, and writes both
+            if (
+                persistent
+            ):  # first, so that a run that is killed in between resumes from before both, and writes both again
                 self.weighting.before_save(iteration)
             with self.engine.full_parameters():
                 self.checkpoints.save(self.train_state, self.weighting.state_dict(), persistent=persistent)
@@ -335,7 +339,7 @@ class Trainer:
         optimizer = self.components.optimizer
         if not self.config.optimizer.fp16:
             return params_norm(optimizer.get_parameters(), optimizer)
-        # As Megatron-LM: of fp16 training it is the model's parameters, not their masters.
+        # As in Megatron-LM: in fp16 training the norm is of the model's parameters, not of the fp32 masters.
         return params_norm([param for chunk in self.components.chunks for param in chunk.parameters()])
 
 

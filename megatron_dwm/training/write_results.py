@@ -18,7 +18,7 @@ import torch
 from megatron_dwm.runtime.stop_signals import STOP_SIGNALS
 
 WATCH_SECONDS = 1.0
-"""Between two looks whether the rank is still there."""
+"""Between two checks whether the rank still runs."""
 
 
 def start_results_process() -> None:
@@ -29,11 +29,11 @@ def start_results_process() -> None:
         # A process with a CUDA context must not be forked.
         context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
         manager = SyncManager(ctx=context)
-        manager.start(initializer=_live_as_long_as_the_rank)
+        manager.start(initializer=_serve_until_rank_exits)
         filesystem_async._results_queue = manager.Queue()
 
 
-def _live_as_long_as_the_rank() -> None:
+def _serve_until_rank_exits() -> None:
     for number in (*STOP_SIGNALS, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_after_the_rank, daemon=True).start()

@@ -38,7 +38,7 @@ class WeightingContext:
     partition: BatchPartition
     parallel_state: ParallelState
     make_target_loader: Callable[[int], BatchLoader]
-    """Reads the target set, from a number of consumed samples on."""
+    """Returns a loader of the target set, after a number of consumed samples."""
     device: torch.device
 
 

@@ -120,12 +120,12 @@ def export_weighter(
 
     from megatron_dwm.weighting.export_card import weighter_card
 
-    disable_progress_bar()  # a bar for one small file would break the log's lines
+    disable_progress_bar()  # a progress bar would break the lines of the log
     with atomic_folder(folder) as beside:
         model.save_pretrained(beside)
         save_tokenizer(beside)
         write_manifest(beside, manifest)
-        # Not in the manifest: whoever publishes the weighter has something to add.
+        # Not in the manifest, because the card is meant to be edited before publication.
         card = weighter_card(manifest, model, load_tokenizer_folder(beside), name=folder.name, effect=effect)
         (beside / "README.md").write_text(card, encoding="utf-8")
         check(beside)

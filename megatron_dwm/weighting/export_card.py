@@ -10,9 +10,9 @@ from megatron_dwm.model_card import bullets, render_card
 from megatron_dwm.weighting.ngram.configuration import MODEL_TYPE
 
 LONGEST = 10**9
-"""Tokenizers that know no length say a greater one."""
+"""Tokenizers without a maximum length report a larger one."""
 NOT_MEASURED = (
-    "Not measured in this folder. `megatron-dwm export-weighter --baseline RUN` writes into a card what the weighter's "
+    "Not measured in this folder. `megatron-dwm export-weighter --baseline RUN` writes a card with what the weighter's "
     "run has gained over a run with uniform weights."
 )
 
@@ -62,9 +62,9 @@ def weighter_card(facts: Mapping[str, Any], model: Any, tokenizer: Any, *, name:
         "Measured effect": effect or NOT_MEASURED,
         "Limits": "\n".join(
             [
-                "* A score has no unit, and only differences within a set of texts count. It says what helped one "
-                "language model on one target set at one time of its training, not what is good text.",
-                "* What the data preferred for other reasons (length, topic, form) is in the scores too.",
+                "* A score has no unit; only differences within a set of texts matter. It says what helped one "
+                "language model on one target set at one time of its training, not which text is good.",
+                "* Scores also reflect properties that correlate with usefulness in the data (length, topic, form).",
                 f"* Texts longer than {window or 'its samples in training'}{' tokens' if window else ''} are outside "
                 "what it has seen, and much shorter ones too.",
             ]
@@ -76,7 +76,7 @@ def weighter_card(facts: Mapping[str, Any], model: Any, tokenizer: Any, *, name:
         task="text-classification",
         tags=["data-selection", "data-weighting"],
         introduction=f"A data weighting model of {model.num_parameters():,} parameters ({type(model).__name__}). It "
-        "gives a text a score; the softmax of a batch's scores are the weights of its samples in pretraining.",
+        "gives a text a score; the softmax of a batch's scores gives the weights of its samples in pretraining.",
         sections=sections,
     )
 
@@ -106,7 +106,7 @@ def _loading(model: Any, name: str) -> str:
         "scores = model(**batch).logits.squeeze(-1)",
         "```",
         "",
-        f"`pretrain_dwm.py --dwm-mode frozen --dwm-load {name}` weighs the samples of another run with it, and "
+        f"`pretrain_dwm.py --dwm-mode frozen --dwm-load {name}` weights the samples of another run with it, and "
         f"`megatron-dwm score --weighter {name}` scores documents.",
     ]
     return "\n".join(lines)

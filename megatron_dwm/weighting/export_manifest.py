@@ -13,7 +13,7 @@ from megatron_dwm.errors import UserError
 
 MANIFEST = "dwm_manifest.json"
 _DIGEST_OF_MANIFEST = "manifest_sha256"
-"""What the manifest says of itself: a digest of all the rest of it."""
+"""The key of a digest of the rest of the manifest."""
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:

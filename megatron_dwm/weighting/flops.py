@@ -37,7 +37,7 @@ def outer_update_flops(
     settings = config.weighting
     target = training_flops(config.model, padded_vocab_size, config.target_batch_size)
     batch = training_flops(config.model, padded_vocab_size, config.global_batch_size)
-    alignment = batch if settings.dwm_alignment == "exact" else batch * 2 / FORWARD_AND_BACKWARD
+    alignment = batch * 2 / FORWARD_AND_BACKWARD if settings.dwm_alignment == "finite-difference" else batch
     scores = scoring_flops(weighter_parameters, config.global_batch_size, config.model.sequence)
     # The objective before and after, and for each step a forward and backward pass.
     steps = settings.dwm_weighter_steps * FORWARD_AND_BACKWARD

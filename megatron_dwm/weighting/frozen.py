@@ -31,7 +31,7 @@ class FrozenParts:
     exporter: WeighterExporter
     most_cached_scores: int
     scoring_flops: Callable[[Weighter], float]
-    """Gives the operations of scoring one global batch."""
+    """Returns the operations of scoring one global batch."""
 
 
 class FrozenWeighting(ScoredWeighting):

@@ -16,7 +16,7 @@ from megatron_dwm.weighting.weighter_init import check_init_from_lm
 from megatron_dwm.weighting.weighter_stages import weighter_stages
 
 DOCUMENT_JOINT = "\n\n"
-"""Stands between two documents of a sample, where a classifier with another tokenizer reads its text."""
+"""Text between two documents of a sample, for classifiers that read a sample's text."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class WeightingInputs:
     """The inputs of the weighting, checked before any process waits for another."""
 
     samples: SampleTokens | None = None
-    """What the weighter can read; None without a weighter."""
+    """The format of the samples; None without a weighter."""
     folder: WeighterFolder | None = None
     """The classifier that ``--dwm-load`` or ``--dwm-init-from`` names, if it names a folder; the first of several."""
     digest: str | None = None
-    """Of the parameters of all weighters that are read from folders."""
+    """Digest of the parameters of all weighters that are read from folders."""
 
 
 def run_stages(config: RunConfig, begun_by: int | None = None) -> StageSchedule:
@@ -64,7 +64,7 @@ def read_weighting_inputs(config: RunConfig, tokenizer: Any) -> WeightingInputs:
     flag, seed = "--dwm-load", config.training.seed
     if settings.dwm_load is not None:
         weighters = weighter_stages(flag, settings.dwm_load, config.train_iters)
-        # All of them, so that none fails in the middle of the run.
+        # Check all of them, so that none fails in the middle of the run.
         digests = [model_digest(read_weighter_folder(flag, w.folder, samples, seed).model) for w in weighters[1:]]
         folder = read_weighter_folder(flag, weighters[0].folder, samples, seed)
         return WeightingInputs(samples, folder, "".join([model_digest(folder.model), *digests]))

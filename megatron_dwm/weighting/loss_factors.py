@@ -25,7 +25,7 @@ class LossFactors:
 
     micro_batch_size: int
     is_per_token: bool
-    """Whether tokens count alike over the global batch (``--calculate-per-token-loss``), not only in a microbatch."""
+    """Whether tokens count equally over the global batch (``--calculate-per-token-loss``), not only in a microbatch."""
     parallel_state: ParallelState
 
     def __call__(self, batch: Batch) -> torch.Tensor:

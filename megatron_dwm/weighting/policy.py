@@ -20,9 +20,9 @@ from megatron_dwm.model.loss import SampleLosses
 from megatron_dwm.runtime.host_copy import HostCopy
 
 Record = dict[str, Any]
-"""One line of the run's JSON-lines file; ``kind`` says what it is about."""
+"""One line of the run's JSON-lines file, with its kind in ``kind``."""
 State = dict[str, Any]
-"""What a checkpoint keeps: tensors, numbers, strings, and lists and dicts of them."""
+"""State in a checkpoint: tensors, numbers, strings, and lists and dicts of them."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SampleWeights:
     scores_and_weights: HostCopy
     """Scores and weights of the whole batch [2, N]."""
     sources_and_factors: HostCopy
-    """Of each sample the source and how much its loss counts [N, 2]."""
+    """The source and the loss factor of each sample [N, 2]."""
 
     @property
     def scores(self) -> torch.Tensor:

@@ -24,7 +24,7 @@ class SampleGather:
     def __init__(self, partition: BatchPartition, parallel_state: ParallelState) -> None:
         self.partition, self.parallel_state = partition, parallel_state
         self.replica_samples = partition.replica_samples
-        """n of the largest batch; of the others n is told, where it does not follow from what is gathered."""
+        """n of the largest batch; for others n is passed, unless it follows from the gathered tensor."""
 
     @property
     def rank_slice(self) -> slice:

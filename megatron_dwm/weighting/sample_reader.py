@@ -18,7 +18,7 @@ import torch
 from megatron_dwm.weighting.windows import SpecialTokens, Window, cut
 
 SampleReader = Callable[[torch.Tensor], list[list[Window]]]
-"""Gives each of the samples [m, s] its windows."""
+"""Returns the windows of each of the samples [m, s]."""
 MOST_CACHED_TOKENS = 2**25
 """Tokens of texts that are kept: 128 MiB."""
 
@@ -53,7 +53,7 @@ class TextReader:
             tokenizer: the classifier's, of Hugging Face.
             window: maximum number of tokens that the classifier reads at once; None for any number.
         """
-        # Data loaders fork after tokenizing has begun, which threads of the tokenizer's would not survive.
+        # Data loaders fork after tokenizing has begun, and the tokenizer's threads would not survive the fork.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.text_of, self.tokenizer, self.window = text_of, tokenizer, window
         self.special = SpecialTokens.of(tokenizer)

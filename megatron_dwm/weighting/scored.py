@@ -32,7 +32,7 @@ class ScoringOptions:
     min_effective_sample_size: float = 0.1
     """Fraction of the batch below which a warning is given (``--dwm-min-effective-sample-size``)."""
     check_interval: int = 100
-    """Iterations between two looks at the weights (``--log-interval``)."""
+    """Iterations between two checks of the weights (``--log-interval``)."""
 
 
 class ScoredWeighting(UniformWeighting, ABC):

@@ -65,7 +65,7 @@ def bilevel_stages(config: WeightingConfig, train_iters: int, begun_by: int | No
     stages = config.dwm_num_stages
     warmup = config.dwm_warmup_iters
     if warmup is None:
-        # A copy of the language model is worth something once that has learnt something.
+        # A copy of the language model is useful only after it has learned something.
         warmup = train_iters // (stages + 1) if config.dwm_init_from == "lm" else 0
         warmup = warmup if begun_by is None else min(warmup, begun_by)
     stage_iters = (train_iters - warmup) // stages

@@ -17,9 +17,9 @@ from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.hidden_states import mean_hidden_states
 from megatron_dwm.model.parameter_copy import ParameterCopy
-from megatron_dwm.weighting.bilevel.alignment_pass import AlignmentPass, reason_unmoved
+from megatron_dwm.weighting.bilevel.alignment_pass import AlignmentPass, reason_unchanged
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
-from megatron_dwm.weighting.bilevel.preconditioner import knows_preconditioner
+from megatron_dwm.weighting.bilevel.preconditioner import is_preconditioner_known
 from megatron_dwm.weighting.policy import Record, SampleWeights, State, StepOutcome
 from megatron_dwm.weighting.scored import ScoredWeighting, ScoringOptions
 from megatron_dwm.weighting.weight_metrics import WeightMetrics
@@ -33,10 +33,10 @@ class TargetedParts:
     engine: PipelineEngine
     lm_gradients: LMGradients
     make_target_loader: Callable[[int], BatchLoader]
-    """Reads the target set, from a number of consumed samples on."""
+    """Returns a loader of the target set, after a number of consumed samples."""
     micro_batch_size: int
     flops_per_batch: float
-    """Operations for a batch that the rule looks at."""
+    """Operations for a training batch."""
     flops_per_target: float
     """Operations for a target batch."""
 
@@ -185,7 +185,7 @@ class SourceAlignmentWeighting(TargetedWeighting):
         self._sums = torch.tensor(sums, dtype=torch.float64).T.contiguous()
 
     def _aligns(self, iteration: int, outcome: StepOutcome) -> bool:
-        return self.stages.is_update(iteration) and reason_unmoved(outcome) is None
+        return self.stages.is_update(iteration) and reason_unchanged(outcome) is None
 
 
 class TopAlignmentWeighting(TargetedWeighting):
@@ -211,7 +211,7 @@ class TopAlignmentWeighting(TargetedWeighting):
         lm_gradients, target = self.parts.lm_gradients, self.next_target()
         is_adam = lm_gradients.config.dwm_preconditioner == "adam"
         found = None
-        if not is_adam or knows_preconditioner(lm_gradients.optimizer):
+        if not is_adam or is_preconditioner_known(lm_gradients.optimizer):
             with self.parts.engine.full_parameters():
                 found = self._pass.run(batch, target)
         samples = len(batch) * self.sample_gather.parallel_state.dp_size

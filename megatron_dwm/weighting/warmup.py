@@ -15,7 +15,7 @@ from megatron_dwm.weighting.weight_metrics import WeightMetrics
 logger = logging.getLogger(__name__)
 
 Start = Callable[[int, State], SampleWeighting]
-"""Makes the weighting of an iteration from the state of a checkpoint (empty if there is none); a collective call."""
+"""Builds the weighting at an iteration from the state of a checkpoint (may be empty); a collective call."""
 
 NOT_STARTED: State = {
     "consumed_target_samples": 0,

@@ -111,7 +111,7 @@ class Weighter:
             scores.backward(gradient_in_scores)
         gradients = []
         for param in self.model.parameters():
-            if param.grad is None:  # this rank had no sample, or the parameter has no part in the score
+            if param.grad is None:  # this rank had no sample, or the parameter does not affect the score
                 param.grad = torch.zeros_like(param)
             gradients.append(param.grad)
         flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -121,7 +121,7 @@ class Weighter:
         limit = self.clip_grad if self.clip_grad > 0 else float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the weighter's gradient has norm {norm}; lower --dwm-lr, or start it anew")
+            raise FloatingPointError(f"the weighter's gradient has norm {norm}; lower --dwm-lr, or start a new one")
         self.optimizer.step()
         return norm
 

@@ -20,7 +20,7 @@ from megatron_dwm.weighting.weighter_init import seeded, zero_head
 from megatron_dwm.weighting.windows import position_limit
 
 _LONGEST = 10**9
-"""Tokenizers that know no length say a greater one."""
+"""Tokenizers without a maximum length report a larger one."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class SampleTokens:
     seq_length: int
     vocab_size: int
     eod: int
-    """End-of-document token, which pads where a folder names no token for that."""
+    """End-of-document token, used for padding if a folder defines no padding token."""
     fingerprint: str
     """Of the tokenizer's vocabulary."""
     text_of: Callable[[npt.NDArray[np.integer[Any]]], str]
-    """Gives the text of a sample's tokens [s]."""
+    """Returns the text of a sample's tokens [s]."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class WeighterFolder:
     path: str
     model: Any
     reader: SampleReader | None
-    """None if it reads a sample's tokens as they are."""
+    """Converts samples to its input; None if it reads the sample's tokens."""
     own_tokenizer: Any | None
     """Its tokenizer, of Hugging Face, if that is not the run's."""
     fingerprint: str
     """Of its tokenizer's vocabulary."""
     reading: str
-    """How it reads the samples, in words; empty if there is nothing to say of it."""
+    """A description of how it reads the samples, for the log; may be empty."""
 
 
 def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: int) -> WeighterFolder:
@@ -81,7 +81,7 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
     most = len(tokenizer) if is_own else samples.vocab_size
     if model.config.vocab_size < most:
         raise UserError(f"{flag} {folder}: its {model.config.vocab_size} embeddings are fewer than the {most} tokens")
-    if model.config.pad_token_id is None:  # a language model's; without one a classifier takes no batches
+    if model.config.pad_token_id is None:  # as in a language model; a classifier needs one for batches
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         model.config.pad_token_id = next(pad for pad in pads if pad is not None) if is_own else samples.eod
     if not 0 <= model.config.pad_token_id < model.config.vocab_size:
@@ -100,13 +100,15 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
         return WeighterFolder(folder, model, reader, tokenizer, fingerprint, reading)
     if cutting := window_reader(model, samples.seq_length):
         reading = (
-            f"its positions end at {cutting.window}: samples of {samples.seq_length} tokens are scored in windows of "
-            f"{cutting.window}, whose mean counts"
+            f"its maximum length is {cutting.window}: samples of {samples.seq_length} tokens are scored in windows of "
+            f"{cutting.window} tokens, whose mean is the score"
         )
         return WeighterFolder(folder, model, cutting, None, fingerprint, reading)
     trained, reading = trained_length(Path(folder), model.config), ""
     if trained is not None and trained < samples.seq_length:
-        reading = f"made for {trained} tokens, it scores samples of {samples.seq_length} whole: its positions go on"
+        reading = (
+            f"made for {trained} tokens; samples of {samples.seq_length} tokens are scored whole (no maximum length)"
+        )
     return WeighterFolder(folder, model, None, None, fingerprint, reading)
 
 

@@ -42,7 +42,7 @@ def random_weighter_model(config: WeightingConfig, vocab_size: int, seq_length: 
     if config.dwm_arch == "llama":
         sizes["num_key_value_heads"] = config.dwm_num_attention_heads
     if config.dwm_arch == "modernbert":
-        # Every layer sees the whole sample, and the score is read off the mean over its tokens. None is special.
+        # Every layer attends to the whole sample, and the score is computed from the mean over its tokens.
         sizes.update(global_attn_every_n_layers=1, classifier_pooling="mean", cls_token_id=None, sep_token_id=None)
     hf_config = AutoConfig.for_model(config.dwm_arch, vocab_size=vocab_size, **sizes, **_label_settings(eod))
     model = model_from_config(hf_config, seed)
@@ -136,7 +136,7 @@ def _label_settings(eod: int) -> dict[str, Any]:
 @contextlib.contextmanager
 def seeded(seed: int) -> Any:
     """Use ``seed`` in the block, and restore the global random state afterwards."""
-    # The CPU's stream alone: torch.manual_seed would also seed the GPU's, which the language model's dropout uses.
+    # Only the CPU's generator: torch.manual_seed would also seed the GPU's, which the language model's dropout uses.
     generator = torch.default_generator
     state = generator.get_state()
     generator.manual_seed(seed)

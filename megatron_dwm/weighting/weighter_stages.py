@@ -15,9 +15,9 @@ class WeighterStage:
 
     folder: str
     last_iteration: int
-    """Of the run that uses it."""
+    """The last iteration of the present run that uses it."""
     number: int
-    """Of the stage at whose end it was exported."""
+    """The number of the stage at whose end it was exported."""
 
 
 def weighter_stages(flag: str, folder: str, train_iters: int) -> list[WeighterStage]:
@@ -54,7 +54,7 @@ def weighter_stages(flag: str, folder: str, train_iters: int) -> list[WeighterSt
         WeighterStage(str(path), round(train_iters * iteration / length), stage)
         for stage, (iteration, path) in sorted(ends.items())
     ]
-    # What a run that was interrupted did not learn any more its last weighter stands for.
+    # The last weighter of an interrupted run is used for the stages that it did not reach.
     stages[-1] = WeighterStage(stages[-1].folder, train_iters, stages[-1].number)
     return [
         stage

@@ -83,7 +83,7 @@ class WeightStatistics:
     """How far a batch's weights are from uniform."""
 
     effective_sample_size: float
-    """(Σ w)² / Σ w², as a part of the batch: 1 for uniform weights, 1/N for a single sample."""
+    """(Σ w)² / Σ w², as a fraction of the batch: 1 for uniform weights, 1/N for a single sample."""
     entropy: float
     """-Σ w log w in nats: log N for uniform weights."""
     kl: float

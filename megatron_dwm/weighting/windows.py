@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 _PROBES = ("0", "a", "the")
-"""Texts of which a tokenizer makes tokens; one that knows numbers alone does of the first."""
+"""Texts to probe a tokenizer with; the first one also works for tokenizers of numbers."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Window(NamedTuple):
     """A part of a text that is scored as a whole."""
 
     ids: Sequence[int]
-    """With the special tokens around them."""
+    """Token ids, including special tokens."""
     size: int
-    """Tokens of the text in it: what it counts in a mean over windows."""
+    """The number of tokens of the text in it, its weight in a mean over windows."""
 
 
 def cut(ids: Sequence[int], length: int | None, special: SpecialTokens) -> list[Window]:
@@ -68,7 +68,7 @@ def pad_windows(windows: Sequence[Window], pad: int, device: torch.device) -> tu
     """Return the tokens of windows, padded at their ends, and a mask that is 0 for padding, both [b, t]."""
     width = max([1, *(len(window.ids) for window in windows)])
     tokens = [[*window.ids, *[pad] * (width - len(window.ids))] for window in windows]
-    # Of a window without any token the first one of padding is read: there is no score of nothing.
+    # In a window without tokens the first padding token is read, because an empty window has no score.
     mask = [[1] * max(len(window.ids), 1) + [0] * (width - max(len(window.ids), 1)) for window in windows]
     shape = len(windows), width
     return (
@@ -88,7 +88,7 @@ def position_limit(model: Any) -> int | None:
         return None
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            # RoBERTa and its kind count positions from behind that of padding.
+            # RoBERTa-like models count positions from after the padding position.
             unused = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - unused
     return int(positions)

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_dwm.model.vocabulary import Vocabulary
 from megatron_dwm.training.checkpoint import CheckpointWriter
-from megatron_dwm.training.checkpoint_folders import iteration_folder
+from megatron_dwm.training.checkpoint_folders import has_torch_format, iteration_folder
 from megatron_dwm.training.checkpoint_loading import load_checkpoint
 from megatron_dwm.training.lr_schedule import Schedule, build_scheduler
 from megatron_dwm.training.resume_checks import check_resume
-from megatron_dwm.training.saved_checkpoint import open_checkpoint
+from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, open_checkpoint
 from megatron_dwm.training.step import train_step
+from megatron_dwm.training.torch_format import open_torch_checkpoint
 from megatron_dwm.training.train_state import TrainComponents, TrainState
 from tests.distributed.built_model import HfState, build_model, random_tokens
 from tests.distributed.harness import checkpoint_manager, run_distributed
@@ -74,7 +76,11 @@ def _train(leg: Leg) -> Trained:
         TrainState(),
     )
     if leg.load is not None:
-        saved = open_checkpoint(iteration_folder(*leg.load))
+        folder = iteration_folder(*leg.load)
+        if has_torch_format(folder):
+            saved: SavedCheckpoint = open_torch_checkpoint(folder, config, dist.get_rank())
+        else:
+            saved = open_checkpoint(folder)
         check_resume(config, saved)
         train_state, _ = load_checkpoint(config, saved, components, built.parallel_state)
     losses: list[float] = []

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dwm.weighting.bilevel.sample_products import has_known_layers
+from megatron_dwm.weighting.bilevel.sample_products import has_supported_layers
 from tests.distributed.built_model import (
     CONTEXT_PARALLEL,
     LAYOUTS,
@@ -43,7 +43,7 @@ def align(flags: Flags) -> tuple[HfState, HfState, torch.Tensor, torch.Tensor, t
     with built.engine.full_parameters(), built.engine.deterministic():
         loss, direction = passes.gradient(target)
         exact = built.sample_gather.gather_from_replicas(passes.align(batch, direction))
-        assert has_known_layers(built.engine.chunks)
+        assert has_supported_layers(built.engine.chunks)
         single = passes.with_config(replace(built.config.weighting, dwm_alignment="single-sample"))
         singly = built.sample_gather.gather_from_replicas(single.align(batch, direction))
         # Two sums of the same products, in another order; fp16 keeps 11 bits.

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_dwm.errors import UserError
+from tests.distributed.built_model import LAYOUTS
 from tests.distributed.checkpointed import Leg, train_legs
 from tests.small_runs import GPT, LLAMA, Flags
 
@@ -22,6 +24,8 @@ DECOUPLED = {"--decoupled-lr": 0.003, "--decoupled-min-lr": 0.0005}
 GROWING_DECAY = {"--weight-decay-incr-style": "linear", "--start-weight-decay": 0.01, "--end-weight-decay": 0.2}
 DISTRIBUTED = {"--use-distributed-optimizer": True}
 RESHARDABLE = {**DISTRIBUTED, "--dist-ckpt-optim-fully-reshardable": True}
+BUCKETS = {**DISTRIBUTED, "--overlap-grad-reduce": True}
+SMALL_BUCKETS = {**BUCKETS, "--ddp-bucket-size": 3000}
 SGD = {"--optimizer": "sgd"}
 FP16 = {"--fp16": True, "--initial-loss-scale": 256}
 PP2 = {"--pipeline-model-parallel-size": 2}
@@ -49,6 +53,14 @@ CASES |= {
     ),
     "DP2, decoupled, distributed": (2, {**LLAMA, **DECOUPLED, **DISTRIBUTED}),
     "DP2, decoupled, distributed, reshardable": (2, {**LLAMA, **DECOUPLED, **RESHARDABLE}),
+    "DP2, decoupled, distributed, many buckets, bf16, in the format torch": (
+        2,
+        {**LLAMA, **DECOUPLED, **SMALL_BUCKETS, "--bf16": True, "--ckpt-format": "torch"},
+    ),
+    "interleaved, tied embeddings, distributed, in the format torch": (
+        2,
+        {**GPT, **LAYOUTS["PP2, interleaved"][1], **DISTRIBUTED, "--ckpt-format": "torch"},
+    ),
     "sgd, PP2, decoupled": (2, {**LLAMA, **PP2, **SGD, **DECOUPLED}),
     "growing weight decay": (1, {**LLAMA, **GROWING_DECAY}),
 }
@@ -68,8 +80,18 @@ def test_goes_on_as_if_it_had_not_stopped(case: str, tmp_path: Path):
         assert torch.equal(resumed.parameters[name], value), name
 
 
-BUCKETS = {**DISTRIBUTED, "--overlap-grad-reduce": True}
-SMALL_BUCKETS = {**BUCKETS, "--ddp-bucket-size": 3000}
+def test_the_format_torch_is_loaded_by_the_kind_of_optimizer_that_saved_it(tmp_path: Path):
+    flags = {**SCHEDULE, **LLAMA, "--ckpt-format": "torch"}
+    train_legs(1, [Leg({**flags, **DISTRIBUTED}, save=tmp_path, last=STOP)])
+    with pytest.raises(UserError, match="was saved with --use-distributed-optimizer and this run is without it"):
+        train_legs(1, [Leg(flags, load=(tmp_path, STOP))])
+    folder = tmp_path / "iter_0000003"
+    (folder / "checksums.json").unlink()  # as Megatron-LM, which writes none
+    torch.save({0: {}}, folder / "mp_rank_00/distrib_optim.pt")
+    with pytest.raises(UserError, match=r"mp_rank_00/distrib_optim\.pt does not hold buffer 0 of this run"):
+        train_legs(1, [Leg({**flags, **DISTRIBUTED}, load=(tmp_path, STOP))])
+
+
 TP2 = {"--tensor-model-parallel-size": 2}
 MOVES: dict[str, tuple[int, Flags, Flags, Flags]] = {
     "to the distributed optimizer, reshardable": (1, LLAMA, {}, RESHARDABLE),

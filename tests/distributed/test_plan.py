@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.utils._python_dispatch import _disable_current_modes
 
+from megatron_dwm.model import torch_layers
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.model.vocabulary import Vocabulary
@@ -17,7 +20,7 @@ from megatron_dwm.plan.meter import Meter, Traffic
 from megatron_dwm.plan.stages import measure_stages
 from megatron_dwm.plan.weighter import WeighterPlan
 from megatron_dwm.training.optimizer import allocate_state
-from tests.distributed.built_model import LAYOUTS, build_model, random_mask, random_tokens
+from tests.distributed.built_model import CONTEXT_PARALLEL, LAYOUTS, build_model, random_mask, random_tokens
 from tests.distributed.harness import run_distributed
 from tests.small_runs import GPT, IN_PROCESS, LLAMA, VOCAB_SIZE, Flags, parse_flags
 
@@ -33,12 +36,20 @@ CASES: dict[str, tuple[int, Flags]] = {
             "--recompute-num-layers": 1,
         },
     ),
-    "llama, DP2, distributed optimizer, bf16": (2, {**LLAMA, "--use-distributed-optimizer": True, "--bf16": True}),
+    "llama, CP2 x DP2, distributed optimizer, overlapped, bf16": (
+        4,
+        {**LLAMA, **CONTEXT_PARALLEL["CP2 x DP2, distributed optimizer, overlapped"][1], "--bf16": True},
+    ),
+    "gpt, tied, PP2, finite differences": (
+        2,
+        {**GPT, **LAYOUTS["PP2"][1], "--dwm-alignment": "finite-difference"},
+    ),
 }
 
 
 def _count(flags: Flags) -> dict[str, Any]:
     """Train a step and align a batch on this rank, and return what it held and sent."""
+    torch_layers.causal_lower_right = _mask  # type: ignore[assignment]  # in this process alone
     built = build_model(flags)
     chunks, optimizer = built.chunks, built.optimizer
     allocate_state(optimizer)
@@ -52,6 +63,8 @@ def _count(flags: Flags) -> dict[str, Any]:
     micro = built.config.training.micro_batch
     batch, target = (built.batch(random_tokens(seed), random_mask(seed)) for seed in (1, 2))
     built.engine.run(batch, micro)  # makes megatron-core's buffers
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
     with Meter() as passes:
         built.engine.run(batch, micro)
     with Meter() as step:
@@ -60,13 +73,19 @@ def _count(flags: Flags) -> dict[str, Any]:
     with Meter() as copy:
         before = ParameterCopy.taken(chunks)
     held["parameter copy"] = copy.allocated
-    with Meter() as update:
+    with Meter() as update, built.engine.full_parameters():
         _, direction = gradients.gradient(target)
         before.swap()
         gradients.align(batch, direction)
         before.swap()
     held["activations"] = passes.peak
     return {**held, "step": (passes.traffic + step.traffic).payloads, "update": update.traffic.payloads}
+
+
+def _mask(queries: int, keys: int) -> CausalBias:
+    """Make a mask of a class that cannot be made while a meter looks on."""
+    with _disable_current_modes():
+        return causal_lower_right(queries, keys)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

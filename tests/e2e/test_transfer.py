@@ -171,7 +171,7 @@ def test_each_stage_has_the_weighter_of_its_fraction_of_training(first_run, tmp_
     ):
         metrics = tmp_path / f"{name}.jsonl"
         finished = succeed(tmp_path / name, 1, {**flags, **changes, **more, "--metrics-jsonl": metrics})
-        assert "made for 32 tokens, it scores samples of 64 whole" in finished.text
+        assert "made for 32 tokens; samples of 64 tokens are scored whole" in finished.text
         found[name] = records(metrics, "train")
     assert [step["stage"] for step in found["staged"]] == [1, 1, 1, 2, 2]
     weights = {name: [step["weight_by_source"] for step in steps] for name, steps in found.items()}

@@ -63,7 +63,7 @@ def test_the_weighters_flags_count_on_resume_and_are_said(save: Path, tmp_path: 
     (group,) = weighter_state(tmp_path / "changed", 12)["weighter_optimizer"]["param_groups"]
     assert (group["lr"], group["weight_decay"]) == (0.5, 0.25)
     lines = (" > --dwm-lr 0.5 replaces the checkpoint's 0.01", " > --dwm-weight-decay 0.25 replaces the checkpoint's")
-    lines += (" > --dwm-hidden-size 64 is for a new weighter: the checkpoint's, made with 8, goes on\n",)
+    lines += (" > --dwm-hidden-size 64 is for a new weighter: the checkpoint's, made with 8, is kept\n",)
     for line in lines:
         assert line in finished.output[0], finished.text
 

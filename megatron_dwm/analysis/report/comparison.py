@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from megatron_dwm.analysis.comparison import catches_up, training_seconds
+from megatron_dwm.analysis.comparison import catch_up_fractions, training_seconds
 from megatron_dwm.analysis.records import Curve, RunRecords
 from megatron_dwm.analysis.report.drawing import axis_title, faint_line, figure, line, mark
 from megatron_dwm.analysis.report.palette import color
@@ -26,18 +26,18 @@ class Cost:
     samples: int | None
     updates: int
     seconds: float | None
-    """Of training, with all that weighting costs, without evaluations."""
+    """Training time, including all overhead of weighting, without evaluations."""
     seconds_per_iteration: float | None
-    """The median: updates of the weighter and a slow start stand out of it."""
+    """The median, which is not affected by updates of the weighter and a slow start."""
     effective_sample_size: float | None
     """Mean over the last quarter of the weighted steps."""
     losses: dict[str, float]
     """The last of each evaluated set."""
     tokens_ratio: float | None = None
     time_ratio: float | None = None
-    """In parts of what the first run took, when its last evaluation loss was reached."""
+    """Fractions of the first run's tokens and time at which its last evaluation loss was reached."""
     reaches: bool | None = None
-    """Whether it was; None where the runs cannot be compared."""
+    """Whether it was reached; None if the runs cannot be compared."""
 
 
 def cost(run: RunRecords, first: RunRecords | None = None) -> Cost:
@@ -47,7 +47,7 @@ def cost(run: RunRecords, first: RunRecords | None = None) -> Cost:
     ratios: tuple[float, float] | None = None
     reaches: bool | None = None
     if first is not None and all(_has_times(each) and _has_losses(each) for each in (first, run)):
-        ratios = catches_up(first, run)
+        ratios = catch_up_fractions(first, run)
         reaches = ratios is not None
     return Cost(
         iterations=run.steps[-1]["iteration"],

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 LONGEST_TEXT = 800
 """Characters of a sample that the page shows."""
 Examples = dict[int, tuple[list[Example], list[Example]]]
-"""Of each stage the samples with the highest and with the lowest weights."""
+"""The samples with the highest and with the lowest weights of each stage."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Settings:
     """Settings of the description of a run."""
 
     samples: int
-    """Of each stage."""
+    """Number of samples of each stage."""
     examples: int
-    """Of each stage, of the highest and of the lowest weight."""
+    """Number of samples of each stage with the highest, and with the lowest, weight."""
     documents: int
-    """Of each kind, whose weight is followed over time."""
+    """Number of documents of each kind whose weight is shown over time."""
     scores: ExternalScores | None
     texts_output: Path | None
-    """Where the samples' texts go, for others to score."""
+    """File for the samples' texts, for external scoring."""
 
 
 def describe(name: str, folder: Path, run: RunRecords, settings: Settings, benefit: Any | None) -> Report:
@@ -162,11 +162,11 @@ def _with_history(report: Report, folder: Path, run_samples: RunSamples, number:
         index = indices[row]
         return Document(sources[index], index, _shown(run_samples, index), weights[row].tolist())
 
-    history = WeightHistory(iterations, [document(row) for row in _telling(weights, number)], len(reference))
+    history = WeightHistory(iterations, [document(row) for row in _notable_rows(weights, number)], len(reference))
     return replace(report, history=history)
 
 
-def _telling(weights: np.ndarray, number: int) -> list[int]:
+def _notable_rows(weights: np.ndarray, number: int) -> list[int]:
     """Return the rows of weights [n, e] with the highest and lowest last values, and those that change most."""
     last = np.argsort(weights[:, -1], kind="stable")
     change = np.argsort(-np.abs(np.log(weights[:, -1] / weights[:, 0])), kind="stable")

@@ -45,7 +45,7 @@ class WeightHistory:
     """Weights of documents over the exports of a run."""
 
     iterations: list[int]
-    """Of the exports [e]."""
+    """Iterations of the exports [e]."""
     documents: list[Document]
     reference: int
     """Samples that the weights are relative to."""

@@ -107,7 +107,7 @@ def _contradictions(report: Report, stage: int) -> list[str]:
                 f"({signed(values[0])} against {signed(values[1])} standard deviations; difference {gap:.2f} ± "
                 f"{half:.2f}, n = {difference.n} updates), yet it has the higher weight ({low_weight:.2f} against "
                 f"{high_weight:.2f}). The weighter learns slowly, from past updates too; what it sees of a text may "
-                "also not tell these sources apart.",
+                "also not distinguish these sources.",
             )
         )
     return [sentence for _, sentence in sorted(pairs, reverse=True)[:_MOST_SENTENCES]]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 INK, FAINT, GRID, PAPER = "#1d232b", "#7a828d", "#e3e6ea", "#ffffff"
-"""Of text, of what stands behind, of grid lines, of labels' backgrounds."""
+"""Colors of text, of lines in the background, of grid lines, of labels' backgrounds."""
 COLORS = ["#3566b8", "#d9782d", "#2e8b62", "#b8476a", "#7a5bb0", "#8f6b2f", "#3a94a8", "#6b7480"]
-"""Of lines that are told apart."""
+"""Colors of different lines."""
 STAGES = ["#a9c4ee", "#7fa6e2", "#5a89d2", "#3c6cba", "#2a5196", "#1b3a70"]
-"""Of stages, in their order."""
+"""Colors of stages, in order."""
 
 DARK = {
     INK: "#e4e8ee",

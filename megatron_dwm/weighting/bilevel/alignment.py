@@ -22,7 +22,7 @@ Direction = dict[torch.nn.Parameter, torch.Tensor]
 """v, by parameter: the shape of the parameter, float32 (float64 for float64 models)."""
 
 
-def counts_here(name: str, param: torch.nn.Parameter, parallel_state: ParallelState) -> bool:
+def is_counted_here(name: str, param: torch.nn.Parameter, parallel_state: ParallelState) -> bool:
     """Return whether this rank's product for the parameter is included in the sum over the replica.
 
     A parameter that is replicated over the TP ranks has the same gradient on all of them, and counts once. If its
@@ -31,13 +31,13 @@ def counts_here(name: str, param: torch.nn.Parameter, parallel_state: ParallelSt
     context-parallel rank, a parameter's gradient is the part from that rank's tokens, so all of these ranks count.
     """
     sharded = getattr(param, "tensor_model_parallel", False)
-    of_heads = "q_layernorm" in name or "k_layernorm" in name  # megatron-core knows them by name, too
+    of_heads = "q_layernorm" in name or "k_layernorm" in name  # megatron-core identifies them by name, too
     partial = getattr(param, "sequence_parallel", False) or of_heads
     return sharded or partial or parallel_state.tp_rank == 0
 
 
 @contextmanager
-def products_with(
+def single_sample_products(
     direction: Direction, chunks: Sequence[ModelChunk], num_samples: int, parallel_state: ParallelState
 ) -> Iterator[torch.Tensor]:
     """Make backward passes of single-sample microbatches add ⟨v, gradient⟩ to the yielded tensor [n], float64.
@@ -55,11 +55,11 @@ def products_with(
         assert param.grad is not None
         if counts:
             products[sample] += inner_product(param.grad, direction[param])
-        # Nobody wants the sum of these gradients, and DDP's buffers may hold v: DDP must not form it there.
+        # The sum of these gradients is not needed, and DDP must not accumulate it in its buffers, which may hold v.
         param.grad_added_to_main_grad = True
 
     handles = [
-        param.register_post_accumulate_grad_hook(partial(add_product, counts_here(name, param, parallel_state)))
+        param.register_post_accumulate_grad_hook(partial(add_product, is_counted_here(name, param, parallel_state)))
         for chunk in chunks
         for name, param in chunk.named_parameters()
         if param.requires_grad
@@ -67,7 +67,7 @@ def products_with(
     tied = [p for chunk in chunks for p in chunk.parameters() if getattr(p, "zero_out_wgrad", False)]
     try:
         with ExitStack() as stack:
-            for param in tied:  # of which DDP would form it nevertheless
+            for param in tied:  # which DDP would accumulate nevertheless
                 stack.enter_context(changed_attributes(param, {"zero_out_wgrad": False}))
             yield products
     finally:
@@ -83,7 +83,7 @@ def inner_product(gradient: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     torch's dot product is several times faster than multiplying and summing, but on a CPU it sums sequentially, and its
     rounding error grows with the length. Long tensors are therefore split into parts, which are summed in float64.
     """
-    size = 1 << (16 if gradient.is_cpu else 24)  # a GPU adds up in a tree, and wants few and long ones
+    size = 1 << (16 if gradient.is_cpu else 24)  # a GPU sums in a tree, and needs few and long parts
     pairs = zip(torch.split(gradient.reshape(-1), size), torch.split(v.reshape(-1), size), strict=True)
     return torch.stack([torch.dot(g.to(w.dtype), w) for g, w in pairs]).sum(dtype=torch.float64)
 
@@ -94,10 +94,10 @@ def sum_over_replica(products: torch.Tensor, parallel_state: ParallelState) -> t
     return products
 
 
-def held_for_all(param: torch.nn.Parameter, parallel_state: ParallelState) -> bool:
+def is_counting_rank(param: torch.nn.Parameter, parallel_state: ParallelState) -> bool:
     """Return whether this is the one rank, of the model-parallel ranks with the same parameter, that counts it."""
     sharded = getattr(param, "tensor_model_parallel", False)
-    # megatron-core marks the last stage's copy of a tied embedding, which carries the first stage's v.
+    # megatron-core marks the last stage's copy of a tied embedding, which has the first stage's v.
     return (sharded or parallel_state.tp_rank == 0) and not getattr(param, "shared", False)
 
 
@@ -106,7 +106,7 @@ def global_norm(direction: Direction, parallel_state: ParallelState) -> float:
     device = next(iter(direction)).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     for param, v in direction.items():
-        if held_for_all(param, parallel_state):
+        if is_counting_rank(param, parallel_state):
             total += v.double().square().sum()
     dist.all_reduce(total, group=parallel_state.mp_group)
     return float(total.sqrt())

@@ -102,7 +102,7 @@ class AlignmentPass:
         return Alignments(alignments, target_loss)
 
 
-def reason_unmoved(outcome: StepOutcome) -> str | None:
+def reason_unchanged(outcome: StepOutcome) -> str | None:
     """Return why a step changed no parameter, and so provides no information on its weights; None if it did."""
     if outcome.skipped:
         return "the gradient of its step overflowed"

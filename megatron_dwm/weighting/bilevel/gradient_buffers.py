@@ -36,7 +36,7 @@ class GradientBuffers:
                 views[param] = whole[start : start + param.numel()].view(param.shape)
         params = [param for chunk in chunks for param in chunk.parameters() if param in views]
         self.direction: Direction = {param: views[param] for param in params}
-        """By parameter, in place: each rank's part is right, the whole is after :meth:`gather_shards`."""
+        """By parameter, as views: each rank's shard is valid, and all of it after :meth:`gather_shards`."""
 
     def scale(self, factor: torch.Tensor) -> None:
         """Multiply the rank's part by a number."""

@@ -21,17 +21,17 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.weighting.bilevel.alignment import shift
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
-from megatron_dwm.weighting.bilevel.preconditioner import knows_preconditioner
+from megatron_dwm.weighting.bilevel.preconditioner import is_preconditioner_known
 from megatron_dwm.weighting.sample_gather import SampleGather
 from megatron_dwm.weighting.weights import target_score_gradient, weights_from_scores
 
 logger = logging.getLogger(__name__)
 
 # Of the relative error. In fp32 it was 1.4e-3 and less in every layout with exact alignments, and 6.6e-3 and less with
-# those of finite differences; in bf16 it is 0.1 and more, whatever the step, which is why that is refused.
+# those of finite differences. In bf16 it is at least 0.1 for any step size, which is why that is refused.
 BOUND = 1e-2
-SCORE_DISTANCE = 0.05  # δ in temperatures: the softmax's own curvature is then some 1e-3 of the difference
-LOSS_DIFFERENCE = 2e-3  # nats between the two sides, for which η is chosen: small, yet far above fp32's rounding
+SCORE_DISTANCE = 0.05  # δ in units of the temperature; the softmax's curvature is then about 1e-3 of the difference
+LOSS_DIFFERENCE = 2e-3  # difference in nats that determines η: small, but far above the rounding of fp32
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class HypergradientCheck:
     """Result of the check."""
 
     derivative: float
-    """Of the target loss in the scores along the hypergradient, in closed form."""
+    """Derivative of the target loss with respect to the scores, along the hypergradient, in closed form."""
     difference: float
     """The same from central differences."""
     error: float
@@ -64,7 +64,7 @@ def check_at_start(lm_gradients: LMGradients, sample_gather: SampleGather, batch
         UserError: on every rank, if the check fails or there is nothing to check.
     """
     config = lm_gradients.config
-    is_unknown = config.dwm_preconditioner == "adam" and not knows_preconditioner(lm_gradients.optimizer)
+    is_unknown = config.dwm_preconditioner == "adam" and not is_preconditioner_known(lm_gradients.optimizer)
     if is_unknown:
         lm_gradients = lm_gradients.with_config(replace(config, dwm_preconditioner="none"))
     result = check_hypergradient(lm_gradients, sample_gather, batch, target)

@@ -20,7 +20,7 @@ class HealthWarning:
     sign: str
     """Short name, for records."""
     message: str
-    """What was found and what can be done, on one line."""
+    """The finding and the remedy, on one line."""
 
 
 def check_weights(relative: torch.Tensor, floor: float) -> list[HealthWarning]:

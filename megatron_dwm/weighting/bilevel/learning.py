@@ -19,7 +19,7 @@ class Learner(Protocol):
     """A way to train a weighter on the replay."""
 
     prior: torch.Tensor | None
-    """What a checkpoint keeps of it, if anything."""
+    """The state that a checkpoint keeps, if any."""
 
     def learn(self, replay: Replay) -> float:
         """Update the weighter; a collective call of all ranks.

@@ -20,13 +20,19 @@ from megatron_dwm.model.loss import weighted_loss
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.runtime.process_groups import ParallelState
-from megatron_dwm.weighting.bilevel.alignment import Direction, global_norm, products_with, shift, sum_over_replica
+from megatron_dwm.weighting.bilevel.alignment import (
+    Direction,
+    global_norm,
+    shift,
+    single_sample_products,
+    sum_over_replica,
+)
 from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers
 from megatron_dwm.weighting.bilevel.preconditioner import precondition
-from megatron_dwm.weighting.bilevel.sample_products import has_known_layers, sample_products
+from megatron_dwm.weighting.bilevel.sample_products import has_supported_layers, sample_products
 from megatron_dwm.weighting.loss_factors import LossFactors
 
-FINITE_DIFFERENCE_DISTANCE = 1e-2  # how far θ is moved along v, in norm
+FINITE_DIFFERENCE_DISTANCE = 1e-2  # norm of the shift of θ along v
 
 
 class LMGradients:
@@ -69,7 +75,7 @@ class LMGradients:
         """
         self._zero_gradients()
         with ExitStack() as stack:
-            for chunk in self.engine.chunks:  # numbers that are not finite show in the alignments
+            for chunk in self.engine.chunks:  # values that are not finite are detected in the alignments
                 stack.enter_context(changed_attributes(chunk.ddp_config, {"check_for_nan_in_grad": False}))
             losses = self.engine.run(
                 batch,
@@ -96,8 +102,8 @@ class LMGradients:
         """
         if self.config.dwm_alignment == "finite-difference":
             products = self._align_by_differences(batch, direction)
-        elif self.config.dwm_alignment == "single-sample" or not has_known_layers(self.engine.chunks):
-            products = self._align_singly(batch, direction)
+        elif self.config.dwm_alignment == "single-sample" or not has_supported_layers(self.engine.chunks):
+            products = self._align_single_samples(batch, direction)
         else:
             products = self._align_exactly(batch, direction)
         return products * self.loss_factors(batch)
@@ -116,12 +122,12 @@ class LMGradients:
             self.engine.run(batch, self.micro_batch_size, loss_function=weighted_loss(weights), check_for_nan=False)
         return self._whole(products)
 
-    def _align_singly(self, batch: Batch, direction: Direction) -> torch.Tensor:
+    def _align_single_samples(self, batch: Batch, direction: Direction) -> torch.Tensor:
         """Return ⟨v, ∇ l_i⟩ from one backward pass over microbatches of one sample."""
         chunks = self.engine.chunks
         with (
             self.engine.unsynchronized(),
-            products_with(direction, chunks, len(batch), self.parallel_state) as products,
+            single_sample_products(direction, chunks, len(batch), self.parallel_state) as products,
         ):
             self.engine.run(batch, 1, check_for_nan=False)
         return self._whole(products)

@@ -103,7 +103,7 @@ def alignments(
             return _by_backward_passes(sample_losses(module, batch), list(params.values()), direction)
         try:
             return _in_forward_mode(module, batch, params, direction, sample_losses)
-        except RuntimeError as error:  # which NotImplementedError is, too
+        except RuntimeError as error:  # NotImplementedError is a RuntimeError
             if not isinstance(error, NotImplementedError) and "autograd.Function" not in str(error):
                 raise
             raise NotImplementedError(

@@ -33,7 +33,7 @@ class OuterResult:
     objective_after: float
     """The weighter's objective on this batch before and after its steps."""
     weighter_grad_norm: float
-    """Of the last weighter step."""
+    """Gradient norm of the last weighter step."""
     weighter_hash: str
 
 

@@ -29,7 +29,7 @@ class _Owned:
     """The part of a parameter whose optimizer state this rank holds."""
 
     place: slice
-    """Of the flattened parameter."""
+    """The part's range in the flattened parameter."""
     state: dict[str, Any]
     group: dict[str, Any]
     base_rate: float
@@ -57,7 +57,7 @@ def _scale(values: Sequence[torch.Tensor], held: Sequence[_Owned]) -> None:
     for v, part in zip(values, held, strict=True):
         if "exp_avg_sq" in part.state:
             known.append((v, part))
-        else:  # no step has been made yet: P is unknown, and so is what follows from it
+        else:  # no step has been made yet, so P is unknown
             v.fill_(torch.nan)
     counts = _steps([part for _, part in known])
     for places in batches([v.numel() for v, _ in known]):
@@ -116,7 +116,7 @@ def precondition_by_torch(direction: Direction, optimizer: torch.optim.Optimizer
         _scale([v.view(-1)], [held[param]])
 
 
-def knows_preconditioner(optimizer: Optimizer) -> bool:
+def is_preconditioner_known(optimizer: Optimizer) -> bool:
     """Whether P is known: the optimizer has made a step, or its state was loaded; a collective call of all ranks."""
     parts = optimizer_parts(optimizer)
     known = any("exp_avg_sq" in state for part in parts for state in part.optimizer.state.values())

@@ -25,7 +25,7 @@ class AlignedBatch:
     tokens: torch.Tensor
     """This rank's samples [c, s], int32."""
     places: torch.Tensor
-    """Their places in the batch [c], int64, on the CPU. Every place is on one rank."""
+    """Their positions in the batch [c], int64, on the CPU. Every position is on one rank."""
     alignments: torch.Tensor
     """Alignments of the whole batch in global order [N], float64, on the CPU."""
 
@@ -35,11 +35,11 @@ class Draw:
     """Samples drawn from the replay, the same on every rank."""
 
     tokens: torch.Tensor
-    """Those that this rank holds [c, s], int64."""
+    """Tokens of the drawn samples that this rank holds [c, s], int64."""
     places: torch.Tensor
-    """Their places among the drawn ones [c], int64, on the CPU."""
+    """Their positions among the drawn samples [c], int64, on the CPU."""
     alignments: torch.Tensor
-    """Of all drawn samples [M], float64, each standardized within the batch that it was aligned in."""
+    """Alignments of all drawn samples [M], float64, each standardized within its own batch."""
 
 
 class Replay:
@@ -54,7 +54,7 @@ class Replay:
         self.batches: deque[AlignedBatch] = deque(maxlen=max_batches)
         self.half_life = half_life
         self.num_appended = 0
-        """Batches of the whole run, those included that are not kept any more."""
+        """The number of batches of the whole run, including those that are no longer kept."""
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -88,7 +88,7 @@ class Replay:
         """
         sizes = torch.tensor([len(aligned.alignments) for aligned in self.batches])
         chances = self.batch_weights().repeat_interleave(sizes)
-        # The largest of Gumbel variables, each shifted by the logarithm of its chance, are a draw without repetition.
+        # Gumbel top-k: the largest of Gumbel variables, shifted by log-probabilities, are a draw without replacement.
         noise = -torch.rand(len(chances), dtype=torch.float64, generator=generator).clamp_min(1e-300).log()
         drawn = (chances.log() - noise.clamp_min(1e-300).log()).topk(min(count, len(chances))).indices.sort().values
         alignments = torch.cat([standardized(aligned.alignments) for aligned in self.batches])[drawn]

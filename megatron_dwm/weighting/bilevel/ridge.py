@@ -30,9 +30,9 @@ from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weights import standardized
 
 AT_A_TIME = 1 << 20
-"""Tokens of the replay that are worked on at a time."""
+"""Tokens of the replay that are processed at a time."""
 SOLVED = 1e-10
-"""Residual, in parts of the right-hand side's norm, at which the iterations end."""
+"""Residual, relative to the right-hand side's norm, at which the iterations end."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class _Rows:
     """This rank's samples of the replay, as rows of the regression; ignored n-grams have the value 0."""
 
     pieces: list[tuple[torch.Tensor, torch.Tensor]]
-    """Buckets, int32, and values, float32 [m, f], of m samples after m samples: at once they would need much room."""
+    """Buckets, int32, and values, float32 [m, f], of m samples each; all at once would need too much memory."""
     batch_of: torch.Tensor
-    """The batch that each sample is from [c]."""
+    """The batch of each sample [c]."""
     targets: torch.Tensor
     """[c], float64; their mean over each whole batch is 0."""
     batch_weights: torch.Tensor
@@ -82,7 +82,7 @@ class RidgeLearner:
             )
         self.config, self.weighter = config, weighter
         self.prior: torch.Tensor | None = None
-        """The weights that the regression shrinks to [B], float64; of a start at 0 there are none."""
+        """The parameters that the regression shrinks towards [B], float64; None if they are 0."""
         weights = self._weights()
         if bool(weights.any()):
             self.prior = weights
@@ -110,7 +110,9 @@ class RidgeLearner:
         square = residual.square().sum()
         nothing = torch.zeros_like(square)
         for _ in range(self.config.dwm_weighter_steps):
-            is_solved = square.sqrt() <= SOLVED * scale  # then nothing moves any more, and the host need not know
+            is_solved = (
+                square.sqrt() <= SOLVED * scale
+            )  # then the solution no longer changes, without a read by the host
             product = normal_product(direction)
             step = torch.where(is_solved, nothing, square / (direction * product).sum())
             solution += step * direction
@@ -121,7 +123,7 @@ class RidgeLearner:
         is_finite = weights.isfinite().all().to(scale)
         norm, wanted, is_sound = torch.stack([square.sqrt(), scale, is_finite]).tolist()
         if not is_sound:
-            raise FloatingPointError("the weighter's weights are not finite; raise --dwm-kl-weight, or start it anew")
+            raise FloatingPointError("the weighter's weights are not finite; raise --dwm-kl-weight, or start a new one")
         with torch.no_grad():
             self.weighter.model.embedding.weight.copy_(weights.unsqueeze(1))
         return float(norm / wanted) if wanted > 0 else 0.0

@@ -35,7 +35,7 @@ _AT_A_TIME = {"cpu": 1 << 19, "gpu": 1 << 24}
 """Numbers that are multiplied at a time, in float32: few enough for a CPU's cache, or to use a GPU well."""
 
 
-def has_known_layers(chunks: Sequence[ModelChunk]) -> bool:
+def has_supported_layers(chunks: Sequence[ModelChunk]) -> bool:
     """Whether each parameter belongs to a supported kind of layer; those of Transformer Engine and Apex are not."""
     return all(
         isinstance(module, (*_LINEAR, *_EMBEDDINGS, *_NORMS)) or next(module.parameters(recurse=False), None) is None
@@ -60,7 +60,7 @@ def sample_products(
 
     Args:
         direction: v, by parameter.
-        chunks: model chunks that :func:`has_known_layers` accepts.
+        chunks: model chunks that :func:`has_supported_layers` accepts.
         num_samples: n.
         micro_batch_size: b.
         parallel_state: the layout.
@@ -104,13 +104,13 @@ class _Layer:
             micro_batch_size,
         )
         self.params: Mapping[str, torch.nn.Parameter | None] = vars(module)["_parameters"]
-        """Those of the layer itself; None for one that it does without."""
+        """The layer's parameters; None for a missing one."""
         self.batch_dim = 1
         if isinstance(module, _EMBEDDINGS):
             self.batch_dim = 1 if getattr(module, "reduce_scatter_embeddings", False) else 0
         self.counts = parallel_state.tp_rank == 0 or not _is_replicated(name, module)
         self.is_local = not isinstance(module, (RowParallelLinear, VocabParallelEmbedding))
-        """Whether it computes what its parameters contribute without the other ranks of its TP group."""
+        """Whether the layer computes its parameters' contribution without the other ranks of its TP group."""
         self.has_whole_outputs = (
             isinstance(module, _LINEAR)
             if parallel_state.tp_size == 1
@@ -124,7 +124,7 @@ class _Layer:
         if not torch.is_grad_enabled():  # an evaluation, or the first pass of a layer that is recomputed
             return None
         outputs = output[0] if isinstance(output, tuple) else output
-        if not outputs.requires_grad:  # an embedding's, as its parameters are frozen
+        if not outputs.requires_grad:  # those of an embedding, because its parameters are frozen
             outputs = outputs.detach().requires_grad_()
         first = self.microbatches * self.micro_batch_size
         self.microbatches += 1
@@ -175,11 +175,13 @@ class _Layer:
 
         A layer may leave adding its bias to the next layer; the gradient is still that of the sum.
         """
-        tied = kwargs.get("weight")  # the output layer's, where it is the embedding's
+        tied = kwargs.get("weight")  # of the output layer, if it is tied to the embedding
         if tied is not None:
             kwargs = {**kwargs, "weight": self._along(tied)}
         along = {name: None if param is None else self._along(param) for name, param in self.params.items()}
-        with changed_attributes(self.module, {"_parameters": along}):  # as torch.func.functional_call, but no hooks
+        with changed_attributes(
+            self.module, {"_parameters": along}
+        ):  # like torch.func.functional_call, but without hooks
             output: Any = self.module.forward(*inputs, **kwargs)
         change, bias = output if isinstance(output, tuple) else (output, None)
         moved: torch.Tensor = change if bias is None else change + bias

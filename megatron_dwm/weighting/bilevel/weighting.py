@@ -17,7 +17,7 @@ from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.runtime.device import current_device
-from megatron_dwm.weighting.bilevel.alignment_pass import reason_unmoved
+from megatron_dwm.weighting.bilevel.alignment_pass import reason_unchanged
 from megatron_dwm.weighting.bilevel.health import HealthWarning, check_scores
 from megatron_dwm.weighting.bilevel.outer_update import OuterResult, OuterUpdate
 from megatron_dwm.weighting.export import WeighterExporter
@@ -35,9 +35,9 @@ class BilevelFlops:
     """Operations of all ranks that weighting adds to plain training."""
 
     per_batch: float
-    """Of scoring one global batch."""
+    """Operations of scoring one global batch."""
     per_update: float
-    """Of one outer update."""
+    """Operations of one outer update."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class BilevelWeighting(ScoredWeighting):
         """
         if weights is None:
             return []
-        is_update, reason = self.stages.is_update(iteration), reason_unmoved(outcome)
+        is_update, reason = self.stages.is_update(iteration), reason_unchanged(outcome)
         should_check = is_update or iteration % self.options.check_interval == 0
         records = self.health_records(iteration, weights) if should_check else []
         if is_update and reason is not None:
@@ -106,7 +106,7 @@ class BilevelWeighting(ScoredWeighting):
 
     def flops(self, iteration: int, outcome: StepOutcome) -> float:
         """Return the operations of scoring, and of the outer update if one was made."""
-        is_update = self.stages.is_update(iteration) and reason_unmoved(outcome) is None
+        is_update = self.stages.is_update(iteration) and reason_unchanged(outcome) is None
         return self._flops.per_batch + (self._flops.per_update if is_update else 0.0)
 
     def before_save(self, iteration: int) -> None:
@@ -141,7 +141,7 @@ class BilevelWeighting(ScoredWeighting):
             return self._skip_update(iteration, reason)
         self.num_updates += 1
         losses = self.engine.broadcast_losses(outcome.sample_losses, len(batch)).mean
-        # Together, and losses as the integers that their bits are: so the host reads once.
+        # In one tensor, with losses reinterpreted as integers, so that the host reads only once.
         columns = torch.stack([batch.index, batch.source, losses.double().view(torch.int64)], dim=1)
         index, source, loss = self.sample_gather.gather_from_replicas(columns).cpu().unbind(1)
         samples = {

@@ -317,4 +317,4 @@ def test_what_cannot_be_used_is_one_line(weighter: Path, tmp_path: Path, capsys)
         assert message.count("\n") == 1 and words in message, message
     assert run(*[word for item in usual.items() for word in item]) == 0
     assert run(*[word for item in {**usual, "--rule": "max"}.items() for word in item]) == 2
-    assert "of other input or flags" in capsys.readouterr().err
+    assert "with other input or flags" in capsys.readouterr().err

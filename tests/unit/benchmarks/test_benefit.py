@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dwm.analysis.comparison import catches_up
+from megatron_dwm.analysis.comparison import catch_up_fractions
 from megatron_dwm.analysis.records import RunRecords
 from megatron_dwm.benchmarks.benefit_report import Arm, interval, summary, table
 from megatron_dwm.benchmarks.mixture import CORPORA, CorpusName, write_archives
@@ -29,18 +29,18 @@ UNIFORM = run([5.0, 4.0, 3.5, 3.0])
 
 
 def test_catching_up_is_found_between_evaluations():
-    tokens, time = catches_up(UNIFORM, run([4.5, 3.5, 2.5, 2.0], seconds=1.2)) or (0, 0)
+    tokens, time = catch_up_fractions(UNIFORM, run([4.5, 3.5, 2.5, 2.0], seconds=1.2)) or (0, 0)
     assert tokens == pytest.approx(25 / 40)  # 3.0 lies halfway from 3.5 to 2.5
     assert time == pytest.approx(25 * 1.2 / 40)
 
 
 def test_a_loss_that_rises_again_has_not_caught_up():
-    tokens, _ = catches_up(UNIFORM, run([2.9, 3.4, 3.2, 2.8])) or (0, 0)
+    tokens, _ = catch_up_fractions(UNIFORM, run([2.9, 3.4, 3.2, 2.8])) or (0, 0)
     assert tokens == pytest.approx(35 / 40)
 
 
 def test_a_run_that_stays_worse_never_catches_up():
-    assert catches_up(UNIFORM, run([5.0, 4.0, 3.5, 3.1])) is None
+    assert catch_up_fractions(UNIFORM, run([5.0, 4.0, 3.5, 3.1])) is None
 
 
 def test_the_summary_compares_means_over_seeds():

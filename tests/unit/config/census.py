@@ -20,7 +20,7 @@ PATH = "PATH"
 """What stands for every value that is a path."""
 FILES = ("--vocab-file", "--merge-file", "--tokenizer-model", "--tokenizer-metadata")
 """Flags of files that are to be there."""
-WORLD_SIZES = (8, 16, 1, 64, 512)
+WORLD_SIZES = (8, 16, 1, 4, 64, 512)
 
 Configuration = dict[str, str]
 """Flags and values; a switch's value is empty."""

@@ -459,11 +459,11 @@ def test_bad_flags_and_paths_are_one_line_and_code_2(
     [
         (["--split-sentences"], "--split-sentences is not supported: documents are kept whole; leave the flag out"),
         (["--padded-vocab-size", "128"], "--padded-vocab-size is not supported: it has no effect on the data;"),
-        (["--vocab-extra-ids", "100"], "--vocab-extra-ids is not supported: only GPT models are trained;"),
+        (["--vocab-extra-ids", "100"], "--vocab-extra-ids is not supported: only GPT models are supported;"),
         (["--tiktoken-special-tokens", "<s>"], "--tiktoken-special-tokens is not supported: "),
         (
             ["--tokenizer-type", "BertWordPieceCase"],
-            "--tokenizer-type BertWordPieceCase is not supported: it is of other",
+            "--tokenizer-type BertWordPieceCase is not supported: it is for models other",
         ),
         (["--no-such-flag"], "unknown flag --no-such-flag"),
     ],

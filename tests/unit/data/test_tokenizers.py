@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.data.tokenizers import build_tokenizer, padded_vocab_size
+from megatron_dwm.data.tokenizers import build_tokenizer, padded_vocab_size, vocabulary_rows
 from megatron_dwm.errors import UserError
+from tests.small_runs import GPT, IN_PROCESS, parse_flags
 from tests.unit.data.made_tokenizers import TEXTS
 
 
@@ -92,6 +93,13 @@ def test_vocabulary_is_padded_to_a_multiple(
     vocab_size: int, divisible_by: int, tensor_parallel: int, padded: int
 ) -> None:
     assert padded_vocab_size(vocab_size, divisible_by, tensor_parallel) == padded
+
+
+def test_a_vocabulary_without_room_for_the_tokens_is_refused() -> None:
+    model = parse_flags({**IN_PROCESS, **GPT, "--padded-vocab-size": 96}).model
+    assert vocabulary_rows(96, model, 2) == 96
+    with pytest.raises(UserError, match=r"^--padded-vocab-size 96 is less than the tokenizer's 97 tokens; raise it$"):
+        vocabulary_rows(97, model, 2)
 
 
 def test_a_class_that_metadata_name_is_not_imported(

@@ -80,13 +80,13 @@ def never(process: Process) -> None:
 def test_ranks_that_do_not_come_are_named_by_the_first(tmp_path: Path):
     first, second = start(tmp_path, [0, 2], 4, never)
     assert first == (2, f"error: ranks 1, 3 of 4 {first[1].partition(' of 4 ')[2]}")
-    assert "did not come to MASTER_ADDR=127.0.0.1" in first[1] and first[1].count("\n") == 1
+    assert "did not join at MASTER_ADDR=127.0.0.1" in first[1] and first[1].count("\n") == 1
     assert second == (2, "")
 
 
 def test_a_first_rank_that_does_not_come_is_named(tmp_path: Path):
     ((code, text),) = start(tmp_path, [1], 2, never)
-    assert code == 2 and f"rank 0 was not there for {MINUTES} minutes (Connection refused)" in text
+    assert code == 2 and f"rank 0 was not reached for {MINUTES} minutes (Connection refused)" in text
     assert text.startswith("error: MASTER_ADDR=127.0.0.1 MASTER_PORT=") and text.count("\n") == 1
 
 
@@ -96,7 +96,7 @@ def test_a_first_rank_that_does_not_come_to_a_launchers_store_is_named(tmp_path:
     ((code, text),) = start(tmp_path, [1], 2, never, port=store.port)
     assert (code, text) == (
         2,
-        "error: rank 0 did not come, or was killed, while the ranks met; see what it has printed\n",
+        "error: rank 0 did not start, or was killed, while the ranks were joining; see its output\n",
     )
 
 
@@ -130,7 +130,7 @@ def test_a_first_rank_that_is_killed_before_the_others_have_agreed_is_named(tmp_
 
     killed, (code, text) = start(tmp_path, [0, 1], 2, die)
     assert killed == (-signal.SIGKILL, "") and code == 2
-    assert text.splitlines()[-1].startswith("error: rank 0 ended while the r")  # run started, or ranks met
+    assert text.splitlines()[-1].startswith("error: rank 0 ended while the r")  # run started, or ranks were joining
 
 
 def test_a_rank_that_has_started_or_ended_is_not_silent(tmp_path: Path):
@@ -149,7 +149,7 @@ def test_a_rank_that_has_started_or_ended_is_not_silent(tmp_path: Path):
     ("environment", "parts"),
     [
         ({"MASTER_PORT": "x"}, ("MASTER_PORT=x", "1 to 65535")),
-        ({"MASTER_ADDR": "nowhere.invalid"}, ("MASTER_ADDR=nowhere.invalid", "rank 0 was not there", "not known")),
+        ({"MASTER_ADDR": "nowhere.invalid"}, ("MASTER_ADDR=nowhere.invalid", "rank 0 was not reached", "not known")),
     ],
 )
 def test_a_meeting_point_that_is_none_is_one_line(

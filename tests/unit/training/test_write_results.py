@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 import psutil
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megatron_dwm.training.stop_request import SIGNALS
+from megatron_dwm.runtime.stop_signals import STOP_SIGNALS
 from megatron_dwm.training.write_results import start_results_process
 
 
@@ -21,7 +21,7 @@ def rank(sender: Connection) -> None:
     queue = filesystem_async._results_queue
     start_results_process()
     (process,) = psutil.Process().children()
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         os.kill(process.pid, number)
     queue.put("written")
     sender.send((process.pid, queue.get(), queue is filesystem_async._results_queue))

@@ -157,9 +157,9 @@ def test_longer_samples_are_scored_whole_where_positions_go_on_and_else_in_windo
     parts = samples.split(10, dim=1) if kind == "gpt2" else [samples]
     expected = sum(model(input_ids=part).logits.squeeze(-1) * part.shape[1] for part in parts) / 24
     if kind == "gpt2":
-        assert found.reading.startswith("its positions end at 10: samples of 24 tokens are scored in windows of 10")
+        assert found.reading.startswith("its maximum length is 10: samples of 24 tokens are scored in windows of 10")
     else:
-        assert found.reading.startswith("made for 8 tokens, it scores samples of 24 whole")
+        assert found.reading.startswith("made for 8 tokens; samples of 24 tokens are scored whole")
     assert weighter(found).score(samples).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
     window = None if kind == "gpt2" else 24
     scorer = ScoringModel(str(tmp_path), window, 50, torch.device("cpu"))
