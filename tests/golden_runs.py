@@ -44,7 +44,7 @@ MODES = {
     "off": "--dwm-mode off",
     "bilevel": (
         "--dwm-warmup-iters 4 --dwm-num-stages 2 --dwm-update-interval 2 --dwm-init-from lm --dwm-num-layers 1 "
-        "--dwm-weighter-steps 2"
+        "--dwm-weighter-steps 2 --dwm-target-batch-size 8"  # whose default was once the batch
     ),
     "frozen": "--dwm-mode frozen --dwm-load {weighter}",
 }

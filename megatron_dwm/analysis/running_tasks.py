@@ -43,7 +43,7 @@ class RunningTasks:
             UserError: on the first rank, if a task is unknown, its data are not there, or it needs generated text.
         """
         self._engine, self._micro_batch_size, self._vocab_size = engine, micro_batch_size, vocab_size
-        # All at once would need much memory for long tasks, and could not be interrupted.
+        # All of a long task at once would fill the memory, and could not be interrupted.
         self._most_together = _MICROBATCHES_TOGETHER * micro_batch_size * engine.parallel_state.dp_size
         self._before_batch: Callable[[], None] = lambda: None
         self._evaluator = None
@@ -57,7 +57,7 @@ class RunningTasks:
         The parameters must be up to date.
 
         Args:
-            before_batch: called on every rank before each batch of continuations; may raise to stop the evaluation.
+            before_batch: called on every rank before each batch; may raise to interrupt the evaluation.
         """
         self._before_batch = before_batch
         if self._evaluator is None:

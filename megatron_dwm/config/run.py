@@ -42,6 +42,10 @@ PARTS: dict[str, type] = {
 """The parts of a run's configuration."""
 FLAG_GROUPS: dict[str, type] = PARTS | {"plan": PlanConfig, "no_effect": NoEffectConfig}
 """All flags that are accepted."""
+TARGET_PART = 4
+"""By default, an outer update reads one target sample for this many samples of the batch."""
+TARGET_MOMENTUM = 0.6
+"""The running mean then has as little noise as a mean over ``TARGET_PART`` gradients: (1 + 0.6) / (1 - 0.6) = 4."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +233,11 @@ class RunConfig:
                 f"--dwm-target-batch-size {self.target_batch_size} is not divisible by --micro-batch-size "
                 f"{self.target_micro_batch} x data-parallel size {dp}; change one"
             )
+        if self.parallel.tp_comm_overlap and self.target_micro_batch != micro:
+            raise UserError(
+                f"--dwm-target-batch-size {self.target_batch_size} with --tp-comm-overlap: its buffers have the shape "
+                f"of a microbatch of {micro} samples; give a multiple of {micro * dp}"
+            )
         if self.parallel.virtual_stages(self.model.layers) is not None:
             self._check_groups(self.target_batch_size // (self.target_micro_batch * dp), "--dwm-target-batch-size")
         half = "--bf16" if self.optimizer.bf16 else "--fp16" if self.optimizer.fp16 else None
@@ -273,8 +282,32 @@ class RunConfig:
 
     @property
     def target_batch_size(self) -> int:
-        """The number of target samples in one outer update."""
-        return self.weighting.dwm_target_batch_size or self.global_batch_size
+        """The number of target samples in one outer update; by default a quarter of the batch, rounded up.
+
+        It is rounded up so that all replicas have the same number of samples, in full microbatches if there are
+        several, and in full groups of microbatches with the interleaved schedule. The default for rules that learn no
+        weighter is the size of the batch.
+        """
+        if self.weighting.dwm_target_batch_size is not None:
+            return self.weighting.dwm_target_batch_size
+        if not self.weighting.learns_weighter:
+            return self.global_batch_size
+        dp, part = self.data_parallel_size, -(-self.global_batch_size // TARGET_PART)
+        unit = dp
+        if self.parallel.virtual_stages(self.model.layers) is not None:
+            unit *= self.training.micro_batch * (self.parallel.microbatch_group_size_per_vp_stage or self.parallel.pp)
+        elif part > self.training.micro_batch * dp or self.parallel.tp_comm_overlap:  # its buffers have a fixed size
+            unit *= self.training.micro_batch
+        return min(-(-part // unit) * unit, self.global_batch_size)
+
+    @property
+    def target_momentum(self) -> float:
+        """The momentum of the target gradient's running mean; 0 if there is none."""
+        if not self.weighting.learns_weighter:
+            return 0.0
+        if self.weighting.dwm_target_momentum is not None:
+            return self.weighting.dwm_target_momentum
+        return TARGET_MOMENTUM if self.weighting.dwm_target_batch_size is None else 0.0
 
     @property
     def target_micro_batch(self) -> int:

@@ -69,7 +69,14 @@ class WeightingConfig:
         old_names=("--dwm-valid-data-path",),
     )
     dwm_target_batch_size: int | None = flag(
-        None, "Target samples in one outer update; the global batch size if not given."
+        None,
+        "Target samples in one outer update. Default: a quarter of the global batch, rounded up so that all replicas "
+        "and microbatches get the same number of samples.",
+    )
+    dwm_target_momentum: float | None = flag(
+        None,
+        "Momentum of the running mean of the target gradient over outer updates, which compensates for few target "
+        "samples. 0 uses each update's own gradient. Default: 0.6, or 0 if --dwm-target-batch-size is given.",
     )
     dwm_init_from: str = flag(
         "random",
@@ -179,6 +186,8 @@ class WeightingConfig:
             )
         if self.dwm_temperature <= 0:
             raise UserError(f"--dwm-temperature {self.dwm_temperature}: must be above 0")
+        if self.dwm_target_momentum is not None and not 0 <= self.dwm_target_momentum < 1:
+            raise UserError(f"--dwm-target-momentum {self.dwm_target_momentum}: must be at least 0 and below 1")
         self._check_ngrams()
         self._check_rule()
         if self.dwm_mode == "frozen" and self.dwm_load is None:

@@ -27,7 +27,7 @@ def planned_files(
     """Return the files that a run writes.
 
     Args:
-        model_parameters: of the language model, each once.
+        model_parameters: number of parameters of the language model, each counted once.
         weighter_parameters: None without a weighter.
     """
     files, logging, save = [], config.logging, config.checkpoint.save
@@ -55,15 +55,17 @@ def _saved(
     moments = {"adam": 2, "sgd": 1}[config.optimizer.optimizer]
     copies = config.optimizer.bf16 or config.optimizer.fp16
     optimizer = 0 if flags.no_save_optim else 4 * model_parameters * (moments + copies)
+    weighting = 4 * model_parameters if config.target_momentum > 0 else 0  # the mean of the target gradient
+    size = model + optimizer + weighting
     files = [
-        PlannedFile(str(save / "iter_XXXXXXX"), "checkpoints", len(saves), model + optimizer),
+        PlannedFile(str(save / "iter_XXXXXXX"), "checkpoints", len(saves), size),
         PlannedFile(str(save / TRACKER), "the newest checkpoint's iteration", len(saves)),
         PlannedFile(str(save / "run_status.json"), "whether the run is running, interrupted or finished", 2),
     ]
     if flags.non_persistent_save_interval is not None:
         folder = flags.non_persistent_global_ckpt_dir or str(save / "non_persistent")
         times = config.train_iters // flags.non_persistent_save_interval
-        files.append(PlannedFile(folder, "checkpoints of which the newest two are kept", times, model + optimizer))
+        files.append(PlannedFile(folder, "checkpoints of which the newest two are kept", times, size))
     if weighter_parameters is not None:
         ends = {i for i in range(1, config.train_iters + 1) if stages.is_stage_end(i)}
         exports = {i for i in saves | ends if stages.is_weighted(i)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -17,8 +18,12 @@ from megatron_dwm.config.run import RunConfig
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.training.train_state import TrainComponents, TrainState
 
+OfParameters = Mapping[str, Mapping[torch.nn.Parameter, torch.Tensor]]
+"""Tensors with the shapes of the model's parameters, by name."""
+OF_WEIGHTING = "dwm."
+"""Prefix of the weighting's per-parameter tensors."""
 EVALUATIONS_DUE = "dwm_evaluations_due"
-"""The argument that lists them; only a run that was stopped during an evaluation has it."""
+"""Name of the argument with the evaluations that are due; only checkpoints of interrupted evaluations have it."""
 
 VERSION = 3.0
 """Version of this layout of keys in Megatron-LM."""
@@ -34,14 +39,22 @@ def sharded_state(
     is_loading: bool,
     with_optimizer: bool,
     with_rng: bool,
+    of_parameters: OfParameters | None = None,
 ) -> dict[str, Any]:
-    """Return the sharded state to save, or the template to load into."""
-    state = unsharded_state(config, components, train_state) | sharded_model(components, metadata)
+    """Return the sharded state to save, or the template to load into.
+
+    Args:
+        of_parameters: the weighting's per-parameter tensors, by name.
+    """
+    model = sharded_model(components, metadata)
+    state = unsharded_state(config, components, train_state) | model
     if with_optimizer:
         state["optimizer"] = components.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
         state["opt_param_scheduler"] = components.scheduler.state_dict()
     if with_rng:
         state["rng_state"] = _sharded_rng_state(parallel_state)
+    for name, tensors in (of_parameters or {}).items():
+        state[f"{OF_WEIGHTING}{name}"] = _sharded_as_parameters(model, tensors, f"{OF_WEIGHTING}{name}")
     return state
 
 
@@ -60,6 +73,27 @@ def sharded_model(components: TrainComponents, metadata: dict[str, Any]) -> dict
     return {
         model_key(components, number): chunk.module.sharded_state_dict(metadata=metadata)
         for number, chunk in enumerate(components.chunks)
+    }
+
+
+def trained_parameters(components: TrainComponents) -> list[torch.nn.Parameter]:
+    """Return this rank's parameters that have gradients, in the model's order."""
+    return [param for chunk in components.chunks for param in chunk.parameters() if param.requires_grad]
+
+
+def _sharded_as_parameters(
+    model: dict[str, Any], tensors: Mapping[torch.nn.Parameter, torch.Tensor], prefix: str
+) -> dict[str, Any]:
+    """Return tensors of the parameters' shapes, sharded as they are in ``model``, by the parameters' order."""
+    from megatron.core.dist_checkpointing.optimizer import (
+        get_param_id_to_sharded_param_map,
+        make_sharded_optimizer_tensor,
+    )
+
+    sharded = get_param_id_to_sharded_param_map(model, list(tensors))
+    return {
+        str(number): make_sharded_optimizer_tensor(sharded[number], tensor, prefix)
+        for number, tensor in enumerate(tensors.values())
     }
 
 

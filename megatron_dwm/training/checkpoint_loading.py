@@ -7,6 +7,7 @@ import logging
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_dwm.config.checkpoint import CheckpointConfig
@@ -17,10 +18,12 @@ from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.safe_unpickling import restricted_checkpoint_loading, short_reason
 from megatron_dwm.training.checkpoint_contents import (
     EVALUATIONS_DUE,
+    OF_WEIGHTING,
     data_parallel_group,
     model_key,
     set_rng_state,
     sharded_state,
+    trained_parameters,
 )
 from megatron_dwm.training.lr_schedule import resume_schedule
 from megatron_dwm.training.optimizer_state import choose_reader
@@ -34,6 +37,7 @@ from megatron_dwm.training.resume_checks import (
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, reported_damage
 from megatron_dwm.training.torch_format import TorchCheckpoint, load_torch_state
 from megatron_dwm.training.train_state import TrainComponents, TrainState
+from megatron_dwm.weighting.policy import OF_PARAMETERS
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +62,18 @@ def load_checkpoint(
         logger.info(" > the random state is not loaded: it belongs to another TP or PP size")
         with_rng = False
 
+    with_weighting = config.weighting.learns_weighter and not starts_anew
     if isinstance(saved, TorchCheckpoint):
         state = load_torch_state(saved, components, parallel_state, with_optimizer=with_optimizer)
     else:
         state = _load_distributed(
-            config, saved, components, parallel_state, with_optimizer=with_optimizer, with_rng=with_rng
+            config,
+            saved,
+            components,
+            parallel_state,
+            with_optimizer=with_optimizer,
+            with_rng=with_rng,
+            with_weighting=with_weighting,
         )
     if with_optimizer:
         resumed = resumed_schedule(config, saved)
@@ -88,7 +99,22 @@ def load_checkpoint(
         num_floating_point_operations_so_far=operations,
         evaluations_due=() if starts_anew else tuple(getattr(arguments, EVALUATIONS_DUE, ())),
     )
-    return train_state, {} if starts_anew else saved.read_dwm_state()
+    if starts_anew:
+        return train_state, {}
+    dwm_state = saved.read_dwm_state()
+    if with_weighting and (of_parameters := _of_parameters(state, components)):
+        dwm_state[OF_PARAMETERS] = of_parameters
+    return train_state, dwm_state
+
+
+def _of_parameters(state: dict[str, Any], components: TrainComponents) -> dict[str, dict[torch.nn.Parameter, Any]]:
+    """Return the weighting's per-parameter tensors in a loaded state, by name and parameter."""
+    params = trained_parameters(components)
+    return {
+        key.removeprefix(OF_WEIGHTING): {param: tensors[str(number)] for number, param in enumerate(params)}
+        for key, tensors in state.items()
+        if key.startswith(OF_WEIGHTING)
+    }
 
 
 def _load_distributed(
@@ -99,8 +125,9 @@ def _load_distributed(
     *,
     with_optimizer: bool,
     with_rng: bool,
+    with_weighting: bool,
 ) -> dict[str, Any]:
-    """Load the model, and the optimizer's state, from the format ``torch_dist``; return all that was loaded.
+    """Load the model, and the optimizer's and the weighting's state, from the format ``torch_dist``; return all of it.
 
     Raises:
         UserError: the checkpoint's tensors do not fit the model, or its files are damaged.
@@ -117,6 +144,7 @@ def _load_distributed(
         is_loading=True,
         with_optimizer=False,
         with_rng=with_rng,
+        of_parameters=_empty_of_parameters(saved, components) if with_weighting else {},
     )
     reader = None
     if with_optimizer:
@@ -130,6 +158,17 @@ def _load_distributed(
     if reader is not None:
         reader.apply(state)
     return state
+
+
+def _empty_of_parameters(
+    saved: SavedCheckpoint, components: TrainComponents
+) -> dict[str, dict[torch.nn.Parameter, torch.Tensor]]:
+    """Return empty tensors for the weighting's per-parameter tensors in a checkpoint, by name and parameter."""
+    keys = [key.removeprefix(OF_WEIGHTING) for key in saved.shapes if key.startswith(OF_WEIGHTING)]
+    names = dict.fromkeys(key.split(".")[0] for key in keys)
+    params = trained_parameters(components)
+    dtypes = {param: torch.promote_types(param.dtype, torch.float32) for param in params}
+    return {name: {param: torch.empty_like(param, dtype=dtypes[param]) for param in params} for name in names}
 
 
 def _load_sharded(saved: SavedCheckpoint, flags: CheckpointConfig, template: dict[str, Any]) -> dict[str, Any]:

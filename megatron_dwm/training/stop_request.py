@@ -15,7 +15,7 @@ from megatron_dwm.runtime.stop_signals import STOP_SIGNALS
 
 
 class EvaluationInterruptedError(Exception):
-    """A signal was received, so the evaluation is stopped and repeated when the run continues."""
+    """A signal interrupted an evaluation, which the resumed run will repeat."""
 
 
 class StopRequest:
@@ -49,7 +49,9 @@ class StopRequest:
         return None
 
     def interrupt_if_signaled(self) -> None:
-        """Stop an evaluation, which may take longer than the time that is left to save; every rank calls it.
+        """Interrupt an evaluation if a signal asks the run to stop; every rank calls it.
+
+        Completing it could take longer than the time that is left to save a checkpoint.
 
         Raises:
             EvaluationInterruptedError: on every rank, if one has received a signal.

@@ -22,7 +22,14 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.safe_unpickling import read_torch_file, short_reason
-from megatron_dwm.training.checkpoint_contents import VERSION, model_key, rng_state, unsharded_state
+from megatron_dwm.training.checkpoint_contents import (
+    OF_WEIGHTING,
+    VERSION,
+    OfParameters,
+    model_key,
+    rng_state,
+    unsharded_state,
+)
 from megatron_dwm.training.checkpoint_folders import rank_file
 from megatron_dwm.training.optimizer_shards import SHARDS, gathered_shards, load_shards
 from megatron_dwm.training.optimizer_state import load_optimizer
@@ -92,7 +99,7 @@ def open_torch_checkpoint(folder: Path, config: RunConfig, rank: int) -> TorchCh
         )
     rows = state[_first_model_key(state)].get(WORD_EMBEDDINGS)
     embedding = None if rows is None else (rows.shape[0] * config.parallel.tp, *rows.shape[1:])
-    common = {key: value for key, value in state.items() if not key.startswith("model")}
+    common = {key: value for key, value in state.items() if not key.startswith(("model", OF_WEIGHTING))}
     if "optimizer" in common:
         common["optimizer"] = {}  # each rank reads its own
     keys = {"rng_state/": None} if "rng_state" in state else {}
@@ -136,8 +143,13 @@ def write_torch_state(
     components: TrainComponents,
     train_state: TrainState,
     parallel_state: ParallelState,
+    of_parameters: OfParameters | None = None,
 ) -> None:
-    """Write this rank's files; collective with the distributed optimizer, whose shards are gathered."""
+    """Write this rank's files; collective with the distributed optimizer, whose shards are gathered.
+
+    Args:
+        of_parameters: the weighting's per-parameter tensors, by name.
+    """
     flags, shards = config.checkpoint, None
     if config.parallel.use_distributed_optimizer and not flags.no_save_optim:
         shards = gathered_shards(components.optimizer, use_gloo=config.parallel.enable_gloo_process_groups)
@@ -154,6 +166,8 @@ def write_torch_state(
     if not flags.no_save_rng:
         state["rng_state"] = [rng_state()]
     path = rank_file(folder, parallel_state.tp_rank, parallel_state.pp_rank, parallel_state.pp_size)
+    for name, tensors in (of_parameters or {}).items():
+        state[f"{OF_WEIGHTING}{name}"] = {str(number): tensor for number, tensor in enumerate(tensors.values())}
     path.parent.mkdir(exist_ok=True)
     torch.save(state, path)
     if shards is not None:

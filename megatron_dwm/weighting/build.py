@@ -14,6 +14,7 @@ from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
 from megatron_dwm.errors import UserError
 from megatron_dwm.safe_unpickling import DAMAGE, short_reason
 from megatron_dwm.weighting.bilevel.gradient_check import check_at_start
+from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
 from megatron_dwm.weighting.bilevel.outer_update import OuterUpdate
 from megatron_dwm.weighting.bilevel.weighting import BilevelFlops, BilevelParts, BilevelWeighting
 from megatron_dwm.weighting.build_rules import build_rule
@@ -123,13 +124,17 @@ class _Builder:
                     "with an earlier one, give its export as --dwm-init-from"
                 )
             self._announce(iteration, weighter)
+        momentum = self.config.target_momentum
+        gradient_mean = GradientMean(self.engine.chunks, momentum) if momentum > 0 else None
+        passes = lm_gradients(self.context, gradient_mean)
         parts = BilevelParts(
             self.engine,
             weighter,
-            self._outer_update(weighter),
+            OuterUpdate(self.settings, passes, weighter, self.sample_gather),
             self.context.make_target_loader(state.get("consumed_target_samples", 0)),
             self._exporter(has_own_tokenizer=bool(weighter.tokenizer_fingerprint)),
             BilevelFlops(self._scoring_flops(weighter), self._update_flops(weighter)),
+            gradient_mean,
         )
         if self.settings.dwm_mode == "rule":
             shuffle_seed = self.config.training.seed
@@ -142,9 +147,6 @@ class _Builder:
             except DAMAGE as error:
                 raise _damaged_state(error) from None
         return weighting
-
-    def _outer_update(self, weighter: Weighter) -> OuterUpdate:
-        return OuterUpdate(self.settings, lm_gradients(self.context), weighter, self.sample_gather)
 
     def _weighter(self, model: Any, reader: SampleReader | None = None, tokenizer_fingerprint: str = "") -> Weighter:
         return Weighter(

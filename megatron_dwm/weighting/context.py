@@ -14,6 +14,7 @@ from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.data.sampler import BatchPartition
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.runtime.process_groups import ParallelState
+from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.inputs import WeightingInputs
 from megatron_dwm.weighting.loss_factors import LossFactors
@@ -42,10 +43,15 @@ class WeightingContext:
     device: torch.device
 
 
-def lm_gradients(context: WeightingContext) -> LMGradients:
-    """Return the passes over the language model in an outer update."""
+def lm_gradients(context: WeightingContext, gradient_mean: GradientMean | None = None) -> LMGradients:
+    """Return the passes over the language model in an outer update.
+
+    Args:
+        gradient_mean: averages the target gradient over updates.
+    """
     config, micro_batch_size = context.config, context.config.training.micro_batch
-    return LMGradients(config.weighting, context.engine, context.optimizer, context.parallel_state, micro_batch_size)
+    parts = context.engine, context.optimizer, context.parallel_state, micro_batch_size
+    return LMGradients(config.weighting, *parts, gradient_mean)
 
 
 def weight_metrics(context: WeightingContext) -> WeightMetrics:

@@ -79,6 +79,11 @@ class EmbeddedWeighting:
             raise UserError(
                 f"dwm_mode {settings.dwm_mode}: only bilevel weighting is supported in another program's loop"
             )
+        if settings.dwm_target_momentum:
+            raise UserError(
+                f"dwm_target_momentum {settings.dwm_target_momentum}: only pretrain_dwm.py averages target gradients; "
+                "leave it out, and use target batches as large as the training batches"
+            )
         self.settings, self.sample_gather, self.weighter = settings, sample_gather, weighter
         self.outer_update = OuterUpdate(settings, passes, weighter, sample_gather)
         self.stages = bilevel_stages(settings, train_iters)

@@ -23,6 +23,8 @@ Record = dict[str, Any]
 """One line of the run's JSON-lines file, with its kind in ``kind``."""
 State = dict[str, Any]
 """State in a checkpoint: tensors, numbers, strings, and lists and dicts of them."""
+OF_PARAMETERS = "of_parameters"
+"""Key in a state for per-parameter tensors: by name, one tensor for each parameter, with its shape and its sharding."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class SampleWeights:
 
 
 class StepOutcome(Protocol):
-    """What the weighting is told about a training step."""
+    """The result of a training step, as the weighting sees it."""
 
     @property
     def skipped(self) -> bool:

@@ -120,10 +120,17 @@ def test_a_weighter_goes_on_from_its_state(examples: Any):
     assert not torch.equal(first.weigh(batch), torch.ones(16))
 
 
-def test_other_modes_are_refused(examples: Any):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dwm_mode": "off"}, "dwm_mode off: only bilevel"),
+        ({"dwm_target_momentum": 0.6}, "dwm_target_momentum 0.6: only"),
+    ],
+)
+def test_what_needs_pretrain_dwm_is_refused(change: dict[str, Any], said: str, examples: Any):
     example = examples("embed_torch")
-    model, settings = example.TinyModel(), dataclasses.replace(example.SETTINGS, dwm_mode="off")
-    with pytest.raises(UserError, match="dwm_mode off: only bilevel"):
+    model, settings = example.TinyModel(), dataclasses.replace(example.SETTINGS, **change)
+    with pytest.raises(UserError, match=said):
         EmbeddedWeighting.for_module(
             model, None, iter([]), WeighterSize(example.VOCABULARY), train_iters=8, settings=settings
         )

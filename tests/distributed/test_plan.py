@@ -20,9 +20,11 @@ from megatron_dwm.plan.meter import Meter, Traffic
 from megatron_dwm.plan.stages import measure_stages
 from megatron_dwm.plan.weighter import WeighterPlan
 from megatron_dwm.training.optimizer import allocate_state
+from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers
+from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
 from tests.distributed.built_model import CONTEXT_PARALLEL, LAYOUTS, build_model, random_mask, random_tokens
 from tests.distributed.harness import run_distributed
-from tests.small_runs import GPT, IN_PROCESS, LLAMA, VOCAB_SIZE, Flags, parse_flags
+from tests.small_runs import GPT, IN_PROCESS, LLAMA, NUM_SAMPLES, VOCAB_SIZE, Flags, parse_flags
 
 CASES: dict[str, tuple[int, Flags]] = {
     "llama, TP2, sequence parallel, x PP2": (4, {**LLAMA, **LAYOUTS["TP2 x PP2"][1], "--sequence-parallel": True}),
@@ -73,6 +75,10 @@ def _count(flags: Flags) -> dict[str, Any]:
     with Meter() as copy:
         before = ParameterCopy.taken(chunks)
     held["parameter copy"] = copy.allocated
+    with Meter() as mean:
+        gradient_mean = GradientMean(chunks, momentum=0.5)
+        gradient_mean.average(GradientBuffers(chunks))
+    held["gradient mean"] = mean.allocated
     with Meter() as update, built.engine.full_parameters():
         _, direction = gradients.gradient(target)
         before.swap()
@@ -111,7 +117,7 @@ def _payloads(traffic: Mapping[str, Traffic]) -> dict[str, float]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_plan_is_what_ranks_hold_and_send(case: str):
     processes, flags = CASES[case]
-    flags = {**flags, "--num-layers": 4}
+    flags = {**flags, "--num-layers": 4, "--dwm-target-batch-size": NUM_SAMPLES}
     config = parse_flags({**IN_PROCESS, **flags}, processes)
     stages = measure_stages(config, Vocabulary(VOCAB_SIZE, VOCAB_SIZE), for_gpu=False)
     counted = run_distributed(_count, processes, flags)
@@ -123,6 +129,8 @@ def test_a_plan_is_what_ranks_hold_and_send(case: str):
         assert stage.gradients == found["gradients"]
         assert stage.optimizer == found["optimizer"]
         assert stage.parameter_copy == found["parameter copy"]
+        # Beside it are the sum of its factors and the flag that says whether a gradient was finite.
+        assert stage.gradient_mean == pytest.approx(found["gradient mean"], abs=64)
         assert _payloads(step_traffic(config, stage)) == found["step"]
         assert _payloads(update_traffic(config, stage, nothing)) == found["update"]
         activations = held_activations(stage.training, in_flight(config, stage.number, config.num_microbatches))

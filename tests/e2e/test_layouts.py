@@ -73,6 +73,8 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "--hidden-dropout": 0,
         "--attention-dropout": 0,
         "--dwm-num-stages": 1,
+        "--dwm-target-batch-size": 8,  # a quarter of the batch is rounded up to what a layout divides
+        "--dwm-target-momentum": 0.6,
         "--train-data-path": train,
         # Of 13 and 20 samples, which fill no batch.
         "--valid-data-path": [

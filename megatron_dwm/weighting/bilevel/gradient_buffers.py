@@ -8,6 +8,7 @@ shard, and the shards are gathered once, bucket by bucket.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,19 +32,30 @@ class GradientBuffers:
         for group, bucket in buckets_of(chunks):
             whole = bucket.grad_data.to(torch.promote_types(bucket.grad_data.dtype, torch.float32))
             self._buckets.append((whole, group))
-            for param in bucket.params_list:
-                start = param.main_grad.storage_offset() - bucket.grad_data.storage_offset()
-                views[param] = whole[start : start + param.numel()].view(param.shape)
+            views |= views_by_parameter(bucket, whole)
         params = [param for chunk in chunks for param in chunk.parameters() if param in views]
         self.direction: Direction = {param: views[param] for param in params}
-        """By parameter, as views: each rank's shard is valid, and all of it after :meth:`gather_shards`."""
+        """The direction as views by parameter: each rank's shard is valid; all of it after :meth:`gather_shards`."""
+
+    def shards(self) -> list[torch.Tensor]:
+        """Return the rank's part of each bucket [elements], in place."""
+        return [shard_of(whole, group) for whole, group in self._buckets]
 
     def scale(self, factor: torch.Tensor) -> None:
         """Multiply the rank's part by a number."""
-        for whole, group in self._buckets:
-            shard_of(whole, group).mul_(factor)
+        for shard in self.shards():
+            shard.mul_(factor)
 
     def gather_shards(self) -> None:
         """Complete the gradient on every rank; a collective call of the ranks that hold shards."""
         for whole, group in self._buckets:
             gather_shards(whole, group)
+
+
+def views_by_parameter(bucket: Any, whole: torch.Tensor) -> Direction:
+    """Return the parts of a tensor as long as a bucket's gradients [elements], by parameter and in its shape."""
+    views: Direction = {}
+    for param in bucket.params_list:
+        start = param.main_grad.storage_offset() - bucket.grad_data.storage_offset()
+        views[param] = whole[start : start + param.numel()].view(param.shape)
+    return views

@@ -28,6 +28,7 @@ from megatron_dwm.weighting.bilevel.alignment import (
     sum_over_replica,
 )
 from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers
+from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
 from megatron_dwm.weighting.bilevel.preconditioner import precondition
 from megatron_dwm.weighting.bilevel.sample_products import has_supported_layers, sample_products
 from megatron_dwm.weighting.loss_factors import LossFactors
@@ -45,8 +46,13 @@ class LMGradients:
         optimizer: Optimizer,
         parallel_state: ParallelState,
         micro_batch_size: int,
+        gradient_mean: GradientMean | None = None,
     ) -> None:
-        self.config, self.engine, self.optimizer = config, engine, optimizer
+        """
+        Args:
+            gradient_mean: replaces each target gradient by the running mean over updates; None to use it as it is.
+        """
+        self.config, self.engine, self.optimizer, self.gradient_mean = config, engine, optimizer, gradient_mean
         self.parallel_state, self.micro_batch_size = parallel_state, micro_batch_size
         self.loss_factors = LossFactors(micro_batch_size, engine.config.calculate_per_token_loss, parallel_state)
 
@@ -66,7 +72,8 @@ class LMGradients:
 
     def with_config(self, config: WeightingConfig) -> LMGradients:
         """Return the same passes with other settings."""
-        return type(self)(config, self.engine, self.optimizer, self.parallel_state, self.micro_batch_size)
+        parts = self.engine, self.optimizer, self.parallel_state, self.micro_batch_size
+        return type(self)(config, *parts, self.gradient_mean)
 
     def gradient(self, batch: Batch, sample_weights: torch.Tensor | None = None) -> tuple[float, Direction]:
         """Return the plain loss of ``batch``; compute its gradient with ``sample_weights`` [n], preconditioned.
@@ -85,6 +92,8 @@ class LMGradients:
             )
         gradients = GradientBuffers(self.engine.chunks)
         gradients.scale(1.0 / self.optimizer.get_loss_scale())
+        if self.gradient_mean is not None:
+            self.gradient_mean.average(gradients)
         if self.config.dwm_preconditioner == "adam":
             precondition(gradients.direction, self.optimizer)
         gradients.gather_shards()

@@ -18,16 +18,20 @@ from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.weighting.bilevel.alignment_pass import reason_unchanged
+from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
 from megatron_dwm.weighting.bilevel.health import HealthWarning, check_scores
 from megatron_dwm.weighting.bilevel.outer_update import OuterResult, OuterUpdate
 from megatron_dwm.weighting.export import WeighterExporter
-from megatron_dwm.weighting.policy import Record, SampleWeights, State, StepOutcome
+from megatron_dwm.weighting.policy import OF_PARAMETERS, Record, SampleWeights, State, StepOutcome
 from megatron_dwm.weighting.scored import ScoredWeighting, ScoringOptions
 from megatron_dwm.weighting.weight_metrics import WeightMetrics
 from megatron_dwm.weighting.weighter import Weighter, weighter_state
 from megatron_dwm.weighting.weights import WeightStatistics
 
 logger = logging.getLogger(__name__)
+
+TARGET_GRADIENT = "target_gradient"
+"""Name of the target gradient's running mean among the per-parameter tensors of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class BilevelParts:
     target_loader: BatchLoader
     exporter: WeighterExporter
     flops: BilevelFlops
+    gradient_mean: GradientMean | None = None
+    """Running mean of the target gradient over updates."""
 
 
 class BilevelWeighting(ScoredWeighting):
@@ -62,6 +68,7 @@ class BilevelWeighting(ScoredWeighting):
         super().__init__(weight_metrics, options)
         self.engine, self.weighter, self.outer_update = parts.engine, parts.weighter, parts.outer_update
         self.target_loader, self.exporter, self._flops = parts.target_loader, parts.exporter, parts.flops
+        self.gradient_mean = parts.gradient_mean
         self.stages, self.sources = weight_metrics.stages, weight_metrics.sources
         self.consumed_target_samples = 0
         self.num_updates = 0
@@ -114,13 +121,15 @@ class BilevelWeighting(ScoredWeighting):
         self.exporter.export(self.weighter, iteration, self.stages.stage(iteration))
 
     def state_dict(self) -> State:
-        """Return the weighter, its optimizer, the replay in global order, and what was consumed."""
+        """Return the weighter, its optimizer, the replay in global order, the gradient mean, and the sample counts."""
+        mean = None if self.gradient_mean is None else self.gradient_mean.state()
         return {
             "consumed_target_samples": self.consumed_target_samples,
             "outer_updates": self.num_updates,
             **weighter_state(self.weighter),
             "replay": self.outer_update.replay.state(),
             "weighter_prior": self.outer_update.learner.prior,
+            **({} if mean is None else {"target_gradients": mean[0], OF_PARAMETERS: {TARGET_GRADIENT: mean[1]}}),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -131,6 +140,9 @@ class BilevelWeighting(ScoredWeighting):
         outer_update.replay.load(state["replay"], outer_update.rank_places, current_device())
         outer_update.replay.num_appended = self.num_updates
         outer_update.learner.prior = state.get("weighter_prior")
+        of_parameters = state.get(OF_PARAMETERS, {})
+        if self.gradient_mean is not None and TARGET_GRADIENT in of_parameters:
+            self.gradient_mean.load(state["target_gradients"], of_parameters[TARGET_GRADIENT])
 
     def _update(self, iteration: int, batch: Batch, weights: SampleWeights, outcome: StepOutcome) -> Record:
         target = self.target_loader.next_batch()

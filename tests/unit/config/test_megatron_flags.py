@@ -142,6 +142,7 @@ READ_BY_PROPERTIES = {
     "accumulate_allreduce_grads_in_fp32": "OptimizerConfig.grads_in_fp32",
     "decrease_batch_size_if_needed": "RunConfig.batch_sizes",
     "dwm_target_batch_size": "RunConfig.target_batch_size",
+    "dwm_target_momentum": "RunConfig.target_momentum",
     "grad_reduce_in_bf16": "OptimizerConfig.grads_in_fp32",
     "num_layers_per_virtual_pipeline_stage": "ParallelConfig.virtual_stages",
     "num_virtual_stages_per_pipeline_rank": "ParallelConfig.virtual_stages",

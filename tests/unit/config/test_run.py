@@ -287,7 +287,7 @@ MISTAKES = {
     "--error-injection-rate 5": "tests --rerun-mode validate_results",
     "--wandb-project x": "--wandb-project x needs --wandb-exp-name",
     "--dwm-peak-tflops 0": "--dwm-peak-tflops 0.0: must be above 0",
-    "--save a --non-persistent-global-ckpt-dir ./a": "--non-persistent-global-ckpt-dir ./a: is --save, whose checkpo",
+    "--save a --non-persistent-global-ckpt-dir ./a": "--non-persistent-global-ckpt-dir ./a: is also --save, whose ch",
     "--eval-tasks local-cloze": "--eval-tasks has no effect without --eval-tasks-interval; add that",
     "--eval-tasks-interval 5": "--eval-tasks-interval has no effect without --eval-tasks; add that",
     "--eval-tasks local-cloze --eval-tasks-interval 0": "--eval-tasks-interval 0: must be at least 1",
@@ -313,7 +313,10 @@ MISTAKES = {
     "--dwm-mode rule --dwm-rule source-alignment --dwm-kl-weight 0": "--dwm-kl-weight 0: the sources' scores",
     "--dwm-mode rule --dwm-rule loss --dwm-rule-sources a b": "--dwm-rule-sources a b goes with --dwm-rule oracle",
     "--dwm-mode rule --dwm-rule loss --dwm-check": "--dwm-check goes with --dwm-mode bilevel, not rule",
+    "--dwm-target-momentum 1": "--dwm-target-momentum 1.0: must be at least 0 and below 1",
     "--dwm-mode rule --dwm-rule shuffled --dwm-target-batch-size 3": "--dwm-target-batch-size 3 is not divisible",
+    "--micro-batch-size 4 --global-batch-size 8 --tensor-model-parallel-size 2 --sequence-parallel --tp-comm-overlap "
+    "--dwm-alignment finite-difference --dwm-target-batch-size 2": "2 with --tp-comm-overlap: its buffers",
     "--data-path x": "--mock-data excludes",
     "--tokenizer-type HuggingFaceTokenizer": "needs --tokenizer-model",
     "--tokenizer-metadata /none": "--tokenizer-metadata /none: no such file",
@@ -379,15 +382,59 @@ def test_what_recomputation_is_left_in_a_script_is_warned_of(caplog: pytest.LogC
 
 
 @pytest.mark.parametrize(
-    ("flags", "world", "micro"),
+    ("flags", "world", "samples", "micro"),
     [
-        ("--micro-batch-size 4 --global-batch-size 32", 2, 4),
-        ("--micro-batch-size 4 --global-batch-size 32 --dwm-target-batch-size 8", 1, 4),
-        ("--micro-batch-size 4 --global-batch-size 32 --dwm-target-batch-size 6", 2, 3),  # one microbatch a replica
-        ("--micro-batch-size 4 --global-batch-size 32 --dwm-target-batch-size 1", 1, 1),
+        ("", 1, 8, 4),
+        ("", 2, 8, 4),
+        ("--dwm-target-batch-size 32", 2, 32, 4),
+        ("--dwm-target-batch-size 6", 2, 6, 3),  # one microbatch a replica
+        ("--dwm-target-batch-size 1", 1, 1, 1),
+        ("--micro-batch-size 32", 1, 8, 8),
+        (
+            "--micro-batch-size 8 --tp-comm-overlap --tensor-model-parallel-size 2 --sequence-parallel "
+            "--dwm-alignment finite-difference",
+            2,
+            8,
+            8,
+        ),
+        ("--global-batch-size 36", 1, 12, 4),
+        ("--micro-batch-size 2 --global-batch-size 14", 1, 4, 2),
+        ("--micro-batch-size 6 --global-batch-size 30", 5, 10, 2),
+        ("--pipeline-model-parallel-size 2 --num-layers 4 --num-virtual-stages-per-pipeline-rank 2", 2, 8, 4),
+        (
+            "--micro-batch-size 16 --pipeline-model-parallel-size 2 --num-layers 4 "
+            "--num-virtual-stages-per-pipeline-rank 2",
+            2,
+            32,
+            16,
+        ),
+        (
+            "--micro-batch-size 2 --global-batch-size 10 --pipeline-model-parallel-size 2 --num-layers 4 "
+            "--num-virtual-stages-per-pipeline-rank 2 --microbatch-group-size-per-virtual-pipeline-stage 3",
+            2,
+            6,
+            2,
+        ),
     ],
 )
-def test_few_targets_are_one_microbatch_of_fewer_samples(flags: str, world: int, micro: int):
-    config = _parse(f"{RUN} {flags}", world)
-    assert config.target_micro_batch == micro
-    assert config.target_batch_size % (micro * config.data_parallel_size) == 0
+def test_targets_are_a_quarter_of_the_batch_and_few_are_one_microbatch(
+    flags: str, world: int, samples: int, micro: int
+):
+    config = _parse(f"{RUN} --micro-batch-size 4 --global-batch-size 32 {flags}", world)
+    assert (config.target_batch_size, config.target_micro_batch) == (samples, micro)
+    assert samples % (micro * config.data_parallel_size) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "momentum", "samples"),
+    [
+        ("", 0.6, 2),
+        ("--dwm-target-batch-size 8", 0.0, 8),  # what it was before there was a mean
+        ("--dwm-target-batch-size 8 --dwm-target-momentum 0.5", 0.5, 8),
+        ("--dwm-target-momentum 0", 0.0, 2),
+        ("--dwm-mode rule --dwm-rule similarity", 0.0, 8),
+    ],
+)
+def test_few_targets_are_averaged_over_updates(flags: str, momentum: float, samples: int):
+    config = _parse(f"{RUN} --micro-batch-size 2 --global-batch-size 8 {flags}")
+    assert (config.target_momentum, config.target_batch_size) == (momentum, samples)
