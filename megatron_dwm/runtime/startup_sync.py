@@ -134,7 +134,7 @@ class StartupSync:
             UserError: on every rank, if they differ.
         """
         with self.phase("command"):
-            self.require_same({"what the flags ask for": command}, "command")
+            self.require_same({"the requested action": command}, "command")
         if ends_at_once and self.world_size > 1:
             if self._phases.add("command/left", 1) == self.world_size:
                 self._phases.set("command/everybody-left", "yes")

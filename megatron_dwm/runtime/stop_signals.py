@@ -27,7 +27,7 @@ def exit_after_signal(name: str) -> None:
 
 def start_signal_error(name: str) -> UserError:
     """Return the error of a run that was signaled during start-up."""
-    return UserError(f"{name} came while the run started: there is nothing to save; start it again")
+    return UserError(f"{name} received during start-up: there is nothing to save; start the run again")
 
 
 class StartSignals:
