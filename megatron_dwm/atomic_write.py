@@ -27,14 +27,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """
     is_above_new = not folder.parent.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = _beside(folder)
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    temporary = _temporary_path(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
-        yield beside
-        publish_folder(beside, folder)
+        yield temporary
+        publish_folder(temporary, folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         if is_above_new:
             with contextlib.suppress(OSError):  # it is not empty: something was made
                 folder.parent.rmdir()
@@ -49,12 +49,12 @@ def atomic_files(folder: Path, prefix: str = "") -> Iterator[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Threads of one process may write to the same folder.
-    beside = folder / f".{prefix}files.tmp{os.getpid()}{threading.get_ident()}"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    temporary = folder / f".{prefix}files.tmp{os.getpid()}{threading.get_ident()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
-        yield beside
-        files = sorted(beside.iterdir())
+        yield temporary
+        files = sorted(temporary.iterdir())
         for file in files:
             _give_usual_permissions(file)
             sync(file)
@@ -62,19 +62,19 @@ def atomic_files(folder: Path, prefix: str = "") -> Iterator[Path]:
             os.replace(file, folder / f"{prefix}{file.name}")
         sync(folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def publish_folder(beside: Path, folder: Path) -> None:
-    """Rename the finished folder ``beside`` to ``folder``; an existing folder is deleted only afterwards."""
-    for path in (*beside.rglob("*"), beside):
+def publish_folder(temporary: Path, folder: Path) -> None:
+    """Rename the finished folder ``temporary`` to ``folder``; an existing folder is deleted only afterwards."""
+    for path in (*temporary.rglob("*"), temporary):
         _give_usual_permissions(path)
         sync(path)
     replaced = folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         os.rename(folder, replaced)
-    os.rename(beside, folder)
+    os.rename(temporary, folder)
     sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -95,13 +95,13 @@ def atomic_write_text(path: Path, text: str) -> None:
 def atomic_write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path``, replacing the file that was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = _beside(path)
+    temporary = _temporary_path(path)
     try:
-        beside.write_bytes(content)
-        sync(beside)
-        os.replace(beside, path)
+        temporary.write_bytes(content)
+        sync(temporary)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 
@@ -140,7 +140,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
     return found
 
 
-def _beside(path: Path) -> Path:
+def _temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp{os.getpid()}")
 
 

@@ -57,7 +57,7 @@ def find_damage(
 
     Args:
         folder: the folder of the files.
-        checksums: by file name.
+        checksums: checksums by file name.
         on_read: called with the size of each block that is read.
     """
     for name, expected in checksums.items():

@@ -100,7 +100,7 @@ def read_metadata(path: Path) -> Any:
 
 
 def read_torch_file(path: Path) -> Any:
-    """Return what a file of ``torch.save`` holds: tensors, plain values, and the classes of Megatron-LM's arguments.
+    """Return the content of a ``torch.save`` file: tensors, plain values, and the classes of Megatron-LM's arguments.
 
     Raises:
         UnreadableFile: the file is missing or damaged, or names something that is not allowed.
@@ -112,10 +112,10 @@ def read_torch_file(path: Path) -> Any:
 
 
 def map_torch_file(path: Path) -> Any:
-    """Return what :func:`read_torch_file` does, with tensors that are read from the file where they are used.
+    """Like :func:`read_torch_file`, but memory-mapped: tensors are read from the file when they are used.
 
     Raises:
-        UnreadableFile: the file is missing or damaged, or names what is not allowed.
+        UnreadableFile: the file is missing or damaged, or names something that is not allowed.
     """
     import torch
 

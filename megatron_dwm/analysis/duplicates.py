@@ -9,106 +9,121 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from megatron_dwm.extras import require_packages
+import numpy as np
+import numpy.typing as npt
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.dedup.exact_dedup import (
+    ExactDedupConfig,
+    ExactDedupFilter,
+    ExactDedupSignature,
+    ExactFindDedups,
+)
+from datatrove.pipeline.dedup.minhash import (
+    MinhashConfig,
+    MinhashDedupBuckets,
+    MinhashDedupCluster,
+    MinhashDedupFilter,
+    MinhashDedupSignature,
+)
+from datatrove.utils.hashing import HashConfig
+from datatrove.utils.word_tokenizers import WordTokenizer
 
 Kind = Literal["exact", "near"]
 _CHUNK = 1 << 18  # rows whose signatures are sorted together
+_MOST_CHUNKS = 10_000  # of a task, whose files are named by task and chunk
 
 
-def duplicates(kind: Kind, texts: Iterable[str], folder: Path) -> Iterator[bool]:
-    """Yield for each text whether to remove it: one of equal texts, or of a cluster of near duplicates, is kept.
+class Signatures(PipelineStep):  # type: ignore[misc]
+    """Writes the signatures of a task's texts: equal texts, or near ones, have equal ones."""
 
-    Args:
-        kind: equal texts, or near duplicates, which share about 7 in 10 of their sequences of 5 words.
-        texts: of all rows, in their order; they are read once.
-        folder: for the steps' files, which are some tens or hundreds of bytes a text.
+    type, name = "duplicates", "signatures"
 
-    Raises:
-        UserError: datatrove is not installed.
-    """
-    require_packages(f"--duplicates {kind}", "datatrove")
-    from loguru import logger
+    def __init__(self, kind: Kind, folder: str) -> None:
+        """
+        Args:
+            kind: equal texts, or near duplicates, which share about 7 in 10 of their sequences of 5 words.
+            folder: for the steps' files, which are some tens or hundreds of bytes a text.
+        """
+        super().__init__()
+        self.kind, self.folder = kind, folder
 
-    logger.disable("datatrove")
-    steps = (_exact_steps if kind == "exact" else _near_steps)(folder)
-    signature, finders, make_filter = steps
-    counts: list[int] = []
-    remaining = iter(texts)
-    while chunk := list(itertools.islice(remaining, _CHUNK)):
-        signature.run(map(_document, chunk), rank=len(counts))
-        counts.append(len(chunk))
-    if not counts:
-        return
-    (folder / "found").mkdir(parents=True, exist_ok=True)  # where no file is written if there are no duplicates
-    with contextlib.redirect_stderr(io.StringIO()):  # progress bars of a moment
-        for finder, world_size in finders:
-            for rank in range(world_size):
-                finder.run(None, rank, world_size)
-    for rank, count in enumerate(counts):
-        numbers = map(_document, map(str, range(count)))
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> None:
+        """Write the signatures of each chunk."""
+        for chunk in itertools.count():
+            documents = list(itertools.islice(data, _CHUNK))
+            if not documents and chunk:
+                return
+            step = (
+                ExactDedupSignature(f"{self.folder}/signatures", _exact())
+                if self.kind == "exact"
+                else MinhashDedupSignature(f"{self.folder}/signatures", _near(), language=_Words())
+            )
+            step.run(iter(documents), rank=rank * _MOST_CHUNKS + chunk)
+
+
+class Silent(PipelineStep):  # type: ignore[misc]
+    """Runs a step that draws progress bars of a moment without them."""
+
+    type, name = "duplicates", "silent"
+
+    def __init__(self, step: PipelineStep) -> None:
+        super().__init__()
+        self.step = step
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        """Run it."""
         with contextlib.redirect_stderr(io.StringIO()):
-            kept = {int(document.id) for document in make_filter().run(numbers, rank=rank)}
-        yield from (number not in kept for number in range(count))
+            self.step.run(data, rank, world_size)
 
 
-def _document(text: str) -> Any:
-    from datatrove.data import Document
-
-    return Document(text=text, id=text)
-
-
-def _exact_steps(folder: Path) -> tuple[Any, list[tuple[Any, int]], Any]:
-    from datatrove.pipeline.dedup.exact_dedup import (
-        ExactDedupConfig,
-        ExactDedupFilter,
-        ExactDedupSignature,
-        ExactFindDedups,
+def find_steps(kind: Kind, folder: str) -> list[tuple[PipelineStep, int]]:
+    """Return the steps that compare all signatures, and how many tasks each has."""
+    signatures, pairs, found = (f"{folder}/{name}" for name in ("signatures", "pairs", "found"))
+    steps = (
+        [(ExactFindDedups(signatures, found, _exact()), 1)]
+        if kind == "exact"
+        else [
+            (MinhashDedupBuckets(signatures, pairs, config=_near()), _near().num_buckets),
+            (MinhashDedupCluster(pairs, found, config=_near()), 1),
+        ]
     )
-    from datatrove.utils.hashing import HashConfig
-
-    config = ExactDedupConfig(content_getter=lambda document: document.text, hash_config=HashConfig(hash_fc="sha1"))
-    signatures, found = str(folder / "signatures"), str(folder / "found")
-    return (
-        ExactDedupSignature(signatures, config),
-        [(ExactFindDedups(signatures, found, config), 1)],
-        lambda: ExactDedupFilter(found, config),
-    )
+    return [(Silent(step), tasks) for step, tasks in steps]
 
 
-def _near_steps(folder: Path) -> tuple[Any, list[tuple[Any, int]], Any]:
-    from datatrove.pipeline.dedup.minhash import (
-        MinhashConfig,
-        MinhashDedupBuckets,
-        MinhashDedupCluster,
-        MinhashDedupFilter,
-        MinhashDedupSignature,
-    )
-    from datatrove.utils.hashing import HashConfig
-    from datatrove.utils.word_tokenizers import WordTokenizer
+def duplicates_of_task(kind: Kind, folder: str, rank: int, rows: int) -> npt.NDArray[np.bool_]:
+    """Return for each row of a task whether to remove it: one of equal texts, or of near duplicates, is kept."""
+    is_duplicate = np.ones(rows, np.bool_)
+    for chunk, start in enumerate(range(0, rows, _CHUNK)):
+        numbers = (Document(text=str(n), id=str(n)) for n in range(start, min(start + _CHUNK, rows)))
+        step = (
+            ExactDedupFilter(f"{folder}/found", _exact()) if kind == "exact" else MinhashDedupFilter(f"{folder}/found")
+        )
+        with contextlib.redirect_stderr(io.StringIO()):
+            kept = [int(document.id) for document in step.run(numbers, rank=rank * _MOST_CHUNKS + chunk)]
+        is_duplicate[kept] = False
+    return is_duplicate
 
-    class Words(WordTokenizer):  # type: ignore[misc]
-        """Words between spaces: the steps have taken punctuation out by then, and languages' own need more packages."""
 
-        def word_tokenize(self, text: str) -> list[str]:
-            return text.split()
+def _exact() -> ExactDedupConfig:
+    return ExactDedupConfig(content_getter=lambda document: document.text, hash_config=HashConfig(hash_fc="sha1"))
 
-        def sent_tokenize(self, text: str) -> list[str]:
-            return [text]
 
-        def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-            return [(0, len(text))]
+def _near() -> MinhashConfig:
+    return MinhashConfig(hash_config=HashConfig(hash_fc="sha1"))
 
-    config = MinhashConfig(hash_config=HashConfig(hash_fc="sha1"))
-    signatures, pairs, found = (str(folder / name) for name in ("signatures", "pairs", "found"))
-    return (
-        MinhashDedupSignature(signatures, config, language=Words()),
-        [
-            (MinhashDedupBuckets(signatures, pairs, config=config), config.num_buckets),
-            (MinhashDedupCluster(pairs, found, config=config), 1),
-        ],
-        lambda: MinhashDedupFilter(found),
-    )
+
+class _Words(WordTokenizer):  # type: ignore[misc]
+    """Words between spaces: the steps have taken punctuation out by then, and languages' own need more packages."""
+
+    def word_tokenize(self, text: str) -> list[str]:
+        return text.split()
+
+    def sent_tokenize(self, text: str) -> list[str]:
+        return [text]
+
+    def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+        return [(0, len(text))]

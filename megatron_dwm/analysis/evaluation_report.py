@@ -28,7 +28,7 @@ class CheckpointResults:
     """Results of one checkpoint."""
 
     name: str
-    """As the user has named it."""
+    """The name that the user gave."""
     run: str
     """The folder of its run: checkpoints of one run are one line of the plot."""
     iteration: int | None

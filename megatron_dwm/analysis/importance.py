@@ -1,7 +1,7 @@
 """Importance weights of texts by DSIR: hashed n-grams of a target set against those of all texts (arXiv 2302.03169).
 
 The n-grams are those of the package ``data-selection``. Its own loop over files keeps a list of all weights in memory
-and reads only plain JSON lines; here the weight of a single text is computed.
+and reads plain JSON lines only; here each task counts those of its part, and a text goes in and a number comes out.
 """
 
 from __future__ import annotations
@@ -12,40 +12,46 @@ from typing import Any
 import numpy as np
 
 from megatron_dwm.errors import UserError
-from megatron_dwm.extras import require_packages
 
 # The package's own numbers.
 _BUCKETS = 10_000
-_MOST_NGRAMS = 100_000 * _BUCKETS  # that the distribution of all texts is estimated with
+MOST_NGRAMS = 100_000 * _BUCKETS
+"""That the distribution of all texts is estimated with."""
 _SMOOTHING = 1e-8
 
 
 class ImportanceWeights:
     """Logarithms of how much more probable a text is in the target set than among all texts."""
 
-    def __init__(self, texts: Iterable[str], target_texts: Iterable[str]) -> None:
-        """Count the n-grams of both.
+    def __init__(self, everything: Any, target: Any) -> None:
+        """
+        Args:
+            everything: counts of n-grams in all texts, or in many of them.
+            target: counts of n-grams in the target set.
 
         Raises:
-            UserError: the package is missing, or one of both holds no words.
+            UserError: one of both holds no words.
         """
-        require_packages("--method dsir", "data_selection")
-        target, everything = self._distribution("--target", target_texts), self._distribution("--input", texts)
-        self._log_ratio = np.log(target + _SMOOTHING) - np.log(everything + _SMOOTHING)
+        for name, counts in (("--input", everything), ("--target", target)):
+            if not counts.any():
+                raise UserError(f"{name}: its texts hold no words; give files that hold some")
+        self._log_ratio = np.log(target / target.sum() + _SMOOTHING) - np.log(
+            everything / everything.sum() + _SMOOTHING
+        )
 
     def __call__(self, text: str) -> float:
         """Return the logarithm of a text's importance weight."""
         return float(self._log_ratio @ _count(text, np.zeros(_BUCKETS, np.int64)))
 
-    def _distribution(self, name: str, texts: Iterable[str]) -> Any:
-        counts = np.zeros(_BUCKETS, np.int64)
-        for text in texts:
-            counts = _count(text, counts)
-            if name == "--input" and counts.sum() > _MOST_NGRAMS:
-                break
-        if not counts.any():
-            raise UserError(f"{name}: its texts hold no words; give files that hold some")
-        return counts / counts.sum()
+
+def ngram_counts(texts: Iterable[str], most: float) -> Any:
+    """Return the counts of hashed n-grams in texts, of the first ``most`` of them."""
+    counts = np.zeros(_BUCKETS, np.int64)
+    for text in texts:
+        counts = _count(text, counts)
+        if counts.sum() > most:
+            break
+    return counts
 
 
 def _count(text: str, counts: Any) -> Any:

@@ -60,7 +60,7 @@ def read_passages(files: Sequence[str], packages: Sequence[str]) -> Passages:
 
     Args:
         files: plain text, JSON lines (also compressed) or Parquet, with the keys ``text`` and perhaps ``title``.
-        packages: as ``build-corpus --documentation`` takes them.
+        packages: the same values as for ``build-corpus --documentation``.
 
     Raises:
         UserError: a file or package is missing or cannot be read.
@@ -158,7 +158,7 @@ class _Kind:
     """Between the question and the answer."""
     has_choices: bool
     what: str
-    """What is counted, for messages."""
+    """The items that are counted, for messages."""
 
 
 _KINDS = {
@@ -174,7 +174,7 @@ def local_task(name: str, passages: Passages, limit: int | None, seed: int) -> d
     """Return a task as lm-evaluation-harness takes it.
 
     Args:
-        name: of :data:`LOCAL_TASKS`.
+        name: a name in :data:`LOCAL_TASKS`.
         passages: the text.
         limit: maximum number of items; None for all.
         seed: seed of the choice of items and wrong answers.

@@ -24,7 +24,7 @@ def training_figure(run: RunRecords, baseline: RunRecords | None = None) -> Figu
 
     Args:
         run: the run's records.
-        baseline: those of the same run with uniform weights, whose evaluations are drawn beside.
+        baseline: the records of the same run with uniform weights; its evaluations are drawn for comparison.
     """
     figure = Figure(figsize=(9, 7), layout="constrained")
     losses, weights = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -65,7 +65,7 @@ def draw_by_source(axes: Axes, run: RunRecords, name: str, label: str) -> None:
         axes: where to draw.
         run: the run's records.
         name: the figure that steps hold by source.
-        label: of the vertical axis.
+        label: label of the vertical axis.
     """
     drawn = False
     for source in run.sources:

@@ -142,7 +142,7 @@ class SourceAlignments:
     """Iterations of the updates [u]."""
     sources: list[str]
     mean: np.ndarray
-    """By update and source [u, s]; NaN where an update has no sample of the source."""
+    """Mean per update and source [u, s]; NaN where an update has no sample of the source."""
     count: np.ndarray
     """Samples of the source in the update [u, s]."""
 
@@ -270,7 +270,7 @@ class Quarter:
     n: int
     """Samples in it."""
     fraction: float
-    """Of all samples."""
+    """Its fraction of all samples."""
 
 
 def quarters(values: np.ndarray, weights: np.ndarray) -> list[Quarter]:

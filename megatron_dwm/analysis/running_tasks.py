@@ -43,7 +43,7 @@ class RunningTasks:
             UserError: on the first rank, if a task is unknown, its data are not there, or it needs generated text.
         """
         self._engine, self._micro_batch_size, self._vocab_size = engine, micro_batch_size, vocab_size
-        # Asked for together these would fill the memory with long tasks, and nothing could break them off.
+        # All of a long task at once would fill the memory, and could not be interrupted.
         self._most_together = _MICROBATCHES_TOGETHER * micro_batch_size * engine.parallel_state.dp_size
         self._before_batch: Callable[[], None] = lambda: None
         self._evaluator = None
@@ -57,7 +57,7 @@ class RunningTasks:
         The parameters must be up to date.
 
         Args:
-            before_batch: called on every rank before some continuations are computed; may raise to break off.
+            before_batch: called on every rank before each batch; may raise to interrupt the evaluation.
         """
         self._before_batch = before_batch
         if self._evaluator is None:

@@ -33,7 +33,7 @@ class Sample:
     tokens: np.ndarray
     """All of its tokens, ends of documents among them."""
     text_tokens: list[int]
-    """Those that the model predicts and that are text: neither padding nor an end of document."""
+    """The tokens that the model predicts and that are text: neither padding nor an end of document."""
     documents: int
     """Documents, or parts of documents, in it."""
     source: int

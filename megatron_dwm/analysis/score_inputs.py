@@ -1,34 +1,22 @@
-"""Inputs of scoring: files in parts, so that several processes can share a large one, and the documents of a part."""
+"""Inputs of scoring: parts of files and datasets, and the documents of a part."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.readers.base import BaseDiskReader
 
-from megatron_dwm.corpora.readers import Reader, Record, file_format, input_files
-from megatron_dwm.corpora.storage import is_url, size_of
+from megatron_dwm.corpora.parts import Part, divided, file_parts, records_of
+from megatron_dwm.corpora.readers import input_files
+from megatron_dwm.corpora.storage import absolute
 from megatron_dwm.data.index_file import IndexFile
 from megatron_dwm.data.validation import VOCABULARY_SAMPLE, check_dataset
 from megatron_dwm.errors import UserError, shortened
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of an input, which one task reads."""
-
-    kind: Literal["file", "lines", "dataset"]
-    """A whole file, the lines that begin in a range of its bytes, or a range of a dataset's documents."""
-    path: str
-    """The file, or the prefix of the dataset."""
-    start: int = 0
-    end: int = 0
 
 
 def parts_of(patterns: Sequence[str], split_bytes: int) -> list[Part]:
@@ -43,27 +31,14 @@ def parts_of(patterns: Sequence[str], split_bytes: int) -> list[Part]:
     """
     parts: list[Part] = []
     for pattern in patterns:
-        if is_url(pattern):
-            parts += [Part("file", url, 0, size_of(url)) for url in input_files([pattern])]
-            continue
         prefix = pattern.removesuffix(".idx").removesuffix(".bin")
         if os.path.isfile(f"{prefix}.idx") and os.path.isfile(f"{prefix}.bin"):
             index = check_dataset(f"--input {prefix}", prefix, None, sample=VOCABULARY_SAMPLE)
-            bounds = _bounds(index.num_boundaries - 1, os.path.getsize(f"{prefix}.bin"), split_bytes)
+            bounds = divided(index.num_boundaries - 1, os.path.getsize(f"{prefix}.bin"), split_bytes)
             parts += [Part("dataset", os.path.abspath(prefix), *bound) for bound in bounds]
-            continue
-        for path in map(os.path.abspath, input_files([pattern])):
-            size = os.path.getsize(path)
-            if size > split_bytes and file_format(path) == "JSON lines":
-                parts += [Part("lines", path, *bound) for bound in _bounds(size, size, split_bytes)]
-            else:
-                parts.append(Part("file", path, 0, size))
+        else:
+            parts += file_parts(list(map(absolute, input_files([pattern]))), split_bytes)
     return parts
-
-
-def _bounds(count: int, size: int, split_bytes: int) -> list[tuple[int, int]]:
-    number = max(1, min(count, -(-size // split_bytes)))
-    return [(count * n // number, count * (n + 1) // number) for n in range(number)]
 
 
 class Rows(BaseDiskReader):  # type: ignore[misc]
@@ -93,7 +68,7 @@ class Rows(BaseDiskReader):  # type: ignore[misc]
         if part.kind == "dataset":
             yield from self._documents(part)
             return
-        for record in Reader([part.path], None) if part.kind == "file" else _lines(part):
+        for record in records_of(part):
             try:
                 row = (
                     json.loads(record.content, parse_constant=_refuse)
@@ -136,26 +111,6 @@ class Rows(BaseDiskReader):  # type: ignore[misc]
         if not self.skip_malformed:
             raise UserError(f"--input {place}: no document ({reason}); {remedy}, or give --skip-malformed")
         self.stat_update("skipped")
-
-
-def _lines(part: Part) -> Iterator[Record]:
-    """Yield the lines that begin in a range of bytes; they are numbered from its start.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    try:
-        with open(part.path, "rb") as file:
-            if part.start:
-                file.seek(part.start - 1)
-                file.readline()  # the rest of a line that begins before
-            number = 0
-            while file.tell() < part.end and (line := file.readline()):
-                number += 1
-                place = f"{part.path} from byte {part.start} on"
-                yield Record(place, number, line.decode("utf-8", "surrogateescape"))
-    except OSError as error:
-        raise UserError(f"--input {part.path}: cannot be read ({error.strerror}); check the file") from None
 
 
 def _refuse(word: str) -> None:

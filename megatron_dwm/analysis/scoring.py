@@ -7,31 +7,24 @@ under a temporary name, which is renamed when it is complete; an interrupted tas
 from __future__ import annotations
 
 import json
-import os
-import shlex
-import shutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from subprocess import CalledProcessError
 from typing import Any, Literal
 
 import orjson
 import torch
 from datatrove.data import Document
-from datatrove.executor.local import LocalPipelineExecutor
-from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.writers.jsonl import JsonlWriter
 from datatrove.pipeline.writers.parquet import ParquetWriter
-from loguru import logger
 from pyarrow import ArrowException
 
-from megatron_dwm.analysis.score_inputs import Part, Rows
+from megatron_dwm.analysis.score_inputs import Rows
 from megatron_dwm.analysis.scoring_model import PerplexityModel, Rule, ScoringModel
+from megatron_dwm.corpora.parts import Part
+from megatron_dwm.corpora.pipelines import Published, refused_output
 from megatron_dwm.corpora.storage import OutputFolder
 from megatron_dwm.errors import UserError, shortened
 
@@ -182,29 +175,6 @@ class _WholeParquet(ParquetWriter):  # type: ignore[misc]
             ) from None
 
 
-class _Published(PipelineStep):  # type: ignore[misc]
-    """Renames the file of a task to its final name when the writer has closed it."""
-
-    type, name = "writer", "published"
-
-    def __init__(self, folder: OutputFolder, suffix: str) -> None:
-        super().__init__()
-        self.folder, self.suffix = folder, suffix
-
-    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        yield from data
-        name = f"{rank:05d}{self.suffix}"
-        self.folder.move(f"partial/{name}", f"data/{name}")  # a file without documents leaves none
-
-
-class _QuietExecutor(LocalPipelineExecutor):  # type: ignore[misc]
-    """datatrove's executor, without its log on the terminal; errors are raised."""
-
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
-        logger.disable("datatrove")
-        return super()._run_for_rank(rank, local_rank, node_rank)
-
-
 def score_steps(
     parts: Sequence[Part],
     output: str,
@@ -236,25 +206,12 @@ def score_steps(
         Rows(parts, text_key, skip_malformed=skip_malformed, show_progress=show_progress),
         Scores(replace(settings, model=job["model"]), text_key),
         writer,
-        _Published(folder, suffix),
+        Published(folder, suffix),
     ]
 
 
-def run_here(steps: Sequence[PipelineStep], output: str, tasks: int, workers: int) -> dict[str, int]:
-    """Run the pipeline of :func:`score_steps` on this machine; tasks that an earlier call has done stay as they are.
-
-    Returns:
-        documents, bytes of their text, and rows that were skipped, of this call.
-
-    Raises:
-        UserError: bad input, or a file that cannot be written.
-    """
-    executor = _QuietExecutor(
-        list(steps), tasks=tasks, workers=min(workers, tasks), logging_dir=OutputFolder(output).path("logs")
-    )
-    logger.disable("datatrove")
-    with refused_output(output):
-        stats = executor.run()
+def score_counts(stats: Any) -> dict[str, int]:
+    """Return documents, bytes of their text, and rows that were skipped, of datatrove's statistics of a call."""
     if stats is None:
         return {"documents": 0, "bytes": 0, "skipped": 0}
     by_step = {step.name: step.stats for step in stats.stats}
@@ -265,73 +222,6 @@ def run_here(steps: Sequence[PipelineStep], output: str, tasks: int, workers: in
         "bytes": int(scored["bytes"].total),
         "skipped": int(read["skipped"].total),
     }
-
-
-@dataclass(frozen=True)
-class SlurmJob:
-    """The resources of a scoring job on SLURM."""
-
-    partition: str
-    time: str
-    gpus_per_task: int
-    memory_gb: int
-    options: Mapping[str, str]
-    """Options of ``sbatch``, by their long names."""
-
-
-def submit(steps: Sequence[PipelineStep], output: str, tasks: int, workers: int, slurm: SlurmJob) -> str | None:
-    """Submit the tasks of :func:`score_steps` that are not done as an array of a SLURM job.
-
-    Args:
-        workers: tasks at the same time.
-
-    Returns:
-        the job's number; None if all tasks are done.
-
-    Raises:
-        UserError: SLURM refuses it.
-    """
-    if shutil.which("sbatch") is None:
-        raise UserError(
-            "--slurm-partition: there is no sbatch on this machine; run the command where SLURM jobs are submitted"
-        )
-    programs = os.path.dirname(sys.executable)
-    executor = SlurmPipelineExecutor(
-        list(steps),
-        tasks=tasks,
-        workers=workers,
-        time=slurm.time,
-        partition=slurm.partition,
-        gpus_per_task=slurm.gpus_per_task,
-        mem_per_cpu_gb=slurm.memory_gb,
-        job_name="megatron-dwm-score",
-        qos=None,
-        env_command=f"export PATH={shlex.quote(programs)}:$PATH",
-        sbatch_args=dict(slurm.options),
-        logging_dir=OutputFolder(output).path("logs"),
-    )
-    logger.disable("datatrove")
-    try:
-        with refused_output(output):
-            executor.run()
-    except CalledProcessError as error:
-        raise UserError(
-            f"--slurm-partition {slurm.partition}: sbatch refuses the job with code {error.returncode} (its message is "
-            "above); change the --slurm flags"
-        ) from None
-    return None if executor.job_id == -1 else str(executor.job_id)
-
-
-@contextmanager
-def refused_output(output: str) -> Iterator[None]:
-    """Turn a file that cannot be written into a UserError while open."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"--output {output}: cannot be written ({error.strerror or shortened(error)}); fix that and run the "
-            "command again, finished files are kept"
-        ) from None
 
 
 _WRITER_OPTIONS: dict[str, dict[str, Any]] = {"jsonl": {"compression": None}, "parquet": {"compression": "snappy"}}

@@ -1,131 +1,270 @@
-"""Selection of documents within a budget: two passes over the files, with a table of three numbers per row in between.
+"""Selection of documents within a budget, in jobs of datatrove: a table of three numbers a row, the choice, a filter.
 
-The first pass writes the table to an unnamed file next to the output; the second pass copies the rows that are kept.
+The first job's tasks write the table, a part each. The choice is made on all of it, by one task, and says of each row
+whether it is kept. The last job's tasks read the rows again and write those that are kept.
 """
 
 from __future__ import annotations
 
 import gzip
-import itertools
+import hashlib
 import json
 import os
+import posixpath
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from math import floor
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from datatrove.data import Document
+from datatrove.pipeline.filters.base_filter import BaseFilter
+from datatrove.pipeline.writers.disk_base import DiskWriter
 
 from megatron_dwm import __version__
-from megatron_dwm.analysis.duplicates import duplicates
+from megatron_dwm.analysis.duplicates import Signatures, duplicates_of_task, find_steps
 from megatron_dwm.analysis.selection_flags import SelectConfig
-from megatron_dwm.analysis.selection_table import progressing_records, texts_of, write_table
-from megatron_dwm.analysis.top_rows import ROW, Group, Table, TopRows, add_gumbel, blocks, costs_by_source, draw_keys
-from megatron_dwm.atomic_write import atomic_files
+from megatron_dwm.analysis.selection_table import MOST_SOURCES, NgramCounts, Numbers, Texts, too_many_sources
+from megatron_dwm.analysis.top_rows import ROW, Group, Table, TopRows, add_gumbel, costs_by_source, draw_keys
 from megatron_dwm.checksums import checksum
+from megatron_dwm.config.slurm import SlurmConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.corpora.dataset_shards import DatasetShards, publish_shards
+from megatron_dwm.corpora.encoder import Encoder
+from megatron_dwm.corpora.parts import Part, file_parts
+from megatron_dwm.corpora.pipelines import Call, Job, Published, Records
 from megatron_dwm.corpora.readers import input_files
+from megatron_dwm.corpora.storage import is_url, open_file, size_of, stamp_of
+from megatron_dwm.corpora.unfinished_jobs import UnfinishedJobs
 from megatron_dwm.errors import UserError, shortened
 
 
-def select_files(config: SelectConfig, tokenizer_config: TokenizerConfig | None) -> dict[str, Any]:
+def select_files(
+    config: SelectConfig, tokenizer_config: TokenizerConfig | None, slurm: SlurmConfig
+) -> dict[str, Any] | str:
     """Write the rows that are kept, in the input's order, and ``OUTPUT.manifest.json`` beside them.
 
     Args:
         config: what is kept.
-        tokenizer_config: of the dataset; None if JSON lines are written.
+        tokenizer_config: tokenizer of the dataset; None if JSON lines are written.
+        slurm: whether and how the tasks are submitted.
 
     Returns:
-        the manifest.
+        the manifest, or the number of the SLURM job that writes it.
 
     Raises:
         UserError: bad input, a budget that the input cannot fill, or an output that cannot be written.
     """
-    paths, output = input_files(config.input or []), Path(config.output)
-    stamps = _stamps(paths, output)
-    try:
-        with atomic_files(output.parent) as folder:
-            # Not in the folder for temporary files, which may lie in memory.
-            with tempfile.TemporaryFile(dir=folder) as file:
-                sources = write_table(config, paths, file)
-                table: Table = np.memmap(file, ROW, mode="r+")
-                dropped = _drop_duplicates(config, paths, table, len(sources), folder)
-                top = _choose(config, sources, table)
-                manifest = _count(config, sources, top, table)
-                if config.duplicates != "keep":
-                    manifest["duplicates_dropped"] = dropped
-                written = _write(config, tokenizer_config, paths, top, folder)
-            manifest["inputs"] = [{"path": path, **vars(checksum(Path(path)))} for path in paths]
-            sums = {path.name: vars(checksum(path)) for path in written}
-            manifest["output"] = {"path": str(output), "bytes": sum(path.stat().st_size for path in written)}
-            manifest["output"] |= {"files": sums} if len(written) > 1 else sums[output.name]
-            if _stamps(paths, output) != stamps:
-                raise UserError("--input: a file was changed while it was read; run the command again")
-            text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
-            (folder / f"{output.name}.manifest.json").write_text(text)
-    except OSError as error:
-        raise UserError(
-            f"--output {output}: cannot be written ({shortened(error)}); check the path and the space"
-        ) from None
+    selection = Selection.of(config, tokenizer_config)
+    number = selection.work.run("select", selection.jobs(), config.workers, slurm)
+    if number is not None:
+        return number
+    manifest: dict[str, Any] = json.loads(selection.work.folder.read_bytes("manifest.json"))
+    selection.work.folder.remove()
     return manifest
 
 
-def _drop_duplicates(config: SelectConfig, paths: Sequence[str], table: Table, sources: int, folder: Path) -> int:
-    """Move duplicates to a separate source, number ``sources``, without a budget; return their number."""
-    if config.duplicates == "keep":
-        return 0
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        is_duplicate = duplicates(config.duplicates, texts_of(paths, config.json_key, "duplicates"), Path(scratch))
-        dropped = 0
-        for block in blocks(table):
-            marked = np.fromiter(itertools.islice(is_duplicate, len(block)), np.bool_, len(block))
-            block["source"][marked] = sources
-            dropped += int(marked.sum())
-    return dropped
+@dataclass(frozen=True)
+class Selection:
+    """A selection, whose unfinished work is kept beside its output."""
+
+    config: SelectConfig
+    tokenizer: TokenizerConfig | None
+    paths: list[str]
+    stamps: list[tuple[int, str]]
+    """Of the files when the work began: their sizes and last changes."""
+    parts: list[Part]
+    target: list[Part]
+    work: UnfinishedJobs
+
+    @classmethod
+    def of(cls, config: SelectConfig, tokenizer: TokenizerConfig | None) -> Selection:
+        """Return the selection, and claim the folder of its work.
+
+        Raises:
+            UserError: a file is missing, cannot be read twice, or is the output.
+        """
+        if tokenizer is not None:  # a bad one is found before anything is read
+            Encoder([config.json_key], tokenizer, append_eod=config.append_eod)
+        paths = input_files(config.input or [])
+        stamps = _stamps(paths, config.output)
+        parts = file_parts(paths, config.split_bytes)
+        work = UnfinishedJobs(config.output, "--output")
+        target = file_parts(_target_files(config), config.split_bytes)
+        flags = {name: value for name, value in vars(config).items() if name != "workers"}
+        depends: dict[str, Any] = {
+            "version": __version__,
+            "flags": flags,
+            "inputs": list(zip(paths, stamps, strict=True)),
+        }
+        depends |= {"target": list(map(vars, target)), "tokenizer": vars(tokenizer) if tokenizer else None}
+        work.claim(json.dumps(depends, indent=2, default=str) + "\n")
+        return cls(config, tokenizer, paths, stamps, parts, target, work)
+
+    def jobs(self) -> list[Job]:
+        """Return the jobs, for any executor of datatrove: each after the one before."""
+        config, folder, tasks = self.config, self.work.folder, len(self.parts)
+        records, job = Records(self.parts), self.work.job
+        jobs: list[Job] = []
+        if config.method == "dsir":
+            wanted = Records(self.target, flag="--target")
+            for kind, reader, number in (("ngrams", records, tasks), ("target", wanted, len(self.target))):
+                jobs.append(job(kind, [reader, Texts(config.json_key), NgramCounts(folder, kind)], number))
+        if config.duplicates != "keep":
+            place = folder.path("duplicates")
+            steps = [records, Texts(config.json_key), Signatures(config.duplicates, place)]
+            jobs.append(job("signatures", steps, tasks))
+            for stage, (step, number) in enumerate(find_steps(config.duplicates, place)):
+                jobs.append(job(f"duplicates{stage}", [step], number))
+        jobs.append(job("numbers", [records, Numbers(config, folder, len(self.target))], tasks))
+        jobs.append(job("choice", [Call(partial(_choose, self))]))
+        kept = [records, Kept(self.work)]
+        if self.tokenizer is None:
+            kept += [Lines(folder.path("partial"), "${rank}", compression=None), Published(folder, "", "rows")]
+        else:
+            shards = folder.path("shards")
+            remedy, keys = "correct the row, or give another --json-key", [config.json_key]
+            kept.append(DatasetShards(shards, keys, self.tokenizer, append_eod=config.append_eod, remedy=remedy))
+        jobs.append(job("rows", kept, tasks))
+        return [*jobs, job("output", [Call(partial(_write, self))])]
 
 
-def _write(
-    config: SelectConfig, tokenizer_config: TokenizerConfig | None, paths: Sequence[str], top: TopRows, folder: Path
-) -> list[Path]:
-    """Write the rows that are kept to a folder; return the files."""
-    name = Path(config.output).name
-    if tokenizer_config is None:
-        _copy(paths, top, folder / name)
-        return [folder / name]
-    from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess  # which needs Megatron
+class Kept(BaseFilter):  # type: ignore[misc]
+    """Drops the rows that are not kept."""
 
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        rows = Path(scratch) / "rows.jsonl"
-        _copy(paths, top, rows)
-        settings = PreprocessConfig(
-            input=[str(rows)],
-            json_keys=[config.json_key],
-            append_eod=config.append_eod,
-            output_prefix=str(folder / name),
-            workers=config.workers,
-        )
-        preprocess(settings, tokenizer_config)
-    return [folder / f"{name}_{config.json_key}_document{suffix}" for suffix in (".bin", ".idx")]
+    name = "kept"
+
+    def __init__(self, work: UnfinishedJobs) -> None:
+        super().__init__(batch_size=1024)
+        self.work = work
+        self._is_kept: Iterator[bool] = iter(())
+
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Yield the documents of the rows that are kept."""
+        bits = np.frombuffer(self.work.folder.read_bytes(f"kept/{rank:05d}"), np.uint8)
+        self._is_kept = iter(np.unpackbits(bits).astype(np.bool_).tolist())
+        yield from super().run(data, rank, world_size)
+
+    def filter(self, doc: Document) -> bool:
+        """Tell whether the next row is kept."""
+        return next(self._is_kept, False)
+
+    def filter_batch(self, batch: list[Document]) -> list[bool]:
+        """Tell it of several rows."""
+        return list(map(self.filter, batch))
 
 
-def _stamps(paths: Sequence[str], output: Path) -> list[tuple[int, int]]:
-    """Return the size and the time of the last change of each file.
+class Lines(DiskWriter):  # type: ignore[misc]
+    """Writes rows as lines of JSON; lines stay as they are."""
+
+    name = "lines"
+
+    def __init__(self, folder: str, filename: str, compression: str | None) -> None:
+        super().__init__(folder, filename, compression, adapter=_line, mode="wb")
+
+    def _write(self, document: bytes, file_handler: IO[bytes], _filename: str) -> None:
+        file_handler.write(document)
+
+
+def _line(writer: Any, document: Document) -> bytes:
+    """Return a row's line.
+
+    Raises:
+        UserError: a row of a table cannot be written as JSON.
+    """
+    line = document.metadata["record"].content
+    if not isinstance(line, str):
+        try:
+            line = json.dumps(line, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"--input {document.id}: cannot be written as JSON ({shortened(error)}); leave that column out"
+            ) from None
+    return bytes(line.removesuffix("\n").encode()) + b"\n"
+
+
+def _target_files(config: SelectConfig) -> list[str]:
+    """Return the files of --target.
+
+    Raises:
+        UserError: one is missing.
+    """
+    try:
+        return input_files(config.target or [])
+    except UserError as error:
+        raise UserError(str(error).replace("--input ", "--target ", 1)) from None
+
+
+def _stamps(paths: Sequence[str], output: str) -> list[tuple[int, str]]:
+    """Return the size and the last change of each file.
 
     Raises:
         UserError: a file cannot be read twice, or is the output.
     """
     for path in paths:
-        if not os.path.isfile(path):
+        if not is_url(path) and not os.path.isfile(path):
             raise UserError(f"--input {path}: is not a regular file, and has to be read twice; give a regular file")
-        if output.exists() and os.path.samefile(path, output):
+        if path == output or (os.path.exists(output) and os.path.exists(path) and os.path.samefile(path, output)):
             raise UserError(f"--output {output}: is an input too; give another name")
-    return [(status.st_size, status.st_mtime_ns) for status in map(os.stat, paths)]
+    return list(map(stamp_of, paths))
 
 
-def _choose(config: SelectConfig, sources: list[str], table: Table) -> TopRows:
+def _choose(selection: Selection) -> None:
+    """Say of each row whether it is kept, and write the manifest's first part.
+
+    Raises:
+        UserError: the budget cannot be filled.
+    """
+    config, folder, tasks = selection.config, selection.work.folder, range(len(selection.parts))
+    names = [json.loads(folder.read_bytes(f"sources/{rank:05d}")) for rank in tasks]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(name for found in names for name in found))}
+    if not numbers:
+        raise UserError(f"--input {' '.join(selection.paths)}: no rows; give files that hold some")
+    if len(numbers) > MOST_SOURCES:
+        raise too_many_sources(config)
+    sources, rows, dropped = list(numbers), [], 0
+    # Not in the folder for temporary files, which may lie in memory, if there is another one.
+    with tempfile.TemporaryFile(dir=None if is_url(folder.location) else folder.location) as file:
+        for rank in tasks:
+            part = np.frombuffer(folder.read_bytes(f"numbers/{rank:05d}"), ROW).copy()
+            renumbered = np.array([numbers[name] for name in names[rank]], np.int32)
+            part["source"] = renumbered[part["source"]] if len(part) else 0
+            if config.duplicates != "keep":  # a source of their own, that no budget is for
+                is_duplicate = duplicates_of_task(config.duplicates, folder.path("duplicates"), rank, len(part))
+                part["source"][is_duplicate] = len(sources)
+                dropped += int(is_duplicate.sum())
+            file.write(part.tobytes())
+            rows.append(len(part))
+        file.flush()
+        table: Table = np.memmap(file, ROW, mode="r+")
+        top = _top_rows(config, sources, table)
+        manifest = _count(config, sources, top, table)
+        if config.duplicates != "keep":
+            manifest["duplicates_dropped"] = dropped
+        _write_masks(selection, top, rows)
+    folder.write("choice.json", json.dumps(manifest, allow_nan=False))
+
+
+def _write_masks(selection: Selection, top: TopRows, rows: Sequence[int]) -> None:
+    """Write of each task which of its rows are kept."""
+    masks, found = top.masks(), np.zeros(0, np.bool_)
+    for rank, count in enumerate(rows):
+        pieces, held = [found], len(found)
+        while held < count:
+            pieces.append(next(masks))
+            held += len(pieces[-1])
+        joined = np.concatenate(pieces)
+        with selection.work.folder.open(f"kept/{rank:05d}") as file:
+            file.write(np.packbits(joined[:count]).tobytes())
+        found = joined[count:]
+
+
+def _top_rows(config: SelectConfig, sources: list[str], table: Table) -> TopRows:
     """Return the rows that are kept; the table gets the keys that they were ranked by.
 
     Raises:
@@ -216,34 +355,67 @@ def _count(config: SelectConfig, sources: list[str], top: TopRows, table: Table)
     }
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
-    """Open a file for writing, compressed according to its name, with reproducible bytes."""
-    with path.open("wb") as file:
-        if path.suffix != ".gz":
-            yield file
-            return
-        with gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as compressed:
-            yield compressed
+class _Hashed:
+    """A file whose bytes are counted and hashed as they are written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._digest, self._size = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        self._size += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def sums(self) -> dict[str, Any]:
+        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
 
 
-def _copy(paths: Sequence[str], top: TopRows, output: Path) -> None:
-    """Write the rows that are kept; lines stay as they are.
+def _write(selection: Selection) -> None:
+    """Write the output of what all tasks have kept, and the manifest.
 
     Raises:
-        UserError: a row of a table cannot be written as JSON.
+        UserError: an input has changed meanwhile.
     """
-    is_kept = itertools.chain.from_iterable(top.masks())
-    with _open(output) as file:
-        for record in progressing_records(paths, "writing"):
-            if not next(is_kept, False):
-                continue
-            line = record.content
-            if not isinstance(line, str):
-                try:
-                    line = json.dumps(line, ensure_ascii=False, allow_nan=False)
-                except (TypeError, ValueError) as error:
-                    raise UserError(
-                        f"--input {record.place}: cannot be written as JSON ({shortened(error)}); leave that column out"
-                    ) from None
-            file.write(line.removesuffix("\n").encode() + b"\n")
+    config, work = selection.config, selection.work
+    manifest = json.loads(work.folder.read_bytes("choice.json"))
+    name = posixpath.basename(config.output)
+    if selection.tokenizer is None:
+        sums = {name: _joined(selection)}
+    else:
+        prefix = Path(config.output)
+        publish_shards(Path(work.folder.path("shards")), [config.json_key], len(selection.parts), prefix)
+        files = [Path(f"{prefix}_{config.json_key}_document{suffix}") for suffix in (".bin", ".idx")]
+        sums = {path.name: vars(checksum(path)) for path in files}
+    manifest["inputs"] = [
+        {"path": path, **({"bytes": size_of(path)} if is_url(path) else vars(checksum(Path(path))))}
+        for path in selection.paths
+    ]
+    manifest["output"] = {"path": config.output, "bytes": sum(entry["bytes"] for entry in sums.values())}
+    manifest["output"] |= {"files": sums} if len(sums) > 1 else sums[name]
+    if _stamps(selection.paths, config.output) != selection.stamps:
+        raise UserError("--input: a file was changed while it was read; run the command again")
+    text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
+    work.folder.write("manifest.json", text)
+    if selection.tokenizer is None:
+        work.publish("joined", name)
+    work.folder.write("published.json", text)
+    work.publish("published.json", f"{name}.manifest.json")
+
+
+def _joined(selection: Selection) -> dict[str, Any]:
+    """Put the rows of all tasks behind each other, compressed by the output's name; return size and checksum."""
+    folder = selection.work.folder
+    with folder.open("joined") as file:
+        hashed = _Hashed(file)
+        # Always to the same bytes.
+        compressed = gzip.GzipFile("", "wb", 6, hashed, 0) if selection.config.output.endswith(".gz") else None
+        for rank in range(len(selection.parts)):
+            if folder.exists(f"rows/{rank:05d}"):  # none if no row of the part is kept
+                with open_file(folder.path(f"rows/{rank:05d}")) as rows:
+                    shutil.copyfileobj(rows, compressed or hashed, 1 << 20)
+        if compressed is not None:
+            compressed.close()
+    return hashed.sums()

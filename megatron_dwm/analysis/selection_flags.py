@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Literal
 
 from megatron_dwm.config.flags import flag, require_at_least
+from megatron_dwm.corpora.storage import is_url
 from megatron_dwm.errors import UserError
 
 _SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -17,7 +18,8 @@ class SelectConfig:
     """Selection."""
 
     input: list[str] | None = flag(
-        None, "JSON lines (plain, .gz or .zst) or Parquet, such as score writes: files, folders, or glob patterns."
+        None,
+        "JSON lines (plain, .gz or .zst) or Parquet, such as score writes: files, folders, glob patterns, or URLs.",
     )
     output: str = flag(
         "",
@@ -28,7 +30,10 @@ class SelectConfig:
         "jsonl", "JSON lines, or an indexed dataset (.bin and .idx) of the texts, made with the tokenizer's flags."
     )
     append_eod: bool = flag(False, "With --output-format indexed: append the end-of-document token to each document.")
-    workers: int = flag(1, "With --output-format indexed: processes that tokenize.")
+    workers: int = flag(1, "Number of processes, or of tasks of a SLURM job at a time.")
+    split_bytes: int = flag(
+        1000000000, "Plain JSON lines that are larger are divided into tasks; other files are one each."
+    )
     duplicates: Literal["keep", "exact", "near"] = flag(
         "keep",
         "Duplicates to remove before the selection: none, all but one of the rows with equal texts, or with nearly "
@@ -69,12 +74,14 @@ class SelectConfig:
         for name in ("input", "output"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing; give a path")
-        require_at_least(self, 1, "workers")
+        require_at_least(self, 1, "workers split_bytes")
         if self.output_format == "indexed":
             if self.output.removesuffix(".gz").endswith((*_SUFFIXES, ".bin", ".idx")):
                 raise UserError(f"--output {self.output}: names a file; give the prefix of a dataset")
-        elif self.append_eod or self.workers > 1:
-            raise UserError("--append-eod and --workers are for --output-format indexed; leave them out")
+            if is_url(self.output):
+                raise UserError(f"--output {self.output}: datasets are written on this machine; give a path")
+        elif self.append_eod:
+            raise UserError("--append-eod is for --output-format indexed; leave it out")
         elif not self.output.removesuffix(".gz").endswith(_SUFFIXES):
             raise UserError(
                 f"--output {self.output}: the output is JSON lines; give a name that ends with .jsonl or .jsonl.gz"

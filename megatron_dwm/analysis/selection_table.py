@@ -1,84 +1,149 @@
-"""The first pass of a selection: three numbers per row, in a table on disk."""
+"""The first pass of a selection: three numbers of each row, in a table of each task."""
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from math import isfinite
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
 
-from megatron_dwm.analysis.importance import ImportanceWeights
+from megatron_dwm.analysis.importance import MOST_NGRAMS, ImportanceWeights, ngram_counts
 from megatron_dwm.analysis.selection_flags import SelectConfig
 from megatron_dwm.analysis.top_rows import ROW
-from megatron_dwm.corpora.readers import Reader, Record, input_files
+from megatron_dwm.corpora.readers import Record
+from megatron_dwm.corpora.storage import OutputFolder
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.json_lines import parse_object
 
 _CHUNK = 1024  # rows that are read together
-_MOST_SOURCES = 1000
+MOST_SOURCES = 1000
 _MOST_TOKENS = 1 << 40  # of a row: sums stay within 64 bits
 
 
-def progressing_records(paths: Sequence[str], description: str) -> Iterator[Record]:
-    """Yield the records of files, with a progress bar."""
-    reader = Reader(paths, None)
-    with tqdm(desc=description, total=reader.size, unit="B", unit_scale=True, disable=None) as bar:
-        for number, record in enumerate(reader):
-            if number % _CHUNK == 0:
-                bar.update(reader.position - bar.n)
-            yield record
-        bar.update(reader.position - bar.n)
+class Texts(PipelineStep):  # type: ignore[misc]
+    """Gives each document the text of its record."""
+
+    type, name = "selection", "texts"
+
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self.key = key
+
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Yield the documents.
+
+        Raises:
+            UserError: a row has no text.
+        """
+        for document in data:
+            record = document.metadata["record"]
+            document.text = _text(record, _object(record), self.key)
+            yield document
 
 
-def texts_of(paths: Sequence[str], key: str, description: str) -> Iterator[str]:
-    """Yield the texts of files, with a progress bar.
+class NgramCounts(PipelineStep):  # type: ignore[misc]
+    """Counts the n-grams of a task's texts, for DSIR."""
+
+    type, name = "selection", "n-grams"
+
+    def __init__(self, folder: OutputFolder, kind: str) -> None:
+        """
+        Args:
+            folder: of the selection's work.
+            kind: of texts: those that there are, or those that are wanted.
+        """
+        super().__init__()
+        self.folder, self.kind = folder, kind
+
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> None:
+        """Write the counts."""
+        counts = ngram_counts((document.text for document in data), MOST_NGRAMS / world_size)
+        with self.folder.open(f"{self.kind}/{rank:05d}") as file:
+            file.write(counts.tobytes())
+
+
+def importance_weights(folder: OutputFolder, tasks: int, target_tasks: int) -> ImportanceWeights:
+    """Return the importance weights of texts by what :class:`NgramCounts` has written.
 
     Raises:
-        UserError: a row has none.
+        UserError: there are no words.
     """
-    for record in progressing_records(paths, description):
-        yield _text(record, _object(record), key)
+
+    def total(kind: str, tasks: int) -> Any:
+        return sum(np.frombuffer(folder.read_bytes(f"{kind}/{rank:05d}"), np.int64) for rank in range(tasks))
+
+    return ImportanceWeights(total("ngrams", tasks), total("target", target_tasks))
 
 
-def write_table(config: SelectConfig, paths: Sequence[str], file: IO[bytes]) -> list[str]:
-    """Write the table of all rows to a file; return the names of the sources.
+class Numbers(PipelineStep):  # type: ignore[misc]
+    """Writes the numbers of each row of a task as a table, and the names of the sources that it numbers."""
+
+    type, name = "selection", "numbers"
+
+    def __init__(self, config: SelectConfig, folder: OutputFolder, target_tasks: int) -> None:
+        super().__init__()
+        self.config, self.folder, self.target_tasks = config, folder, target_tasks
+
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> None:
+        """Write the table.
+
+        Raises:
+            UserError: a row lacks what is needed, or there are too many sources.
+        """
+        config, sources = self.config, dict[str, int]()
+        count_tokens = _TokenCounter(config.tokenizer, config.json_key) if config.tokenizer else None
+        importance = importance_weights(self.folder, world_size, self.target_tasks) if config.method == "dsir" else None
+        with self.folder.open(f"numbers/{rank:05d}") as file:
+            while chunk := list(itertools.islice(data, _CHUNK)):
+                records = [document.metadata["record"] for document in chunk]
+                rows = list(map(_object, records))
+                table = _numbers(config, records, rows, count_tokens, importance)
+                for place, (document, row) in enumerate(zip(chunk, rows, strict=True)):
+                    source = _source(document, row, config.source_key)
+                    table["source"][place] = sources.setdefault(source, len(sources))
+                if len(sources) > MOST_SOURCES:
+                    raise too_many_sources(config)
+                file.write(table.tobytes())
+        self.folder.write(f"sources/{rank:05d}", json.dumps(list(sources)))
+
+
+def too_many_sources(config: SelectConfig) -> UserError:
+    """Return the error."""
+    return UserError(
+        f"--source-key {config.source_key}: more than {MOST_SOURCES} sources; give a key with fewer values"
+    )
+
+
+def _numbers(
+    config: SelectConfig,
+    records: Sequence[Record],
+    rows: Sequence[dict[str, Any]],
+    count_tokens: _TokenCounter | None,
+    importance: ImportanceWeights | None,
+) -> Any:
+    """Return the table of some rows without their sources.
 
     Raises:
-        UserError: a row lacks what is needed, there are no rows, or too many sources.
+        UserError: a row lacks what is needed.
     """
-    count_tokens = _TokenCounter(config.tokenizer, config.json_key) if config.tokenizer else None
-    records, sources = progressing_records(paths, "reading"), dict[str, int]()
-    importance = _importance(config, paths) if config.method == "dsir" else None
-    sign = -1 if config.method == "perplexity" else 1
-    while chunk := list(itertools.islice(records, _CHUNK)):
-        table, rows = np.zeros(len(chunk), ROW), list(map(_object, chunk))
-        if importance:
-            texts = [_text(record, row, config.json_key) for record, row in zip(chunk, rows, strict=True)]
-            table["key"] = list(map(importance, texts))
-        elif key := config.ranking_key:
-            table["key"] = [
-                sign * _number(record, row, "--score-key", key) for record, row in zip(chunk, rows, strict=True)
-            ]
-        if count_tokens:
-            table["cost"] = count_tokens(chunk, rows)
-        elif config.token_key:
-            table["cost"] = [_tokens(record, row, config.token_key) for record, row in zip(chunk, rows, strict=True)]
-        else:
-            table["cost"] = 1
-        for place, (record, row) in enumerate(zip(chunk, rows, strict=True)):
-            table["source"][place] = sources.setdefault(_source(record, row, config.source_key), len(sources))
-        if len(sources) > _MOST_SOURCES:
-            raise UserError(
-                f"--source-key {config.source_key}: more than {_MOST_SOURCES} sources; give a key with fewer values"
-            )
-        table.tofile(file)
-    if not sources:
-        raise UserError(f"--input {' '.join(paths)}: no rows; give files that hold some")
-    file.flush()
-    return list(sources)
+    table, sign = np.zeros(len(rows), ROW), -1 if config.method == "perplexity" else 1
+    pairs = list(zip(records, rows, strict=True))
+    if importance:
+        table["key"] = [importance(_text(record, row, config.json_key)) for record, row in pairs]
+    elif key := config.ranking_key:
+        table["key"] = [sign * _number(record, row, "--score-key", key) for record, row in pairs]
+    if count_tokens:
+        table["cost"] = count_tokens(records, rows)
+    elif config.token_key:
+        table["cost"] = [_tokens(record, row, config.token_key) for record, row in pairs]
+    else:
+        table["cost"] = 1
+    return table
 
 
 def _object(record: Record) -> dict[str, Any]:
@@ -139,27 +204,15 @@ def _text(record: Record, row: dict[str, Any], key: str) -> str:
     raise UserError(f"--input {record.place}: no text under {key!r}; correct the row, or give another --json-key")
 
 
-def _importance(config: SelectConfig, paths: Sequence[str]) -> ImportanceWeights:
-    """Return the importance weights of texts, estimated on the files."""
-
-    def target_texts() -> Iterator[str]:
-        try:
-            yield from texts_of(input_files(config.target or []), config.json_key, "target")
-        except UserError as error:
-            raise UserError(str(error).replace("--input ", "--target ", 1)) from None
-
-    return ImportanceWeights(texts_of(paths, config.json_key, "counting"), target_texts())
-
-
-def _source(record: Record, row: dict[str, Any], key: str | None) -> str:
+def _source(document: Document, row: dict[str, Any], key: str | None) -> str:
     """Return the name of a row's source.
 
     Raises:
         UserError: it has none.
     """
-    source = record.path if key is None else row.get(key)
+    source = document.metadata["path"] if key is None else row.get(key)
     if not isinstance(source, str):
-        raise UserError(f"--input {record.place}: no text under {key!r}; correct the row, or give another --source-key")
+        raise UserError(f"--input {document.id}: no text under {key!r}; correct the row, or give another --source-key")
     return source
 
 

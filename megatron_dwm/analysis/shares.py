@@ -23,7 +23,7 @@ class Shares:
     iterations: int
     mean: dict[str, float]
     interval: dict[str, tuple[float, float]]
-    """Of each share, 95 percent; not a number where there are too few iterations."""
+    """95 percent interval of each share; NaN if there are too few iterations."""
 
 
 def learned_shares(run: RunRecords) -> list[Shares]:

@@ -84,7 +84,7 @@ class Evaluator:
             num_fewshot: numbers of examples before each question, each evaluated.
             limit: most items of each task; None for all.
             batch_size: sequences evaluated together.
-            seed: of the choice of examples.
+            seed: seed for choosing the examples.
 
         Raises:
             UserError: the harness has no such task.

@@ -27,7 +27,7 @@ class Group:
 
     name: str
     members: npt.NDArray[np.bool_]
-    """Of each source, whether it belongs to the group."""
+    """For each source, whether it belongs to the group."""
     budget: int
 
 

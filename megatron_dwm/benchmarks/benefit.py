@@ -136,7 +136,7 @@ class BenefitConfig:
 
     @property
     def factors(self) -> tuple[float, ...]:
-        """What the learning rate is multiplied by."""
+        """Factors of the learning rate."""
         return SWEEP_FACTORS if self.sweep else (1.0,)
 
     @property

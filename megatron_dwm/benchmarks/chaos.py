@@ -143,11 +143,11 @@ class _Run:
         self.argv = [*RUN, *parallel.split(), *(["--async-save"] if saves == "async" else []), *run_flags]
 
     def logs_of(self, save: Path) -> Path:
-        """Return the folder of what the ranks of a run print, by start."""
+        """Return the folder with the output of a run's ranks, one folder per start."""
         return self.folder / f"{save.name}-logs"
 
     def start(self, save: Path) -> _Start:
-        """Start the run, which goes on from what is in its folder."""
+        """Start the run, which continues from the checkpoints in its folder."""
         self.starts += 1
         return _Start(self, save, self.logs_of(save) / f"start{self.starts:03d}")
 
@@ -179,7 +179,7 @@ class _Start:
         self.ranks = Ranks([*run.argv, "--save", str(save), "--load", str(save)], run.world_size, logs)
 
     def status(self) -> str:
-        """Return what the run says of itself: ``running``, which is also said of a killed one, or how it ended."""
+        """Return the status in the run's folder: ``running`` (also after it was killed), or how it ended."""
         path = self.save / "run_status.json"
         return str(json.loads(path.read_text())["status"]) if path.exists() else "none"
 

@@ -45,7 +45,7 @@ class Moment:
 
     aim: Aim
     iteration: int
-    """That it falls into; 0 at the start."""
+    """The iteration in which the moment falls; 0 during start-up."""
     delay: float
     """Seconds after what it is aimed at has begun."""
 
@@ -72,7 +72,7 @@ class Moment:
 
 
 def choose_moment(rng: random.Random, plan: Plan, after: int) -> Moment:
-    """Choose when to disturb a run that goes on from iteration ``after``."""
+    """Choose when to disturb a run that continues from iteration ``after``."""
     possible = {aim: weight for aim, weight in AIMS.items() if plan.of(aim, after)}
     aim: Aim = rng.choices(list(possible), list(possible.values()))[0] if possible else "start"
     iteration = 0 if aim == "start" else rng.choice(plan.of(aim, after))

@@ -39,13 +39,13 @@ class Configuration:
     saves: str
     disturbances: list[Disturbance] = field(default_factory=list)
     runs: int = 0
-    """That were disturbed, finished, and compared."""
+    """Number of runs that were disturbed, finished, and compared."""
     faults: list[str] = field(default_factory=list)
     """Differences from the undisturbed run."""
 
     @property
     def all_faults(self) -> list[str]:
-        """What was not as it must be."""
+        """Everything that was not as required."""
         return [*self.faults, *(f"{d.start}, {d.kind}: {fault}" for d in self.disturbances for fault in d.faults)]
 
 

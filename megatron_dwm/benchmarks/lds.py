@@ -108,12 +108,12 @@ def _name(half: int) -> str:
 
 
 def predictions(uniform: RunRecords, bilevel: RunRecords, like_target: Sequence[str]) -> Predictions:
-    """Return what the two runs say of the samples that they trained on.
+    """Return the two runs' predictions for the samples that they trained on.
 
     Args:
         uniform: a run with equal weights that aligned every batch.
-        bilevel: a run whose weighter learnt from every batch, after it had scored it.
-        like_target: sources whose samples should help; if there are none, that is no predictor.
+        bilevel: a run whose weighter learned from every batch, after it had scored it.
+        like_target: sources whose samples should help; if there are none, this predictor is left out.
     """
     aligned = _column(uniform, "alignment")
     drawn = np.random.default_rng(0).normal(size=len(aligned))

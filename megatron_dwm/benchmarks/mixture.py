@@ -18,7 +18,7 @@ class Recipe(NamedTuple):
     """A mixture that is made of installed text."""
 
     flags: tuple[str, ...]
-    """Of ``megatron-dwm build-corpus``."""
+    """Flags of ``megatron-dwm build-corpus``."""
     train: dict[str, float]
     """Fraction of the tokens by source."""
     target: str
@@ -142,7 +142,7 @@ def user_mixture(
     Args:
         folder: where tokenizer and datasets are.
         texts: the training sources.
-        fractions: of the tokens, by source; by size if there are none.
+        fractions: fractions of the tokens, by source; if empty, proportional to size.
         target: the target set.
         test: the test set.
         vocab_size: pieces of the tokenizer.

@@ -70,7 +70,7 @@ class Modes:
         """Make the trainers, and train the steps that nothing is measured of.
 
         Args:
-            trainer: of a bilevel run that has made no step.
+            trainer: the trainer of a bilevel run that has made no step.
         """
         self.bare, self.plain = BareLoop(trainer), trainer.with_weighting(UniformWeighting())
         for _ in range(SETTLING_STEPS):

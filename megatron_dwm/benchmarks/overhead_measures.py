@@ -101,7 +101,7 @@ def measure_counts(modes: Modes) -> dict[str, dict[str, int]]:
 
 
 def described(modes: Modes) -> dict[str, Any]:
-    """Return what the figures are of: the device, and the operations of a step."""
+    """Return what was measured: the device, and the operations of a step."""
     config, vocab = modes.config, modes.bilevel.reporter.padded_vocab_size
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",

@@ -22,7 +22,7 @@ class Target:
 
     name: str
     values: Sequence[float]
-    """Of the turns."""
+    """One value per turn."""
     by_operations: float | None = None
     least: float | None = None
     most: float | None = None

@@ -59,7 +59,8 @@ def _main(argv: Sequence[str] | None) -> None:
     config: ScoringBenchmarkConfig = parse(argv, description, description=__doc__)["scoring"]
     require_packages("benchmark scoring", "datatrove", "orjson", "pyarrow")
     from megatron_dwm.analysis.score_inputs import parts_of
-    from megatron_dwm.analysis.scoring import ScoreSettings, run_here, score_steps
+    from megatron_dwm.analysis.scoring import ScoreSettings, score_steps
+    from megatron_dwm.corpora.pipelines import Job, run_here
 
     folder = Path(config.output)
     source, texts = _documents(config, folder)
@@ -82,7 +83,7 @@ def _main(argv: Sequence[str] | None) -> None:
             start = _seconds()
             to = str(Path(output) / str(turn))
             steps = score_steps(parts_of([str(source)], 10**9), to, settings)
-            run_here(steps, to, tasks=1, workers=1)
+            run_here(Job(steps, 1, f"{to}/logs"), workers=1)
             speeds.append(tokens / (_seconds() - start))
         ratios.append(speeds[-1] / own)
     result = {

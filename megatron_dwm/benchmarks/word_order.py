@@ -65,7 +65,7 @@ class Quarter:
     first_update: int
     last_update: int
     auc: float
-    """Of the weights: how often a sample of the target's source has a larger one than a sample of another, of 1."""
+    """Probability that a sample of the target's source has a larger weight than a sample of another source."""
     alignment_auc: float
     """The same of the alignments: what a single update knows of its samples."""
     gain: float

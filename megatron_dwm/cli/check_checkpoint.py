@@ -125,16 +125,17 @@ def _verify_checkpoint(folder: Path, on_read: Callable[[int], object]) -> str:
 def _verify_torch_checkpoint(folder: Path, on_read: Callable[[int], object]) -> str:
     from megatron_dwm.training.saved_checkpoint import CheckpointDamage, reported_damage, verify_torch_checkpoint
 
-    files = tensors = not_finite = 0
+    tensors = not_finite = 0
     with reported_damage(folder):
         for state in verify_torch_checkpoint(folder, on_read):
             found = _tensors_in(state)
-            files, tensors = files + 1, tensors + len(found)
+            tensors += len(found)
             not_finite += sum(not _is_finite(tensor) for tensor in found)
             on_read(sum(tensor.numel() * tensor.element_size() for tensor in found))
         if not_finite:
             raise CheckpointDamage(f"{not_finite} tensors hold values that are not finite")
-    return f"whole, in the format torch: {tensors} tensors of {files} ranks"
+    ranks = len(list(folder.glob("mp_rank_*")))
+    return f"whole, in the format torch: {tensors} tensors of {ranks} ranks"
 
 
 def _is_finite(tensor: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -42,5 +43,6 @@ def limit_progress_bars() -> None:
     from transformers.utils import logging as hf_logging
 
     if not sys.stderr.isatty():
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of processes that this one starts
         disable: Callable[[], None] = hf_logging.disable_progress_bar
         disable()

@@ -106,9 +106,9 @@ def _main(argv: Sequence[str] | None) -> None:
     document = json.dumps(as_json(found, settings), indent=1, allow_nan=False)
     output = Path(config.output)
     try:
-        with atomic_files(output) as beside:
-            (beside / "evaluation.json").write_text(document)
-            (beside / "evaluation.png").write_bytes(png(figure(found)))
+        with atomic_files(output) as staging:
+            (staging / "evaluation.json").write_text(document)
+            (staging / "evaluation.png").write_bytes(png(figure(found)))
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror or error}); give another") from None
     print(table(found))

@@ -92,22 +92,22 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
             bar.update(tensor.numel() * tensor.element_size())
             yield name, require_finite(f"--load {folder}: {name}", tensor)
 
-    with bar, atomic_folder(Path(config.output)) as beside:
+    with bar, atomic_folder(Path(config.output)) as temporary:
         try:
-            write_weights(beside, skeleton, tensors(), config.max_shard_size)
+            write_weights(temporary, skeleton, tensors(), config.max_shard_size)
         except ValueError as error:
             raise UserError(
                 f"--load {folder}: cannot be exported ({error}); give another checkpoint or size"
             ) from error
-        skeleton.config.save_pretrained(beside)
-        save_hf_tokenizer(tokenizer, tokenizer_config, beside, model.sequence)
-        counterpart = load_tokenizer_folder(beside)
-        _complete_settings(skeleton, counterpart, beside, window=model.sequence)
-        count = _verify(beside, skeleton, tensors())
+        skeleton.config.save_pretrained(temporary)
+        save_hf_tokenizer(tokenizer, tokenizer_config, temporary, model.sequence)
+        counterpart = load_tokenizer_folder(temporary)
+        _complete_settings(skeleton, counterpart, temporary, window=model.sequence)
+        count = _verify(temporary, skeleton, tensors())
         card = language_model_card(
             saved, skeleton, counterpart, name=Path(config.output).name, effect=_effect(config.load)
         )
-        (beside / "README.md").write_text(card, encoding="utf-8")
+        (temporary / "README.md").write_text(card, encoding="utf-8")
     return (
         f"{config.output}: wrote a {type(skeleton).__name__} of {skeleton.num_parameters():,} parameters, "
         f"{vocab_size:,} tokens, from {folder}; loaded again, its {count} tensors are the checkpoint's"

@@ -92,8 +92,8 @@ def import_model(config: ImportConfig) -> tuple[Path, HuggingFaceModel]:
         "no_save_rng": True,
     }
     folder = iteration_folder(root, ITERATION)
-    with atomic_folder(folder) as beside:
-        write_checkpoint(beside, read, padded, arguments)
+    with atomic_folder(folder) as temporary:
+        write_checkpoint(temporary, read, padded, arguments)
     atomic_write_text(root / TRACKER, str(ITERATION))
     return folder, read
 

@@ -41,8 +41,9 @@ from megatron_dwm.runtime.stop_signals import StartSignals
 
 if TYPE_CHECKING:
     from megatron_dwm.training.dataloaders import Dataloaders
+    from megatron_dwm.training.evaluator import TaskEvaluation
     from megatron_dwm.training.setup import LanguageModel, RunInputs
-    from megatron_dwm.training.trainer import TaskEvaluation, Trainer
+    from megatron_dwm.training.trainer import Trainer
     from megatron_dwm.weighting.context import WeightingContext
     from megatron_dwm.weighting.inputs import WeightingInputs
     from megatron_dwm.weighting.policy import SampleWeighting

@@ -12,10 +12,12 @@ from functools import partial
 
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.config.flags import parse
+from megatron_dwm.config.slurm import SlurmConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.unsupported_flags import reason_unsupported
 from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
 from megatron_dwm.data.index_file import IndexFile
+from megatron_dwm.extras import require_packages
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -24,12 +26,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    classes = {"preprocess": PreprocessConfig, "tokenizer": TokenizerConfig}
+    classes = {"preprocess": PreprocessConfig, "tokenizer": TokenizerConfig, "slurm": SlurmConfig}
     configs = parse(argv, classes, description=__doc__, reason_unsupported=reason_unsupported)
     # Each worker tokenizes one text at a time; additional threads would only cause warnings about the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     config: PreprocessConfig = configs["preprocess"]
-    for prefix in preprocess(config, configs["tokenizer"]):
+    if configs["slurm"].slurm_partition is None:
+        prefixes = preprocess(config, configs["tokenizer"])
+    else:
+        require_packages("--slurm-partition", "datatrove")
+        from megatron_dwm.corpora.preprocess_jobs import submit_preprocess
+
+        prefixes, number = submit_preprocess(config, configs["tokenizer"], configs["slurm"])
+        if number is not None:
+            print(f"{config.output_prefix}: submitted job {number}; the same command says when it is done")
+            return
+    for prefix in prefixes:
         index = IndexFile.open(prefix)
         print(f"{prefix}: {index.num_boundaries - 1:,} documents, {int(index.lengths.sum(dtype='int64')):,} tokens")
 

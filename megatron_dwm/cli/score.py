@@ -15,7 +15,8 @@ from functools import partial
 from typing import Literal
 
 from megatron_dwm.cli.command import limit_progress_bars, run_command
-from megatron_dwm.config.flags import flag, parse, require_at_least
+from megatron_dwm.config.flags import flag, parse
+from megatron_dwm.config.slurm import SlurmConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.extras import require_packages
 
@@ -57,13 +58,6 @@ class ScoreConfig:
     )
     workers: int = flag(1, "Number of processes, or of simultaneous tasks of a SLURM job; they share a machine's GPUs.")
     skip_malformed: bool = flag(False, "Skip and count rows that are not documents instead of stopping.")
-    slurm_partition: str | None = flag(
-        None, "Submit the tasks to this SLURM partition as a job array, instead of scoring on this machine."
-    )
-    slurm_time: str = flag("24:00:00", "Time limit of a SLURM task.")
-    slurm_gpus_per_task: int = flag(0, "GPUs of a SLURM task.")
-    slurm_memory_gb: int = flag(4, "Memory of a SLURM task, in GB.")
-    slurm_options: list[str] | None = flag(None, "Further options of sbatch: account=NAME qos=NAME ...")
 
     def __post_init__(self) -> None:
         for name in ("input", "output"):
@@ -76,24 +70,9 @@ class ScoreConfig:
             ("--batch-tokens", self.batch_tokens),
             ("--split-bytes", self.split_bytes),
             ("--workers", self.workers),
-            ("--slurm-memory-gb", self.slurm_memory_gb),
         ):
             if number is not None and number < 1:
                 raise UserError(f"{name} {number} is less than 1; give a positive number")
-        require_at_least(self, 0, "slurm_gpus_per_task")
-        self.sbatch_options()
-
-    def sbatch_options(self) -> dict[str, str]:
-        """Return --slurm-options by name.
-
-        Raises:
-            UserError: one has no name or no value.
-        """
-        pairs = [option.partition("=") for option in self.slurm_options or ()]
-        for (name, equals, _), option in zip(pairs, self.slurm_options or (), strict=True):
-            if not name or not equals:
-                raise UserError(f"--slurm-options {option}: give NAME=VALUE, as account=mine")
-        return {name.lstrip("-"): value for name, _, value in pairs}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -102,12 +81,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    config: ScoreConfig = parse(argv, {"score": ScoreConfig}, description=__doc__)["score"]
+    configs = parse(argv, {"score": ScoreConfig, "slurm": SlurmConfig}, description=__doc__)
+    config: ScoreConfig = configs["score"]
+    slurm: SlurmConfig = configs["slurm"]
     require_packages("score", "datatrove", "orjson", "pyarrow")
     import torch
 
     from megatron_dwm.analysis.score_inputs import parts_of
-    from megatron_dwm.analysis.scoring import DocumentTokens, ScoreSettings, SlurmJob, run_here, score_steps, submit
+    from megatron_dwm.analysis.scoring import DocumentTokens, ScoreSettings, score_counts, score_steps
+    from megatron_dwm.corpora.pipelines import Job, refused_output, run_here, submit
+    from megatron_dwm.corpora.storage import OutputFolder
 
     limit_progress_bars()
     parts = parts_of(config.input or [], config.split_bytes)
@@ -130,22 +113,19 @@ def _main(argv: Sequence[str] | None) -> None:
         text_key=config.json_key,
         output_format=config.output_format,
         skip_malformed=config.skip_malformed,
-        show_progress=sys.stderr.isatty() and config.slurm_partition is None,
+        show_progress=sys.stderr.isatty() and slurm.slurm_partition is None,
     )
-    if config.slurm_partition is not None:
-        slurm = SlurmJob(
-            config.slurm_partition,
-            config.slurm_time,
-            config.slurm_gpus_per_task,
-            config.slurm_memory_gb,
-            config.sbatch_options(),
-        )
-        job = submit(steps, output, tasks, config.workers, slurm)
-        done = "all tasks are done" if job is None else f"submitted job {job}; its logs are in {output}/logs/slurm_logs"
+    job = Job(steps, tasks, OutputFolder(output).path("logs"))
+    if slurm.slurm_partition is not None:
+        with refused_output(output):
+            number = submit("score", [job], config.workers, slurm)
+        logs = f"{output}/logs/slurm_logs"
+        done = "all tasks are done" if number is None else f"submitted job {number}; its logs are in {logs}"
         print(f"{output}/data: {tasks} tasks, {done}")
         return
     start = time.perf_counter()
-    counts = run_here(steps, output, tasks, config.workers)
+    with refused_output(output):
+        counts = score_counts(run_here(job, config.workers))
     seconds = time.perf_counter() - start
     files = len({part.path for part in parts})
     print(

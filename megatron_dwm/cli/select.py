@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from megatron_dwm.analysis.selection import select_files
 from megatron_dwm.analysis.selection_flags import SelectConfig
 from megatron_dwm.cli.command import limit_progress_bars, run_command
 from megatron_dwm.config.flags import build, read
+from megatron_dwm.config.slurm import SlurmConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.unsupported_flags import reason_unsupported
 from megatron_dwm.errors import UserError
+from megatron_dwm.extras import require_packages
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,12 +28,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    values = read(argv, [SelectConfig, TokenizerConfig], description=__doc__, reason_unsupported=reason_unsupported)
-    config = build(SelectConfig, values)
+    classes = [SelectConfig, SlurmConfig, TokenizerConfig]
+    values = read(argv, classes, description=__doc__, reason_unsupported=reason_unsupported)
+    config, slurm = build(SelectConfig, values), build(SlurmConfig, values)
+    require_packages("select", "datatrove", "orjson", "pyarrow", *["data_selection"] * (config.method == "dsir"))
+    from megatron_dwm.analysis.selection import select_files
+
     tokenizer_config = _tokenizer_config(config, values)
     if config.tokenizer is not None:
         limit_progress_bars()
-    found = select_files(config, tokenizer_config)
+    found = select_files(config, tokenizer_config, slurm)
+    if isinstance(found, str):
+        print(f"{config.output}: submitted job {found}; the same command says when it is done")
+        return
     kept = " and ".join(
         f"{found[f'{unit}_kept']:,} of {found[f'{unit}_kept'] + found[f'{unit}_dropped']:,} {unit}"
         for unit in ("documents", "tokens")

@@ -14,7 +14,7 @@ def parse_layers(flag: str, text: str, num_layers: int) -> int | list[int]:
 
     Args:
         flag: the flag whose value is ``text``.
-        num_layers: of the model.
+        num_layers: number of layers of the model.
 
     Returns:
         the interval, or 0 or 1 for each layer.

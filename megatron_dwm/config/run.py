@@ -43,9 +43,9 @@ PARTS: dict[str, type] = {
 FLAG_GROUPS: dict[str, type] = PARTS | {"plan": PlanConfig, "no_effect": NoEffectConfig}
 """All flags that are accepted."""
 TARGET_PART = 4
-"""Batches have this many times as many samples as the target has in an outer update, unless flags say otherwise."""
+"""By default, an outer update reads one target sample for this many samples of the batch."""
 TARGET_MOMENTUM = 0.6
-"""With it a running mean has as little noise as a mean over ``TARGET_PART`` gradients: (1 + 0.6) / (1 - 0.6) = 4."""
+"""The running mean then has as little noise as a mean over ``TARGET_PART`` gradients: (1 + 0.6) / (1 - 0.6) = 4."""
 
 
 @dataclass(frozen=True)
@@ -282,10 +282,11 @@ class RunConfig:
 
     @property
     def target_batch_size(self) -> int:
-        """The number of target samples in one outer update: unless given, a quarter of the batch, rounded up.
+        """The number of target samples in one outer update; by default a quarter of the batch, rounded up.
 
-        Rules that learn no weighter have as many as the batch. What a quarter is rounded up to gives each replica as
-        many samples, in whole microbatches where there are several, and the interleaved schedule whole groups of them.
+        It is rounded up so that all replicas have the same number of samples, in full microbatches if there are
+        several, and in full groups of microbatches with the interleaved schedule. The default for rules that learn no
+        weighter is the size of the batch.
         """
         if self.weighting.dwm_target_batch_size is not None:
             return self.weighting.dwm_target_batch_size
@@ -295,13 +296,13 @@ class RunConfig:
         unit = dp
         if self.parallel.virtual_stages(self.model.layers) is not None:
             unit *= self.training.micro_batch * (self.parallel.microbatch_group_size_per_vp_stage or self.parallel.pp)
-        elif part > self.training.micro_batch * dp or self.parallel.tp_comm_overlap:  # whose buffers have one size
+        elif part > self.training.micro_batch * dp or self.parallel.tp_comm_overlap:  # its buffers have a fixed size
             unit *= self.training.micro_batch
         return min(-(-part // unit) * unit, self.global_batch_size)
 
     @property
     def target_momentum(self) -> float:
-        """The momentum of the target gradient's running mean; 0 without one."""
+        """The momentum of the target gradient's running mean; 0 if there is none."""
         if not self.weighting.learns_weighter:
             return 0.0
         if self.weighting.dwm_target_momentum is not None:

@@ -70,13 +70,13 @@ class WeightingConfig:
     )
     dwm_target_batch_size: int | None = flag(
         None,
-        "Target samples in one outer update. If not given, a quarter of the global batch, rounded up to what the "
-        "replicas and their microbatches divide.",
+        "Target samples in one outer update. Default: a quarter of the global batch, rounded up so that all replicas "
+        "and microbatches get the same number of samples.",
     )
     dwm_target_momentum: float | None = flag(
         None,
-        "Momentum of the running mean of the target gradient over outer updates, so that few target samples do. If not "
-        "given, 0.6, or 0 where --dwm-target-batch-size is given: then each update has its own gradient alone.",
+        "Momentum of the running mean of the target gradient over outer updates, which compensates for few target "
+        "samples. 0 uses each update's own gradient. Default: 0.6, or 0 if --dwm-target-batch-size is given.",
     )
     dwm_init_from: str = flag(
         "random",

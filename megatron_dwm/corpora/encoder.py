@@ -40,7 +40,7 @@ class Encoder:
     def __init__(self, keys: Sequence[str], tokenizer_config: TokenizerConfig, *, append_eod: bool) -> None:
         """
         Args:
-            keys: of a document's texts; each becomes a data set.
+            keys: keys of a document's texts; each becomes a dataset.
             append_eod: whether the end-of-document token follows each document.
 
         Raises:

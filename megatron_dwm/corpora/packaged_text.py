@@ -51,7 +51,7 @@ def _dictionary(name: str, path: Path) -> Iterable[str]:
 
 
 def _glosses(name: str, path: Path) -> Iterable[str]:
-    """What WordNet says of each of its synsets."""
+    """WordNet's text on each of its synsets."""
     if not PurePath(name).name.startswith("data."):
         return []
     lines = path.read_text("utf-8", "ignore").splitlines()

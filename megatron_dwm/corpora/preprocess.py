@@ -1,9 +1,9 @@
-"""Documents to Megatron's ``.bin``/``.idx``, byte for byte what Megatron-LM's tool writes.
+"""Tokenizes documents into Megatron's ``.bin``/``.idx``, with the same bytes as Megatron-LM's tool.
 
 One process reads and writes, ``--workers`` processes tokenize. Partitions, which are files in Megatron-LM, only decide
 the order of the documents here: the documents are dealt out to the partitions one by one, and the partitions follow
 each other, unless ``--keep-sequential-samples`` keeps the input's order. Finished segments of the documents are kept
-until the datasets are there, so that the same command goes on after an interruption.
+until the datasets are there, so that the same command continues after an interruption.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -24,11 +23,12 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_dwm import __version__
-from megatron_dwm.atomic_write import atomic_files, sync
 from megatron_dwm.config.flags import flag
 from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.corpora.dataset_writer import DatasetWriter, dataset_prefix, publish_datasets
 from megatron_dwm.corpora.encoder import Encoded, Encoder, Malformed
 from megatron_dwm.corpora.readers import Reader, Record, input_files, without_suffixes
+from megatron_dwm.corpora.storage import is_url
 from megatron_dwm.corpora.unfinished import Progress, UnfinishedWork, file_stamps, unfinished_work
 from megatron_dwm.corpora.worker_pool import WorkerDied, WorkerPool
 from megatron_dwm.errors import UserError
@@ -36,7 +36,8 @@ from megatron_dwm.errors import UserError
 logger = logging.getLogger(__name__)
 
 _CHUNK = 32  # documents sent to a worker at a time
-_WITHOUT_EFFECT = ("workers", "log_interval", "output_prefix", "input")  # on the data, the input's files apart
+# On the data, the input's files apart.
+_WITHOUT_EFFECT = ("workers", "log_interval", "output_prefix", "input", "split_bytes")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class PreprocessConfig:
         "Make data sets of each input file, with its name behind --output-prefix, or in that folder if it ends with a "
         "slash, instead of data sets of all files together.",
     )
-    workers: int = flag(1, "Number of processes that tokenize.")
+    workers: int = flag(1, "Number of processes that tokenize, or of simultaneous tasks of a SLURM job.")
     partitions: int = flag(1, "Distribute the documents over this many partitions, which are concatenated.")
     log_interval: int = flag(1000, "Report progress after this many documents.")
     keep_sequential_samples: bool = flag(False, "Keep the order of the documents, also with several partitions.")
@@ -73,15 +74,23 @@ class PreprocessConfig:
         "Number of documents after which finished work is saved; an interrupted command continues from there.",
     )
 
+    split_bytes: int = flag(
+        1000000000,
+        "With --slurm-partition: plain JSON lines that are larger are divided into tasks; other files are one each.",
+    )
+
     def __post_init__(self) -> None:
         for name, value in (("--input", self.input), ("--output-prefix", self.output_prefix)):
             if not value:
                 raise UserError(f"{name} is missing; give a path")
+        if is_url(self.output_prefix or ""):
+            raise UserError(f"--output-prefix {self.output_prefix}: datasets are written on this machine; give a path")
         for name, number in (
             ("--workers", self.workers),
             ("--partitions", self.partitions),
             ("--log-interval", self.log_interval),
             ("--resume-interval", self.resume_interval),
+            ("--split-bytes", self.split_bytes),
         ):
             if number < 1:
                 raise UserError(f"{name} {number} is less than 1; give a positive number")
@@ -104,7 +113,7 @@ def preprocess(config: PreprocessConfig, tokenizer_config: TokenizerConfig) -> l
     paths = input_files(config.input or [])
     if not config.output_per_file:
         _preprocess(config, tokenizer_config, encoder, paths)
-        return [_dataset(Path(config.output_prefix or ""), key) for key in config.json_keys]
+        return [dataset_prefix(Path(config.output_prefix or ""), key) for key in config.json_keys]
     prefix = Path(config.output_prefix or "")
     names = _names(paths)
     start = f"{prefix}/" if (config.output_prefix or "").endswith("/") else f"{prefix}_"
@@ -117,7 +126,7 @@ def preprocess(config: PreprocessConfig, tokenizer_config: TokenizerConfig) -> l
             logger.info(f"{path} to {of_file.output_prefix}")
             _preprocess(of_file, tokenizer_config, encoder, [path])
             work.keep(work.next_segment(), Progress(records=work.progress.records + 1))
-    return [_dataset(Path(output), key) for output in outputs.values() for key in config.json_keys]
+    return [dataset_prefix(Path(output), key) for output in outputs.values() for key in config.json_keys]
 
 
 def _names(paths: list[str]) -> dict[str, str]:
@@ -157,7 +166,8 @@ def _preprocess(
             else:
                 results = stack.enter_context(WorkerPool(encoder, config.workers)).map(_chunks(records))
             _write(_reported(results, reader, work.progress.records, config.log_interval), config, encoder.dtype, work)
-            _publish(config, encoder.dtype, work.segments, prefix)
+            parts = [segment / f"part{part}" for part in range(_partitions(config)) for segment in work.segments]
+            publish_datasets(config.json_keys, encoder.dtype, parts, prefix)
     except WorkerDied as error:
         raise UserError(
             f"--workers {config.workers}: a worker process ended ({error}); give fewer workers or more memory"
@@ -189,11 +199,11 @@ def _write(results: Iterable[Encoded | Malformed], config: PreprocessConfig, dty
     """Write the documents to segments, and in each of them to partitions."""
     parts = _partitions(config)
     progress, segment = work.progress, Path()
-    writers: list[_Writer] = []
+    writers: list[DatasetWriter] = []
     for index, result in enumerate(results, start=progress.records):
         if not writers:
             segment = work.next_segment()
-            writers = [_Writer(config.json_keys, dtype, segment / f"part{part}") for part in range(parts)]
+            writers = [DatasetWriter(config.json_keys, dtype, segment / f"part{part}") for part in range(parts)]
         if isinstance(result, Malformed):
             if not config.skip_malformed:
                 raise UserError(f"--input {result}; correct it or give --skip-malformed")
@@ -218,69 +228,10 @@ def _partitions(config: PreprocessConfig) -> int:
     return 1 if config.keep_sequential_samples else config.partitions
 
 
-def _keep(work: UnfinishedWork, segment: Path, writers: list[_Writer], progress: Progress) -> None:
+def _keep(work: UnfinishedWork, segment: Path, writers: list[DatasetWriter], progress: Progress) -> None:
     for writer in writers:
         writer.finish()
     work.keep(segment, progress)
-
-
-def _publish(config: PreprocessConfig, dtype: Any, segments: list[Path], prefix: Path) -> None:
-    """Put the partitions of all segments behind each other, and the datasets in place of old ones."""
-    parts = [segment / f"part{part}" for part in range(_partitions(config)) for segment in segments]
-    with atomic_files(prefix.parent) as scratch:
-        if len(parts) == 1:
-            for key, suffix in itertools.product(config.json_keys, (".bin", ".idx")):
-                _link(_dataset(parts[0], key) + suffix, _dataset(scratch / prefix.name, key) + suffix)
-        else:
-            whole = _Writer(config.json_keys, dtype, scratch / prefix.name)
-            for part in parts:
-                whole.append(part)
-            whole.finish()
-        # New data beside an old index would be a dataset of wrong documents; data without an index is none.
-        written = list(scratch.iterdir())
-        for path in written:
-            sync(path)
-        for path in written:
-            if path.suffix == ".idx":
-                (prefix.parent / path.name).unlink(missing_ok=True)
-        sync(prefix.parent)
-
-
-def _link(finished: str, name: str) -> None:
-    """Give a finished file another name; it stays where it is, for a call that comes after an interruption."""
-    try:
-        os.link(finished, name)
-    except OSError:  # a file system without such names
-        shutil.copyfile(finished, name)
-
-
-def _dataset(prefix: Path, key: str) -> str:
-    return f"{prefix}_{key}_document"
-
-
-class _Writer:
-    """The data sets of all keys that documents are added to."""
-
-    def __init__(self, keys: Iterable[str], dtype: Any, prefix: Path) -> None:
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-        self._prefixes = {key: _dataset(prefix, key) for key in keys}
-        self._builders = {
-            key: IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype) for key, prefix in self._prefixes.items()
-        }
-
-    def add(self, document: Encoded) -> None:
-        for key, builder in self._builders.items():
-            builder.add_document(document.tokens[key], document.lengths[key])
-
-    def append(self, finished: Path) -> None:
-        """Append the documents of another writer's finished files."""
-        for key, builder in self._builders.items():
-            builder.add_index(_dataset(finished, key))
-
-    def finish(self) -> None:
-        for key, builder in self._builders.items():
-            builder.finalize(f"{self._prefixes[key]}.idx")
 
 
 def _reported(

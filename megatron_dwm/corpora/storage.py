@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_dwm.atomic_write import atomic_write_text, sync
 from megatron_dwm.errors import UserError, shortened
@@ -34,6 +35,21 @@ def size_of(path: str) -> int:
     fs, inner = _file_system(path)
     with _refused_url(path):
         return int(fs.size(inner))
+
+
+def stamp_of(path: str) -> tuple[int, str]:
+    """Return the size of a file and what changes when it is written: a time, or what a store calls a version.
+
+    Raises:
+        UserError: it is behind a URL, and cannot be reached.
+    """
+    if not is_url(path):
+        status = os.stat(path)
+        return status.st_size, str(status.st_mtime_ns)
+    fs, inner = _file_system(path)
+    with _refused_url(path):
+        found = fs.info(inner)
+    return int(found["size"]), str(found.get("ETag") or found.get("mtime") or found.get("LastModified"))
 
 
 def open_file(path: str) -> io.BufferedReader:
@@ -107,6 +123,37 @@ class OutputFolder:
         else:
             self._make_folder_of(name)
             self._fs.pipe_file(f"{self._root}/{name}", text.encode())
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[IO[bytes]]:
+        """Open a file for writing; it is on the disk when the block has ended."""
+        if self._fs is not None:
+            self._make_folder_of(name)
+            with self._fs.open(f"{self._root}/{name}", "wb") as file:
+                yield file
+            return
+        path = Path(self.path(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return the content of a file."""
+        with open_file(self.path(name)) as file:
+            return file.read()
+
+    def exists(self, name: str) -> bool:
+        """Tell whether there is such a file."""
+        return os.path.exists(self.path(name)) if self._fs is None else bool(self._fs.exists(f"{self._root}/{name}"))
+
+    def remove(self) -> None:
+        """Remove it with all that is in it, if it is there."""
+        if self._fs is None:
+            shutil.rmtree(self.location, ignore_errors=True)
+        elif self._fs.exists(self._root):
+            self._fs.rm(self._root, recursive=True)
 
     def holds_something(self) -> bool:
         """Tell whether there is anything in it."""

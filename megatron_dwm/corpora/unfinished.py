@@ -1,6 +1,6 @@
 """Work on a dataset that takes long: its finished segments are kept beside it until the whole is there.
 
-The same command, started again after an interruption, goes on behind the last finished segment.
+The same command, started again after an interruption, continues after the last finished segment.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_dwm.atomic_write import atomic_write_text, sync
+from megatron_dwm.corpora.storage import absolute, is_url, stamp_of
 from megatron_dwm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
     """Yield the work in ``folder``, which goes when the block ends, or if it raises before a segment was finished.
 
     Args:
-        folder: of this work alone.
+        folder: a folder that only this work uses.
         job: what the work depends on; None for work that cannot be taken up. Another job's segments are removed.
         unit: what :attr:`Progress.records` counts.
 
@@ -114,9 +115,8 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
         shutil.rmtree(folder)
 
 
-def file_stamps(paths: list[str]) -> list[tuple[str, int, int]] | None:
-    """Return path, size and time of the last change of each file; None if one is no regular file."""
-    if not all(os.path.isfile(path) for path in paths):
+def file_stamps(paths: list[str]) -> list[tuple[str, int, str]] | None:
+    """Return path, size and last change of each file; None if one is neither a regular file nor behind a URL."""
+    if not all(is_url(path) or os.path.isfile(path) for path in paths):
         return None
-    stats = [(path, os.stat(path)) for path in paths]
-    return [(os.path.abspath(path), status.st_size, status.st_mtime_ns) for path, status in stats]
+    return [(absolute(path), *stamp_of(path)) for path in paths]

@@ -30,7 +30,7 @@ class DataPaths:
     target: Blend | None
     split: str | None
     validation_set_names: list[str] | None = None
-    """Of the datasets of the validation blend, if they are not those of its files."""
+    """Names of the datasets of the validation blend, if they differ from the names of the files."""
 
     def blends(self) -> dict[str, Blend]:
         """Return the blends that were given, by the flag that names each."""

@@ -84,7 +84,8 @@ def split_sizes(
     Args:
         train_samples: ``--train-samples``, if the run is counted in samples.
         grows: whether the first batches are smaller, so that the number of steps does not determine the number of
-        samples. (others): as for :func:`samples_read`.
+            samples.
+        (others): as for :func:`samples_read`.
     """
     of_megatron_lm = samples_read(data, train_iters, global_batch_size)
     if train_samples:
@@ -112,7 +113,7 @@ def build_datasets(
 
     Args:
         sequence: tokens of one sample.
-        seed: of the shuffling of documents and samples.
+        seed: seed for shuffling documents and samples.
         target_batch_size: samples of one target batch; None for a run without a target set.
     """
     # Imported here: megatron-core's datasets take a second, and most commands need none.

@@ -24,7 +24,7 @@ class BatchPartition:
     dp_rank: int
     dp_size: int
     sizes: BatchSizes | None = None
-    """Of batches that grow; this partition is then that of the largest."""
+    """Batch sizes, if the batch grows; this partition is then that of the largest batch."""
 
     def after(self, consumed: int) -> BatchPartition:
         """Return the partition of the step after ``consumed`` samples."""

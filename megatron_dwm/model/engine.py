@@ -67,8 +67,7 @@ class PipelineEngine:
         Args:
             micro_batch_size: samples of one microbatch; must divide the batch.
             loss_function: reduces each microbatch's token losses to the scalar that is differentiated, which
-            megatron-core divides by
-                the number of unmasked tokens.
+                megatron-core divides by the number of unmasked tokens.
             forward_only: losses only, no gradients.
             check_for_nan: whether to check for losses that are not finite; by default as the engine.
 

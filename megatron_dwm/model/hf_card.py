@@ -19,7 +19,7 @@ def language_model_card(
         saved: the checkpoint's arguments.
         language_model: the Hugging Face model; its parameters need no storage.
         tokenizer: the Hugging Face tokenizer.
-        name: of the folder.
+        name: name of the folder.
         effect: what was measured of the run; None if nothing is known.
     """
     window, samples = saved.get("seq_length"), saved.get("consumed_train_samples")

@@ -68,7 +68,7 @@ def write_weights(
     Args:
         skeleton: the model, without storage.
         tensors: its tensors, by name; they are written in its precision.
-        max_shard_size: of one file, such as ``"5GB"``.
+        max_shard_size: maximum size of a file, such as ``"5GB"``.
 
     Raises:
         ValueError: the tensors are not those of the model, or the size is invalid.

@@ -1,8 +1,8 @@
 """Conversion of a GPT's weights between megatron-core's checkpoint keys and Hugging Face's names.
 
 A *full state* maps checkpoint keys to unsharded tensors, those of layers stacked: [layers, ...]. A *Hugging Face
-state* has the names of the base model (LlamaModel, GPT2Model, ...), and ``lm_head.weight`` if the model has an output
-layer. Each checkpoint tensor, and each layer's part of a stacked tensor, is converted separately, so that a
+state* has the names of the base model (LlamaModel, GPT2Model, ...), and ``lm_head.weight`` if the model has a separate
+output layer. Each checkpoint tensor, and each layer's part of a stacked tensor, is converted separately, so that a
 model can be converted piece by piece.
 
 Shape legend: h hidden size, n heads, g query groups, d head size, f feed-forward size, v vocabulary.
@@ -64,7 +64,7 @@ class Piece:
         """The Hugging Face names.
 
         Args:
-            number: of the layer there, if it is not the same.
+            number: number of the layer there, if it is different.
         """
         if self.layer is None:
             return list(self.conversion.names)
@@ -112,7 +112,7 @@ def from_hf_state_dict(
     """Return the full state of a Hugging Face state: the inverse of :func:`to_hf_state_dict`.
 
     Args:
-        state: with ``lm_head.weight`` if and only if the model has an output layer of its own.
+        state: the tensors; with ``lm_head.weight`` if and only if the model has an output layer of its own.
         padded_vocab_size: rows of the embedding; those beyond the vocabulary are zero.
     """
     parts: dict[str, list[torch.Tensor]] = {}

@@ -40,7 +40,7 @@ def weighted_loss(sample_weights: torch.Tensor | None) -> LossFunction:
     of the loss unchanged.
 
     Args:
-        sample_weights: of the batch's samples [n]; None for the plain loss.
+        sample_weights: weights of the batch's samples [n]; None for the plain loss.
     """
     if sample_weights is None:
         return plain_loss

@@ -35,7 +35,7 @@ class Vocabulary:
 
     @property
     def arguments(self) -> dict[str, int]:
-        """What a checkpoint's arguments must say of it."""
+        """The arguments that a checkpoint must contain for it."""
         return {SOFTMAX_SIZE: self.softmax_size} if self.softmax_size < self.rows else {}
 
     def require_tokens(self, tokens: int) -> None:

@@ -46,7 +46,10 @@ def step_traffic(config: RunConfig, stage: Stage) -> dict[str, Traffic]:
 
 
 def scoring_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: WeighterPlan | None) -> Cost:
-    """Return what the weights of a step take; of what is sent for a weighter's scores, ranks gather one number each."""
+    """Return the cost of computing the weights of a step.
+
+    The communication of a weighter's scores is not counted: ranks gather one number per sample.
+    """
     settings, samples = config.weighting, config.global_batch_size
     if weighter is not None:
         return Cost(scoring_flops(weighter.computing_parameters, samples, config.model.sequence), {})
@@ -59,7 +62,7 @@ def scoring_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: We
 
 
 def update_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: WeighterPlan | None) -> Cost:
-    """Return what an outer update takes, or what a rule does in its place; nothing in a run that has none."""
+    """Return the cost of an outer update, or of what a rule does in its place; zero for a run without updates."""
     settings = config.weighting
     if not settings.needs_target or settings.dwm_rule == "top-alignment":
         return Cost(0.0, {})
@@ -77,11 +80,11 @@ def update_traffic(config: RunConfig, stage: Stage, weighter: WeighterPlan | Non
     kind = config.weighting.dwm_alignment
     passes = batch * (config.training.micro_batch if kind == "single-sample" else 1)
     between = stage.stage_traffic.times(target + batch)
-    if kind == "finite-difference":  # forward passes at two places
+    if kind == "finite-difference":  # forward passes at two points
         passes, between = 2 * batch, stage.stage_traffic.times(target) + stage.forward_traffic.times(2 * batch)
-    gathers = 0 if config.weighting.dwm_rule == "top-alignment" else 2  # put back, and forward again
-    gathers += 2 if kind == "finite-difference" else 0  # back from either place
-    gathers += config.parallel.overlap_param_gather  # before the passes, which the next forward pass does again
+    gathers = 0 if config.weighting.dwm_rule == "top-alignment" else 2  # to go back, and forward again
+    gathers += 2 if kind == "finite-difference" else 0  # to return from each of the two points
+    gathers += config.parallel.overlap_param_gather  # before the passes; the next forward pass repeats it
     return {
         "layers": _of_passes(stage.training, target) + _of_passes(stage.alignment, passes),
         "stages": between,
@@ -93,7 +96,7 @@ def update_traffic(config: RunConfig, stage: Stage, weighter: WeighterPlan | Non
 
 
 def _forward_cost(config: RunConfig, rows: int, stages: list[Stage], samples: int) -> Cost:
-    """Return what forward passes over so many samples take."""
+    """Return the cost of forward passes over ``samples`` samples."""
     microbatches = samples / (config.training.micro_batch * config.data_parallel_size)
     traffic = [
         {

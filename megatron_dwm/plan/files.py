@@ -27,7 +27,7 @@ def planned_files(
     """Return the files that a run writes.
 
     Args:
-        model_parameters: of the language model, each once.
+        model_parameters: number of parameters of the language model, each counted once.
         weighter_parameters: None without a weighter.
     """
     files, logging, save = [], config.logging, config.checkpoint.save

@@ -24,7 +24,7 @@ class StageMemory:
     activations: float
     """Peak of the activations in a training step."""
     weighting_between_updates: int
-    """Weighter, replay, and the mean of the target gradient."""
+    """The weighter, the replay, and the running mean of the target gradient."""
     weighting_in_update: float
     """What an outer update adds to the peak of plain training, without what is held between updates."""
 
@@ -65,11 +65,11 @@ def stage_memory(config: RunConfig, stage: Stage, weighter: WeighterPlan | None)
 def _update_peak(config: RunConfig, stage: Stage, training: float, weighter: WeighterPlan | None) -> float:
     """Return the peak bytes of an iteration with an outer update, without weights, gradients and optimizer."""
     kind = config.weighting.dwm_alignment
-    copy = 0 if config.weighting.dwm_rule == "top-alignment" else stage.parameter_copy  # which goes back to none
+    copy = 0 if config.weighting.dwm_rule == "top-alignment" else stage.parameter_copy  # which does not go back
     direction, learning = stage.direction, 0 if weighter is None else weighter.learning
     samples = config.training.micro_batch if kind == "single-sample" else 1
     counts = in_flight(config, stage.number, config.num_microbatches * samples)
-    if kind == "finite-difference":  # without a backward pass, and with a second copy to go back to
+    if kind == "finite-difference":  # without a backward pass, but with a second copy of the parameters
         alignment = max(part.peak for part in stage.alignment) + copy + stage.workspace
     else:
         alignment = held_activations(stage.alignment, counts) + stage.workspace

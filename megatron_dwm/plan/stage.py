@@ -58,21 +58,21 @@ class Stage:
     gradients: int
     """Bytes of the gradient buffers."""
     optimizer: int
-    """Bytes of the optimizer's state, its copies of the parameters included."""
+    """Bytes of the optimizer's state, including its copies of the parameters."""
     parameter_copy: int
-    """Bytes of what this rank keeps of the parameters while an outer update goes back to them."""
+    """Bytes of this rank's copy of the parameters, to which an outer update returns."""
     gradient_mean: int
-    """Bytes of what this rank keeps of a mean of gradients."""
+    """Bytes of this rank's part of the running mean of the target gradient."""
     direction: int
-    """Bytes of the target gradient, beside the gradient buffers."""
+    """Bytes of the target gradient, in addition to the gradient buffers."""
     preconditioner: int
     """Bytes that are needed to precondition it."""
     workspace: int
-    """Bytes of megatron-core's buffer for gathered activations, which is made once and kept."""
+    """Bytes of megatron-core's buffer for gathered activations, which is allocated once and kept."""
     training: tuple[Pass, ...]
-    """Of each model chunk."""
+    """The training pass, for each model chunk."""
     alignment: tuple[Pass, ...]
-    """Of each model chunk, in an outer update, or where a rule looks at losses; empty if there is neither."""
+    """The alignment pass or a rule's forward pass, for each model chunk; empty if there is neither."""
     gradient_sync: Traffic
     """Gradients, after the backward passes of a step."""
     parameter_gather: Traffic
@@ -82,7 +82,7 @@ class Stage:
     stage_traffic: Traffic
     """What one microbatch sends to the neighboring stages."""
     forward_traffic: Traffic
-    """What of it the forward pass sends."""
+    """The part of it that the forward pass sends."""
 
 
 def measure_stage(

@@ -101,7 +101,7 @@ def _adapt_megatron_to_cpu() -> None:
         module.get_rng_state = lambda *_, **__: torch.get_rng_state()
         module.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
         module.manual_seed = torch.manual_seed
-    # megatron-core's compiled functions would need a C++ compiler, and take it several seconds.
+    # Compiling megatron-core's functions would need a C++ compiler, and several seconds.
     torch.compiler.set_stance("force_eager")
     # On a CPU the "GPU RNG context" is the CPU's own stream, which is meant to move.
     logging.getLogger(core_random.__name__).setLevel(logging.ERROR)

@@ -65,7 +65,7 @@ class LogLine:
     skipped_iterations: int
     nan_iterations: int
     extra: Mapping[str, float | str] = field(default_factory=dict)
-    """What Megatron-LM's line does not have."""
+    """Figures that Megatron-LM's line does not have."""
 
     def __str__(self) -> str:
         parts = [
@@ -122,15 +122,15 @@ class Speed:
     """The speed of a run, and its remaining time."""
 
     tokens_per_second: float
-    """Of each GPU."""
+    """Per GPU."""
     tflops: float
-    """TFLOP/s of each GPU, of plain training's operations."""
+    """TFLOP/s per GPU, counting only the operations of plain training."""
     peak_tflops: float | None
     """Peak TFLOP/s of a GPU; None if unknown."""
     seconds_left: float
 
     def figures(self) -> dict[str, float | str]:
-        """Return what the log line has of it, by name."""
+        """Return the figures that the log line shows, by name."""
         figures: dict[str, float | str] = {"tokens/s/GPU": self.tokens_per_second, "TFLOP/s/GPU": self.tflops}
         if self.peak_tflops is not None:
             figures["MFU"] = f"{self.tflops / self.peak_tflops:.1%}"

@@ -74,7 +74,7 @@ class JsonLines:
         """Close the file."""
         try:
             self._file.close()
-        except OSError:  # what was left in the buffer; the warning of it has been given
+        except OSError:  # the buffer could not be written; there has been a warning
             self._has_failed = True
 
 
@@ -102,7 +102,7 @@ def _keep_records_until(path: Path, iteration: int, is_made_again: Callable[[Map
                     number = record["iteration"]
                     if number < iteration or (number == iteration and not is_made_again(record)):
                         kept.write(line)
-                elif line.endswith(b"\n"):  # half a line at the end is what an interrupted write leaves
+                elif line.endswith(b"\n"):  # an interrupted write leaves half a line at the end
                     with path.with_name(f"{path.name}.damaged").open("ab") as aside:
                         aside.write(line)
                     damaged += 1
@@ -114,7 +114,7 @@ def _keep_records_until(path: Path, iteration: int, is_made_again: Callable[[Map
     os.replace(kept.name, path)
     if damaged:
         logger.warning(
-            f"{path}: {damaged} lines are no records; they are set aside in {path.name}.damaged", extra=EVERY_RANK
+            f"{path}: {damaged} lines are not records; they were moved to {path.name}.damaged", extra=EVERY_RANK
         )
 
 
@@ -134,20 +134,20 @@ class ScalarWriter(Protocol):
     """A writer of curves."""
 
     def scalar(self, name: str, value: float, iteration: int, samples: int | None = None) -> None:
-        """Write a point of the curve ``name``; with ``samples``, also of the curve against them."""
+        """Write a point of the curve ``name``; with ``samples``, also of the curve against samples."""
 
     def close(self) -> None:
         """Write what is left and close."""
 
 
 class _Curves:
-    """Curves that never stop training: when they cannot be written there is one warning, and no more of them."""
+    """Curves, which never stop training: if they cannot be written, there is one warning, and no more are written."""
 
     def __init__(self, name: str, *errors: type[Exception]) -> None:
         """
         Args:
             name: the flag and its value, for the warning.
-            errors: those of writing.
+            errors: the exceptions that writing may raise.
         """
         self._name, self._errors, self._has_failed = name, errors, False
 
@@ -164,7 +164,7 @@ class _Curves:
 
 
 class TensorBoard(_Curves):
-    """TensorBoard's writer under Megatron-LM's names."""
+    """Writes curves to TensorBoard under Megatron-LM's names."""
 
     def __init__(self, folder: str, queue_size: int) -> None:
         """

@@ -146,7 +146,7 @@ class StartupSync:
         A fact that one of the two does not have is not compared.
 
         Args:
-            name: of these facts, of which there may be several.
+            name: name of this set of facts; there may be several sets.
 
         Raises:
             UserError: one differs.
@@ -184,7 +184,7 @@ class StartupSync:
         """End all ranks after a signal that came while the run started; the first to say so prints why.
 
         Args:
-            name: of the signal.
+            name: name of the signal.
         """
         failure = {"rank": self.rank, "code": START_AGAIN, "reason": name}
         if self.world_size == 1:

@@ -1,4 +1,4 @@
-"""The signals that ask a run to save and stop, and what becomes of one that comes while the run starts."""
+"""The signals that ask a run to save and stop, and their handling during start-up, when there is nothing to save."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ import time
 from megatron_dwm.errors import UserError, print_error
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""SLURM and torchrun send SIGTERM, a keyboard SIGINT, and schedulers' warnings are often SIGUSR1 or SIGUSR2."""
+"""SLURM and torchrun send SIGTERM, Ctrl-C sends SIGINT, and schedulers often warn with SIGUSR1 or SIGUSR2."""
 START_AGAIN = 75
-"""Exit code of a run that was signaled while it started; sysexits.h has it for what may succeed the next time."""
+"""Exit code of a run that was signaled during start-up: ``EX_TEMPFAIL`` of sysexits.h, which asks for another try."""
 PATIENCE_SECONDS = 1.0
-"""A launcher signals the ranks when one of them has failed: they shall end with that failure, which comes first."""
+"""How long a rank waits before it exits: if a launcher sent the signal because another rank failed, that rank's error
+should be printed first."""
 
 
 def end_alone(name: str) -> None:
-    """End this process after a signal; no other waits for it yet."""
+    """End this process after a signal, at a time when no other process waits for it yet."""
     print_error(signaled(name))
     os._exit(START_AGAIN)
 
 
 def signaled(name: str) -> UserError:
-    """Return what is said of a signal."""
+    """Return the error of a run that was signaled during start-up."""
     return UserError(f"{name} came while the run started: there is nothing to save; start it again")
 
 
 class StartSignals:
-    """Ends a process that is signaled while its run starts: there is nothing to save.
+    """Ends a process that is signaled during start-up, when there is nothing to save.
 
-    A thread does that, as the main one may wait in a library for other ranks, or for an index to be built, until when
-    Python calls no handler.
+    This is done by a thread, because Python runs signal handlers only in the main thread, which may be waiting inside
+    a library: for other ranks, or until an index is built.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,7 @@ class StartSignals:
         threading.Thread(target=self._watch, name="start-signals", daemon=True).start()
 
     def close(self) -> None:
-        """Let signals do what they do by themselves, or what the run will have them do."""
+        """Restore the default handling of signals; the run may then install its own."""
         if self._writer.fileno() >= 0:
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

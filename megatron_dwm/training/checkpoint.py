@@ -109,44 +109,46 @@ class CheckpointWriter:
         if not self._is_finite():
             logger.warning(f"no checkpoint of iteration {iteration} is written: the parameters are not finite")
             return
-        beside = root / f".{iteration_folder(root, iteration).name}.partial"
+        temporary = root / f".{iteration_folder(root, iteration).name}.partial"
         logger.info(
             f"[{timestamp()}] saving checkpoint at iteration {iteration:7d} to {root} in {flags.ckpt_format} format"
         )
-        with self._reported_failure(root, beside, iteration):
+        with self._reported_failure(root, temporary, iteration):
             if self.parallel_state.is_first_rank:
                 if not persistent:
                     _drop_all_but_newest(root)
-                shutil.rmtree(beside, ignore_errors=True)
-                beside.mkdir(parents=True)
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
             dist.barrier()
             if flags.ckpt_format == "torch":
                 allocate_state(self.components.optimizer)
                 of_parameters = dwm_state.get(OF_PARAMETERS, {})
-                write_torch_state(beside, self.config, self.components, train_state, self.parallel_state, of_parameters)
-                self._write_dwm_state(beside, dwm_state)
+                write_torch_state(
+                    temporary, self.config, self.components, train_state, self.parallel_state, of_parameters
+                )
+                self._write_dwm_state(temporary, dwm_state)
                 dist.barrier()
-                self._publish(root, beside, iteration)
+                self._publish(root, temporary, iteration)
                 dist.barrier()
                 self._note_saved(train_state, persistent=persistent)
                 return
-            request = self._request(beside, train_state, dwm_state.get(OF_PARAMETERS, {}))
-            self._write_dwm_state(beside, dwm_state)  # after megatron-core, which treats existing files as leftovers
-            request.add_finalize_fn(lambda: self._publish(root, beside, iteration))
+            request = self._request(temporary, train_state, dwm_state.get(OF_PARAMETERS, {}))
+            self._write_dwm_state(temporary, dwm_state)  # after megatron-core, which treats existing files as leftovers
+            request.add_finalize_fn(lambda: self._publish(root, temporary, iteration))
             if self._queue is None:
                 request.execute_sync()
                 dist.barrier()
                 self._note_saved(train_state, persistent=persistent)
                 return
-            self._pending = (root, beside, iteration)
+            self._pending = (root, temporary, iteration)
             self._queue.schedule_async_request(request)
             self._note_saved(train_state, persistent=persistent)
         logger.info(f"  [{timestamp()}] scheduled an async checkpoint save at iteration {iteration:7d} to {root}")
 
-    def _write_dwm_state(self, beside: Path, dwm_state: dict[str, Any]) -> None:
+    def _write_dwm_state(self, temporary: Path, dwm_state: dict[str, Any]) -> None:
         if dwm_state and self.parallel_state.is_first_rank:
             kept = {key: value for key, value in dwm_state.items() if key != OF_PARAMETERS}
-            torch.save(kept, beside / DWM_STATE)
+            torch.save(kept, temporary / DWM_STATE)
 
     def _note_saved(self, train_state: TrainState, *, persistent: bool) -> None:
         if persistent:
@@ -173,7 +175,7 @@ class CheckpointWriter:
             with self._reported_failure(*self._pending):
                 self._queue.maybe_finalize_async_calls(blocking=blocking)
 
-    def _request(self, beside: Path, train_state: TrainState, of_parameters: OfParameters) -> Any:
+    def _request(self, temporary: Path, train_state: TrainState, of_parameters: OfParameters) -> Any:
         """Prepare to write all shards, and write what is not sharded."""
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
@@ -203,7 +205,7 @@ class CheckpointWriter:
             self._strategy = strategy if is_constant else None
         request = dist_checkpointing.save(
             state,
-            str(beside),
+            str(temporary),
             strategy,
             async_sharded_save=True,
             preprocess_common_before_consistancy_check=comparable,
@@ -211,17 +213,17 @@ class CheckpointWriter:
             **sharded_save_options(),
         )
         if request.async_fn is not None and flags.checkpoint_checksums:
-            request = request._replace(async_fn=partial(_write_with_checksums, request.async_fn, beside))
+            request = request._replace(async_fn=partial(_write_with_checksums, request.async_fn, temporary))
         return request
 
-    def _publish(self, root: Path, beside: Path, iteration: int) -> None:
+    def _publish(self, root: Path, temporary: Path, iteration: int) -> None:
         """Rename the complete checkpoint to its final name and make it the latest; called on the first rank."""
         if not self.parallel_state.is_first_rank:
             return
         if self.config.checkpoint.checkpoint_checksums:
-            write_checksums(beside)
+            write_checksums(temporary)
         final = iteration_folder(root, iteration)
-        publish_folder(beside, final)
+        publish_folder(temporary, final)
         previous = tracked(root)
         retained = self.config.checkpoint.save_retain_interval
         is_persistent = root == Path(self.config.checkpoint.save or ".")
@@ -251,7 +253,7 @@ class CheckpointWriter:
         return not bool(bad)
 
     @contextlib.contextmanager
-    def _reported_failure(self, root: Path, beside: Path, iteration: int) -> Iterator[None]:
+    def _reported_failure(self, root: Path, temporary: Path, iteration: int) -> Iterator[None]:
         """Turn failures of writing into a UserError, and remove half-written files.
 
         Raises:
@@ -277,7 +279,7 @@ class CheckpointWriter:
                 raise
             reason = unwritten
         if self.parallel_state.is_first_rank:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         latest = tracked(root)
         remedy = f"the last whole checkpoint is {latest.name}" if latest is not None else "no checkpoint is there yet"
         raise UserError(

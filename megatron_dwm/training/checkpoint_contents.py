@@ -23,7 +23,7 @@ OfParameters = Mapping[str, Mapping[torch.nn.Parameter, torch.Tensor]]
 OF_WEIGHTING = "dwm."
 """Prefix of the weighting's per-parameter tensors."""
 EVALUATIONS_DUE = "dwm_evaluations_due"
-"""The argument, which only a run has that was stopped in an evaluation."""
+"""Name of the argument with the evaluations that are due; only checkpoints of interrupted evaluations have it."""
 
 VERSION = 3.0
 """Version of this layout of keys in Megatron-LM."""
@@ -44,7 +44,7 @@ def sharded_state(
     """Return the sharded state to save, or the template to load into.
 
     Args:
-        of_parameters: the weighting's tensors of the model's parameters, by name.
+        of_parameters: the weighting's per-parameter tensors, by name.
     """
     model = sharded_model(components, metadata)
     state = unsharded_state(config, components, train_state) | model

@@ -108,7 +108,7 @@ def load_checkpoint(
 
 
 def _of_parameters(state: dict[str, Any], components: TrainComponents) -> dict[str, dict[torch.nn.Parameter, Any]]:
-    """Return the weighting's tensors of parameters in what was loaded, by name and parameter."""
+    """Return the weighting's per-parameter tensors in a loaded state, by name and parameter."""
     params = trained_parameters(components)
     return {
         key.removeprefix(OF_WEIGHTING): {param: tensors[str(number)] for number, param in enumerate(params)}
@@ -163,7 +163,7 @@ def _load_distributed(
 def _empty_of_parameters(
     saved: SavedCheckpoint, components: TrainComponents
 ) -> dict[str, dict[torch.nn.Parameter, torch.Tensor]]:
-    """Return tensors to load the weighting's tensors of parameters into, those that a checkpoint has, by name."""
+    """Return empty tensors for the weighting's per-parameter tensors in a checkpoint, by name and parameter."""
     keys = [key.removeprefix(OF_WEIGHTING) for key in saved.shapes if key.startswith(OF_WEIGHTING)]
     names = dict.fromkeys(key.split(".")[0] for key in keys)
     params = trained_parameters(components)

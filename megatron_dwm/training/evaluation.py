@@ -65,8 +65,8 @@ def evaluate(
 
     Args:
         log_progress: whether to log each batch.
-        dtype: of the sums; Megatron-LM's are float32, which counts 2^24 tokens exactly.
-        before_batch: called on every rank; may raise to break the evaluation off.
+        dtype: type of the sums; Megatron-LM's are float32, which counts 2^24 tokens exactly.
+        before_batch: called on every rank; may raise to interrupt the evaluation.
     """
     if log_progress:
         logger.info(f"Evaluating on {batches * batch_loader.partition.global_samples} samples")

@@ -72,8 +72,8 @@ class Schedule:
 
         Args:
             state: the schedule's state, as megatron-core saves it.
-            arguments: those of the checkpoint, which hold what that state leaves out.
-            flags: for what neither says.
+            arguments: the checkpoint's arguments, which contain what that state lacks.
+            flags: used for what neither contains.
         """
         found = {field.name: state[field.name] for field in dataclasses.fields(Schedule) if field.name in state}
         if "global_batch_size" in arguments:

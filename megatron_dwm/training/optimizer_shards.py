@@ -1,10 +1,10 @@
-"""The distributed optimizer's state in one file of each model-parallel rank, as the format ``torch`` has it.
+"""The distributed optimizer's state in checkpoints of the format ``torch``: one file per model-parallel rank.
 
-Megatron-LM's ``distrib_optim.pt`` beside ``model_optim_rng.pt`` holds a flat tensor of each kind (fp32 parameters and
-both moments) for each gradient buffer: its buckets behind each other, without what pads them for the number of
-replicas. So a run of another data-parallel size can load it too.
+Megatron-LM's ``distrib_optim.pt`` is next to ``model_optim_rng.pt``. For each gradient buffer it holds three flat
+tensors (fp32 parameters and both moments): the buffer's buckets, concatenated without the padding that depends on the
+number of replicas. Therefore a run with another data-parallel size can load it too.
 
-Shape legend: B elements of a buffer without padding.
+Shape legend: B elements of a buffer, without padding.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _KINDS = (PARAM, "exp_avg", "exp_avg_sq")
 
 
 def gathered_shards(optimizer: Optimizer, *, use_gloo: bool) -> dict[Any, Any] | None:
-    """Return the state of all replicas' shards on the first replica, None on others; collective among replicas."""
+    """Return the gathered state on the first replica and None on the others; collective among replicas."""
     state: dict[Any, Any] | None = only_part(optimizer).get_parameter_state_dp_zero(use_gloo_comm=use_gloo)
     return state
 
 
 def load_shards(optimizer: Optimizer, path: Path) -> None:
-    """Take this rank's shards out of a file, whose other parts are not read; no communication.
+    """Load this rank's shards from a file without reading the rest of it; no communication.
 
     Raises:
         UnreadableFile: the file is missing or damaged.
-        UserError: it is of other buffers.
+        UserError: it belongs to other gradient buffers.
     """
     part, state = only_part(optimizer), map_torch_file(path)
-    with torch.no_grad(), keeping_steps(part):  # fp32 shards are views of parameters that ask for gradients
+    with torch.no_grad(), keeping_steps(part):  # fp32 shards are views of parameters that require gradients
         for number, (buffer, by_dtype) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
             ((dtype, buckets),) = by_dtype.items()
             saved = _of_buffer(state, number, dtype, buffer.numel_unpadded, path)

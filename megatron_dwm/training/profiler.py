@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def _lost_if_unwritable(path: str) -> Iterator[None]:
-    """While open, what cannot be written is lost with a warning: a profile never stops training."""
+    """Turn errors of writing inside the context into a warning, because a profile never stops training."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch's, of a folder
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the path is a folder
         logger.warning(f"{path}: cannot be written ({shortened(error)}); it is lost", extra=EVERY_RANK)
 
 
@@ -73,8 +73,8 @@ class StepProfiler:
         """Begin or end profiling.
 
         Args:
-            number: iterations of this process, from 1 on, by which PyTorch counts as in Megatron-LM.
-            iteration: of the run, by which nsys' ranges are.
+            number: number of the iteration in this process, from 1 on, which PyTorch profiling uses, as in Megatron-LM.
+            iteration: the run's iteration, which nsys profiling uses for its range.
         """
         if not self._is_profiled:
             return

@@ -27,10 +27,10 @@ class ProgressLog:
         """Write a line that the job starts.
 
         Args:
-            folder: of the file; None to write nothing.
+            folder: folder of the file; None to write nothing.
             world_size: the number of processes.
             sequence: tokens of one sample.
-            operations: of the model's training up to now.
+            operations: floating-point operations of the model's training so far.
         """
         self._path = None if folder is None else folder / "progress.txt"
         self._world_size, self._sequence, self._start_operations = world_size, sequence, operations

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 AFTER_TRAINING = "after_training"
 """True in the record of an evaluation after the last iteration; others have no such field."""
 _EVALUATIONS = {"evaluation": "validation", "tasks": "tasks"}
-"""Which of a run's evaluations the records of a kind are of."""
+"""The evaluation that makes the records of a kind."""
 
 
 class Reporter:
@@ -198,7 +198,7 @@ class Reporter:
                 self._draw(f"dwm/validation_loss/{name}", value, train_state.iteration)
 
     def _is_made_again(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record of the iteration that the run goes on from is of an evaluation that is still to come."""
+        """Whether a record of the iteration at which the run resumed is of an evaluation that will be repeated."""
         if AFTER_TRAINING in record:
             return self._has_trained
         return _EVALUATIONS.get(str(record.get("kind"))) in self._due

@@ -77,7 +77,7 @@ class SaveFolder:
 def check_owner(flags: CheckpointConfig) -> None:
     """Check that ``--non-persistent-global-ckpt-dir`` holds no other run's checkpoints.
 
-    All but the newest two there are deleted, and the newest is loaded, so each run needs a folder of its own.
+    A run deletes all but the newest two there and loads the newest, so each run needs a folder of its own.
 
     Raises:
         UserError: it does.
@@ -91,7 +91,7 @@ def check_owner(flags: CheckpointConfig) -> None:
         if owner in own or Path(str(owner)).resolve() in [Path(path).resolve() for path in own]:
             continue
         raise UserError(
-            f"--non-persistent-global-ckpt-dir {folder}: {checkpoint.name} there is of a run with --save {owner}, "
+            f"--non-persistent-global-ckpt-dir {folder}: {checkpoint.name} belongs to a run with --save {owner}, "
             "which this one would delete; give another folder"
         )
 

@@ -144,7 +144,7 @@ def open_checkpoint(folder: Path, *, should_verify: bool = True, rank: int = 0, 
 
     Args:
         should_verify: whether to verify the files against their checksums.
-        rank: of the processes that open it, which verifies its part of the files.
+        rank: rank of this process among those that open it; it verifies its part of the files.
 
     Raises:
         UserError: it is damaged; the message names the file, and the last intact checkpoint.

@@ -50,7 +50,7 @@ def train_step(
     """Run forward and backward passes over ``batch``, one optimizer step and one step of the learning-rate schedule.
 
     Args:
-        sample_weights: of this replica's samples [n]; None for plain training.
+        sample_weights: weights of this replica's samples [n]; None for plain training.
         optimizer_timer: runs while the optimizer steps.
         empty_unused_memory_level: whether the GPU's unused memory is released: before the optimizer's step (1), and
             after it (2).

@@ -15,7 +15,7 @@ from megatron_dwm.runtime.stop_signals import STOP_SIGNALS
 
 
 class EvaluationBrokenOffError(Exception):
-    """A signal has come, and what is being evaluated has to wait until the run goes on."""
+    """A signal interrupted an evaluation, which the resumed run will repeat."""
 
 
 class StopRequest:
@@ -49,7 +49,9 @@ class StopRequest:
         return None
 
     def break_off_if_signaled(self) -> None:
-        """Leave an evaluation, which may take longer than a signal leaves time to save; every rank calls it.
+        """Interrupt an evaluation if a signal asks the run to stop; every rank calls it.
+
+        Completing it could take longer than the time that is left to save a checkpoint.
 
         Raises:
             EvaluationBrokenOffError: on every rank, if one has received a signal.

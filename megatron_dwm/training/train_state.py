@@ -23,13 +23,13 @@ class TrainState:
     consumed_valid_samples: int = 0
     num_floating_point_operations_so_far: float = 0
     evaluations_due: tuple[str, ...] = ()
-    """Of ``EVALUATIONS``, those that this iteration asks for and that were not made yet."""
+    """Those of ``EVALUATIONS`` that are due at this iteration and have not been made yet."""
 
     def advance(self, iteration: int, samples: int, flops: float, skipped_samples: int = 0) -> None:
         """Count one iteration.
 
         Args:
-            skipped_samples: the samples by which its batch was smaller than the flags ask for.
+            skipped_samples: the samples by which its batch was smaller than the flags request.
         """
         self.skipped_train_samples += skipped_samples
         self.iteration = iteration

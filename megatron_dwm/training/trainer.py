@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -23,20 +23,17 @@ from megatron_dwm.runtime.stragglers import StragglerReport
 from megatron_dwm.runtime.timers import StepTimers
 from megatron_dwm.training.checkpoint import CheckpointWriter
 from megatron_dwm.training.dataloaders import Dataloaders
-from megatron_dwm.training.evaluation import Evaluation, evaluate
+from megatron_dwm.training.evaluator import Evaluator, TaskEvaluation
 from megatron_dwm.training.profiler import StepProfiler
 from megatron_dwm.training.reporter import Reporter
 from megatron_dwm.training.rerun import StepValidation, reported_divergence
 from megatron_dwm.training.run_status import write_run_status
 from megatron_dwm.training.step import StepResult, train_step
-from megatron_dwm.training.stop_request import EvaluationBrokenOffError, StopRequest
-from megatron_dwm.training.train_state import EVALUATIONS, TrainComponents, TrainState
+from megatron_dwm.training.stop_request import StopRequest
+from megatron_dwm.training.train_state import TrainComponents, TrainState
 from megatron_dwm.weighting.policy import SampleWeighting
 
 logger = logging.getLogger(__name__)
-
-TaskEvaluation = Callable[[Callable[[], None]], list[dict[str, Any]]]
-"""Evaluates the model on tasks, with all ranks, and calls its argument now and then; returns a record for each task."""
 
 SAVES_WITH_MEMORY_REPORT = 3
 """Megatron-LM reports the GPU's memory around a run's first checkpoints."""
@@ -69,6 +66,16 @@ class Trainer:
         self.checkpoints, self.train_state, self.timers = parts.checkpoints, parts.train_state, parts.timers
         self.batch_sizes, self.validation = config.batch_sizes, StepValidation(config.training)
         self.stop_request = StopRequest(config.training)
+        self.evaluator = Evaluator(
+            config,
+            parts.engine,
+            parts.parallel_state,
+            parts.dataloaders,
+            parts.reporter,
+            parts.train_state,
+            self.stop_request,
+            parts.evaluate_tasks,
+        )
         self.saves_with_memory_report = SAVES_WITH_MEMORY_REPORT
 
     def with_weighting(self, weighting: SampleWeighting) -> Trainer:
@@ -110,7 +117,7 @@ class Trainer:
         start = train_state.iteration
         self._check_replicas(start)
         stop_reason = None
-        if not config.training.skip_train and not self._make_due_evaluations():
+        if not config.training.skip_train and not self.evaluator.make_due():
             stop_reason = self.stop_request.reason(start)
         while not config.training.skip_train and train_state.iteration < config.train_iters and stop_reason is None:
             self.checkpoints.poll()
@@ -118,35 +125,16 @@ class Trainer:
                 self.train_iteration(train_state.iteration + 1)
             self.parts.profiler.after_iteration(train_state.iteration - start, train_state.iteration)
             self._check_replicas(train_state.iteration)
-            train_state.evaluations_due = self._evaluations_of(train_state.iteration)
-            self._make_due_evaluations()
+            self.evaluator.schedule()
+            self.evaluator.make_due()
             stop_reason = self.stop_request.reason(train_state.iteration)
             if self._save_if_due(is_last=stop_reason is not None):
                 stop_reason = stop_reason or self.stop_request.reason(train_state.iteration)
-        if stop_reason is not None:
-            logger.info(event_line(stop_reason))
-            return stop_reason if self._has_more_to_do() else None
-        return self._evaluate_at_the_end()
-
-    def _evaluate_at_the_end(self) -> str | None:
-        """Evaluate after training; return the reason if a signal breaks that off."""
-        config, train_state = self.config, self.train_state
-        skipped = "skipping training (--skip-train is on) ..."
-        logger.info(skipped if config.training.skip_train else event_line("after training is done"))
-        self._announce_second_evaluation()
-        try:
-            self.evaluate("valid", f"iteration {train_state.iteration} on validation set", after_training=True)
-            self.evaluate("test", f"iteration {train_state.iteration} on test set", after_training=True)
-        except EvaluationBrokenOffError as error:
-            logger.info(event_line(reason := f"exiting program after receiving {error}."))
-            return reason
-        return None
-
-    def _has_more_to_do(self) -> bool:
-        """Whether a run that ends now would train or evaluate if it were started again."""
-        is_evaluated = self.dataloaders.valid is None and self.dataloaders.test is None
-        is_evaluated = is_evaluated and not self.train_state.evaluations_due
-        return self.train_state.iteration < self.config.train_iters or not is_evaluated
+        if stop_reason is None:
+            return self.evaluator.finish()
+        logger.info(event_line(stop_reason))
+        is_finished = train_state.iteration >= config.train_iters and not self.evaluator.has_more_to_do
+        return None if is_finished else stop_reason
 
     def train_iteration(self, iteration: int) -> None:
         """Run one iteration: weight the batch, train the language model, update the weighting."""
@@ -210,85 +198,6 @@ class Trainer:
                 raise RuntimeError(f"the replicas' parameters differ after iteration {iteration}")
         logger.info(f">>> Weight hashes match after {iteration} iterations...")
 
-    def evaluate(self, split: str, prefix: str, *, after_training: bool = False) -> None:
-        """Evaluate on ``valid`` or ``test``, if there is such data.
-
-        Args:
-            prefix: the point of the run, for the log.
-            after_training: whether this is the evaluation after the last iteration, which logs each batch.
-
-        Raises:
-            EvaluationBrokenOffError: on every rank, if one of them receives a signal.
-        """
-        data = self.dataloaders.valid if split == "valid" else self.dataloaders.test
-        if data is None:
-            return
-        reads_whole_sets = split == "valid" and self.config.data.full_validation
-        with self.reporter.paused(), self.engine.full_parameters():
-            results = {
-                name: evaluate(
-                    self.engine,
-                    data.loader,
-                    batches,
-                    self.config.training.micro_batch,
-                    self.parallel_state,
-                    log_progress=after_training,
-                    dtype=torch.float64 if reads_whole_sets else torch.float32,
-                    before_batch=self.stop_request.break_off_if_signaled,
-                )
-                for name, batches in data.batches.items()
-            }
-            if split == "valid" and not reads_whole_sets:  # each set has a separate position, which is the same for all
-                self.train_state.consumed_valid_samples += data.samples // len(data.batches)
-            loss = Evaluation.of_all(list(results.values())).loss
-            by_source = {name: result.loss for name, result in results.items()}
-            is_by_source = split == "valid" and self.config.data.multiple_validation_sets
-            by_source = by_source if is_by_source else {}
-            self.reporter.evaluation(self.train_state, split, loss, prefix, by_source, after_training=after_training)
-
-    def _evaluations_of(self, iteration: int) -> tuple[str, ...]:
-        """Return which evaluations follow an iteration."""
-        of_validation, of_tasks = self.config.data.eval_interval, self.config.tasks.eval_tasks_interval
-        is_last = iteration == self.config.train_iters
-        asked = (
-            of_validation and iteration % of_validation == 0 and self.dataloaders.valid is not None,
-            self.parts.evaluate_tasks and of_tasks is not None and (iteration % of_tasks == 0 or is_last),
-        )
-        return tuple(name for name, is_asked in zip(EVALUATIONS, asked, strict=True) if is_asked)
-
-    def _make_due_evaluations(self) -> bool:
-        """Evaluate what this iteration asks for, or what the run before left to this one.
-
-        Returns:
-            whether it was all made; a signal breaks it off.
-        """
-        train_state, iteration = self.train_state, self.train_state.iteration
-        try:
-            while train_state.evaluations_due:
-                if train_state.evaluations_due[0] == "validation":
-                    self.evaluate("valid", f"iteration {iteration}")
-                else:
-                    self._evaluate_tasks()
-                train_state.evaluations_due = train_state.evaluations_due[1:]
-        except EvaluationBrokenOffError as error:
-            due = " and ".join(train_state.evaluations_due)
-            logger.info(f" > {error} interrupts {due} of iteration {iteration}, which is made when the run continues")
-        return not train_state.evaluations_due
-
-    def _evaluate_tasks(self) -> None:
-        if self.parts.evaluate_tasks is not None:
-            with self.reporter.paused(), self.engine.full_parameters():
-                records = self.parts.evaluate_tasks(self.stop_request.break_off_if_signaled)
-                self.reporter.tasks(self.train_state.iteration, records)
-
-    def _announce_second_evaluation(self) -> None:
-        """Log why the last iteration has two validation losses, as in Megatron-LM, if it has."""
-        config, interval = self.config, self.config.data.eval_interval
-        was_evaluated = interval and self.train_state.iteration % interval == 0 and not config.training.skip_train
-        if was_evaluated and self.dataloaders.valid is not None and not config.data.full_validation:
-            samples = config.data.eval_iters * config.global_batch_size
-            logger.info(f" > the final validation loss is of the next {samples} samples, after those of the loss above")
-
     def save(self, *, persistent: bool = True) -> None:
         """Write a checkpoint; with a persistent one, also the files of the weighting."""
         iteration = self.train_state.iteration
@@ -307,7 +216,7 @@ class Trainer:
                 self.reporter.memory(f"(after save_checkpoint for iteration {iteration})")
 
     def _save_if_due(self, *, is_last: bool) -> bool:
-        """Return whether a checkpoint was saved that stays."""
+        """Save a checkpoint if one is due; return whether a persistent one was saved."""
         flags, iteration = self.config.checkpoint, self.train_state.iteration
         if not flags.save:
             return False
@@ -347,7 +256,7 @@ def params_norm(parameters: Iterable[torch.nn.Parameter], sharded_by: Optimizer 
     """Return the norm of all parameters over the model, each counted once.
 
     Args:
-        parameters: those of this rank.
+        parameters: the parameters of this rank.
         sharded_by: the optimizer over whose ranks the parameters are sharded; None if they are not sharded.
     """
     from megatron.core import parallel_state as mpu

@@ -107,7 +107,7 @@ def export_weighter(
     manifest: Mapping[str, Any],
     *,
     effect: str | None = None,
-    check: Callable[[Path], object] = lambda beside: None,
+    check: Callable[[Path], object] = lambda temporary: None,
 ) -> None:
     """Write a weighter's classifier, tokenizer, manifest and model card to a temporary folder, then rename it.
 
@@ -121,21 +121,21 @@ def export_weighter(
     from megatron_dwm.weighting.export_card import weighter_card
 
     disable_progress_bar()  # a progress bar would break the lines of the log
-    with atomic_folder(folder) as beside:
-        model.save_pretrained(beside)
-        save_tokenizer(beside)
-        write_manifest(beside, manifest)
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        save_tokenizer(temporary)
+        write_manifest(temporary, manifest)
         # Not in the manifest, because the card is meant to be edited before publication.
-        card = weighter_card(manifest, model, load_tokenizer_folder(beside), name=folder.name, effect=effect)
-        (beside / "README.md").write_text(card, encoding="utf-8")
-        check(beside)
+        card = weighter_card(manifest, model, load_tokenizer_folder(temporary), name=folder.name, effect=effect)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        check(temporary)
 
 
 def weighter_facts(iteration: int, stage: int, num_parameters: int, digest: str) -> dict[str, Any]:
     """Return the part of a manifest about the weighter itself.
 
     Args:
-        digest: of its parameters.
+        digest: digest of its parameters.
     """
     return {
         "iteration": iteration,
@@ -158,7 +158,7 @@ def run_facts(
     """Return the part of a manifest about the run that the weighter comes from.
 
     Args:
-        tokenizer_fingerprint: of the weighter's tokenizer.
+        tokenizer_fingerprint: fingerprint of the weighter's tokenizer.
         adds_special_tokens: whether the weighter was trained on texts with its tokenizer's special tokens.
     """
     return {

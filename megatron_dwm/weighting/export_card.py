@@ -24,7 +24,7 @@ def weighter_card(facts: Mapping[str, Any], model: Any, tokenizer: Any, *, name:
         facts: the manifest's part about the run.
         model: the classifier.
         tokenizer: the Hugging Face tokenizer.
-        name: of the folder.
+        name: name of the folder.
         effect: the measured gain; None if it was not measured.
     """
     window = tokenizer.model_max_length if tokenizer.model_max_length < LONGEST else None

@@ -29,8 +29,8 @@ def outer_update_flops(
     """Return the operations of one outer update: passes of the language model, and the weighter's steps.
 
     Args:
-        config: of the run.
-        padded_vocab_size: of the language model.
+        config: configuration of the run.
+        padded_vocab_size: padded vocabulary size of the language model.
         weighter_parameters: without the embedding, which is looked up.
         is_linear: whether the weighter's steps are of conjugate gradients on the whole replay, taken as full.
     """

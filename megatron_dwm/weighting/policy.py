@@ -50,7 +50,7 @@ class SampleWeights:
 
 
 class StepOutcome(Protocol):
-    """What the weighting is told about a training step."""
+    """The result of a training step, as the weighting sees it."""
 
     @property
     def skipped(self) -> bool:

@@ -200,7 +200,7 @@ class TopAlignmentWeighting(TargetedWeighting):
     ) -> None:
         """
         Args:
-            fraction: of the batch that counts.
+            fraction: fraction of the batch that counts.
         """
         super().__init__(weight_metrics, options, parts)
         self.fraction = fraction

@@ -96,7 +96,7 @@ class Weighter:
         Args:
             tokens: this rank's samples [m, s].
             score_gradient: returns, for scores [m], the gradient of the objective with respect to them [m]; may be a
-            collective call.
+                collective call.
 
         Returns:
             norm of the gradient over all samples, before clipping.

@@ -32,7 +32,7 @@ class SampleTokens:
     eod: int
     """End-of-document token, used for padding if a folder defines no padding token."""
     fingerprint: str
-    """Of the tokenizer's vocabulary."""
+    """Fingerprint of the tokenizer's vocabulary."""
     text_of: Callable[[npt.NDArray[np.integer[Any]]], str]
     """Returns the text of a sample's tokens [s]."""
 
@@ -48,7 +48,7 @@ class WeighterFolder:
     own_tokenizer: Any | None
     """Its tokenizer, of Hugging Face, if that is not the run's."""
     fingerprint: str
-    """Of its tokenizer's vocabulary."""
+    """Fingerprint of its tokenizer's vocabulary."""
     reading: str
     """A description of how it reads the samples, for the log; may be empty."""
 

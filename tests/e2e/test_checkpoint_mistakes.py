@@ -122,7 +122,9 @@ def test_a_status_that_cannot_be_written_ends_the_run_before_it_trains(tmp_path:
 def test_a_run_that_starts_anew_says_what_it_replaces(written: Path, tmp_path: Path):
     shutil.copytree(written, tmp_path / "save")
     finished = succeed(tmp_path / "log", 1, RUN | {"--save": tmp_path / "save"})
-    assert "holds checkpoints up to iter_0000004, which this run replaces as it starts anew" in finished.errors[0]
+    assert (
+        "holds checkpoints up to iter_0000004, which this run replaces as it starts from scratch" in finished.errors[0]
+    )
 
 
 def test_a_run_is_made_longer(written: Path, tmp_path: Path):

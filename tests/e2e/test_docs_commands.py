@@ -66,6 +66,7 @@ NOT_RUN = {
     "docs/embedding.md: Alignments alone: python": "distributed/test_embedded.py runs it",
     "docs/evaluation.md: On this machine: bash": "tests/e2e/test_evaluate.py evaluates such checkpoints",
     "docs/transfer.md: Score documents: bash 2": "needs a SLURM cluster; tests/e2e/test_slurm.py submits such a job",
+    "docs/transfer.md: URLs: bash": "needs S3; unit/analysis/test_scoring.py and test_selection.py read and write URLs",
     "docs/transfer.md: Score documents: python": "needs Ray and S3; the same pipeline is run by two other executors",
     "docs/evaluation.md: Tasks of the harness: bash": "needs the Hugging Face Hub",
     "docs/evaluation.md: During training: bash": "tests/e2e/test_evaluate.py trains with these flags",
@@ -77,7 +78,7 @@ NOT_RUN = {
     "docs/reliability.md: Fuzzing: bash": "takes minutes; the suite runs the same tests with fewer inputs",
     "docs/results.md: How to measure it: bash": "takes hours; tests/e2e/test_benefit.py and test_overhead.py run both",
     "docs/results.md: Cost: bash": "takes an hour; tests/e2e/test_overhead.py runs it at a smaller size",
-    "docs/report.md: While a run goes on: text": "e2e/test_preference_report.py follows a run until it ends",
+    "docs/report.md: During a run: text": "e2e/test_preference_report.py follows a run until it ends",
     "docs/gpu.md: On a GPU: bash": "needs a GPU; tests/e2e/test_gpu_benchmark.py runs it at a smaller size",
     "docs/megatron-comparison.md: How it was compared with Megatron-LM: bash": "needs a checkout of Megatron-LM",
     "CONTRIBUTING.md: Set up: bash": "tests/run.sh begins with the first line; a hook would change this repository",
@@ -100,7 +101,7 @@ RUN = [
     "docs/transfer.md: With transformers: python",
     "docs/transfer.md: Score documents: bash",
     "docs/transfer.md: Select documents: bash",
-    "docs/transfer.md: The learnt shares as a blend: bash",
+    "docs/transfer.md: The learned shares as a blend: bash",
     "docs/report.md: Reading the report: bash",
     "docs/report.md: Several runs on one page: bash",
     "docs/report.md: Scores of others: bash",
@@ -286,7 +287,7 @@ def test_a_weighter_scores_files_and_a_run_becomes_a_blend(own_data: Workplace):
     assert kept["best"] == kept["mix"] and sum(kept["best"].values()) == 132
     # The target's texts are in order, as those of the first file are.
     assert next(iter(kept["like-target"].values())) > 120
-    printed = own_data.run("docs/transfer.md: The learnt shares as a blend: bash").splitlines()
+    printed = own_data.run("docs/transfer.md: The learned shares as a blend: bash").splitlines()
     blends = [line.split() for line in printed if line.startswith("--data-path")]
     assert len(blends) >= 2 and all(words[2::2] == ["good_text_document", "other_text_document"] for words in blends)
 

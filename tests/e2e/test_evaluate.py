@@ -140,7 +140,7 @@ def test_a_run_evaluates_its_model_on_tasks(workplace: Path, tmp_path: Path):
     succeed(tmp_path / "plain", 2, flags)
     run |= {"--load": tmp_path / "run", "--exit-signal-handler": True, "--eval-tasks-num-fewshot": [0, 2]}
     stopped = pretrain(tmp_path / "with", 2, {**flags, **tasks, **run}, main=signaled_in_tasks)
-    assert stopped.codes == [0, 0] and "SIGUSR1 breaks off tasks of iteration 4" in stopped.output[0], stopped.text
+    assert stopped.codes == [0, 0] and "SIGUSR1 interrupts tasks of iteration 4" in stopped.output[0], stopped.text
     assert not records(tmp_path / "with.jsonl", "tasks")
     finished = succeed(tmp_path / "with", 2, {**flags, **tasks, **run})
     losses = [[r["lm_loss"] for r in records(tmp_path / name, "train")] for name in ("plain.jsonl", "with.jsonl")]

@@ -178,7 +178,7 @@ def test_keeps_the_checkpoints_that_it_is_told_to_keep(data: dict[str, Any], tmp
 
     scratch |= {"--non-persistent-global-ckpt-dir": kept, "--save": tmp_path / "other"}
     finished = pretrain(tmp_path / "log", 1, flags | scratch)
-    message = f"error: --non-persistent-global-ckpt-dir {kept}: iter_0000009 there is of a run with --save {tmp_path},"
+    message = f"error: --non-persistent-global-ckpt-dir {kept}: iter_0000009 belongs to a run with --save {tmp_path},"
     assert finished.codes == [2] and finished.errors[0].startswith(message), finished.text
 
 

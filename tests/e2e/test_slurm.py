@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from megatron_dwm.benchmarks.scoring import ScoringBenchmarkConfig, make_classifier
-from megatron_dwm.cli import score
+from megatron_dwm.cli import score, select
 from megatron_dwm.runtime.process_groups import free_port
 from tests.e2e.slurm.cluster import Cluster, running_cluster
 from tests.paths import ROOT
@@ -154,7 +154,7 @@ def _log_of_nodes(save: Path) -> str:
     return "".join(path.read_text() for path in sorted((save / "logs").glob("pretrain-1b-dwm-*.log")))
 
 
-def test_documents_are_scored_by_an_array_of_tasks(
+def test_documents_are_scored_and_selected_by_arrays_of_tasks(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     """Tasks that are done are not submitted again; a wrong partition is one line."""
@@ -184,6 +184,17 @@ def test_documents_are_scored_by_an_array_of_tasks(
     score.main([*command, "--output", "here"])
     for file in ("data/00000.jsonl", "data/00001.jsonl"):
         assert (tmp_path / "array" / file).read_text() == (tmp_path / "here" / file).read_text()
+
+    choice = ["--input", "here/data", "--documents", "9", "--output"]
+    with turn(2):
+        select.main([*choice, "array.jsonl", *slurm, "main"])
+        assert re.fullmatch(r"array.jsonl: submitted job \d+; .*\n", capfd.readouterr().out.splitlines(True)[-1])
+        cluster.wait_for("end of the jobs", (tmp_path / ".array.jsonl.unfinished/logs/output/completions/00000").exists)
+    select.main([*choice, "array.jsonl", *slurm, "main"])
+    assert capfd.readouterr().out.startswith("array.jsonl: kept 9 of 30 documents, ")
+    select.main([*choice, "here.jsonl"])
+    assert (tmp_path / "array.jsonl").read_text() == (tmp_path / "here.jsonl").read_text()
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(

@@ -34,18 +34,18 @@ def umask() -> Iterator[int]:
 
 def test_a_folder_replaces_the_one_that_was_there(tmp_path: Path):
     for content in ("first", "second"):
-        with atomic_folder(tmp_path / "folder") as beside:
-            (beside / "file").write_text(content)
-            (beside / content).mkdir()
+        with atomic_folder(tmp_path / "folder") as temporary:
+            (temporary / "file").write_text(content)
+            (temporary / content).mkdir()
     assert names(tmp_path / "folder") == ["file", "second"]
     assert names(tmp_path) == ["folder"]
 
 
 def test_a_block_that_fails_leaves_the_old_folder(tmp_path: Path):
-    with atomic_folder(tmp_path / "folder") as beside:
-        (beside / "file").write_text("old")
-    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "folder") as beside:
-        (beside / "file").write_text(str(1 / 0))
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "file").write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "file").write_text(str(1 / 0))
     assert (tmp_path / "folder" / "file").read_text() == "old"
     assert names(tmp_path) == ["folder"]
 
@@ -59,14 +59,14 @@ def test_what_an_interrupted_replacement_left_is_cleared_by_the_next(tmp_path: P
 
 def test_files_appear_together_under_their_prefix(tmp_path: Path):
     (tmp_path / "data.idx").write_text("old")
-    with atomic_files(tmp_path, "data") as beside:
+    with atomic_files(tmp_path, "data") as temporary:
         for suffix in (".bin", ".idx"):
-            (beside / suffix).write_text(f"new {suffix}")
+            (temporary / suffix).write_text(f"new {suffix}")
         assert (tmp_path / "data.idx").read_text() == "old"
     assert names(tmp_path) == ["data.bin", "data.idx"]
     assert (tmp_path / "data.idx").read_text() == "new .idx"
-    with pytest.raises(ZeroDivisionError), atomic_files(tmp_path, "data") as beside:
-        (beside / ".idx").write_text(str(1 / 0))
+    with pytest.raises(ZeroDivisionError), atomic_files(tmp_path, "data") as temporary:
+        (temporary / ".idx").write_text(str(1 / 0))
     assert names(tmp_path) == ["data.bin", "data.idx"]
 
 
@@ -90,10 +90,10 @@ def test_permissions_are_those_of_the_umask_not_of_the_library(tmp_path: Path, u
     def mode(path: Path) -> int:
         return stat.S_IMODE(path.stat().st_mode)
 
-    with atomic_folder(tmp_path / "folder") as beside:
-        (beside / "file").touch(mode=0o600)
-    with atomic_files(tmp_path) as beside:
-        (beside / "file").touch(mode=0o600)
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "file").touch(mode=0o600)
+    with atomic_files(tmp_path) as temporary:
+        (temporary / "file").touch(mode=0o600)
     assert mode(tmp_path / "folder") == 0o777 & ~umask
     assert mode(tmp_path / "folder" / "file") == mode(tmp_path / "file") == 0o666 & ~umask
 

@@ -86,7 +86,7 @@ class Report:
     samples: WeightedSamples
     """The samples that are described: of all outer updates, or of some that are evenly spaced."""
     all_samples: WeightedSamples
-    """Those of all outer updates, in full."""
+    """The samples of all outer updates."""
     examples: dict[int, tuple[list[Example], list[Example]]] = field(default_factory=dict)
     """Highest and lowest weights by stage."""
     history: WeightHistory | None = None
@@ -94,7 +94,7 @@ class Report:
     """Names of external scores, with the file that each is from."""
     benefit: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
-    """What is missing, and why."""
+    """Reports what is missing, and why."""
 
     @cached_property
     def sources(self) -> dict[int, dict[str, SourceFigures]]:

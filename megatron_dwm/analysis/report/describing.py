@@ -54,7 +54,7 @@ def describe(name: str, folder: Path, run: RunRecords, settings: Settings, benef
     """Return the content of a run's page; what cannot be read is left out, with a note.
 
     Args:
-        name: of the run, for the title.
+        name: name of the run, for the title.
         folder: the run's --save folder.
         run: its records.
         settings: how much is described.

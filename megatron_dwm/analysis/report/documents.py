@@ -62,8 +62,8 @@ def weights_over_time(folders: Sequence[Path], tokens: torch.Tensor, reference: 
     """Score samples with each export.
 
     Args:
-        folders: of the exports.
-        tokens: of the samples [d + r, s].
+        folders: folders of the exports.
+        tokens: token ids of the samples [d + r, s].
         reference: how many of them, at the end, are the reference samples.
 
     Returns:

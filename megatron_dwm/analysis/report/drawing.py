@@ -32,11 +32,11 @@ def line(
     """Return a line over iterations.
 
     Args:
-        iterations: of the points.
+        iterations: iterations of the points.
         values: at them.
         name: from the data or our own; shown literally.
         color: one of the palette.
-        options: of plotly's scatter trace, beyond these.
+        options: further options of plotly's scatter trace.
     """
     x, y = thinned(iterations, [float(value) for value in values], MOST_POINTS)
     style = {"color": color, "width": 2, **options.pop("line", {})}
@@ -66,8 +66,8 @@ def figure(traces: Sequence[Any], run: RunRecords | None = None, *, height: int 
     Args:
         traces: its lines.
         run: whose stages are shaded, if given.
-        height: in pixels; the width is the page's.
-        layout: of plotly, beyond what all figures of the page share.
+        height: height in pixels; the width is the page's.
+        layout: plotly's layout options, in addition to those that all figures of the page share.
     """
     axis = {
         "gridcolor": GRID,

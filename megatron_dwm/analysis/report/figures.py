@@ -165,7 +165,7 @@ def quarters(by_stage: Mapping[int, list[Quarter]], stages: int) -> go.Figure:
 
     Args:
         by_stage: the quarters, lowest values first.
-        stages: of the run, drawn or not, which give the colors.
+        stages: all stages of the run, drawn or not; they determine the colors.
     """
     traces = []
     for place, (stage, groups) in enumerate(by_stage.items()):

@@ -53,7 +53,7 @@ def write_comparison(
         runs: the runs by name; the others are compared with the first.
         folder: the folder to write to.
         notes: what is missing, and why.
-        reload_seconds: as in :func:`write_report`.
+        reload_seconds: see :func:`write_report`.
 
     Raises:
         UserError: it cannot be written.

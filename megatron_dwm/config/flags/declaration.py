@@ -38,7 +38,7 @@ class Flag:
     """Type of one value; None for a switch."""
     choices: tuple[Any, ...] | None
     nargs: str | int | None
-    """As in argparse."""
+    """See argparse."""
     refused: str | None
     """Why no value but the default can be used."""
     deprecated: str | None

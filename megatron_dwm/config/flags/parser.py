@@ -143,8 +143,7 @@ def read(
         prog: name of the program in its help; that of ``sys.argv`` if not given.
         description: what the program does.
         reason_unsupported: returns, for a flag that no class declares, or for ``flag=value`` with a value that its
-        class
-            does not have, why it cannot be used; None if it is unknown.
+            class does not have, why it cannot be used; None if it is unknown.
         main_class: the class whose flags ``--help`` shows, while ``--help-all`` shows the others; all if not given.
 
     Raises:

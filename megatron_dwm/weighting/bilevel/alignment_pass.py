@@ -33,7 +33,7 @@ class Samples(Protocol):
 
     @property
     def tokens(self) -> torch.Tensor:
-        """What the weighter reads [n, s], int64."""
+        """The tokens that the weighter reads [n, s], int64."""
 
     def __len__(self) -> int:
         """Return n."""
@@ -44,7 +44,7 @@ class Passes(Protocol):
 
     @property
     def loss_scale(self) -> float:
-        """What the loss is multiplied by in training."""
+        """The factor of the loss in training."""
 
     @property
     def check_for_nan(self) -> bool:

@@ -35,7 +35,7 @@ class GradientBuffers:
             views |= views_by_parameter(bucket, whole)
         params = [param for chunk in chunks for param in chunk.parameters() if param in views]
         self.direction: Direction = {param: views[param] for param in params}
-        """By parameter, as views: each rank's shard is valid, and all of it after :meth:`gather_shards`."""
+        """The direction as views by parameter: each rank's shard is valid; all of it after :meth:`gather_shards`."""
 
     def shards(self) -> list[torch.Tensor]:
         """Return the rank's part of each bucket [elements], in place."""

@@ -83,7 +83,7 @@ def check_hypergradient(
     """Compare the closed form with central differences; every rank calls it and gets the same result.
 
     Args:
-        passes: of the run. Parameters are restored, gradient buffers left empty.
+        passes: the run's passes. Parameters are restored, gradient buffers are left empty.
         batch: this replica's training samples [n].
         target: this replica's target samples.
 

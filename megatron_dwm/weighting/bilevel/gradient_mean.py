@@ -1,7 +1,7 @@
-"""A running mean of the target gradient over outer updates: what few target samples leave of noise is averaged out.
+"""A running mean of the target gradient over outer updates, which reduces the noise of few target samples.
 
-Each rank keeps what its optimizer's state covers: the whole of its gradients, or, under the distributed optimizer, its
-shards of them.
+Each rank keeps the part that its optimizer's state covers: all of its gradients, or its shards of them with the
+distributed optimizer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers, vie
 
 
 class GradientMean:
-    """m ← β m + (1 − β) g in each update, divided by the sum of its gradients' factors, so that it is a mean."""
+    """The mean m / t of gradients g: each update sets m ← β m + (1 − β) g and t ← β t + (1 − β)."""
 
     def __init__(self, chunks: Sequence[ModelChunk], momentum: float) -> None:
         """
@@ -29,15 +29,15 @@ class GradientMean:
         """
         self._chunks, self._momentum = chunks, momentum
         self._shards: list[torch.Tensor] = []
-        """m [elements] of each bucket that this rank keeps, not yet divided; empty before the first gradient."""
+        """This rank's part of m [elements], for each bucket; empty before the first gradient."""
         self._total = torch.zeros((), dtype=torch.float64, device=current_device())
-        """Sum of the factors: 1 less the k-th power of β after k gradients."""
+        """t, which is 1 - β^k after k gradients."""
 
     def average(self, gradients: GradientBuffers) -> None:
-        """Take a gradient up and put the mean in its place; a collective call of all ranks.
+        """Add a gradient to the mean and replace it by the mean; a collective call of all ranks.
 
-        A gradient that is not finite, as fp16 training may have, is forgotten, and NaN is put in its place, which
-        skips the update. The host does not wait for the device.
+        A gradient that is not finite, which happens in fp16 training, is not added but replaced by NaN, so that the
+        update is skipped. The host does not wait for the device.
         """
         if not self._shards:
             self._shards = [torch.zeros_like(shard) for shard in gradients.shards()]
@@ -53,7 +53,7 @@ class GradientMean:
             gradient.copy_(mean).div_(divisor)
 
     def state(self) -> tuple[float, Direction] | None:
-        """Return the sum of the factors, and m by parameter; None before the first gradient. Gathers shards."""
+        """Return t, and m by parameter; None before the first gradient. Gathers the shards."""
         if not self._shards:
             return None
         views: Direction = {}
@@ -66,7 +66,7 @@ class GradientMean:
         return float(self._total), {param: views[param] for param in params}
 
     def load(self, total: float, mean: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
-        """Go on with what :meth:`state` returned, in any layout; no communication."""
+        """Continue from a value of :meth:`state`, which may come from another layout; no communication."""
         self._total.fill_(total)
         self._shards = []
         for group, bucket in buckets_of(self._chunks):

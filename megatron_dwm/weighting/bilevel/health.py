@@ -46,7 +46,7 @@ def check_scores(scores: torch.Tensor, updates: int) -> list[HealthWarning]:
     """Warn of a weighter that gives all samples of a batch the same score although it has been updated.
 
     Args:
-        scores: of the batch [N].
+        scores: scores of the batch [N].
         updates: outer updates of the weighter before it scored this batch.
     """
     if updates == 0 or len(scores) < 2 or float(scores.max() - scores.min()) > 0:

@@ -50,7 +50,7 @@ class LMGradients:
     ) -> None:
         """
         Args:
-            gradient_mean: what takes up each gradient, and gives the mean of it and earlier ones in its place.
+            gradient_mean: replaces each target gradient by the running mean over updates; None to use it as it is.
         """
         self.config, self.engine, self.optimizer, self.gradient_mean = config, engine, optimizer, gradient_mean
         self.parallel_state, self.micro_batch_size = parallel_state, micro_batch_size

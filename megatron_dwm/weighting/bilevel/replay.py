@@ -84,7 +84,7 @@ class Replay:
 
         Args:
             count: how many; all if the replay holds fewer.
-            generator: in the same state on every rank.
+            generator: must be in the same state on every rank.
         """
         sizes = torch.tensor([len(aligned.alignments) for aligned in self.batches])
         chances = self.batch_weights().repeat_interleave(sizes)

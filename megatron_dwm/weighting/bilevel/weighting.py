@@ -31,7 +31,7 @@ from megatron_dwm.weighting.weights import WeightStatistics
 logger = logging.getLogger(__name__)
 
 TARGET_GRADIENT = "target_gradient"
-"""Name of the target gradient's running mean among a checkpoint's tensors of parameters."""
+"""Name of the target gradient's running mean among the per-parameter tensors of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class BilevelParts:
     exporter: WeighterExporter
     flops: BilevelFlops
     gradient_mean: GradientMean | None = None
-    """Of the target, over updates."""
+    """Running mean of the target gradient over updates."""
 
 
 class BilevelWeighting(ScoredWeighting):
@@ -121,7 +121,7 @@ class BilevelWeighting(ScoredWeighting):
         self.exporter.export(self.weighter, iteration, self.stages.stage(iteration))
 
     def state_dict(self) -> State:
-        """Return the weighter, its optimizer, the replay in global order, the target's gradient, what was consumed."""
+        """Return the weighter, its optimizer, the replay in global order, the gradient mean, and the sample counts."""
         mean = None if self.gradient_mean is None else self.gradient_mean.state()
         return {
             "consumed_target_samples": self.consumed_target_samples,

@@ -31,8 +31,9 @@ class NgramConfig(PreTrainedConfig):
             ngram_lengths: lengths of the n-grams that are read.
             ngram_buckets: number of buckets that n-grams are hashed to.
             hidden_size: width of the embedding and of the layer above it; 0 for a linear model with one parameter per
-            bucket. initializer_range: standard deviation of the initial embeddings; linear models start at 0.
-            ****others: parameters of every configuration.
+                bucket.
+            initializer_range: standard deviation of the initial embeddings; linear models start at 0.
+            **others: parameters of every configuration.
         """
         self.vocab_size, self.ngram_lengths, self.ngram_buckets = vocab_size, list(ngram_lengths), ngram_buckets
         self.hidden_size, self.initializer_range = hidden_size, initializer_range

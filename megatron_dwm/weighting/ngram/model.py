@@ -66,7 +66,7 @@ class NgramForSequenceClassification(PreTrainedModel):
         Args:
             input_ids: tokens [m, s].
             attention_mask: 0 where a token is padding [m, s]; without one, all tokens count.
-            ****unused: arguments of classifiers of other architectures.
+            **unused: arguments of classifiers of other architectures.
         """
         buckets, values = self.features(input_ids, attention_mask)
         weight = self.embedding.weight

@@ -80,9 +80,11 @@ def test_a_checkpoint_of_the_older_format_is_verified_too(tmp_path: Path, capsys
         file = save / f"iter_{iteration:07d}" / "mp_rank_00" / "model_optim_rng.pt"
         file.parent.mkdir(parents=True)
         torch.save({"model": {"weight": torch.ones(1000)}, "iteration": iteration}, file)
+        shards = {"param": torch.ones(9), "exp_avg": torch.ones(9), "exp_avg_sq": torch.ones(9), "numel_unpadded": 9}
+        torch.save({0: {(torch.float32, torch.float32): shards}}, file.with_name("distrib_optim.pt"))
         write_checksums(file.parents[1])
     code, output, errors = check(capsys, "--load", save)
-    assert (code, errors) == (0, "") and "whole, in the format torch: 1 tensors of 1 ranks" in output
+    assert (code, errors) == (0, "") and "whole, in the format torch: 4 tensors of 1 ranks" in output
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)

@@ -287,7 +287,7 @@ MISTAKES = {
     "--error-injection-rate 5": "tests --rerun-mode validate_results",
     "--wandb-project x": "--wandb-project x needs --wandb-exp-name",
     "--dwm-peak-tflops 0": "--dwm-peak-tflops 0.0: must be above 0",
-    "--save a --non-persistent-global-ckpt-dir ./a": "--non-persistent-global-ckpt-dir ./a: is --save, whose checkpo",
+    "--save a --non-persistent-global-ckpt-dir ./a": "--non-persistent-global-ckpt-dir ./a: is also --save, whose ch",
     "--eval-tasks local-cloze": "--eval-tasks has no effect without --eval-tasks-interval; add that",
     "--eval-tasks-interval 5": "--eval-tasks-interval has no effect without --eval-tasks; add that",
     "--eval-tasks local-cloze --eval-tasks-interval 0": "--eval-tasks-interval 0: must be at least 1",

@@ -308,14 +308,14 @@ def test_killed_work_goes_on_behind_its_last_finished_segment(
     capsys.readouterr()
 
     def killed() -> None:
-        add, calls = preprocess_module._Writer.add, itertools.count()
+        add, calls = preprocess_module.DatasetWriter.add, itertools.count()
 
         def counted(self: Any, document: Any) -> None:
             if next(calls) == 64:  # of those that are documents
                 os.kill(os.getpid(), signal.SIGKILL)
             add(self, document)
 
-        preprocess_module._Writer.add = counted
+        preprocess_module.DatasetWriter.add = counted
         run_tool(monkeypatch, *argv, tmp_path / "out" / "made")
 
     process = multiprocessing.get_context("fork").Process(target=killed)
@@ -425,6 +425,10 @@ def test_a_malformed_line_found_by_a_worker_process_ends_the_command_alike(tmp_p
         (
             ["--input", "{tmp}/texts.jsonl", "--output-prefix", "{tmp}/texts.jsonl/made"],
             "--output-prefix {tmp}/texts.jsonl/made: cannot be written (",
+        ),
+        (
+            ["--input", "{tmp}/texts.jsonl", "--output-prefix", "s3://bucket/out"],
+            "--output-prefix s3://bucket/out: datasets are written on this machine; give a path",
         ),
         (
             ["--input", "{tmp}/texts.jsonl", "--output-prefix", "{tmp}/out", "--partitions", "3", "--workers", "2"],

@@ -1,0 +1,243 @@
+"""Jobs on datatrove's executors, on this machine or on a SLURM cluster, and the steps that several of them have.
+
+A job is a pipeline that is run once for each of its tasks. Its executor keeps in the folder of its logs which tasks are
+done, and does the others only.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from subprocess import CalledProcessError
+from typing import Any
+
+import multiprocess
+from datatrove.data import Document
+from datatrove.executor.local import LocalPipelineExecutor
+from datatrove.executor.slurm import SlurmPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.readers.base import BaseDiskReader
+from loguru import logger
+
+from megatron_dwm.config.slurm import SlurmConfig
+from megatron_dwm.corpora.parts import Part, records_of
+from megatron_dwm.corpora.storage import OutputFolder, is_url
+from megatron_dwm.corpora.worker_pool import WorkerDied
+from megatron_dwm.errors import UserError, shortened
+
+_WATCH_INTERVAL_S = 0.3
+
+
+@dataclass(frozen=True)
+class Job:
+    """A pipeline, and how many tasks it has."""
+
+    steps: Sequence[PipelineStep]
+    tasks: int
+    logs: str
+    """Folder or URL of its logs, which say which tasks are done."""
+
+
+class Records(BaseDiskReader):  # type: ignore[misc]
+    """Reads the records of one part as they are; each is a document's metadata.
+
+    datatrove's own readers leave out malformed lines, empty documents and the end of a damaged file with a warning, and
+    do not keep a line as it was.
+    """
+
+    name = "records"
+
+    def __init__(self, parts: Sequence[Part], *, flag: str = "--input", columns: Sequence[str] | None = None) -> None:
+        """
+        Args:
+            flag: that names the files, for messages.
+            columns: what is read of tables, None for all of them.
+        """
+        super().__init__("/", doc_progress=sys.stderr.isatty(), add_file_path=False)
+        self.parts, self.flag, self.columns = list(parts), flag, columns
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Yield the records of part number ``rank``.
+
+        Raises:
+            UserError: the part cannot be read.
+        """
+        try:
+            yield from self.read_files_shard([str(rank)])
+        except UserError as error:
+            raise UserError(str(error).replace("--input ", f"{self.flag} ", 1)) from None
+
+    def read_file(self, filepath: str) -> Iterator[Document]:
+        """Yield the records of a part."""
+        part = self.parts[int(filepath)]
+        for record in records_of(part, self.columns):
+            yield Document(text="", id=record.place, metadata={"record": record, "path": part.path})
+
+
+class Published(PipelineStep):  # type: ignore[misc]
+    """Renames the file of a task to its final name when the writer has closed it."""
+
+    type, name = "writer", "published"
+
+    def __init__(self, folder: OutputFolder, suffix: str, finished: str = "data") -> None:
+        super().__init__()
+        self.folder, self.suffix, self.finished = folder, suffix, finished
+
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Yield the documents, and move the file when there are no more."""
+        yield from data
+        name = f"{rank:05d}{self.suffix}"
+        self.folder.move(f"partial/{name}", f"{self.finished}/{name}")  # a file without documents leaves none
+
+
+class Call(PipelineStep):  # type: ignore[misc]
+    """Calls a function: a job of one task."""
+
+    type, name = "call", "call"
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        """Call it."""
+        self.function()
+
+
+class _QuietExecutor(LocalPipelineExecutor):  # type: ignore[misc]
+    """datatrove's executor, without its log on the terminal; errors are raised."""
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
+        logger.disable("datatrove")
+        with warnings.catch_warnings():  # as commands do, in whose processes this one may not be
+            warnings.simplefilter("ignore")
+            return super()._run_for_rank(rank, local_rank, node_rank)
+
+
+def run_here(job: Job, workers: int) -> Any:
+    """Run a job on this machine; tasks that an earlier call has done stay as they are.
+
+    Returns:
+        datatrove's statistics of this call; None if all tasks were done.
+
+    Raises:
+        WorkerDied: a signal has killed a worker process.
+    """
+    logger.disable("datatrove")
+    workers = min(workers, job.tasks)
+    executor = _QuietExecutor(list(job.steps), job.tasks, workers, logging_dir=job.logs)
+    if workers == 1:
+        return executor.run()
+    with _watched_workers():
+        return executor.run()
+
+
+@contextmanager
+def _watched_workers() -> Iterator[None]:
+    """While open, the death of a worker process ends the call: its pool would wait for the lost task for ever.
+
+    Raises:
+        WorkerDied: a signal has killed a worker.
+    """
+    dead: list[str] = []
+    is_over = threading.Event()
+
+    def watch() -> None:
+        seen: set[Any] = set()
+        while not is_over.wait(_WATCH_INTERVAL_S):
+            seen.update(multiprocess.active_children())
+            codes = (process.exitcode or 0 for process in seen)
+            # The pool itself ends its workers by SIGTERM when all is done.
+            killing = [-code for code in codes if code < 0 and -code != signal.SIGTERM]
+            dead.extend(f"killed by {signal.Signals(code).name}" for code in killing)
+            if dead and not is_over.is_set():
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if dead:
+            raise WorkerDied(dead[0]) from None
+        raise
+    finally:
+        is_over.set()
+        watcher.join()
+
+
+def submit(name: str, jobs: Sequence[Job], workers: int, slurm: SlurmConfig) -> str | None:
+    """Submit the tasks of jobs that are not done as arrays of SLURM jobs, each of which waits for the one before.
+
+    Args:
+        workers: tasks at the same time.
+
+    Returns:
+        the last job's number; None if all tasks are done.
+
+    Raises:
+        UserError: SLURM refuses it.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "--slurm-partition: there is no sbatch on this machine; run the command where SLURM jobs are submitted"
+        )
+    programs = os.path.dirname(sys.executable)
+    executor = None
+    for job in jobs:
+        executor = SlurmPipelineExecutor(
+            list(job.steps),
+            tasks=job.tasks,
+            workers=workers,
+            time=slurm.slurm_time,
+            partition=slurm.slurm_partition,
+            gpus_per_task=slurm.slurm_gpus_per_task,
+            mem_per_cpu_gb=slurm.slurm_memory_gb,
+            job_name=f"megatron-dwm-{name}",
+            qos=None,
+            env_command=f"export PATH={shlex.quote(programs)}:$PATH",
+            sbatch_args=slurm.sbatch_options(),
+            logging_dir=job.logs,
+            depends=executor,
+        )
+    logger.disable("datatrove")
+    try:
+        if executor is not None:
+            executor.run()
+    except CalledProcessError as error:
+        raise UserError(
+            f"--slurm-partition {slurm.slurm_partition}: sbatch refuses the job with code {error.returncode} (its "
+            "message is above); change the --slurm flags"
+        ) from None
+    return None if executor is None or executor.job_id == -1 else str(executor.job_id)
+
+
+@contextmanager
+def refused_output(output: str, flag: str = "--output") -> Iterator[None]:
+    """Turn a file that cannot be written, or a worker process that was killed, into a UserError while open."""
+    try:
+        yield
+    except UserError:
+        raise
+    except WorkerDied as error:
+        raise UserError(
+            f"--workers: a worker process ended ({error}); give fewer workers or more memory, and run the command "
+            "again, finished files are kept"
+        ) from None
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_url(output):  # each kind of store has errors of its own
+            raise
+        reason = (error.strerror if isinstance(error, OSError) else None) or shortened(error)
+        raise UserError(
+            f"{flag} {output}: cannot be written ({reason}); fix that and run the command again, finished files are "
+            "kept"
+        ) from None

@@ -1,0 +1,87 @@
+"""Jobs whose finished tasks are kept beside the output until that is there: the same command does the others."""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+from collections.abc import Sequence
+
+from datatrove.pipeline.base import PipelineStep
+
+from megatron_dwm.config.slurm import SlurmConfig
+from megatron_dwm.corpora.pipelines import Call, Job, refused_output, run_here, submit
+from megatron_dwm.corpora.storage import OutputFolder, absolute
+from megatron_dwm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class UnfinishedJobs:
+    """A hidden folder beside an output, and the jobs that work in it."""
+
+    def __init__(self, output: str, flag: str, kind: str = "unfinished") -> None:
+        """
+        Args:
+            output: path or URL of the output.
+            flag: that names it.
+            kind: of the folder, which is ``.NAME.KIND``.
+
+        Raises:
+            UserError: it is behind a URL that no installed package reads.
+        """
+        self._output, self._flag = output, flag
+        above, name = posixpath.split(absolute(output))
+        self._above, self._name = OutputFolder(above), f".{name}.{kind}"
+        self.folder = OutputFolder(self._above.path(self._name))
+
+    def claim(self, work: str) -> None:
+        """Make the folder, and remove what it holds of other work.
+
+        Args:
+            work: what the output depends on.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        with refused_output(self._output, self._flag):
+            if self.folder.read("work.json") != work:
+                self.folder.remove()
+                self.folder.write("work.json", work)
+
+    def job(self, name: str, steps: Sequence[PipelineStep], tasks: int = 1) -> Job:
+        """Return a job whose logs are in the folder."""
+        return Job(steps, tasks, self.folder.path(f"logs/{name}"))
+
+    def run(self, name: str, jobs: Sequence[Job], workers: int, slurm: SlurmConfig) -> str | None:
+        """Do the tasks of all jobs that are not done, one job after the other, or submit them.
+
+        Args:
+            name: of the command.
+            workers: tasks at the same time.
+
+        Returns:
+            the number of the SLURM job that is the last; None if all is done.
+
+        Raises:
+            UserError: bad input, or a file that cannot be written.
+        """
+        with refused_output(self._output, self._flag):
+            if slurm.slurm_partition is not None:
+                return submit(name, jobs, workers, slurm)
+            try:
+                for job in jobs:
+                    if isinstance(job.steps[0], Call):  # takes no time to do again
+                        job.steps[0].run()
+                    else:
+                        run_here(job, workers)
+            except UserError:  # the input or the flags have to change
+                self.folder.remove()
+                raise
+            except BaseException:
+                logger.info(f"Finished tasks are kept in {self.folder.location} for the same command.")
+                raise
+        return None
+
+    def publish(self, name: str, to: str) -> None:
+        """Give a finished file of the folder its name beside it."""
+        self._above.move(f"{self._name}/{name}", to)

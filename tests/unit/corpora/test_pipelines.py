@@ -1,0 +1,51 @@
+"""What is common to jobs: errors of outputs, and worker processes that are killed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datatrove.pipeline.base import PipelineStep
+
+from megatron_dwm.corpora.pipelines import Job, refused_output, run_here
+from megatron_dwm.errors import UserError
+
+
+def test_what_a_store_raises_is_one_line_and_a_mistake_of_ours_is_not_hidden():
+    """Each kind of store has errors of its own, which are no OSError."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for output, error, words in [
+        ("out", full, "--output out: cannot be written (No space left on device)"),
+        ("s3://b/out", full, "--output s3://b/out: cannot be written (No space left on device)"),
+        ("s3://b/out", RuntimeError("no such endpoint"), "cannot be written (no such endpoint)"),
+        ("s3://b/out", UserError("a line"), "a line"),
+    ]:
+        with pytest.raises(UserError) as raised, refused_output(output):
+            raise error
+        assert words in str(raised.value)
+    with pytest.raises(RuntimeError), refused_output("out"):
+        raise RuntimeError
+
+
+class Killed(PipelineStep):
+    """Kills the process of one task."""
+
+    type = name = "killed"
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_ends_the_job_and_finished_tasks_are_kept(tmp_path: Path):
+    """datatrove's pool would wait for the lost task for ever."""
+    with (
+        pytest.raises(UserError, match=r"a worker process ended \(killed by SIGKILL\); give fewer workers"),
+        refused_output("out"),
+    ):
+        run_here(Job([Killed()], 3, str(tmp_path / "logs")), workers=2)
+    assert "00001" not in {path.name for path in (tmp_path / "logs").glob("completions/*")}
