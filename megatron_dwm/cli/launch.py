@@ -32,6 +32,7 @@ from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.run import RunConfig, parse_run
 from megatron_dwm.errors import EXIT_CODE, PeerError, UserError, print_error
 from megatron_dwm.extras import require_packages
+from megatron_dwm.runtime.child_processes import end_children_with_this_process
 from megatron_dwm.runtime.compat import require_megatron_core
 from megatron_dwm.runtime.device import select_device
 from megatron_dwm.runtime.environment import environment_rank
@@ -137,6 +138,7 @@ def run_program(program: Callable[[Process], None], argv: Sequence[str] | None =
     warnings.filterwarnings("ignore", category=FutureWarning, message=_FUTURE)
     warnings.filterwarnings("ignore", message=_SHARDS)
     words = sys.argv[1:] if argv is None else argv
+    end_children_with_this_process()
     try:
         rank, local_rank, world_size = environment_rank()
         configure_logging(rank, world_size)
@@ -228,7 +230,7 @@ def build_trainer(
 
 
 def _task_evaluation(config: RunConfig, inputs: RunInputs, language_model: LanguageModel) -> TaskEvaluation | None:
-    """Return the evaluation of the run's model on tasks, if the flags ask for it.
+    """Return the evaluation of the run's model on tasks, if the flags request it.
 
     Raises:
         UserError: the tasks or the tokenizer do not allow it.

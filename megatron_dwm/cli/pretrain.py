@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_rank(argv: Sequence[str], process: Process) -> None:
-    """Run one of several ranks that a launcher has started; what is wrong with one's flags ends all."""
+    """Run one of several ranks that a launcher has started; a wrong flag on one rank ends all."""
     with process.startup_sync.phase("launch"):
         processes, rest = split_nproc(argv)
         if processes is not None:

@@ -12,6 +12,11 @@ def all_reduce_over_world(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = di
         dist.all_reduce(tensor, op=op)
 
 
+def is_lost_connection(error: BaseException) -> bool:
+    """Return whether a collective failed because another rank is gone or silent; gloo raises a plain RuntimeError."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
 def world_rank() -> int:
     """Return the rank of this process among all."""
     return dist.get_rank() if dist.is_initialized() else 0

@@ -159,7 +159,8 @@ class _Curves:
         except self._errors as error:
             self._has_failed = True
             logger.warning(
-                f"{self._name}: cannot be written ({shortened(error)}); curves are lost from here on", extra=EVERY_RANK
+                f"{self._name}: cannot be written ({shortened(error)}); later values of the curves are lost",
+                extra=EVERY_RANK,
             )
 
 

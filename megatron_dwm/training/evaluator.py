@@ -15,7 +15,7 @@ from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.training.dataloaders import Dataloaders
 from megatron_dwm.training.evaluation import Evaluation, evaluate
 from megatron_dwm.training.reporter import Reporter
-from megatron_dwm.training.stop_request import EvaluationBrokenOffError, StopRequest
+from megatron_dwm.training.stop_request import EvaluationInterruptedError, StopRequest
 from megatron_dwm.training.train_state import EVALUATIONS, TrainState
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Evaluator:
                 else:
                     self._evaluate_tasks()
                 train_state.evaluations_due = train_state.evaluations_due[1:]
-        except EvaluationBrokenOffError as error:
+        except EvaluationInterruptedError as error:
             due = " and ".join(train_state.evaluations_due)
             logger.info(f" > {error} interrupts {due} of iteration {iteration}, which is made when the run continues")
         return not train_state.evaluations_due
@@ -90,7 +90,7 @@ class Evaluator:
         try:
             self._evaluate("valid", f"iteration {iteration} on validation set", after_training=True)
             self._evaluate("test", f"iteration {iteration} on test set", after_training=True)
-        except EvaluationBrokenOffError as error:
+        except EvaluationInterruptedError as error:
             logger.info(event_line(reason := f"exiting program after receiving {error}."))
             return reason
         return None
@@ -103,7 +103,7 @@ class Evaluator:
             after_training: whether this is the evaluation after the last iteration, which logs each batch.
 
         Raises:
-            EvaluationBrokenOffError: on every rank, if one of them receives a signal.
+            EvaluationInterruptedError: on every rank, if one of them receives a signal.
         """
         data = self.dataloaders.valid if split == "valid" else self.dataloaders.test
         if data is None:
@@ -119,7 +119,7 @@ class Evaluator:
                     self.parallel_state,
                     log_progress=after_training,
                     dtype=torch.float64 if reads_whole_sets else torch.float32,
-                    before_batch=self.stop_request.break_off_if_signaled,
+                    before_batch=self.stop_request.interrupt_if_signaled,
                 )
                 for name, batches in data.batches.items()
             }
@@ -134,7 +134,7 @@ class Evaluator:
     def _evaluate_tasks(self) -> None:
         if self.evaluate_tasks is not None:
             with self.reporter.paused(), self.engine.full_parameters():
-                records = self.evaluate_tasks(self.stop_request.break_off_if_signaled)
+                records = self.evaluate_tasks(self.stop_request.interrupt_if_signaled)
                 self.reporter.tasks(self.train_state.iteration, records)
 
     def _announce_second_evaluation(self) -> None:
@@ -143,4 +143,4 @@ class Evaluator:
         was_evaluated = interval and self.train_state.iteration % interval == 0 and not config.training.skip_train
         if was_evaluated and self.dataloaders.valid is not None and not config.data.full_validation:
             samples = config.data.eval_iters * config.global_batch_size
-            logger.info(f" > the final validation loss is of the next {samples} samples, after those of the loss above")
+            logger.info(f" > the final validation loss uses the next {samples} samples, after those of the loss above")

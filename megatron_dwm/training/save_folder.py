@@ -24,7 +24,7 @@ class SaveFolder:
         """Lock an existing folder, and remove what killed runs have left in it.
 
         Args:
-            non_persistent: another folder, that ``--non-persistent-global-ckpt-dir`` names, which is held as well.
+            non_persistent: the folder of ``--non-persistent-global-ckpt-dir``, which is locked as well.
 
         Raises:
             UserError: a folder cannot be written to, or another run holds it.

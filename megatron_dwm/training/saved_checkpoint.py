@@ -16,6 +16,7 @@ import torch
 
 from megatron_dwm.checksums import Checksum, find_damage
 from megatron_dwm.errors import UserError, shortened
+from megatron_dwm.runtime.collectives import is_lost_connection
 from megatron_dwm.safe_unpickling import (
     DAMAGE,
     UnreadableFile,
@@ -228,6 +229,8 @@ def reported_damage(folder: Path) -> Iterator[None]:
         causes = [cause for cause, _ in error.failures.values()]
         reason = short_reason(causes[0] if causes else error)
     except (*DAMAGE, AssertionError, CheckpointingException) as error:
+        if is_lost_connection(error):  # a rank was killed while all loaded: nothing is wrong with the files
+            raise
         reason = short_reason(error)
     raise UserError(f"--load {folder.parent}: {folder.name} is damaged: {reason}; {_remedy(folder)}")
 

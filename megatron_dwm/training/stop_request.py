@@ -14,7 +14,7 @@ from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.stop_signals import STOP_SIGNALS
 
 
-class EvaluationBrokenOffError(Exception):
+class EvaluationInterruptedError(Exception):
     """A signal interrupted an evaluation, which the resumed run will repeat."""
 
 
@@ -48,19 +48,19 @@ class StopRequest:
             return f"exiting program at iteration {iteration}"
         return None
 
-    def break_off_if_signaled(self) -> None:
+    def interrupt_if_signaled(self) -> None:
         """Interrupt an evaluation if a signal asks the run to stop; every rank calls it.
 
         Completing it could take longer than the time that is left to save a checkpoint.
 
         Raises:
-            EvaluationBrokenOffError: on every rank, if one has received a signal.
+            EvaluationInterruptedError: on every rank, if one has received a signal.
         """
         if self.config.exit_signal_handler:
             received = torch.tensor(float(self._received), device=current_device())
             dist.all_reduce(received, op=dist.ReduceOp.MAX)
             if received:
-                raise EvaluationBrokenOffError(signal.Signals(int(received)).name)
+                raise EvaluationInterruptedError(signal.Signals(int(received)).name)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number

@@ -10,7 +10,7 @@ from megatron_dwm.model.protocols import ModelChunk, Optimizer
 from megatron_dwm.model.vocabulary import Vocabulary
 
 EVALUATIONS = ("validation", "tasks")
-"""What a run evaluates during training, in the order in which it does."""
+"""Evaluations during training, in their order."""
 
 
 @dataclass

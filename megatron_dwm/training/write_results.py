@@ -7,18 +7,13 @@ save and stop, after which saving is impossible, and outlives a rank that is kil
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import threading
-import time
 from multiprocessing.managers import SyncManager
 
 import torch
 
+from megatron_dwm.runtime.child_processes import end_with_parent
 from megatron_dwm.runtime.stop_signals import STOP_SIGNALS
-
-WATCH_SECONDS = 1.0
-"""Between two checks whether the rank still runs."""
 
 
 def start_results_process() -> None:
@@ -36,11 +31,6 @@ def start_results_process() -> None:
 def _serve_until_rank_exits() -> None:
     for number in (*STOP_SIGNALS, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_after_the_rank, daemon=True).start()
-
-
-def _end_after_the_rank() -> None:
     rank = multiprocessing.parent_process()
-    while rank is not None and os.getppid() == rank.pid:
-        time.sleep(WATCH_SECONDS)
-    os._exit(0)
+    if rank is not None and rank.pid is not None:
+        end_with_parent(rank.pid)

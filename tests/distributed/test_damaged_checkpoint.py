@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import random
@@ -13,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.training.checkpoint_checksums import CHECKSUMS
 from megatron_dwm.training.checkpoint_folders import latest_checkpoint
-from megatron_dwm.training.saved_checkpoint import open_checkpoint
+from megatron_dwm.training.saved_checkpoint import open_checkpoint, reported_damage
 from tests.distributed.checkpointed import Leg, train_legs
 from tests.small_runs import LLAMA
 
@@ -154,3 +156,21 @@ def test_code_in_a_checkpoint_does_not_run(plant: Callable[[Path, Planted], None
     with pytest.raises(UserError, match=r"iter_0000004 is damaged: .*mkdir") as error:
         train_legs(1, [Leg(FLAGS, load=(folder, 4))])
     assert not proof.exists() and "\n" not in str(error.value)
+
+
+def test_a_rank_that_is_killed_while_all_load_is_no_damage(tmp_path: Path):
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=rank, world_size=2)
+        dist.barrier()
+        if rank == 1:
+            os._exit(0)
+        with pytest.raises(RuntimeError, match="gloo"), reported_damage(tmp_path / "iter_0000004"):
+            dist.all_reduce(torch.zeros(1))
+        os._exit(0)
+
+    ranks = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0]

@@ -66,12 +66,12 @@ def test_a_checkpoint_that_one_rank_does_not_see_is_named(tmp_path: Path):
         (
             1,
             ["--help"],
-            "what the flags ask for is --help on rank 1 and a run on rank 0; start every rank with the",
+            "the requested action is --help on rank 1 and a run on rank 0; start every rank with the",
         ),
         (
             0,
             ["--plan"],
-            "what the flags ask for is a run on rank 1 and --plan on rank 0; start every rank with the",
+            "the requested action is a run on rank 1 and --plan on rank 0; start every rank with the",
         ),
         (1, ["--nproc", "2"], "--nproc 2: a launcher has started 2 processes; leave it out"),
         (1, ["--nproc", "x"], "--nproc x: give the number of processes to start on this machine"),

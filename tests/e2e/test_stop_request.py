@@ -187,5 +187,5 @@ def test_a_signal_while_a_run_starts_ends_it_with_one_line_and_a_code_of_its_own
 
     finished = pretrain(tmp_path / "log", 2, {**FLAGS, "--save": tmp_path / "save"}, main=main)
     assert finished.codes == [75, 75], finished.text
-    line = "error: SIGTERM came while the run started: there is nothing to save; start it again\n"
+    line = "error: SIGTERM received during start-up: there is nothing to save; start the run again\n"
     assert "".join(finished.errors) == line, finished.text

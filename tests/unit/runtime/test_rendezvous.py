@@ -185,7 +185,7 @@ def test_a_rank_that_is_signaled_while_it_waits_for_others_says_so(
     rank.join()
     error = capfd.readouterr().err
     assert (rank.exitcode, error.count("\n")) == (75, 1), error
-    assert error.startswith("error: SIGTERM came while the run started: there is nothing to save"), error
+    assert error.startswith("error: SIGTERM received during start-up: there is nothing to save"), error
 
 
 def is_listening(port: int) -> bool:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.runtime.stop_signals import STOP_SIGNALS
-from megatron_dwm.training.stop_request import EvaluationBrokenOffError, StopRequest
+from megatron_dwm.training.stop_request import EvaluationInterruptedError, StopRequest
 from tests.distributed.harness import run_distributed
 
 
@@ -36,8 +36,8 @@ def test_a_signal_that_one_rank_receives_breaks_every_ranks_evaluation_off(numbe
         if number is not None and dist.get_rank() == 0:
             os.kill(os.getpid(), number)
         try:
-            request.break_off_if_signaled()
-        except EvaluationBrokenOffError as error:
+            request.interrupt_if_signaled()
+        except EvaluationInterruptedError as error:
             return str(error)
         return None
 

@@ -1,0 +1,41 @@
+"""Child processes that end with their rank.
+
+A forked child inherits the rank's connections. If it outlived a killed rank, the connections would stay open, and the
+other ranks would wait for the rank until the timeout of their collective.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import threading
+
+_SET_PARENT_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of Linux's prctl."""
+
+
+def end_with_parent(parent: int) -> None:
+    """Let the kernel kill this process when the thread that has started it ends.
+
+    Args:
+        parent: the parent's process number.
+    """
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
+
+
+def end_children_with_this_process() -> None:
+    """From now on, kill the children that the main thread forks when this process ends, however it ends."""
+    forking = threading.local()  # of the forking thread, which is the child's only one
+
+    def note_parent() -> None:
+        # A child of another thread would end with that thread.
+        forking.parent = os.getpid() if threading.get_native_id() == os.getpid() else None
+
+    def follow_parent() -> None:
+        if forking.parent is not None:
+            end_with_parent(forking.parent)
+
+    os.register_at_fork(before=note_parent, after_in_child=follow_parent)
