@@ -1,4 +1,4 @@
-"""Kill, stop and starve a training run at random moments, and hold what comes of it against an undisturbed one.
+"""Disturb a training run at random moments, and compare its results with those of an undisturbed run.
 
 The same as ``megatron-dwm benchmark chaos``.
 """

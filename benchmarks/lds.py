@@ -1,4 +1,4 @@
-"""Whether alignments and scores predict what training on some samples does.
+"""Whether alignments and scores predict the effect of training on subsets.
 
 The same as ``megatron-dwm benchmark lds``.
 """

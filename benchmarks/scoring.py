@@ -1,4 +1,4 @@
-"""How much of a classifier's own speed scoring reaches.
+"""Compare the speed of scoring with that of the classifier alone.
 
 The same as ``megatron-dwm benchmark scoring``.
 """

@@ -1,4 +1,4 @@
-"""Whether a weighter tells text from its shuffled words.
+"""Whether a weighter can distinguish text from its shuffled words.
 
 The same as ``megatron-dwm benchmark word-order``.
 """

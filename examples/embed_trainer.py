@@ -19,7 +19,7 @@ SETTINGS = WeightingConfig(dwm_num_stages=1, dwm_update_interval=4, dwm_ngram_bu
 
 
 class WeightingCallback(TrainerCallback):
-    """Weighs the samples of each step; its method ``loss`` is the Trainer's ``compute_loss_func``."""
+    """Weights the samples of each step; its method ``loss`` is the Trainer's ``compute_loss_func``."""
 
     def __init__(self, targets: Iterator[torch.Tensor], settings: WeightingConfig) -> None:
         self.targets, self.settings = targets, settings

@@ -32,13 +32,13 @@ PLAN_ONLY=${PLAN_ONLY:-0}
 PRECISION=${PRECISION:-bf16} # bf16, fp16 or fp32
 LR_WARMUP_FRACTION=${LR_WARMUP_FRACTION:-0.01}
 TOKENIZER_TYPE=${TOKENIZER_TYPE:-HuggingFaceTokenizer}
-SPLIT=${SPLIT:-99,1,0} # of DATA_PATH, unless VALID_DATA_PATH names a validation set of its own
+SPLIT=${SPLIT:-99,1,0} # of DATA_PATH; not used if VALID_DATA_PATH names a separate validation set
 DWM_MODE=${DWM_MODE:-bilevel}
 SAVE_INTERVAL=${SAVE_INTERVAL:-1000}
 EVAL_INTERVAL=${EVAL_INTERVAL:-1000}
 EVAL_ITERS=${EVAL_ITERS:-10}
 LOG_INTERVAL=${LOG_INTERVAL:-10}
-LOG_DIR=${LOG_DIR:-$SAVE/logs} # one log per node; the job's own log says how the job ended
+LOG_DIR=${LOG_DIR:-$SAVE/logs} # one log per node; the job's own log shows how the job ended
 
 require DATA_PATH "the prefix of the training data (.bin and .idx), or weights and prefixes"
 [[ $DWM_MODE != bilevel ]] || require TARGET_DATA_PATH "the prefix of the target data, or use DWM_MODE=off"
@@ -123,7 +123,7 @@ done
 ARGS+=(${EXTRA_ARGS:-} "$@")
 
 
-# NCCL keeps its defaults, which suit most clusters; docs/cluster.md says what to change where they do not.
+# NCCL keeps its defaults, which suit most clusters; docs/cluster.md describes what to change otherwise.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # required for overlapping tensor-parallel communication
 

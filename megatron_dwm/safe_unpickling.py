@@ -170,7 +170,7 @@ def read_common_state(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def restricted_checkpoint_loading() -> Iterator[None]:
-    """Make megatron-core and torch load checkpoints with the restrictions of this module while open."""
+    """Inside the context, megatron-core and torch load checkpoints with the restrictions of this module."""
     from megatron.core.dist_checkpointing.strategies import torch as strategies
     from torch.distributed.checkpoint._traverse import set_element
 

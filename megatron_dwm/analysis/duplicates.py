@@ -34,11 +34,11 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 
 Kind = Literal["exact", "near"]
 _CHUNK = 1 << 18  # rows whose signatures are sorted together
-_MOST_CHUNKS = 10_000  # of a task, whose files are named by task and chunk
+_MOST_CHUNKS = 10_000  # per task; files are named by task and chunk
 
 
 class Signatures(PipelineStep):  # type: ignore[misc]
-    """Writes the signatures of a task's texts: equal texts, or near ones, have equal ones."""
+    """Writes the signatures of a task's texts; equal (or nearly equal) texts have equal signatures."""
 
     type, name = "duplicates", "signatures"
 
@@ -46,7 +46,7 @@ class Signatures(PipelineStep):  # type: ignore[misc]
         """
         Args:
             kind: equal texts, or near duplicates, which share about 7 in 10 of their sequences of 5 words.
-            folder: for the steps' files, which are some tens or hundreds of bytes a text.
+            folder: folder for the steps' files, which take some tens or hundreds of bytes per text.
         """
         super().__init__()
         self.kind, self.folder = kind, folder
@@ -66,7 +66,7 @@ class Signatures(PipelineStep):  # type: ignore[misc]
 
 
 class Silent(PipelineStep):  # type: ignore[misc]
-    """Runs a step that draws progress bars of a moment without them."""
+    """Runs a step without its progress bars."""
 
     type, name = "duplicates", "silent"
 
@@ -75,7 +75,7 @@ class Silent(PipelineStep):  # type: ignore[misc]
         self.step = step
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        """Run it."""
+        """Run the step."""
         with contextlib.redirect_stderr(io.StringIO()):
             self.step.run(data, rank, world_size)
 
@@ -117,7 +117,7 @@ def _near() -> MinhashConfig:
 
 
 class _Words(WordTokenizer):  # type: ignore[misc]
-    """Words between spaces: the steps have taken punctuation out by then, and languages' own need more packages."""
+    """Splits at spaces: the steps have removed punctuation, and tokenizers for languages need more packages."""
 
     def word_tokenize(self, text: str) -> list[str]:
         return text.split()

@@ -1,7 +1,7 @@
 """Importance weights of texts by DSIR: hashed n-grams of a target set against those of all texts (arXiv 2302.03169).
 
 The n-grams are those of the package ``data-selection``. Its own loop over files keeps a list of all weights in memory
-and reads plain JSON lines only; here each task counts those of its part, and a text goes in and a number comes out.
+and reads plain JSON lines only. Here each task counts the n-grams of its part, and a text is mapped to a number.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_dwm.errors import UserError
 # The package's own numbers.
 _BUCKETS = 10_000
 MOST_NGRAMS = 100_000 * _BUCKETS
-"""That the distribution of all texts is estimated with."""
+"""Number of texts from which the distribution of all texts is estimated."""
 _SMOOTHING = 1e-8
 
 
@@ -26,15 +26,15 @@ class ImportanceWeights:
     def __init__(self, everything: Any, target: Any) -> None:
         """
         Args:
-            everything: counts of n-grams in all texts, or in many of them.
+            everything: counts of n-grams in all texts, or in a large part of them.
             target: counts of n-grams in the target set.
 
         Raises:
-            UserError: one of both holds no words.
+            UserError: one of them contains no words.
         """
         for name, counts in (("--input", everything), ("--target", target)):
             if not counts.any():
-                raise UserError(f"{name}: its texts hold no words; give files that hold some")
+                raise UserError(f"{name}: its texts contain no words; give other files")
         self._log_ratio = np.log(target / target.sum() + _SMOOTHING) - np.log(
             everything / everything.sum() + _SMOOTHING
         )

@@ -201,7 +201,7 @@ def _source_figures(name: str, steps: Sequence[Record], aligned: SourceAlignment
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Return ranks from 1 [n]; equal values have the mean of theirs."""
+    """Return ranks from 1 [n]; equal values get the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     of_values: np.ndarray = (last - (counts - 1) / 2)[inverse]

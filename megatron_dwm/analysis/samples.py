@@ -44,7 +44,7 @@ class RunSamples:
     """Samples of a run's training set by their index, and of its target set."""
 
     def __init__(self, train: Any, target: Any | None, tokenizer: Any, sources: Sequence[str]) -> None:
-        """Take the run's datasets.
+        """Create a reader of the run's datasets.
 
         Args:
             train: the training set.

@@ -1,7 +1,7 @@
-"""Selection of documents within a budget, in jobs of datatrove: a table of three numbers a row, the choice, a filter.
+"""Selection of documents within a budget, as three datatrove jobs: a table, the choice, and a filter.
 
-The first job's tasks write the table, a part each. The choice is made on all of it, by one task, and says of each row
-whether it is kept. The last job's tasks read the rows again and write those that are kept.
+The tasks of the first job write a table with three numbers per row. One task then decides for each row of the whole
+table whether it is kept. The tasks of the last job read the rows again and write those that are kept.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ def select_files(
 
 @dataclass(frozen=True)
 class Selection:
-    """A selection, whose unfinished work is kept beside its output."""
+    """A selection, whose unfinished work is kept next to its output."""
 
     config: SelectConfig
     tokenizer: TokenizerConfig | None
     paths: list[str]
     stamps: list[tuple[int, str]]
-    """Of the files when the work began: their sizes and last changes."""
+    """Size and last change of each file when the work began."""
     parts: list[Part]
     target: list[Part]
     work: UnfinishedJobs
@@ -107,7 +107,7 @@ class Selection:
         return cls(config, tokenizer, paths, stamps, parts, target, work)
 
     def jobs(self) -> list[Job]:
-        """Return the jobs, for any executor of datatrove: each after the one before."""
+        """Return the jobs in order, for any executor of datatrove."""
         config, folder, tasks = self.config, self.work.folder, len(self.parts)
         records, job = Records(self.parts), self.work.job
         jobs: list[Job] = []
@@ -151,16 +151,16 @@ class Kept(BaseFilter):  # type: ignore[misc]
         yield from super().run(data, rank, world_size)
 
     def filter(self, doc: Document) -> bool:
-        """Tell whether the next row is kept."""
+        """Return whether the next row is kept."""
         return next(self._is_kept, False)
 
     def filter_batch(self, batch: list[Document]) -> list[bool]:
-        """Tell it of several rows."""
+        """Return the same for several rows."""
         return list(map(self.filter, batch))
 
 
 class Lines(DiskWriter):  # type: ignore[misc]
-    """Writes rows as lines of JSON; lines stay as they are."""
+    """Writes rows as lines of JSON; rows that were read as lines are not changed."""
 
     name = "lines"
 
@@ -215,7 +215,7 @@ def _stamps(paths: Sequence[str], output: str) -> list[tuple[int, str]]:
 
 
 def _choose(selection: Selection) -> None:
-    """Say of each row whether it is kept, and write the manifest's first part.
+    """Decide for each row whether it is kept, and write the first part of the manifest.
 
     Raises:
         UserError: the budget cannot be filled.
@@ -224,17 +224,17 @@ def _choose(selection: Selection) -> None:
     names = [json.loads(folder.read_bytes(f"sources/{rank:05d}")) for rank in tasks]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(name for found in names for name in found))}
     if not numbers:
-        raise UserError(f"--input {' '.join(selection.paths)}: no rows; give files that hold some")
+        raise UserError(f"--input {' '.join(selection.paths)}: no rows; give other files")
     if len(numbers) > MOST_SOURCES:
         raise too_many_sources(config)
     sources, rows, dropped = list(numbers), [], 0
-    # Not in the folder for temporary files, which may lie in memory, if there is another one.
+    # If possible not in the folder for temporary files, which may be in memory.
     with tempfile.TemporaryFile(dir=None if is_url(folder.location) else folder.location) as file:
         for rank in tasks:
             part = np.frombuffer(folder.read_bytes(f"numbers/{rank:05d}"), ROW).copy()
             renumbered = np.array([numbers[name] for name in names[rank]], np.int32)
             part["source"] = renumbered[part["source"]] if len(part) else 0
-            if config.duplicates != "keep":  # a source of their own, that no budget is for
+            if config.duplicates != "keep":  # a separate source without a budget
                 is_duplicate = duplicates_of_task(config.duplicates, folder.path("duplicates"), rank, len(part))
                 part["source"][is_duplicate] = len(sources)
                 dropped += int(is_duplicate.sum())
@@ -251,7 +251,7 @@ def _choose(selection: Selection) -> None:
 
 
 def _write_masks(selection: Selection, top: TopRows, rows: Sequence[int]) -> None:
-    """Write of each task which of its rows are kept."""
+    """Write for each task which of its rows are kept."""
     masks, found = top.masks(), np.zeros(0, np.bool_)
     for rank, count in enumerate(rows):
         pieces, held = [found], len(found)
@@ -374,7 +374,7 @@ class _Hashed:
 
 
 def _write(selection: Selection) -> None:
-    """Write the output of what all tasks have kept, and the manifest.
+    """Write the output from the rows that all tasks have kept, and the manifest.
 
     Raises:
         UserError: an input has changed meanwhile.
@@ -406,11 +406,11 @@ def _write(selection: Selection) -> None:
 
 
 def _joined(selection: Selection) -> dict[str, Any]:
-    """Put the rows of all tasks behind each other, compressed by the output's name; return size and checksum."""
+    """Concatenate the rows of all tasks, compressed according to the output's name; return size and checksum."""
     folder = selection.work.folder
     with folder.open("joined") as file:
         hashed = _Hashed(file)
-        # Always to the same bytes.
+        # This always gives the same bytes.
         compressed = gzip.GzipFile("", "wb", 6, hashed, 0) if selection.config.output.endswith(".gz") else None
         for rank in range(len(selection.parts)):
             if folder.exists(f"rows/{rank:05d}"):  # none if no row of the part is kept

@@ -30,9 +30,9 @@ class SelectConfig:
         "jsonl", "JSON lines, or an indexed dataset (.bin and .idx) of the texts, made with the tokenizer's flags."
     )
     append_eod: bool = flag(False, "With --output-format indexed: append the end-of-document token to each document.")
-    workers: int = flag(1, "Number of processes, or of tasks of a SLURM job at a time.")
+    workers: int = flag(1, "Number of processes, or of concurrent tasks of a SLURM job.")
     split_bytes: int = flag(
-        1000000000, "Plain JSON lines that are larger are divided into tasks; other files are one each."
+        1000000000, "Larger files of plain JSON lines are divided into several tasks; any other file is one task."
     )
     duplicates: Literal["keep", "exact", "near"] = flag(
         "keep",

@@ -1,4 +1,4 @@
-"""The first pass of a selection: three numbers of each row, in a table of each task."""
+"""The first pass of a selection: each task writes a table with three numbers per row."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class NgramCounts(PipelineStep):  # type: ignore[misc]
     def __init__(self, folder: OutputFolder, kind: str) -> None:
         """
         Args:
-            folder: of the selection's work.
-            kind: of texts: those that there are, or those that are wanted.
+            folder: folder of the selection's work.
+            kind: which texts are counted: all texts, or the target.
         """
         super().__init__()
         self.folder, self.kind = folder, kind
@@ -68,7 +68,7 @@ class NgramCounts(PipelineStep):  # type: ignore[misc]
 
 
 def importance_weights(folder: OutputFolder, tasks: int, target_tasks: int) -> ImportanceWeights:
-    """Return the importance weights of texts by what :class:`NgramCounts` has written.
+    """Return the importance weights of texts from the counts of :class:`NgramCounts`.
 
     Raises:
         UserError: there are no words.
@@ -81,7 +81,7 @@ def importance_weights(folder: OutputFolder, tasks: int, target_tasks: int) -> I
 
 
 class Numbers(PipelineStep):  # type: ignore[misc]
-    """Writes the numbers of each row of a task as a table, and the names of the sources that it numbers."""
+    """Writes a table with the numbers of a task's rows, and the names of the sources, which are numbered in it."""
 
     type, name = "selection", "numbers"
 

@@ -188,7 +188,7 @@ class Evaluator:
 
 @contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Show only errors of the harness and of datasets while open."""
+    """Show only errors of the harness and of datasets inside the context."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     levels = [each.level for each in loggers]
     for each in loggers:

@@ -268,7 +268,7 @@ def _newest_weighter(run: Path) -> str:
 
 
 def train(name: str, place: Path, flags: list[str]) -> None:
-    """Make a run, unless it has finished.
+    """Start a run and wait for its end, unless it has already finished.
 
     Raises:
         UserError: the run failed, or ``place`` holds a run with other flags.

@@ -1,6 +1,6 @@
-"""The ranks of a run as processes that can be disturbed: forks of this one, which has imported all that they need.
+"""The ranks of a run as processes that can be disturbed: forks of this process, which has imported what they need.
 
-Each rank is the leader of a session, so that whatever it starts is found, and can be ended, when it is gone.
+Each rank is the leader of a session, so that its child processes can be found and ended after it.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Ranks:
                 process.send_signal(number)
 
     def limit_files(self, size: int) -> None:
-        """Let no process of the run write a file beyond so many bytes: it gets an error as from a full disk."""
+        """Limit the size of files that the run's processes write; beyond it they get an error as from a full disk."""
         for process in self.running():
             with contextlib.suppress(OSError):
                 _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)

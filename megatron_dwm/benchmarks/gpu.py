@@ -79,7 +79,7 @@ def _main(argv: Sequence[str] | None) -> None:
         print(tables(results))
         picture = Path(config.output) / "gpu.png"
         save_png(figure(results), picture)
-        print(f"{picture}: {len(results)} parts; their figures are beside it")
+        print(f"{picture}: {len(results)} parts; their figures are next to it")
     if failed:
         raise UserError("; ".join(f"{part} failed: {reason}" for part, reason in failed.items()))
 

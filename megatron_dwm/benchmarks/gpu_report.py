@@ -144,7 +144,7 @@ def _benefit_table(result: Results) -> str:
 
 
 def figure(results: Results) -> Figure:
-    """Draw what there is: throughput, memory, alignments in both precisions, losses of the comparison."""
+    """Draw the available results: throughput, memory, alignments in both precisions, losses of the comparison."""
     from matplotlib.figure import Figure
 
     costs = [results[name] for name in ("costs-125m", "costs-1b") if name in results]

@@ -2,11 +2,11 @@
 
     python benchmarks/lds.py --json lds.json
 
-One run with uniform weights aligns every batch with the target, one with default weighting flags scores it. Then models
-are trained from the same start on random halves of the same samples. What a run has found of a half's samples, summed,
-predicts the half's loss on held-out text like the target; the score is the rank correlation over the halves, with an
-interval, beside that of random predictions. Runs that have finished are not made again. Unknown flags go to
-``pretrain_dwm.py``.
+One run with uniform weights computes the alignments of every batch; another one, with default weighting flags, its
+scores. Then models are trained from the same start on random halves of the same samples. The sum of the alignments or
+scores of a half predicts its loss on held-out text like the target. The result is the rank correlation over the halves
+with an interval, compared with that of random predictions. Runs that have finished are not repeated. Unknown flags are
+passed to ``pretrain_dwm.py``.
 """
 
 from __future__ import annotations

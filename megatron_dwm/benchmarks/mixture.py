@@ -89,7 +89,7 @@ class Mixture:
 
 
 def made_mixture(folder: Path, corpus: CorpusName, vocab_size: int, *, clean: bool) -> Mixture:
-    """Make one of the mixtures of ``CORPORA``, or take it from ``folder`` if it is there.
+    """Build one of the mixtures of ``CORPORA``, or reuse it if ``folder`` contains it.
 
     Args:
         folder: where texts, tokenizer and datasets are.
@@ -137,7 +137,7 @@ def _first(lines: list[str], characters: int) -> list[str]:
 def user_mixture(
     folder: Path, texts: Sequence[Path], fractions: Sequence[float], target: Path, test: Path, vocab_size: int
 ) -> Mixture:
-    """Make a mixture of a user's JSONL files, one source each, or take it from ``folder`` if it is there.
+    """Build a mixture of a user's JSONL files, one source each, or reuse it if ``folder`` contains it.
 
     Args:
         folder: where tokenizer and datasets are.

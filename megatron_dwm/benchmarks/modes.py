@@ -67,7 +67,7 @@ class Modes:
     """The ways to train the same model: trainers that differ only in their weighting."""
 
     def __init__(self, trainer: Trainer) -> None:
-        """Make the trainers, and train the steps that nothing is measured of.
+        """Create the trainers, and train the first steps, which are not measured.
 
         Args:
             trainer: the trainer of a bilevel run that has made no step.

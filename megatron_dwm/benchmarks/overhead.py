@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _measured_by_itself(options: OverheadConfig, run_flags: Sequence[str], micro_batch_size: int) -> dict[str, Any]:
-    """Measure a run with this micro-batch size in a process of its own, and return its figures."""
+    """Measure a run with this micro-batch size in a separate process, and return its figures."""
     measuring = ["--steps", options.steps, "--repeats", options.repeats, "--clock", options.clock]
     measuring += ["--intervals", *options.intervals, "--micro-batch-size", micro_batch_size]
     with tempfile.TemporaryDirectory() as folder:

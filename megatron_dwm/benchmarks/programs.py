@@ -15,7 +15,7 @@ _LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "
 
 
 def call(command: str, *arguments: object, log: Path | None = None) -> None:
-    """Run ``megatron-dwm command`` in a process of its own.
+    """Run ``megatron-dwm command`` in a separate process.
 
     Args:
         command: the name of the command.
@@ -27,7 +27,7 @@ def call(command: str, *arguments: object, log: Path | None = None) -> None:
     """
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
-    # Runs beside each other would fight for the cores if each took a thread for every core.
+    # Concurrent runs would compete for the cores if each used one thread per core.
     present = {name: value for name, value in os.environ.items() if name not in _LAUNCHED}
     environment = {"OMP_NUM_THREADS": "1", **present}
     argv = [sys.executable, "-m", "megatron_dwm.cli.main", command, *map(str, arguments)]

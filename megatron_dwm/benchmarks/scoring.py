@@ -1,11 +1,11 @@
-"""How much of a classifier's own speed ``megatron-dwm score`` reaches, on one process.
+"""Compare the speed of ``megatron-dwm score`` with that of the classifier alone, in one process.
 
     python benchmarks/scoring.py
 
-The classifier's forward pass is timed on whole windows at several batch sizes; the best of them is what scoring is
-held against, in turns. Scoring is timed from the file of JSON lines to the finished output, with the loading of the
-model. Documents are prose of Python's library, of all lengths. On a CPU, time is this process's processor time, so
-that other work on the machine does not count.
+The classifier's forward pass is timed on whole windows at several batch sizes; scoring is compared with the best of
+them, in turns. Scoring is timed from the file of JSON lines to the finished output, including the loading of the model.
+Documents are prose from Python's library, of all lengths. On a CPU, time is this process's processor time, so that
+other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _documents(config: ScoringBenchmarkConfig, folder: Path) -> tuple[Path, list
 
 
 def make_classifier(config: ScoringBenchmarkConfig, folder: Path, texts: Sequence[str]) -> Path:
-    """Make a classifier of random weights, and a tokenizer of the texts."""
+    """Write a classifier with random weights, and a tokenizer trained on the texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 

@@ -1,12 +1,11 @@
-"""Whether a weighter learns to read: does it tell text from the same text with its words in random order?
+"""Whether a weighter can learn from word order: can it distinguish text from the same text with shuffled words?
 
     python benchmarks/word_order.py --json word_order.json
 
 Half of the training data is prose, half is prose whose words are shuffled, and the target is prose. Both halves have
-the same words, so that only their order tells them apart. A small language model is trained with default weighting
-flags. For every outer update the weights of its batch, which the weighter had not learnt from when it gave them, are
-held against the samples' sources and alignments. Runs that have finished are not made again. Unknown flags go to
-``pretrain_dwm.py``.
+the same words and differ only in their order. A small language model is trained with default weighting flags. At every
+outer update, the weights of the batch, on which the weighter has not been trained yet, are compared with the samples'
+sources and alignments. Runs that have finished are not repeated. Unknown flags are passed to ``pretrain_dwm.py``.
 """
 
 from __future__ import annotations

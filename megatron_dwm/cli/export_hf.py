@@ -19,7 +19,13 @@ from tqdm import tqdm
 
 from megatron_dwm.atomic_write import atomic_folder
 from megatron_dwm.cli.command import limit_progress_bars, run_command
-from megatron_dwm.cli.saved_run import ExportArguments, checkpoint_folder, saved_model, saved_tokenizer
+from megatron_dwm.cli.saved_run import (
+    ExportArguments,
+    checkpoint_folder,
+    find_tokenizer,
+    saved_model,
+    saved_tokenizer,
+)
 from megatron_dwm.config.checkpoint_args import read_arguments
 from megatron_dwm.config.flags import build, declared_flags, flag, read
 from megatron_dwm.config.model import ModelConfig
@@ -64,7 +70,7 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
     from megatron_dwm.training.saved_checkpoint import open_checkpoint
 
     folder = checkpoint_folder(config.load, config.ckpt_step)
-    saved = read_arguments(folder)
+    saved = find_tokenizer(read_arguments(folder), config.load)
     model = saved_model(saved)
     tokenizer_config = saved_tokenizer(saved, tokenizer_flags)
     tokenizer = build_tokenizer(tokenizer_config)

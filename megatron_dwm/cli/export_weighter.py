@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_dwm.cli.command import run_command
-from megatron_dwm.cli.saved_run import ExportArguments, checkpoint_folder, saved_config
+from megatron_dwm.cli.saved_run import ExportArguments, checkpoint_folder, find_tokenizer, saved_config
 from megatron_dwm.config.checkpoint_args import read_arguments
 from megatron_dwm.config.flags import flag, parse
 from megatron_dwm.errors import UserError
@@ -60,7 +60,7 @@ def export(config: ExportWeighterConfig) -> str:
             f"--load {folder}: the checkpoint holds no weighter (weighting was off, or had not begun); give a later "
             "--ckpt-step, or a run with --dwm-mode bilevel or frozen"
         )
-    run = saved_config(read_arguments(folder))
+    run = saved_config(find_tokenizer(read_arguments(folder), config.load))
     effect = _effect(config)
     model = weighter_model_from_json(state["weighter_config"])
     model.load_state_dict(state["weighter"])

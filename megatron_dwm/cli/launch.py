@@ -230,7 +230,7 @@ def build_trainer(
 
 
 def _task_evaluation(config: RunConfig, inputs: RunInputs, language_model: LanguageModel) -> TaskEvaluation | None:
-    """Return the evaluation of the run's model on tasks, if the flags ask for it.
+    """Return the evaluation of the run's model on tasks, if the flags request it.
 
     Raises:
         UserError: the tasks or the tokenizer do not allow it.

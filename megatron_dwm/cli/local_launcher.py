@@ -28,7 +28,7 @@ SHUTDOWN_SECONDS = 600
 
 
 def split_nproc(argv: Sequence[str]) -> tuple[int | None, list[str]]:
-    """Take ``--nproc N`` out of a command line.
+    """Remove ``--nproc N`` from a command line.
 
     Returns:
         the number of processes (None if it is not given) and the other arguments.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dwm.analysis.start_folder import find_start_folder
 from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
 from megatron_dwm.config.checkpoint_args import effective_arguments
 from megatron_dwm.config.flags import build, declared_flags, flag
@@ -53,6 +54,22 @@ def saved_model(saved: Mapping[str, Any]) -> ModelConfig:
         UserError: it is not a model that this program trains.
     """
     return build(ModelConfig, effective_arguments(saved))
+
+
+def find_tokenizer(saved: Mapping[str, Any], load: str) -> dict[str, Any]:
+    """Return a checkpoint's arguments with the paths of its tokenizer as they lead there from the present folder.
+
+    Args:
+        saved: the arguments; relative paths refer to the folder that the run was started from.
+        load: folder of the checkpoints.
+    """
+    found = dict(saved)
+    values = {name: saved.get(name) for name in ("tokenizer_model", "vocab_file", "merge_file")}
+    missing = {name: str(value) for name, value in values.items() if value and not Path(str(value)).exists()}
+    if missing:
+        folder = find_start_folder(Path(load), saved.get("save"), list(missing.values()))
+        found |= {name: str(folder / path) for name, path in missing.items() if (folder / path).exists()}
+    return found
 
 
 def saved_tokenizer(saved: Mapping[str, Any], given: Mapping[str, Any]) -> TokenizerConfig:

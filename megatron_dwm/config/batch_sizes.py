@@ -54,7 +54,7 @@ class BatchSizes:
 
     @property
     def nominal_sizes(self) -> list[int]:
-        """All sizes that the flags ask for, in order."""
+        """All sizes that the flags specify, in order."""
         return (
             [self.final]
             if self.rampup is None
@@ -67,7 +67,7 @@ class BatchSizes:
         return [self._running(size) for size in self.nominal_sizes]
 
     def nominal(self, consumed: int) -> int:
-        """Return the size that the flags ask for after ``consumed`` samples; the rest up to it is skipped."""
+        """Return the size that the flags specify after ``consumed`` samples; samples missing from it are skipped."""
         ramp = self.rampup
         if ramp is None or consumed > ramp.samples:
             return self.final

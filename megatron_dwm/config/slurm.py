@@ -1,4 +1,4 @@
-"""Flags: tasks on a SLURM cluster in place of this machine."""
+"""Flags for running tasks on a SLURM cluster instead of this machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SlurmConfig:
         self.sbatch_options()
 
     def sbatch_options(self) -> dict[str, str]:
-        """Return --slurm-options by name.
+        """Return the values of --slurm-options by name.
 
         Raises:
             UserError: one has no name or no value.

@@ -34,11 +34,11 @@ class DatasetShards(PipelineStep):  # type: ignore[misc]
     ) -> None:
         """
         Args:
-            folder: on this machine, or one that all nodes see.
-            keys: of a document's texts; each becomes a dataset.
+            folder: folder on this machine, or one that all nodes share.
+            keys: keys of a document's texts; each becomes a dataset.
             append_eod: whether the end-of-document token follows each document.
-            skip_malformed: whether records that are no document are left out and counted.
-            remedy: for one that is not left out.
+            skip_malformed: whether invalid records are left out and counted.
+            remedy: what the error of an invalid record advises.
         """
         super().__init__()
         self.folder, self.keys, self.tokenizer = Path(folder), list(keys), tokenizer
@@ -48,7 +48,7 @@ class DatasetShards(PipelineStep):  # type: ignore[misc]
         """Write the shard.
 
         Raises:
-            UserError: the tokenizer cannot be read, or a record is no document and they are not skipped.
+            UserError: the tokenizer cannot be read, or a record is invalid and not skipped.
         """
         encoder = Encoder(self.keys, self.tokenizer, append_eod=self.append_eod)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ class DatasetShards(PipelineStep):  # type: ignore[misc]
 
 
 def publish_shards(folder: Path, keys: Sequence[str], tasks: int, prefix: Path) -> None:
-    """Make one dataset of the shards of all tasks, and put it in place of an old one.
+    """Combine the shards of all tasks into one dataset, which replaces an old one.
 
     Raises:
         UserError: there are no documents.
@@ -79,6 +79,6 @@ def publish_shards(folder: Path, keys: Sequence[str], tasks: int, prefix: Path) 
     shards = [folder / f"{rank:05d}" for rank in range(tasks)]
     parts = [shard for shard in shards if Path(dataset_prefix(shard, keys[0]) + ".idx").is_file()]
     if not parts:
-        raise UserError("--input: no documents; give files that hold some")
+        raise UserError("--input: no documents; give other files")
     dtype: Any = IndexFile.open(dataset_prefix(parts[0], keys[0])).dtype.type
     publish_datasets(keys, dtype, parts, prefix)

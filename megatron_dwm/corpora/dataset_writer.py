@@ -1,4 +1,4 @@
-"""Indexed datasets of encoded documents: written, and put in place of old ones."""
+"""Writing indexed datasets of encoded documents, which replace old ones when they are complete."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megatron_dwm.corpora.encoder import Encoded
 
 
 def dataset_prefix(prefix: Path | str, key: str) -> str:
-    """Return the name of the dataset of a key, without suffix."""
+    """Return the prefix of the dataset of a key, without suffix."""
     return f"{prefix}_{key}_document"
 
 
 class DatasetWriter:
-    """The datasets of all keys that documents are added to."""
+    """The datasets of all keys, to which documents are added."""
 
     def __init__(self, keys: Iterable[str], dtype: Any, prefix: Path) -> None:
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -46,7 +46,7 @@ class DatasetWriter:
 
 
 def publish_datasets(keys: Sequence[str], dtype: Any, parts: Sequence[Path], prefix: Path) -> None:
-    """Put finished parts behind each other, and the datasets in place of old ones."""
+    """Concatenate finished parts, and replace old datasets by the result."""
     with atomic_files(prefix.parent) as scratch:
         if len(parts) == 1:
             for key, suffix in itertools.product(keys, (".bin", ".idx")):
@@ -56,7 +56,7 @@ def publish_datasets(keys: Sequence[str], dtype: Any, parts: Sequence[Path], pre
             for part in parts:
                 whole.append(part)
             whole.finish()
-        # New data beside an old index would be a dataset of wrong documents; data without an index is none.
+        # New data with an old index would be a dataset with wrong documents; data without an index is not a dataset.
         written = list(scratch.iterdir())
         for path in written:
             sync(path)
@@ -67,8 +67,8 @@ def publish_datasets(keys: Sequence[str], dtype: Any, parts: Sequence[Path], pre
 
 
 def _link(finished: str, name: str) -> None:
-    """Give a finished file another name; it stays where it is, for a call that comes after an interruption."""
+    """Give a finished file a second name; it also keeps the first one, for a call after an interruption."""
     try:
         os.link(finished, name)
-    except OSError:  # a file system without such names
+    except OSError:  # a file system without hard links
         shutil.copyfile(finished, name)

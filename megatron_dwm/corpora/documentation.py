@@ -44,7 +44,7 @@ class Package(NamedTuple):
 
 
 def documentation_corpus(config: CorpusConfig) -> Corpus:
-    """Make a corpus of the packages that ``config.documentation`` names, each split into parts by document.
+    """Build a corpus from the packages that ``config.documentation`` names, each split into parts by document.
 
     Raises:
         UserError: a package is not installed, is named twice, or has too little text.

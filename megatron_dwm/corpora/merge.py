@@ -64,7 +64,7 @@ def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> tuple[int, in
                     builder.add_index(prefix)
                     bar.update(os.path.getsize(f"{prefix}.bin"))
             builder.finalize(str(scratch / f"{output.name}.idx"))
-            output.with_name(f"{output.name}.idx").unlink(missing_ok=True)  # new data beside an old index is no dataset
+            output.with_name(f"{output.name}.idx").unlink(missing_ok=True)  # new data with an old index is no dataset
     except OSError as error:
         raise UserError(f"--output-prefix {output}: cannot be written ({error.strerror}); check the path") from None
     return sum(index.num_boundaries - 1 for index in indices), size // indices[0].dtype.itemsize

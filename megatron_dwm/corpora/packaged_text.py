@@ -17,7 +17,7 @@ _MOST = 8_000_000  # characters of one package; of longer ones every n-th docume
 _LONG_STRING = 10_000  # characters of a constant that is text, not code
 
 Reader = Callable[[str, Path], Iterable[str]]
-"""Makes documents of a file, by its name within the package; none of one that holds no text."""
+"""Makes documents from a file, given its name within the package; returns none if it contains no text."""
 
 
 def special_texts(spec: str, files: Mapping[str, Path]) -> Iterator[tuple[str, str]] | None:

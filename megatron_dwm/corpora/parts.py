@@ -1,4 +1,4 @@
-"""Parts of files, so that several processes share a large one, and the records of a part."""
+"""Parts of files, so that several processes can share a large file, and the records of a part."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Part:
 
 
 def file_parts(paths: Sequence[str], split_bytes: int) -> list[Part]:
-    """Return the parts of files, or of URLs, in their order.
+    """Return the parts of files or URLs, in order.
 
     Args:
-        split_bytes: size above which lines of JSON on this machine are divided.
+        split_bytes: size above which files of JSON lines on this machine are divided.
 
     Raises:
         UserError: a file cannot be read, or is not what its name says.
@@ -43,7 +43,7 @@ def file_parts(paths: Sequence[str], split_bytes: int) -> list[Part]:
 
 
 def divided(count: int, size: int, split_bytes: int) -> list[tuple[int, int]]:
-    """Return the bounds of parts of ``count`` things of ``size`` bytes, so that none has many more than so many."""
+    """Return the bounds of parts of ``count`` items of ``size`` bytes, so that no part is much larger than allowed."""
     number = max(1, min(count, -(-size // split_bytes)))
     return [(count * n // number, count * (n + 1) // number) for n in range(number)]
 
@@ -52,7 +52,7 @@ def records_of(part: Part, columns: Sequence[str] | None = None) -> Iterator[Rec
     """Yield the records of a part of a file; lines of a range of bytes are numbered from its start.
 
     Args:
-        columns: what is read of a table, None for all of it.
+        columns: columns of a table that are read; None for all.
 
     Raises:
         UserError: the file cannot be read.
@@ -64,7 +64,7 @@ def records_of(part: Part, columns: Sequence[str] | None = None) -> Iterator[Rec
         with open(part.path, "rb") as file:
             if part.start:
                 file.seek(part.start - 1)
-                file.readline()  # the rest of a line that begins before
+                file.readline()  # the rest of a line that begins in the part before
             number = 0
             while file.tell() < part.end and (line := file.readline()):
                 number += 1

@@ -1,4 +1,4 @@
-"""Jobs on datatrove's executors, on this machine or on a SLURM cluster, and the steps that several of them have.
+"""Jobs on datatrove's executors, on this machine or on a SLURM cluster, and steps that several jobs use.
 
 A job is a pipeline that is run once for each of its tasks. Its executor keeps in the folder of its logs which tasks are
 done, and does the others only.
@@ -38,16 +38,16 @@ _WATCH_INTERVAL_S = 0.3
 
 @dataclass(frozen=True)
 class Job:
-    """A pipeline, and how many tasks it has."""
+    """A pipeline with its number of tasks."""
 
     steps: Sequence[PipelineStep]
     tasks: int
     logs: str
-    """Folder or URL of its logs, which say which tasks are done."""
+    """Folder or URL of its logs, which record the finished tasks."""
 
 
 class Records(BaseDiskReader):  # type: ignore[misc]
-    """Reads the records of one part as they are; each is a document's metadata.
+    """Reads the records of one part unchanged; each becomes the metadata of a document.
 
     datatrove's own readers leave out malformed lines, empty documents and the end of a damaged file with a warning, and
     do not keep a line as it was.
@@ -58,8 +58,8 @@ class Records(BaseDiskReader):  # type: ignore[misc]
     def __init__(self, parts: Sequence[Part], *, flag: str = "--input", columns: Sequence[str] | None = None) -> None:
         """
         Args:
-            flag: that names the files, for messages.
-            columns: what is read of tables, None for all of them.
+            flag: the flag that names the files, for messages.
+            columns: columns of tables that are read; None for all.
         """
         super().__init__("/", doc_progress=sys.stderr.isatty(), add_file_path=False)
         self.parts, self.flag, self.columns = list(parts), flag, columns
@@ -95,7 +95,7 @@ class Published(PipelineStep):  # type: ignore[misc]
         """Yield the documents, and move the file when there are no more."""
         yield from data
         name = f"{rank:05d}{self.suffix}"
-        self.folder.move(f"partial/{name}", f"{self.finished}/{name}")  # a file without documents leaves none
+        self.folder.move(f"partial/{name}", f"{self.finished}/{name}")  # without documents there is no file
 
 
 class Call(PipelineStep):  # type: ignore[misc]
@@ -108,7 +108,7 @@ class Call(PipelineStep):  # type: ignore[misc]
         self.function = function
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        """Call it."""
+        """Call the function."""
         self.function()
 
 
@@ -117,13 +117,13 @@ class _QuietExecutor(LocalPipelineExecutor):  # type: ignore[misc]
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         logger.disable("datatrove")
-        with warnings.catch_warnings():  # as commands do, in whose processes this one may not be
+        with warnings.catch_warnings():  # as commands do; this may be another process
             warnings.simplefilter("ignore")
             return super()._run_for_rank(rank, local_rank, node_rank)
 
 
 def run_here(job: Job, workers: int) -> Any:
-    """Run a job on this machine; tasks that an earlier call has done stay as they are.
+    """Run a job on this machine; tasks that an earlier call has finished are not repeated.
 
     Returns:
         datatrove's statistics of this call; None if all tasks were done.
@@ -142,7 +142,7 @@ def run_here(job: Job, workers: int) -> Any:
 
 @contextmanager
 def _watched_workers() -> Iterator[None]:
-    """While open, the death of a worker process ends the call: its pool would wait for the lost task for ever.
+    """Raise an error if a worker process is killed inside the context; its pool would wait for the lost task forever.
 
     Raises:
         WorkerDied: a signal has killed a worker.
@@ -155,7 +155,7 @@ def _watched_workers() -> Iterator[None]:
         while not is_over.wait(_WATCH_INTERVAL_S):
             seen.update(multiprocess.active_children())
             codes = (process.exitcode or 0 for process in seen)
-            # The pool itself ends its workers by SIGTERM when all is done.
+            # The pool itself ends its workers with SIGTERM when it has finished.
             killing = [-code for code in codes if code < 0 and -code != signal.SIGTERM]
             dead.extend(f"killed by {signal.Signals(code).name}" for code in killing)
             if dead and not is_over.is_set():
@@ -176,10 +176,10 @@ def _watched_workers() -> Iterator[None]:
 
 
 def submit(name: str, jobs: Sequence[Job], workers: int, slurm: SlurmConfig) -> str | None:
-    """Submit the tasks of jobs that are not done as arrays of SLURM jobs, each of which waits for the one before.
+    """Submit the unfinished tasks of jobs as SLURM job arrays, each of which waits for the previous one.
 
     Args:
-        workers: tasks at the same time.
+        workers: maximum number of concurrent tasks.
 
     Returns:
         the last job's number; None if all tasks are done.
@@ -223,7 +223,7 @@ def submit(name: str, jobs: Sequence[Job], workers: int, slurm: SlurmConfig) -> 
 
 @contextmanager
 def refused_output(output: str, flag: str = "--output") -> Iterator[None]:
-    """Turn a file that cannot be written, or a worker process that was killed, into a UserError while open."""
+    """Inside the context, a file that cannot be written or a worker process that is killed causes a UserError."""
     try:
         yield
     except UserError:
@@ -234,7 +234,7 @@ def refused_output(output: str, flag: str = "--output") -> Iterator[None]:
             "again, finished files are kept"
         ) from None
     except Exception as error:
-        if not isinstance(error, OSError) and not is_url(output):  # each kind of store has errors of its own
+        if not isinstance(error, OSError) and not is_url(output):  # each kind of storage has its own errors
             raise
         reason = (error.strerror if isinstance(error, OSError) else None) or shortened(error)
         raise UserError(

@@ -36,7 +36,7 @@ from megatron_dwm.errors import UserError
 logger = logging.getLogger(__name__)
 
 _CHUNK = 32  # documents sent to a worker at a time
-# On the data, the input's files apart.
+# Of the data, not counting the input files.
 _WITHOUT_EFFECT = ("workers", "log_interval", "output_prefix", "input", "split_bytes")
 
 
@@ -76,7 +76,8 @@ class PreprocessConfig:
 
     split_bytes: int = flag(
         1000000000,
-        "With --slurm-partition: plain JSON lines that are larger are divided into tasks; other files are one each.",
+        "With --slurm-partition: larger files of plain JSON lines are divided into several tasks; any other file is "
+        "one task.",
     )
 
     def __post_init__(self) -> None:
@@ -219,7 +220,7 @@ def _write(results: Iterable[Encoded | Malformed], config: PreprocessConfig, dty
     if progress.skipped:
         logger.warning(f"{progress.skipped} malformed documents were skipped, the first: {progress.first_skipped}")
     if progress.documents == 0:
-        raise UserError(f"--input {' '.join(config.input or [])}: no documents; give files that hold some")
+        raise UserError(f"--input {' '.join(config.input or [])}: no documents; give other files")
     if writers:
         _keep(work, segment, writers, progress)
 

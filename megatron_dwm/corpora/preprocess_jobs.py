@@ -25,7 +25,7 @@ from megatron_dwm.errors import UserError
 def submit_preprocess(
     config: PreprocessConfig, tokenizer_config: TokenizerConfig, slurm: SlurmConfig
 ) -> tuple[list[str], str | None]:
-    """Submit the tasks that are not done; the datasets are those of :func:`preprocess`.
+    """Submit the unfinished tasks; the datasets will be those of :func:`preprocess`.
 
     Returns:
         the names of the datasets, without suffix, and the number of the SLURM job that makes them; None if it is done.
@@ -36,7 +36,7 @@ def submit_preprocess(
     if config.output_per_file or (config.partitions > 1 and not config.keep_sequential_samples):
         name = "--output-per-file" if config.output_per_file else f"--partitions {config.partitions}"
         raise UserError(f"{name} is not possible with --slurm-partition; leave one of them out")
-    Encoder(config.json_keys, tokenizer_config, append_eod=config.append_eod)  # a bad tokenizer is found here
+    Encoder(config.json_keys, tokenizer_config, append_eod=config.append_eod)  # to find a bad tokenizer at once
     prefix = Path(config.output_prefix or "").absolute()
     parts = file_parts(input_files(config.input or []), config.split_bytes)
     work = UnfinishedJobs(str(prefix), "--output-prefix", "shards")

@@ -46,7 +46,7 @@ _FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def standard_library_corpus(config: CorpusConfig, library: Path | None = None) -> Corpus:
-    """Make the corpus of ``library``, by default the running interpreter's standard library.
+    """Build the corpus of ``library``, by default the running interpreter's standard library.
 
     Raises:
         UserError: the library's sources are not there, or are too few for the sizes asked for.

@@ -15,7 +15,7 @@ from megatron_dwm.errors import UserError, shortened
 
 
 def is_url(path: str) -> bool:
-    """Tell whether a path is a URL."""
+    """Return whether a path is a URL."""
     return "://" in path
 
 
@@ -38,7 +38,7 @@ def size_of(path: str) -> int:
 
 
 def stamp_of(path: str) -> tuple[int, str]:
-    """Return the size of a file and what changes when it is written: a time, or what a store calls a version.
+    """Return the size of a file and its version: the time of the last change, or what the storage provides.
 
     Raises:
         UserError: it is behind a URL, and cannot be reached.
@@ -126,7 +126,7 @@ class OutputFolder:
 
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
-        """Open a file for writing; it is on the disk when the block has ended."""
+        """Open a file for writing; it is synced to disk when the context ends."""
         if self._fs is not None:
             self._make_folder_of(name)
             with self._fs.open(f"{self._root}/{name}", "wb") as file:
@@ -145,24 +145,24 @@ class OutputFolder:
             return file.read()
 
     def exists(self, name: str) -> bool:
-        """Tell whether there is such a file."""
+        """Return whether there is such a file."""
         return os.path.exists(self.path(name)) if self._fs is None else bool(self._fs.exists(f"{self._root}/{name}"))
 
     def remove(self) -> None:
-        """Remove it with all that is in it, if it is there."""
+        """Remove the folder and its content, if it exists."""
         if self._fs is None:
             shutil.rmtree(self.location, ignore_errors=True)
         elif self._fs.exists(self._root):
             self._fs.rm(self._root, recursive=True)
 
     def holds_something(self) -> bool:
-        """Tell whether there is anything in it."""
+        """Return whether the folder contains anything."""
         if self._fs is None:
             return os.path.isdir(self.location) and any(os.scandir(self.location))
         return bool(self._fs.exists(self._root) and self._fs.ls(self._root))
 
     def move(self, name: str, to: str) -> None:
-        """Give a complete file another name, if it is there."""
+        """Rename a complete file, if it exists."""
         source, target = self.path(name), self.path(to)
         if self._fs is not None:
             if self._fs.exists(f"{self._root}/{name}"):
@@ -175,7 +175,7 @@ class OutputFolder:
             sync(Path(target).parent)
 
     def _make_folder_of(self, name: str) -> None:
-        """Make the folder of a file on this machine; elsewhere there are none, or they come with their files."""
+        """Create the folder of a file on this machine; other storage creates folders with their files, or has none."""
         from fsspec.implementations.local import LocalFileSystem
 
         if isinstance(self._fs, LocalFileSystem):

@@ -1,4 +1,4 @@
-"""Work on a dataset that takes long: its finished segments are kept beside it until the whole is there.
+"""Long work on a dataset: finished segments are kept next to it until all of it is complete.
 
 The same command, started again after an interruption, continues after the last finished segment.
 """
@@ -78,7 +78,7 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
 
     Args:
         folder: a folder that only this work uses.
-        job: what the work depends on; None for work that cannot be taken up. Another job's segments are removed.
+        job: what the work depends on; None for work that cannot be continued. Another job's segments are removed.
         unit: what :attr:`Progress.records` counts.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Jobs whose finished tasks are kept beside the output until that is there: the same command does the others."""
+"""Jobs whose finished tasks are kept next to the output until it is complete, so that the same command continues."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 class UnfinishedJobs:
-    """A hidden folder beside an output, and the jobs that work in it."""
+    """A hidden folder next to an output, and the jobs that use it."""
 
     def __init__(self, output: str, flag: str, kind: str = "unfinished") -> None:
         """
         Args:
             output: path or URL of the output.
-            flag: that names it.
-            kind: of the folder, which is ``.NAME.KIND``.
+            flag: the flag that names it.
+            kind: ending of the folder's name, ``.NAME.KIND``.
 
         Raises:
             UserError: it is behind a URL that no installed package reads.
@@ -35,10 +35,10 @@ class UnfinishedJobs:
         self.folder = OutputFolder(self._above.path(self._name))
 
     def claim(self, work: str) -> None:
-        """Make the folder, and remove what it holds of other work.
+        """Create the folder, and remove the files of other work from it.
 
         Args:
-            work: what the output depends on.
+            work: everything that the output depends on.
 
         Raises:
             UserError: it cannot be written.
@@ -53,11 +53,11 @@ class UnfinishedJobs:
         return Job(steps, tasks, self.folder.path(f"logs/{name}"))
 
     def run(self, name: str, jobs: Sequence[Job], workers: int, slurm: SlurmConfig) -> str | None:
-        """Do the tasks of all jobs that are not done, one job after the other, or submit them.
+        """Run the unfinished tasks of all jobs, one job after the other, or submit them.
 
         Args:
-            name: of the command.
-            workers: tasks at the same time.
+            name: name of the command.
+            workers: maximum number of concurrent tasks.
 
         Returns:
             the number of the SLURM job that is the last; None if all is done.
@@ -70,18 +70,18 @@ class UnfinishedJobs:
                 return submit(name, jobs, workers, slurm)
             try:
                 for job in jobs:
-                    if isinstance(job.steps[0], Call):  # takes no time to do again
+                    if isinstance(job.steps[0], Call):  # is quickly repeated
                         job.steps[0].run()
                     else:
                         run_here(job, workers)
-            except UserError:  # the input or the flags have to change
+            except UserError:  # the input or the flags must change
                 self.folder.remove()
                 raise
             except BaseException:
-                logger.info(f"Finished tasks are kept in {self.folder.location} for the same command.")
+                logger.info(f"Finished tasks are kept in {self.folder.location}; the same command continues from them.")
                 raise
         return None
 
     def publish(self, name: str, to: str) -> None:
-        """Give a finished file of the folder its name beside it."""
+        """Move a finished file of the folder to its final name next to it."""
         self._above.move(f"{self._name}/{name}", to)

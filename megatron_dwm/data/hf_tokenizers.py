@@ -142,7 +142,7 @@ def load_tokenizer_folder(directory: Path) -> PreTrainedTokenizerBase:
 
     # Without one of these, AutoTokenizer makes an empty tokenizer from config.json.
     if not any((directory / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
-        raise UserError(f"{directory}: no Hugging Face tokenizer there; put tokenizer.json beside the model")
+        raise UserError(f"{directory}: no Hugging Face tokenizer there; put tokenizer.json next to the model")
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the tokenizer's class raises

@@ -88,7 +88,7 @@ def _batch(continuations: Sequence[Continuation], size: int, seq: int) -> Batch:
 
 
 class _Misses:
-    """Counts, while open, the tokens of each sample's continuation that are not the most likely ones."""
+    """Inside the context, counts the tokens of each sample's continuation that are not the most likely ones."""
 
     def __init__(self, engine: PipelineEngine, batch: Batch, vocab_size: int) -> None:
         self._state, self._labels, self._vocab_size = engine.parallel_state, batch.labels, vocab_size

@@ -136,7 +136,7 @@ class PipelineEngine:
 
     @contextmanager
     def full_parameters(self) -> Iterator[None]:
-        """Make every rank hold all of the latest parameters while open, so that forward passes gather none.
+        """Keep all of the latest parameters on every rank inside the context, so that forward passes gather none.
 
         Without ``--overlap-param-gather`` this is always the case.
         """
@@ -152,7 +152,7 @@ class PipelineEngine:
 
     @contextmanager
     def unsynchronized(self) -> Iterator[None]:
-        """Disable the reduction of gradients while open; each microbatch's loss is its mean token loss.
+        """Disable the reduction of gradients inside the context; each microbatch's loss is its mean token loss.
 
         Fused gradient accumulation is disabled, because it does not write the gradient to ``param.grad``.
         """
@@ -176,7 +176,7 @@ class PipelineEngine:
 
     @contextmanager
     def deterministic(self) -> Iterator[None]:
-        """Disable dropout while open, so that no random stream advances; training mode stays on, and with it
+        """Disable dropout inside the context, so that no random stream advances; training mode stays on, and with it
         activation recomputation.
         """
         from megatron.core import tensor_parallel

@@ -215,7 +215,7 @@ def _taken_apart(names: Mapping[str, str], model: ModelConfig) -> tuple[dict[str
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress transformers' progress bars and reports while open; what matters in them becomes an error."""
+    """Suppress transformers' progress bars and reports inside the context; what matters in them becomes an error."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()

@@ -89,7 +89,7 @@ def buffer_arguments(
 def start_tp_comm_overlap(
     model: ModelConfig, parallel: ParallelConfig, config: TransformerConfig, micro_batch_size: int
 ) -> None:
-    """Make the buffers, if the flags ask for them; a collective call of all ranks."""
+    """Allocate the buffers, if the flags request them; a collective call of all ranks."""
     if not parallel.tp_comm_overlap:
         return
     from transformer_engine.pytorch import module

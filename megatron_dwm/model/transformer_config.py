@@ -62,7 +62,7 @@ def transformer_config(
     """Return the configuration of the language model's layers, schedule and kernels.
 
     Flags that a TransformerConfig has under the same name are copied; the rest follows Megatron-LM's rules.
-    Fused kernels are used where the flags ask for them and this machine has them.
+    Fused kernels are used if the flags request them and this machine has them.
 
     Args:
         resets_attention_mask: whether batches come with a mask of their own (``--reset-attention-mask``).

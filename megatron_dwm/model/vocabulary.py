@@ -63,7 +63,7 @@ def saved_softmax_size(arguments: Mapping[str, Any], rows: int) -> int:
 def leave_padding_out(
     output_layer: torch.nn.Module, softmax_size: int, tp_rank: int, tp_size: int
 ) -> RemovableHandle | None:
-    """Let the rows from ``softmax_size`` on take no part in the softmax of ``output_layer``'s logits.
+    """Exclude the rows from ``softmax_size`` on from the softmax of ``output_layer``'s logits.
 
     Their logits are set to the lowest number, whose exponential is exactly 0 in every precision; so is their gradient.
 

@@ -54,7 +54,7 @@ class Traffic:
         return Traffic(_summed(self.payloads, other.payloads), _summed(self.sent, other.sent))
 
     def times(self, factor: float) -> Traffic:
-        """Return the traffic of so many repetitions."""
+        """Return the traffic of several repetitions."""
         scaled = [{name: factor * value for name, value in part.items()} for part in (self.payloads, self.sent)]
         return Traffic(*scaled)
 
@@ -65,7 +65,7 @@ class Traffic:
 
 
 class Meter(TorchDispatchMode):
-    """Counts, while open, the bytes of new storages as long as they live, and the traffic."""
+    """Inside the context, counts the bytes of new storages as long as they live, and the traffic."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

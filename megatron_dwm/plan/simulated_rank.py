@@ -23,7 +23,7 @@ from megatron_dwm.runtime.process_groups import ParallelState, build_model_group
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Make all new tensors fake while open; they are on the CPU."""
+    """Make all tensors created inside the context fake; they are on the CPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with (
@@ -39,7 +39,7 @@ def fake_tensors() -> Iterator[None]:
 def simulated_rank(
     parallel: ParallelConfig, virtual_stages: int | None, world_size: int, rank: int
 ) -> Iterator[ParallelState]:
-    """Simulate ``rank`` of ``world_size`` while open; new tensors are fake.
+    """Simulate ``rank`` of ``world_size`` inside the context; new tensors are fake.
 
     Needs a process without process groups and GPUs.
     """

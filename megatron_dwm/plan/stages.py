@@ -26,7 +26,7 @@ def measure_stages(config: RunConfig, vocabulary: Vocabulary, *, for_gpu: bool) 
 
 def _stage(config: RunConfig, vocabulary: Vocabulary, number: int, *, for_gpu: bool) -> Stage:
     """Build and measure one pipeline stage on its first rank."""
-    # What looks at values cannot be done without them, nor are there Gloo groups beside fake ones.
+    # Fake tensors have no values to check, and there are no Gloo groups with fake process groups.
     training = dataclasses.replace(config.training, check_for_nan_in_loss_and_grad=False)
     parallel = dataclasses.replace(config.parallel, enable_gloo_process_groups=False)
     config = dataclasses.replace(config, training=training, parallel=parallel)

@@ -22,7 +22,7 @@ from megatron_dwm.weighting.windows import position_limit
 RIDGE_BYTES_PER_NGRAM = 8
 """What the regression of a linear weighter holds for each n-gram of the replay: bucket and value."""
 RIDGE_BYTES_AT_A_TIME = 40
-"""What it holds beside for each n-gram that is found or multiplied at the time."""
+"""Additional bytes for each n-gram that is being found or multiplied."""
 RIDGE_VECTORS = 8
 """Vectors of B numbers in float64 that it holds."""
 

@@ -43,7 +43,7 @@ def sharded_save_options() -> dict[str, str]:
 
 @contextlib.contextmanager
 def common_state_given(read: Callable[[], dict[str, Any]]) -> Iterator[None]:
-    """Make megatron-core take a checkpoint's common state from ``read`` while open, without reading a file."""
+    """Inside the context, megatron-core gets a checkpoint's common state from ``read`` instead of a file."""
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies import common
 

@@ -1,7 +1,7 @@
 """The device of this process, and megatron-core on a machine without a GPU.
 
-megatron-core asks for CUDA by name in many places (``device="cuda"``, ``torch.cuda.current_device()``, RNG state of the
-GPU). On a machine without one, :func:`select_device` redirects all of them to the CPU for the life of the process.
+megatron-core refers to CUDA in many places (``device="cuda"``, ``torch.cuda.current_device()``, RNG state of the GPU).
+On a machine without one, :func:`select_device` redirects all of them to the CPU for the life of the process.
 This adaptation is confined to this file.
 """
 

@@ -31,7 +31,7 @@ class _RankHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        # The streams are looked up at each message: whoever redirects them later is heard. A line and its end are
+        # The streams are looked up at each message: so that later redirections have an effect. A line and its end are
         # written in one piece, since other ranks write to the same screen.
         if record.levelno >= logging.WARNING:
             print(f"{record.levelname.lower()}: {text}\n", file=sys.stderr, end="", flush=True)

@@ -29,7 +29,7 @@ LINGER_SECONDS = 5.0
 
 
 class StoreWatch:
-    """Ends this process when the store no longer answers: a request to it has no timeout of its own."""
+    """Ends this process when the store no longer answers: requests to it have no timeout."""
 
     def __init__(self, timeout: timedelta, seconds: float) -> None:
         """
@@ -61,7 +61,7 @@ class StoreWatch:
                 os._exit(EXIT_CODE)
 
 
-def meet(rank: int, world_size: int, timeout: timedelta, store_watch: StoreWatch) -> dist.Store:
+def join_ranks(rank: int, world_size: int, timeout: timedelta, store_watch: StoreWatch) -> dist.Store:
     """Join the other ranks at MASTER_ADDR:MASTER_PORT, and return the store that all of them use.
 
     Args:
@@ -73,11 +73,11 @@ def meet(rank: int, world_size: int, timeout: timedelta, store_watch: StoreWatch
     """
     host, port = os.environ["MASTER_ADDR"], _port(os.environ["MASTER_PORT"])
     point = f"MASTER_ADDR={host} MASTER_PORT={port}"
-    is_holder = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not is_holder:
+    is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not is_host:
         _wait_until_reachable(host, port, timeout)
     try:
-        store = dist.TCPStore(host, port, world_size, is_holder, timeout, wait_for_workers=False, multi_tenant=True)
+        store = dist.TCPStore(host, port, world_size, is_host, timeout, wait_for_workers=False, multi_tenant=True)
     except RuntimeError as error:
         reason = shortened(str(error).splitlines()[0], 150)
         raise UserError(f"{point}: the rendezvous cannot be opened ({reason}); give another address or port") from None
@@ -101,11 +101,11 @@ def meet(rank: int, world_size: int, timeout: timedelta, store_watch: StoreWatch
         raise UserError(f"rank 0 ended while the ranks were joining at {point}; see its output") from None
     if missing and rank == 0:
         raise UserError(
-            f"{named(missing)} of {world_size} did not join at {point} within {_minutes(timeout)}; see what is printed "
-            "there, or raise --distributed-timeout-minutes"
+            f"{rank_names(missing)} of {world_size} did not join at {point} within {_minutes(timeout)}; see what is "
+            "printed there, or raise --distributed-timeout-minutes"
         )
     if missing:
-        raise PeerError(f"{named(missing)} did not join")
+        raise PeerError(f"{rank_names(missing)} did not join")
     return store
 
 
@@ -151,13 +151,13 @@ class Heartbeats:
 def silence(ranks: list[int], timeout: timedelta) -> UserError:
     """Return the error that ranks have stopped answering."""
     return UserError(
-        f"{named(ranks)} did not answer for {_minutes(timeout)} while the run started: killed, stopped or stuck; "
+        f"{rank_names(ranks)} did not answer for {_minutes(timeout)} while the run started: killed, stopped or stuck; "
         "see what is printed there, or raise --distributed-timeout-minutes"
     )
 
 
-def named(ranks: list[int]) -> str:
-    """Return the ranks as named in messages."""
+def rank_names(ranks: list[int]) -> str:
+    """Return the ranks in words, for messages."""
     shown = ", ".join(map(str, ranks[:20])) + (f" and {len(ranks) - 20} more" if len(ranks) > 20 else "")
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 

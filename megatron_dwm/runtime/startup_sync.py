@@ -23,13 +23,13 @@ import torch.distributed as dist
 
 from megatron_dwm.errors import EXIT_CODE, PeerError, UserError, print_error, shortened
 from megatron_dwm.runtime.process_groups import free_port
-from megatron_dwm.runtime.rendezvous import Heartbeats, StoreWatch, meet, named
-from megatron_dwm.runtime.stop_signals import START_AGAIN, StartSignals, end_alone, signaled
+from megatron_dwm.runtime.rendezvous import Heartbeats, StoreWatch, join_ranks, rank_names
+from megatron_dwm.runtime.stop_signals import START_AGAIN, StartSignals, exit_after_signal, start_signal_error
 
 PATIENCE = timedelta(hours=2)
-"""One rank may build a large dataset's index while the others wait."""
+"""Long, because one rank may build a large dataset's index while the others wait."""
 POLL_SECONDS = 2.0
-"""Between two checks for another rank's failure: infrequent enough for a store that thousands of ranks query."""
+"""Interval of checks for other ranks' failures; long enough for a store that thousands of ranks query."""
 ANSWER_SECONDS = 2.5 * POLL_SECONDS
 """A rank that has not read a reported failure by then is considered dead or stuck."""
 LINGER_SECONDS = 4 * POLL_SECONDS
@@ -62,7 +62,7 @@ class StartupSync:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
         self.rank, self.world_size, self._timeout = rank, world_size, timeout
         self._store_watch = StoreWatch(timeout, POLL_SECONDS)
-        self.store = meet(rank, world_size, timeout, self._store_watch)
+        self.store = join_ranks(rank, world_size, timeout, self._store_watch)
         self._phases = dist.PrefixStore("phases", self.store)
         self._failures = dist.PrefixStore("failures", self.store)
         self._finished, self._started = threading.Event(), threading.Event()
@@ -92,7 +92,8 @@ class StartupSync:
         except dist.DistStoreError:
             missing = [rank for rank in range(self.world_size) if not self._phases.check([f"{name}/arrived/{rank}"])]
             raise UserError(
-                f"{named(missing)} did not get past the check of the {name} in {PATIENCE}; see what is printed there"
+                f"{rank_names(missing)} did not get past the check of the {name} in {PATIENCE}; see what is printed "
+                "there"
             ) from None
         except RuntimeError:
             self.is_store_lost = True
@@ -123,11 +124,11 @@ class StartupSync:
         return is_first_error, message
 
     def agree_on_command(self, command: str, *, ends_at_once: bool) -> None:
-        """Check that all ranks were started for the same action; every rank calls it once.
+        """Check that all ranks were started with the same command; every rank calls it once.
 
         Args:
-            command: the requested action, in words.
-            ends_at_once: whether this process is about to end. The store must then stay until all ranks have read it.
+            command: description of what this rank was asked to do.
+            ends_at_once: whether this process is about to end; the store must then live until the others have read it.
 
         Raises:
             UserError: on every rank, if they differ.
@@ -181,18 +182,18 @@ class StartupSync:
             self._signals.close()
 
     def end_signaled(self, name: str) -> NoReturn:
-        """End all ranks after a signal during start-up; the first rank to report it prints the message.
+        """End all ranks after a signal during start-up; the first rank to report it prints the reason.
 
         Args:
             name: name of the signal.
         """
         failure = {"rank": self.rank, "code": START_AGAIN, "reason": name}
         if self.world_size == 1:
-            end_alone(name)
+            exit_after_signal(name)
         store: Any = self.store
         failures = dist.PrefixStore("failures", store.clone())
         if self._is_first_to_report(json.dumps(failure), failures):
-            print_error(signaled(name))
+            print_error(start_signal_error(name))
             self._end(failure, failures)
         self._mark_read(failures)
         self._end(json.loads(failures.get("first")), failures)
@@ -205,12 +206,12 @@ class StartupSync:
         """
         self._finished.set()
         self._store_watch.end()
-        if self.world_size == 1 or error is self._agreed_error:  # nobody else there, or all know of it
+        if self.world_size == 1 or error is self._agreed_error:  # there are no others, or all of them know it
             self._everybody_knows = True
             return True
         failure = self._description(error)
         answers: list[bool] = []
-        # A thread, as a store whose holder is stopped lets its caller wait for ever.
+        # In a thread, because calls to a store never return if its host process is stopped.
         asking = threading.Thread(
             target=lambda: answers.append(self._is_first_to_report(failure, self._failures)), daemon=True
         )
@@ -230,9 +231,9 @@ class StartupSync:
             while silent and time.monotonic() < deadline:
                 silent = [rank for rank in silent if not self._failures.check([f"read/{rank}"])]
                 time.sleep(0.1)
-        except RuntimeError:  # the first rank has lingered long enough, or was the next to be killed
+        except RuntimeError:  # the first rank has stopped waiting, or was killed too
             return silent
-        self._everybody_knows = True  # but those who never will
+        self._everybody_knows = True  # except those that cannot
         return silent
 
     def _description(self, error: BaseException) -> str:
@@ -248,7 +249,7 @@ class StartupSync:
             if is_first:
                 store.set("first", failure)
                 self._mark_read(store)
-        except RuntimeError:  # the store has ended with the rank that holds it
+        except RuntimeError:  # the store has ended with its host
             self.is_store_lost = True
             return True
         return is_first
@@ -258,7 +259,7 @@ class StartupSync:
         try:
             failure = json.loads(self._failures.get("first"))
             self._mark_read(self._failures)
-        except RuntimeError:  # the store has ended with the rank that holds it: killed, or tired of waiting
+        except RuntimeError:  # the store has ended with its host, which was killed or has stopped waiting
             print(f"error: rank {self.rank} ends because another rank failed", file=sys.stderr, flush=True)
             os._exit(1)
         self._end(failure, self._failures)
@@ -267,7 +268,7 @@ class StartupSync:
         """Stop watching: the run has ended normally, and its ranks exit one after the other."""
         self._finished.set()
         self._store_watch.end()
-        if self._watcher is not None:  # it tells the others that this rank is not silent, but has ended
+        if self._watcher is not None:  # it reports to the others that this rank has ended
             self._watcher.join(POLL_SECONDS)
 
     def linger(self) -> None:
@@ -276,7 +277,7 @@ class StartupSync:
             self._linger(self._failures)
 
     def _mark_read(self, store: dist.Store) -> None:
-        # A key for each rank, not a count: a rank's main thread and its watching thread may both read the failure.
+        # One key per rank and not a count, because a rank's main thread and its watcher may both read the failure.
         store.set(f"read/{self.rank}", "yes")
 
     def _linger(self, store: dist.Store) -> None:
@@ -287,7 +288,7 @@ class StartupSync:
 
     def _watch(self) -> None:
         store: Any = self.store  # torch's types lack the method
-        connection = store.clone()  # the run's may be held by a wait
+        connection = store.clone()  # the main connection may be blocked by a wait
         failures = dist.PrefixStore("failures", connection)
         heartbeats = Heartbeats(connection, self.rank, self.world_size, self._timeout, POLL_SECONDS)
         is_starting = True
@@ -308,7 +309,7 @@ class StartupSync:
                 self._store_watch.answered()
             if is_starting:
                 heartbeats.end()
-        except RuntimeError:  # the store has ended; whoever waits for its holder finds out
+        except RuntimeError:  # the store has ended; ranks that wait for its host notice that
             return
 
     def _require_heartbeats(self, heartbeats: Heartbeats, failures: dist.Store) -> None:
@@ -322,9 +323,9 @@ class StartupSync:
             self._end(json.loads(description), failures)
 
     def _end(self, failure: dict[str, Any], store: dist.Store) -> NoReturn:
-        if failure["code"] not in (EXIT_CODE, START_AGAIN):  # one line, which the rank that found it has printed
+        if failure["code"] not in (EXIT_CODE, START_AGAIN):  # for these the failed rank's line is enough
             line = f"error: rank {self.rank} ends because rank {failure['rank']} failed ({failure['reason']})"
             print(line, file=sys.stderr, flush=True)
         sys.stdout.flush()
         self._linger(store)
-        os._exit(failure["code"])  # no cleanup: what it would wait for may be gone
+        os._exit(failure["code"])  # no cleanup, because it could wait for ranks that have ended

@@ -19,13 +19,13 @@ PATIENCE_SECONDS = 1.0
 should be printed first."""
 
 
-def end_alone(name: str) -> None:
+def exit_after_signal(name: str) -> None:
     """End this process after a signal, at a time when no other process waits for it yet."""
-    print_error(signaled(name))
+    print_error(start_signal_error(name))
     os._exit(START_AGAIN)
 
 
-def signaled(name: str) -> UserError:
+def start_signal_error(name: str) -> UserError:
     """Return the error of a run that was signaled during start-up."""
     return UserError(f"{name} received during start-up: there is nothing to save; start the run again")
 
@@ -38,7 +38,7 @@ class StartSignals:
     """
 
     def __init__(self) -> None:
-        self.end = end_alone
+        self.end = exit_after_signal
         """Ends the process; its argument is the name of the signal."""
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)

@@ -53,7 +53,7 @@ class StragglerReport:
         return nullcontext() if self._detector is None else self._detector
 
     def count(self, operations: float) -> None:
-        """Count a training step of so many operations."""
+        """Count the operations of a training step."""
         self._operations, self._iterations = self._operations + operations, self._iterations + 1
 
     def report(self) -> None:

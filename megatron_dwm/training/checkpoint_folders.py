@@ -107,7 +107,7 @@ def is_first_start(flags: CheckpointConfig) -> bool:
 
 
 def older_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints beside ``folder`` of earlier iterations, the newest first."""
+    """Return the checkpoints of earlier iterations next to ``folder``, newest first."""
     before = iteration_of(folder) if folder.name != RELEASE else 0
     return [other for other in reversed(checkpoints_in(folder.parent)) if iteration_of(other) < before]
 

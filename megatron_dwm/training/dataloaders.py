@@ -139,7 +139,7 @@ class Dataloaders:
             loader.close()
 
     def _evaluated_splits(self) -> tuple[bool, bool]:
-        """Whether there is validation and test data; rank 0, which reads the data, tells the others."""
+        """Whether there is validation and test data; rank 0, which reads the data, broadcasts it."""
         present = [self.datasets.valid is not None, self.datasets.test is not None]
         dist.broadcast_object_list(present, src=0)
         asked = (self.config.data.has_validation, self.config.data.eval_iters > 0)

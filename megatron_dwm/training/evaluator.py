@@ -143,4 +143,4 @@ class Evaluator:
         was_evaluated = interval and self.train_state.iteration % interval == 0 and not config.training.skip_train
         if was_evaluated and self.dataloaders.valid is not None and not config.data.full_validation:
             samples = config.data.eval_iters * config.global_batch_size
-            logger.info(f" > the final validation loss is of the next {samples} samples, after those of the loss above")
+            logger.info(f" > the final validation loss uses the next {samples} samples, after those of the loss above")

@@ -236,7 +236,7 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     step = saved_step(inner)
     with ExitStack() as stack:
         stack.enter_context(_keeping_hyperparameters(part))
-        stack.enter_context(torch.no_grad())  # fp32 shards are views of parameters that ask for gradients
+        stack.enter_context(torch.no_grad())  # fp32 shards are views of parameters that require gradients
         if isinstance(part, DistributedOptimizer):
             stack.enter_context(keeping_steps(part))
         inner["param_groups"] = part.optimizer.state_dict()["param_groups"]
@@ -256,7 +256,7 @@ def saved_step(inner: Mapping[str, Any]) -> float | None:
 
 @contextmanager
 def _keeping_hyperparameters(part: Any) -> Iterator[None]:
-    """Make the parameter groups distinguishable for megatron-core while open; restore them afterwards."""
+    """Make the parameter groups distinguishable for megatron-core inside the context; restore them afterwards."""
     before = [{key: value for key, value in group.items() if key != "params"} for group in part.optimizer.param_groups]
     for number, group in enumerate(part.optimizer.param_groups):
         group["is_decoupled_lr"] = number
@@ -326,7 +326,7 @@ def _set_shard(part: Any, param: torch.nn.Parameter, tensors: Mapping[str, torch
 
 @contextmanager
 def keeping_steps(part: Any) -> Iterator[None]:
-    """Load tensors into ``part`` without their step while open; the step is set separately."""
+    """Load tensors into ``part`` without their step inside the context; the step is set separately."""
     set_states = part._set_main_param_and_optimizer_states
 
     def set_states_but_step(model_param: Any, tensors: dict[str, torch.Tensor]) -> None:

@@ -223,7 +223,7 @@ class Reporter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time while open (an evaluation, a save) from the time of an iteration."""
+        """Exclude the time inside the context (an evaluation, a save) from the time of an iteration."""
         paused_at = time.perf_counter()
         self.energy.pause()
         try:
@@ -332,8 +332,8 @@ class Reporter:
     def _report_timers(self, iteration: int, seconds: float, throughput: float | None) -> None:
         """Log the timers, and write them to TensorBoard; collective.
 
-        As in Megatron-LM, they are divided by ``--log-interval`` and begin anew with the next line, but not after a
-        run's first step, whose line is out of turn and has no curve in TensorBoard.
+        As in Megatron-LM, they are divided by ``--log-interval`` and then reset, except after a run's first step, which
+        has an additional line and no curve in TensorBoard.
         """
         interval = self.config.logging.log_interval
         if self.config.profiling.log_timers_to_tensorboard:

@@ -2,7 +2,7 @@
 
 ``iter_0000100/mp_rank_00/model_optim_rng.pt`` (``mp_rank_00_000`` in a pipeline) holds the rank's state, under the
 names of its modules, so that only a run with the same layout can load it. The distributed optimizer's state is in
-``distrib_optim.pt`` beside it.
+``distrib_optim.pt`` next to it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def open_torch_checkpoint(folder: Path, config: RunConfig, rank: int) -> TorchCh
     saved = tuple(arguments.get(name) for name in names)
     if saved != present:
         raise UserError(
-            f"{where} is of TP, PP and virtual stages {_words(saved)} and this run of {_words(present)}; load it in "
+            f"{where} has TP, PP and virtual stages {_words(saved)}, and this run {_words(present)}; load it in "
             "its own layout and save it as torch_dist, which any layout can load"
         )
     flags = config.checkpoint
@@ -127,7 +127,9 @@ def load_torch_state(
             module.load_state_dict(tensors)
         except RuntimeError as error:
             reason = short_reason(RuntimeError(" ".join(str(error).split())))
-            raise UserError(f"--load {saved.folder.parent}: {path.parent.name} is of another model: {reason}") from None
+            raise UserError(
+                f"--load {saved.folder.parent}: {path.parent.name} belongs to another model: {reason}"
+            ) from None
     if with_optimizer and getattr(saved.arguments, "use_distributed_optimizer", False):
         load_optimizer(components.optimizer, state["optimizer"])
         with reported_damage(saved.folder):
@@ -198,7 +200,7 @@ def _with_step(state: dict[str, Any], components: TrainComponents, folder: Path)
         [len(group["params"]) for group in groups["param_groups"]] for groups in (inner, part.optimizer.state_dict())
     )
     if saved != present:
-        raise UserError(f"--load {folder.parent}: the optimizer's state is of other parameters; add --no-load-optim")
+        raise UserError(f"--load {folder.parent}: the optimizer state belongs to other parameters; add --no-load-optim")
     states = inner["state"].values()
     step = next((float(entry["step"]) for entry in states if "step" in entry), None)
     if step is not None:

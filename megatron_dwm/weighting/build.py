@@ -188,7 +188,7 @@ class _Builder:
         return weighter
 
     def _new_weighter(self) -> Weighter:
-        """Create the weighter that the flags ask for; a collective call of all ranks."""
+        """Create the weighter that the flags specify; a collective call of all ranks."""
         if self.inputs.folder is not None:
             return self._weighter_of_folder(self.inputs.folder, self.inputs.folder.model)
         return self._weighter(self._new_model())
@@ -202,7 +202,7 @@ class _Builder:
             return weighter_model_from_lm(self.engine.chunks, model, settings, vocab, eod, seed)
 
     def _log_kept_architecture(self, weighter: Weighter) -> None:
-        """Log that a checkpoint's weighter is kept, if the flags ask for another kind."""
+        """Log that a checkpoint's weighter is kept, if the flags specify another kind."""
         kind, arch = weighter.model.config.model_type, self.settings.dwm_arch
         wanted = NGRAM if arch == "ngram" else arch
         if self.settings.dwm_init_from == "random" and kind != wanted:

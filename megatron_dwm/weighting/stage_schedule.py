@@ -53,7 +53,7 @@ class StageSchedule:
 
 
 def bilevel_stages(config: WeightingConfig, train_iters: int, begun_by: int | None = None) -> StageSchedule:
-    """Return the stages that the flags ask for.
+    """Return the stages that the flags specify.
 
     Args:
         begun_by: the iteration from which a run continues with a weighter that has begun to learn, if it does. The

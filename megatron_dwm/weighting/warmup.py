@@ -59,7 +59,7 @@ class WarmupWeighting:
     def after_step(
         self, iteration: int, batch: Batch, weights: SampleWeights | None, outcome: StepOutcome
     ) -> list[Record]:
-        """Let the present weighting learn from the step."""
+        """Pass the step to the current weighting, which learns from it."""
         return self._current.after_step(iteration, batch, weights, outcome)
 
     def metrics(self, iteration: int, batch: Batch, weights: SampleWeights | None) -> dict[str, Any]:

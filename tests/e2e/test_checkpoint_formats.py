@@ -110,7 +110,7 @@ def test_norms_of_transformer_engine_are_found(torch_format: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({}, "is of TP, PP and virtual stages 1, 2, none and this run of 1, 1, none; load it in its own layout"),
+        ({}, "has TP, PP and virtual stages 1, 2, none, and this run 1, 1, none; load it in its own layout"),
         ({"--dwm-mode": "off", "--ckpt-step": 5}, "iter_0000005 does not exist; give another folder"),
     ],
 )

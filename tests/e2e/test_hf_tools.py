@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from megatron_dwm.cli import export_hf, import_hf
-from megatron_dwm.cli.saved_run import saved_model, saved_tokenizer
+from megatron_dwm.cli.saved_run import find_tokenizer, saved_model, saved_tokenizer
 from megatron_dwm.config.checkpoint_args import UNKNOWN_PARTS, read_arguments
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
@@ -176,6 +176,21 @@ def test_the_arguments_that_megatron_lm_saves_describe_its_model(kind: str):
     assert (config.num_hidden_layers, config.hidden_size, config.max_position_embeddings) == (4, 32, 16)
     assert model.query_groups == (2 if kind == "llama" else 4)
     assert saved_tokenizer(saved, {}) == TokenizerConfig("NullTokenizer", vocab_size=255)
+
+
+def test_a_tokenizer_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Relative paths in a checkpoint's arguments refer to the folder that the run was started from."""
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "tokenizer.model").touch()
+    saved = {"save": "runs/mine", "tokenizer_model": "tokenizer.model", "vocab_file": None, "seed": 1}
+    monkeypatch.chdir(tmp_path / "other")
+    there = saved | {"tokenizer_model": str(tmp_path / "tokenizer.model")}
+    assert find_tokenizer(saved, "../runs/mine") == there
+    named = saved | {"tokenizer_model": "organization/name"}  # of the Hub
+    assert find_tokenizer(named, "../runs/mine") == named
+    monkeypatch.chdir(tmp_path)
+    assert find_tokenizer(saved, "runs/mine") == saved
 
 
 @pytest.mark.parametrize("name", UNKNOWN_PARTS)

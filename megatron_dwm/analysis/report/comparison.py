@@ -101,6 +101,8 @@ def figures(runs: Mapping[str, RunRecords]) -> dict[str, dict[str, tuple[str, go
             ),
         )
         for number, split in enumerate(evaluated)
+        # A point of each run is no curve; the table has it.
+        if any(len(of_run[split].values) > 1 for of_run in curves.values() if split in of_run)
     }
     training = {name: run.step_series("lm_loss") for name, run in runs.items()}
     losses["loss-training"] = (

@@ -41,8 +41,8 @@ class GradientMean:
         """
         if not self._shards:
             self._shards = [torch.zeros_like(shard) for shard in gradients.shards()]
-        is_finite = torch.stack([shard.sum(dtype=torch.float64) for shard in gradients.shards()]).sum().isfinite()
-        all_finite = is_finite.to(torch.int32)
+        sums = [shard.sum() for shard in gradients.shards()]  # in float64 a CPU would copy the shards
+        all_finite = torch.stack(sums).sum().isfinite().to(torch.int32)
         dist.all_reduce(all_finite, op=dist.ReduceOp.MIN)
         is_taken = all_finite.bool()
         self._total = torch.where(is_taken, self._momentum * self._total + (1 - self._momentum), self._total)

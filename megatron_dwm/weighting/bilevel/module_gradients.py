@@ -163,7 +163,7 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Put the module in evaluation mode while open: without dropout, and no random stream advances."""
+    """Keep the module in evaluation mode inside the context: there is no dropout, and no random stream advances."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -215,7 +215,7 @@ class ModuleGradients:
 
     @contextmanager
     def deterministic(self) -> Iterator[None]:
-        """Disable dropout while open; no random stream advances."""
+        """Disable dropout inside the context; no random stream advances."""
         with evaluating(self.model):
             yield
 

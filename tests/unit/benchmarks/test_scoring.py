@@ -1,4 +1,4 @@
-"""The benchmark of scoring, at a small size: it holds the tool against the model's own speed."""
+"""The benchmark of scoring, at a small size, compared with the speed of the model alone."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def test_the_page_says_where_each_flag_comes_from():
         found.update(dict.fromkeys(re.findall(r"`(--[^`]+)`", flags), origin))
     theirs = MEGATRON.keys()
     expected = {
-        name: "no effect" if item.field in no_effect else "Megatron-LM" if name in theirs else "ours"
+        name: "no effect" if item.field in no_effect else "Megatron-LM" if name in theirs else "Megatron-DWM"
         for name, item in OURS.items()
     }
     assert found == expected

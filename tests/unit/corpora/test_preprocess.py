@@ -263,8 +263,8 @@ def test_a_kill_while_files_are_put_in_place_leaves_no_data_beside_another_index
     preprocess(PreprocessConfig(input=[str(old)], output_prefix=prefix), null)
 
     def killed() -> None:
-        publish = preprocess_module._publish
-        preprocess_module._publish = lambda *arguments: (count_calls(), publish(*arguments))
+        publish = preprocess_module.publish_datasets
+        preprocess_module.publish_datasets = lambda *arguments: (count_calls(), publish(*arguments))
         preprocess(PreprocessConfig(input=[str(new)], output_prefix=prefix), null)
 
     def count_calls() -> None:

@@ -138,9 +138,12 @@ def test_runs_are_compared_by_loss_source_weight_and_cost(tmp_path: Path):
     learnt = RunRecords(
         weighted.steps, weighted.updates, evaluated({20: 2.0, 40: 1.5}, lm_loss_by_source={"<prose>": 1.25})
     )
+    for run, loss in ((uniform, 2.25), (learnt, 1.875)):  # evaluated once: in the table, and no curve
+        run.evaluations.append({"kind": "evaluation", "iteration": 40, "split": "test", "lm_loss": loss})
     page = write_comparison({"uniform": uniform, "learnt <1>": learnt}, tmp_path, ["They differ."]).read_text()
     figures = drawn(page)
-    curves = [list(named(figures[f"loss-{number}"]).values()) for number in (0, 1)]
+    assert "2.2500" in page and "1.8750" in page and "loss-1" not in figures
+    curves = [list(named(figures[f"loss-{number}"]).values()) for number in (0, 2)]
     assert [[trace["y"] for trace in lines] for lines in curves] == [[[2.5, 2.0], [2.0, 1.5]], [[1.5] * 2, [1.25] * 2]]
     assert (
         "valid: &lt;prose&gt;" in page and "learnt &lt;1&gt;" in page and "<1>" not in page and "They differ." in page
@@ -182,7 +185,7 @@ def test_the_benefit_table_holds_means_and_deviations(tmp_path: Path):
     file.write_text(json.dumps(BENEFIT))
     page = render_report(report_of(run_of([]), benefit=read_benefit(file)))
     assert "2.6000 ± 0.1414" in page and "1,000" in page and ">10</td>" in page
-    assert "closes 25&nbsp;% of the gap" in page and "0.80 times their tokens" in page and "In time" not in page
+    assert "closes 25&nbsp;% of the gap" in page and "0.80 times as many tokens" in page and "The time for" not in page
 
 
 @pytest.mark.parametrize(
