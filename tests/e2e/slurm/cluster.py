@@ -7,13 +7,14 @@ import os
 import pwd
 import re
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_dwm.runtime.process_groups import free_port
 
 PROGRAMMES = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
 
@@ -87,7 +88,7 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._daemons: dict[str, subprocess.Popen] = {}
-        controller_port, node_port = _free_ports(2)
+        controller_port, node_port = free_port(), free_port()
         configuration = folder / "slurm.conf"
         configuration.write_text(
             SLURM_CONF.format(folder=folder, user=_user(), controller_port=controller_port, node_port=node_port)
@@ -257,12 +258,3 @@ def running_cluster() -> Iterator[Cluster]:
 
 def _user() -> str:
     return pwd.getpwuid(os.geteuid()).pw_name
-
-
-def _free_ports(count: int) -> list[int]:
-    """Different TCP ports of this host that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in listeners]
