@@ -177,9 +177,9 @@ def test_without_the_data_the_rest_of_the_page_is_made_and_says_so(run: Path, tm
     finally:
         (run.parent / "moved").rename(data)
     assert finished.returncode == 0 and len(finished.stderr.splitlines()) == 1
-    assert "counting_text_document.idx is not there" in finished.stderr
+    assert "counting_text_document.idx does not exist" in finished.stderr
     page = (tmp_path / "page" / "preference.html").read_text()
-    assert "counting_text_document.idx is not there" in page and "There are no texts to show." in page
+    assert "counting_text_document.idx does not exist" in page and "There are no texts to show." in page
     assert {name for name in SECTIONS if f'id="{name}"' not in page} == {"documents"} and "distinct-1" in page
 
 
