@@ -31,3 +31,16 @@ def parse_benchmark(
     add_flags(parser, config_class)
     known, rest = parser.parse_known_args(argv)
     return build(config_class, vars(known)), rest
+
+
+def override(defaults: Sequence[str], given: Sequence[str]) -> list[str]:
+    """Return the flags of a run: ``given``, after those of ``defaults`` that it does not name."""
+    named = {word.split("=")[0] for word in given if word.startswith("--")}
+    kept: list[str] = []
+    is_kept = True
+    for word in defaults:
+        if word.startswith("--"):
+            is_kept = word.split("=")[0] not in named
+        if is_kept:
+            kept.append(word)
+    return [*kept, *given]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark
+from megatron_dwm.benchmarks.benchmark_flags import override, parse_benchmark
 from megatron_dwm.benchmarks.measuring import Clock
 from megatron_dwm.config.flags import flag, require_at_least
 from megatron_dwm.config.run import RunConfig, parse_run
@@ -73,12 +73,12 @@ def parse_overhead(argv: Sequence[str] | None, world_size: int) -> tuple[Overhea
     )
     options, rest = parse_benchmark(OverheadConfig, argv, description)
     if not any(word.split("=")[0] == "--num-layers" for word in rest):
-        rest = DEFAULT_RUN.split() + rest
+        rest = override(DEFAULT_RUN.split(), rest)
     if options.micro_batch_sizes is not None and world_size > 1:
         given = " ".join(map(str, options.micro_batch_sizes))
         raise UserError(f"--micro-batch-sizes {given} on {world_size} ranks: measure one --micro-batch-size at a time")
     for size in options.micro_batch_sizes or []:
-        parse_run([*rest, "--micro-batch-size", str(size)], world_size)
+        parse_run(override(rest, ["--micro-batch-size", str(size)]), world_size)
     config = parse_run(rest, world_size)
     if not config.weighting.learns_weighter:
         raise UserError(f"--dwm-mode {config.weighting.dwm_mode}: all modes are measured; leave the flag out")
