@@ -96,7 +96,13 @@ def read_page(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] = relinked(source[0], page.parent, page)
 
 
+def skip_labels(app: Sphinx, what: str, name: str, member: object, skip: bool, options: object) -> bool | None:
+    """Leave out the labels that datatrove's steps have as class attributes: references to ``type`` would find them."""
+    return True if name in ("type", "name") and isinstance(member, str) else None
+
+
 def setup(app: Sphinx) -> None:
     """Register what this configuration adds to a build."""
+    app.connect("autodoc-skip-member", skip_labels)
     app.connect("builder-inited", write_generated_pages)
     app.connect("source-read", read_page)
