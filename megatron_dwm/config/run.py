@@ -311,7 +311,7 @@ class RunConfig:
 
     @property
     def target_micro_batch(self) -> int:
-        """The number of samples per target microbatch, at most that of the run and that of a replica's target samples."""
+        """The number of samples per target microbatch, at most the run's and at most a replica's target samples."""
         return max(1, min(self.training.micro_batch, self.target_batch_size // self.data_parallel_size))
 
     @property
