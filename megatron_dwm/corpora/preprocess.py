@@ -36,7 +36,7 @@ from megatron_dwm.errors import UserError
 logger = logging.getLogger(__name__)
 
 _CHUNK = 32  # documents sent to a worker at a time
-# Of the data, not counting the input files.
+# Flags that do not change the documents' tokens; the input files are compared by their stamps.
 _WITHOUT_EFFECT = ("workers", "log_interval", "output_prefix", "input", "split_bytes")
 
 
@@ -73,7 +73,6 @@ class PreprocessConfig:
         1000000,
         "Number of documents after which finished work is saved; an interrupted command continues from there.",
     )
-
     split_bytes: int = flag(
         1000000000,
         "With --slurm-partition: larger files of plain JSON lines are divided into several tasks; any other file is "

@@ -80,7 +80,7 @@ def check_owner(flags: CheckpointConfig) -> None:
     A run deletes all but the newest two there and loads the newest, so each run needs a folder of its own.
 
     Raises:
-        UserError: it does.
+        UserError: the newest checkpoint there belongs to another run.
     """
     if flags.non_persistent_global_ckpt_dir is None or flags.non_persistent_ckpt_type is None:
         return
