@@ -1,10 +1,9 @@
 """Propagation of one rank's error to all ranks.
 
 A user's error may occur on one process only: a file that is missing on one node, a dataset that only the first
-rank of a replica opens. The other processes would wait in a collective until a timeout. Therefore
-every rank ends each phase of the start-up by reporting its result to the others, and after the start-up a thread of
-each rank watches for failures of others. Both use the rendezvous store, which needs no process
-group.
+rank of a replica opens. The other processes would wait in a collective until a timeout. Therefore every rank ends each
+phase of the start-up by reporting its result to the others, and after the start-up a thread of each rank watches for
+failures of others. Both use the rendezvous store, which needs no process group.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.safe_unpickling import short_reason
 from megatron_dwm.training.checkpoint_checksums import write_checksums, write_rank_checksums
 from megatron_dwm.training.checkpoint_contents import (
-    OfParameters,
+    PerParameter,
     comparable,
     data_parallel_group,
     sharded_state,
@@ -50,7 +50,7 @@ from megatron_dwm.training.progress_log import ProgressLog
 from megatron_dwm.training.save_folder import SaveFolder
 from megatron_dwm.training.torch_format import write_torch_state
 from megatron_dwm.training.train_state import TrainComponents, TrainState
-from megatron_dwm.weighting.policy import OF_PARAMETERS
+from megatron_dwm.weighting.policy import PER_PARAMETER
 
 logger = logging.getLogger(__name__)
 
@@ -122,9 +122,9 @@ class CheckpointWriter:
             dist.barrier()
             if flags.ckpt_format == "torch":
                 allocate_state(self.components.optimizer)
-                of_parameters = dwm_state.get(OF_PARAMETERS, {})
+                per_parameter = dwm_state.get(PER_PARAMETER, {})
                 write_torch_state(
-                    temporary, self.config, self.components, train_state, self.parallel_state, of_parameters
+                    temporary, self.config, self.components, train_state, self.parallel_state, per_parameter
                 )
                 self._write_dwm_state(temporary, dwm_state)
                 dist.barrier()
@@ -132,7 +132,7 @@ class CheckpointWriter:
                 dist.barrier()
                 self._note_saved(train_state, persistent=persistent)
                 return
-            request = self._request(temporary, train_state, dwm_state.get(OF_PARAMETERS, {}))
+            request = self._request(temporary, train_state, dwm_state.get(PER_PARAMETER, {}))
             self._write_dwm_state(temporary, dwm_state)  # after megatron-core, which treats existing files as leftovers
             request.add_finalize_fn(lambda: self._publish(root, temporary, iteration))
             if self._queue is None:
@@ -147,7 +147,7 @@ class CheckpointWriter:
 
     def _write_dwm_state(self, temporary: Path, dwm_state: dict[str, Any]) -> None:
         if dwm_state and self.parallel_state.is_first_rank:
-            kept = {key: value for key, value in dwm_state.items() if key != OF_PARAMETERS}
+            kept = {key: value for key, value in dwm_state.items() if key != PER_PARAMETER}
             torch.save(kept, temporary / DWM_STATE)
 
     def _note_saved(self, train_state: TrainState, *, persistent: bool) -> None:
@@ -175,7 +175,7 @@ class CheckpointWriter:
             with self._reported_failure(*self._pending):
                 self._queue.maybe_finalize_async_calls(blocking=blocking)
 
-    def _request(self, temporary: Path, train_state: TrainState, of_parameters: OfParameters) -> Any:
+    def _request(self, temporary: Path, train_state: TrainState, per_parameter: PerParameter) -> Any:
         """Prepare to write all shards, and write what is not sharded."""
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
@@ -192,10 +192,10 @@ class CheckpointWriter:
             is_loading=False,
             with_optimizer=not flags.no_save_optim,
             with_rng=not flags.no_save_rng,
-            of_parameters=of_parameters,
+            per_parameter=per_parameter,
         )
-        if self._saved_names != set(of_parameters):
-            self._strategy, self._saved_names = None, set(of_parameters)
+        if self._saved_names != set(per_parameter):
+            self._strategy, self._saved_names = None, set(per_parameter)
         strategy, is_constant = self._strategy, flags.ckpt_assume_constant_structure
         if strategy is None:
             strategy = get_default_save_sharded_strategy("torch_dist")

@@ -18,7 +18,7 @@ from megatron_dwm.config.run import RunConfig
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.training.train_state import TrainComponents, TrainState
 
-OfParameters = Mapping[str, Mapping[torch.nn.Parameter, torch.Tensor]]
+PerParameter = Mapping[str, Mapping[torch.nn.Parameter, torch.Tensor]]
 """Tensors with the shapes of the model's parameters, by name."""
 OF_WEIGHTING = "dwm."
 """Prefix of the weighting's per-parameter tensors."""
@@ -39,12 +39,12 @@ def sharded_state(
     is_loading: bool,
     with_optimizer: bool,
     with_rng: bool,
-    of_parameters: OfParameters | None = None,
+    per_parameter: PerParameter | None = None,
 ) -> dict[str, Any]:
     """Return the sharded state to save, or the template to load into.
 
     Args:
-        of_parameters: the weighting's per-parameter tensors, by name.
+        per_parameter: the weighting's per-parameter tensors, by name.
     """
     model = sharded_model(components, metadata)
     state = unsharded_state(config, components, train_state) | model
@@ -53,7 +53,7 @@ def sharded_state(
         state["opt_param_scheduler"] = components.scheduler.state_dict()
     if with_rng:
         state["rng_state"] = _sharded_rng_state(parallel_state)
-    for name, tensors in (of_parameters or {}).items():
+    for name, tensors in (per_parameter or {}).items():
         state[f"{OF_WEIGHTING}{name}"] = _sharded_as_parameters(model, tensors, f"{OF_WEIGHTING}{name}")
     return state
 

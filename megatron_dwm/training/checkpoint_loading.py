@@ -37,7 +37,7 @@ from megatron_dwm.training.resume_checks import (
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, reported_damage
 from megatron_dwm.training.torch_format import TorchCheckpoint, load_torch_state
 from megatron_dwm.training.train_state import TrainComponents, TrainState
-from megatron_dwm.weighting.policy import OF_PARAMETERS
+from megatron_dwm.weighting.policy import PER_PARAMETER
 
 logger = logging.getLogger(__name__)
 
@@ -102,12 +102,12 @@ def load_checkpoint(
     if starts_anew:
         return train_state, {}
     dwm_state = saved.read_dwm_state()
-    if with_weighting and (of_parameters := _of_parameters(state, components)):
-        dwm_state[OF_PARAMETERS] = of_parameters
+    if with_weighting and (per_parameter := _per_parameter(state, components)):
+        dwm_state[PER_PARAMETER] = per_parameter
     return train_state, dwm_state
 
 
-def _of_parameters(state: dict[str, Any], components: TrainComponents) -> dict[str, dict[torch.nn.Parameter, Any]]:
+def _per_parameter(state: dict[str, Any], components: TrainComponents) -> dict[str, dict[torch.nn.Parameter, Any]]:
     """Return the weighting's per-parameter tensors in a loaded state, by name and parameter."""
     params = trained_parameters(components)
     return {
@@ -144,7 +144,7 @@ def _load_distributed(
         is_loading=True,
         with_optimizer=False,
         with_rng=with_rng,
-        of_parameters=_empty_of_parameters(saved, components) if with_weighting else {},
+        per_parameter=_empty_per_parameter(saved, components) if with_weighting else {},
     )
     reader = None
     if with_optimizer:
@@ -160,7 +160,7 @@ def _load_distributed(
     return state
 
 
-def _empty_of_parameters(
+def _empty_per_parameter(
     saved: SavedCheckpoint, components: TrainComponents
 ) -> dict[str, dict[torch.nn.Parameter, torch.Tensor]]:
     """Return empty tensors for the weighting's per-parameter tensors in a checkpoint, by name and parameter."""

@@ -25,7 +25,7 @@ from megatron_dwm.safe_unpickling import read_torch_file, short_reason
 from megatron_dwm.training.checkpoint_contents import (
     OF_WEIGHTING,
     VERSION,
-    OfParameters,
+    PerParameter,
     model_key,
     rng_state,
     unsharded_state,
@@ -145,12 +145,12 @@ def write_torch_state(
     components: TrainComponents,
     train_state: TrainState,
     parallel_state: ParallelState,
-    of_parameters: OfParameters | None = None,
+    per_parameter: PerParameter | None = None,
 ) -> None:
     """Write this rank's files; collective with the distributed optimizer, whose shards are gathered.
 
     Args:
-        of_parameters: the weighting's per-parameter tensors, by name.
+        per_parameter: the weighting's per-parameter tensors, by name.
     """
     flags, shards = config.checkpoint, None
     if config.parallel.use_distributed_optimizer and not flags.no_save_optim:
@@ -168,7 +168,7 @@ def write_torch_state(
     if not flags.no_save_rng:
         state["rng_state"] = [rng_state()]
     path = rank_file(folder, parallel_state.tp_rank, parallel_state.pp_rank, parallel_state.pp_size)
-    for name, tensors in (of_parameters or {}).items():
+    for name, tensors in (per_parameter or {}).items():
         state[f"{OF_WEIGHTING}{name}"] = {str(number): tensor for number, tensor in enumerate(tensors.values())}
     path.parent.mkdir(exist_ok=True)
     torch.save(state, path)

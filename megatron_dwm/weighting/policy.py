@@ -23,7 +23,7 @@ Record = dict[str, Any]
 """One line of the run's JSON-lines file, with its kind in ``kind``."""
 State = dict[str, Any]
 """State in a checkpoint: tensors, numbers, strings, and lists and dicts of them."""
-OF_PARAMETERS = "of_parameters"
+PER_PARAMETER = "per_parameter"
 """Key in a state for per-parameter tensors: by name, one tensor for each parameter, with its shape and its sharding."""
 
 

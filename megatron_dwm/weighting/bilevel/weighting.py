@@ -22,7 +22,7 @@ from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
 from megatron_dwm.weighting.bilevel.health import HealthWarning, check_scores
 from megatron_dwm.weighting.bilevel.outer_update import OuterResult, OuterUpdate
 from megatron_dwm.weighting.export import WeighterExporter
-from megatron_dwm.weighting.policy import OF_PARAMETERS, Record, SampleWeights, State, StepOutcome
+from megatron_dwm.weighting.policy import PER_PARAMETER, Record, SampleWeights, State, StepOutcome
 from megatron_dwm.weighting.scored import ScoredWeighting, ScoringOptions
 from megatron_dwm.weighting.weight_metrics import WeightMetrics
 from megatron_dwm.weighting.weighter import Weighter, weighter_state
@@ -129,7 +129,7 @@ class BilevelWeighting(ScoredWeighting):
             **weighter_state(self.weighter),
             "replay": self.outer_update.replay.state(),
             "weighter_prior": self.outer_update.learner.prior,
-            **({} if mean is None else {"target_gradients": mean[0], OF_PARAMETERS: {TARGET_GRADIENT: mean[1]}}),
+            **({} if mean is None else {"target_gradients": mean[0], PER_PARAMETER: {TARGET_GRADIENT: mean[1]}}),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -140,9 +140,9 @@ class BilevelWeighting(ScoredWeighting):
         outer_update.replay.load(state["replay"], outer_update.rank_places, current_device())
         outer_update.replay.num_appended = self.num_updates
         outer_update.learner.prior = state.get("weighter_prior")
-        of_parameters = state.get(OF_PARAMETERS, {})
-        if self.gradient_mean is not None and TARGET_GRADIENT in of_parameters:
-            self.gradient_mean.load(state["target_gradients"], of_parameters[TARGET_GRADIENT])
+        per_parameter = state.get(PER_PARAMETER, {})
+        if self.gradient_mean is not None and TARGET_GRADIENT in per_parameter:
+            self.gradient_mean.load(state["target_gradients"], per_parameter[TARGET_GRADIENT])
 
     def _update(self, iteration: int, batch: Batch, weights: SampleWeights, outcome: StepOutcome) -> Record:
         target = self.target_loader.next_batch()
