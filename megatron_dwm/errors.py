@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 
 EXIT_CODE = 2
+INTERRUPTED = 130
+"""Exit code of a program that Ctrl-C has ended, as a shell reports it."""
 MOST_CHARACTERS = 1000  # of a message; a value or a file may have any number
 MOST_CHARACTERS_OF_A_WORD = 300  # of a message: enough for a path
 
@@ -24,6 +26,13 @@ class UserError(Exception):
 
 class PeerError(UserError):
     """A user's error that another rank has found and printed."""
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code of a program that ends with ``error``."""
+    if isinstance(error, UserError):
+        return EXIT_CODE
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
 
 
 def shortened(value: object, most: int = 200) -> str:

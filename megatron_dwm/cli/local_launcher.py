@@ -48,7 +48,7 @@ def split_nproc(argv: Sequence[str]) -> tuple[int | None, list[str]]:
             rest.append(word)
     if text is None:
         return None, rest
-    if not text.isdecimal() or int(text) < 1:
+    if not (text.isascii() and text.isdigit() and len(text) < 7 and int(text) > 0):
         raise UserError(f"{NPROC_FLAG} {text or '(nothing)'}: give the number of processes to start on this machine")
     return int(text), rest
 

@@ -238,9 +238,9 @@ def load_if_present(
         f"  successfully loaded checkpoint from {folder.parent} {parallel_state.tp_pp_label} "
         f"at iteration {train_state.iteration}"
     )
-    if weighting_state.get("weighter") is not None:
-        for line in overruled_flags(config, inputs.checkpoint):
-            logger.info(line)
+    has_weighter = weighting_state.get("weighter") is not None
+    for line in overruled_flags(config, inputs.checkpoint, has_weighter=has_weighter):
+        logger.info(line)
     return train_state, weighting_state
 
 

@@ -148,19 +148,27 @@ class _Builder:
                 raise _damaged_state(error) from None
         return weighting
 
-    def _weighter(self, model: Any, reader: SampleReader | None = None, tokenizer_fingerprint: str = "") -> Weighter:
+    def _weighter(
+        self,
+        model: Any,
+        reader: SampleReader | None = None,
+        tokenizer_fingerprint: str = "",
+        tokenizer_digest: str = "",
+    ) -> Weighter:
         return Weighter(
             model,
             self.settings,
             self.context.device,
             reader=reader,
             tokenizer_fingerprint=tokenizer_fingerprint,
+            tokenizer_digest=tokenizer_digest,
             bf16=self.config.optimizer.bf16,
         )
 
     def _weighter_of_folder(self, folder: WeighterFolder, model: Any) -> Weighter:
         """Return a weighter that reads samples like the one in a folder."""
-        return self._weighter(model, folder.reader, "" if folder.own_tokenizer is None else folder.fingerprint)
+        fingerprint = "" if folder.own_tokenizer is None else folder.fingerprint
+        return self._weighter(model, folder.reader, fingerprint, folder.tokenizer_digest)
 
     def _restored_weighter(self, state: State) -> Weighter:
         """Return a checkpoint's weighter, which reads samples as it did when it was saved.
@@ -176,7 +184,9 @@ class _Builder:
                 "of the tokenizer that it was trained with"
             )
         if own := state.get("weighter_tokenizer"):
-            if folder is None or folder.own_tokenizer is None or folder.fingerprint != own:
+            is_same = folder is not None and folder.own_tokenizer is not None and folder.fingerprint == own
+            digest = state.get("weighter_tokenizer_digest")  # checkpoints of earlier versions have none
+            if folder is None or not is_same or digest not in (None, folder.tokenizer_digest):
                 raise UserError(
                     f"--dwm-init-from {self.settings.dwm_init_from}: the checkpoint's weighter has another tokenizer; "
                     "give the folder that it was started from"

@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_dwm.data.hf_tokenizers import fingerprint_of, load_tokenizer_folder
+from megatron_dwm.data.hf_tokenizers import digest_of, fingerprint_of, load_tokenizer_folder
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.safe_unpickling import DAMAGE, short_reason
 from megatron_dwm.weighting.export_manifest import trained_length, verify_export
 from megatron_dwm.weighting.sample_reader import SampleReader, TextReader, WindowReader
+from megatron_dwm.weighting.weighter import scoring_digest
 from megatron_dwm.weighting.weighter_init import seeded, zero_head
 from megatron_dwm.weighting.windows import position_limit
 
@@ -51,6 +52,13 @@ class WeighterFolder:
     """Fingerprint of its tokenizer's vocabulary."""
     reading: str
     """A description of how it reads the samples, for the log; may be empty."""
+    tokenizer_digest: str = ""
+    """Digest of its tokenizer, if that is not the run's."""
+
+    @property
+    def digest(self) -> str:
+        """A digest of all that its scores depend on."""
+        return scoring_digest(self.model, self.tokenizer_digest)
 
 
 def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: int) -> WeighterFolder:
@@ -97,7 +105,7 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
         zero_head(model)
     if is_own:
         reader, reading = _text_reader(flag, folder, model, tokenizer, samples)
-        return WeighterFolder(folder, model, reader, tokenizer, fingerprint, reading)
+        return WeighterFolder(folder, model, reader, tokenizer, fingerprint, reading, digest_of(tokenizer))
     if cutting := window_reader(model, samples.seq_length):
         reading = (
             f"its maximum length is {cutting.window}: samples of {samples.seq_length} tokens are scored in windows of "
