@@ -20,6 +20,8 @@ from pathlib import Path
 
 _LEFTOVER = re.compile(r"\..+\.(tmp\d+(-\d+)?|partial|deleted)")
 _REPLACED = re.compile(r"\.(.+)\.replaced")
+_FILES = "files"
+"""What :func:`atomic_files` writes, in the name of its folder."""
 
 
 @contextlib.contextmanager
@@ -45,16 +47,20 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_files(folder: Path, prefix: str = "") -> Iterator[Path]:
+def atomic_files(folder: Path, prefix: str = "", *, clears: bool = True) -> Iterator[Path]:
     """Yield an empty folder; when the block ends, each file in it is moved to ``folder``, as ``prefix`` + its name.
 
     The files replace those of the same names, one after the other in the order of their names. If the block raises,
     ``folder`` is as it was.
+
+    Args:
+        clears: whether to look first for what killed processes have left, among all files of the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_unfinished(folder / f"{prefix}files")
+    if clears:
+        _remove_unfinished(folder / f"{prefix}{_FILES}")
     # Threads of one process may write to the same folder.
-    temporary = _temporary_path(folder / f"{prefix}files", f"-{threading.get_ident()}")
+    temporary = _temporary_path(folder / f"{prefix}{_FILES}", f"-{threading.get_ident()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -147,6 +153,12 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 def _temporary_path(path: Path, suffix: str = "") -> Path:
     return path.with_name(f".{path.name}.{_machine()}.tmp{os.getpid()}{suffix}")
+
+
+def remove_unfinished_files(folder: Path) -> None:
+    """Remove what processes of this machine had not finished in :func:`atomic_files` when they were killed."""
+    if folder.is_dir():
+        _remove_unfinished(folder / _FILES)
 
 
 def _remove_unfinished(path: Path) -> None:

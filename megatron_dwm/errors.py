@@ -14,6 +14,7 @@ MOST_CHARACTERS = 1000  # of a message; a value or a file may have any number
 MOST_CHARACTERS_OF_A_WORD = 300  # of a message: enough for a path
 
 _NOT_WRITTEN = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EPERM, errno.EROFS}
+_NO_MEMORY = "out of memory|not enough memory|can't allocate memory|overflow|negative dimension|invalid memory size"
 _TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "iostream")
 
 
@@ -52,6 +53,14 @@ def print_error(error: UserError) -> None:
     words = (shortened(word, MOST_CHARACTERS_OF_A_WORD) for word in str(error).split())
     # In one piece: other ranks write to the same screen.
     print(f"error: {shortened(' '.join(words), MOST_CHARACTERS)}\n", file=sys.stderr, end="", flush=True)
+
+
+def allocation_failure_reason(error: Exception) -> str | None:
+    """Return why memory could not be allocated, if that is what an error of Python or torch means."""
+    if isinstance(error, MemoryError):
+        return shortened(error) or "there is not so much memory"
+    is_torchs = isinstance(error, (RuntimeError, TypeError)) and re.search(_NO_MEMORY, str(error), re.IGNORECASE)
+    return shortened(str(error).splitlines()[0]) if is_torchs else None
 
 
 def write_failure_reason(error: Exception) -> str | None:

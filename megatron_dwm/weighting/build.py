@@ -29,7 +29,7 @@ from megatron_dwm.weighting.sample_reader import SampleReader
 from megatron_dwm.weighting.uniform import UniformWeighting
 from megatron_dwm.weighting.warmup import Start, WarmupWeighting
 from megatron_dwm.weighting.weighter import Weighter
-from megatron_dwm.weighting.weighter_folder import WeighterFolder, read_weighter_folder, window_reader
+from megatron_dwm.weighting.weighter_folder import WeighterFolder, read_weighter_folder, text_reader, window_reader
 from megatron_dwm.weighting.weighter_init import (
     NGRAM,
     random_weighter_model,
@@ -191,7 +191,10 @@ class _Builder:
                     f"--dwm-init-from {self.settings.dwm_init_from}: the checkpoint's weighter has another tokenizer; "
                     "give the folder that it was started from"
                 )
-            weighter = self._weighter_of_folder(folder, model)
+            assert self.inputs.samples is not None  # there is a weighter
+            # For the checkpoint's classifier: that of the folder may read fewer or more tokens at once.
+            reader, _ = text_reader("--dwm-init-from", folder.path, model, folder.own_tokenizer, self.inputs.samples)
+            weighter = self._weighter(model, reader, folder.fingerprint, folder.tokenizer_digest)
         else:
             weighter = self._weighter(model, window_reader(model, self.config.model.sequence))
         weighter.load_state(state)

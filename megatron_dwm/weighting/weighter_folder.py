@@ -13,6 +13,7 @@ import torch
 
 from megatron_dwm.data.hf_tokenizers import digest_of, fingerprint_of, load_tokenizer_folder
 from megatron_dwm.errors import UserError, shortened
+from megatron_dwm.model.hf_folder import is_quantized, weight_files
 from megatron_dwm.safe_unpickling import DAMAGE, short_reason
 from megatron_dwm.weighting.export_manifest import trained_length, verify_export
 from megatron_dwm.weighting.sample_reader import SampleReader, TextReader, WindowReader
@@ -104,7 +105,7 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
     if missing:
         zero_head(model)
     if is_own:
-        reader, reading = _text_reader(flag, folder, model, tokenizer, samples)
+        reader, reading = text_reader(flag, folder, model, tokenizer, samples)
         return WeighterFolder(folder, model, reader, tokenizer, fingerprint, reading, digest_of(tokenizer))
     if cutting := window_reader(model, samples.seq_length):
         reading = (
@@ -120,8 +121,13 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
     return WeighterFolder(folder, model, None, None, fingerprint, reading)
 
 
-def _text_reader(flag: str, folder: str, model: Any, tokenizer: Any, samples: SampleTokens) -> tuple[SampleReader, str]:
+def text_reader(flag: str, folder: str, model: Any, tokenizer: Any, samples: SampleTokens) -> tuple[SampleReader, str]:
     """Return a reader of the samples' texts, and its description for the log.
+
+    Args:
+        flag: the flag that names ``folder``, for messages.
+        model: the classifier that reads them.
+        tokenizer: the folder's.
 
     Raises:
         UserError: the tokenizer does not work.
@@ -165,10 +171,25 @@ def _load(flag: str, folder: str, seed: int) -> tuple[Any, list[str]]:
                 local_files_only=True,
                 trust_remote_code=False,
             )
+        _check_types(Path(folder), hf_config, model)
     except (*DAMAGE, SafetensorError) as error:
         reason = short_reason(error)
         raise UserError(f"{flag} {folder}: cannot be loaded as a classifier with one label ({reason})") from None
     return model, sorted(report["missing_keys"])
+
+
+def _check_types(folder: Path, hf_config: Any, model: Any) -> None:
+    """Check that the weights are floating-point numbers; transformers converts others, without their scales.
+
+    Raises:
+        ValueError: they are not, or are quantized.
+    """
+    if getattr(hf_config, "quantization_config", None):
+        raise ValueError("config.json has a quantization_config; give a model that is not quantized")
+    files = weight_files(folder)
+    for name, _ in model.named_parameters():
+        if name in files and is_quantized(dtype := files.dtype(name)):
+            raise ValueError(f"{name} has type {dtype}; give a model that is not quantized")
 
 
 def _check_layers(folder: Path, hf_config: Any) -> None:

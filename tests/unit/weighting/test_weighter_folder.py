@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -116,6 +117,19 @@ def test_the_digest_that_ranks_compare_covers_configuration_and_tokenizer(tmp_pa
         assert other.digest != found.digest and other.fingerprint == found.fingerprint
         assert (other.tokenizer_digest == found.tokenizer_digest) == (name == "config.json")
         (tmp_path / name).write_text(content)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_without_their_scales_are_refused(dtype: torch.dtype, tmp_path: Path):
+    model = classifier(LLAMA)
+    model.save_pretrained(tmp_path)
+    save_hf_tokenizer(TOKENIZER, SETTINGS, tmp_path)
+    assert read(tmp_path).digest
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(weights | {name: weights[name].to(dtype)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"{name} has type torch\.\w+; give a model that is not quantized"):
+        read(tmp_path)
 
 
 def test_other_ids_for_the_same_words_give_the_same_scores_and_the_same_steps(tmp_path: Path):
