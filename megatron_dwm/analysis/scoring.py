@@ -26,6 +26,7 @@ from megatron_dwm.analysis.scoring_model import PerplexityModel, Rule, ScoringMo
 from megatron_dwm.corpora.parts import Part
 from megatron_dwm.corpora.pipelines import Published, refused_output
 from megatron_dwm.corpora.storage import OutputFolder
+from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.errors import UserError, shortened
 
 _BUFFER = 4096  # documents that are sorted by length at a time
@@ -103,16 +104,7 @@ class DocumentTokens:
         self._scorer, self._text_key = scorer, text_key
         self._tokenizer, self._is_same = scorer.tokenizer, dataset_tokenizer is None
         if dataset_tokenizer is not None:
-            from transformers import AutoTokenizer
-
-            options = {"local_files_only": True, "trust_remote_code": False}
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(dataset_tokenizer, **options)
-            except Exception as error:  # transformers raises whatever it likes
-                raise UserError(
-                    f"--dataset-tokenizer {dataset_tokenizer}: no tokenizer loads from it ({shortened(error)}); give a "
-                    "Hugging Face folder"
-                ) from None
+            self._tokenizer = load_tokenizer_folder(dataset_tokenizer, "--dataset-tokenizer")
 
     def __call__(self, documents: Sequence[Document]) -> list[list[int]]:
         """Return the ids of each document, and give those of a dataset their text.

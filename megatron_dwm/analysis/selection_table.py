@@ -17,6 +17,7 @@ from megatron_dwm.analysis.selection_flags import SelectConfig
 from megatron_dwm.analysis.top_rows import ROW
 from megatron_dwm.corpora.readers import Record
 from megatron_dwm.corpora.storage import OutputFolder
+from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.json_lines import parse_object
 
@@ -220,15 +221,8 @@ class _TokenCounter:
     """Counts the tokens of rows' texts with the tokenizer of a Hugging Face folder."""
 
     def __init__(self, folder: str, text_key: str) -> None:
-        from transformers import AutoTokenizer
-
         self._key = text_key
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises whatever it likes
-            raise UserError(
-                f"--tokenizer {folder}: no tokenizer loads from it ({shortened(error)}); give a Hugging Face folder"
-            ) from None
+        self._tokenizer = load_tokenizer_folder(folder, "--tokenizer")
 
     def __call__(self, records: Sequence[Record], rows: Sequence[dict[str, Any]]) -> list[int]:
         """Return the number of tokens of each row.

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.errors import UserError, shortened
 
 logger = logging.getLogger(__name__)
@@ -139,12 +140,11 @@ class Evaluator:
 
     def _model(self, folder: Path, add_bos_token: bool | None) -> Any:
         from lm_eval.models.huggingface import HFLM
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
+        tokenizer = load_tokenizer_folder(folder)
         try:
-            options = {"local_files_only": True, "trust_remote_code": False}
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            model = AutoModelForCausalLM.from_pretrained(folder, **options)
+            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"{folder}: cannot be loaded as a language model ({shortened(error)})") from None
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -98,7 +98,8 @@ def _tokenizer(run: RunConfig, own: str) -> Any:
     Raises:
         UserError: the folder that it was started from is gone.
     """
-    from megatron_dwm.data.hf_tokenizers import fingerprint_of, load_tokenizer_folder, to_hf_tokenizer
+    from megatron_dwm.data.hf_tokenizers import fingerprint_of, to_hf_tokenizer
+    from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
     from megatron_dwm.data.tokenizers import build_tokenizer
 
     if not own:

@@ -191,7 +191,7 @@ def answer_nll(folder: Path, text: Path) -> dict[str, float]:
         (["{untrained}", "--tasks", "local-title", "--task-text", "{short}"], "has 1 titles with a sentence below th"),
         (["{untrained}", "--tasks", "local-title", "--task-text", "{bad}"], 'line 1: no JSON object with the key "te'),
         (["{untrained}", "--tasks", "arc", "--task-text", "{short}"], "--task-text and --task-packages are for local"),
-        (["{bad_model}", "--tasks", "local-cloze", "--task-text", "{story}"], "cannot be loaded as a language model"),
+        (["{bad_model}", "--tasks", "local-cloze", "--task-text", "{story}"], "bad_model: its tokenizer does not load"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], line: str, workplace: Path, capsys: pytest.CaptureFixture[str]):
