@@ -166,9 +166,8 @@ class PerplexityModel(ScoringModel):
         tokens, mask = pad_windows(windows, 0, self.device)
         with torch.inference_mode(), self.precision():
             logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, :-1]  # [b, t - 1, v]
-            losses = torch.nn.functional.cross_entropy(
-                logits.float().transpose(1, 2), tokens[:, 1:], reduction="none"
-            )  # [b, t - 1]
+            # [b, t - 1]
+            losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none")
             counts = mask[:, 1:]
         return (losses * counts).sum(dim=1) / counts.sum(dim=1)
 

@@ -165,9 +165,8 @@ class Trainer:
                 self.validation.check if self.validation.is_active else None,
             )
         samples = len(batch) * self.parallel_state.dp_size
-        part = (
-            samples / self.config.global_batch_size
-        )  # relative to the largest batch, for which operations are counted
+        # Operations are counted for the largest batch.
+        part = samples / self.config.global_batch_size
         self.parts.stragglers.count(part * self.reporter.flops_per_step)
         skipped = self.batch_sizes.nominal(self.train_state.consumed_train_samples) - samples
         self.train_state.advance(iteration, samples, part * self.reporter.flops_per_step, skipped)
@@ -206,9 +205,8 @@ class Trainer:
             self.saves_with_memory_report -= 1
             if should_report:
                 self.reporter.memory(f"(before save_checkpoint for iteration {iteration})")
-            if (
-                persistent
-            ):  # first, so that a run that is killed in between resumes from before both, and writes both again
+            # First, so that a run that is killed in between resumes from before both, and writes both again.
+            if persistent:
                 self.weighting.before_save(iteration)
             with self.engine.full_parameters():
                 self.checkpoints.save(self.train_state, self.weighting.state_dict(), persistent=persistent)

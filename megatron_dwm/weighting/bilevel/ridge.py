@@ -110,9 +110,8 @@ class RidgeLearner:
         square = residual.square().sum()
         nothing = torch.zeros_like(square)
         for _ in range(self.config.dwm_weighter_steps):
-            is_solved = (
-                square.sqrt() <= SOLVED * scale
-            )  # then the solution no longer changes, without a read by the host
+            # Once solved, the solution no longer changes; the host need not read whether it is.
+            is_solved = square.sqrt() <= SOLVED * scale
             product = normal_product(direction)
             step = torch.where(is_solved, nothing, square / (direction * product).sum())
             solution += step * direction

@@ -179,9 +179,8 @@ class _Layer:
         if tied is not None:
             kwargs = {**kwargs, "weight": self._along(tied)}
         along = {name: None if param is None else self._along(param) for name, param in self.params.items()}
-        with changed_attributes(
-            self.module, {"_parameters": along}
-        ):  # like torch.func.functional_call, but without hooks
+        # Like torch.func.functional_call, but without hooks.
+        with changed_attributes(self.module, {"_parameters": along}):
             output: Any = self.module.forward(*inputs, **kwargs)
         change, bias = output if isinstance(output, tuple) else (output, None)
         moved: torch.Tensor = change if bias is None else change + bias
