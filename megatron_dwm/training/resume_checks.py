@@ -160,7 +160,7 @@ def replacing_flags(config: RunConfig, saved: SavedCheckpoint) -> list[str]:
 def overruled_flags(config: RunConfig, saved: SavedCheckpoint) -> list[str]:
     """Return a line for each flag that has no effect because the checkpoint's weighter is kept."""
     flags, arguments = config.flat(), vars(saved.arguments)
-    if not config.weighting.learns_weighter or arguments.get("dwm_mode") not in ("bilevel", "rule"):
+    if not config.weighting.has_trainable_weighter or arguments.get("dwm_mode") not in ("bilevel", "rule"):
         return []
     return [
         f" > {flag_name(name)} {_words(flags[name])} is for a new weighter: the checkpoint's, made with "

@@ -143,8 +143,8 @@ class Trainer:
             batch = self.dataloaders.train.next_batch()
         with timed("dwm-before-step"):
             self.weighting.before_step(iteration)
-        with timed("dwm-weigh"):
-            weights = self.weighting.weigh(iteration, batch)
+        with timed("dwm-compute-weights"):
+            weights = self.weighting.compute_weights(iteration, batch)
         with (
             self.timers.attached(
                 self.engine.config, *(part.config for part in optimizer_parts(self.components.optimizer))
