@@ -30,7 +30,7 @@ from loguru import logger
 from megatron_dwm.config.slurm import SlurmConfig
 from megatron_dwm.corpora.parts import Part, records_of
 from megatron_dwm.corpora.storage import OutputFolder, is_url
-from megatron_dwm.corpora.worker_pool import WorkerDied
+from megatron_dwm.corpora.worker_pool import WorkerDiedError
 from megatron_dwm.errors import UserError, shortened
 
 _WATCH_INTERVAL_S = 0.3
@@ -129,7 +129,7 @@ def run_here(job: Job, workers: int) -> Any:
         datatrove's statistics of this call; None if all tasks were done.
 
     Raises:
-        WorkerDied: a signal has killed a worker process.
+        WorkerDiedError: a signal has killed a worker process.
     """
     logger.disable("datatrove")
     workers = min(workers, job.tasks)
@@ -145,7 +145,7 @@ def _watched_workers() -> Iterator[None]:
     """Raise an error if a worker process is killed inside the context; its pool would wait for the lost task forever.
 
     Raises:
-        WorkerDied: a signal has killed a worker.
+        WorkerDiedError: a signal has killed a worker.
     """
     dead: list[str] = []
     is_over = threading.Event()
@@ -168,7 +168,7 @@ def _watched_workers() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if dead:
-            raise WorkerDied(dead[0]) from None
+            raise WorkerDiedError(dead[0]) from None
         raise
     finally:
         is_over.set()
@@ -228,7 +228,7 @@ def refused_output(output: str, flag: str = "--output") -> Iterator[None]:
         yield
     except UserError:
         raise
-    except WorkerDied as error:
+    except WorkerDiedError as error:
         raise UserError(
             f"--workers: a worker process ended ({error}); give fewer workers or more memory, and run the command "
             "again, finished files are kept"
