@@ -34,7 +34,7 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 
 Kind = Literal["exact", "near"]
 _CHUNK = 1 << 18  # rows whose signatures are sorted together
-_MOST_CHUNKS = 10_000  # per task; files are named by task and chunk
+_MAX_CHUNKS = 10_000  # per task; files are named by task and chunk
 
 
 class Signatures(PipelineStep):  # type: ignore[misc]
@@ -62,7 +62,7 @@ class Signatures(PipelineStep):  # type: ignore[misc]
                 if self.kind == "exact"
                 else MinhashDedupSignature(f"{self.folder}/signatures", _near(), language=_Words())
             )
-            step.run(iter(documents), rank=rank * _MOST_CHUNKS + chunk)
+            step.run(iter(documents), rank=rank * _MAX_CHUNKS + chunk)
 
 
 class Silent(PipelineStep):  # type: ignore[misc]
@@ -103,7 +103,7 @@ def duplicates_of_task(kind: Kind, folder: str, rank: int, rows: int) -> npt.NDA
             ExactDedupFilter(f"{folder}/found", _exact()) if kind == "exact" else MinhashDedupFilter(f"{folder}/found")
         )
         with contextlib.redirect_stderr(io.StringIO()):
-            kept = [int(document.id) for document in step.run(numbers, rank=rank * _MOST_CHUNKS + chunk)]
+            kept = [int(document.id) for document in step.run(numbers, rank=rank * _MAX_CHUNKS + chunk)]
         is_duplicate[kept] = False
     return is_duplicate
 
