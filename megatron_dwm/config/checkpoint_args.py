@@ -122,7 +122,8 @@ def effective_arguments(saved: Mapping[str, Any]) -> dict[str, Any]:
     if foreign:
         name, value = next(iter(foreign.items()))
         raise UserError(
-            f"--load: the checkpoint was saved with {name}={value}; there is no such model here, give another"
+            f"--load: the checkpoint was saved with {name}={value}; this program has no such model; give another "
+            "checkpoint"
         )
     known = {name: value for name, value in saved.items() if missing_flag(name, saved) is None}
     # Megatron-LM keeps what it has made of the words, and one pattern can be written in several ways.
