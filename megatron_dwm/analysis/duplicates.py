@@ -37,7 +37,7 @@ _CHUNK = 1 << 18  # rows whose signatures are sorted together
 _MAX_CHUNKS = 10_000  # per task; files are named by task and chunk
 
 
-class Signatures(PipelineStep):  # type: ignore[misc]
+class SignatureWriter(PipelineStep):  # type: ignore[misc]
     """Writes the signatures of a task's texts; equal (or nearly equal) texts have equal signatures."""
 
     type, name = "duplicates", "signatures"
@@ -65,7 +65,7 @@ class Signatures(PipelineStep):  # type: ignore[misc]
             step.run(iter(documents), rank=rank * _MAX_CHUNKS + chunk)
 
 
-class Silent(PipelineStep):  # type: ignore[misc]
+class QuietStep(PipelineStep):  # type: ignore[misc]
     """Runs a step without its progress bars."""
 
     type, name = "duplicates", "silent"
@@ -91,7 +91,7 @@ def find_steps(kind: Kind, folder: str) -> list[tuple[PipelineStep, int]]:
             (MinhashDedupCluster(pairs, found, config=_near()), 1),
         ]
     )
-    return [(Silent(step), tasks) for step, tasks in steps]
+    return [(QuietStep(step), tasks) for step, tasks in steps]
 
 
 def duplicates_of_task(kind: Kind, folder: str, rank: int, rows: int) -> npt.NDArray[np.bool_]:

@@ -26,7 +26,7 @@ MAX_SOURCES = 1000
 _MAX_TOKENS = 1 << 40  # of a row: sums stay within 64 bits
 
 
-class Texts(PipelineStep):  # type: ignore[misc]
+class TextExtractor(PipelineStep):  # type: ignore[misc]
     """Gives each document the text of its record."""
 
     type, name = "selection", "texts"
@@ -47,7 +47,7 @@ class Texts(PipelineStep):  # type: ignore[misc]
             yield document
 
 
-class NgramCounts(PipelineStep):  # type: ignore[misc]
+class NgramCounter(PipelineStep):  # type: ignore[misc]
     """Counts the n-grams of a task's texts, for DSIR."""
 
     type, name = "selection", "n-grams"
@@ -69,7 +69,7 @@ class NgramCounts(PipelineStep):  # type: ignore[misc]
 
 
 def importance_weights(folder: OutputFolder, tasks: int, target_tasks: int) -> ImportanceWeights:
-    """Return the importance weights of texts from the counts of :class:`NgramCounts`.
+    """Return the importance weights of texts from the counts of :class:`NgramCounter`.
 
     Raises:
         UserError: there are no words.
@@ -81,7 +81,7 @@ def importance_weights(folder: OutputFolder, tasks: int, target_tasks: int) -> I
     return ImportanceWeights(total("ngrams", tasks), total("target", target_tasks))
 
 
-class Numbers(PipelineStep):  # type: ignore[misc]
+class RowTableWriter(PipelineStep):  # type: ignore[misc]
     """Writes a table with the numbers of a task's rows, and the names of the sources, which are numbered in it."""
 
     type, name = "selection", "numbers"

@@ -46,7 +46,7 @@ class Job:
     """Folder or URL of its logs, which record the finished tasks."""
 
 
-class Records(BaseDiskReader):  # type: ignore[misc]
+class RecordReader(BaseDiskReader):  # type: ignore[misc]
     """Reads the records of one part unchanged; each becomes the metadata of a document.
 
     datatrove's own readers leave out malformed lines, empty documents and the end of a damaged file with a warning, and
@@ -82,7 +82,7 @@ class Records(BaseDiskReader):  # type: ignore[misc]
             yield Document(text="", id=record.place, metadata={"record": record, "path": part.path})
 
 
-class Published(PipelineStep):  # type: ignore[misc]
+class FilePublisher(PipelineStep):  # type: ignore[misc]
     """Renames the file of a task to its final name when the writer has closed it."""
 
     type, name = "writer", "published"
@@ -98,7 +98,7 @@ class Published(PipelineStep):  # type: ignore[misc]
         self.folder.move(f"partial/{name}", f"{self.finished}/{name}")  # without documents there is no file
 
 
-class Call(PipelineStep):  # type: ignore[misc]
+class FunctionStep(PipelineStep):  # type: ignore[misc]
     """Calls a function: a job of one task."""
 
     type, name = "call", "call"
