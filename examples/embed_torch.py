@@ -43,7 +43,7 @@ def train(steps: int = 40, settings: WeightingConfig | None = SETTINGS) -> tuple
         batch = next(batches)
         if weighting is not None:
             weighting.before_step()
-            weights = weighting.weigh(batch)
+            weights = weighting.compute_weights(batch)
         loss = (weights * next_token_losses(model, batch)).mean()
         loss.backward()
         optimizer.step()

@@ -41,7 +41,7 @@ def parts_of(patterns: Sequence[str], split_bytes: int) -> list[Part]:
     return parts
 
 
-class Rows(BaseDiskReader):  # type: ignore[misc]
+class RowReader(BaseDiskReader):  # type: ignore[misc]
     """Reads the documents of one part, and stops at a malformed row.
 
     datatrove's own readers leave out malformed lines, empty documents and the end of a damaged file with a warning. A

@@ -21,10 +21,10 @@ from datatrove.pipeline.writers.jsonl import JsonlWriter
 from datatrove.pipeline.writers.parquet import ParquetWriter
 from pyarrow import ArrowException
 
-from megatron_dwm.analysis.score_inputs import Rows
+from megatron_dwm.analysis.score_inputs import RowReader
 from megatron_dwm.analysis.scoring_model import PerplexityModel, Rule, ScoringModel
 from megatron_dwm.corpora.parts import Part
-from megatron_dwm.corpora.pipelines import Published, refused_output
+from megatron_dwm.corpora.pipelines import FilePublisher, refused_output
 from megatron_dwm.corpora.storage import OutputFolder
 from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.errors import UserError, shortened
@@ -56,7 +56,7 @@ class ScoreSettings:
         return model_class(self.model, self.window, self.batch_tokens, device)
 
 
-class Scores(PipelineStep):  # type: ignore[misc]
+class ScoringStep(PipelineStep):  # type: ignore[misc]
     """Adds a score to each document; a buffer of documents is scored at a time, in batches of similar length."""
 
     type, name = "weighter", "scores"
@@ -195,10 +195,10 @@ def score_steps(
         folder.path("partial"), f"${{rank}}{suffix}", **_WRITER_OPTIONS[output_format], adapter=_row, max_file_size=-1
     )
     return [
-        Rows(parts, text_key, skip_malformed=skip_malformed, show_progress=show_progress),
-        Scores(replace(settings, model=job["model"]), text_key),
+        RowReader(parts, text_key, skip_malformed=skip_malformed, show_progress=show_progress),
+        ScoringStep(replace(settings, model=job["model"]), text_key),
         writer,
-        Published(folder, suffix),
+        FilePublisher(folder, suffix),
     ]
 
 

@@ -172,10 +172,10 @@ class PerplexityModel(ScoringModel):
         return (losses * counts).sum(dim=1) / counts.sum(dim=1)
 
     def _finished(self, score: float) -> float:
-        return exp(min(score, _MOST_NATS))
+        return exp(min(score, _MAX_NATS))
 
 
-_MOST_NATS = 700.0
+_MAX_NATS = 700.0
 """exp of it is a number."""
 
 

@@ -65,7 +65,7 @@ class TaskResult:
     """``answer_nll`` and ``choice_nll`` of each item, by its number in the task."""
 
 
-class Evaluator:
+class TaskEvaluator:
     """Tasks that models are evaluated on, one model after the other."""
 
     def __init__(

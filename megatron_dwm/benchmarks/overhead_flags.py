@@ -80,7 +80,7 @@ def parse_overhead(argv: Sequence[str] | None, world_size: int) -> tuple[Overhea
     for size in options.micro_batch_sizes or []:
         parse_run(override(rest, ["--micro-batch-size", str(size)]), world_size)
     config = parse_run(rest, world_size)
-    if not config.weighting.learns_weighter:
+    if not config.weighting.has_trainable_weighter:
         raise UserError(f"--dwm-mode {config.weighting.dwm_mode}: all modes are measured; leave the flag out")
     stages = bilevel_stages(config.weighting, config.train_iters)
     if (needed := batches_read(options, stages.update_interval)) > config.train_iters:

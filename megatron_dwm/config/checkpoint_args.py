@@ -13,7 +13,7 @@ from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.needed_flags import YARN_FIELDS, lacking_flag
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError
-from megatron_dwm.safe_unpickling import UnreadableFile, read_common_state, read_torch_file
+from megatron_dwm.safe_unpickling import UnreadableFileError, read_common_state, read_torch_file
 
 UNKNOWN_PARTS = (
     "experimental_attention_variant",
@@ -103,7 +103,7 @@ def read_arguments(folder: Path) -> dict[str, Any]:
     path = first_rank_file(folder)
     try:
         common = read_common_state(folder) if path is None else read_torch_file(path)
-    except UnreadableFile as error:
+    except UnreadableFileError as error:
         raise UserError(f"{folder}: {error}; the checkpoint is damaged, give another") from None
     arguments = common.get("args") if isinstance(common, dict) else None
     if not isinstance(arguments, Namespace):

@@ -290,7 +290,7 @@ class RunConfig:
         """
         if self.weighting.dwm_target_batch_size is not None:
             return self.weighting.dwm_target_batch_size
-        if not self.weighting.learns_weighter:
+        if not self.weighting.has_trainable_weighter:
             return self.global_batch_size
         dp, part = self.data_parallel_size, -(-self.global_batch_size // TARGET_PART)
         unit = dp
@@ -303,7 +303,7 @@ class RunConfig:
     @property
     def target_momentum(self) -> float:
         """The momentum of the target gradient's running mean; 0 if there is none."""
-        if not self.weighting.learns_weighter:
+        if not self.weighting.has_trainable_weighter:
             return 0.0
         if self.weighting.dwm_target_momentum is not None:
             return self.weighting.dwm_target_momentum

@@ -30,7 +30,7 @@ from megatron_dwm.corpora.encoder import Encoded, Encoder, Malformed
 from megatron_dwm.corpora.readers import Reader, Record, input_files, without_suffixes
 from megatron_dwm.corpora.storage import is_url
 from megatron_dwm.corpora.unfinished import Progress, UnfinishedWork, file_stamps, unfinished_work
-from megatron_dwm.corpora.worker_pool import WorkerDied, WorkerPool
+from megatron_dwm.corpora.worker_pool import WorkerDiedError, WorkerPool
 from megatron_dwm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def _preprocess(
             _write(_reported(results, reader, work.progress.records, config.log_interval), config, encoder.dtype, work)
             parts = [segment / f"part{part}" for part in range(_partitions(config)) for segment in work.segments]
             publish_datasets(config.json_keys, encoder.dtype, parts, prefix)
-    except WorkerDied as error:
+    except WorkerDiedError as error:
         raise UserError(
             f"--workers {config.workers}: a worker process ended ({error}); give fewer workers or more memory"
         ) from error

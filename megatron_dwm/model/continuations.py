@@ -35,7 +35,7 @@ class Likelihood(NamedTuple):
     """The likelihood of a continuation under the model."""
 
     log_likelihood: float
-    is_likeliest: bool
+    is_greedy: bool
     """Whether each of its tokens is the most likely one after the tokens before it."""
 
 

@@ -23,7 +23,7 @@ from megatron_dwm.runtime.logging import EVERY_RANK
 logger = logging.getLogger(__name__)
 
 
-class JsonLines:
+class JsonLinesWriter:
     """Appends records to a file, one JSON object per line, each flushed when written.
 
     A resumed run removes the records that it will write again. A run that starts from scratch renames another run's
@@ -164,7 +164,7 @@ class _Curves:
             )
 
 
-class TensorBoard(_Curves):
+class TensorBoardWriter(_Curves):
     """Writes curves to TensorBoard under Megatron-LM's names."""
 
     def __init__(self, folder: str, queue_size: int) -> None:
@@ -191,7 +191,7 @@ class TensorBoard(_Curves):
         self._attempt(self._writer.close)
 
 
-class WeightsAndBiases(_Curves):
+class WandbWriter(_Curves):
     """A run of Weights & Biases; the library's environment variables control where it goes (``WANDB_MODE=offline``)."""
 
     def __init__(self, flags: LoggingConfig, save: str | None, arguments: Mapping[str, Any]) -> None:

@@ -62,7 +62,7 @@ def load_checkpoint(
         logger.info(" > the random state is not loaded: it belongs to another TP or PP size")
         with_rng = False
 
-    with_weighting = config.weighting.learns_weighter and not starts_anew
+    with_weighting = config.weighting.has_trainable_weighter and not starts_anew
     if isinstance(saved, TorchCheckpoint):
         state = load_torch_state(saved, components, parallel_state, with_optimizer=with_optimizer)
     else:

@@ -34,7 +34,12 @@ from megatron_dwm.training.checkpoint_folders import rank_file
 from megatron_dwm.training.optimizer_shards import SHARDS, gathered_shards, load_shards
 from megatron_dwm.training.optimizer_state import load_optimizer
 from megatron_dwm.training.resume_checks import WORD_EMBEDDINGS
-from megatron_dwm.training.saved_checkpoint import CheckpointDamage, SavedCheckpoint, reported_damage, require_checksums
+from megatron_dwm.training.saved_checkpoint import (
+    DamagedCheckpointError,
+    SavedCheckpoint,
+    reported_damage,
+    require_checksums,
+)
 from megatron_dwm.training.train_state import TrainComponents, TrainState
 
 _FUSED = {
@@ -74,9 +79,9 @@ def open_torch_checkpoint(folder: Path, config: RunConfig, rank: int) -> TorchCh
             require_checksums(folder, rank, config.world_size)
         state = read_torch_file(path)
         if not (isinstance(state, dict) and isinstance(state.get("args"), Namespace)):
-            raise CheckpointDamage(f"{path.name} holds no arguments of a run")
+            raise DamagedCheckpointError(f"{path.name} holds no arguments of a run")
         if not isinstance(state.get(_first_model_key(state)), dict):
-            raise CheckpointDamage(f"{path.name} holds no model")
+            raise DamagedCheckpointError(f"{path.name} holds no model")
     arguments = vars(state["args"])
     where = f"--load {folder.parent}: {folder.name}, in the format torch,"
     if state.get("checkpoint_version") != VERSION:

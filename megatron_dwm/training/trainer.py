@@ -117,7 +117,7 @@ class Trainer:
         start = train_state.iteration
         self._check_replicas(start)
         stop_reason = None
-        if not config.training.skip_train and not self.evaluator.make_due():
+        if not config.training.skip_train and not self.evaluator.run_due():
             stop_reason = self.stop_request.reason(start)
         while not config.training.skip_train and train_state.iteration < config.train_iters and stop_reason is None:
             self.checkpoints.poll()
@@ -126,7 +126,7 @@ class Trainer:
             self.parts.profiler.after_iteration(train_state.iteration - start, train_state.iteration)
             self._check_replicas(train_state.iteration)
             self.evaluator.schedule()
-            self.evaluator.make_due()
+            self.evaluator.run_due()
             stop_reason = self.stop_request.reason(train_state.iteration)
             if self._save_if_due(is_last=stop_reason is not None):
                 stop_reason = stop_reason or self.stop_request.reason(train_state.iteration)
@@ -143,8 +143,8 @@ class Trainer:
             batch = self.dataloaders.train.next_batch()
         with timed("dwm-before-step"):
             self.weighting.before_step(iteration)
-        with timed("dwm-weigh"):
-            weights = self.weighting.weigh(iteration, batch)
+        with timed("dwm-compute-weights"):
+            weights = self.weighting.compute_weights(iteration, batch)
         with (
             self.timers.attached(
                 self.engine.config, *(part.config for part in optimizer_parts(self.components.optimizer))

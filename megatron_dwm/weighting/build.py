@@ -72,7 +72,7 @@ class _Builder:
         return WarmupWeighting(self.context.stages, self.weight_metrics, self._start())
 
     def _start(self) -> Start:
-        if self.settings.learns_weighter:
+        if self.settings.has_trainable_weighter:
             return self._start_bilevel
         return self._start_frozen if self.settings.dwm_mode == "frozen" else self._start_rule()
 

@@ -20,7 +20,7 @@ from megatron_dwm.weighting.sample_reader import SampleReader, TextReader, Windo
 from megatron_dwm.weighting.weighter_init import seeded, zero_head
 from megatron_dwm.weighting.windows import position_limit
 
-_LONGEST = 10**9
+_UNLIMITED_LENGTH = 10**9
 """Tokenizers without a maximum length report a larger one."""
 
 
@@ -119,8 +119,8 @@ def _text_reader(flag: str, folder: str, model: Any, tokenizer: Any, samples: Sa
     Raises:
         UserError: the tokenizer does not work.
     """
-    window, length = position_limit(model), getattr(tokenizer, "model_max_length", _LONGEST)
-    if window is not None and length < _LONGEST:
+    window, length = position_limit(model), getattr(tokenizer, "model_max_length", _UNLIMITED_LENGTH)
+    if window is not None and length < _UNLIMITED_LENGTH:
         window = min(window, length)
     try:
         reader = TextReader(samples.text_of, tokenizer, window)

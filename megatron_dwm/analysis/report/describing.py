@@ -29,7 +29,7 @@ from megatron_dwm.errors import UserError
 if TYPE_CHECKING:
     from megatron_dwm.analysis.samples import RunSamples
 
-LONGEST_TEXT = 800
+MAX_TEXT_LENGTH = 800
 """Characters of a sample that the page shows."""
 Examples = dict[int, tuple[list[Example], list[Example]]]
 """The samples with the highest and with the lowest weights of each stage."""
@@ -179,7 +179,7 @@ def _notable_rows(weights: np.ndarray, number: int) -> list[int]:
 def _shown(run_samples: RunSamples, index: int) -> str:
     """Return the text of a sample, cut if it is long."""
     text = run_samples.text(run_samples.sample(index))
-    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"
+    return text if len(text) <= MAX_TEXT_LENGTH else text[:MAX_TEXT_LENGTH] + " …"
 
 
 def _texts(samples: WeightedSamples, run_samples: RunSamples) -> str:

@@ -9,10 +9,10 @@ import numpy as np
 
 from megatron_dwm.analysis.preference import source_alignments
 from megatron_dwm.analysis.report.content import Report
-from megatron_dwm.analysis.uncertainty import ENOUGH_UPDATES, Estimate
+from megatron_dwm.analysis.uncertainty import MIN_UPDATES, Estimate
 
-_LEAST_WEIGHT_DIFFERENCE = 0.05
-_MOST_SENTENCES = 3
+_MIN_WEIGHT_DIFFERENCE = 0.05
+_MAX_SENTENCES = 3
 
 
 class Fact(NamedTuple):
@@ -59,11 +59,11 @@ def key_facts(report: Report) -> list[Fact]:
 def warnings(report: Report) -> list[str]:
     """Return a sentence for each contradiction between weights and alignments, and for stages with few updates."""
     found = []
-    few = [str(stage) for stage, number in _all_updates(report).items() if number < ENOUGH_UPDATES]
+    few = [str(stage) for stage, number in _all_updates(report).items() if number < MIN_UPDATES]
     if few:
         found.append(
             f"Too few updates to say what the weighter prefers in stage{'s' * (len(few) > 1)} {', '.join(few)}: "
-            f"under {ENOUGH_UPDATES} each. No intervals are given there, and no running means."
+            f"under {MIN_UPDATES} each. No intervals are given there, and no running means."
         )
     if len(report.samples):
         last = report.samples.stages[-1]
@@ -95,7 +95,7 @@ def _contradictions(report: Report, stage: int) -> list[str]:
             continue
         low, high = (one, other) if (difference.value or 0.0) < 0 else (other, one)
         low_weight, high_weight = (first, second) if low == one else (second, first)
-        if low_weight - high_weight < _LEAST_WEIGHT_DIFFERENCE:
+        if low_weight - high_weight < _MIN_WEIGHT_DIFFERENCE:
             continue
         values = figures[low].alignment.value, figures[high].alignment.value
         gap = abs(difference.value or 0.0)
@@ -110,7 +110,7 @@ def _contradictions(report: Report, stage: int) -> list[str]:
                 "also not distinguish these sources.",
             )
         )
-    return [sentence for _, sentence in sorted(pairs, reverse=True)[:_MOST_SENTENCES]]
+    return [sentence for _, sentence in sorted(pairs, reverse=True)[:_MAX_SENTENCES]]
 
 
 def _all_updates(report: Report) -> dict[int, int]:

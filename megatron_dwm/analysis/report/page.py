@@ -23,7 +23,7 @@ from megatron_dwm.analysis.report import comparison, figures
 from megatron_dwm.analysis.report.content import Report
 from megatron_dwm.analysis.report.findings import key_facts, signed, warnings, worth
 from megatron_dwm.analysis.report.palette import DARK
-from megatron_dwm.analysis.uncertainty import ENOUGH_UPDATES
+from megatron_dwm.analysis.uncertainty import MIN_UPDATES
 from megatron_dwm.atomic_write import atomic_write_bytes
 from megatron_dwm.errors import UserError
 
@@ -118,7 +118,7 @@ def _draw(report: Report) -> dict[str, Any]:
         found = {labels[name]: by_stage for name, by_stage in report.correlations.items()}
         drawn["in_batch"] = figures.correlations(found, "in_batch")
         drawn["in_source"] = figures.correlations(found, "in_source")
-        enough = [stage for stage, n in report.updates_by_stage.items() if n >= ENOUGH_UPDATES]
+        enough = [stage for stage, n in report.updates_by_stage.items() if n >= MIN_UPDATES]
         by_stage = {stage: report.quarters(stage) for stage in enough}
         for number, name in enumerate(report.described):
             groups = {stage: of_stage[name] for stage, of_stage in by_stage.items()}
@@ -155,7 +155,7 @@ def _render(template: str, drawn: Mapping[str, Any], reload_seconds: int | None,
         script_checksums=f"{_checksum(script)} {checksum}",
         drawn=list(drawn),
         reload_seconds=reload_seconds,
-        enough_updates=ENOUGH_UPDATES,
+        enough_updates=MIN_UPDATES,
         **content,
     )
 

@@ -106,11 +106,11 @@ class _Check:
     def run(self) -> HypergradientCheck:
         engine = self.lm_gradients.engine
         with engine.full_parameters(), engine.deterministic():
-            self.here = ParameterCopy.taken(engine.chunks)
+            self.old_parameters = ParameterCopy.of(engine.chunks)
             try:
                 return self._run()
             finally:
-                self.here.restore()
+                self.old_parameters.restore()
 
     def _run(self) -> HypergradientCheck:
         widest = SCORE_DISTANCE * self.temperature
@@ -135,7 +135,7 @@ class _Check:
         """∂ l_target(θ') / ∂ s_i per unit of η [N]."""
         self._step(self.scores, step_size)
         _, direction = self.lm_gradients.gradient(self.target)
-        self.here.restore()
+        self.old_parameters.restore()
         alignments = self.lm_gradients.align(self.batch, direction)
         self.lm_gradients.discard(direction)
         everywhere = self.sample_gather.gather_from_replicas(alignments).cpu()
@@ -146,7 +146,7 @@ class _Check:
         engine, parallel_state, target = self.lm_gradients.engine, self.lm_gradients.parallel_state, self.target
         with torch.no_grad():
             losses = engine.run(target, self.lm_gradients.micro_batch_size_of(target), forward_only=True)
-        self.here.restore()
+        self.old_parameters.restore()
         means = engine.broadcast_losses(losses, len(target)).mean.double()
         micro = self.lm_gradients.micro_batch_size_of(target)
         mean = (means * replace(self.lm_gradients.loss_factors, micro_batch_size=micro)(target)).mean()

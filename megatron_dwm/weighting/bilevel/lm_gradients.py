@@ -158,14 +158,14 @@ class LMGradients:
         if norm == 0:
             return torch.zeros(len(batch), dtype=torch.float64, device=batch.tokens.device)
         epsilon = FINITE_DIFFERENCE_DISTANCE / norm
-        here = ParameterCopy.taken(self.engine.chunks)
+        current = ParameterCopy.of(self.engine.chunks)
         sides = []
         for distance in (epsilon, -epsilon):
             shift(direction, distance)
             with torch.no_grad():
                 losses = self.engine.run(batch, self.micro_batch_size, forward_only=True)
             sides.append(self.engine.broadcast_losses(losses, len(batch)).mean.double())
-            here.restore()
+            current.restore()
         return (sides[0] - sides[1]) / (2 * epsilon)
 
     def _mean_over_replicas(self, losses: Any, batch: Batch) -> float:

@@ -29,7 +29,7 @@ from megatron_dwm.weighting.bilevel.replay import Replay
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weights import standardized
 
-AT_A_TIME = 1 << 20
+CHUNK_TOKENS = 1 << 20
 """Tokens of the replay that are processed at a time."""
 SOLVED = 1e-10
 """Residual, relative to the right-hand side's norm, at which the iterations end."""
@@ -136,7 +136,7 @@ class RidgeLearner:
         scale = config.dwm_temperature / config.dwm_kl_weight
         tokens = torch.cat([aligned.tokens for aligned in replay.batches])
         pieces = []
-        for part in tokens.split(max(1, AT_A_TIME // tokens.shape[1])):
+        for part in tokens.split(max(1, CHUNK_TOKENS // tokens.shape[1])):
             buckets, values = self.weighter.features(part.long())
             pieces.append((buckets.to(torch.int32), values))
         targets, batch_of = [], []

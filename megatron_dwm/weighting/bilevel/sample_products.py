@@ -31,7 +31,7 @@ from megatron_dwm.runtime.process_groups import ParallelState
 _LINEAR = (ColumnParallelLinear, RowParallelLinear)
 _EMBEDDINGS = (VocabParallelEmbedding, torch.nn.Embedding)
 _NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm)
-_AT_A_TIME = {"cpu": 1 << 19, "gpu": 1 << 24}
+_CHUNK_ELEMENTS = {"cpu": 1 << 19, "gpu": 1 << 24}
 """Numbers that are multiplied at a time, in float32: few enough for a CPU's cache, or to use a GPU well."""
 
 
@@ -193,7 +193,7 @@ class _Layer:
 def _inner_products(one: torch.Tensor, other: torch.Tensor, batch_dim: int) -> torch.Tensor:
     """Return the inner product of each sample's part of two tensors [b], float64."""
     wide = torch.promote_types(one.dtype, torch.float32)
-    size = max(1, _AT_A_TIME["cpu" if one.is_cpu else "gpu"] * len(one) // max(1, one.numel()))
+    size = max(1, _CHUNK_ELEMENTS["cpu" if one.is_cpu else "gpu"] * len(one) // max(1, one.numel()))
     pairs = zip(one.split(size), other.split(size), strict=True)
     by_row = torch.cat([(some.to(wide) * others.to(wide)).sum(-1) for some, others in pairs])
     summed = [dim for dim in range(by_row.dim()) if dim != batch_dim]
