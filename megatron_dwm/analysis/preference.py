@@ -41,7 +41,7 @@ class WeightedSamples:
     def __len__(self) -> int:
         return len(self.weight)
 
-    def where(self, rows: np.ndarray) -> WeightedSamples:
+    def select(self, rows: np.ndarray) -> WeightedSamples:
         """Return some of the samples, given by a mask [n] or by row numbers."""
         names = ("iteration", "stage", "index", "source", "weight", "alignment")
         columns = {name: getattr(self, name)[rows] for name in names}
@@ -183,7 +183,7 @@ def stage_sources(steps: Sequence[Record], samples: WeightedSamples) -> dict[int
     figures: dict[int, dict[str, SourceFigures]] = {}
     for stage in sorted({step["stage"] for step in steps if "stage" in step}):
         of_stage = [step for step in steps if step.get("stage") == stage]
-        aligned = source_alignments(samples.where(samples.stage == stage), names)
+        aligned = source_alignments(samples.select(samples.stage == stage), names)
         figures[stage] = {name: _source_figures(name, of_stage, aligned) for name in names}
     return figures
 
@@ -232,7 +232,7 @@ def correlations(samples: WeightedSamples, values: np.ndarray) -> dict[int, Corr
     found = {}
     for stage in samples.stages:
         in_stage = samples.stage == stage
-        rows, of_rows = samples.where(in_stage), values[in_stage]
+        rows, of_rows = samples.select(in_stage), values[in_stage]
         batches = _correlations_by(rows.iteration, rows.weight, of_rows, fewest=2)
         sources = _correlations_by(rows.source, rows.weight, of_rows, fewest=_MIN_SAMPLES_OF_A_SOURCE)
         found[stage] = Correlations(

@@ -227,7 +227,7 @@ def _claim(folder: OutputFolder, job: dict[str, Any]) -> None:
     """
     text = json.dumps(job, indent=2) + "\n"
     found = folder.read("job.json")
-    if found is None and not folder.holds_something():
+    if found is None and not folder.has_files():
         folder.write("job.json", text)
     elif found is None:
         raise UserError(f"--output {folder.location}: does not hold scores; give another folder")

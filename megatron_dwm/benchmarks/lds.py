@@ -26,7 +26,7 @@ from megatron_dwm.analysis.records import RunRecords, read_run
 from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark
 from megatron_dwm.benchmarks.benefit import SCORING, shared_flags, train
-from megatron_dwm.benchmarks.mixture import CorpusName, made_mixture
+from megatron_dwm.benchmarks.mixture import CorpusName, build_mixture
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.config.flags import flag, require_at_least
 from megatron_dwm.weighting.rules import half_of_samples
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     config, run_flags = parse_benchmark(LdsConfig, argv, __doc__)
     folder = Path(config.output)
-    mixture = made_mixture(folder, config.corpus, config.vocab_size, clean=False)
+    mixture = build_mixture(folder, config.corpus, config.vocab_size, clean=False)
     target = ["--dwm-target-data-path", str(mixture.target)]
     # Without a learning rate no weighter learns, and all weights stay 1.
     runs = {

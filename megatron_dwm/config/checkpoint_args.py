@@ -10,7 +10,7 @@ from typing import Any
 from megatron_dwm.config.flags import declared_flags, flag_name
 from megatron_dwm.config.layer_patterns import parse_layers
 from megatron_dwm.config.model import ModelConfig
-from megatron_dwm.config.needed_flags import YARN_FIELDS, lacking_flag
+from megatron_dwm.config.needed_flags import YARN_FIELDS, missing_flag
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.safe_unpickling import UnreadableFileError, read_common_state, read_torch_file
@@ -124,7 +124,7 @@ def effective_arguments(saved: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"--load: the checkpoint was saved with {name}={value}; there is no such model here, give another"
         )
-    known = {name: value for name, value in saved.items() if lacking_flag(name, saved) is None}
+    known = {name: value for name, value in saved.items() if missing_flag(name, saved) is None}
     # Megatron-LM keeps what it has made of the words, and one pattern can be written in several ways.
     words = {name: known[name] for name in ("window_size", "window_attn_skip_freq", "no_rope_freq") if known.get(name)}
     return known | {name: _as_words(name, value, saved["num_layers"]) for name, value in words.items()}

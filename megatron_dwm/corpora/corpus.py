@@ -75,7 +75,7 @@ class Document(NamedTuple):
 Corpus = dict[str, dict[str, list[Document]]]  # source -> part -> documents
 
 
-class Seen:
+class SeenTexts:
     """The texts that have been used, compared by their words alone: case, punctuation and layout do not count."""
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ from megatron_dwm.corpora.corpus import (
     Corpus,
     CorpusConfig,
     Document,
-    Seen,
+    SeenTexts,
     first,
     paragraphs,
     split,
@@ -52,7 +52,7 @@ def standard_library_corpus(config: CorpusConfig, library: Path | None = None) -
         UserError: the library's sources are not there, or are too few for the sizes asked for.
     """
     root = library or Path(sysconfig.get_path("stdlib"))
-    seen = Seen()
+    seen = SeenTexts()
     modules = list(_modules(root))
     prose = []
     for module in with_progress(modules, "docstrings"):
@@ -79,7 +79,7 @@ def standard_library_corpus(config: CorpusConfig, library: Path | None = None) -
 
 
 def _deal(
-    prose: list[Document], comments: list[Document], code: list[Document], config: CorpusConfig, seen: Seen
+    prose: list[Document], comments: list[Document], code: list[Document], config: CorpusConfig, seen: SeenTexts
 ) -> Corpus:
     """Split the sources into parts of the configured sizes, and make bad text of a fraction of the prose."""
     rng = random.Random(config.seed)
@@ -173,7 +173,7 @@ def _comment(lines: list[str]) -> str:
 class _Code(ast.NodeTransformer):
     """A transformer that removes docstrings and statements with text seen before, and marks the rest as seen."""
 
-    def __init__(self, seen: Seen) -> None:
+    def __init__(self, seen: SeenTexts) -> None:
         self._seen = seen
 
     def text(self, tree: ast.Module) -> str:
@@ -239,7 +239,7 @@ def _divide(documents: list[Document], fraction: float) -> tuple[list[Document],
 
 
 def _shuffled(
-    documents: list[Document], config: CorpusConfig, size: int, seen: Seen, rng: random.Random
+    documents: list[Document], config: CorpusConfig, size: int, seen: SeenTexts, rng: random.Random
 ) -> list[Document]:
     """Return at most ``size`` bytes of the documents with each paragraph shuffled, again and again."""
     shuffle = _shuffle_words if config.shuffle == "words" else _shuffle_characters

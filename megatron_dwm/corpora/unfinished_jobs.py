@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datatrove.pipeline.base import PipelineStep
 
 from megatron_dwm.config.slurm import SlurmConfig
-from megatron_dwm.corpora.pipelines import Job, refused_output, run_here, submit
+from megatron_dwm.corpora.pipelines import FunctionStep, Job, refused_output, run_here, submit
 from megatron_dwm.corpora.storage import OutputFolder, absolute
 from megatron_dwm.errors import UserError
 

@@ -33,7 +33,7 @@ class WeighterPlan:
 
     kind: str
     parameters: int
-    computing_parameters: int
+    active_parameters: int
     """Parameters without the input embedding."""
     is_linear: bool
     held: int
@@ -75,7 +75,7 @@ def plan_weighter(config: RunConfig, inputs: WeightingInputs, vocab_size: int, e
     return WeighterPlan(
         type(model).__name__,
         weighter.num_parameters,
-        weighter.num_computing_parameters,
+        weighter.num_active_parameters,
         weighter.is_linear,
         held,
         learning,

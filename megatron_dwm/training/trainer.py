@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.config.run import RunConfig
-from megatron_dwm.model.attributes import changed_attributes
+from megatron_dwm.model.attributes import temporary_attributes
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.protocols import Optimizer
@@ -149,7 +149,7 @@ class Trainer:
             self.timers.attached(
                 self.engine.config, *(part.config for part in optimizer_parts(self.components.optimizer))
             ),
-            changed_attributes(self.engine, {"around_forward": self.parts.stragglers.forward_pass}),
+            temporary_attributes(self.engine, {"around_forward": self.parts.stragglers.forward_pass}),
         ):
             result = train_step(
                 self.engine,

@@ -238,11 +238,11 @@ class _Builder:
         return FolderExporter(Path(save) / "weighter", save_tokenizer, facts)
 
     def _scoring_flops(self, weighter: Weighter) -> float:
-        parameters, samples = weighter.num_computing_parameters, self.config.global_batch_size
+        parameters, samples = weighter.num_active_parameters, self.config.global_batch_size
         return scoring_flops(parameters, samples, self.config.model.sequence)
 
     def _update_flops(self, weighter: Weighter) -> float:
-        vocab, parameters = self.context.padded_vocab_size, weighter.num_computing_parameters
+        vocab, parameters = self.context.padded_vocab_size, weighter.num_active_parameters
         return outer_update_flops(self.config, vocab, parameters, is_linear=weighter.is_linear)
 
 

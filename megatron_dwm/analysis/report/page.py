@@ -21,7 +21,7 @@ import numpy as np
 from megatron_dwm.analysis.records import RunRecords
 from megatron_dwm.analysis.report import comparison, figures
 from megatron_dwm.analysis.report.content import Report
-from megatron_dwm.analysis.report.findings import key_facts, signed, warnings, worth
+from megatron_dwm.analysis.report.findings import format_signed, key_facts, warnings
 from megatron_dwm.analysis.report.palette import DARK
 from megatron_dwm.analysis.uncertainty import MIN_UPDATES
 from megatron_dwm.atomic_write import atomic_write_bytes
@@ -138,7 +138,7 @@ def _render(template: str, drawn: Mapping[str, Any], reload_seconds: int | None,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(signed=signed, worth=worth, tint=tint, mean=np.mean, deviation=partial(np.std, ddof=1))
+    environment.filters.update(signed=format_signed, tint=tint, mean=np.mean, deviation=partial(np.std, ddof=1))
     data = {
         "figures": {name: drawing.to_plotly_json() for name, drawing in drawn.items()},
         "dark": DARK,

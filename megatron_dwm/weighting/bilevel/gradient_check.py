@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Of the relative error. In fp32 it was 1.4e-3 and less in every layout with exact alignments, and 6.6e-3 and less with
 # those of finite differences. In bf16 it is at least 0.1 for any step size, which is why that is refused.
-BOUND = 1e-2
+TOLERANCE = 1e-2
 SCORE_DISTANCE = 0.05  # δ in units of the temperature; the softmax's curvature is then about 1e-3 of the difference
 LOSS_DIFFERENCE = 2e-3  # difference in nats that determines η: small, but far above the rounding of fp32
 
@@ -48,12 +48,12 @@ class HypergradientCheck:
     @property
     def passed(self) -> bool:
         """Whether the error is within the bound."""
-        return self.error <= BOUND  # NaN does not pass
+        return self.error <= TOLERANCE  # NaN does not pass
 
     def __str__(self) -> str:
         return (
             f"hypergradient {self.derivative:.6e} by finite differences {self.difference:.6e}, "
-            f"relative error {self.error:.1e} (bound {BOUND:g})"
+            f"relative error {self.error:.1e} (bound {TOLERANCE:g})"
         )
 
 

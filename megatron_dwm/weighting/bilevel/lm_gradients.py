@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.model.attributes import changed_attributes
+from megatron_dwm.model.attributes import temporary_attributes
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.loss import weighted_loss
 from megatron_dwm.model.parameter_copy import ParameterCopy
@@ -83,7 +83,7 @@ class LMGradients:
         self._zero_gradients()
         with ExitStack() as stack:
             for chunk in self.engine.chunks:  # values that are not finite are detected in the alignments
-                stack.enter_context(changed_attributes(chunk.ddp_config, {"check_for_nan_in_grad": False}))
+                stack.enter_context(temporary_attributes(chunk.ddp_config, {"check_for_nan_in_grad": False}))
             losses = self.engine.run(
                 batch,
                 self.micro_batch_size_of(batch),

@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.layers import linear_with_frozen_weight
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-from megatron_dwm.model.attributes import changed_attributes
+from megatron_dwm.model.attributes import temporary_attributes
 from megatron_dwm.model.protocols import ModelChunk
 from megatron_dwm.runtime.process_groups import ParallelState
 
@@ -81,7 +81,7 @@ def sample_products(
             handle = layer.module.register_forward_hook(layer.watch, with_kwargs=True)
             stack.callback(handle.remove)
             if isinstance(layer.module, _LINEAR):
-                stack.enter_context(changed_attributes(layer.module, {"_forward_impl": linear_with_frozen_weight}))
+                stack.enter_context(temporary_attributes(layer.module, {"_forward_impl": linear_with_frozen_weight}))
         yield products
 
 
@@ -180,7 +180,7 @@ class _Layer:
             kwargs = {**kwargs, "weight": self._along(tied)}
         along = {name: None if param is None else self._along(param) for name, param in self.params.items()}
         # Like torch.func.functional_call, but without hooks.
-        with changed_attributes(self.module, {"_parameters": along}):
+        with temporary_attributes(self.module, {"_parameters": along}):
             output: Any = self.module.forward(*inputs, **kwargs)
         change, bias = output if isinstance(output, tuple) else (output, None)
         moved: torch.Tensor = change if bias is None else change + bias

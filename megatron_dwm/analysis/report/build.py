@@ -50,7 +50,7 @@ class Settings:
     """File for the samples' texts, for external scoring."""
 
 
-def describe(name: str, folder: Path, run: RunRecords, settings: Settings, benefit: Any | None) -> Report:
+def build_report(name: str, folder: Path, run: RunRecords, settings: Settings, benefit: Any | None) -> Report:
     """Return the content of a run's page; what cannot be read is left out, with a note.
 
     Args:
@@ -136,7 +136,7 @@ def _with_texts(report: Report, run_samples: RunSamples, settings: Settings) -> 
     by_stage: Examples = {}
     for stage in samples.stages:
         rows = (samples.stage == stage).nonzero()[0]
-        highest, lowest = extremes(samples.where(rows), settings.examples)
+        highest, lowest = extremes(samples.select(rows), settings.examples)
         by_stage[stage] = [example(row) for row in rows[highest]], [example(row) for row in rows[lowest]]
     return replace(report, samples=samples, examples=by_stage)
 
