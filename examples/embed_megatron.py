@@ -75,7 +75,7 @@ def train(steps: int, tp: int, pp: int, settings: WeightingConfig | None) -> tup
         batch = next(batches)
         if weighting is not None:
             weighting.before_step()
-            weights = weighting.compute_weights(batch)
+            weights = weighting.weigh(batch)
         model.zero_grad_buffer()
         optimizer.zero_grad()
         reports = get_forward_backward_func()(

@@ -43,7 +43,7 @@ def train(steps: int = 40, settings: WeightingConfig | None = SETTINGS) -> tuple
         batch = next(batches)
         if weighting is not None:
             weighting.before_step()
-            weights = weighting.compute_weights(batch)
+            weights = weighting.weigh(batch)
         loss = (weights * next_token_losses(model, batch)).mean()
         loss.backward()
         optimizer.step()

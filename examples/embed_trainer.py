@@ -42,7 +42,7 @@ class WeightingCallback(TrainerCallback):
         losses = token_losses_of(outputs["logits"], labels)
         if not self.model.training:
             return losses.mean()
-        self.weights = self.weighting.compute_weights(labels)
+        self.weights = self.weighting.weigh(labels)
         self.microbatches.append(labels)
         return (self.weights[:, None] * losses).sum() / num_items_in_batch
 

@@ -145,8 +145,8 @@ def measured_parts(modes: Modes, options: OverheadConfig) -> dict[str, float]:
     with ExitStack() as stack:
         for target, name, part in (
             (training_loop, "train_step", "training step"),
-            (modes.weighting, "compute_weights", "scoring"),
-            (modes.frozen.weighting, "compute_weights", "scoring"),
+            (modes.weighting, "weigh", "scoring"),
+            (modes.frozen.weighting, "weigh", "scoring"),
             (modes.outer.lm_gradients, "gradient", "target pass"),
             (modes.outer.lm_gradients, "align", "alignment pass"),
             (ParameterCopy, "take", "parameter copy"),

@@ -89,11 +89,11 @@ def export(config: ExportWeighterConfig) -> str:
     )
 
 
-def _tokenizer(run: RunConfig, own: str) -> Any:
+def _tokenizer(run: RunConfig, fingerprint: str) -> Any:
     """Return the weighter's Hugging Face tokenizer.
 
     Args:
-        own: fingerprint of the weighter's tokenizer; empty if it is that of the run.
+        fingerprint: of the weighter's tokenizer; empty if it is that of the run.
 
     Raises:
         UserError: the folder that it was started from is gone.
@@ -102,7 +102,7 @@ def _tokenizer(run: RunConfig, own: str) -> Any:
     from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
     from megatron_dwm.data.tokenizers import build_tokenizer
 
-    if not own:
+    if not fingerprint:
         tokenizer = to_hf_tokenizer(build_tokenizer(run.tokenizer), run.tokenizer)
         tokenizer.model_max_length = run.model.sequence
         return tokenizer
@@ -110,7 +110,7 @@ def _tokenizer(run: RunConfig, own: str) -> Any:
     if not (started_from / "config.json").is_file():  # a run's exports, one for each stage
         started_from = next(iter(sorted(started_from.glob("iter_*"))), started_from)
     tokenizer = load_tokenizer_folder(started_from)
-    if fingerprint_of(tokenizer) != own:
+    if fingerprint_of(tokenizer) != fingerprint:
         raise UserError(
             f"{started_from}: its tokenizer is not the one that the weighter was started with; restore that folder"
         )

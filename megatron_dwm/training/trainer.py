@@ -144,7 +144,7 @@ class Trainer:
         with timed("dwm-before-step"):
             self.weighting.before_step(iteration)
         with timed("dwm-compute-weights"):
-            weights = self.weighting.compute_weights(iteration, batch)
+            weights = self.weighting.weigh(iteration, batch)
         with (
             self.timers.attached(
                 self.engine.config, *(part.config for part in optimizer_parts(self.components.optimizer))

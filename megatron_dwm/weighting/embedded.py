@@ -1,7 +1,7 @@
 """Data weighting in another program's training loop: a plain torch loop, a Trainer, or a loop over megatron-core.
 
 The loop makes three calls a step, the same on every process: :meth:`EmbeddedWeighting.before_step`, then
-:meth:`~EmbeddedWeighting.compute_weights`, the step with the weights in its loss, and
+:meth:`~EmbeddedWeighting.weigh`, the step with the weights in its loss, and
 :meth:`~EmbeddedWeighting.after_step`. docs/embedding.md shows such loops.
 
 Shape legend: n samples of this replica, s sequence length.
@@ -182,7 +182,7 @@ class EmbeddedWeighting:
         if self.stages.is_update(self.iteration):
             self._old_parameters.store()
 
-    def compute_weights(self, batch: Any) -> torch.Tensor:
+    def weigh(self, batch: Any) -> torch.Tensor:
         """Return the weights [n] of this replica's samples in the present step, float32; a collective call.
 
         Their mean over the global batch is 1. They are exactly 1.0 in the warm-up, and as long as all scores are equal.

@@ -1,7 +1,7 @@
 """The protocol between training and weighting: all that training knows about how samples get their weights.
 
 The training loop is five calls: next batch, :meth:`~SampleWeighting.before_step`,
-:meth:`~SampleWeighting.compute_weights`, the training step, :meth:`~SampleWeighting.after_step`. A way of weighting is
+:meth:`~SampleWeighting.weigh`, the training step, :meth:`~SampleWeighting.after_step`. A way of weighting is
 one class with these methods; ``docs/extending.md`` has an example. Every rank calls every method, with the same
 iteration, in this order. The collectives of a method are part of the protocol, and are stated in its docstring.
 
@@ -74,7 +74,7 @@ class SampleWeighting(Protocol):
         May gather parameters over all groups; must leave the model's parameters unchanged.
         """
 
-    def compute_weights(self, iteration: int, batch: Batch) -> SampleWeights | None:
+    def weigh(self, iteration: int, batch: Batch) -> SampleWeights | None:
         """Return the weights for this replica's ``batch``; None for plain training.
 
         The host need not wait for them: the step's kernels can be launched before they are known.

@@ -50,7 +50,7 @@ class ScoredWeighting(UniformWeighting, ABC):
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
         """Return the scores of the global batch [N], on any device and the same on every rank."""
 
-    def compute_weights(self, iteration: int, batch: Batch) -> SampleWeights | None:
+    def weigh(self, iteration: int, batch: Batch) -> SampleWeights | None:
         """Return N softmax(scores / temperature)."""
         scores = self.scores(iteration, batch)
         sample_weights = weights_from_scores(scores, self.options.temperature)

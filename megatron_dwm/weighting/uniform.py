@@ -21,7 +21,7 @@ class UniformWeighting:
     def before_step(self, iteration: int) -> None:
         """Nothing to prepare."""
 
-    def compute_weights(self, iteration: int, batch: Batch) -> SampleWeights | None:
+    def weigh(self, iteration: int, batch: Batch) -> SampleWeights | None:
         """Return None: plain training."""
         return None
 

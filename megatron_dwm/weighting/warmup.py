@@ -52,9 +52,9 @@ class WarmupWeighting:
             self._has_started, self._state = True, {}
         self._current.before_step(iteration)
 
-    def compute_weights(self, iteration: int, batch: Batch) -> SampleWeights | None:
+    def weigh(self, iteration: int, batch: Batch) -> SampleWeights | None:
         """Return the present weighting's weights."""
-        return self._current.compute_weights(iteration, batch)
+        return self._current.weigh(iteration, batch)
 
     def after_step(
         self, iteration: int, batch: Batch, weights: SampleWeights | None, outcome: StepOutcome

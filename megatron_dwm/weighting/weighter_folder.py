@@ -46,7 +46,7 @@ class WeighterFolder:
     model: Any
     reader: SampleReader | None
     """Converts samples to its input; None if it reads the sample's tokens."""
-    own_tokenizer: Any | None
+    separate_tokenizer: Any | None
     """Its tokenizer, of Hugging Face, if that is not the run's."""
     fingerprint: str
     """Fingerprint of its tokenizer's vocabulary."""

@@ -109,15 +109,15 @@ def test_a_weighter_goes_on_from_its_state(examples: Any):
     batch = next(example.mixed_batches(16, seed=1))
     for _ in range(4):
         first.before_step()
-        (first.compute_weights(batch) * example.next_token_losses(model, batch)).mean().backward()
+        (first.weigh(batch) * example.next_token_losses(model, batch)).mean().backward()
         optimizer.step()
         result = first.after_step(batch)
     assert result is not None and result.alignments.shape == (16,)
     _, _, second = started()
-    assert torch.equal(second.compute_weights(batch), torch.ones(16))
+    assert torch.equal(second.weigh(batch), torch.ones(16))
     second.load_state_dict(first.state_dict())
-    assert torch.equal(second.compute_weights(batch), first.compute_weights(batch)) and second.iteration == 4
-    assert not torch.equal(first.compute_weights(batch), torch.ones(16))
+    assert torch.equal(second.weigh(batch), first.weigh(batch)) and second.iteration == 4
+    assert not torch.equal(first.weigh(batch), torch.ones(16))
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def trained(parallel: Flags, is_resumed: bool, full: dict[str, torch.Tensor]) ->
             select = built.sample_gather.select_replica
             batch = replace(batch, source=select(sources), index=select(numbers))
             weighting.before_step(iteration)
-            weights = weighting.compute_weights(iteration, batch)
+            weights = weighting.weigh(iteration, batch)
             assert weights is not None
             replica: Any = weights.replica_sample_weights
             outcome = train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, replica, built.parallel_state)

@@ -144,7 +144,7 @@ def _render(template: str, drawn: Mapping[str, Any], reload_seconds: int | None,
         "dark": DARK,
         "reload": reload_seconds,
     }
-    script, style = _own("page.js"), _own("page.css")
+    script, style = _page_file("page.js"), _page_file("page.css")
     library, checksum = _plotly()
     return environment.get_template(template).render(
         style=style,
@@ -165,7 +165,7 @@ def _plain(value: Any) -> Any:
     return value.tolist()
 
 
-def _own(name: str) -> str:
+def _page_file(name: str) -> str:
     return files("megatron_dwm.analysis.report").joinpath(name).read_text(encoding="utf-8")
 
 
