@@ -24,8 +24,6 @@ from megatron_dwm.errors import UserError, shortened
 
 logger = logging.getLogger(__name__)
 
-ACCURACIES = ("acc", "acc_norm", "exact_match")
-
 
 @dataclass(frozen=True)
 class Estimate:
