@@ -22,7 +22,7 @@ ONCE_AN_ITERATION = (
     *("params-all-gather", "optimizer-copy-to-main-grad", "optimizer-unscale-and-check-inf"),
     *("optimizer-clip-main-grad", "optimizer-count-zeros", "optimizer-inner-step"),
     *("optimizer-copy-main-to-model-params", "optimizer"),
-    *("dwm-before-step", "dwm-compute-weights", "dwm-after-step"),
+    *("dwm-before-step", "dwm-weigh", "dwm-after-step"),
 )
 """Timers of level 1: Megatron-LM's in its order, then the weighting's."""
 OFTEN = (
