@@ -120,8 +120,7 @@ def check_context_parallelism(parallel: ParallelConfig, impl: str) -> None:
     if impl == "torch" and kind in ("a2a", "a2a+p2p"):
         raise UserError(
             f"--cp-comm-type {kind} is for Transformer Engine's layers, and those of --transformer-impl torch gather "
-            "keys "
-            "and values; give all_gather, or leave it out"
+            "keys and values; give all_gather, or leave it out"
         )
 
 
