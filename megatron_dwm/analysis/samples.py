@@ -111,7 +111,7 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
 
 @contextmanager
 def _opened(config: RunConfig, consumed_valid: int, start: Path) -> Iterator[RunSamples]:
-    """Open the datasets of a run from the present folder.
+    """Open the datasets of a run from the current folder.
 
     Raises:
         UserError: its data or tokenizer cannot be read.

@@ -109,7 +109,7 @@ class RowReader(BaseDiskReader):  # type: ignore[misc]
             UserError: such rows are not skipped.
         """
         if not self.skip_malformed:
-            raise UserError(f"--input {place}: no document ({reason}); {remedy}, or give --skip-malformed")
+            raise UserError(f"--input {place}: not a document ({reason}); {remedy}, or give --skip-malformed")
         self.stat_update("skipped")
 
 

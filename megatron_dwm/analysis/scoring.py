@@ -124,8 +124,8 @@ class DocumentTokens:
             return None
         if max(ids) >= len(self._tokenizer) or min(ids) < 0:
             raise UserError(
-                f"--input {document.id}: has tokens that are not of the tokenizer; give the one that made the dataset "
-                "as --dataset-tokenizer"
+                f"--input {document.id}: has tokens outside the tokenizer's vocabulary; give the one that made the "
+                "dataset as --dataset-tokenizer"
             )
         ids = ids[:-1] if ids[-1] == self._tokenizer.eos_token_id else ids
         document.text = self._tokenizer.decode(ids)

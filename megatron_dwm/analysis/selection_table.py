@@ -157,7 +157,9 @@ def _object(record: Record) -> dict[str, Any]:
         record.content.encode()
         return parse_object(record.content)
     except ValueError as error:
-        raise UserError(f"--input {record.place}: no row ({shortened(error)}); correct or remove it") from None
+        raise UserError(
+            f"--input {record.place}: not a JSON object ({shortened(error)}); correct or remove it"
+        ) from None
 
 
 def _number(record: Record, row: dict[str, Any], name: str, key: str) -> float:

@@ -24,8 +24,6 @@ from megatron_dwm.errors import UserError, shortened
 
 logger = logging.getLogger(__name__)
 
-ACCURACIES = ("acc", "acc_norm", "exact_match")
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -146,7 +144,8 @@ class TaskEvaluator:
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"{folder}: cannot be loaded as a language model ({shortened(error)})") from None
+            reason = shortened(error)
+            raise UserError(f"{folder}: cannot be loaded as a language model ({reason}); give another") from None
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with quiet_harness():
             return HFLM(

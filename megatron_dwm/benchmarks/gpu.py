@@ -145,7 +145,7 @@ class _Measurement:
         flags = [*words(PRECISION[self.config.size]), *data, "--json", self._result("precision")]
         call("benchmark", "precision", *flags, log=self._log("precision"))
 
-    def _benefit(self, mixture: Mixture) -> None:
+    def _benefit(self, _mixture: Mixture) -> None:
         folder, size = self.scratch / "benefit", self.config.size
         flags = ["--output", folder, "--corpus", "library", "--vocab-size", VOCAB_SIZE[size], *words(BENEFIT[size])]
         call("benchmark", "benefit", *flags, log=self._log("benefit"))

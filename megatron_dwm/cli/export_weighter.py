@@ -111,7 +111,9 @@ def _tokenizer(run: RunConfig, fingerprint: str) -> Any:
         started_from = next(iter(sorted(started_from.glob("iter_*"))), started_from)
     tokenizer = load_tokenizer_folder(started_from)
     if fingerprint_of(tokenizer) != fingerprint:
-        raise UserError(f"{started_from}: holds another tokenizer than the weighter's, which was started from there")
+        raise UserError(
+            f"{started_from}: its tokenizer is not the one that the weighter was started with; restore that folder"
+        )
     return tokenizer
 
 
@@ -152,7 +154,8 @@ def _effect(config: ExportWeighterConfig) -> str | None:
     if not (Path(config.load) / "metrics.jsonl").is_file():
         if config.baseline is not None:
             raise UserError(
-                f"--baseline {config.baseline}: --load {config.load} has no metrics.jsonl to compare with it"
+                f"--baseline {config.baseline}: --load {config.load} has no metrics.jsonl to compare with it; leave "
+                "--baseline out"
             )
         return None
     run = read_run(Path(config.load))

@@ -59,7 +59,7 @@ def supported_settings(config_class: type, settings: dict[str, Any]) -> dict[str
     if missing := sorted(settings.keys() - known):
         logger.warning(
             f"the launcher of torch {version('torch')} has no {' and no '.join(missing)}: after a signal it ends ranks "
-            "that save for longer than its own limit; start them by srun, or take a newer torch"
+            "that save for longer than its own limit; use srun, or a newer torch"
         )
     return {name: value for name, value in settings.items() if name in known}
 

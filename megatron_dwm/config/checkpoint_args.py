@@ -84,7 +84,7 @@ _IF_NOT_GIVEN = (
 
 
 RENAMED = {"dwm_valid_data_path": "dwm_target_data_path"}
-"""Arguments that earlier versions saved under another name, with the present one."""
+"""Arguments that earlier versions saved under another name, with the current one."""
 
 
 def first_rank_file(folder: Path) -> Path | None:
@@ -93,7 +93,7 @@ def first_rank_file(folder: Path) -> Path | None:
 
 
 def read_arguments(folder: Path) -> dict[str, Any]:
-    """Return the arguments that the checkpoint in ``folder`` was saved with, by their present names.
+    """Return the arguments that the checkpoint in ``folder`` was saved with, by their current names.
 
     ``trust_remote_code`` is not among them: only the user who loads the checkpoint may allow it.
 
@@ -122,7 +122,8 @@ def effective_arguments(saved: Mapping[str, Any]) -> dict[str, Any]:
     if foreign:
         name, value = next(iter(foreign.items()))
         raise UserError(
-            f"--load: the checkpoint was saved with {name}={value}; there is no such model here, give another"
+            f"--load: the checkpoint was saved with {name}={value}; this program has no such model; give another "
+            "checkpoint"
         )
     known = {name: value for name, value in saved.items() if missing_flag(name, saved) is None}
     # Megatron-LM keeps what it has made of the words, and one pattern can be written in several ways.

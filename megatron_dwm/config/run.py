@@ -106,7 +106,7 @@ class RunConfig:
         if self.parallel.use_distributed_optimizer and self.optimizer.optimizer != "adam":
             raise UserError(
                 f"--use-distributed-optimizer does not go with --optimizer {self.optimizer.optimizer}: megatron-core "
-                "shards the state of Adam alone; leave one out"
+                "shards only the state of Adam; leave one out"
             )
         ranks, instances = self.world_size // self.parallel.mp, self.parallel.num_distributed_optimizer_instances
         if ranks % instances:

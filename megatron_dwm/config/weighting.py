@@ -158,8 +158,8 @@ class WeightingConfig:
     )
     dwm_check: bool = flag(
         False,
-        "Before the first iteration, compare the hypergradient of this configuration with finite differences, and "
-        "end the run if they disagree. Does not change the run otherwise. In fp32 only.",
+        "Before the first iteration, compare the gradient that trains the weighter (the hypergradient) with finite "
+        "differences, and end the run if they disagree. Does not change the run otherwise. In fp32 only.",
     )
     dwm_score_batch_size: int = flag(32, "Samples (or windows of samples) that the weighter scores at a time.")
     dwm_score_cache: int = flag(

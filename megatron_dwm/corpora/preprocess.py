@@ -48,7 +48,7 @@ class PreprocessConfig:
         None,
         "JSON lines (plain, .gz or .zst) or Parquet: files, folders, or glob patterns; together they are one input.",
     )
-    json_keys: list[str] = flag(["text"], "Keys (columns) to extract from each document; each becomes a data set.")
+    json_keys: list[str] = flag(["text"], "Keys (columns) to extract from each document; each becomes a dataset.")
     split_sentences: bool = flag(
         False, "Split documents into sentences.", refused="documents are kept whole; leave the flag out"
     )
@@ -59,7 +59,7 @@ class PreprocessConfig:
     output_per_file: bool = flag(
         False,
         "Make data sets of each input file, with its name behind --output-prefix, or in that folder if it ends with a "
-        "slash, instead of data sets of all files together.",
+        "slash, instead of datasets of all files together.",
     )
     workers: int = flag(1, "Number of processes that tokenize, or of simultaneous tasks of a SLURM job.")
     partitions: int = flag(1, "Distribute the documents over this many partitions, which are concatenated.")

@@ -51,13 +51,13 @@ class ParameterCopy:
         sharded = {param for _, bucket in self._sharded_buckets() for param in bucket.params_list}
         held = [shard_of(bucket.param_data, group) for group, bucket in self._sharded_buckets()]
         held += [param.detach() for chunk in self._chunks for param in chunk.parameters() if param not in sharded]
-        self._copies = [(present, present.clone()) for present in held]
+        self._copies = [(parameter, parameter.clone()) for parameter in held]
 
     def swap(self) -> None:
         """Exchange the model's parameters with the copy, in place and part by part; collective if they are sharded."""
         with torch.no_grad():
-            for present, copy in self._copies:
-                pieces = [tensor.view(-1).split(CHUNK_ELEMENTS) for tensor in (present, copy)]
+            for parameter, copy in self._copies:
+                pieces = [tensor.view(-1).split(CHUNK_ELEMENTS) for tensor in (parameter, copy)]
                 for one, other in zip(*pieces, strict=True):
                     current = one.clone()
                     one.copy_(other)
@@ -67,8 +67,8 @@ class ParameterCopy:
     def restore(self) -> None:
         """Set the model's parameters to the copy; collective if they are sharded."""
         with torch.no_grad():
-            for present, copy in self._copies:
-                present.copy_(copy)
+            for parameter, copy in self._copies:
+                parameter.copy_(copy)
         self._gather()
 
     def release(self) -> None:

@@ -88,7 +88,7 @@ class Stage:
 def measure_stage(
     config: RunConfig, core_config: TransformerConfig, vocabulary: Vocabulary, layout: ParallelState
 ) -> Stage:
-    """Build the stage of the present rank and measure it.
+    """Build the stage of the current rank and measure it.
 
     Args:
         core_config: megatron-core's configuration of the model in ``config``.

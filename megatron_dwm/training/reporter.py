@@ -77,7 +77,7 @@ class Reporter:
             path = config.logging.metrics_jsonl
             if path is None and config.checkpoint.save is not None:
                 path = str(Path(config.checkpoint.save) / "metrics.jsonl")
-            self.jsonl = JsonLinesWriter(Path(path), start.iteration, self._is_made_again) if path else None
+            self.jsonl = JsonLinesWriter(Path(path), start.iteration, self._is_repeated) if path else None
             if config.logging.tensorboard_dir is not None:
                 self.boards.append(
                     TensorBoardWriter(config.logging.tensorboard_dir, config.logging.tensorboard_queue_size)
@@ -199,7 +199,7 @@ class Reporter:
                 self._draw_evaluation(f"lm loss validation-{labels[name]}", value, train_state)
                 self._draw(f"dwm/validation_loss/{name}", value, train_state.iteration)
 
-    def _is_made_again(self, record: Mapping[str, Any]) -> bool:
+    def _is_repeated(self, record: Mapping[str, Any]) -> bool:
         """Whether a record of the iteration at which the run resumed is of an evaluation that will be repeated."""
         if AFTER_TRAINING in record:
             return self._has_trained

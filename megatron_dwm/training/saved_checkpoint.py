@@ -151,9 +151,7 @@ def open_checkpoint(folder: Path, *, should_verify: bool = True, rank: int = 0, 
         UserError: it is damaged; the message names the file, and the last intact checkpoint.
     """
     if has_torch_format(folder):
-        raise UserError(
-            f"{folder} has the format torch, which pretrain_dwm.py alone reads; save it there as torch_dist"
-        )
+        raise UserError(f"{folder} has the format torch, which only pretrain_dwm.py reads; save it there as torch_dist")
     with reported_damage(folder):
         saved = _open(folder)
         if should_verify:

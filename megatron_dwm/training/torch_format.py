@@ -23,8 +23,8 @@ from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.safe_unpickling import read_torch_file, short_reason
 from megatron_dwm.training.checkpoint_contents import (
-    OF_WEIGHTING,
     VERSION,
+    WEIGHTING_PREFIX,
     PerParameter,
     model_key,
     rng_state,
@@ -104,7 +104,7 @@ def open_torch_checkpoint(folder: Path, config: RunConfig, rank: int) -> TorchCh
         )
     rows = state[_first_model_key(state)].get(WORD_EMBEDDINGS)
     embedding = None if rows is None else (rows.shape[0] * config.parallel.tp, *rows.shape[1:])
-    common = {key: value for key, value in state.items() if not key.startswith(("model", OF_WEIGHTING))}
+    common = {key: value for key, value in state.items() if not key.startswith(("model", WEIGHTING_PREFIX))}
     if "optimizer" in common:
         common["optimizer"] = {}  # each rank reads its own
     keys = {"rng_state/": None} if "rng_state" in state else {}
@@ -174,7 +174,7 @@ def write_torch_state(
         state["rng_state"] = [rng_state()]
     path = rank_file(folder, parallel_state.tp_rank, parallel_state.pp_rank, parallel_state.pp_size)
     for name, tensors in (per_parameter or {}).items():
-        state[f"{OF_WEIGHTING}{name}"] = {str(number): tensor for number, tensor in enumerate(tensors.values())}
+        state[f"{WEIGHTING_PREFIX}{name}"] = {str(number): tensor for number, tensor in enumerate(tensors.values())}
     path.parent.mkdir(exist_ok=True)
     torch.save(state, path)
     if shards is not None:

@@ -143,7 +143,7 @@ class Trainer:
             batch = self.dataloaders.train.next_batch()
         with timed("dwm-before-step"):
             self.weighting.before_step(iteration)
-        with timed("dwm-compute-weights"):
+        with timed("dwm-weigh"):
             weights = self.weighting.weigh(iteration, batch)
         with (
             self.timers.attached(

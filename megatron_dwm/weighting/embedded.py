@@ -183,7 +183,7 @@ class EmbeddedWeighting:
             self._old_parameters.store()
 
     def weigh(self, batch: Any) -> torch.Tensor:
-        """Return the weights [n] of this replica's samples in the present step, float32; a collective call.
+        """Return the weights [n] of this replica's samples in the current step, float32; a collective call.
 
         Their mean over the global batch is 1. They are exactly 1.0 in the warm-up, and as long as all scores are equal.
         """

@@ -8,9 +8,8 @@ from typing import Any
 from megatron_dwm.data.blend import TARGET_FLAG
 from megatron_dwm.model_card import bullets, render_card
 from megatron_dwm.weighting.ngram.configuration import MODEL_TYPE
+from megatron_dwm.weighting.windows import UNLIMITED_LENGTH
 
-UNLIMITED_LENGTH = 10**9
-"""Tokenizers without a maximum length report a larger one."""
 NOT_MEASURED = (
     "Not measured in this folder. `megatron-dwm export-weighter --baseline RUN` writes a card with what the weighter's "
     "run has gained over a run with uniform weights."

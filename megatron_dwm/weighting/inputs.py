@@ -32,7 +32,7 @@ class WeightingInputs:
 
 
 def run_stages(config: RunConfig, weighter_resumed_at: int | None = None) -> StageSchedule:
-    """Return the stages of a run; those of a resumed run cover its whole length by its present flags.
+    """Return the stages of a run; those of a resumed run cover its whole length by its current flags.
 
     Args:
         weighter_resumed_at: the iteration from which a run continues with a trained weighter, if it does.

@@ -70,7 +70,7 @@ class TargetedWeighting(ScoredWeighting, ABC):
 class SimilarityWeighting(TargetedWeighting):
     """Samples whose hidden states are similar to the target set's count for more.
 
-    The score is the cosine of a sample's mean hidden state with the target's, at the present parameters, standardized
+    The score is the cosine of a sample's mean hidden state with the target's, at the current parameters, standardized
     over the batch. The target's is the mean over a target batch; it is renewed when a weighter would be updated.
     """
 
@@ -207,7 +207,7 @@ class TopAlignmentWeighting(TargetedWeighting):
         self._pass = AlignmentPass(parts.lm_gradients, self.sample_gather)
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
-        """Align the batch at the present parameters, and return 0 for the samples that count and -inf for others."""
+        """Align the batch at the current parameters, and return 0 for the samples that count and -inf for others."""
         lm_gradients, target = self.parts.lm_gradients, self.next_target()
         is_adam = lm_gradients.config.dwm_preconditioner == "adam"
         found = None

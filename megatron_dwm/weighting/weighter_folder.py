@@ -18,10 +18,7 @@ from megatron_dwm.safe_unpickling import DAMAGE, short_reason
 from megatron_dwm.weighting.export_manifest import trained_length, verify_export
 from megatron_dwm.weighting.sample_reader import SampleReader, TextReader, WindowReader
 from megatron_dwm.weighting.weighter_init import seeded, zero_head
-from megatron_dwm.weighting.windows import position_limit
-
-_UNLIMITED_LENGTH = 10**9
-"""Tokenizers without a maximum length report a larger one."""
+from megatron_dwm.weighting.windows import UNLIMITED_LENGTH, position_limit
 
 
 @dataclass(frozen=True)
@@ -119,8 +116,8 @@ def _text_reader(flag: str, folder: str, model: Any, tokenizer: Any, samples: Sa
     Raises:
         UserError: the tokenizer does not work.
     """
-    window, length = position_limit(model), getattr(tokenizer, "model_max_length", _UNLIMITED_LENGTH)
-    if window is not None and length < _UNLIMITED_LENGTH:
+    window, length = position_limit(model), getattr(tokenizer, "model_max_length", UNLIMITED_LENGTH)
+    if window is not None and length < UNLIMITED_LENGTH:
         window = min(window, length)
     try:
         reader = TextReader(samples.text_of, tokenizer, window)

@@ -102,7 +102,7 @@ def _load(folder: Path) -> Any:
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers and safetensors raise whatever they like
-        raise UserError(f"{folder}: cannot be loaded ({shortened(error)})") from None
+        raise UserError(f"{folder}: cannot be loaded ({shortened(error)}); remove it") from None
     return model.eval()
 
 

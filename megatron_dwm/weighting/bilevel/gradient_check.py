@@ -83,7 +83,8 @@ def check_hypergradient(
     """Compare the closed form with central differences; every rank calls it and gets the same result.
 
     Args:
-        passes: the run's passes. Parameters are restored, gradient buffers are left empty.
+        lm_gradients: the run's passes. Parameters are restored, gradient buffers are left empty.
+        sample_gather: which rank holds which samples.
         batch: this replica's training samples [n].
         target: this replica's target samples.
 

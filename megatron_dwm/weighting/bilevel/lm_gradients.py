@@ -37,7 +37,7 @@ FINITE_DIFFERENCE_DISTANCE = 1e-2  # norm of the shift of θ along v
 
 
 class LMGradients:
-    """Gradients and alignments at the present parameters, which do not change."""
+    """Gradients and alignments at the current parameters, which do not change."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class LMGradients:
         self._zero_gradients()
 
     def align(self, batch: Batch, direction: Direction) -> torch.Tensor:
-        """Return a_i = f_i ⟨v, ∇ l_i⟩ of this replica's samples [n], float64, at the present parameters.
+        """Return a_i = f_i ⟨v, ∇ l_i⟩ of this replica's samples [n], float64, at the current parameters.
 
         f_i is the factor of sample i's mean loss in the training loss.
         """

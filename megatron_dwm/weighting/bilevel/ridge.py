@@ -31,7 +31,7 @@ from megatron_dwm.weighting.weights import standardized
 
 CHUNK_TOKENS = 1 << 20
 """Tokens of the replay that are processed at a time."""
-SOLVED = 1e-10
+RESIDUAL_TOLERANCE = 1e-10
 """Residual, relative to the right-hand side's norm, at which the iterations end."""
 
 
@@ -111,7 +111,7 @@ class RidgeLearner:
         nothing = torch.zeros_like(square)
         for _ in range(self.config.dwm_weighter_steps):
             # Once solved, the solution no longer changes; the host need not read whether it is.
-            is_solved = square.sqrt() <= SOLVED * scale
+            is_solved = square.sqrt() <= RESIDUAL_TOLERANCE * scale
             product = normal_product(direction)
             step = torch.where(is_solved, nothing, square / (direction * product).sum())
             solution += step * direction

@@ -330,9 +330,9 @@ GOOD = b'{"score": 1, "source": "a", "tokens": 3, "text": "w"}\n'
         (b'{"score": NaN}\n', ["--documents", 1], "line 1: no number under 'score'"),
         (b'{"score": true}\n', ["--documents", 1], "line 1: no number under 'score'"),
         (b'{"score": 1' + b"0" * 400 + b"}\n", ["--documents", 1], "line 1: no number under 'score'"),
-        (GOOD + b"[1]\n", ["--documents", 1], "line 2: no row"),
-        (GOOD + b"{\n", ["--documents", 1], "line 2: no row"),
-        (GOOD + b'{"score": 1, "t": "\xff"}\n', ["--documents", 1], "line 2: no row"),
+        (GOOD + b"[1]\n", ["--documents", 1], "line 2: not a JSON object"),
+        (GOOD + b"{\n", ["--documents", 1], "line 2: not a JSON object"),
+        (GOOD + b'{"score": 1, "t": "\xff"}\n', ["--documents", 1], "line 2: not a JSON object"),
         (b'{"score": 1, "n": 1.5}\n', ["--tokens", 1, "--token-key", "n"], "1.5 under 'n' is not a number of tokens"),
     ],
 )
