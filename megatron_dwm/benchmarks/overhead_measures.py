@@ -149,7 +149,7 @@ def measured_parts(modes: Modes, options: OverheadConfig) -> dict[str, float]:
             (modes.frozen.weighting, "weigh", "scoring"),
             (modes.outer.lm_gradients, "gradient", "target pass"),
             (modes.outer.lm_gradients, "align", "alignment pass"),
-            (ParameterCopy, "take", "parameter copy"),
+            (ParameterCopy, "store", "parameter copy"),
             (ParameterCopy, "swap", "parameter copy"),
             (modes.weighter, "step", "weighter steps"),
             (modes.weighter, "score", "weighter steps"),

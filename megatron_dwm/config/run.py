@@ -70,6 +70,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._check_world()
         self._check_records()
+        self._check_optimizer()
         self._check_shards()
         self._check_sequence()
         self._check_batches()
@@ -101,6 +102,10 @@ class RunConfig:
                 f"world size {self.world_size} is not divisible by --tensor-model-parallel-size {tp} x "
                 f"--pipeline-model-parallel-size {pp}{context}; start a multiple of {tp * pp * cp} processes"
             )
+
+    def _check_optimizer(self) -> None:
+        if self.optimizer.decays_qk_layernorm and not self.model.qk_layernorm:
+            raise UserError("--apply-wd-to-qk-layernorm has no effect without --qk-layernorm; add it")
 
     def _check_shards(self) -> None:
         if self.parallel.use_distributed_optimizer and self.optimizer.optimizer != "adam":
@@ -178,9 +183,11 @@ class RunConfig:
                     f"virtual stages need; change {flags}"
                 )
         elif not pp <= group <= microbatches or 0 < microbatches % group < pp:
+            last = f", whose last would have {microbatches % group}" if pp <= group <= microbatches else ""
             raise UserError(
-                f"--microbatch-group-size-per-virtual-pipeline-stage {group}: {microbatches} microbatches are not in "
-                f"groups of at least {pp}, the stages of the pipeline; change it or {flags}"
+                f"--microbatch-group-size-per-virtual-pipeline-stage {group}: {microbatches} microbatches do not make "
+                f"groups of {group}{last}, and each needs at least {pp}, the stages of the pipeline; change it or "
+                f"{flags}"
             )
 
     def _check_schedule(self) -> None:

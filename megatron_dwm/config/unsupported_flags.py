@@ -83,8 +83,7 @@ UNSUPPORTED: dict[str, str] = {
     "outer updates support only megatron-core's Adam and SGD; use --optimizer adam or sgd": """
         --optimizer=*muon --muon-* --lion-* --ademamix-*""",
     "parameter groups are megatron-core's defaults; leave it out": """
-        --no-use-layer-wise-param-layout --dump-param-to-param-group-map
-        --apply-wd-to-qk-layernorm --no-weight-decay-cond-type""",
+        --no-use-layer-wise-param-layout --dump-param-to-param-group-map""",
     "image models and T5 are not supported; use rope": """
         --position-embedding-type=mrope --position-embedding-type=relative""",
     "it is for models other than GPTs, or for fine-tuning; use HuggingFaceTokenizer": """
