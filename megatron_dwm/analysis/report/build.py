@@ -17,7 +17,7 @@ from megatron_dwm.analysis.records import RunRecords
 from megatron_dwm.analysis.report.content import PROPERTIES, Example, Report
 from megatron_dwm.analysis.report.documents import (
     REFERENCE_SAMPLES,
-    Document,
+    TrackedDocument,
     WeightHistory,
     exports,
     weights_over_time,
@@ -158,9 +158,9 @@ def _with_history(report: Report, folder: Path, run_samples: RunSamples, number:
         return replace(report, notes=[*report.notes, f"Documents are not followed over time: {error}"])
     sources = dict(zip(report.samples.index.tolist(), report.samples.source.tolist(), strict=True))
 
-    def document(row: int) -> Document:
+    def document(row: int) -> TrackedDocument:
         index = indices[row]
-        return Document(sources[index], index, _shown(run_samples, index), weights[row].tolist())
+        return TrackedDocument(sources[index], index, _shown(run_samples, index), weights[row].tolist())
 
     history = WeightHistory(iterations, [document(row) for row in _notable_rows(weights, number)], len(reference))
     return replace(report, history=history)

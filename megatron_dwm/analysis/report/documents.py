@@ -25,7 +25,7 @@ _MAX_EXPORTS = 12
 
 
 @dataclass(frozen=True)
-class Document:
+class TrackedDocument:
     """A sample, and its weight by each export."""
 
     source: str
@@ -46,7 +46,7 @@ class WeightHistory:
 
     iterations: list[int]
     """Iterations of the exports [e]."""
-    documents: list[Document]
+    documents: list[TrackedDocument]
     reference: int
     """Samples that the weights are relative to."""
 
