@@ -140,6 +140,8 @@ export MASTER_ADDR MASTER_PORT
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 SRUN=(srun --kill-on-bad-exit=1 $SRUN_ARGS)
 if [[ -n $CONTAINER_IMAGE ]]; then
+    [[ $(srun --help 2>&1) == *--container-image* ]] ||
+        fail "CONTAINER_IMAGE=$CONTAINER_IMAGE: srun has no --container-image, which is pyxis's; install pyxis and enroot or unset it"
     mounts=$REPO_DIR:$REPO_DIR${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
     if [[ $PWD != "$REPO_DIR" ]]; then mounts+=,$PWD:$PWD; fi # where relative paths lead to
     SRUN+=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$PWD")

@@ -116,8 +116,9 @@ def test_the_scripts_for_slurm_plan_their_runs(size: str, layout: str, tmp_path:
 
 
 def test_tasks_start_in_a_container_with_further_options(tmp_path: Path):
-    """What a job asks srun for, by commands that stand in its place."""
-    for name, text in {"srun": "printf '%s ' \"$@\"; echo", "scontrol": "echo node1; echo node2"}.items():
+    """What a job asks srun for, by commands that stand in its place; an srun without pyxis is said so."""
+    srun = "if [ $1 = --help ]; then echo $HELP; else printf '%s ' \"$@\"; echo; fi"
+    for name, text in {"srun": srun, "scontrol": "echo node1; echo node2"}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     container = {"CONTAINER_IMAGE": "image.sqsh", "CONTAINER_MOUNTS": "/data:/data", "SRUN_ARGS": "--mpi=none --label"}
@@ -125,6 +126,10 @@ def test_tasks_start_in_a_container_with_further_options(tmp_path: Path):
     data = {"DATA_PATH": "train", "TARGET_DATA_PATH": "target", "TOKENIZER_MODEL": "tokenizer"}
     environment = {**os.environ, **container, **slurm, **data, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     script = ["bash", ROOT / "examples/pretrain_1b_dwm.sh"]
+    without = {**environment, "HELP": "Usage: srun"}
+    refused = subprocess.run(script, env=without, cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: CONTAINER_IMAGE=image.sqsh: srun has no")
+    environment["HELP"] = "--container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH"
     done = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     preflight, tasks, *_ = done.stdout.splitlines()
     common = (
