@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 
+from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.errors import UserError, shortened
 
 logger = logging.getLogger(__name__)
-
-ACCURACIES = ("acc", "acc_norm", "exact_match")
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class TaskResult:
     """``answer_nll`` and ``choice_nll`` of each item, by its number in the task."""
 
 
-class Evaluator:
+class TaskEvaluator:
     """Tasks that models are evaluated on, one model after the other."""
 
     def __init__(
@@ -139,14 +138,14 @@ class Evaluator:
 
     def _model(self, folder: Path, add_bos_token: bool | None) -> Any:
         from lm_eval.models.huggingface import HFLM
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
+        tokenizer = load_tokenizer_folder(folder)
         try:
-            options = {"local_files_only": True, "trust_remote_code": False}
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            model = AutoModelForCausalLM.from_pretrained(folder, **options)
+            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"{folder}: cannot be loaded as a language model ({shortened(error)})") from None
+            reason = shortened(error)
+            raise UserError(f"{folder}: cannot be loaded as a language model ({reason}); give another") from None
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with quiet_harness():
             return HFLM(

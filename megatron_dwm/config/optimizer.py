@@ -130,7 +130,7 @@ class OptimizerConfig:
         if self.weight_decay_incr_style != "constant" and None in varying:
             raise UserError(
                 f"--weight-decay-incr-style {self.weight_decay_incr_style} needs --start-weight-decay and "
-                "--end-weight-decay"
+                "--end-weight-decay; give both"
             )
         if self.weight_decay_incr_style == "constant" and varying != (None, None):
             raise UserError(
@@ -140,7 +140,7 @@ class OptimizerConfig:
         if (self.start_weight_decay or 0.0) > (self.end_weight_decay or 0.0):
             raise UserError(
                 f"--start-weight-decay {self.start_weight_decay} exceeds --end-weight-decay {self.end_weight_decay}; "
-                "weight decay can only grow"
+                "weight decay can only grow, so change one"
             )
 
     @property

@@ -111,7 +111,7 @@ class RunConfig:
         if self.parallel.use_distributed_optimizer and self.optimizer.optimizer != "adam":
             raise UserError(
                 f"--use-distributed-optimizer does not go with --optimizer {self.optimizer.optimizer}: megatron-core "
-                "shards the state of Adam alone; leave one out"
+                "shards only the state of Adam; leave one out"
             )
         ranks, instances = self.world_size // self.parallel.mp, self.parallel.num_distributed_optimizer_instances
         if ranks % instances:
@@ -297,7 +297,7 @@ class RunConfig:
         """
         if self.weighting.dwm_target_batch_size is not None:
             return self.weighting.dwm_target_batch_size
-        if not self.weighting.learns_weighter:
+        if not self.weighting.has_trainable_weighter:
             return self.global_batch_size
         dp, part = self.data_parallel_size, -(-self.global_batch_size // TARGET_PART)
         unit = dp
@@ -310,7 +310,7 @@ class RunConfig:
     @property
     def target_momentum(self) -> float:
         """The momentum of the target gradient's running mean; 0 if there is none."""
-        if not self.weighting.learns_weighter:
+        if not self.weighting.has_trainable_weighter:
             return 0.0
         if self.weighting.dwm_target_momentum is not None:
             return self.weighting.dwm_target_momentum

@@ -69,7 +69,7 @@ UNSUPPORTED: dict[str, str] = {
         --fsdp-* --megatron-fsdp-*
         --no-gradient-reduce-div-fusion --enable-full-sharding-in-hsdp --init-model-with-meta-device
         --*-strict-fsdp-dtensor-load""",
-    "memory is saved by recomputation alone; use --recompute-granularity": """
+    "memory is saved only by recomputation; use --recompute-granularity": """
         --fine-grained-activation-offloading --offload-modules --min-offloaded-tensor-size
         --fine-grained-offloading-* --delay-offload-until-cuda-graph --delta-offload-bytes-across-pp-ranks
         --activation-offload-fraction --mlp-chunks-for-training""",
@@ -111,8 +111,8 @@ UNSUPPORTED: dict[str, str] = {
     "batches grow only by --rampup-batch-size; use that": "--phase-transition-iterations --step-batch-size-schedule",
     "evaluations use the batch sizes of training; use --eval-iters": "--eval-global-batch-size --eval-micro-batch-size",
     "evaluations start with the run; use --eval-interval": "--start-eval-at-iter",
-    "benchmarks/chaos.py disturbs runs; leave it out": "--fault-injector-*",
-    "torch reads TORCH_FR_BUFFER_SIZE and TORCH_NCCL_DUMP_ON_TIMEOUT; set them": """
+    "faults are injected by benchmarks/chaos.py; leave it out": "--fault-injector-*",
+    "the flight recorder is set by TORCH_FR_BUFFER_SIZE and TORCH_NCCL_DUMP_ON_TIMEOUT; use these variables": """
         --flight-recorder-* --no-flight-recorder-* --disable-flight-recorder-*""",
     "there is no such report; --timing-log-level 1 shows slow ranks; leave it out": """
         --save-wgrads-interval --save-dgrads-interval --save-params-interval --save-activations-interval

@@ -11,7 +11,7 @@ from megatron_dwm.plan.memory import StageMemory
 from megatron_dwm.plan.plan import Plan
 
 GIB = 1024**3
-MOST_ROWS = 8
+MAX_ROWS = 8
 """Stages that are shown; of more than so many, those at both ends."""
 
 
@@ -41,7 +41,7 @@ def _layout(plan: Plan) -> list[str]:
 
 def _memory(plan: Plan) -> list[str]:
     stages = plan.memory
-    shown = stages if len(stages) <= MOST_ROWS else [*stages[: MOST_ROWS // 2], *stages[-MOST_ROWS // 2 :]]
+    shown = stages if len(stages) <= MAX_ROWS else [*stages[: MAX_ROWS // 2], *stages[-MAX_ROWS // 2 :]]
     head = ["stage", "layers", "parameters", "weights", "gradients", "optimizer", "activations", "plain", "weighting"]
     rows = [[*head, "in an update", "peak"], *(_memory_row(stage) for stage in shown)]
     left_out = f"; {len(stages) - len(shown)} stages between them are left out" if len(shown) < len(stages) else ""

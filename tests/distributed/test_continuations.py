@@ -51,8 +51,8 @@ def _expected(state: HfState) -> list[Likelihood]:
         with torch.no_grad():
             logs = reference.eval()(kept[None, :-1]).logits[0].log_softmax(-1)[-length:]
         right = kept[-length:]
-        is_likeliest = bool((logs.argmax(-1) == right).all())
-        likelihoods.append(Likelihood(float(logs.gather(1, right[:, None]).sum()), is_likeliest))
+        is_greedy = bool((logs.argmax(-1) == right).all())
+        likelihoods.append(Likelihood(float(logs.gather(1, right[:, None]).sum()), is_greedy))
     return likelihoods
 
 
@@ -64,5 +64,5 @@ def test_likelihoods_are_those_of_hugging_face(layout: str):
         assert is_as_before
         wanted = [each.log_likelihood for each in expected]
         assert [each.log_likelihood for each in found] == pytest.approx(wanted, abs=1e-4, rel=1e-5)
-        assert [each.is_likeliest for each in found] == [each.is_likeliest for each in expected]
-        assert sum(each.is_likeliest for each in found[-VOCAB_SIZE:]) == 1
+        assert [each.is_greedy for each in found] == [each.is_greedy for each in expected]
+        assert sum(each.is_greedy for each in found[-VOCAB_SIZE:]) == 1

@@ -15,7 +15,12 @@ from megatron_dwm.data.batch import Batch
 from megatron_dwm.errors import UserError
 from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.bilevel.alignment import Direction
-from megatron_dwm.weighting.bilevel.gradient_check import BOUND, HypergradientCheck, check_at_start, check_hypergradient
+from megatron_dwm.weighting.bilevel.gradient_check import (
+    TOLERANCE,
+    HypergradientCheck,
+    check_at_start,
+    check_hypergradient,
+)
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from tests.distributed.built_model import CONTEXT_PARALLEL, LAYOUTS, BuiltModel, build_model, random_mask, random_tokens
 from tests.distributed.harness import run_distributed
@@ -65,7 +70,7 @@ def test_it_passes_in_every_layout_and_changes_nothing(layout: str):
         (2, {}, random_mask(2), 2e-3),
         (2, {"--calculate-per-token-loss": True}, unequal_mask(), 2e-3),
         (0, {}, unequal_mask(), 2e-3),
-        (0, {"--dwm-alignment": "finite-difference", "--dwm-temperature": 3}, random_mask(2), BOUND),
+        (0, {"--dwm-alignment": "finite-difference", "--dwm-temperature": 3}, random_mask(2), TOLERANCE),
     ],
     ids=["Adam's preconditioner", "loss per token", "samples of unequal length", "finite differences"],
 )
@@ -121,7 +126,7 @@ class LossThatIgnoresWeights(LMGradients):
 )
 def test_it_notices_an_alignment_or_a_step_that_is_wrong(kind: type[LMGradients]):
     for found, unchanged in run_distributed(checked, 2, LLAMA, 0, random_mask(2), kind):
-        assert unchanged and not found.passed and found.error > 1.5 * BOUND
+        assert unchanged and not found.passed and found.error > 1.5 * TOLERANCE
 
 
 def refusal(flags: Flags, spoil: Callable[[BuiltModel], None], mask: torch.Tensor) -> str:
@@ -144,7 +149,7 @@ def test_parameters_with_wrong_marks_end_the_run_on_all_ranks():
     world, parallel = LAYOUTS["TP2"]
     flags = {**GPT, **parallel, "--dwm-alignment": "single-sample"}
     for message in run_distributed(refusal, world, flags, mark_all_parameters_as_shards, random_mask(2)):
-        assert message.startswith("--dwm-check: hypergradient") and f"(bound {BOUND:g})" in message
+        assert message.startswith("--dwm-check: hypergradient") and f"(bound {TOLERANCE:g})" in message
 
 
 def test_a_target_set_without_a_loss_leaves_nothing_to_check():

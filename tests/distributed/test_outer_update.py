@@ -123,7 +123,7 @@ def updates(flags: Flags) -> tuple[list[tuple[dict[str, str], dict[str, str]]], 
     for number in range(2):
         batch = built.batch(random_tokens(1 + number), random_mask(2))
         target = built.batch(random_tokens(5 + number), random_mask(6))
-        before = ParameterCopy.taken(built.chunks)
+        before = ParameterCopy.of(built.chunks)
         train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None, built.parallel_state)
         with built.engine.full_parameters():
             first = fingerprint(built)
@@ -160,7 +160,7 @@ def trained(flags: Flags, updating: bool) -> dict[str, str]:
     outer = built.outer(Weighter(classifier(), built.config.weighting, torch.device("cpu")))
     for number in range(3):
         batch, target = (built.batch(random_tokens(seed + number), random_mask(2)) for seed in (1, 5))
-        before = ParameterCopy.taken(built.chunks)
+        before = ParameterCopy.of(built.chunks)
         train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None, built.parallel_state)
         if updating and number < 2:
             with built.engine.full_parameters():
@@ -186,7 +186,7 @@ def test_a_replica_that_has_drifted_ends_the_run_at_the_next_update():
             weighter.model.score.weight.data[0, 0] += 1e-3
         batch, target = built.batch(random_tokens(1), random_mask(2)), built.batch(random_tokens(5), random_mask(6))
         with pytest.raises(RuntimeError, match="replicas differ"):
-            built.outer(weighter).run(batch, target, ParameterCopy.taken(built.chunks))
+            built.outer(weighter).run(batch, target, ParameterCopy.of(built.chunks))
         return "noticed"
 
     assert run_distributed(drift, 2) == ["noticed", "noticed"]

@@ -18,7 +18,7 @@ from megatron_dwm.analysis.report.documents import WeightHistory
 from megatron_dwm.analysis.report.drawing import axis_title, faint_line, figure, label, line, mark, note, rounded
 from megatron_dwm.analysis.report.palette import COLORS, FAINT, INK, color, faded, stage_color
 from megatron_dwm.analysis.running_mean import smoothed
-from megatron_dwm.analysis.uncertainty import ENOUGH_UPDATES, Estimate
+from megatron_dwm.analysis.uncertainty import MIN_UPDATES, Estimate
 
 TOO_FEW = "too few updates"
 _MEAN_OF_UPDATES = 5
@@ -104,7 +104,7 @@ def source_alignment(run: RunRecords, aligned: SourceAlignments) -> go.Figure:
         # The first running means would be those of one update, two, and so on.
         means = smoothed(values, _MEAN_OF_UPDATES)[_MEAN_OF_UPDATES - 1 :]
         traces.append(line(iterations[_MEAN_OF_UPDATES - 1 :], means, source, color(number), hovertemplate="%{y:+.2f}"))
-    layout = note(TOO_FEW) if len(aligned.iterations) < ENOUGH_UPDATES else {}
+    layout = note(TOO_FEW) if len(aligned.iterations) < MIN_UPDATES else {}
     return figure(traces, run, shapes=[mark(0.0)], **layout)
 
 

@@ -20,7 +20,7 @@ from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.weighting.bilevel.alignment import Direction
 
-AT_A_TIME = 1 << 22
+CHUNK_ELEMENTS = 1 << 22
 """Elements that are scaled together, if they are several parameters'."""
 
 
@@ -83,7 +83,7 @@ def batches(sizes: Sequence[int]) -> Iterator[list[int]]:
     """Yield groups of parts, by index, that are scaled together; a group takes memory for its number of elements."""
     batch: list[int] = []
     for place, size in enumerate(sizes):
-        if batch and size + sum(sizes[n] for n in batch) > AT_A_TIME:
+        if batch and size + sum(sizes[n] for n in batch) > CHUNK_ELEMENTS:
             yield batch
             batch = []
         batch.append(place)

@@ -29,9 +29,9 @@ from megatron_dwm.weighting.bilevel.replay import Replay
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weights import standardized
 
-AT_A_TIME = 1 << 20
+CHUNK_TOKENS = 1 << 20
 """Tokens of the replay that are processed at a time."""
-SOLVED = 1e-10
+RESIDUAL_TOLERANCE = 1e-10
 """Residual, relative to the right-hand side's norm, at which the iterations end."""
 
 
@@ -110,9 +110,8 @@ class RidgeLearner:
         square = residual.square().sum()
         nothing = torch.zeros_like(square)
         for _ in range(self.config.dwm_weighter_steps):
-            is_solved = (
-                square.sqrt() <= SOLVED * scale
-            )  # then the solution no longer changes, without a read by the host
+            # Once solved, the solution no longer changes; the host need not read whether it is.
+            is_solved = square.sqrt() <= RESIDUAL_TOLERANCE * scale
             product = normal_product(direction)
             step = torch.where(is_solved, nothing, square / (direction * product).sum())
             solution += step * direction
@@ -137,7 +136,7 @@ class RidgeLearner:
         scale = config.dwm_temperature / config.dwm_kl_weight
         tokens = torch.cat([aligned.tokens for aligned in replay.batches])
         pieces = []
-        for part in tokens.split(max(1, AT_A_TIME // tokens.shape[1])):
+        for part in tokens.split(max(1, CHUNK_TOKENS // tokens.shape[1])):
             buckets, values = self.weighter.features(part.long())
             pieces.append((buckets.to(torch.int32), values))
         targets, batch_of = [], []

@@ -24,14 +24,14 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.layers import linear_with_frozen_weight
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-from megatron_dwm.model.attributes import changed_attributes
+from megatron_dwm.model.attributes import temporary_attributes
 from megatron_dwm.model.protocols import ModelChunk
 from megatron_dwm.runtime.process_groups import ParallelState
 
 _LINEAR = (ColumnParallelLinear, RowParallelLinear)
 _EMBEDDINGS = (VocabParallelEmbedding, torch.nn.Embedding)
 _NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm)
-_AT_A_TIME = {"cpu": 1 << 19, "gpu": 1 << 24}
+_CHUNK_ELEMENTS = {"cpu": 1 << 19, "gpu": 1 << 24}
 """Numbers that are multiplied at a time, in float32: few enough for a CPU's cache, or to use a GPU well."""
 
 
@@ -81,7 +81,7 @@ def sample_products(
             handle = layer.module.register_forward_hook(layer.watch, with_kwargs=True)
             stack.callback(handle.remove)
             if isinstance(layer.module, _LINEAR):
-                stack.enter_context(changed_attributes(layer.module, {"_forward_impl": linear_with_frozen_weight}))
+                stack.enter_context(temporary_attributes(layer.module, {"_forward_impl": linear_with_frozen_weight}))
         yield products
 
 
@@ -179,9 +179,8 @@ class _Layer:
         if tied is not None:
             kwargs = {**kwargs, "weight": self._along(tied)}
         along = {name: None if param is None else self._along(param) for name, param in self.params.items()}
-        with changed_attributes(
-            self.module, {"_parameters": along}
-        ):  # like torch.func.functional_call, but without hooks
+        # Like torch.func.functional_call, but without hooks.
+        with temporary_attributes(self.module, {"_parameters": along}):
             output: Any = self.module.forward(*inputs, **kwargs)
         change, bias = output if isinstance(output, tuple) else (output, None)
         moved: torch.Tensor = change if bias is None else change + bias
@@ -194,7 +193,7 @@ class _Layer:
 def _inner_products(one: torch.Tensor, other: torch.Tensor, batch_dim: int) -> torch.Tensor:
     """Return the inner product of each sample's part of two tensors [b], float64."""
     wide = torch.promote_types(one.dtype, torch.float32)
-    size = max(1, _AT_A_TIME["cpu" if one.is_cpu else "gpu"] * len(one) // max(1, one.numel()))
+    size = max(1, _CHUNK_ELEMENTS["cpu" if one.is_cpu else "gpu"] * len(one) // max(1, one.numel()))
     pairs = zip(one.split(size), other.split(size), strict=True)
     by_row = torch.cat([(some.to(wide) * others.to(wide)).sum(-1) for some, others in pairs])
     summed = [dim for dim in range(by_row.dim()) if dim != batch_dim]
