@@ -167,8 +167,18 @@ if [[ $PREFLIGHT == 1 && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
     "${PLAN[@]}" "${ARGS[@]}"
 fi
 
-# Requeue this job; it is an error if it has made no iteration for the third time in a row.
+# Whether SLURM ends this job for another reason than its time limit: someone cancels it.
+is_cancelled() {
+    [[ $(scontrol show job "$SLURM_JOB_ID") =~ JobState=(COMPLETING|CANCELLED)\ Reason=([A-Za-z]+) ]] &&
+        [[ ${BASH_REMATCH[2]} != TimeLimit ]]
+}
+
+# Requeue this job, unless it is cancelled; it is an error if it has made no iteration for the third time in a row.
 requeue() { # ITERATION
+    if is_cancelled; then
+        echo "interrupted at iteration $1; SLURM ends the job"
+        return
+    fi
     local stops=$LOG_DIR/stops-without-progress
     if (($1 > iteration_before)); then rm -f "$stops"; else echo "$1" >>"$stops"; fi
     if [[ -f $stops ]] && (($(wc -l <"$stops") >= 3)); then
