@@ -135,7 +135,6 @@ fi
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # piping to head could end scontrol, and so this script
 MASTER_ADDR=${hosts%%$'\n'*}
 MASTER_PORT=${MASTER_PORT:-$((10000 + (SLURM_JOB_ID + 7 * ${SLURM_RESTART_COUNT:-0}) % 20000))}
-export MASTER_ADDR MASTER_PORT
 # srun does not inherit --cpus-per-task from sbatch.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 SRUN=(srun --kill-on-bad-exit=1 $SRUN_ARGS)
@@ -195,10 +194,12 @@ read -r _ iteration_before <<<"$(run_status)"
 # tasks would inherit that the signal is ignored.
 trap : TERM USR1 USR2
 
-# Each task gets its rank in the variables that torch.distributed reads.
+# Each task gets its rank and the rendezvous in the variables that torch.distributed reads. A container's image, or hooks
+# of enroot, may have their own values of the latter, which would win over this shell's.
 "${SRUN[@]}" --output="$LOG_DIR/%x-%j-%N.log" --open-mode=append bash -c '
-    export WORLD_SIZE=$SLURM_NTASKS RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
-    exec "$@"' pretrain_dwm "$PYTHON" "$REPO_DIR/pretrain_dwm.py" "${ARGS[@]}" || code=$?
+    export WORLD_SIZE=$SLURM_NTASKS RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID MASTER_ADDR=$1 MASTER_PORT=$2
+    exec "${@:3}"' pretrain_dwm "$MASTER_ADDR" "$MASTER_PORT" \
+    "$PYTHON" "$REPO_DIR/pretrain_dwm.py" "${ARGS[@]}" || code=$?
 
 read -r status iteration <<<"$(run_status)"
 case ${code:-0} in

@@ -131,7 +131,7 @@ def test_tasks_start_in_a_container_with_further_options(tmp_path: Path):
     assert refused.returncode == 2 and refused.stderr.startswith("error: CONTAINER_IMAGE=image.sqsh: srun has no")
     environment["HELP"] = "--container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH"
     done = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
-    preflight, tasks, *_ = done.stdout.splitlines()
+    preflight, tasks, _, program, *_ = done.stdout.splitlines()
     common = (
         "--kill-on-bad-exit=1 --mpi=none --label --container-image=image.sqsh "
         f"--container-mounts={ROOT}:{ROOT},/data:/data,{tmp_path}:{tmp_path} --container-workdir={tmp_path} "
@@ -140,3 +140,4 @@ def test_tasks_start_in_a_container_with_further_options(tmp_path: Path):
         f"{common}--nodes=1 --ntasks=1 python {ROOT}/pretrain_dwm.py --plan --plan-world-size 32"
     )
     assert tasks.startswith(f"{common}--output=runs/pretrain_1b_dwm/logs/%x-%j-%N.log")
+    assert f'"${{@:3}}" pretrain_dwm node1 10007 python {ROOT}/pretrain_dwm.py --tensor' in program
