@@ -56,7 +56,8 @@ NOT_IN_ITS_PARSER = {
     *{"--fp8-hybrid"},  # its guide has it
     *{"--export-kd-cfg", "--export-kd-teacher-load", "--export-te-mcore-model"},  # added by its model optimizer
     *{"--activations-checkpoint-method"},  # older ones had them
-    *{"--deepspeed", "--zero-stage", "--no-pipeline-parallel"},  # Megatron-DeepSpeed's
+    *{"--deepspeed", "--zero-stage", "--no-pipeline-parallel", "--train-tokens"},  # Megatron-DeepSpeed's
+    *{"--lr-decay-tokens", "--lr-warmup-tokens"},  # the same
     *{"--use-z-loss", "--goldfish-loss", "--ademamix-alpha"},  # forks'
 }
 OF_OLDER_ONES_AND_FORKS = {
