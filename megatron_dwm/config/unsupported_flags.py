@@ -44,6 +44,8 @@ UNSUPPORTED: dict[str, str] = {
     "it was removed from Megatron-LM; use --tensor-model-parallel-size": "--model-parallel-size",
     "it was removed from Megatron-LM; use --recompute-granularity full --recompute-method uniform": """
         --activations-checkpoint-method""",
+    "a run's length is in iterations or samples; use --train-samples, --lr-decay-samples and --lr-warmup-samples": """
+        --train-tokens --lr-decay-tokens --lr-warmup-tokens""",
     "DeepSpeed is not used; use --use-distributed-optimizer": "--deepspeed* --zero-* --no-pipeline-parallel",
     "it adds a loss term or leaves tokens out, so that another loss would be weighted; leave it out": """
         --use-z-loss --goldfish-*""",
