@@ -151,6 +151,7 @@ def measured_parts(modes: Modes, options: OverheadConfig) -> dict[str, float]:
             (modes.outer.lm_gradients, "align", "alignment pass"),
             (ParameterCopy, "store", "parameter copy"),
             (ParameterCopy, "swap", "parameter copy"),
+            (ParameterCopy, "restore", "parameter copy"),
             (modes.weighter, "step", "weighter steps"),
             (modes.weighter, "score", "weighter steps"),
         ):
@@ -207,7 +208,8 @@ def measure_memory(modes: Modes) -> dict[str, Any]:
     """
 
     def replay_bytes() -> int:
-        return sum(aligned.tokens.untyped_storage().nbytes() for aligned in modes.outer.replay.batches)
+        tokens = sum(aligned.tokens.untyped_storage().nbytes() for aligned in modes.outer.replay.batches)
+        return tokens + modes.outer.learner.kept_bytes
 
     plain, _ = peak_and_retained(partial(modes.plain.train_iteration, 1))
     weighted, _ = peak_and_retained(partial(modes.frozen.train_iteration, 1))

@@ -13,7 +13,7 @@ import torch
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.plan.meter import Meter, Traffic
 from megatron_dwm.plan.simulated_rank import fake_tensors
-from megatron_dwm.weighting.bilevel.ridge import CHUNK_TOKENS
+from megatron_dwm.weighting.bilevel.ridge import CHUNK_TOKENS, are_features_kept
 from megatron_dwm.weighting.inputs import WeightingInputs
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_init import model_from_config, random_weighter_model
@@ -37,7 +37,7 @@ class WeighterPlan:
     """Parameters without the input embedding."""
     is_linear: bool
     held: int
-    """Bytes that it always holds: parameters, optimizer's state, replay."""
+    """Bytes that it always holds: parameters, optimizer's state, replay, and the replay's features if they are kept."""
     learning: int
     """Additional bytes during an outer update."""
     traffic: Traffic
@@ -65,6 +65,8 @@ def plan_weighter(config: RunConfig, inputs: WeightingInputs, vocab_size: int, e
         learning = (RIDGE_BYTES_PER_NGRAM * tokens + chunk) * len(lengths)
         learning += 4 * tokens
         learning += RIDGE_VECTORS * 8 * weighter.num_parameters
+        if are_features_kept(tokens) and (inputs.folder is None or inputs.folder.reader is None):
+            held += RIDGE_BYTES_PER_NGRAM * tokens * len(lengths)
         # The right-hand side, the residual of the start, and the steps.
         products = settings.dwm_weighter_steps + 2
         traffic.add("all-reduce", float(products * 8 * weighter.num_parameters), config.world_size)

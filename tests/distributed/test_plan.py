@@ -83,7 +83,7 @@ def _count(flags: Flags) -> dict[str, Any]:
         _, direction = gradients.gradient(target)
         before.swap()
         gradients.align(batch, direction)
-        before.swap()
+        before.restore()
     held["activations"] = passes.peak
     return {**held, "step": (passes.traffic + step.traffic).payloads, "update": update.traffic.payloads}
 

@@ -76,7 +76,8 @@ class AlignmentPass:
             batch: this replica's samples.
             target: this replica's target samples.
             old_parameters: the parameters θ at which the samples' gradients are taken, while the model holds θ', at
-                which the target's is; if not given, both are taken at the model's parameters.
+                which the target's is; if not given, both are taken at the model's parameters. The copy holds θ'
+                afterwards.
 
         Returns:
             None, on every rank, if an alignment is not finite and the schedule lets such numbers pass, as fp16 training
@@ -92,8 +93,8 @@ class AlignmentPass:
                 old_parameters.swap()
             alignments = self.sample_gather.gather_from_replicas(self.lm_gradients.align(batch, direction)).cpu()
             self.lm_gradients.discard(direction)
-            if old_parameters is not None:
-                old_parameters.swap()
+            if old_parameters is not None:  # the copy holds θ' now, and is not needed any more
+                old_parameters.restore()
         if not bool(alignments.isfinite().all()):
             if self.lm_gradients.check_for_nan:
                 raise FloatingPointError("an alignment is not finite; lower --lr, or look at the data of this step")

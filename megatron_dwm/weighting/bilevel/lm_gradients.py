@@ -17,6 +17,7 @@ from megatron_dwm.data.batch import Batch
 from megatron_dwm.model.attributes import temporary_attributes
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.loss import weighted_loss
+from megatron_dwm.model.optimizer_parts import has_loss_scale
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.runtime.process_groups import ParallelState
@@ -91,7 +92,8 @@ class LMGradients:
                 check_for_nan=False,
             )
         gradients = GradientBuffers(self.engine.chunks)
-        gradients.scale(1.0 / self.optimizer.get_loss_scale())
+        if has_loss_scale(self.optimizer):
+            gradients.scale(1.0 / self.optimizer.get_loss_scale())
         if self.gradient_mean is not None:
             self.gradient_mean.average(gradients)
         if self.config.dwm_preconditioner == "adam":

@@ -67,7 +67,9 @@ def _scale(values: Sequence[torch.Tensor], held: Sequence[_Owned]) -> None:
         scales = list(torch._foreach_div(moments, corrections))
         torch._foreach_sqrt_(scales)
         torch._foreach_add_(scales, [part.group["eps"] for part in parts])
-        torch._foreach_mul_(some, [part.relative_rate for part in parts])
+        rates = [part.relative_rate for part in parts]
+        if any(rate != 1 for rate in rates):
+            torch._foreach_mul_(some, rates)
         torch._foreach_div_(some, scales)
 
 
