@@ -257,8 +257,8 @@ def _correlations_by(
 
 
 @dataclass(frozen=True)
-class Quarter:
-    """About a quarter of the samples, by one property."""
+class QuartileGroup:
+    """The samples between two quartiles of a property."""
 
     low: float
     high: float
@@ -273,7 +273,7 @@ class Quarter:
     """Its fraction of all samples."""
 
 
-def quarters(values: np.ndarray, weights: np.ndarray) -> list[Quarter]:
+def quartile_groups(values: np.ndarray, weights: np.ndarray) -> list[QuartileGroup]:
     """Divide the samples at the quartiles of ``values`` [n], lowest first.
 
     Equal values stay together: of up to four different values each is a group, and the groups can be uneven.
@@ -293,7 +293,7 @@ def quarters(values: np.ndarray, weights: np.ndarray) -> list[Quarter]:
             low, high = float(inside.min()), float(inside.max())
             of_group, n = weights[mask], int(mask.sum())
             error = float(of_group.std() / n**0.5)
-            found.append(Quarter(low, high, float(of_group.mean()), error, n, fraction=float(mask.mean())))
+            found.append(QuartileGroup(low, high, float(of_group.mean()), error, n, fraction=float(mask.mean())))
     return found
 
 

@@ -58,7 +58,7 @@ class PreprocessConfig:
     output_prefix: str | None = flag(None, "Path of the output without _<key>_document.bin/.idx.")
     output_per_file: bool = flag(
         False,
-        "Make data sets of each input file, with its name behind --output-prefix, or in that folder if it ends with a "
+        "Make datasets of each input file, with its name behind --output-prefix, or in that folder if it ends with a "
         "slash, instead of datasets of all files together.",
     )
     workers: int = flag(1, "Number of processes that tokenize, or of simultaneous tasks of a SLURM job.")
@@ -104,7 +104,7 @@ def preprocess(config: PreprocessConfig, tokenizer_config: TokenizerConfig) -> l
     """Write ``<output_prefix>_<key>_document.bin`` and ``.idx`` of each key, in place of old ones.
 
     Returns:
-        the names of the data sets, without suffix.
+        the names of the datasets, without suffix.
 
     Raises:
         UserError: an unreadable input or tokenizer, a malformed record (unless skipped), or no documents.
@@ -147,7 +147,7 @@ def _names(paths: list[str]) -> dict[str, str]:
 def _preprocess(
     config: PreprocessConfig, tokenizer_config: TokenizerConfig, encoder: Encoder, paths: list[str]
 ) -> None:
-    """Write the data sets of some files.
+    """Write the datasets of some files.
 
     Raises:
         UserError: as :func:`preprocess`.

@@ -61,7 +61,7 @@ def _memory_row(stage: StageMemory) -> list[str]:
 
 
 def _costs(plan: Plan) -> list[str]:
-    parts = {"a step": plan.step, "its weights": plan.scoring, "an outer update": plan.update}
+    parts = {"a step": plan.step, "scoring": plan.scoring, "an outer update": plan.update}
     ranks = plan.layout.processes
     purposes = list(dict.fromkeys(purpose for cost in parts.values() for purpose in cost.traffic))
     rows = [["", "TFLOP a rank", "GiB sent", *purposes]]
@@ -69,8 +69,8 @@ def _costs(plan: Plan) -> list[str]:
     lines = ["operations, and bytes that a rank sends (of the stage that sends most), by purpose", *_table(rows)]
     if plan.share.operations:
         lines.append(
-            f"  weighting takes {plan.share.operations:.2%} of the run's operations more than plain training, and "
-            f"{plan.share.sent:.2%} of the bytes sent"
+            f"  weighting adds {plan.share.operations:.2%} to the operations of plain training, and "
+            f"{plan.share.sent:.2%} to the bytes sent"
         )
     return lines
 

@@ -27,6 +27,8 @@ from tests.distributed.built_model import HfState, build_model, random_tokens
 from tests.distributed.harness import checkpoint_manager, run_distributed
 from tests.small_runs import NUM_SAMPLES, SEQ_LENGTH, VOCAB_SIZE, Flags
 
+MICRO_BATCH = 4
+
 
 @dataclass(frozen=True)
 class Leg:
@@ -37,7 +39,7 @@ class Leg:
     """Folder and iteration of the checkpoint to go on from."""
     save: Path | None = None
     """Where to leave a checkpoint after the last step."""
-    last: int = 6
+    last: int = 4
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def train_legs(processes: int, legs: Sequence[Leg]) -> list[Trained]:
 
 
 def _train(leg: Leg) -> Trained:
-    built = build_model({**leg.flags, "--dwm-mode": "off"})
+    built = build_model({**leg.flags, "--dwm-mode": "off", "--micro-batch-size": MICRO_BATCH})
     config, optimizer = built.config, built.optimizer
     scheduler = build_scheduler(
         Schedule.from_flags(config.optimizer, config.training, config.global_batch_size), optimizer
@@ -89,7 +91,7 @@ def _train(leg: Leg) -> Trained:
     for iteration in range(train_state.iteration + 1, leg.last + 1):
         rates.append([(group["lr"], group["weight_decay"]) for group in optimizer.param_groups])
         batch = built.batch(random_tokens(iteration), mask)
-        result = train_step(built.engine, optimizer, scheduler, batch, 2, None, built.parallel_state)
+        result = train_step(built.engine, optimizer, scheduler, batch, MICRO_BATCH, None, built.parallel_state)
         losses.append(float("nan") if result.loss is None else result.loss)
         train_state.advance(iteration, NUM_SAMPLES, 0.0)
     if leg.save is not None:

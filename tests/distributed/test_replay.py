@@ -78,9 +78,7 @@ def test_a_linear_weighter_learns_the_ridge_regressions_solution(world: int, sta
         return learned.model.embedding.weight.detach().squeeze(1).clone(), expected, learned.hash(), residual
 
     results = run_distributed(solve, world)
-    ((_, expected, _, _),) = run_distributed(solve, 1) if world > 1 else results
-    if world > 1:
-        expected = run_distributed(solve, 1)[0][0]
+    expected = results[0][1] if world == 1 else run_distributed(solve, 1)[0][0]
     assert expected is not None
     for found, _, digest, residual in results:
         assert digest == results[0][2] and residual < 1e-9

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from megatron_dwm.analysis.preference import (
     Correlations,
-    Quarter,
+    QuartileGroup,
     SourceAlignments,
     weight_quantiles,
 )
@@ -160,7 +160,7 @@ def correlations(found: Mapping[str, Mapping[int, Correlations]], within: str) -
     )
 
 
-def quarters(by_stage: Mapping[int, list[Quarter]], stages: int) -> go.Figure:
+def quartile_groups(by_stage: Mapping[int, list[QuartileGroup]], stages: int) -> go.Figure:
     """Draw the mean weight over the quarters of one property, a line for each stage that has enough updates.
 
     Args:

@@ -119,10 +119,10 @@ def _draw(report: Report) -> dict[str, Any]:
         drawn["in_batch"] = figures.correlations(found, "in_batch")
         drawn["in_source"] = figures.correlations(found, "in_source")
         enough = [stage for stage, n in report.updates_by_stage.items() if n >= MIN_UPDATES]
-        by_stage = {stage: report.quarters(stage) for stage in enough}
+        by_stage = {stage: report.quartile_groups(stage) for stage in enough}
         for number, name in enumerate(report.described):
             groups = {stage: of_stage[name] for stage, of_stage in by_stage.items()}
-            drawn[f"quarter-{number}"] = figures.quarters(groups, len(report.samples.stages))
+            drawn[f"quarter-{number}"] = figures.quartile_groups(groups, len(report.samples.stages))
     if report.history is not None:
         drawn["documents"] = figures.document_weights(report.history)
     return drawn
