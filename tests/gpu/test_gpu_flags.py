@@ -29,6 +29,7 @@ RUN |= {"--lr-warmup-iters": 0, "--bf16": True, "--eval-iters": 0}
 WEIGHTED = {
     "--dwm-mode": "bilevel",
     "--dwm-warmup-iters": 1,
+    "--dwm-num-stages": 1,
     "--dwm-update-interval": 1,
     "--dwm-num-layers": 1,
     "--dwm-preconditioner": "none",  # Adam's would enlarge what is hardly more than rounding
