@@ -1,4 +1,4 @@
-"""Training in several legs, each of which may load a checkpoint first and leave one at its end."""
+"""Training in several legs, each of which may load a checkpoint first and leave one."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Leg:
     flags: Flags
     load: tuple[Path, int] | None = None
     """Folder and iteration of the checkpoint to go on from."""
-    save: Path | None = None
-    """Where to leave a checkpoint after the last step."""
+    save: tuple[Path, int] | None = None
+    """Folder of the checkpoint to leave, and after which step."""
     last: int = 4
 
 
@@ -94,10 +94,10 @@ def _train(leg: Leg) -> Trained:
         result = train_step(built.engine, optimizer, scheduler, batch, MICRO_BATCH, None, built.parallel_state)
         losses.append(float("nan") if result.loss is None else result.loss)
         train_state.advance(iteration, NUM_SAMPLES, 0.0)
-    if leg.save is not None:
-        writer = CheckpointWriter(_saving_to(config, leg.save), components, built.parallel_state)
-        writer.save(train_state, {})
-        writer.close()
+        if leg.save is not None and leg.save[1] == iteration:
+            writer = CheckpointWriter(_saving_to(config, leg.save[0]), components, built.parallel_state)
+            writer.save(train_state, {})
+            writer.close()
     parameters = built.parameters()
     mpu.destroy_model_parallel()
     return Trained(losses, rates, parameters)

@@ -69,9 +69,7 @@ CASES |= {
 def test_goes_on_as_if_it_had_not_stopped(case: str, tmp_path: Path):
     processes, flags = CASES[case]
     flags = {**SCHEDULE, **flags}
-    whole, _, resumed = train_legs(
-        processes, [Leg(flags), Leg(flags, save=tmp_path, last=STOP), Leg(flags, load=(tmp_path, STOP))]
-    )
+    whole, resumed = train_legs(processes, [Leg(flags, save=(tmp_path, STOP)), Leg(flags, load=(tmp_path, STOP))])
     assert resumed.rates == whole.rates[STOP:]
     assert len({rate for rate, _ in whole.rates[-1]}) == (2 if "decoupled" in case else 1)
     assert resumed.losses == whole.losses[STOP:] and len(resumed.losses) == 2
@@ -81,7 +79,7 @@ def test_goes_on_as_if_it_had_not_stopped(case: str, tmp_path: Path):
 
 def test_the_format_torch_is_loaded_by_the_kind_of_optimizer_that_saved_it(tmp_path: Path):
     flags = {**SCHEDULE, **LLAMA, "--ckpt-format": "torch"}
-    train_legs(1, [Leg({**flags, **DISTRIBUTED}, save=tmp_path, last=STOP)])
+    train_legs(1, [Leg({**flags, **DISTRIBUTED}, save=(tmp_path, STOP), last=STOP)])
     with pytest.raises(UserError, match="was saved with --use-distributed-optimizer and this run is without it"):
         train_legs(1, [Leg(flags, load=(tmp_path, STOP))])
     folder = tmp_path / f"iter_{STOP:07d}"
@@ -119,7 +117,7 @@ def test_goes_on_with_another_kind_of_optimizer_on_the_same_curve(case: str, tmp
         processes,
         [
             Leg({**flags, **after}),
-            Leg({**flags, **before}, save=tmp_path, last=STOP),
+            Leg({**flags, **before}, save=(tmp_path, STOP), last=STOP),
             Leg({**flags, **after}, load=(tmp_path, STOP)),
         ],
     )
@@ -136,12 +134,11 @@ def test_context_parallelism_comes_and_goes(sharding: Flags, tmp_path: Path):
     flags = {**SCHEDULE, **LLAMA, **sharding}
     divided = {**flags, "--context-parallel-size": 2}
     from_whole, from_divided = tmp_path / "whole", tmp_path / "divided"
-    whole, _, _, *resumed = train_legs(
+    whole, _, *resumed = train_legs(
         2,
         [
-            Leg(flags),
-            Leg(flags, save=from_whole, last=STOP),
-            Leg(divided, save=from_divided, last=STOP),
+            Leg(flags, save=(from_whole, STOP)),
+            Leg(divided, save=(from_divided, STOP), last=STOP),
             Leg(divided, load=(from_whole, STOP)),
             Leg(flags, load=(from_divided, STOP)),
         ],
@@ -155,7 +152,7 @@ def test_the_distributed_optimizer_is_given_up_under_another_layout(tmp_path: Pa
     """Reshardable state moves to any layout of any kind of optimizer."""
     flags = {**SCHEDULE, **LLAMA}
     (whole,) = train_legs(1, [Leg(flags)])
-    train_legs(2, [Leg({**flags, **RESHARDABLE}, save=tmp_path, last=STOP)])
+    train_legs(2, [Leg({**flags, **RESHARDABLE}, save=(tmp_path, STOP), last=STOP)])
     (moved,) = train_legs(2, [Leg({**flags, **TP2}, load=(tmp_path, STOP))])
     # Sums over ranks are rounded in another order.
     assert moved.losses == pytest.approx(whole.losses[STOP:], rel=1e-5)
@@ -172,13 +169,8 @@ def test_the_distributed_optimizer_is_given_up_under_another_layout(tmp_path: Pa
 )
 def test_goes_on_in_another_precision(kind: Flags, before: Flags, after: Flags, tmp_path: Path):
     flags = {**SCHEDULE, **LLAMA, **kind}
-    whole, _, moved = train_legs(
-        1,
-        [
-            Leg({**flags, **before}),
-            Leg({**flags, **before}, save=tmp_path, last=STOP),
-            Leg({**flags, **after}, load=(tmp_path, STOP)),
-        ],
+    whole, moved = train_legs(
+        1, [Leg({**flags, **before}, save=(tmp_path, STOP)), Leg({**flags, **after}, load=(tmp_path, STOP))]
     )
     # bf16 has 8 bits: the losses of the two runs differ by its rounding. Lost moments or parameters cost more than 0.1.
     assert moved.losses == pytest.approx(whole.losses[STOP:], abs=0.02)
