@@ -11,7 +11,7 @@ from megatron_dwm.config.batch_sizes import BatchSizes, Rampup
 from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.checkpoint_args import with_saved_arguments
 from megatron_dwm.config.data import DataConfig
-from megatron_dwm.config.flags import LARGEST_INTEGER, build, flag_name, parse
+from megatron_dwm.config.flags import build, flag_name, parse
 from megatron_dwm.config.logging import LoggingConfig
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.no_effect import NoEffectConfig
@@ -42,7 +42,7 @@ PARTS: dict[str, type] = {
 """The parts of a run's configuration."""
 FLAG_GROUPS: dict[str, type] = PARTS | {"plan": PlanConfig, "no_effect": NoEffectConfig}
 """All flags that are accepted."""
-MOST_SAMPLES = 10**12
+MAX_SAMPLES = 10**12
 """An index of more samples has no room in memory, and would be built for hours."""
 TARGET_PART = 4
 """By default, an outer update reads one target sample for this many samples of the batch."""
@@ -72,6 +72,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._check_world()
         self._check_records()
+        self._check_optimizer()
         self._check_shards()
         self._check_sequence()
         self._check_batches()
@@ -104,11 +105,15 @@ class RunConfig:
                 f"--pipeline-model-parallel-size {pp}{context}; start a multiple of {tp * pp * cp} processes"
             )
 
+    def _check_optimizer(self) -> None:
+        if self.optimizer.decays_qk_layernorm and not self.model.qk_layernorm:
+            raise UserError("--apply-wd-to-qk-layernorm has no effect without --qk-layernorm; add it")
+
     def _check_shards(self) -> None:
         if self.parallel.use_distributed_optimizer and self.optimizer.optimizer != "adam":
             raise UserError(
                 f"--use-distributed-optimizer does not go with --optimizer {self.optimizer.optimizer}: megatron-core "
-                "shards the state of Adam alone; leave one out"
+                "shards only the state of Adam; leave one out"
             )
         ranks, instances = self.world_size // self.parallel.mp, self.parallel.num_distributed_optimizer_instances
         if ranks % instances:
@@ -163,15 +168,16 @@ class RunConfig:
                 microbatches = size // sizes.unit
                 self._check_groups(microbatches, "--global-batch-size or --micro-batch-size")
         training, batch = self.training, self.global_batch_size
-        evaluations = 1 + (training.train_iters or 0) // (self.data.eval_interval or LARGEST_INTEGER)
+        interval = self.data.eval_interval
+        evaluations = 1 + ((training.train_iters or 0) // interval if interval else 0)
         read = {
             "train_samples": training.train_samples or 0,
             "train_iters": (training.train_iters or 0) * batch,
             "eval_iters": self.data.eval_iters * evaluations * batch,
         }
         for name, count in read.items():
-            if count > MOST_SAMPLES:
-                raise UserError(f"{flag_name(name)}: more than {MOST_SAMPLES:.0e} samples would be read; lower it")
+            if count > MAX_SAMPLES:
+                raise UserError(f"{flag_name(name)}: more than {MAX_SAMPLES:.0e} samples would be read; lower it")
         samples = training.train_samples
         if samples is not None and samples < self.global_batch_size:
             raise UserError(f"--train-samples {samples} is less than one batch of {self.global_batch_size}; raise it")
@@ -190,9 +196,11 @@ class RunConfig:
                     f"virtual stages need; change {flags}"
                 )
         elif not pp <= group <= microbatches or 0 < microbatches % group < pp:
+            last = f", whose last would have {microbatches % group}" if pp <= group <= microbatches else ""
             raise UserError(
-                f"--microbatch-group-size-per-virtual-pipeline-stage {group}: {microbatches} microbatches are not in "
-                f"groups of at least {pp}, the stages of the pipeline; change it or {flags}"
+                f"--microbatch-group-size-per-virtual-pipeline-stage {group}: {microbatches} microbatches do not make "
+                f"groups of {group}{last}, and each needs at least {pp}, the stages of the pipeline; change it or "
+                f"{flags}"
             )
 
     def _check_schedule(self) -> None:
@@ -302,7 +310,7 @@ class RunConfig:
         """
         if self.weighting.dwm_target_batch_size is not None:
             return self.weighting.dwm_target_batch_size
-        if not self.weighting.learns_weighter:
+        if not self.weighting.has_trainable_weighter:
             return self.global_batch_size
         dp, part = self.data_parallel_size, -(-self.global_batch_size // TARGET_PART)
         unit = dp
@@ -315,7 +323,7 @@ class RunConfig:
     @property
     def target_momentum(self) -> float:
         """The momentum of the target gradient's running mean; 0 if there is none."""
-        if not self.weighting.learns_weighter:
+        if not self.weighting.has_trainable_weighter:
             return 0.0
         if self.weighting.dwm_target_momentum is not None:
             return self.weighting.dwm_target_momentum

@@ -9,7 +9,7 @@ from megatron_dwm.config.flags import flag, require_at_least, require_at_most
 from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.errors import UserError
 
-LARGEST_SEED = 4_000_000_000
+MAX_SEED = 4_000_000_000
 """NumPy takes seeds below 2**32, and each pipeline stage adds 100."""
 
 
@@ -79,7 +79,7 @@ class TrainingConfig:
             "check_weight_hash_across_dp_replicas_interval",
         )
         require_at_least(self, 0, "manual_gc_interval error_injection_rate")
-        require_at_most(self, LARGEST_SEED, "seed")
+        require_at_most(self, MAX_SEED, "seed")
         if self.manual_gc_interval and not self.manual_gc:
             raise UserError(f"--manual-gc-interval {self.manual_gc_interval} has no effect without --manual-gc; add it")
         if (self.train_iters is None) == (self.train_samples is None):

@@ -1,5 +1,7 @@
 """A ``python`` whose imports are paid once: its programs run in forks of a server, which is a fork of the tests.
 
+``megatron-dwm`` and ``torchrun`` are such programs, and the ranks that they start.
+
 Importing torch and megatron-core takes a command seven seconds of processor time, and tests of pages and benchmarks run
 dozens. What a command does is the same; that it imports what it needs is what the tests of the wheel, the quickstart
 and the SLURM scripts show, which start real interpreters.
@@ -19,9 +21,13 @@ import shlex
 import signal
 import socket
 import sys
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from tests.distributed.harness import checkpoint_manager
 from tests.e2e import launch  # noqa: F401  imports what commands need
 
 CLIENT = """
@@ -37,7 +43,7 @@ os._exit(int(server.recv(16) or b"1"))
 
 
 def start(folder: Path) -> tuple[Path, multiprocessing.Process]:
-    """Start the server, and write the commands ``python`` and ``megatron-dwm`` into a folder.
+    """Start the server, and write the commands ``python``, ``megatron-dwm`` and ``torchrun`` into a folder.
 
     Returns:
         the folder of the commands, and the server, which whoever called ends.
@@ -51,19 +57,23 @@ def start(folder: Path) -> tuple[Path, multiprocessing.Process]:
     client = folder / "client.py"
     client.write_text(CLIENT.format(address=address))
     interpreter = shlex.join([sys.executable, "-S", "-E", str(client)])
-    installed = Path(sys.executable).parent / "megatron-dwm"
-    # What starts with other flags than -m, as processes of multiprocessing do, has an interpreter of its own.
-    real = f'case "$1" in -m) ;; -*) exec {shlex.quote(sys.executable)} "$@" ;; esac\n'
-    for name, first in (("python", ""), ("megatron-dwm", f" {shlex.quote(str(installed))}")):
-        (commands / name).write_text(f'#!/bin/sh\n{"" if first else real}exec {interpreter}{first} "$@"\n')
+    # Launchers start ranks unbuffered. What starts with other flags than -m, as processes of multiprocessing do, has an
+    # interpreter of its own.
+    real = f'[ "$1" = -u ] && shift\ncase "$1" in -m) ;; -*) exec {shlex.quote(sys.executable)} "$@" ;; esac\n'
+    scripts = {"python": f'{real}exec {interpreter} "$@"'}
+    for name in ("megatron-dwm", "torchrun"):
+        scripts[name] = f'exec {interpreter} {shlex.quote(str(Path(sys.executable).parent / name))} "$@"'
+    for name, script in scripts.items():
+        (commands / name).write_text(f"#!/bin/sh\n{script}\n")
         (commands / name).chmod(0o755)
-    server = multiprocessing.get_context("fork").Process(target=_serve, args=(listener, str(commands / "python")))
+    arguments = (listener, str(commands / "python"), checkpoint_manager())
+    server = multiprocessing.get_context("fork").Process(target=_serve, args=arguments)
     server.start()
     listener.close()
     return commands, server  # type: ignore[return-value]
 
 
-def _serve(listener: socket.socket, python: str) -> None:
+def _serve(listener: socket.socket, python: str, manager: SyncManager) -> None:
     """Fork for each request, and answer with the exit code of the fork."""
     for package in ("multiprocessing", "multiprocess"):
         if (module := sys.modules.get(f"{package}.forkserver")) is not None:
@@ -78,7 +88,7 @@ def _serve(listener: socket.socket, python: str) -> None:
                 if process == 0:
                     selector.close()
                     listener.close()
-                    _run(client, python)
+                    _run(client, python, manager)
                 selector.register(os.pidfd_open(process), selectors.EVENT_READ, (process, client))
                 continue
             process, client = key.data
@@ -90,7 +100,7 @@ def _serve(listener: socket.socket, python: str) -> None:
             client.close()
 
 
-def _run(client: socket.socket, python: str) -> None:
+def _run(client: socket.socket, python: str, manager: SyncManager) -> None:
     message, ancillary, _, _ = client.recvmsg(1 << 20, socket.CMSG_SPACE(3 * array.array("i").itemsize))
     client.close()
     files = array.array("i", ancillary[0][2])
@@ -105,6 +115,7 @@ def _run(client: socket.socket, python: str) -> None:
         signal.signal(signum, signal.SIG_DFL)
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
     sys.executable = python  # for the programs that it starts
+    filesystem_async._results_queue = manager.Queue()
     code = 1
     try:
         code = _exit_code(request["argv"])

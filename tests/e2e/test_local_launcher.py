@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,28 +12,34 @@ import pytest
 from megatron_dwm.cli.local_launcher import split_nproc
 from megatron_dwm.errors import UserError
 from tests.e2e.launch import records
-from tests.paths import ROOT
-from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING
+from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, as_argv
 from tests.turns import turn
 
-
-def launch(folder: Path, **changes: object) -> subprocess.CompletedProcess[str]:
-    flags = {**LANGUAGE_MODEL, **TRAINING, **DATA, "--dwm-mode": "off", "--train-iters": 6, **changes}
-    argv = [str(word) for name, value in flags.items() for word in ([name] if value is True else [name, value])]
-    command = [sys.executable, "-m", "megatron_dwm.cli.pretrain", "--nproc", "2", *argv]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with turn(2):
-        return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_a_run_from_any_folder(tmp_path: Path):
-    finished = launch(tmp_path, **{"--tensor-model-parallel-size": 2, "--metrics-jsonl": tmp_path / "metrics.jsonl"})
+@pytest.fixture
+def launch(preloaded_commands: Path, tmp_path: Path) -> Launch:
+    """A run on two processes, started in an empty folder; takes flags of its own."""
+
+    def run(**changes: object) -> subprocess.CompletedProcess[str]:
+        flags = {**LANGUAGE_MODEL, **TRAINING, **DATA, "--dwm-mode": "off", "--train-iters": 6, **changes}
+        command = [preloaded_commands / "megatron-dwm", "pretrain", "--nproc", "2", *as_argv(flags)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with turn(2):
+            return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+
+    return run
+
+
+def test_a_run_from_any_folder(launch: Launch, tmp_path: Path):
+    finished = launch(**{"--tensor-model-parallel-size": 2, "--metrics-jsonl": tmp_path / "metrics.jsonl"})
     assert finished.returncode == 0, finished.stderr
     assert len(records(tmp_path / "metrics.jsonl", "train")) == 6
 
 
-def test_a_users_error_is_the_last_line_and_the_exit_code_is_2(tmp_path: Path):
-    finished = launch(tmp_path, **{"--lr": -3})
+def test_a_users_error_is_the_last_line_and_the_exit_code_is_2(launch: Launch):
+    finished = launch(**{"--lr": -3})
     assert finished.returncode == 2, finished.stderr
     last = finished.stderr.strip().splitlines()[-1]
     assert last.startswith("error: --lr -3") and finished.stderr.count("error: ") == 1, finished.stderr

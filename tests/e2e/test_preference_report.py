@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -30,11 +29,18 @@ LINE = r"{page}: up to iteration \d+(, \d+)*, \d\.\d MB\n"
 END = 100  # of a document, to the NullTokenizer
 
 
-def report(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user types it."""
-    command = [sys.executable, str(ROOT / "tools" / "preference_report.py"), *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+Report = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def report(preloaded_commands: Path) -> Report:
+    """The command as a user types it."""
+
+    def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+        command = [preloaded_commands / "python", ROOT / "tools" / "preference_report.py", *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +56,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **TRAINING,
         **WEIGHTING,
         **TOKENIZER,
+        "--train-iters": 20,
+        "--dwm-warmup-iters": 4,
         "--pipeline-model-parallel-size": 2,
         "--train-data-path": train,
         "--dwm-target-data-path": make_dataset(data, "target", counting(3)),
@@ -68,7 +76,7 @@ class Written:
 
 
 @pytest.fixture(scope="module")
-def written(run: Path) -> Written:
+def written(run: Path, report: Report) -> Written:
     benefit = {"uniform": {"test_loss": [2.5, 2.7], "tokens": 5120, "seconds": [9.0, 11.0]}}
     (run / "benefit.json").write_text(json.dumps({"arms": benefit, "gap_closed": 0.25, "token_ratio": 0.8}))
     finished = report(str(run))
@@ -121,7 +129,9 @@ def test_documents_are_followed_over_the_exports(run: Path, written: Written):
     assert min(last[:4]) >= max(last[4:8])  # the highest weights, then the lowest
 
 
-def test_others_score_the_samples_and_runs_are_compared(run: Path, tmp_path: Path):
+def test_others_score_the_samples_and_runs_are_compared(
+    run: Path, report: Report, preloaded_commands: Path, tmp_path: Path
+):
     texts, scores = tmp_path / "texts.jsonl", tmp_path / "scores.jsonl"
     short = ("--documents", "0", "--examples", "0")
     assert report(str(run), "--texts-output", str(texts), "--output", str(tmp_path), *short).returncode == 0
@@ -138,7 +148,7 @@ def test_others_score_the_samples_and_runs_are_compared(run: Path, tmp_path: Pat
     shutil.copy(run / "metrics.jsonl", other)
     # A run that goes on is followed until it does not.
     (other / "run_status.json").write_text('{"status": "running"}')
-    command = [sys.executable, "-m", "megatron_dwm.cli.main", "report", str(run), str(other), "--follow", "1"]
+    command = [preloaded_commands / "megatron-dwm", "report", str(run), str(other), "--follow", "1"]
     follower = subprocess.Popen([*command, "--output", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert follower.stdout is not None
     first = follower.stdout.readline()
@@ -169,7 +179,7 @@ def test_samples_are_shown_as_the_text_that_the_run_read(written: Written):
         assert in_order[start + 4 : start + 8] == sorted(in_order[start + 4 : start + 8])
 
 
-def test_without_the_data_the_rest_of_the_page_is_made_and_says_so(run: Path, tmp_path: Path):
+def test_without_the_data_the_rest_of_the_page_is_made_and_says_so(run: Path, report: Report, tmp_path: Path):
     data = run.parent / "data"
     data.rename(run.parent / "moved")
     try:
@@ -183,7 +193,7 @@ def test_without_the_data_the_rest_of_the_page_is_made_and_says_so(run: Path, tm
     assert {name for name in SECTIONS if f'id="{name}"' not in page} == {"documents"} and "distinct-1" in page
 
 
-def test_data_that_have_changed_since_are_noticed(run: Path, tmp_path: Path):
+def test_data_that_have_changed_since_are_noticed(run: Path, report: Report, tmp_path: Path):
     changed = tmp_path / "save"
     shutil.copytree(run, changed)
     lines = (changed / "metrics.jsonl").read_text().splitlines()
@@ -211,7 +221,7 @@ def test_data_that_have_changed_since_are_noticed(run: Path, tmp_path: Path):
         (["a", "b", "--scores", "c"], "--scores: is for a single run, and 2 are compared"),
     ],
 )
-def test_a_users_mistake_is_one_line(flags: list[str], named: str, tmp_path: Path):
+def test_a_users_mistake_is_one_line(flags: list[str], named: str, report: Report, tmp_path: Path):
     finished = report(*flags, cwd=tmp_path)
     assert finished.returncode == EXIT_CODE and not finished.stdout and not list(tmp_path.iterdir())
     assert len(finished.stderr.splitlines()) == 1 and named in finished.stderr

@@ -8,8 +8,7 @@ all come from that one declaration.
 from megatron_dwm.config.flags.declaration import Flag, declared_flags, flag, flag_name, title_of
 from megatron_dwm.config.flags.parser import OneLineParser, add_flags, parse, read
 from megatron_dwm.config.flags.values import (
-    LARGEST_INTEGER,
-    MOST_PROCESSES,
+    MAX_PROCESSES,
     build,
     require_at_least,
     require_at_most,
@@ -17,8 +16,7 @@ from megatron_dwm.config.flags.values import (
 )
 
 __all__ = [
-    "LARGEST_INTEGER",
-    "MOST_PROCESSES",
+    "MAX_PROCESSES",
     "Flag",
     "OneLineParser",
     "add_flags",

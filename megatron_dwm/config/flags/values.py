@@ -14,7 +14,7 @@ Config = TypeVar("Config")
 
 LARGEST_INTEGER = 2**63 - 1
 """What a tensor, an index file and a checkpoint can hold."""
-MOST_PROCESSES = 1024
+MAX_PROCESSES = 1024
 """Processes or threads on one machine: more are a mistake, and would be started until that fails."""
 
 
@@ -48,22 +48,22 @@ def to_argv(config: Any) -> list[str]:
     return argv
 
 
-def require_at_least(config: Any, least: float, fields: str) -> None:
-    """Check that numbers of a configuration are at least ``least``; None is accepted.
+def require_at_least(config: Any, minimum: float, fields: str) -> None:
+    """Check that numbers of a configuration are at least ``minimum``; None is accepted.
 
     Args:
         fields: names of fields, separated by blanks.
 
     Raises:
-        UserError: one is less than ``least``, or not a number.
+        UserError: one is less than ``minimum``, or not a number.
     """
     for field in fields.split():
         value = getattr(config, field)
-        if value is not None and not value >= least:
+        if value is not None and not value >= minimum:
             spelling = next(
                 (item.names[0] for item in declared_flags(type(config)) if item.field == field), flag_name(field)
             )
-            raise UserError(f"{spelling} {value}: must be at least {least}")
+            raise UserError(f"{spelling} {value}: must be at least {minimum}")
 
 
 def require_at_most(config: Any, most: float, fields: str) -> None:
