@@ -180,10 +180,10 @@ class Weighter:
             )
             for start in range(0, len(placed), self.batch_size)
         ]
-        places = torch.tensor([place for place, _ in placed], device=device)
+        positions = torch.tensor([place for place, _ in placed], device=device)
         sizes = torch.tensor([window.size for _, window in placed], dtype=torch.float32, device=device)
         totals = torch.zeros(len(windows), device=device)
-        return totals.index_add(0, places, torch.cat(scores) * sizes) / totals.index_add(0, places, sizes)
+        return totals.index_add(0, positions, torch.cat(scores) * sizes) / totals.index_add(0, positions, sizes)
 
     def _forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         mask = {} if attention_mask is None else {"attention_mask": attention_mask}
