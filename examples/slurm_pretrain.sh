@@ -135,11 +135,12 @@ fi
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # piping to head could end scontrol, and so this script
 MASTER_ADDR=${hosts%%$'\n'*}
 MASTER_PORT=${MASTER_PORT:-$((10000 + (SLURM_JOB_ID + 7 * ${SLURM_RESTART_COUNT:-0}) % 20000))}
-export MASTER_ADDR MASTER_PORT
 # srun does not inherit --cpus-per-task from sbatch.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 SRUN=(srun --kill-on-bad-exit=1 $SRUN_ARGS)
 if [[ -n $CONTAINER_IMAGE ]]; then
+    [[ $(srun --help 2>&1) == *--container-image* ]] ||
+        fail "CONTAINER_IMAGE=$CONTAINER_IMAGE: srun has no --container-image, which is pyxis's; install pyxis and enroot or unset it"
     mounts=$REPO_DIR:$REPO_DIR${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
     if [[ $PWD != "$REPO_DIR" ]]; then mounts+=,$PWD:$PWD; fi # where relative paths lead to
     SRUN+=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$PWD")
@@ -165,8 +166,18 @@ if [[ $PREFLIGHT == 1 && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
     "${PLAN[@]}" "${ARGS[@]}"
 fi
 
-# Requeue this job; it is an error if it has made no iteration for the third time in a row.
+# Whether SLURM ends this job for another reason than its time limit: someone cancels it.
+is_cancelled() {
+    [[ $(scontrol show job "$SLURM_JOB_ID") =~ JobState=(COMPLETING|CANCELLED)\ Reason=([A-Za-z]+) ]] &&
+        [[ ${BASH_REMATCH[2]} != TimeLimit ]]
+}
+
+# Requeue this job, unless it is cancelled; it is an error if it has made no iteration for the third time in a row.
 requeue() { # ITERATION
+    if is_cancelled; then
+        echo "interrupted at iteration $1; SLURM ends the job"
+        return
+    fi
     local stops=$LOG_DIR/stops-without-progress
     if (($1 > iteration_before)); then rm -f "$stops"; else echo "$1" >>"$stops"; fi
     if [[ -f $stops ]] && (($(wc -l <"$stops") >= 3)); then
@@ -183,10 +194,12 @@ read -r _ iteration_before <<<"$(run_status)"
 # tasks would inherit that the signal is ignored.
 trap : TERM USR1 USR2
 
-# Each task gets its rank in the variables that torch.distributed reads.
+# Each task gets its rank and the rendezvous in the variables that torch.distributed reads. A container's image, or hooks
+# of enroot, may have their own values of the latter, which would win over this shell's.
 "${SRUN[@]}" --output="$LOG_DIR/%x-%j-%N.log" --open-mode=append bash -c '
-    export WORLD_SIZE=$SLURM_NTASKS RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
-    exec "$@"' pretrain_dwm "$PYTHON" "$REPO_DIR/pretrain_dwm.py" "${ARGS[@]}" || code=$?
+    export WORLD_SIZE=$SLURM_NTASKS RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID MASTER_ADDR=$1 MASTER_PORT=$2
+    exec "${@:3}"' pretrain_dwm "$MASTER_ADDR" "$MASTER_PORT" \
+    "$PYTHON" "$REPO_DIR/pretrain_dwm.py" "${ARGS[@]}" || code=$?
 
 read -r status iteration <<<"$(run_status)"
 case ${code:-0} in

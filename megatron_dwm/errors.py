@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 
 EXIT_CODE = 2
-MOST_CHARACTERS = 1000  # of a message; a value or a file may have any number
-MOST_CHARACTERS_OF_A_WORD = 300  # of a message: enough for a path
+MAX_CHARACTERS = 1000  # of a message; a value or a file may have any number
+MAX_WORD_CHARACTERS = 300  # of a message: enough for a path
 
 _NOT_WRITTEN = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EPERM, errno.EROFS}
 _TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "iostream")
@@ -26,23 +26,23 @@ class PeerError(UserError):
     """A user's error that another rank has found and printed."""
 
 
-def shortened(value: object, most: int = 200) -> str:
-    """Return the text of a value on one line, with its middle cut out if it has more than ``most`` characters.
+def shortened(value: object, max_length: int = 200) -> str:
+    """Return the text of a value on one line, with its middle cut out if it has more than ``max_length`` characters.
 
     Both ends are kept, because a message begins with the problem and ends with the remedy.
     """
     text = " ".join(str(value).split())
-    if len(text) <= most:
+    if len(text) <= max_length:
         return text
-    end = most // 3
-    return f"{text[: most - end - 5]} ... {text[-end:]}"
+    end = max_length // 3
+    return f"{text[: max_length - end - 5]} ... {text[-end:]}"
 
 
 def print_error(error: UserError) -> None:
     """Print the error's one line on standard error."""
-    words = (shortened(word, MOST_CHARACTERS_OF_A_WORD) for word in str(error).split())
+    words = (shortened(word, MAX_WORD_CHARACTERS) for word in str(error).split())
     # In one piece: other ranks write to the same screen.
-    print(f"error: {shortened(' '.join(words), MOST_CHARACTERS)}\n", file=sys.stderr, end="", flush=True)
+    print(f"error: {shortened(' '.join(words), MAX_CHARACTERS)}\n", file=sys.stderr, end="", flush=True)
 
 
 def write_failure_reason(error: Exception) -> str | None:

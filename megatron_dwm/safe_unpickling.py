@@ -70,7 +70,7 @@ COMMON_KEY = "common_state/shard_0_1"
 """Of what megatron-core from 0.17 on stores of all ranks among the tensors."""
 
 
-class UnreadableFile(Exception):
+class UnreadableFileError(Exception):
     """A file cannot be read; the message names it and the reason."""
 
 
@@ -85,7 +85,7 @@ def read_metadata(path: Path) -> Any:
     """Return the ``Metadata`` in a checkpoint's ``.metadata`` file.
 
     Raises:
-        UnreadableFile: the file is missing or damaged, or names something that is not allowed.
+        UnreadableFileError: the file is missing or damaged, or names something that is not allowed.
     """
     from torch.distributed.checkpoint.metadata import Metadata
 
@@ -93,9 +93,11 @@ def read_metadata(path: Path) -> Any:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
     except DAMAGE as error:
-        raise UnreadableFile(f"{path.name} cannot be read ({short_reason(error)})") from None
+        raise UnreadableFileError(f"{path.name} cannot be read ({short_reason(error)})") from None
     if not isinstance(metadata, Metadata):
-        raise UnreadableFile(f"{path.name} holds a {type(metadata).__name__} in place of a checkpoint's description")
+        raise UnreadableFileError(
+            f"{path.name} holds a {type(metadata).__name__} in place of a checkpoint's description"
+        )
     return metadata
 
 
@@ -103,26 +105,26 @@ def read_torch_file(path: Path) -> Any:
     """Return the content of a ``torch.save`` file: tensors, plain values, and the classes of Megatron-LM's arguments.
 
     Raises:
-        UnreadableFile: the file is missing or damaged, or names something that is not allowed.
+        UnreadableFileError: the file is missing or damaged, or names something that is not allowed.
     """
     try:
         return load_restricted(BytesIO(path.read_bytes()))
     except DAMAGE as error:
-        raise UnreadableFile(f"{path.name} cannot be read ({short_reason(error)})") from None
+        raise UnreadableFileError(f"{path.name} cannot be read ({short_reason(error)})") from None
 
 
 def map_torch_file(path: Path) -> Any:
     """Like :func:`read_torch_file`, but memory-mapped: tensors are read from the file when they are used.
 
     Raises:
-        UnreadableFile: the file is missing or damaged, or names something that is not allowed.
+        UnreadableFileError: the file is missing or damaged, or names something that is not allowed.
     """
     import torch
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except DAMAGE as error:
-        raise UnreadableFile(f"{path.name} cannot be read ({short_reason(error)})") from None
+        raise UnreadableFileError(f"{path.name} cannot be read ({short_reason(error)})") from None
 
 
 def load_restricted(content: BytesIO) -> Any:
@@ -147,7 +149,7 @@ def read_common_state(folder: Path) -> Any:
     They are in ``common.pt``; megatron-core from 0.17 on stores them among the tensors.
 
     Raises:
-        UnreadableFile: they are missing or damaged, or name something that is not allowed.
+        UnreadableFileError: they are missing or damaged, or name something that is not allowed.
     """
     path, described = folder / "common.pt", folder / ".metadata"
     if path.exists() or not described.exists():
@@ -164,7 +166,7 @@ def read_common_state(folder: Path) -> Any:
             file.seek(place.offset)
             (common,) = load_restricted(BytesIO(file.read(place.length)))
     except DAMAGE as error:
-        raise UnreadableFile(f"{COMMON_KEY} cannot be read ({short_reason(error)})") from None
+        raise UnreadableFileError(f"{COMMON_KEY} cannot be read ({short_reason(error)})") from None
     return common
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings, strategies
 
-from megatron_dwm.errors import MOST_CHARACTERS, UserError, print_error
+from megatron_dwm.errors import MAX_CHARACTERS, UserError, print_error
 
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "0"))
 
@@ -33,7 +33,7 @@ def assert_short_line(error: UserError) -> str:
         print_error(error)
     line = printed.getvalue()
     assert line.startswith("error: ") and line.count("\n") == 1 and line.endswith("\n"), line
-    assert len(line) < MOST_CHARACTERS + 20, line
+    assert len(line) < MAX_CHARACTERS + 20, line
     return line
 
 

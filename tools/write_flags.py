@@ -86,7 +86,8 @@ def _row(item: Flag, origin: str) -> str:
     if item.deprecated is not None:
         meaning += f" **Deprecated:** {item.deprecated}."
     if item.old_names:
-        meaning += f" **Deprecated:** {', '.join(f'`{name}`' for name in item.old_names)}, its earlier name."
+        names_before = ", ".join(f"`{name}`" for name in item.old_names)
+        meaning += f" **Deprecated:** {names_before}, its earlier name{'s' if len(item.old_names) > 1 else ''}."
     return f"| {names}{value} | {default} | {origin} | {meaning} |\n"
 
 

@@ -34,10 +34,10 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 
 Kind = Literal["exact", "near"]
 _CHUNK = 1 << 18  # rows whose signatures are sorted together
-_MOST_CHUNKS = 10_000  # per task; files are named by task and chunk
+_MAX_CHUNKS = 10_000  # per task; files are named by task and chunk
 
 
-class Signatures(PipelineStep):  # type: ignore[misc]
+class SignatureWriter(PipelineStep):  # type: ignore[misc]
     """Writes the signatures of a task's texts; equal (or nearly equal) texts have equal signatures."""
 
     type, name = "duplicates", "signatures"
@@ -62,10 +62,10 @@ class Signatures(PipelineStep):  # type: ignore[misc]
                 if self.kind == "exact"
                 else MinhashDedupSignature(f"{self.folder}/signatures", _near(), language=_Words())
             )
-            step.run(iter(documents), rank=rank * _MOST_CHUNKS + chunk)
+            step.run(iter(documents), rank=rank * _MAX_CHUNKS + chunk)
 
 
-class Silent(PipelineStep):  # type: ignore[misc]
+class QuietStep(PipelineStep):  # type: ignore[misc]
     """Runs a step without its progress bars."""
 
     type, name = "duplicates", "silent"
@@ -91,7 +91,7 @@ def find_steps(kind: Kind, folder: str) -> list[tuple[PipelineStep, int]]:
             (MinhashDedupCluster(pairs, found, config=_near()), 1),
         ]
     )
-    return [(Silent(step), tasks) for step, tasks in steps]
+    return [(QuietStep(step), tasks) for step, tasks in steps]
 
 
 def duplicates_of_task(kind: Kind, folder: str, rank: int, rows: int) -> npt.NDArray[np.bool_]:
@@ -103,7 +103,7 @@ def duplicates_of_task(kind: Kind, folder: str, rank: int, rows: int) -> npt.NDA
             ExactDedupFilter(f"{folder}/found", _exact()) if kind == "exact" else MinhashDedupFilter(f"{folder}/found")
         )
         with contextlib.redirect_stderr(io.StringIO()):
-            kept = [int(document.id) for document in step.run(numbers, rank=rank * _MOST_CHUNKS + chunk)]
+            kept = [int(document.id) for document in step.run(numbers, rank=rank * _MAX_CHUNKS + chunk)]
         is_duplicate[kept] = False
     return is_duplicate
 

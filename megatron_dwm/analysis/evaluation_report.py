@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from megatron_dwm.analysis.task_evaluation import Estimate, TaskResult
+from megatron_dwm.analysis.task_evaluation import MetricEstimate, TaskResult
 
 METRICS = {
     "acc": "accuracy",
@@ -41,14 +41,14 @@ def name_of(path: Path) -> tuple[str, int | None]:
     return (str(path.parent), int(match[1])) if match else (str(path), None)
 
 
-def difference(result: TaskResult, first: TaskResult, metric: str) -> Estimate | None:
+def difference(result: TaskResult, first: TaskResult, metric: str) -> MetricEstimate | None:
     """Return a likelihood's mean difference from the first checkpoint's, item by item; None without items in common.
 
     The items are the same, so what is hard for both cancels: its standard error is smaller than those of the two.
     """
     here, there = result.values.get(metric, {}), first.values.get(metric, {})
     common = sorted(here.keys() & there.keys())
-    return Estimate.of([here[item] - there[item] for item in common]) if common else None
+    return MetricEstimate.of([here[item] - there[item] for item in common]) if common else None
 
 
 def table(checkpoints: Sequence[CheckpointResults]) -> str:

@@ -70,7 +70,7 @@ def _row(content: str | dict[str, object], place: str) -> dict[str, object]:
     try:
         return parse_object(content)
     except ValueError as error:
-        raise UserError(f"--input {place}: no row ({shortened(error)}); give JSON lines") from None
+        raise UserError(f"--input {place}: not a JSON object ({shortened(error)}); give JSON lines") from None
 
 
 def _number(value: object) -> float | None:

@@ -15,7 +15,7 @@ from megatron_dwm.errors import UserError
 
 # The package's own numbers.
 _BUCKETS = 10_000
-MOST_NGRAMS = 100_000 * _BUCKETS
+MAX_NGRAMS = 100_000 * _BUCKETS
 """Number of texts from which the distribution of all texts is estimated."""
 _SMOOTHING = 1e-8
 
@@ -44,12 +44,12 @@ class ImportanceWeights:
         return float(self._log_ratio @ _count(text, np.zeros(_BUCKETS, np.int64)))
 
 
-def ngram_counts(texts: Iterable[str], most: float) -> Any:
-    """Return the counts of hashed n-grams in texts, of the first ``most`` of them."""
+def ngram_counts(texts: Iterable[str], max_ngrams: float) -> Any:
+    """Return the counts of hashed n-grams in texts, of the first ``max_ngrams`` of them."""
     counts = np.zeros(_BUCKETS, np.int64)
     for text in texts:
         counts = _count(text, counts)
-        if counts.sum() > most:
+        if counts.sum() > max_ngrams:
             break
     return counts
 

@@ -23,7 +23,7 @@ from megatron_dwm.corpora.standard_library import standard_library_corpus
 from megatron_dwm.errors import UserError
 
 CHOICES = 4
-LEAST_ITEMS = 8
+MIN_ITEMS = 8
 """Minimum number of items of a task."""
 FEWSHOT_ITEMS = 8
 """First items, used only as examples, so that the evaluated items are the same with and without examples."""
@@ -184,7 +184,7 @@ def local_task(name: str, passages: Passages, limit: int | None, seed: int) -> d
     """
     kind, rng = _KINDS[name], random.Random(f"{name} {seed}")
     items = list({(item.query, item.answer): item for item in kind.items(passages)}.values())
-    least = LEAST_ITEMS + FEWSHOT_ITEMS
+    least = MIN_ITEMS + FEWSHOT_ITEMS
     if len(items) < least:
         raise UserError(
             f"--tasks {name}: {passages.name} has {len(items)} {kind.what}, and {least} are needed; name more or other "

@@ -19,7 +19,7 @@ from megatron_dwm.analysis.uncertainty import Estimate, mean_correlation, mean_o
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _UPDATES_PER_STAGE = 40
 """Minimum number of updates that describe a stage, even if their batches are large."""
-_FEWEST_OF_A_SOURCE = 10
+_MIN_SAMPLES_OF_A_SOURCE = 10
 """Minimum number of samples of a source for a correlation."""
 
 
@@ -41,7 +41,7 @@ class WeightedSamples:
     def __len__(self) -> int:
         return len(self.weight)
 
-    def where(self, rows: np.ndarray) -> WeightedSamples:
+    def select(self, rows: np.ndarray) -> WeightedSamples:
         """Return some of the samples, given by a mask [n] or by row numbers."""
         names = ("iteration", "stage", "index", "source", "weight", "alignment")
         columns = {name: getattr(self, name)[rows] for name in names}
@@ -53,15 +53,15 @@ class WeightedSamples:
         return sorted({int(stage) for stage in self.stage})
 
 
-def weighted_samples(updates: Sequence[Record], most: Sequence[int] | None = None) -> WeightedSamples:
+def weighted_samples(updates: Sequence[Record], max_samples: Sequence[int] | None = None) -> WeightedSamples:
     """Return the samples of a run's ``outer_update`` records; ``loss`` is a property if every record has it.
 
     Args:
         updates: the records.
-        most: how many samples to take of each update, drawn at random if it has more; None takes all.
+        max_samples: how many samples to take of each update, drawn at random if it has more; None takes all.
     """
     batches = [standardized(update["samples"]["alignment"]) for update in updates]
-    limits = most if most is not None else [len(batch) for batch in batches]
+    limits = max_samples if max_samples is not None else [len(batch) for batch in batches]
     rows = [_drawn(len(batch), limit) for batch, limit in zip(batches, limits, strict=True)]
 
     def column(name: str, kind: type) -> np.ndarray:
@@ -90,25 +90,25 @@ def described_samples(updates: Sequence[Record], samples_per_stage: int) -> Weig
     Updates are evenly spaced. Of large batches a part is drawn, so that a stage is described by many updates.
     """
     chosen: list[Record] = []
-    most: list[int] = []
+    max_samples: list[int] = []
     for _, group in groupby(updates, key=lambda update: update["stage"]):
         of_stage = list(group)
         whole = samples_per_stage // len(of_stage[0]["samples"]["index"])
         number = min(len(of_stage), max(whole, _UPDATES_PER_STAGE), samples_per_stage)
         places = np.linspace(0, len(of_stage) - 1, number).round().astype(int)
         chosen += [of_stage[place] for place in places]
-        most += [samples_per_stage // number] * number
-    return weighted_samples(chosen, most)
+        max_samples += [samples_per_stage // number] * number
+    return weighted_samples(chosen, max_samples)
 
 
-def _drawn(length: int, most: int) -> np.ndarray:
+def _drawn(length: int, max_length: int) -> np.ndarray:
     """Return at most ``most`` positions in order, always the same ones.
 
     They are random, because blended sources alternate, and evenly spaced positions could all be of one source.
     """
-    if length <= most:
+    if length <= max_length:
         return np.arange(length)
-    return np.sort(np.random.default_rng(0).permutation(length)[:most])
+    return np.sort(np.random.default_rng(0).permutation(length)[:max_length])
 
 
 def standardized(values: Sequence[float]) -> np.ndarray:
@@ -183,7 +183,7 @@ def stage_sources(steps: Sequence[Record], samples: WeightedSamples) -> dict[int
     figures: dict[int, dict[str, SourceFigures]] = {}
     for stage in sorted({step["stage"] for step in steps if "stage" in step}):
         of_stage = [step for step in steps if step.get("stage") == stage]
-        aligned = source_alignments(samples.where(samples.stage == stage), names)
+        aligned = source_alignments(samples.select(samples.stage == stage), names)
         figures[stage] = {name: _source_figures(name, of_stage, aligned) for name in names}
     return figures
 
@@ -232,9 +232,9 @@ def correlations(samples: WeightedSamples, values: np.ndarray) -> dict[int, Corr
     found = {}
     for stage in samples.stages:
         in_stage = samples.stage == stage
-        rows, of_rows = samples.where(in_stage), values[in_stage]
+        rows, of_rows = samples.select(in_stage), values[in_stage]
         batches = _correlations_by(rows.iteration, rows.weight, of_rows, fewest=2)
-        sources = _correlations_by(rows.source, rows.weight, of_rows, fewest=_FEWEST_OF_A_SOURCE)
+        sources = _correlations_by(rows.source, rows.weight, of_rows, fewest=_MIN_SAMPLES_OF_A_SOURCE)
         found[stage] = Correlations(
             in_batch=mean_over_updates(*batches),
             in_source=mean_correlation(*sources, updates=len(batches[0])),
@@ -257,8 +257,8 @@ def _correlations_by(
 
 
 @dataclass(frozen=True)
-class Quarter:
-    """About a quarter of the samples, by one property."""
+class QuartileGroup:
+    """The samples between two quartiles of a property."""
 
     low: float
     high: float
@@ -273,7 +273,7 @@ class Quarter:
     """Its fraction of all samples."""
 
 
-def quarters(values: np.ndarray, weights: np.ndarray) -> list[Quarter]:
+def quartile_groups(values: np.ndarray, weights: np.ndarray) -> list[QuartileGroup]:
     """Divide the samples at the quartiles of ``values`` [n], lowest first.
 
     Equal values stay together: of up to four different values each is a group, and the groups can be uneven.
@@ -293,7 +293,7 @@ def quarters(values: np.ndarray, weights: np.ndarray) -> list[Quarter]:
             low, high = float(inside.min()), float(inside.max())
             of_group, n = weights[mask], int(mask.sum())
             error = float(of_group.std() / n**0.5)
-            found.append(Quarter(low, high, float(of_group.mean()), error, n, fraction=float(mask.mean())))
+            found.append(QuartileGroup(low, high, float(of_group.mean()), error, n, fraction=float(mask.mean())))
     return found
 
 

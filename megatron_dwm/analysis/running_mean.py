@@ -16,9 +16,9 @@ def smoothed(values: Sequence[float] | np.ndarray, width: int = 9) -> np.ndarray
     return means
 
 
-def thinned(iterations: Sequence[int], values: Sequence[float], most: int) -> tuple[list[int], list[float]]:
-    """Return a curve of at most ``most`` points: means of equal blocks, each at the block's last iteration."""
-    size = -(-len(iterations) // most)
+def thinned(iterations: Sequence[int], values: Sequence[float], max_points: int) -> tuple[list[int], list[float]]:
+    """Return a curve of at most ``max_points`` points: means of equal blocks, each at the block's last iteration."""
+    size = -(-len(iterations) // max_points)
     if size <= 1:
         return list(iterations), [float(value) for value in values]
     ends = [*range(size, len(iterations), size), len(iterations)]

@@ -20,7 +20,7 @@ from megatron_dwm.config.run import PARTS, RunConfig
 from megatron_dwm.data.sample_text import sample_text
 from megatron_dwm.errors import UserError
 
-MOST_TARGET_SAMPLES = 2000
+MAX_TARGET_SAMPLES = 2000
 """Samples of the target set that others are compared with."""
 END_MARK = " ▪ "
 """Text between two documents of a sample."""
@@ -64,11 +64,11 @@ class RunSamples:
             raise UserError(f"the training data has {len(self.train)} samples now, and no sample {index} of the run")
         return self._read(self.train, index)
 
-    def target_samples(self, most: int) -> list[Sample]:
+    def target_samples(self, max_samples: int) -> list[Sample]:
         """Return samples of the target set, evenly spaced if there are more than ``most``."""
         if self.target is None:
             return []
-        number = min(most, len(self.target))
+        number = min(max_samples, len(self.target))
         places = np.linspace(0, len(self.target) - 1, number).round().astype(int)
         return [self._read(self.target, int(place)) for place in places]
 
@@ -111,7 +111,7 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
 
 @contextmanager
 def _opened(config: RunConfig, consumed_valid: int, start: Path) -> Iterator[RunSamples]:
-    """Open the datasets of a run from the present folder.
+    """Open the datasets of a run from the current folder.
 
     Raises:
         UserError: its data or tokenizer cannot be read.
@@ -230,7 +230,7 @@ def text_properties(indices: np.ndarray, sources: np.ndarray, run_samples: RunSa
         "distinct-1": np.array([distinct(text, 1) for text in texts]),
         "distinct-2": np.array([distinct(text, 2) for text in texts]),
     }
-    target = [sample.text_tokens for sample in run_samples.target_samples(MOST_TARGET_SAMPLES)]
+    target = [sample.text_tokens for sample in run_samples.target_samples(MAX_TARGET_SAMPLES)]
     if target:
         found |= {f"similarity-{n}": tfidf_similarity(texts, target, n) for n in (1, 2)}
     return found

@@ -41,7 +41,7 @@ def parts_of(patterns: Sequence[str], split_bytes: int) -> list[Part]:
     return parts
 
 
-class Rows(BaseDiskReader):  # type: ignore[misc]
+class RowReader(BaseDiskReader):  # type: ignore[misc]
     """Reads the documents of one part, and stops at a malformed row.
 
     datatrove's own readers leave out malformed lines, empty documents and the end of a damaged file with a warning. A
@@ -109,7 +109,7 @@ class Rows(BaseDiskReader):  # type: ignore[misc]
             UserError: such rows are not skipped.
         """
         if not self.skip_malformed:
-            raise UserError(f"--input {place}: no document ({reason}); {remedy}, or give --skip-malformed")
+            raise UserError(f"--input {place}: not a document ({reason}); {remedy}, or give --skip-malformed")
         self.stat_update("skipped")
 
 

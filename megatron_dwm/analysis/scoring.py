@@ -21,11 +21,12 @@ from datatrove.pipeline.writers.jsonl import JsonlWriter
 from datatrove.pipeline.writers.parquet import ParquetWriter
 from pyarrow import ArrowException
 
-from megatron_dwm.analysis.score_inputs import Rows
+from megatron_dwm.analysis.score_inputs import RowReader
 from megatron_dwm.analysis.scoring_model import PerplexityModel, Rule, ScoringModel
 from megatron_dwm.corpora.parts import Part
-from megatron_dwm.corpora.pipelines import Published, refused_output
+from megatron_dwm.corpora.pipelines import FilePublisher, refused_output
 from megatron_dwm.corpora.storage import OutputFolder
+from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.errors import UserError, shortened
 
 _BUFFER = 4096  # documents that are sorted by length at a time
@@ -55,7 +56,7 @@ class ScoreSettings:
         return model_class(self.model, self.window, self.batch_tokens, device)
 
 
-class Scores(PipelineStep):  # type: ignore[misc]
+class ScoringStep(PipelineStep):  # type: ignore[misc]
     """Adds a score to each document; a buffer of documents is scored at a time, in batches of similar length."""
 
     type, name = "weighter", "scores"
@@ -103,16 +104,7 @@ class DocumentTokens:
         self._scorer, self._text_key = scorer, text_key
         self._tokenizer, self._is_same = scorer.tokenizer, dataset_tokenizer is None
         if dataset_tokenizer is not None:
-            from transformers import AutoTokenizer
-
-            options = {"local_files_only": True, "trust_remote_code": False}
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(dataset_tokenizer, **options)
-            except Exception as error:  # transformers raises whatever it likes
-                raise UserError(
-                    f"--dataset-tokenizer {dataset_tokenizer}: no tokenizer loads from it ({shortened(error)}); give a "
-                    "Hugging Face folder"
-                ) from None
+            self._tokenizer = load_tokenizer_folder(dataset_tokenizer, "--dataset-tokenizer")
 
     def __call__(self, documents: Sequence[Document]) -> list[list[int]]:
         """Return the ids of each document, and give those of a dataset their text.
@@ -132,8 +124,8 @@ class DocumentTokens:
             return None
         if max(ids) >= len(self._tokenizer) or min(ids) < 0:
             raise UserError(
-                f"--input {document.id}: has tokens that are not of the tokenizer; give the one that made the dataset "
-                "as --dataset-tokenizer"
+                f"--input {document.id}: has tokens outside the tokenizer's vocabulary; give the one that made the "
+                "dataset as --dataset-tokenizer"
             )
         ids = ids[:-1] if ids[-1] == self._tokenizer.eos_token_id else ids
         document.text = self._tokenizer.decode(ids)
@@ -203,10 +195,10 @@ def score_steps(
         folder.path("partial"), f"${{rank}}{suffix}", **_WRITER_OPTIONS[output_format], adapter=_row, max_file_size=-1
     )
     return [
-        Rows(parts, text_key, skip_malformed=skip_malformed, show_progress=show_progress),
-        Scores(replace(settings, model=job["model"]), text_key),
+        RowReader(parts, text_key, skip_malformed=skip_malformed, show_progress=show_progress),
+        ScoringStep(replace(settings, model=job["model"]), text_key),
         writer,
-        Published(folder, suffix),
+        FilePublisher(folder, suffix),
     ]
 
 
@@ -235,7 +227,7 @@ def _claim(folder: OutputFolder, job: dict[str, Any]) -> None:
     """
     text = json.dumps(job, indent=2) + "\n"
     found = folder.read("job.json")
-    if found is None and not folder.holds_something():
+    if found is None and not folder.has_files():
         folder.write("job.json", text)
     elif found is None:
         raise UserError(f"--output {folder.location}: does not hold scores; give another folder")

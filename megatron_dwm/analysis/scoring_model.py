@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.weighting.export_manifest import read_manifest, trained_length, verify_export
 from megatron_dwm.weighting.windows import SpecialTokens, Window, cut, pad_windows, position_limit
@@ -44,10 +45,8 @@ class ScoringModel:
         if not (self.folder / "config.json").is_file():
             raise UserError(f"{self.flag} {folder}: no config.json there; give {self.noun}")
         verify_export(self.flag, self.folder)
-        from transformers import AutoTokenizer
-
+        self.tokenizer = load_tokenizer_folder(folder, self.flag)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             model, report = self._auto_class().from_pretrained(
                 folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False
             )
@@ -167,17 +166,16 @@ class PerplexityModel(ScoringModel):
         tokens, mask = pad_windows(windows, 0, self.device)
         with torch.inference_mode(), self.precision():
             logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, :-1]  # [b, t - 1, v]
-            losses = torch.nn.functional.cross_entropy(
-                logits.float().transpose(1, 2), tokens[:, 1:], reduction="none"
-            )  # [b, t - 1]
+            # [b, t - 1]
+            losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none")
             counts = mask[:, 1:]
         return (losses * counts).sum(dim=1) / counts.sum(dim=1)
 
     def _finished(self, score: float) -> float:
-        return exp(min(score, _MOST_NATS))
+        return exp(min(score, _MAX_NATS))
 
 
-_MOST_NATS = 700.0
+_MAX_NATS = 700.0
 """exp of it is a number."""
 
 

@@ -24,17 +24,17 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers.disk_base import DiskWriter
 
 from megatron_dwm import __version__
-from megatron_dwm.analysis.duplicates import Signatures, find_steps
+from megatron_dwm.analysis.duplicates import SignatureWriter, find_steps
 from megatron_dwm.analysis.selection_choice import choose
 from megatron_dwm.analysis.selection_flags import SelectConfig
-from megatron_dwm.analysis.selection_table import NgramCounts, Numbers, Texts
+from megatron_dwm.analysis.selection_table import NgramCounter, RowTableWriter, TextExtractor
 from megatron_dwm.checksums import checksum
 from megatron_dwm.config.slurm import SlurmConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.corpora.dataset_shards import DatasetShards, publish_shards
+from megatron_dwm.corpora.dataset_shards import DatasetShardWriter, publish_shards
 from megatron_dwm.corpora.encoder import Encoder
 from megatron_dwm.corpora.parts import Part, file_parts
-from megatron_dwm.corpora.pipelines import Call, Job, Published, Records
+from megatron_dwm.corpora.pipelines import FilePublisher, FunctionStep, Job, RecordReader
 from megatron_dwm.corpora.readers import input_files
 from megatron_dwm.corpora.storage import is_url, open_file, size_of, stamp_of
 from megatron_dwm.corpora.unfinished_jobs import UnfinishedJobs
@@ -106,32 +106,35 @@ class Selection:
     def jobs(self) -> list[Job]:
         """Return the jobs in order, for any executor of datatrove."""
         config, folder, tasks = self.config, self.work.folder, len(self.parts)
-        records, job = Records(self.parts), self.work.job
+        records, job = RecordReader(self.parts), self.work.job
         jobs: list[Job] = []
         if config.method == "dsir":
-            wanted = Records(self.target, flag="--target")
+            wanted = RecordReader(self.target, flag="--target")
             for kind, reader, number in (("ngrams", records, tasks), ("target", wanted, len(self.target))):
-                jobs.append(job(kind, [reader, Texts(config.json_key), NgramCounts(folder, kind)], number))
+                jobs.append(job(kind, [reader, TextExtractor(config.json_key), NgramCounter(folder, kind)], number))
         if config.duplicates != "keep":
             place = folder.path("duplicates")
-            steps = [records, Texts(config.json_key), Signatures(config.duplicates, place)]
+            steps = [records, TextExtractor(config.json_key), SignatureWriter(config.duplicates, place)]
             jobs.append(job("signatures", steps, tasks))
             for stage, (step, number) in enumerate(find_steps(config.duplicates, place)):
                 jobs.append(job(f"duplicates{stage}", [step], number))
-        jobs.append(job("numbers", [records, Numbers(config, folder, len(self.target))], tasks))
-        jobs.append(job("choice", [Call(partial(choose, config, folder, self.paths, tasks))]))
-        kept = [records, Kept(self.work)]
+        jobs.append(job("numbers", [records, RowTableWriter(config, folder, len(self.target))], tasks))
+        jobs.append(job("choice", [FunctionStep(partial(choose, config, folder, self.paths, tasks))]))
+        kept = [records, SelectionFilter(self.work)]
         if self.tokenizer is None:
-            kept += [Lines(folder.path("partial"), "${rank}", compression=None), Published(folder, "", "rows")]
+            kept += [
+                JsonLineWriter(folder.path("partial"), "${rank}", compression=None),
+                FilePublisher(folder, "", "rows"),
+            ]
         else:
             shards = folder.path("shards")
             remedy, keys = "correct the row, or give another --json-key", [config.json_key]
-            kept.append(DatasetShards(shards, keys, self.tokenizer, append_eod=config.append_eod, remedy=remedy))
+            kept.append(DatasetShardWriter(shards, keys, self.tokenizer, append_eod=config.append_eod, remedy=remedy))
         jobs.append(job("rows", kept, tasks))
-        return [*jobs, job("output", [Call(partial(_write, self))])]
+        return [*jobs, job("output", [FunctionStep(partial(_write, self))])]
 
 
-class Kept(BaseFilter):  # type: ignore[misc]
+class SelectionFilter(BaseFilter):  # type: ignore[misc]
     """Drops the rows that are not kept."""
 
     name = "kept"
@@ -156,7 +159,7 @@ class Kept(BaseFilter):  # type: ignore[misc]
         return list(map(self.filter, batch))
 
 
-class Lines(DiskWriter):  # type: ignore[misc]
+class JsonLineWriter(DiskWriter):  # type: ignore[misc]
     """Writes rows as lines of JSON; rows that were read as lines are not changed."""
 
     name = "lines"

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_dwm import __version__
 from megatron_dwm.analysis.duplicates import duplicates_of_task
 from megatron_dwm.analysis.selection_flags import SelectConfig
-from megatron_dwm.analysis.selection_table import MOST_SOURCES, too_many_sources
+from megatron_dwm.analysis.selection_table import MAX_SOURCES, too_many_sources
 from megatron_dwm.analysis.top_rows import ROW, Group, Table, TopRows, add_gumbel, costs_by_source, draw_keys
 from megatron_dwm.corpora.storage import OutputFolder, is_url
 from megatron_dwm.errors import UserError, shortened
@@ -36,7 +36,7 @@ def choose(config: SelectConfig, folder: OutputFolder, paths: Sequence[str], tas
     numbers = {name: number for number, name in enumerate(dict.fromkeys(name for found in names for name in found))}
     if not numbers:
         raise UserError(f"--input {' '.join(paths)}: no rows; give other files")
-    if len(numbers) > MOST_SOURCES:
+    if len(numbers) > MAX_SOURCES:
         raise too_many_sources(config)
     sources, rows, dropped = list(numbers), [], 0
     # If possible not in the folder for temporary files, which may be in memory.

@@ -12,20 +12,21 @@ import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from megatron_dwm.analysis.importance import MOST_NGRAMS, ImportanceWeights, ngram_counts
+from megatron_dwm.analysis.importance import MAX_NGRAMS, ImportanceWeights, ngram_counts
 from megatron_dwm.analysis.selection_flags import SelectConfig
 from megatron_dwm.analysis.top_rows import ROW
 from megatron_dwm.corpora.readers import Record
 from megatron_dwm.corpora.storage import OutputFolder
+from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.json_lines import parse_object
 
 _CHUNK = 1024  # rows that are read together
-MOST_SOURCES = 1000
-_MOST_TOKENS = 1 << 40  # of a row: sums stay within 64 bits
+MAX_SOURCES = 1000
+_MAX_TOKENS = 1 << 40  # of a row: sums stay within 64 bits
 
 
-class Texts(PipelineStep):  # type: ignore[misc]
+class TextExtractor(PipelineStep):  # type: ignore[misc]
     """Gives each document the text of its record."""
 
     type, name = "selection", "texts"
@@ -46,7 +47,7 @@ class Texts(PipelineStep):  # type: ignore[misc]
             yield document
 
 
-class NgramCounts(PipelineStep):  # type: ignore[misc]
+class NgramCounter(PipelineStep):  # type: ignore[misc]
     """Counts the n-grams of a task's texts, for DSIR."""
 
     type, name = "selection", "n-grams"
@@ -62,13 +63,13 @@ class NgramCounts(PipelineStep):  # type: ignore[misc]
 
     def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> None:
         """Write the counts."""
-        counts = ngram_counts((document.text for document in data), MOST_NGRAMS / world_size)
+        counts = ngram_counts((document.text for document in data), MAX_NGRAMS / world_size)
         with self.folder.open(f"{self.kind}/{rank:05d}") as file:
             file.write(counts.tobytes())
 
 
 def importance_weights(folder: OutputFolder, tasks: int, target_tasks: int) -> ImportanceWeights:
-    """Return the importance weights of texts from the counts of :class:`NgramCounts`.
+    """Return the importance weights of texts from the counts of :class:`NgramCounter`.
 
     Raises:
         UserError: there are no words.
@@ -80,7 +81,7 @@ def importance_weights(folder: OutputFolder, tasks: int, target_tasks: int) -> I
     return ImportanceWeights(total("ngrams", tasks), total("target", target_tasks))
 
 
-class Numbers(PipelineStep):  # type: ignore[misc]
+class RowTableWriter(PipelineStep):  # type: ignore[misc]
     """Writes a table with the numbers of a task's rows, and the names of the sources, which are numbered in it."""
 
     type, name = "selection", "numbers"
@@ -106,7 +107,7 @@ class Numbers(PipelineStep):  # type: ignore[misc]
                 for place, (document, row) in enumerate(zip(chunk, rows, strict=True)):
                     source = _source(document, row, config.source_key)
                     table["source"][place] = sources.setdefault(source, len(sources))
-                if len(sources) > MOST_SOURCES:
+                if len(sources) > MAX_SOURCES:
                     raise too_many_sources(config)
                 file.write(table.tobytes())
         self.folder.write(f"sources/{rank:05d}", json.dumps(list(sources)))
@@ -114,9 +115,7 @@ class Numbers(PipelineStep):  # type: ignore[misc]
 
 def too_many_sources(config: SelectConfig) -> UserError:
     """Return the error."""
-    return UserError(
-        f"--source-key {config.source_key}: more than {MOST_SOURCES} sources; give a key with fewer values"
-    )
+    return UserError(f"--source-key {config.source_key}: more than {MAX_SOURCES} sources; give a key with fewer values")
 
 
 def _numbers(
@@ -158,7 +157,9 @@ def _object(record: Record) -> dict[str, Any]:
         record.content.encode()
         return parse_object(record.content)
     except ValueError as error:
-        raise UserError(f"--input {record.place}: no row ({shortened(error)}); correct or remove it") from None
+        raise UserError(
+            f"--input {record.place}: not a JSON object ({shortened(error)}); correct or remove it"
+        ) from None
 
 
 def _number(record: Record, row: dict[str, Any], name: str, key: str) -> float:
@@ -183,7 +184,7 @@ def _tokens(record: Record, row: dict[str, Any], key: str) -> int:
         UserError: there is none.
     """
     value = _number(record, row, "--token-key", key)
-    if not 0 <= value <= _MOST_TOKENS or value != int(value):
+    if not 0 <= value <= _MAX_TOKENS or value != int(value):
         raise UserError(f"--input {record.place}: {value} under {key!r} is not a number of tokens; correct the row")
     return int(value)
 
@@ -220,15 +221,8 @@ class _TokenCounter:
     """Counts the tokens of rows' texts with the tokenizer of a Hugging Face folder."""
 
     def __init__(self, folder: str, text_key: str) -> None:
-        from transformers import AutoTokenizer
-
         self._key = text_key
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises whatever it likes
-            raise UserError(
-                f"--tokenizer {folder}: no tokenizer loads from it ({shortened(error)}); give a Hugging Face folder"
-            ) from None
+        self._tokenizer = load_tokenizer_folder(folder, "--tokenizer")
 
     def __call__(self, records: Sequence[Record], rows: Sequence[dict[str, Any]]) -> list[int]:
         """Return the number of tokens of each row.

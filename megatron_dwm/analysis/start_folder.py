@@ -13,7 +13,7 @@ from megatron_dwm.training.run_status import read_run_status
 def find_start_folder(save: Path, saved_as: str | None, named: Sequence[str]) -> Path:
     """Return the folder in which most of the paths in a run's arguments exist.
 
-    That is the present folder, the one that the run's status names, the one from which ``--save`` leads to the run
+    That is the current folder, the one that the run's status names, the one from which ``--save`` leads to the run
     (a whole project may have been moved), or one above the run; the first of these where several are as good.
 
     Args:

@@ -19,22 +19,21 @@ from typing import Any
 
 import torch
 
+from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.errors import UserError, shortened
 
 logger = logging.getLogger(__name__)
 
-ACCURACIES = ("acc", "acc_norm", "exact_match")
-
 
 @dataclass(frozen=True)
-class Estimate:
+class MetricEstimate:
     """A mean over the items of a task, and its standard error."""
 
     mean: float
     stderr: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Estimate:
+    def of(cls, values: Sequence[float]) -> MetricEstimate:
         """Return the mean of values and its standard error; NaN if there is one value."""
         mean = sum(values) / len(values)
         if len(values) < 2:
@@ -58,13 +57,13 @@ class TaskResult:
     task: str
     num_fewshot: int
     samples: int
-    metrics: dict[str, Estimate]
+    metrics: dict[str, MetricEstimate]
     """The harness's metrics, and ``answer_nll`` and ``choice_nll`` where the task has them."""
     values: dict[str, dict[int, float]] = field(default_factory=dict)
     """``answer_nll`` and ``choice_nll`` of each item, by its number in the task."""
 
 
-class Evaluator:
+class TaskEvaluator:
     """Tasks that models are evaluated on, one model after the other."""
 
     def __init__(
@@ -139,14 +138,14 @@ class Evaluator:
 
     def _model(self, folder: Path, add_bos_token: bool | None) -> Any:
         from lm_eval.models.huggingface import HFLM
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
+        tokenizer = load_tokenizer_folder(folder)
         try:
-            options = {"local_files_only": True, "trust_remote_code": False}
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            model = AutoModelForCausalLM.from_pretrained(folder, **options)
+            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"{folder}: cannot be loaded as a language model ({shortened(error)})") from None
+            reason = shortened(error)
+            raise UserError(f"{folder}: cannot be loaded as a language model ({reason}); give another") from None
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with quiet_harness():
             return HFLM(
@@ -206,17 +205,17 @@ def _task_result(task: str, num_fewshot: int, results: dict[str, Any], samples: 
         name, comma, _ = key.partition(",")
         if comma and not name.endswith("_stderr") and isinstance(value, (int, float)):
             stderr = results.get(key.replace(",", "_stderr,", 1))
-            estimate = Estimate(float(value), float(stderr) if isinstance(stderr, (int, float)) else math.nan)
+            estimate = MetricEstimate(float(value), float(stderr) if isinstance(stderr, (int, float)) else math.nan)
             by_item = [sample[name] for sample in samples if isinstance(sample.get(name), (int, float))]
             if math.isnan(estimate.stderr) and len(by_item) == len(samples):
-                of_items = Estimate.of([float(number) for number in by_item])
+                of_items = MetricEstimate.of([float(number) for number in by_item])
                 estimate = of_items if math.isclose(of_items.mean, estimate.mean) else estimate
             metrics[name] = estimate
     values: dict[str, dict[int, float]] = {}
     for sample in samples:
         for name, value in likelihoods(sample).items():
             values.setdefault(name, {})[int(sample["doc_id"])] = value
-    metrics |= {name: Estimate.of(list(by_item.values())) for name, by_item in values.items()}
+    metrics |= {name: MetricEstimate.of(list(by_item.values())) for name, by_item in values.items()}
     return TaskResult(task, num_fewshot, len(samples), metrics, values)
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-ENOUGH_UPDATES = 5
+MIN_UPDATES = 5
 """Minimum number of outer updates for an interval; with fewer, Student's t makes it too wide to be useful."""
 _NORMAL = 1.959964
 """Of the normal distribution, two-sided 95 %."""
@@ -52,7 +52,7 @@ def mean_over_updates(values: Sequence[float], counts: Sequence[float]) -> Estim
         return Estimate(None, None, None, 0, "updates")
     shares = np.asarray(counts, dtype=float) / np.sum(counts)
     mean = float(shares @ np.asarray(values, dtype=float))
-    if n < ENOUGH_UPDATES:
+    if n < MIN_UPDATES:
         return Estimate(mean, None, None, n, "updates")
     deviations = shares * (np.asarray(values, dtype=float) - mean)
     half = student_t(n - 1) * float(np.sqrt((deviations**2).sum() * n / (n - 1)))
@@ -73,7 +73,7 @@ def mean_correlation(rhos: Sequence[float], sizes: Sequence[int], updates: int) 
     rho, size = np.asarray(rhos, dtype=float), np.asarray(sizes, dtype=float)
     shares = size / size.sum()
     mean = float(shares @ rho)
-    if updates < ENOUGH_UPDATES:
+    if updates < MIN_UPDATES:
         return Estimate(mean, None, None, n, "samples")
     # The variance of Fisher's z, brought back to ρ by the slope of tanh.
     variances = (1 + rho**2 / 2) / (size - 3) * (1 - rho**2) ** 2

@@ -27,7 +27,7 @@ from megatron_dwm.analysis.shares import learned_weights
 from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark
 from megatron_dwm.benchmarks.benefit_report import Arm, figure, summary, table
-from megatron_dwm.benchmarks.mixture import CorpusName, Mixture, made_mixture, user_mixture
+from megatron_dwm.benchmarks.mixture import CorpusName, Mixture, build_mixture, build_user_mixture
 from megatron_dwm.benchmarks.programs import call
 from megatron_dwm.benchmarks.sweep_report import best_arm, sweep_summary, sweep_table
 from megatron_dwm.cli.command import run_command
@@ -177,9 +177,9 @@ def _main(argv: Sequence[str] | None) -> None:
 
 def _mixture(config: BenefitConfig, folder: Path) -> Mixture:
     if not config.data:
-        return made_mixture(folder, config.corpus or "library", config.vocab_size, clean=config.clean)
+        return build_mixture(folder, config.corpus or "library", config.vocab_size, clean=config.clean)
     *texts, target, test = config.texts
-    mixture = user_mixture(folder, texts, config.mix, target, test, config.vocab_size)
+    mixture = build_user_mixture(folder, texts, config.mix, target, test, config.vocab_size)
     names = dict(zip(mixture.train, short_names(list(mixture.train)), strict=True))
     like = {prefix: weight for prefix, weight in mixture.train.items() if names[prefix] in config.like}
     return replace(mixture, like_target=config.like, target_only=like)

@@ -62,7 +62,7 @@ TIMEOUT_SECONDS = 60.0
 """Timeout of collectives, which is added to the limit for ranks that wait for a stopped one, or at the start."""
 CHILDREN_SECONDS = 10.0
 """Time limit for the child processes of an ended rank."""
-LONGEST_RUN = 300.0
+MAX_RUN_SECONDS = 300.0
 """Time limit for a run to reach the chosen moment, or its end."""
 
 
@@ -151,13 +151,13 @@ class _Run:
         self.starts += 1
         return _Start(self, save, self.logs_of(save) / f"start{self.starts:03d}")
 
-    def disturbed(self, save: Path, rng: random.Random, kinds: Iterator[Kind], most: int) -> list[Disturbance]:
+    def disturbed(self, save: Path, rng: random.Random, kinds: Iterator[Kind], maximum: int) -> list[Disturbance]:
         """Disturb a run in ``save`` up to ``most`` times, and restart it each time until it has finished."""
         found: list[Disturbance] = []
         kind = next(kinds)
         while True:
             start = self.start(save)
-            if len(found) == most:
+            if len(found) == maximum:
                 start.end_undisturbed()  # what is wrong shows in the comparison
                 return found
             disturbance = start.disturb(kind, choose_moment(rng, PLAN, _saved_iteration(save)), rng)
@@ -185,14 +185,14 @@ class _Start:
 
     def end_undisturbed(self) -> str:
         """Let the ranks run to their end; return the run's status."""
-        self.ranks.wait(LONGEST_RUN)
+        self.ranks.wait(MAX_RUN_SECONDS)
         self.ranks.end()
         return self.status()
 
     def disturb(self, kind: Kind, moment: Moment, rng: random.Random) -> Disturbance | None:
         """Disturb the ranks when the moment has come; None if it came too late, and they ended undisturbed."""
         ranks, last = self.ranks, self.ranks.world_size - 1
-        came = ranks.wait_until(lambda: moment.has_come(self.save, ranks.printed(last)), LONGEST_RUN)
+        came = ranks.wait_until(lambda: moment.has_come(self.save, ranks.printed(last)), MAX_RUN_SECONDS)
         ranks.wait(moment.delay)
         if not came or None not in ranks.codes:
             ranks.end()

@@ -16,7 +16,7 @@ AIMS: dict[Aim, int] = {"save": 7, "update": 5, "export": 3, "any iteration": 3,
 """Phases that moments fall into, and how often of 20."""
 KINDS: dict[Kind, int] = {"kill one": 3, "kill all": 2, "terminate": 2, "full disk": 2, "stop one": 1}
 """Kinds of disturbances, and how often of 10; a stopped rank takes a minute, the shortest timeout of collectives."""
-LONGEST_DELAY: dict[Aim, float] = {"save": 0.4, "update": 0.2, "export": 0.1, "any iteration": 0.2, "start": 4.0}
+MAX_DELAY: dict[Aim, float] = {"save": 0.4, "update": 0.2, "export": 0.1, "any iteration": 0.2, "start": 4.0}
 """Seconds that a moment may lie after what it is aimed at has begun."""
 
 
@@ -76,7 +76,7 @@ def choose_moment(rng: random.Random, plan: Plan, after: int) -> Moment:
     possible = {aim: weight for aim, weight in AIMS.items() if plan.of(aim, after)}
     aim: Aim = rng.choices(list(possible), list(possible.values()))[0] if possible else "start"
     iteration = 0 if aim == "start" else rng.choice(plan.of(aim, after))
-    return Moment(aim, iteration, rng.uniform(0, LONGEST_DELAY[aim]))
+    return Moment(aim, iteration, rng.uniform(0, MAX_DELAY[aim]))
 
 
 def all_kinds(rng: random.Random) -> Iterator[Kind]:

@@ -29,7 +29,7 @@ from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark
 from megatron_dwm.benchmarks.gpu_flags import BENEFIT, COSTS, PRECISION, VOCAB_SIZE, Size, words
 from megatron_dwm.benchmarks.gpu_report import figure, tables
-from megatron_dwm.benchmarks.mixture import Mixture, made_mixture
+from megatron_dwm.benchmarks.mixture import Mixture, build_mixture
 from megatron_dwm.benchmarks.programs import call
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.config.flags import flag
@@ -135,7 +135,7 @@ class _Measurement:
         call("benchmark", "overhead", *flags, "--json", self._result(part), log=self._log(part))
 
     def _texts(self) -> Mixture:
-        return made_mixture(self.scratch / "benefit", "library", VOCAB_SIZE[self.config.size], clean=False)
+        return build_mixture(self.scratch / "benefit", "library", VOCAB_SIZE[self.config.size], clean=False)
 
     def _precision(self, mixture: Mixture) -> None:
         blend = [word for prefix, weight in mixture.train.items() for word in (str(weight), prefix)]
@@ -145,7 +145,7 @@ class _Measurement:
         flags = [*words(PRECISION[self.config.size]), *data, "--json", self._result("precision")]
         call("benchmark", "precision", *flags, log=self._log("precision"))
 
-    def _benefit(self, mixture: Mixture) -> None:
+    def _benefit(self, _mixture: Mixture) -> None:
         folder, size = self.scratch / "benefit", self.config.size
         flags = ["--output", folder, "--corpus", "library", "--vocab-size", VOCAB_SIZE[size], *words(BENEFIT[size])]
         call("benchmark", "benefit", *flags, log=self._log("benefit"))

@@ -12,6 +12,7 @@ passed to ``pretrain_dwm.py``.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -22,11 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_dwm.analysis.preference import rank_correlation
 from megatron_dwm.analysis.records import RunRecords, read_run
 from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark
 from megatron_dwm.benchmarks.benefit import SCORING, shared_flags, train
-from megatron_dwm.benchmarks.mixture import CorpusName, made_mixture
+from megatron_dwm.benchmarks.mixture import CorpusName, build_mixture
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.config.flags import flag, require_at_least
 from megatron_dwm.weighting.rules import half_of_samples
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     config, run_flags = parse_benchmark(LdsConfig, argv, __doc__)
     folder = Path(config.output)
-    mixture = made_mixture(folder, config.corpus, config.vocab_size, clean=False)
+    mixture = build_mixture(folder, config.corpus, config.vocab_size, clean=False)
     target = ["--dwm-target-data-path", str(mixture.target)]
     # Without a learning rate no weighter learns, and all weights stay 1.
     runs = {
@@ -150,21 +152,15 @@ def correlations(predicted: Predictions, losses: Sequence[float]) -> dict[str, S
         index, value = np.array(list(values)), np.array(list(values.values()))
         sums = np.array([value[half_of_samples(index, half)].sum() for half in range(1, len(losses) + 1)])
         draws = np.random.default_rng(0).integers(len(losses), size=(_RESAMPLES, len(losses)))
-        resampled = [spearman(sums[draw], lowered[draw]) for draw in draws]
+        resampled = [_correlation(sums[draw], lowered[draw]) for draw in draws]
         low, high = np.nanquantile(resampled, [0.025, 0.975])
-        scores[name] = Score(spearman(sums, lowered), (float(low), float(high)))
+        scores[name] = Score(_correlation(sums, lowered), (float(low), float(high)))
     return scores
 
 
-def spearman(one: np.ndarray, other: np.ndarray) -> float:
-    """Return the rank correlation of two rows of numbers; ties share their mean rank."""
-    return float(np.corrcoef(_ranks(one), _ranks(other))[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    below = (values[:, None] > values).sum(axis=1)
-    alike = (values[:, None] == values).sum(axis=1)
-    return np.asarray(below + (alike - 1) / 2)
+def _correlation(sums: np.ndarray, lowered: np.ndarray) -> float:
+    rho = rank_correlation(sums, lowered)
+    return math.nan if rho is None else rho
 
 
 def table(scores: Mapping[str, Score], losses: Sequence[float]) -> str:

@@ -29,7 +29,7 @@ def seconds(action: Callable[[], Any], clock: Clock = "wall") -> float:
     return now() - start
 
 
-def take_turns(actions: dict[str, Callable[[], Any]], repeats: int, clock: Clock = "wall") -> dict[str, list[float]]:
+def time_in_turns(actions: dict[str, Callable[[], Any]], repeats: int, clock: Clock = "wall") -> dict[str, list[float]]:
     """Measure the seconds of each action on the slowest rank, one list entry a turn.
 
     Every other turn runs the actions in reverse order, so that none is always behind the same other one.

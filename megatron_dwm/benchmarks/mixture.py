@@ -88,7 +88,7 @@ class Mixture:
     """Blend of the datasets with samples like the target's alone; empty if they are not known."""
 
 
-def made_mixture(folder: Path, corpus: CorpusName, vocab_size: int, *, clean: bool) -> Mixture:
+def build_mixture(folder: Path, corpus: CorpusName, vocab_size: int, *, clean: bool) -> Mixture:
     """Build one of the mixtures of ``CORPORA``, or reuse it if ``folder`` contains it.
 
     Args:
@@ -134,7 +134,7 @@ def _first(lines: list[str], characters: int) -> list[str]:
     return [line for line, end in zip(lines, ends, strict=True) if end <= characters]
 
 
-def user_mixture(
+def build_user_mixture(
     folder: Path, texts: Sequence[Path], fractions: Sequence[float], target: Path, test: Path, vocab_size: int
 ) -> Mixture:
     """Build a mixture of a user's JSONL files, one source each, or reuse it if ``folder`` contains it.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.benchmarks.overhead_flags import SETTLING_STEPS
+from megatron_dwm.benchmarks.overhead_flags import WARMUP_STEPS
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.errors import UserError
 from megatron_dwm.training.trainer import Trainer
@@ -73,7 +73,7 @@ class Modes:
             trainer: the trainer of a bilevel run that has made no step.
         """
         self.bare, self.plain = BareLoop(trainer), trainer.with_weighting(UniformWeighting())
-        for _ in range(SETTLING_STEPS):
+        for _ in range(WARMUP_STEPS):
             self.plain.train_iteration(1)
         self.config = trainer.config
         self.weighting = started(trainer.weighting, self.config.train_iters)

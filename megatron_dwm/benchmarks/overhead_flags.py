@@ -14,7 +14,7 @@ from megatron_dwm.config.run import RunConfig, parse_run
 from megatron_dwm.errors import UserError
 from megatron_dwm.weighting.stage_schedule import bilevel_stages
 
-SETTLING_STEPS = 3
+WARMUP_STEPS = 3
 """Steps before anything is measured: the first ones allocate, and Adam's preconditioner needs one."""
 DEFAULT_RUN = (
     "--num-layers 8 --hidden-size 256 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 "
@@ -80,7 +80,7 @@ def parse_overhead(argv: Sequence[str] | None, world_size: int) -> tuple[Overhea
     for size in options.micro_batch_sizes or []:
         parse_run(override(rest, ["--micro-batch-size", str(size)]), world_size)
     config = parse_run(rest, world_size)
-    if not config.weighting.learns_weighter:
+    if not config.weighting.has_trainable_weighter:
         raise UserError(f"--dwm-mode {config.weighting.dwm_mode}: all modes are measured; leave the flag out")
     stages = bilevel_stages(config.weighting, config.train_iters)
     if (needed := batches_read(options, stages.update_interval)) > config.train_iters:
@@ -99,4 +99,4 @@ def batches_read(options: OverheadConfig, interval: int) -> int:
     turns = options.repeats * (3 * options.steps + 1 + whole + 4)  # two more for the parts, two for the alignments
     # Memory measures three steps twice, four are counted after one of each, each way of alignment is tried once, one
     # batch is for the passes.
-    return SETTLING_STEPS + 1 + turns + 6 + 8 + 2 + 1
+    return WARMUP_STEPS + 1 + turns + 6 + 8 + 2 + 1

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.benchmarks.device_counts import device_counts
-from megatron_dwm.benchmarks.measuring import Stopwatch, paired_ratio, peak_and_retained, seconds, take_turns
+from megatron_dwm.benchmarks.measuring import Stopwatch, paired_ratio, peak_and_retained, seconds, time_in_turns
 from megatron_dwm.benchmarks.modes import Modes
 from megatron_dwm.benchmarks.overhead_flags import OverheadConfig
 from megatron_dwm.benchmarks.overhead_report import PARTS
@@ -47,7 +47,7 @@ def measure_modes(modes: Modes, options: OverheadConfig) -> dict[str, Any]:
     }
     if steps >= interval:
         actions["intervals"] = partial(modes.intervals, steps // interval)
-    times = take_turns(actions, options.repeats, options.clock)
+    times = time_in_turns(actions, options.repeats, options.clock)
     step_times = {name: [t / steps for t in times[name]] for name in ("plain", "bare", "frozen")}
     bilevel = [
         ((interval - 1) * scored + updated) / interval
@@ -85,7 +85,7 @@ def measure_alignments(modes: Modes, options: OverheadConfig) -> dict[str, list[
     try:
         for action in actions.values() if torch.cuda.is_available() else ():  # at first, kernels may be compiled
             action()
-        return take_turns(actions, options.repeats, options.clock)
+        return time_in_turns(actions, options.repeats, options.clock)
     finally:
         outer.alignment_pass.lm_gradients = chosen
 
@@ -134,7 +134,7 @@ def measure_passes(modes: Modes, options: OverheadConfig) -> dict[str, list[floa
             "alignment pass": lambda: lm_gradients.align(batch, direction),
             "forward-backward": forward_backward,
         }
-        return take_turns(actions, options.repeats, options.clock)
+        return time_in_turns(actions, options.repeats, options.clock)
 
 
 def measured_parts(modes: Modes, options: OverheadConfig) -> dict[str, float]:
@@ -149,8 +149,9 @@ def measured_parts(modes: Modes, options: OverheadConfig) -> dict[str, float]:
             (modes.frozen.weighting, "weigh", "scoring"),
             (modes.outer.lm_gradients, "gradient", "target pass"),
             (modes.outer.lm_gradients, "align", "alignment pass"),
-            (ParameterCopy, "take", "parameter copy"),
+            (ParameterCopy, "store", "parameter copy"),
             (ParameterCopy, "swap", "parameter copy"),
+            (ParameterCopy, "restore", "parameter copy"),
             (modes.weighter, "step", "weighter steps"),
             (modes.weighter, "score", "weighter steps"),
         ):
@@ -171,7 +172,7 @@ def measured_parts(modes: Modes, options: OverheadConfig) -> dict[str, float]:
 def operations(modes: Modes) -> dict[str, float]:
     """Return the floating-point operations of the parts of a step, and of those of an update."""
     config, vocab = modes.config, modes.bilevel.reporter.padded_vocab_size
-    weighter = modes.weighter.num_computing_parameters
+    weighter = modes.weighter.num_active_parameters
     lm_gradients = outer_update_flops(config, vocab, 0)
     target = training_flops(config.model, vocab, config.target_batch_size)
     whole = outer_update_flops(config, vocab, weighter, is_linear=modes.weighter.is_linear)
@@ -207,7 +208,8 @@ def measure_memory(modes: Modes) -> dict[str, Any]:
     """
 
     def replay_bytes() -> int:
-        return sum(aligned.tokens.untyped_storage().nbytes() for aligned in modes.outer.replay.batches)
+        tokens = sum(aligned.tokens.untyped_storage().nbytes() for aligned in modes.outer.replay.batches)
+        return tokens + modes.outer.learner.kept_bytes
 
     plain, _ = peak_and_retained(partial(modes.plain.train_iteration, 1))
     weighted, _ = peak_and_retained(partial(modes.frozen.train_iteration, 1))

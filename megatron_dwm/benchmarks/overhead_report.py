@@ -12,7 +12,7 @@ from megatron_dwm.benchmarks.gpu_report import ratios_to_plain
 NOISE = 0.01
 """Of a ratio of times, over the default number of turns on a quiet machine."""
 PARTS = ("training step", "scoring", "target pass", "alignment pass", "parameter copy", "weighter steps", "other")
-LEAST_BY_INTERVAL = {16: 0.93, 100: 0.985}
+MIN_BY_INTERVAL = {16: 0.93, 100: 0.985}
 """Throughput of bilevel training against plain training, by the interval between updates."""
 
 
@@ -24,8 +24,8 @@ class Target:
     values: Sequence[float]
     """One value per turn."""
     by_operations: float | None = None
-    least: float | None = None
-    most: float | None = None
+    minimum: float | None = None
+    maximum: float | None = None
 
     @property
     def value(self) -> float:
@@ -35,14 +35,15 @@ class Target:
     @property
     def is_met(self) -> bool:
         """Whether the figure keeps its bound, if it has one."""
-        return (self.least is None or self.value >= self.least) and (self.most is None or self.value <= self.most)
+        is_above = self.minimum is None or self.value >= self.minimum
+        return is_above and (self.maximum is None or self.value <= self.maximum)
 
     def __str__(self) -> str:
         spread = f"{min(self.values):.4f} to {max(self.values):.4f}" if len(self.values) > 1 else ""
         theory = "" if self.by_operations is None else f"{self.by_operations:.4f}"
         bound, outcome = "", ""
-        if self.least is not None or self.most is not None:
-            bound = f">= {self.least:g}" if self.least is not None else f"<= {self.most:g}"
+        if self.minimum is not None or self.maximum is not None:
+            bound = f">= {self.minimum:g}" if self.minimum is not None else f"<= {self.maximum:g}"
             outcome = "met" if self.is_met else "NOT MET"
         return f"{self.name:58} {self.value:8.4f}   {spread:18} {theory:>9}   {bound:9} {outcome}".rstrip()
 
@@ -63,26 +64,26 @@ def targets(figures: dict[str, Any]) -> list[Target]:
         return [memory[f"{name}_bytes"] / copy_of_parameters]
 
     return [
-        Target("plain against bare megatron-core, throughput", [b / a for a, b, _, _ in pairs], least=1 - NOISE),
-        Target("frozen against plain, throughput", ratios_to_plain(figures, None), plain / step, least=0.995),
+        Target("plain against bare megatron-core, throughput", [b / a for a, b, _, _ in pairs], minimum=1 - NOISE),
+        Target("frozen against plain, throughput", ratios_to_plain(figures, None), plain / step, minimum=0.995),
         *(
             Target(
                 f"bilevel against plain, throughput, an update every {interval}",
                 ratios_to_plain(figures, interval),
                 plain * interval / (step * interval + update),
-                least=LEAST_BY_INTERVAL.get(interval),
+                minimum=MIN_BY_INTERVAL.get(interval),
             )
             for interval in figures["intervals"]
         ),
-        Target("an update, in plain steps", [(d - c) / a for a, _, c, d in pairs], update / plain, most=1.25),
+        Target("an update, in plain steps", [(d - c) / a for a, _, c, d in pairs], update / plain, maximum=1.25),
         Target("alignment pass against forward-backward, time", align, figures["operations"]["alignment pass"] / plain),
-        Target("weighter's parameters against the model's", [figures["weighter_part"]], most=0.02),
+        Target("weighter's parameters against the model's", [figures["weighter_part"]], maximum=0.02),
         Target(
-            "update above plain, in parameter + gradient copies", [memory["outer_update_above_plain_copies"]], most=1
+            "update above plain, in parameter + gradient copies", [memory["outer_update_above_plain_copies"]], maximum=1
         ),
         Target("update above plain, in parameter copies", in_copies("outer_update_above_plain")),
-        Target("weighted step above plain, in parameter copies", in_copies("weighted_step_above_plain"), most=0.001),
-        Target("left by an update, in parameter copies", in_copies("retained_after_update"), most=0.001),
+        Target("weighted step above plain, in parameter copies", in_copies("weighted_step_above_plain"), maximum=0.001),
+        Target("left by an update, in parameter copies", in_copies("retained_after_update"), maximum=0.001),
     ]
 
 

@@ -60,7 +60,11 @@ def parse_precision(argv: Sequence[str] | None, world_size: int) -> tuple[Precis
     """
     options, rest = parse_benchmark(PrecisionConfig, argv, "Hold the alignments of a bf16 run against those in fp32.")
     config = parse_run(rest, world_size)
-    if not config.optimizer.bf16 or not config.weighting.learns_weighter or config.parallel.use_distributed_optimizer:
+    if (
+        not config.optimizer.bf16
+        or not config.weighting.has_trainable_weighter
+        or config.parallel.use_distributed_optimizer
+    ):
         raise UserError(
             "benchmark precision compares bf16 with fp32 in bilevel mode; give --bf16, and leave out --dwm-mode and "
             "--use-distributed-optimizer"

@@ -78,14 +78,14 @@ def _main(argv: Sequence[str] | None) -> None:
     batch = torch.randint(0, len(scorer.tokenizer), (best, config.window), generator=generator).to(device)
     ratios, speeds = [], []
     for turn in range(config.repeats):
-        own = _speed(scorer, batch, repeats=max(1, tokens // batch.numel() // 2))
+        of_model = _speed(scorer, batch, repeats=max(1, tokens // batch.numel() // 2))
         with tempfile.TemporaryDirectory(dir=folder) as output:
             start = _seconds()
             to = str(Path(output) / str(turn))
             steps = score_steps(parts_of([str(source)], 10**9), to, settings)
             run_here(Job(steps, 1, f"{to}/logs"), workers=1)
             speeds.append(tokens / (_seconds() - start))
-        ratios.append(speeds[-1] / own)
+        ratios.append(speeds[-1] / of_model)
     result = {
         "documents": len(texts),
         "tokens": tokens,

@@ -28,7 +28,7 @@ from megatron_dwm.analysis.records import Record, read_run
 from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark
 from megatron_dwm.benchmarks.benefit import MODEL, train
-from megatron_dwm.benchmarks.mixture import Mixture, made_mixture
+from megatron_dwm.benchmarks.mixture import Mixture, build_mixture
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.config.flags import flag, require_at_least
 from megatron_dwm.config.weighting import WeightingConfig
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     config, run_flags = parse_benchmark(WordOrderConfig, argv, __doc__)
     folder = Path(config.output)
-    mixture = made_mixture(folder, "order", config.vocab_size, clean=False)
+    mixture = build_mixture(folder, "order", config.vocab_size, clean=False)
     seeds = range(config.first_seed, config.first_seed + config.seeds)
 
     def run(seed: int) -> list[Quarter]:

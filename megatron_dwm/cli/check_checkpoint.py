@@ -98,7 +98,7 @@ def verify(folder: Path, on_read: Callable[[int], object]) -> str:
 
 def _verify_checkpoint(folder: Path, on_read: Callable[[int], object]) -> str:
     from megatron_dwm.training.checkpoint_checksums import CHECKSUMS
-    from megatron_dwm.training.saved_checkpoint import CheckpointDamage, reported_damage, verify_checkpoint
+    from megatron_dwm.training.saved_checkpoint import DamagedCheckpointError, reported_damage, verify_checkpoint
 
     with reported_damage(folder):
         saved = verify_checkpoint(folder, on_read)
@@ -116,14 +116,14 @@ def _verify_checkpoint(folder: Path, on_read: Callable[[int], object]) -> str:
     not_finite += sum(not _is_finite(value) for value in _tensors_in(state))
     if not_finite:
         with reported_damage(folder):
-            raise CheckpointDamage(f"{not_finite} tensors hold values that are not finite")
+            raise DamagedCheckpointError(f"{not_finite} tensors hold values that are not finite")
     verified = "checksums verified" if (folder / CHECKSUMS).exists() else "without checksums"
     weighter = ", a weighter" if state.get("weighter") else ""
     return f"whole, {verified}: {tensors} tensors, {len(objects)} objects{weighter}"
 
 
 def _verify_torch_checkpoint(folder: Path, on_read: Callable[[int], object]) -> str:
-    from megatron_dwm.training.saved_checkpoint import CheckpointDamage, reported_damage, verify_torch_checkpoint
+    from megatron_dwm.training.saved_checkpoint import DamagedCheckpointError, reported_damage, verify_torch_checkpoint
 
     tensors = not_finite = 0
     with reported_damage(folder):
@@ -133,7 +133,7 @@ def _verify_torch_checkpoint(folder: Path, on_read: Callable[[int], object]) -> 
             not_finite += sum(not _is_finite(tensor) for tensor in found)
             on_read(sum(tensor.numel() * tensor.element_size() for tensor in found))
         if not_finite:
-            raise CheckpointDamage(f"{not_finite} tensors hold values that are not finite")
+            raise DamagedCheckpointError(f"{not_finite} tensors hold values that are not finite")
     ranks = len(list(folder.glob("mp_rank_*")))
     return f"whole, in the format torch: {tensors} tensors of {ranks} ranks"
 

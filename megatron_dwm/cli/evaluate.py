@@ -79,7 +79,7 @@ def _main(argv: Sequence[str] | None) -> None:
     require_packages("evaluate", "lm_eval", "accelerate", "matplotlib")
     from megatron_dwm.analysis.evaluation_report import CheckpointResults, as_json, figure, name_of, table
     from megatron_dwm.analysis.plots import png
-    from megatron_dwm.analysis.task_evaluation import Evaluator
+    from megatron_dwm.analysis.task_evaluation import TaskEvaluator
 
     limit_progress_bars()
     folders = [checkpoint_folder(name) for name in config.checkpoints or []]
@@ -87,7 +87,7 @@ def _main(argv: Sequence[str] | None) -> None:
     names = list(dict.fromkeys(config.tasks or []))
     wanted = [name for name in names if name in LOCAL_TASKS]
     passages = read_passages(config.task_text or [], config.task_packages or []) if wanted else None
-    evaluator = Evaluator(
+    evaluator = TaskEvaluator(
         [local_task(name, passages, limit, config.seed) for name in wanted] if passages else [],
         [name for name in names if name not in LOCAL_TASKS],
         num_fewshot=config.num_fewshot,

@@ -60,7 +60,8 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
     Raises:
         UserError: no such checkpoint, or Hugging Face has no such model.
     """
-    from megatron_dwm.data.hf_tokenizers import is_loaded_unchanged, load_tokenizer_folder, save_hf_tokenizer
+    from megatron_dwm.data.hf_tokenizers import is_loaded_unchanged, save_hf_tokenizer
+    from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
     from megatron_dwm.data.tokenizers import build_tokenizer
     from megatron_dwm.model.hf_card import language_model_card
     from megatron_dwm.model.hf_config import architecture, hf_config

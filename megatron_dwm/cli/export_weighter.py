@@ -89,19 +89,20 @@ def export(config: ExportWeighterConfig) -> str:
     )
 
 
-def _tokenizer(run: RunConfig, own: str) -> Any:
+def _tokenizer(run: RunConfig, fingerprint: str) -> Any:
     """Return the weighter's Hugging Face tokenizer.
 
     Args:
-        own: fingerprint of the weighter's tokenizer; empty if it is that of the run.
+        fingerprint: of the weighter's tokenizer; empty if it is that of the run.
 
     Raises:
         UserError: the folder that it was started from is gone.
     """
-    from megatron_dwm.data.hf_tokenizers import fingerprint_of, load_tokenizer_folder, to_hf_tokenizer
+    from megatron_dwm.data.hf_tokenizers import fingerprint_of, to_hf_tokenizer
+    from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
     from megatron_dwm.data.tokenizers import build_tokenizer
 
-    if not own:
+    if not fingerprint:
         tokenizer = to_hf_tokenizer(build_tokenizer(run.tokenizer), run.tokenizer)
         tokenizer.model_max_length = run.model.sequence
         return tokenizer
@@ -109,8 +110,10 @@ def _tokenizer(run: RunConfig, own: str) -> Any:
     if not (started_from / "config.json").is_file():  # a run's exports, one for each stage
         started_from = next(iter(sorted(started_from.glob("iter_*"))), started_from)
     tokenizer = load_tokenizer_folder(started_from)
-    if fingerprint_of(tokenizer) != own:
-        raise UserError(f"{started_from}: holds another tokenizer than the weighter's, which was started from there")
+    if fingerprint_of(tokenizer) != fingerprint:
+        raise UserError(
+            f"{started_from}: its tokenizer is not the one that the weighter was started with; restore that folder"
+        )
     return tokenizer
 
 
@@ -151,7 +154,8 @@ def _effect(config: ExportWeighterConfig) -> str | None:
     if not (Path(config.load) / "metrics.jsonl").is_file():
         if config.baseline is not None:
             raise UserError(
-                f"--baseline {config.baseline}: --load {config.load} has no metrics.jsonl to compare with it"
+                f"--baseline {config.baseline}: --load {config.load} has no metrics.jsonl to compare with it; leave "
+                "--baseline out"
             )
         return None
     run = read_run(Path(config.load))

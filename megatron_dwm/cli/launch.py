@@ -238,14 +238,14 @@ def _task_evaluation(config: RunConfig, inputs: RunInputs, language_model: Langu
     if config.tasks.eval_tasks is None:
         return None
     require_packages("--eval-tasks", "lm_eval")
-    from megatron_dwm.analysis.running_tasks import RunningTasks
+    from megatron_dwm.analysis.in_loop_tasks import InLoopTaskEvaluator
     from megatron_dwm.data.hf_tokenizers import to_hf_tokenizer
 
     tokenizer = to_hf_tokenizer(inputs.tokenizer, config.tokenizer)
     vocabulary, micro_batch = language_model.components.vocabulary, config.training.micro_batch
     # An imported model may have more tokens than its tokenizer; in one made here, what follows is padding.
     size = vocabulary.softmax_size if vocabulary.softmax_size < vocabulary.rows else inputs.vocab_size
-    return RunningTasks(config.tasks, language_model.engine, tokenizer, size, micro_batch).evaluate
+    return InLoopTaskEvaluator(config.tasks, language_model.engine, tokenizer, size, micro_batch).evaluate
 
 
 def _weighting_context(

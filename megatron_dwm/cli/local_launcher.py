@@ -59,7 +59,7 @@ def supported_settings(config_class: type, settings: dict[str, Any]) -> dict[str
     if missing := sorted(settings.keys() - known):
         logger.warning(
             f"the launcher of torch {version('torch')} has no {' and no '.join(missing)}: after a signal it ends ranks "
-            "that save for longer than its own limit; start them by srun, or take a newer torch"
+            "that save for longer than its own limit; use srun, or a newer torch"
         )
     return {name: value for name, value in settings.items() if name in known}
 
@@ -94,9 +94,8 @@ def launch_locally(module: str, processes: int, argv: Sequence[str]) -> int:
         elastic_launch(config, sys.executable)("-u", "-m", module, *argv)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        return (
-            failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-        )  # the exit code of a shell for a signal
+        # For a signal, the exit code that a shell gives.
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
         return 128 + int(error.sigval if isinstance(error.sigval, signal.Signals) else signal.SIGTERM)
     return 0

@@ -164,8 +164,8 @@ def _write_comparison(
 
 def _write_report(config: ReportConfig, path: Path, run: RunRecords, reload_seconds: int | None) -> Path:
     from megatron_dwm.analysis.external_scores import read_scores
+    from megatron_dwm.analysis.report.build import Settings, build_report
     from megatron_dwm.analysis.report.content import read_benefit
-    from megatron_dwm.analysis.report.describing import Settings, describe
     from megatron_dwm.analysis.report.page import write_report
 
     folder = _folder(path)
@@ -178,7 +178,7 @@ def _write_report(config: ReportConfig, path: Path, run: RunRecords, reload_seco
         scores=read_scores(config.scores) if config.scores else None,
         texts_output=Path(config.texts_output).absolute() if config.texts_output else None,
     )
-    report = describe("/".join(path.resolve().parts[-2:]), folder, run, settings, benefit)
+    report = build_report("/".join(path.resolve().parts[-2:]), folder, run, settings, benefit)
     for note in report.notes:
         logger.warning(" ".join(note.split()))
     return write_report(report, Path(config.output) if config.output else folder / "preference", reload_seconds)

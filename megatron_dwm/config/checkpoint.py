@@ -102,7 +102,9 @@ class CheckpointConfig:
         require_at_least(self, 0 if self.save is None else 1, "save_interval")  # as in Megatron-LM
         require_at_least(self, 1, "save_retain_interval non_persistent_save_interval")
         if self.save_interval is not None and self.save is None:
-            logger.warning(f"--save-interval {self.save_interval} has no effect without --save: nothing is saved")
+            logger.warning(
+                f"--save-interval {self.save_interval} has no effect without --save; give --save to save checkpoints"
+            )
         if self.non_persistent_save_interval is not None and self.save is None:
             raise UserError(
                 f"--non-persistent-save-interval {self.non_persistent_save_interval} needs --save; give the folder"

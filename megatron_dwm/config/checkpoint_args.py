@@ -10,10 +10,10 @@ from typing import Any
 from megatron_dwm.config.flags import declared_flags, flag_name
 from megatron_dwm.config.layer_patterns import parse_layers
 from megatron_dwm.config.model import ModelConfig
-from megatron_dwm.config.needed_flags import YARN_FIELDS, lacking_flag
+from megatron_dwm.config.needed_flags import YARN_FIELDS, missing_flag
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError
-from megatron_dwm.safe_unpickling import UnreadableFile, read_common_state, read_torch_file
+from megatron_dwm.safe_unpickling import UnreadableFileError, read_common_state, read_torch_file
 
 UNKNOWN_PARTS = (
     "experimental_attention_variant",
@@ -84,7 +84,7 @@ _IF_NOT_GIVEN = (
 
 
 RENAMED = {"dwm_valid_data_path": "dwm_target_data_path"}
-"""Arguments that earlier versions saved under another name, with the present one."""
+"""Arguments that earlier versions saved under another name, with the current one."""
 
 
 def first_rank_file(folder: Path) -> Path | None:
@@ -93,7 +93,7 @@ def first_rank_file(folder: Path) -> Path | None:
 
 
 def read_arguments(folder: Path) -> dict[str, Any]:
-    """Return the arguments that the checkpoint in ``folder`` was saved with, by their present names.
+    """Return the arguments that the checkpoint in ``folder`` was saved with, by their current names.
 
     ``trust_remote_code`` is not among them: only the user who loads the checkpoint may allow it.
 
@@ -103,7 +103,7 @@ def read_arguments(folder: Path) -> dict[str, Any]:
     path = first_rank_file(folder)
     try:
         common = read_common_state(folder) if path is None else read_torch_file(path)
-    except UnreadableFile as error:
+    except UnreadableFileError as error:
         raise UserError(f"{folder}: {error}; the checkpoint is damaged, give another") from None
     arguments = common.get("args") if isinstance(common, dict) else None
     if not isinstance(arguments, Namespace):
@@ -122,9 +122,10 @@ def effective_arguments(saved: Mapping[str, Any]) -> dict[str, Any]:
     if foreign:
         name, value = next(iter(foreign.items()))
         raise UserError(
-            f"--load: the checkpoint was saved with {name}={value}; there is no such model here, give another"
+            f"--load: the checkpoint was saved with {name}={value}; this program has no such model; give another "
+            "checkpoint"
         )
-    known = {name: value for name, value in saved.items() if lacking_flag(name, saved) is None}
+    known = {name: value for name, value in saved.items() if missing_flag(name, saved) is None}
     # Megatron-LM keeps what it has made of the words, and one pattern can be written in several ways.
     words = {name: known[name] for name in ("window_size", "window_attn_skip_freq", "no_rope_freq") if known.get(name)}
     return known | {name: _as_words(name, value, saved["num_layers"]) for name, value in words.items()}

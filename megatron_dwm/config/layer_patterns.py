@@ -6,7 +6,7 @@ import ast
 
 from megatron_dwm.errors import UserError
 
-MOST_LAYERS = 10_000  # of a pattern: more are a mistake, and would fill the memory
+MAX_LAYERS = 10_000  # of a pattern: more are a mistake, and would fill the memory
 
 
 def parse_layers(flag: str, text: str, num_layers: int) -> int | list[int]:
@@ -52,7 +52,7 @@ def _evaluate(node: ast.expr) -> int | list[int]:
         if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
             return left + right
         if isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int):
-            if len(left) * right > MOST_LAYERS:
+            if len(left) * right > MAX_LAYERS:
                 raise ValueError("too long")
             return left * right
     raise ValueError("not a pattern")

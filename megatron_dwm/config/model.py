@@ -8,7 +8,7 @@ from typing import Literal
 
 from megatron_dwm.config.flags import declared_flags, flag, flag_name, require_at_least
 from megatron_dwm.config.layer_patterns import parse_layers
-from megatron_dwm.config.needed_flags import IDLE_IN_MEGATRON_LMS_SCRIPTS, lacking_flag
+from megatron_dwm.config.needed_flags import TOLERATED_IN_MEGATRON_SCRIPTS, missing_flag
 from megatron_dwm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -276,10 +276,10 @@ class ModelConfig:
         if self.recompute_granularity == "full" and self.recompute_method is None:
             raise UserError("--recompute-granularity full needs --recompute-method; give uniform or block")
         for item in declared_flags(type(self)):
-            needed = lacking_flag(item.field, vars(self))
+            needed = missing_flag(item.field, vars(self))
             if needed is not None and getattr(self, item.field) != item.default:
                 message = f"{item.names[0]} has no effect without {needed}"
-                if item.field not in IDLE_IN_MEGATRON_LMS_SCRIPTS:
+                if item.field not in TOLERATED_IN_MEGATRON_SCRIPTS:
                     raise UserError(f"{message}; add that")
                 logger.warning(message)
 

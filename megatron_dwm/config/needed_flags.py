@@ -50,11 +50,11 @@ _NEEDED = {
     ),
 }
 """Fields that have no effect without another flag, and that flag."""
-IDLE_IN_MEGATRON_LMS_SCRIPTS = {"recompute_method", "recompute_num_layers"}
+TOLERATED_IN_MEGATRON_SCRIPTS = {"recompute_method", "recompute_num_layers"}
 """Those of them that scripts give even without the other flag."""
 
 
-def lacking_flag(field: str, values: Mapping[str, Any]) -> str | None:
+def missing_flag(field: str, values: Mapping[str, Any]) -> str | None:
     """Return the flag without which ``field`` has no effect; None if it is among ``values`` of ModelConfig's fields."""
     rope = values.get("position_embedding_type") == "rope" or values.get("use_rotary_position_embeddings")
     yarn = values.get("position_embedding_type") == "yarn"

@@ -23,7 +23,7 @@ _NEUTRAL_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "ckpt_fully_parallel_load_exchange_algo": (("broadcast",), "shards are broadcast; leave it out"),
     "dist_ckpt_workers": ((1,), "each rank writes with one worker; leave it out"),
     "null_tokenizer_pad_id": ((-1,), "a NullTokenizer pads with -1; leave it out"),
-    "cpu_offloading_num_layers": ((0,), "memory is saved by recomputation alone; use --recompute-granularity"),
+    "cpu_offloading_num_layers": ((0,), "memory is saved only by recomputation; use --recompute-granularity"),
     "main_grads_dtype": (("fp32",), "main gradients are fp32; leave it out"),
     "main_params_dtype": (("fp32",), "main parameters are fp32; leave it out"),
     "exp_avg_dtype": (("fp32",), "the optimizer's state is fp32; leave it out"),
@@ -59,31 +59,31 @@ class NoEffectConfig:
     scatter_gather_tensors_in_pipeline: bool = flag(
         True, "Not used in Megatron-LM either.", "--no-scatter-gather-tensors-in-pipeline"
     )
-    onnx_safe: str | None = flag(None, "For Megatron-LM's older models alone.")
-    openai_gelu: bool = flag(False, "For Megatron-LM's older models alone.")
-    apply_residual_connection_post_layernorm: bool = flag(False, "For Megatron-LM's older models alone.")
+    onnx_safe: str | None = flag(None, "Only for Megatron-LM's older models.")
+    openai_gelu: bool = flag(False, "Only for Megatron-LM's older models.")
+    apply_residual_connection_post_layernorm: bool = flag(False, "Only for Megatron-LM's older models.")
 
     # Spellings of older Megatron-LMs, which say what is the default now, and of forks.
     no_query_key_layer_scaling: bool = flag(
-        False, "Attention scores are divided by the layer's number with --apply-query-key-layer-scaling alone."
+        False, "Attention scores are scaled by 1 / layer number only with --apply-query-key-layer-scaling."
     )
     log_batch_size_to_tensorboard: bool = flag(False, "TensorBoard has the batch size in any case.")
     data_impl: Literal["infer", "mmap", "lazy", "cached"] = flag("infer", "Only mmap, which infer finds too.")
     ddp_impl: Literal["local", "torch"] = flag(
         "local", "Gradients are reduced by megatron-core's own wrapper in any case.", "--DDP-impl"
     )
-    contiguous_buffers_in_local_ddp: bool = flag(True, "Gradients lie in contiguous buffers in any case.")
-    use_contiguous_buffers_in_local_ddp: bool = flag(False, "Gradients lie in contiguous buffers in any case.")
-    local_rank: int = flag(0, "Given by torch.distributed.launch, which says it in the environment too.")
-    use_mpi: bool = flag(False, "Ranks that mpirun starts know their numbers by its environment in any case.")
+    contiguous_buffers_in_local_ddp: bool = flag(True, "Gradients are always in contiguous buffers.")
+    use_contiguous_buffers_in_local_ddp: bool = flag(False, "Gradients are always in contiguous buffers.")
+    local_rank: int = flag(0, "Given by torch.distributed.launch, which also sets it in the environment.")
+    use_mpi: bool = flag(False, "mpirun's environment is always read.")
 
     # What happens in any case.
     manual_gc_eval: bool = flag(
-        True, "Evaluations do not collect garbage in any case.", "--no-manual-gc-eval", "--disable-manual-gc-eval"
+        True, "Evaluations never run the garbage collection.", "--no-manual-gc-eval", "--disable-manual-gc-eval"
     )
-    enable_one_logger: bool = flag(True, "There is no one-logger in any case.", "--no-one-logger")
+    enable_one_logger: bool = flag(True, "one-logger is never used.", "--no-one-logger")
     use_persistent_ckpt_worker: bool = flag(
-        False, "With a GPU one process always writes all of --async-save's checkpoints; without, forks do."
+        False, "With a GPU, one process always writes --async-save's checkpoints; without one, forked processes do."
     )
     auto_detect_ckpt_format: bool = flag(False, "The format of --load is always detected from its files.")
     pipeline_model_parallel_comm_backend: Literal["nccl", "ucc"] | None = flag(
@@ -110,29 +110,29 @@ class NoEffectConfig:
     record_shapes: bool = flag(False, "Shapes are always recorded.")
 
     # What acts only with another flag, which is refused.
-    cpu_offloading_retain_pinned_cpu_buffers: bool = flag(False, "For --cpu-offloading-num-layers alone.")
+    cpu_offloading_retain_pinned_cpu_buffers: bool = flag(False, "Only with --cpu-offloading-num-layers.")
     expert_tensor_parallel_size: int | None = flag(None, "Only for mixtures of experts.")
     data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = flag(
-        "no_shard", "For --use-megatron-fsdp alone."
+        "no_shard", "Only with --use-megatron-fsdp."
     )
-    disable_symmetric_registration: bool = flag(False, "For --use-nccl-ub alone.")
-    kitchen_attention_backend: Literal["sdpa", "fa"] = flag("sdpa", "For --use-kitchen-attention alone.")
+    disable_symmetric_registration: bool = flag(False, "Only with --use-nccl-ub.")
+    kitchen_attention_backend: Literal["sdpa", "fa"] = flag("sdpa", "Only with --use-kitchen-attention.")
     cpu_offloading_num_layers: int = flag(0, "Only 0: no activations are offloaded.")
-    optimizer_offload_fraction: float = flag(1.0, "For --optimizer-cpu-offload alone.")
-    use_torch_optimizer_for_cpu_offload: bool = flag(False, "For --optimizer-cpu-offload alone.")
-    overlap_cpu_optimizer_d2h_h2d: bool = flag(False, "For --optimizer-cpu-offload alone.")
-    pin_cpu_grads: bool = flag(True, "For --optimizer-cpu-offload alone.", "--no-pin-cpu-grads")
-    pin_cpu_params: bool = flag(True, "For --optimizer-cpu-offload alone.", "--no-pin-cpu-params")
-    fim_rate: float = flag(0.5, "For --fim-data alone.")
-    fim_spm_rate: float = flag(0.5, "For --fim-data alone.")
-    fim_split_sample: str | None = flag(None, "For --fim-data alone.")
-    fim_fragment_rate: float | None = flag(None, "For --fim-data alone.")
-    fim_no_prefix: str | None = flag(None, "For --fim-data alone.")
-    fim_prefix_token: str = flag("<fim_prefix>", "For --fim-data alone.")
-    fim_middle_token: str = flag("<fim_middle>", "For --fim-data alone.")
-    fim_suffix_token: str = flag("<fim_suffix>", "For --fim-data alone.")
-    fim_pad_token: str = flag("<fim_pad>", "For --fim-data alone.")
-    fim_eod_token: str = flag("<|endoftext|>", "For --fim-data alone.")
+    optimizer_offload_fraction: float = flag(1.0, "Only with --optimizer-cpu-offload.")
+    use_torch_optimizer_for_cpu_offload: bool = flag(False, "Only with --optimizer-cpu-offload.")
+    overlap_cpu_optimizer_d2h_h2d: bool = flag(False, "Only with --optimizer-cpu-offload.")
+    pin_cpu_grads: bool = flag(True, "Only with --optimizer-cpu-offload.", "--no-pin-cpu-grads")
+    pin_cpu_params: bool = flag(True, "Only with --optimizer-cpu-offload.", "--no-pin-cpu-params")
+    fim_rate: float = flag(0.5, "Only with --fim-data.")
+    fim_spm_rate: float = flag(0.5, "Only with --fim-data.")
+    fim_split_sample: str | None = flag(None, "Only with --fim-data.")
+    fim_fragment_rate: float | None = flag(None, "Only with --fim-data.")
+    fim_no_prefix: str | None = flag(None, "Only with --fim-data.")
+    fim_prefix_token: str = flag("<fim_prefix>", "Only with --fim-data.")
+    fim_middle_token: str = flag("<fim_middle>", "Only with --fim-data.")
+    fim_suffix_token: str = flag("<fim_suffix>", "Only with --fim-data.")
+    fim_pad_token: str = flag("<fim_pad>", "Only with --fim-data.")
+    fim_eod_token: str = flag("<|endoftext|>", "Only with --fim-data.")
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "expert_tensor_parallel_size")

@@ -67,6 +67,10 @@ class OptimizerConfig:
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = flag(
         "constant", "How weight decay changes from start to end."
     )
+    apply_wd_to_qk_layernorm: bool = flag(False, "Decay the weights of --qk-layernorm too.")
+    no_weight_decay_cond_type: Literal["apply_wd_to_qk_layernorm"] | None = flag(
+        None, "Former spelling of --apply-wd-to-qk-layernorm.", deprecated="use --apply-wd-to-qk-layernorm"
+    )
     clip_grad: float = flag(1.0, "Clip the gradient to this global norm; 0 for no clipping.")
     adam_beta1: float = flag(0.9, "Adam's first decay rate.")
     adam_beta2: float = flag(0.999, "Adam's second decay rate.")
@@ -126,7 +130,7 @@ class OptimizerConfig:
         if self.weight_decay_incr_style != "constant" and None in varying:
             raise UserError(
                 f"--weight-decay-incr-style {self.weight_decay_incr_style} needs --start-weight-decay and "
-                "--end-weight-decay"
+                "--end-weight-decay; give both"
             )
         if self.weight_decay_incr_style == "constant" and varying != (None, None):
             raise UserError(
@@ -136,7 +140,7 @@ class OptimizerConfig:
         if (self.start_weight_decay or 0.0) > (self.end_weight_decay or 0.0):
             raise UserError(
                 f"--start-weight-decay {self.start_weight_decay} exceeds --end-weight-decay {self.end_weight_decay}; "
-                "weight decay can only grow"
+                "weight decay can only grow, so change one"
             )
 
     @property
@@ -146,6 +150,11 @@ class OptimizerConfig:
         As in Megatron-LM, bf16 training does so unless ``--grad-reduce-in-bf16`` is given.
         """
         return not self.grad_reduce_in_bf16 if self.bf16 else self.accumulate_allreduce_grads_in_fp32
+
+    @property
+    def decays_qk_layernorm(self) -> bool:
+        """Whether weight decay concerns the weights of ``--qk-layernorm``."""
+        return self.apply_wd_to_qk_layernorm or self.no_weight_decay_cond_type is not None
 
     @property
     def has_dynamic_loss_scale(self) -> bool:

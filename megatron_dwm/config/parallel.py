@@ -177,7 +177,9 @@ class ParallelConfig:
         if self.fp8_param_gather and not self.use_distributed_optimizer:
             raise UserError("--fp8-param-gather needs --use-distributed-optimizer; add it")
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
-            raise UserError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
+            raise UserError(
+                "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; add them"
+            )
         if self.ddp_num_buckets is not None and self.ddp_bucket_size is not None:
             raise UserError("--ddp-num-buckets and --ddp-bucket-size exclude each other; give one")
 
@@ -203,7 +205,9 @@ class ParallelConfig:
                     "--pipeline-model-parallel-layout defines all stages; leave out the other flags that define them"
                 )
         if self.overlap_p2p_comm_warmup_flush and not self.overlap_p2p_comm:
-            raise UserError("--overlap-p2p-communication-warmup-flush excludes --no-overlap-p2p-communication")
+            raise UserError(
+                "--overlap-p2p-communication-warmup-flush excludes --no-overlap-p2p-communication; leave one out"
+            )
 
     def _check_context_parallelism(self) -> None:
         for kind in self.cp_comm_type:
@@ -266,11 +270,14 @@ class ParallelConfig:
             if counted % (self.pp * self.num_layers_per_virtual_pipeline_stage):
                 raise UserError(
                     f"--num-layers {num_layers} is not divisible by --pipeline-model-parallel-size {self.pp} x "
-                    f"--num-layers-per-virtual-pipeline-stage {self.num_layers_per_virtual_pipeline_stage}"
+                    f"--num-layers-per-virtual-pipeline-stage {self.num_layers_per_virtual_pipeline_stage}; "
+                    "change one"
                 )
             chunks = counted // self.pp // self.num_layers_per_virtual_pipeline_stage
         if chunks is not None and chunks > 1 and self.pp < 2:
-            raise UserError(f"{chunks} virtual pipeline stages need --pipeline-model-parallel-size 2 or more, not 1")
+            raise UserError(
+                f"{chunks} virtual pipeline stages need --pipeline-model-parallel-size 2 or more, not 1; change one"
+            )
         ends = [
             size
             for size in (self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers)
@@ -284,6 +291,7 @@ class ParallelConfig:
                 f"--num-layers {num_layers} is not divisible by --pipeline-model-parallel-size {self.pp}"
                 + (f" x {chunks} virtual stages" if chunks else "")
                 + (" as the flags divide it" if ends or counted != num_layers else "")
+                + "; change one"
             )
         return chunks if chunks and chunks > 1 else None
 

@@ -70,6 +70,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._check_world()
         self._check_records()
+        self._check_optimizer()
         self._check_shards()
         self._check_sequence()
         self._check_batches()
@@ -102,11 +103,15 @@ class RunConfig:
                 f"--pipeline-model-parallel-size {pp}{context}; start a multiple of {tp * pp * cp} processes"
             )
 
+    def _check_optimizer(self) -> None:
+        if self.optimizer.decays_qk_layernorm and not self.model.qk_layernorm:
+            raise UserError("--apply-wd-to-qk-layernorm has no effect without --qk-layernorm; add it")
+
     def _check_shards(self) -> None:
         if self.parallel.use_distributed_optimizer and self.optimizer.optimizer != "adam":
             raise UserError(
                 f"--use-distributed-optimizer does not go with --optimizer {self.optimizer.optimizer}: megatron-core "
-                "shards the state of Adam alone; leave one out"
+                "shards only the state of Adam; leave one out"
             )
         ranks, instances = self.world_size // self.parallel.mp, self.parallel.num_distributed_optimizer_instances
         if ranks % instances:
@@ -178,9 +183,11 @@ class RunConfig:
                     f"virtual stages need; change {flags}"
                 )
         elif not pp <= group <= microbatches or 0 < microbatches % group < pp:
+            last = f", whose last would have {microbatches % group}" if pp <= group <= microbatches else ""
             raise UserError(
-                f"--microbatch-group-size-per-virtual-pipeline-stage {group}: {microbatches} microbatches are not in "
-                f"groups of at least {pp}, the stages of the pipeline; change it or {flags}"
+                f"--microbatch-group-size-per-virtual-pipeline-stage {group}: {microbatches} microbatches do not make "
+                f"groups of {group}{last}, and each needs at least {pp}, the stages of the pipeline; change it or "
+                f"{flags}"
             )
 
     def _check_schedule(self) -> None:
@@ -290,7 +297,7 @@ class RunConfig:
         """
         if self.weighting.dwm_target_batch_size is not None:
             return self.weighting.dwm_target_batch_size
-        if not self.weighting.learns_weighter:
+        if not self.weighting.has_trainable_weighter:
             return self.global_batch_size
         dp, part = self.data_parallel_size, -(-self.global_batch_size // TARGET_PART)
         unit = dp
@@ -303,7 +310,7 @@ class RunConfig:
     @property
     def target_momentum(self) -> float:
         """The momentum of the target gradient's running mean; 0 if there is none."""
-        if not self.weighting.learns_weighter:
+        if not self.weighting.has_trainable_weighter:
             return 0.0
         if self.weighting.dwm_target_momentum is not None:
             return self.weighting.dwm_target_momentum

@@ -29,7 +29,7 @@ class TrainingConfig:
     train_samples: int | None = flag(None, "Samples to train on, instead of --train-iters.")
     exit_interval: int | None = flag(None, "Stop after the first iteration that is divisible by this.")
     exit_duration_in_mins: int | None = flag(None, "Save and stop after this many minutes.")
-    exit_signal_handler: bool = flag(False, "Save and stop on SIGTERM.")
+    exit_signal_handler: bool = flag(False, "Save and stop on SIGTERM, SIGINT, SIGUSR1 or SIGUSR2.")
     skip_train: bool = flag(False, "Only evaluate.")
     seed: int = flag(1234, "Seed of initialization, data order and dropout.")
     data_parallel_random_init: bool = flag(

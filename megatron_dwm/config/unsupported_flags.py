@@ -44,6 +44,8 @@ UNSUPPORTED: dict[str, str] = {
     "it was removed from Megatron-LM; use --tensor-model-parallel-size": "--model-parallel-size",
     "it was removed from Megatron-LM; use --recompute-granularity full --recompute-method uniform": """
         --activations-checkpoint-method""",
+    "a run's length is in iterations or samples; use --train-samples, --lr-decay-samples and --lr-warmup-samples": """
+        --train-tokens --lr-decay-tokens --lr-warmup-tokens""",
     "DeepSpeed is not used; use --use-distributed-optimizer": "--deepspeed* --zero-* --no-pipeline-parallel",
     "it adds a loss term or leaves tokens out, so that another loss would be weighted; leave it out": """
         --use-z-loss --goldfish-*""",
@@ -67,7 +69,7 @@ UNSUPPORTED: dict[str, str] = {
         --fsdp-* --megatron-fsdp-*
         --no-gradient-reduce-div-fusion --enable-full-sharding-in-hsdp --init-model-with-meta-device
         --*-strict-fsdp-dtensor-load""",
-    "memory is saved by recomputation alone; use --recompute-granularity": """
+    "memory is saved only by recomputation; use --recompute-granularity": """
         --fine-grained-activation-offloading --offload-modules --min-offloaded-tensor-size
         --fine-grained-offloading-* --delay-offload-until-cuda-graph --delta-offload-bytes-across-pp-ranks
         --activation-offload-fraction --mlp-chunks-for-training""",
@@ -83,8 +85,7 @@ UNSUPPORTED: dict[str, str] = {
     "outer updates support only megatron-core's Adam and SGD; use --optimizer adam or sgd": """
         --optimizer=*muon --muon-* --lion-* --ademamix-*""",
     "parameter groups are megatron-core's defaults; leave it out": """
-        --no-use-layer-wise-param-layout --dump-param-to-param-group-map
-        --apply-wd-to-qk-layernorm --no-weight-decay-cond-type""",
+        --no-use-layer-wise-param-layout --dump-param-to-param-group-map""",
     "image models and T5 are not supported; use rope": """
         --position-embedding-type=mrope --position-embedding-type=relative""",
     "it is for models other than GPTs, or for fine-tuning; use HuggingFaceTokenizer": """
@@ -110,8 +111,8 @@ UNSUPPORTED: dict[str, str] = {
     "batches grow only by --rampup-batch-size; use that": "--phase-transition-iterations --step-batch-size-schedule",
     "evaluations use the batch sizes of training; use --eval-iters": "--eval-global-batch-size --eval-micro-batch-size",
     "evaluations start with the run; use --eval-interval": "--start-eval-at-iter",
-    "benchmarks/chaos.py disturbs runs; leave it out": "--fault-injector-*",
-    "torch reads TORCH_FR_BUFFER_SIZE and TORCH_NCCL_DUMP_ON_TIMEOUT; set them": """
+    "faults are injected by benchmarks/chaos.py; leave it out": "--fault-injector-*",
+    "the flight recorder is set by TORCH_FR_BUFFER_SIZE and TORCH_NCCL_DUMP_ON_TIMEOUT; use these variables": """
         --flight-recorder-* --no-flight-recorder-* --disable-flight-recorder-*""",
     "there is no such report; --timing-log-level 1 shows slow ranks; leave it out": """
         --save-wgrads-interval --save-dgrads-interval --save-params-interval --save-activations-interval

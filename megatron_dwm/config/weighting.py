@@ -158,8 +158,8 @@ class WeightingConfig:
     )
     dwm_check: bool = flag(
         False,
-        "Before the first iteration, compare the hypergradient of this configuration with finite differences, and "
-        "end the run if they disagree. Does not change the run otherwise. In fp32 only.",
+        "Before the first iteration, compare the gradient that trains the weighter (the hypergradient) with finite "
+        "differences, and end the run if they disagree. Does not change the run otherwise. In fp32 only.",
     )
     dwm_score_batch_size: int = flag(32, "Samples (or windows of samples) that the weighter scores at a time.")
     dwm_score_cache: int = flag(
@@ -197,7 +197,7 @@ class WeightingConfig:
                 f"--dwm-load {self.dwm_load} goes with --dwm-mode frozen, not {self.dwm_mode}; to train a weighter "
                 "further, give it as --dwm-init-from"
             )
-        if self.dwm_check and not self.learns_weighter:
+        if self.dwm_check and not self.has_trainable_weighter:
             raise UserError(
                 f"--dwm-check goes with --dwm-mode bilevel, not {self.dwm_mode}, which trains no weighter; leave it out"
             )
@@ -210,7 +210,7 @@ class WeightingConfig:
             given = " ".join(map(str, self.dwm_ngram_lengths))
             raise UserError(f"--dwm-ngram-lengths {given}: give numbers of at least 1")
         is_linear = self.dwm_arch == "ngram" and self.dwm_ngram_hidden_size == 0 and self.dwm_init_from == "random"
-        if self.dwm_kl_weight == 0 and is_linear and self.learns_weighter:
+        if self.dwm_kl_weight == 0 and is_linear and self.has_trainable_weighter:
             raise UserError(
                 "--dwm-kl-weight 0: a linear ngram weighter's scores would be infinite; give a number above 0, or "
                 "--dwm-ngram-hidden-size"
@@ -249,17 +249,17 @@ class WeightingConfig:
     @property
     def has_weighter(self) -> bool:
         """Whether there is a model that scores samples."""
-        return self.dwm_mode == "frozen" or self.learns_weighter
+        return self.dwm_mode == "frozen" or self.has_trainable_weighter
 
     @property
-    def learns_weighter(self) -> bool:
+    def has_trainable_weighter(self) -> bool:
         """Whether a weighter is trained by outer updates."""
         return self.dwm_mode == "bilevel" or self.dwm_rule == "shuffled"
 
     @property
     def needs_target(self) -> bool:
         """Whether the weights depend on the target set."""
-        return self.learns_weighter or self.dwm_rule in TARGETED_RULES
+        return self.has_trainable_weighter or self.dwm_rule in TARGETED_RULES
 
     @property
     def aligns(self) -> bool:

@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 
 PARTS = ("train", "target", "test")
 
-LEAST_BYTES = 200  # of a document: shorter texts are fragments
+MIN_BYTES = 200  # of a document: shorter texts are fragments
 _DIVERSITY = 8  # target and test hold at least so many documents, so that none of them is one long text
 
 
@@ -75,7 +75,7 @@ class Document(NamedTuple):
 Corpus = dict[str, dict[str, list[Document]]]  # source -> part -> documents
 
 
-class Seen:
+class SeenTexts:
     """The texts that have been used, compared by their words alone: case, punctuation and layout do not count."""
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ def paragraphs(text: str) -> list[str]:
 
 def split(documents: Iterable[Document], heldout_bytes: int, rng: random.Random) -> dict[str, list[Document]]:
     """Divide the documents at random: target and test get ``heldout_bytes`` each, train the rest."""
-    left = [document for document in documents if document.size >= LEAST_BYTES]
+    left = [document for document in documents if document.size >= MIN_BYTES]
     rng.shuffle(left)
     parts: dict[str, list[Document]] = {}
     for part in ("target", "test"):

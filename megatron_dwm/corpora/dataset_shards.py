@@ -17,8 +17,8 @@ from megatron_dwm.data.index_file import IndexFile
 from megatron_dwm.errors import UserError
 
 
-class DatasetShards(PipelineStep):  # type: ignore[misc]
-    """Tokenizes the records of :class:`~megatron_dwm.corpora.pipelines.Records`; a task without any writes no shard."""
+class DatasetShardWriter(PipelineStep):  # type: ignore[misc]
+    """Tokenizes a task's records, as :class:`~megatron_dwm.corpora.pipelines.RecordReader` yields them."""
 
     type, name = "writer", "dataset shards"
 

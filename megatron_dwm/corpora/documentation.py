@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from megatron_dwm.corpora.corpus import Corpus, CorpusConfig, Document, Seen, first, split, with_progress
+from megatron_dwm.corpora.corpus import Corpus, CorpusConfig, Document, SeenTexts, first, split, with_progress
 from megatron_dwm.corpora.packaged_text import special_texts
 from megatron_dwm.corpora.standard_library import docstrings, parsed
 from megatron_dwm.errors import UserError
@@ -53,7 +53,7 @@ def documentation_corpus(config: CorpusConfig) -> Corpus:
     twice = [name for name, times in Counter(package.name for package in packages).items() if times > 1]
     if twice:
         raise UserError(f"--documentation has two sources named {twice[0]}; leave one out")
-    seen, rng = Seen(), random.Random(config.seed)
+    seen, rng = SeenTexts(), random.Random(config.seed)
     corpus: Corpus = {}
     for package in packages:
         documents = [

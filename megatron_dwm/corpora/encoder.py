@@ -17,7 +17,7 @@ from megatron_dwm.errors import shortened
 
 
 class Encoded(NamedTuple):
-    """A document: of each key the token ids, in the data set's type, and the lengths of its sequences."""
+    """A document: of each key the token ids, in the dataset's type, and the lengths of its sequences."""
 
     tokens: dict[str, npt.NDArray[Any]]
     lengths: dict[str, list[int]]

@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePath
 
 _GROUP = 2000  # characters of a document that is made of short texts
-_MOST = 8_000_000  # characters of one package; of longer ones every n-th document is taken
+_MAX_CHARACTERS = 8_000_000  # characters of one package; of longer ones every n-th document is taken
 _LONG_STRING = 10_000  # characters of a constant that is text, not code
 
 Reader = Callable[[str, Path], Iterable[str]]
@@ -38,7 +38,7 @@ def _documents(reader: Reader, files: Mapping[str, Path]) -> Iterator[tuple[str,
         if path.is_file()
         for number, text in enumerate(reader(name, path))
     ]
-    step = -(-sum(len(text) for _, text in found) // _MOST) or 1
+    step = -(-sum(len(text) for _, text in found) // _MAX_CHARACTERS) or 1
     yield from found[::step]
 
 

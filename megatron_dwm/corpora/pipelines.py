@@ -30,7 +30,7 @@ from loguru import logger
 from megatron_dwm.config.slurm import SlurmConfig
 from megatron_dwm.corpora.parts import Part, records_of
 from megatron_dwm.corpora.storage import OutputFolder, is_url
-from megatron_dwm.corpora.worker_pool import WorkerDied
+from megatron_dwm.corpora.worker_pool import WorkerDiedError
 from megatron_dwm.errors import UserError, shortened
 
 _WATCH_INTERVAL_S = 0.3
@@ -46,7 +46,7 @@ class Job:
     """Folder or URL of its logs, which record the finished tasks."""
 
 
-class Records(BaseDiskReader):  # type: ignore[misc]
+class RecordReader(BaseDiskReader):  # type: ignore[misc]
     """Reads the records of one part unchanged; each becomes the metadata of a document.
 
     datatrove's own readers leave out malformed lines, empty documents and the end of a damaged file with a warning, and
@@ -82,7 +82,7 @@ class Records(BaseDiskReader):  # type: ignore[misc]
             yield Document(text="", id=record.place, metadata={"record": record, "path": part.path})
 
 
-class Published(PipelineStep):  # type: ignore[misc]
+class FilePublisher(PipelineStep):  # type: ignore[misc]
     """Renames the file of a task to its final name when the writer has closed it."""
 
     type, name = "writer", "published"
@@ -98,7 +98,7 @@ class Published(PipelineStep):  # type: ignore[misc]
         self.folder.move(f"partial/{name}", f"{self.finished}/{name}")  # without documents there is no file
 
 
-class Call(PipelineStep):  # type: ignore[misc]
+class FunctionStep(PipelineStep):  # type: ignore[misc]
     """Calls a function: a job of one task."""
 
     type, name = "call", "call"
@@ -129,7 +129,7 @@ def run_here(job: Job, workers: int) -> Any:
         datatrove's statistics of this call; None if all tasks were done.
 
     Raises:
-        WorkerDied: a signal has killed a worker process.
+        WorkerDiedError: a signal has killed a worker process.
     """
     logger.disable("datatrove")
     workers = min(workers, job.tasks)
@@ -145,7 +145,7 @@ def _watched_workers() -> Iterator[None]:
     """Raise an error if a worker process is killed inside the context; its pool would wait for the lost task forever.
 
     Raises:
-        WorkerDied: a signal has killed a worker.
+        WorkerDiedError: a signal has killed a worker.
     """
     dead: list[str] = []
     is_over = threading.Event()
@@ -168,7 +168,7 @@ def _watched_workers() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if dead:
-            raise WorkerDied(dead[0]) from None
+            raise WorkerDiedError(dead[0]) from None
         raise
     finally:
         is_over.set()
@@ -228,7 +228,7 @@ def refused_output(output: str, flag: str = "--output") -> Iterator[None]:
         yield
     except UserError:
         raise
-    except WorkerDied as error:
+    except WorkerDiedError as error:
         raise UserError(
             f"--workers: a worker process ended ({error}); give fewer workers or more memory, and run the command "
             "again, finished files are kept"

@@ -30,7 +30,7 @@ from megatron_dwm.corpora.encoder import Encoded, Encoder, Malformed
 from megatron_dwm.corpora.readers import Reader, Record, input_files, without_suffixes
 from megatron_dwm.corpora.storage import is_url
 from megatron_dwm.corpora.unfinished import Progress, UnfinishedWork, file_stamps, unfinished_work
-from megatron_dwm.corpora.worker_pool import WorkerDied, WorkerPool
+from megatron_dwm.corpora.worker_pool import WorkerDiedError, WorkerPool
 from megatron_dwm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class PreprocessConfig:
         None,
         "JSON lines (plain, .gz or .zst) or Parquet: files, folders, or glob patterns; together they are one input.",
     )
-    json_keys: list[str] = flag(["text"], "Keys (columns) to extract from each document; each becomes a data set.")
+    json_keys: list[str] = flag(["text"], "Keys (columns) to extract from each document; each becomes a dataset.")
     split_sentences: bool = flag(
         False, "Split documents into sentences.", refused="documents are kept whole; leave the flag out"
     )
@@ -58,8 +58,8 @@ class PreprocessConfig:
     output_prefix: str | None = flag(None, "Path of the output without _<key>_document.bin/.idx.")
     output_per_file: bool = flag(
         False,
-        "Make data sets of each input file, with its name behind --output-prefix, or in that folder if it ends with a "
-        "slash, instead of data sets of all files together.",
+        "Make datasets of each input file, with its name behind --output-prefix, or in that folder if it ends with a "
+        "slash, instead of datasets of all files together.",
     )
     workers: int = flag(1, "Number of processes that tokenize, or of simultaneous tasks of a SLURM job.")
     partitions: int = flag(1, "Distribute the documents over this many partitions, which are concatenated.")
@@ -104,7 +104,7 @@ def preprocess(config: PreprocessConfig, tokenizer_config: TokenizerConfig) -> l
     """Write ``<output_prefix>_<key>_document.bin`` and ``.idx`` of each key, in place of old ones.
 
     Returns:
-        the names of the data sets, without suffix.
+        the names of the datasets, without suffix.
 
     Raises:
         UserError: an unreadable input or tokenizer, a malformed record (unless skipped), or no documents.
@@ -147,7 +147,7 @@ def _names(paths: list[str]) -> dict[str, str]:
 def _preprocess(
     config: PreprocessConfig, tokenizer_config: TokenizerConfig, encoder: Encoder, paths: list[str]
 ) -> None:
-    """Write the data sets of some files.
+    """Write the datasets of some files.
 
     Raises:
         UserError: as :func:`preprocess`.
@@ -168,7 +168,7 @@ def _preprocess(
             _write(_reported(results, reader, work.progress.records, config.log_interval), config, encoder.dtype, work)
             parts = [segment / f"part{part}" for part in range(_partitions(config)) for segment in work.segments]
             publish_datasets(config.json_keys, encoder.dtype, parts, prefix)
-    except WorkerDied as error:
+    except WorkerDiedError as error:
         raise UserError(
             f"--workers {config.workers}: a worker process ended ({error}); give fewer workers or more memory"
         ) from error

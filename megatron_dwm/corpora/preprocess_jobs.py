@@ -10,11 +10,11 @@ from typing import Any
 from megatron_dwm import __version__
 from megatron_dwm.config.slurm import SlurmConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.corpora.dataset_shards import DatasetShards, publish_shards
+from megatron_dwm.corpora.dataset_shards import DatasetShardWriter, publish_shards
 from megatron_dwm.corpora.dataset_writer import dataset_prefix
 from megatron_dwm.corpora.encoder import Encoder
 from megatron_dwm.corpora.parts import file_parts
-from megatron_dwm.corpora.pipelines import Call, Records
+from megatron_dwm.corpora.pipelines import FunctionStep, RecordReader
 from megatron_dwm.corpora.preprocess import PreprocessConfig
 from megatron_dwm.corpora.readers import input_files
 from megatron_dwm.corpora.storage import stamp_of
@@ -45,15 +45,15 @@ def submit_preprocess(
     depends |= {"append_eod": config.append_eod, "skip_malformed": config.skip_malformed}
     work.claim(json.dumps(depends, indent=2, default=str) + "\n")
     folder = work.folder.path("data")
-    shards = DatasetShards(
+    shards = DatasetShardWriter(
         folder,
         config.json_keys,
         tokenizer_config,
         append_eod=config.append_eod,
         skip_malformed=config.skip_malformed,
     )
-    publish = Call(partial(publish_shards, Path(folder), config.json_keys, len(parts), prefix))
-    records = Records(parts, columns=config.json_keys)
+    publish = FunctionStep(partial(publish_shards, Path(folder), config.json_keys, len(parts), prefix))
+    records = RecordReader(parts, columns=config.json_keys)
     jobs = [work.job("shards", [records, shards], len(parts)), work.job("dataset", [publish])]
     number = work.run("preprocess", jobs, config.workers, slurm)
     if number is None:

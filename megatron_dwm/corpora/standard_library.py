@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_dwm.corpora.corpus import (
-    LEAST_BYTES,
+    MIN_BYTES,
     Corpus,
     CorpusConfig,
     Document,
-    Seen,
+    SeenTexts,
     first,
     paragraphs,
     split,
@@ -36,10 +36,10 @@ from megatron_dwm.errors import UserError
 # Other packages; tests, which not every interpreter has; tables.
 _NOT_READ = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
 _TOPICS = "pydoc_data/topics.py"
-_LEAST_WORDS = 8  # shorter statements may occur twice, and shorter comments are left out
+_MIN_WORDS = 8  # shorter statements may occur twice, and shorter comments are left out
 _TABLE = 1000  # an assignment in a module of at least so many characters is a table, not code
 _SHUFFLED_FRACTION = 0.3  # of the prose outside target and test
-_MOST_SHUFFLES = 10  # of one document
+_MAX_SHUFFLES = 10  # of one document
 _WINDOW = 8  # characters that are put in random order together
 
 _FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -52,7 +52,7 @@ def standard_library_corpus(config: CorpusConfig, library: Path | None = None) -
         UserError: the library's sources are not there, or are too few for the sizes asked for.
     """
     root = library or Path(sysconfig.get_path("stdlib"))
-    seen = Seen()
+    seen = SeenTexts()
     modules = list(_modules(root))
     prose = []
     for module in with_progress(modules, "docstrings"):
@@ -79,7 +79,7 @@ def standard_library_corpus(config: CorpusConfig, library: Path | None = None) -
 
 
 def _deal(
-    prose: list[Document], comments: list[Document], code: list[Document], config: CorpusConfig, seen: Seen
+    prose: list[Document], comments: list[Document], code: list[Document], config: CorpusConfig, seen: SeenTexts
 ) -> Corpus:
     """Split the sources into parts of the configured sizes, and make bad text of a fraction of the prose."""
     rng = random.Random(config.seed)
@@ -167,13 +167,13 @@ def _comments(source: bytes) -> str:
 
 def _comment(lines: list[str]) -> str:
     text = inspect.cleandoc("\n".join(line.lstrip("#") for line in ["", *lines]))
-    return text if len(text.split()) >= _LEAST_WORDS else ""
+    return text if len(text.split()) >= _MIN_WORDS else ""
 
 
 class _Code(ast.NodeTransformer):
     """A transformer that removes docstrings and statements with text seen before, and marks the rest as seen."""
 
-    def __init__(self, seen: Seen) -> None:
+    def __init__(self, seen: SeenTexts) -> None:
         self._seen = seen
 
     def text(self, tree: ast.Module) -> str:
@@ -216,7 +216,7 @@ class _Code(ast.NodeTransformer):
 
     def _is_new(self, body: list[ast.stmt]) -> bool:
         text = "\n".join(ast.unparse(statement) for statement in body)
-        if len(re.findall(r"\w+", text)) < _LEAST_WORDS:
+        if len(re.findall(r"\w+", text)) < _MIN_WORDS:
             return True
         strings = [
             node.value
@@ -225,7 +225,7 @@ class _Code(ast.NodeTransformer):
             if isinstance(node, ast.Constant) and isinstance(node.value, str)
         ]
         copied = any(
-            len(paragraph.split()) >= _LEAST_WORDS and paragraph in self._seen
+            len(paragraph.split()) >= _MIN_WORDS and paragraph in self._seen
             for string in strings
             for paragraph in paragraphs(string)
         )
@@ -239,17 +239,17 @@ def _divide(documents: list[Document], fraction: float) -> tuple[list[Document],
 
 
 def _shuffled(
-    documents: list[Document], config: CorpusConfig, size: int, seen: Seen, rng: random.Random
+    documents: list[Document], config: CorpusConfig, size: int, seen: SeenTexts, rng: random.Random
 ) -> list[Document]:
     """Return at most ``size`` bytes of the documents with each paragraph shuffled, again and again."""
     shuffle = _shuffle_words if config.shuffle == "words" else _shuffle_characters
     results: list[Document] = []
-    for turn in range(_MOST_SHUFFLES):
+    for turn in range(_MAX_SHUFFLES):
         for document in documents:
             shuffled = "\n\n".join(shuffle(paragraph, rng) for paragraph in paragraphs(document.text))
             text = seen.new_paragraphs(shuffled)
             results.append(Document(text, f"shuffled/{document.id.removeprefix('prose/')}#{turn}"))
-    return first([document for document in results if document.size >= LEAST_BYTES], size)
+    return first([document for document in results if document.size >= MIN_BYTES], size)
 
 
 def _shuffle_words(paragraph: str, rng: random.Random) -> str:

@@ -155,8 +155,8 @@ class OutputFolder:
         elif self._fs.exists(self._root):
             self._fs.rm(self._root, recursive=True)
 
-    def holds_something(self) -> bool:
-        """Return whether the folder contains anything."""
+    def has_files(self) -> bool:
+        """Return whether the folder exists and is not empty."""
         if self._fs is None:
             return os.path.isdir(self.location) and any(os.scandir(self.location))
         return bool(self._fs.exists(self._root) and self._fs.ls(self._root))

@@ -56,7 +56,7 @@ class UnfinishedWork:
         self.segments.append(segment)
         self.progress = progress
 
-    def take_up(self) -> None:
+    def resume(self) -> None:
         """Find the segments that an earlier call has finished."""
         while (done := self.folder / f"{len(self.segments):06d}" / _DONE).is_file():
             try:
@@ -93,7 +93,7 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
             raise UserError(f"{folder}: another process is writing there; wait until it has finished") from None
         work, written = UnfinishedWork(folder), folder / _JOB
         if job is not None and written.is_file() and written.read_bytes() == job.encode():
-            work.take_up()
+            work.resume()
         else:
             for path in folder.iterdir():
                 if path.is_dir():

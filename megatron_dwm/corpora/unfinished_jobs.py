@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datatrove.pipeline.base import PipelineStep
 
 from megatron_dwm.config.slurm import SlurmConfig
-from megatron_dwm.corpora.pipelines import Call, Job, refused_output, run_here, submit
+from megatron_dwm.corpora.pipelines import FunctionStep, Job, refused_output, run_here, submit
 from megatron_dwm.corpora.storage import OutputFolder, absolute
 from megatron_dwm.errors import UserError
 
@@ -70,7 +70,7 @@ class UnfinishedJobs:
                 return submit(name, jobs, workers, slurm)
             try:
                 for job in jobs:
-                    if isinstance(job.steps[0], Call):  # is quickly repeated
+                    if isinstance(job.steps[0], FunctionStep):  # is quickly repeated
                         job.steps[0].run()
                     else:
                         run_here(job, workers)

@@ -24,7 +24,7 @@ _CHUNKS_AHEAD = 8  # chunks in flight for each worker, which bounds the memory
 _PATIENCE = 5  # seconds for a worker whose pipe has ended to be gone
 
 
-class WorkerDied(Exception):
+class WorkerDiedError(Exception):
     """A worker that ended before its work did; the message says how."""
 
 
@@ -60,7 +60,7 @@ class WorkerPool(Generic[Item, Result]):
         """Yield the results of all items of all chunks, in order.
 
         Raises:
-            WorkerDied: a worker ended.
+            WorkerDiedError: a worker ended.
         """
         pending: deque[int] = deque()  # the workers that owe a chunk of results, in the order of the chunks
         for number, chunk in enumerate(chunks):
@@ -82,13 +82,13 @@ class WorkerPool(Generic[Item, Result]):
             raise self._death_of(worker) from None
         return results
 
-    def _death_of(self, worker: int) -> WorkerDied:
+    def _death_of(self, worker: int) -> WorkerDiedError:
         process = self._processes[worker]
         process.join(_PATIENCE)
         code = process.exitcode
         if code is not None and code < 0:
-            return WorkerDied(f"killed by {signal.Signals(-code).name}")
-        return WorkerDied(f"exit code {code}")
+            return WorkerDiedError(f"killed by {signal.Signals(-code).name}")
+        return WorkerDiedError(f"exit code {code}")
 
 
 def _work(pipe: Connection, of_parent: list[Connection], function: Callable[[Item], Result]) -> None:

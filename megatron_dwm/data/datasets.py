@@ -77,7 +77,7 @@ def split_sizes(
 ) -> SplitSizes:
     """Return how many samples the datasets of a run are built for.
 
-    They are Megatron-LM's numbers, which are those of a run that has read batches of the present size from its first
+    They are Megatron-LM's numbers, which are those of a run that has read batches of the current size from its first
     iteration on, or what the run reads if that is more. The order of the samples depends on these numbers, and stays
     the same as long as the flags do.
 

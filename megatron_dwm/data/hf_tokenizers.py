@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dwm.atomic_write import atomic_files
 from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.data.tokenizers import describe_tokenizer, end_of_document
 from megatron_dwm.errors import UserError, shortened
 
@@ -130,23 +131,6 @@ def fingerprint_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the SHA-256 (hex) of a Hugging Face tokenizer's (token, id) pairs."""
     pairs = sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0]))
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
-
-
-def load_tokenizer_folder(directory: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a Hugging Face folder.
-
-    Raises:
-        UserError: it has none that can be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    # Without one of these, AutoTokenizer makes an empty tokenizer from config.json.
-    if not any((directory / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
-        raise UserError(f"{directory}: no Hugging Face tokenizer there; put tokenizer.json next to the model")
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever the tokenizer's class raises
-        raise UserError(f"{directory}: its tokenizer does not load ({shortened(error, 300)}); save it again") from error
 
 
 def _check_same_ids(

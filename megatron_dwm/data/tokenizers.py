@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.data.tokenizer_folder import require_vocabulary
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.extras import require_packages
 from megatron_dwm.runtime.compat import build_core_tokenizer
@@ -34,6 +35,9 @@ def build_tokenizer(config: TokenizerConfig) -> MegatronTokenizerText:
         tokenizer = _core_build(config)
     except Exception as error:  # Megatron-Core raises whatever its libraries and asserts raise
         raise UserError(_build_failure(config, error)) from error
+    if config.tokenizer_type == "HuggingFaceTokenizer":
+        model = str(config.tokenizer_model)
+        require_vocabulary(tokenizer._tokenizer.tokenizer, model, f"--tokenizer-model {model}")
     if config.tokenizer_sentencepiece_legacy:
         _name_control_pieces(tokenizer)
     return tokenizer

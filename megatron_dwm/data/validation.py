@@ -17,8 +17,8 @@ from megatron_dwm.errors import UserError
 
 VOCABULARY_SAMPLE = 2**26  # tokens of each dataset that a run compares with the vocabulary,
 VOCABULARY_PIECES = 64  # in so many pieces spread over the dataset, if it has more
-SHORTEST_DOCUMENT = 32  # tokens; shorter documents are equal by chance
-MOST_DOCUMENTS = 200_000  # documents of one dataset that are compared with the target set
+MIN_DOCUMENT_TOKENS = 32  # tokens; shorter documents are equal by chance
+MAX_DOCUMENTS = 200_000  # documents of one dataset that are compared with the target set
 MASK_SAMPLES = 64  # samples of a dataset of which at least one must have a token whose loss counts
 _PIECE = 2**24  # tokens that are read at a time
 
@@ -198,15 +198,15 @@ def _check_target_is_separate(flag: str, blend: Blend, target: Blend) -> None:
 def _digests(prefix: str, lengths: npt.NDArray[np.int32] | None) -> set[bytes]:
     """Return digests of a dataset's longer documents (and, if given, only of those with one of ``lengths``).
 
-    At most :data:`MOST_DOCUMENTS` are read, evenly spread: a large corpus is sampled, a small one is read completely.
+    At most :data:`MAX_DOCUMENTS` are read, evenly spread: a large corpus is sampled, a small one is read completely.
     """
     index = IndexFile.open(prefix)
-    is_candidate = index.lengths >= SHORTEST_DOCUMENT
+    is_candidate = index.lengths >= MIN_DOCUMENT_TOKENS
     if lengths is not None:
         is_candidate &= np.isin(index.lengths, lengths)
     chosen = np.flatnonzero(is_candidate)
-    if len(chosen) > MOST_DOCUMENTS:
-        chosen = chosen[np.linspace(0, len(chosen) - 1, MOST_DOCUMENTS).astype(np.int64)]
+    if len(chosen) > MAX_DOCUMENTS:
+        chosen = chosen[np.linspace(0, len(chosen) - 1, MAX_DOCUMENTS).astype(np.int64)]
     tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
     starts, counts = index.places[chosen] // index.dtype.itemsize, index.lengths[chosen]
     return {

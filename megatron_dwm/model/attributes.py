@@ -8,7 +8,7 @@ from typing import Any
 
 
 @contextmanager
-def changed_attributes(target: Any, values: dict[str, Any]) -> Iterator[None]:
+def temporary_attributes(target: Any, values: dict[str, Any]) -> Iterator[None]:
     """Set attributes of ``target`` inside the context, and restore them afterwards."""
     before = {name: getattr(target, name) for name in values}
     for name, value in values.items():

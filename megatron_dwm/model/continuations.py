@@ -18,7 +18,7 @@ from megatron.core.utils import unwrap_model
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.loss import plain_loss
-from megatron_dwm.model.vocabulary import leave_padding_out
+from megatron_dwm.model.vocabulary import mask_vocabulary_padding
 from megatron_dwm.runtime.context_parallel import slice_sequence
 from megatron_dwm.runtime.device import current_device
 
@@ -35,7 +35,7 @@ class Likelihood(NamedTuple):
     """The likelihood of a continuation under the model."""
 
     log_likelihood: float
-    is_likeliest: bool
+    is_greedy: bool
     """Whether each of its tokens is the most likely one after the tokens before it."""
 
 
@@ -98,7 +98,7 @@ class _Misses:
 
     def __enter__(self) -> _Misses:
         state = self._state
-        masks = [leave_padding_out(head, self._vocab_size, state.tp_rank, state.tp_size) for head in self._heads]
+        masks = [mask_vocabulary_padding(head, self._vocab_size, state.tp_rank, state.tp_size) for head in self._heads]
         # Registered after the masks, because hooks are called in order.
         finders = [head.register_forward_hook(self._find_likeliest) for head in self._heads]
         self._handles = [handle for handle in (*masks, *finders) if handle is not None]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.model.attributes import changed_attributes
+from megatron_dwm.model.attributes import temporary_attributes
 from megatron_dwm.model.loss import LossFunction, SampleLosses, as_token_losses, plain_loss
 from megatron_dwm.model.protocols import ModelChunk
 from megatron_dwm.runtime.context_parallel import slice_sequence
@@ -144,7 +144,7 @@ class PipelineEngine:
         for chunk in gathering:
             chunk.disable_forward_pre_hook()
         try:
-            with changed_attributes(self.config, {"param_sync_func": None}):
+            with temporary_attributes(self.config, {"param_sync_func": None}):
                 yield
         finally:
             for chunk in gathering:
@@ -168,10 +168,10 @@ class PipelineEngine:
         with ExitStack() as stack:
             for chunk in self.chunks:
                 stack.enter_context(chunk.no_sync())
-            stack.enter_context(changed_attributes(self.config, overrides))
+            stack.enter_context(temporary_attributes(self.config, overrides))
             for module in modules:
                 present = {name: False for name in fused if getattr(module, name, False) is True}
-                stack.enter_context(changed_attributes(module, present))
+                stack.enter_context(temporary_attributes(module, present))
             yield
 
     @contextmanager
@@ -190,7 +190,7 @@ class PipelineEngine:
                     # Layers and Transformer Engine's attention keep dropout probabilities as plain numbers.
                     names = ["p"] if isinstance(module, torch.nn.Dropout) else ["hidden_dropout", "attention_dropout"]
                     present = {name: 0.0 for name in names if isinstance(getattr(module, name, None), float)}
-                    stack.enter_context(changed_attributes(module, present))
+                    stack.enter_context(temporary_attributes(module, present))
             try:
                 yield
             finally:

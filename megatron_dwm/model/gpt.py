@@ -38,7 +38,7 @@ from megatron_dwm.model.kernels import resolve_transformer_impl
 from megatron_dwm.model.protocols import ModelChunk, Optimizer
 from megatron_dwm.model.recomputation import return_bias_copies
 from megatron_dwm.model.torch_layers import torch_block_spec
-from megatron_dwm.model.vocabulary import Vocabulary, leave_padding_out
+from megatron_dwm.model.vocabulary import Vocabulary, mask_vocabulary_padding
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.logging import EVERY_RANK
 
@@ -84,7 +84,7 @@ def build_model_chunks(
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
         return_bias_copies(chunk)
         if chunk.post_process:
-            leave_padding_out(chunk.output_layer, vocabulary.softmax_size, groups.tp.rank(), groups.tp.size())
+            mask_vocabulary_padding(chunk.output_layer, vocabulary.softmax_size, groups.tp.rank(), groups.tp.size())
         chunks.append(chunk.to(device))
     if groups.dp.rank() == groups.cp.rank() == 0:
         logger.info(

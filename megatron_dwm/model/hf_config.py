@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 IMPORTED = ("llama", "mistral", "qwen2", "qwen3", "seed_oss", "phi3", "nemotron", "gpt2")
 """model_type of the Hugging Face models that are read."""
 
-TWINS = {"qwen2": "seed_oss"}
+EQUIVALENT_MODEL_TYPES = {"qwen2": "seed_oss"}
 """model_types beside which AutoTokenizer replaces a tokenizer that is not of their own kind, and those that compute the
 same and have any tokenizer."""
 
@@ -66,7 +66,7 @@ def hf_config(
     """Return the Hugging Face configuration that is equivalent to the language model's.
 
     Args:
-        has_any_tokenizer: use the model_type's equivalent in :data:`TWINS`, if there is one.
+        has_any_tokenizer: use the model_type's equivalent in :data:`EQUIVALENT_MODEL_TYPES`, if there is one.
 
     Raises:
         UserError: the architecture has no counterpart; the message names the flag that does not fit.
@@ -76,7 +76,7 @@ def hf_config(
     kind = architecture(model)
     _check_expressible(model, kind)
     if has_any_tokenizer:
-        kind = TWINS.get(kind, kind)
+        kind = EQUIVALENT_MODEL_TYPES.get(kind, kind)
     if not can_have_window(model, kind):
         layers = model.window_attn_skip_freq
         flags = f"--window-size {model.window_size}{f' --window-attn-skip-freq {layers}' if layers else ''}"

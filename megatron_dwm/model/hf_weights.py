@@ -106,23 +106,6 @@ def to_hf_state_dict(
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
-def from_hf_state_dict(
-    state: Mapping[str, torch.Tensor], model: ModelConfig, *, padded_vocab_size: int
-) -> dict[str, torch.Tensor]:
-    """Return the full state of a Hugging Face state: the inverse of :func:`to_hf_state_dict`.
-
-    Args:
-        state: the tensors; with ``lm_head.weight`` if and only if the model has an output layer of its own.
-        padded_vocab_size: rows of the embedding; those beyond the vocabulary are zero.
-    """
-    parts: dict[str, list[torch.Tensor]] = {}
-    for piece in pieces(model, range(model.layers)):
-        parts.setdefault(piece.key, []).append(from_hf(piece, state, model, padded_vocab_size))
-    return {
-        key: torch.stack(tensors) if key.startswith(LAYERS) else tensors[0].clone() for key, tensors in parts.items()
-    }
-
-
 def to_hf(piece: Piece, tensor: torch.Tensor, vocab_size: int) -> Sequence[torch.Tensor]:
     """Return the Hugging Face tensors of a piece, in the order of its names; views where possible."""
     return piece.conversion.split(tensor[:vocab_size] if piece.key in VOCABULARY else tensor)

@@ -18,7 +18,7 @@ from megatron_dwm.runtime.device import current_device
 def mean_hidden_states(engine: PipelineEngine, batch: Batch, micro_batch_size: int) -> torch.Tensor:
     """Return the output of the final layer norm, averaged over each sample's tokens [n, h], float32.
 
-    A forward pass at the present parameters, without dropout; a collective call of the replica's ranks, and the same on
+    A forward pass at the current parameters, without dropout; a collective call of the replica's ranks, and the same on
     all of them.
     """
     state, config = engine.parallel_state, engine.config

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from megatron_dwm.model.buckets import buckets_of, gather_shards, shard_of
 from megatron_dwm.model.protocols import ModelChunk
 
-AT_A_TIME = 1 << 22
-"""Elements that are swapped at a time."""
+CHUNK_ELEMENTS = 1 << 22
+"""Number of elements that are swapped at once."""
 
 
 class ParameterCopy:
@@ -32,13 +32,13 @@ class ParameterCopy:
         """The copied tensors of the model, and their copies."""
 
     @classmethod
-    def taken(cls, chunks: Sequence[ModelChunk | torch.nn.Module]) -> ParameterCopy:
-        """Return a copy of the present parameters; a collective call as :meth:`take` is."""
+    def of(cls, chunks: Sequence[ModelChunk | torch.nn.Module]) -> ParameterCopy:
+        """Return a copy of the current parameters; a collective call like :meth:`store`."""
         copy = cls(chunks)
-        copy.take()
+        copy.store()
         return copy
 
-    def take(self) -> None:
+    def store(self) -> None:
         """Copy the latest parameters.
 
         With ``--overlap-param-gather`` a rank holds only its shards of them until the next forward pass; they are
@@ -51,13 +51,13 @@ class ParameterCopy:
         sharded = {param for _, bucket in self._sharded_buckets() for param in bucket.params_list}
         held = [shard_of(bucket.param_data, group) for group, bucket in self._sharded_buckets()]
         held += [param.detach() for chunk in self._chunks for param in chunk.parameters() if param not in sharded]
-        self._copies = [(present, present.clone()) for present in held]
+        self._copies = [(parameter, parameter.clone()) for parameter in held]
 
     def swap(self) -> None:
         """Exchange the model's parameters with the copy, in place and part by part; collective if they are sharded."""
         with torch.no_grad():
-            for present, copy in self._copies:
-                pieces = [tensor.view(-1).split(AT_A_TIME) for tensor in (present, copy)]
+            for parameter, copy in self._copies:
+                pieces = [tensor.view(-1).split(CHUNK_ELEMENTS) for tensor in (parameter, copy)]
                 for one, other in zip(*pieces, strict=True):
                     current = one.clone()
                     one.copy_(other)
@@ -67,11 +67,11 @@ class ParameterCopy:
     def restore(self) -> None:
         """Set the model's parameters to the copy; collective if they are sharded."""
         with torch.no_grad():
-            for present, copy in self._copies:
-                present.copy_(copy)
+            for parameter, copy in self._copies:
+                parameter.copy_(copy)
         self._gather()
 
-    def drop(self) -> None:
+    def release(self) -> None:
         """Free the copy's memory."""
         self._copies = []
 

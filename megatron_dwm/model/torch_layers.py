@@ -65,7 +65,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
 
     def _add_softmax_offset(self) -> None:
         """Create the softmax offsets: logarithms of what is added to the denominator, for each of this rank's heads."""
-        own = self.config.num_attention_heads // self.tp_group.size()
+        heads = self.config.num_attention_heads // self.tp_group.size()
         self.softmax_offset: torch.Tensor | None = None
         if self.config.softmax_type == "vanilla":
             return
@@ -73,7 +73,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
         offsets = torch.zeros(self.config.num_attention_heads, device=current_device(), dtype=self.config.params_dtype)
         if self.config.softmax_type == "learnable" and self.config.perform_initialization:
             self.config.init_method(offsets)
-        part = offsets[self.tp_group.rank() * own :][:own].clone()
+        part = offsets[self.tp_group.rank() * heads :][:heads].clone()
         self.softmax_offset = torch.nn.Parameter(part) if self.config.softmax_type == "learnable" else part
 
     def sharded_state_dict(

@@ -16,7 +16,7 @@ from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.errors import UserError
 
-OLDEST_TRANSFORMER_ENGINE = "1.9.0"
+MIN_TRANSFORMER_ENGINE = "1.9.0"
 _WITH_QUANTIZATION_MODES = "2.7.0"
 
 
@@ -39,8 +39,8 @@ def check_tp_comm_overlap(parallel: ParallelConfig, impl: str) -> None:
         raise UserError(
             "--tp-comm-overlap needs --sequence-parallel and --tensor-model-parallel-size 2 or more; add them"
         )
-    if not is_te_min_version(OLDEST_TRANSFORMER_ENGINE):
-        raise UserError(f"--tp-comm-overlap needs Transformer Engine {OLDEST_TRANSFORMER_ENGINE} or newer; update it")
+    if not is_te_min_version(MIN_TRANSFORMER_ENGINE):
+        raise UserError(f"--tp-comm-overlap needs Transformer Engine {MIN_TRANSFORMER_ENGINE} or newer; update it")
 
 
 def read_overlap_settings(path: str | None) -> dict[str, Any]:

@@ -96,13 +96,12 @@ def check_layers(model: ModelConfig, parallel: ParallelConfig, impl: str) -> Non
         )
     if model.layernorm_zero_centered_gamma:
         raise UserError(
-            f"--apply-layernorm-1p: the norms of --transformer-impl {impl} cannot; leave it out or use "
+            f"--apply-layernorm-1p: the norms of --transformer-impl {impl} do not support it; leave it out or use "
             "transformer_engine"
         )
     if impl == "local" and parallel.sequence_parallel and parallel.tp > 1:
         raise UserError(
-            "--sequence-parallel: the norms of --transformer-impl local cannot without Apex; use "
-            "--transformer-impl torch"
+            "--sequence-parallel: the norms of --transformer-impl local need Apex for it; use --transformer-impl torch"
         )
 
 
@@ -114,15 +113,14 @@ def check_context_parallelism(parallel: ParallelConfig, impl: str) -> None:
     """
     if impl == "local":
         raise UserError(
-            f"--context-parallel-size {parallel.cp}: the attention of --transformer-impl local sees this rank's part "
-            "of the sequence alone; use --transformer-impl torch or transformer_engine"
+            f"--context-parallel-size {parallel.cp}: the attention of --transformer-impl local sees only this rank's "
+            "part of the sequence; use --transformer-impl torch or transformer_engine"
         )
     kind = parallel.cp_comm_type[0]
     if impl == "torch" and kind in ("a2a", "a2a+p2p"):
         raise UserError(
-            f"--cp-comm-type {kind} is for Transformer Engine's layers, and the layers are torch, which gather "
-            "keys and values; "
-            "give all_gather or leave it out"
+            f"--cp-comm-type {kind} is for Transformer Engine's layers, and those of --transformer-impl torch gather "
+            "keys and values; give all_gather, or leave it out"
         )
 
 
@@ -139,8 +137,8 @@ def check_attention_mask(model: ModelConfig, impl: str, device: torch.device) ->
         )
     if impl == "local" and model.window is not None:
         raise UserError(
-            "--reset-attention-mask with --window-size: the attention of --transformer-impl local has one mask or the "
-            "other; use --transformer-impl torch"
+            "--reset-attention-mask with --window-size: the attention of --transformer-impl local applies only one of "
+            "the two masks; use --transformer-impl torch"
         )
     if impl == "local" and device.type == "cuda" and model.masked_softmax_fusion:
         raise UserError(

@@ -60,7 +60,7 @@ def saved_softmax_size(arguments: Mapping[str, Any], rows: int) -> int:
     return int(arguments.get(SOFTMAX_SIZE) or arguments.get("hf_vocab_size") or rows)
 
 
-def leave_padding_out(
+def mask_vocabulary_padding(
     output_layer: torch.nn.Module, softmax_size: int, tp_rank: int, tp_size: int
 ) -> RemovableHandle | None:
     """Exclude the rows from ``softmax_size`` on from the softmax of ``output_layer``'s logits.

@@ -52,7 +52,7 @@ def scoring_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: We
     """
     settings, samples = config.weighting, config.global_batch_size
     if weighter is not None:
-        return Cost(scoring_flops(weighter.computing_parameters, samples, config.model.sequence), {})
+        return Cost(scoring_flops(weighter.active_parameters, samples, config.model.sequence), {})
     if settings.dwm_rule in RULES_OF_FORWARD_PASSES:
         return _forward_cost(config, rows, stages, samples)
     if settings.dwm_rule == "top-alignment":
@@ -68,7 +68,7 @@ def update_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: Wei
         return Cost(0.0, {})
     if settings.dwm_rule == "similarity":
         return _forward_cost(config, rows, stages, config.target_batch_size)
-    computing, is_linear = (0, False) if weighter is None else (weighter.computing_parameters, weighter.is_linear)
+    computing, is_linear = (0, False) if weighter is None else (weighter.active_parameters, weighter.is_linear)
     operations = outer_update_flops(config, rows, computing, is_linear=is_linear)
     return Cost(operations, _busiest([update_traffic(config, stage, weighter) for stage in stages]))
 

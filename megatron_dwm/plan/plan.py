@@ -44,8 +44,8 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class WeightingShare:
-    """The share of a run's cost that is due to weighting."""
+class WeightingOverhead:
+    """What weighting adds to a run's cost, as fractions of the cost of plain training."""
 
     operations: float
     sent: float
@@ -75,7 +75,7 @@ class Plan:
     """Cost of an outer update."""
     updates: list[int]
     """Iterations after which there is an outer update."""
-    share: WeightingShare
+    share: WeightingOverhead
     files: list[PlannedFile]
 
     @property
@@ -201,11 +201,11 @@ def _layout(config: RunConfig) -> Layout:
 
 def _share(
     config: RunConfig, stages: StageSchedule, step: Cost, scoring: Cost, update: Cost, updates: int
-) -> WeightingShare:
+) -> WeightingOverhead:
     weighted = config.train_iters - stages.warmup_iters
     operations = weighted * scoring.operations + updates * update.operations
     sent = weighted * scoring.sent + updates * update.sent
-    return WeightingShare(
+    return WeightingOverhead(
         operations / (config.train_iters * step.operations),
         sent / (config.train_iters * step.sent) if step.sent else 0.0,
     )

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.model import torch_layers
-from megatron_dwm.model.attributes import changed_attributes
+from megatron_dwm.model.attributes import temporary_attributes
 from megatron_dwm.runtime.device import select_device
 from megatron_dwm.runtime.process_groups import ParallelState, build_model_groups, current_parallel_state
 
@@ -28,7 +28,7 @@ def fake_tensors() -> Iterator[None]:
 
     with (
         # torch converts modules by exchanging tensors, which fake ones do not let it do.
-        changed_attributes(torch.nn.Module, {"_apply": _apply}),
+        temporary_attributes(torch.nn.Module, {"_apply": _apply}),
         torch.compiler.set_stance("force_eager"),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
@@ -53,11 +53,11 @@ def simulated_rank(
         build_model_groups(parallel, virtual_stages)
         with ExitStack() as stack:
             # All ranks would say the same.
-            stack.enter_context(changed_attributes(dist, {"all_gather_object": _gather_copies}))
+            stack.enter_context(temporary_attributes(dist, {"all_gather_object": _gather_copies}))
             # Random streams are compared, and there is nothing random here.
-            stack.enter_context(changed_attributes(CudaRNGStatesTracker, {"fork": _without_random_stream}))
+            stack.enter_context(temporary_attributes(CudaRNGStatesTracker, {"fork": _without_random_stream}))
             # A mask of torch's that cannot be fake; kernels that know it do not look at it.
-            stack.enter_context(changed_attributes(torch_layers, {"causal_lower_right": _no_mask}))
+            stack.enter_context(temporary_attributes(torch_layers, {"causal_lower_right": _no_mask}))
             stack.enter_context(fake_tensors())
             stack.enter_context(_SingleCalls())  # type: ignore[no-untyped-call]
             yield current_parallel_state()
@@ -95,7 +95,7 @@ def gpu_kernels() -> Iterator[None]:
         return attention(*args, **kwargs)  # whose kernel on a CPU knows no dropout; a GPU's keeps nothing for it
 
     kernels = {"rms_norm": _rms_norm, "scaled_dot_product_attention": attend}
-    with changed_attributes(torch.nn.functional, kernels):
+    with temporary_attributes(torch.nn.functional, kernels):
         yield
 
 

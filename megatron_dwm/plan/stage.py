@@ -15,7 +15,7 @@ from megatron.core.parallel_state import get_global_memory_buffer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dwm.config.run import RunConfig
-from megatron_dwm.model.attributes import changed_attributes
+from megatron_dwm.model.attributes import temporary_attributes
 from megatron_dwm.model.buckets import buckets_of, shard_of
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.protocols import Optimizer
@@ -88,7 +88,7 @@ class Stage:
 def measure_stage(
     config: RunConfig, core_config: TransformerConfig, vocabulary: Vocabulary, layout: ParallelState
 ) -> Stage:
-    """Build the stage of the present rank and measure it.
+    """Build the stage of the current rank and measure it.
 
     Args:
         core_config: megatron-core's configuration of the model in ``config``.
@@ -223,7 +223,7 @@ def _measure(config: RunConfig, model: LanguageModel, chunk: Any, run: _Run) -> 
 
 def _shortened(decoder: Any, layers: int) -> AbstractContextManager[None]:
     few = min(layers, len(decoder.layers))
-    return changed_attributes(decoder, {"layers": decoder.layers[:few], "num_layers_per_pipeline_rank": few})
+    return temporary_attributes(decoder, {"layers": decoder.layers[:few], "num_layers_per_pipeline_rank": few})
 
 
 def _gather_parameters(chunks: Sequence[Any]) -> None:

@@ -11,7 +11,7 @@ from megatron_dwm.plan.memory import StageMemory
 from megatron_dwm.plan.plan import Plan
 
 GIB = 1024**3
-MOST_ROWS = 8
+MAX_ROWS = 8
 """Stages that are shown; of more than so many, those at both ends."""
 
 
@@ -41,7 +41,7 @@ def _layout(plan: Plan) -> list[str]:
 
 def _memory(plan: Plan) -> list[str]:
     stages = plan.memory
-    shown = stages if len(stages) <= MOST_ROWS else [*stages[: MOST_ROWS // 2], *stages[-MOST_ROWS // 2 :]]
+    shown = stages if len(stages) <= MAX_ROWS else [*stages[: MAX_ROWS // 2], *stages[-MAX_ROWS // 2 :]]
     head = ["stage", "layers", "parameters", "weights", "gradients", "optimizer", "activations", "plain", "weighting"]
     rows = [[*head, "in an update", "peak"], *(_memory_row(stage) for stage in shown)]
     left_out = f"; {len(stages) - len(shown)} stages between them are left out" if len(shown) < len(stages) else ""
@@ -61,7 +61,7 @@ def _memory_row(stage: StageMemory) -> list[str]:
 
 
 def _costs(plan: Plan) -> list[str]:
-    parts = {"a step": plan.step, "its weights": plan.scoring, "an outer update": plan.update}
+    parts = {"a step": plan.step, "scoring": plan.scoring, "an outer update": plan.update}
     ranks = plan.layout.processes
     purposes = list(dict.fromkeys(purpose for cost in parts.values() for purpose in cost.traffic))
     rows = [["", "TFLOP a rank", "GiB sent", *purposes]]
@@ -69,8 +69,8 @@ def _costs(plan: Plan) -> list[str]:
     lines = ["operations, and bytes that a rank sends (of the stage that sends most), by purpose", *_table(rows)]
     if plan.share.operations:
         lines.append(
-            f"  weighting takes {plan.share.operations:.2%} of the run's operations more than plain training, and "
-            f"{plan.share.sent:.2%} of the bytes sent"
+            f"  weighting adds {plan.share.operations:.2%} to the operations of plain training, and "
+            f"{plan.share.sent:.2%} to the bytes sent"
         )
     return lines
 

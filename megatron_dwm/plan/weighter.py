@@ -13,7 +13,7 @@ import torch
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.plan.meter import Meter, Traffic
 from megatron_dwm.plan.simulated_rank import fake_tensors
-from megatron_dwm.weighting.bilevel.ridge import AT_A_TIME
+from megatron_dwm.weighting.bilevel.ridge import CHUNK_TOKENS, are_features_kept
 from megatron_dwm.weighting.inputs import WeightingInputs
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_init import model_from_config, random_weighter_model
@@ -21,7 +21,7 @@ from megatron_dwm.weighting.windows import position_limit
 
 RIDGE_BYTES_PER_NGRAM = 8
 """What the regression of a linear weighter holds for each n-gram of the replay: bucket and value."""
-RIDGE_BYTES_AT_A_TIME = 40
+RIDGE_CHUNK_BYTES_PER_NGRAM = 40
 """Additional bytes for each n-gram that is being found or multiplied."""
 RIDGE_VECTORS = 8
 """Vectors of B numbers in float64 that it holds."""
@@ -33,11 +33,11 @@ class WeighterPlan:
 
     kind: str
     parameters: int
-    computing_parameters: int
+    active_parameters: int
     """Parameters without the input embedding."""
     is_linear: bool
     held: int
-    """Bytes that it always holds: parameters, optimizer's state, replay."""
+    """Bytes that it always holds: parameters, optimizer's state, replay, and the replay's features if they are kept."""
     learning: int
     """Additional bytes during an outer update."""
     traffic: Traffic
@@ -61,9 +61,12 @@ def plan_weighter(config: RunConfig, inputs: WeightingInputs, vocab_size: int, e
     learning, traffic = 0, Traffic()
     if learns and weighter.is_linear:
         tokens = settings.dwm_replay * samples * config.model.sequence
-        learning = (RIDGE_BYTES_PER_NGRAM * tokens + RIDGE_BYTES_AT_A_TIME * min(tokens, AT_A_TIME)) * len(lengths)
+        chunk = RIDGE_CHUNK_BYTES_PER_NGRAM * min(tokens, CHUNK_TOKENS)
+        learning = (RIDGE_BYTES_PER_NGRAM * tokens + chunk) * len(lengths)
         learning += 4 * tokens
         learning += RIDGE_VECTORS * 8 * weighter.num_parameters
+        if are_features_kept(tokens) and (inputs.folder is None or inputs.folder.reader is None):
+            held += RIDGE_BYTES_PER_NGRAM * tokens * len(lengths)
         # The right-hand side, the residual of the start, and the steps.
         products = settings.dwm_weighter_steps + 2
         traffic.add("all-reduce", float(products * 8 * weighter.num_parameters), config.world_size)
@@ -74,7 +77,7 @@ def plan_weighter(config: RunConfig, inputs: WeightingInputs, vocab_size: int, e
     return WeighterPlan(
         type(model).__name__,
         weighter.num_parameters,
-        weighter.num_computing_parameters,
+        weighter.num_active_parameters,
         weighter.is_linear,
         held,
         learning,

@@ -32,7 +32,7 @@ class EnergyMeter:
         try:
             monitor.setup()
         except pynvml.NVMLError as error:
-            raise UserError(f"--log-energy: NVML cannot be asked ({error}); leave it out") from None
+            raise UserError(f"--log-energy: NVML does not answer ({error}); leave it out") from None
         monitor.resume()
         self._monitor = monitor
 

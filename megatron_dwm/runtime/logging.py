@@ -56,5 +56,5 @@ def print_messages_of(package: str, rank: int, world_size: int, level: int = log
 
 
 def timestamp() -> str:
-    """Return the present time as Megatron-LM writes it."""
+    """Return the current time as Megatron-LM writes it."""
     return f"{datetime.now():%Y-%m-%d %H:%M:%S.%f}"

@@ -23,7 +23,7 @@ from megatron_dwm.runtime.logging import EVERY_RANK
 logger = logging.getLogger(__name__)
 
 
-class JsonLines:
+class JsonLinesWriter:
     """Appends records to a file, one JSON object per line, each flushed when written.
 
     A resumed run removes the records that it will write again. A run that starts from scratch renames another run's
@@ -32,13 +32,13 @@ class JsonLines:
     """
 
     def __init__(
-        self, path: Path, resumed_at: int, is_made_again: Callable[[Mapping[str, Any]], bool] = lambda record: False
+        self, path: Path, resumed_at: int, is_repeated: Callable[[Mapping[str, Any]], bool] = lambda record: False
     ) -> None:
         """
         Args:
             path: the file.
             resumed_at: the iteration from which the run continues, 0 for a new run.
-            is_made_again: whether a record of that iteration will be written again, as those of later ones will.
+            is_repeated: whether a record of that iteration will be written again, as those of later ones will.
 
         Raises:
             UserError: the file cannot be written.
@@ -49,7 +49,7 @@ class JsonLines:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file() and resumed_at > 0:
-                _keep_records_until(path, resumed_at, is_made_again)
+                _keep_records_until(path, resumed_at, is_repeated)
             elif path.is_file():
                 written = datetime.fromtimestamp(path.stat().st_mtime)
                 path.rename(path.with_name(f"{path.stem}.until-{written:%Y%m%d-%H%M%S-%f}{path.suffix}"))
@@ -88,7 +88,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _keep_records_until(path: Path, iteration: int, is_made_again: Callable[[Mapping[str, Any]], bool]) -> None:
+def _keep_records_until(path: Path, iteration: int, is_repeated: Callable[[Mapping[str, Any]], bool]) -> None:
     """Rewrite ``path`` with its records up to ``iteration``, line by line, because it may be larger than memory."""
     damaged = 0
     with (
@@ -100,7 +100,7 @@ def _keep_records_until(path: Path, iteration: int, is_made_again: Callable[[Map
                 record = _record(line)
                 if record is not None:
                     number = record["iteration"]
-                    if number < iteration or (number == iteration and not is_made_again(record)):
+                    if number < iteration or (number == iteration and not is_repeated(record)):
                         kept.write(line)
                 elif line.endswith(b"\n"):  # an interrupted write leaves half a line at the end
                     with path.with_name(f"{path.name}.damaged").open("ab") as aside:
@@ -164,7 +164,7 @@ class _Curves:
             )
 
 
-class TensorBoard(_Curves):
+class TensorBoardWriter(_Curves):
     """Writes curves to TensorBoard under Megatron-LM's names."""
 
     def __init__(self, folder: str, queue_size: int) -> None:
@@ -191,7 +191,7 @@ class TensorBoard(_Curves):
         self._attempt(self._writer.close)
 
 
-class WeightsAndBiases(_Curves):
+class WandbWriter(_Curves):
     """A run of Weights & Biases; the library's environment variables control where it goes (``WANDB_MODE=offline``)."""
 
     def __init__(self, flags: LoggingConfig, save: str | None, arguments: Mapping[str, Any]) -> None:

@@ -19,10 +19,10 @@ import torch.distributed as dist
 
 from megatron_dwm.errors import EXIT_CODE, PeerError, UserError, print_error, shortened
 
-Has = Callable[[list[str]], bool]
+KeysExist = Callable[[list[str]], bool]
 """Whether the store holds keys."""
 PATH = "ranks"
-OVER = "over"
+STARTUP_OVER = "over"
 """Replaces the heartbeat of a rank whose start-up is over."""
 LINGER_SECONDS = 5.0
 """The store ends with the first rank, which therefore waits until the others have read which ranks are missing."""
@@ -57,7 +57,7 @@ class StoreWatch:
             silent_looks = silent_looks + 1 if self._answers == answers else 0
             answers = self._answers
             if silent_looks * self._seconds >= self._timeout.total_seconds():
-                print_error(silence([0], self._timeout))
+                print_error(no_answer_error([0], self._timeout))
                 os._exit(EXIT_CODE)
 
 
@@ -131,7 +131,7 @@ class Heartbeats:
 
     def end(self) -> None:
         """Report that this rank's start-up is over."""
-        self._ranks.set(str(self._rank), OVER)
+        self._ranks.set(str(self._rank), STARTUP_OVER)
 
     def require_all(self) -> None:
         """Check the heartbeats of other ranks.
@@ -141,14 +141,14 @@ class Heartbeats:
         """
         found = self._ranks.multi_get([str(rank) for rank in self._heartbeats])
         for rank, heartbeat in zip(self._heartbeats, found, strict=True):
-            is_alive = heartbeat != self._heartbeats[rank] or heartbeat == OVER.encode()
+            is_alive = heartbeat != self._heartbeats[rank] or heartbeat == STARTUP_OVER.encode()
             self._looks[rank] = 0 if is_alive else self._looks[rank] + 1
             self._heartbeats[rank] = heartbeat
         if silent := [rank for rank, looks in self._looks.items() if looks >= self._most_looks]:
-            raise silence(silent, self._timeout)
+            raise no_answer_error(silent, self._timeout)
 
 
-def silence(ranks: list[int], timeout: timedelta) -> UserError:
+def no_answer_error(ranks: list[int], timeout: timedelta) -> UserError:
     """Return the error that ranks have stopped answering."""
     return UserError(
         f"{rank_names(ranks)} did not answer for {_minutes(timeout)} while the run started: killed, stopped or stuck; "
@@ -192,7 +192,7 @@ def _wait_until_reachable(host: str, port: int, timeout: timedelta) -> None:
         )
 
 
-def _find_missing_ranks(ranks: dist.Store, has: Has, world_size: int, timeout: timedelta) -> list[int]:
+def _find_missing_ranks(ranks: dist.Store, has: KeysExist, world_size: int, timeout: timedelta) -> list[int]:
     """Return the missing ranks, and tell the other ranks; called on the first rank."""
     expected = [str(rank) for rank in range(world_size)]
     has_all = _wait_for(lambda: has(expected), timeout)
@@ -204,7 +204,7 @@ def _find_missing_ranks(ranks: dist.Store, has: Has, world_size: int, timeout: t
     return missing
 
 
-def _receive_missing_ranks(ranks: dist.Store, has: Has, rank: int, timeout: timedelta) -> list[int]:
+def _receive_missing_ranks(ranks: dist.Store, has: KeysExist, rank: int, timeout: timedelta) -> list[int]:
     """Return the ranks that the first rank reports as missing; it may itself join just before the timeout.
 
     Raises:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from megatron_dwm.errors import EXIT_CODE, PeerError, UserError, print_error, shortened
 from megatron_dwm.runtime.process_groups import free_port
 from megatron_dwm.runtime.rendezvous import Heartbeats, StoreWatch, join_ranks, rank_names
-from megatron_dwm.runtime.stop_signals import START_AGAIN, StartSignals, exit_after_signal, start_signal_error
+from megatron_dwm.runtime.stop_signals import RETRY_EXIT_CODE, StartSignals, exit_after_signal, start_signal_error
 
 PATIENCE = timedelta(hours=2)
 """Long, because one rank may build a large dataset's index while the others wait."""
@@ -186,7 +186,7 @@ class StartupSync:
         Args:
             name: name of the signal.
         """
-        failure = {"rank": self.rank, "code": START_AGAIN, "reason": name}
+        failure = {"rank": self.rank, "code": RETRY_EXIT_CODE, "reason": name}
         if self.world_size == 1:
             exit_after_signal(name)
         store: Any = self.store
@@ -322,7 +322,7 @@ class StartupSync:
             self._end(json.loads(description), failures)
 
     def _end(self, failure: dict[str, Any], store: dist.Store) -> NoReturn:
-        if failure["code"] not in (EXIT_CODE, START_AGAIN):  # for these the failed rank's line is enough
+        if failure["code"] not in (EXIT_CODE, RETRY_EXIT_CODE):  # for these the failed rank's line is enough
             line = f"error: rank {self.rank} ends because rank {failure['rank']} failed ({failure['reason']})"
             print(line, file=sys.stderr, flush=True)
         sys.stdout.flush()

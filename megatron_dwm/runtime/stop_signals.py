@@ -12,7 +12,7 @@ from megatron_dwm.errors import UserError, print_error
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 """SLURM and torchrun send SIGTERM, Ctrl-C sends SIGINT, and schedulers often warn with SIGUSR1 or SIGUSR2."""
-START_AGAIN = 75
+RETRY_EXIT_CODE = 75
 """Exit code of a run that was signaled during start-up: ``EX_TEMPFAIL`` of sysexits.h, which asks for another try."""
 PATIENCE_SECONDS = 1.0
 """How long a rank waits before it exits: if a launcher sent the signal because another rank failed, that rank's error
@@ -22,7 +22,7 @@ should be printed first."""
 def exit_after_signal(name: str) -> None:
     """End this process after a signal, at a time when no other process waits for it yet."""
     print_error(start_signal_error(name))
-    os._exit(START_AGAIN)
+    os._exit(RETRY_EXIT_CODE)
 
 
 def start_signal_error(name: str) -> UserError:

@@ -17,7 +17,7 @@ from megatron.core.timers import Timers
 from megatron_dwm.config.profiling import ProfilingConfig
 from megatron_dwm.runtime.device import current_device
 
-ONCE_AN_ITERATION = (
+LEVEL_1_TIMERS = (
     *("forward-backward", "layernorm-grads-all-reduce", "embedding-grads-all-reduce", "all-grads-sync"),
     *("params-all-gather", "optimizer-copy-to-main-grad", "optimizer-unscale-and-check-inf"),
     *("optimizer-clip-main-grad", "optimizer-count-zeros", "optimizer-inner-step"),
@@ -25,13 +25,13 @@ ONCE_AN_ITERATION = (
     *("dwm-before-step", "dwm-weigh", "dwm-after-step"),
 )
 """Timers of level 1: Megatron-LM's in its order, then the weighting's."""
-OFTEN = (
+LEVEL_2_TIMERS = (
     *("batch-generator", "forward-compute", "backward-compute", "forward-recv", "forward-send", "backward-recv"),
     *("backward-send", "forward-send-forward-recv", "forward-send-backward-recv", "backward-send-forward-recv"),
     *("backward-send-backward-recv", "forward-backward-send-forward-backward-recv"),
 )
 """Timers of level 2."""
-_LEVELS = {**dict.fromkeys(ONCE_AN_ITERATION, 1), **dict.fromkeys(OFTEN, 2)}
+_LEVELS = {**dict.fromkeys(LEVEL_1_TIMERS, 1), **dict.fromkeys(LEVEL_2_TIMERS, 2)}
 
 
 class StepTimers:

@@ -20,7 +20,7 @@ from megatron_dwm.training.train_state import TrainComponents, TrainState
 
 PerParameter = Mapping[str, Mapping[torch.nn.Parameter, torch.Tensor]]
 """Tensors with the shapes of the model's parameters, by name."""
-OF_WEIGHTING = "dwm."
+WEIGHTING_PREFIX = "dwm."
 """Prefix of the weighting's per-parameter tensors."""
 EVALUATIONS_DUE = "dwm_evaluations_due"
 """Name of the argument with the evaluations that are due; only checkpoints of interrupted evaluations have it."""
@@ -54,7 +54,7 @@ def sharded_state(
     if with_rng:
         state["rng_state"] = _sharded_rng_state(parallel_state)
     for name, tensors in (per_parameter or {}).items():
-        state[f"{OF_WEIGHTING}{name}"] = _sharded_as_parameters(model, tensors, f"{OF_WEIGHTING}{name}")
+        state[f"{WEIGHTING_PREFIX}{name}"] = _sharded_as_parameters(model, tensors, f"{WEIGHTING_PREFIX}{name}")
     return state
 
 

@@ -18,7 +18,7 @@ from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.safe_unpickling import restricted_checkpoint_loading, short_reason
 from megatron_dwm.training.checkpoint_contents import (
     EVALUATIONS_DUE,
-    OF_WEIGHTING,
+    WEIGHTING_PREFIX,
     data_parallel_group,
     model_key,
     set_rng_state,
@@ -62,7 +62,7 @@ def load_checkpoint(
         logger.info(" > the random state is not loaded: it belongs to another TP or PP size")
         with_rng = False
 
-    with_weighting = config.weighting.learns_weighter and not starts_anew
+    with_weighting = config.weighting.has_trainable_weighter and not starts_anew
     if isinstance(saved, TorchCheckpoint):
         state = load_torch_state(saved, components, parallel_state, with_optimizer=with_optimizer)
     else:
@@ -111,9 +111,9 @@ def _per_parameter(state: dict[str, Any], components: TrainComponents) -> dict[s
     """Return the weighting's per-parameter tensors in a loaded state, by name and parameter."""
     params = trained_parameters(components)
     return {
-        key.removeprefix(OF_WEIGHTING): {param: tensors[str(number)] for number, param in enumerate(params)}
+        key.removeprefix(WEIGHTING_PREFIX): {param: tensors[str(number)] for number, param in enumerate(params)}
         for key, tensors in state.items()
-        if key.startswith(OF_WEIGHTING)
+        if key.startswith(WEIGHTING_PREFIX)
     }
 
 
@@ -164,7 +164,7 @@ def _empty_per_parameter(
     saved: SavedCheckpoint, components: TrainComponents
 ) -> dict[str, dict[torch.nn.Parameter, torch.Tensor]]:
     """Return empty tensors for the weighting's per-parameter tensors in a checkpoint, by name and parameter."""
-    keys = [key.removeprefix(OF_WEIGHTING) for key in saved.shapes if key.startswith(OF_WEIGHTING)]
+    keys = [key.removeprefix(WEIGHTING_PREFIX) for key in saved.shapes if key.startswith(WEIGHTING_PREFIX)]
     names = dict.fromkeys(key.split(".")[0] for key in keys)
     params = trained_parameters(components)
     dtypes = {param: torch.promote_types(param.dtype, torch.float32) for param in params}

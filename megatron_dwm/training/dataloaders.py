@@ -55,7 +55,7 @@ class Dataloaders:
         self.target_partition = BatchPartition(
             target_micro, config.target_batch_size // (target_micro * dp), parallel_state.dp_rank, dp
         )
-        # A release starts at iteration 0 with a nonzero count of samples. As in Megatron-LM, its data sets
+        # A release starts at iteration 0 with a nonzero count of samples. As in Megatron-LM, its datasets
         # have the size of a new run's.
         consumed = START
         if train_state.iteration > 0:

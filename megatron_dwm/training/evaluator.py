@@ -62,7 +62,7 @@ class Evaluator:
         )
         self.train_state.evaluations_due = tuple(name for name, is_due in zip(EVALUATIONS, due, strict=True) if is_due)
 
-    def make_due(self) -> bool:
+    def run_due(self) -> bool:
         """Make the evaluations that are due, including one in which the previous run was interrupted.
 
         Returns:

@@ -33,7 +33,7 @@ def load_shards(optimizer: Optimizer, path: Path) -> None:
     """Load this rank's shards from a file without reading the rest of it; no communication.
 
     Raises:
-        UnreadableFile: the file is missing or damaged.
+        UnreadableFileError: the file is missing or damaged.
         UserError: it belongs to other gradient buffers.
     """
     part, state = only_part(optimizer), map_torch_file(path)

@@ -80,7 +80,7 @@ class ProgressLog:
             logger.warning(f"{self._path}: cannot be written ({error.strerror}); an entry is lost")
 
     def _first_job(self) -> tuple[datetime, float] | None:
-        """Return when the first job of the present number of processes started, and the operations done before it.
+        """Return when the first job of the current number of processes started, and the operations done before it.
 
         Jobs before the last change of that number do not count, nor do lines of another kind.
         """

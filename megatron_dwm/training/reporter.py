@@ -27,7 +27,7 @@ from megatron_dwm.runtime.log_line import (
 )
 from megatron_dwm.runtime.logging import EVERY_RANK, LAST_RANK
 from megatron_dwm.runtime.process_groups import ParallelState
-from megatron_dwm.runtime.record_writers import JsonLines, ScalarWriter, TensorBoard, WeightsAndBiases
+from megatron_dwm.runtime.record_writers import JsonLinesWriter, ScalarWriter, TensorBoardWriter, WandbWriter
 from megatron_dwm.runtime.timers import StepTimers
 from megatron_dwm.training.step import StepResult
 from megatron_dwm.training.train_state import TrainState
@@ -71,17 +71,19 @@ class Reporter:
         self.first_step = True
         self.memory_reports_left = 2
         self.peak_tflops = _peak_tflops(config)
-        self.jsonl: JsonLines | None = None
+        self.jsonl: JsonLinesWriter | None = None
         self.boards: list[ScalarWriter] = []
         if parallel_state.is_last_rank:
             path = config.logging.metrics_jsonl
             if path is None and config.checkpoint.save is not None:
                 path = str(Path(config.checkpoint.save) / "metrics.jsonl")
-            self.jsonl = JsonLines(Path(path), start.iteration, self._is_made_again) if path else None
+            self.jsonl = JsonLinesWriter(Path(path), start.iteration, self._is_repeated) if path else None
             if config.logging.tensorboard_dir is not None:
-                self.boards.append(TensorBoard(config.logging.tensorboard_dir, config.logging.tensorboard_queue_size))
+                self.boards.append(
+                    TensorBoardWriter(config.logging.tensorboard_dir, config.logging.tensorboard_queue_size)
+                )
             if config.logging.wandb_project:
-                self.boards.append(WeightsAndBiases(config.logging, config.checkpoint.save, config.flat()))
+                self.boards.append(WandbWriter(config.logging, config.checkpoint.save, config.flat()))
 
     def step(
         self,
@@ -197,7 +199,7 @@ class Reporter:
                 self._draw_evaluation(f"lm loss validation-{labels[name]}", value, train_state)
                 self._draw(f"dwm/validation_loss/{name}", value, train_state.iteration)
 
-    def _is_made_again(self, record: Mapping[str, Any]) -> bool:
+    def _is_repeated(self, record: Mapping[str, Any]) -> bool:
         """Whether a record of the iteration at which the run resumed is of an evaluation that will be repeated."""
         if AFTER_TRAINING in record:
             return self._has_trained

@@ -17,7 +17,7 @@ from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.training.checkpoint_contents import EVALUATIONS_DUE, megatron_arguments
 from megatron_dwm.training.checkpoint_folders import DWM_STATE
 from megatron_dwm.training.lr_schedule import Resumed, Schedule, choose_schedule
-from megatron_dwm.training.saved_checkpoint import CheckpointDamage, SavedCheckpoint, reported_damage
+from megatron_dwm.training.saved_checkpoint import DamagedCheckpointError, SavedCheckpoint, reported_damage
 from megatron_dwm.training.train_state import EVALUATIONS, TrainState
 
 logger = logging.getLogger(__name__)
@@ -102,10 +102,10 @@ def _check_counters(config: RunConfig, saved: SavedCheckpoint) -> None:
     with reported_damage(saved.folder):
         for name, value in counters.items():
             if not isinstance(value, int) or value < 0:
-                raise CheckpointDamage(f"its {name} is {shortened(value, 40)}")
+                raise DamagedCheckpointError(f"its {name} is {shortened(value, 40)}")
         due = arguments.get(EVALUATIONS_DUE, [])
         if not isinstance(due, list) or any(name not in EVALUATIONS for name in due):
-            raise CheckpointDamage(f"its {EVALUATIONS_DUE} is {shortened(due, 40)}")
+            raise DamagedCheckpointError(f"its {EVALUATIONS_DUE} is {shortened(due, 40)}")
 
 
 def _check_weighting_state(config: RunConfig, saved: SavedCheckpoint) -> None:
@@ -119,7 +119,7 @@ def _check_weighting_state(config: RunConfig, saved: SavedCheckpoint) -> None:
     goes_on = config.weighting.needs_target and not (config.checkpoint.finetune or saved.is_release)
     if had_state and goes_on and not (saved.folder / DWM_STATE).exists():
         with reported_damage(saved.folder):
-            raise CheckpointDamage(f"{DWM_STATE}, the state of the weighting, is missing")
+            raise DamagedCheckpointError(f"{DWM_STATE}, the state of the weighting, is missing")
 
 
 def sharding_type(saved: SavedCheckpoint) -> str | None:
@@ -160,7 +160,7 @@ def replacing_flags(config: RunConfig, saved: SavedCheckpoint) -> list[str]:
 def overruled_flags(config: RunConfig, saved: SavedCheckpoint) -> list[str]:
     """Return a line for each flag that has no effect because the checkpoint's weighter is kept."""
     flags, arguments = config.flat(), vars(saved.arguments)
-    if not config.weighting.learns_weighter or arguments.get("dwm_mode") not in ("bilevel", "rule"):
+    if not config.weighting.has_trainable_weighter or arguments.get("dwm_mode") not in ("bilevel", "rule"):
         return []
     return [
         f" > {flag_name(name)} {_words(flags[name])} is for a new weighter: the checkpoint's, made with "

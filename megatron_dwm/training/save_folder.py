@@ -85,10 +85,10 @@ def check_owner(flags: CheckpointConfig) -> None:
     if flags.non_persistent_global_ckpt_dir is None or flags.non_persistent_ckpt_type is None:
         return
     folder = Path(flags.non_persistent_global_ckpt_dir)
-    own = [path for path in (flags.save, flags.load) if path is not None]
+    folders = [path for path in (flags.save, flags.load) if path is not None]
     for checkpoint in checkpoints_in(folder)[-1:]:
         owner = read_arguments(checkpoint).get("save")
-        if owner in own or Path(str(owner)).resolve() in [Path(path).resolve() for path in own]:
+        if owner in folders or Path(str(owner)).resolve() in [Path(path).resolve() for path in folders]:
             continue
         raise UserError(
             f"--non-persistent-global-ckpt-dir {folder}: {checkpoint.name} belongs to a run with --save {owner}, "

@@ -19,7 +19,7 @@ from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.runtime.collectives import is_lost_connection
 from megatron_dwm.safe_unpickling import (
     DAMAGE,
-    UnreadableFile,
+    UnreadableFileError,
     load_restricted,
     read_common_state,
     read_metadata,
@@ -77,7 +77,7 @@ class SavedCheckpoint:
         found = self.common.get("content_metadata") or {}
         with reported_damage(self.folder):
             if not isinstance(found, dict):
-                raise CheckpointDamage(f"its content_metadata is {shortened(found, 40)}")
+                raise DamagedCheckpointError(f"its content_metadata is {shortened(found, 40)}")
         return found
 
     def read_tensors(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -136,7 +136,7 @@ class SavedCheckpoint:
             return dict(read_torch_file(path)) if path.exists() else {}
 
 
-class CheckpointDamage(Exception):
+class DamagedCheckpointError(Exception):
     """Damage of a checkpoint's files; the message names the file."""
 
 
@@ -151,9 +151,7 @@ def open_checkpoint(folder: Path, *, should_verify: bool = True, rank: int = 0, 
         UserError: it is damaged; the message names the file, and the last intact checkpoint.
     """
     if has_torch_format(folder):
-        raise UserError(
-            f"{folder} has the format torch, which pretrain_dwm.py alone reads; save it there as torch_dist"
-        )
+        raise UserError(f"{folder} has the format torch, which only pretrain_dwm.py reads; save it there as torch_dist")
     with reported_damage(folder):
         saved = _open(folder)
         if should_verify:
@@ -165,13 +163,13 @@ def require_checksums(folder: Path, rank: int, world_size: int) -> None:
     """Verify one rank's part of a checkpoint's files against their checksums, if there are any.
 
     Raises:
-        CheckpointDamage: a file is not as it was written.
+        DamagedCheckpointError: a file is not as it was written.
     """
     checksums = _checksums(folder)
     if checksums is None:
         logger.info(f" > {folder} was written without checksums; its files are not verified")
     elif damage := find_damage(folder, part_of_rank(checksums, rank, world_size)):
-        raise CheckpointDamage(damage)
+        raise DamagedCheckpointError(damage)
 
 
 def verify_checkpoint(folder: Path, on_read: Callable[[int], object] = lambda size: None) -> SavedCheckpoint:
@@ -181,7 +179,7 @@ def verify_checkpoint(folder: Path, on_read: Callable[[int], object] = lambda si
         on_read: called with the size of each block that is read.
 
     Raises:
-        CheckpointDamage: it is damaged.
+        DamagedCheckpointError: it is damaged.
     """
     saved = _open(folder)
     _require_all_checksums(folder, on_read)
@@ -195,19 +193,19 @@ def verify_torch_checkpoint(folder: Path, on_read: Callable[[int], object] = lam
         what each model-parallel rank's file holds.
 
     Raises:
-        CheckpointDamage: it is damaged.
+        DamagedCheckpointError: it is damaged.
     """
     _require_all_checksums(folder, on_read)
     for path in sorted(folder.glob("mp_rank_*/*.pt")):
         try:
             yield read_torch_file(path)
-        except UnreadableFile as error:
-            raise CheckpointDamage(f"{path.parent.name}/{error}") from None
+        except UnreadableFileError as error:
+            raise DamagedCheckpointError(f"{path.parent.name}/{error}") from None
 
 
 def _require_all_checksums(folder: Path, on_read: Callable[[int], object]) -> None:
     if damage := find_damage(folder, _checksums(folder) or {}, on_read):
-        raise CheckpointDamage(damage)
+        raise DamagedCheckpointError(damage)
 
 
 @contextlib.contextmanager
@@ -223,7 +221,7 @@ def reported_damage(folder: Path) -> Iterator[None]:
     try:
         yield
         return
-    except (CheckpointDamage, UnreadableFile) as error:
+    except (DamagedCheckpointError, UnreadableFileError) as error:
         reason = str(error)
     except CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
@@ -239,21 +237,21 @@ def _open(folder: Path) -> SavedCheckpoint:
     """Read what :class:`SavedCheckpoint` holds.
 
     Raises:
-        CheckpointDamage: a file is missing or damaged.
+        DamagedCheckpointError: a file is missing or damaged.
     """
     try:
         described = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
         if described["sharded_backend"] != "torch_dist":
             raise ValueError(f"sharded_backend {described['sharded_backend']}, not torch_dist")
     except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
-        raise CheckpointDamage(f"metadata.json cannot be read ({short_reason(error)})") from None
+        raise DamagedCheckpointError(f"metadata.json cannot be read ({short_reason(error)})") from None
     try:
         common = read_common_state(folder)
         metadata = read_metadata(folder / ".metadata")
-    except UnreadableFile as error:
-        raise CheckpointDamage(str(error)) from None
+    except UnreadableFileError as error:
+        raise DamagedCheckpointError(str(error)) from None
     if not isinstance(common, dict) or not isinstance(metadata.state_dict_metadata, dict):
-        raise CheckpointDamage("common.pt or .metadata is not a checkpoint's")
+        raise DamagedCheckpointError("common.pt or .metadata is not a checkpoint's")
     return SavedCheckpoint(folder, common, metadata)
 
 
@@ -261,14 +259,14 @@ def _checksums(folder: Path) -> dict[str, Checksum] | None:
     try:
         return read_checksums(folder)
     except ValueError as error:
-        raise CheckpointDamage(str(error)) from None
+        raise DamagedCheckpointError(str(error)) from None
 
 
 def _remedy(folder: Path) -> str:
     if folder.parent.name == NON_PERSISTENT:
         return "leave out --non-persistent-ckpt-type to load a persistent checkpoint"
     for older in older_checkpoints(folder):
-        with contextlib.suppress(CheckpointDamage):
+        with contextlib.suppress(DamagedCheckpointError):
             if has_torch_format(older):
                 for _ in verify_torch_checkpoint(older):
                     pass

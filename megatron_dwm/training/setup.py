@@ -174,7 +174,7 @@ def assemble_language_model(
     parallel_state: ParallelState,
     document_end: int | None,
 ) -> LanguageModel:
-    """Build the model, its optimizer and the engine that runs it, in the present process groups; every rank calls it.
+    """Build the model, its optimizer and the engine that runs it, in the current process groups; every rank calls it.
 
     Args:
         document_end: end-of-document token that attention must not cross, if any.

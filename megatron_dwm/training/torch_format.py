@@ -23,8 +23,8 @@ from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.safe_unpickling import read_torch_file, short_reason
 from megatron_dwm.training.checkpoint_contents import (
-    OF_WEIGHTING,
     VERSION,
+    WEIGHTING_PREFIX,
     PerParameter,
     model_key,
     rng_state,
@@ -34,7 +34,12 @@ from megatron_dwm.training.checkpoint_folders import rank_file
 from megatron_dwm.training.optimizer_shards import SHARDS, gathered_shards, load_shards
 from megatron_dwm.training.optimizer_state import load_optimizer
 from megatron_dwm.training.resume_checks import WORD_EMBEDDINGS
-from megatron_dwm.training.saved_checkpoint import CheckpointDamage, SavedCheckpoint, reported_damage, require_checksums
+from megatron_dwm.training.saved_checkpoint import (
+    DamagedCheckpointError,
+    SavedCheckpoint,
+    reported_damage,
+    require_checksums,
+)
 from megatron_dwm.training.train_state import TrainComponents, TrainState
 
 _FUSED = {
@@ -74,9 +79,9 @@ def open_torch_checkpoint(folder: Path, config: RunConfig, rank: int) -> TorchCh
             require_checksums(folder, rank, config.world_size)
         state = read_torch_file(path)
         if not (isinstance(state, dict) and isinstance(state.get("args"), Namespace)):
-            raise CheckpointDamage(f"{path.name} holds no arguments of a run")
+            raise DamagedCheckpointError(f"{path.name} holds no arguments of a run")
         if not isinstance(state.get(_first_model_key(state)), dict):
-            raise CheckpointDamage(f"{path.name} holds no model")
+            raise DamagedCheckpointError(f"{path.name} holds no model")
     arguments = vars(state["args"])
     where = f"--load {folder.parent}: {folder.name}, in the format torch,"
     if state.get("checkpoint_version") != VERSION:
@@ -99,7 +104,7 @@ def open_torch_checkpoint(folder: Path, config: RunConfig, rank: int) -> TorchCh
         )
     rows = state[_first_model_key(state)].get(WORD_EMBEDDINGS)
     embedding = None if rows is None else (rows.shape[0] * config.parallel.tp, *rows.shape[1:])
-    common = {key: value for key, value in state.items() if not key.startswith(("model", OF_WEIGHTING))}
+    common = {key: value for key, value in state.items() if not key.startswith(("model", WEIGHTING_PREFIX))}
     if "optimizer" in common:
         common["optimizer"] = {}  # each rank reads its own
     keys = {"rng_state/": None} if "rng_state" in state else {}
@@ -169,7 +174,7 @@ def write_torch_state(
         state["rng_state"] = [rng_state()]
     path = rank_file(folder, parallel_state.tp_rank, parallel_state.pp_rank, parallel_state.pp_size)
     for name, tensors in (per_parameter or {}).items():
-        state[f"{OF_WEIGHTING}{name}"] = {str(number): tensor for number, tensor in enumerate(tensors.values())}
+        state[f"{WEIGHTING_PREFIX}{name}"] = {str(number): tensor for number, tensor in enumerate(tensors.values())}
     path.parent.mkdir(exist_ok=True)
     torch.save(state, path)
     if shards is not None:

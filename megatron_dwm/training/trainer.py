@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.config.run import RunConfig
-from megatron_dwm.model.attributes import changed_attributes
+from megatron_dwm.model.attributes import temporary_attributes
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.protocols import Optimizer
@@ -117,7 +117,7 @@ class Trainer:
         start = train_state.iteration
         self._check_replicas(start)
         stop_reason = None
-        if not config.training.skip_train and not self.evaluator.make_due():
+        if not config.training.skip_train and not self.evaluator.run_due():
             stop_reason = self.stop_request.reason(start)
         while not config.training.skip_train and train_state.iteration < config.train_iters and stop_reason is None:
             self.checkpoints.poll()
@@ -126,7 +126,7 @@ class Trainer:
             self.parts.profiler.after_iteration(train_state.iteration - start, train_state.iteration)
             self._check_replicas(train_state.iteration)
             self.evaluator.schedule()
-            self.evaluator.make_due()
+            self.evaluator.run_due()
             stop_reason = self.stop_request.reason(train_state.iteration)
             if self._save_if_due(is_last=stop_reason is not None):
                 stop_reason = stop_reason or self.stop_request.reason(train_state.iteration)
@@ -149,7 +149,7 @@ class Trainer:
             self.timers.attached(
                 self.engine.config, *(part.config for part in optimizer_parts(self.components.optimizer))
             ),
-            changed_attributes(self.engine, {"around_forward": self.parts.stragglers.forward_pass}),
+            temporary_attributes(self.engine, {"around_forward": self.parts.stragglers.forward_pass}),
         ):
             result = train_step(
                 self.engine,
@@ -165,9 +165,8 @@ class Trainer:
                 self.validation.check if self.validation.is_active else None,
             )
         samples = len(batch) * self.parallel_state.dp_size
-        part = (
-            samples / self.config.global_batch_size
-        )  # relative to the largest batch, for which operations are counted
+        # Operations are counted for the largest batch.
+        part = samples / self.config.global_batch_size
         self.parts.stragglers.count(part * self.reporter.flops_per_step)
         skipped = self.batch_sizes.nominal(self.train_state.consumed_train_samples) - samples
         self.train_state.advance(iteration, samples, part * self.reporter.flops_per_step, skipped)
@@ -206,9 +205,8 @@ class Trainer:
             self.saves_with_memory_report -= 1
             if should_report:
                 self.reporter.memory(f"(before save_checkpoint for iteration {iteration})")
-            if (
-                persistent
-            ):  # first, so that a run that is killed in between resumes from before both, and writes both again
+            # First, so that a run that is killed in between resumes from before both, and writes both again.
+            if persistent:
                 self.weighting.before_save(iteration)
             with self.engine.full_parameters():
                 self.checkpoints.save(self.train_state, self.weighting.state_dict(), persistent=persistent)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-AT_A_TIME = 1 << 22
+CHUNK_ELEMENTS = 1 << 22
 _LANES = ((0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9), (0xC2B2AE3D27D4EB4F, 0x94D049BB133111EB))
 """Odd numbers that places, and places mixed with bits, are multiplied with: one pair for each number of the hash."""
 
@@ -20,7 +20,7 @@ def bit_hash(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     sums: list[torch.Tensor] = []
     start = 0
     for tensor in tensors:
-        for bits in tensor.detach().reshape(-1).view(torch.int32).split(AT_A_TIME):
+        for bits in tensor.detach().reshape(-1).view(torch.int32).split(CHUNK_ELEMENTS):
             places = torch.arange(start, start + len(bits), device=bits.device)
             start += len(bits)
             sums.append(torch.stack([_mixed(bits, places, *_signed(*lane)).sum() for lane in _LANES]))

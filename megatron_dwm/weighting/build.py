@@ -72,7 +72,7 @@ class _Builder:
         return WarmupWeighting(self.context.stages, self.weight_metrics, self._start())
 
     def _start(self) -> Start:
-        if self.settings.learns_weighter:
+        if self.settings.has_trainable_weighter:
             return self._start_bilevel
         return self._start_frozen if self.settings.dwm_mode == "frozen" else self._start_rule()
 
@@ -91,7 +91,7 @@ class _Builder:
         parts = FrozenParts(
             weighter_stages("--dwm-load", self.settings.dwm_load, self.config.train_iters),
             self._frozen_weighter,
-            self._exporter(has_own_tokenizer=True),
+            self._exporter(has_separate_tokenizer=True),
             self.settings.dwm_score_cache,
             self._scoring_flops,
         )
@@ -132,7 +132,7 @@ class _Builder:
             weighter,
             OuterUpdate(self.settings, passes, weighter, self.sample_gather),
             self.context.make_target_loader(state.get("consumed_target_samples", 0)),
-            self._exporter(has_own_tokenizer=bool(weighter.tokenizer_fingerprint)),
+            self._exporter(has_separate_tokenizer=bool(weighter.tokenizer_fingerprint)),
             BilevelFlops(self._scoring_flops(weighter), self._update_flops(weighter)),
             gradient_mean,
         )
@@ -160,7 +160,7 @@ class _Builder:
 
     def _weighter_of_folder(self, folder: WeighterFolder, model: Any) -> Weighter:
         """Return a weighter that reads samples like the one in a folder."""
-        return self._weighter(model, folder.reader, "" if folder.own_tokenizer is None else folder.fingerprint)
+        return self._weighter(model, folder.reader, "" if folder.separate_tokenizer is None else folder.fingerprint)
 
     def _restored_weighter(self, state: State) -> Weighter:
         """Return a checkpoint's weighter, which reads samples as it did when it was saved.
@@ -175,8 +175,8 @@ class _Builder:
                 f"--load: the checkpoint's weighter has {embeddings} tokens and the tokenizer {tokens}; give the flags "
                 "of the tokenizer that it was trained with"
             )
-        if own := state.get("weighter_tokenizer"):
-            if folder is None or folder.own_tokenizer is None or folder.fingerprint != own:
+        if fingerprint := state.get("weighter_tokenizer"):
+            if folder is None or folder.separate_tokenizer is None or folder.fingerprint != fingerprint:
                 raise UserError(
                     f"--dwm-init-from {self.settings.dwm_init_from}: the checkpoint's weighter has another tokenizer; "
                     "give the folder that it was started from"
@@ -214,14 +214,14 @@ class _Builder:
         if self.inputs.folder is not None and self.inputs.folder.reading:
             logger.info(f" > the weighter's samples: {self.inputs.folder.reading}")
 
-    def _exporter(self, *, has_own_tokenizer: bool) -> WeighterExporter:
+    def _exporter(self, *, has_separate_tokenizer: bool) -> WeighterExporter:
         save, folder, tokenizer = self.config.checkpoint.save, self.inputs.folder, self.config.tokenizer
         if save is None:
             return NoExport()
         assert self.inputs.samples is not None  # there is a weighter
         save_tokenizer: Callable[[Path], Any]
-        if has_own_tokenizer and folder is not None and folder.own_tokenizer is not None:
-            save_tokenizer, fingerprint, special = folder.own_tokenizer.save_pretrained, folder.fingerprint, True
+        if has_separate_tokenizer and folder is not None and folder.separate_tokenizer is not None:
+            save_tokenizer, fingerprint, special = folder.separate_tokenizer.save_pretrained, folder.fingerprint, True
         else:
             length = self.inputs.samples.seq_length
             save_tokenizer = partial(_save_tokenizer, self.context.tokenizer, tokenizer, length)
@@ -238,11 +238,11 @@ class _Builder:
         return FolderExporter(Path(save) / "weighter", save_tokenizer, facts)
 
     def _scoring_flops(self, weighter: Weighter) -> float:
-        parameters, samples = weighter.num_computing_parameters, self.config.global_batch_size
+        parameters, samples = weighter.num_active_parameters, self.config.global_batch_size
         return scoring_flops(parameters, samples, self.config.model.sequence)
 
     def _update_flops(self, weighter: Weighter) -> float:
-        vocab, parameters = self.context.padded_vocab_size, weighter.num_computing_parameters
+        vocab, parameters = self.context.padded_vocab_size, weighter.num_active_parameters
         return outer_update_flops(self.config, vocab, parameters, is_linear=weighter.is_linear)
 
 

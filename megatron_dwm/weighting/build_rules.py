@@ -9,9 +9,9 @@ from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.context import WeightingContext
 from megatron_dwm.weighting.flops import forward_flops, outer_update_flops
 from megatron_dwm.weighting.rules import (
-    HalfWeighting,
     LossWeighting,
     OracleWeighting,
+    RandomHalfWeighting,
     RandomWeighting,
     SourceWeighting,
     high_loss_scores,
@@ -47,7 +47,7 @@ def build_rule(
         case "random":
             return RandomWeighting(weight_metrics, options, strength, training.seed)
         case "half":
-            return HalfWeighting(weight_metrics, options, settings.dwm_rule_seed)
+            return RandomHalfWeighting(weight_metrics, options, settings.dwm_rule_seed)
         case "loss" | "linupper" as name:
             scores_of = linupper_scores if name == "linupper" else partial(high_loss_scores, strength=strength)
             flops = _forward_flops(context, context.config.global_batch_size)

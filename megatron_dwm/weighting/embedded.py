@@ -23,7 +23,7 @@ from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.model.protocols import ModelChunk, Optimizer
 from megatron_dwm.runtime.process_groups import current_parallel_state, data_parallel_state
-from megatron_dwm.weighting.bilevel.alignment_pass import Passes, Samples
+from megatron_dwm.weighting.bilevel.alignment_pass import GradientPasses, Samples
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.module_gradients import (
     Method,
@@ -59,7 +59,7 @@ class EmbeddedWeighting:
     def __init__(
         self,
         settings: WeightingConfig,
-        passes: Passes,
+        passes: GradientPasses,
         sample_gather: SampleGather,
         weighter: Weighter,
         *,
@@ -87,7 +87,7 @@ class EmbeddedWeighting:
         self.settings, self.sample_gather, self.weighter = settings, sample_gather, weighter
         self.outer_update = OuterUpdate(settings, passes, weighter, sample_gather)
         self.stages = bilevel_stages(settings, train_iters)
-        self.targets, self.as_samples, self._parameters_before = targets, as_samples, parameters
+        self.targets, self.as_samples, self._old_parameters = targets, as_samples, parameters
         self.iteration = 0
         """Steps begun."""
 
@@ -180,10 +180,10 @@ class EmbeddedWeighting:
         """Prepare for a step: copy the parameters if an outer update follows it."""
         self.iteration += 1
         if self.stages.is_update(self.iteration):
-            self._parameters_before.take()
+            self._old_parameters.store()
 
     def weigh(self, batch: Any) -> torch.Tensor:
-        """Return the weights [n] of this replica's samples in the present step, float32; a collective call.
+        """Return the weights [n] of this replica's samples in the current step, float32; a collective call.
 
         Their mean over the global batch is 1. They are exactly 1.0 in the warm-up, and as long as all scores are equal.
         """
@@ -211,8 +211,8 @@ class EmbeddedWeighting:
         if not self.stages.is_update(self.iteration):
             return None
         samples, target = self.as_samples(batch), self.as_samples(next(self.targets))
-        result = self.outer_update.run(samples, target, self._parameters_before)
-        self._parameters_before.drop()
+        result = self.outer_update.run(samples, target, self._old_parameters)
+        self._old_parameters.release()
         return result
 
     def state_dict(self) -> dict[str, Any]:

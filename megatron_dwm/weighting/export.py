@@ -19,7 +19,7 @@ from megatron_dwm.atomic_write import atomic_folder
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.blend import DataPaths
-from megatron_dwm.data.hf_tokenizers import load_tokenizer_folder
+from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.errors import UserError
 from megatron_dwm.safe_unpickling import short_reason
 from megatron_dwm.weighting.export_manifest import write_manifest

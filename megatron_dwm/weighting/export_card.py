@@ -8,9 +8,8 @@ from typing import Any
 from megatron_dwm.data.blend import TARGET_FLAG
 from megatron_dwm.model_card import bullets, render_card
 from megatron_dwm.weighting.ngram.configuration import MODEL_TYPE
+from megatron_dwm.weighting.windows import UNLIMITED_LENGTH
 
-LONGEST = 10**9
-"""Tokenizers without a maximum length report a larger one."""
 NOT_MEASURED = (
     "Not measured in this folder. `megatron-dwm export-weighter --baseline RUN` writes a card with what the weighter's "
     "run has gained over a run with uniform weights."
@@ -27,7 +26,7 @@ def weighter_card(facts: Mapping[str, Any], model: Any, tokenizer: Any, *, name:
         name: name of the folder.
         effect: the measured gain; None if it was not measured.
     """
-    window = tokenizer.model_max_length if tokenizer.model_max_length < LONGEST else None
+    window = tokenizer.model_max_length if tokenizer.model_max_length < UNLIMITED_LENGTH else None
     data = {flag: _blend(blend) for flag, blend in facts.get("data", {}).items()}
     language_model = facts.get("language_model", {})
     stage = facts.get("stage")

@@ -62,7 +62,7 @@ class FrozenWeighting(ScoredWeighting):
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
         """Score this rank's part of the replica's samples, except for cached scores, and gather all scores."""
         tokens = batch.tokens[self.sample_gather.rank_slice_of(len(batch))]
-        if self.cache.most:
+        if self.cache.max_samples:
             return self.cache.score(tokens, len(batch), self.weighter.score, self.sample_gather)
         return self.sample_gather.gather_from_ranks(self.weighter.score(tokens), len(batch))
 

@@ -31,18 +31,18 @@ class WeightingInputs:
     """Digest of the parameters of all weighters that are read from folders."""
 
 
-def run_stages(config: RunConfig, begun_by: int | None = None) -> StageSchedule:
-    """Return the stages of a run; those of a resumed run cover its whole length by its present flags.
+def run_stages(config: RunConfig, weighter_resumed_at: int | None = None) -> StageSchedule:
+    """Return the stages of a run; those of a resumed run cover its whole length by its current flags.
 
     Args:
-        begun_by: the iteration from which a run continues with a weighter that has begun to learn, if it does.
+        weighter_resumed_at: the iteration from which a run continues with a trained weighter, if it does.
 
     Raises:
         UserError: the stages do not fit into the run.
     """
     if not config.weighting.needs_target:
         return frozen_stages(config.weighting, config.train_iters)
-    return bilevel_stages(config.weighting, config.train_iters, begun_by)
+    return bilevel_stages(config.weighting, config.train_iters, weighter_resumed_at)
 
 
 def read_weighting_inputs(config: RunConfig, tokenizer: Any) -> WeightingInputs:

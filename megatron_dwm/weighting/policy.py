@@ -1,9 +1,9 @@
 """The protocol between training and weighting: all that training knows about how samples get their weights.
 
-The training loop is five calls: next batch, :meth:`~SampleWeighting.before_step`, :meth:`~SampleWeighting.weigh`, the
-training step, :meth:`~SampleWeighting.after_step`. A way of weighting is one class with these methods;
-``docs/extending.md`` has an example. Every rank calls every method, with the same iteration, in this order. The
-collectives of a method are part of the protocol, and are stated in its docstring.
+The training loop is five calls: next batch, :meth:`~SampleWeighting.before_step`,
+:meth:`~SampleWeighting.weigh`, the training step, :meth:`~SampleWeighting.after_step`. A way of weighting is
+one class with these methods; ``docs/extending.md`` has an example. Every rank calls every method, with the same
+iteration, in this order. The collectives of a method are part of the protocol, and are stated in its docstring.
 
 Shape legend: N samples of the global batch, n of this replica.
 """

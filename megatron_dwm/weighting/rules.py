@@ -109,7 +109,7 @@ class SourceWeighting(ScoredWeighting):
         return self._scores[self.sample_gather.gather_from_replicas(batch.source).cpu()]
 
 
-class HalfWeighting(ScoredWeighting):
+class RandomHalfWeighting(ScoredWeighting):
     """A random half of the training samples counts, the other half does not."""
 
     def __init__(self, weight_metrics: WeightMetrics, options: ScoringOptions, seed: int) -> None:

@@ -19,7 +19,7 @@ from megatron_dwm.weighting.windows import SpecialTokens, Window, cut
 
 SampleReader = Callable[[torch.Tensor], list[list[Window]]]
 """Returns the windows of each of the samples [m, s]."""
-MOST_CACHED_TOKENS = 2**25
+MAX_CACHED_TOKENS = 2**25
 """Tokens of texts that are kept: 128 MiB."""
 
 
@@ -45,7 +45,7 @@ class TextReader:
         text_of: Callable[[npt.NDArray[np.integer[Any]]], str],
         tokenizer: Any,
         window: int | None,
-        most_cached_tokens: int = MOST_CACHED_TOKENS,
+        most_cached_tokens: int = MAX_CACHED_TOKENS,
     ) -> None:
         """
         Args:

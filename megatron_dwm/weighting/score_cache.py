@@ -17,12 +17,12 @@ from megatron_dwm.weighting.sample_reader import sample_key
 class ScoreCache:
     """The newest scores, keyed by the samples' tokens; the same on every rank."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, max_samples: int) -> None:
         """
         Args:
-            most: the number of samples that are kept.
+            max_samples: the number of samples that are kept.
         """
-        self.most = most
+        self.max_samples = max_samples
         self._scores: dict[int, float] = {}
 
     def __len__(self) -> int:
@@ -55,7 +55,7 @@ class ScoreCache:
         all_keys = sample_gather.gather_from_ranks(rank_keys, replica_samples).cpu()
         for key, value in zip(all_keys.tolist(), scores.tolist(), strict=True):
             self._scores.setdefault(key, value)
-        while len(self._scores) > self.most:
+        while len(self._scores) > self.max_samples:
             del self._scores[next(iter(self._scores))]
         return scores
 

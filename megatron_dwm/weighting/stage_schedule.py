@@ -52,12 +52,12 @@ class StageSchedule:
         return self.is_weighted(iteration) and (ends_run or self.stage(iteration) != self.stage(iteration + 1))
 
 
-def bilevel_stages(config: WeightingConfig, train_iters: int, begun_by: int | None = None) -> StageSchedule:
+def bilevel_stages(config: WeightingConfig, train_iters: int, weighter_resumed_at: int | None = None) -> StageSchedule:
     """Return the stages that the flags specify.
 
     Args:
-        begun_by: the iteration from which a run continues with a weighter that has begun to learn, if it does. The
-            default warm-up, which depends on the run's length, is then over even if the length has changed.
+        weighter_resumed_at: the iteration from which a run continues with a trained weighter, if it does. The default
+            warm-up, which depends on the run's length, is then over even if the length has changed.
 
     Raises:
         UserError: there is no room for the stages, or an update window contains no update.
@@ -67,7 +67,7 @@ def bilevel_stages(config: WeightingConfig, train_iters: int, begun_by: int | No
     if warmup is None:
         # A copy of the language model is useful only after it has learned something.
         warmup = train_iters // (stages + 1) if config.dwm_init_from == "lm" else 0
-        warmup = warmup if begun_by is None else min(warmup, begun_by)
+        warmup = warmup if weighter_resumed_at is None else min(warmup, weighter_resumed_at)
     stage_iters = (train_iters - warmup) // stages
     if stage_iters < 1:
         raise UserError(

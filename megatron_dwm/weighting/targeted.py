@@ -70,7 +70,7 @@ class TargetedWeighting(ScoredWeighting, ABC):
 class SimilarityWeighting(TargetedWeighting):
     """Samples whose hidden states are similar to the target set's count for more.
 
-    The score is the cosine of a sample's mean hidden state with the target's, at the present parameters, standardized
+    The score is the cosine of a sample's mean hidden state with the target's, at the current parameters, standardized
     over the batch. The target's is the mean over a target batch; it is renewed when a weighter would be updated.
     """
 
@@ -139,13 +139,13 @@ class SourceAlignmentWeighting(TargetedWeighting):
         super().__init__(weight_metrics, options, parts)
         self.kl_weight, self.clip = kl_weight, clip
         self._pass = AlignmentPass(parts.lm_gradients, self.sample_gather)
-        self._parameters_before = ParameterCopy(parts.engine.chunks)
+        self._old_parameters = ParameterCopy(parts.engine.chunks)
         self._sums = torch.zeros(2, len(weight_metrics.sources), dtype=torch.float64)  # of alignments; of samples
 
     def before_step(self, iteration: int) -> None:
         """Copy the parameters if alignments follow; gathers shards over the data-parallel group."""
         if self.stages.is_update(iteration):
-            self._parameters_before.take()
+            self._old_parameters.store()
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
         """Return the score of each sample's source; all 0 before the first alignments."""
@@ -160,12 +160,12 @@ class SourceAlignmentWeighting(TargetedWeighting):
         records = super().after_step(iteration, batch, weights, outcome)
         if self._aligns(iteration, outcome):
             with self.parts.engine.full_parameters():
-                found = self._pass.run(batch, self.next_target(), self._parameters_before)
+                found = self._pass.run(batch, self.next_target(), self._old_parameters)
             if found is not None:
                 source = self.sample_gather.gather_from_replicas(batch.source).cpu()
                 values = standardized(found.values, self.clip)
                 self._sums.index_add_(1, source, torch.stack([values, torch.ones_like(values)]))
-        self._parameters_before.drop()
+        self._old_parameters.release()
         return records
 
     def flops(self, iteration: int, outcome: StepOutcome) -> float:
@@ -207,7 +207,7 @@ class TopAlignmentWeighting(TargetedWeighting):
         self._pass = AlignmentPass(parts.lm_gradients, self.sample_gather)
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
-        """Align the batch at the present parameters, and return 0 for the samples that count and -inf for others."""
+        """Align the batch at the current parameters, and return 0 for the samples that count and -inf for others."""
         lm_gradients, target = self.parts.lm_gradients, self.next_target()
         is_adam = lm_gradients.config.dwm_preconditioner == "adam"
         found = None

@@ -42,7 +42,7 @@ class WarmupWeighting:
 
     @property
     def current(self) -> SampleWeighting:
-        """The weighting that is in use at present."""
+        """The weighting in use."""
         return self._current
 
     def before_step(self, iteration: int) -> None:
@@ -53,7 +53,7 @@ class WarmupWeighting:
         self._current.before_step(iteration)
 
     def weigh(self, iteration: int, batch: Batch) -> SampleWeights | None:
-        """Return the present weighting's weights."""
+        """Return the current weighting's weights."""
         return self._current.weigh(iteration, batch)
 
     def after_step(
@@ -69,15 +69,15 @@ class WarmupWeighting:
         return self.weight_metrics(iteration, batch, weights)
 
     def flops(self, iteration: int, outcome: StepOutcome) -> float:
-        """Return the present weighting's operations."""
+        """Return the current weighting's operations."""
         return self._current.flops(iteration, outcome)
 
     def before_save(self, iteration: int) -> None:
-        """Write the present weighting's files."""
+        """Write the current weighting's files."""
         self._current.before_save(iteration)
 
     def state_dict(self) -> State:
-        """Return the present weighting's state; during the warm-up, the state that the weighting will start from."""
+        """Return the current weighting's state; during the warm-up, the state that the weighting will start from."""
         if self._has_started:
             return self._current.state_dict()
         return self._state or NOT_STARTED

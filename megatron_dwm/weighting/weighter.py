@@ -65,7 +65,7 @@ class Weighter:
         return sum(param.numel() for param in self.model.parameters())
 
     @property
-    def num_computing_parameters(self) -> int:
+    def num_active_parameters(self) -> int:
         """The number of parameters without the input embedding, which needs no multiplications."""
         if hasattr(self.model, "operations_per_token"):
             return int(self.model.operations_per_token)

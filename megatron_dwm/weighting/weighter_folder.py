@@ -11,16 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_dwm.data.hf_tokenizers import fingerprint_of, load_tokenizer_folder
+from megatron_dwm.data.hf_tokenizers import fingerprint_of
+from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.safe_unpickling import DAMAGE, short_reason
 from megatron_dwm.weighting.export_manifest import trained_length, verify_export
 from megatron_dwm.weighting.sample_reader import SampleReader, TextReader, WindowReader
 from megatron_dwm.weighting.weighter_init import seeded, zero_head
-from megatron_dwm.weighting.windows import position_limit
-
-_LONGEST = 10**9
-"""Tokenizers without a maximum length report a larger one."""
+from megatron_dwm.weighting.windows import UNLIMITED_LENGTH, position_limit
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class WeighterFolder:
     model: Any
     reader: SampleReader | None
     """Converts samples to its input; None if it reads the sample's tokens."""
-    own_tokenizer: Any | None
+    separate_tokenizer: Any | None
     """Its tokenizer, of Hugging Face, if that is not the run's."""
     fingerprint: str
     """Fingerprint of its tokenizer's vocabulary."""
@@ -118,8 +116,8 @@ def _text_reader(flag: str, folder: str, model: Any, tokenizer: Any, samples: Sa
     Raises:
         UserError: the tokenizer does not work.
     """
-    window, length = position_limit(model), getattr(tokenizer, "model_max_length", _LONGEST)
-    if window is not None and length < _LONGEST:
+    window, length = position_limit(model), getattr(tokenizer, "model_max_length", UNLIMITED_LENGTH)
+    if window is not None and length < UNLIMITED_LENGTH:
         window = min(window, length)
     try:
         reader = TextReader(samples.text_of, tokenizer, window)

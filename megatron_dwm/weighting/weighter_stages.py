@@ -15,7 +15,7 @@ class WeighterStage:
 
     folder: str
     last_iteration: int
-    """The last iteration of the present run that uses it."""
+    """The last iteration of the current run that uses it."""
     number: int
     """The number of the stage at whose end it was exported."""
 

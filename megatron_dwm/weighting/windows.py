@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+UNLIMITED_LENGTH = 10**9
+"""Tokenizers without a maximum length report a larger one."""
 _PROBES = ("0", "a", "the")
 """Texts to probe a tokenizer with; the first one also works for tokenizers of numbers."""
 

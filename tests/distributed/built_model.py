@@ -57,6 +57,9 @@ LAYOUTS: dict[str, tuple[int, Flags]] = {
     ),
 }
 
+COMBINED = ("PP2, interleaved", "TP2 x PP2", "TP2, sequence parallel, x DP2, distributed optimizer, overlapped")
+"""Layouts that together have each kind of parallelism: what is wrong in one alone is wrong here too."""
+
 _CP2: Flags = {"--context-parallel-size": 2}
 CONTEXT_PARALLEL: dict[str, tuple[int, Flags]] = {
     "CP2": (2, _CP2),

@@ -1,4 +1,4 @@
-"""Training in several legs, each of which may load a checkpoint first and leave one at its end."""
+"""Training in several legs, each of which may load a checkpoint first and leave one."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ from tests.distributed.built_model import HfState, build_model, random_tokens
 from tests.distributed.harness import checkpoint_manager, run_distributed
 from tests.small_runs import NUM_SAMPLES, SEQ_LENGTH, VOCAB_SIZE, Flags
 
+MICRO_BATCH = 4
+
 
 @dataclass(frozen=True)
 class Leg:
@@ -35,9 +37,9 @@ class Leg:
     flags: Flags
     load: tuple[Path, int] | None = None
     """Folder and iteration of the checkpoint to go on from."""
-    save: Path | None = None
-    """Where to leave a checkpoint after the last step."""
-    last: int = 6
+    save: tuple[Path, int] | None = None
+    """Folder of the checkpoint to leave, and after which step."""
+    last: int = 4
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def train_legs(processes: int, legs: Sequence[Leg]) -> list[Trained]:
 
 
 def _train(leg: Leg) -> Trained:
-    built = build_model({**leg.flags, "--dwm-mode": "off"})
+    built = build_model({**leg.flags, "--dwm-mode": "off", "--micro-batch-size": MICRO_BATCH})
     config, optimizer = built.config, built.optimizer
     scheduler = build_scheduler(
         Schedule.from_flags(config.optimizer, config.training, config.global_batch_size), optimizer
@@ -89,13 +91,13 @@ def _train(leg: Leg) -> Trained:
     for iteration in range(train_state.iteration + 1, leg.last + 1):
         rates.append([(group["lr"], group["weight_decay"]) for group in optimizer.param_groups])
         batch = built.batch(random_tokens(iteration), mask)
-        result = train_step(built.engine, optimizer, scheduler, batch, 2, None, built.parallel_state)
+        result = train_step(built.engine, optimizer, scheduler, batch, MICRO_BATCH, None, built.parallel_state)
         losses.append(float("nan") if result.loss is None else result.loss)
         train_state.advance(iteration, NUM_SAMPLES, 0.0)
-    if leg.save is not None:
-        writer = CheckpointWriter(_saving_to(config, leg.save), components, built.parallel_state)
-        writer.save(train_state, {})
-        writer.close()
+        if leg.save is not None and leg.save[1] == iteration:
+            writer = CheckpointWriter(_saving_to(config, leg.save[0]), components, built.parallel_state)
+            writer.save(train_state, {})
+            writer.close()
     parameters = built.parameters()
     mpu.destroy_model_parallel()
     return Trained(losses, rates, parameters)

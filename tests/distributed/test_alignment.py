@@ -14,6 +14,7 @@ import torch
 
 from megatron_dwm.weighting.bilevel.sample_products import has_supported_layers
 from tests.distributed.built_model import (
+    COMBINED,
     CONTEXT_PARALLEL,
     LAYOUTS,
     HfState,
@@ -30,8 +31,12 @@ from tests.small_runs import GPT, LLAMA, Flags
 FULL = {"--recompute-granularity": "full", "--recompute-method": "uniform", "--recompute-num-layers": 1}
 SELECTIVE = {"--recompute-granularity": "selective", "--recompute-modules": ["mlp", "core_attn"]}
 UNTIED = {"--untie-embeddings-and-output-weights": True}
-MODELS = {"gpt, tied": GPT, "llama, untied": LLAMA}
-TIED_LLAMA = {**LLAMA, "--untie-embeddings-and-output-weights": False}
+MODELS: dict[str, Flags] = {
+    "gpt, tied": GPT,
+    "gpt, untied": {**GPT, **UNTIED},
+    "llama, untied": LLAMA,
+    "llama, tied": {**LLAMA, "--untie-embeddings-and-output-weights": False},
+}
 
 
 def align(flags: Flags) -> tuple[HfState, HfState, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -69,32 +74,26 @@ def check(model: Flags, results: list[Any]) -> None:
         assert not torch.equal(exact, differences)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        *(("gpt, tied", layout) for layout in COMBINED),
+        *(("llama, untied", layout) for layout in ("one process", "DP2", "DP2, distributed optimizer", *COMBINED)),
+        ("gpt, untied", "PP2, interleaved"),
+        ("llama, tied", "TP2 x PP2"),
+        ("gpt, tied", "CP2"),
+        *(("llama, untied", layout) for layout in CONTEXT_PARALLEL if layout != "CP2"),
+    ],
+)
 def test_alignments_in_every_layout(model: str, layout: str):
-    world, parallel = LAYOUTS[layout]
+    world, parallel = (LAYOUTS | CONTEXT_PARALLEL)[layout]
     check(MODELS[model], run_distributed(align, world, {**MODELS[model], **parallel}))
 
 
-@pytest.mark.parametrize("layout", CONTEXT_PARALLEL)
-def test_alignments_under_context_parallelism(layout: str):
-    model = GPT if layout == "CP2" else LLAMA
-    world, parallel = CONTEXT_PARALLEL[layout]
-    check(model, run_distributed(align, world, {**model, **parallel}))
-
-
-@pytest.mark.parametrize("layout", ["one process", "PP2", "TP2 x PP2", "PP2, interleaved"])
-@pytest.mark.parametrize("model", ["gpt, untied", "llama, tied"])
-def test_embeddings_tied_and_untied(model: str, layout: str):
-    flags = TIED_LLAMA if model == "llama, tied" else {**GPT, **UNTIED}
-    world, parallel = LAYOUTS[layout]
-    check(flags, run_distributed(align, world, {**flags, **parallel}))
-
-
-@pytest.mark.parametrize("layout", ["one process", "TP2 x PP2", "CP2"])
 @pytest.mark.parametrize("recomputation", [FULL, SELECTIVE], ids=["full", "selective"])
-def test_recomputed_activations(recomputation: Flags, layout: str):
-    world, parallel = (LAYOUTS | CONTEXT_PARALLEL)[layout]
+def test_recomputed_activations_under_context_parallelism(recomputation: Flags):
+    """In other layouts they change no bit (test_recomputation.py)."""
+    world, parallel = CONTEXT_PARALLEL["CP2"]
     check(LLAMA, run_distributed(align, world, {**LLAMA, **recomputation, **parallel}))
 
 

@@ -31,7 +31,7 @@ FLAGS = {**LLAMA, "--lr": 0.01}
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with checkpoints of iterations 2 and 4."""
     folder = tmp_path_factory.mktemp("written")
-    train_legs(1, [Leg(FLAGS, save=folder, last=2), Leg(FLAGS, load=(folder, 2), save=folder, last=4)])
+    train_legs(1, [Leg(FLAGS, save=(folder, 2), last=2), Leg(FLAGS, load=(folder, 2), save=(folder, 4), last=4)])
     return folder
 
 

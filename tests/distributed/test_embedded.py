@@ -25,7 +25,7 @@ from megatron_dwm.weighting.embedded import EmbeddedWeighting, WeighterSize
 from tests.distributed.harness import run_distributed
 from tests.paths import ROOT
 
-STEPS, FEW_STEPS = 24, 8
+STEPS, FEW_STEPS = 16, 6
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.model.full_state import gather_full_state
 from megatron_dwm.model.hf_config import hf_config, model_config
 from megatron_dwm.model.hf_model import gather_first_layers
-from megatron_dwm.model.hf_weights import from_hf_state_dict, to_hf_state_dict
+from megatron_dwm.model.hf_weights import LAYERS, from_hf, pieces, to_hf_state_dict
 from tests.distributed.built_model import LAYOUTS, HfState, build_model, parse_model, random_tokens
 from tests.distributed.harness import run_distributed
 from tests.distributed.passes import logits
@@ -153,7 +153,10 @@ def test_the_hugging_face_copy_has_the_logits_of_every_architecture_and_leads_ba
     assert hf_config(back, vocab_size=UNPADDED, num_layers=model.layers).to_dict() == (
         hf_config(model, vocab_size=UNPADDED, num_layers=model.layers).to_dict()
     )
-    again = from_hf_state_dict(state, back, padded_vocab_size=VOCAB_SIZE)
+    parts: dict[str, list[torch.Tensor]] = {}
+    for piece in pieces(back, range(back.layers)):
+        parts.setdefault(piece.key, []).append(from_hf(piece, state, back, VOCAB_SIZE))
+    again = {key: torch.stack(part) if key.startswith(LAYERS) else part[0].clone() for key, part in parts.items()}
     assert again.keys() == full.keys()
     for key, tensor in full.items():
         if key in ("embedding.word_embeddings.weight", "output_layer.weight"):

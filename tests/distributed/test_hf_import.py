@@ -34,7 +34,7 @@ TOKENS = random_tokens(7)
 BYTES = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 
 
-TWINS = {"mistral": "llama", "seed_oss": "qwen2"}
+EQUIVALENT_MODEL_TYPES = {"mistral": "llama", "seed_oss": "qwen2"}
 """What models are exported as that compute the same as another."""
 SPREAD = [
     "llama with biases of attention, linear",
@@ -144,7 +144,7 @@ def test_an_import_is_exported_as_the_model_that_it_was(name: str, folders: dict
     written = json.loads((output / "config.json").read_text())
     assert written["architectures"] == [type(back).__name__] and written["dtype"] == "float32"
     kind = known.config.model_type
-    assert written["model_type"] == (kind if "window" in name else TWINS.get(kind, kind))
+    assert written["model_type"] == (kind if "window" in name else EQUIVALENT_MODEL_TYPES.get(kind, kind))
 
 
 def test_an_export_states_its_window_special_tokens_and_generation(folders: dict[str, Path], tmp_path: Path):

@@ -50,7 +50,7 @@ def weighted_step_and_update(flags: Flags, mask: torch.Tensor) -> tuple[HfState,
     outer = built.outer(Weighter(classifier(), built.config.weighting, torch.device("cpu")))
     batch, target = built.batch(random_tokens(1), mask), built.batch(random_tokens(5), mask.flip(0))
     u = built.sample_gather.select_replica(weights_from_scores(SCORES, TEMPERATURE))
-    old, before = built.parameters(), ParameterCopy.taken(built.chunks)
+    old, before = built.parameters(), ParameterCopy.of(built.chunks)
     train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, u, built.parallel_state)
     with built.engine.full_parameters():
         new = built.parameters()
@@ -75,25 +75,22 @@ def target_loss(state: HfState, mask: torch.Tensor, is_per_token: bool) -> tuple
 @pytest.mark.parametrize(
     ("layout", "masks", "is_per_token"),
     [
-        ("one process", "equal", False),
+        ("one process", "every second sample at 3 of 12 tokens", True),
         ("PP2, interleaved", "equal", False),
-        ("TP2 x PP2", "equal", False),
-        ("DP2", "equal", False),
-        ("one process", "every second sample at 3 of 12 tokens", False),
         ("TP2 x PP2", "every second sample at 3 of 12 tokens", False),
         ("DP2", "every second sample at 1 of 12 tokens", False),
-        ("one process", "every second sample at 3 of 12 tokens", True),
         ("DP2", "every second sample at 1 of 12 tokens", True),
         ("CP2", "every second sample at 3 of 12 tokens", False),
         ("PP2, interleaved, x CP2", "every second sample at 1 of 12 tokens", False),
-        ("TP2, sequence parallel, x PP2 x CP2 x DP2", "every second sample at 1 of 12 tokens", True),
+        ("CP2 x DP2", "every second sample at 1 of 12 tokens", True),
     ],
 )
 def test_the_update_of_a_run_finds_the_derivative_of_the_target_loss_in_the_scores(
     layout: str, masks: str, is_per_token: bool
 ):
     """Without the factors of unequal masks the cosine of the two was 0.57 to 0.70 with these masks."""
-    world, parallel = (LAYOUTS | CONTEXT_PARALLEL)[layout]
+    layouts = {**LAYOUTS, **CONTEXT_PARALLEL, "CP2 x DP2": (4, CONTEXT_PARALLEL["CP2"][1])}
+    world, parallel = layouts[layout]
     mask = MASKS[masks]
     flags = {**GPT, **parallel, **({"--calculate-per-token-loss": True} if is_per_token else {})}
     results = run_distributed(weighted_step_and_update, world, flags, mask)

@@ -46,7 +46,7 @@ def overflows(flags: Flags) -> list[tuple[bool, bool, bool, bool]]:
     batch, target = built.batch(random_tokens(1), random_mask(2)), built.batch(random_tokens(5), random_mask(6))
     # Too large a scale for the step; for the update alone; for neither.
     for for_step, for_update in ((1e30, 1e30), (64.0, 1e30), (64.0, 64.0)):
-        before = ParameterCopy.taken(built.chunks)
+        before = ParameterCopy.of(built.chunks)
         scaler._scale.fill_(for_step)
         step = train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None, built.parallel_state)
         scaler._scale.fill_(for_update)
@@ -73,7 +73,7 @@ def test_an_alignment_that_is_not_finite_ends_a_run_that_checks_for_it():
         batch, target = built.batch(random_tokens(1), random_mask(2)), built.batch(random_tokens(5), random_mask(6))
         # Before its first step Adam has no second moment to scale the target gradient by.
         with pytest.raises(FloatingPointError, match="an alignment is not finite"):
-            outer.run(batch, target, ParameterCopy.taken(built.chunks))
+            outer.run(batch, target, ParameterCopy.of(built.chunks))
         return "raised"
 
     assert run_distributed(diverge, 1) == ["raised"]

@@ -12,7 +12,7 @@ from tests.distributed.built_model import LAYOUTS
 from tests.distributed.checkpointed import Leg, train_legs
 from tests.small_runs import GPT, LLAMA, Flags
 
-STOP = 3
+STOP = 2
 SCHEDULE = {
     "--lr": 0.01,
     "--min-lr": 0.001,
@@ -38,14 +38,13 @@ OPTIMIZERS = {
 }
 PRECISIONS = {"fp32": {}, "bf16": {"--bf16": True}, "fp16": FP16}
 CASES: dict[str, tuple[int, Flags]] = {
-    f"{optimizer}, {precision}, {groups}": (1, {**LLAMA, **flags, **half, **group_flags})
+    f"{optimizer}, {precision}, decoupled": (1, {**LLAMA, **flags, **half, **DECOUPLED})
     for optimizer, flags in OPTIMIZERS.items()
     for precision, half in PRECISIONS.items()
-    for groups, group_flags in {"one rate": {}, "decoupled": DECOUPLED}.items()
-    if precision == "fp32" or group_flags
+    if precision != "bf16" or optimizer == "adam"  # fp16 has what bf16 has, and a loss scale
 }
 CASES |= {
-    "tied embeddings, decoupled": (1, {**GPT, **DECOUPLED}),
+    "one rate": (1, LLAMA),
     "tied embeddings, decoupled, PP2": (2, {**GPT, **PP2, **DECOUPLED}),
     "tied embeddings, decoupled, PP2, bf16, distributed": (
         2,
@@ -70,22 +69,20 @@ CASES |= {
 def test_goes_on_as_if_it_had_not_stopped(case: str, tmp_path: Path):
     processes, flags = CASES[case]
     flags = {**SCHEDULE, **flags}
-    whole, _, resumed = train_legs(
-        processes, [Leg(flags), Leg(flags, save=tmp_path, last=STOP), Leg(flags, load=(tmp_path, STOP))]
-    )
+    whole, resumed = train_legs(processes, [Leg(flags, save=(tmp_path, STOP)), Leg(flags, load=(tmp_path, STOP))])
     assert resumed.rates == whole.rates[STOP:]
     assert len({rate for rate, _ in whole.rates[-1]}) == (2 if "decoupled" in case else 1)
-    assert resumed.losses == whole.losses[STOP:] and len(resumed.losses) == 3
+    assert resumed.losses == whole.losses[STOP:] and len(resumed.losses) == 2
     for name, value in whole.parameters.items():
         assert torch.equal(resumed.parameters[name], value), name
 
 
 def test_the_format_torch_is_loaded_by_the_kind_of_optimizer_that_saved_it(tmp_path: Path):
     flags = {**SCHEDULE, **LLAMA, "--ckpt-format": "torch"}
-    train_legs(1, [Leg({**flags, **DISTRIBUTED}, save=tmp_path, last=STOP)])
+    train_legs(1, [Leg({**flags, **DISTRIBUTED}, save=(tmp_path, STOP), last=STOP)])
     with pytest.raises(UserError, match="was saved with --use-distributed-optimizer and this run is without it"):
         train_legs(1, [Leg(flags, load=(tmp_path, STOP))])
-    folder = tmp_path / "iter_0000003"
+    folder = tmp_path / f"iter_{STOP:07d}"
     (folder / "checksums.json").unlink()  # as Megatron-LM, which writes none
     torch.save({0: {}}, folder / "mp_rank_00/distrib_optim.pt")
     with pytest.raises(UserError, match=r"mp_rank_00/distrib_optim\.pt does not hold buffer 0 of this run"):
@@ -95,13 +92,15 @@ def test_the_format_torch_is_loaded_by_the_kind_of_optimizer_that_saved_it(tmp_p
 TP2 = {"--tensor-model-parallel-size": 2}
 MOVES: dict[str, tuple[int, Flags, Flags, Flags]] = {
     "to the distributed optimizer, reshardable": (1, LLAMA, {}, RESHARDABLE),
-    "from the distributed optimizer, reshardable": (1, LLAMA, RESHARDABLE, {}),
-    "to the distributed optimizer, bf16, decoupled": (1, {**LLAMA, "--bf16": True, **DECOUPLED}, {}, DISTRIBUTED),
-    "from the distributed optimizer, bf16, decoupled": (1, {**LLAMA, "--bf16": True, **DECOUPLED}, DISTRIBUTED, {}),
     "from the distributed optimizer, fp16, reshardable": (1, {**LLAMA, **FP16}, RESHARDABLE, {}),
-    "to the distributed optimizer, fp16": (1, {**LLAMA, **FP16}, {}, DISTRIBUTED),
-    "to the distributed optimizer, DP2": (2, LLAMA, {}, DISTRIBUTED),
-    "from the distributed optimizer, DP2": (2, LLAMA, DISTRIBUTED, {}),
+    "to the distributed optimizer, DP2, fp16": (2, {**LLAMA, **FP16}, {}, DISTRIBUTED),
+    "to the distributed optimizer, DP2, bf16, decoupled": (2, {**LLAMA, "--bf16": True, **DECOUPLED}, {}, DISTRIBUTED),
+    "from the distributed optimizer, DP2, bf16, decoupled": (
+        2,
+        {**LLAMA, "--bf16": True, **DECOUPLED},
+        DISTRIBUTED,
+        {},
+    ),
     "from the distributed optimizer, PP2, tied": (2, {**GPT, **PP2}, DISTRIBUTED, {}),
     "from the distributed optimizer, TP2": (2, {**LLAMA, **TP2}, DISTRIBUTED, {}),
     "to the distributed optimizer, PP2, tied": (2, {**GPT, **PP2}, {}, DISTRIBUTED),
@@ -118,13 +117,13 @@ def test_goes_on_with_another_kind_of_optimizer_on_the_same_curve(case: str, tmp
         processes,
         [
             Leg({**flags, **after}),
-            Leg({**flags, **before}, save=tmp_path, last=STOP),
+            Leg({**flags, **before}, save=(tmp_path, STOP), last=STOP),
             Leg({**flags, **after}, load=(tmp_path, STOP)),
         ],
     )
     assert moved.rates == whole.rates[STOP:]
     # Either kind makes the same step of the same gradients, so that nothing but a lost value can make a difference.
-    assert moved.losses == whole.losses[STOP:] and len(moved.losses) == 3
+    assert moved.losses == whole.losses[STOP:] and len(moved.losses) == 2
     for name, value in whole.parameters.items():
         assert torch.equal(moved.parameters[name], value), name
 
@@ -135,12 +134,11 @@ def test_context_parallelism_comes_and_goes(sharding: Flags, tmp_path: Path):
     flags = {**SCHEDULE, **LLAMA, **sharding}
     divided = {**flags, "--context-parallel-size": 2}
     from_whole, from_divided = tmp_path / "whole", tmp_path / "divided"
-    whole, _, _, *resumed = train_legs(
+    whole, _, *resumed = train_legs(
         2,
         [
-            Leg(flags),
-            Leg(flags, save=from_whole, last=STOP),
-            Leg(divided, save=from_divided, last=STOP),
+            Leg(flags, save=(from_whole, STOP)),
+            Leg(divided, save=(from_divided, STOP), last=STOP),
             Leg(divided, load=(from_whole, STOP)),
             Leg(flags, load=(from_divided, STOP)),
         ],
@@ -154,25 +152,25 @@ def test_the_distributed_optimizer_is_given_up_under_another_layout(tmp_path: Pa
     """Reshardable state moves to any layout of any kind of optimizer."""
     flags = {**SCHEDULE, **LLAMA}
     (whole,) = train_legs(1, [Leg(flags)])
-    train_legs(2, [Leg({**flags, **RESHARDABLE}, save=tmp_path, last=STOP)])
+    train_legs(2, [Leg({**flags, **RESHARDABLE}, save=(tmp_path, STOP), last=STOP)])
     (moved,) = train_legs(2, [Leg({**flags, **TP2}, load=(tmp_path, STOP))])
     # Sums over ranks are rounded in another order.
     assert moved.losses == pytest.approx(whole.losses[STOP:], rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [({}, {"--bf16": True}), ({"--bf16": True}, {}), ({"--bf16": True}, FP16)]
+    ("kind", "before", "after"),
+    [
+        ({}, {}, {"--bf16": True}),
+        ({}, {"--bf16": True}, FP16),
+        (RESHARDABLE, {}, {"--bf16": True}),
+        (RESHARDABLE, {"--bf16": True}, {}),
+    ],
 )
-@pytest.mark.parametrize("kind", [{}, RESHARDABLE], ids=["plain", "reshardable"])
-def test_goes_on_in_another_precision(before: Flags, after: Flags, kind: Flags, tmp_path: Path):
+def test_goes_on_in_another_precision(kind: Flags, before: Flags, after: Flags, tmp_path: Path):
     flags = {**SCHEDULE, **LLAMA, **kind}
-    whole, _, moved = train_legs(
-        1,
-        [
-            Leg({**flags, **before}),
-            Leg({**flags, **before}, save=tmp_path, last=STOP),
-            Leg({**flags, **after}, load=(tmp_path, STOP)),
-        ],
+    whole, moved = train_legs(
+        1, [Leg({**flags, **before}, save=(tmp_path, STOP)), Leg({**flags, **after}, load=(tmp_path, STOP))]
     )
     # bf16 has 8 bits: the losses of the two runs differ by its rounding. Lost moments or parameters cost more than 0.1.
     assert moved.losses == pytest.approx(whole.losses[STOP:], abs=0.02)

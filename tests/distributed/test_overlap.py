@@ -39,7 +39,7 @@ def after_steps(flags: Flags) -> list[tuple[bool, bool, HfState, HfState]]:
         train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None, built.parallel_state)
         params = [param.data for chunk in built.chunks for param in chunk.parameters()]
         present = [param.clone() for param in params]
-        copy = ParameterCopy.taken(built.chunks)
+        copy = ParameterCopy.of(built.chunks)
         with built.engine.full_parameters(), built.engine.deterministic():
             whole = [param.clone() for param in params]
             _, direction = passes.gradient(target)

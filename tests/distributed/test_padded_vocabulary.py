@@ -22,11 +22,13 @@ from tests.small_runs import GPT, LLAMA, VOCAB_SIZE, Flags
 TOKENS = 30
 """Of 64 rows: with two tensor-parallel ranks the second has nothing but padding."""
 SHIFT = -35.0
-MODEL_PARALLEL = ["one process", "TP2", "TP2, sequence parallel", "PP2", "TP2 x PP2"]
-MODELS = {
-    "gpt2, tied": {**GPT, "--init-method-std": 0.2},
-    "llama, untied": {**LLAMA, "--init-method-std": 0.2},
+MODEL_PARALLEL = ["one process", "TP2, sequence parallel", "TP2 x PP2"]
+MODELS: dict[str, tuple[Flags, float | None]] = {
+    "gpt2, tied": ({**GPT, "--init-method-std": 0.2}, None),
+    "llama, untied": ({**LLAMA, "--init-method-std": 0.2}, None),
+    "gpt2 with strongly negative logits, as a published one": ({**GPT, "--init-method-std": 0.2}, SHIFT),
 }
+"""Flags, and by how much the logits are shifted."""
 SEQUENCES = random_tokens(7) % TOKENS
 
 
@@ -45,9 +47,15 @@ def _shift_logits(chunks: list[Any], shift: float) -> None:
                 param.data[0] = 1
 
 
-def _trained(
-    flags: Flags, shift: float | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+Trained = tuple[torch.Tensor | None, torch.Tensor | None, dict[str, torch.Tensor], dict[str, torch.Tensor]]
+"""Logits, losses, gradients and parameters."""
+
+
+def _all_trained(models: list[tuple[Flags, float | None]]) -> list[Trained]:
+    return [_trained(flags, shift) for flags, shift in models]
+
+
+def _trained(flags: Flags, shift: float | None) -> Trained:
     built = build_model(flags, vocabulary=Vocabulary(VOCAB_SIZE, TOKENS))
     if shift is not None:
         _shift_logits(built.chunks, shift)
@@ -67,9 +75,7 @@ def _hugging_face(model: ModelConfig, state: dict[str, torch.Tensor], dtype: tor
     return language_model.to(dtype)
 
 
-def _assert_as_hugging_face(flags: Flags, layout: str, shift: float | None = None) -> None:
-    world, parallel = LAYOUTS[layout]
-    results = run_distributed(_trained, world, {**flags, **parallel}, shift)
+def _assert_as_hugging_face(flags: Flags, shift: float | None, results: list[Trained]) -> None:
     reference = _hugging_face(parse_model(flags), results[0][3], torch.float32)
     expected = reference(SEQUENCES[:, :-1]).logits
     losses = torch.nn.functional.cross_entropy(expected.transpose(1, 2), SEQUENCES[:, 1:], reduction="none")
@@ -90,29 +96,33 @@ def _assert_as_hugging_face(flags: Flags, layout: str, shift: float | None = Non
             assert key not in gradients or not gradients[key][TOKENS:].any()
 
 
-@pytest.mark.parametrize("layout", MODEL_PARALLEL)
+@pytest.fixture(scope="module", params=MODEL_PARALLEL)
+def trained(request: pytest.FixtureRequest) -> dict[str, list[Trained]]:
+    """Of each model what each rank has computed, in one layout."""
+    world, parallel = LAYOUTS[request.param]
+    results = run_distributed(_all_trained, world, [({**flags, **parallel}, shift) for flags, shift in MODELS.values()])
+    return {name: [found[number] for found in results] for number, name in enumerate(MODELS)}
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_losses_logits_and_gradients_are_those_without_padding(name: str, layout: str):
-    _assert_as_hugging_face(MODELS[name], layout)
+def test_losses_logits_and_gradients_are_those_without_padding(name: str, trained: dict[str, list[Trained]]):
+    _assert_as_hugging_face(*MODELS[name], trained[name])
 
 
-@pytest.mark.parametrize("layout", MODEL_PARALLEL)
-def test_strongly_negative_logits_as_those_of_a_published_gpt2(layout: str):
-    _assert_as_hugging_face(MODELS["gpt2, tied"], layout, SHIFT)
-
-
-@pytest.mark.parametrize("precision", [["--bf16"], ["--fp16"], ["--fp16", "--fp16-lm-cross-entropy"]])
 @pytest.mark.parametrize("layout", ["one process", "TP2"])
-def test_the_padding_is_nothing_in_16_bits_too(precision: list[str], layout: str):
+def test_the_padding_is_nothing_in_16_bits_too(layout: str):
     """The loss of each token is the cross entropy of the very logits, in the precision of the loss."""
     world, parallel = LAYOUTS[layout]
-    flags = {**GPT, **parallel, **dict.fromkeys(precision, True), "--loss-scale": 1}
-    for found, losses, gradients, _ in run_distributed(_trained, world, flags, SHIFT):
-        assert found is not None and losses is not None
-        expected = torch.nn.functional.cross_entropy(
-            found[..., :TOKENS].float().transpose(1, 2), SEQUENCES[:, 1:], reduction="none"
-        )
-        # fp16 has 11 bits, and losses are about 3.
-        tolerance = 2e-2 if "--fp16-lm-cross-entropy" in precision else 1e-5
-        torch.testing.assert_close(losses.float(), expected, rtol=tolerance, atol=tolerance)
-        assert not gradients["embedding.word_embeddings.weight"][TOKENS:].any()
+    precisions = (["--bf16"], ["--fp16"], ["--fp16", "--fp16-lm-cross-entropy"])
+    models = [({**GPT, **parallel, **dict.fromkeys(flags, True), "--loss-scale": 1}, SHIFT) for flags in precisions]
+    results = run_distributed(_all_trained, world, models)
+    for rank in results:
+        for precision, (found, losses, gradients, _) in zip(precisions, rank, strict=True):
+            assert found is not None and losses is not None
+            expected = torch.nn.functional.cross_entropy(
+                found[..., :TOKENS].float().transpose(1, 2), SEQUENCES[:, 1:], reduction="none"
+            )
+            # fp16 has 11 bits, and losses are about 3.
+            tolerance = 2e-2 if "--fp16-lm-cross-entropy" in precision else 1e-5
+            torch.testing.assert_close(losses.float(), expected, rtol=tolerance, atol=tolerance)
+            assert not gradients["embedding.word_embeddings.weight"][TOKENS:].any()

@@ -73,7 +73,7 @@ def _count(flags: Flags) -> dict[str, Any]:
         optimizer.step()
     gradients = built.lm_gradients()
     with Meter() as copy:
-        before = ParameterCopy.taken(chunks)
+        before = ParameterCopy.of(chunks)
     held["parameter copy"] = copy.allocated
     with Meter() as mean:
         gradient_mean = GradientMean(chunks, momentum=0.5)
@@ -83,7 +83,7 @@ def _count(flags: Flags) -> dict[str, Any]:
         _, direction = gradients.gradient(target)
         before.swap()
         gradients.align(batch, direction)
-        before.swap()
+        before.restore()
     held["activations"] = passes.peak
     return {**held, "step": (passes.traffic + step.traffic).payloads, "update": update.traffic.payloads}
 

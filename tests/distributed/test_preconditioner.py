@@ -116,3 +116,17 @@ def test_every_instance_of_the_optimizer_holds_all_of_its_state():
     (first, total), (second, _), *others = run_distributed(held, 4)
     assert 0 < first < total and first + second == total
     assert [own for own, _ in others] == [first, second]
+
+
+def test_weight_decay_concerns_the_weights_of_the_norms_of_queries_and_keys_if_asked():
+    def decayed(flags: Flags) -> set[str]:
+        built = build_model({**LLAMA, "--qk-layernorm": True, **flags})
+        groups = [group for part in optimizer_parts(built.optimizer) for group in part.optimizer.param_groups]
+        held = {param for group in groups if group["wd_mult"] for param in group["params"]}
+        named = [item for chunk in built.chunks for item in chunk.named_parameters()]
+        return {name for name, param in named if param in held and "norm" in name}
+
+    asked = ({}, {"--apply-wd-to-qk-layernorm": True}, {"--no-weight-decay-cond-type": "apply_wd_to_qk_layernorm"})
+    ((plain, found, former),) = run_distributed(lambda: [decayed(flags) for flags in asked], 1)
+    assert plain == set() and found == former and len(found) == 4
+    assert all(name.endswith(("q_layernorm.weight", "k_layernorm.weight")) for name in found)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.config.weighting import WeightingConfig
+from megatron_dwm.weighting.bilevel import ridge
 from megatron_dwm.weighting.bilevel.learning import GradientLearner
 from megatron_dwm.weighting.bilevel.replay import Replay
 from megatron_dwm.weighting.bilevel.ridge import RidgeLearner
@@ -78,9 +79,7 @@ def test_a_linear_weighter_learns_the_ridge_regressions_solution(world: int, sta
         return learned.model.embedding.weight.detach().squeeze(1).clone(), expected, learned.hash(), residual
 
     results = run_distributed(solve, world)
-    ((_, expected, _, _),) = run_distributed(solve, 1) if world > 1 else results
-    if world > 1:
-        expected = run_distributed(solve, 1)[0][0]
+    expected = results[0][1] if world == 1 else run_distributed(solve, 1)[0][0]
     assert expected is not None
     for found, _, digest, residual in results:
         assert digest == results[0][2] and residual < 1e-9
@@ -102,6 +101,32 @@ def test_more_steps_come_closer_and_old_batches_count():
     ((one, three, six, without_newest),) = run_distributed(distances, 1)
     assert one > three > six and six < 0.1
     assert without_newest > 0.1
+
+
+def test_features_of_the_replay_are_found_once_and_change_nothing(monkeypatch: pytest.MonkeyPatch):
+    """What is kept is the newest batches' features; a replay of more tokens than are kept gives the same weights."""
+
+    def learned(tokens_kept: int) -> tuple[str, list[int], int]:
+        monkeypatch.setattr(ridge, "CHUNK_TOKENS", tokens_kept)
+        config, model = weighter(dwm_weighter_steps=3)
+        learner, kept, read = RidgeLearner(config, model), Replay(2, None), []
+        features = model.features
+
+        def counted(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            read.append(len(tokens))
+            return features(tokens)
+
+        monkeypatch.setattr(model, "features", counted)
+        for aligned in filled(4).batches:
+            kept.append(aligned.tokens, aligned.places, aligned.alignments)
+            learner.learn(kept)
+        return model.hash(), read, learner.kept_bytes
+
+    ((digest, read, size),) = run_distributed(learned, 1, 2 * SAMPLES * LENGTH)
+    ((same, read_anew, nothing),) = run_distributed(learned, 1, SAMPLES * LENGTH // 2)
+    assert read == [SAMPLES] * 4 and sum(read_anew) == SAMPLES * (1 + 2 + 2 + 2)
+    assert same == digest
+    assert size == 2 * SAMPLES * (2 * LENGTH - 1) * 8 and nothing == 0
 
 
 @pytest.mark.parametrize("kind", [RidgeLearner, GradientLearner])

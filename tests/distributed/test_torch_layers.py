@@ -19,6 +19,7 @@ from tests.distributed.passes import logits, losses_and_gradients
 from tests.small_runs import GPT, LLAMA, SEQ_LENGTH, Flags
 
 LOCAL, TORCH = {"--transformer-impl": "local"}, {"--transformer-impl": "torch"}
+TP2: Flags = {"--tensor-model-parallel-size": 2}
 TOKENS = random_tokens(7)
 ARCHITECTURES: dict[str, Flags] = {
     "learned positions, LayerNorm": GPT,
@@ -62,9 +63,10 @@ Outcome = tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, tuple[str, obje
 
 
 def _both_layers(flags: Flags, mask: torch.Tensor | None) -> tuple[Outcome, Outcome]:
-    """What megatron-core's local layers give, and ours with the same weights."""
-    local, torch_layers = build_model({**flags, **LOCAL}), build_model({**flags, **TORCH}, seed=99)
-    torch_layers.chunks[0].load_state_dict(local.chunks[0].state_dict(), strict=True)
+    """What megatron-core's local layers give, and ours with the same weights, which are those of every layout."""
+    flags = {**flags, "--use-cpu-initialization": True}
+    local, torch_layers = build_model({**flags, **LOCAL}, seed=99), build_model({**flags, **TORCH})
+    local.chunks[0].load_state_dict(torch_layers.chunks[0].state_dict(), strict=True)
     keys = _sharded_keys(local.chunks[0]), _sharded_keys(torch_layers.chunks[0])
     expected = losses_and_gradients(local, TOKENS, mask)
     found = losses_and_gradients(torch_layers, TOKENS, mask)
@@ -82,13 +84,28 @@ def _sharded_keys(chunk) -> dict[str, tuple[str, object]]:
     return {name: (value.key, value.replica_id) for name, value in chunk.sharded_state_dict().items()}
 
 
+BothLayers = dict[str, tuple[Outcome, Outcome]]
+
+
+def _all_both_layers(parallel: Flags) -> BothLayers:
+    return {name: _both_layers({**flags, **parallel}, None) for name, flags in ARCHITECTURES.items()}
+
+
+@pytest.fixture(scope="module")
+def one_process() -> BothLayers:
+    return run_distributed(_all_both_layers, 1, {})[0]
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[BothLayers]:
+    return run_distributed(_all_both_layers, 2, TP2)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("tp", [1, 2])
-def test_torch_layers_give_the_losses_and_gradients_of_local_layers(name: str, tp: int):
-    flags = {**ARCHITECTURES[name], "--tensor-model-parallel-size": tp}
-    outcomes = run_distributed(_both_layers, tp, flags, None)
-    assert len(outcomes) == tp
-    _assert_same(outcomes)
+def test_torch_layers_give_the_losses_and_gradients_of_local_layers(
+    name: str, one_process: BothLayers, two_ranks: list[BothLayers]
+):
+    _assert_same([found[name] for found in (one_process, *two_ranks)])
 
 
 def test_each_part_of_attention_and_feed_forward_layers_changes_the_losses():
@@ -133,25 +150,23 @@ def _torch_layers(flags: Flags) -> tuple[torch.Tensor | None, dict[str, torch.Te
     return losses_and_gradients(build_model({**flags, **TORCH, "--use-cpu-initialization": True}), TOKENS)
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.fixture(scope="module")
+def divided_sequences() -> list[dict[str, Any]]:
+    """Losses and gradients on two ranks that divide the sequences too, which the local layers cannot."""
+    flags = {**TP2, "--sequence-parallel": True}
+    every = {name: {**architecture, **flags} for name, architecture in ARCHITECTURES.items()}
+    return run_distributed(lambda: {name: _torch_layers(flags) for name, flags in every.items()}, 2)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_tensor_parallel_ranks_give_the_gradients_of_one_process(name: str, sequence_parallel: bool):
-    parallel = {"--tensor-model-parallel-size": 2, "--sequence-parallel": sequence_parallel}
-    ((expected_losses, expected),) = run_distributed(_torch_layers, 1, ARCHITECTURES[name])
-    for losses, gradients in run_distributed(_torch_layers, 2, {**ARCHITECTURES[name], **parallel}):
+def test_tensor_parallel_ranks_give_the_gradients_of_one_process(
+    name: str, one_process: BothLayers, two_ranks: list[BothLayers], divided_sequences: list[dict[str, Any]]
+):
+    _, (expected_losses, expected, _) = one_process[name]
+    found = [both[name][1] for both in two_ranks] + [rank[name] for rank in divided_sequences]
+    for losses, gradients, *_ in found:
         torch.testing.assert_close(losses, expected_losses, rtol=1e-4, atol=1e-5)
         _assert_close(gradients, expected, 1e-4)
-
-
-def test_recomputation_changes_no_gradient():
-    ((_, expected),) = run_distributed(_torch_layers, 1, LLAMA)
-    for flags in (
-        {"--recompute-activations": True},
-        {"--recompute-granularity": "selective", "--recompute-modules": ["mlp"]},
-        {"--recompute-granularity": "full", "--recompute-method": "uniform", "--recompute-num-layers": 1},
-    ):
-        ((_, found),) = run_distributed(_torch_layers, 1, {**LLAMA, **flags})
-        _assert_close(found, expected, 1e-6)
 
 
 def test_double_precision_layers_agree_to_double_precision():
@@ -201,8 +216,7 @@ def test_initial_weights_follow_the_flag_for_cpu_initialization(tp: int):
             built.chunks[0].module.decoder.layers[0].mlp.linear_fc1.weight.T
         ).detach()
 
-    on_cpu = run_distributed(embedding, tp, True)[0]
-    on_device = run_distributed(embedding, tp, False)[0]
+    on_cpu, on_device = run_distributed(lambda: (embedding(True), embedding(False)), tp)[0]
     assert on_cpu.shape == on_device.shape
     assert not torch.equal(on_cpu, on_device)
     assert on_device.std() == pytest.approx(0.2, rel=0.1)

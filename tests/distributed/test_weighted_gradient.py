@@ -11,6 +11,7 @@ import torch
 
 from megatron_dwm.model.loss import weighted_loss
 from tests.distributed.built_model import (
+    COMBINED,
     LAYOUTS,
     HfState,
     Reference,
@@ -44,7 +45,8 @@ def weighted_gradient(flags: Flags, u: torch.Tensor | None, mask: torch.Tensor) 
 
 
 @pytest.mark.parametrize(
-    ("model", "layout"), [("gpt, tied", "TP2 x PP2"), *(("llama, untied", layout) for layout in LAYOUTS)]
+    ("model", "layout"),
+    [("gpt, tied", "TP2 x PP2"), *(("llama, untied", layout) for layout in ("one process", "DP2", *COMBINED))],
 )
 def test_the_gradient_is_that_of_the_weighted_sum(model: str, layout: str):
     world, parallel = LAYOUTS[layout]

@@ -79,12 +79,12 @@ def test_a_replica_that_differs_is_noticed_on_every_rank():
     assert run_distributed(check, 2) == ["noticed", "noticed"]
 
 
-@pytest.mark.parametrize(("world", "tp", "pp"), [(1, 1, 1), (4, 2, 1), (4, 2, 2), (2, 1, 2), (2, 1, 1)])
-@pytest.mark.parametrize(("micro", "microbatches"), [(1, 3), (2, 2)])
-def test_values_are_gathered_in_the_datas_order_whatever_the_layout(
-    world: int, tp: int, pp: int, micro: int, microbatches: int
-):
-    def exchanged() -> tuple[torch.Tensor, torch.Tensor, bool]:
+@pytest.mark.parametrize(("world", "layouts"), [(1, [(1, 1)]), (2, [(1, 1), (1, 2)]), (4, [(2, 1), (2, 2)])])
+def test_values_are_gathered_in_the_datas_order_whatever_the_layout(world: int, layouts: list[tuple[int, int]]):
+    cases = [(*layout, *sizes) for layout in layouts for sizes in ((1, 3), (2, 2))]
+
+    def exchanged(tp: int, pp: int, micro: int, microbatches: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(tp, pp)
         layout = current_parallel_state()
         share = BatchPartition(micro, microbatches, layout.dp_rank, layout.dp_size)
@@ -96,6 +96,7 @@ def test_values_are_gathered_in_the_datas_order_whatever_the_layout(
         own = sample_gather.select_rank(everything)
         return sample_gather.gather_from_replicas(replica), sample_gather.gather_from_ranks(own), in_order
 
-    for replicas, shares, in_order in run_distributed(exchanged, world):
-        expected = torch.arange(len(replicas) * 2).view(-1, 2)
-        assert in_order and torch.equal(replicas, expected) and torch.equal(shares, expected)
+    for results in run_distributed(lambda: [exchanged(*case) for case in cases], world):
+        for case, (replicas, shares, in_order) in zip(cases, results, strict=True):
+            expected = torch.arange(len(replicas) * 2).view(-1, 2)
+            assert in_order and torch.equal(replicas, expected) and torch.equal(shares, expected), case

@@ -80,6 +80,7 @@ NOT_RUN = {
     "docs/results.md: Cost: bash": "takes an hour; tests/e2e/test_overhead.py runs it at a smaller size",
     "docs/report.md: During a run: text": "e2e/test_preference_report.py follows a run until it ends",
     "docs/gpu.md: On a GPU: bash": "needs a GPU; tests/e2e/test_gpu_benchmark.py runs it at a smaller size",
+    "docs/gpu.md: Memory and precision: bash": "needs two GPUs and Transformer Engine",
     "docs/megatron-comparison.md: How it was compared with Megatron-LM: bash": "needs a checkout of Megatron-LM",
     "CONTRIBUTING.md: Set up: bash": "tests/run.sh begins with the first line; a hook would change this repository",
     "CONTRIBUTING.md: Run the tests: bash": "runs this test",

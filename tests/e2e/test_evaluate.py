@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from megatron_dwm.analysis import running_tasks
+from megatron_dwm.analysis import in_loop_tasks
 from megatron_dwm.analysis.local_tasks import LOCAL_TASKS, local_task, read_passages
 from megatron_dwm.cli import evaluate, import_hf
 from megatron_dwm.cli import pretrain as pretrain_command
@@ -121,7 +121,7 @@ def signaled_in_tasks() -> None:
             os.kill(os.getpid(), signal.SIGUSR1)
         return continuation_likelihoods(*args)
 
-    running_tasks.continuation_likelihoods = signaled
+    in_loop_tasks.continuation_likelihoods = signaled
     pretrain_command.main()
 
 
@@ -191,7 +191,7 @@ def answer_nll(folder: Path, text: Path) -> dict[str, float]:
         (["{untrained}", "--tasks", "local-title", "--task-text", "{short}"], "has 1 titles with a sentence below th"),
         (["{untrained}", "--tasks", "local-title", "--task-text", "{bad}"], 'line 1: no JSON object with the key "te'),
         (["{untrained}", "--tasks", "arc", "--task-text", "{short}"], "--task-text and --task-packages are for local"),
-        (["{bad_model}", "--tasks", "local-cloze", "--task-text", "{story}"], "cannot be loaded as a language model"),
+        (["{bad_model}", "--tasks", "local-cloze", "--task-text", "{story}"], "bad_model: its tokenizer does not load"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], line: str, workplace: Path, capsys: pytest.CaptureFixture[str]):

@@ -218,7 +218,7 @@ def test_a_job_that_is_stopped_goes_back_into_the_queue_but_not_for_ever(tmp_pat
     """Commands in place of SLURM's: what ``srun`` ends with, and leaves as the run's status, is the step's."""
     for name, text in {
         "srun": 'if [[ -n $STATUS ]]; then echo "$STATUS" >"$SAVE/run_status.json"; fi\nexit "$CODE"',
-        "scontrol": "if [[ $1 == requeue ]]; then echo requeued; else echo localhost; fi",
+        "scontrol": 'case "$*" in requeue*) echo requeued ;; *"show job"*) echo "$JOB" ;; *) echo localhost ;; esac',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
@@ -236,6 +236,7 @@ def test_a_job_that_is_stopped_goes_back_into_the_queue_but_not_for_ever(tmp_pat
         (None, 2, 2, False),
         ("finished 20", 0, 0, False),
     ]
+    fixed["JOB"] = "JobState=RUNNING Reason=None Dependency=(null)"
     for number, (status, code, expected, is_requeued) in enumerate(steps):
         kind, iteration = (status or " ").split(" ")
         record = json.dumps({"status": kind, "iteration": int(iteration), "reason": ""}) if status else ""
@@ -244,3 +245,9 @@ def test_a_job_that_is_stopped_goes_back_into_the_queue_but_not_for_ever(tmp_pat
         assert (done.returncode, "requeued" in done.stdout) == (expected, is_requeued), (number, done)
         is_hopeless = "no iteration was made since 4 in three starts" in done.stderr
         assert is_hopeless == (code == 75 and expected == 2), (number, done)
+
+    for reason, is_requeued in (("None", False), ("TimeLimit", True)):  # by scancel, and while the run saves too slowly
+        job = f"   JobState=COMPLETING Reason={reason} Dependency=(null)"
+        environment = {**fixed, "CODE": "75", "STATUS": "", "JOB": job}
+        done = subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and ("requeued" in done.stdout) == is_requeued, done

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_dwm.runtime.process_groups import free_port
@@ -25,11 +26,31 @@ RUN: dict[str, Any] = {
     "--log-interval": 2,
 }
 RUN |= {"--lr-warmup-iters": 0, "--bf16": True, "--eval-iters": 0}
+WEIGHTED = {
+    "--dwm-mode": "bilevel",
+    "--dwm-warmup-iters": 1,
+    "--dwm-num-stages": 1,
+    "--dwm-update-interval": 1,
+    "--dwm-num-layers": 1,
+    "--dwm-preconditioner": "none",  # Adam's would enlarge what is hardly more than rounding
+    "--hidden-dropout": 0,
+    "--attention-dropout": 0,
+}
 LARGER = {"--hidden-size": 256, "--num-attention-heads": 4, "--seq-length": 256, "--max-position-embeddings": 256}
 
 
 def pretrain(folder: Path, flags: dict[str, Any], processes: int = 1) -> tuple[str, list[float]]:
     """Return the output and the losses of a run on GPUs."""
+    return _pretrain(folder, flags, processes, "train", "lm_loss")
+
+
+def first_alignments(folder: Path, flags: dict[str, Any], processes: int = 1) -> np.ndarray:
+    """Return the alignments of a run's first outer update."""
+    _, samples = _pretrain(folder, {**flags, **WEIGHTED}, processes, "outer_update", "samples")
+    return np.array(samples[0]["alignment"])
+
+
+def _pretrain(folder: Path, flags: dict[str, Any], processes: int, kind: str, field: str) -> tuple[str, list[Any]]:
     metrics = folder / "metrics.jsonl"
     command = [sys.executable, "pretrain_dwm.py", "--nproc", str(processes), *as_argv({**RUN, **flags})]
     environment = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
@@ -39,7 +60,11 @@ def pretrain(folder: Path, flags: dict[str, Any], processes: int = 1) -> tuple[s
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return finished.stdout, [record["lm_loss"] for record in records if record["kind"] == "train"]
+    return finished.stdout, [record[field] for record in records if record["kind"] == kind]
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 @pytest.mark.usefixtures("one_gpu")
@@ -71,3 +96,21 @@ def test_parameters_in_fp8_train_as_those_in_bf16(tmp_path: Path):
     fp8 = {"--fp8-format": "hybrid", "--fp8-recipe": "tensorwise", "--fp8-param-gather": True}
     _, found = pretrain(tmp_path / "fp8", {**flags, **fp8})
     assert found == pytest.approx(expected, rel=5e-2)  # FP8 keeps 3 bits of a number, and products average over 256
+    assert found != expected
+
+
+@pytest.mark.usefixtures("one_gpu", "transformer_engine")
+def test_outer_updates_in_fp8_align_as_those_in_bf16(tmp_path: Path):
+    flags = {**LARGER, "--transformer-impl": "transformer_engine", "--use-distributed-optimizer": True}
+    expected = first_alignments(tmp_path / "bf16", flags)
+    found = first_alignments(tmp_path / "fp8", {**flags, "--fp8-format": "hybrid", "--fp8-recipe": "tensorwise"})
+    assert 0 < relative_error(found, expected) < 0.3  # gradients keep 2 bits
+
+
+@pytest.mark.usefixtures("two_gpus", "transformer_engine")
+def test_outer_updates_with_overlapped_communication_align_the_same(tmp_path: Path):
+    flags = {**LARGER, "--tensor-model-parallel-size": 2, "--sequence-parallel": True, "--micro-batch-size": 1}
+    flags["--transformer-impl"] = "transformer_engine"
+    expected = first_alignments(tmp_path / "plain", flags, processes=2)
+    found = first_alignments(tmp_path / "overlapped", {**flags, "--tp-comm-overlap": True}, processes=2)
+    assert relative_error(found, expected) < 0.1

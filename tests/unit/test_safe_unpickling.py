@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_dwm.safe_unpickling import (
     ALLOWED,
-    UnreadableFile,
+    UnreadableFileError,
     load_restricted,
     read_metadata,
     read_torch_file,
@@ -38,7 +38,7 @@ def test_metadata_that_names_code_is_refused(protocol: int, tmp_path: Path):
     file, proof = tmp_path / ".metadata", tmp_path / "ran"
     for planted in (Planted(proof), Metadata({"key": Planted(proof)})):  # type: ignore[dict-item]
         file.write_bytes(pickle.dumps(planted, protocol))
-        with pytest.raises(UnreadableFile, match=r"\.metadata .*mkdir, which no checkpoint needs"):
+        with pytest.raises(UnreadableFileError, match=r"\.metadata .*mkdir, which no checkpoint needs"):
             read_metadata(file)
     assert not proof.exists()
     pickle.loads(file.read_bytes())
@@ -66,7 +66,7 @@ def test_attributes_of_allowed_classes_are_not_allowed(tmp_path: Path):
     name = "torch.distributed.checkpoint.metadata", "Metadata.__init__.__globals__"
     content = b"\x80\x04\x8c%c%s\x8c%c%s\x93." % (len(name[0]), name[0].encode(), len(name[1]), name[1].encode())
     (tmp_path / ".metadata").write_bytes(content.replace(b"\x8c%c", b"\x8c"))
-    with pytest.raises(UnreadableFile):
+    with pytest.raises(UnreadableFileError):
         read_metadata(tmp_path / ".metadata")
 
 
@@ -75,9 +75,9 @@ def test_metadata_of_another_kind_or_half_of_it_is_refused(tmp_path: Path):
     whole = pickle.dumps(Metadata({}))
     for content in (b"", b"garbage", whole[: len(whole) // 2], pickle.dumps([1, 2])):
         file.write_bytes(content)
-        with pytest.raises(UnreadableFile, match=r"^\.metadata "):
+        with pytest.raises(UnreadableFileError, match=r"^\.metadata "):
             read_metadata(file)
-    with pytest.raises(UnreadableFile):
+    with pytest.raises(UnreadableFileError):
         read_metadata(tmp_path / "nothing")
     file.write_bytes(whole)
     assert read_metadata(file) == Metadata({})
@@ -87,7 +87,7 @@ def test_a_torch_file_that_names_code_is_refused(tmp_path: Path, monkeypatch: py
     file, proof = tmp_path / "common.pt", tmp_path / "ran"
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.save({"args": Planted(proof)}, file)
-    with pytest.raises(UnreadableFile, match=r"common\.pt cannot be read .*mkdir"):
+    with pytest.raises(UnreadableFileError, match=r"common\.pt cannot be read .*mkdir"):
         read_torch_file(file)
     assert not proof.exists()
 

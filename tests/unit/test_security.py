@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from megatron_dwm.analysis.task_evaluation import Evaluator
+from megatron_dwm.analysis.task_evaluation import TaskEvaluator
 from megatron_dwm.config.checkpoint_args import read_arguments
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.corpora.readers import Reader
@@ -108,7 +108,7 @@ def test_a_pickle_in_place_of_weights_is_not_run(weighter: Path, tmp_path: Path)
 
 
 def test_a_model_that_is_evaluated_does_not_run_code_of_its_own(weighter: Path, tmp_path: Path):
-    tasks = Evaluator([], [], num_fewshot=[0], limit=1, batch_size=1, seed=1)
+    tasks = TaskEvaluator([], [], num_fewshot=[0], limit=1, batch_size=1, seed=1)
     planted = {
         "config.json": {"model_type": "a_type_of_their_own", "auto_map": AUTO_MAP},
         "tokenizer_config.json": {
@@ -119,7 +119,7 @@ def test_a_model_that_is_evaluated_does_not_run_code_of_its_own(weighter: Path, 
     for file, changes in planted.items():
         whole = (weighter / file).read_text()
         plant_code(weighter, file, changes, tmp_path / "ran")
-        with pytest.raises(UserError, match=f"{weighter}: cannot be loaded as a language model"):
+        with pytest.raises(UserError, match=f"^{weighter}: (its tokenizer does not load|cannot be loaded as a lang)"):
             tasks.evaluate(weighter)
         (weighter / file).write_text(whole)
     assert not (tmp_path / "ran").exists()

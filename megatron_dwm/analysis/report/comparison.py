@@ -19,7 +19,7 @@ from megatron_dwm.analysis.running_mean import smoothed
 
 
 @dataclass(frozen=True)
-class Cost:
+class RunCost:
     """A row of the table of costs."""
 
     iterations: int
@@ -40,7 +40,7 @@ class Cost:
     """Whether it was reached; None if the runs cannot be compared."""
 
 
-def cost(run: RunRecords, first: RunRecords | None = None) -> Cost:
+def cost(run: RunRecords, first: RunRecords | None = None) -> RunCost:
     """Return the cost and the final loss of a run; with ``first``, also when it reached that run's last loss."""
     has_times = _has_times(run)
     sizes = run.step_series("effective_sample_size").values
@@ -49,7 +49,7 @@ def cost(run: RunRecords, first: RunRecords | None = None) -> Cost:
     if first is not None and all(_has_times(each) and _has_losses(each) for each in (first, run)):
         ratios = catch_up_fractions(first, run)
         reaches = ratios is not None
-    return Cost(
+    return RunCost(
         iterations=run.steps[-1]["iteration"],
         samples=run.steps[-1].get("consumed_samples"),
         updates=len(run.updates),

@@ -13,12 +13,12 @@ import numpy as np
 
 from megatron_dwm.analysis.preference import (
     Correlations,
-    Quarter,
+    QuartileGroup,
     SourceAlignments,
     SourceFigures,
     WeightedSamples,
     correlations,
-    quarters,
+    quartile_groups,
     source_alignments,
     stage_sources,
 )
@@ -129,10 +129,11 @@ class Report:
         stages = self.samples.stages
         return {s: len(np.unique(self.samples.iteration[self.samples.stage == s])) for s in stages}
 
-    def quarters(self, stage: int) -> dict[str, list[Quarter]]:
-        """Return the mean weight over the quarters of each property."""
+    def quartile_groups(self, stage: int) -> dict[str, list[QuartileGroup]]:
+        """Return the samples of a stage divided at the quartiles of each property."""
         mask = self.samples.stage == stage
-        return {name: quarters(values[mask], self.samples.weight[mask]) for name, values in self.described.items()}
+        weights = self.samples.weight[mask]
+        return {name: quartile_groups(values[mask], weights) for name, values in self.described.items()}
 
 
 def read_benefit(path: Path) -> dict[str, Any]:

@@ -21,11 +21,11 @@ from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.weighting.export_manifest import MANIFEST, read_manifest, verify_export
 
 REFERENCE_SAMPLES = 64
-_MOST_EXPORTS = 12
+_MAX_EXPORTS = 12
 
 
 @dataclass(frozen=True)
-class Document:
+class TrackedDocument:
     """A sample, and its weight by each export."""
 
     source: str
@@ -46,7 +46,7 @@ class WeightHistory:
 
     iterations: list[int]
     """Iterations of the exports [e]."""
-    documents: list[Document]
+    documents: list[TrackedDocument]
     reference: int
     """Samples that the weights are relative to."""
 
@@ -54,7 +54,7 @@ class WeightHistory:
 def exports(folder: Path) -> list[Path]:
     """Return the exports of the run that saved to ``folder``, evenly spaced if there are many, in their order."""
     found = sorted(path for path in (folder / "weighter").glob("iter_*") if (path / MANIFEST).is_file())
-    places = np.linspace(0, len(found) - 1, min(len(found), _MOST_EXPORTS)).round().astype(int)
+    places = np.linspace(0, len(found) - 1, min(len(found), _MAX_EXPORTS)).round().astype(int)
     return [found[place] for place in places]
 
 
@@ -102,7 +102,7 @@ def _load(folder: Path) -> Any:
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers and safetensors raise whatever they like
-        raise UserError(f"{folder}: cannot be loaded ({shortened(error)})") from None
+        raise UserError(f"{folder}: cannot be loaded ({shortened(error)}); remove it") from None
     return model.eval()
 
 

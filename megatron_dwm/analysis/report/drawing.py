@@ -13,17 +13,17 @@ from megatron_dwm.analysis.records import RunRecords
 from megatron_dwm.analysis.report.palette import FAINT, GRID, INK, PAPER, faded
 from megatron_dwm.analysis.running_mean import thinned
 
-MOST_POINTS = 1500
+MAX_POINTS = 1500
 """Points of a line; a longer one is drawn by means of equal blocks."""
-_LONGEST_NAME = 32
+_MAX_NAME_LENGTH = 32
 
 
 def label(name: str) -> str:
     """Return a name from the data, escaped so that plotly shows it literally; a long one is shortened."""
     # Half of a surrogate pair is in no JSON that a browser reads.
     whole = name.encode("utf-8", "replace").decode()
-    half = _LONGEST_NAME // 2
-    return escape(whole if len(whole) <= _LONGEST_NAME else f"{whole[:half]}…{whole[-half:]}", quote=False)
+    half = _MAX_NAME_LENGTH // 2
+    return escape(whole if len(whole) <= _MAX_NAME_LENGTH else f"{whole[:half]}…{whole[-half:]}", quote=False)
 
 
 def line(
@@ -38,7 +38,7 @@ def line(
         color: one of the palette.
         options: further options of plotly's scatter trace.
     """
-    x, y = thinned(iterations, [float(value) for value in values], MOST_POINTS)
+    x, y = thinned(iterations, [float(value) for value in values], MAX_POINTS)
     style = {"color": color, "width": 2, **options.pop("line", {})}
     return go.Scatter(
         x=x,

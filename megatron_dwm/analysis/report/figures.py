@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from megatron_dwm.analysis.preference import (
     Correlations,
-    Quarter,
+    QuartileGroup,
     SourceAlignments,
     weight_quantiles,
 )
@@ -18,7 +18,7 @@ from megatron_dwm.analysis.report.documents import WeightHistory
 from megatron_dwm.analysis.report.drawing import axis_title, faint_line, figure, label, line, mark, note, rounded
 from megatron_dwm.analysis.report.palette import COLORS, FAINT, INK, color, faded, stage_color
 from megatron_dwm.analysis.running_mean import smoothed
-from megatron_dwm.analysis.uncertainty import ENOUGH_UPDATES, Estimate
+from megatron_dwm.analysis.uncertainty import MIN_UPDATES, Estimate
 
 TOO_FEW = "too few updates"
 _MEAN_OF_UPDATES = 5
@@ -104,7 +104,7 @@ def source_alignment(run: RunRecords, aligned: SourceAlignments) -> go.Figure:
         # The first running means would be those of one update, two, and so on.
         means = smoothed(values, _MEAN_OF_UPDATES)[_MEAN_OF_UPDATES - 1 :]
         traces.append(line(iterations[_MEAN_OF_UPDATES - 1 :], means, source, color(number), hovertemplate="%{y:+.2f}"))
-    layout = note(TOO_FEW) if len(aligned.iterations) < ENOUGH_UPDATES else {}
+    layout = note(TOO_FEW) if len(aligned.iterations) < MIN_UPDATES else {}
     return figure(traces, run, shapes=[mark(0.0)], **layout)
 
 
@@ -160,7 +160,7 @@ def correlations(found: Mapping[str, Mapping[int, Correlations]], within: str) -
     )
 
 
-def quarters(by_stage: Mapping[int, list[Quarter]], stages: int) -> go.Figure:
+def quartile_groups(by_stage: Mapping[int, list[QuartileGroup]], stages: int) -> go.Figure:
     """Draw the mean weight over the quarters of one property, a line for each stage that has enough updates.
 
     Args:

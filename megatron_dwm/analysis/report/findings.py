@@ -9,10 +9,10 @@ import numpy as np
 
 from megatron_dwm.analysis.preference import source_alignments
 from megatron_dwm.analysis.report.content import Report
-from megatron_dwm.analysis.uncertainty import ENOUGH_UPDATES, Estimate
+from megatron_dwm.analysis.uncertainty import MIN_UPDATES, Estimate
 
-_LEAST_WEIGHT_DIFFERENCE = 0.05
-_MOST_SENTENCES = 3
+_MIN_WEIGHT_DIFFERENCE = 0.05
+_MAX_SENTENCES = 3
 
 
 class Fact(NamedTuple):
@@ -47,23 +47,24 @@ def key_facts(report: Report) -> list[Fact]:
         known = [(rho, name) for name, rho in found.items() if name != "alignment" and rho.excludes_zero]
         if known:
             rho, name = max(known, key=lambda pair: abs(pair[0].value or 0.0))
-            text = f"rank correlation {worth(rho)} with the weight in stage {last}"
+            text = f"rank correlation {format_estimate(rho)} with the weight in stage {last}"
             facts.append(Fact("goes most with", report.properties[name].label, text))
         rho = found["alignment"]
         if rho.value is not None:
-            value = signed(rho.value) if rho.is_known else "too few updates"
-            facts.append(Fact("agrees with alignment", value, f"rank correlation {worth(rho)} in stage {last}"))
+            value = format_signed(rho.value) if rho.is_known else "too few updates"
+            text = f"rank correlation {format_estimate(rho)} in stage {last}"
+            facts.append(Fact("agrees with alignment", value, text))
     return facts
 
 
 def warnings(report: Report) -> list[str]:
     """Return a sentence for each contradiction between weights and alignments, and for stages with few updates."""
     found = []
-    few = [str(stage) for stage, number in _all_updates(report).items() if number < ENOUGH_UPDATES]
+    few = [str(stage) for stage, number in _all_updates(report).items() if number < MIN_UPDATES]
     if few:
         found.append(
             f"Too few updates to say what the weighter prefers in stage{'s' * (len(few) > 1)} {', '.join(few)}: "
-            f"under {ENOUGH_UPDATES} each. No intervals are given there, and no running means."
+            f"under {MIN_UPDATES} each. No intervals are given there, and no running means."
         )
     if len(report.samples):
         last = report.samples.stages[-1]
@@ -71,12 +72,12 @@ def warnings(report: Report) -> list[str]:
         if rho.is_known and not rho.excludes_zero:
             found.append(
                 f"In stage {last} the weights do not follow the alignments: their rank correlation within a batch is "
-                f"{worth(rho)}, which cannot be told from 0."
+                f"{format_estimate(rho)}, which cannot be told from 0."
             )
         elif rho.is_known and (rho.value or 0.0) < 0:
             found.append(
                 f"In stage {last} the weights run against the alignments: their rank correlation within a batch is "
-                f"{worth(rho)}."
+                f"{format_estimate(rho)}."
             )
         found += _contradictions(report, last)
     return found
@@ -84,7 +85,7 @@ def warnings(report: Report) -> list[str]:
 
 def _contradictions(report: Report, stage: int) -> list[str]:
     """Return a sentence for pairs of sources of which the one with lower alignment has the higher weight."""
-    in_stage = report.all_samples.where(report.all_samples.stage == stage)
+    in_stage = report.all_samples.select(report.all_samples.stage == stage)
     aligned = source_alignments(in_stage, report.run.sources)
     figures = report.sources.get(stage, {})
     pairs: list[tuple[float, str]] = []
@@ -95,22 +96,22 @@ def _contradictions(report: Report, stage: int) -> list[str]:
             continue
         low, high = (one, other) if (difference.value or 0.0) < 0 else (other, one)
         low_weight, high_weight = (first, second) if low == one else (second, first)
-        if low_weight - high_weight < _LEAST_WEIGHT_DIFFERENCE:
+        if low_weight - high_weight < _MIN_WEIGHT_DIFFERENCE:
             continue
-        values = figures[low].alignment.value, figures[high].alignment.value
+        values = [format_signed(figures[name].alignment.value) for name in (low, high)]
         gap = abs(difference.value or 0.0)
         half = (difference.high or 0.0) - (difference.value or 0.0)
         pairs.append(
             (
                 gap,
                 f"Weights contradict alignments in stage {stage}: {low} is less aligned with the target than {high} "
-                f"({signed(values[0])} against {signed(values[1])} standard deviations; difference {gap:.2f} ± "
+                f"({values[0]} against {values[1]} standard deviations; difference {gap:.2f} ± "
                 f"{half:.2f}, n = {difference.n} updates), yet it has the higher weight ({low_weight:.2f} against "
                 f"{high_weight:.2f}). The weighter learns slowly, from past updates too; what it sees of a text may "
                 "also not distinguish these sources.",
             )
         )
-    return [sentence for _, sentence in sorted(pairs, reverse=True)[:_MOST_SENTENCES]]
+    return [sentence for _, sentence in sorted(pairs, reverse=True)[:_MAX_SENTENCES]]
 
 
 def _all_updates(report: Report) -> dict[int, int]:
@@ -119,17 +120,18 @@ def _all_updates(report: Report) -> dict[int, int]:
     return {stage: stages.count(stage) for stage in dict.fromkeys(stages)}
 
 
-def worth(estimate: Estimate) -> str:
+def format_estimate(estimate: Estimate) -> str:
     """Return a figure with its interval and number of values, or the reason why it has none."""
     if estimate.value is None:
         return "none: all values are equal"
     counted = f"n = {estimate.n:,} {estimate.unit}"
     if not estimate.is_known:
         return f"too few updates ({counted})"
-    return f"{signed(estimate.value)} ({signed(estimate.low)} to {signed(estimate.high)}, {counted})"
+    value, low, high = (format_signed(number) for number in (estimate.value, estimate.low, estimate.high))
+    return f"{value} ({low} to {high}, {counted})"
 
 
-def signed(value: float | None) -> str:
+def format_signed(value: float | None) -> str:
     """Return a number with a sign and two digits; a dash of None."""
     if value is None or np.isnan(value):
         return "\N{EN DASH}"

@@ -21,9 +21,9 @@ import numpy as np
 from megatron_dwm.analysis.records import RunRecords
 from megatron_dwm.analysis.report import comparison, figures
 from megatron_dwm.analysis.report.content import Report
-from megatron_dwm.analysis.report.findings import key_facts, signed, warnings, worth
+from megatron_dwm.analysis.report.findings import format_signed, key_facts, warnings
 from megatron_dwm.analysis.report.palette import DARK
-from megatron_dwm.analysis.uncertainty import ENOUGH_UPDATES
+from megatron_dwm.analysis.uncertainty import MIN_UPDATES
 from megatron_dwm.atomic_write import atomic_write_bytes
 from megatron_dwm.errors import UserError
 
@@ -118,11 +118,11 @@ def _draw(report: Report) -> dict[str, Any]:
         found = {labels[name]: by_stage for name, by_stage in report.correlations.items()}
         drawn["in_batch"] = figures.correlations(found, "in_batch")
         drawn["in_source"] = figures.correlations(found, "in_source")
-        enough = [stage for stage, n in report.updates_by_stage.items() if n >= ENOUGH_UPDATES]
-        by_stage = {stage: report.quarters(stage) for stage in enough}
+        enough = [stage for stage, n in report.updates_by_stage.items() if n >= MIN_UPDATES]
+        by_stage = {stage: report.quartile_groups(stage) for stage in enough}
         for number, name in enumerate(report.described):
             groups = {stage: of_stage[name] for stage, of_stage in by_stage.items()}
-            drawn[f"quarter-{number}"] = figures.quarters(groups, len(report.samples.stages))
+            drawn[f"quarter-{number}"] = figures.quartile_groups(groups, len(report.samples.stages))
     if report.history is not None:
         drawn["documents"] = figures.document_weights(report.history)
     return drawn
@@ -138,13 +138,13 @@ def _render(template: str, drawn: Mapping[str, Any], reload_seconds: int | None,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(signed=signed, worth=worth, tint=tint, mean=np.mean, deviation=partial(np.std, ddof=1))
+    environment.filters.update(signed=format_signed, tint=tint, mean=np.mean, deviation=partial(np.std, ddof=1))
     data = {
         "figures": {name: drawing.to_plotly_json() for name, drawing in drawn.items()},
         "dark": DARK,
         "reload": reload_seconds,
     }
-    script, style = _own("page.js"), _own("page.css")
+    script, style = _page_file("page.js"), _page_file("page.css")
     library, checksum = _plotly()
     return environment.get_template(template).render(
         style=style,
@@ -155,7 +155,7 @@ def _render(template: str, drawn: Mapping[str, Any], reload_seconds: int | None,
         script_checksums=f"{_checksum(script)} {checksum}",
         drawn=list(drawn),
         reload_seconds=reload_seconds,
-        enough_updates=ENOUGH_UPDATES,
+        enough_updates=MIN_UPDATES,
         **content,
     )
 
@@ -165,7 +165,7 @@ def _plain(value: Any) -> Any:
     return value.tolist()
 
 
-def _own(name: str) -> str:
+def _page_file(name: str) -> str:
     return files("megatron_dwm.analysis.report").joinpath(name).read_text(encoding="utf-8")
 
 

@@ -73,7 +73,7 @@ def flag(
         default: value when the flag is not given. A ``True`` default makes the flag a switch that turns it off.
         help: one sentence for ``--help`` and ``docs/flags.md``.
         names: spellings, when they differ from ``--field-name`` (``--no-field-name`` for a ``True`` default).
-        old_names: spellings of earlier versions or of forks, accepted with a warning that names the present one.
+        old_names: spellings of earlier versions or of forks, accepted with a warning that names the current one.
         nargs: as in argparse; list fields default to ``"+"``.
         refused: if set, giving the flag a value other than the default ends the run with this reason.
         deprecated: if set, the flag works, and giving it logs a warning with this advice.

@@ -46,22 +46,22 @@ def to_argv(config: Any) -> list[str]:
     return argv
 
 
-def require_at_least(config: Any, least: float, fields: str) -> None:
-    """Check that numbers of a configuration are at least ``least``; None is accepted.
+def require_at_least(config: Any, minimum: float, fields: str) -> None:
+    """Check that numbers of a configuration are at least ``minimum``; None is accepted.
 
     Args:
         fields: names of fields, separated by blanks.
 
     Raises:
-        UserError: one is less than ``least``, or not a number.
+        UserError: one is less than ``minimum``, or not a number.
     """
     for field in fields.split():
         value = getattr(config, field)
-        if value is not None and not value >= least:
+        if value is not None and not value >= minimum:
             spelling = next(
                 (item.names[0] for item in declared_flags(type(config)) if item.field == field), flag_name(field)
             )
-            raise UserError(f"{spelling} {value}: must be at least {least}")
+            raise UserError(f"{spelling} {value}: must be at least {minimum}")
 
 
 def converter(value_type: type) -> Callable[[str], Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dwm.model.attributes import changed_attributes
+from megatron_dwm.model.attributes import temporary_attributes
 from megatron_dwm.model.protocols import ModelChunk
 from megatron_dwm.runtime.process_groups import ParallelState
 
@@ -68,7 +68,7 @@ def single_sample_products(
     try:
         with ExitStack() as stack:
             for param in tied:  # which DDP would accumulate nevertheless
-                stack.enter_context(changed_attributes(param, {"zero_out_wgrad": False}))
+                stack.enter_context(temporary_attributes(param, {"zero_out_wgrad": False}))
             yield products
     finally:
         for handle in handles:

@@ -39,7 +39,7 @@ class Samples(Protocol):
         """Return n."""
 
 
-class Passes(Protocol):
+class GradientPasses(Protocol):
     """The passes over a language model in an outer update; they do not change its parameters or gradients."""
 
     @property
@@ -66,17 +66,18 @@ class Passes(Protocol):
 class AlignmentPass:
     """Aligns batches with batches of the target set, without changing the language model."""
 
-    def __init__(self, lm_gradients: Passes, sample_gather: SampleGather) -> None:
+    def __init__(self, lm_gradients: GradientPasses, sample_gather: SampleGather) -> None:
         self.lm_gradients, self.sample_gather = lm_gradients, sample_gather
 
-    def run(self, batch: Samples, target: Samples, before: ParameterCopy | None = None) -> Alignments | None:
+    def run(self, batch: Samples, target: Samples, old_parameters: ParameterCopy | None = None) -> Alignments | None:
         """Align ``batch`` with ``target``; a collective call of all ranks that empties the gradient buffers.
 
         Args:
             batch: this replica's samples.
             target: this replica's target samples.
-            before: the parameters θ at which the samples' gradients are taken, while the model holds the θ' of the
-                target's; the model's present parameters for both if not given.
+            old_parameters: the parameters θ at which the samples' gradients are taken, while the model holds θ', at
+                which the target's is; if not given, both are taken at the model's parameters. The copy holds θ'
+                afterwards.
 
         Returns:
             None, on every rank, if an alignment is not finite and the schedule lets such numbers pass, as fp16 training
@@ -88,12 +89,12 @@ class AlignmentPass:
         """
         with self.lm_gradients.deterministic():
             target_loss, direction = self.lm_gradients.gradient(target)
-            if before is not None:
-                before.swap()
+            if old_parameters is not None:
+                old_parameters.swap()
             alignments = self.sample_gather.gather_from_replicas(self.lm_gradients.align(batch, direction)).cpu()
             self.lm_gradients.discard(direction)
-            if before is not None:
-                before.swap()
+            if old_parameters is not None:  # the copy holds θ' now, and is not needed any more
+                old_parameters.restore()
         if not bool(alignments.isfinite().all()):
             if self.lm_gradients.check_for_nan:
                 raise FloatingPointError("an alignment is not finite; lower --lr, or look at the data of this step")

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Of the relative error. In fp32 it was 1.4e-3 and less in every layout with exact alignments, and 6.6e-3 and less with
 # those of finite differences. In bf16 it is at least 0.1 for any step size, which is why that is refused.
-BOUND = 1e-2
+TOLERANCE = 1e-2
 SCORE_DISTANCE = 0.05  # δ in units of the temperature; the softmax's curvature is then about 1e-3 of the difference
 LOSS_DIFFERENCE = 2e-3  # difference in nats that determines η: small, but far above the rounding of fp32
 
@@ -48,12 +48,12 @@ class HypergradientCheck:
     @property
     def passed(self) -> bool:
         """Whether the error is within the bound."""
-        return self.error <= BOUND  # NaN does not pass
+        return self.error <= TOLERANCE  # NaN does not pass
 
     def __str__(self) -> str:
         return (
             f"hypergradient {self.derivative:.6e} by finite differences {self.difference:.6e}, "
-            f"relative error {self.error:.1e} (bound {BOUND:g})"
+            f"relative error {self.error:.1e} (bound {TOLERANCE:g})"
         )
 
 
@@ -83,7 +83,8 @@ def check_hypergradient(
     """Compare the closed form with central differences; every rank calls it and gets the same result.
 
     Args:
-        passes: the run's passes. Parameters are restored, gradient buffers are left empty.
+        lm_gradients: the run's passes. Parameters are restored, gradient buffers are left empty.
+        sample_gather: which rank holds which samples.
         batch: this replica's training samples [n].
         target: this replica's target samples.
 
@@ -106,11 +107,11 @@ class _Check:
     def run(self) -> HypergradientCheck:
         engine = self.lm_gradients.engine
         with engine.full_parameters(), engine.deterministic():
-            self.here = ParameterCopy.taken(engine.chunks)
+            self.old_parameters = ParameterCopy.of(engine.chunks)
             try:
                 return self._run()
             finally:
-                self.here.restore()
+                self.old_parameters.restore()
 
     def _run(self) -> HypergradientCheck:
         widest = SCORE_DISTANCE * self.temperature
@@ -135,7 +136,7 @@ class _Check:
         """∂ l_target(θ') / ∂ s_i per unit of η [N]."""
         self._step(self.scores, step_size)
         _, direction = self.lm_gradients.gradient(self.target)
-        self.here.restore()
+        self.old_parameters.restore()
         alignments = self.lm_gradients.align(self.batch, direction)
         self.lm_gradients.discard(direction)
         everywhere = self.sample_gather.gather_from_replicas(alignments).cpu()
@@ -146,7 +147,7 @@ class _Check:
         engine, parallel_state, target = self.lm_gradients.engine, self.lm_gradients.parallel_state, self.target
         with torch.no_grad():
             losses = engine.run(target, self.lm_gradients.micro_batch_size_of(target), forward_only=True)
-        self.here.restore()
+        self.old_parameters.restore()
         means = engine.broadcast_losses(losses, len(target)).mean.double()
         micro = self.lm_gradients.micro_batch_size_of(target)
         mean = (means * replace(self.lm_gradients.loss_factors, micro_batch_size=micro)(target)).mean()

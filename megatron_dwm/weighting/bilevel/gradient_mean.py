@@ -50,7 +50,7 @@ class GradientMean:
         for mean, gradient in zip(self._shards, gradients.shards(), strict=True):  # without a temporary of their size
             torch.where(is_taken, gradient, mean, out=gradient)
             mean.lerp_(gradient, 1 - self._momentum)
-            gradient.copy_(mean).div_(divisor)
+            torch.div(mean, divisor, out=gradient)
 
     def state(self) -> tuple[float, Direction] | None:
         """Return t, and m by parameter; None before the first gradient. Gathers the shards."""

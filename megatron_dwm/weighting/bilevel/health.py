@@ -23,14 +23,14 @@ class HealthWarning:
     """The finding and the remedy, on one line."""
 
 
-def check_weights(relative: torch.Tensor, floor: float) -> list[HealthWarning]:
+def check_weights(sample_weights: torch.Tensor, floor: float) -> list[HealthWarning]:
     """Warn of a batch whose weights have collapsed onto few samples.
 
     Args:
-        relative: u = N w of the batch [N].
+        sample_weights: weights of the batch [N], with mean 1.
         floor: lowest effective sample size, as a fraction of the batch (``--dwm-min-effective-sample-size``).
     """
-    effective = WeightStatistics.of(relative).effective_sample_size
+    effective = WeightStatistics.of(sample_weights).effective_sample_size
     if effective >= floor:
         return []
     return [

@@ -21,6 +21,10 @@ class Learner(Protocol):
     prior: torch.Tensor | None
     """The state that a checkpoint keeps, if any."""
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that are kept between updates, in addition to the weighter and the replay."""
+
     def learn(self, replay: Replay) -> float:
         """Update the weighter; a collective call of all ranks.
 
@@ -35,6 +39,7 @@ class GradientLearner:
     def __init__(self, config: WeightingConfig, weighter: Weighter) -> None:
         self.config, self.weighter = config, weighter
         self.prior: torch.Tensor | None = None
+        self.kept_bytes = 0
 
     def learn(self, replay: Replay) -> float:
         """Take the steps; each uses as many samples as the newest batch has."""

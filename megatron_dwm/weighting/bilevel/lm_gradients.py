@@ -14,9 +14,10 @@ import torch.distributed as dist
 
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.model.attributes import changed_attributes
+from megatron_dwm.model.attributes import temporary_attributes
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.loss import weighted_loss
+from megatron_dwm.model.optimizer_parts import has_loss_scale
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.runtime.process_groups import ParallelState
@@ -37,7 +38,7 @@ FINITE_DIFFERENCE_DISTANCE = 1e-2  # norm of the shift of θ along v
 
 
 class LMGradients:
-    """Gradients and alignments at the present parameters, which do not change."""
+    """Gradients and alignments at the current parameters, which do not change."""
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class LMGradients:
         self._zero_gradients()
         with ExitStack() as stack:
             for chunk in self.engine.chunks:  # values that are not finite are detected in the alignments
-                stack.enter_context(changed_attributes(chunk.ddp_config, {"check_for_nan_in_grad": False}))
+                stack.enter_context(temporary_attributes(chunk.ddp_config, {"check_for_nan_in_grad": False}))
             losses = self.engine.run(
                 batch,
                 self.micro_batch_size_of(batch),
@@ -91,7 +92,8 @@ class LMGradients:
                 check_for_nan=False,
             )
         gradients = GradientBuffers(self.engine.chunks)
-        gradients.scale(1.0 / self.optimizer.get_loss_scale())
+        if has_loss_scale(self.optimizer):
+            gradients.scale(1.0 / self.optimizer.get_loss_scale())
         if self.gradient_mean is not None:
             self.gradient_mean.average(gradients)
         if self.config.dwm_preconditioner == "adam":
@@ -105,7 +107,7 @@ class LMGradients:
         self._zero_gradients()
 
     def align(self, batch: Batch, direction: Direction) -> torch.Tensor:
-        """Return a_i = f_i ⟨v, ∇ l_i⟩ of this replica's samples [n], float64, at the present parameters.
+        """Return a_i = f_i ⟨v, ∇ l_i⟩ of this replica's samples [n], float64, at the current parameters.
 
         f_i is the factor of sample i's mean loss in the training loss.
         """
@@ -158,14 +160,14 @@ class LMGradients:
         if norm == 0:
             return torch.zeros(len(batch), dtype=torch.float64, device=batch.tokens.device)
         epsilon = FINITE_DIFFERENCE_DISTANCE / norm
-        here = ParameterCopy.taken(self.engine.chunks)
+        current = ParameterCopy.of(self.engine.chunks)
         sides = []
         for distance in (epsilon, -epsilon):
             shift(direction, distance)
             with torch.no_grad():
                 losses = self.engine.run(batch, self.micro_batch_size, forward_only=True)
             sides.append(self.engine.broadcast_losses(losses, len(batch)).mean.double())
-            here.restore()
+            current.restore()
         return (sides[0] - sides[1]) / (2 * epsilon)
 
     def _mean_over_replicas(self, losses: Any, batch: Batch) -> float:

@@ -81,7 +81,7 @@ def alignments(
     *,
     method: Method = "forward-mode",
 ) -> torch.Tensor:
-    """Return ⟨v, ∇ l_i⟩ of each of the batch's samples [n], float64, at the present parameters.
+    """Return ⟨v, ∇ l_i⟩ of each of the batch's samples [n], float64, at the current parameters.
 
     The module is evaluated without dropout, and is not changed. Its attention is computed by
     torch's reference kernel, which supports every kind of differentiation.

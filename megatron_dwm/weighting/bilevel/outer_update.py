@@ -12,7 +12,7 @@ import torch
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.runtime.collectives import world_rank, world_size
-from megatron_dwm.weighting.bilevel.alignment_pass import AlignmentPass, Passes, Samples
+from megatron_dwm.weighting.bilevel.alignment_pass import AlignmentPass, GradientPasses, Samples
 from megatron_dwm.weighting.bilevel.learning import GradientLearner, Learner
 from megatron_dwm.weighting.bilevel.replay import AlignedBatch, Replay
 from megatron_dwm.weighting.bilevel.ridge import RidgeLearner
@@ -41,7 +41,7 @@ class OuterUpdate:
     """Updates the weighter from the samples' alignments with the target."""
 
     def __init__(
-        self, config: WeightingConfig, lm_gradients: Passes, weighter: Weighter, sample_gather: SampleGather
+        self, config: WeightingConfig, lm_gradients: GradientPasses, weighter: Weighter, sample_gather: SampleGather
     ) -> None:
         self.config, self.lm_gradients, self.weighter, self.sample_gather = (
             config,
@@ -68,7 +68,7 @@ class OuterUpdate:
             return self.sample_gather.select_rank(places)
         return places[world_rank() :: world_size()]
 
-    def run(self, batch: Samples, target: Samples, before: ParameterCopy) -> OuterResult | None:
+    def run(self, batch: Samples, target: Samples, old_parameters: ParameterCopy) -> OuterResult | None:
         """Align ``batch`` with ``target`` and update the weighter.
 
         The step from θ to θ' has already been made. Only the weighter changes, and the gradient
@@ -77,7 +77,7 @@ class OuterUpdate:
         Args:
             batch: this replica's samples of that step.
             target: this replica's target samples.
-            before: the parameters θ, freed as soon as they are not needed any more; the model holds θ'.
+            old_parameters: the parameters θ, freed as soon as they are not needed any more; the model holds θ'.
 
         Returns:
             None if an alignment is not finite and the schedule tolerates that, as fp16 training with its loss
@@ -87,8 +87,8 @@ class OuterUpdate:
             FloatingPointError: an alignment is not finite and the schedule checks for that.
             RuntimeError: all alignments are zero, or the weighter's replicas differ.
         """
-        found = self.alignment_pass.run(batch, target, before)
-        before.drop()
+        found = self.alignment_pass.run(batch, target, old_parameters)
+        old_parameters.release()
         if found is None:
             return None
         alignments = found.values

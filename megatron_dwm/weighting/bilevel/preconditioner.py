@@ -20,7 +20,7 @@ from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.weighting.bilevel.alignment import Direction
 
-AT_A_TIME = 1 << 22
+CHUNK_ELEMENTS = 1 << 22
 """Elements that are scaled together, if they are several parameters'."""
 
 
@@ -67,7 +67,9 @@ def _scale(values: Sequence[torch.Tensor], held: Sequence[_Owned]) -> None:
         scales = list(torch._foreach_div(moments, corrections))
         torch._foreach_sqrt_(scales)
         torch._foreach_add_(scales, [part.group["eps"] for part in parts])
-        torch._foreach_mul_(some, [part.relative_rate for part in parts])
+        rates = [part.relative_rate for part in parts]
+        if any(rate != 1 for rate in rates):
+            torch._foreach_mul_(some, rates)
         torch._foreach_div_(some, scales)
 
 
@@ -83,7 +85,7 @@ def batches(sizes: Sequence[int]) -> Iterator[list[int]]:
     """Yield groups of parts, by index, that are scaled together; a group takes memory for its number of elements."""
     batch: list[int] = []
     for place, size in enumerate(sizes):
-        if batch and size + sum(sizes[n] for n in batch) > AT_A_TIME:
+        if batch and size + sum(sizes[n] for n in batch) > CHUNK_ELEMENTS:
             yield batch
             batch = []
         batch.append(place)

@@ -25,22 +25,26 @@ import torch
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.collectives import all_reduce_over_world
-from megatron_dwm.weighting.bilevel.replay import Replay
+from megatron_dwm.weighting.bilevel.replay import AlignedBatch, Replay
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weights import standardized
 
-AT_A_TIME = 1 << 20
-"""Tokens of the replay that are processed at a time."""
-SOLVED = 1e-10
+CHUNK_TOKENS = 1 << 20
+"""Tokens of the replay that are processed at a time. The features of a replay of no more tokens are kept."""
+RESIDUAL_TOLERANCE = 1e-10
 """Residual, relative to the right-hand side's norm, at which the iterations end."""
+
+
+_Features = tuple[torch.Tensor, torch.Tensor]
+"""Buckets, int32, and values, float32 [m, f], of m samples."""
 
 
 @dataclass(frozen=True)
 class _Rows:
     """This rank's samples of the replay, as rows of the regression; ignored n-grams have the value 0."""
 
-    pieces: list[tuple[torch.Tensor, torch.Tensor]]
-    """Buckets, int32, and values, float32 [m, f], of m samples each; all at once would need too much memory."""
+    pieces: list[_Features]
+    """Features of some of the samples each; products with all at once would need too much memory."""
     batch_of: torch.Tensor
     """The batch of each sample [c]."""
     targets: torch.Tensor
@@ -52,7 +56,12 @@ class _Rows:
 
     def times(self, weights: torch.Tensor) -> torch.Tensor:
         """Return X β [c], less its mean over each batch; a collective call."""
-        products = torch.cat([(weights[buckets.long()] * values).sum(1) for buckets, values in self.pieces])
+        products = torch.cat(
+            [
+                (weights.index_select(0, buckets.flatten()).view_as(values) * values).sum(1)
+                for buckets, values in self.pieces
+            ]
+        )
         sums = torch.zeros_like(self.batch_sizes).index_add_(0, self.batch_of, products)
         all_reduce_over_world(sums)
         return products - (sums / self.batch_sizes)[self.batch_of]
@@ -66,6 +75,11 @@ class _Rows:
             sums.index_add_(0, buckets.flatten(), (values * factors[:, None]).flatten())
         all_reduce_over_world(sums)
         return sums
+
+
+def are_features_kept(tokens: int) -> bool:
+    """Whether the features of a rank's replay with this many tokens are kept between updates."""
+    return tokens <= CHUNK_TOKENS
 
 
 class RidgeLearner:
@@ -83,9 +97,16 @@ class RidgeLearner:
         self.config, self.weighter = config, weighter
         self.prior: torch.Tensor | None = None
         """The parameters that the regression shrinks towards [B], float64; None if they are 0."""
+        self._kept: list[tuple[AlignedBatch, _Features]] = []
+        """Features of the replay's batches, which do not change; empty if they are not kept."""
         weights = self._weights()
         if bool(weights.any()):
             self.prior = weights
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the kept features."""
+        return sum(tensor.nbytes for _, features in self._kept for tensor in features)
 
     def learn(self, replay: Replay) -> float:
         """Improve the parameters by conjugate gradients.
@@ -100,7 +121,8 @@ class RidgeLearner:
         weights = self._weights()
         prior = torch.zeros_like(weights) if self.prior is None else self.prior.to(weights)
         solution, count = weights - prior, len(weights)
-        right_hand_side = rows.transposed_times(rows.targets - rows.times(prior), count)
+        wanted_change = rows.targets if self.prior is None else rows.targets - rows.times(prior)
+        right_hand_side = rows.transposed_times(wanted_change, count)
 
         def normal_product(vector: torch.Tensor) -> torch.Tensor:
             return rows.transposed_times(rows.times(vector), count) + ridge * vector
@@ -110,9 +132,8 @@ class RidgeLearner:
         square = residual.square().sum()
         nothing = torch.zeros_like(square)
         for _ in range(self.config.dwm_weighter_steps):
-            is_solved = (
-                square.sqrt() <= SOLVED * scale
-            )  # then the solution no longer changes, without a read by the host
+            # Once solved, the solution no longer changes; the host need not read whether it is.
+            is_solved = square.sqrt() <= RESIDUAL_TOLERANCE * scale
             product = normal_product(direction)
             step = torch.where(is_solved, nothing, square / (direction * product).sum())
             solution += step * direction
@@ -135,11 +156,6 @@ class RidgeLearner:
     def _rows(self, replay: Replay) -> _Rows:
         config, device = self.config, self.weighter.model.embedding.weight.device
         scale = config.dwm_temperature / config.dwm_kl_weight
-        tokens = torch.cat([aligned.tokens for aligned in replay.batches])
-        pieces = []
-        for part in tokens.split(max(1, AT_A_TIME // tokens.shape[1])):
-            buckets, values = self.weighter.features(part.long())
-            pieces.append((buckets.to(torch.int32), values))
         targets, batch_of = [], []
         for number, aligned in enumerate(replay.batches):
             wanted = scale * standardized(aligned.alignments, config.dwm_clip_alignment)
@@ -147,9 +163,27 @@ class RidgeLearner:
             batch_of.append(torch.full((len(aligned.places),), number))
         sizes = torch.tensor([len(aligned.alignments) for aligned in replay.batches], dtype=torch.float64)
         return _Rows(
-            pieces,
+            self._pieces(replay),
             torch.cat(batch_of).to(device),
             torch.cat(targets).to(device),
             replay.batch_weights().to(device),
             sizes.to(device),
         )
+
+    def _pieces(self, replay: Replay) -> list[_Features]:
+        """Return the features of the replay's samples, oldest first."""
+        # With a tokenizer of its own, a weighter has another number of features in each batch.
+        if self.weighter.reader is None and are_features_kept(sum(a.tokens.numel() for a in replay.batches)):
+            known = {id(aligned): features for aligned, features in self._kept}
+            self._kept = [
+                (aligned, known.get(id(aligned)) or self._features(aligned.tokens)) for aligned in replay.batches
+            ]
+            buckets, values = zip(*(features for _, features in self._kept), strict=True)
+            return [(torch.cat(buckets), torch.cat(values))]
+        self._kept = []
+        tokens = torch.cat([aligned.tokens for aligned in replay.batches])
+        return [self._features(part) for part in tokens.split(max(1, CHUNK_TOKENS // tokens.shape[1]))]
+
+    def _features(self, tokens: torch.Tensor) -> _Features:
+        buckets, values = self.weighter.features(tokens.long())
+        return buckets.to(torch.int32), values

@@ -24,14 +24,14 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.layers import linear_with_frozen_weight
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-from megatron_dwm.model.attributes import changed_attributes
+from megatron_dwm.model.attributes import temporary_attributes
 from megatron_dwm.model.protocols import ModelChunk
 from megatron_dwm.runtime.process_groups import ParallelState
 
 _LINEAR = (ColumnParallelLinear, RowParallelLinear)
 _EMBEDDINGS = (VocabParallelEmbedding, torch.nn.Embedding)
 _NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm)
-_AT_A_TIME = {"cpu": 1 << 19, "gpu": 1 << 24}
+_CHUNK_ELEMENTS = {"cpu": 1 << 19, "gpu": 1 << 24}
 """Numbers that are multiplied at a time, in float32: few enough for a CPU's cache, or to use a GPU well."""
 
 
@@ -67,9 +67,10 @@ def sample_products(
     """
     params = [param for chunk in chunks for param in chunk.parameters() if param.requires_grad]
     products = torch.zeros(num_samples, dtype=torch.float64, device=params[0].device)
+    by_microbatch = products.split(micro_batch_size)
     modules = [(name, module) for chunk in chunks for name, module in chunk.named_modules()]
     layers = [
-        _Layer(name, module, direction, products, micro_batch_size, parallel_state)
+        _Layer(name, module, direction, by_microbatch, parallel_state)
         for name, module in modules
         if isinstance(module, (*_LINEAR, *_EMBEDDINGS, *_NORMS))
     ]
@@ -81,28 +82,30 @@ def sample_products(
             handle = layer.module.register_forward_hook(layer.watch, with_kwargs=True)
             stack.callback(handle.remove)
             if isinstance(layer.module, _LINEAR):
-                stack.enter_context(changed_attributes(layer.module, {"_forward_impl": linear_with_frozen_weight}))
+                stack.enter_context(temporary_attributes(layer.module, {"_forward_impl": linear_with_frozen_weight}))
         yield products
 
 
 class _Layer:
-    """One layer, and how many of its microbatches have been differentiated."""
+    """One layer, and how many of its microbatches have been differentiated.
+
+    The functions that are called for every microbatch make few calls of torch: with small microbatches a CPU spends
+    more time on calling than on computing.
+    """
 
     def __init__(
         self,
         name: str,
         module: torch.nn.Module,
         direction: Mapping[torch.nn.Parameter, torch.Tensor],
-        products: torch.Tensor,
-        micro_batch_size: int,
+        products: Sequence[torch.Tensor],
         parallel_state: ParallelState,
     ) -> None:
-        self.module, self.direction, self.products, self.micro_batch_size = (
-            module,
-            direction,
-            products,
-            micro_batch_size,
-        )
+        """
+        Args:
+            products: where the products of each microbatch are added [b].
+        """
+        self.module, self.direction, self.products = module, direction, products
         self.params: Mapping[str, torch.nn.Parameter | None] = vars(module)["_parameters"]
         """The layer's parameters; None for a missing one."""
         self.batch_dim = 1
@@ -126,25 +129,23 @@ class _Layer:
         outputs = output[0] if isinstance(output, tuple) else output
         if not outputs.requires_grad:  # those of an embedding, because its parameters are frozen
             outputs = outputs.detach().requires_grad_()
-        first = self.microbatches * self.micro_batch_size
+        microbatch = self.microbatches
         self.microbatches += 1
-        inputs = tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in args)
-
         if self.counts or not self.is_local:
-            outputs.register_hook(partial(self._add_products, first, inputs, kwargs))
+            inputs = tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in args)
+            outputs.register_hook(partial(self._add_products, microbatch, inputs, kwargs))
         return (outputs, *output[1:]) if isinstance(output, tuple) else outputs
 
     def _add_products(
-        self, first: int, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], gradient: torch.Tensor
+        self, microbatch: int, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], gradient: torch.Tensor
     ) -> None:
-        """Add the products of one microbatch, whose first sample is ``first``."""
-        with torch.no_grad():
-            if self.has_whole_outputs and inputs:
-                found = self._products_of_linear(inputs[0], gradient, kwargs.get("weight"))
-            else:
-                found = _inner_products(gradient, self._change(inputs, kwargs), self.batch_dim)
-            if self.counts:
-                self.products[first : first + len(found)] += found
+        """Add the products of one microbatch. Operations in a backward pass are not recorded."""
+        if self.has_whole_outputs and inputs:
+            found = self._products_of_linear(inputs[0], gradient, kwargs.get("weight"))
+        else:
+            found = _inner_products(gradient, self._change(inputs, kwargs), self.batch_dim)
+        if self.counts:
+            self.products[microbatch].add_(found)
 
     def _products_of_linear(
         self, inputs: torch.Tensor, gradient: torch.Tensor, weight: torch.nn.Parameter | None
@@ -159,8 +160,9 @@ class _Layer:
         if getattr(self.module, "sequence_parallel", False) and isinstance(self.module, ColumnParallelLinear):
             inputs = gather_from_sequence_parallel_region(inputs, False)
         along = self._along(self.params["weight"] if weight is None else weight)
+        outputs, width = along.shape
         # In fp16 gradients carry the loss scale, so that their product with V might overflow.
-        if along.shape[1] < along.shape[0] and gradient.dtype != torch.float16:
+        if width < outputs and gradient.dtype != torch.float16:
             found = _inner_products(gradient @ along, inputs, batch_dim=1)
         else:
             found = _inner_products(gradient, torch.nn.functional.linear(inputs, along), batch_dim=1)
@@ -179,26 +181,37 @@ class _Layer:
         if tied is not None:
             kwargs = {**kwargs, "weight": self._along(tied)}
         along = {name: None if param is None else self._along(param) for name, param in self.params.items()}
-        with changed_attributes(
-            self.module, {"_parameters": along}
-        ):  # like torch.func.functional_call, but without hooks
+        # Like torch.func.functional_call, but without hooks.
+        with temporary_attributes(self.module, {"_parameters": along}):
             output: Any = self.module.forward(*inputs, **kwargs)
         change, bias = output if isinstance(output, tuple) else (output, None)
         moved: torch.Tensor = change if bias is None else change + bias
         return moved
 
     def _along(self, param: Any) -> torch.Tensor:
-        return self.direction[param].to(param.dtype)
+        along, dtype = self.direction[param], param.dtype
+        return along if along.dtype == dtype else along.to(dtype)
 
 
 def _inner_products(one: torch.Tensor, other: torch.Tensor, batch_dim: int) -> torch.Tensor:
     """Return the inner product of each sample's part of two tensors [b], float64."""
-    wide = torch.promote_types(one.dtype, torch.float32)
-    size = max(1, _AT_A_TIME["cpu" if one.is_cpu else "gpu"] * len(one) // max(1, one.numel()))
-    pairs = zip(one.split(size), other.split(size), strict=True)
-    by_row = torch.cat([(some.to(wide) * others.to(wide)).sum(-1) for some, others in pairs])
+    limit, numbers = _CHUNK_ELEMENTS["cpu" if one.is_cpu else "gpu"], one.numel()
+    if numbers <= limit:
+        by_row = _products_of_rows(one, other)
+    else:
+        size = max(1, limit * len(one) // numbers)
+        pairs = zip(one.split(size), other.split(size), strict=True)
+        by_row = torch.cat([_products_of_rows(some, others) for some, others in pairs])
     summed = [dim for dim in range(by_row.dim()) if dim != batch_dim]
     return by_row.sum(summed, dtype=torch.float64)
+
+
+def _products_of_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the inner products over the last dimension, float32 or wider."""
+    if one.dtype != torch.float32 or other.dtype != torch.float32:
+        wide = torch.promote_types(one.dtype, torch.float32)
+        one, other = one.to(wide), other.to(wide)
+    return (one * other).sum(-1)
 
 
 def _is_replicated(name: str, module: torch.nn.Module) -> bool:

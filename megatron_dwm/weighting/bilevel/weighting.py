@@ -72,12 +72,12 @@ class BilevelWeighting(ScoredWeighting):
         self.stages, self.sources = weight_metrics.stages, weight_metrics.sources
         self.consumed_target_samples = 0
         self.num_updates = 0
-        self._parameters_before = ParameterCopy(parts.engine.chunks)
+        self._old_parameters = ParameterCopy(parts.engine.chunks)
 
     def before_step(self, iteration: int) -> None:
         """Copy the parameters if an outer update follows; gathers shards over the data-parallel group."""
         if self.stages.is_update(iteration):
-            self._parameters_before.take()
+            self._old_parameters.store()
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
         """Score this rank's part of the replica's samples, and gather all scores."""
@@ -102,7 +102,7 @@ class BilevelWeighting(ScoredWeighting):
         elif is_update:
             with self.engine.full_parameters():
                 records.append(self._update(iteration, batch, weights, outcome))
-        self._parameters_before.drop()
+        self._old_parameters.release()
         if self.stages.is_stage_end(iteration):
             self.exporter.export(self.weighter, iteration, self.stages.stage(iteration))
         return records
@@ -147,7 +147,7 @@ class BilevelWeighting(ScoredWeighting):
     def _update(self, iteration: int, batch: Batch, weights: SampleWeights, outcome: StepOutcome) -> Record:
         target = self.target_loader.next_batch()
         self.consumed_target_samples += self.target_loader.partition.global_samples
-        result = self.outer_update.run(batch, target, self._parameters_before)
+        result = self.outer_update.run(batch, target, self._old_parameters)
         if result is None:
             reason = f"an alignment is not finite at loss scale {self.outer_update.loss_scale:g}"
             return self._skip_update(iteration, reason)

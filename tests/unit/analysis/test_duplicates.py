@@ -9,7 +9,7 @@ import pytest
 from datatrove.data import Document
 
 from megatron_dwm.analysis import duplicates as duplicates_module
-from megatron_dwm.analysis.duplicates import Signatures, duplicates_of_task, find_steps
+from megatron_dwm.analysis.duplicates import SignatureWriter, duplicates_of_task, find_steps
 
 
 def sentences(seed: int, count: int = 200) -> list[str]:
@@ -36,7 +36,7 @@ def duplicates(kind: duplicates_module.Kind, tasks: list[list[str]], folder: Pat
     """Run the steps as a selection's jobs do, over the texts of several tasks."""
     for rank, texts in enumerate(tasks):
         documents = (Document(text=text, id=str(number)) for number, text in enumerate(texts))
-        Signatures(kind, str(folder)).run(documents, rank, len(tasks))
+        SignatureWriter(kind, str(folder)).run(documents, rank, len(tasks))
     for step, count in find_steps(kind, str(folder)):
         for rank in range(count):
             step.run(None, rank, count)

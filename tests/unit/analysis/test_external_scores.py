@@ -36,7 +36,7 @@ def test_every_number_but_the_index_is_a_score_and_files_add_up(tmp_path: Path):
         ([{"index": 1.5, "quality": 1.0}], "line 1: no integer under 'index'"),
         ([{"index": 1, "text": "a"}], "line 1: no number beside 'index'"),
         ([{"index": 1, "q": 1.0}, {"index": 1, "q": 2.0}], "line 2: another 'q' of sample 1"),
-        ([[1]], "line 1: no row"),
+        ([[1]], "line 1: not a JSON object"),
     ],
 )
 def test_a_row_that_is_no_score_is_named(rows: list[object], message: str, tmp_path: Path):

@@ -11,7 +11,7 @@ from megatron_dwm.analysis.preference import (
     correlations,
     described_samples,
     extremes,
-    quarters,
+    quartile_groups,
     rank_correlation,
     ranks,
     source_alignments,
@@ -127,16 +127,16 @@ def test_few_updates_and_equal_values_are_told_apart():
 
 def test_quarters_by_hand():
     values, weights = np.arange(8.0), np.array([1.0, 1, 2, 2, 3, 3, 4, 6])
-    found = quarters(values, weights)
+    found = quartile_groups(values, weights)
     assert [(q.low, q.high) for q in found] == [(0, 1), (2, 3), (4, 5), (6, 7)]
     assert [q.weight for q in found] == [1, 2, 3, 5] and {q.fraction for q in found} == {0.25}
     assert [q.error for q in found] == pytest.approx([0, 0, 0, 1 / math.sqrt(2)]) and {q.n for q in found} == {2}
 
 
 def test_few_different_values_are_a_part_each():
-    found = quarters(np.array([64.0, 64, 63, 64, np.nan]), np.array([1.0, 2, 5, 3, 9]))
+    found = quartile_groups(np.array([64.0, 64, 63, 64, np.nan]), np.array([1.0, 2, 5, 3, 9]))
     assert [(q.low, q.high, q.weight, q.fraction) for q in found] == [(63, 63, 5, 0.25), (64, 64, 2, 0.75)]
-    assert quarters(np.full(2, np.nan), np.ones(2)) == []
+    assert quartile_groups(np.full(2, np.nan), np.ones(2)) == []
 
 
 def test_weight_quantiles_of_an_update():

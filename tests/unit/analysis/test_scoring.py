@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from megatron_dwm.analysis import scoring
 from megatron_dwm.cli import score
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.weighting import WeightingConfig
@@ -223,26 +227,24 @@ def test_a_command_that_was_killed_goes_on_where_it_was(weighter: Path, tmp_path
     sources = [write(tmp_path / f"{n}.jsonl", ROWS[10 * n : 10 * n + 10]) for n in range(3)]
     output = tmp_path / "out"
     argv = ["--weighter", weighter, "--output", output, "--window", WINDOW, "--input", *sources]
-    program = f"""
-import os, signal
-from megatron_dwm.analysis import scoring
-plain, calls = scoring._row, []
-def row(writer, document):
-    calls.append(document)
-    if len(calls) == 15:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return plain(writer, document)
-scoring._row = row
-from megatron_dwm.cli.score import main
-main({[str(word) for word in argv]})
-"""
-    with (tmp_path / "log").open("w") as log:
-        # The executor's helper process outlives it: it belongs to a group of its own, and ends with that.
-        killed = subprocess.Popen(
-            [sys.executable, "-c", program], cwd=ROOT, stdout=log, stderr=log, start_new_session=True
-        )
-        assert killed.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
-        os.killpg(killed.pid, signal.SIGKILL)
+
+    def killed() -> None:
+        os.setsid()
+        plain, calls = scoring._row, itertools.count(1)
+
+        def row(*arguments: Any) -> Any:
+            if next(calls) == 15:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(*arguments)
+
+        scoring._row = row
+        run(*argv)
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and process.pid is not None
+    os.killpg(process.pid, signal.SIGKILL)  # the executor's helper process outlives it
     (finished,) = (output / "data").iterdir()
     before = finished.stat().st_mtime_ns
     assert run(*argv) == 0

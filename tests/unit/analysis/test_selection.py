@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_dwm.analysis import top_rows
-from megatron_dwm.analysis.selection_table import Numbers
+from megatron_dwm.analysis.selection_table import RowTableWriter
 from megatron_dwm.analysis.top_rows import ROW, Group, TopRows
 from megatron_dwm.cli import preprocess, select
 
@@ -260,15 +260,15 @@ def test_several_tasks_and_processes_write_what_one_does(
 def test_a_selection_that_was_interrupted_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The tables of finished tasks are not made again, unless the flags have changed."""
     words = ("--input", source, "--documents", 20, "--output", tmp_path / "out.jsonl", "--split-bytes", 6000)
-    calls, write_numbers = list[int](), Numbers.run
+    calls, write_numbers = list[int](), RowTableWriter.run
 
-    def counted(step: Numbers, data: Any, rank: int = 0, world_size: int = 1) -> None:
+    def counted(step: RowTableWriter, data: Any, rank: int = 0, world_size: int = 1) -> None:
         calls.append(rank)
         if len(calls) == 2:
             raise KeyboardInterrupt
         write_numbers(step, data, rank, world_size)
 
-    monkeypatch.setattr(Numbers, "run", counted)
+    monkeypatch.setattr(RowTableWriter, "run", counted)
     assert run(*words) == 130
     assert (tmp_path / ".out.jsonl.unfinished/numbers/00000").is_file() and not (tmp_path / "out.jsonl").exists()
     assert run(*words) == 0
@@ -330,9 +330,9 @@ GOOD = b'{"score": 1, "source": "a", "tokens": 3, "text": "w"}\n'
         (b'{"score": NaN}\n', ["--documents", 1], "line 1: no number under 'score'"),
         (b'{"score": true}\n', ["--documents", 1], "line 1: no number under 'score'"),
         (b'{"score": 1' + b"0" * 400 + b"}\n", ["--documents", 1], "line 1: no number under 'score'"),
-        (GOOD + b"[1]\n", ["--documents", 1], "line 2: no row"),
-        (GOOD + b"{\n", ["--documents", 1], "line 2: no row"),
-        (GOOD + b'{"score": 1, "t": "\xff"}\n', ["--documents", 1], "line 2: no row"),
+        (GOOD + b"[1]\n", ["--documents", 1], "line 2: not a JSON object"),
+        (GOOD + b"{\n", ["--documents", 1], "line 2: not a JSON object"),
+        (GOOD + b'{"score": 1, "t": "\xff"}\n', ["--documents", 1], "line 2: not a JSON object"),
         (b'{"score": 1, "n": 1.5}\n', ["--tokens", 1, "--token-key", "n"], "1.5 under 'n' is not a number of tokens"),
     ],
 )

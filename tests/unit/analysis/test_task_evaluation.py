@@ -18,7 +18,7 @@ from megatron_dwm.analysis.local_tasks import (
     local_task,
     title_items,
 )
-from megatron_dwm.analysis.task_evaluation import Estimate, TaskResult, likelihoods
+from megatron_dwm.analysis.task_evaluation import MetricEstimate, TaskResult, likelihoods
 from megatron_dwm.corpora.corpus import Document
 
 TEXT = """Of Ships
@@ -93,6 +93,6 @@ def test_the_difference_is_of_the_same_items():
     """What is common to both cancels: of 1, 5, 9 and 2, 6.5, 9.5 the differences are 1, 1.5, 0.5."""
     first = TaskResult("task", 0, 4, {}, {"answer_nll": {0: 1.0, 1: 5.0, 2: 9.0, 3: 100.0}})
     other = TaskResult("task", 0, 3, {}, {"answer_nll": {0: 2.0, 1: 6.5, 2: 9.5}})
-    assert difference(other, first, "answer_nll") == Estimate(1.0, pytest.approx(0.5 / math.sqrt(3)))  # type: ignore[arg-type]
+    assert difference(other, first, "answer_nll") == MetricEstimate(1.0, pytest.approx(0.5 / math.sqrt(3)))  # type: ignore[arg-type]
     assert difference(other, first, "choice_nll") is None
-    assert math.isnan(Estimate.of([1.0]).stderr)
+    assert math.isnan(MetricEstimate.of([1.0]).stderr)

@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from megatron_dwm.analysis.records import RunRecords
-from megatron_dwm.benchmarks.lds import correlations, predictions, spearman, table
+from megatron_dwm.benchmarks.lds import correlations, predictions, table
 from megatron_dwm.weighting.rules import half_of_samples
-
-
-def test_rank_correlation_is_spearmans_with_mean_ranks_for_ties():
-    one = np.array([1.0, 2.0, 2.0, 10.0])
-    assert spearman(one, np.exp(one)) == pytest.approx(1) and spearman(one, -one) == pytest.approx(-1)
-    # Ranks 0, 1.5, 1.5, 3 and 0, 1, 2, 3: covariance 4.5, variances 4.5 and 5.
-    assert spearman(one, np.arange(4.0)) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
 
 
 def test_what_causes_the_losses_is_found_and_what_does_not_is_not():

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_dwm.data import validation
-from tests.paths import ROOT
+from tests.programs import run_program
 from tests.unit.data.made_data import write_dataset
 
 NUMBERS = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "99"]  # and one token that ends documents
@@ -18,8 +16,7 @@ NUMBERS = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "99"]  # and one
 
 def check(*arguments: str) -> tuple[int, str, str]:
     """Run the command; returns its exit code, output and errors."""
-    command = [sys.executable, "tools/check_data.py", *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = run_program("tools/check_data.py", *arguments)
     return result.returncode, result.stdout, result.stderr
 
 

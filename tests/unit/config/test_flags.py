@@ -84,6 +84,8 @@ def test_only_given_values_are_read():
         (["--kind", "c"], "--kind: invalid choice: 'c'"),
         (["--siz", "3"], "unknown flag --siz; is it --size?"),
         (["--qqqq"], "unknown flag --qqqq; see --help"),
+        (["--site"], "unknown flag --site; is it --size?"),
+        (["--sites"], "unknown flag --sites; see --help"),
         (["--fast", "3"], "unexpected argument 3"),
         (["--triple", "1", "2"], "--triple: expected 3 arguments"),
         (["--parts", "2"], "--parts is not supported: there is one; leave it out"),

@@ -88,7 +88,11 @@ def test_the_flags_with_which_others_would_act_are_refused(flag: str):
     [
         (
             f"{PIPELINE} --microbatch-group-size-per-virtual-pipeline-stage 5",
-            "4 microbatches are not in groups of at least 2",
+            "4 microbatches do not make groups of 5, and each needs at least 2",
+        ),
+        (
+            f"{PIPELINE} --microbatch-group-size-per-virtual-pipeline-stage 3",
+            "groups of 3, whose last would have 1, and each needs at least 2",
         ),
         (
             "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 4",

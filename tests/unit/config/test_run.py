@@ -252,6 +252,7 @@ MISTAKES = {
     "--weight-decay-incr-style linear --start-weight-decay 0.2 --end-weight-decay 0.1": "can only grow",
     "--use-checkpoint-opt-param-scheduler --override-opt-param-scheduler": "exclude each other",
     "--fp16 --bf16": "exclude each other",
+    "--no-weight-decay-cond-type apply_wd_to_qk_layernorm": "no effect without --qk-layernorm",
     "--adam-beta2 1": "--adam-beta2 1.0: must be less than 1",
     "--clip-grad -1": "--clip-grad -1.0: must be at least 0",
     "--seed 0": "--seed 0: must be at least 1",

@@ -13,7 +13,6 @@ import os
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +31,7 @@ from megatron_dwm.data.validation import check_dataset
 from megatron_dwm.errors import UserError
 from tests.fixtures.preprocess.inputs import CASES, SENTENCEPIECE, TEXTS, keys_of, write_inputs
 from tests.paths import ROOT
+from tests.programs import run_program, start_program
 
 RECORDED = json.loads((ROOT / "tests/fixtures/preprocess/megatron_lm.json").read_text())
 NUMBERS = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
@@ -210,40 +210,32 @@ def test_a_path_that_is_not_utf_8_is_one_line(tmp_path: Path) -> None:
 
 def run_in_process(*arguments: object) -> tuple[int, str]:
     """Run the tool in a process of its own; returns its exit code and what it wrote to standard error."""
-    command = [sys.executable, "tools/preprocess_data.py", *map(str, arguments)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True)
+    result = run_program("tools/preprocess_data.py", *arguments)
     # What was written is said in one line, in characters of every terminal; nothing if it failed.
-    lines = result.stdout.decode().splitlines()
+    lines = result.stdout.splitlines()
     assert [line.split(": ")[-1] for line in lines] == ([] if result.returncode else ["1 documents, 1 tokens"])
-    return result.returncode, result.stderr.decode()
+    return result.returncode, result.stderr
 
 
 def test_a_worker_that_is_killed_ends_the_command_in_one_line(tmp_path: Path) -> None:
     """The tool reads a named pipe, so that it is at work while its workers are killed."""
     pipe = tmp_path / "texts.jsonl"
     os.mkfifo(pipe)
-    command = ["tools/preprocess_data.py", "--input", str(pipe), *NUMBERS, "--workers", "3"]
-    tool = subprocess.Popen(
-        [sys.executable, *command, "--output-prefix", str(tmp_path / "out" / "made")],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    flags = ["--input", pipe, *NUMBERS, "--workers", 3, "--output-prefix", tmp_path / "out" / "made"]
+    tool = start_program("tools/preprocess_data.py", *flags)
     lines = '{"text": "1"}\n' * 32 * 30
     with pipe.open("w") as file:
         file.write(lines)
         file.flush()
-        for child in psutil.Process(tool.pid).children():
+        for child in psutil.Process(tool.process.pid).children():
             child.kill()
         with contextlib.suppress(BrokenPipeError):
             file.write(lines)
             file.close()
-    output, error = tool.communicate()
-    assert (tool.returncode, output) == (2, "")
-    assert (
-        error == "error: --workers 3: a worker process ended (killed by SIGKILL); give fewer workers or more memory\n"
-    )
+    result = tool.finish()
+    assert (result.returncode, result.stdout) == (2, "")
+    said = "a worker process ended (killed by SIGKILL); give fewer workers or more memory"
+    assert result.stderr == f"error: --workers 3: {said}\n"
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -401,10 +393,8 @@ def test_text_that_the_tokenizer_cannot_encode_is_malformed(
 
 def test_a_malformed_line_found_by_a_worker_process_ends_the_command_alike(tmp_path: Path) -> None:
     path = write_malformed(tmp_path / "texts.jsonl", "{")
-    command = [sys.executable, "tools/preprocess_data.py", "--input", str(path), *NUMBERS, "--workers", "2"]
-    result = subprocess.run(
-        [*command, "--output-prefix", str(tmp_path / "out" / "made")], cwd=ROOT, capture_output=True, text=True
-    )
+    flags = ["--input", path, *NUMBERS, "--workers", "2", "--output-prefix", tmp_path / "out" / "made"]
+    result = run_program("tools/preprocess_data.py", *flags)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"error: --input {path}, line 2: not JSON")
     assert result.stderr.count("\n") == 1

@@ -213,20 +213,21 @@ def test_a_pipe_is_read(name: str, tmp_path: Path) -> None:
 
 def test_without_pyarrow_the_extra_is_named(tmp_path: Path) -> None:
     (tmp_path / "pyarrow.py").write_text("raise ImportError")
-    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "a.jsonl.zst"):
-        (tmp_path / name).write_bytes(FORMATS[name]())
-        program = (
-            "import sys\n"
-            "from megatron_dwm.corpora.readers import Reader\n"
-            "from megatron_dwm.errors import run_cli\n"
-            "run_cli(lambda: print(len(list(Reader([sys.argv[1]], ['text'])))))\n"
-        )
-        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-        command = [sys.executable, "-c", program, str(tmp_path / name)]
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if name in ("a.jsonl", "a.jsonl.gz"):
-            assert (result.returncode, result.stdout) == (0, "3000\n")
-        else:
-            assert result.returncode == 2
-            needs = 'reading it needs pyarrow; pip install "megatron-dwm[data]"'
-            assert result.stderr == f"error: --input {tmp_path / name}: {needs}\n"
+    read = [str(tmp_path / name) for name in ("a.jsonl", "a.jsonl.gz")]
+    refused = [str(tmp_path / name) for name in ("a.parquet", "a.jsonl.zst")]
+    for path in map(Path, (*read, *refused)):
+        path.write_bytes(FORMATS[path.name]())
+    program = f"""
+from megatron_dwm.corpora.readers import Reader
+from megatron_dwm.errors import UserError
+print(len(list(Reader({read}, ["text"]))))
+for path in {refused}:
+    try:
+        list(Reader([path], ["text"]))
+    except UserError as error:
+        print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    needs = 'reading it needs pyarrow; pip install "megatron-dwm[data]"'
+    assert result.stdout.splitlines() == ["6000", *(f"--input {path}: {needs}" for path in refused)], result.stderr

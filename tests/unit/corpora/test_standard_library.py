@@ -1,28 +1,19 @@
-"""The built-in corpus: what is in it, and that no text is in two places."""
+"""How the built-in corpus is made of a library; tests/e2e/test_quickstart.py looks into that of this interpreter."""
 
 from __future__ import annotations
 
-import ast
-import io
-import json
 import re
 import subprocess
 import sys
-import tokenize
-from collections import Counter
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 
 import pytest
 
-from megatron_dwm.corpora.corpus import PARTS, CorpusConfig, write_corpus
+from megatron_dwm.corpora.corpus import CorpusConfig, write_corpus
 from megatron_dwm.corpora.standard_library import standard_library_corpus
 from megatron_dwm.errors import UserError
 from tests.paths import ROOT
-
-SOURCES = ("prose", "code", "comments", "shuffled")
-TEXTS = ("prose", "comments", "shuffled")
 
 Lines = dict[tuple[str, str], list[dict[str, str]]]  # (source, part) -> the objects of its file
 
@@ -33,144 +24,12 @@ def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def read(folder: Path) -> Lines:
-    return {
-        (source, part): [json.loads(line) for line in (folder / f"{source}.{part}.jsonl").open(encoding="utf-8")]
-        for source in SOURCES
-        for part in PARTS
-    }
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The corpus of the Python that runs the tests, and what the tool printed."""
-    folder = tmp_path_factory.mktemp("corpus") / "made"
-    result = run_tool("--output", str(folder))
-    assert (result.returncode, result.stderr) == (0, "")
-    return folder, result.stdout
-
-
-@pytest.fixture(scope="module")
-def lines(built: tuple[Path, str]) -> Lines:
-    return read(built[0])
-
-
 def long_paragraphs(text: str) -> Iterator[str]:
     """The paragraphs of 8 words or more, whatever their layout."""
     for paragraph in re.sub(r"\n[ \t]+\n", "\n\n", text).split("\n\n"):
         words = paragraph.split()
         if len(words) >= 8:
             yield " ".join(words)
-
-
-def bodies(text: str) -> Iterator[str]:
-    """The bodies of 8 words or more of functions and classes, as source with its indentation."""
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            first, last = node.body[0], node.body[-1]
-            start = min([first.lineno, *(item.lineno for item in getattr(first, "decorator_list", []))])
-            body = "\n".join(text.split("\n")[start - 1 : last.end_lineno])
-            if len(body.split()) >= 8:
-                yield body
-
-
-def strings(text: str) -> Iterator[str]:
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value
-
-
-def test_files_are_exactly_the_sources_and_parts(built: tuple[Path, str]) -> None:
-    assert sorted(path.name for path in built[0].iterdir()) == sorted(
-        f"{source}.{part}.jsonl" for source in SOURCES for part in PARTS
-    )
-
-
-def test_lines_name_their_source_and_have_unique_ids(lines: Lines) -> None:
-    for (source, _), objects in lines.items():
-        for item in objects:
-            assert item.keys() == {"text", "source", "id"}
-            assert item["source"] == source
-            assert len(item["text"].encode()) >= 200
-    ids = Counter(item["id"] for item in chain(*lines.values()))
-    assert max(ids.values()) == 1
-
-
-def test_the_table_tells_documents_and_bytes(built: tuple[Path, str], lines: Lines) -> None:
-    rows = {row.split()[0]: row.replace(",", "").split()[1:] for row in built[1].splitlines()[1:]}
-    for source in SOURCES:
-        sizes = [
-            (len(lines[source, part]), sum(len(x["text"].encode()) for x in lines[source, part])) for part in PARTS
-        ]
-        assert rows[source] == [str(number) for number in chain(*sizes)]
-
-
-def test_sizes_suit_an_experiment_with_a_small_fraction_of_good_text(lines: Lines) -> None:
-    sizes = {key: sum(len(item["text"].encode()) for item in objects) for key, objects in lines.items()}
-    assert 800_000 <= sizes["prose", "train"] <= 1_200_000
-    assert 2_000_000 <= sizes["code", "train"] <= 2_500_000
-    assert 2_000_000 <= sizes["shuffled", "train"] <= 2_500_000
-    assert 250_000 <= sizes["comments", "train"] <= 1_200_000
-    for source in SOURCES:
-        for part in ("target", "test"):
-            assert 150_000 <= sizes[source, part] <= 200_000
-
-
-def test_no_paragraph_of_eight_words_is_in_two_places(lines: Lines) -> None:
-    found = Counter(
-        paragraph
-        for (source, _), objects in lines.items()
-        if source in TEXTS
-        for item in objects
-        for paragraph in long_paragraphs(item["text"])
-    )
-    assert len(found) > 10_000
-    assert [paragraph for paragraph, times in found.items() if times > 1] == []
-
-
-def test_no_body_of_a_function_or_class_is_in_two_places(lines: Lines) -> None:
-    found = Counter(body for part in PARTS for item in lines["code", part] for body in bodies(item["text"]))
-    assert len(found) > 5_000
-    assert [body for body, times in found.items() if times > 1] == []
-
-
-def test_no_paragraph_of_documentation_is_a_string_of_the_code(lines: Lines) -> None:
-    documentation = {
-        paragraph
-        for (source, _), objects in lines.items()
-        if source in TEXTS
-        for item in objects
-        for paragraph in long_paragraphs(item["text"])
-    }
-    in_code = {
-        paragraph
-        for part in PARTS
-        for item in lines["code", part]
-        for string in strings(item["text"])
-        for paragraph in long_paragraphs(string)
-    }
-    assert in_code
-    assert documentation & in_code == set()
-
-
-def test_shuffled_text_is_of_documents_that_no_other_source_holds(lines: Lines) -> None:
-    prose = {item["id"].removeprefix("prose/") for part in PARTS for item in lines["prose", part]}
-    bases = {
-        part: {re.fullmatch(r"shuffled/(.*)#\d+", item["id"])[1] for item in lines["shuffled", part]}  # type: ignore[index]
-        for part in PARTS
-    }
-    assert prose & set.union(*bases.values()) == set()
-    assert sum(map(len, bases.values())) == len(set.union(*bases.values()))
-
-
-def test_code_has_neither_comments_nor_docstrings(lines: Lines) -> None:
-    for part in PARTS:
-        for item in lines["code", part]:
-            tokens = tokenize.generate_tokens(io.StringIO(item["text"]).readline)
-            assert not any(token.type == tokenize.COMMENT for token in tokens)
-            for node in ast.walk(ast.parse(item["text"])):
-                is_string = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-                assert not (is_string and isinstance(node.value.value, str))  # type: ignore[attr-defined]
 
 
 def library(folder: Path) -> Path:

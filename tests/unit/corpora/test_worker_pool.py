@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import pytest
 
-from megatron_dwm.corpora.worker_pool import WorkerDied, WorkerPool
+from megatron_dwm.corpora.worker_pool import WorkerDiedError, WorkerPool
 
 
 def chunks(number: int, size: int = 3) -> Iterator[list[int]]:
@@ -95,7 +95,7 @@ def die(how: Callable[[], None], at: int) -> Callable[[int], int]:
     ],
 )
 def test_a_worker_that_ends_is_an_error(how: Callable[[], None], message: str, at: int, workers: Workers) -> None:
-    with WorkerPool(die(how, at), 3) as pool, pytest.raises(WorkerDied, match=message):
+    with WorkerPool(die(how, at), 3) as pool, pytest.raises(WorkerDiedError, match=message):
         list(pool.map(chunks(300)))
     assert workers() == []
 
@@ -118,13 +118,13 @@ def test_workers_that_are_killed_or_stopped_from_outside_do_not_hang_the_parent(
 
         if moment == "before" and name == signal.SIGKILL:
             strike()
-            with pytest.raises(WorkerDied, match="killed by SIGKILL"):
+            with pytest.raises(WorkerDiedError, match="killed by SIGKILL"):
                 list(pool.map(chunks(300)))
         elif moment == "within" and name == signal.SIGKILL:
             results = pool.map(chunks(300))
             next(results)
             strike()
-            with pytest.raises(WorkerDied, match="killed by SIGKILL"):
+            with pytest.raises(WorkerDiedError, match="killed by SIGKILL"):
                 list(results)
         else:
             assert list(pool.map(chunks(300))) == done

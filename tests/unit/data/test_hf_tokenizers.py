@@ -203,15 +203,6 @@ def test_tokenizer_without_an_end_is_not_exported(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(UserError, match="no Hugging Face tokenizer there"):
-        fingerprint_of_folder(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="does not load"):
-        fingerprint_of_folder(tmp_path)
-
-
 def test_a_vocabulary_with_an_impossible_id_is_one_line(tmp_path: Path) -> None:
     vocab_file, merge_file = gpt2_files(tmp_path)
     vocabulary = json.loads(Path(vocab_file).read_text())

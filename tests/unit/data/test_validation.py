@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +11,8 @@ import pytest
 from megatron_dwm.data import validation
 from megatron_dwm.data.blend import LEGACY_SPLIT, Blend, DataPaths
 from megatron_dwm.data.validation import check_data
-from megatron_dwm.errors import UserError
-from tests.paths import ROOT
+from megatron_dwm.errors import UserError, run_cli
+from tests.programs import Fork
 from tests.unit.data.made_data import write_dataset as write
 from tests.unit.data.test_index_file import DAMAGES
 
@@ -80,16 +78,7 @@ def test_a_damaged_index_is_named(damage: str, tmp_path: Path) -> None:
 def test_a_damaged_index_prints_one_line_and_no_traceback(tmp_path: Path) -> None:
     prefix = write(tmp_path, "train", texts(0))
     Path(prefix + ".idx").write_bytes(b"something else altogether, and longer than a header is")
-    program = (
-        "import sys\n"
-        "from megatron_dwm.data.validation import check_data\n"
-        "from megatron_dwm.data.blend import DataPaths\n"
-        "from megatron_dwm.errors import run_cli\n"
-        "data = DataPaths(None, (([sys.argv[1]], None), None, None), None, None)\n"
-        "run_cli(lambda: check_data(data, 32, 100, has_evaluation=True))\n"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", program, prefix]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = Fork(lambda: run_cli(lambda: check(paths(prefix)))).finish()
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: --train-data-path {prefix}: ") and result.stderr.count("\n") == 1
 

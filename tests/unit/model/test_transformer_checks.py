@@ -52,7 +52,7 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}
         ("--recompute-num-layers", FULL, {}, {}),
         ("--recompute-modules moe_act", {"recompute_activations": True, "recompute_modules": ["moe_act"]}, {}, {}),
         ("--recompute-modules layernorm", {"recompute_activations": True, "recompute_modules": ["layernorm"]}, {}, {}),
-        ("--transformer-impl local sees this rank's part", {"transformer_impl": "local"}, CP2, {}),
+        ("--transformer-impl local sees only this rank's part", {"transformer_impl": "local"}, CP2, {}),
         ("--cp-comm-type a2a is for Transformer Engine's layers", {}, CP2 | {"cp_comm_type": ["a2a"]}, {}),
         ("megatron-core cannot", {}, {"tensor_model_parallel_size": 3}, {}),
         ("--attention-backend flash", {"attention_backend": "flash"}, {}, {}),

@@ -93,7 +93,8 @@ def test_the_memory_of_a_weighter_that_learns(arch: str, alone: None):
         assert planned.held == 12 * weighter.num_parameters + replay_size
         assert planned.traffic.payloads == {}  # of one process
         return
-    assert planned.held == 4 * 512 + replay_size
+    features = 16 * samples * sequence * 2 * (4 + 4)  # bucket and value of the token and of the pair that ends there
+    assert planned.held == 4 * 512 + replay_size + features
     replay, tokens = Replay(16, None), torch.Generator().manual_seed(0)
     for _ in range(16):
         drawn = torch.randint(0, vocab, (samples, sequence), generator=tokens)

@@ -116,8 +116,9 @@ def test_the_scripts_for_slurm_plan_their_runs(size: str, layout: str, tmp_path:
 
 
 def test_tasks_start_in_a_container_with_further_options(tmp_path: Path):
-    """What a job asks srun for, by commands that stand in its place."""
-    for name, text in {"srun": "printf '%s ' \"$@\"; echo", "scontrol": "echo node1; echo node2"}.items():
+    """What a job asks srun for, by commands that stand in its place; an srun without pyxis is said so."""
+    srun = "if [ $1 = --help ]; then echo $HELP; else printf '%s ' \"$@\"; echo; fi"
+    for name, text in {"srun": srun, "scontrol": "echo node1; echo node2"}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     container = {"CONTAINER_IMAGE": "image.sqsh", "CONTAINER_MOUNTS": "/data:/data", "SRUN_ARGS": "--mpi=none --label"}
@@ -125,8 +126,12 @@ def test_tasks_start_in_a_container_with_further_options(tmp_path: Path):
     data = {"DATA_PATH": "train", "TARGET_DATA_PATH": "target", "TOKENIZER_MODEL": "tokenizer"}
     environment = {**os.environ, **container, **slurm, **data, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     script = ["bash", ROOT / "examples/pretrain_1b_dwm.sh"]
+    without = {**environment, "HELP": "Usage: srun"}
+    refused = subprocess.run(script, env=without, cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: CONTAINER_IMAGE=image.sqsh: srun has no")
+    environment["HELP"] = "--container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH"
     done = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
-    preflight, tasks, *_ = done.stdout.splitlines()
+    preflight, tasks, _, program, *_ = done.stdout.splitlines()
     common = (
         "--kill-on-bad-exit=1 --mpi=none --label --container-image=image.sqsh "
         f"--container-mounts={ROOT}:{ROOT},/data:/data,{tmp_path}:{tmp_path} --container-workdir={tmp_path} "
@@ -135,3 +140,4 @@ def test_tasks_start_in_a_container_with_further_options(tmp_path: Path):
         f"{common}--nodes=1 --ntasks=1 python {ROOT}/pretrain_dwm.py --plan --plan-world-size 32"
     )
     assert tasks.startswith(f"{common}--output=runs/pretrain_1b_dwm/logs/%x-%j-%N.log")
+    assert f'"${{@:3}}" pretrain_dwm node1 10007 python {ROOT}/pretrain_dwm.py --tensor' in program

@@ -13,7 +13,7 @@ from megatron_dwm.analysis.preference import stage_sources, weighted_samples
 from megatron_dwm.analysis.records import read_run
 from megatron_dwm.errors import UserError
 from megatron_dwm.json_lines import parse_object
-from megatron_dwm.runtime.record_writers import JsonLines
+from megatron_dwm.runtime.record_writers import JsonLinesWriter
 from tests.fuzzing import assert_short_line, damaged, fuzz_settings
 
 BY_SOURCE = {"a": 0.75, "b": 1.25}
@@ -77,7 +77,7 @@ contents = strategies.one_of(
 def test_a_run_goes_on_with_the_records_that_are_whole(content: bytes, resumed_at: int, tmp_path_factory: Any) -> None:
     path = tmp_path_factory.mktemp("records") / "metrics.jsonl"
     path.write_bytes(content)
-    JsonLines(path, resumed_at).close()
+    JsonLinesWriter(path, resumed_at).close()
     kept = path.read_bytes()
     for line in kept.splitlines(keepends=True):
         assert line.endswith(b"\n") and line in content

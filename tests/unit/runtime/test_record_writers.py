@@ -12,19 +12,19 @@ from pathlib import Path
 import pytest
 
 from megatron_dwm.errors import UserError
-from megatron_dwm.runtime.record_writers import JsonLines, TensorBoard
+from megatron_dwm.runtime.record_writers import JsonLinesWriter, TensorBoardWriter
 
 
 def test_a_resumed_run_drops_the_records_that_it_writes_again(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
-    first = JsonLines(path, resumed_at=0)
+    first = JsonLinesWriter(path, resumed_at=0)
     for iteration in range(1, 6):
         first.write({"kind": "train", "iteration": iteration})
     first.close()
     with path.open("a") as file:
         file.write('{"kind": "tra')  # an interrupted write
-    JsonLines(path, 4, lambda record: record["iteration"] in (1, 4)).close()  # asked of iteration 4 alone
-    again = JsonLines(path, resumed_at=3)
+    JsonLinesWriter(path, 4, lambda record: record["iteration"] in (1, 4)).close()  # asked of iteration 4 alone
+    again = JsonLinesWriter(path, resumed_at=3)
     assert path.read_text().count("\n") == 3
     again.write({"kind": "train", "iteration": 4})
     again.close()
@@ -34,17 +34,17 @@ def test_a_resumed_run_drops_the_records_that_it_writes_again(tmp_path: Path):
 def test_a_path_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--metrics-jsonl .*file/metrics\.jsonl"):
-        JsonLines(tmp_path / "file" / "metrics.jsonl", resumed_at=0)
+        JsonLinesWriter(tmp_path / "file" / "metrics.jsonl", resumed_at=0)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"--metrics-jsonl .*pipe: is a named pipe"):
-        JsonLines(tmp_path / "pipe", resumed_at=0)
+        JsonLinesWriter(tmp_path / "pipe", resumed_at=0)
 
 
 def test_curves_that_cannot_be_written_are_lost_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--tensorboard-dir .*file: cannot be written \(.+\); give another folder"):
-        TensorBoard(str(tmp_path / "file"), queue_size=1)
-    board = TensorBoard(str(tmp_path / "board"), queue_size=1)
+        TensorBoardWriter(str(tmp_path / "file"), queue_size=1)
+    board = TensorBoardWriter(str(tmp_path / "board"), queue_size=1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as on a full disk
     try:
@@ -61,7 +61,7 @@ def test_curves_that_cannot_be_written_are_lost_with_one_warning(tmp_path: Path,
 def test_a_new_run_leaves_the_records_of_another_beside(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     for resumed_at, iteration in ((0, 1), (0, 2), (2, 3), (2, 4)):
-        records = JsonLines(path, resumed_at)
+        records = JsonLinesWriter(path, resumed_at)
         records.write({"iteration": iteration})
         records.close()
     assert path.read_text() == '{"iteration": 2}\n{"iteration": 4}\n'
@@ -74,14 +74,14 @@ def test_lines_that_are_no_records_are_set_aside_and_named(tmp_path: Path, caplo
     damaged = [b"not json\n", b"[1, 2]\n", b'{"iteration": "x"}\n', b"\xff\xfe\n", b"[" * 100_000 + b"\n"]
     path.write_bytes(b'{"iteration": 1}\n' + b"".join(damaged) + b'{"iteration": 2}\n{"kind": "health"}\n')
     with caplog.at_level(logging.WARNING):
-        JsonLines(path, resumed_at=1).close()
+        JsonLinesWriter(path, resumed_at=1).close()
     assert path.read_bytes() == b'{"iteration": 1}\n{"kind": "health"}\n'
     assert path.with_name("metrics.jsonl.damaged").read_bytes() == b"".join(damaged)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl", "metrics.jsonl.damaged"]
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path):
-    records = JsonLines(tmp_path / "metrics.jsonl", resumed_at=0)
+    records = JsonLinesWriter(tmp_path / "metrics.jsonl", resumed_at=0)
     records.write({"lm_loss": math.nan, "samples": {"weight": [1.0, math.inf], "loss": (-math.inf,)}, "iteration": 3})
     records.close()
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -90,7 +90,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path: Path):
 
 
 def test_a_full_disk_loses_records_and_not_the_run(caplog: pytest.LogCaptureFixture):
-    records = JsonLines(Path("/dev/full"), resumed_at=0)  # every write to it fails as on a full disk
+    records = JsonLinesWriter(Path("/dev/full"), resumed_at=0)  # every write to it fails as on a full disk
     with caplog.at_level(logging.WARNING):
         for iteration in range(3):
             records.write({"iteration": iteration})

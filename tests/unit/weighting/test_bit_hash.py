@@ -12,7 +12,7 @@ def test_every_bit_and_its_place_count(monkeypatch):
     values = torch.randn(3, 1000, generator=torch.Generator().manual_seed(1))
     original = bit_hash([values]).tolist()
     assert bit_hash([values[:1], values[1:]]).tolist() == original  # the elements in their order, however they are cut
-    monkeypatch.setattr(module, "AT_A_TIME", 64)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 64)
     assert bit_hash([values]).tolist() == original
 
     seen = {tuple(original)}

@@ -57,10 +57,10 @@ def test_a_schedule_in_which_nothing_is_learnt_is_refused(changes: dict, train_i
 def test_a_weighter_that_has_begun_is_not_warmed_up_again():
     """A run that is made longer has a longer warm-up by default, of which none is left where a weighter has begun."""
     config = WeightingConfig(dwm_init_from="lm", dwm_num_stages=2, dwm_update_interval=2)
-    assert bilevel_stages(config, 24, begun_by=12) == bilevel_stages(config, 24)
-    longer = bilevel_stages(config, 120, begun_by=12)
+    assert bilevel_stages(config, 24, weighter_resumed_at=12) == bilevel_stages(config, 24)
+    longer = bilevel_stages(config, 120, weighter_resumed_at=12)
     assert (longer.warmup_iters, longer.stage_iters) == (12, 54)
-    assert bilevel_stages(replace(config, dwm_warmup_iters=40), 120, begun_by=12).warmup_iters == 40
+    assert bilevel_stages(replace(config, dwm_warmup_iters=40), 120, weighter_resumed_at=12).warmup_iters == 40
 
 
 @pytest.mark.parametrize("mode", ["frozen", "rule"])

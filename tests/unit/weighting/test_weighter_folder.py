@@ -78,7 +78,7 @@ def weighter(found: WeighterFolder) -> Weighter:
     return Weighter(found.model, WeightingConfig(dwm_score_batch_size=3), torch.device("cpu"), reader=found.reader)
 
 
-def test_a_classifier_with_its_own_tokenizer_reads_the_text_of_a_sample(tmp_path: Path):
+def test_a_classifier_with_its_separate_tokenizer_reads_the_text_of_a_sample(tmp_path: Path):
     """FineWeb-Edu's shape: a BERT with special tokens, whose 12 positions hold 10 tokens of a text."""
     ids = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, **{str(number): 40 - number for number in range(30)}}
     config = BertConfig(**SMALL, vocab_size=41, max_position_embeddings=12, pad_token_id=0)
@@ -86,7 +86,7 @@ def test_a_classifier_with_its_own_tokenizer_reads_the_text_of_a_sample(tmp_path
     model.save_pretrained(tmp_path)
     other_tokenizer(tmp_path, ids, special=True)
     found = read(tmp_path)
-    assert found.own_tokenizer is not None and "in windows of 12 tokens" in found.reading
+    assert found.separate_tokenizer is not None and "in windows of 12 tokens" in found.reading
     scores = weighter(found).score(tokens())
     expected = []
     for sample in tokens().tolist():

@@ -19,7 +19,7 @@ from megatron_dwm.analysis.preference import weighted_samples
 from megatron_dwm.analysis.records import RunRecords
 from megatron_dwm.analysis.report.comparison import run_names
 from megatron_dwm.analysis.report.content import Example, Report, read_benefit
-from megatron_dwm.analysis.report.documents import Document, WeightHistory
+from megatron_dwm.analysis.report.documents import TrackedDocument, WeightHistory
 from megatron_dwm.analysis.report.findings import key_facts
 from megatron_dwm.analysis.report.page import render_report, tint, write_comparison, write_report
 from megatron_dwm.analysis.report.palette import DARK
@@ -59,7 +59,7 @@ def test_text_of_others_is_escaped_and_the_page_names_its_facts(tmp_path: Path):
         effective_sample_size=0.9,
     )
     example = Example(hostile, iteration=4, index=40, weight=0.5, alignment=-1.0, loss=2.0, text=text)
-    history = WeightHistory([2, 4], [Document(hostile, 40, text, [1.0, 2.0])], 8)
+    history = WeightHistory([2, 4], [TrackedDocument(hostile, 40, text, [1.0, 2.0])], 8)
     samples = weighted_samples(run.updates)
     report = Report(text, run, samples, samples, {1: ([example], [example])}, history, notes=[text])
     facts = {fact.title: fact.value for fact in key_facts(report)}

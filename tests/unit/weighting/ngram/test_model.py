@@ -89,6 +89,6 @@ def test_it_is_registered_when_transformers_was_imported_first():
 
 def test_operations_are_counted_for_each_ngram():
     config = WeightingConfig(dwm_mode="off")
-    assert Weighter(weighter_model(), config, torch.device("cpu")).num_computing_parameters == 2
+    assert Weighter(weighter_model(), config, torch.device("cpu")).num_active_parameters == 2
     hidden = Weighter(weighter_model(dwm_ngram_hidden_size=8), config, torch.device("cpu"))
-    assert hidden.num_computing_parameters == 2 * 8 + (8 + 8) + (8 * 8 + 8) + 8
+    assert hidden.num_active_parameters == 2 * 8 + (8 + 8) + (8 * 8 + 8) + 8

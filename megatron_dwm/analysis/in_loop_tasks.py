@@ -16,7 +16,7 @@ import torch.distributed as dist
 from lm_eval.api.model import TemplateLM
 
 from megatron_dwm.analysis.local_tasks import LOCAL_TASKS, local_task, read_passages
-from megatron_dwm.analysis.task_evaluation import Evaluator
+from megatron_dwm.analysis.task_evaluation import TaskEvaluator
 from megatron_dwm.config.tasks import TasksConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.continuations import Continuation, Likelihood, continuation_likelihoods
@@ -28,7 +28,7 @@ _MICROBATCHES_TOGETHER = 64
 """Microbatches of a replica in one run through the pipeline."""
 
 
-class RunningTasks:
+class InLoopTaskEvaluator:
     """The tasks of a run."""
 
     def __init__(
@@ -134,7 +134,7 @@ class _RunningModel(TemplateLM):  # type: ignore[misc]
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         asked = [Continuation([*context, *following], len(following)) for _, context, following in requests]
-        return [(found.log_likelihood, found.is_likeliest) for found in self.likelihoods(asked)]
+        return [(found.log_likelihood, found.is_greedy) for found in self.likelihoods(asked)]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         raise NotImplementedError  # refused at the start
@@ -143,7 +143,7 @@ class _RunningModel(TemplateLM):  # type: ignore[misc]
         raise NotImplementedError  # refused at the start
 
 
-def _evaluator(flags: TasksConfig) -> Evaluator:
+def _evaluator(flags: TasksConfig) -> TaskEvaluator:
     names, limit = list(dict.fromkeys(flags.eval_tasks or ())), flags.eval_tasks_limit or None
     unknown = [name for name in names if name.startswith("local-") and name not in LOCAL_TASKS]
     if unknown:
@@ -151,7 +151,7 @@ def _evaluator(flags: TasksConfig) -> Evaluator:
     wanted = [name for name in names if name in LOCAL_TASKS]
     try:
         passages = read_passages(flags.eval_tasks_text or [], []) if wanted else None
-        evaluator = Evaluator(
+        evaluator = TaskEvaluator(
             [local_task(name, passages, limit, _SEED) for name in wanted] if passages else [],
             [name for name in names if name not in LOCAL_TASKS],
             num_fewshot=flags.eval_tasks_num_fewshot,

@@ -17,7 +17,7 @@ from megatron_dwm.analysis.records import RunRecords
 from megatron_dwm.analysis.report.content import PROPERTIES, Example, Report
 from megatron_dwm.analysis.report.documents import (
     REFERENCE_SAMPLES,
-    Document,
+    TrackedDocument,
     WeightHistory,
     exports,
     weights_over_time,
@@ -29,7 +29,7 @@ from megatron_dwm.errors import UserError
 if TYPE_CHECKING:
     from megatron_dwm.analysis.samples import RunSamples
 
-LONGEST_TEXT = 800
+MAX_TEXT_LENGTH = 800
 """Characters of a sample that the page shows."""
 Examples = dict[int, tuple[list[Example], list[Example]]]
 """The samples with the highest and with the lowest weights of each stage."""
@@ -50,7 +50,7 @@ class Settings:
     """File for the samples' texts, for external scoring."""
 
 
-def describe(name: str, folder: Path, run: RunRecords, settings: Settings, benefit: Any | None) -> Report:
+def build_report(name: str, folder: Path, run: RunRecords, settings: Settings, benefit: Any | None) -> Report:
     """Return the content of a run's page; what cannot be read is left out, with a note.
 
     Args:
@@ -136,7 +136,7 @@ def _with_texts(report: Report, run_samples: RunSamples, settings: Settings) -> 
     by_stage: Examples = {}
     for stage in samples.stages:
         rows = (samples.stage == stage).nonzero()[0]
-        highest, lowest = extremes(samples.where(rows), settings.examples)
+        highest, lowest = extremes(samples.select(rows), settings.examples)
         by_stage[stage] = [example(row) for row in rows[highest]], [example(row) for row in rows[lowest]]
     return replace(report, samples=samples, examples=by_stage)
 
@@ -158,9 +158,9 @@ def _with_history(report: Report, folder: Path, run_samples: RunSamples, number:
         return replace(report, notes=[*report.notes, f"Documents are not followed over time: {error}"])
     sources = dict(zip(report.samples.index.tolist(), report.samples.source.tolist(), strict=True))
 
-    def document(row: int) -> Document:
+    def document(row: int) -> TrackedDocument:
         index = indices[row]
-        return Document(sources[index], index, _shown(run_samples, index), weights[row].tolist())
+        return TrackedDocument(sources[index], index, _shown(run_samples, index), weights[row].tolist())
 
     history = WeightHistory(iterations, [document(row) for row in _notable_rows(weights, number)], len(reference))
     return replace(report, history=history)
@@ -179,7 +179,7 @@ def _notable_rows(weights: np.ndarray, number: int) -> list[int]:
 def _shown(run_samples: RunSamples, index: int) -> str:
     """Return the text of a sample, cut if it is long."""
     text = run_samples.text(run_samples.sample(index))
-    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"
+    return text if len(text) <= MAX_TEXT_LENGTH else text[:MAX_TEXT_LENGTH] + " …"
 
 
 def _texts(samples: WeightedSamples, run_samples: RunSamples) -> str:

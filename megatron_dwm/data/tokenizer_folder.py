@@ -1,0 +1,52 @@
+"""The tokenizer of a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_dwm.errors import UserError, shortened
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer_folder(folder: str | Path, flag: str = "") -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a Hugging Face folder, from its files alone and without code from there.
+
+    Args:
+        flag: that named the folder, for the error's line.
+
+    Raises:
+        UserError: the folder has no tokenizer that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    named = f"{flag} {folder}".lstrip()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever the tokenizer's class raises
+        raise UserError(
+            f"{named}: its tokenizer does not load ({shortened(error, 300)}); give a Hugging Face folder with a "
+            "tokenizer's files"
+        ) from error
+    require_vocabulary(tokenizer, folder, named)
+    return tokenizer
+
+
+def require_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: str | Path, named: str) -> None:
+    """Refuse a tokenizer that ``AutoTokenizer`` made from the model type of a folder's ``config.json`` alone.
+
+    Where a folder holds no file of a vocabulary, it makes a tokenizer of a few special tokens.
+
+    Args:
+        folder: what the tokenizer was loaded from; a name on the Hub passes.
+        named: the folder, as the error's line begins.
+
+    Raises:
+        UserError: the folder has none of the files that this class of tokenizers reads.
+    """
+    files = sorted({*tokenizer.vocab_files_names.values(), "tokenizer.json"})
+    reads_files = bool(tokenizer.vocab_files_names)  # tokenizers of characters or bytes read none
+    if Path(folder).is_dir() and reads_files and not any(Path(folder, file).is_file() for file in files):
+        raise UserError(f"{named}: no Hugging Face tokenizer there; put {' or '.join(files)} next to the model")
