@@ -68,7 +68,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"--tokenizer-type": "SentencePieceTokenizer", "--tokenizer-model": "{data}/no_index.idx"},
         ["--tokenizer-model", "no_index.idx"],
     ),
-    "indivisible batch": ({"--global-batch-size": 7}, ["--global-batch-size 7", "--micro-batch-size 2"]),
+    "indivisible batch": ({"--global-batch-size": 7}, ["--global-batch-size 7", "--micro-batch-size 4"]),
     "indivisible target batch": ({"--dwm-target-batch-size": 5}, ["--dwm-target-batch-size 5"]),
     "indivisible heads": (
         {"--num-attention-heads": 5, "--hidden-size": 40, "--tensor-model-parallel-size": 2},
@@ -119,6 +119,11 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "Adam's preconditioner without Adam": ({"--optimizer": "sgd"}, ["--dwm-preconditioner adam", "sgd"]),
     "endless warm-up": ({"--lr-warmup-iters": 20}, ["--lr-warmup-iters", "--train-iters"]),
+    "vocabulary larger than any memory": (
+        {"--padded-vocab-size": 2**62},
+        ["the model needs more memory", "the vocabulary smaller", "--plan"],
+    ),
+    "layers larger than any memory": ({"--ffn-hidden-size": 2**62}, ["the model needs more memory", "--ffn-hidden"]),
     "weighter deeper than the model": (
         {"--dwm-init-from": "lm", "--dwm-num-layers": 9},
         ["--dwm-num-layers 9", "--num-layers 2"],
