@@ -1,8 +1,9 @@
 """Atomic writing of files and folders: under a temporary name, synced to disk, then renamed.
 
 A process that is killed meanwhile leaves the previous content, and at most an entry whose name starts with a dot:
-``.NAME.tmp<pid>`` (not finished), ``.NAME.replaced`` (the old content) or ``.NAME.deleted`` (being deleted).
-:func:`remove_leftovers` removes them.
+``.NAME.<machine>.tmp<pid>`` (not finished), ``.NAME.replaced`` (the old content) or ``.NAME.deleted`` (being deleted).
+:func:`remove_leftovers` removes them. What is not finished is also removed when the same is written again on the same
+machine.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-_LEFTOVER = re.compile(r"\..+\.(tmp\d+|partial|deleted)")
+_LEFTOVER = re.compile(r"\..+\.(tmp\d+(-\d+)?|partial|deleted)")
 _REPLACED = re.compile(r"\.(.+)\.replaced")
+_FILES = "files"
+"""What :func:`atomic_files` writes, in the name of its folder."""
 
 
 @contextlib.contextmanager
@@ -27,6 +32,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """
     is_above_new = not folder.parent.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_unfinished(folder)
     temporary = _temporary_path(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -41,15 +47,20 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_files(folder: Path, prefix: str = "") -> Iterator[Path]:
+def atomic_files(folder: Path, prefix: str = "", *, clears: bool = True) -> Iterator[Path]:
     """Yield an empty folder; when the block ends, each file in it is moved to ``folder``, as ``prefix`` + its name.
 
     The files replace those of the same names, one after the other in the order of their names. If the block raises,
     ``folder`` is as it was.
+
+    Args:
+        clears: whether to look first for what killed processes have left, among all files of the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if clears:
+        _remove_unfinished(folder / f"{prefix}{_FILES}")
     # Threads of one process may write to the same folder.
-    temporary = folder / f".{prefix}files.tmp{os.getpid()}{threading.get_ident()}"
+    temporary = _temporary_path(folder / f"{prefix}{_FILES}", f"-{threading.get_ident()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -140,8 +151,28 @@ def remove_leftovers(folder: Path) -> list[Path]:
     return found
 
 
-def _temporary_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp{os.getpid()}")
+def _temporary_path(path: Path, suffix: str = "") -> Path:
+    return path.with_name(f".{path.name}.{_machine()}.tmp{os.getpid()}{suffix}")
+
+
+def remove_unfinished_files(folder: Path) -> None:
+    """Remove what processes of this machine had not finished in :func:`atomic_files` when they were killed."""
+    if folder.is_dir():
+        _remove_unfinished(folder / _FILES)
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Remove what processes of this machine had not finished writing to ``path`` when they were killed."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.{_machine()}\.tmp(\d+)(-\d+)?")
+    for entry in path.parent.iterdir():
+        if (match := name.fullmatch(entry.name)) and not Path("/proc", match[1]).exists():
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _machine() -> str:
+    """Return a name of the machine, or of the container, to which process numbers belong."""
+    name = f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    return f"{zlib.crc32(name.encode()):08x}"
 
 
 def _give_usual_permissions(path: Path) -> None:

@@ -8,10 +8,13 @@ import sys
 from collections.abc import Callable
 
 EXIT_CODE = 2
+INTERRUPTED = 130
+"""Exit code of a program that Ctrl-C has ended, as a shell reports it."""
 MAX_CHARACTERS = 1000  # of a message; a value or a file may have any number
 MAX_WORD_CHARACTERS = 300  # of a message: enough for a path
 
 _NOT_WRITTEN = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EPERM, errno.EROFS}
+_NO_MEMORY = "out of memory|not enough memory|can't allocate memory|overflow|negative dimension|invalid memory size"
 _TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "iostream")
 
 
@@ -24,6 +27,13 @@ class UserError(Exception):
 
 class PeerError(UserError):
     """A user's error that another rank has found and printed."""
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code of a program that ends with ``error``."""
+    if isinstance(error, UserError):
+        return EXIT_CODE
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
 
 
 def shortened(value: object, max_length: int = 200) -> str:
@@ -43,6 +53,14 @@ def print_error(error: UserError) -> None:
     words = (shortened(word, MAX_WORD_CHARACTERS) for word in str(error).split())
     # In one piece: other ranks write to the same screen.
     print(f"error: {shortened(' '.join(words), MAX_CHARACTERS)}\n", file=sys.stderr, end="", flush=True)
+
+
+def allocation_failure_reason(error: Exception) -> str | None:
+    """Return why memory could not be allocated, if that is what an error of Python or torch means."""
+    if isinstance(error, MemoryError):
+        return shortened(error) or "there is not so much memory"
+    is_torchs = isinstance(error, (RuntimeError, TypeError)) and re.search(_NO_MEMORY, str(error), re.IGNORECASE)
+    return shortened(str(error).splitlines()[0]) if is_torchs else None
 
 
 def write_failure_reason(error: Exception) -> str | None:

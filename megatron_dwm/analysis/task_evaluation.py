@@ -228,7 +228,7 @@ def likelihoods(sample: dict[str, Any]) -> dict[str, float]:
     if len(logs) == 1:
         return {"answer_nll": -logs[0]}
     target = sample["target"]
-    if isinstance(target, str) and target.isdigit():
+    if isinstance(target, str) and target.isascii() and target.isdigit():
         target = int(target)
     if not isinstance(target, int) or not 0 <= target < len(logs):
         return {}  # several right answers

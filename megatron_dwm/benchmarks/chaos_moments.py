@@ -67,7 +67,7 @@ class Moment:
             return False  # what is there may be of an interrupted run
         name, weighter = f"iter_{self.iteration:07d}", save / "weighter"
         if self.aim == "export":
-            return (weighter / name).exists() or any(weighter.glob(f".{name}.tmp*"))
+            return (weighter / name).exists() or any(weighter.glob(f".{name}.*.tmp*"))
         return (save / name).exists() or (save / f".{name}.partial").exists()
 
 

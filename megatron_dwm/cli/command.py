@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable
 
-from megatron_dwm.errors import run_cli
+from megatron_dwm.errors import INTERRUPTED, run_cli
 from megatron_dwm.runtime.logging import configure_logging
 
 
@@ -29,7 +28,7 @@ def run_command(command: Callable[[], None]) -> None:
     try:
         run_cli(command)
     except KeyboardInterrupt:
-        raise SystemExit(128 + signal.SIGINT) from None  # as a shell reports a program that Ctrl-C has ended
+        raise SystemExit(INTERRUPTED) from None
 
 
 def hide_warnings() -> None:

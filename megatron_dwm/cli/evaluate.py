@@ -24,6 +24,7 @@ from megatron_dwm.cli.export_hf import ExportConfig, export
 from megatron_dwm.config.flags import flag, parse, require_at_least
 from megatron_dwm.errors import UserError
 from megatron_dwm.extras import require_packages
+from megatron_dwm.training.checkpoint_folders import is_iteration
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def hf_folder(folder: Path, temporary: str) -> Path:
         return folder
     exported = Path(temporary) / "model"
     step = folder.name.removeprefix("iter_")
-    if not step.isdigit():
+    if not is_iteration(step):
         raise UserError(f"--checkpoints {folder}: no iteration in its name; give an iter_ folder")
     export(ExportConfig(load=str(folder.parent), ckpt_step=int(step), output=str(exported)), {})
     return exported

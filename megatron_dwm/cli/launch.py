@@ -30,7 +30,7 @@ from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
 from megatron_dwm.config.flags import flag_name
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.run import RunConfig, parse_run
-from megatron_dwm.errors import EXIT_CODE, PeerError, UserError, print_error
+from megatron_dwm.errors import EXIT_CODE, PeerError, UserError, exit_code_of, print_error
 from megatron_dwm.extras import require_packages
 from megatron_dwm.runtime.child_processes import end_children_with_this_process
 from megatron_dwm.runtime.compat import require_megatron_core
@@ -310,12 +310,14 @@ def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
         startup_sync.end_with_first_failure()
     if isinstance(error, UserError):
         print_error(error)
+    elif isinstance(error, KeyboardInterrupt):
+        print_error(UserError("SIGINT (Ctrl-C) has ended the run; with --exit-signal-handler it saves before it ends"))
     else:
         traceback.print_exception(error)
         for rank in startup_sync.silent_ranks():
             print_error(UserError(f"rank {rank} does not answer: it was killed, is stopped or is stuck"))
     startup_sync.linger()
-    code = EXIT_CODE if isinstance(error, UserError) else 1
+    code = exit_code_of(error)
     if startup_sync.world_size > 1:  # no cleanup: what it would wait for may be gone
         sys.stdout.flush()
         sys.stderr.flush()

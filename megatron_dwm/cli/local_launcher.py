@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_dwm
+from megatron_dwm.config.flags import MAX_PROCESSES
 from megatron_dwm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -48,8 +49,11 @@ def split_nproc(argv: Sequence[str]) -> tuple[int | None, list[str]]:
             rest.append(word)
     if text is None:
         return None, rest
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"{NPROC_FLAG} {text or '(nothing)'}: give the number of processes to start on this machine")
+    if not (text.isascii() and text.isdigit() and len(text) < 9 and 0 < int(text) <= MAX_PROCESSES):
+        raise UserError(
+            f"{NPROC_FLAG} {text or '(nothing)'}: give the number of processes to start on this machine, at most "
+            f"{MAX_PROCESSES}"
+        )
     return int(text), rest
 
 

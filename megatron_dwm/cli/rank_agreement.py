@@ -32,7 +32,7 @@ def rank_facts(config: RunConfig, paths: DataPaths, weighter_digest: str | None)
     Data that this rank cannot read is left out, because only one rank of a model replica reads data.
 
     Args:
-        weighter_digest: digest of the parameters of weighters that were read from folders, if any.
+        weighter_digest: digest of the weighters that were read from folders, if any.
     """
     flags = [item for part in PARTS.values() for item in declared_flags(part)]
     names = {item.field: item.names[0] for item in flags if item.value_type is not None}

@@ -15,6 +15,7 @@ from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import PARTS, RunConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError
+from megatron_dwm.training.save_folder import check_writable
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ExportArguments:
                 raise UserError(f"--{name} is missing; give a folder")
         if Path(self.output).exists():
             raise UserError(f"--output {self.output} exists; remove it or give another folder")
+        check_writable({"--output": Path(self.output)})
 
 
 def checkpoint_folder(load: str, ckpt_step: int | None) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dwm.config.flags import flag, require_at_least
+from megatron_dwm.config.flags import MAX_PROCESSES, flag, require_at_least, require_at_most
 from megatron_dwm.errors import UserError
 
 
@@ -74,6 +74,7 @@ class DataConfig:
         require_at_least(self, -1, "eval_iters")
         require_at_least(self, 0, "num_workers mid_level_dataset_surplus")
         require_at_least(self, 1, "eval_interval num_dataset_builder_threads")
+        require_at_most(self, MAX_PROCESSES, "num_workers num_dataset_builder_threads")
         names = self.validation_set_names
         if names is not None and not self.multiple_validation_sets:
             raise UserError("--validation-set-names has no effect without --multiple-validation-sets; add that")

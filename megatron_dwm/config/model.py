@@ -200,7 +200,9 @@ class ModelConfig:
             "max_position_embeddings rotary_base rotary_seq_len_interpolation_factor rotary_scaling_factor "
             "yarn_original_max_position_embeddings make_vocab_size_divisible_by padded_vocab_size recompute_num_layers",
         )
-        require_at_least(self, 0, "hidden_dropout attention_dropout init_method_std layernorm_epsilon")
+        require_at_least(
+            self, 0, "hidden_dropout attention_dropout init_method_std embedding_init_method_std layernorm_epsilon"
+        )
         self._check_sizes()
         self._check_positions()
         self._check_companions()

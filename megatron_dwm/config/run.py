@@ -11,7 +11,7 @@ from megatron_dwm.config.batch_sizes import BatchSizes, Rampup
 from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.checkpoint_args import with_saved_arguments
 from megatron_dwm.config.data import DataConfig
-from megatron_dwm.config.flags import build, parse
+from megatron_dwm.config.flags import build, flag_name, parse
 from megatron_dwm.config.logging import LoggingConfig
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.no_effect import NoEffectConfig
@@ -42,6 +42,8 @@ PARTS: dict[str, type] = {
 """The parts of a run's configuration."""
 FLAG_GROUPS: dict[str, type] = PARTS | {"plan": PlanConfig, "no_effect": NoEffectConfig}
 """All flags that are accepted."""
+MAX_SAMPLES = 10**12
+"""An index of more samples has no room in memory, and would be built for hours."""
 TARGET_PART = 4
 """By default, an outer update reads one target sample for this many samples of the batch."""
 TARGET_MOMENTUM = 0.6
@@ -165,7 +167,18 @@ class RunConfig:
             for size in sizes.running_sizes:
                 microbatches = size // sizes.unit
                 self._check_groups(microbatches, "--global-batch-size or --micro-batch-size")
-        samples = self.training.train_samples
+        training, batch = self.training, self.global_batch_size
+        interval = self.data.eval_interval
+        evaluations = 1 + ((training.train_iters or 0) // interval if interval else 0)
+        read = {
+            "train_samples": training.train_samples or 0,
+            "train_iters": (training.train_iters or 0) * batch,
+            "eval_iters": self.data.eval_iters * evaluations * batch,
+        }
+        for name, count in read.items():
+            if count > MAX_SAMPLES:
+                raise UserError(f"{flag_name(name)}: more than {MAX_SAMPLES:.0e} samples would be read; lower it")
+        samples = training.train_samples
         if samples is not None and samples < self.global_batch_size:
             raise UserError(f"--train-samples {samples} is less than one batch of {self.global_batch_size}; raise it")
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dwm.config.flags import flag, require_at_least
+from megatron_dwm.config.flags import flag, require_at_least, require_at_most
 from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.errors import UserError
+
+MAX_SEED = 4_000_000_000
+"""NumPy takes seeds below 2**32, and each pipeline stage adds 100."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class TrainingConfig:
     train_samples: int | None = flag(None, "Samples to train on, instead of --train-iters.")
     exit_interval: int | None = flag(None, "Stop after the first iteration that is divisible by this.")
     exit_duration_in_mins: int | None = flag(None, "Save and stop after this many minutes.")
-    exit_signal_handler: bool = flag(False, "Save and stop on SIGTERM, SIGINT, SIGUSR1 or SIGUSR2.")
+    exit_signal_handler: bool = flag(False, "Save and stop on SIGTERM, SIGINT, SIGUSR1, SIGUSR2 or SIGHUP.")
     skip_train: bool = flag(False, "Only evaluate.")
     seed: int = flag(1234, "Seed of initialization, data order and dropout.")
     data_parallel_random_init: bool = flag(
@@ -76,6 +79,7 @@ class TrainingConfig:
             "check_weight_hash_across_dp_replicas_interval",
         )
         require_at_least(self, 0, "manual_gc_interval error_injection_rate")
+        require_at_most(self, MAX_SEED, "seed")
         if self.manual_gc_interval and not self.manual_gc:
             raise UserError(f"--manual-gc-interval {self.manual_gc_interval} has no effect without --manual-gc; add it")
         if (self.train_iters is None) == (self.train_samples is None):

@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_dwm import __version__
-from megatron_dwm.config.flags import flag
+from megatron_dwm.config.flags import MAX_PROCESSES, flag, require_at_most
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.corpora.dataset_writer import DatasetWriter, dataset_prefix, publish_datasets
 from megatron_dwm.corpora.encoder import Encoded, Encoder, Malformed
@@ -109,6 +109,7 @@ def preprocess(config: PreprocessConfig, tokenizer_config: TokenizerConfig) -> l
     Raises:
         UserError: an unreadable input or tokenizer, a malformed record (unless skipped), or no documents.
     """
+    require_at_most(config, MAX_PROCESSES, "workers partitions")
     encoder = Encoder(config.json_keys, tokenizer_config, append_eod=config.append_eod)
     paths = input_files(config.input or [])
     if not config.output_per_file:

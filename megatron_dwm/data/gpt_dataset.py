@@ -18,7 +18,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 
 from megatron_dwm.data.index_cache import Built, VerifiedCache
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, shortened
 
 
 @dataclass
@@ -137,6 +137,11 @@ def _build(cls: Any, args: tuple[Any, ...]) -> Any:
         raise UserError(
             f"--data-cache-path{place}: the index cache cannot be written or read ({error}); give a folder that can be "
             "written and that all nodes see"
+        ) from error
+    except MemoryError as error:
+        raise UserError(
+            f"the index of so many samples needs more memory than there is ({shortened(error)}); lower --train-iters, "
+            "--train-samples or --eval-iters"
         ) from error
     except IndexError as error:
         if cls is not CachedBlendedDataset:

@@ -133,6 +133,16 @@ def fingerprint_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
+def digest_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the SHA-256 (hex) of all that determines the ids that a Hugging Face tokenizer gives to a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {} if backend is None else json.loads(backend.to_str())
+    for of_last_call in ("padding", "truncation"):
+        rules.pop(of_last_call, None)
+    facts = [fingerprint_of(tokenizer), rules, tokenizer.special_tokens_map, tokenizer.model_max_length]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def _check_same_ids(
     tokenizer: MegatronTokenizerText, counterpart: PreTrainedTokenizerBase, config: TokenizerConfig
 ) -> None:

@@ -72,7 +72,8 @@ class VerifiedCache:
         if any((folder / array).exists() for array in names):
             logger.warning(f"index cache {folder / name}-*: {fault}; it is built again")
         config = self.config
-        with atomic_files(folder) as scratch:
+        # A shared cache may hold many thousand files: it is cleared once, when the run starts.
+        with atomic_files(folder, clears=config.path_to_cache is None) as scratch:
             self.config = copy.copy(config)
             self.config.path_to_cache = str(scratch)
             try:

@@ -39,7 +39,7 @@ def _ignore_stop_signals(worker: int) -> None:
 
     A scheduler sends them to every process of a job step. The run shuts the workers down when it has saved.
     """
-    for number in (*STOP_SIGNALS, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

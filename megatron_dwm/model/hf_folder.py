@@ -282,9 +282,13 @@ def _check_layers(declared: Mapping[str, Any], tensors: int) -> None:
 def _check_dtypes(files: FolderTensors, names: Iterable[str]) -> None:
     """Refuse integer and 8-bit parameters, whose scales are in other tensors that are not read."""
     for name in names:
-        dtype = files.dtype(name)
-        if not dtype.is_floating_point or dtype.itemsize < 2:
+        if is_quantized(dtype := files.dtype(name)):
             raise UserError(f"{name} has type {dtype}; give a model that is not quantized")
+
+
+def is_quantized(dtype: torch.dtype) -> bool:
+    """Whether parameters of this type mean nothing without the scales of a quantization."""
+    return not dtype.is_floating_point or dtype.itemsize < 2
 
 
 def _refuse_differences(report: dict[str, Any]) -> None:

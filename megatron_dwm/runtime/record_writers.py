@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from megatron_dwm.atomic_write import sync
+from megatron_dwm.atomic_write import atomic_files
 from megatron_dwm.config.logging import LoggingConfig
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.extras import require_packages
@@ -91,27 +88,17 @@ def _finite(value: Any) -> Any:
 def _keep_records_until(path: Path, iteration: int, is_repeated: Callable[[Mapping[str, Any]], bool]) -> None:
     """Rewrite ``path`` with its records up to ``iteration``, line by line, because it may be larger than memory."""
     damaged = 0
-    with (
-        path.open("rb") as lines,
-        tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as kept,
-    ):
-        try:
-            for line in lines:
-                record = _record(line)
-                if record is not None:
-                    number = record["iteration"]
-                    if number < iteration or (number == iteration and not is_repeated(record)):
-                        kept.write(line)
-                elif line.endswith(b"\n"):  # an interrupted write leaves half a line at the end
-                    with path.with_name(f"{path.name}.damaged").open("ab") as aside:
-                        aside.write(line)
-                    damaged += 1
-        except BaseException:
-            os.unlink(kept.name)
-            raise
-    shutil.copymode(path, kept.name)
-    sync(Path(kept.name))
-    os.replace(kept.name, path)
+    with atomic_files(path.parent) as scratch, path.open("rb") as lines, (scratch / path.name).open("wb") as kept:
+        for line in lines:
+            record = _record(line)
+            if record is not None:
+                number = record["iteration"]
+                if number < iteration or (number == iteration and not is_repeated(record)):
+                    kept.write(line)
+            elif line.endswith(b"\n"):  # an interrupted write leaves half a line at the end
+                with path.with_name(f"{path.name}.damaged").open("ab") as aside:
+                    aside.write(line)
+                damaged += 1
     if damaged:
         logger.warning(
             f"{path}: {damaged} lines are not records; they were moved to {path.name}.damaged", extra=EVERY_RANK

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from megatron_dwm.errors import EXIT_CODE, PeerError, UserError, print_error, shortened
+from megatron_dwm.errors import EXIT_CODE, INTERRUPTED, PeerError, UserError, exit_code_of, print_error, shortened
 from megatron_dwm.runtime.process_groups import free_port
 from megatron_dwm.runtime.rendezvous import Heartbeats, StoreWatch, join_ranks, rank_names
 from megatron_dwm.runtime.stop_signals import RETRY_EXIT_CODE, StartSignals, exit_after_signal, start_signal_error
@@ -237,7 +237,7 @@ class StartupSync:
 
     def _description(self, error: BaseException) -> str:
         """Return the description of an error for other ranks."""
-        code = EXIT_CODE if isinstance(error, UserError) else 1
+        code = exit_code_of(error)
         text = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
         return json.dumps({"rank": self.rank, "code": code, "reason": reason})
@@ -322,7 +322,8 @@ class StartupSync:
             self._end(json.loads(description), failures)
 
     def _end(self, failure: dict[str, Any], store: dist.Store) -> NoReturn:
-        if failure["code"] not in (EXIT_CODE, RETRY_EXIT_CODE):  # for these the failed rank's line is enough
+        # For these the failed rank's line is enough.
+        if failure["code"] not in (EXIT_CODE, INTERRUPTED, RETRY_EXIT_CODE):
             line = f"error: rank {self.rank} ends because rank {failure['rank']} failed ({failure['reason']})"
             print(line, file=sys.stderr, flush=True)
         sys.stdout.flush()

@@ -10,13 +10,19 @@ import time
 
 from megatron_dwm.errors import UserError, print_error
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""SLURM and torchrun send SIGTERM, Ctrl-C sends SIGINT, and schedulers often warn with SIGUSR1 or SIGUSR2."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""SLURM and torchrun send SIGTERM, Ctrl-C sends SIGINT, and schedulers often warn with SIGUSR1 or SIGUSR2. SIGHUP comes
+from a terminal that is closed."""
 RETRY_EXIT_CODE = 75
 """Exit code of a run that was signaled during start-up: ``EX_TEMPFAIL`` of sysexits.h, which asks for another try."""
 PATIENCE_SECONDS = 1.0
 """How long a rank waits before it exits: if a launcher sent the signal because another rank failed, that rank's error
 should be printed first."""
+
+
+def heeded_signals() -> list[signal.Signals]:
+    """Return the signals that ask this process to stop: not SIGHUP if ``nohup`` has made the process ignore it."""
+    return [one for one in STOP_SIGNALS if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
 
 
 def exit_after_signal(name: str) -> None:
@@ -40,24 +46,25 @@ class StartSignals:
     def __init__(self) -> None:
         self.end = exit_after_signal
         """Ends the process; its argument is the name of the signal."""
+        self._signals = heeded_signals()
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for number in STOP_SIGNALS:
+        for number in self._signals:
             signal.signal(number, lambda number, frame: None)
         threading.Thread(target=self._watch, name="start-signals", daemon=True).start()
 
     def close(self) -> None:
         """Restore the default handling of signals; the run may then install its own."""
         if self._writer.fileno() >= 0:
-            for number in STOP_SIGNALS:
+            for number in self._signals:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             signal.set_wakeup_fd(-1)
             self._writer.close()
 
     def _watch(self) -> None:
         while received := self._reader.recv(1):
-            if received[0] in STOP_SIGNALS:
+            if received[0] in self._signals:
                 time.sleep(PATIENCE_SECONDS)
                 self.end(signal.Signals(received[0]).name)
         self._reader.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from megatron_dwm.atomic_write import atomic_write_text, delete_folder, publish_
 from megatron_dwm.config.checkpoint import TRACKER
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.errors import UserError, write_failure_reason
+from megatron_dwm.model.optimizer_parts import optimizer_parts
+from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.runtime.compat import sharded_save_options
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.runtime.logging import timestamp
@@ -106,9 +108,14 @@ class CheckpointWriter:
         flags, iteration = self.config.checkpoint, train_state.iteration
         save = flags.save or "."
         root = Path(save) if persistent else non_persistent_folder(flags, save)
-        if not self._is_finite():
+        if not _all_finite(param.detach() for chunk in self.components.chunks for param in chunk.parameters()):
             logger.warning(f"no checkpoint of iteration {iteration} is written: the parameters are not finite")
             return
+        if not _all_finite(_optimizer_state(self.components.optimizer)):
+            logger.warning(
+                f"the checkpoint of iteration {iteration}: the optimizer's state is not finite, so parameters stay as "
+                "they are; continue from an earlier one, with a lower --lr or with --clip-grad"
+            )
         temporary = root / f".{iteration_folder(root, iteration).name}.partial"
         logger.info(
             f"[{timestamp()}] saving checkpoint at iteration {iteration:7d} to {root} in {flags.ckpt_format} format"
@@ -243,15 +250,6 @@ class CheckpointWriter:
             self._progress.deleted(number)
             logger.info(f"  [{timestamp()}] successfully deleted checkpoint from iteration {number:7d} at {root}")
 
-    def _is_finite(self) -> bool:
-        """Whether all parameters of the model, on all ranks, are finite."""
-        bad = torch.zeros((), device=current_device())
-        for chunk in self.components.chunks:
-            for param in chunk.parameters():
-                bad += (~torch.isfinite(param.detach())).any()
-        dist.all_reduce(bad)
-        return not bool(bad)
-
     @contextlib.contextmanager
     def _reported_failure(self, root: Path, temporary: Path, iteration: int) -> Iterator[None]:
         """Turn failures of writing into a UserError, and remove half-written files.
@@ -286,6 +284,22 @@ class CheckpointWriter:
             f"--save {root}: the checkpoint of iteration {iteration} cannot be written ({reason}); make room or give "
             f"another folder, {remedy}"
         )
+
+
+def _all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether all tensors, on all ranks, are finite."""
+    bad = torch.zeros((), device=current_device())
+    for tensor in tensors:
+        bad += (~torch.isfinite(tensor)).any().to(bad.device)
+    dist.all_reduce(bad)
+    return not bool(bad)
+
+
+def _optimizer_state(optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    """Yield this rank's tensors of the optimizer's state, such as Adam's moments."""
+    for part in optimizer_parts(optimizer):
+        for state in part.optimizer.state.values() if part.optimizer is not None else ():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
 
 def _write_with_checksums(write: Callable[..., None], folder: Path, rank: int, buckets: Any, results: Any) -> None:

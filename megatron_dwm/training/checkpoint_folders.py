@@ -30,6 +30,11 @@ def iteration_of(folder: Path) -> int:
     return 0 if folder.name == RELEASE else int(folder.name.removeprefix("iter_"))
 
 
+def is_iteration(text: str) -> bool:
+    """Whether text is the number of an iteration: ASCII digits, and not more than a checkpoint can hold."""
+    return text.isascii() and text.isdigit() and len(text) < 20
+
+
 def rank_file(folder: Path, tp_rank: int, pp_rank: int, pp_size: int) -> Path:
     """Return the file of a model-parallel rank in a checkpoint of the format ``torch``."""
     name = f"mp_rank_{tp_rank:02d}" if pp_size == 1 else f"mp_rank_{tp_rank:02d}_{pp_rank:03d}"
@@ -114,7 +119,7 @@ def older_checkpoints(folder: Path) -> list[Path]:
 
 def checkpoints_in(root: Path) -> list[Path]:
     """Return the folders of checkpoints in ``root``, by iteration."""
-    found = [path for path in root.glob("iter_*") if path.name.removeprefix("iter_").isdigit() and path.is_dir()]
+    found = [path for path in root.glob("iter_*") if is_iteration(path.name.removeprefix("iter_")) and path.is_dir()]
     return sorted(found, key=iteration_of)
 
 
@@ -130,7 +135,7 @@ def tracked(root: Path) -> Path | None:
     text = path.read_text(encoding="utf-8", errors="replace").strip()
     if text == RELEASE:
         return root / RELEASE
-    if not (text.isascii() and text.isdigit() and len(text) < 20):
+    if not is_iteration(text):
         raise UserError(f"{path}: says {text[:40]!r} where an iteration belongs; {_other_steps(root)}")
     return iteration_folder(root, int(text))
 
@@ -158,7 +163,7 @@ def _what_is_there(root: Path) -> str:
         return "is a file; give the folder that a run saved to"
     if (root / "metadata.json").is_file() or (root / "common.pt").is_file():
         step = root.name.removeprefix("iter_").lstrip("0")
-        named = f", and --ckpt-step {step}" if root.name.startswith("iter_") and step.isdigit() else ""
+        named = f", and --ckpt-step {step}" if root.name.startswith("iter_") and is_iteration(step) else ""
         return f"is one checkpoint; give the folder that it is in, {root.parent}{named}"
     if _looks_like_checkpoints(root):
         return f"holds checkpoints but no {TRACKER}; {_other_steps(root)}"

@@ -36,6 +36,8 @@ _OF_A_NEW_WEIGHTER = (
     "dwm_ngram_hidden_size",
 )
 """Flags without effect on a checkpoint's weighter; for ``dwm_arch`` the weighting logs it."""
+_OF_A_NEW_MODEL = ("init_method_std", "init_method_xavier_uniform", "embedding_init_method_std")
+"""Flags without effect on a checkpoint's model."""
 
 
 def should_load_optimizer(flags: CheckpointConfig, saved: SavedCheckpoint) -> bool:
@@ -157,15 +159,26 @@ def replacing_flags(config: RunConfig, saved: SavedCheckpoint) -> list[str]:
     ]
 
 
-def overruled_flags(config: RunConfig, saved: SavedCheckpoint) -> list[str]:
-    """Return a line for each flag that has no effect because the checkpoint's weighter is kept."""
+def overruled_flags(config: RunConfig, saved: SavedCheckpoint, *, has_weighter: bool) -> list[str]:
+    """Return a line for each flag that has no effect because the checkpoint's value is kept.
+
+    Args:
+        has_weighter: whether the checkpoint has a weighter.
+    """
     flags, arguments = config.flat(), vars(saved.arguments)
-    if not config.weighting.has_trainable_weighter or arguments.get("dwm_mode") not in ("bilevel", "rule"):
-        return []
+    beginnings = dict.fromkeys(_OF_A_NEW_MODEL, "model")
+    starts_anew = config.checkpoint.finetune or saved.is_release
+    if not (starts_anew or config.checkpoint.no_load_rng) and has_same_layout(config.parallel, saved):
+        beginnings["seed"] = "random state"
+    had_scale = arguments.get("fp16") and not arguments.get("loss_scale")
+    if config.optimizer.has_dynamic_loss_scale and had_scale and should_load_optimizer(config.checkpoint, saved):
+        beginnings["initial_loss_scale"] = "loss scale"
+    if has_weighter and config.weighting.has_trainable_weighter and arguments.get("dwm_mode") in ("bilevel", "rule"):
+        beginnings |= dict.fromkeys(_OF_A_NEW_WEIGHTER, "weighter")
     return [
-        f" > {flag_name(name)} {_words(flags[name])} is for a new weighter: the checkpoint's, made with "
+        f" > {flag_name(name)} {_words(flags[name])} is for a new {what}: the checkpoint's, made with "
         f"{_words(arguments[name])}, is kept"
-        for name in _OF_A_NEW_WEIGHTER
+        for name, what in beginnings.items()
         if name in arguments and arguments[name] != flags[name]
     ]
 

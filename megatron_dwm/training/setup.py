@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dwm.atomic_write import remove_unfinished_files
 from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.data import DataConfig
 from megatron_dwm.config.logging import LoggingConfig
@@ -18,6 +21,7 @@ from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.blend import DataPaths, data_paths
 from megatron_dwm.data.tokenizers import build_tokenizer, vocabulary_rows
 from megatron_dwm.data.validation import check_data
+from megatron_dwm.errors import UserError, allocation_failure_reason
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
 from megatron_dwm.model.tp_comm_overlap import start_tp_comm_overlap
@@ -93,9 +97,12 @@ def lock_folders(
         "--data-cache-path": data.data_cache_path,
         "--tensorboard-dir": logging_flags.tensorboard_dir,
         "--metrics-jsonl": logging_flags.metrics_jsonl and str(Path(logging_flags.metrics_jsonl).parent),
+        "--wandb-save-dir": logging_flags.wandb_project and logging_flags.wandb_save_dir,
         "--non-persistent-global-ckpt-dir": checkpoint.non_persistent_global_ckpt_dir,
     }
     check_writable({flag: Path(path) for flag, path in paths.items() if path})
+    if data.data_cache_path:
+        remove_unfinished_files(Path(data.data_cache_path))
     check_owner(checkpoint)
     if not checkpoint.save:
         return None
@@ -178,15 +185,19 @@ def assemble_language_model(
 
     Args:
         document_end: end-of-document token that attention must not cross, if any.
+
+    Raises:
+        UserError: the model needs more memory than there is.
     """
-    bare = build_model_chunks(
-        core_config,
-        config.model,
-        vocabulary=vocabulary,
-        fp16_lm_cross_entropy=config.optimizer.fp16_lm_cross_entropy,
-    )
-    chunks = wrap_with_ddp(bare, core_config, config.parallel, config.optimizer, config.training)
-    optimizer = build_optimizer(config, chunks)
+    with _reported_lack_of_memory():
+        bare = build_model_chunks(
+            core_config,
+            config.model,
+            vocabulary=vocabulary,
+            fp16_lm_cross_entropy=config.optimizer.fp16_lm_cross_entropy,
+        )
+        chunks = wrap_with_ddp(bare, core_config, config.parallel, config.optimizer, config.training)
+        optimizer = build_optimizer(config, chunks)
     bind_schedule_hooks(core_config, chunks, optimizer, config.parallel)
     schedule = Schedule.from_flags(config.optimizer, config.training, config.global_batch_size)
     components = TrainComponents(chunks, optimizer, build_scheduler(schedule, optimizer), vocabulary)
@@ -199,6 +210,24 @@ def assemble_language_model(
         check_for_nan=config.training.should_check_for_nan(config.optimizer),
     )
     return LanguageModel(parallel_state, engine, components)
+
+
+@contextlib.contextmanager
+def _reported_lack_of_memory() -> Iterator[None]:
+    """Turn a failure to allocate the model into a user's error.
+
+    Raises:
+        UserError: there is too little memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (reason := allocation_failure_reason(error)) is None:
+            raise
+        raise UserError(
+            f"the model needs more memory than there is ({reason}); make --num-layers, --hidden-size, "
+            "--ffn-hidden-size or the vocabulary smaller, or divide it over more ranks; --plan says what it needs"
+        ) from None
 
 
 def _vocabulary(model: ModelConfig, tp: int, inputs: RunInputs) -> Vocabulary:
@@ -238,9 +267,9 @@ def load_if_present(
         f"  successfully loaded checkpoint from {folder.parent} {parallel_state.tp_pp_label} "
         f"at iteration {train_state.iteration}"
     )
-    if weighting_state.get("weighter") is not None:
-        for line in overruled_flags(config, inputs.checkpoint):
-            logger.info(line)
+    has_weighter = weighting_state.get("weighter") is not None
+    for line in overruled_flags(config, inputs.checkpoint, has_weighter=has_weighter):
+        logger.info(line)
     return train_state, weighting_state
 
 

@@ -29,7 +29,7 @@ def start_results_process() -> None:
 
 
 def _serve_until_rank_exits() -> None:
-    for number in (*STOP_SIGNALS, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     rank = multiprocessing.parent_process()
     if rank is not None and rank.pid is not None:

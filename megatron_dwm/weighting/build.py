@@ -29,7 +29,7 @@ from megatron_dwm.weighting.sample_reader import SampleReader
 from megatron_dwm.weighting.uniform import UniformWeighting
 from megatron_dwm.weighting.warmup import Start, WarmupWeighting
 from megatron_dwm.weighting.weighter import Weighter
-from megatron_dwm.weighting.weighter_folder import WeighterFolder, read_weighter_folder, window_reader
+from megatron_dwm.weighting.weighter_folder import WeighterFolder, read_weighter_folder, text_reader, window_reader
 from megatron_dwm.weighting.weighter_init import (
     NGRAM,
     random_weighter_model,
@@ -148,19 +148,27 @@ class _Builder:
                 raise _damaged_state(error) from None
         return weighting
 
-    def _weighter(self, model: Any, reader: SampleReader | None = None, tokenizer_fingerprint: str = "") -> Weighter:
+    def _weighter(
+        self,
+        model: Any,
+        reader: SampleReader | None = None,
+        tokenizer_fingerprint: str = "",
+        tokenizer_digest: str = "",
+    ) -> Weighter:
         return Weighter(
             model,
             self.settings,
             self.context.device,
             reader=reader,
             tokenizer_fingerprint=tokenizer_fingerprint,
+            tokenizer_digest=tokenizer_digest,
             bf16=self.config.optimizer.bf16,
         )
 
     def _weighter_of_folder(self, folder: WeighterFolder, model: Any) -> Weighter:
         """Return a weighter that reads samples like the one in a folder."""
-        return self._weighter(model, folder.reader, "" if folder.separate_tokenizer is None else folder.fingerprint)
+        fingerprint = "" if folder.separate_tokenizer is None else folder.fingerprint
+        return self._weighter(model, folder.reader, fingerprint, folder.tokenizer_digest)
 
     def _restored_weighter(self, state: State) -> Weighter:
         """Return a checkpoint's weighter, which reads samples as it did when it was saved.
@@ -176,12 +184,19 @@ class _Builder:
                 "of the tokenizer that it was trained with"
             )
         if fingerprint := state.get("weighter_tokenizer"):
-            if folder is None or folder.separate_tokenizer is None or folder.fingerprint != fingerprint:
+            is_same = folder is not None and folder.separate_tokenizer is not None and folder.fingerprint == fingerprint
+            digest = state.get("weighter_tokenizer_digest")  # checkpoints of earlier versions have none
+            if folder is None or not is_same or digest not in (None, folder.tokenizer_digest):
                 raise UserError(
                     f"--dwm-init-from {self.settings.dwm_init_from}: the checkpoint's weighter has another tokenizer; "
                     "give the folder that it was started from"
                 )
-            weighter = self._weighter_of_folder(folder, model)
+            assert self.inputs.samples is not None  # there is a weighter
+            # For the checkpoint's classifier: that of the folder may read fewer or more tokens at once.
+            reader, _ = text_reader(
+                "--dwm-init-from", folder.path, model, folder.separate_tokenizer, self.inputs.samples
+            )
+            weighter = self._weighter(model, reader, folder.fingerprint, folder.tokenizer_digest)
         else:
             weighter = self._weighter(model, window_reader(model, self.config.model.sequence))
         weighter.load_state(state)

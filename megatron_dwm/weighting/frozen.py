@@ -15,7 +15,7 @@ from megatron_dwm.weighting.policy import SampleWeights, State, StepOutcome
 from megatron_dwm.weighting.score_cache import ScoreCache
 from megatron_dwm.weighting.scored import ScoredWeighting, ScoringOptions
 from megatron_dwm.weighting.weight_metrics import WeightMetrics
-from megatron_dwm.weighting.weighter import Weighter, weighter_state
+from megatron_dwm.weighting.weighter import Weighter, scoring_digest, weighter_state
 from megatron_dwm.weighting.weighter_stages import WeighterStage
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class FrozenWeighting(ScoredWeighting):
 
     def state_dict(self) -> State:
         """Return the loaded state of a trained weighter, or else this weighter's, and the cached scores."""
-        cached = {"score_cache": {"weighter": self.weighter.hash(), **self.cache.state()}}
+        cached = {"score_cache": {"weighter": self._digest(), **self.cache.state()}}
         if self._state.get("outer_updates"):
             return {**self._state, **cached}
         state = {"consumed_target_samples": 0, "outer_updates": 0, **weighter_state(self.weighter), "replay": []}
@@ -90,8 +90,11 @@ class FrozenWeighting(ScoredWeighting):
         """Keep ``state``, and use its cached scores if they are from this weighter."""
         cached = state.get("score_cache")
         super().load_state_dict(state)
-        if cached is not None and cached["weighter"] == self.weighter.hash():
+        if cached is not None and cached["weighter"] == self._digest():
             self.cache.load(cached)
+
+    def _digest(self) -> str:
+        return scoring_digest(self.weighter.model, self.weighter.tokenizer_digest)
 
     def _stage_of(self, iteration: int) -> WeighterStage:
         stages = self.parts.stages

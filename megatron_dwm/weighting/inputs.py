@@ -10,7 +10,6 @@ from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.hf_tokenizers import vocabulary_fingerprint
 from megatron_dwm.data.sample_text import sample_text
 from megatron_dwm.weighting.stage_schedule import StageSchedule, bilevel_stages, frozen_stages
-from megatron_dwm.weighting.weighter import model_digest
 from megatron_dwm.weighting.weighter_folder import SampleTokens, WeighterFolder, read_weighter_folder
 from megatron_dwm.weighting.weighter_init import check_init_from_lm
 from megatron_dwm.weighting.weighter_stages import weighter_stages
@@ -28,7 +27,7 @@ class WeightingInputs:
     folder: WeighterFolder | None = None
     """The classifier that ``--dwm-load`` or ``--dwm-init-from`` names, if it names a folder; the first of several."""
     digest: str | None = None
-    """Digest of the parameters of all weighters that are read from folders."""
+    """Digests of all weighters that are read from folders."""
 
 
 def run_stages(config: RunConfig, weighter_resumed_at: int | None = None) -> StageSchedule:
@@ -65,12 +64,12 @@ def read_weighting_inputs(config: RunConfig, tokenizer: Any) -> WeightingInputs:
     if settings.dwm_load is not None:
         weighters = weighter_stages(flag, settings.dwm_load, config.train_iters)
         # Check all of them, so that none fails in the middle of the run.
-        digests = [model_digest(read_weighter_folder(flag, w.folder, samples, seed).model) for w in weighters[1:]]
+        digests = [read_weighter_folder(flag, w.folder, samples, seed).digest for w in weighters[1:]]
         folder = read_weighter_folder(flag, weighters[0].folder, samples, seed)
-        return WeightingInputs(samples, folder, "".join([model_digest(folder.model), *digests]))
+        return WeightingInputs(samples, folder, "".join([folder.digest, *digests]))
     if settings.dwm_init_from == "lm":
         check_init_from_lm(config.model, settings)
     if settings.dwm_init_from in ("lm", "random"):
         return WeightingInputs(samples)
     folder = read_weighter_folder("--dwm-init-from", settings.dwm_init_from, samples, seed)
-    return WeightingInputs(samples, folder, digest=model_digest(folder.model))
+    return WeightingInputs(samples, folder, digest=folder.digest)

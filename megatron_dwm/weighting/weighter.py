@@ -6,6 +6,7 @@ Shape legend: m samples, s sequence length.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -35,6 +36,7 @@ class Weighter:
         *,
         reader: SampleReader | None = None,
         tokenizer_fingerprint: str = "",
+        tokenizer_digest: str = "",
         bf16: bool = False,
     ) -> None:
         """
@@ -42,10 +44,11 @@ class Weighter:
             model: a classifier with one label, the same on every rank.
             reader: converts samples to what it reads; None if it reads the sample's tokens.
             tokenizer_fingerprint: fingerprint of its tokenizer's vocabulary, if it is not the run's tokenizer.
+            tokenizer_digest: digest of that tokenizer.
             bf16: compute in bf16 on a GPU (the parameters stay in fp32).
         """
         self.model, self.reader = model.float().to(device).eval(), reader
-        self.tokenizer_fingerprint = tokenizer_fingerprint
+        self.tokenizer_fingerprint, self.tokenizer_digest = tokenizer_fingerprint, tokenizer_digest
         self.batch_size = config.dwm_score_batch_size
         self.clip_grad = config.dwm_clip_grad
         self.optimizer = torch.optim.AdamW(
@@ -172,7 +175,7 @@ class Weighter:
 
     def _score_windows(self, windows: list[list[Window]], device: torch.device) -> torch.Tensor:
         """Return each sample's mean score over its windows, in proportion to their tokens [m]."""
-        placed = [(place, window) for place, of_sample in enumerate(windows) for window in of_sample]
+        placed = [(sample, window) for sample, of_sample in enumerate(windows) for window in of_sample]
         placed.sort(key=lambda item: len(item[1].ids))
         scores = [
             self._forward(
@@ -180,10 +183,10 @@ class Weighter:
             )
             for start in range(0, len(placed), self.batch_size)
         ]
-        places = torch.tensor([place for place, _ in placed], device=device)
+        samples = torch.tensor([sample for sample, _ in placed], device=device)
         sizes = torch.tensor([window.size for _, window in placed], dtype=torch.float32, device=device)
         totals = torch.zeros(len(windows), device=device)
-        return totals.index_add(0, places, torch.cat(scores) * sizes) / totals.index_add(0, places, sizes)
+        return totals.index_add(0, samples, torch.cat(scores) * sizes) / totals.index_add(0, samples, sizes)
 
     def _forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         mask = {} if attention_mask is None else {"attention_mask": attention_mask}
@@ -201,10 +204,18 @@ def model_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def scoring_digest(model: Any, tokenizer_digest: str) -> str:
+    """Return a digest of all that the scores of a classifier depend on: parameters, configuration and tokenizer."""
+    config = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
+    facts = [model_digest(model), config, tokenizer_digest]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def weighter_state(weighter: Weighter) -> dict[str, Any]:
     """Return what a checkpoint keeps of a weighter: its configuration, tokenizer, parameters and optimizer."""
     return {
         "weighter_tokenizer": weighter.tokenizer_fingerprint,
+        "weighter_tokenizer_digest": weighter.tokenizer_digest,
         "weighter_config": weighter.model.config.to_json_string(use_diff=False),
         "weighter": weighter.model.state_dict(),
         "weighter_optimizer": weighter.optimizer.state_dict(),

@@ -11,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_dwm.data.hf_tokenizers import fingerprint_of
+from megatron_dwm.data.hf_tokenizers import digest_of, fingerprint_of
 from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.errors import UserError, shortened
+from megatron_dwm.model.hf_folder import is_quantized, weight_files
 from megatron_dwm.safe_unpickling import DAMAGE, short_reason
 from megatron_dwm.weighting.export_manifest import trained_length, verify_export
 from megatron_dwm.weighting.sample_reader import SampleReader, TextReader, WindowReader
+from megatron_dwm.weighting.weighter import scoring_digest
 from megatron_dwm.weighting.weighter_init import seeded, zero_head
 from megatron_dwm.weighting.windows import UNLIMITED_LENGTH, position_limit
 
@@ -49,6 +51,13 @@ class WeighterFolder:
     """Fingerprint of its tokenizer's vocabulary."""
     reading: str
     """A description of how it reads the samples, for the log; may be empty."""
+    tokenizer_digest: str = ""
+    """Digest of its tokenizer, if that is not the run's."""
+
+    @property
+    def digest(self) -> str:
+        """A digest of all that its scores depend on."""
+        return scoring_digest(self.model, self.tokenizer_digest)
 
 
 def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: int) -> WeighterFolder:
@@ -94,8 +103,8 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
     if missing:
         zero_head(model)
     if is_own:
-        reader, reading = _text_reader(flag, folder, model, tokenizer, samples)
-        return WeighterFolder(folder, model, reader, tokenizer, fingerprint, reading)
+        reader, reading = text_reader(flag, folder, model, tokenizer, samples)
+        return WeighterFolder(folder, model, reader, tokenizer, fingerprint, reading, digest_of(tokenizer))
     if cutting := window_reader(model, samples.seq_length):
         reading = (
             f"its maximum length is {cutting.window}: samples of {samples.seq_length} tokens are scored in windows of "
@@ -110,8 +119,13 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
     return WeighterFolder(folder, model, None, None, fingerprint, reading)
 
 
-def _text_reader(flag: str, folder: str, model: Any, tokenizer: Any, samples: SampleTokens) -> tuple[SampleReader, str]:
+def text_reader(flag: str, folder: str, model: Any, tokenizer: Any, samples: SampleTokens) -> tuple[SampleReader, str]:
     """Return a reader of the samples' texts, and its description for the log.
+
+    Args:
+        flag: the flag that names ``folder``, for messages.
+        model: the classifier that reads them.
+        tokenizer: the folder's.
 
     Raises:
         UserError: the tokenizer does not work.
@@ -155,10 +169,25 @@ def _load(flag: str, folder: str, seed: int) -> tuple[Any, list[str]]:
                 local_files_only=True,
                 trust_remote_code=False,
             )
+        _check_types(Path(folder), hf_config, model)
     except (*DAMAGE, SafetensorError) as error:
         reason = short_reason(error)
         raise UserError(f"{flag} {folder}: cannot be loaded as a classifier with one label ({reason})") from None
     return model, sorted(report["missing_keys"])
+
+
+def _check_types(folder: Path, hf_config: Any, model: Any) -> None:
+    """Check that the weights are floating-point numbers; transformers converts others, without their scales.
+
+    Raises:
+        ValueError: they are not, or are quantized.
+    """
+    if getattr(hf_config, "quantization_config", None):
+        raise ValueError("config.json has a quantization_config; give a model that is not quantized")
+    files = weight_files(folder)
+    for name, _ in model.named_parameters():
+        if name in files and is_quantized(dtype := files.dtype(name)):
+            raise ValueError(f"{name} has type {dtype}; give a model that is not quantized")
 
 
 def _check_layers(folder: Path, hf_config: Any) -> None:

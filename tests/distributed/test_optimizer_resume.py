@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from megatron_dwm.errors import UserError
-from tests.distributed.built_model import LAYOUTS
+from megatron_dwm.model.optimizer_parts import optimizer_parts
+from megatron_dwm.training.checkpoint import _all_finite, _optimizer_state
+from megatron_dwm.training.optimizer import allocate_state
+from tests.distributed.built_model import LAYOUTS, build_model
 from tests.distributed.checkpointed import Leg, train_legs
+from tests.distributed.harness import run_distributed
 from tests.small_runs import GPT, LLAMA, Flags
 
 STOP = 2
@@ -174,3 +178,19 @@ def test_goes_on_in_another_precision(kind: Flags, before: Flags, after: Flags, 
     )
     # bf16 has 8 bits: the losses of the two runs differ by its rounding. Lost moments or parameters cost more than 0.1.
     assert moved.losses == pytest.approx(whole.losses[STOP:], abs=0.02)
+
+
+@pytest.mark.parametrize("flags", [{}, DISTRIBUTED], ids=["whole", "sharded"])
+def test_a_state_that_is_not_finite_is_found_on_every_rank(flags: Flags):
+    """The parameters may be finite nevertheless: Adam's step is zero where its second moment has overflowed."""
+
+    def work() -> list[bool]:
+        built = build_model({**LLAMA, **flags, "--dwm-mode": "off"})
+        allocate_state(built.optimizer)
+        found = [_all_finite(_optimizer_state(built.optimizer))]
+        (part,) = optimizer_parts(built.optimizer)
+        if built.parallel_state.rank == 1:
+            next(iter(part.optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = float("inf")
+        return [*found, _all_finite(_optimizer_state(built.optimizer))]
+
+    assert run_distributed(work, 2) == [[True, False]] * 2

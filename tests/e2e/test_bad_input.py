@@ -119,6 +119,11 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "Adam's preconditioner without Adam": ({"--optimizer": "sgd"}, ["--dwm-preconditioner adam", "sgd"]),
     "endless warm-up": ({"--lr-warmup-iters": 20}, ["--lr-warmup-iters", "--train-iters"]),
+    "vocabulary larger than any memory": (
+        {"--padded-vocab-size": 2**62},
+        ["the model needs more memory", "the vocabulary smaller", "--plan"],
+    ),
+    "layers larger than any memory": ({"--ffn-hidden-size": 2**62}, ["the model needs more memory", "--ffn-hidden"]),
     "weighter deeper than the model": (
         {"--dwm-init-from": "lm", "--dwm-num-layers": 9},
         ["--dwm-num-layers 9", "--num-layers 2"],

@@ -341,6 +341,8 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(
     save, out = tmp_path / "save", tmp_path / "out"
     assert "--output is missing" in refused(export_hf, load=save)
     assert f"--output {save} exists" in refused(export_hf, load=save, output=save)
+    below_a_file = tmp_path / "hf" / "config.json" / "out"
+    assert f"--output {below_a_file}: cannot be written" in refused(export_hf, load=save, output=below_a_file)
     assert "latest_checkpointed_iteration.txt" in refused(export_hf, load=tmp_path / "hf", output=out)
     assert "iter_0000007" in refused(export_hf, load=save, ckpt_step=7, output=out)
     assert "--tokenizer-model" in refused(

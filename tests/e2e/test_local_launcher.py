@@ -45,7 +45,7 @@ def test_a_users_error_is_the_last_line_and_the_exit_code_is_2(launch: Launch):
     assert last.startswith("error: --lr -3") and finished.stderr.count("error: ") == 1, finished.stderr
 
 
-@pytest.mark.parametrize("text", ["0", "x", "-1", ""])
+@pytest.mark.parametrize("text", ["0", "x", "-1", "", "²", "9" * 5000])
 def test_a_number_of_processes_that_is_none_is_refused(text: str):
     with pytest.raises(UserError, match="--nproc"):
         split_nproc(["--lr", "1", "--nproc", text])

@@ -11,6 +11,8 @@ import torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3ForSequenceClassification,
@@ -202,7 +204,18 @@ def test_learning_goes_on_from_a_weighter_with_another_tokenizer(first_run, tmp_
     }
     finished = pretrain(tmp_path / "log", 1, {**resumed, "--dwm-init-from": "random"})
     assert finished.codes == [2] and "the checkpoint's weighter has another tokenizer" in finished.text
-    succeed(tmp_path / "log", 1, resumed)
+    other_model = tmp_path / "other_model"  # which would read the samples in windows
+    config = BertConfig(vocab_size=101, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    config.max_position_embeddings, config.num_labels = 12, 1
+    BertForSequenceClassification(config).save_pretrained(other_model)
+    AutoTokenizer.from_pretrained(other_ids).save_pretrained(other_model)
+    found = []
+    for folder in (other_ids, other_model):
+        metrics = tmp_path / f"{folder.name}.jsonl"
+        again = {"--dwm-init-from": folder, "--metrics-jsonl": metrics, "--save": False}
+        succeed(tmp_path / "log", 1, {**resumed, **again})
+        found.append([record["samples"] for record in records(metrics, "outer_update")])
+    assert found[0] and found[0] == found[1]
 
 
 @pytest.mark.parametrize("kind", ["an exported weighter", "a language model"])

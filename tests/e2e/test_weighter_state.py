@@ -57,13 +57,16 @@ def test_a_tokenizer_of_more_tokens_than_the_weighter_has_is_refused(save: Path,
     assert "the checkpoint's weighter has 31 tokens and the tokenizer 32" in finished.errors[0]
 
 
-def test_the_weighters_flags_count_on_resume_and_are_said(save: Path, tmp_path: Path):
+def test_flags_that_count_on_resume_and_flags_that_do_not_are_said(save: Path, tmp_path: Path):
     changes = {"--dwm-lr": 0.5, "--dwm-weight-decay": 0.25, "--dwm-hidden-size": 64}
+    changes |= {"--init-method-std": 0.5, "--seed": 7}
     finished = succeed(tmp_path / "log", 1, RUN | changes | {"--load": save, "--save": tmp_path / "changed"})
     (group,) = weighter_state(tmp_path / "changed", 12)["weighter_optimizer"]["param_groups"]
     assert (group["lr"], group["weight_decay"]) == (0.5, 0.25)
     lines = (" > --dwm-lr 0.5 replaces the checkpoint's 0.01", " > --dwm-weight-decay 0.25 replaces the checkpoint's")
     lines += (" > --dwm-hidden-size 64 is for a new weighter: the checkpoint's, made with 8, is kept\n",)
+    lines += (" > --init-method-std 0.5 is for a new model: the checkpoint's, made with 0.2, is kept\n",)
+    lines += (" > --seed 7 is for a new random state: the checkpoint's, made with 1234, is kept\n",)
     for line in lines:
         assert line in finished.output[0], finished.text
 

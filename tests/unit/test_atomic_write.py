@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
+import signal
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +71,29 @@ def test_files_appear_together_under_their_prefix(tmp_path: Path):
     with pytest.raises(ZeroDivisionError), atomic_files(tmp_path, "data") as temporary:
         (temporary / ".idx").write_text(str(1 / 0))
     assert names(tmp_path) == ["data.bin", "data.idx"]
+
+
+def test_what_a_killed_writer_had_not_finished_goes_when_the_same_is_written_again(tmp_path: Path):
+    """A killed build of an index may leave gigabytes. What a living process writes is left alone."""
+    folder = tmp_path / "folder"
+
+    def write_half(is_files: bool) -> None:
+        with atomic_files(tmp_path, "data") if is_files else atomic_folder(folder) as temporary:
+            (temporary / "half").touch()
+            signal.pause()
+
+    writers = [multiprocessing.get_context("fork").Process(target=write_half, args=(files,)) for files in (True, False)]
+    for writer in writers:
+        writer.start()
+    while len(list(tmp_path.glob(".*/half"))) < 2:
+        time.sleep(0.01)
+    for is_there in (True, False):
+        with atomic_files(tmp_path, "data"), atomic_folder(folder):
+            assert len(list(tmp_path.glob(".*/half"))) == (2 if is_there else 0)
+        for writer in writers:
+            writer.kill()
+            writer.join()
+    assert names(tmp_path) == ["folder"]
 
 
 def test_text_replaces_text(tmp_path: Path):

@@ -7,9 +7,16 @@ all come from that one declaration.
 
 from megatron_dwm.config.flags.declaration import Flag, declared_flags, flag, flag_name, title_of
 from megatron_dwm.config.flags.parser import OneLineParser, add_flags, parse, read
-from megatron_dwm.config.flags.values import build, require_at_least, to_argv
+from megatron_dwm.config.flags.values import (
+    MAX_PROCESSES,
+    build,
+    require_at_least,
+    require_at_most,
+    to_argv,
+)
 
 __all__ = [
+    "MAX_PROCESSES",
     "Flag",
     "OneLineParser",
     "add_flags",
@@ -20,6 +27,7 @@ __all__ = [
     "parse",
     "read",
     "require_at_least",
+    "require_at_most",
     "title_of",
     "to_argv",
 ]

@@ -14,6 +14,8 @@ Config = TypeVar("Config")
 
 LARGEST_INTEGER = 2**63 - 1
 """What a tensor, an index file and a checkpoint can hold."""
+MAX_PROCESSES = 1024
+"""Processes or threads on one machine: more are a mistake, and would be started until that fails."""
 
 
 def build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
@@ -62,6 +64,21 @@ def require_at_least(config: Any, minimum: float, fields: str) -> None:
                 (item.names[0] for item in declared_flags(type(config)) if item.field == field), flag_name(field)
             )
             raise UserError(f"{spelling} {value}: must be at least {minimum}")
+
+
+def require_at_most(config: Any, most: float, fields: str) -> None:
+    """Check that numbers of a configuration are at most ``most``; None is accepted.
+
+    Args:
+        fields: names of fields, separated by blanks.
+
+    Raises:
+        UserError: one is larger.
+    """
+    for field in fields.split():
+        value = getattr(config, field)
+        if value is not None and value > most:
+            raise UserError(f"{flag_name(field)} {value}: must be at most {most}")
 
 
 def converter(value_type: type) -> Callable[[str], Any]:

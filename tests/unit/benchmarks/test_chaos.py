@@ -51,7 +51,7 @@ def test_a_moment_comes_with_the_file_or_the_iteration_that_it_waits_for(tmp_pat
     assert comes("save") == comes("export") == [False] * 3
     (tmp_path / ".iter_0000008.partial").mkdir()
     assert comes("save") == [False, False, True] and comes("export") == [False] * 3
-    (tmp_path / "weighter" / ".iter_0000008.tmp123").mkdir(parents=True)
+    (tmp_path / "weighter" / ".iter_0000008.0a1b2c3d.tmp123").mkdir(parents=True)
     assert comes("export") == [False, False, True]
 
 

@@ -201,6 +201,11 @@ def test_configurations_cannot_be_changed():
 
 
 MISTAKES = {
+    "--seed 4294967296": "--seed 4294967296: must be at most 4000000000",
+    f"--train-iters {2**63 - 1}": "--train-iters: more than 1e+12 samples would be read; lower it",
+    f"--eval-iters {2**62}": "--eval-iters: more than 1e+12 samples would be read; lower it",
+    f"--num-workers {2**62}": f"--num-workers {2**62}: must be at most 1024",
+    "--embedding-init-method-std -1": "--embedding-init-method-std -1.0: must be at least 0",
     "--num-distributed-optimizer-instances 2": "has no effect without --use-distributed-optimizer; add it",
     "--use-distributed-optimizer --num-distributed-optimizer-instances 3": "3 does not divide the 4 ranks",
     "--window-size 4": "--window-size 4: give the number of previous tokens that a token attends to",

@@ -428,6 +428,10 @@ def test_a_malformed_line_found_by_a_worker_process_ends_the_command_alike(tmp_p
             ["--input", "{tmp}/texts.jsonl", "--output-prefix", "{tmp}/out", "--partitions", "0"],
             "--partitions 0 is less than 1; give a positive number",
         ),
+        (
+            ["--input", "{tmp}/texts.jsonl", "--output-prefix", "{tmp}/out", "--workers", "99999"],
+            "--workers 99999: must be at most 1024",
+        ),
     ],
 )
 def test_bad_flags_and_paths_are_one_line_and_code_2(

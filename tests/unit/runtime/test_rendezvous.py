@@ -133,6 +133,18 @@ def test_a_first_rank_that_is_killed_before_the_others_have_agreed_is_named(tmp_
     assert text.splitlines()[-1].startswith("error: rank 0 ended while the r")  # run started, or ranks were joining
 
 
+def test_a_run_that_ctrl_c_ends_says_so_in_one_line(tmp_path: Path):
+    def interrupt(process: Process) -> None:
+        if process.rank == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        with process.startup_sync.phase("anything"):
+            pass
+
+    (first, text), last = start(tmp_path, [0, 1], 2, interrupt)
+    assert (first, text) == (130, "") and last[0] == 130, text + last[1]
+    assert last[1].startswith("error: SIGINT (Ctrl-C) has ended the run") and last[1].count("\n") == 1
+
+
 def test_a_rank_that_has_started_or_ended_is_not_silent(tmp_path: Path):
     """The first rank still works when the others have been done for longer than a silent rank is waited for."""
 

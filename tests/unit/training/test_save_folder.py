@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dwm.errors import UserError
+from megatron_dwm.training.checkpoint_folders import checkpoints_in
 from megatron_dwm.training.folder_lock import LOCK
 from megatron_dwm.training.save_folder import SaveFolder, check_writable
 
@@ -24,6 +25,12 @@ def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path):
     found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_dir())
     assert found == ["iter_0000008", "non_persistent", "weighter", "weighter/x"]
     assert sorted(path.name for path in tmp_path.glob(".*")) == [LOCK]
+
+
+def test_only_folders_that_are_named_by_a_number_hold_checkpoints(tmp_path: Path):
+    for name in ("iter_²", "iter_٣", f"iter_{'9' * 30}", "iter_x", "iter_0000003"):
+        (tmp_path / name).mkdir()
+    assert checkpoints_in(tmp_path) == [tmp_path / "iter_0000003"]
 
 
 def test_a_checkpoint_that_was_to_be_deleted_stays_while_the_tracker_names_it(tmp_path: Path):

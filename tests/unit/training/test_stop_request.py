@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_dwm.config.training import TrainingConfig
-from megatron_dwm.runtime.stop_signals import STOP_SIGNALS
+from megatron_dwm.runtime.stop_signals import STOP_SIGNALS, StartSignals
 from megatron_dwm.training.stop_request import EvaluationInterruptedError, StopRequest
 from tests.distributed.harness import run_distributed
 
@@ -42,6 +42,15 @@ def test_a_signal_that_one_rank_receives_breaks_every_ranks_evaluation_off(numbe
         return None
 
     assert run_distributed(broken_off_by, 2) == [number and number.name] * 2
+
+
+def test_a_run_under_nohup_goes_on_when_its_terminal_is_closed():
+    def reason() -> str | None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        StartSignals().close()
+        return reason_after(signal.SIGHUP, 1, exit_signal_handler=True)
+
+    assert run_distributed(reason, 1) == [None]
 
 
 def test_without_a_reason_the_run_goes_on():

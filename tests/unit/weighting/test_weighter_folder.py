@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -99,6 +101,35 @@ def test_a_classifier_with_its_separate_tokenizer_reads_the_text_of_a_sample(tmp
     text = [" ".join(str(number) for number in sample if number != TOKENIZER.eod) for sample in tokens().tolist()]
     scorer = ScoringModel(str(tmp_path), None, 100, torch.device("cpu"))
     assert scorer.score(scorer.tokenize(text), "mean") == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_digest_that_ranks_compare_covers_configuration_and_tokenizer(tmp_path: Path):
+    """Folders that differ between nodes may have equal weights and an equal vocabulary."""
+    ids = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, **{str(number): 40 - number for number in range(30)}}
+    classifier(BertConfig(**SMALL, vocab_size=41, max_position_embeddings=12, pad_token_id=0)).save_pretrained(tmp_path)
+    other_tokenizer(tmp_path, ids, special=True)
+    found = read(tmp_path)
+    assert weighter(found).score(tokens()).isfinite().all() and read(tmp_path).digest == found.digest
+    for name, key, value in (("config.json", "hidden_act", "relu"), ("tokenizer.json", "post_processor", None)):
+        content = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(json.dumps({**json.loads(content), key: value}))
+        other = read(tmp_path)
+        assert other.digest != found.digest and other.fingerprint == found.fingerprint
+        assert (other.tokenizer_digest == found.tokenizer_digest) == (name == "config.json")
+        (tmp_path / name).write_text(content)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_without_their_scales_are_refused(dtype: torch.dtype, tmp_path: Path):
+    model = classifier(LLAMA)
+    model.save_pretrained(tmp_path)
+    save_hf_tokenizer(TOKENIZER, SETTINGS, tmp_path)
+    assert read(tmp_path).digest
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(weights | {name: weights[name].to(dtype)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"{name} has type torch\.\w+; give a model that is not quantized"):
+        read(tmp_path)
 
 
 def test_other_ids_for_the_same_words_give_the_same_scores_and_the_same_steps(tmp_path: Path):
