@@ -21,7 +21,8 @@ LLAMA_STYLE: dict[str, Any] = {
     "--untie-embeddings-and-output-weights": True,
 }
 
-# Runs of the commands.
+# Runs of the commands: two iterations of warm-up, and two stages of four with two outer updates each. Every iteration
+# has two microbatches, so that gradients accumulate and pipelines fill; what costs is the number of both.
 LANGUAGE_MODEL: dict[str, Any] = {
     "--num-layers": 2,
     "--hidden-size": 32,
@@ -31,12 +32,12 @@ LANGUAGE_MODEL: dict[str, Any] = {
     **LLAMA_STYLE,
 }
 TRAINING: dict[str, Any] = {
-    "--micro-batch-size": 2,
+    "--micro-batch-size": 4,
     "--global-batch-size": 8,
-    "--train-iters": 20,
+    "--train-iters": 10,
     "--lr": 1e-2,
     "--lr-decay-style": "cosine",
-    "--lr-warmup-iters": 4,
+    "--lr-warmup-iters": 2,
     "--log-interval": 1,
     "--eval-iters": 1,
     "--num-workers": 0,
@@ -45,7 +46,7 @@ TRAINING: dict[str, Any] = {
 }
 DATA: dict[str, Any] = {"--mock-data": True, "--tokenizer-type": "NullTokenizer", "--vocab-size": 100}
 WEIGHTING: dict[str, Any] = {
-    "--dwm-warmup-iters": 4,
+    "--dwm-warmup-iters": 2,
     "--dwm-num-stages": 2,
     "--dwm-update-interval": 2,
     "--dwm-init-from": "lm",

@@ -8,7 +8,7 @@ import torch
 
 CHUNK_ELEMENTS = 1 << 22
 _LANES = ((0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9), (0xC2B2AE3D27D4EB4F, 0x94D049BB133111EB))
-"""Odd numbers that places, and places mixed with bits, are multiplied with: one pair for each number of the hash."""
+"""Odd factors for positions, and for positions mixed with bits: one pair for each number of the hash."""
 
 
 def bit_hash(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -21,14 +21,14 @@ def bit_hash(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     start = 0
     for tensor in tensors:
         for bits in tensor.detach().reshape(-1).view(torch.int32).split(CHUNK_ELEMENTS):
-            places = torch.arange(start, start + len(bits), device=bits.device)
+            positions = torch.arange(start, start + len(bits), device=bits.device)
             start += len(bits)
-            sums.append(torch.stack([_mixed(bits, places, *_signed(*lane)).sum() for lane in _LANES]))
+            sums.append(torch.stack([_mixed(bits, positions, *_signed(*lane)).sum() for lane in _LANES]))
     return torch.stack(sums).sum(0)
 
 
-def _mixed(bits: torch.Tensor, places: torch.Tensor, of_places: int, of_both: int) -> torch.Tensor:
-    mixed = (bits.long() ^ (places * of_places)).mul_(of_both)
+def _mixed(bits: torch.Tensor, positions: torch.Tensor, of_positions: int, of_both: int) -> torch.Tensor:
+    mixed = (bits.long() ^ (positions * of_positions)).mul_(of_both)
     return (mixed ^ (mixed >> 29)).mul_(of_both)
 
 

@@ -230,7 +230,7 @@ class EmbeddedWeighting:
         self.iteration = state["iteration"]
         self.weighter.load_state(state)
         replay = self.outer_update.replay
-        replay.load(state["replay"], self.outer_update.rank_places, self.weighter.device)
+        replay.load(state["replay"], self.outer_update.rank_positions, self.weighter.device)
         replay.num_appended = state["num_updates"]
         self.outer_update.learner.prior = state["weighter_prior"]
 

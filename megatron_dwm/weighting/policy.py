@@ -40,7 +40,7 @@ class SampleWeights:
 
     @property
     def scores(self) -> torch.Tensor:
-        """[N], float64, in global order (microbatch, data-parallel rank, place), on the CPU."""
+        """[N], float64, in global order (microbatch, data-parallel rank, position), on the CPU."""
         return self.scores_and_weights.read()[0]
 
     @property

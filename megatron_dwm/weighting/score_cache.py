@@ -45,8 +45,8 @@ class ScoreCache:
         """
         keys = [int.from_bytes(sample_key(sample), "little", signed=True) for sample in tokens.cpu().numpy()]
         missing = {key: place for place, key in enumerate(keys) if key not in self._scores}
-        places = torch.tensor(list(missing.values()), dtype=torch.int64, device=tokens.device)
-        found = dict(zip(missing, score(tokens[places]).tolist(), strict=True))
+        positions = torch.tensor(list(missing.values()), dtype=torch.int64, device=tokens.device)
+        found = dict(zip(missing, score(tokens[positions]).tolist(), strict=True))
         rank_scores = torch.tensor(
             [found[key] if key in found else self._scores[key] for key in keys], dtype=torch.float32
         ).to(tokens.device)

@@ -175,7 +175,7 @@ class Weighter:
 
     def _score_windows(self, windows: list[list[Window]], device: torch.device) -> torch.Tensor:
         """Return each sample's mean score over its windows, in proportion to their tokens [m]."""
-        placed = [(place, window) for place, of_sample in enumerate(windows) for window in of_sample]
+        placed = [(sample, window) for sample, of_sample in enumerate(windows) for window in of_sample]
         placed.sort(key=lambda item: len(item[1].ids))
         scores = [
             self._forward(
@@ -183,10 +183,10 @@ class Weighter:
             )
             for start in range(0, len(placed), self.batch_size)
         ]
-        places = torch.tensor([place for place, _ in placed], device=device)
+        samples = torch.tensor([sample for sample, _ in placed], device=device)
         sizes = torch.tensor([window.size for _, window in placed], dtype=torch.float32, device=device)
         totals = torch.zeros(len(windows), device=device)
-        return totals.index_add(0, places, torch.cat(scores) * sizes) / totals.index_add(0, places, sizes)
+        return totals.index_add(0, samples, torch.cat(scores) * sizes) / totals.index_add(0, samples, sizes)
 
     def _forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         mask = {} if attention_mask is None else {"attention_mask": attention_mask}

@@ -38,7 +38,7 @@ def weighter(start: float = 0.0, **settings: Any) -> tuple[WeightingConfig, Weig
     return config, Weighter(model, config, torch.device("cpu"))
 
 
-def rank_places(samples: int = SAMPLES) -> torch.Tensor:
+def rank_positions(samples: int = SAMPLES) -> torch.Tensor:
     return torch.arange(dist.get_rank(), samples, dist.get_world_size())
 
 
@@ -47,7 +47,7 @@ def filled(batches: int = 3) -> Replay:
     for _ in range(batches):
         tokens = torch.randint(0, 50, (SAMPLES, LENGTH), generator=generator)
         alignments = torch.randn(SAMPLES, dtype=torch.float64, generator=generator)
-        kept.append(tokens[rank_places()], rank_places(), alignments)
+        kept.append(tokens[rank_positions()], rank_positions(), alignments)
     return kept
 
 
@@ -118,7 +118,7 @@ def test_features_of_the_replay_are_found_once_and_change_nothing(monkeypatch: p
 
         monkeypatch.setattr(model, "features", counted)
         for aligned in filled(4).batches:
-            kept.append(aligned.tokens, aligned.places, aligned.alignments)
+            kept.append(aligned.tokens, aligned.positions, aligned.alignments)
             learner.learn(kept)
         return model.hash(), read, learner.kept_bytes
 
@@ -139,7 +139,7 @@ def test_learning_goes_on_the_same_from_a_saved_replay_in_another_layout(kind: A
         if state is None:
             kept = filled()
         else:
-            kept.load(state, rank_places, torch.device("cpu"))
+            kept.load(state, rank_positions, torch.device("cpu"))
             kept.num_appended = 3
         learner.learn(kept)
         flat = torch.cat([param.detach().flatten() for param in learned.model.parameters()])

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron_dwm.cli import pretrain as pretrain_command
 from megatron_dwm.runtime.process_groups import free_port
 from tests.distributed.harness import become_rank, checkpoint_manager
-from tests.small_runs import as_argv
+from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, as_argv, parse_flags
 from tests.turns import turn
 
 _TOKENIZERS = "megatron.core.tokenizers"
@@ -36,6 +36,7 @@ for module in (
     "transformers.models.modernbert.modeling_modernbert",
 ):
     importlib.import_module(module)
+parse_flags({**LANGUAGE_MODEL, **TRAINING, **DATA})  # which reads the declarations of all flags, once
 
 
 @dataclass(frozen=True)

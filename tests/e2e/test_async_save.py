@@ -18,7 +18,7 @@ from tests.e2e.launch import pretrain, records, succeed
 from tests.e2e.test_uniform_weights import assert_same_checkpoints
 from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING
 
-SAVES, KILLED_AT, END = 4, 8, 12
+SAVES, KILLED_AT, END = 2, 4, 6
 FLAGS: dict[str, Any] = {
     **LANGUAGE_MODEL,
     **TRAINING,

@@ -68,7 +68,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"--tokenizer-type": "SentencePieceTokenizer", "--tokenizer-model": "{data}/no_index.idx"},
         ["--tokenizer-model", "no_index.idx"],
     ),
-    "indivisible batch": ({"--global-batch-size": 7}, ["--global-batch-size 7", "--micro-batch-size 2"]),
+    "indivisible batch": ({"--global-batch-size": 7}, ["--global-batch-size 7", "--micro-batch-size 4"]),
     "indivisible target batch": ({"--dwm-target-batch-size": 5}, ["--dwm-target-batch-size 5"]),
     "indivisible heads": (
         {"--num-attention-heads": 5, "--hidden-size": 40, "--tensor-model-parallel-size": 2},

@@ -47,7 +47,7 @@ def test_a_run_resumed_with_other_flags_reads_to_its_end_and_says_what_changed(t
     smaller = succeed(tmp_path / "smaller", 1, flags_of(train, load=save, global_batch_size=4))
     assert ANOTHER_ORDER not in smaller.text
 
-    longer = succeed(tmp_path / "longer", 2, flags_of(train, load=save, train_iters=20, global_batch_size=16))
+    longer = succeed(tmp_path / "longer", 2, flags_of(train, load=save, train_iters=10, global_batch_size=16))
     assert longer.text.count(ANOTHER_ORDER) == 1 and f" of {train}, not 1 epoch)" in longer.text
 
     blended = succeed(tmp_path / "blended", 1, flags_of(f"1 {train} 1 {more}", load=save))

@@ -24,7 +24,7 @@ def test_it_learns_is_exported_serves_frozen_and_goes_on_with_another_batch_size
         ],
     }
     target = {"--dwm-target-data-path": make_dataset(tmp_path, "target", counting(3))}
-    run = {**LANGUAGE_MODEL, **TRAINING, **data}
+    run = {**LANGUAGE_MODEL, **TRAINING, "--train-iters": 20, **data}
     succeed(tmp_path / "log", 2, {**run, **WEIGHTING, **target, "--save": save})
     steps, updates = (records(save / "metrics.jsonl", kind) for kind in ("train", "outer_update"))
     both = [step["weight_by_source"] for step in steps if len(step["weight_by_source"]) == 2]

@@ -28,6 +28,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "--train-iters": False,
         "--train-samples": 80,
         "--lr-warmup-iters": False,
+        "--micro-batch-size": 2,
         "--global-batch-size": 12,
         "--rampup-batch-size": [4, 4, 40],
         "--adam-eps": 1e-4,

@@ -25,7 +25,7 @@ FLAGS = {**LANGUAGE_MODEL, **TRAINING, **DATA, **WEIGHTING}
         {"--dwm-mode": "off"},
         {"--eval-interval": "7"},
         {"--seed": "5"},
-        {"--train-iters": "19"},
+        {"--train-iters": "9"},
     ],
 )
 def test_a_flag_that_differs_on_one_rank_is_named(changes: dict[str, str], tmp_path: Path):

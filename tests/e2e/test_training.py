@@ -74,11 +74,11 @@ FEATURES: dict[str, tuple[int, dict[str, Any]]] = {
         1,
         {
             "--train-iters": False,
-            "--train-samples": 160,
+            "--train-samples": 80,
             "--lr-warmup-iters": False,
-            "--lr-warmup-samples": 16,
+            "--lr-warmup-samples": 8,
             "--lr-decay-style": "WSD",
-            "--lr-wsd-decay-samples": 40,
+            "--lr-wsd-decay-samples": 20,
         },
     ),
 }
@@ -91,6 +91,7 @@ def test_a_run_with_this_feature_learns(feature: str, tmp_path: Path):
     flags = {
         **LANGUAGE_MODEL,
         **TRAINING,
+        "--lr": 2e-2,  # enough to learn in ten iterations
         **TOKENIZER,
         **WEIGHTING,
         "--train-data-path": ["0.5", sources[0], "0.5", sources[1]],
@@ -103,11 +104,11 @@ def test_a_run_with_this_feature_learns(feature: str, tmp_path: Path):
     succeed(tmp_path / "log", processes, flags)
     metrics = tmp_path / "save" / "metrics.jsonl"
     losses = [record["lm_loss"] for record in records(metrics, "train")]
-    assert len(losses) == 20 and all(map(math.isfinite, losses))
+    assert len(losses) == 10 and all(map(math.isfinite, losses))
     assert losses[-1] < losses[0] - 0.3
     updates = records(metrics, "outer_update")
-    assert len(updates) + len(records(metrics, "skipped_outer_update")) == 8 and len(updates) > 4
+    assert len(updates) + len(records(metrics, "skipped_outer_update")) == 4 and len(updates) > 2
     assert set(updates[0]["samples"]["source"]) == {"clean", "noise"}
     assert updates[-1]["samples"]["weight"] != updates[0]["samples"]["weight"]
-    assert (tmp_path / "save" / "weighter" / "iter_0000020" / "model.safetensors").is_file()
+    assert (tmp_path / "save" / "weighter" / "iter_0000010" / "model.safetensors").is_file()
     assert list((tmp_path / "board").iterdir())

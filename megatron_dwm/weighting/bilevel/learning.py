@@ -44,7 +44,7 @@ class GradientLearner:
     def learn(self, replay: Replay) -> float:
         """Take the steps; each uses as many samples as the newest batch has."""
         newest = replay.newest
-        draw = Draw(newest.tokens.long(), newest.places, newest.alignments)
+        draw = Draw(newest.tokens.long(), newest.positions, newest.alignments)
         norm = 0.0
         for step in range(self.config.dwm_weighter_steps):
             if step > 0:
@@ -55,11 +55,11 @@ class GradientLearner:
     def _step(self, draw: Draw) -> float:
         config, device = self.config, self.weighter.device
         wanted = standardized(draw.alignments, config.dwm_clip_alignment).to(device)
-        places = draw.places.to(device)
+        positions = draw.positions.to(device)
 
         def score_gradient(rank_scores: torch.Tensor) -> torch.Tensor:
-            scores = sum_over_ranks(rank_scores, places, len(wanted))
-            return standardized_score_gradient(wanted, scores, config.dwm_temperature, config.dwm_kl_weight)[places]
+            scores = sum_over_ranks(rank_scores, positions, len(wanted))
+            return standardized_score_gradient(wanted, scores, config.dwm_temperature, config.dwm_kl_weight)[positions]
 
         return self.weighter.step(draw.tokens, score_gradient)
 

@@ -58,15 +58,15 @@ class OuterUpdate:
         """The optimizer's present loss scale."""
         return self.lm_gradients.loss_scale
 
-    def rank_places(self, batch_samples: int) -> torch.Tensor:
+    def rank_positions(self, batch_samples: int) -> torch.Tensor:
         """Return the positions, in a batch of N samples, of the samples that this rank scores [c].
 
         A batch that was aligned with other batch sizes may not be divisible into this run's microbatches.
         """
-        partition, places = self.sample_gather.partition, torch.arange(batch_samples)
+        partition, positions = self.sample_gather.partition, torch.arange(batch_samples)
         if batch_samples % (partition.micro_batch_size * self.sample_gather.parallel_state.dp_size) == 0:
-            return self.sample_gather.select_rank(places)
-        return places[world_rank() :: world_size()]
+            return self.sample_gather.select_rank(positions)
+        return positions[world_rank() :: world_size()]
 
     def run(self, batch: Samples, target: Samples, old_parameters: ParameterCopy) -> OuterResult | None:
         """Align ``batch`` with ``target`` and update the weighter.
@@ -93,7 +93,7 @@ class OuterUpdate:
             return None
         alignments = found.values
         tokens = batch.tokens[self.sample_gather.rank_slice_of(len(batch))]
-        self.replay.append(tokens, self.rank_places(len(alignments)), alignments)
+        self.replay.append(tokens, self.rank_positions(len(alignments)), alignments)
         before_steps = self._scores(self.replay.newest)
         grad_norm = self.learner.learn(self.replay) if self.config.dwm_lr > 0 else 0.0
         first, last = torch.stack([before_steps, self._scores(self.replay.newest)]).cpu()

@@ -60,9 +60,9 @@ def _scale(values: Sequence[torch.Tensor], held: Sequence[_Owned]) -> None:
         else:  # no step has been made yet, so P is unknown
             v.fill_(torch.nan)
     counts = _steps([part for _, part in known])
-    for places in batches([v.numel() for v, _ in known]):
-        some, parts = [known[n][0] for n in places], [known[n][1] for n in places]
-        corrections = [1 - part.group["betas"][1] ** counts[n] for n, part in zip(places, parts, strict=True)]
+    for indices in batches([v.numel() for v, _ in known]):
+        some, parts = [known[n][0] for n in indices], [known[n][1] for n in indices]
+        corrections = [1 - part.group["betas"][1] ** counts[n] for n, part in zip(indices, parts, strict=True)]
         moments = [part.state["exp_avg_sq"].view(-1) for part in parts]
         scales = list(torch._foreach_div(moments, corrections))
         torch._foreach_sqrt_(scales)

@@ -24,7 +24,7 @@ class AlignedBatch:
 
     tokens: torch.Tensor
     """This rank's samples [c, s], int32."""
-    places: torch.Tensor
+    positions: torch.Tensor
     """Their positions in the batch [c], int64, on the CPU. Every position is on one rank."""
     alignments: torch.Tensor
     """Alignments of the whole batch in global order [N], float64, on the CPU."""
@@ -36,7 +36,7 @@ class Draw:
 
     tokens: torch.Tensor
     """Tokens of the drawn samples that this rank holds [c, s], int64."""
-    places: torch.Tensor
+    positions: torch.Tensor
     """Their positions among the drawn samples [c], int64, on the CPU."""
     alignments: torch.Tensor
     """Alignments of all drawn samples [M], float64, each standardized within its own batch."""
@@ -64,14 +64,14 @@ class Replay:
         """The batch that was aligned last."""
         return self.batches[-1]
 
-    def append(self, tokens: torch.Tensor, places: torch.Tensor, alignments: torch.Tensor) -> None:
+    def append(self, tokens: torch.Tensor, positions: torch.Tensor, alignments: torch.Tensor) -> None:
         """Add a batch: this rank's tokens [c, s] and their positions [c], and all alignments [N].
 
         If its samples have another length than the kept ones, it replaces all of them.
         """
         if self.batches and self.newest.tokens.shape[1] != tokens.shape[1]:
             self.batches.clear()
-        self.batches.append(AlignedBatch(tokens.to(torch.int32), places.cpu(), alignments.cpu()))
+        self.batches.append(AlignedBatch(tokens.to(torch.int32), positions.cpu(), alignments.cpu()))
         self.num_appended += 1
 
     def batch_weights(self) -> torch.Tensor:
@@ -94,42 +94,42 @@ class Replay:
         alignments = torch.cat([standardized(aligned.alignments) for aligned in self.batches])[drawn]
         place_in_draw = torch.full((len(chances),), -1)
         place_in_draw[drawn] = torch.arange(len(drawn))
-        tokens, places = [], []
+        tokens, positions = [], []
         for aligned, of_batch in zip(self.batches, place_in_draw.split(sizes.tolist()), strict=True):
-            held = of_batch[aligned.places]
+            held = of_batch[aligned.positions]
             drawn_here = (held >= 0).nonzero().squeeze(1)
             tokens.append(aligned.tokens[drawn_here.to(aligned.tokens.device)])
-            places.append(held[drawn_here])
-        return Draw(torch.cat(tokens).long(), torch.cat(places), alignments)
+            positions.append(held[drawn_here])
+        return Draw(torch.cat(tokens).long(), torch.cat(positions), alignments)
 
     def state(self) -> list[dict[str, Any]]:
         """Return all batches with whole tokens [N, s], int32, on the CPU; a collective call of all ranks."""
         entries = []
         for aligned in self.batches:
             whole = aligned.tokens.new_zeros(len(aligned.alignments), aligned.tokens.shape[1])
-            whole[aligned.places.to(whole.device)] = aligned.tokens
+            whole[aligned.positions.to(whole.device)] = aligned.tokens
             all_reduce_over_world(whole)  # every sample is on one rank, and 0 on the others
             entries.append({"tokens": whole.cpu(), "alignments": aligned.alignments})
         return entries
 
     def load(
-        self, entries: list[dict[str, Any]], rank_places: Callable[[int], torch.Tensor], device: torch.device
+        self, entries: list[dict[str, Any]], rank_positions: Callable[[int], torch.Tensor], device: torch.device
     ) -> None:
         """Load the batches of :meth:`state`, each rank its part, from any layout and batch size.
 
         Args:
             entries: the batches.
-            rank_places: returns, for a batch size, the positions of the samples that this rank keeps [c].
+            rank_positions: returns, for a batch size, the positions of the samples that this rank keeps [c].
             device: where the tokens are kept.
         """
         for entry in entries:
-            places = rank_places(len(entry["alignments"]))
-            self.append(entry["tokens"][places].to(device), places, entry["alignments"])
+            positions = rank_positions(len(entry["alignments"]))
+            self.append(entry["tokens"][positions].to(device), positions, entry["alignments"])
 
 
-def sum_over_ranks(values: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:
+def sum_over_ranks(values: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Tensor:
     """Return all ``count`` values, from each rank's values [c] and their positions; a collective call."""
     whole = values.new_zeros(count)
-    whole[places] = values
+    whole[positions] = values
     all_reduce_over_world(whole)
     return whole

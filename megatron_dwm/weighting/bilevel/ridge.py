@@ -159,8 +159,8 @@ class RidgeLearner:
         targets, batch_of = [], []
         for number, aligned in enumerate(replay.batches):
             wanted = scale * standardized(aligned.alignments, config.dwm_clip_alignment)
-            targets.append((wanted - wanted.mean())[aligned.places])
-            batch_of.append(torch.full((len(aligned.places),), number))
+            targets.append((wanted - wanted.mean())[aligned.positions])
+            batch_of.append(torch.full((len(aligned.positions),), number))
         sizes = torch.tensor([len(aligned.alignments) for aligned in replay.batches], dtype=torch.float64)
         return _Rows(
             self._pieces(replay),

@@ -137,7 +137,7 @@ class BilevelWeighting(ScoredWeighting):
         self.consumed_target_samples = state["consumed_target_samples"]
         self.num_updates = state["outer_updates"]
         outer_update = self.outer_update
-        outer_update.replay.load(state["replay"], outer_update.rank_places, current_device())
+        outer_update.replay.load(state["replay"], outer_update.rank_positions, current_device())
         outer_update.replay.num_appended = self.num_updates
         outer_update.learner.prior = state.get("weighter_prior")
         per_parameter = state.get(PER_PARAMETER, {})

@@ -21,10 +21,10 @@ LOW_32_BITS = 0xFFFFFFFF
 
 def ngram_buckets(tokens: torch.Tensor, length: int, buckets: int) -> torch.Tensor:
     """Return the bucket of each n-gram [m, s - length + 1] of tokens [m, s], int64."""
-    places = tokens.shape[1] - length + 1
-    hashed = torch.full_like(tokens[:, :places], length)
+    num_ngrams = tokens.shape[1] - length + 1
+    hashed = torch.full_like(tokens[:, :num_ngrams], length)
     for start in range(length):
-        hashed = (hashed * MULTIPLIERS[0] + tokens[:, start : start + places] + 1) & LOW_32_BITS
+        hashed = (hashed * MULTIPLIERS[0] + tokens[:, start : start + num_ngrams] + 1) & LOW_32_BITS
     hashed = ((hashed ^ (hashed >> 16)) * MULTIPLIERS[1]) & LOW_32_BITS
     return (hashed ^ (hashed >> 16)) % buckets
 

@@ -60,14 +60,14 @@ def test_the_plan_of_a_run(tmp_path: Path):
     assert (
         planned["layout"]["data_parallel"] == 8 and "32 ranks = tensor 2 x pipeline 1 x context 2 x data 8" in printed
     )
-    # Iterations 1 to 4 are the warm-up; two stages of 8 follow, with an update every 2.
-    assert planned["updates"] == [6, 8, 10, 12, 14, 16, 18, 20]
-    assert "outer updates    8: after iterations 6 to 20, every 2" in printed
+    # Iterations 1 and 2 are the warm-up; two stages of 4 follow, with an update every 2.
+    assert planned["updates"] == [4, 6, 8, 10]
+    assert "outer updates    4: after iterations 4 to 10, every 2" in printed
     # 4 layers of 4 x 32 x 32 and 3 x 32 x 64 and 2 norms, a norm, and an embedding and an output layer of 256 rows.
     assert planned["model_parameters"] == 4 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32 + 2 * 256 * 32
     files = {file["path"].removeprefix(f"{save}/"): file["times"] for file in planned["files"]}
-    # Exports are at the ends of the stages too, 12 and 20.
-    assert (files["iter_XXXXXXX"], files["weighter/iter_XXXXXXX"], files["metrics.jsonl"]) == (4, 5, 1)
+    # Exports are at the ends of the stages too, 6 and 10.
+    assert (files["iter_XXXXXXX"], files["weighter/iter_XXXXXXX"], files["metrics.jsonl"]) == (2, 3, 1)
     (stage,) = planned["memory"]
     assert stage["peak"] > stage["plain"] > stage["weights"] + stage["gradients"] + stage["optimizer"] > 0
     assert "activations of --transformer-impl torch, in place of Transformer Engine's" in printed

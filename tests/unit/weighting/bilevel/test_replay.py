@@ -38,7 +38,7 @@ def test_samples_are_drawn_from_all_batches_alike_and_once_each():
     assert (counts / counts.sum() - 1 / 6).abs().max() < 0.03
     draw = kept.draw(10 * SAMPLES, draw_generator(1, 1))  # more than there are
     assert draw.tokens[:, 0].bincount().tolist() == [SAMPLES] * 6
-    assert torch.equal(draw.places, torch.arange(6 * SAMPLES))
+    assert torch.equal(draw.positions, torch.arange(6 * SAMPLES))
 
 
 def test_older_batches_are_drawn_less_by_the_half_life():
@@ -52,10 +52,10 @@ def test_older_batches_are_drawn_less_by_the_half_life():
 def test_a_draw_keeps_tokens_and_alignments_together_wherever_the_tokens_are():
     kept, half = replay(5), Replay(64, None)
     for aligned in kept.batches:
-        half.append(aligned.tokens[1::2], aligned.places[1::2], aligned.alignments)
+        half.append(aligned.tokens[1::2], aligned.positions[1::2], aligned.alignments)
     whole, part = (r.draw(SAMPLES, draw_generator(3, 1)) for r in (kept, half))
     assert torch.equal(whole.alignments, part.alignments)
-    assert torch.equal(whole.tokens[part.places], part.tokens)
+    assert torch.equal(whole.tokens[part.positions], part.tokens)
     again = kept.draw(SAMPLES, draw_generator(3, 1))
     other = kept.draw(SAMPLES, draw_generator(3, 2))
     assert torch.equal(whole.tokens, again.tokens) and not torch.equal(whole.alignments, other.alignments)
