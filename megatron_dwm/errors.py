@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 EXIT_CODE = 2
 INTERRUPTED = 130
@@ -55,12 +56,24 @@ def print_error(error: UserError) -> None:
     print(f"error: {shortened(' '.join(words), MAX_CHARACTERS)}\n", file=sys.stderr, end="", flush=True)
 
 
-def allocation_failure_reason(error: Exception) -> str | None:
-    """Return why memory could not be allocated, if that is what an error of Python or torch means."""
-    if isinstance(error, MemoryError):
-        return shortened(error) or "there is not so much memory"
-    is_torchs = isinstance(error, (RuntimeError, TypeError)) and re.search(_NO_MEMORY, str(error), re.IGNORECASE)
-    return shortened(str(error).splitlines()[0]) if is_torchs else None
+@contextlib.contextmanager
+def reported_lack_of_memory(what: str, remedy: str) -> Iterator[None]:
+    """Turn failures of Python and torch to allocate something into a user's error.
+
+    Args:
+        what: what is allocated, in words.
+        remedy: what to do instead.
+
+    Raises:
+        UserError: there is too little memory.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, TypeError) as error:
+        if not isinstance(error, MemoryError) and re.search(_NO_MEMORY, str(error), re.IGNORECASE) is None:
+            raise
+        reason = shortened(str(error).partition("\n")[0]) or "it cannot be allocated"
+        raise UserError(f"the {what} needs more memory than there is ({reason}); {remedy}") from None
 
 
 def write_failure_reason(error: Exception) -> str | None:

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dwm.config.flags import declared_flags, flag, flag_name, require_at_least
+from megatron_dwm.config.flags import MAX_LAYERS, declared_flags, flag, flag_name, require_at_least, require_at_most
 from megatron_dwm.config.layer_patterns import parse_layers
 from megatron_dwm.config.needed_flags import TOLERATED_IN_MEGATRON_SCRIPTS, missing_flag
 from megatron_dwm.errors import UserError
@@ -203,6 +203,7 @@ class ModelConfig:
         require_at_least(
             self, 0, "hidden_dropout attention_dropout init_method_std embedding_init_method_std layernorm_epsilon"
         )
+        require_at_most(self, MAX_LAYERS, "num_layers")
         self._check_sizes()
         self._check_positions()
         self._check_companions()

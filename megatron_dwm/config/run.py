@@ -174,6 +174,7 @@ class RunConfig:
             "train_samples": training.train_samples or 0,
             "train_iters": (training.train_iters or 0) * batch,
             "eval_iters": self.data.eval_iters * evaluations * batch,
+            "dwm_target_batch_size": self.weighting.dwm_target_batch_size or 0,
         }
         for name, count in read.items():
             if count > MAX_SAMPLES:

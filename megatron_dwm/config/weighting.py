@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from megatron_dwm.config.flags import flag, require_at_least
+from megatron_dwm.config.flags import MAX_LAYERS, flag, require_at_least, require_at_most
 from megatron_dwm.errors import UserError
 
 Rule = Literal[
@@ -22,6 +22,9 @@ Rule = Literal[
 ]
 TARGETED_RULES = ("shuffled", "similarity", "source-alignment", "top-alignment")
 """Rules whose weights depend on the target set."""
+MAX_WEIGHTER_SIZE = 2**20
+"""A weighter is made only when the warm-up is over: too late to find that it has no room in memory."""
+MAX_BUCKETS = 2**31
 _OF_SOURCES = ("oracle", "source-weights")
 
 
@@ -180,6 +183,9 @@ class WeightingConfig:
             "dwm_kl_weight dwm_clip_alignment dwm_lr dwm_weight_decay dwm_clip_grad dwm_warmup_iters dwm_rule_strength "
             "dwm_ngram_hidden_size dwm_rule_seed dwm_score_cache",
         )
+        require_at_most(self, MAX_LAYERS, "dwm_num_layers")
+        require_at_most(self, MAX_WEIGHTER_SIZE, "dwm_hidden_size dwm_ffn_hidden_size dwm_ngram_hidden_size")
+        require_at_most(self, MAX_BUCKETS, "dwm_ngram_buckets")
         if not 0 <= self.dwm_min_effective_sample_size <= 1:
             raise UserError(
                 f"--dwm-min-effective-sample-size {self.dwm_min_effective_sample_size}: must be between 0 and 1"

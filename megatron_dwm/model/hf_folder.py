@@ -52,6 +52,15 @@ class FolderTensors(Mapping[str, torch.Tensor]):
         """The precision of a tensor in its file."""
         return self._read(name).dtype
 
+    def dtypes(self, names: Iterable[str]) -> Iterator[tuple[str, torch.dtype]]:
+        """Yield the precision of tensors in their files; each file of pickled tensors is opened once."""
+        names = list(names)
+        paths = {self.places[name] for name in names}
+        pickled = {path: _pickled(path) for path in paths if path.suffix != ".safetensors"}
+        for name in names:
+            path = self.places[name]
+            yield name, (pickled[path][name] if path in pickled else self._read(name)).dtype
+
     def main_dtype(self) -> torch.dtype:
         """The floating-point precision that most of the bytes have."""
         sizes = {torch.float32: 0}
@@ -281,8 +290,8 @@ def _check_layers(declared: Mapping[str, Any], tensors: int) -> None:
 
 def _check_dtypes(files: FolderTensors, names: Iterable[str]) -> None:
     """Refuse integer and 8-bit parameters, whose scales are in other tensors that are not read."""
-    for name in names:
-        if is_quantized(dtype := files.dtype(name)):
+    for name, dtype in files.dtypes(names):
+        if is_quantized(dtype):
             raise UserError(f"{name} has type {dtype}; give a model that is not quantized")
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.blend import DataPaths, data_paths
 from megatron_dwm.data.tokenizers import build_tokenizer, vocabulary_rows
 from megatron_dwm.data.validation import check_data
-from megatron_dwm.errors import UserError, allocation_failure_reason
+from megatron_dwm.errors import reported_lack_of_memory
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
 from megatron_dwm.model.tp_comm_overlap import start_tp_comm_overlap
@@ -49,6 +47,11 @@ from megatron_dwm.training.trainer import TrainerParts
 from megatron_dwm.weighting.policy import State
 
 logger = logging.getLogger(__name__)
+
+_REMEDY_FOR_MEMORY = (
+    "make --num-layers, --hidden-size, --ffn-hidden-size or the vocabulary smaller, or divide it over more ranks; "
+    "--plan says what it needs"
+)
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ def assemble_language_model(
     Raises:
         UserError: the model needs more memory than there is.
     """
-    with _reported_lack_of_memory():
+    with reported_lack_of_memory("model", _REMEDY_FOR_MEMORY):
         bare = build_model_chunks(
             core_config,
             config.model,
@@ -210,24 +213,6 @@ def assemble_language_model(
         check_for_nan=config.training.should_check_for_nan(config.optimizer),
     )
     return LanguageModel(parallel_state, engine, components)
-
-
-@contextlib.contextmanager
-def _reported_lack_of_memory() -> Iterator[None]:
-    """Turn a failure to allocate the model into a user's error.
-
-    Raises:
-        UserError: there is too little memory.
-    """
-    try:
-        yield
-    except Exception as error:
-        if (reason := allocation_failure_reason(error)) is None:
-            raise
-        raise UserError(
-            f"the model needs more memory than there is ({reason}); make --num-layers, --hidden-size, "
-            "--ffn-hidden-size or the vocabulary smaller, or divide it over more ranks; --plan says what it needs"
-        ) from None
 
 
 def _vocabulary(model: ModelConfig, tp: int, inputs: RunInputs) -> Vocabulary:

@@ -185,8 +185,8 @@ def _check_types(folder: Path, hf_config: Any, model: Any) -> None:
     if getattr(hf_config, "quantization_config", None):
         raise ValueError("config.json has a quantization_config; give a model that is not quantized")
     files = weight_files(folder)
-    for name, _ in model.named_parameters():
-        if name in files and is_quantized(dtype := files.dtype(name)):
+    for name, dtype in files.dtypes(name for name, _ in model.named_parameters() if name in files):
+        if is_quantized(dtype):
             raise ValueError(f"{name} has type {dtype}; give a model that is not quantized")
 
 

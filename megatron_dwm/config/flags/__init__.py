@@ -8,14 +8,17 @@ all come from that one declaration.
 from megatron_dwm.config.flags.declaration import Flag, declared_flags, flag, flag_name, title_of
 from megatron_dwm.config.flags.parser import OneLineParser, add_flags, parse, read
 from megatron_dwm.config.flags.values import (
+    MAX_LAYERS,
     MAX_PROCESSES,
     build,
     require_at_least,
     require_at_most,
+    require_not_empty,
     to_argv,
 )
 
 __all__ = [
+    "MAX_LAYERS",
     "MAX_PROCESSES",
     "Flag",
     "OneLineParser",
@@ -28,6 +31,7 @@ __all__ = [
     "read",
     "require_at_least",
     "require_at_most",
+    "require_not_empty",
     "title_of",
     "to_argv",
 ]

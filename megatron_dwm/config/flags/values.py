@@ -14,6 +14,8 @@ Config = TypeVar("Config")
 
 LARGEST_INTEGER = 2**63 - 1
 """What a tensor, an index file and a checkpoint can hold."""
+MAX_LAYERS = 10_000
+"""No model has as many, and building more would go on until the memory is full."""
 MAX_PROCESSES = 1024
 """Processes or threads on one machine: more are a mistake, and would be started until that fails."""
 
@@ -79,6 +81,20 @@ def require_at_most(config: Any, most: float, fields: str) -> None:
         value = getattr(config, field)
         if value is not None and value > most:
             raise UserError(f"{flag_name(field)} {value}: must be at most {most}")
+
+
+def require_not_empty(config: Any, fields: str) -> None:
+    """Check that paths of a configuration are not empty, as a shell's variable is that is not set; None is accepted.
+
+    Args:
+        fields: names of fields, separated by blanks.
+
+    Raises:
+        UserError: one is empty.
+    """
+    for field in fields.split():
+        if getattr(config, field) == "":
+            raise UserError(f"{flag_name(field)} '': is empty; give a path, or leave it out")
 
 
 def converter(value_type: type) -> Callable[[str], Any]:
