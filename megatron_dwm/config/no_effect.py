@@ -97,6 +97,7 @@ class NoEffectConfig:
 
     # Of newer Megatron-LMs (0.17 to 0.19).
     async_strategy: Literal["nvrx", "mcore"] = flag("nvrx", "megatron-core always writes; the files are the same.")
+    async_ckpt_use_cpu_shm: bool = flag(False, "For the writer of --async-strategy nvrx; megatron-core always writes.")
     ckpt_fully_parallel_load_exchange_algo: Literal["broadcast", "gather_rounds", "gather_object"] = flag(
         "broadcast", "Only broadcast."
     )

@@ -123,8 +123,9 @@ UNSUPPORTED: dict[str, str] = {
         --load-main-params-from-ckpt --non-persistent-local-* --ckpt-convert-update-legacy-dist-opt-format
         --dist-ckpt-save-pre-mcore-014
         --distrib-optim-fully-reshardable-mem-efficient --replication* --use-mp-args-from-checkpoint-args
-        --*-use-tokenizer-model-from-checkpoint-args --async-ckpt-* --override-ckpt-iteration
+        --*-use-tokenizer-model-from-checkpoint-args --override-ckpt-iteration
         --*-ckpt-load-validate-sharding-integrity --*-stream-ckpt-dequant""",
+    "the writer of --async-save has the priority of the run; leave it out": "--async-ckpt-*-priority",
     "use --tokenizer-special-tokens": "--tiktoken-special-tokens",
     "use --make-vocab-size-divisible-by 1": "--no-pad-vocab-size --disable-pad-vocab-size",
     "use --reset-attention-mask": "--dataloader-inter-document-masking",
