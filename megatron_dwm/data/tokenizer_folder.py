@@ -26,10 +26,9 @@ def load_tokenizer_folder(folder: str | Path, flag: str = "") -> PreTrainedToken
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the tokenizer's class raises
-        raise UserError(
-            f"{named}: its tokenizer does not load ({shortened(error, 300)}); give a Hugging Face folder with a "
-            "tokenizer's files"
-        ) from error
+        is_folder = Path(folder).is_dir()  # else it was looked up among the models that were downloaded before
+        problem = f"its tokenizer does not load ({shortened(error, 300)})" if is_folder else "no such folder"
+        raise UserError(f"{named}: {problem}; give a Hugging Face folder with a tokenizer's files") from error
     require_vocabulary(tokenizer, folder, named)
     return tokenizer
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from megatron_dwm.benchmarks.scoring import ScoringBenchmarkConfig, make_classifier
 from megatron_dwm.cli import score, select
 from megatron_dwm.runtime.process_groups import free_port
+from tests.e2e.datasets import make_dataset
 from tests.e2e.slurm.cluster import Cluster, running_cluster
 from tests.paths import ROOT
 from tests.turns import turn
@@ -64,21 +65,18 @@ def cluster() -> Iterator[Cluster]:
 def _make_dataset(folder: Path, name: str, seed: int) -> str:
     """Write ``name``'s random documents of token ids and return the prefix of the dataset made of them."""
     generator = random.Random(seed)
-    texts = (" ".join(str(generator.randrange(VOCAB_SIZE)) for _ in range(40)) for _ in range(64))
-    source = folder / f"{name}.jsonl"
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB_SIZE)]
-    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(source)]
-    subprocess.run([*command, "--output-prefix", str(folder / name), "--workers", "1", *tokenizer], check=True)
-    return str(folder / f"{name}_text_document")
+    documents = [[generator.randrange(VOCAB_SIZE) for _ in range(40)] for _ in range(64)]
+    return make_dataset(folder, name, documents, VOCAB_SIZE)
 
 
-def test_the_submitted_script_trains_stops_and_continues_from_its_checkpoint(cluster: Cluster, tmp_path: Path):
+def test_the_submitted_script_trains_stops_and_continues_from_its_checkpoint(
+    cluster: Cluster, preloaded_commands: Path, tmp_path: Path
+):
     save = tmp_path / "run"
     environment = {
         **TINY,
         "REPO_DIR": str(ROOT),
-        "PYTHON": sys.executable,
+        "PYTHON": str(preloaded_commands / "python"),
         "MASTER_PORT": str(free_port()),
         "DATA_PATH": _make_dataset(tmp_path, "train", seed=0),
         "TARGET_DATA_PATH": _make_dataset(tmp_path, "target", seed=1),

@@ -299,7 +299,7 @@ GOOD = b'{"score": 1, "source": "a", "tokens": 3, "text": "w"}\n'
         (GOOD, ["--tokens", 2, "--token-key", "tokens"], "too small for any of"),
         (GOOD, ["--tokens", 4, "--token-key", "tokens"], "asks for 4 tokens of all sources, which holds 3"),
         (GOOD, ["--tokens", 1, "--token-key", "other"], "rows.jsonl, line 1: no number under 'other'"),
-        (GOOD, ["--tokens", 1, "--tokenizer", "nowhere"], "--tokenizer nowhere: no tokenizer"),
+        (GOOD, ["--tokens", 1, "--tokenizer", "nowhere"], "--tokenizer nowhere: no such folder"),
         (GOOD, ["--documents", 1, "--quota", "a"], "--quota a: not SOURCE=SHARE"),
         (GOOD, ["--documents", 1, "--quota", "a=x"], "--quota a=x: not SOURCE=SHARE"),
         (GOOD, ["--documents", 1, "--quota", "a=-1"], "--quota a=-1: not SOURCE=SHARE"),
