@@ -19,22 +19,13 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
-import torch
-from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
+import xdist
 
 from tests.paths import ROOT
 
-# One thread: a child forked after the parent used OpenMP's threads hangs in its first parallel region.
-torch.set_num_threads(1)
-
-# A fork's garbage collector passes over what the tests had imported when it began: that takes half a second each time,
-# and copies the memory. megatron-core collects at every checkpoint.
+# The garbage collector passes over what was imported before the tests and before a fork: else that takes half a second
+# each time, and copies a fork's memory. megatron-core collects at every checkpoint.
 os.register_at_fork(after_in_child=gc.freeze)
-
-# megatron-core's 100,000 mock documents are 17 million samples of twelve tokens, and putting them into an order is much
-# of what a small run computes.
-MOCK_DOCUMENTS = MockGPTLowLevelDataset.size
-MockGPTLowLevelDataset.size = 1000
 
 REQUIRE_ALL = "REQUIRE_ALL_TESTS"
 """Environment variable that makes tests fail, in place of being deselected, where their programs are not installed."""
@@ -54,6 +45,14 @@ FIXTURES = {
     "transformer_engine": "transformer_engine",
 }
 """Markers of the tests that use a fixture."""
+
+
+@functools.cache
+def mock_documents() -> int:
+    """Return how many documents megatron-core's mock data have; first called before that is changed."""
+    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
+
+    return MockGPTLowLevelDataset.size
 
 
 @functools.cache
@@ -107,7 +106,9 @@ def missing_markers() -> list[str]:
 @pytest.fixture
 def all_mock_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mock data as they are elsewhere: for tests that compare with other processes than their own forks."""
-    monkeypatch.setattr(MockGPTLowLevelDataset, "size", MOCK_DOCUMENTS)
+    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
+
+    monkeypatch.setattr(MockGPTLowLevelDataset, "size", mock_documents())
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +123,33 @@ def _reset_package_logging() -> None:
     package = logging.getLogger("megatron_dwm")
     package.handlers, package.propagate = [], True
     package.setLevel(logging.NOTSET)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``-m unit``, or another folder's marker alone, read nothing in the other folders."""
+    chosen, name = config.option.markexpr, collection_path.name
+    is_other = chosen in FOLDERS and name in FOLDERS and name != chosen
+    return True if is_other and collection_path.parent == ROOT / "tests" else None
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Prepare a process that runs tests; with ``-n`` the first process runs none, and needs no imports of seconds."""
+    if xdist.is_xdist_controller(session):
+        return
+    import torch
+    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
+
+    # One thread: a child forked after the parent used OpenMP's threads hangs in its first parallel region.
+    torch.set_num_threads(1)
+
+    # megatron-core's 100,000 mock documents are 17 million samples of twelve tokens, and putting them into an order is
+    # much of what a small run computes.
+    mock_documents()
+    MockGPTLowLevelDataset.size = 1000
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

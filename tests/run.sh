@@ -17,14 +17,24 @@ if ((${#packages[@]})) && [[ $EUID == 0 ]] && type apt-get &>/dev/null; then
     log=$(apt-get -q update 2>&1 && apt-get -qy install --no-install-recommends "${packages[@]}" 2>&1) || echo "$log" >&2
 fi
 
-# Tests compute on one thread, and nothing may be fetched while they run.
+# Tests compute on one thread, and nothing may be fetched while they run. Without bytecode every interpreter would
+# compile the package anew.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+unset PYTHONDONTWRITEBYTECODE
 
 status=0
 ruff check . || status=1
 ruff format --check . || status=1
-mypy || status=1  # what pyproject.toml names
-sphinx-build -qW --keep-going -b html docs build/docs || status=1
+# Two checks of one process each, beside the tests, which leave the cores idle now and then; what they say comes last.
+mkdir -p build
+mypy >build/mypy.log 2>&1 &  # what pyproject.toml names
+types=$!
+# In a plain theme: the site's own writes the list of all pages into each of its 600, which takes minutes.
+sphinx-build -qW --keep-going -b html -D html_theme=basic docs build/docs-checked >build/docs.log 2>&1 &
+pages=$!
 # Three files at a time, though two cores are enough: runs of several processes take turns, and one file has to wait.
 pytest -n 3 --dist loadfile --no-loadscope-reorder "$@" || status=1
+wait $types || status=1
+wait $pages || status=1
+cat build/mypy.log build/docs.log
 exit $status
