@@ -12,6 +12,7 @@ from __future__ import annotations
 import array
 import atexit
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -29,6 +30,14 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from tests.distributed.harness import checkpoint_manager
 from tests.e2e import launch  # noqa: F401  imports what commands need
+
+_IMPORTED = (
+    "matplotlib.figure",
+    "megatron_dwm.analysis.report.page",
+    "megatron_dwm.corpora.pipelines",
+    "torch.distributed.run",
+)
+"""What pages, pictures, launchers and work on texts import, beside what runs do."""
 
 CLIENT = """
 import array, json, os, socket, sys
@@ -78,6 +87,8 @@ def _serve(listener: socket.socket, python: str, manager: SyncManager) -> None:
     for package in ("multiprocessing", "multiprocess"):
         if (module := sys.modules.get(f"{package}.forkserver")) is not None:
             module._forkserver.__init__()  # what the tests have started is no child of this process
+    for name in _IMPORTED:
+        importlib.import_module(name)
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ)
     while True:
