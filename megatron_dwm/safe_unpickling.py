@@ -8,6 +8,7 @@ checkpoint needs is known, so anything else is refused: in ``common.pt`` and sin
 from __future__ import annotations
 
 import contextlib
+import enum
 import pickle
 import re
 import struct
@@ -48,6 +49,9 @@ ALLOWED: frozenset[tuple[str, str]] = frozenset(
 )
 """Module and name of all that a ``.metadata`` file may name: plain data classes and enumerations."""
 
+_GETATTR = ("builtins.getattr", "__builtin__.getattr")
+"""How a pickle names ``getattr``, by its protocol."""
+
 DAMAGE = (
     AttributeError,
     EOFError,
@@ -74,8 +78,24 @@ class UnreadableFileError(Exception):
     """A file cannot be read; the message names it and the reason."""
 
 
+def enum_member(kind: Any, name: Any) -> enum.Enum:
+    """Return a member of an enumeration: what stands for ``getattr`` in a pickle.
+
+    Python 3.11.0 to 3.11.3 write a member as ``getattr(class, name)``; other versions write it as ``class(value)``.
+
+    Raises:
+        UnpicklingError: ``kind`` is no enumeration, or has no such member.
+    """
+    if not (isinstance(kind, enum.EnumMeta) and name in kind.__members__):
+        raise pickle.UnpicklingError("it names builtins.getattr, which no checkpoint needs but for enumerations")
+    member: enum.Enum = kind.__members__[name]
+    return member
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" in _GETATTR:
+            return enum_member
         if (module, name) not in ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
@@ -119,10 +139,8 @@ def map_torch_file(path: Path) -> Any:
     Raises:
         UnreadableFileError: the file is missing or damaged, or names something that is not allowed.
     """
-    import torch
-
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return _torch_load(path, mmap=True)
     except DAMAGE as error:
         raise UnreadableFileError(f"{path.name} cannot be read ({short_reason(error)})") from None
 
@@ -130,9 +148,15 @@ def map_torch_file(path: Path) -> Any:
 def load_restricted(content: BytesIO) -> Any:
     """Load what ``torch.save`` wrote, if it contains only allowed classes."""
     import megatron.core  # noqa: F401  registers the classes of Megatron-LM's arguments with torch
+
+    return _torch_load(content)
+
+
+def _torch_load(source: Path | BytesIO, **options: Any) -> Any:
     import torch
 
-    return torch.load(content, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals([(enum_member, name) for name in _GETATTR]):
+        return torch.load(source, map_location="cpu", weights_only=True, **options)
 
 
 def short_reason(error: BaseException) -> str:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import pickle
+from argparse import Namespace
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from megatron.core.transformer.enums import AttnBackend
+from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_dwm.safe_unpickling import (
     ALLOWED,
@@ -110,3 +115,43 @@ def test_restrictions_end_with_the_block():
         assert strategies._get_filesystem_reader is not before[0]
         1 / 0  # noqa: B018
     assert (strategies._get_filesystem_reader, strategies.MCoreLoadPlanner.load_bytes) == before
+
+
+class OldPickler(pickle.Pickler):
+    """Writes enumerations as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def old_torch_file(content: object) -> BytesIO:
+    file = BytesIO()
+    torch.save(content, file, pickle_module=SimpleNamespace(__name__="old", Pickler=OldPickler))
+    file.seek(0)
+    return file
+
+
+def test_enumerations_that_python_3_11_0_to_3_11_3_wrote_are_read(tmp_path: Path):
+    file = BytesIO()
+    sizes = torch.Size([2])
+    tensor = TensorStorageMetadata(TensorProperties(), sizes, [])
+    OldPickler(file).dump(Metadata({"key": tensor}))
+    assert b"getattr" in file.getvalue()
+    (tmp_path / ".metadata").write_bytes(file.getvalue())
+    assert read_metadata(tmp_path / ".metadata").state_dict_metadata == {"key": tensor}
+    arguments = Namespace(attention_backend=AttnBackend.fused)
+    file = old_torch_file(arguments)
+    assert b"getattr" in file.getvalue() and load_restricted(file) == arguments
+
+
+@pytest.mark.parametrize("name", ["mro", "__class__", "__subclasses__", "_member_map_"])
+def test_getattr_gives_nothing_but_members_of_enumerations(name: str, tmp_path: Path):
+    class Asks:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return getattr, (WriteItemType, name)
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({"key": Asks()})))  # type: ignore[dict-item]
+    with pytest.raises(UnreadableFileError, match="getattr, which no checkpoint needs"):
+        read_metadata(tmp_path / ".metadata")
+    with pytest.raises(pickle.UnpicklingError, match=r"getattr, which no checkpoint needs|Unsupported global"):
+        load_restricted(old_torch_file(Asks()))
