@@ -34,6 +34,8 @@ from megatron_dwm.corpora.worker_pool import WorkerDiedError
 from megatron_dwm.errors import UserError, shortened
 
 _WATCH_INTERVAL_S = 0.3
+_WORKER_DIED = signal.SIGRTMIN
+"""Interrupts the main thread; a job in the background ignores SIGINT."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +161,10 @@ def _watched_workers() -> Iterator[None]:
             killing = [-code for code in codes if code < 0 and -code != signal.SIGTERM]
             dead.extend(f"killed by {signal.Signals(code).name}" for code in killing)
             if dead and not is_over.is_set():
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                signal.pthread_kill(threading.main_thread().ident or 0, _WORKER_DIED)
                 return
 
+    previous = signal.signal(_WORKER_DIED, signal.default_int_handler)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -173,6 +176,7 @@ def _watched_workers() -> Iterator[None]:
     finally:
         is_over.set()
         watcher.join()
+        signal.signal(_WORKER_DIED, previous)
 
 
 def submit(name: str, jobs: Sequence[Job], workers: int, slurm: SlurmConfig) -> str | None:

@@ -6,6 +6,7 @@ import functools
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
 import time
@@ -142,7 +143,12 @@ def checkpoint_manager() -> SyncManager:
 
 
 def become_rank(rank: int, world_size: int, port: int) -> None:
-    """Give this process the environment that torchrun gives a rank, and one thread."""
+    """Give this process the environment that torchrun gives a rank, one thread, and the usual handling of signals.
+
+    Tests in the background ignore SIGINT, and under nohup SIGHUP.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

@@ -74,6 +74,7 @@ NOT_RUN = {
     "docs/cluster.md: Without SLURM: bash 2": "the same; unit/runtime/test_environment.py has mpirun",
     "docs/reliability.md: Does it survive?: bash": "takes an hour; tests/unit/benchmarks/test_chaos.py tests its parts",
     "docs/reliability.md: Outcome: bash": "takes an hour; tests/unit/benchmarks/test_chaos.py tests its parts",
+    "docs/reliability.md: Outcome: bash 2": "takes an hour; tests/unit/benchmarks/test_chaos.py tests its parts",
     "docs/reliability.md: A long run: bash": "takes 24 minutes; its flags are those of tests/small_runs.py",
     "docs/reliability.md: Fuzzing: bash": "takes minutes; the suite runs the same tests with fewer inputs",
     "docs/results.md: How to measure it: bash": "takes hours; tests/e2e/test_benefit.py and test_overhead.py run both",

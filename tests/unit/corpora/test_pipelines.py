@@ -41,8 +41,13 @@ class Killed(PipelineStep):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_is_killed_ends_the_job_and_finished_tasks_are_kept(tmp_path: Path):
+@pytest.mark.parametrize("handling", [signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "background"])
+def test_a_worker_that_is_killed_ends_the_job_and_finished_tasks_are_kept(
+    handling: Any, tmp_path: Path, request: pytest.FixtureRequest
+):
     """datatrove's pool would wait for the lost task for ever."""
+    previous = signal.signal(signal.SIGINT, handling)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, previous))
     with (
         pytest.raises(UserError, match=r"a worker process ended \(killed by SIGKILL\); give fewer workers"),
         refused_output("out"),

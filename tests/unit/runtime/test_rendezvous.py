@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_dwm.cli.launch import Process, _timeout, run_program
 from megatron_dwm.runtime import rendezvous, startup_sync
 from megatron_dwm.runtime.process_groups import free_port
+from tests.distributed.harness import become_rank
 
 FORK = multiprocessing.get_context("fork")
 SECONDS = 6
@@ -55,7 +56,7 @@ def start(
         file = os.open(folder / f"{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(file, 2)
         sys.stderr = os.fdopen(2, "w", closefd=False)
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        become_rank(rank, world_size, port)
         run_program(program, [])
 
     processes = [FORK.Process(target=work, args=(rank,)) for rank in ranks]
