@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_dwm.errors import UserError
 
-# The package's own numbers.
+# The package's numbers.
 _BUCKETS = 10_000
 MAX_NGRAMS = 100_000 * _BUCKETS
 """Number of texts from which the distribution of all texts is estimated."""

@@ -37,7 +37,7 @@ class InLoopTaskEvaluator:
         """
         Args:
             tokenizer: the Hugging Face tokenizer that gives the ids that the model is trained on.
-            vocab_size: tokens that the run's own tokenizer has.
+            vocab_size: tokens that the run's tokenizer has.
 
         Raises:
             UserError: on the first rank, if a task is unknown, its data are not there, or it needs generated text.

@@ -44,7 +44,7 @@ def parts_of(patterns: Sequence[str], split_bytes: int) -> list[Part]:
 class RowReader(BaseDiskReader):  # type: ignore[misc]
     """Reads the documents of one part, and stops at a malformed row.
 
-    datatrove's own readers leave out malformed lines, empty documents and the end of a damaged file with a warning. A
+    datatrove's readers leave out malformed lines, empty documents and the end of a damaged file with a warning. A
     document of a dataset has its token ids in the metadata, and its text is made of them later.
     """
 

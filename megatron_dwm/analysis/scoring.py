@@ -139,7 +139,7 @@ def _row(writer: Any, document: Document) -> dict[str, Any]:
 
 
 class _WholeJsonl(JsonlWriter):  # type: ignore[misc]
-    """Writes rows unchanged; datatrove's own writer treats a field named media specially."""
+    """Writes rows unchanged; datatrove's writer treats a field named media specially."""
 
     def _write(self, document: dict[str, Any], file_handler: Any, _filename: str) -> None:
         try:

@@ -1,6 +1,6 @@
 """Evaluation of language models on tasks by lm-evaluation-harness, by likelihood as well as accuracy.
 
-For a small model accuracy is coarse: it changes only when an answer overtakes another. The harness's own results are
+For a small model accuracy is coarse: it changes only when an answer overtakes another. The harness's results are
 kept; from its samples two more metrics are computed, which change with every step:
 
 * the negative log-likelihood of the right answer after the question, in nats an answer;
@@ -90,7 +90,7 @@ class TaskEvaluator:
         """
         from lm_eval.tasks import TaskManager
 
-        # Reading the harness's own thousands of tasks takes seconds: only where one of them is asked for.
+        # Reading the harness's thousands of tasks takes seconds: only where one of them is asked for.
         self.manager = TaskManager(include_defaults=bool(others))
         known = self.manager.match_tasks(list(others)) if others else []
         for name in others:

@@ -17,7 +17,7 @@ def parse_benchmark(
     """Parse the flags of a benchmark.
 
     Args:
-        config_class: the benchmark's own flags.
+        config_class: the benchmark's flags.
         argv: the arguments; None takes those of this process.
         description: what ``--help`` says of the benchmark.
 
@@ -25,7 +25,7 @@ def parse_benchmark(
         the benchmark's configuration, and the arguments that are not its own, for ``pretrain_dwm.py``.
 
     Raises:
-        UserError: a bad value of one of the benchmark's own flags.
+        UserError: a bad value of one of the benchmark's flags.
     """
     parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, config_class)

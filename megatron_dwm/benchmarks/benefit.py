@@ -141,7 +141,7 @@ class BenefitConfig:
 
     @property
     def texts(self) -> list[Path]:
-        """The user's own files."""
+        """The user's files."""
         return [Path(path) for path in (*self.data, self.target, self.test) if path is not None]
 
 

@@ -62,7 +62,7 @@ class OverheadConfig:
 
 
 def parse_overhead(argv: Sequence[str] | None, world_size: int) -> tuple[OverheadConfig, RunConfig]:
-    """Parse the benchmark's own flags, and those of the run that it measures.
+    """Parse the benchmark's flags, and those of the run that it measures.
 
     Raises:
         UserError: bad flags, or a run that is not bilevel or too short to be measured.

@@ -53,7 +53,7 @@ class PrecisionConfig:
 
 
 def parse_precision(argv: Sequence[str] | None, world_size: int) -> tuple[PrecisionConfig, RunConfig]:
-    """Parse the benchmark's own flags, and those of the run.
+    """Parse the benchmark's flags, and those of the run.
 
     Raises:
         UserError: bad flags, or a run that has no alignments in bf16 to compare.

@@ -113,7 +113,7 @@ class ModelConfig:
     )
     transformer_impl: Literal["transformer_engine", "local", "torch"] | None = flag(
         None,
-        "Which layers to use: Transformer Engine's, megatron-core's own, or torch (SDPA attention, torch norms). "
+        "Which layers to use: Transformer Engine's, megatron-core's, or torch (SDPA attention, torch norms). "
         "Default: transformer_engine if it is installed, else torch.",
     )
     attention_backend: Literal["flash", "fused", "unfused", "local", "auto"] = flag(

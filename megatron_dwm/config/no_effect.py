@@ -70,7 +70,7 @@ class NoEffectConfig:
     log_batch_size_to_tensorboard: bool = flag(False, "TensorBoard has the batch size in any case.")
     data_impl: Literal["infer", "mmap", "lazy", "cached"] = flag("infer", "Only mmap, which infer finds too.")
     ddp_impl: Literal["local", "torch"] = flag(
-        "local", "Gradients are reduced by megatron-core's own wrapper in any case.", "--DDP-impl"
+        "local", "Gradients are reduced by megatron-core's wrapper in any case.", "--DDP-impl"
     )
     contiguous_buffers_in_local_ddp: bool = flag(True, "Gradients are always in contiguous buffers.")
     use_contiguous_buffers_in_local_ddp: bool = flag(False, "Gradients are always in contiguous buffers.")

@@ -77,7 +77,7 @@ UNSUPPORTED: dict[str, str] = {
         --enable-cuda-graph --external-cuda-graph --cuda-graph-* --te-rng-tracker --optimizer-cuda-graph""",
     "an outer update copies 16-bit parameters; leave it out": """
         --keep-fp8-transpose-cache --reuse-grad-buf-for-mxfp8-param-ag""",
-    "only Transformer Engine's own FP8 recipes are supported; use one of those": """
+    "only Transformer Engine's FP8 recipes are supported; use one of those": """
         --fp8-recipe=custom --fp8-quantizer-factory --te-precision-config-file --fp8-output-proj""",
     "there is no FP4 training; use --bf16 or --fp8-format": "--fp4-*",
     "an outer update reads Adam's second moments in fp32 on the parameters' device; leave it out": """

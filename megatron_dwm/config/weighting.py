@@ -79,7 +79,7 @@ class WeightingConfig:
     dwm_target_momentum: float | None = flag(
         None,
         "Momentum of the running mean of the target gradient over outer updates, which compensates for few target "
-        "samples. 0 uses each update's own gradient. Default: 0.6, or 0 if --dwm-target-batch-size is given.",
+        "samples. 0 uses each update's gradient alone. Default: 0.6, or 0 if --dwm-target-batch-size is given.",
     )
     dwm_init_from: str = flag(
         "random",

@@ -51,7 +51,7 @@ class Job:
 class RecordReader(BaseDiskReader):  # type: ignore[misc]
     """Reads the records of one part unchanged; each becomes the metadata of a document.
 
-    datatrove's own readers leave out malformed lines, empty documents and the end of a damaged file with a warning, and
+    datatrove's readers leave out malformed lines, empty documents and the end of a damaged file with a warning, and
     do not keep a line as it was.
     """
 

@@ -43,7 +43,7 @@ class WorkerPool(Generic[Item, Result]):
             self._pipes.append(pipe)
             process = context.Process(target=_work, args=(of_worker, self._pipes, self._function), daemon=True)
             process.start()
-            of_worker.close()  # so that the worker's own end is the only one, and its death ends the pipe
+            of_worker.close()  # so that the worker's end is the only one, and its death ends the pipe
             self._processes.append(process)
         return self
 

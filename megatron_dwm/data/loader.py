@@ -79,7 +79,7 @@ class BatchLoader:
                 pin_memory=torch.cuda.is_available(),
                 persistent_workers=num_workers > 0,
                 worker_init_fn=_ignore_stop_signals,
-                # A loader draws a seed when it starts; without a generator it would draw from the run's own stream.
+                # A loader draws a seed when it starts; without a generator it would draw from the run's stream.
                 generator=torch.Generator(),
             )
             self.steps = iter(loader)

@@ -31,7 +31,7 @@ def require_megatron_core() -> None:
 
 
 def sharded_save_options() -> dict[str, str]:
-    """Return the options with which ``dist_checkpointing.save`` uses megatron-core's own writer in any version.
+    """Return the options with which ``dist_checkpointing.save`` uses megatron-core's writer in any version.
 
     From 0.17 on the default is a separate package from NVIDIA.
     """

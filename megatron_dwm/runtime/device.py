@@ -103,7 +103,7 @@ def _adapt_megatron_to_cpu() -> None:
         module.manual_seed = torch.manual_seed
     # Compiling megatron-core's functions would need a C++ compiler, and several seconds.
     torch.compiler.set_stance("force_eager")
-    # On a CPU the "GPU RNG context" is the CPU's own stream, which is meant to move.
+    # On a CPU the "GPU RNG context" is the CPU's stream, which is meant to move.
     logging.getLogger(core_random.__name__).setLevel(logging.ERROR)
     core_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     mode = _CudaToCpu()

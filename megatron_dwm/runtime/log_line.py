@@ -44,7 +44,7 @@ class LossWindow:
 
 @dataclass(frozen=True)
 class LogLine:
-    """The values of one of Megatron-LM's log lines; this program's own values follow them."""
+    """The values of one of Megatron-LM's log lines; this program's values follow them."""
 
     iteration: int
     train_iters: int

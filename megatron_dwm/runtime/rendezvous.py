@@ -169,7 +169,7 @@ def _port(text: str) -> int:
 
 
 def _wait_until_reachable(host: str, port: int, timeout: timedelta) -> None:
-    """Wait until the store can be reached; torch's own wait ends with pages of output.
+    """Wait until the store can be reached; torch's wait ends with pages of output.
 
     Raises:
         UserError: it cannot be within the time.

@@ -54,7 +54,7 @@ class StepTimers:
         timer.stop()
 
     def attached(self, *configs: Any) -> AbstractContextManager[None]:
-        """Return a block in which megatron-core's own timers are active.
+        """Return a block in which megatron-core's timers are active.
 
         Args:
             configs: megatron-core's, of the model and of the optimizer.

@@ -90,7 +90,7 @@ class CheckpointWriter:
         if config.checkpoint.async_save:
             from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-            # A process with a CUDA context must not be forked, so on a GPU megatron-core's own worker writes.
+            # A process with a CUDA context must not be forked, so on a GPU megatron-core's worker writes.
             self._queue = AsyncCallsQueue(persistent=torch.cuda.is_available())
 
     def save(self, train_state: TrainState, dwm_state: dict[str, Any], *, persistent: bool = True) -> None:

@@ -101,7 +101,7 @@ def build_scheduler(schedule: Schedule, optimizer: Any) -> Any:
 def resume_schedule(scheduler: Any, schedule: Schedule, consumed: int) -> None:
     """Continue ``schedule`` after ``consumed`` samples, in the scheduler and in its optimizer's parameter groups.
 
-    megatron-core's own loading would keep the highest and lowest learning rate that the checkpoint has for each
+    megatron-core's loading would keep the highest and lowest learning rate that the checkpoint has for each
     group regardless of the flags, and use the flags' weight decay for one step when it takes the checkpoint's.
     """
     for field in dataclasses.fields(Schedule):

@@ -8,7 +8,7 @@ precision. ``KEY`` is the parameter's key in the model:
 - the distributed optimizer, ``--dist-ckpt-optim-fully-reshardable``: the same, and ``optimizer.state.param.KEY``;
 - the distributed optimizer otherwise: flat buckets that hold many parameters each, of this TP and PP size.
 
-State of the run's own kind is loaded by megatron-core. State of another kind is read parameter by parameter and put
+State of the run's kind is loaded by megatron-core. State of another kind is read parameter by parameter and put
 where the run's optimizer keeps it.
 """
 
@@ -48,7 +48,7 @@ START_ALIGNMENT = 64
 
 
 class NativeState:
-    """State of the run's own kind of optimizer."""
+    """State of the run's kind of optimizer."""
 
     def __init__(self, optimizer: Any, metadata: Mapping[str, Any]) -> None:
         self.optimizer, self.metadata = optimizer, dict(metadata)
@@ -75,7 +75,7 @@ class ModelSpaceState:
         self._templates: dict[torch.nn.Parameter, dict[str, Any]] = {}
 
     def template(self, sharded_model: dict[str, Any]) -> dict[str, Any]:
-        """Return nothing: the state is loaded after the model, because it may include the model's own tensors."""
+        """Return nothing: the state is loaded after the model, because it may include the model's tensors."""
         main = next((f"{STATE}{name}" for name in ("fp32_param", PARAM) if _has_state(self.saved, name)), None)
         prefixes = {PARAM: main, **{name: STATE + name for name in MOMENTS if _has_state(self.saved, name)}}
         for param, entry in _sharded_parameters(self.components, sharded_model):

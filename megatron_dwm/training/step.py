@@ -55,7 +55,7 @@ def train_step(
         empty_unused_memory_level: whether the GPU's unused memory is released: before the optimizer's step (1), and
             after it (2).
         passes: yields once for each time that the passes must be run.
-        check_losses: called with the losses of each pass, in place of the engine's own check.
+        check_losses: called with the losses of each pass, in place of the engine's check.
     """
     losses: SampleLosses | None = None
     for _ in passes:

@@ -35,7 +35,7 @@ class WindowReader:
 
 
 class TextReader:
-    """Rebuilds the samples' texts, and tokenizes them with the classifier's own tokenizer.
+    """Rebuilds the samples' texts, and tokenizes them with the classifier's tokenizer.
 
     The newest results are cached, because a weighter in training reads a sample several times.
     """

@@ -24,7 +24,7 @@ def build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
     """Build a ``config_class`` from those of ``values`` that are its fields, and from defaults for the rest.
 
     Raises:
-        UserError: a refused flag was given, or the class's own checks fail.
+        UserError: a refused flag was given, or the class's checks fail.
     """
     known: dict[str, Any] = {}
     for item in declared_flags(config_class):

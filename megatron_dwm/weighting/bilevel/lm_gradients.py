@@ -120,7 +120,7 @@ class LMGradients:
         return products * self.loss_factors(batch)
 
     def _align_exactly(self, batch: Batch, direction: Direction) -> torch.Tensor:
-        """Return ⟨v, ∇ l_i⟩ from one backward pass at the run's own micro-batch size."""
+        """Return ⟨v, ∇ l_i⟩ from one backward pass at the run's micro-batch size."""
         # Megatron-LM's loss of a microbatch counts samples by their tokens. With these weights it is their mean loss.
         factors = LossFactors(self.micro_batch_size, is_per_token=False, parallel_state=self.parallel_state)(batch)
         weights = torch.where(factors > 0, 1 / factors.clamp(min=torch.finfo(factors.dtype).tiny), 0)
