@@ -118,10 +118,10 @@ def test_files_behind_urls_are_read_and_written_as_others(weighter: Path, tmp_pa
     write(folder / "a.jsonl", ROWS[:12])
     (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS[12:20]).encode()))
     pq.write_table(pa.Table.from_pylist(ROWS[20:]), folder / "c.parquet")
-    flags = ("--weighter", weighter, "--window", WINDOW, "--workers", 2)
+    flags = ("--weighter", weighter, "--window", WINDOW)
     assert run(*flags, "--input", folder, "--output", tmp_path / "plain") == 0
     url = f"file://{tmp_path}"
-    remote = (*flags, "--output", f"{url}/out")
+    remote = (*flags, "--workers", 2, "--output", f"{url}/out")
     assert run(*remote, "--input", f"{url}/in") == 0
     assert output_rows(tmp_path / "out") == output_rows(tmp_path / "plain")
     assert run(*remote, "--input", f"{url}/in") == 0
