@@ -76,6 +76,7 @@ class RunConfig:
         self._check_shards()
         self._check_sequence()
         self._check_batches()
+        self._check_samples()
         self._check_schedule()
         self._check_outer_update()
 
@@ -167,21 +168,25 @@ class RunConfig:
             for size in sizes.running_sizes:
                 microbatches = size // sizes.unit
                 self._check_groups(microbatches, "--global-batch-size or --micro-batch-size")
-        training, batch = self.training, self.global_batch_size
-        interval = self.data.eval_interval
-        evaluations = 1 + ((training.train_iters or 0) // interval if interval else 0)
-        read = {
-            "train_samples": training.train_samples or 0,
-            "train_iters": (training.train_iters or 0) * batch,
-            "eval_iters": self.data.eval_iters * evaluations * batch,
-            "dwm_target_batch_size": self.weighting.dwm_target_batch_size or 0,
-        }
-        for name, count in read.items():
-            if count > MAX_SAMPLES:
-                raise UserError(f"{flag_name(name)}: more than {MAX_SAMPLES:.0e} samples would be read; lower it")
-        samples = training.train_samples
+        samples = self.training.train_samples
         if samples is not None and samples < self.global_batch_size:
             raise UserError(f"--train-samples {samples} is less than one batch of {self.global_batch_size}; raise it")
+
+    def _check_samples(self) -> None:
+        iterations, interval = self.training.train_iters or 0, self.data.eval_interval
+        evaluations = 1 + (iterations // interval if interval else 0)
+        repeats = {
+            "train_samples": 1,
+            "train_iters": self.global_batch_size,
+            "eval_iters": self.global_batch_size * evaluations,
+            "dwm_target_batch_size": 1,
+        }
+        flags = self.flat()
+        for name, repeat in repeats.items():
+            if (flags[name] or 0) * repeat > MAX_SAMPLES:
+                raise UserError(
+                    f"{flag_name(name)} {flags[name]}: more than {MAX_SAMPLES:.0e} samples would be read; lower it"
+                )
 
     def _check_groups(self, microbatches: int, flags: str) -> None:
         """Require a number of microbatches that the interleaved schedule can group.

@@ -183,7 +183,7 @@ def _read(folder: Path) -> HuggingFaceModel:
     }
     if model.untie_embeddings_and_output_weights:
         names[_HEAD] = _HEAD
-    _check_dtypes(files, names.values())
+    check_dtypes(files, names.values())
     rows: dict[str, slice] = {}
     if config.model_type == "phi3" and architecture(model) != "phi3":
         names, rows = _taken_apart(names, model)
@@ -288,16 +288,15 @@ def _check_layers(declared: Mapping[str, Any], tensors: int) -> None:
             raise UserError(f"config.json has {name} {layers} and the weights {tensors} tensors; correct it")
 
 
-def _check_dtypes(files: FolderTensors, names: Iterable[str]) -> None:
-    """Refuse integer and 8-bit parameters, whose scales are in other tensors that are not read."""
+def check_dtypes(files: FolderTensors, names: Iterable[str]) -> None:
+    """Refuse integer and 8-bit parameters: they mean nothing without their scales, other tensors that are not read.
+
+    Raises:
+        UserError: a tensor is of such a type.
+    """
     for name, dtype in files.dtypes(names):
-        if is_quantized(dtype):
+        if not dtype.is_floating_point or dtype.itemsize < 2:
             raise UserError(f"{name} has type {dtype}; give a model that is not quantized")
-
-
-def is_quantized(dtype: torch.dtype) -> bool:
-    """Whether parameters of this type mean nothing without the scales of a quantization."""
-    return not dtype.is_floating_point or dtype.itemsize < 2
 
 
 def _refuse_differences(report: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ PATIENCE_SECONDS = 1.0
 should be printed first."""
 
 
-def heeded_signals() -> list[signal.Signals]:
+def signals_to_handle() -> list[signal.Signals]:
     """Return the signals that ask this process to stop: not SIGHUP if ``nohup`` has made the process ignore it."""
     return [one for one in STOP_SIGNALS if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
 
@@ -46,7 +46,7 @@ class StartSignals:
     def __init__(self) -> None:
         self.end = exit_after_signal
         """Ends the process; its argument is the name of the signal."""
-        self._signals = heeded_signals()
+        self._signals = signals_to_handle()
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.runtime.device import current_device
-from megatron_dwm.runtime.stop_signals import heeded_signals
+from megatron_dwm.runtime.stop_signals import signals_to_handle
 
 
 class EvaluationInterruptedError(Exception):
@@ -29,7 +29,7 @@ class StopRequest:
     def listen(self) -> None:
         """Treat signals as a request to save and exit, with ``--exit-signal-handler``."""
         if self.config.exit_signal_handler:
-            for number in heeded_signals():
+            for number in signals_to_handle():
                 signal.signal(number, self._receive)
 
     def reason(self, iteration: int) -> str | None:

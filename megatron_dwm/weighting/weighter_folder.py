@@ -14,7 +14,7 @@ import torch
 from megatron_dwm.data.hf_tokenizers import digest_of, fingerprint_of
 from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.errors import UserError, shortened
-from megatron_dwm.model.hf_folder import is_quantized, weight_files
+from megatron_dwm.model.hf_folder import check_dtypes, weight_files
 from megatron_dwm.safe_unpickling import DAMAGE, short_reason
 from megatron_dwm.weighting.export_manifest import trained_length, verify_export
 from megatron_dwm.weighting.sample_reader import SampleReader, TextReader, WindowReader
@@ -170,6 +170,8 @@ def _load(flag: str, folder: str, seed: int) -> tuple[Any, list[str]]:
                 trust_remote_code=False,
             )
         _check_types(Path(folder), hf_config, model)
+    except UserError as error:
+        raise UserError(f"{flag} {folder}: {error}") from None
     except (*DAMAGE, SafetensorError) as error:
         reason = short_reason(error)
         raise UserError(f"{flag} {folder}: cannot be loaded as a classifier with one label ({reason})") from None
@@ -180,14 +182,12 @@ def _check_types(folder: Path, hf_config: Any, model: Any) -> None:
     """Check that the weights are floating-point numbers; transformers converts others, without their scales.
 
     Raises:
-        ValueError: they are not, or are quantized.
+        UserError: they are not, or are quantized.
     """
     if getattr(hf_config, "quantization_config", None):
-        raise ValueError("config.json has a quantization_config; give a model that is not quantized")
+        raise UserError("config.json has a quantization_config; give a model that is not quantized")
     files = weight_files(folder)
-    for name, dtype in files.dtypes(name for name, _ in model.named_parameters() if name in files):
-        if is_quantized(dtype):
-            raise ValueError(f"{name} has type {dtype}; give a model that is not quantized")
+    check_dtypes(files, (name for name, _ in model.named_parameters() if name in files))
 
 
 def _check_layers(folder: Path, hf_config: Any) -> None:

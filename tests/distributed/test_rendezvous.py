@@ -101,18 +101,24 @@ def test_a_first_rank_that_does_not_come_to_a_launchers_store_is_named(tmp_path:
     )
 
 
-@pytest.mark.parametrize(("number", "victim"), [(signal.SIGKILL, 2), (signal.SIGSTOP, 1), (signal.SIGSTOP, 0)])
-def test_a_rank_that_falls_silent_before_the_others_have_agreed_is_named(
-    number: signal.Signals, victim: int, tmp_path: Path
-):
-    def fall_silent(process: Process) -> None:
+def signaled(victim: int, number: signal.Signals) -> Program:
+    """Return a program in which one rank gets a signal before the ranks have agreed on anything."""
+
+    def program(process: Process) -> None:
         if process.rank == victim:
             os.kill(os.getpid(), number)
         with process.startup_sync.phase("anything"):
             pass
 
+    return program
+
+
+@pytest.mark.parametrize(("number", "victim"), [(signal.SIGKILL, 2), (signal.SIGSTOP, 1), (signal.SIGSTOP, 0)])
+def test_a_rank_that_falls_silent_before_the_others_have_agreed_is_named(
+    number: signal.Signals, victim: int, tmp_path: Path
+):
     stopped = victim if number == signal.SIGSTOP else None
-    found = start(tmp_path, [0, 1, 2], 3, fall_silent, stopped=stopped)
+    found = start(tmp_path, [0, 1, 2], 3, signaled(victim, number), stopped=stopped)
     assert found[victim] == (-number if number == signal.SIGKILL else None, "")
     others = found[:victim] + found[victim + 1 :]
     assert [code for code, _ in others] == [2, 2]
@@ -123,25 +129,13 @@ def test_a_rank_that_falls_silent_before_the_others_have_agreed_is_named(
 
 
 def test_a_first_rank_that_is_killed_before_the_others_have_agreed_is_named(tmp_path: Path):
-    def die(process: Process) -> None:
-        if process.rank == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        with process.startup_sync.phase("anything"):
-            pass
-
-    killed, (code, text) = start(tmp_path, [0, 1], 2, die)
+    killed, (code, text) = start(tmp_path, [0, 1], 2, signaled(0, signal.SIGKILL))
     assert killed == (-signal.SIGKILL, "") and code == 2
     assert text.splitlines()[-1].startswith("error: rank 0 ended while the r")  # run started, or ranks were joining
 
 
 def test_a_run_that_ctrl_c_ends_says_so_in_one_line(tmp_path: Path):
-    def interrupt(process: Process) -> None:
-        if process.rank == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        with process.startup_sync.phase("anything"):
-            pass
-
-    (first, text), last = start(tmp_path, [0, 1], 2, interrupt)
+    (first, text), last = start(tmp_path, [0, 1], 2, signaled(1, signal.SIGINT))
     assert (first, text) == (130, "") and last[0] == 130, text + last[1]
     assert last[1].startswith("error: SIGINT (Ctrl-C) has ended the run") and last[1].count("\n") == 1
 

@@ -18,8 +18,8 @@ from megatron_dwm.errors import UserError
 logger = logging.getLogger(__name__)
 
 USAGE = "%(prog)s [--flag [value ...]] ..."
-_ALIKE = 0.78
-"""How much of two flags must agree for one to be taken for the other, misspelled; flags of forks resemble many."""
+_MIN_SIMILARITY = 0.78
+"""From which on an unknown flag is taken for a known one, misspelled. Flags of forks resemble many flags a little."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -222,7 +222,7 @@ def _describe_unknown(
         others = [word.split("=")[0] for word in unknown[1:] if reason_unsupported(word.split("=")[0])]
         also = f" (nor are {', '.join(dict.fromkeys(others))})" if others else ""
         return f"{name} is not supported: {reason}{also}"
-    alike = difflib.get_close_matches(name, known, n=1, cutoff=_ALIKE)
+    alike = difflib.get_close_matches(name, known, n=1, cutoff=_MIN_SIMILARITY)
     return f"unknown flag {name}; " + (f"is it {alike[0]}?" if alike else "see --help for the flags")
 
 

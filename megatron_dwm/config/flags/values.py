@@ -62,14 +62,11 @@ def require_at_least(config: Any, minimum: float, fields: str) -> None:
     for field in fields.split():
         value = getattr(config, field)
         if value is not None and not value >= minimum:
-            spelling = next(
-                (item.names[0] for item in declared_flags(type(config)) if item.field == field), flag_name(field)
-            )
-            raise UserError(f"{spelling} {value}: must be at least {minimum}")
+            raise UserError(f"{_spelling(config, field)} {value}: must be at least {minimum}")
 
 
-def require_at_most(config: Any, most: float, fields: str) -> None:
-    """Check that numbers of a configuration are at most ``most``; None is accepted.
+def require_at_most(config: Any, maximum: float, fields: str) -> None:
+    """Check that numbers of a configuration are at most ``maximum``; None is accepted.
 
     Args:
         fields: names of fields, separated by blanks.
@@ -79,12 +76,12 @@ def require_at_most(config: Any, most: float, fields: str) -> None:
     """
     for field in fields.split():
         value = getattr(config, field)
-        if value is not None and value > most:
-            raise UserError(f"{flag_name(field)} {value}: must be at most {most}")
+        if value is not None and value > maximum:
+            raise UserError(f"{_spelling(config, field)} {value}: must be at most {maximum}")
 
 
 def require_not_empty(config: Any, fields: str) -> None:
-    """Check that paths of a configuration are not empty, as a shell's variable is that is not set; None is accepted.
+    """Check that paths of a configuration are not empty, as an unset variable of a shell is; None is accepted.
 
     Args:
         fields: names of fields, separated by blanks.
@@ -94,7 +91,11 @@ def require_not_empty(config: Any, fields: str) -> None:
     """
     for field in fields.split():
         if getattr(config, field) == "":
-            raise UserError(f"{flag_name(field)} '': is empty; give a path, or leave it out")
+            raise UserError(f"{_spelling(config, field)} '': is empty; give a path, or leave it out")
+
+
+def _spelling(config: Any, field: str) -> str:
+    return next((item.names[0] for item in declared_flags(type(config)) if item.field == field), flag_name(field))
 
 
 def converter(value_type: type) -> Callable[[str], Any]:

@@ -59,7 +59,7 @@ class LMGradients:
 
     @property
     def loss_scale(self) -> float:
-        """The optimizer's present loss scale."""
+        """The optimizer's current loss scale."""
         return float(self.optimizer.get_loss_scale())
 
     @property

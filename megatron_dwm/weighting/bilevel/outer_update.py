@@ -55,7 +55,7 @@ class OuterUpdate:
 
     @property
     def loss_scale(self) -> float:
-        """The optimizer's present loss scale."""
+        """The optimizer's current loss scale."""
         return self.lm_gradients.loss_scale
 
     def rank_positions(self, batch_samples: int) -> torch.Tensor:

@@ -202,8 +202,8 @@ def test_configurations_cannot_be_changed():
 
 MISTAKES = {
     "--seed 4294967296": "--seed 4294967296: must be at most 4000000000",
-    f"--train-iters {2**63 - 1}": "--train-iters: more than 1e+12 samples would be read; lower it",
-    f"--eval-iters {2**62}": "--eval-iters: more than 1e+12 samples would be read; lower it",
+    f"--train-iters {2**63 - 1}": f"--train-iters {2**63 - 1}: more than 1e+12 samples would be read; lower it",
+    f"--eval-iters {2**62}": f"--eval-iters {2**62}: more than 1e+12 samples would be read; lower it",
     f"--num-workers {2**62}": f"--num-workers {2**62}: must be at most 1024",
     "--num-layers 10001": "--num-layers 10001: must be at most 10000",
     "--dwm-num-layers 10001": "--dwm-num-layers 10001: must be at most 10000",
