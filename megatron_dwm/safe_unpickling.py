@@ -50,7 +50,7 @@ ALLOWED: frozenset[tuple[str, str]] = frozenset(
 """Module and name of all that a ``.metadata`` file may name: plain data classes and enumerations."""
 
 _GETATTR = ("builtins.getattr", "__builtin__.getattr")
-"""How a pickle names ``getattr``, by its protocol."""
+"""The names of ``getattr`` in pickles, which depend on the protocol."""
 
 DAMAGE = (
     AttributeError,
@@ -79,7 +79,7 @@ class UnreadableFileError(Exception):
 
 
 def enum_member(kind: Any, name: Any) -> enum.Enum:
-    """Return a member of an enumeration: what stands for ``getattr`` in a pickle.
+    """Return a member of an enumeration; replaces ``getattr`` when a pickle is loaded.
 
     Python 3.11.0 to 3.11.3 write a member as ``getattr(class, name)``; other versions write it as ``class(value)``.
 
@@ -87,7 +87,7 @@ def enum_member(kind: Any, name: Any) -> enum.Enum:
         UnpicklingError: ``kind`` is no enumeration, or has no such member.
     """
     if not (isinstance(kind, enum.EnumMeta) and name in kind.__members__):
-        raise pickle.UnpicklingError("it names builtins.getattr, which no checkpoint needs but for enumerations")
+        raise pickle.UnpicklingError("it names builtins.getattr, which no checkpoint needs except for enumerations")
     member: enum.Enum = kind.__members__[name]
     return member
 

@@ -43,7 +43,7 @@ PARTS: dict[str, type] = {
 FLAG_GROUPS: dict[str, type] = PARTS | {"plan": PlanConfig, "no_effect": NoEffectConfig}
 """All flags that are accepted."""
 MAX_SAMPLES = 10**12
-"""An index of more samples has no room in memory, and would be built for hours."""
+"""An index of more samples does not fit into memory."""
 TARGET_PART = 4
 """By default, an outer update reads one target sample for this many samples of the batch."""
 TARGET_MOMENTUM = 0.6

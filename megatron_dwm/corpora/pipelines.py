@@ -35,7 +35,7 @@ from megatron_dwm.errors import UserError, shortened
 
 _WATCH_INTERVAL_S = 0.3
 _WORKER_DIED = signal.SIGRTMIN
-"""Interrupts the main thread; a job in the background ignores SIGINT."""
+"""Signal that interrupts the main thread. Programs in the background ignore SIGINT."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 USAGE = "%(prog)s [--flag [value ...]] ..."
 _MIN_SIMILARITY = 0.78
-"""From which on an unknown flag is taken for a known one, misspelled. Flags of forks resemble many flags a little."""
+"""Similarity from which an unknown flag is reported as a misspelling of a known one. Flags of forks resemble many flags."""
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -15,9 +15,9 @@ Config = TypeVar("Config")
 LARGEST_INTEGER = 2**63 - 1
 """What a tensor, an index file and a checkpoint can hold."""
 MAX_LAYERS = 10_000
-"""No model has as many, and building more would go on until the memory is full."""
+"""More layers than any model has; building them would fill the memory."""
 MAX_PROCESSES = 1024
-"""Processes or threads on one machine: more are a mistake, and would be started until that fails."""
+"""Largest number of processes or threads on one machine; more are certainly a mistake."""
 
 
 def build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
@@ -81,7 +81,7 @@ def require_at_most(config: Any, maximum: float, fields: str) -> None:
 
 
 def require_not_empty(config: Any, fields: str) -> None:
-    """Check that paths of a configuration are not empty, as an unset variable of a shell is; None is accepted.
+    """Check that paths of a configuration are not empty, such as an unset shell variable; None is accepted.
 
     Args:
         fields: names of fields, separated by blanks.
