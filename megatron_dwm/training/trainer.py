@@ -205,7 +205,7 @@ class Trainer:
             self.saves_with_memory_report -= 1
             if should_report:
                 self.reporter.memory(f"(before save_checkpoint for iteration {iteration})")
-            # Before the checkpoint: a run that is killed between the two resumes from the previous one, and repeats both.
+            # Before the checkpoint: a run that is killed between the two resumes from the one before, and repeats both.
             if persistent:
                 self.weighting.before_save(iteration)
             with self.engine.full_parameters():

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 USAGE = "%(prog)s [--flag [value ...]] ..."
 _MIN_SIMILARITY = 0.78
-"""Similarity from which an unknown flag is reported as a misspelling of a known one. Flags of forks resemble many flags."""
+"""Similarity from which an unknown flag is reported as a misspelling. Flags of forks resemble many flags a little."""
 
 
 class OneLineParser(argparse.ArgumentParser):
