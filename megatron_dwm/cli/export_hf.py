@@ -67,7 +67,7 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
     from megatron_dwm.model.hf_config import architecture, hf_config
     from megatron_dwm.model.hf_model import hf_skeleton, hf_tensors, write_weights
     from megatron_dwm.model.hf_weights import require_finite
-    from megatron_dwm.model.vocabulary import saved_softmax_size
+    from megatron_dwm.model.vocabulary import saved_tokens
     from megatron_dwm.training.saved_checkpoint import open_checkpoint
 
     folder = checkpoint_folder(config.load, config.ckpt_step)
@@ -83,7 +83,7 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model of {folder} only {rows}; give the flags "
             "of the tokenizer that it was trained with"
         )
-    vocab_size = max(int(tokenizer.vocab_size), saved_softmax_size(saved, 0))
+    vocab_size = max(int(tokenizer.vocab_size), saved_tokens(saved) or 0)
     dtype = checkpoint.metadata.state_dict_metadata[_EMBEDDING].properties.dtype
     has_any_tokenizer = not is_loaded_unchanged(architecture(model), tokenizer, tokenizer_config)
     skeleton = hf_skeleton(

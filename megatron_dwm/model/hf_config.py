@@ -231,21 +231,24 @@ def _rotary_flags(config: PretrainedConfig) -> dict[str, Any]:
     else:
         has_qkv_bias = kind == "qwen2"
     has_biases = attention_bias or mlp_bias
+    try:
+        positions = rope_flags(config.rope_parameters)
+    except UserError as error:
+        raise UserError(f"{subject} {error}") from None
     _refuse(
         subject,
         {
             f"hidden_act {activation}": activation not in (_UNGATED if kind == "nemotron" else _SILU),
             f"hidden_act {activation} without biases": activation in _TANH_GELU and not has_biases,
+            f"partial_rotary_factor {positions['rotary_percent']}, which transformers ignores there": (
+                kind not in ("phi3", "nemotron") and positions["rotary_percent"] != 1.0
+            ),
             "attention_bias beside norms of queries and keys": kind == "qwen3" and attention_bias,
             f"embd_pdrop {getattr(config, 'embd_pdrop', 0)} beside resid_pdrop": (
                 getattr(config, "embd_pdrop", 0) != getattr(config, "resid_pdrop", 0)
             ),
         },
     )
-    try:
-        positions = rope_flags(config.rope_parameters)
-    except UserError as error:
-        raise UserError(f"{subject} {error}") from None
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     flags = {
         **positions,

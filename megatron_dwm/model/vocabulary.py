@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from megatron_dwm.errors import UserError
 
 SOFTMAX_SIZE = "dwm_softmax_vocab_size"
-"""Name of :attr:`Vocabulary.softmax_size` among a checkpoint's arguments; it is there if it is not all rows."""
+"""Name of :attr:`Vocabulary.tokens` among the arguments of an imported model's checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,18 @@ class Vocabulary:
 
     rows: int
     """Rows of the embedding and of the output layer, including padding."""
-    softmax_size: int
-    """The number of first rows that take part in the softmax."""
+    tokens: int | None = None
+    """Tokens of an imported model, which may be more than its tokenizer has; None in a model from scratch."""
+
+    @property
+    def softmax_size(self) -> int:
+        """The number of first rows that take part in the softmax."""
+        return self.rows if self.tokens is None else self.tokens
 
     @property
     def arguments(self) -> dict[str, int]:
         """The arguments that a checkpoint must contain for it."""
-        return {SOFTMAX_SIZE: self.softmax_size} if self.softmax_size < self.rows else {}
+        return {} if self.tokens is None else {SOFTMAX_SIZE: self.tokens}
 
     def require_tokens(self, tokens: int) -> None:
         """Refuse a tokenizer with tokens that take no part in the softmax.
@@ -51,13 +56,14 @@ class Vocabulary:
             )
 
 
-def saved_softmax_size(arguments: Mapping[str, Any], rows: int) -> int:
-    """Return how many of a checkpoint's ``rows`` take part in the softmax.
+def saved_tokens(arguments: Mapping[str, Any]) -> int | None:
+    """Return the tokens of a checkpoint's model if it was imported.
 
     Args:
         arguments: that the checkpoint was saved with. Earlier versions imported models with ``hf_vocab_size``.
     """
-    return int(arguments.get(SOFTMAX_SIZE) or arguments.get("hf_vocab_size") or rows)
+    found = arguments.get(SOFTMAX_SIZE) or arguments.get("hf_vocab_size")
+    return None if found is None else int(found)
 
 
 def mask_vocabulary_padding(

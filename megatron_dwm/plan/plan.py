@@ -102,7 +102,7 @@ def make_plan(config: RunConfig, *, for_gpu: bool = True) -> Plan:
     inputs = read_weighting_inputs(config, tokenizer)
     model = config.model
     rows = vocabulary_rows(vocab, model, config.parallel.tp)
-    vocabulary = Vocabulary(rows, rows)
+    vocabulary = Vocabulary(rows)
     stages = measure_stages(config, vocabulary, for_gpu=for_gpu)
     weighter = plan_weighter(config, inputs, vocab, eod) if config.weighting.has_weighter else None
     step, scoring = step_cost(config, rows, stages), scoring_cost(config, rows, stages, weighter)

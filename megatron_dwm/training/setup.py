@@ -24,7 +24,7 @@ from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
 from megatron_dwm.model.tp_comm_overlap import start_tp_comm_overlap
 from megatron_dwm.model.transformer_config import transformer_config
-from megatron_dwm.model.vocabulary import Vocabulary, saved_softmax_size
+from megatron_dwm.model.vocabulary import Vocabulary, saved_tokens
 from megatron_dwm.runtime.process_groups import ParallelState, initialize_process_groups, set_seeds
 from megatron_dwm.runtime.startup_sync import StartupSync
 from megatron_dwm.runtime.stragglers import StragglerReport
@@ -218,9 +218,9 @@ def assemble_language_model(
 def _vocabulary(model: ModelConfig, tp: int, inputs: RunInputs) -> Vocabulary:
     padded = vocabulary_rows(inputs.vocab_size, model, tp)
     if inputs.checkpoint is None:
-        return Vocabulary(padded, padded)
+        return Vocabulary(padded)
     rows = resumed_vocab_size(inputs.checkpoint, padded, inputs.vocab_size, model.padded_vocab_size, tp)
-    vocabulary = Vocabulary(rows, saved_softmax_size(vars(inputs.checkpoint.arguments), rows))
+    vocabulary = Vocabulary(rows, saved_tokens(vars(inputs.checkpoint.arguments)))
     vocabulary.require_tokens(inputs.vocab_size)
     return vocabulary
 

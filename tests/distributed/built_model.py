@@ -75,7 +75,7 @@ CONTEXT_PARALLEL: dict[str, tuple[int, Flags]] = {
 }
 """Layouts with context parallelism, in which each rank holds two chunks of every sequence."""
 
-ALL_TRAINED = Vocabulary(VOCAB_SIZE, VOCAB_SIZE)
+ALL_TRAINED = Vocabulary(VOCAB_SIZE)
 """All rows take part in the softmax."""
 
 HfState = dict[str, torch.Tensor]

@@ -74,7 +74,7 @@ def _train(leg: Leg) -> Trained:
         Schedule.from_flags(config.optimizer, config.training, config.global_batch_size), optimizer
     )
     components, train_state = (
-        TrainComponents(built.chunks, optimizer, scheduler, Vocabulary(VOCAB_SIZE, VOCAB_SIZE)),
+        TrainComponents(built.chunks, optimizer, scheduler, Vocabulary(VOCAB_SIZE)),
         TrainState(),
     )
     if leg.load is not None:

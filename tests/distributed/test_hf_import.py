@@ -19,7 +19,7 @@ from megatron_dwm.config.checkpoint_args import read_arguments
 from megatron_dwm.model.gpt import build_model_chunks
 from megatron_dwm.model.hf_folder import read_hugging_face
 from megatron_dwm.model.transformer_config import transformer_config
-from megatron_dwm.model.vocabulary import Vocabulary, saved_softmax_size
+from megatron_dwm.model.vocabulary import Vocabulary, saved_tokens
 from megatron_dwm.runtime.process_groups import build_model_groups, current_parallel_state, set_seeds
 from tests.distributed.built_model import LAYOUTS, random_tokens
 from tests.distributed.harness import run_distributed
@@ -90,7 +90,7 @@ def _computed(folders: dict[str, Path], parallel: Flags) -> dict[str, torch.Tens
         model = saved_model(saved)
         config = transformer_config(model, run.parallel, run.training, run.optimizer, torch.device("cpu"))
         rows = saved["padded_vocab_size"]
-        vocabulary = Vocabulary(rows, saved_softmax_size(saved, rows))
+        vocabulary = Vocabulary(rows, saved_tokens(saved))
         chunks = build_model_chunks(config, model, vocabulary=vocabulary)
         keys = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
         template = {key: chunk.sharded_state_dict() for key, chunk in zip(keys, chunks, strict=True)}
@@ -145,6 +145,17 @@ def test_an_import_is_exported_as_the_model_that_it_was(name: str, folders: dict
     assert written["architectures"] == [type(back).__name__] and written["dtype"] == "float32"
     kind = known.config.model_type
     assert written["model_type"] == (kind if "window" in name else EQUIVALENT_MODEL_TYPES.get(kind, kind))
+
+
+def test_tokens_that_no_tokenizer_has_stay_in_the_softmax_without_padding_too(tmp_path: Path):
+    """As in Qwen2.5, whose vocabulary is a multiple of 128."""
+    model = random_model("llama", vocab_size=384, positions=SEQ_LENGTH)
+    model.save_pretrained(tmp_path / "hf")
+    Qwen2Tokenizer(vocab=BYTES, merges=[]).save_pretrained(tmp_path / "hf")
+    _import(tmp_path)
+    _export(tmp_path, tmp_path / "back")
+    back: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert torch.equal(back.lm_head.weight, model.lm_head.weight)
 
 
 def test_an_export_states_its_window_special_tokens_and_generation(folders: dict[str, Path], tmp_path: Path):

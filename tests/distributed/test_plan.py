@@ -119,7 +119,7 @@ def test_a_plan_is_what_ranks_hold_and_send(case: str):
     processes, flags = CASES[case]
     flags = {**flags, "--num-layers": 4, "--dwm-target-batch-size": NUM_SAMPLES}
     config = parse_flags({**IN_PROCESS, **flags}, processes)
-    stages = measure_stages(config, Vocabulary(VOCAB_SIZE, VOCAB_SIZE), for_gpu=False)
+    stages = measure_stages(config, Vocabulary(VOCAB_SIZE), for_gpu=False)
     counted = run_distributed(_count, processes, flags)
     nothing = WeighterPlan("none", 0, 0, False, 0, 0, Traffic())
     for stage in stages:

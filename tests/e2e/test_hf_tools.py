@@ -130,7 +130,7 @@ def _megatron_logits(folder: Path) -> torch.Tensor:
     run = parse_flags({**IN_PROCESS, **GPT})
     config = transformer_config(model, run.parallel, run.training, run.optimizer, torch.device("cpu"))
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    (chunk,) = build_model_chunks(config, model, vocabulary=Vocabulary(384, 384))
+    (chunk,) = build_model_chunks(config, model, vocabulary=Vocabulary(384))
     loaded = dist_checkpointing.load({"model": chunk.sharded_state_dict()}, str(folder))
     chunk.load_state_dict(loaded["model"])
     computed = logits([chunk.eval()], random_tokens(7))

@@ -15,6 +15,7 @@ from megatron_dwm.model.hf_rope import rope_flags, rope_parameters
 
 SIZES: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 LINEAR = {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}
+PARTIAL = {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 1e4}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "rope_theta": 1e4, "low_freq_factor": 2.0, "high_freq_factor": 4.0}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -24,6 +25,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", SIZES, "it has experts"),
     ("smollm3", SIZES, "no positions"),
     ("qwen3", {**SIZES, "attention_bias": True}, "attention_bias beside norms of queries and keys"),
+    ("llama", {**SIZES, "rope_parameters": PARTIAL}, "partial_rotary_factor 0.5, which transformers ignores there"),
     ("llama", {**SIZES, "hidden_act": "gelu"}, "hidden_act gelu"),
     ("nemotron", {**SIZES, "hidden_act": "gelu_new"}, "hidden_act gelu_new without biases"),
     ("phi3", {**SIZES, "resid_pdrop": 0.1}, "embd_pdrop 0.0 beside resid_pdrop"),

@@ -37,7 +37,7 @@ def test_microbatches_in_flight_are_those_of_the_schedule():
 
 def _kept(config: RunConfig, *, for_gpu: bool) -> int:
     """What the first microbatch of the first stage keeps for its backward pass, in bytes."""
-    return measure_stages(config, Vocabulary(VOCAB_SIZE, VOCAB_SIZE), for_gpu=for_gpu)[0].training[0].kept
+    return measure_stages(config, Vocabulary(VOCAB_SIZE), for_gpu=for_gpu)[0].training[0].kept
 
 
 def test_a_gpu_keeps_neither_attention_matrices_nor_copies_of_norms():
