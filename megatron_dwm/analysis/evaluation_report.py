@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
 from megatron_dwm.analysis.task_evaluation import MetricEstimate, TaskResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 METRICS = {
     "acc": "accuracy",
@@ -66,7 +70,7 @@ def table(checkpoints: Sequence[CheckpointResults]) -> str:
                 cell = str(result.metrics[metric])
                 change = difference(result, first, metric) if each is not checkpoints[0] else None
                 if change is not None:
-                    cell += f" ({change.mean:+.3f} ± {change.stderr:.3f})"
+                    cell += f" ({'' if change.mean < 0 else '+'}{change})"
                 cells.append(f"  {cell:>36}")
             lines.append(f"  {each.name:{width}}" + "".join(cells))
         blocks.append("\n".join(lines))
@@ -104,29 +108,71 @@ def as_json(checkpoints: Sequence[CheckpointResults], settings: dict[str, Any]) 
 
 
 def figure(checkpoints: Sequence[CheckpointResults]) -> Figure:
-    """Return a plot over training: a row for each task and number of examples, accuracy beside likelihood."""
+    """Return a plot: a row for each task and number of examples, accuracy beside likelihood.
+
+    If a run has several checkpoints, it is a line over the iterations, and a checkpoint without an iteration is a
+    horizontal line. Otherwise each checkpoint is a point with its name.
+    """
     rows = checkpoints[0].results
-    drawn = Figure(figsize=(10, 2.6 * len(rows)), layout="constrained")
+    of_runs = Counter(each.run for each in checkpoints if each.iteration is not None)
+    draw, height = (
+        (_over_training, 2.6) if max(of_runs.values(), default=0) > 1 else (_by_name, 1 + len(checkpoints) / 3)
+    )
+    drawn = Figure(figsize=(10, height * len(rows)), layout="constrained")
     grid = drawn.subplots(len(rows), 2, squeeze=False)
-    runs = list(dict.fromkeys(each.run for each in checkpoints))
-    has_iterations = any(each.iteration is not None for each in checkpoints)
     for place, first in enumerate(rows):
         for axes, metrics in zip(grid[place], (("acc", "exact_match"), ("choice_nll", "answer_nll")), strict=True):
             metric = next((name for name in metrics if name in first.metrics), None)
             if metric is None:
                 axes.set_visible(False)
                 continue
-            for run in runs:
-                of_run = [(n, each) for n, each in enumerate(checkpoints) if each.run == run]
-                points = sorted(
-                    (each.iteration if each.iteration is not None else n, each.results[place].metrics[metric])
-                    for n, each in of_run
-                )
-                x, found = [point[0] for point in points], [point[1] for point in points]
-                errors = [0.0 if math.isnan(estimate.stderr) else estimate.stderr for estimate in found]
-                axes.errorbar(x, [value.mean for value in found], errors, marker="o", capsize=3, label=run)
+            found = [each.results[place].metrics[metric] for each in checkpoints]
+            draw(axes, METRICS[metric], checkpoints, found, first.chance(metric))
             axes.set_title(f"{first.task}, {first.num_fewshot} examples", fontsize=9)
-            axes.set_ylabel(METRICS[metric])
-            axes.set_xlabel("iteration" if has_iterations else "checkpoint")
-    grid[0][0].legend(fontsize=8)
+    legend = {label: line for axes in grid.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    drawn.legend(legend.values(), legend.keys(), loc="outside upper center", fontsize=8)
     return drawn
+
+
+def _over_training(
+    axes: Axes,
+    label: str,
+    checkpoints: Sequence[CheckpointResults],
+    found: Sequence[MetricEstimate],
+    chance: float | None,
+) -> None:
+    for number, run in enumerate(dict.fromkeys(each.run for each in checkpoints)):
+        of_run = [(each.iteration, value) for each, value in zip(checkpoints, found, strict=True) if each.run == run]
+        points = [(iteration, value) for iteration, value in of_run if iteration is not None]
+        points.sort(key=lambda point: point[0])
+        if points:
+            means, errors = zip(*(_drawn(value) for _, value in points), strict=True)
+            axes.errorbar([i for i, _ in points], means, errors, marker="o", capsize=3, label=run, color=f"C{number}")
+        else:
+            axes.axhline(of_run[0][1].mean, linestyle="--", label=run, color=f"C{number}")
+    if chance is not None:
+        axes.axhline(chance, linestyle=":", color="gray", label="chance")
+    axes.set_xlabel("iteration")
+    axes.set_ylabel(label)
+
+
+def _by_name(
+    axes: Axes,
+    label: str,
+    checkpoints: Sequence[CheckpointResults],
+    found: Sequence[MetricEstimate],
+    chance: float | None,
+) -> None:
+    places = range(len(checkpoints))
+    means, errors = zip(*map(_drawn, found), strict=True)
+    axes.errorbar(means, places, xerr=errors, fmt="o", capsize=3)
+    axes.set_yticks(places, [each.name for each in checkpoints], fontsize=8)
+    axes.set_ylim(len(checkpoints) - 0.5, -0.5)  # the first one on top
+    if chance is not None:
+        axes.axvline(chance, linestyle=":", color="gray", label="chance")
+    axes.set_xlabel(label)
+
+
+def _drawn(value: MetricEstimate) -> tuple[float, float]:
+    """Return the mean and the length of its error bar."""
+    return value.mean, 0.0 if math.isnan(value.stderr) else value.stderr

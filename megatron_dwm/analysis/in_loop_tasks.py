@@ -16,7 +16,7 @@ import torch.distributed as dist
 from lm_eval.api.model import TemplateLM
 
 from megatron_dwm.analysis.local_tasks import LOCAL_TASKS, local_task, read_passages
-from megatron_dwm.analysis.task_evaluation import TaskEvaluator
+from megatron_dwm.analysis.task_evaluation import TaskEvaluator, require_room
 from megatron_dwm.config.tasks import TasksConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.continuations import Continuation, Likelihood, continuation_likelihoods
@@ -24,6 +24,8 @@ from megatron_dwm.model.engine import PipelineEngine
 
 _SEED = 1234
 """Seed of the choice of items and examples: the default of ``megatron-dwm evaluate``."""
+_FLAGS = {"--tasks": "--eval-tasks", "--task-text": "--eval-tasks-text", "--num-fewshot": "--eval-tasks-num-fewshot"}
+"""The flags of ``megatron-dwm evaluate``, and their names in a run."""
 _MICROBATCHES_TOGETHER = 64
 """Microbatches of a replica in one run through the pipeline."""
 
@@ -48,8 +50,8 @@ class InLoopTaskEvaluator:
         self._before_batch: Callable[[], None] = lambda: None
         self._evaluator = None
         if dist.get_rank() == 0:
-            self._evaluator = _evaluator(flags)
             self._model = _RunningModel(self.likelihoods, tokenizer, engine.seq_length)
+            self._evaluator = _evaluator(flags, tokenizer, engine.seq_length)
 
     def evaluate(self, before_batch: Callable[[], None]) -> list[dict[str, Any]]:
         """Return a record for each task and number of examples, on every rank; every rank calls it.
@@ -133,6 +135,7 @@ class _RunningModel(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
+        require_room(requests, f"--seq-length {self.max_length}", self.max_length)
         asked = [Continuation([*context, *following], len(following)) for _, context, following in requests]
         return [(found.log_likelihood, found.is_greedy) for found in self.likelihoods(asked)]
 
@@ -143,7 +146,7 @@ class _RunningModel(TemplateLM):  # type: ignore[misc]
         raise NotImplementedError  # refused at the start
 
 
-def _evaluator(flags: TasksConfig) -> TaskEvaluator:
+def _evaluator(flags: TasksConfig, tokenizer: Any, seq_length: int) -> TaskEvaluator:
     names, limit = list(dict.fromkeys(flags.eval_tasks or ())), flags.eval_tasks_limit or None
     unknown = [name for name in names if name.startswith("local-") and name not in LOCAL_TASKS]
     if unknown:
@@ -160,17 +163,24 @@ def _evaluator(flags: TasksConfig) -> TaskEvaluator:
             seed=_SEED,
         )
         with _restored_random_states():
-            kinds = evaluator.kinds()
+            for task, kind in evaluator.kinds().items():
+                if kind not in ("loglikelihood", "multiple_choice"):
+                    raise UserError(
+                        f"--tasks {task}: needs {kind}, and a model in training gives likelihoods of answers only; "
+                        "leave it to megatron-dwm evaluate"
+                    )
+            # Without computing anything, so that a question that cannot be asked ends the run before it starts.
+            evaluator.evaluate_model(_RunningModel(_no_likelihoods, tokenizer, seq_length), is_training=True)
     except UserError as error:
-        flags_here = str(error).replace("--tasks", "--eval-tasks").replace("--task-text", "--eval-tasks-text")
-        raise UserError(flags_here) from None
-    for task, kind in kinds.items():
-        if kind not in ("loglikelihood", "multiple_choice"):
-            raise UserError(
-                f"--eval-tasks {task}: needs {kind}, and a model in training gives likelihoods of answers only; leave "
-                "it to megatron-dwm evaluate"
-            )
+        message = str(error)
+        for flag, here in _FLAGS.items():
+            message = message.replace(flag, here)
+        raise UserError(message) from None
     return evaluator
+
+
+def _no_likelihoods(continuations: list[Continuation]) -> list[Likelihood]:
+    return [Likelihood(0.0, is_greedy=False)] * len(continuations)
 
 
 @contextmanager

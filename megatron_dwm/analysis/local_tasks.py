@@ -194,6 +194,11 @@ def local_task(name: str, passages: Passages, limit: int | None, seed: int) -> d
     counted = order[FEWSHOT_ITEMS:][:limit]
     wrong = _WrongAnswers(items, rng)
     rows = [wrong.row(item) if kind.has_choices else vars(item) for item in [*order[:FEWSHOT_ITEMS], *counted]]
+    if kind.has_choices and min(len(row["choices"]) for row in rows) < CHOICES:
+        raise UserError(
+            f"--tasks {name}: {passages.name} has too few {kind.what} that differ in their answer; name more or other "
+            "text with --task-text"
+        )
     return {
         "task": name,
         "custom_dataset": lambda **_: _datasets(rows),

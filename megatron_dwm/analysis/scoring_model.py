@@ -18,12 +18,59 @@ import torch
 
 from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.errors import UserError, shortened
+from megatron_dwm.model.quiet_loading import quiet_loading
 from megatron_dwm.weighting.export_manifest import read_manifest, trained_length, verify_export
 from megatron_dwm.weighting.windows import SpecialTokens, Window, cut, pad_windows, position_limit
 
 Rule = Literal["mean", "max", "first"]
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 """What a batch holds; a CPU's caches are small."""
+
+
+def require_all_weights(named: str, missing: Sequence[str]) -> None:
+    """Refuse a model with weights that its folder lacks.
+
+    Raises:
+        UserError: there are such weights.
+    """
+    if missing:
+        raise UserError(f"{named}: its weights lack {missing[0]}; give a whole model")
+
+
+def load_model(
+    auto_class: Any, folder: Path, flag: str, noun: str, dtype: torch.dtype | Literal["auto"] = "auto"
+) -> tuple[Any, Any, list[str]]:
+    """Load a model and its tokenizer from a folder.
+
+    Args:
+        auto_class: transformers' class that loads the model.
+        flag: the flag that names the folder, for messages.
+        noun: what the folder should be, for messages.
+        dtype: precision of the weights; "auto" is that of their files.
+
+    Returns:
+        model, tokenizer, and the names of the weights that the folder lacks, which are random.
+
+    Raises:
+        UserError: one of the two cannot be loaded, or they do not fit each other, or a weight is not finite.
+    """
+    named = f"{flag} {folder}"
+    tokenizer = load_tokenizer_folder(folder, flag)
+    try:
+        with quiet_loading():
+            model, report = auto_class.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:  # transformers and safetensors raise whatever they like
+        raise UserError(f"{named}: cannot be loaded ({shortened(error)}); give {noun}") from None
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"{named}: its tokenizer has {len(tokenizer)} tokens and its model only {model.config.vocab_size}; put the "
+            "tokenizer there that it was trained with"
+        )
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+        raise UserError(f"{named}: its weights are not finite; give another")
+    return model, tokenizer, sorted(report["missing_keys"])
 
 
 class ScoringModel:
@@ -45,19 +92,10 @@ class ScoringModel:
         if not (self.folder / "config.json").is_file():
             raise UserError(f"{self.flag} {folder}: no config.json there; give {self.noun}")
         verify_export(self.flag, self.folder)
-        self.tokenizer = load_tokenizer_folder(folder, self.flag)
-        try:
-            model, report = self._auto_class().from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # transformers and safetensors raise whatever they like
-            raise UserError(f"{self.flag} {folder}: cannot be loaded ({shortened(error)}); give {self.noun}") from None
-        self._check(model, report["missing_keys"])
-        if len(self.tokenizer) > model.config.vocab_size:
-            raise UserError(
-                f"{self.flag} {folder}: its tokenizer has {len(self.tokenizer)} tokens and its model only "
-                f"{model.config.vocab_size}; put the tokenizer there that it was trained with"
-            )
+        model, self.tokenizer, missing = load_model(
+            self._auto_class(), self.folder, self.flag, self.noun, torch.float32
+        )
+        self._check(model, missing)
         self.model = model.to(device).eval()
         limit = position_limit(model)
         if window is not None and limit is not None and window > limit:
@@ -148,8 +186,7 @@ class PerplexityModel(ScoringModel):
         return AutoModelForCausalLM
 
     def _check(self, model: Any, missing: Sequence[str]) -> None:
-        if missing:
-            raise UserError(f"{self.flag} {self.folder}: its weights lack {missing[0]}; give a whole model")
+        require_all_weights(f"{self.flag} {self.folder}", missing)
 
     def _special_tokens(self) -> SpecialTokens:
         """Return the end-of-document token, which stands before a window.

@@ -9,20 +9,22 @@ kept; from its samples two more metrics are computed, which change with every st
 
 from __future__ import annotations
 
+import io
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
+from megatron_dwm.analysis.local_tasks import FEWSHOT_ITEMS
+from megatron_dwm.analysis.scoring_model import load_model, require_all_weights
 from megatron_dwm.errors import UserError, shortened
-
-logger = logging.getLogger(__name__)
+from megatron_dwm.model.attributes import temporary_attributes
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,14 @@ class TaskResult:
     """The harness's metrics, and ``answer_nll`` and ``choice_nll`` where the task has them."""
     values: dict[str, dict[int, float]] = field(default_factory=dict)
     """``answer_nll`` and ``choice_nll`` of each item, by its number in the task."""
+    choices: int | None = None
+    """Number of answers to choose from, if it is that of all items."""
+
+    def chance(self, metric: str) -> float | None:
+        """Return the mean of a metric for a model that knows nothing; None if there is none."""
+        if self.choices is None or metric not in ("acc", "choice_nll"):
+            return None
+        return 1 / self.choices if metric == "acc" else math.log(self.choices)
 
 
 class TaskEvaluator:
@@ -86,9 +96,12 @@ class TaskEvaluator:
             seed: seed for choosing the examples.
 
         Raises:
-            UserError: the harness has no such task.
+            UserError: the harness has no such task, or a local task has fewer examples.
         """
         from lm_eval.tasks import TaskManager
+
+        if local and max(num_fewshot) > FEWSHOT_ITEMS:
+            raise UserError(f"--num-fewshot {max(num_fewshot)}: local tasks have {FEWSHOT_ITEMS} examples; give fewer")
 
         # Reading the harness's thousands of tasks takes seconds: only where one of them is asked for.
         self.manager = TaskManager(include_defaults=bool(others))
@@ -140,15 +153,18 @@ class TaskEvaluator:
         from lm_eval.models.huggingface import HFLM
         from transformers import AutoModelForCausalLM
 
-        tokenizer = load_tokenizer_folder(folder)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            reason = shortened(error)
-            raise UserError(f"{folder}: cannot be loaded as a language model ({reason}); give another") from None
+        class Model(HFLM):  # type: ignore[misc]
+            """The harness's model, which would end with an assertion where an answer has no room."""
+
+            def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+                require_room(requests, f"--checkpoints {folder}", self.max_length)
+                return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        model, tokenizer, missing = load_model(AutoModelForCausalLM, folder, "--checkpoints", "a language model")
+        require_all_weights(f"--checkpoints {folder}", missing)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with quiet_harness():
-            return HFLM(
+            return Model(
                 model.eval().to(device), tokenizer=tokenizer, batch_size=self.batch_size, add_bos_token=add_bos_token
             )
 
@@ -166,10 +182,16 @@ class TaskEvaluator:
             ) from error
 
     def _results(self, model: Any, num_fewshot: int, is_training: bool) -> Iterator[TaskResult]:
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluator, simple_evaluate
 
         kept = {"torch_random_seed": None} if is_training else {}
-        with quiet_harness(), nullcontext() if is_training else self._refused_data():
+        with (
+            quiet_harness(),
+            temporary_attributes(
+                evaluator, {"get_git_commit_hash": lambda: None}
+            ),  # git complains outside a repository
+            nullcontext() if is_training else self._refused_data(),
+        ):
             found = simple_evaluate(
                 model,
                 tasks=[*self.local, *self.others],
@@ -185,15 +207,36 @@ class TaskEvaluator:
             yield _task_result(task, num_fewshot, found["results"][task], samples)
 
 
+def require_room(requests: Iterable[tuple[Any, Sequence[int], Sequence[int]]], named: str, max_length: int) -> None:
+    """Refuse answers that do not fit into a model's context, or have no tokens of their own.
+
+    Args:
+        requests: pairs of texts, tokens of the question, and tokens of the answer.
+        named: the model, as the error's line begins.
+        max_length: the model's context.
+
+    Raises:
+        UserError: there is such an answer.
+    """
+    for (_, answer), _, ids in requests:
+        if not 0 < len(ids) <= max_length:
+            raise UserError(
+                f"{named}: the answer {shortened(answer, 40)!r} has {len(ids)} tokens and the model's context "
+                f"{max_length}; leave its task out of --tasks, or give another model"
+            )
+
+
 @contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Show only errors of the harness and of datasets inside the context."""
+    """Show only errors of the harness and of datasets inside the context; progress bars only on a terminal."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     levels = [each.level for each in loggers]
     for each in loggers:
         each.setLevel(logging.ERROR)
     try:
-        yield
+        # No flag of the harness turns its progress bars off.
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+            yield
     finally:
         for each, level in zip(loggers, levels, strict=True):
             each.setLevel(level)
@@ -216,7 +259,9 @@ def _task_result(task: str, num_fewshot: int, results: dict[str, Any], samples: 
         for name, value in likelihoods(sample).items():
             values.setdefault(name, {})[int(sample["doc_id"])] = value
     metrics |= {name: MetricEstimate.of(list(by_item.values())) for name, by_item in values.items()}
-    return TaskResult(task, num_fewshot, len(samples), metrics, values)
+    choices = {len(sample["filtered_resps"]) for sample in samples if "choice_nll" in likelihoods(sample)}
+    is_same = len(choices) == 1 and len(values["choice_nll"]) == len(samples)
+    return TaskResult(task, num_fewshot, len(samples), metrics, values, choices.pop() if is_same else None)
 
 
 def likelihoods(sample: dict[str, Any]) -> dict[str, float]:

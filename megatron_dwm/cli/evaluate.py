@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -96,24 +97,36 @@ def _main(argv: Sequence[str] | None) -> None:
         batch_size=config.batch_size,
         seed=config.seed,
     )
-    found = []
+    output = Path(config.output)
+    with _writing(output):
+        pass  # before the evaluation, which may take hours
+    found: list[CheckpointResults] = []
+    settings = asdict(config) | {"text": passages.name if passages else None}
     for folder in folders:
         run, iteration = name_of(folder)
         with tempfile.TemporaryDirectory() as temporary:
             model = hf_folder(folder, temporary)
             results = evaluator.evaluate(model, is_export=model != folder)
         found.append(CheckpointResults(str(folder), run, iteration, results))
-    settings = asdict(config) | {"text": passages.name if passages else None}
-    document = json.dumps(as_json(found, settings), indent=1, allow_nan=False)
-    output = Path(config.output)
-    try:
-        with atomic_files(output) as staging:
-            (staging / "evaluation.json").write_text(document)
+        with _writing(output) as staging:
+            (staging / "evaluation.json").write_text(json.dumps(as_json(found, settings), indent=1, allow_nan=False))
             (staging / "evaluation.png").write_bytes(png(figure(found)))
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror or error}); give another") from None
     print(table(found))
     print(f"{output}: evaluation.json and evaluation.png")
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[Path]:
+    """Yield a folder whose files are moved to ``output``.
+
+    Raises:
+        UserError: that cannot be written.
+    """
+    try:
+        with atomic_files(output) as staging:
+            yield staging
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror or error}); give another") from None
 
 
 def checkpoint_folder(name: str) -> Path:
@@ -150,7 +163,10 @@ def hf_folder(folder: Path, temporary: str) -> Path:
     step = folder.name.removeprefix("iter_")
     if not is_iteration(step):
         raise UserError(f"--checkpoints {folder}: no iteration in its name; give an iter_ folder")
-    export(ExportConfig(load=str(folder.parent), ckpt_step=int(step), output=str(exported)), {})
+    try:
+        export(ExportConfig(load=str(folder.parent), ckpt_step=int(step), output=str(exported)), {})
+    except UserError as error:
+        raise UserError(str(error).replace("--load", "--checkpoints", 1)) from None
     return exported
 
 

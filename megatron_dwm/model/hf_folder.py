@@ -7,9 +7,7 @@ is missing, ignores what is left over, unties a head that exists), which gives a
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.hf_config import architecture, hf_config, model_config
+from megatron_dwm.model.quiet_loading import quiet_loading
 
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = "embed_tokens.weight", "wte.weight"
@@ -162,7 +161,7 @@ def _read(folder: Path) -> HuggingFaceModel:
     if getattr(config, "quantization_config", None):
         raise UserError("config.json has a quantization_config; give a model that is not quantized")
     model = model_config(config)
-    with _quiet():
+    with quiet_loading():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -220,21 +219,6 @@ def _taken_apart(names: Mapping[str, str], model: ModelConfig) -> tuple[dict[str
         if whole is None:
             apart[name] = in_files
     return apart, rows
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress transformers' progress bars and reports inside the context; what matters in them becomes an error."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
 
 
 def weight_files(folder: Path) -> FolderTensors:

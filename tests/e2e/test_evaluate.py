@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -19,10 +21,12 @@ from megatron_dwm.analysis import in_loop_tasks
 from megatron_dwm.analysis.local_tasks import LOCAL_TASKS, local_task, read_passages
 from megatron_dwm.cli import evaluate, import_hf
 from megatron_dwm.cli import pretrain as pretrain_command
+from megatron_dwm.config.tasks import TasksConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
 from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
 from megatron_dwm.data.tokenizers import build_tokenizer
+from megatron_dwm.errors import UserError
 from megatron_dwm.model.continuations import continuation_likelihoods
 from tests.e2e.launch import pretrain, records, succeed
 from tests.small_runs import LANGUAGE_MODEL, TRAINING
@@ -180,6 +184,30 @@ def answer_nll(folder: Path, text: Path) -> dict[str, float]:
     return {"mean": float(values.mean()), "stderr": float(values.std() / math.sqrt(len(values)))}
 
 
+CLOZE = ["--tasks", "local-cloze", "--task-text", "{story}"]
+BAD_MODELS = ("cut", "lacking", "infinite", "small", "short")
+
+
+def write_bad_models(workplace: Path) -> None:
+    """Write folders whose weights are cut off, lack a tensor or are not finite, and models of few tokens or places."""
+    if (workplace / "short").exists():
+        return
+    for name in BAD_MODELS:
+        shutil.copytree(workplace / "untrained", workplace / name)
+    weights = {name: load_file(workplace / "untrained/model.safetensors") for name in ("lacking", "infinite", "small")}
+    del weights["lacking"]["model.norm.weight"]
+    weights["infinite"]["model.norm.weight"][0] = math.inf
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights["small"][name] = weights["small"][name][:100].clone()
+    for name, tensors in weights.items():
+        save_file(tensors, workplace / name / "model.safetensors", metadata={"format": "pt"})
+    file = workplace / "cut/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    for name, value in (("small", {"vocab_size": 100}), ("short", {"max_position_embeddings": 4})):
+        config = json.loads((workplace / name / "config.json").read_text())
+        (workplace / name / "config.json").write_text(json.dumps(config | value))
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -188,21 +216,53 @@ def answer_nll(folder: Path, text: Path) -> dict[str, float]:
         (["{untrained}", "--tasks", "local-riddle"], "--tasks local-riddle: no such local task; give one of local-c"),
         (["{untrained}", "--tasks", "local-cloze", "--num-fewshot", "-1"], "--num-fewshot -1: give numbers of at"),
         (["{untrained}", "--tasks", "local-cloze", "--task-text", "no.txt"], "--task-text no.txt: no such file; give"),
-        (["{untrained}", "--tasks", "local-title", "--task-text", "{short}"], "has 1 titles with a sentence below th"),
+        (["{untrained}", "--tasks", "local-title", "--task-text", "{title}"], "has 1 titles with a sentence below th"),
         (["{untrained}", "--tasks", "local-title", "--task-text", "{bad}"], 'line 1: no JSON object with the key "te'),
-        (["{untrained}", "--tasks", "arc", "--task-text", "{short}"], "--task-text and --task-packages are for local"),
+        (["{untrained}", "--tasks", "arc", "--task-text", "{title}"], "--task-text and --task-packages are for local"),
         (["{bad_model}", "--tasks", "local-cloze", "--task-text", "{story}"], "bad_model: its tokenizer does not load"),
+        (["{untrained}", *CLOZE, "--num-fewshot", "9"], "--num-fewshot 9: local tasks have 8 examples; give fewer"),
+        (["{untrained}", *CLOZE, "--output", "{story}"], "story.jsonl: cannot be written (File exists); give another"),
+        (["{cut}", *CLOZE], "cut: cannot be loaded (Error while deserializing header"),
+        (["{lacking}", *CLOZE], "lacking: its weights lack model.norm.weight; give a whole model"),
+        (["{infinite}", *CLOZE], "infinite: its weights are not finite; give another"),
+        (["{small}", *CLOZE], "small: its tokenizer has 400 tokens and its model only 100; put the tokenizer"),
+        (["{short}", *CLOZE], "tokens and the model's context 4; leave its task out of --tasks, or give another model"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], line: str, workplace: Path, capsys: pytest.CaptureFixture[str]):
-    (workplace / "short.txt").write_text("A Title\n\nOne sentence that stands below this title.\n")
+    write_bad_models(workplace)
+    (workplace / "title.txt").write_text("A Title\n\nOne sentence that stands below this title.\n")
     (workplace / "bad.jsonl").write_text('{"content": "text"}\n')
     (workplace / "bad_model").mkdir(exist_ok=True)
     (workplace / "bad_model/config.json").write_text("{}")
-    places = {"short": "short.txt", "bad": "bad.jsonl", "story": "story.jsonl"}
-    names = {name: workplace / places.get(name, name) for name in ("untrained", "bad_model", *places)}
+    places = {"title": "title.txt", "bad": "bad.jsonl", "story": "story.jsonl"}
+    names = {name: workplace / places.get(name, name) for name in ("untrained", "bad_model", *BAD_MODELS, *places)}
+    words = [word.format(**names) for word in arguments]
+    output = [] if "--output" in words else ["--output", str(workplace / "none")]
     with pytest.raises(SystemExit) as end:
-        evaluate.main([*(word.format(**names) for word in arguments), "--output", str(workplace / "none")])
+        evaluate.main([*words, *output])
     error = capsys.readouterr().err.strip()
     assert end.value.code == 2 and line in error and len(error.splitlines()) == 1
     assert not (workplace / "none").exists()
+
+
+def test_a_checkpoint_that_fails_leaves_the_results_of_those_before_it(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    write_bad_models(workplace)
+    places = [str(workplace / name) for name in ("untrained", "lacking")]
+    text = ["--tasks", "local-title", "--task-text", str(workplace / "story.jsonl"), "--num-fewshot", "0"]
+    with pytest.raises(SystemExit):
+        evaluate.main([*places, *text, "--limit", "2", "--output", str(tmp_path / "out")])
+    (kept,) = json.loads((tmp_path / "out/evaluation.json").read_text())["checkpoints"]
+    assert kept["checkpoint"] == places[0]
+    printed = capsys.readouterr().err.splitlines()  # no progress bars, which this is no terminal for
+    assert printed == [f"error: --checkpoints {places[1]}: its weights lack model.norm.weight; give a whole model"]
+
+
+def test_an_answer_without_room_ends_a_run_before_it_starts(workplace: Path):
+    flags = TasksConfig(1, ["local-title"], [str(workplace / "story.jsonl")])
+    tokenizer = AutoTokenizer.from_pretrained(workplace / "untrained")
+    assert in_loop_tasks._evaluator(flags, tokenizer, 64)
+    with pytest.raises(UserError, match=r"--seq-length 8: the answer 'On day .* leave its task out of --eval-tasks"):
+        in_loop_tasks._evaluator(flags, tokenizer, 8)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dwm.analysis.evaluation_report import difference
+from megatron_dwm.analysis.evaluation_report import CheckpointResults, difference, figure, table
 from megatron_dwm.analysis.local_tasks import (
     FEWSHOT_ITEMS,
     Item,
@@ -20,6 +20,7 @@ from megatron_dwm.analysis.local_tasks import (
 )
 from megatron_dwm.analysis.task_evaluation import MetricEstimate, TaskResult, likelihoods
 from megatron_dwm.corpora.corpus import Document
+from megatron_dwm.errors import UserError
 
 TEXT = """Of Ships
 ========
@@ -87,6 +88,37 @@ def test_likelihoods_of_an_item():
     assert likelihoods(sample("1", -1000.0, -1001.0)) == found
     assert likelihoods(sample([0, 1], -1.0, -2.0)) == {}
     assert likelihoods({"target": "text", "filtered_resps": ["generated"]}) == {}
+
+
+def test_items_with_the_same_answer_are_no_choice():
+    text = passages(*(f"word {n}: what every one of these words means to us" for n in range(30)))
+    with pytest.raises(UserError, match="local-definition: a test has too few definitions that differ in their answer"):
+        local_task("local-definition", text, limit=10, seed=1)
+
+
+def results(name: str, iteration: int | None, accuracy: float) -> CheckpointResults:
+    metrics = {"acc": MetricEstimate(accuracy, math.nan), "choice_nll": MetricEstimate(1.0, 0.1)}
+    return CheckpointResults(name, name, iteration, [TaskResult("task", 0, 1, metrics, {"choice_nll": {0: 1.0}}, 4)])
+
+
+def test_the_plot_is_over_iterations_only_if_a_run_has_several():
+    checkpoints = [results("run", 200, 0.6), results("folder", None, 0.7), results("run", 100, 0.5)]
+    accuracy, nats = figure(checkpoints).axes
+    assert accuracy.get_xlabel() == "iteration"
+    lines = {str(line.get_label()): line for line in accuracy.get_lines()}
+    assert list(lines["folder"].get_ydata()) == [0.7, 0.7] and list(lines["chance"].get_ydata()) == [0.25, 0.25]
+    (bars,) = accuracy.containers
+    assert list(bars[0].get_xdata()) == [100, 200] and list(bars[0].get_ydata()) == [0.5, 0.6]
+
+    accuracy, nats = figure(checkpoints[:2]).axes
+    assert [label.get_text() for label in accuracy.get_yticklabels()] == ["run", "folder"]
+    assert list(accuracy.containers[0][0].get_xdata()) == [0.6, 0.7]
+    assert (accuracy.get_xlabel(), nats.get_xlabel()) == ("accuracy", "nats a choice")
+    assert list(nats.get_lines()[-1].get_xdata()) == [math.log(4)] * 2
+
+
+def test_one_item_has_no_standard_error():
+    assert "(+0.000)" in table([results("first", None, 0.5), results("second", None, 0.5)])
 
 
 def test_the_difference_is_of_the_same_items():
