@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +21,13 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.writers.jsonl import JsonlWriter
 from datatrove.pipeline.writers.parquet import ParquetWriter
-from pyarrow import ArrowException
+from pyarrow import ArrowException, RecordBatch, unify_schemas
 
 from megatron_dwm.analysis.score_inputs import RowReader
 from megatron_dwm.analysis.scoring_model import PerplexityModel, Rule, ScoringModel
 from megatron_dwm.corpora.parts import Part
 from megatron_dwm.corpora.pipelines import FilePublisher, refused_output
+from megatron_dwm.corpora.readers import table_schema
 from megatron_dwm.corpora.storage import OutputFolder
 from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.errors import UserError, shortened
@@ -144,27 +147,68 @@ class _WholeJsonl(JsonlWriter):  # type: ignore[misc]
     def _write(self, document: dict[str, Any], file_handler: Any, _filename: str) -> None:
         try:
             line = orjson.dumps(document, option=orjson.OPT_APPEND_NEWLINE)
+            if b"null" in line and not _is_finite(document):
+                raise TypeError("a number that is not finite")  # orjson writes null
         except TypeError as error:
             raise UserError(f"--output-format jsonl: a value cannot be written ({error}); write parquet") from None
         file_handler.write(line)
 
 
+def _is_finite(value: object) -> bool:
+    """Return whether all numbers in a value, or in the values that it holds, are finite."""
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or isfinite(value)
+
+
 class _WholeParquet(ParquetWriter):  # type: ignore[misc]
-    """Writes tables whose rows have the same fields; a field that only some have would be left out otherwise."""
+    """Writes rows of a table with the types of its columns, and other rows with those that the first ones have."""
+
+    def __init__(self, parts: Sequence[Part], score_key: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.parts, self.score_key = list(parts), score_key
+
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Write the rows, and yield them.
+
+        Raises:
+            UserError: they do not form a table.
+        """
+        first = list(islice(data, self.batch_size))
+        read = table_schema(self.parts[rank].path) if self.parts[rank].kind == "file" else None
+        self.is_inferred = read is None
+        with _refused_table():
+            rows = [document.metadata["row"] for document in first]
+            inferred = RecordBatch.from_pylist(rows if read is None else [{self.score_key: 0.0}]).schema
+            self.schema = inferred if read is None else unify_schemas([read, inferred])
+        yield from super().run(chain(first, data), rank, world_size)
 
     def _write(self, document: dict[str, Any], file_handler: Any, filename: str) -> None:
-        self.columns = getattr(self, "columns", None) or document.keys()
-        if document.keys() != self.columns:
+        if set(document) != set(self.schema.names):  # a field that only some have would be left out
             raise UserError("--output-format parquet: the rows have different fields; write jsonl")
         super()._write(document, file_handler, filename)
 
     def _write_batch(self, filename: str) -> None:
-        try:
+        with _refused_table():
+            if self.is_inferred and (rows := self._batches[filename]):
+                # Fields of objects that the first rows do not have would be left out.
+                found = unify_schemas([self.schema, RecordBatch.from_pylist(rows).schema])
+                if found != self.schema:
+                    raise ValueError(f"{found} after {self.schema}")
             super()._write_batch(filename)
-        except (ArrowException, ValueError) as error:
-            raise UserError(
-                f"--output-format parquet: the rows do not form a table ({shortened(error)}); write jsonl"
-            ) from None
+
+
+@contextmanager
+def _refused_table() -> Iterator[None]:
+    """While open, rows whose values have no common types are a user's error."""
+    try:
+        yield
+    except (ArrowException, ValueError, OverflowError) as error:
+        raise UserError(
+            f"--output-format parquet: the rows do not form a table ({shortened(error)}); write jsonl"
+        ) from None
 
 
 def score_steps(
@@ -190,9 +234,12 @@ def score_steps(
     suffix = f".{output_format}"
     with refused_output(output):
         _claim(folder, job)
-    writer_class = _WholeJsonl if output_format == "jsonl" else _WholeParquet
-    writer = writer_class(
-        folder.path("partial"), f"${{rank}}{suffix}", **_WRITER_OPTIONS[output_format], adapter=_row, max_file_size=-1
+    place: dict[str, Any] = {"output_folder": folder.path("partial"), "output_filename": f"${{rank}}{suffix}"}
+    place |= {"adapter": _row, "max_file_size": -1}
+    writer = (
+        _WholeJsonl(compression=None, **place)
+        if output_format == "jsonl"
+        else _WholeParquet(parts, settings.score_key, **place)
     )
     return [
         RowReader(parts, text_key, skip_malformed=skip_malformed, show_progress=show_progress),
@@ -214,9 +261,6 @@ def score_counts(stats: Any) -> dict[str, int]:
         "bytes": int(scored["bytes"].total),
         "skipped": int(read["skipped"].total),
     }
-
-
-_WRITER_OPTIONS: dict[str, dict[str, Any]] = {"jsonl": {"compression": None}, "parquet": {"compression": "snappy"}}
 
 
 def _claim(folder: OutputFolder, job: dict[str, Any]) -> None:

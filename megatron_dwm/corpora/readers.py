@@ -21,6 +21,7 @@ _JSON_SUFFIXES = {".jsonl", ".json", ".ndjson"}
 _MAGIC = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
+    **{bytes([0x50 + number]) + b"\x2a\x4d\x18": "zstd" for number in range(16)},  # frames to skip, as of pzstd
     b"PAR1": "parquet",
     # What is not read is named, rather than reported as bad JSON.
     b"BZh": "bzip2",
@@ -172,6 +173,20 @@ def file_format(path: str) -> str:
     """
     with _open(path) as file:
         return _format_of(path, file)
+
+
+def table_schema(path: str) -> Any:
+    """Return the names and types of a Parquet file's columns, as pyarrow has them; None of another file.
+
+    Raises:
+        UserError: it cannot be opened, or is not what its name says.
+    """
+    with _open(path) as file:
+        if _format_of(path, file) != "parquet":
+            return None
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_schema(file)
 
 
 def _open(path: str) -> io.BufferedReader:

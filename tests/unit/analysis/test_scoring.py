@@ -278,6 +278,37 @@ def test_a_row_that_is_no_document_ends_it_or_is_skipped(weighter: Path, tmp_pat
     assert [row["id"] for row in output_rows(tmp_path / "skipped")] == [0, 1, 2]
 
 
+def test_a_table_keeps_the_types_of_its_columns(weighter: Path, tmp_path: Path):
+    """Those that its first rows do not show among them."""
+    table = pa.table(
+        {
+            "content": ["1 2", "3", "4 5 6"],
+            "nothing at first": pa.array([None, 7, None], pa.int32()),
+            "empty": pa.array([[], ["a"], None], pa.list_(pa.string())),
+            "map": pa.array([[("a", 1)], [], None], pa.map_(pa.string(), pa.int64())),
+            "object": pa.array([None, {"a": [1.5]}, {"a": None}]),
+            "time": pa.array([0, 1, 2], pa.timestamp("ms", tz="UTC")),
+            "number": [math.nan, 1.0, math.inf],
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    flags = ("--weighter", weighter, "--input", tmp_path / "a.parquet", "--json-key", "content")
+    assert run(*flags, "--output", tmp_path / "out", "--output-format", "parquet") == 0
+    found = pq.read_table(tmp_path / "out/data/00000.parquet")
+    assert found.schema == table.schema.append(pa.field("score", pa.float64()))
+    assert repr(found.drop(["score"]).to_pylist()) == repr(table.to_pylist())  # so that NaN equals NaN
+
+
+def test_fields_that_only_later_rows_have_are_not_lost(weighter: Path, tmp_path: Path, capsys):
+    rows = [{"text": "1", "more": {"a": None}, "n": None}] * 1000
+    flags = ("--weighter", weighter, "--output-format", "parquet", "--output", tmp_path / "out", "--input")
+    assert run(*flags, write(tmp_path / "a.jsonl", [*rows, {"text": "1", "more": {"a": None, "b": 2}, "n": None}])) == 2
+    assert "the rows do not form a table" in capsys.readouterr().err
+    (tmp_path / "out").rename(tmp_path / "before")
+    assert run(*flags, write(tmp_path / "a.jsonl", [*rows, {"text": "2", "more": None, "n": None}])) == 0
+    assert pq.read_table(tmp_path / "out/data/00000.parquet").to_pylist()[-1]["more"] is None
+
+
 def test_what_cannot_be_used_is_one_line(weighter: Path, tmp_path: Path, capsys):
     source = write(tmp_path / "a.jsonl", ROWS[:2])
     damaged = tmp_path / "damaged.parquet"
@@ -309,10 +340,13 @@ def test_what_cannot_be_used_is_one_line(weighter: Path, tmp_path: Path, capsys)
         assert message.count("\n") == 1 and words in message, message
     for name, row, words in [
         ("jsonl", {"text": "1", "n": 2**70}, "cannot be written"),
+        ("jsonl", {"text": "1", "n": [{"a": None}, {"a": math.inf}]}, "a number that is not finite"),
         ("parquet", {"text": "1", "id": "word", "media": []}, "do not form a table"),
         ("parquet", {"text": "1", "id": 1}, "different fields"),
+        ("parquet", {"text": "1", "id": 2**70, "media": []}, "too large to convert"),
     ]:
         mixed = write(tmp_path / "mixed.jsonl", [*ROWS[:2], row])
+        mixed.write_text(mixed.read_text().replace("Infinity", "1e400"))
         flags = {**usual, "--input": mixed, "--output-format": name, "--output": tmp_path / f"out{words}"}
         assert run(*[word for item in flags.items() for word in item]) == 2, words
         message = capsys.readouterr().err

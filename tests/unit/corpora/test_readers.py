@@ -37,6 +37,8 @@ def parquet(documents: list[dict[str, Any]]) -> bytes:
     return bytes(sink.getvalue().to_pybytes())
 
 
+SKIPPED = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"size"
+"""A frame without content, as pzstd writes before every other one."""
 FORMATS: dict[str, Callable[[], bytes]] = {
     "a.jsonl": lambda: LINES,
     "a.txt": lambda: LINES,
@@ -44,6 +46,7 @@ FORMATS: dict[str, Callable[[], bytes]] = {
     "a.jsonl.GZ": lambda: gzip.compress(LINES[:999]) + gzip.compress(LINES[999:]),
     "a.jsonl.zst": lambda: zstd(LINES),
     "a.JSONL.Zst": lambda: zstd(LINES[:999]) + zstd(LINES[999:]),
+    "pzstd.jsonl.zst": lambda: b"".join(SKIPPED + zstd(part) for part in (LINES[:999], LINES[999:])),
     "compressed": lambda: zstd(LINES),
     "a.parquet": lambda: parquet(DOCUMENTS),
 }
