@@ -35,7 +35,7 @@ from megatron_dwm.corpora.dataset_shards import DatasetShardWriter, publish_shar
 from megatron_dwm.corpora.encoder import Encoder
 from megatron_dwm.corpora.parts import Part, file_parts
 from megatron_dwm.corpora.pipelines import FilePublisher, FunctionStep, Job, RecordReader
-from megatron_dwm.corpora.readers import input_files
+from megatron_dwm.corpora.readers import MANIFEST_SUFFIX, input_files
 from megatron_dwm.corpora.storage import is_url, open_file, size_of, stamp_of
 from megatron_dwm.corpora.unfinished_jobs import UnfinishedJobs
 from megatron_dwm.errors import UserError, shortened
@@ -261,7 +261,7 @@ def _write(selection: Selection) -> None:
     if selection.tokenizer is None:
         work.publish("joined", name)
     work.folder.write("published.json", text)
-    work.publish("published.json", f"{name}.manifest.json")
+    work.publish("published.json", f"{name}{MANIFEST_SUFFIX}")
 
 
 def _joined(selection: Selection) -> dict[str, Any]:

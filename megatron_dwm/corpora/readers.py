@@ -34,6 +34,8 @@ _MAGIC = {
     b"\x89HDF": "HDF5",
     b"SQLite format 3": "SQLite",
 }
+MANIFEST_SUFFIX = ".manifest.json"
+"""How the names of files end that describe a selection next to it."""
 _READ = ("JSON lines", "gzip", "zstd", "parquet")
 
 
@@ -84,6 +86,8 @@ def input_files(patterns: Sequence[str]) -> list[str]:
 
 
 def _is_input(path: Path) -> bool:
+    if path.name.endswith(MANIFEST_SUFFIX):
+        return False
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in (".gz", ".zst", ".zstd"):
         suffixes.pop()

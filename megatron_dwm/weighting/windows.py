@@ -16,6 +16,7 @@ import torch
 
 UNLIMITED_LENGTH = 10**9
 """Tokenizers without a maximum length report a larger one."""
+_CHANGING_WITH_LENGTH = ("dynamic", "longrope")
 _PROBES = ("0", "a", "the")
 """Texts to probe a tokenizer with; the first one also works for tokenizers of numbers."""
 
@@ -82,11 +83,14 @@ def pad_windows(windows: Sequence[Window], pad: int, device: torch.device) -> tu
 def position_limit(model: Any) -> int | None:
     """Return the number of tokens that a classifier can read at once; None if it is not limited.
 
-    It is not limited with rotary positions, or without positions.
+    It is not limited with rotary positions, or without positions. Rotary positions that change with the length of the
+    longest text in a batch are limited to the length up to which they do not, as a score must not depend on the others.
     """
     config = model.config
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None or getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None):
+    positions, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None)
+    if rope and rope.get("rope_type") in _CHANGING_WITH_LENGTH:
+        return int(rope.get("original_max_position_embeddings") or positions)
+    if positions is None or positions < 1 or rope or getattr(config, "rope_theta", None):  # XLNet has -1
         return None
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):

@@ -190,6 +190,7 @@ def test_a_folder_is_all_files_of_known_names_below_it(tmp_path: Path) -> None:
         "sub/deep/d.ndjson.zst",
         "README.md",
         ".hidden.jsonl",
+        "b.jsonl.manifest.json",
         "x.gz",
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

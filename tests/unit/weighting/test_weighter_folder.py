@@ -18,6 +18,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
+    XLNetConfig,
 )
 
 from megatron_dwm.analysis.scoring_model import ScoringModel
@@ -198,6 +199,23 @@ def test_longer_samples_are_scored_whole_where_positions_go_on_and_else_in_windo
     if kind == "gpt2":
         with pytest.raises(UserError, match="--window 11: the model's positions end at 10"):
             ScoringModel(str(tmp_path), 11, 50, torch.device("cpu"))
+
+
+def test_positions_that_change_with_the_length_of_a_batch_are_limited(tmp_path: Path):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    config = LlamaConfig(**SMALL, vocab_size=31, max_position_embeddings=8, pad_token_id=30, rope_parameters=rope)
+    model = classifier(config)
+    model.save_pretrained(tmp_path)
+    save_hf_tokenizer(TOKENIZER, SETTINGS, tmp_path)
+    samples, found = tokens(), read(tmp_path)
+    assert found.reading.startswith("its maximum length is 8: samples of 24 tokens are scored in windows of 8")
+    parts = [model(input_ids=part).logits.squeeze(-1) for part in samples.split(8, dim=1)]
+    expected = (sum(parts) / len(parts)).tolist()
+    assert weighter(found).score(samples).tolist() == pytest.approx(expected, abs=1e-5)
+    assert ScoringModel(str(tmp_path), None, 500, torch.device("cpu")).score(samples.tolist(), "mean") == (
+        pytest.approx(expected, abs=1e-5)
+    )
+    assert position_limit(classifier(XLNetConfig(vocab_size=31, d_model=8, n_layer=1, n_head=2, d_inner=8))) is None
 
 
 def test_the_positions_of_roberta_begin_behind_that_of_padding():
