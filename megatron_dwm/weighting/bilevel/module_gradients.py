@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from megatron_dwm.runtime.collectives import all_reduce_over_world, world_size
 from megatron_dwm.weighting.bilevel.alignment import Direction, inner_product
@@ -94,11 +95,11 @@ def alignments(
         method: ``forward-mode``: one forward pass in forward mode; ``backward``: one backward pass for each sample.
 
     Raises:
-        NotImplementedError: an operation of the module has no forward mode.
+        NotImplementedError: an operation of the module has no forward mode, or a hook changes its gradients.
     """
     module = unwrapped(model)
     params = {name: param for name, param in module.named_parameters() if param in direction}
-    with evaluating(module), sdpa_kernel(SDPBackend.MATH):
+    with evaluating(module), _reference_attention():
         if method == "backward":
             return _by_backward_passes(sample_losses(module, batch), list(params.values()), direction)
         try:
@@ -118,6 +119,8 @@ def _in_forward_mode(
     direction: Mapping[torch.nn.Parameter, torch.Tensor],
     sample_losses: SampleLosses,
 ) -> torch.Tensor:
+    if _has_gradient_hooks(module):
+        raise NotImplementedError("it has hooks on its gradients")
     losses_module = _Losses(module, sample_losses)
 
     def losses(values: dict[str, torch.Tensor]) -> Any:
@@ -125,9 +128,50 @@ def _in_forward_mode(
 
     here = {f"module.{name}": param.detach() for name, param in params.items()}
     along = {f"module.{name}": direction[param].to(param.dtype) for name, param in params.items()}
-    with torch.no_grad():
-        found: torch.Tensor = torch.func.jvp(losses, (here,), (along,))[1].double()
+    with _requiring_no_gradients(module), _NoGradInForwardMode():
+        found: torch.Tensor = torch.func.jvp(losses, (here,), (along,))[1].detach().double()
     return found
+
+
+def _has_gradient_hooks(module: torch.nn.Module) -> bool:
+    owners = [*module.modules(), *module.parameters()]
+    return any(getattr(owner, name, None) for owner in owners for name in ("_backward_hooks", "_backward_pre_hooks"))
+
+
+class _NoGradInForwardMode(TorchFunctionMode):  # type: ignore[misc, no-any-unimported, unused-ignore]
+    """Lets ``torch.no_grad`` inside the module stop forward-mode derivatives too, as it stops gradients."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "_set_grad_enabled":
+            torch._C._set_fwd_grad_enabled(torch.is_grad_enabled())  # noqa: SLF001 - there is no public name
+        return result
+
+
+@contextmanager
+def _requiring_no_gradients(module: torch.nn.Module) -> Iterator[None]:
+    """Make no parameter require gradients inside the context, so that nothing is stored for a backward pass."""
+    requiring = [param for param in module.parameters() if param.requires_grad]
+    for param in requiring:
+        param.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for param in requiring:
+            param.requires_grad_()
+
+
+@contextmanager
+def _reference_attention() -> Iterator[None]:
+    """Compute attention with torch's reference kernel inside the context."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def _by_backward_passes(
@@ -138,7 +182,7 @@ def _by_backward_passes(
         gradients = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
         for param, gradient in zip(params, gradients, strict=True):
             if gradient is not None:
-                products[number] += inner_product(gradient, direction[param].to(gradient.device))
+                products[number] += inner_product(gradient.to_dense(), direction[param].to(gradient.device))
     return products
 
 
@@ -230,7 +274,7 @@ class ModuleGradients:
         gradients = torch.autograd.grad(loss, params, allow_unused=True)
         direction = {}
         for param, gradient in zip(params, gradients, strict=True):
-            v = torch.zeros_like(param) if gradient is None else gradient.detach()
+            v = torch.zeros_like(param) if gradient is None else gradient.detach().to_dense()
             v = v.to(torch.promote_types(param.dtype, torch.float32), copy=True).contiguous()
             direction[param] = self._mean_over_world(v)
         if self.optimizer is not None:

@@ -51,6 +51,28 @@ class Opaque(torch.nn.Module):
         return Squared.apply(x)
 
 
+class Residual(torch.nn.Module):
+    """A layer of which a part gets no gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained, self.frozen = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            constant = self.frozen(x)
+        return self.trained(x) + constant
+
+
+class Recurrent(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = torch.nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gru(x)[0]
+
+
 def gpt2() -> GPT2LMHeadModel:
     """A transformer with tied embeddings, and with dropout in training."""
     config = GPT2Config(
@@ -62,6 +84,9 @@ def gpt2() -> GPT2LMHeadModel:
 MODELS = {
     "gpt2": gpt2,
     "gated": lambda: Layers(torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GLU())),
+    "no gradients in a part": lambda: Layers(Residual()),
+    "recurrent": lambda: Layers(Recurrent()),
+    "torch's transformer": lambda: Layers(torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)),
     "opaque": lambda: Layers(Opaque()),
 }
 
@@ -88,7 +113,7 @@ def by_autograd(model: torch.nn.Module, batch: Any, direction: dict[Any, torch.T
     model.eval()
     products = []
     for loss in next_token_losses(model, batch):
-        gradients = torch.autograd.grad(loss, list(direction), retain_graph=True)
+        gradients = torch.autograd.grad(loss, list(direction), retain_graph=True, materialize_grads=True)
         products.append(sum((g * v).sum() for g, v in zip(gradients, direction.values(), strict=True)))
     model.train()
     return torch.stack(products)
@@ -96,7 +121,7 @@ def by_autograd(model: torch.nn.Module, batch: Any, direction: dict[Any, torch.T
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("gpt2", "forward-mode"), ("gpt2", "backward"), ("gated", "forward-mode"), ("opaque", "backward")],
+    [*((name, "forward-mode") for name in MODELS if name != "opaque"), ("gpt2", "backward"), ("opaque", "backward")],
 )
 def test_alignments_are_products_with_the_gradients_of_single_samples(name: str, method: Any):
     model, direction = made(name)
@@ -134,6 +159,26 @@ def test_a_module_without_a_forward_mode_is_named():
     model, direction = made("opaque")
     with pytest.raises(NotImplementedError, match="Layers cannot be differentiated in forward mode; use method='back"):
         alignments(model, tokens(1), direction)
+
+
+def test_a_module_whose_gradients_a_hook_changes_takes_backward_passes():
+    model, direction = made("gated")
+    expected = by_autograd(model, tokens(1), direction)
+    model.output.weight.register_hook(lambda gradient: 2 * gradient)
+    with pytest.raises(NotImplementedError, match=r"use method='backward' \(it has hooks on its gradients\)"):
+        alignments(model, tokens(1), direction)
+    found = alignments(model, tokens(1), direction, method="backward")
+    assert float((found - by_autograd(model, tokens(1), direction)).abs().max()) < 1e-12
+    assert float((found - expected).abs().max()) > 1e-3
+
+
+def test_sparse_gradients_are_read():
+    torch.manual_seed(0)
+    layers = torch.nn.Embedding(VOCABULARY, 8, sparse=True), torch.nn.Linear(8, VOCABULARY)
+    model = torch.nn.Sequential(*layers).double()
+    _, direction = ModuleGradients(model).gradient(ModuleBatch(tokens(2), tokens(2)))
+    dense, sparse = (alignments(model, tokens(1), direction, method=m) for m in ("forward-mode", "backward"))
+    assert torch.allclose(dense, sparse, rtol=1e-12)
 
 
 def test_the_target_gradient_is_scaled_as_adam_scales_its_step():
