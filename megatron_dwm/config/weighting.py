@@ -73,13 +73,13 @@ class WeightingConfig:
     )
     dwm_target_batch_size: int | None = flag(
         None,
-        "Target samples in one outer update. Default: a quarter of the global batch, rounded up so that all replicas "
+        "Target samples in one outer update. Default: an eighth of the global batch, rounded up so that all replicas "
         "and microbatches get the same number of samples.",
     )
     dwm_target_momentum: float | None = flag(
         None,
         "Momentum of the running mean of the target gradient over outer updates, which compensates for few target "
-        "samples. 0 uses each update's gradient alone. Default: 0.6, or 0 if --dwm-target-batch-size is given.",
+        "samples. 0 uses each update's gradient alone. Default: 0.78, or 0 if --dwm-target-batch-size is given.",
     )
     dwm_init_from: str = flag(
         "random",
