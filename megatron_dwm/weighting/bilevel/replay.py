@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from megatron_dwm.runtime.collectives import all_reduce_over_world
 from megatron_dwm.weighting.weights import standardized
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class AlignedBatch:
     """Samples with their alignments."""
 
@@ -29,7 +29,7 @@ class AlignedBatch:
     alignments: torch.Tensor
     """Alignments of the whole batch in global order [N], float64, on the CPU."""
     unseen_scores: torch.Tensor | None = None
-    """Linear scores of the whole batch before the weighter learned from it [N], float64, on the CPU; None if unknown."""
+    """Linear scores [N] from before the weighter learned from the batch, float64, on the CPU; None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Replay:
         for entry in entries:
             positions = rank_positions(len(entry["alignments"]))
             self.append(entry["tokens"][positions].to(device), positions, entry["alignments"])
-            self.batches[-1] = replace(self.newest, unseen_scores=entry.get("unseen_scores"))
+            self.newest.unseen_scores = entry.get("unseen_scores")
 
 
 def sum_over_ranks(values: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ Shape legend: B buckets, R batches, c samples of this rank, f n-grams of a sampl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -59,14 +59,18 @@ class _Rows:
     batch_sizes: torch.Tensor
     """Samples of each batch on all ranks [R], float64."""
 
-    def times(self, weights: torch.Tensor) -> torch.Tensor:
-        """Return X β [c], less its mean over each batch; a collective call."""
-        products = torch.cat(
+    def scores(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return X β [c]."""
+        return torch.cat(
             [
                 (weights.index_select(0, buckets.flatten()).view_as(values) * values).sum(1)
                 for buckets, values in self.pieces
             ]
         )
+
+    def times(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return X β [c], less its mean over each batch; a collective call."""
+        products = self.scores(weights)
         sums = torch.zeros_like(self.batch_sizes).index_add_(0, self.batch_of, products)
         all_reduce_over_world(sums)
         return products - (sums / self.batch_sizes)[self.batch_of]
@@ -122,10 +126,13 @@ class RidgeLearner:
         Raises:
             FloatingPointError: the weights are not finite.
         """
+        rows, ridge = self._rows(replay), self.config.dwm_ridge
         weights = self._weights()
         if self.weighter.model.calibration is not None:
-            self._keep_unseen_scores(replay, weights)
-        rows, ridge = self._rows(replay), self.config.dwm_ridge
+            newest = replay.newest
+            rank_scores = rows.scores(weights)[len(rows.targets) - len(newest.positions) :]
+            positions = newest.positions.to(weights.device)
+            newest.unseen_scores = sum_over_ranks(rank_scores, positions, len(newest.alignments)).cpu()
         prior = torch.zeros_like(weights) if self.prior is None else self.prior.to(weights)
         solution, count = weights - prior, len(weights)
         wanted_change = rows.targets if self.prior is None else rows.targets - rows.times(prior)
@@ -183,14 +190,6 @@ class RidgeLearner:
         scale = config.dwm_temperature / config.dwm_kl_weight
         wanted = scale * standardized(aligned.alignments, config.dwm_clip_alignment)
         return wanted - wanted.mean()
-
-    def _keep_unseen_scores(self, replay: Replay, weights: torch.Tensor) -> None:
-        """Score the newest batch, which the weights have not learned from; a collective call."""
-        newest = replay.newest
-        buckets, values = self._features(newest.tokens)
-        rank_scores = (weights[buckets] * values).sum(1)
-        scores = sum_over_ranks(rank_scores, newest.positions.to(weights.device), len(newest.alignments))
-        replay.batches[-1] = replace(newest, unseen_scores=scores.cpu())
 
     def _calibrate(self, replay: Replay) -> None:
         """Fit the curve of the scores to the newest batches, as they were scored when they were new."""

@@ -41,7 +41,7 @@ class NgramForSequenceClassification(PreTrainedModel):
 
     @property
     def is_linear(self) -> bool:
-        """Whether the score is linear in the features, so that the best parameters have a closed form."""
+        """Whether the score is linear in the features, but for its calibration, so that there is a closed form."""
         return self.config.hidden_size == 0  # type: ignore[no-any-return]
 
     @property
