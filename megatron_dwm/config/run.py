@@ -44,10 +44,10 @@ FLAG_GROUPS: dict[str, type] = PARTS | {"plan": PlanConfig, "no_effect": NoEffec
 """All flags that are accepted."""
 MAX_SAMPLES = 10**12
 """An index of more samples does not fit into memory."""
-TARGET_PART = 4
+TARGET_PART = 8
 """By default, an outer update reads one target sample for this many samples of the batch."""
-TARGET_MOMENTUM = 0.6
-"""The running mean then has as little noise as a mean over ``TARGET_PART`` gradients: (1 + 0.6) / (1 - 0.6) = 4."""
+TARGET_MOMENTUM = 0.78
+"""The running mean then has as little noise as a mean over ``TARGET_PART`` gradients: (1 + 0.78) / (1 - 0.78) = 8."""
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ class RunConfig:
 
     @property
     def target_batch_size(self) -> int:
-        """The number of target samples in one outer update; by default a quarter of the batch, rounded up.
+        """The number of target samples in one outer update; by default an eighth of the batch, rounded up.
 
         It is rounded up so that all replicas have the same number of samples, in full microbatches if there are
         several, and in full groups of microbatches with the interleaved schedule. The default for rules that learn no

@@ -76,8 +76,8 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "--hidden-dropout": 0,
         "--attention-dropout": 0,
         "--dwm-num-stages": 1,
-        "--dwm-target-batch-size": 8,  # a quarter of the batch is rounded up to what a layout divides
-        "--dwm-target-momentum": 0.6,
+        "--dwm-target-batch-size": 8,  # an eighth of the batch is rounded up to what a layout divides
+        "--dwm-target-momentum": 0.78,
         "--train-data-path": train,
         # Of 6 and 9 samples, which fill no batch.
         "--valid-data-path": [

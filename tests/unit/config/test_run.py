@@ -395,12 +395,12 @@ def test_what_recomputation_is_left_in_a_script_is_warned_of(caplog: pytest.LogC
 @pytest.mark.parametrize(
     ("flags", "world", "samples", "micro"),
     [
-        ("", 1, 8, 4),
-        ("", 2, 8, 4),
+        ("", 1, 4, 4),
+        ("", 2, 4, 2),
         ("--dwm-target-batch-size 32", 2, 32, 4),
         ("--dwm-target-batch-size 6", 2, 6, 3),  # one microbatch a replica
         ("--dwm-target-batch-size 1", 1, 1, 1),
-        ("--micro-batch-size 32", 1, 8, 8),
+        ("--micro-batch-size 32", 1, 4, 4),
         (
             "--micro-batch-size 8 --tp-comm-overlap --tensor-model-parallel-size 2 --sequence-parallel "
             "--dwm-alignment finite-difference",
@@ -408,9 +408,9 @@ def test_what_recomputation_is_left_in_a_script_is_warned_of(caplog: pytest.LogC
             8,
             8,
         ),
-        ("--global-batch-size 36", 1, 12, 4),
-        ("--micro-batch-size 2 --global-batch-size 14", 1, 4, 2),
-        ("--micro-batch-size 6 --global-batch-size 30", 5, 10, 2),
+        ("--global-batch-size 36", 1, 8, 4),
+        ("--micro-batch-size 2 --global-batch-size 18", 1, 4, 2),
+        ("--micro-batch-size 6 --global-batch-size 60", 5, 10, 2),
         ("--pipeline-model-parallel-size 2 --num-layers 4 --num-virtual-stages-per-pipeline-rank 2", 2, 8, 4),
         (
             "--micro-batch-size 16 --pipeline-model-parallel-size 2 --num-layers 4 "
@@ -428,7 +428,7 @@ def test_what_recomputation_is_left_in_a_script_is_warned_of(caplog: pytest.LogC
         ),
     ],
 )
-def test_targets_are_a_quarter_of_the_batch_and_few_are_one_microbatch(
+def test_targets_are_an_eighth_of_the_batch_and_few_are_one_microbatch(
     flags: str, world: int, samples: int, micro: int
 ):
     config = _parse(f"{RUN} --micro-batch-size 4 --global-batch-size 32 {flags}", world)
@@ -439,10 +439,10 @@ def test_targets_are_a_quarter_of_the_batch_and_few_are_one_microbatch(
 @pytest.mark.parametrize(
     ("flags", "momentum", "samples"),
     [
-        ("", 0.6, 2),
+        ("", 0.78, 1),
         ("--dwm-target-batch-size 8", 0.0, 8),  # what it was before there was a mean
         ("--dwm-target-batch-size 8 --dwm-target-momentum 0.5", 0.5, 8),
-        ("--dwm-target-momentum 0", 0.0, 2),
+        ("--dwm-target-momentum 0", 0.0, 1),
         ("--dwm-mode rule --dwm-rule similarity", 0.0, 8),
     ],
 )
