@@ -87,7 +87,8 @@ def position_limit(model: Any) -> int | None:
     longest text in a batch are limited to the length up to which they do not, as a score must not depend on the others.
     """
     config = model.config
-    positions, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None)
+    positions: Any = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None)
     if rope and rope.get("rope_type") in _CHANGING_WITH_LENGTH:
         return int(rope.get("original_max_position_embeddings") or positions)
     if positions is None or positions < 1 or rope or getattr(config, "rope_theta", None):  # XLNet has -1
