@@ -38,7 +38,7 @@ from megatron_dwm.training.optimizer import build_optimizer
 from megatron_dwm.training.profiler import StepProfiler
 from megatron_dwm.training.progress_log import ProgressLog
 from megatron_dwm.training.reporter import Reporter
-from megatron_dwm.training.resume_checks import check_resume, overruled_flags, resumed_vocab_size
+from megatron_dwm.training.resume_checks import check_resume, overruled_flags, resume_warnings, resumed_vocab_size
 from megatron_dwm.training.save_folder import SaveFolder, check_owner, check_writable
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, open_checkpoint
 from megatron_dwm.training.torch_format import open_torch_checkpoint
@@ -255,6 +255,8 @@ def load_if_present(
     has_weighter = weighting_state.get("weighter") is not None
     for line in overruled_flags(config, inputs.checkpoint, has_weighter=has_weighter):
         logger.info(line)
+    for line in resume_warnings(config, inputs.checkpoint, train_state, weighting_state):
+        logger.warning(line)
     return train_state, weighting_state
 
 
