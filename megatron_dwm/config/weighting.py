@@ -25,6 +25,7 @@ TARGETED_RULES = ("shuffled", "similarity", "source-alignment", "top-alignment")
 MAX_WEIGHTER_SIZE = 2**20
 """A weighter is made only when the warm-up is over: too late to find that it has no room in memory."""
 MAX_BUCKETS = 2**31
+MAX_CALIBRATION_POINTS = 1000
 _OF_SOURCES = ("oracle", "source-weights")
 
 
@@ -106,6 +107,11 @@ class WeightingConfig:
         "Width of an ngram weighter's embedding and of the layer above it. With 0 each bucket has one parameter: the "
         "weighter is linear, is fitted in closed form (--dwm-ridge), and does not use --dwm-lr.",
     )
+    dwm_calibration_points: int = flag(
+        12,
+        "Points of the curve that calibrates a linear weighter's scores by the alignments of samples that it had not "
+        "yet learned from; 0 for no calibration.",
+    )
     dwm_ridge: float = flag(
         8.0,
         "Ridge penalty of a linear weighter's regression. A higher penalty keeps the parameters of n-grams that occur "
@@ -181,11 +187,12 @@ class WeightingConfig:
             self,
             0,
             "dwm_kl_weight dwm_clip_alignment dwm_lr dwm_weight_decay dwm_clip_grad dwm_warmup_iters dwm_rule_strength "
-            "dwm_ngram_hidden_size dwm_rule_seed dwm_score_cache",
+            "dwm_ngram_hidden_size dwm_rule_seed dwm_score_cache dwm_calibration_points",
         )
         require_at_most(self, MAX_LAYERS, "dwm_num_layers")
         require_at_most(self, MAX_WEIGHTER_SIZE, "dwm_hidden_size dwm_ffn_hidden_size dwm_ngram_hidden_size")
         require_at_most(self, MAX_BUCKETS, "dwm_ngram_buckets")
+        require_at_most(self, MAX_CALIBRATION_POINTS, "dwm_calibration_points")
         if not 0 <= self.dwm_min_effective_sample_size <= 1:
             raise UserError(
                 f"--dwm-min-effective-sample-size {self.dwm_min_effective_sample_size}: must be between 0 and 1"
@@ -212,6 +219,8 @@ class WeightingConfig:
         for name, value in (("ridge", self.dwm_ridge), ("replay-half-life", self.dwm_replay_half_life)):
             if value is not None and value <= 0:
                 raise UserError(f"--dwm-{name} {value}: must be above 0")
+        if self.dwm_calibration_points == 1:
+            raise UserError("--dwm-calibration-points 1: a curve needs 2 or more points; give 0 for no calibration")
         if not self.dwm_ngram_lengths or min(self.dwm_ngram_lengths) < 1:
             given = " ".join(map(str, self.dwm_ngram_lengths))
             raise UserError(f"--dwm-ngram-lengths {given}: give numbers of at least 1")

@@ -35,6 +35,7 @@ _OF_A_NEW_WEIGHTER = (
     "dwm_ffn_hidden_size",
     "dwm_ngram_lengths",
     "dwm_ngram_buckets",
+    "dwm_calibration_points",
     "dwm_ngram_hidden_size",
 )
 """Flags without effect on a checkpoint's weighter; for ``dwm_arch`` the weighting logs it."""

@@ -23,7 +23,7 @@ from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.errors import UserError
 from megatron_dwm.safe_unpickling import short_reason
 from megatron_dwm.weighting.export_manifest import write_manifest
-from megatron_dwm.weighting.weighter import Weighter
+from megatron_dwm.weighting.weighter import Weighter, learned_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class FolderExporter:
         if dist.get_rank() == 0:
             digest = weighter.hash()
             folder = self.root / f"iter_{iteration:07d}"
-            if not all(bool(torch.isfinite(param).all()) for param in weighter.model.parameters()):
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in learned_tensors(weighter.model).values()):
                 logger.warning(f"the weighter of iteration {iteration} is not finite and is not exported to {folder}")
             elif self._last != (iteration, digest):
                 manifest = self._manifest(weighter, iteration, stage, digest)

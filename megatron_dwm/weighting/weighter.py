@@ -129,15 +129,15 @@ class Weighter:
         return norm
 
     def check_replicas(self) -> str:
-        """Return a hash of the parameters' bits, after checking that it is the same on all ranks.
+        """Return a hash of the learned tensors' bits, after checking that it is the same on all ranks.
 
         Replicas that differ would give samples wrong weights, and nothing else would show it. They are therefore
-        compared at every update. The hash is computed on the parameters' device.
+        compared at every update. The hash is computed on the tensors' device.
 
         Raises:
             RuntimeError: a replica differs.
         """
-        here = bit_hash(self.model.parameters())
+        here = bit_hash(learned_tensors(self.model).values())
         extremes = torch.stack([here, ~here])  # the complement of the largest is the least of the complements
         all_reduce_over_world(extremes, dist.ReduceOp.MIN)
         found, least, most = torch.stack([here, extremes[0], ~extremes[1]]).tolist()
@@ -150,7 +150,7 @@ class Weighter:
         return digest
 
     def hash(self) -> str:
-        """Return the sha256 of the parameters' bytes."""
+        """Return the sha256 of the learned tensors' bytes."""
         return model_digest(self.model)
 
     def features(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,10 +195,17 @@ class Weighter:
         return logits.squeeze(-1).float()
 
 
+def learned_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a model's parameters, each once, and the other tensors that are saved with it, by name."""
+    every_name = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    others = {name: tensor for name, tensor in model.state_dict().items() if name not in every_name}
+    return {**dict(model.named_parameters()), **others}
+
+
 def model_digest(model: torch.nn.Module) -> str:
-    """Return the sha256 of a model's parameters, with their names."""
+    """Return the sha256 of a model's learned tensors, with their names."""
     digest = hashlib.sha256()
-    for name, param in sorted(model.named_parameters()):
+    for name, param in sorted(learned_tensors(model).items()):
         digest.update(name.encode())
         digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

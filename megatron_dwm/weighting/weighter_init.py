@@ -59,6 +59,7 @@ def ngram_weighter_model(config: WeightingConfig, vocab_size: int, eod: int, see
         ngram_lengths=config.dwm_ngram_lengths,
         ngram_buckets=config.dwm_ngram_buckets,
         hidden_size=config.dwm_ngram_hidden_size,
+        calibration_points=0 if config.dwm_ngram_hidden_size else config.dwm_calibration_points,
         **_label_settings(eod),
     )
     model = model_from_config(hf_config, seed)

@@ -13,6 +13,7 @@ from megatron_dwm.weighting.bilevel import ridge
 from megatron_dwm.weighting.bilevel.learning import GradientLearner
 from megatron_dwm.weighting.bilevel.replay import Replay
 from megatron_dwm.weighting.bilevel.ridge import RidgeLearner
+from megatron_dwm.weighting.ngram.calibration import Calibration
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_init import random_weighter_model
 from megatron_dwm.weighting.weights import standardized
@@ -129,6 +130,37 @@ def test_features_of_the_replay_are_found_once_and_change_nothing(monkeypatch: p
     assert size == 2 * SAMPLES * (2 * LENGTH - 1) * 8 and nothing == 0
 
 
+@pytest.mark.parametrize("world", [1, 3])
+def test_scores_are_calibrated_by_batches_that_were_not_yet_learned_from(world: int):
+    def learned() -> tuple[list[torch.Tensor], list[torch.Tensor], Calibration, str]:
+        config, model = weighter(dwm_weighter_steps=5, dwm_calibration_points=4)
+        learner, kept, before = RidgeLearner(config, model), Replay(64, None), []
+        for aligned, whole in zip(filled().batches, run_alone, strict=True):
+            linear = model.model.embedding.weight.detach().double().squeeze(1)
+            buckets, values = model.model.features(whole.tokens.long())
+            before.append((linear[buckets] * values).sum(1))
+            kept.append(aligned.tokens, aligned.positions, aligned.alignments)
+            learner.learn(kept)
+        return before, [aligned.unseen_scores for aligned in kept.batches], model.model.calibration, model.hash()
+
+    ((run_alone),) = run_distributed(lambda: list(filled().batches), 1)
+    results = run_distributed(learned, world)
+    config, _ = weighter()
+    for before, unseen, calibration, digest in results:
+        assert digest == results[0][3]
+        assert not before[0].any() and before[1].std() > 0.01
+        for expected, found in zip(before, unseen, strict=True):
+            assert torch.allclose(found, expected, rtol=0, atol=1e-6)
+        wanted = [
+            standardized(aligned.alignments, config.dwm_clip_alignment) * config.dwm_temperature / config.dwm_kl_weight
+            for aligned in run_alone
+        ]
+        errors = [want - want.mean() - (score - score.mean()) for want, score in zip(wanted, unseen, strict=True)]
+        curve = Calibration(4)
+        curve.fit(torch.cat(unseen), torch.cat(errors))
+        assert torch.equal(calibration.scores, curve.scores) and torch.equal(calibration.calibrated, curve.calibrated)
+
+
 @pytest.mark.parametrize("kind", [RidgeLearner, GradientLearner])
 def test_learning_goes_on_the_same_from_a_saved_replay_in_another_layout(kind: Any):
     hidden = 0 if kind is RidgeLearner else 4
@@ -154,5 +186,10 @@ def test_learning_goes_on_the_same_from_a_saved_replay_in_another_layout(kind: A
             torch.equal(one[key], other[key])
             for one, other in zip(again, state, strict=True)
             for key in ("tokens", "alignments")
+        )
+        assert all(
+            torch.allclose(one["unseen_scores"], other["unseen_scores"], rtol=0, atol=1e-6)
+            for one, other in zip(again, state, strict=True)
+            if "unseen_scores" in other
         )
         assert replica

@@ -36,6 +36,8 @@ def test_it_learns_is_exported_serves_frozen_and_goes_on_with_another_batch_size
     assert model.config.model_type == "dwm_ngram"
     state = torch.load(save / "iter_0000020" / "dwm_state.pt", weights_only=True)
     assert torch.equal(state["weighter"]["embedding.weight"], model.embedding.weight)
+    assert torch.equal(state["weighter"]["calibration.calibrated"], model.calibration.calibrated)
+    assert model.calibration.scores[0] < model.calibration.scores[-1]
     assert len(state["replay"]) == 10 and all(len(entry["tokens"]) == 8 for entry in state["replay"])
 
     layout = {"--tensor-model-parallel-size": 2, "--train-iters": 6, "--metrics-jsonl": tmp_path / "frozen.jsonl"}

@@ -18,7 +18,7 @@ from megatron_dwm.runtime.collectives import all_reduce_over_world
 from megatron_dwm.weighting.weights import standardized
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class AlignedBatch:
     """Samples with their alignments."""
 
@@ -28,6 +28,8 @@ class AlignedBatch:
     """Their positions in the batch [c], int64, on the CPU. Every position is on one rank."""
     alignments: torch.Tensor
     """Alignments of the whole batch in global order [N], float64, on the CPU."""
+    unseen_scores: torch.Tensor | None = None
+    """Linear scores [N] from before the weighter learned from the batch, float64, on the CPU; None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,9 @@ class Replay:
             whole = aligned.tokens.new_zeros(len(aligned.alignments), aligned.tokens.shape[1])
             whole[aligned.positions.to(whole.device)] = aligned.tokens
             all_reduce_over_world(whole)  # every sample is on one rank, and 0 on the others
-            entries.append({"tokens": whole.cpu(), "alignments": aligned.alignments})
+            entry = {"tokens": whole.cpu(), "alignments": aligned.alignments}
+            scores = aligned.unseen_scores
+            entries.append(entry if scores is None else {**entry, "unseen_scores": scores})
         return entries
 
     def load(
@@ -125,6 +129,7 @@ class Replay:
         for entry in entries:
             positions = rank_positions(len(entry["alignments"]))
             self.append(entry["tokens"][positions].to(device), positions, entry["alignments"])
+            self.newest.unseen_scores = entry.get("unseen_scores")
 
 
 def sum_over_ranks(values: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Tensor:

@@ -13,6 +13,9 @@ With the weight p_i of sample i of the replay, which depends on its age, an inte
 is solved by conjugate gradients in float64, from the last update's solution. Few iterations suffice. Every rank holds
 the rows x_i of its own samples; products with them are summed over the ranks.
 
+The scores are then calibrated (:mod:`megatron_dwm.weighting.ngram.calibration`) by batches that were scored before
+they were learned from: on what it has learned from, a regression looks better than it is.
+
 Shape legend: B buckets, R batches, c samples of this rank, f n-grams of a sample.
 """
 
@@ -25,12 +28,14 @@ import torch
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.collectives import all_reduce_over_world
-from megatron_dwm.weighting.bilevel.replay import AlignedBatch, Replay
+from megatron_dwm.weighting.bilevel.replay import AlignedBatch, Replay, sum_over_ranks
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weights import standardized
 
 CHUNK_TOKENS = 1 << 20
 """Tokens of the replay that are processed at a time. The features of a replay of no more tokens are kept."""
+CALIBRATION_BATCHES = 20
+"""The newest batches that the scores are calibrated by; the older ones were scored by a weighter that knew less."""
 RESIDUAL_TOLERANCE = 1e-10
 """Residual, relative to the right-hand side's norm, at which the iterations end."""
 
@@ -54,14 +59,18 @@ class _Rows:
     batch_sizes: torch.Tensor
     """Samples of each batch on all ranks [R], float64."""
 
-    def times(self, weights: torch.Tensor) -> torch.Tensor:
-        """Return X β [c], less its mean over each batch; a collective call."""
-        products = torch.cat(
+    def scores(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return X β [c]."""
+        return torch.cat(
             [
                 (weights.index_select(0, buckets.flatten()).view_as(values) * values).sum(1)
                 for buckets, values in self.pieces
             ]
         )
+
+    def times(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return X β [c], less its mean over each batch; a collective call."""
+        products = self.scores(weights)
         sums = torch.zeros_like(self.batch_sizes).index_add_(0, self.batch_of, products)
         all_reduce_over_world(sums)
         return products - (sums / self.batch_sizes)[self.batch_of]
@@ -119,6 +128,11 @@ class RidgeLearner:
         """
         rows, ridge = self._rows(replay), self.config.dwm_ridge
         weights = self._weights()
+        if self.weighter.model.calibration is not None:
+            newest = replay.newest
+            rank_scores = rows.scores(weights)[len(rows.targets) - len(newest.positions) :]
+            positions = newest.positions.to(weights.device)
+            newest.unseen_scores = sum_over_ranks(rank_scores, positions, len(newest.alignments)).cpu()
         prior = torch.zeros_like(weights) if self.prior is None else self.prior.to(weights)
         solution, count = weights - prior, len(weights)
         wanted_change = rows.targets if self.prior is None else rows.targets - rows.times(prior)
@@ -147,6 +161,8 @@ class RidgeLearner:
             raise FloatingPointError("the weighter's weights are not finite; raise --dwm-kl-weight, or start a new one")
         with torch.no_grad():
             self.weighter.model.embedding.weight.copy_(weights.unsqueeze(1))
+        if self.weighter.model.calibration is not None:
+            self._calibrate(replay)
         return float(norm / wanted) if wanted > 0 else 0.0
 
     def _weights(self) -> torch.Tensor:
@@ -154,12 +170,10 @@ class RidgeLearner:
         return weights
 
     def _rows(self, replay: Replay) -> _Rows:
-        config, device = self.config, self.weighter.model.embedding.weight.device
-        scale = config.dwm_temperature / config.dwm_kl_weight
+        device = self.weighter.model.embedding.weight.device
         targets, batch_of = [], []
         for number, aligned in enumerate(replay.batches):
-            wanted = scale * standardized(aligned.alignments, config.dwm_clip_alignment)
-            targets.append((wanted - wanted.mean())[aligned.positions])
+            targets.append(self._wanted_scores(aligned)[aligned.positions])
             batch_of.append(torch.full((len(aligned.positions),), number))
         sizes = torch.tensor([len(aligned.alignments) for aligned in replay.batches], dtype=torch.float64)
         return _Rows(
@@ -169,6 +183,25 @@ class RidgeLearner:
             replay.batch_weights().to(device),
             sizes.to(device),
         )
+
+    def _wanted_scores(self, aligned: AlignedBatch) -> torch.Tensor:
+        """Return the scores that would suit a batch best [N], float64, with the mean 0."""
+        config = self.config
+        scale = config.dwm_temperature / config.dwm_kl_weight
+        wanted = scale * standardized(aligned.alignments, config.dwm_clip_alignment)
+        return wanted - wanted.mean()
+
+    def _calibrate(self, replay: Replay) -> None:
+        """Fit the curve of the scores to the newest batches, as they were scored when they were new."""
+        scores, errors = [], []
+        for aligned in list(replay.batches)[-CALIBRATION_BATCHES:]:
+            if aligned.unseen_scores is not None:
+                scores.append(aligned.unseen_scores)
+                centered = aligned.unseen_scores - aligned.unseen_scores.mean()
+                errors.append(self._wanted_scores(aligned) - centered)
+        calibration = self.weighter.model.calibration
+        if len(scores) > 1 and sum(map(len, scores)) >= len(calibration.scores):
+            calibration.fit(torch.cat(scores), torch.cat(errors))
 
     def _pieces(self, replay: Replay) -> list[_Features]:
         """Return the features of the replay's samples, oldest first."""

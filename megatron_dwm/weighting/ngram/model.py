@@ -12,6 +12,7 @@ import torch
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
 
+from megatron_dwm.weighting.ngram.calibration import Calibration
 from megatron_dwm.weighting.ngram.configuration import NgramConfig
 from megatron_dwm.weighting.ngram.features import ngram_features
 
@@ -19,8 +20,8 @@ from megatron_dwm.weighting.ngram.features import ngram_features
 class NgramForSequenceClassification(PreTrainedModel):
     """Scores a sample by its n-grams.
 
-    With hidden size 0 the score is the sum of the buckets' parameters, each times its value in the sample. Otherwise
-    the buckets have vectors, and their sum passes through a norm, a layer and a head.
+    With hidden size 0 the score is the sum of the buckets' parameters, each times its value in the sample, calibrated
+    by a curve. Otherwise the buckets have vectors, and their sum passes through a norm, a layer and a head.
     """
 
     config_class = NgramConfig
@@ -35,11 +36,12 @@ class NgramForSequenceClassification(PreTrainedModel):
             self.norm = torch.nn.LayerNorm(hidden)
             self.dense = torch.nn.Linear(hidden, hidden)
             self.score = torch.nn.Linear(hidden, 1, bias=False)
+        self.calibration = Calibration(config.calibration_points) if config.calibration_points else None
         self.post_init()  # type: ignore[no-untyped-call]
 
     @property
     def is_linear(self) -> bool:
-        """Whether the score is linear in the features, so that the best parameters have a closed form."""
+        """Whether the score is linear in the features, but for its calibration, so that there is a closed form."""
         return self.config.hidden_size == 0  # type: ignore[no-any-return]
 
     @property
@@ -71,6 +73,8 @@ class NgramForSequenceClassification(PreTrainedModel):
         buckets, values = self.features(input_ids, attention_mask)
         weight = self.embedding.weight
         bag = torch.nn.functional.embedding_bag(buckets, weight, per_sample_weights=values.to(weight), mode="sum")
+        if self.calibration is not None:
+            bag = self.calibration(bag)
         if not self.is_linear:
             bag = self.score(torch.nn.functional.gelu(self.dense(self.norm(bag))))
         return SequenceClassifierOutput(logits=bag)
