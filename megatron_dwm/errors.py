@@ -86,21 +86,27 @@ def write_failure_reason(error: Exception) -> str | None:
     return shortened(error) if re.search(r"\(os error \d+\)", str(error)) else None
 
 
+def as_user_error(error: BaseException) -> BaseException:
+    """Return the user's error that an error of the system is: a path that no file system takes. Others as they are."""
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return UserError(f"{shortened(error.filename)}: {error.strerror}; give another path")
+    return error
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run the ``main`` of a command of one process, turning a :class:`UserError` into its line and exit code.
 
-    A full disk and a folder that is not writable are user errors too.
+    A full disk, a folder that is not writable and a path that is too long are user errors too.
 
     Programs of several ranks start through ``megatron_dwm.cli.launch`` instead.
     """
     try:
         main()
-    except UserError as error:
-        print_error(error)
-        raise SystemExit(EXIT_CODE) from None
     except Exception as error:
-        reason = write_failure_reason(error)
-        if reason is None:
+        known, reason = as_user_error(error), write_failure_reason(error)
+        if reason is not None:
+            known = UserError(f"{reason}; make room, or give another folder")
+        if not isinstance(known, UserError):
             raise
-        print_error(UserError(f"{reason}; make room, or give another folder"))
+        print_error(known)
         raise SystemExit(EXIT_CODE) from None

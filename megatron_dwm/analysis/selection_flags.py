@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from megatron_dwm.config.flags import flag, require_at_least
-from megatron_dwm.corpora.storage import is_url
+from megatron_dwm.config.flags import flag, require_at_least, require_paths
 from megatron_dwm.errors import UserError
 
 _SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -74,12 +73,11 @@ class SelectConfig:
         for name in ("input", "output"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing; give a path")
+        require_paths(self, "output", urls=self.output_format != "indexed")
         require_at_least(self, 1, "workers split_bytes")
         if self.output_format == "indexed":
             if self.output.removesuffix(".gz").endswith((*_SUFFIXES, ".bin", ".idx")):
                 raise UserError(f"--output {self.output}: names a file; give the prefix of a dataset")
-            if is_url(self.output):
-                raise UserError(f"--output {self.output}: datasets are written on this machine; give a path")
         elif self.append_eod:
             raise UserError("--append-eod is for --output-format indexed; leave it out")
         elif not self.output.removesuffix(".gz").endswith(_SUFFIXES):

@@ -30,7 +30,7 @@ from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
 from megatron_dwm.config.flags import flag_name
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.run import RunConfig, parse_run
-from megatron_dwm.errors import EXIT_CODE, PeerError, UserError, exit_code_of, print_error
+from megatron_dwm.errors import EXIT_CODE, PeerError, UserError, as_user_error, exit_code_of, print_error
 from megatron_dwm.extras import require_packages
 from megatron_dwm.runtime.child_processes import end_children_with_this_process
 from megatron_dwm.runtime.compat import require_megatron_core
@@ -155,7 +155,7 @@ def run_program(program: Callable[[Process], None], argv: Sequence[str] | None =
         startup_sync.agree_on_command(" ".join(sorted(asked)) or "a run", ends_at_once=bool(asked - {"--plan"}))
         program(Process(rank, local_rank, world_size, startup_sync))
     except (Exception, KeyboardInterrupt) as error:
-        _end_failed(error, startup_sync)
+        _end_failed(as_user_error(error), startup_sync)
     startup_sync.finish()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from megatron_dwm.cli.command import run_command
-from megatron_dwm.config.flags import flag, parse
+from megatron_dwm.config.flags import flag, parse, require_paths
 from megatron_dwm.errors import UserError
 
 
@@ -28,6 +28,7 @@ class MergeConfig:
         for name, value in (("--input", self.input), ("--output-prefix", self.output_prefix)):
             if not value:
                 raise UserError(f"{name} is missing; give a path")
+        require_paths(self, "output_prefix")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

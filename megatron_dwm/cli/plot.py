@@ -11,7 +11,7 @@ from megatron_dwm.analysis.comparison import gain_line
 from megatron_dwm.analysis.records import read_run
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.cli.run_argument import RunArgument, with_run_flag
-from megatron_dwm.config.flags import flag, parse
+from megatron_dwm.config.flags import flag, parse, require_paths
 from megatron_dwm.extras import require_packages
 
 
@@ -24,6 +24,10 @@ class PlotConfig(RunArgument):
         "The same run with uniform weights (--dwm-mode off), to plot with it and to report the gain.",
     )
     output: str | None = flag(None, "PNG file to write. Default: run.png next to the records.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_paths(self, "output")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from megatron_dwm.analysis.records import RunRecords, read_run
 from megatron_dwm.cli.command import limit_progress_bars, run_command
 from megatron_dwm.cli.run_argument import with_run_flag
-from megatron_dwm.config.flags import flag, parse, require_at_least
+from megatron_dwm.config.flags import flag, parse, require_at_least, require_paths
 from megatron_dwm.errors import UserError
 from megatron_dwm.extras import require_packages
 from megatron_dwm.training.run_status import read_run_status
@@ -70,6 +70,7 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if not self.run:
             raise UserError("--run is missing; give a run's --save folder")
+        require_paths(self, "output texts_output")
         require_at_least(self, 1, "samples follow")
         require_at_least(self, 0, "examples documents")
         if len(self.run) > 1:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Literal
 
 from megatron_dwm.cli.command import limit_progress_bars, run_command
-from megatron_dwm.config.flags import flag, parse
+from megatron_dwm.config.flags import flag, parse, require_paths
 from megatron_dwm.config.slurm import SlurmConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.extras import require_packages
@@ -63,6 +63,7 @@ class ScoreConfig:
         for name in ("input", "output"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing; give a path")
+        require_paths(self, "output", urls=True)
         if (self.weighter is None) == (self.language_model is None):
             raise UserError("--weighter and --language-model exclude each other; give one")
         for name, number in (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_dwm.config.flags import flag, flag_name, require_at_least, require_not_empty
+from megatron_dwm.config.flags import flag, flag_name, require_at_least, require_paths
 from megatron_dwm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class CheckpointConfig:
     )
 
     def __post_init__(self) -> None:
-        require_not_empty(self, "save load ckpt_convert_save pretrained_checkpoint non_persistent_global_ckpt_dir")
+        require_paths(self, "save load ckpt_convert_save pretrained_checkpoint non_persistent_global_ckpt_dir")
         require_at_least(self, 0 if self.save is None else 1, "save_interval")  # as in Megatron-LM
         require_at_least(self, 1, "save_retain_interval non_persistent_save_interval")
         if self.save_interval is not None and self.save is None:

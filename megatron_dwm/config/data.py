@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dwm.config.flags import MAX_PROCESSES, flag, require_at_least, require_at_most, require_not_empty
+from megatron_dwm.config.flags import MAX_PROCESSES, flag, require_at_least, require_at_most, require_paths
 from megatron_dwm.errors import UserError
 
 
@@ -58,7 +58,7 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        require_not_empty(self, "data_cache_path")
+        require_paths(self, "data_cache_path")
         shared = [name for name in ("data_path", "data_args_path") if getattr(self, name)]
         split = [
             name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dwm.config.flags import flag, require_at_least, require_not_empty
+from megatron_dwm.config.flags import flag, require_at_least, require_paths
 from megatron_dwm.errors import UserError
 
 
@@ -57,7 +57,7 @@ class LoggingConfig:
     )
 
     def __post_init__(self) -> None:
-        require_not_empty(self, "tensorboard_dir metrics_jsonl")
+        require_paths(self, "tensorboard_dir metrics_jsonl wandb_save_dir")
         require_at_least(self, 1, "log_interval tensorboard_log_interval log_memory_interval")
         if self.dwm_peak_tflops is not None and self.dwm_peak_tflops <= 0:
             raise UserError(f"--dwm-peak-tflops {self.dwm_peak_tflops}: must be above 0")

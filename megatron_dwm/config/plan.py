@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dwm.config.flags import flag, flag_name, require_at_least
+from megatron_dwm.config.flags import flag, flag_name, require_at_least, require_paths
 from megatron_dwm.errors import UserError
 
 
@@ -23,6 +23,7 @@ class PlanConfig:
     plan_json: str | None = flag(None, "JSON file to which --plan also writes its results.")
 
     def __post_init__(self) -> None:
+        require_paths(self, "plan_json")
         require_at_least(self, 1, "plan_world_size")
         for name in ("plan_world_size", "plan_json"):
             if getattr(self, name) is not None and not self.plan:

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from megatron_dwm.atomic_write import atomic_files
-from megatron_dwm.config.flags import flag
+from megatron_dwm.config.flags import flag, require_paths
 from megatron_dwm.errors import UserError
 
 Item = TypeVar("Item")
@@ -48,6 +48,7 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         if not self.output:
             raise UserError("--output is missing; give a folder")
+        require_paths(self, "output")
         if Path(self.output).exists() and not Path(self.output).is_dir():
             raise UserError(f"--output {self.output}: not a folder; give another path")
         for name, value in (

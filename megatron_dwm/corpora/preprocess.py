@@ -23,12 +23,11 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_dwm import __version__
-from megatron_dwm.config.flags import MAX_PROCESSES, flag, require_at_most
+from megatron_dwm.config.flags import MAX_PROCESSES, flag, require_at_most, require_paths
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.corpora.dataset_writer import DatasetWriter, dataset_prefix, publish_datasets
 from megatron_dwm.corpora.encoder import Encoded, Encoder, Malformed
 from megatron_dwm.corpora.readers import Reader, Record, input_files, without_suffixes
-from megatron_dwm.corpora.storage import is_url
 from megatron_dwm.corpora.unfinished import Progress, UnfinishedWork, file_stamps, unfinished_work
 from megatron_dwm.corpora.worker_pool import WorkerDiedError, WorkerPool
 from megatron_dwm.errors import UserError
@@ -83,8 +82,7 @@ class PreprocessConfig:
         for name, value in (("--input", self.input), ("--output-prefix", self.output_prefix)):
             if not value:
                 raise UserError(f"{name} is missing; give a path")
-        if is_url(self.output_prefix or ""):
-            raise UserError(f"--output-prefix {self.output_prefix}: datasets are written on this machine; give a path")
+        require_paths(self, "output_prefix")
         for name, number in (
             ("--workers", self.workers),
             ("--partitions", self.partitions),

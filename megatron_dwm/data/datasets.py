@@ -57,11 +57,11 @@ def samples_read(data: DataConfig, train_iters: int, global_batch_size: int, con
     """
     evaluations = 1  # at the end of the run
     if data.eval_interval:
-        evaluations += train_iters // data.eval_interval - consumed.iteration // data.eval_interval
+        evaluations += max(0, train_iters // data.eval_interval - consumed.iteration // data.eval_interval)
     evaluated = max(0, data.eval_iters) * global_batch_size
     return SplitSizes(
         train=consumed.train_samples + max(0, train_iters - consumed.iteration) * global_batch_size,
-        valid=(consumed.valid_samples + max(0, evaluations) * evaluated) if evaluated else 0,
+        valid=(consumed.valid_samples + evaluations * evaluated) if evaluated else 0,
         test=evaluated,
     )
 

@@ -50,6 +50,24 @@ def check_data(
                 _check_target_is_separate(flag, blend, paths.target)
 
 
+def check_files(paths: DataPaths, rank: int) -> None:
+    """Check that a rank that reads data finds the datasets that the first rank has checked.
+
+    Raises:
+        UserError: a file is missing.
+    """
+    for flag, (prefixes, _) in paths.blends().items():
+        for prefix in prefixes:
+            remedy = f" on rank {rank}; give an absolute path that all ranks can read"
+            _require_files(f"{flag} {prefix}", prefix, remedy)
+
+
+def _require_files(name: str, prefix: str, remedy: str) -> None:
+    for suffix in (".idx", ".bin"):
+        if not os.path.isfile(prefix + suffix):  # unlike pathlib's, false also for names that are too long
+            raise UserError(f"{name}: {prefix}{suffix} does not exist{remedy}")
+
+
 def check_dataset(
     name: str,
     prefix: str,
@@ -69,9 +87,7 @@ def check_dataset(
     Raises:
         UserError: a file is missing or damaged, or a token is outside the vocabulary.
     """
-    for suffix in (".idx", ".bin"):
-        if not os.path.isfile(prefix + suffix):  # unlike pathlib's, false also for names that are too long
-            raise UserError(f"{name}: {prefix}{suffix} does not exist; give a prefix made by preprocess_data.py")
+    _require_files(name, prefix, "; give a prefix made by preprocess_data.py")
     try:
         index = IndexFile.open(prefix)
         expected = index.check(progress)

@@ -140,13 +140,19 @@ class StartupSync:
             if self.rank == 0:
                 self._phases.wait(["command/everybody-left"], PATIENCE)
 
-    def require_same(self, facts: Mapping[str, str], name: str = "facts") -> None:
+    def require_same(
+        self,
+        facts: Mapping[str, str],
+        name: str = "facts",
+        remedy: str = "start every rank with the same command, packages and files",
+    ) -> None:
         """Check that this rank's facts are those of the first rank; every rank calls it inside a :meth:`phase`.
 
         A fact that one of the two does not have is not compared.
 
         Args:
             name: name of this set of facts; there may be several sets.
+            remedy: what to do if they differ, for the message.
 
         Raises:
             UserError: one differs.
@@ -158,10 +164,7 @@ class StartupSync:
         for fact, value in facts.items():
             if fact in expected and expected[fact] != value:
                 local, first = shortened(value), shortened(expected[fact])
-                raise UserError(
-                    f"{fact} is {local} on rank {self.rank} and {first} on rank 0; start every rank with the same "
-                    "command, packages and files"
-                )
+                raise UserError(f"{fact} is {local} on rank {self.rank} and {first} on rank 0; {remedy}")
 
     def watch_peers(self) -> None:
         """From now on, end this process if another one reports a failure, or stops answering during start-up.

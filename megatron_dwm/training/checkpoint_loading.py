@@ -81,8 +81,9 @@ def load_checkpoint(
         for line in (*resumed.messages, *replacing_flags(config, saved)):
             logger.info(line)
     else:
-        if not (starts_anew or flags.no_load_optim):
-            logger.info(" > the checkpoint holds no optimizer state: optimizer and schedule start from scratch")
+        if not starts_anew:
+            reason = "--no-load-optim" if flags.no_load_optim else "the checkpoint holds no optimizer state"
+            logger.info(f" > {reason}: optimizer and schedule start from scratch, warm-up included")
         if config.optimizer.fp16 or config.optimizer.bf16:
             components.optimizer.reload_model_params()
     if with_rng:

@@ -15,7 +15,7 @@ from megatron_dwm.data.datasets import START, Consumed, build_datasets, samples_
 from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.data.sample_order import order_change
 from megatron_dwm.data.sampler import BatchPartition, ShuffledSampler, build_sampler
-from megatron_dwm.data.validation import check_masks
+from megatron_dwm.data.validation import check_files, check_masks
 from megatron_dwm.data.validation_sets import SetsSampler, ValidationSets
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.process_groups import ParallelState
@@ -63,6 +63,9 @@ class Dataloaders:
             if "validation" in train_state.evaluations_due:  # a signal has interrupted it
                 consumed_valid += max(0, config.data.eval_iters) * config.global_batch_size
             consumed = Consumed(train_state.iteration, train_state.consumed_train_samples, consumed_valid)
+        with startup_sync.phase("data files"):
+            if parallel_state.replica_rank == 0 and not parallel_state.is_first_rank:
+                check_files(paths, parallel_state.rank)
         self.datasets = build_datasets(
             config.data,
             paths,

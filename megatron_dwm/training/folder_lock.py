@@ -31,6 +31,8 @@ HEARTBEAT = ".lock.heartbeat"
 HEARTBEAT_SECONDS = 10.0
 LEASE_SECONDS = 60.0
 """A holder whose heartbeat has not moved for this long is considered killed."""
+VISIBLE_SECONDS = 60.0
+"""How long a shared file system may take to show a new file to other machines: NFS's default ``acdirmax``."""
 SETTLE_SECONDS = 2.0
 """If several processes come at once, the last one to write its name has the folder."""
 
@@ -121,6 +123,9 @@ class FolderLock:
         self._file.truncate(0)
         self._file.write(json.dumps(mine) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # NFS sends it to its server when the file is closed, or now
+        self.holder = _description(mine)
+        """Who holds the folder, for messages."""
         (self.folder / HEARTBEAT).touch()
         if not is_certain:
             time.sleep(SETTLE_SECONDS)
@@ -149,6 +154,17 @@ class FolderLock:
         """Return the seconds since the last heartbeat, by the same clock."""
         with tempfile.TemporaryFile(dir=self.folder) as now:
             return 0.0 if heartbeat is None else max(0.0, (os.fstat(now.fileno()).st_mtime_ns - heartbeat) / 1e9)
+
+
+def visible_holder(folder: Path) -> str:
+    """Return who holds ``folder``, as another process than the holder sees it; waits until somebody does."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while True:
+        with contextlib.suppress(OSError), (folder / LOCK).open(encoding="utf-8") as file:
+            return _description(_owner(file))
+        if time.monotonic() > deadline:
+            return "nobody"
+        time.sleep(0.1)
 
 
 def _owner(file: TextIO) -> dict[str, Any] | None:

@@ -132,8 +132,9 @@ def choose_schedule(
     training: TrainingConfig,
     global_batch_size: int,
     saved_batch_size: int,
+    consumed: int,
 ) -> Resumed:
-    """Return the schedule of a run that resumes from a checkpoint.
+    """Return the schedule of a run that resumes from a checkpoint after ``consumed`` samples.
 
     As in Megatron-LM the two must agree unless a flag says which to use. The length is an exception: a run that is made
     longer or shorter spreads its decay over the new length, unless the flags give the length of the decay.
@@ -143,15 +144,20 @@ def choose_schedule(
     """
     unit = global_batch_size if training.train_iters is not None else 1
     differences = _differences(flags, saved, settings, training, unit)
-    if not differences or settings.override_opt_param_scheduler:
+    has_other_batch = unit != 1 and saved_batch_size != global_batch_size
+    if not differences:
         return Resumed(flags)
+    if settings.override_opt_param_scheduler:
+        return Resumed(flags, _place(flags, consumed, unit) if has_other_batch else ())
     if (flags.decoupled_lr is None) != (saved.decoupled_lr is None):
         raise _disagreement(differences["decoupled_lr"])
     if settings.use_checkpoint_opt_param_scheduler:
-        listed = ", ".join(f"{flag} {found} in place of {value}" for flag, value, found in differences.values())
-        return Resumed(saved, (f" > the schedule is the checkpoint's: {listed}",))
+        distinct = dict.fromkeys(differences.values())  # a length may stand for the decay and for the run
+        listed = ", ".join(f"{flag} {found} in place of {value}" for flag, value, found in distinct)
+        place = _place(saved, consumed, unit) if has_other_batch else ()
+        return Resumed(saved, (f" > the schedule is the checkpoint's: {listed}", *place))
 
-    if unit != 1 and saved_batch_size != global_batch_size:
+    if has_other_batch:
         raise UserError(
             f"--global-batch-size {global_batch_size} is not what the checkpoint was saved with, {saved_batch_size}, "
             "and moves the schedule, which is counted in samples; give --override-opt-param-scheduler to take it "
@@ -176,6 +182,20 @@ def choose_schedule(
             f" > {name}: the learning rate decays over {_counted(followed.lr_decay_steps, unit)} instead of the "
             f"checkpoint's {_counted(saved.lr_decay_steps, unit)}; --use-checkpoint-opt-param-scheduler keeps those",
         ),
+    )
+
+
+def _place(schedule: Schedule, consumed: int, batch: int) -> tuple[str, ...]:
+    """Return a message on where in ``schedule`` a run with another batch size continues, if the learning rate decays.
+
+    Iterations do not tell it: the first ones had batches of another size.
+    """
+    if schedule.lr_decay_style == "constant":
+        return ()
+    rest = max(0, schedule.lr_decay_steps - consumed)
+    return (
+        f" > the schedule counts samples: the {consumed} that the checkpoint has read leave {rest} of its "
+        f"{schedule.lr_decay_steps}; the learning rate is lowest after {rest / batch:g} more iterations",
     )
 
 

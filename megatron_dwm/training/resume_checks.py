@@ -13,12 +13,14 @@ from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.config.weighting import TARGETED_RULES, WeightingConfig
+from megatron_dwm.data.blend import TARGET_FLAG
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.training.checkpoint_contents import EVALUATIONS_DUE, megatron_arguments
 from megatron_dwm.training.checkpoint_folders import DWM_STATE
 from megatron_dwm.training.lr_schedule import Resumed, Schedule, choose_schedule
 from megatron_dwm.training.saved_checkpoint import DamagedCheckpointError, SavedCheckpoint, reported_damage
 from megatron_dwm.training.train_state import EVALUATIONS, TrainState
+from megatron_dwm.weighting.policy import State
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +85,6 @@ def check_resume(config: RunConfig, saved: SavedCheckpoint) -> None:
     try:
         with reported_damage(saved.folder):  # a part of the schedule is missing or invalid
             resumed_schedule(config, saved)
-            int(saved.common["opt_param_scheduler"]["num_steps"])
     except UserError as error:
         if str(error).startswith("--load "):
             raise
@@ -144,8 +145,9 @@ def resumed_schedule(config: RunConfig, saved: SavedCheckpoint) -> Resumed:
     settings, training, batch = config.optimizer, config.training, config.global_batch_size
     flags = Schedule.from_flags(settings, training, batch)
     arguments = vars(saved.arguments)
-    found = Schedule.from_checkpoint(saved.common["opt_param_scheduler"], arguments, flags)
-    return choose_schedule(flags, found, settings, training, batch, arguments.get("global_batch_size", batch))
+    state = saved.common["opt_param_scheduler"]
+    found, consumed = Schedule.from_checkpoint(state, arguments, flags), int(state["num_steps"])
+    return choose_schedule(flags, found, settings, training, batch, arguments.get("global_batch_size", batch), consumed)
 
 
 def replacing_flags(config: RunConfig, saved: SavedCheckpoint) -> list[str]:
@@ -182,6 +184,32 @@ def overruled_flags(config: RunConfig, saved: SavedCheckpoint, *, has_weighter: 
         for name, what in beginnings.items()
         if name in arguments and arguments[name] != flags[name]
     ]
+
+
+def resume_warnings(config: RunConfig, saved: SavedCheckpoint, train_state: TrainState, weighting: State) -> list[str]:
+    """Return a line for each flag that makes the run go on in another way than it may seem.
+
+    Args:
+        train_state: the counters of the checkpoint.
+        weighting: the weighting's state in it, perhaps empty.
+    """
+    training, settings, warnings = config.training, config.weighting, []
+    lengths = (
+        ("train_iters", training.train_iters, train_state.iteration, "iterations"),
+        ("train_samples", training.train_samples, train_state.consumed_train_samples, "samples"),
+    )
+    for name, asked, done, unit in lengths:
+        if asked is not None and done > asked and not training.skip_train:
+            flag = f"{flag_name(name)} {asked}"
+            warnings.append(f"{flag}: the checkpoint has {done} {unit} already, so nothing is trained; give more")
+    target, saved_target = settings.dwm_target_data_path, vars(saved.arguments).get("dwm_target_data_path")
+    aligned = len(weighting.get("replay") or [])
+    if settings.needs_target and aligned and saved_target and target != saved_target:
+        warnings.append(
+            f"{TARGET_FLAG} {_words(target)} is not the checkpoint's target set, {_words(saved_target)}: the weighter "
+            f"also learns from the {aligned} batches of the replay, which were aligned with that one"
+        )
+    return warnings
 
 
 def _words(value: Any) -> str:

@@ -12,7 +12,7 @@ from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.checkpoint_args import read_arguments
 from megatron_dwm.errors import UserError
 from megatron_dwm.training.checkpoint_folders import NON_PERSISTENT, checkpoints_in, delete_retired
-from megatron_dwm.training.folder_lock import FolderLock
+from megatron_dwm.training.folder_lock import FolderLock, visible_holder
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,11 @@ class SaveFolder:
                 path.mkdir(parents=True, exist_ok=True)
                 self._held[flag] = FolderLock(flag, path)
 
+    @property
+    def holders(self) -> dict[str, str]:
+        """Who holds each folder."""
+        return {_holder_of(flag, lock.folder): lock.holder for flag, lock in self._held.items()}
+
     def warn_of_other_run(self) -> None:
         """Warn that this run, which starts from scratch, will replace the checkpoints of another one."""
         if found := checkpoints_in(self.folder):
@@ -72,6 +77,21 @@ class SaveFolder:
             for leftover in remove_leftovers(folder):
                 logger.info(f" > removed what an interrupted run had left: {leftover}")
         delete_retired(self.folder)
+
+
+def visible_holders(flags: CheckpointConfig) -> dict[str, str]:
+    """Return :attr:`SaveFolder.holders` as a rank that does not hold the folders sees them.
+
+    If it sees another holder than the first rank, or none, its part of a checkpoint would be missing in the first
+    rank's folder.
+    """
+    interval, non_persistent = flags.non_persistent_save_interval, flags.non_persistent_global_ckpt_dir
+    paths = {"--save": flags.save, "--non-persistent-global-ckpt-dir": non_persistent if interval else None}
+    return {_holder_of(flag, Path(path)): visible_holder(Path(path)) for flag, path in paths.items() if path}
+
+
+def _holder_of(flag: str, folder: Path) -> str:
+    return f"the run that holds {flag} {folder}"
 
 
 def check_owner(flags: CheckpointConfig) -> None:
@@ -108,6 +128,10 @@ def check_writable(paths: Mapping[str, Path]) -> None:
     for flag, path in paths.items():
         existing = path
         while not existing.exists() and existing != existing.parent:
+            if existing.is_symlink():
+                raise UserError(
+                    f"{flag} {path}: {existing} is a link that leads nowhere; remove it, or give another path"
+                )
             existing = existing.parent
         try:
             with tempfile.TemporaryFile(dir=existing):

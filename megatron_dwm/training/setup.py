@@ -38,8 +38,8 @@ from megatron_dwm.training.optimizer import build_optimizer
 from megatron_dwm.training.profiler import StepProfiler
 from megatron_dwm.training.progress_log import ProgressLog
 from megatron_dwm.training.reporter import Reporter
-from megatron_dwm.training.resume_checks import check_resume, overruled_flags, resumed_vocab_size
-from megatron_dwm.training.save_folder import SaveFolder, check_owner, check_writable
+from megatron_dwm.training.resume_checks import check_resume, overruled_flags, resume_warnings, resumed_vocab_size
+from megatron_dwm.training.save_folder import SaveFolder, check_owner, check_writable, visible_holders
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, open_checkpoint
 from megatron_dwm.training.torch_format import open_torch_checkpoint
 from megatron_dwm.training.train_state import TrainComponents, TrainState
@@ -255,6 +255,8 @@ def load_if_present(
     has_weighter = weighting_state.get("weighter") is not None
     for line in overruled_flags(config, inputs.checkpoint, has_weighter=has_weighter):
         logger.info(line)
+    for line in resume_warnings(config, inputs.checkpoint, train_state, weighting_state):
+        logger.warning(line)
     return train_state, weighting_state
 
 
@@ -285,6 +287,11 @@ def build_trainer_parts(
         )
         stragglers = StragglerReport(config.profiling, parallel_state.rank, parallel_state.world_size)
         reporter = Reporter(config, parallel_state, language_model.padded_vocab_size, train_state, timers)
+    if config.checkpoint.save is not None:
+        with startup_sync.phase("shared folders"):
+            holders = visible_holders(config.checkpoint) if save_folder is None else save_folder.holders
+            remedy = "give the absolute path of a folder that all ranks share"
+            startup_sync.require_same(holders, "holders", remedy)
     progress = ProgressLog(
         Path(str(config.checkpoint.save)) if is_noted else None,
         parallel_state.world_size,

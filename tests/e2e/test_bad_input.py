@@ -51,6 +51,10 @@ def weighter_of_another_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    **{  # the first rank or all find it, before they compare flags or later
+        f"too long path of {flag}": ({flag: "x" * 5000}, ["xxx ... xxx", "File name too long; give another path"])
+        for flag in ("--save", "--load", "--tokenizer-metadata", "--dwm-init-from")
+    },
     "missing training file": ({"--train-data-path": "{data}/nothing"}, ["--train-data-path", "nothing.idx"]),
     "missing target file": ({"--dwm-target-data-path": "{data}/nothing"}, ["--dwm-target-data-path", "nothing.idx"]),
     "unreadable index": ({"--train-data-path": "{data}/no_index"}, ["--train-data-path", "no_index.idx"]),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_dwm.cli import pretrain as pretrain_command
+from megatron_dwm.training import folder_lock
+from tests.e2e.datasets import TOKENIZER, counting, make_dataset
 from tests.e2e.launch import pretrain
 from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING
 
@@ -104,3 +107,36 @@ def test_a_plan_that_cannot_be_made_is_one_line_of_all_ranks(tmp_path: Path):
     finished = pretrain(tmp_path / "log", 2, {**FLAGS, "--plan": True, "--num-layers": 0})
     assert finished.codes == [2, 2], finished.text
     assert "".join(finished.errors).startswith("error: --num-layers 0") and "Traceback" not in finished.text
+
+
+def elsewhere(folder: Path) -> Callable[[], None]:
+    """The command whose rank 1 is started in another folder, to which the other's relative paths do not lead."""
+    folder.mkdir()
+
+    def main() -> None:
+        folder_lock.VISIBLE_SECONDS = 0.0  # no other machine has to see anything here
+        os.chdir(folder if os.environ["RANK"] == "1" else folder.parent)
+        pretrain_command.main()
+
+    return main
+
+
+@pytest.mark.parametrize("layout", ["--pipeline-model-parallel-size", "--use-distributed-optimizer"])
+def test_a_save_folder_that_the_ranks_do_not_share_is_refused(layout: str, tmp_path: Path):
+    """Rank 1 would write its part of each checkpoint to a folder of its own: no checkpoint could be loaded."""
+    flags = {**FLAGS, "--save": "save", layout: 2 if layout.endswith("size") else True}
+    finished = pretrain(tmp_path / "log", 2, flags, main=elsewhere(tmp_path / "elsewhere"))
+    assert finished.codes == [2, 2], finished.text
+    (line,) = [line for line in "".join(finished.errors).splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: the run that holds --save save is nobody on rank 1 and process "), line
+    assert line.endswith(" on rank 0; give the absolute path of a folder that all ranks share"), line
+
+
+def test_data_that_a_rank_does_not_find_is_named(tmp_path: Path):
+    make_dataset(tmp_path, "data", counting(1))
+    data = {**TOKENIZER, "--data-path": "data_text_document", "--dwm-mode": "off", "--eval-iters": 0}
+    flags = {**LANGUAGE_MODEL, **TRAINING, **data}
+    finished = pretrain(tmp_path / "log", 2, flags, main=elsewhere(tmp_path / "elsewhere"))
+    assert finished.codes == [2, 2], finished.text
+    line = "error: --data-path data_text_document: data_text_document.idx does not exist on rank 1; give an absolute "
+    assert f"{line}path that all ranks can read\n" in finished.text and "Traceback" not in finished.text, finished.text

@@ -80,18 +80,29 @@ def require_at_most(config: Any, maximum: float, fields: str) -> None:
             raise UserError(f"{_spelling(config, field)} {value}: must be at most {maximum}")
 
 
-def require_not_empty(config: Any, fields: str) -> None:
-    """Check that paths of a configuration are not empty, such as an unset shell variable; None is accepted.
+def require_paths(config: Any, fields: str, *, urls: bool = False) -> None:
+    """Check that paths of a configuration are complete and on this machine; None is accepted.
+
+    A shell replaces neither the ``~`` in ``--save=~/run`` nor a variable between single quotes, and leaves nothing of
+    one that is not set. The files would be written to a folder with such a name, or to the current one.
 
     Args:
         fields: names of fields, separated by blanks.
+        urls: whether they may be URLs.
 
     Raises:
-        UserError: one is empty.
+        UserError: one is empty, begins with ``~`` or ``$``, or is a URL.
     """
     for field in fields.split():
-        if getattr(config, field) == "":
-            raise UserError(f"{_spelling(config, field)} '': is empty; give a path, or leave it out")
+        path, name = getattr(config, field), _spelling(config, field)
+        if path == "":
+            raise UserError(f"{name} '': is empty; give a path, or leave it out")
+        if path is not None and path[0] in "~$":
+            raise UserError(
+                f"{name} {path}: the shell has not replaced {path[0]}; write the path out, or begin with ./"
+            )
+        if path is not None and "://" in path and not urls:
+            raise UserError(f"{name} {path}: is a URL; give a path on this machine")
 
 
 def _spelling(config: Any, field: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -123,6 +124,16 @@ def test_a_long_value_is_cut_and_the_remedy_is_not(value: str, capsys: pytest.Ca
     assert "--size: invalid int value: '" in error and " ... " in error
     assert error.endswith("; see --help for the flags\n")
     assert len(error) < 1020
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "loop"])
+def test_a_path_that_no_file_system_takes_is_one_line(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(SystemExit) as ended:
+        run_cli(lambda: print((tmp_path / path).read_text()))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("error: /") and error.count("\n") == 1
+    assert error.endswith("; give another path\n")
 
 
 def test_a_refused_flag_may_repeat_its_default():

@@ -187,6 +187,11 @@ def test_sizes_reach_to_the_end_of_a_run_and_stay_the_same_until_a_flag_changes(
     assert consumed.train_samples == sum(np.repeat(batches, 3))
 
 
+def test_a_run_that_has_more_iterations_already_reads_one_more_evaluation() -> None:
+    read = samples_read(DATA, 3, 8, Consumed(9, 72, 2 * 2 * 8))
+    assert read == SplitSizes(72, 3 * 2 * 8, 2 * 8)
+
+
 def test_a_run_that_reads_no_evaluation_data_has_none() -> None:
     data = DataConfig(mock_data=True, eval_iters=0)
     assert split_sizes(data, 10, None, 8, Consumed(5, 40, 16)) == SplitSizes(80, 0, 0)

@@ -27,8 +27,11 @@ def schedule(flags: str) -> tuple[Schedule, RunConfig]:
     return Schedule.from_flags(config.optimizer, config.training, config.global_batch_size), config
 
 
+CONSUMED = 40
+
+
 def resume(before: str, after: str) -> Resumed:
-    """What a run with the flags ``after`` does with a checkpoint of a run with ``before``."""
+    """What a run with the flags ``after`` does with a checkpoint of a run with ``before`` after CONSUMED samples."""
     (saved, saved_config), (flags, config) = schedule(before), schedule(after)
     state: dict[str, Any] = {
         name: value
@@ -38,9 +41,8 @@ def resume(before: str, after: str) -> Resumed:
     arguments = saved_config.flat() | {"global_batch_size": saved_config.global_batch_size}
     found = Schedule.from_checkpoint(state, arguments, flags)
     assert found == saved
-    return choose_schedule(
-        flags, found, config.optimizer, config.training, config.global_batch_size, saved_config.global_batch_size
-    )
+    batch, saved_batch = config.global_batch_size, saved_config.global_batch_size
+    return choose_schedule(flags, found, config.optimizer, config.training, batch, saved_batch, CONSUMED)
 
 
 @pytest.mark.parametrize("run", [RUN, BY_SAMPLES])
@@ -127,3 +129,24 @@ def test_another_batch_size_moves_a_schedule_in_iterations_but_not_one_in_sample
     assert resume(RUN, RUN + "--global-batch-size 8 " + OVERRIDE).schedule.lr_warmup_steps == 16
     assert resume(RUN, RUN + "--global-batch-size 8 " + KEEP).schedule.lr_warmup_steps == 8
     assert resume(BY_SAMPLES, BY_SAMPLES + "--global-batch-size 8").messages == ()
+
+
+@pytest.mark.parametrize(
+    ("flags", "rest"),
+    [
+        (
+            "--global-batch-size 2 --micro-batch-size 1 " + OVERRIDE,
+            "leave 0 of its 40; the learning rate is lowest after 0",
+        ),
+        ("--global-batch-size 8 " + OVERRIDE, "leave 120 of its 160; the learning rate is lowest after 15 more"),
+        ("--global-batch-size 8 " + KEEP, "leave 40 of its 80; the learning rate is lowest after 5 more iterations"),
+    ],
+)
+def test_where_a_run_with_other_batches_continues_in_the_schedule_is_said(flags: str, rest: str):
+    """With half the batch, the samples of the first half are all that the flags' schedule has."""
+    *others, message = resume(RUN, RUN + flags).messages
+    assert rest in message and all(line.count("--train-iters") == 1 for line in others)
+    assert resume(RUN + "--lr-decay-style constant", RUN + "--lr-decay-style constant " + flags).messages in [
+        (),
+        (*others,),
+    ]

@@ -76,3 +76,11 @@ def test_a_folder_of_non_persistent_checkpoints_is_held_and_cleared_too(tmp_path
     process.join()
     held.close()
     assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("target", ["missing", "link"])
+def test_a_link_that_leads_nowhere_is_named(target: str, tmp_path: Path):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / target)
+    with pytest.raises(UserError, match=f"--save {link / 'run'}: {link} is a link that leads nowhere; remove it"):
+        check_writable({"--save": link / "run"})
