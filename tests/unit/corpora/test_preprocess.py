@@ -10,6 +10,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pathlib
 import runpy
 import shutil
 import signal
@@ -143,7 +144,7 @@ MALFORMED = [
     ('{"text": "one"}', "the value of 'text' cannot be tokenized (invalid literal for int()"),
     ('{"text": "70000"}', "the value of 'text' cannot be tokenized ("),
     (f'{{"text": {"9" * 5000}}}', "the value of 'text' is not a string"),
-    (f'{{"text": "{"9" * 5000}"}}', "the value of 'text' cannot be tokenized (Exceeds the limit (4300 digits)"),
+    (f'{{"text": "{"9" * 5000}"}}', "the value of 'text' cannot be tokenized (Exceeds the limit (4300"),
     (f'{{"text": "{"x" * 5000}"}}', "the value of 'text' cannot be tokenized (invalid literal for int()"),
     ('{"text": "1", "n": 1' + "0" * 5000, "not JSON (Expecting ',' delimiter"),
     ('{"text": "\udc80"}', "not UTF-8"),
@@ -270,6 +271,8 @@ def test_a_kill_while_files_are_put_in_place_leaves_no_data_beside_another_index
                 return function(*arguments, **options)
 
             setattr(os, name, counted)
+            if hasattr(pathlib, "_normal_accessor"):  # Python 3.10's paths keep the functions that os had at first
+                setattr(pathlib._normal_accessor, name, counted)
 
     process = multiprocessing.get_context("fork").Process(target=killed)
     process.start()
