@@ -16,6 +16,7 @@ MAX_WORD_CHARACTERS = 300  # of a message: enough for a path
 
 _NOT_WRITTEN = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EPERM, errno.EROFS}
 _NO_MEMORY = "out of memory|not enough memory|can't allocate memory|overflow|negative dimension|invalid memory size"
+_NUMPY_CUT = r"\d+ requested and \d+ written"
 _TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "iostream")
 
 
@@ -82,8 +83,26 @@ def write_failure_reason(error: Exception) -> str | None:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, RuntimeError) and any(writer in str(error) for writer in _TORCH_WRITERS):
         return "a file could not be written to its end"  # it does not say why
+    if isinstance(error, OSError) and re.fullmatch(_NUMPY_CUT, str(error)):
+        return "a file could not be written to its end"  # nor does numpy
     # As the libraries that are written in Rust put it: safetensors, and tokenizers with a plain Exception.
     return shortened(error) if re.search(r"\(os error \d+\)", str(error)) else None
+
+
+@contextlib.contextmanager
+def reported_write_failure(flag: str, folder: str) -> Iterator[None]:
+    """Turn failures to write a flag's folder into a user's error that names both.
+
+    Raises:
+        UserError: a file could not be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = write_failure_reason(error)
+        if reason is None:
+            raise
+        raise UserError(f"{flag} {folder}: cannot be written ({reason}); make room, or give another folder") from None
 
 
 def as_user_error(error: BaseException) -> BaseException:

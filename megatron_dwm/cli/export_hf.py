@@ -30,7 +30,7 @@ from megatron_dwm.config.checkpoint_args import read_arguments
 from megatron_dwm.config.flags import build, declared_flags, flag, read
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, reported_write_failure
 
 if TYPE_CHECKING:
     from megatron_dwm.training.saved_checkpoint import SavedCheckpoint
@@ -99,7 +99,8 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
             bar.update(tensor.numel() * tensor.element_size())
             yield name, require_finite(f"--load {folder}: {name}", tensor)
 
-    with bar, atomic_folder(Path(config.output)) as temporary:
+    writing = reported_write_failure("--output", config.output)
+    with bar, writing, atomic_folder(Path(config.output)) as temporary:
         try:
             write_weights(temporary, skeleton, tensors(), config.max_shard_size)
         except ValueError as error:

@@ -19,7 +19,7 @@ from megatron_dwm.cli.command import run_command
 from megatron_dwm.cli.saved_run import ExportArguments, checkpoint_folder, find_tokenizer, saved_config
 from megatron_dwm.config.checkpoint_args import read_arguments
 from megatron_dwm.config.flags import flag, parse
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, reported_write_failure
 
 if TYPE_CHECKING:
     from megatron_dwm.config.run import RunConfig
@@ -82,7 +82,8 @@ def export(config: ExportWeighterConfig) -> str:
         adds_special_tokens=special,
     )
     check = partial(_check_loads, model=model, fingerprint=fingerprint_of(tokenizer))
-    export_weighter(model, tokenizer.save_pretrained, Path(config.output), facts, effect=effect, check=check)
+    with reported_write_failure("--output", config.output):
+        export_weighter(model, tokenizer.save_pretrained, Path(config.output), facts, effect=effect, check=check)
     return (
         f"{config.output}: wrote a {type(model).__name__} of {facts['weighter_parameters']:,} parameters and "
         f"{tokenizer.model_max_length} tokens, from {folder}; loaded again, its weights and scores are the checkpoint's"

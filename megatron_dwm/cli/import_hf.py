@@ -25,7 +25,7 @@ from megatron_dwm.cli.command import limit_progress_bars, run_command
 from megatron_dwm.config.flags import declared_flags, flag, parse, require_at_least, require_paths, to_argv
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import PARTS
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, reported_write_failure
 
 if TYPE_CHECKING:
     from megatron_dwm.model.hf_folder import HuggingFaceModel
@@ -93,9 +93,10 @@ def import_model(config: ImportConfig) -> tuple[Path, HuggingFaceModel]:
         "no_save_rng": True,
     }
     folder = iteration_folder(root, ITERATION)
-    with atomic_folder(folder) as temporary:
-        write_checkpoint(temporary, read, padded, arguments)
-    atomic_write_text(root / TRACKER, str(ITERATION))
+    with reported_write_failure("--save", str(root)):
+        with atomic_folder(folder) as temporary:
+            write_checkpoint(temporary, read, padded, arguments)
+        atomic_write_text(root / TRACKER, str(ITERATION))
     return folder, read
 
 

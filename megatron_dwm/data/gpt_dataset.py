@@ -18,7 +18,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 
 from megatron_dwm.data.index_cache import Built, VerifiedCache
-from megatron_dwm.errors import UserError, shortened
+from megatron_dwm.errors import UserError, shortened, write_failure_reason
 
 
 @dataclass
@@ -134,9 +134,10 @@ def _build(cls: Any, args: tuple[Any, ...]) -> Any:
         return cls(*args)
     except OSError as error:
         place = f" {config.path_to_cache}" if config.path_to_cache else ""
+        reason = write_failure_reason(error) or error
         raise UserError(
-            f"--data-cache-path{place}: the index cache cannot be written or read ({error}); give a folder that can be "
-            "written and that all nodes see"
+            f"--data-cache-path{place}: the index cache cannot be written or read ({reason}); give a folder that can "
+            "be written and that all nodes see"
         ) from error
     except MemoryError as error:
         raise UserError(

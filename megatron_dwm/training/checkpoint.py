@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dwm.atomic_write import atomic_write_text, delete_folder, publish_folder
+from megatron_dwm.atomic_write import atomic_files, delete_folder, publish_folder
 from megatron_dwm.config.checkpoint import TRACKER
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.errors import UserError, write_failure_reason
@@ -230,14 +230,17 @@ class CheckpointWriter:
         if self.config.checkpoint.checkpoint_checksums:
             write_checksums(temporary)
         final = iteration_folder(root, iteration)
-        publish_folder(temporary, final)
         previous = tracked(root)
         retained = self.config.checkpoint.save_retain_interval
         is_persistent = root == Path(self.config.checkpoint.save or ".")
         retired = previous if is_persistent and _is_unretained(previous, final, retained) else None
-        if retired is not None:  # the mark outlives a kill between the next two steps
-            retired_mark(retired).touch()
-        atomic_write_text(root / TRACKER, str(iteration))
+        # The tracker is written before the checkpoint gets its name: a disk that is full only now would leave a first
+        # checkpoint that no run loads.
+        with atomic_files(root, clears=False) as scratch:
+            (scratch / TRACKER).write_text(str(iteration), encoding="utf-8")
+            publish_folder(temporary, final)
+            if retired is not None:  # the mark outlives a kill between the next two steps
+                retired_mark(retired).touch()
         logger.info(
             f"  [{timestamp()}] successfully saved checkpoint from iteration {iteration:7d} to {root} "
             f"{self.parallel_state.tp_pp_label}"
@@ -264,7 +267,8 @@ class CheckpointWriter:
             return
         except CheckpointException as error:
             causes = [cause for cause, _ in error.failures.values()]
-            reason = short_reason(causes[0] if causes else error)
+            cause = causes[0] if causes else error
+            reason = (isinstance(cause, Exception) and write_failure_reason(cause)) or short_reason(cause)
             if error.args[0] == "write":  # all ranks raise it, and only the first knows the reason
                 reasons = [reason]
                 dist.broadcast_object_list(reasons, src=0)

@@ -20,7 +20,7 @@ from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.blend import DataPaths
 from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, write_failure_reason
 from megatron_dwm.safe_unpickling import short_reason
 from megatron_dwm.weighting.export_manifest import write_manifest
 from megatron_dwm.weighting.weighter import Weighter, learned_tensors
@@ -94,6 +94,11 @@ def _reported_failure(save: Path, iteration: int) -> Iterator[None]:
         reason = error.strerror or str(error)
     except SafetensorError as error:
         reason = short_reason(error)
+    except Exception as error:
+        unwritten = write_failure_reason(error)
+        if unwritten is None:
+            raise
+        reason = unwritten
     raise UserError(
         f"--save {save}: the weighter of iteration {iteration} cannot be written ({reason}); make room or give another "
         "folder"

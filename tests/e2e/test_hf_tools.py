@@ -374,5 +374,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     process.join()
     error = capfd.readouterr().err
     assert process.exitcode == EXIT_CODE and error.count("\n") == 1, error
-    assert error.startswith("error: ") and "make room, or give another folder" in error
+    assert error.startswith(f"error: --save {tmp_path / 'save'}: cannot be written (")
+    assert "make room, or give another folder" in error
     assert sorted(tmp_path.rglob("*")) == there

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from megatron_dwm.errors import UserError
 from megatron_dwm.weighting.export import _reported_failure
@@ -24,6 +26,15 @@ def test_a_full_disk_is_one_line(error: Exception, reason: str):
         _reported_failure(Path("runs"), 8),
     ):
         raise error
+
+
+def test_so_is_one_that_the_tokenizer_finds():
+    """tokenizers raises a plain Exception."""
+    with (
+        pytest.raises(UserError, match=r"iteration 8 cannot be written \(No space left on device"),
+        _reported_failure(Path("runs"), 8),
+    ):
+        Tokenizer(WordLevel({"a": 0}, "a")).save("/dev/full")
 
 
 def test_a_mistake_of_the_programs_is_not_taken_for_one():

@@ -1,0 +1,50 @@
+"""What could not be written is one line that names the flag."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from megatron_dwm.errors import UserError, reported_write_failure, write_failure_reason
+
+
+def write_tokenizer() -> None:
+    Tokenizer(WordLevel({"a": 0}, "a")).save("/dev/full")
+
+
+def write_text() -> None:
+    Path("/dev/full").write_text("a")
+
+
+@pytest.mark.parametrize("write", [write_tokenizer, write_text])
+def test_a_full_disk_names_the_flag_and_the_folder(write: Callable[[], None]):
+    with (
+        pytest.raises(UserError, match=r"^--output out: cannot be written \(.*No space left on device.*; make room"),
+        reported_write_failure("--output", "out"),
+    ):
+        write()
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(FileNotFoundError), reported_write_failure("--output", "out"):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "in")
+
+
+def test_an_array_that_numpy_has_cut_is_a_failure_to_write(tmp_path: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # as on a full disk
+    try:
+        with pytest.raises(OSError, match="requested and") as raised:
+            np.save(tmp_path / "array.npy", np.zeros(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert raised.value.errno is None
+    assert write_failure_reason(raised.value) == "a file could not be written to its end"
