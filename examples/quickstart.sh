@@ -61,7 +61,7 @@ train() {
     torchrun --nproc-per-node "$PROCESSES" --standalone pretrain_dwm.py "${LAYOUT[@]}" \
         --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 \
         --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear \
-        --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 \
+        --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.05 \
         --micro-batch-size 16 --global-batch-size 64 --train-iters "$ITERATIONS" \
         --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20 --weight-decay 0.1 --adam-beta2 0.95 \
         "${TOKENIZER[@]}" --train-data-path "${data[@]}" --valid-data-path "$RUN/data/prose.test_text_document" \
