@@ -33,7 +33,7 @@ KILLED_AT = 4
 PLACES = {
     # Of what puts iteration 4 in place of iteration 2, the call before which the run is killed; where it goes on.
     "before the old one is marked": (checkpoint, "retired_mark", 2),
-    "before the new one is named": (checkpoint, "atomic_write_text", 2),
+    "before the new one is named": (atomic_write.os, "replace", 2),
     "before the old one is deleted": (checkpoint, "delete_retired", 4),
     "while the old one is deleted": (atomic_write.shutil, "rmtree", 4),
 }
