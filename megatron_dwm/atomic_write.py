@@ -51,12 +51,11 @@ def atomic_files(folder: Path, prefix: str = "", *, clears: bool = True) -> Iter
     """Yield an empty folder; when the block ends, each file in it is moved to ``folder``, as ``prefix`` + its name.
 
     The files replace those of the same names, one after the other in the order of their names. If the block raises,
-    ``folder`` is as it was; one that did not exist is only left if it has files.
+    ``folder`` is as it was.
 
     Args:
         clears: whether to look first for what killed processes have left, among all files of the folder.
     """
-    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     if clears:
         _remove_unfinished(folder / f"{prefix}{_FILES}")
@@ -75,9 +74,6 @@ def atomic_files(folder: Path, prefix: str = "", *, clears: bool = True) -> Iter
         sync(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if is_new:
-            with contextlib.suppress(OSError):  # it is not empty: files were written
-                folder.rmdir()
 
 
 def publish_folder(temporary: Path, folder: Path) -> None:

@@ -115,9 +115,8 @@ def figure(checkpoints: Sequence[CheckpointResults]) -> Figure:
     """
     rows = checkpoints[0].results
     of_runs = Counter(each.run for each in checkpoints if each.iteration is not None)
-    draw, height = (
-        (_over_training, 2.6) if max(of_runs.values(), default=0) > 1 else (_by_name, 1 + len(checkpoints) / 3)
-    )
+    is_over_training = max(of_runs.values(), default=0) > 1
+    height = 2.6 if is_over_training else 1 + len(checkpoints) / 3
     drawn = Figure(figsize=(10, height * len(rows)), layout="constrained")
     grid = drawn.subplots(len(rows), 2, squeeze=False)
     for place, first in enumerate(rows):
@@ -127,20 +126,20 @@ def figure(checkpoints: Sequence[CheckpointResults]) -> Figure:
                 axes.set_visible(False)
                 continue
             found = [each.results[place].metrics[metric] for each in checkpoints]
-            draw(axes, METRICS[metric], checkpoints, found, first.chance(metric))
+            draw = _draw_over_training if is_over_training else _draw_by_name
+            draw(axes, checkpoints, found)
+            (axes.set_ylabel if is_over_training else axes.set_xlabel)(METRICS[metric])
+            chance = first.chance(metric)
+            if chance is not None:
+                line = axes.axhline if is_over_training else axes.axvline
+                line(chance, linestyle=":", color="gray", label="chance")
             axes.set_title(f"{first.task}, {first.num_fewshot} examples", fontsize=9)
     legend = {label: line for axes in grid.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     drawn.legend(legend.values(), legend.keys(), loc="outside upper center", fontsize=8)
     return drawn
 
 
-def _over_training(
-    axes: Axes,
-    label: str,
-    checkpoints: Sequence[CheckpointResults],
-    found: Sequence[MetricEstimate],
-    chance: float | None,
-) -> None:
+def _draw_over_training(axes: Axes, checkpoints: Sequence[CheckpointResults], found: Sequence[MetricEstimate]) -> None:
     for number, run in enumerate(dict.fromkeys(each.run for each in checkpoints)):
         of_run = [(each.iteration, value) for each, value in zip(checkpoints, found, strict=True) if each.run == run]
         points = [(iteration, value) for iteration, value in of_run if iteration is not None]
@@ -150,27 +149,15 @@ def _over_training(
             axes.errorbar([i for i, _ in points], means, errors, marker="o", capsize=3, label=run, color=f"C{number}")
         else:
             axes.axhline(of_run[0][1].mean, linestyle="--", label=run, color=f"C{number}")
-    if chance is not None:
-        axes.axhline(chance, linestyle=":", color="gray", label="chance")
     axes.set_xlabel("iteration")
-    axes.set_ylabel(label)
 
 
-def _by_name(
-    axes: Axes,
-    label: str,
-    checkpoints: Sequence[CheckpointResults],
-    found: Sequence[MetricEstimate],
-    chance: float | None,
-) -> None:
+def _draw_by_name(axes: Axes, checkpoints: Sequence[CheckpointResults], found: Sequence[MetricEstimate]) -> None:
     places = range(len(checkpoints))
     means, errors = zip(*map(_drawn, found), strict=True)
     axes.errorbar(means, places, xerr=errors, fmt="o", capsize=3)
     axes.set_yticks(places, [each.name for each in checkpoints], fontsize=8)
     axes.set_ylim(len(checkpoints) - 0.5, -0.5)  # the first one on top
-    if chance is not None:
-        axes.axvline(chance, linestyle=":", color="gray", label="chance")
-    axes.set_xlabel(label)
 
 
 def _drawn(value: MetricEstimate) -> tuple[float, float]:

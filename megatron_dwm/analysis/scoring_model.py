@@ -20,6 +20,7 @@ from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.model.quiet_loading import quiet_loading
 from megatron_dwm.weighting.export_manifest import read_manifest, trained_length, verify_export
+from megatron_dwm.weighting.weighter import is_finite
 from megatron_dwm.weighting.windows import SpecialTokens, Window, cut, pad_windows, position_limit
 
 Rule = Literal["mean", "max", "first"]
@@ -68,7 +69,7 @@ def load_model(
             f"{named}: its tokenizer has {len(tokenizer)} tokens and its model only {model.config.vocab_size}; put the "
             "tokenizer there that it was trained with"
         )
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+    if not is_finite(model):
         raise UserError(f"{named}: its weights are not finite; give another")
     return model, tokenizer, sorted(report["missing_keys"])
 

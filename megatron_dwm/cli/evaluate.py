@@ -12,8 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,9 +22,10 @@ from megatron_dwm.atomic_write import atomic_files
 from megatron_dwm.cli.command import limit_progress_bars, run_command
 from megatron_dwm.cli.export_hf import ExportConfig, export
 from megatron_dwm.config.flags import flag, parse, require_at_least, require_paths
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, reported_write_failure
 from megatron_dwm.extras import require_packages
 from megatron_dwm.training.checkpoint_folders import is_iteration
+from megatron_dwm.training.save_folder import check_writable
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,7 @@ def _main(argv: Sequence[str] | None) -> None:
         seed=config.seed,
     )
     output = Path(config.output)
-    with _writing(output):
-        pass  # before the evaluation, which may take hours
+    check_writable({"--output": output})  # before the evaluation, which may take hours
     found: list[CheckpointResults] = []
     settings = asdict(config) | {"text": passages.name if passages else None}
     for folder in folders:
@@ -109,25 +108,11 @@ def _main(argv: Sequence[str] | None) -> None:
             model = hf_folder(folder, temporary)
             results = evaluator.evaluate(model, is_export=model != folder)
         found.append(CheckpointResults(str(folder), run, iteration, results))
-        with _writing(output) as staging:
+        with reported_write_failure("--output", config.output), atomic_files(output) as staging:
             (staging / "evaluation.json").write_text(json.dumps(as_json(found, settings), indent=1, allow_nan=False))
             (staging / "evaluation.png").write_bytes(png(figure(found)))
     print(table(found))
     print(f"{output}: evaluation.json and evaluation.png")
-
-
-@contextmanager
-def _writing(output: Path) -> Iterator[Path]:
-    """Yield a folder whose files are moved to ``output``.
-
-    Raises:
-        UserError: that cannot be written.
-    """
-    try:
-        with atomic_files(output) as staging:
-            yield staging
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror or error}); give another") from None
 
 
 def checkpoint_folder(name: str) -> Path:

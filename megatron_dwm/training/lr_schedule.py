@@ -148,14 +148,14 @@ def choose_schedule(
     if not differences:
         return Resumed(flags)
     if settings.override_opt_param_scheduler:
-        return Resumed(flags, _place(flags, consumed, unit) if has_other_batch else ())
+        return Resumed(flags, _rest_of_decay(flags, consumed, unit) if has_other_batch else ())
     if (flags.decoupled_lr is None) != (saved.decoupled_lr is None):
         raise _disagreement(differences["decoupled_lr"])
     if settings.use_checkpoint_opt_param_scheduler:
         distinct = dict.fromkeys(differences.values())  # a length may stand for the decay and for the run
         listed = ", ".join(f"{flag} {found} in place of {value}" for flag, value, found in distinct)
-        place = _place(saved, consumed, unit) if has_other_batch else ()
-        return Resumed(saved, (f" > the schedule is the checkpoint's: {listed}", *place))
+        rest = _rest_of_decay(saved, consumed, unit) if has_other_batch else ()
+        return Resumed(saved, (f" > the schedule is the checkpoint's: {listed}", *rest))
 
     if has_other_batch:
         raise UserError(
@@ -185,17 +185,18 @@ def choose_schedule(
     )
 
 
-def _place(schedule: Schedule, consumed: int, batch: int) -> tuple[str, ...]:
-    """Return a message on where in ``schedule`` a run with another batch size continues, if the learning rate decays.
+def _rest_of_decay(schedule: Schedule, consumed: int, batch: int) -> tuple[str, ...]:
+    """Return a message on how long the learning rate still decays in a run with another batch size.
 
-    Iterations do not tell it: the first ones had batches of another size.
+    The number of iterations does not tell, because the first ones had batches of another size.
     """
     if schedule.lr_decay_style == "constant":
         return ()
-    rest = max(0, schedule.lr_decay_steps - consumed)
+    done = min(consumed, schedule.lr_decay_steps)
+    rest = schedule.lr_decay_steps - done
     return (
-        f" > the schedule counts samples: the {consumed} that the checkpoint has read leave {rest} of its "
-        f"{schedule.lr_decay_steps}; the learning rate is lowest after {rest / batch:g} more iterations",
+        f" > the schedule counts samples: {done} of its {schedule.lr_decay_steps} are done; the learning rate is "
+        f"lowest after {rest / batch:g} more iterations",
     )
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 
 from megatron_dwm.atomic_write import atomic_folder
@@ -23,7 +22,7 @@ from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.errors import UserError, write_failure_reason
 from megatron_dwm.safe_unpickling import short_reason
 from megatron_dwm.weighting.export_manifest import write_manifest
-from megatron_dwm.weighting.weighter import Weighter, learned_tensors
+from megatron_dwm.weighting.weighter import Weighter, is_finite
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ class FolderExporter:
         if dist.get_rank() == 0:
             digest = weighter.hash()
             folder = self.root / f"iter_{iteration:07d}"
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in learned_tensors(weighter.model).values()):
+            if not is_finite(weighter.model):
                 logger.warning(f"the weighter of iteration {iteration} is not finite and is not exported to {folder}")
             elif self._last != (iteration, digest):
                 manifest = self._manifest(weighter, iteration, stage, digest)

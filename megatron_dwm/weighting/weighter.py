@@ -202,6 +202,11 @@ def learned_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **others}
 
 
+def is_finite(model: torch.nn.Module) -> bool:
+    """Return whether all learned tensors of a model are finite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in learned_tensors(model).values())
+
+
 def model_digest(model: torch.nn.Module) -> str:
     """Return the sha256 of a model's learned tensors, with their names."""
     digest = hashlib.sha256()

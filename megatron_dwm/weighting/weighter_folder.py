@@ -18,7 +18,7 @@ from megatron_dwm.model.hf_folder import check_dtypes, weight_files
 from megatron_dwm.safe_unpickling import DAMAGE, short_reason
 from megatron_dwm.weighting.export_manifest import trained_length, verify_export
 from megatron_dwm.weighting.sample_reader import SampleReader, TextReader, WindowReader
-from megatron_dwm.weighting.weighter import learned_tensors, scoring_digest
+from megatron_dwm.weighting.weighter import is_finite, scoring_digest
 from megatron_dwm.weighting.weighter_init import seeded, zero_head
 from megatron_dwm.weighting.windows import UNLIMITED_LENGTH, position_limit
 
@@ -98,7 +98,7 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
     essential = missing if is_export else [key for key in missing if _is_of_base_model(key, model)]
     if essential:
         raise UserError(f"{flag} {folder}: its weights lack {essential[0]}; give a whole model")
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in learned_tensors(model).values()):
+    if not is_finite(model):
         raise UserError(f"{flag} {folder}: its weights are not finite; give another")
     if missing:
         zero_head(model)

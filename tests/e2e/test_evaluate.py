@@ -221,7 +221,7 @@ def write_bad_models(workplace: Path) -> None:
         (["{untrained}", "--tasks", "arc", "--task-text", "{title}"], "--task-text and --task-packages are for local"),
         (["{bad_model}", "--tasks", "local-cloze", "--task-text", "{story}"], "bad_model: its tokenizer does not load"),
         (["{untrained}", *CLOZE, "--num-fewshot", "9"], "--num-fewshot 9: local tasks have 8 examples; give fewer"),
-        (["{untrained}", *CLOZE, "--output", "{story}"], "story.jsonl: cannot be written (File exists); give another"),
+        (["{untrained}", *CLOZE, "--output", "{story}"], "story.jsonl: cannot be written (Not a directory); give an"),
         (["{cut}", *CLOZE], "cut: cannot be loaded (Error while deserializing header"),
         (["{lacking}", *CLOZE], "lacking: its weights lack model.norm.weight; give a whole model"),
         (["{infinite}", *CLOZE], "infinite: its weights are not finite; give another"),

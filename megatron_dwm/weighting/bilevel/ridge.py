@@ -13,8 +13,8 @@ With the weight p_i of sample i of the replay, which depends on its age, an inte
 is solved by conjugate gradients in float64, from the last update's solution. Few iterations suffice. Every rank holds
 the rows x_i of its own samples; products with them are summed over the ranks.
 
-The scores are then calibrated (:mod:`megatron_dwm.weighting.ngram.calibration`) by batches that were scored before
-they were learned from: on what it has learned from, a regression looks better than it is.
+The scores are then calibrated (:mod:`megatron_dwm.weighting.ngram.calibration`) on batches that were scored before the
+weighter learned from them, because a regression fits the samples that it has learned from better than new ones.
 
 Shape legend: B buckets, R batches, c samples of this rank, f n-grams of a sample.
 """
@@ -129,10 +129,7 @@ class RidgeLearner:
         rows, ridge = self._rows(replay), self.config.dwm_ridge
         weights = self._weights()
         if self.weighter.model.calibration is not None:
-            newest = replay.newest
-            rank_scores = rows.scores(weights)[len(rows.targets) - len(newest.positions) :]
-            positions = newest.positions.to(weights.device)
-            newest.unseen_scores = sum_over_ranks(rank_scores, positions, len(newest.alignments)).cpu()
+            self._keep_unseen_scores(replay.newest, rows.scores(weights))
         prior = torch.zeros_like(weights) if self.prior is None else self.prior.to(weights)
         solution, count = weights - prior, len(weights)
         wanted_change = rows.targets if self.prior is None else rows.targets - rows.times(prior)
@@ -191,8 +188,19 @@ class RidgeLearner:
         wanted = scale * standardized(aligned.alignments, config.dwm_clip_alignment)
         return wanted - wanted.mean()
 
+    @staticmethod
+    def _keep_unseen_scores(newest: AlignedBatch, rank_scores: torch.Tensor) -> None:
+        """Keep the scores of the newest batch, by weights that have not learned from it; a collective call.
+
+        Args:
+            rank_scores: those of this rank's samples in the whole replay [c], the newest last.
+        """
+        of_newest = rank_scores[len(rank_scores) - len(newest.positions) :]
+        positions = newest.positions.to(rank_scores.device)
+        newest.unseen_scores = sum_over_ranks(of_newest, positions, len(newest.alignments)).cpu()
+
     def _calibrate(self, replay: Replay) -> None:
-        """Fit the curve of the scores to the newest batches, as they were scored when they were new."""
+        """Fit the curve to the newest batches, as they were scored before the weighter learned from them."""
         scores, errors = [], []
         for aligned in list(replay.batches)[-CALIBRATION_BATCHES:]:
             if aligned.unseen_scores is not None:

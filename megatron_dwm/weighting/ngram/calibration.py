@@ -1,8 +1,8 @@
-"""Calibration of a linear weighter's scores: a curve from the scores to those that the objective wants.
+"""Calibration of a linear weighter's scores: a curve that maps them to the scores that the objective wants.
 
-A linear score says how samples rank. The best score of a sample, in proportion to its expected alignment, is rarely
-linear in it: where samples fall into kinds, it changes fast between two kinds and hardly within one. The curve shows
-that in the alignments of samples that were scored before the weighter learned from them.
+The best score of a sample is proportional to its expected alignment. This is rarely linear in the score of a linear
+model: where samples are of a few kinds, it changes quickly between the scores of two kinds, and hardly among those of
+one. The curve is fitted to samples that were scored before the weighter learned from them.
 
 Shape legend: m samples, k samples that the curve is fitted to, p points of the curve.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 PRIOR_SAMPLES = 150
-"""A point of the curve is moved as if so many samples more were found where the linear score puts them."""
+"""The curve is shrunk towards the linear scores, as if this many more samples at each point agreed with them."""
 
 
 class Calibration(torch.nn.Module):

@@ -136,10 +136,10 @@ def test_another_batch_size_moves_a_schedule_in_iterations_but_not_one_in_sample
     [
         (
             "--global-batch-size 2 --micro-batch-size 1 " + OVERRIDE,
-            "leave 0 of its 40; the learning rate is lowest after 0",
+            "40 of its 40 are done; the learning rate is lowest after 0",
         ),
-        ("--global-batch-size 8 " + OVERRIDE, "leave 120 of its 160; the learning rate is lowest after 15 more"),
-        ("--global-batch-size 8 " + KEEP, "leave 40 of its 80; the learning rate is lowest after 5 more iterations"),
+        ("--global-batch-size 8 " + OVERRIDE, "40 of its 160 are done; the learning rate is lowest after 15 more"),
+        ("--global-batch-size 8 " + KEEP, "40 of its 80 are done; the learning rate is lowest after 5 more iterations"),
     ],
 )
 def test_where_a_run_with_other_batches_continues_in_the_schedule_is_said(flags: str, rest: str):
