@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -156,8 +157,14 @@ def _draw_by_name(axes: Axes, checkpoints: Sequence[CheckpointResults], found: S
     places = range(len(checkpoints))
     means, errors = zip(*map(_drawn, found), strict=True)
     axes.errorbar(means, places, xerr=errors, fmt="o", capsize=3)
-    axes.set_yticks(places, [each.name for each in checkpoints], fontsize=8)
+    axes.set_yticks(places, _short_names(checkpoints), fontsize=8)
     axes.set_ylim(len(checkpoints) - 0.5, -0.5)  # the first one on top
+
+
+def _short_names(checkpoints: Sequence[CheckpointResults]) -> list[str]:
+    """Return the checkpoints' paths without the folders in which all runs are: long paths would leave no room."""
+    shared = os.path.commonpath([Path(each.run).absolute().parent for each in checkpoints])
+    return [os.path.relpath(each.name, shared) for each in checkpoints]
 
 
 def _drawn(value: MetricEstimate) -> tuple[float, float]:

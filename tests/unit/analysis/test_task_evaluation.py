@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -112,6 +113,9 @@ def test_the_plot_is_over_iterations_only_if_a_run_has_several():
 
     accuracy, nats = figure(checkpoints[:2]).axes
     assert [label.get_text() for label in accuracy.get_yticklabels()] == ["run", "folder"]
+    far = [replace(each, name=f"/a/b/{each.name}", run=f"/a/b/{each.run}") for each in checkpoints[:2]]
+    labels = [label.get_text() for label in figure(far).axes[0].get_yticklabels()]
+    assert labels == ["run", "folder"]  # without the folders that both are in
     assert list(accuracy.containers[0][0].get_xdata()) == [0.6, 0.7]
     assert (accuracy.get_xlabel(), nats.get_xlabel()) == ("accuracy", "nats a choice")
     assert list(nats.get_lines()[-1].get_xdata()) == [math.log(4)] * 2
