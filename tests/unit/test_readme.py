@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 from collections import defaultdict
@@ -77,6 +78,7 @@ def layer_of(parts: tuple[str, ...]) -> str:
     return parts[0] if parts and (PACKAGE / parts[0]).is_dir() else GROUND
 
 
+@functools.cache
 def imports_between_layers() -> dict[tuple[str, str], list[str]]:
     """Return, by (imported, importing) layer, the imports as text."""
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
