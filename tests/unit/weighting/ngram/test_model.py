@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import subprocess
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+)
 
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.weighting.weighter import Weighter, model_digest
 from megatron_dwm.weighting.weighter_init import random_weighter_model, weighter_model_from_json
 from tests.e2e.test_docs_commands import block
+from tests.programs import Fork
 
 VOCAB_SIZE, EOD = 1000, 999
 
@@ -80,11 +86,21 @@ def test_the_documented_function_scores_an_export_with_numpy_alone(tmp_path: Pat
 
 
 def test_it_is_registered_when_transformers_was_imported_first():
-    program = (
-        "from transformers import AutoConfig, AutoModelForSequenceClassification as Auto; import megatron_dwm; "
-        "print(type(Auto.from_config(AutoConfig.for_model('dwm_ngram', ngram_buckets=8))).__name__)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    """In a fork that has transformers, and in which this package was never imported."""
+
+    def import_late() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "megatron_dwm"]:
+            del sys.modules[name]
+        sys.meta_path[:] = [finder for finder in sys.meta_path if "megatron_dwm" not in type(finder).__module__]
+        for known in (CONFIG_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING):
+            known._extra_content.clear()
+        with pytest.raises(ValueError, match="Unrecognized model identifier: dwm_ngram"):
+            AutoConfig.for_model("dwm_ngram")
+        importlib.import_module("megatron_dwm")
+        config = AutoConfig.for_model("dwm_ngram", ngram_buckets=8)
+        print(type(AutoModelForSequenceClassification.from_config(config)).__name__)
+
+    done = Fork(import_late).finish()
     assert done.stdout == "NgramForSequenceClassification\n", done.stderr
     assert AutoConfig.for_model("dwm_ngram").ngram_lengths == [1, 2]  # here megatron_dwm was imported first
 
