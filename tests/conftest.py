@@ -136,6 +136,8 @@ def pytest_collection(session: pytest.Session) -> None:
     """Prepare a process that runs tests; with ``-n`` the first process runs none, and needs no imports of seconds."""
     if xdist.is_xdist_controller(session):
         return
+    # Modules stay, so that collecting during imports costs two seconds and finds nothing.
+    gc.disable()
     import torch
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
 
@@ -150,6 +152,7 @@ def pytest_collection(session: pytest.Session) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()
+    gc.enable()
 
 
 def pytest_configure(config: pytest.Config) -> None:
