@@ -29,8 +29,11 @@ ruff format --check . || status=1
 mkdir -p build
 mypy >build/mypy.log 2>&1 &  # what pyproject.toml names
 types=$!
-# In a plain theme: the site's own writes the list of all pages into each of its 600, which takes minutes.
-sphinx-build -qW --keep-going -b html -D html_theme=basic docs build/docs-checked >build/docs.log 2>&1 &
+# In a plain theme: the site's own writes the list of all pages into each of its 600, which takes minutes. And without
+# viewcode, which copies the code and checks nothing.
+sphinx-build -qW --keep-going -b html -D html_theme=basic \
+    -D extensions=myst_parser,sphinx.ext.autodoc,sphinx.ext.napoleon,sphinxcontrib.mermaid \
+    docs build/docs-checked >build/docs.log 2>&1 &
 pages=$!
 # Three files at a time, though two cores are enough: runs of several processes take turns, and one file has to wait.
 pytest -n 3 --dist loadfile --no-loadscope-reorder "$@" || status=1
