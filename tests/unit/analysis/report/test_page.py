@@ -116,6 +116,21 @@ def test_few_updates_are_said_in_words_and_many_are_drawn_with_intervals():
     assert "n = %{customdata[2]} samples" in named(many["quarter-0"])["stage 1"]["hovertemplate"]
 
 
+def test_lines_whose_colors_repeat_differ_in_their_dashes():
+    names = [f"source{number}" for number in range(12)]
+    weights = dict.fromkeys(names, 1.0)
+    updates = [update(i, 1, [1.0] * 12, list(range(12)), source=names) for i in range(1, 7)]
+    run = run_of(updates, stage=1, share_by_source={name: 1 / 12 for name in names}, weight_by_source=weights)
+    run.evaluations.extend(evaluated({2: 2.0, 4: 1.0}, lm_loss_by_source=weights))
+    figures = drawn(render_report(report_of(run)))
+    for name in ("weights", "alignments", "losses"):
+        lines = named(figures[name]).values()
+        styles = {(line["line"]["color"], line["line"].get("dash", "solid"), line["mode"]) for line in lines}
+        assert len(styles) == len(lines) >= 12
+    areas = named(figures["fractions"]).values()
+    assert len({(area["fillcolor"], area["fillpattern"]["shape"]) for area in areas}) == 12
+
+
 def test_every_color_has_one_for_dark_pages():
     figures = drawn(render_report(report_of(made_run(9))))
     colors = set(re.findall(r'"(#[0-9a-f]{6})"', json.dumps(figures)))
