@@ -179,6 +179,7 @@ _FIELDS: dict[str, dict[str, Callable[[object], bool]]] = {
         "consumed_samples?": _is_int,
         "stage?": _is_int,
         "share_by_source?": _are_numbers_by_name,
+        "fraction_by_source?": _are_numbers_by_name,
         "weight_by_source?": _are_numbers_by_name,
         "effective_sample_size?": _is_number,
     },
