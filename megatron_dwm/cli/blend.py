@@ -54,8 +54,11 @@ def _main(argv: Sequence[str] | None) -> None:
             print(f"#   {_one_line(source)}: {share}")
         pairs = (f"{share:.6g} {quote(prefixes[source])}" for source, share in shares.mean.items() if share)
         print(f"{spelling} {' '.join(pairs)}")
-    weights = {source: weight for source, weight in learned_weights(run).items() if weight}
+    weights = learned_weights(run)
     print("# the mean weights of the sources' samples, for a run with one weight per source")
+    for source in [source for source, weight in weights.items() if not weight]:
+        print(f"#   {_one_line(source)}: 0, to be left out of the data, since other weights are 1")
+        del weights[source]
     print(
         f"--dwm-mode rule --dwm-rule source-weights --dwm-rule-sources {' '.join(map(quote, weights))} "
         f"--dwm-rule-weights {' '.join(f'{weight:.6g}' for weight in weights.values())}"

@@ -32,7 +32,8 @@ def key_facts(report: Report) -> list[Fact]:
         by_weight = sorted(
             (found.weight, name) for name, found in report.sources[last].items() if found.weight is not None
         )
-        for title, (weight, name) in (("counts most", by_weight[-1]), ("counts least", by_weight[0])):
+        extremes = (("counts most", by_weight[-1]), ("counts least", by_weight[0])) if len(by_weight) > 1 else ()
+        for title, (weight, name) in extremes:
             first = report.sources[weighted[0]][name].weight
             before = f", {first:.2f} in stage {weighted[0]}" if first is not None and weighted[0] != last else ""
             facts.append(Fact(title, name, f"mean weight {weight:.2f} in stage {last}{before}"))

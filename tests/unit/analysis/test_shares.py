@@ -87,6 +87,17 @@ def test_the_lines_are_flags_that_a_shell_and_the_program_take(tmp_path: Path, c
     assert rule[rule.index("--dwm-rule-sources") + 1 :] == ["a b", "$(date)'", "--dwm-rule-weights", "1", "1"]
 
 
+def test_a_source_of_weight_0_is_no_source_of_weight_1(tmp_path: Path, capsys):
+    """The rule gives weight 1 to sources that it does not name."""
+    step = {"kind": "train", "iteration": 1, "lm_loss": 1.0, "stage": 1, "share_by_source": {"a": 1.0, "b": 0.0}}
+    step |= {"fraction_by_source": {"a": 0.5, "b": 0.5}, "weight_by_source": {"a": 2.0, "b": 0.0}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+    blend.main([str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == "#   b: 0, to be left out of the data, since other weights are 1"
+    assert lines[-1].endswith("--dwm-rule-sources a --dwm-rule-weights 2")
+
+
 @pytest.mark.parametrize(
     ("weighted", "flags", "words"),
     [(False, (), "recorded no weights"), (True, ("--data-path", "a"), "1 prefixes for 2 sources")],

@@ -93,6 +93,14 @@ def test_a_run_without_weights_has_a_page_too(step: dict):
     assert "No step of this run was weighted" in page and "no weights of single samples" in page
 
 
+def test_a_run_by_rule_has_no_alignments_and_no_weighter_that_is_not_told():
+    """An oracle is told; and of one source nothing counts most."""
+    report = report_of(run_of([], stage=1, share_by_source={"a": 1.0}, weight_by_source={"a": 1.0}))
+    page = render_report(report)
+    assert "never told" not in page and "alignments" not in drawn(page) and "Mean alignment" not in page
+    assert key_facts(report) == []
+
+
 def made_run(updates: int) -> RunRecords:
     weights = {"weight_by_source": {"a": 1.2, "b": 0.8}, "share_by_source": {"a": 0.6, "b": 0.4}}
     generator = np.random.default_rng(0)
