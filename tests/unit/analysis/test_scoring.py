@@ -346,6 +346,7 @@ def test_what_cannot_be_used_is_one_line(weighter: Path, tmp_path: Path, capsys)
         ("--output", source, "cannot be written"),
         ("--score-key", "id", "has 'id' already"),
         ("--batch-tokens", 0, "less than 1"),
+        ("--input", write(tmp_path / "empty.jsonl", []), "no documents"),
     ]:
         argv = [
             word for item in {**usual, "--output": tmp_path / f"out{words[:4]}", flag: value}.items() for word in item

@@ -15,6 +15,7 @@ from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
 from megatron_dwm.corpora.preprocess_jobs import preprocess_in_tasks
 from megatron_dwm.errors import UserError
+from tests.e2e.test_docs_commands import block
 
 TOKENIZER = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=100)
 HERE = SlurmConfig()
@@ -59,6 +60,24 @@ def test_the_command_makes_the_same_dataset_with_either_executor(tmp_path: Path,
     for suffix in (".bin", ".idx"):
         pool, datatrove = (tmp_path / f"{name}_text_document{suffix}" for name in ("pool", "datatrove"))
         assert datatrove.read_bytes() == pool.read_bytes()
+
+
+def test_shards_of_the_documented_pipeline_are_merged_to_the_dataset_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As the page prints it, but for the tokenizer and the number of processes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    for name, numbers in (("b.jsonl", range(9)), ("a.jsonl", range(9, 30)), ("empty.jsonl", ())):
+        (tmp_path / "corpus" / name).write_text("".join(json.dumps({"text": f"{n} {n}"}) + "\n" for n in numbers))
+    preprocess(PreprocessConfig(input=["corpus"], output_prefix="one", append_eod=True), TOKENIZER)
+    program = block("docs/own-data.md: At corpus size: python").replace("workers=4", "workers=1")
+    printed = 'TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model="tokenizer.model")'
+    assert printed in program
+    exec(program.replace(printed, 'TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=100)'), {})
+    for suffix in (".bin", ".idx"):
+        one, merged = (tmp_path / f"{name}_text_document{suffix}" for name in ("one", "corpus"))
+        assert merged.read_bytes() == one.read_bytes()
 
 
 def test_what_cannot_be_done_in_tasks_is_one_line(tmp_path: Path):
