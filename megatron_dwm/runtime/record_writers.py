@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -162,6 +163,7 @@ class TensorBoardWriter(_Curves):
         from torch.utils.tensorboard import SummaryWriter
 
         super().__init__(f"--tensorboard-dir {folder}", OSError)
+        _hide_errors_that_threads_keep()
         try:
             self._writer = SummaryWriter(log_dir=folder, max_queue=queue_size)
         except OSError as error:
@@ -176,6 +178,17 @@ class TensorBoardWriter(_Curves):
     def close(self) -> None:
         """Write what is left in the queue and close the file."""
         self._attempt(self._writer.close)
+
+
+def _hide_errors_that_threads_keep() -> None:
+    """Print no traceback of a thread that keeps its error: TensorBoard raises it again at the next value."""
+    print_traceback = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if getattr(arguments.thread, "exception", None) is not arguments.exc_value:
+            print_traceback(arguments)
+
+    threading.excepthook = hook
 
 
 class WandbWriter(_Curves):

@@ -8,10 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_dwm.atomic_write import remove_leftovers
-from megatron_dwm.config.checkpoint import CheckpointConfig
+from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
 from megatron_dwm.config.checkpoint_args import read_arguments
-from megatron_dwm.errors import UserError
-from megatron_dwm.training.checkpoint_folders import NON_PERSISTENT, checkpoints_in, delete_retired
+from megatron_dwm.errors import UserError, reported_write_failure
+from megatron_dwm.training.checkpoint_folders import (
+    NON_PERSISTENT,
+    checkpoints_in,
+    delete_retired,
+    track_first_checkpoint,
+)
 from megatron_dwm.training.folder_lock import FolderLock, visible_holder
 
 logger = logging.getLogger(__name__)
@@ -71,11 +76,16 @@ class SaveFolder:
             self._held.popitem()[1].close()
 
     def _clean(self) -> None:
-        """Remove half-written folders and files, and checkpoints that were to be deleted."""
+        """Remove half-written folders and files and checkpoints that were to be deleted; name a first checkpoint."""
         non_persistent = self._non_persistent or self.folder / NON_PERSISTENT
         for folder in (self.folder, non_persistent, self.folder / "weighter"):
             for leftover in remove_leftovers(folder):
                 logger.info(f" > removed what an interrupted run had left: {leftover}")
+        for folder in (self.folder, non_persistent):
+            with reported_write_failure("--save", str(self.folder)):
+                first = track_first_checkpoint(folder)
+            if first is not None:
+                logger.info(f" > named in {TRACKER} what an interrupted run had saved: {first}")
         delete_retired(self.folder)
 
 

@@ -87,6 +87,9 @@ class Trainer:
         write_run_status(self.config.checkpoint.save, "running", self.train_state.iteration)
         try:
             stop_reason = self._train()
+        except BaseException:
+            self.checkpoints.abandon()
+            raise
         finally:
             self.dataloaders.close()
         self.checkpoints.close()
@@ -206,6 +209,8 @@ class Trainer:
             if should_report:
                 self.reporter.memory(f"(before save_checkpoint for iteration {iteration})")
             # Before the checkpoint: a run that is killed between the two resumes from the one before, and repeats both.
+            # After the last one: if these files cannot be written, it is complete.
+            self.checkpoints.finish()
             if persistent:
                 self.weighting.before_save(iteration)
             with self.engine.full_parameters():

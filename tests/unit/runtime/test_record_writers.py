@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import resource
+import threading
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,11 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path):
         JsonLinesWriter(tmp_path / "pipe", resumed_at=0)
 
 
-def test_curves_that_cannot_be_written_are_lost_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_curves_that_cannot_be_written_are_lost_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    tracebacks: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--tensorboard-dir .*file: cannot be written \(.+\); give another folder"):
         TensorBoardWriter(str(tmp_path / "file"), queue_size=1)
@@ -56,6 +61,11 @@ def test_curves_that_cannot_be_written_are_lost_with_one_warning(tmp_path: Path,
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (message,) = caplog.messages
     assert message.startswith(f"--tensorboard-dir {tmp_path / 'board'}: cannot be written ([Errno 27] File too large")
+    assert not tracebacks
+    failing = threading.Thread(target=int, args=("x",))
+    failing.start()
+    failing.join()
+    assert [arguments.exc_type for arguments in tracebacks] == [ValueError]  # of other threads they are printed
 
 
 def test_a_new_run_leaves_the_records_of_another_beside(tmp_path: Path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dwm.config.checkpoint import TRACKER
 from megatron_dwm.errors import UserError
 from megatron_dwm.training.checkpoint_folders import checkpoints_in
 from megatron_dwm.training.folder_lock import LOCK
@@ -25,6 +26,19 @@ def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path):
     found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_dir())
     assert found == ["iter_0000008", "non_persistent", "weighter", "weighter/x"]
     assert sorted(path.name for path in tmp_path.glob(".*")) == [LOCK]
+
+
+def test_a_first_checkpoint_that_a_killed_run_could_not_track_is_tracked(tmp_path: Path):
+    """Only what one killed run may have left: one checkpoint, which is whole."""
+    whole = ("whole/iter_0000004", "two/iter_0000004", "two/iter_0000008", "two/non_persistent/iter_0000009")
+    for name in (*whole, "unfinished/iter_0000004"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in whole:
+        (tmp_path / name / "metadata.json").touch()
+    for name in ("whole", "unfinished", "two"):
+        SaveFolder(tmp_path / name).close()
+    found = {str(path.parent.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob(TRACKER)}
+    assert found == {"whole": "4", "two/non_persistent": "9"}
 
 
 def test_only_folders_that_are_named_by_a_number_hold_checkpoints(tmp_path: Path):
