@@ -109,6 +109,8 @@ def as_user_error(error: BaseException) -> BaseException:
     """Return the user's error that an error of the system is: a path that no file system takes. Others as they are."""
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         return UserError(f"{shortened(error.filename)}: {error.strerror}; give another path")
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib before Python 3.13
+        return UserError(f"{shortened(error)}; give another path")
     return error
 
 

@@ -57,5 +57,5 @@ def submit_preprocess(
     jobs = [work.job("shards", [records, shards], len(parts)), work.job("dataset", [publish])]
     number = work.run("preprocess", jobs, config.workers, slurm)
     if number is None:
-        work.folder.remove()
+        work.remove()
     return [dataset_prefix(Path(config.output_prefix or ""), key) for key in config.json_keys], number

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from megatron_dwm.errors import UserError, reported_write_failure, write_failure_reason
+from megatron_dwm.errors import UserError, as_user_error, reported_write_failure, write_failure_reason
 
 
 def write_tokenizer() -> None:
@@ -31,6 +31,15 @@ def test_a_full_disk_names_the_flag_and_the_folder(write: Callable[[], None]):
         reported_write_failure("--output", "out"),
     ):
         write()
+
+
+def test_a_loop_of_links_is_a_users_error(tmp_path: Path):
+    (tmp_path / "loop").symlink_to("loop")
+    for find in (lambda: (tmp_path / "loop").resolve(strict=True), lambda: (tmp_path / "loop").open()):
+        with pytest.raises((OSError, RuntimeError)) as raised:
+            find()
+        assert str(tmp_path / "loop") in str(as_user_error(raised.value))
+        assert isinstance(as_user_error(raised.value), UserError)
 
 
 def test_other_errors_stay_what_they_are():

@@ -351,6 +351,11 @@ def test_a_mistake_is_one_line_and_code_2(flags: str, capsys: pytest.CaptureFixt
     assert MISTAKES[flags] in error
 
 
+def test_a_path_of_blanks_is_refused_as_an_empty_one_is():
+    with pytest.raises(UserError, match="--save ' ': is empty; give a path, or leave it out"):
+        parse_run([*RUN.split(), "--save", " "], world_size=4)
+
+
 def test_context_parallelism_divides_the_world_and_the_sequence():
     config = _parse(f"{RUN} --context-parallel-size 2 --tensor-model-parallel-size 2", world_size=8)
     assert (config.data_parallel_size, config.global_batch_size) == (2, 4)
