@@ -40,22 +40,24 @@ class SaveFolder:
             self._folders["--non-persistent-global-ckpt-dir"] = non_persistent
         self._held: dict[str, FolderLock] = {}
         check_writable(self._folders)
+        for name in ("weighter", NON_PERSISTENT):  # else the first save would be too late to find out
+            check_writable({"--save": folder / name})
         for flag, path in self._folders.items():
             if path.is_dir():
-                self._held[flag] = FolderLock(flag, path)
+                self._lock(flag, path)
         if "--save" in self._held:
-            self._clean()
+            with reported_write_failure("--save", str(folder)):
+                self._clean()
 
     def create(self) -> None:
         """Create the folders that do not exist yet, and lock them.
 
         Raises:
-            UserError: another run has locked it first.
+            UserError: one cannot be created, or another run has locked it first.
         """
         for flag, path in self._folders.items():
             if flag not in self._held:
-                path.mkdir(parents=True, exist_ok=True)
-                self._held[flag] = FolderLock(flag, path)
+                self._lock(flag, path)
 
     @property
     def holders(self) -> dict[str, str]:
@@ -75,6 +77,11 @@ class SaveFolder:
         while self._held:
             self._held.popitem()[1].close()
 
+    def _lock(self, flag: str, path: Path) -> None:
+        with reported_write_failure(flag, str(path)):
+            path.mkdir(parents=True, exist_ok=True)
+            self._held[flag] = FolderLock(flag, path)
+
     def _clean(self) -> None:
         """Remove half-written folders and files and checkpoints that were to be deleted; name a first checkpoint."""
         non_persistent = self._non_persistent or self.folder / NON_PERSISTENT
@@ -82,9 +89,7 @@ class SaveFolder:
             for leftover in remove_leftovers(folder):
                 logger.info(f" > removed what an interrupted run had left: {leftover}")
         for folder in (self.folder, non_persistent):
-            with reported_write_failure("--save", str(self.folder)):
-                first = track_first_checkpoint(folder)
-            if first is not None:
+            if first := track_first_checkpoint(folder):
                 logger.info(f" > named in {TRACKER} what an interrupted run had saved: {first}")
         delete_retired(self.folder)
 

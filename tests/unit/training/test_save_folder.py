@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import resource
 from pathlib import Path
 
 import pytest
@@ -67,9 +68,27 @@ def test_what_cannot_be_written_is_named_and_nothing_is_left(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_run_that_starts_on_a_full_disk_names_the_folder(is_new: bool, tmp_path: Path):
+    save = tmp_path / "new" if is_new else tmp_path
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # files can be made, but not written
+    try:
+        with pytest.raises(UserError, match=rf"--save {save}: cannot be written \(File too large\); make room"):
+            SaveFolder(save).create()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_a_folder_in_place_of_the_lock_is_named(tmp_path: Path):
     (tmp_path / LOCK).mkdir()
     with pytest.raises(UserError, match=rf"--save {tmp_path / LOCK}: cannot be opened \(Is a directory\)"):
+        SaveFolder(tmp_path)
+
+
+def test_a_file_in_place_of_the_exports_is_named(tmp_path: Path):
+    (tmp_path / "weighter").touch()
+    with pytest.raises(UserError, match=rf"--save {tmp_path}/weighter: cannot be written \(Not a directory\)"):
         SaveFolder(tmp_path)
 
 
