@@ -84,6 +84,7 @@ class Trainer:
 
     def train(self) -> None:
         """Run the remaining iterations, then evaluate and save."""
+        self.stop_request.listen()
         write_run_status(self.config.checkpoint.save, "running", self.train_state.iteration)
         try:
             stop_reason = self._train()
@@ -113,7 +114,6 @@ class Trainer:
     def _train(self) -> str | None:
         """Train and evaluate; return why the run ends early, or None if it does not."""
         config, train_state = self.config, self.train_state
-        self.stop_request.listen()
         if config.training.manual_gc:
             gc.disable()
             gc.collect()

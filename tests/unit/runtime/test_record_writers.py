@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import resource
+import shutil
 import threading
 from pathlib import Path
 
@@ -30,6 +31,19 @@ def test_a_resumed_run_drops_the_records_that_it_writes_again(tmp_path: Path):
     again.write({"kind": "train", "iteration": 4})
     again.close()
     assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_records_of_a_file_that_was_removed_go_to_a_new_one(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = tmp_path / "save" / "metrics.jsonl"
+    writer = JsonLinesWriter(path, resumed_at=0)
+    writer.write({"iteration": 1})
+    shutil.rmtree(path.parent)
+    with caplog.at_level(logging.WARNING):
+        writer.write({"iteration": 2})
+        writer.write({"iteration": 3})
+    writer.close()
+    assert caplog.messages == [f"{path}: was removed; earlier records are lost"]
+    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [2, 3]
 
 
 def test_a_path_that_cannot_be_written_is_named(tmp_path: Path):
