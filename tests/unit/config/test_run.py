@@ -213,6 +213,7 @@ MISTAKES = {
     "--metrics-jsonl $RUN/metrics": "--metrics-jsonl $RUN/metrics: the shell has not replaced $; write the path out",
     "--save s3://bucket/run": "--save s3://bucket/run: is a URL; give a path on this machine",
     "--tensorboard-dir file:///tmp/tb": "--tensorboard-dir file:///tmp/tb: is a URL; give a path on this machine",
+    "--data-args-path=": "--data-args-path '': is empty; give a path, or leave it out",
     "--metrics-jsonl=": "--metrics-jsonl '': is empty; give a path, or leave it out",
     "--embedding-init-method-std -1": "--embedding-init-method-std -1.0: must be at least 0",
     "--num-distributed-optimizer-instances 2": "has no effect without --use-distributed-optimizer; add it",
