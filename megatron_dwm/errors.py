@@ -106,9 +106,18 @@ def reported_write_failure(flag: str, folder: str) -> Iterator[None]:
 
 
 def as_user_error(error: BaseException) -> BaseException:
-    """Return the user's error that an error of the system is: a path that no file system takes. Others as they are."""
+    """Return the user's error that another error means; others as they are.
+
+    That is a path that no file system takes, or a data loader's process that was killed, mostly for lack of memory.
+    """
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         return UserError(f"{shortened(error.filename)}: {error.strerror}; give another path")
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib before Python 3.13
+        return UserError(f"{shortened(error)}; give another path")
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
+        return UserError(
+            f"--num-workers: {shortened(error)}; give fewer workers or more memory, and start the run again"
+        )
     return error
 
 

@@ -63,7 +63,7 @@ def select_files(
     if number is not None:
         return number
     manifest: dict[str, Any] = json.loads(selection.work.folder.read_bytes("manifest.json"))
-    selection.work.folder.remove()
+    selection.work.remove()
     return manifest
 
 

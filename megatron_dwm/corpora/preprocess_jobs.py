@@ -63,5 +63,5 @@ def preprocess_in_tasks(
     if number is None:
         for skipped in sorted(Path(folder).glob("*.skipped")):
             logger.warning(skipped.read_text(encoding="utf-8", errors="surrogateescape"))
-        work.folder.remove()
+        work.remove()
     return [dataset_prefix(Path(config.output_prefix or ""), key) for key in config.json_keys], number

@@ -112,6 +112,7 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
             else:
                 logger.info(f"{work.progress.records:,} {unit} are kept in {folder} for the same command.")
             raise
+        written.unlink(missing_ok=True)  # else a call after a kill during the next line would continue with the rest
         shutil.rmtree(folder)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dwm.config.data import DataConfig
+from megatron_dwm.config.flags import flag_name
 from megatron_dwm.errors import UserError, shortened
 
 Blend = tuple[list[str], list[float] | None]
@@ -106,6 +107,9 @@ def data_paths(data: DataConfig, target: list[str] | None) -> DataPaths:
     flags = ("--train-data-path", "--valid-data-path", "--test-data-path")
     train, valid, test = (parse_blend(flag, part) for flag, part in zip(flags, split_words, strict=True))
     if shared is None and not data.mock_data and train is None:
+        for name in ("data_args_path", "per_split_data_args_path"):
+            if path := getattr(data, name):
+                raise UserError(f"{flag_name(name)} {path}: names no training data; correct the file")
         raise UserError("--train-data-path is missing; evaluation data alone is not enough, give training data")
     if data.has_separate_validation_sets and valid is not None and valid[1] is not None:
         name = "--full-validation" if data.full_validation else "--multiple-validation-sets"

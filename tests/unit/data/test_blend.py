@@ -89,6 +89,14 @@ def test_an_unreadable_file_of_paths_is_named(name: str, tmp_path: Path) -> None
         data_paths(DataConfig(data_args_path=str(tmp_path / name)), None)
 
 
+def test_a_file_of_paths_without_training_data_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "valid.json").write_text('{"valid": ["a"]}')
+    for flag, name in (("data_args_path", "empty"), ("per_split_data_args_path", "valid.json")):
+        with pytest.raises(UserError, match=rf"--\S+-args-path {tmp_path / name}: names no training data"):
+            data_paths(DataConfig(**{flag: str(tmp_path / name)}), None)
+
+
 def test_evaluation_data_alone_is_refused() -> None:
     with pytest.raises(UserError, match="--train-data-path is missing"):
         data_paths(DataConfig(valid_data_path=["a"]), None)
