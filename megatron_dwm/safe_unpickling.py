@@ -157,7 +157,7 @@ def _torch_load(source: Path | BytesIO, **options: Any) -> Any:
     import torch
 
     # Megatron-LM's arguments hold a signal. Python 3.10 writes it by its global name, later versions as Signals(15).
-    signals = [(member, f"signal.{name}") for name, member in signal.Signals.__members__.items()]
+    signals: list[tuple[Any, str]] = [(member, f"signal.{name}") for name, member in signal.Signals.__members__.items()]
     with torch.serialization.safe_globals([*((enum_member, name) for name in _GETATTR), *signals]):
         return torch.load(source, map_location="cpu", weights_only=True, **options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from types import FrameType
@@ -37,7 +38,7 @@ class StopRequest:
         config = self.config
         if config.exit_signal_handler or config.exit_duration_in_mins:
             minutes = (time.perf_counter() - self._started) / 60
-            is_late = bool(config.exit_duration_in_mins) and minutes > config.exit_duration_in_mins
+            is_late = minutes > (config.exit_duration_in_mins or math.inf)
             requests = torch.tensor([float(self._received), float(is_late)], device=current_device())
             dist.all_reduce(requests, op=dist.ReduceOp.MAX)
             if requests[0]:
