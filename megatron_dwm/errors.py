@@ -124,12 +124,14 @@ def as_user_error(error: BaseException) -> BaseException:
 def run_cli(main: Callable[[], None]) -> None:
     """Run the ``main`` of a command of one process, turning a :class:`UserError` into its line and exit code.
 
-    A full disk, a folder that is not writable and a path that is too long are user errors too.
+    A full disk, a folder that is not writable and a path that is too long are user errors too. Ctrl-C ends it quietly.
 
     Programs of several ranks start through ``megatron_dwm.cli.launch`` instead.
     """
     try:
         main()
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         known, reason = as_user_error(error), write_failure_reason(error)
         if reason is not None:

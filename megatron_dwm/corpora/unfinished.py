@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,3 +121,9 @@ def file_stamps(paths: list[str]) -> list[tuple[str, int, str]] | None:
     if not all(is_url(path) or os.path.isfile(path) for path in paths):
         return None
     return [(absolute(path), *stamp_of(path)) for path in paths]
+
+
+def files_below(paths: Iterable[str]) -> list[str]:
+    """Return those of the paths that are files, and the files in those that are folders, such as a tokenizer's."""
+    places = [[path, *sorted(map(str, Path(path).glob("*")))] for path in paths]
+    return [path for found in places for path in found if os.path.isfile(path)]

@@ -70,15 +70,19 @@ class DataPaths:
 
 
 def short_names(prefixes: Sequence[str]) -> list[str]:
-    """Return the file names of dataset prefixes, or whole prefixes if names repeat.
+    """Return different names of dataset prefixes: their file names, or whole prefixes if names repeat.
 
-    The suffix of preprocessing is removed, and a suffix that all have in common, such as ``.train``.
+    The suffix of preprocessing is removed, and a suffix that all have in common, such as ``.train``. A prefix that is
+    given again gets a number.
     """
     names = [Path(prefix).name.removesuffix("_document").removesuffix("_text") for prefix in prefixes]
     suffixes = {Path(name).suffix for name in names}
     if len(names) > 1 and len(suffixes) == 1:
         names = [name.removesuffix(*suffixes) for name in names]
-    return names if len(set(names)) == len(names) else list(prefixes)
+    if len(set(names)) == len(names):
+        return names
+    before = [list(prefixes[:place]).count(prefix) for place, prefix in enumerate(prefixes)]
+    return [f"{prefix} ({count + 1})" if count else prefix for prefix, count in zip(prefixes, before, strict=True)]
 
 
 def data_paths(data: DataConfig, target: list[str] | None) -> DataPaths:

@@ -271,7 +271,7 @@ MISTAKES = {
     "--adam-beta2 1": "--adam-beta2 1.0: must be less than 1",
     "--clip-grad -1": "--clip-grad -1.0: must be at least 0",
     "--seed 0": "--seed 0: must be at least 1",
-    "--exit-interval 0": "--exit-interval 0: must be at least 1",
+    "--exit-interval -1": "--exit-interval -1: must be at least 0",
     "--manual-gc-interval 10": "without --manual-gc",
     "--hidden-dropout 1": "--hidden-dropout 1.0: must be less than 1",
     "--num-query-groups 2": "without --group-query-attention",

@@ -45,6 +45,7 @@ def test_sources_are_named_by_their_files_unless_these_are_the_same() -> None:
     assert short_names(["/x/prose.train_text_document", "/x/code.train_text_document"]) == ["prose", "code"]
     assert short_names(["/x/prose.train_text_document", "/x/prose.old_text_document"]) == ["prose.train", "prose.old"]
     assert short_names(["/x/a_text_document", "/y/a_text_document"]) == ["/x/a_text_document", "/y/a_text_document"]
+    assert short_names(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]  # each is a source of its own
 
 
 def test_paths_are_read_from_files(tmp_path: Path) -> None:
