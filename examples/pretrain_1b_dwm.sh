@@ -2,6 +2,7 @@
 #SBATCH --job-name=pretrain-1b-dwm
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
+#SBATCH --exclusive
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@300

@@ -2,6 +2,7 @@
 #SBATCH --job-name=pretrain-8b-dwm
 #SBATCH --nodes=32
 #SBATCH --ntasks-per-node=8
+#SBATCH --exclusive
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@300

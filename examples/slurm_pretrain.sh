@@ -189,7 +189,8 @@ requeue() { # ITERATION
         echo "this job cannot be requeued; submit it again to continue from iteration $1"
 }
 
-read -r _ iteration_before <<<"$(run_status)"
+status_before=$(run_status)
+read -r _ iteration_before <<<"$status_before"
 # SLURM may signal this shell as well as the tasks, and the shell must outlive them. Without a command in the trap, the
 # tasks would inherit that the signal is ignored.
 trap : TERM USR1 USR2
@@ -201,9 +202,12 @@ trap : TERM USR1 USR2
     exec "${@:3}"' pretrain_dwm "$MASTER_ADDR" "$MASTER_PORT" \
     "$PYTHON" "$REPO_DIR/pretrain_dwm.py" "${ARGS[@]}" || code=$?
 
-read -r status iteration <<<"$(run_status)"
+status_after=$(run_status)
+read -r status iteration <<<"$status_after"
+# A signal while the run started: the program ends with 75, or is ended by the signal if it cannot handle signals yet.
+if [[ ${code:-0} =~ ^(138|140|143)$ && $status_after == "$status_before" ]]; then code=75; fi
 case ${code:-0} in
     0) [[ $status != interrupted ]] || requeue "$iteration" ;;
-    75) requeue "$iteration_before" ;; # a signal while the run started
+    75) requeue "$iteration_before" ;;
     *) echo "the run failed; its ranks' messages are in $LOG_DIR" >&2 && exit "$code" ;;
 esac

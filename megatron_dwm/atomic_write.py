@@ -140,15 +140,20 @@ def remove_leftovers(folder: Path) -> list[Path]:
             if not original.exists():
                 os.rename(path, original)
             else:
-                shutil.rmtree(path)
-        elif not _LEFTOVER.fullmatch(path.name):
-            continue
-        elif path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+                _remove(path)
+        elif _LEFTOVER.fullmatch(path.name):
+            _remove(path)
         else:
-            path.unlink()
+            continue
         found.append(path)
     return found
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _temporary_path(path: Path, suffix: str = "") -> Path:

@@ -106,21 +106,32 @@ def reported_write_failure(flag: str, folder: str) -> Iterator[None]:
 
 
 def as_user_error(error: BaseException) -> BaseException:
-    """Return the user's error that an error of the system is: a path that no file system takes. Others as they are."""
+    """Return the user's error that another error means; others as they are.
+
+    That is a path that no file system takes, or a data loader's process that was killed, mostly for lack of memory.
+    """
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         return UserError(f"{shortened(error.filename)}: {error.strerror}; give another path")
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib before Python 3.13
+        return UserError(f"{shortened(error)}; give another path")
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
+        return UserError(
+            f"--num-workers: {shortened(error)}; give fewer workers or more memory, and start the run again"
+        )
     return error
 
 
 def run_cli(main: Callable[[], None]) -> None:
     """Run the ``main`` of a command of one process, turning a :class:`UserError` into its line and exit code.
 
-    A full disk, a folder that is not writable and a path that is too long are user errors too.
+    A full disk, a folder that is not writable and a path that is too long are user errors too. Ctrl-C ends it quietly.
 
     Programs of several ranks start through ``megatron_dwm.cli.launch`` instead.
     """
     try:
         main()
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         known, reason = as_user_error(error), write_failure_reason(error)
         if reason is not None:

@@ -11,6 +11,7 @@ import contextlib
 import enum
 import pickle
 import re
+import signal
 import struct
 from collections.abc import Iterator
 from io import BytesIO
@@ -155,7 +156,9 @@ def load_restricted(content: BytesIO) -> Any:
 def _torch_load(source: Path | BytesIO, **options: Any) -> Any:
     import torch
 
-    with torch.serialization.safe_globals([(enum_member, name) for name in _GETATTR]):
+    # Megatron-LM's arguments hold a signal. Python 3.10 writes it by its global name, later versions as Signals(15).
+    signals: list[tuple[Any, str]] = [(member, f"signal.{name}") for name, member in signal.Signals.__members__.items()]
+    with torch.serialization.safe_globals([*((enum_member, name) for name in _GETATTR), *signals]):
         return torch.load(source, map_location="cpu", weights_only=True, **options)
 
 

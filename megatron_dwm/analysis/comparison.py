@@ -54,7 +54,7 @@ def gain_line(uniform: RunRecords, weighted: RunRecords) -> str:
         UserError: one of them has no evaluations, or they differ in length.
     """
     for run, name in ((uniform, "--baseline"), (weighted, "--run")):
-        if not run.evaluated("valid"):
+        if not run.steps or not run.evaluated("valid"):
             raise UserError(f"{name}: a run without evaluations has nothing to compare; train with --eval-iters")
     last = [run.steps[-1]["iteration"] for run in (uniform, weighted)]
     if last[0] != last[1]:

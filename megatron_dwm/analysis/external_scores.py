@@ -47,7 +47,7 @@ def read_scores(patterns: Sequence[str]) -> ExternalScores:
                 raise UserError(f"--input {record.place}: no integer under {_INDEX!r}; give the sample's index")
             numbers = {name: _number(value) for name, value in row.items() if name != _INDEX}
             if not any(value is not None for value in numbers.values()):
-                raise UserError(f"--input {record.place}: no number beside {_INDEX!r}; give a score")
+                raise UserError(f"--input {record.place}: no number beside {_INDEX!r}; give a score, or leave it out")
             for name, value in numbers.items():
                 if value is None:  # a text, or what else the rater has kept
                     continue
@@ -56,6 +56,8 @@ def read_scores(patterns: Sequence[str]) -> ExternalScores:
                 places.setdefault(name, record.path)
     except UserError as error:
         raise UserError(str(error).replace("--input ", "--scores ", 1)) from None
+    if not values:
+        raise UserError(f"--scores {' '.join(patterns)}: no rows; give the scores of samples")
     return ExternalScores(values, places)
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from megatron_dwm.analysis.records import Record, RunRecords
 from megatron_dwm.analysis.running_mean import smoothed
 from megatron_dwm.atomic_write import atomic_write_bytes
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,14 +68,15 @@ def draw_by_source(axes: Axes, run: RunRecords, name: str, label: str) -> None:
         label: label of the vertical axis.
     """
     drawn = False
-    for source in run.sources:
+    for number, source in enumerate(run.sources):
         iterations, values = run.series(name, source)
         if iterations:
-            axes.plot(iterations, smoothed(values), label=legend_text(source))
+            style = ("-", "--", ":")[number // 10 % 3]  # where matplotlib's ten colors repeat
+            axes.plot(iterations, smoothed(values), style, color=f"C{number % 10}", label=legend_text(source))
             drawn = True
     axes.set_ylabel(label)
     if drawn:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, ncols=1 + len(run.sources) // 6, fontsize="small")
     else:
         axes.text(0.5, 0.5, "no weighted step in this run", transform=axes.transAxes, ha="center")
 
@@ -101,12 +102,12 @@ def _mark_uniform(axes: Axes) -> None:
 
 
 def legend_text(name: str) -> str:
-    """Return a name from the data, escaped so that matplotlib shows it literally.
+    """Return a name from the data, escaped so that matplotlib shows it literally; a long one is shortened.
 
     Dollar signs would begin a formula, a leading underscore would hide it from the legend, and half of a surrogate pair
     cannot be drawn.
     """
-    drawable = name.encode("utf-8", "replace").decode("utf-8").replace("$", r"\$")
+    drawable = shortened(name.encode("utf-8", "replace").decode("utf-8"), 40).replace("$", r"\$")
     return f" {drawable}" if drawable.startswith("_") else drawable
 
 

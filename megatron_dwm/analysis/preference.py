@@ -152,12 +152,17 @@ class SourceAlignments:
         known = self.count[:, column] > 0
         return mean_over_updates(self.mean[known, column].tolist(), self.count[known, column].tolist())
 
-    def difference(self, first: str, second: str) -> Estimate:
-        """Return how much more one source's samples are aligned than another's, in updates that have both."""
+    def difference(self, first: str, second: str, comparisons: int = 1) -> Estimate:
+        """Return how much more one source's samples are aligned than another's, in updates that have both.
+
+        Args:
+            comparisons: how many pairs of sources are compared.
+        """
         a, b = self.sources.index(first), self.sources.index(second)
         fewer = np.minimum(self.count[:, a], self.count[:, b])
         known = fewer > 0
-        return mean_over_updates((self.mean[:, a] - self.mean[:, b])[known].tolist(), fewer[known].tolist())
+        differences = (self.mean[:, a] - self.mean[:, b])[known].tolist()
+        return mean_over_updates(differences, fewer[known].tolist(), comparisons)
 
 
 def source_alignments(samples: WeightedSamples, sources: Sequence[str]) -> SourceAlignments:
@@ -174,11 +179,7 @@ def source_alignments(samples: WeightedSamples, sources: Sequence[str]) -> Sourc
 
 
 def stage_sources(steps: Sequence[Record], samples: WeightedSamples) -> dict[int, dict[str, SourceFigures]]:
-    """Return the figures of each data source by stage.
-
-    A step records each source's fraction of the loss and the mean weight of its samples. The two give its samples'
-    fraction of the batch, so that a mean over steps counts every sample once.
-    """
+    """Return the figures of each data source by stage; a mean over steps counts every token once."""
     names = list(dict.fromkeys(name for step in steps for name in step.get("share_by_source", ())))
     figures: dict[int, dict[str, SourceFigures]] = {}
     for stage in sorted({step["stage"] for step in steps if "stage" in step}):
@@ -190,14 +191,32 @@ def stage_sources(steps: Sequence[Record], samples: WeightedSamples) -> dict[int
 
 def _source_figures(name: str, steps: Sequence[Record], aligned: SourceAlignments) -> SourceFigures:
     of_loss = [step.get("share_by_source", {}).get(name, 0.0) for step in steps]
-    weights = [step.get("weight_by_source", {}).get(name, 1.0) for step in steps]
-    of_samples = [fraction / weight for fraction, weight in zip(of_loss, weights, strict=True) if weight > 0]
+    of_samples = [fraction for step in steps if (fraction := _sample_fraction(step, name)) is not None]
     return SourceFigures(
-        weight=sum(of_loss) / sum(of_samples) if sum(of_samples) > 0 else None,
+        weight=mean_weight(name, steps),
         loss_fraction=float(np.mean(of_loss)),
         sample_fraction=float(np.mean(of_samples)) if of_samples else None,
         alignment=aligned.of(name),
     )
+
+
+def mean_weight(name: str, steps: Sequence[Record]) -> float | None:
+    """Return the mean weight of a source's samples over some steps, by their tokens; None if there are none of it."""
+    pairs = [(step.get("share_by_source", {}).get(name, 0.0), _sample_fraction(step, name)) for step in steps]
+    known = [(share, fraction) for share, fraction in pairs if fraction is not None]
+    of_samples = sum(fraction for _, fraction in known)
+    return sum(share for share, _ in known) / of_samples if of_samples > 0 else None
+
+
+def _sample_fraction(step: Record, name: str) -> float | None:
+    """Return a source's fraction of a step's samples, by their tokens; None if the record does not say.
+
+    Older records hold only its fraction of the loss and its samples' mean weight, and nothing where that is 0.
+    """
+    if "fraction_by_source" in step:
+        return float(step["fraction_by_source"].get(name, 0.0))
+    weight = step.get("weight_by_source", {}).get(name, 1.0)
+    return step.get("share_by_source", {}).get(name, 0.0) / weight if weight > 0 else None
 
 
 def ranks(values: np.ndarray) -> np.ndarray:

@@ -68,6 +68,11 @@ class RunRecords:
                     curve.values.append(loss)
         return dict(sorted(curves.items(), key=lambda item: ": " in item[0]))
 
+    def until(self, iteration: int) -> RunRecords:
+        """Return the records up to an iteration."""
+        kept = ([r for r in of_kind if r["iteration"] <= iteration] for of_kind in vars(self).values())
+        return RunRecords(*kept)
+
     def evaluated(self, split: str) -> list[Record]:
         """Return the evaluations on one split: ``valid`` or ``test``."""
         return [record for record in self.evaluations if record["split"] == split]
@@ -179,6 +184,7 @@ _FIELDS: dict[str, dict[str, Callable[[object], bool]]] = {
         "consumed_samples?": _is_int,
         "stage?": _is_int,
         "share_by_source?": _are_numbers_by_name,
+        "fraction_by_source?": _are_numbers_by_name,
         "weight_by_source?": _are_numbers_by_name,
         "effective_sample_size?": _is_number,
     },

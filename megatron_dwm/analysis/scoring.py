@@ -29,6 +29,7 @@ from megatron_dwm.corpora.parts import Part
 from megatron_dwm.corpora.pipelines import FilePublisher, refused_output
 from megatron_dwm.corpora.readers import table_schema
 from megatron_dwm.corpora.storage import OutputFolder
+from megatron_dwm.corpora.unfinished import file_stamps, files_below
 from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.errors import UserError, shortened
 
@@ -231,6 +232,9 @@ def score_steps(
     folder = OutputFolder(output)
     job = {**vars(settings), "model": str(Path(settings.model).resolve()), "text_key": text_key}
     job |= {"format": output_format, "skip_malformed": skip_malformed, "parts": list(map(vars, parts))}
+    read = dict.fromkeys(path for part in parts for path in _files_of(part))
+    folders = [path for path in (settings.model, settings.dataset_tokenizer) if path is not None]
+    job |= {"inputs": file_stamps(list(read)), "models": file_stamps(files_below(folders))}
     suffix = f".{output_format}"
     with refused_output(output):
         _claim(folder, job)
@@ -247,6 +251,10 @@ def score_steps(
         writer,
         FilePublisher(folder, suffix),
     ]
+
+
+def _files_of(part: Part) -> list[str]:
+    return [f"{part.path}.idx", f"{part.path}.bin"] if part.kind == "dataset" else [part.path]
 
 
 def score_counts(stats: Any) -> dict[str, int]:

@@ -35,6 +35,7 @@ from megatron_dwm.corpora.dataset_shards import DatasetShardWriter, publish_shar
 from megatron_dwm.corpora.encoder import Encoder
 from megatron_dwm.corpora.parts import Part, file_parts
 from megatron_dwm.corpora.pipelines import FilePublisher, FunctionStep, Job, RecordReader
+from megatron_dwm.corpora.preprocess import tokenizer_stamp
 from megatron_dwm.corpora.readers import MANIFEST_SUFFIX, input_files
 from megatron_dwm.corpora.storage import is_url, open_file, size_of, stamp_of
 from megatron_dwm.corpora.unfinished_jobs import UnfinishedJobs
@@ -62,7 +63,7 @@ def select_files(
     if number is not None:
         return number
     manifest: dict[str, Any] = json.loads(selection.work.folder.read_bytes("manifest.json"))
-    selection.work.folder.remove()
+    selection.work.remove()
     return manifest
 
 
@@ -99,7 +100,8 @@ class Selection:
             "flags": flags,
             "inputs": list(zip(paths, stamps, strict=True)),
         }
-        depends |= {"target": list(map(vars, target)), "tokenizer": vars(tokenizer) if tokenizer else None}
+        depends |= {"target": list(map(vars, target)), "targets": [stamp_of(part.path) for part in target]}
+        depends |= {"tokenizer": tokenizer_stamp(tokenizer) if tokenizer else None}
         work.claim(json.dumps(depends, indent=2, default=str) + "\n")
         return cls(config, tokenizer, paths, stamps, parts, target, work)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_dwm.analysis.preference import mean_weight
 from megatron_dwm.analysis.records import Record, RunRecords
 from megatron_dwm.errors import UserError
 
@@ -44,16 +45,14 @@ def learned_shares(run: RunRecords) -> list[Shares]:
 
 
 def learned_weights(run: RunRecords) -> dict[str, float]:
-    """Return the mean weight of each source's samples over the weighted training, iterations counting alike.
+    """Return the mean weight of the samples of each source that has any over the weighted training, by their tokens.
 
     Raises:
         UserError: the run has no weights.
     """
-    by_source: dict[str, list[float]] = {}
-    for step in _weighted_steps(run):
-        for source, weight in step["weight_by_source"].items():
-            by_source.setdefault(source, []).append(weight)
-    return {source: float(np.mean(weights)) for source, weights in by_source.items()}
+    steps = _weighted_steps(run)
+    weights = {source: mean_weight(source, steps) for source in run.sources}
+    return {source: weight for source, weight in weights.items() if weight is not None}
 
 
 def _weighted_steps(run: RunRecords) -> list[Record]:

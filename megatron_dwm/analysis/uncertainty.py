@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -38,7 +39,7 @@ class Estimate:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-def mean_over_updates(values: Sequence[float], counts: Sequence[float]) -> Estimate:
+def mean_over_updates(values: Sequence[float], counts: Sequence[float], comparisons: int = 1) -> Estimate:
     """Return the mean of one value an update, with Student's interval over the updates.
 
     Updates are the unit because the samples of one are weighted by the same weighter and aligned with the same target.
@@ -46,6 +47,7 @@ def mean_over_updates(values: Sequence[float], counts: Sequence[float]) -> Estim
     Args:
         values: one of each update.
         counts: how many samples each value is of; updates count by them.
+        comparisons: number of intervals that all hold together in 95 % of cases (Bonferroni).
     """
     n = len(values)
     if n == 0:
@@ -55,7 +57,7 @@ def mean_over_updates(values: Sequence[float], counts: Sequence[float]) -> Estim
     if n < MIN_UPDATES:
         return Estimate(mean, None, None, n, "updates")
     deviations = shares * (np.asarray(values, dtype=float) - mean)
-    half = student_t(n - 1) * float(np.sqrt((deviations**2).sum() * n / (n - 1)))
+    half = student_t(n - 1, comparisons) * float(np.sqrt((deviations**2).sum() * n / (n - 1)))
     return Estimate(mean, mean - half, mean + half, n, "updates")
 
 
@@ -81,9 +83,12 @@ def mean_correlation(rhos: Sequence[float], sizes: Sequence[int], updates: int) 
     return Estimate(mean, max(-1.0, mean - half), min(1.0, mean + half), n, "samples")
 
 
-def student_t(degrees: int) -> float:
-    """Return Student's t, two-sided 95 %, to half a percent from 4 degrees of freedom on (Cornish and Fisher)."""
-    z = _NORMAL
+def student_t(degrees: int, comparisons: int = 1) -> float:
+    """Return Student's t, two-sided 95 %, to half a percent from 4 degrees of freedom on (Cornish and Fisher).
+
+    For 100 comparisons it is to a tenth.
+    """
+    z = NormalDist().inv_cdf(1 - 0.025 / comparisons)
     return (
         z
         + (z**3 + z) / (4 * degrees)

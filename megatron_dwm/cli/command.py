@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from megatron_dwm.errors import INTERRUPTED, run_cli
+from megatron_dwm.errors import run_cli
 from megatron_dwm.runtime.logging import configure_logging
 
 
@@ -25,16 +25,15 @@ def run_command(command: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     configure_logging()
     hide_warnings()
-    try:
-        run_cli(command)
-    except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
+    run_cli(command)
 
 
 def hide_warnings() -> None:
     """Hide the warnings of the libraries."""
     warnings.filterwarnings("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    # It warns of texts that are longer than a model's context; here they are cut.
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
 
 
 def limit_progress_bars() -> None:

@@ -61,14 +61,14 @@ def export(config: ExportWeighterConfig) -> str:
             "--ckpt-step, or a run with --dwm-mode bilevel or frozen"
         )
     run = saved_config(find_tokenizer(read_arguments(folder), config.load))
-    effect = _effect(config)
+    iteration = iteration_of(folder)
+    effect = measured_effect(config, iteration)
     model = weighter_model_from_json(state["weighter_config"])
     model.load_state_dict(state["weighter"])
     for name, param in model.named_parameters():
         require_finite(f"--load {folder}: the weighter's {name}", param)
     tokenizer = _tokenizer(run, state.get("weighter_tokenizer", ""))
     paths = data_paths(run.data, run.weighting.dwm_target_data_path if run.weighting.needs_target else None)
-    iteration = iteration_of(folder)
     stage = run_stages(run).stage(iteration)
     special = bool(state.get("weighter_tokenizer")) or run.tokenizer.tokenizer_hf_include_special_tokens
     facts = weighter_facts(iteration, stage, sum(p.numel() for p in model.parameters()), model_digest(model))
@@ -142,8 +142,11 @@ def _check_loads(folder: Path, *, model: Any, fingerprint: str) -> None:
         raise UserError(f"--output {folder}: loaded again, it is another weighter; export it again")
 
 
-def _effect(config: ExportWeighterConfig) -> str | None:
+def measured_effect(config: ExportWeighterConfig, iteration: int) -> str | None:
     """Return the results in the records of the run and of the baseline, in Markdown; None without records.
+
+    Args:
+        iteration: that of the checkpoint; what came later is no result of its weighter.
 
     Raises:
         UserError: the baseline is not a run, or cannot be compared.
@@ -159,20 +162,20 @@ def _effect(config: ExportWeighterConfig) -> str | None:
                 "--baseline out"
             )
         return None
-    run = read_run(Path(config.load))
+    run = read_run(Path(config.load)).until(iteration)
     lines = []
     if config.baseline is not None:
-        gain = gain_line(read_run(Path(config.baseline)), run)
+        gain = gain_line(read_run(Path(config.baseline)).until(iteration), run)
         lines.append(f"* Against a run with uniform weights: {gain}. One run each: another seed comes out differently.")
     evaluations = run.evaluated("valid")
     if evaluations:
         lines.append(f"* Loss of {evaluations[-1]['lm_loss']:.4f} at iteration {evaluations[-1]['iteration']}.")
     sizes = [step["effective_sample_size"] for step in run.steps if step.get("effective_sample_size") is not None]
     if sizes:
-        lines.append(f"* Effective sample size of the last step: {sizes[-1]:.2f} of the batch.")
+        lines.append(f"* Effective sample size at iteration {iteration}: {sizes[-1]:.2f} of the batch.")
     if any(step.get("weight_by_source") for step in run.steps):
         overall = learned_shares(run)[0]
-        shares = ", ".join(f"{source} {share:.3f}" for source, share in overall.mean.items())
+        shares = ", ".join(f"`{source}` {share:.3f}" for source, share in overall.mean.items())
         lines.append(f"* Shares that the weights gave the sources, over {overall.iterations} iterations: {shares}.")
     return "\n".join(lines) or None
 

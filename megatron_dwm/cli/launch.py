@@ -39,6 +39,7 @@ from megatron_dwm.runtime.environment import environment_rank
 from megatron_dwm.runtime.logging import configure_logging, print_messages_of
 from megatron_dwm.runtime.startup_sync import StartupSync
 from megatron_dwm.runtime.stop_signals import StartSignals
+from megatron_dwm.training.checkpoint_folders import checkpoints_in
 
 if TYPE_CHECKING:
     from megatron_dwm.training.dataloaders import Dataloaders
@@ -104,7 +105,9 @@ def with_pretrained(config: RunConfig) -> RunConfig:
     It applies while ``--load`` holds no checkpoint; as in Megatron-LM, the run then continues as with ``--finetune``.
     """
     flags = config.checkpoint
-    if flags.pretrained_checkpoint is None or (flags.load is not None and (Path(flags.load) / TRACKER).is_file()):
+    if flags.pretrained_checkpoint is None:
+        return config
+    if flags.load is not None and ((Path(flags.load) / TRACKER).is_file() or checkpoints_in(Path(flags.load))):
         return config
     logger.info(f" > --load {flags.load} holds no checkpoint: the run starts from {flags.pretrained_checkpoint}")
     checkpoint = dataclasses.replace(flags, load=flags.pretrained_checkpoint, ckpt_step=None, finetune=True)

@@ -31,13 +31,14 @@ def _main(argv: Sequence[str] | None) -> None:
     # Each worker tokenizes one text at a time; additional threads would only cause warnings about the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     config: PreprocessConfig = configs["preprocess"]
-    if configs["slurm"].slurm_partition is None:
+    slurm: SlurmConfig = configs["slurm"]
+    if slurm.slurm_partition is None and config.executor == "pool":
         prefixes = preprocess(config, configs["tokenizer"])
     else:
-        require_packages("--slurm-partition", "datatrove")
-        from megatron_dwm.corpora.preprocess_jobs import submit_preprocess
+        require_packages("--executor datatrove" if slurm.slurm_partition is None else "--slurm-partition", "datatrove")
+        from megatron_dwm.corpora.preprocess_jobs import preprocess_in_tasks
 
-        prefixes, number = submit_preprocess(config, configs["tokenizer"], configs["slurm"])
+        prefixes, number = preprocess_in_tasks(config, configs["tokenizer"], slurm)
         if number is not None:
             print(f"{config.output_prefix}: submitted job {number}; the same command says when it is done")
             return

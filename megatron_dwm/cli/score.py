@@ -127,6 +127,8 @@ def _main(argv: Sequence[str] | None) -> None:
     start = time.perf_counter()
     with refused_output(output):
         counts = score_counts(run_here(job, config.workers))
+        if not OutputFolder(output).exists("data"):
+            raise UserError(f"--input {' '.join(config.input or [])}: no documents; give other files")
     seconds = time.perf_counter() - start
     files = len({part.path for part in parts})
     print(

@@ -90,5 +90,14 @@ class BatchSizes:
                 count += 1
         return count + max(0, samples - consumed) // self.final
 
+    def trained_samples(self, iterations: int) -> int:
+        """Return the number of samples that the first ``iterations`` steps of a run train on."""
+        consumed = trained = 0
+        while iterations > 0 and self.rampup is not None and consumed <= self.rampup.samples:
+            trained += self.running(consumed)
+            consumed += self.nominal(consumed)
+            iterations -= 1
+        return trained + iterations * self._running(self.final)
+
     def _running(self, size: int) -> int:
         return size - size % self.unit if self.decreases else size

@@ -58,7 +58,7 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        require_paths(self, "data_cache_path")
+        require_paths(self, "data_cache_path data_args_path per_split_data_args_path")
         shared = [name for name in ("data_path", "data_args_path") if getattr(self, name)]
         split = [
             name

@@ -81,7 +81,9 @@ class ModelConfig:
     )
     attention_output_gate: bool = flag(False, "Multiply the outputs of attention by a sigmoid gate of the inputs.")
     normalization: Literal["LayerNorm", "RMSNorm"] = flag("LayerNorm", "Which normalization to use.")
-    layernorm_epsilon: float = flag(1e-5, "Epsilon of the normalization.", "--norm-epsilon")
+    layernorm_epsilon: float = flag(
+        1e-5, "Epsilon of the normalization.", "--norm-epsilon", old_names=("--layernorm-epsilon",)
+    )
     layernorm_zero_centered_gamma: bool = flag(
         False, "Center the normalization's gain on zero (Transformer Engine only).", "--apply-layernorm-1p"
     )
@@ -136,6 +138,11 @@ class ModelConfig:
         "Recompute every layer, as in early versions of Megatron-LM.",
         deprecated="use --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     )
+    activations_checkpoint_method: Literal["uniform", "block"] | None = flag(
+        None,
+        "Recompute layers that are chosen like this, as in early versions of Megatron-LM.",
+        deprecated="use --recompute-granularity full with --recompute-method and --recompute-num-layers",
+    )
     recompute_activations: bool = flag(False, "Recompute core attention in the backward pass.")
     recompute_granularity: Literal["full", "selective"] | None = flag(
         None, "Recompute whole layers (full) or the modules of --recompute-modules (selective)."
@@ -152,7 +159,12 @@ class ModelConfig:
         "Spread recomputation checkpoints over the TP group.",
         old_names=("--distribute-checkpointed-activations",),
     )
-    masked_softmax_fusion: bool = flag(True, "Do not fuse scale, mask and softmax.", "--no-masked-softmax-fusion")
+    masked_softmax_fusion: bool = flag(
+        True,
+        "Do not fuse scale, mask and softmax.",
+        "--no-masked-softmax-fusion",
+        old_names=("--no-scaled-masked-softmax-fusion",),
+    )
     bias_gelu_fusion: bool = flag(True, "Do not fuse bias and GELU.", "--no-bias-gelu-fusion")
     bias_swiglu_fusion: bool = flag(True, "Do not fuse bias and SwiGLU.", "--no-bias-swiglu-fusion")
     bias_dropout_fusion: bool = flag(True, "Do not fuse bias and dropout.", "--no-bias-dropout-fusion")
@@ -294,6 +306,11 @@ class ModelConfig:
         """
         text = getattr(self, field)
         return None if text is None else parse_layers(flag_name(field), text, self.layers)
+
+    @property
+    def early_recompute_method(self) -> str | None:
+        """How the flags of early versions of Megatron-LM choose the layers to recompute; None if none is given."""
+        return self.activations_checkpoint_method or ("uniform" if self.checkpoint_activations else None)
 
     @property
     def window(self) -> tuple[int, int] | None:

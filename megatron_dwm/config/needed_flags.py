@@ -68,7 +68,8 @@ def missing_flag(field: str, values: Mapping[str, Any]) -> str | None:
         "--swiglu or --quick-geglu": values.get("swiglu") or values.get("quick_geglu"),
         "--recompute-granularity": values.get("recompute_granularity")
         or values.get("recompute_activations")
-        or values.get("checkpoint_activations"),
+        or values.get("checkpoint_activations")
+        or values.get("activations_checkpoint_method"),
         "--fp8-format": values.get("fp8"),
     }
     needed = _NEEDED.get(field)

@@ -67,14 +67,26 @@ class NoEffectConfig:
     no_query_key_layer_scaling: bool = flag(
         False, "Attention scores are scaled by 1 / layer number only with --apply-query-key-layer-scaling."
     )
+    no_log_learnig_rate_to_tensorboard: bool = flag(False, "TensorBoard has the learning rate in any case.")
     log_batch_size_to_tensorboard: bool = flag(False, "TensorBoard has the batch size in any case.")
     data_impl: Literal["infer", "mmap", "lazy", "cached"] = flag("infer", "Only mmap, which infer finds too.")
     ddp_impl: Literal["local", "torch"] = flag(
         "local", "Gradients are reduced by megatron-core's wrapper in any case.", "--DDP-impl"
     )
     contiguous_buffers_in_local_ddp: bool = flag(True, "Gradients are always in contiguous buffers.")
-    use_contiguous_buffers_in_local_ddp: bool = flag(False, "Gradients are always in contiguous buffers.")
-    local_rank: int = flag(0, "Given by torch.distributed.launch, which also sets it in the environment.")
+    use_contiguous_buffers_in_local_ddp: bool = flag(
+        False, "Gradients are always in contiguous buffers.", old_names=("--use-contiguous-buffers-in-ddp",)
+    )
+    mmap_warmup: bool = flag(False, "Datasets are read as they are needed.")
+    delay_param_gather: bool = flag(False, "Parameters are gathered so unless --no-align-param-gather is given.")
+    overlap_p2p_communication: bool = flag(
+        False, "The interleaved schedule overlaps unless --no-overlap-p2p-communication is given."
+    )
+    local_rank: int = flag(
+        0,
+        "Given by torch.distributed.launch, which also sets it in the environment.",
+        old_names=("--local_rank",),
+    )
     use_mpi: bool = flag(False, "mpirun's environment is always read.")
 
     # What happens in any case.

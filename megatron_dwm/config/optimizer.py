@@ -54,12 +54,14 @@ class OptimizerConfig:
         "Take the schedule from the flags, not the checkpoint.",
         "--override-opt_param-scheduler",
         "--override-opt-param-scheduler",
+        old_names=("--override-lr-scheduler",),
     )
     use_checkpoint_opt_param_scheduler: bool = flag(
         False,
         "Take the schedule from the checkpoint, not the flags.",
         "--use-checkpoint-opt_param-scheduler",
         "--use-checkpoint-opt-param-scheduler",
+        old_names=("--use-checkpoint-lr-scheduler",),
     )
     weight_decay: float = flag(0.01, "Weight decay.")
     start_weight_decay: float | None = flag(None, "Weight decay at the start.")

@@ -120,7 +120,11 @@ class ParallelConfig:
     overlap_grad_reduce: bool = flag(False, "Overlap gradient reduction with the backward pass.")
     overlap_param_gather: bool = flag(False, "Overlap parameter all-gather with the forward pass.")
     align_grad_reduce: bool = flag(
-        True, "Do not align gradient reduction over stages.", "--no-align-grad-reduce", "--disable-align-grad-reduce"
+        True,
+        "Do not align gradient reduction over stages.",
+        "--no-align-grad-reduce",
+        "--disable-align-grad-reduce",
+        old_names=("--no-delay-grad-reduce",),
     )
     align_param_gather: bool = flag(True, "Do not align parameter gather over stages.", "--no-align-param-gather")
     ddp_num_buckets: int | None = flag(None, "Number of gradient buckets.")

@@ -30,8 +30,8 @@ class TrainingConfig:
     )
     train_iters: int | None = flag(None, "Steps to train.")
     train_samples: int | None = flag(None, "Samples to train on, instead of --train-iters.")
-    exit_interval: int | None = flag(None, "Stop after the first iteration that is divisible by this.")
-    exit_duration_in_mins: int | None = flag(None, "Save and stop after this many minutes.")
+    exit_interval: int | None = flag(None, "Stop after the first iteration that is divisible by this; 0 for none.")
+    exit_duration_in_mins: int | None = flag(None, "Save and stop after this many minutes; 0 for no limit.")
     exit_signal_handler: bool = flag(False, "Save and stop on SIGTERM, SIGINT, SIGUSR1, SIGUSR2 or SIGHUP.")
     skip_train: bool = flag(False, "Only evaluate.")
     seed: int = flag(1234, "Seed of initialization, data order and dropout.")
@@ -75,10 +75,10 @@ class TrainingConfig:
         require_at_least(
             self,
             1,
-            "micro_batch_size global_batch_size train_iters train_samples exit_interval exit_duration_in_mins seed "
+            "micro_batch_size global_batch_size train_iters train_samples seed "
             "check_weight_hash_across_dp_replicas_interval",
         )
-        require_at_least(self, 0, "manual_gc_interval error_injection_rate")
+        require_at_least(self, 0, "exit_interval exit_duration_in_mins manual_gc_interval error_injection_rate")
         require_at_most(self, MAX_SEED, "seed")
         if self.manual_gc_interval and not self.manual_gc:
             raise UserError(f"--manual-gc-interval {self.manual_gc_interval} has no effect without --manual-gc; add it")

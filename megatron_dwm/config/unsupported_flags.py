@@ -19,14 +19,17 @@ UNSUPPORTED: dict[str, str] = {
         --export-kd-* --export-te-mcore-model --logits-save-* --logits-load-*""",
     "width-dependent parametrization is not supported; set --lr and --init-method-std": "--use-mup --mup-*",
     "only GPT models are supported; leave it out": """
-        --bert-* --ict-* --biencoder-* --retriever-* --vision-* --swin-* --dino-* --mask-* --num-classes
+        --bert-* --ict-* --biencoder-* --retriever-* --retro-* --faiss-use-gpu
+        --report-topk-accuracies --vision-* --swin-* --dino-* --mask-* --num-classes
         --classes-fraction --data-per-class-fraction --img-* --num-channels --patch-dim --head-lr-mult
         --iter-per-epoch --titles-data-path --query-in-block-prob --use-one-sent-docs --evidence-data-path
         --block-data-path --embedding-path --indexer-* --output-bert-embeddings --short-seq-prob --sample-rate
         --vocab-extra-ids --is-hybrid-model --hybrid-attention-ratio --hybrid-mlp-ratio --hybrid-override-pattern
-        --mamba-* --disable-mamba-mem-eff-path --hybrid-layer-pattern --decoder-num-layers --decoder-seq-length""",
+        --mamba-* --disable-mamba-mem-eff-path --hybrid-layer-pattern --decoder-num-layers --decoder-seq-length
+        --pipeline-model-parallel-split-rank --encoder-tensor-model-parallel-size
+        --encoder-pipeline-model-parallel-size""",
     "all layers are trained and have the same structure; leave it out": "--freeze-all-layers --heterogeneous-layers-*",
-    "layers are chosen by --transformer-impl; use that": "--spec",
+    "layers are chosen by --transformer-impl; use that": "--spec --model-spec",
     "flags are read only from the command line; give them there": "--yaml-cfg",
     "experimental features of megatron-core are not used; leave it out": "--enable-experimental",
     "only standard attention is supported, not latent, linear or sparse attention; leave it out": """
@@ -42,14 +45,18 @@ UNSUPPORTED: dict[str, str] = {
     "it was removed from Megatron-LM; use --micro-batch-size": "--batch-size",
     "it was removed from Megatron-LM; use --lr-warmup-fraction": "--warmup",
     "it was removed from Megatron-LM; use --tensor-model-parallel-size": "--model-parallel-size",
-    "it was removed from Megatron-LM; use --recompute-granularity full --recompute-method uniform": """
-        --activations-checkpoint-method""",
     "a run's length is in iterations or samples; use --train-samples, --lr-decay-samples and --lr-warmup-samples": """
         --train-tokens --lr-decay-tokens --lr-warmup-tokens""",
     "DeepSpeed is not used; use --use-distributed-optimizer": "--deepspeed* --zero-* --no-pipeline-parallel",
     "it adds a loss term or leaves tokens out, so that another loss would be weighted; leave it out": """
         --use-z-loss --goldfish-*""",
-    "it is in Megatron-LM's guide, but not in its parser; use --fp8-format hybrid": "--fp8-hybrid",
+    "it was removed from Megatron-LM; leave it out": "--scaled-upper-triang-masked-softmax-fusion",
+    "it was removed from Megatron-LM; use --accumulate-allreduce-grads-in-fp32": "--fp32-allreduce",
+    "the weights of a blend are used as they are given; leave it out": "--renormalize-blend-weights",
+    "it was removed from Megatron-LM; use --fp8-format hybrid": "--fp8-hybrid",
+    "it was removed from Megatron-LM; use --fp8-format e4m3": "--fp8-e4m3",
+    "it was removed from Megatron-LM; use --pipeline-model-parallel-layout": "--standalone-embedding-stage",
+    "embeddings have the precision of the other parameters; leave it out": "--embedding-weights-in-fp32",
     "the bounds are rounded by default; leave it out": "--yarn-correction-range-round-to-int",
     "use --num-layers": "--encoder-num-layers",
     "use --seq-length": "--encoder-seq-length",
@@ -65,7 +72,8 @@ UNSUPPORTED: dict[str, str] = {
     "an outer update needs complete parameters after the step; use --overlap-param-gather": """
         --overlap-param-gather-with-optimizer-step""",
     "only --use-distributed-optimizer is supported for sharding; use that": """
-        --use-megatron-fsdp --use-torch-fsdp2 --torch-fsdp2-no-reshard-after-forward --outer-dp-sharding-strategy
+        --use-megatron-fsdp --use-custom-fsdp --*-using-custom-fsdp --use-torch-fsdp2
+        --torch-fsdp2-no-reshard-after-forward --outer-dp-sharding-strategy
         --fsdp-* --megatron-fsdp-*
         --no-gradient-reduce-div-fusion --enable-full-sharding-in-hsdp --init-model-with-meta-device
         --*-strict-fsdp-dtensor-load""",
@@ -78,7 +86,8 @@ UNSUPPORTED: dict[str, str] = {
     "an outer update copies 16-bit parameters; leave it out": """
         --keep-fp8-transpose-cache --reuse-grad-buf-for-mxfp8-param-ag""",
     "only Transformer Engine's FP8 recipes are supported; use one of those": """
-        --fp8-recipe=custom --fp8-quantizer-factory --te-precision-config-file --fp8-output-proj""",
+        --fp8-recipe=custom --fp8-quantizer-factory --kitchen-config-file --kitchen-recipe-number
+        --te-precision-config-file --fp8-output-proj""",
     "there is no FP4 training; use --bf16 or --fp8-format": "--fp4-*",
     "an outer update reads Adam's second moments in fp32 on the parameters' device; leave it out": """
         --use-precision-aware-optimizer --optimizer-cpu-offload""",
@@ -120,7 +129,8 @@ UNSUPPORTED: dict[str, str] = {
     "records go to the log, a JSON-lines file and TensorBoard; leave it out": """
         --*one-logger* --app-tag-run-* --config-logger-dir""",
     "checkpoints are torch_dist, in folders that all ranks share; leave it out": """
-        --load-main-params-from-ckpt --non-persistent-local-* --ckpt-convert-update-legacy-dist-opt-format
+        --load-main-params-from-ckpt --load-model-opt-format --non-persistent-local-*
+        --ckpt-convert-update-legacy-dist-opt-format
         --dist-ckpt-save-pre-mcore-014
         --distrib-optim-fully-reshardable-mem-efficient --replication* --use-mp-args-from-checkpoint-args
         --*-use-tokenizer-model-from-checkpoint-args --override-ckpt-iteration
@@ -133,7 +143,7 @@ UNSUPPORTED: dict[str, str] = {
         --tokenizer-hf-no-* --*-tokenizer-sentencepiece-ignore-extra-whitespaces --null-tokenizer-eod-id""",
     "data are local .bin and .idx files of plain text; leave it out": """
         --per-dataset-sequences-path --dataloader-fast-cache-load --dataloader-defer-npy-index-mmap
-        --object-storage-cache-path --disable-msc --enable-msc""",
+        --object-storage-cache-path --s3-cache-path --disable-msc --enable-msc""",
     "the loader would rearrange documents at random, and with them a sample's score; leave it out": """
         --fim-*""",
     "this program pretrains only; leave it out": """

@@ -53,16 +53,21 @@ class DatasetShardWriter(PipelineStep):  # type: ignore[misc]
         encoder = Encoder(self.keys, self.tokenizer, append_eod=self.append_eod)
         self.folder.mkdir(parents=True, exist_ok=True)
         writer, prefix = None, self.folder / f"{rank:05d}"
+        skipped, first_skipped = 0, ""
         for document in data:
             result = encoder(document.metadata["record"])
             if isinstance(result, Malformed):
                 if not self.skip_malformed:
                     raise UserError(f"--input {result}; {self.remedy}")
-                self.stat_update("skipped")
+                first_skipped = first_skipped or str(result)
+                skipped += 1
                 continue
             writer = writer or DatasetWriter(self.keys, encoder.dtype, prefix)
             writer.add(result)
             self.stat_update("documents")
+        if skipped:
+            text = f"{skipped} malformed documents were skipped, the first: {first_skipped}"
+            prefix.with_suffix(".skipped").write_text(text, encoding="utf-8", errors="surrogateescape")
         if writer is not None:
             writer.finish()
             for key in self.keys:

@@ -32,6 +32,7 @@ from megatron_dwm.corpora.parts import Part, records_of
 from megatron_dwm.corpora.storage import OutputFolder, is_url
 from megatron_dwm.corpora.worker_pool import WorkerDiedError
 from megatron_dwm.errors import UserError, shortened
+from megatron_dwm.runtime.child_processes import end_children_with_this_process
 
 _WATCH_INTERVAL_S = 0.3
 _WORKER_DIED = signal.SIGRTMIN
@@ -134,6 +135,7 @@ def run_here(job: Job, workers: int) -> Any:
         WorkerDiedError: a signal has killed a worker process.
     """
     logger.disable("datatrove")
+    end_children_with_this_process()  # datatrove's manager would outlive this process if that is killed
     workers = min(workers, job.tasks)
     executor = _QuietExecutor(list(job.steps), job.tasks, workers, logging_dir=job.logs)
     if workers == 1:

@@ -1,9 +1,10 @@
 """Tokenizes documents into Megatron's ``.bin``/``.idx``, with the same bytes as Megatron-LM's tool.
 
-One process reads and writes, ``--workers`` processes tokenize. Partitions, which are files in Megatron-LM, only decide
-the order of the documents here: the documents are dealt out to the partitions one by one, and the partitions follow
-each other, unless ``--keep-sequential-samples`` keeps the input's order. Finished segments of the documents are kept
-until the datasets are there, so that the same command continues after an interruption.
+One process reads and writes, ``--workers`` processes tokenize; ``preprocess_jobs.py`` has tasks of datatrove instead.
+Partitions, which are files in Megatron-LM, only decide the order of the documents here: the documents are dealt out to
+the partitions one by one, and the partitions follow each other, unless ``--keep-sequential-samples`` keeps the input's
+order. Finished segments of the documents are kept until the datasets are there, so that the same command continues
+after an interruption.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -28,7 +28,7 @@ from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.corpora.dataset_writer import DatasetWriter, dataset_prefix, publish_datasets
 from megatron_dwm.corpora.encoder import Encoded, Encoder, Malformed
 from megatron_dwm.corpora.readers import Reader, Record, input_files, without_suffixes
-from megatron_dwm.corpora.unfinished import Progress, UnfinishedWork, file_stamps, unfinished_work
+from megatron_dwm.corpora.unfinished import Progress, UnfinishedWork, file_stamps, files_below, unfinished_work
 from megatron_dwm.corpora.worker_pool import WorkerDiedError, WorkerPool
 from megatron_dwm.errors import UserError
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 _CHUNK = 32  # documents sent to a worker at a time
 # Flags that do not change the documents' tokens; the input files are compared by their stamps.
-_WITHOUT_EFFECT = ("workers", "log_interval", "output_prefix", "input", "split_bytes")
+_WITHOUT_EFFECT = ("workers", "executor", "log_interval", "output_prefix", "input", "split_bytes")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,12 @@ class PreprocessConfig:
         "Make datasets of each input file, with its name behind --output-prefix, or in that folder if it ends with a "
         "slash, instead of datasets of all files together.",
     )
-    workers: int = flag(1, "Number of processes that tokenize, or of simultaneous tasks of a SLURM job.")
+    workers: int = flag(1, "Number of processes that tokenize, or of simultaneous tasks.")
+    executor: Literal["pool", "datatrove"] = flag(
+        "pool",
+        "What runs the processes: pool, where one more process reads and writes for all of them, or datatrove, where "
+        "each takes parts of the input as tasks; this suits many files and many processes.",
+    )
     partitions: int = flag(1, "Distribute the documents over this many partitions, which are concatenated.")
     log_interval: int = flag(1000, "Report progress after this many documents.")
     keep_sequential_samples: bool = flag(False, "Keep the order of the documents, also with several partitions.")
@@ -74,8 +79,8 @@ class PreprocessConfig:
     )
     split_bytes: int = flag(
         1000000000,
-        "With --slurm-partition: larger files of plain JSON lines are divided into several tasks; any other file is "
-        "one task.",
+        "With --executor datatrove or --slurm-partition: larger files of plain JSON lines are divided into several "
+        "tasks; any other file is one task.",
     )
 
     def __post_init__(self) -> None:
@@ -181,10 +186,14 @@ def _job(config: PreprocessConfig, tokenizer_config: TokenizerConfig, paths: lis
     if inputs is None:
         return None
     flags = {name: value for name, value in vars(config).items() if name not in _WITHOUT_EFFECT}
-    named = (tokenizer_config.tokenizer_model, tokenizer_config.vocab_file, tokenizer_config.merge_file)
-    files = [str(path) for path in named if path is not None and os.path.isfile(path)]
-    job = {"version": __version__, "flags": flags, "inputs": inputs}
-    return json.dumps(job | {"tokenizer": vars(tokenizer_config), "files": file_stamps(files)}, default=str) + "\n"
+    job = {"version": __version__, "flags": flags, "inputs": inputs, "tokenizer": tokenizer_stamp(tokenizer_config)}
+    return json.dumps(job, default=str) + "\n"
+
+
+def tokenizer_stamp(config: TokenizerConfig) -> dict[str, Any]:
+    """Return the flags of a tokenizer, and its files with size and last change."""
+    named = [path for path in (config.tokenizer_model, config.vocab_file, config.merge_file) if path is not None]
+    return {**vars(config), "files": file_stamps(files_below(named))}
 
 
 def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:

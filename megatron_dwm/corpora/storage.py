@@ -6,7 +6,7 @@ import io
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -148,11 +148,19 @@ class OutputFolder:
         """Return whether there is such a file."""
         return os.path.exists(self.path(name)) if self._fs is None else bool(self._fs.exists(f"{self._root}/{name}"))
 
-    def remove(self) -> None:
-        """Remove the folder and its content, if it exists."""
+    def remove(self, first: str) -> None:
+        """Remove the folder and its content, if it exists.
+
+        Args:
+            first: the file that is removed before all others.
+        """
         if self._fs is None:
+            with suppress(OSError):
+                os.unlink(self.path(first))
             shutil.rmtree(self.location, ignore_errors=True)
         elif self._fs.exists(self._root):
+            if self.exists(first):
+                self._fs.rm_file(f"{self._root}/{first}")
             self._fs.rm(self._root, recursive=True)
 
     def has_files(self) -> bool:

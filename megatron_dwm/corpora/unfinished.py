@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,6 +112,7 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
             else:
                 logger.info(f"{work.progress.records:,} {unit} are kept in {folder} for the same command.")
             raise
+        written.unlink(missing_ok=True)  # else a call after a kill during the next line would continue with the rest
         shutil.rmtree(folder)
 
 
@@ -120,3 +121,9 @@ def file_stamps(paths: list[str]) -> list[tuple[str, int, str]] | None:
     if not all(is_url(path) or os.path.isfile(path) for path in paths):
         return None
     return [(absolute(path), *stamp_of(path)) for path in paths]
+
+
+def files_below(paths: Iterable[str]) -> list[str]:
+    """Return those of the paths that are files, and the files in those that are folders, such as a tokenizer's."""
+    places = [[path, *sorted(map(str, Path(path).glob("*")))] for path in paths]
+    return [path for found in places for path in found if os.path.isfile(path)]

@@ -15,6 +15,9 @@ from megatron_dwm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+_WORK = "work.json"
+"""What the finished tasks are tasks of."""
+
 
 class UnfinishedJobs:
     """A hidden folder next to an output, and the jobs that use it."""
@@ -44,9 +47,9 @@ class UnfinishedJobs:
             UserError: it cannot be written.
         """
         with refused_output(self._output, self._flag):
-            if self.folder.read("work.json") != work:
-                self.folder.remove()
-                self.folder.write("work.json", work)
+            if self.folder.read(_WORK) != work:
+                self.remove()
+                self.folder.write(_WORK, work)
 
     def job(self, name: str, steps: Sequence[PipelineStep], tasks: int = 1) -> Job:
         """Return a job whose logs are in the folder."""
@@ -75,12 +78,16 @@ class UnfinishedJobs:
                     else:
                         run_here(job, workers)
             except UserError:  # the input or the flags must change
-                self.folder.remove()
+                self.remove()
                 raise
             except BaseException:
                 logger.info(f"Finished tasks are kept in {self.folder.location}; the same command continues from them.")
                 raise
         return None
+
+    def remove(self) -> None:
+        """Remove the folder, so that a call after a kill meanwhile does not continue with what is left of it."""
+        self.folder.remove(first=_WORK)
 
     def publish(self, name: str, to: str) -> None:
         """Move a finished file of the folder to its final name next to it."""

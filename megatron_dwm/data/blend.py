@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dwm.config.data import DataConfig
+from megatron_dwm.config.flags import flag_name
 from megatron_dwm.errors import UserError, shortened
 
 Blend = tuple[list[str], list[float] | None]
@@ -69,15 +70,19 @@ class DataPaths:
 
 
 def short_names(prefixes: Sequence[str]) -> list[str]:
-    """Return the file names of dataset prefixes, or whole prefixes if names repeat.
+    """Return different names of dataset prefixes: their file names, or whole prefixes if names repeat.
 
-    The suffix of preprocessing is removed, and a suffix that all have in common, such as ``.train``.
+    The suffix of preprocessing is removed, and a suffix that all have in common, such as ``.train``. A prefix that is
+    given again gets a number.
     """
     names = [Path(prefix).name.removesuffix("_document").removesuffix("_text") for prefix in prefixes]
     suffixes = {Path(name).suffix for name in names}
     if len(names) > 1 and len(suffixes) == 1:
         names = [name.removesuffix(*suffixes) for name in names]
-    return names if len(set(names)) == len(names) else list(prefixes)
+    if len(set(names)) == len(names):
+        return names
+    before = [list(prefixes[:place]).count(prefix) for place, prefix in enumerate(prefixes)]
+    return [f"{prefix} ({count + 1})" if count else prefix for prefix, count in zip(prefixes, before, strict=True)]
 
 
 def data_paths(data: DataConfig, target: list[str] | None) -> DataPaths:
@@ -102,6 +107,9 @@ def data_paths(data: DataConfig, target: list[str] | None) -> DataPaths:
     flags = ("--train-data-path", "--valid-data-path", "--test-data-path")
     train, valid, test = (parse_blend(flag, part) for flag, part in zip(flags, split_words, strict=True))
     if shared is None and not data.mock_data and train is None:
+        for name in ("data_args_path", "per_split_data_args_path"):
+            if path := getattr(data, name):
+                raise UserError(f"{flag_name(name)} {path}: names no training data; correct the file")
         raise UserError("--train-data-path is missing; evaluation data alone is not enough, give training data")
     if data.has_separate_validation_sets and valid is not None and valid[1] is not None:
         name = "--full-validation" if data.full_validation else "--multiple-validation-sets"

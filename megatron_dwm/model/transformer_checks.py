@@ -29,7 +29,7 @@ _FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0),
 
 def recompute_granularity(model: ModelConfig) -> str | None:
     """Return what is recomputed in the backward pass: ``"full"`` layers, ``"selective"`` modules, or None."""
-    if model.checkpoint_activations:
+    if model.early_recompute_method is not None:
         return "full"
     return "selective" if model.recompute_activations else model.recompute_granularity
 
@@ -185,8 +185,10 @@ def check_recomputation(model: ModelConfig, parallel: ParallelConfig) -> None:
         UserError: they do.
     """
     granularity = recompute_granularity(model)
-    if model.checkpoint_activations and (model.recompute_activations or model.recompute_granularity is not None):
-        raise UserError("--checkpoint-activations and newer flags of recomputation exclude each other; leave it out")
+    newer = model.recompute_activations or model.recompute_granularity is not None
+    if model.early_recompute_method is not None and newer:
+        name = "checkpoint-activations" if model.checkpoint_activations else "activations-checkpoint-method"
+        raise UserError(f"--{name} and newer flags of recomputation exclude each other; leave it out")
     if granularity == "selective" and (model.recompute_method, model.recompute_num_layers) != (None, None):
         raise UserError("--recompute-method and --recompute-num-layers go with --recompute-granularity full; drop them")
     if model.recompute_granularity == "full" and model.recompute_num_layers is None:

@@ -153,9 +153,10 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         values.update(activation_func=F.gelu)
     if model.glu_linear_offset != 0 or model.activation_func_clamp_value is not None:
         values.update(bias_activation_fusion=False)  # the fused SwiGLU supports neither
-    if model.checkpoint_activations:
+    if model.early_recompute_method is not None:
         values.update(
-            recompute_method=model.recompute_method or "uniform", recompute_num_layers=model.recompute_num_layers or 1
+            recompute_method=model.recompute_method or model.early_recompute_method,
+            recompute_num_layers=model.recompute_num_layers or 1,
         )
     if model.init_method_xavier_uniform:
         xavier = torch.nn.init.xavier_uniform_

@@ -7,6 +7,7 @@ other ranks would wait for the rank until the timeout of their collective.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import signal
 import threading
@@ -26,6 +27,7 @@ def end_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+@functools.cache  # once: the handlers stay, also in children
 def end_children_with_this_process() -> None:
     """From now on, kill the children that the main thread forks when this process ends, however it ends."""
     forking = threading.local()  # of the forking thread, which is the child's only one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -25,7 +26,8 @@ class JsonLinesWriter:
 
     A resumed run removes the records that it will write again. A run that starts from scratch renames another run's
     records to a name with their time. A log never stops training: lines that are not records are moved to
-    ``<name>.damaged``, and a record that cannot be written is lost with one warning.
+    ``<name>.damaged``, a file that is removed meanwhile is made again, and a record that cannot be written is lost;
+    there is one warning of each.
     """
 
     def __init__(
@@ -40,31 +42,37 @@ class JsonLinesWriter:
         Raises:
             UserError: the file cannot be written.
         """
-        self._has_failed = False
+        self._path, self._has_failed = path, False
         if path.is_fifo():  # opening it would wait for a reader
             raise UserError(f"--metrics-jsonl {path}: is a named pipe; give another path")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file() and resumed_at > 0:
                 _keep_records_until(path, resumed_at, is_repeated)
             elif path.is_file():
                 written = datetime.fromtimestamp(path.stat().st_mtime)
                 path.rename(path.with_name(f"{path.stem}.until-{written:%Y%m%d-%H%M%S-%f}{path.suffix}"))
-            self._file: TextIO = path.open("a", encoding="utf-8")
+            self._file = self._open()
         except OSError as error:
             raise UserError(
                 f"--metrics-jsonl {path}: cannot be written ({error.strerror}); give another path"
             ) from None
 
+    def _open(self) -> TextIO:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        return self._path.open("a", encoding="utf-8")
+
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; numbers that are not finite, which JSON does not support, become null."""
         try:
+            if not self._path.exists():
+                logger.warning(f"{self._path}: was removed; earlier records are lost", extra=EVERY_RANK)
+                self._file = self._open()
             self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
             if not self._has_failed:
                 reason = f"cannot be written ({error.strerror}); records are lost"
-                logger.warning(f"{self._file.name}: {reason}", extra=EVERY_RANK)
+                logger.warning(f"{self._path}: {reason}", extra=EVERY_RANK)
             self._has_failed = True
 
     def close(self) -> None:
@@ -162,6 +170,7 @@ class TensorBoardWriter(_Curves):
         from torch.utils.tensorboard import SummaryWriter
 
         super().__init__(f"--tensorboard-dir {folder}", OSError)
+        _hide_errors_that_threads_keep()
         try:
             self._writer = SummaryWriter(log_dir=folder, max_queue=queue_size)
         except OSError as error:
@@ -176,6 +185,17 @@ class TensorBoardWriter(_Curves):
     def close(self) -> None:
         """Write what is left in the queue and close the file."""
         self._attempt(self._writer.close)
+
+
+def _hide_errors_that_threads_keep() -> None:
+    """Print no traceback of a thread that keeps its error: TensorBoard raises it again at the next value."""
+    print_traceback = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if getattr(arguments.thread, "exception", None) is not arguments.exc_value:
+            print_traceback(arguments)
+
+    threading.excepthook = hook
 
 
 class WandbWriter(_Curves):

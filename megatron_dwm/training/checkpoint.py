@@ -169,6 +169,13 @@ class CheckpointWriter:
         """Wait until the last checkpoint is complete."""
         self._finalize(blocking=True)
 
+    def abandon(self) -> None:
+        """Remove what has been written of a checkpoint when the run fails; does not communicate."""
+        if self.parallel_state.is_first_rank and self._queue is not None and self._queue.get_num_unfinalized_calls():
+            _, temporary, _ = self._pending
+            with contextlib.suppress(OSError):  # the run's error is the one to report
+                delete_folder(temporary)  # renamed first, so that no writing process creates files in it any more
+
     def close(self) -> None:
         """Finish, end the background worker, and release the folder."""
         self.finish()

@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_dwm.atomic_write import delete_folder
+from megatron_dwm.atomic_write import atomic_write_text, delete_folder
 from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
 from megatron_dwm.config.checkpoint_args import first_rank_file, read_arguments
 from megatron_dwm.errors import UserError
+from megatron_dwm.training.checkpoint_checksums import CHECKSUMS
 
 DWM_STATE = "dwm_state.pt"
 """The weighter's state, in a checkpoint's folder."""
@@ -138,6 +139,22 @@ def tracked(root: Path) -> Path | None:
     if not is_iteration(text):
         raise UserError(f"{path}: says {text[:40]!r} where an iteration belongs; {_other_steps(root)}")
     return iteration_folder(root, int(text))
+
+
+def track_first_checkpoint(root: Path) -> Path | None:
+    """Name the one checkpoint of a run that was killed between giving it its name and writing the tracker.
+
+    Returns:
+        the checkpoint; None if there is nothing to do.
+    """
+    found = checkpoints_in(root)
+    if len(found) != 1 or (root / TRACKER).exists():
+        return None
+    # Both are written last, the second one also by Megatron-LM.
+    if not any((found[0] / name).is_file() for name in (CHECKSUMS, "metadata.json")):
+        return None
+    atomic_write_text(root / TRACKER, str(iteration_of(found[0])))
+    return found[0]
 
 
 def retired_mark(folder: Path) -> Path:

@@ -202,6 +202,11 @@ def resume_warnings(config: RunConfig, saved: SavedCheckpoint, train_state: Trai
         if asked is not None and done > asked and not training.skip_train:
             flag = f"{flag_name(name)} {asked}"
             warnings.append(f"{flag}: the checkpoint has {done} {unit} already, so nothing is trained; give more")
+    size, saved_size = config.tokenizer.vocab_size, vars(saved.arguments).get("vocab_size")
+    if None not in (size, saved_size) and size != saved_size:
+        warnings.append(
+            f"--vocab-size {size} is not the checkpoint's {saved_size}: documents end with another token than before"
+        )
     target, saved_target = settings.dwm_target_data_path, vars(saved.arguments).get("dwm_target_data_path")
     aligned = len(weighting.get("replay") or [])
     if settings.needs_target and aligned and saved_target and target != saved_target:

@@ -8,10 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_dwm.atomic_write import remove_leftovers
-from megatron_dwm.config.checkpoint import CheckpointConfig
+from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
 from megatron_dwm.config.checkpoint_args import read_arguments
-from megatron_dwm.errors import UserError
-from megatron_dwm.training.checkpoint_folders import NON_PERSISTENT, checkpoints_in, delete_retired
+from megatron_dwm.errors import UserError, reported_write_failure
+from megatron_dwm.training.checkpoint_folders import (
+    NON_PERSISTENT,
+    checkpoints_in,
+    delete_retired,
+    track_first_checkpoint,
+)
 from megatron_dwm.training.folder_lock import FolderLock, visible_holder
 
 logger = logging.getLogger(__name__)
@@ -35,22 +40,24 @@ class SaveFolder:
             self._folders["--non-persistent-global-ckpt-dir"] = non_persistent
         self._held: dict[str, FolderLock] = {}
         check_writable(self._folders)
+        for name in ("weighter", NON_PERSISTENT):  # else the first save would be too late to find out
+            check_writable({"--save": folder / name})
         for flag, path in self._folders.items():
             if path.is_dir():
-                self._held[flag] = FolderLock(flag, path)
+                self._lock(flag, path)
         if "--save" in self._held:
-            self._clean()
+            with reported_write_failure("--save", str(folder)):
+                self._clean()
 
     def create(self) -> None:
         """Create the folders that do not exist yet, and lock them.
 
         Raises:
-            UserError: another run has locked it first.
+            UserError: one cannot be created, or another run has locked it first.
         """
         for flag, path in self._folders.items():
             if flag not in self._held:
-                path.mkdir(parents=True, exist_ok=True)
-                self._held[flag] = FolderLock(flag, path)
+                self._lock(flag, path)
 
     @property
     def holders(self) -> dict[str, str]:
@@ -70,12 +77,20 @@ class SaveFolder:
         while self._held:
             self._held.popitem()[1].close()
 
+    def _lock(self, flag: str, path: Path) -> None:
+        with reported_write_failure(flag, str(path)):
+            path.mkdir(parents=True, exist_ok=True)
+            self._held[flag] = FolderLock(flag, path)
+
     def _clean(self) -> None:
-        """Remove half-written folders and files, and checkpoints that were to be deleted."""
+        """Remove half-written folders and files and checkpoints that were to be deleted; name a first checkpoint."""
         non_persistent = self._non_persistent or self.folder / NON_PERSISTENT
         for folder in (self.folder, non_persistent, self.folder / "weighter"):
             for leftover in remove_leftovers(folder):
                 logger.info(f" > removed what an interrupted run had left: {leftover}")
+        for folder in (self.folder, non_persistent):
+            if first := track_first_checkpoint(folder):
+                logger.info(f" > named in {TRACKER} what an interrupted run had saved: {first}")
         delete_retired(self.folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from types import FrameType
@@ -35,16 +36,16 @@ class StopRequest:
     def reason(self, iteration: int) -> str | None:
         """Return why the run ends after this iteration, or None if it continues; the same on all ranks."""
         config = self.config
-        if config.exit_signal_handler or config.exit_duration_in_mins is not None:
+        if config.exit_signal_handler or config.exit_duration_in_mins:
             minutes = (time.perf_counter() - self._started) / 60
-            is_late = config.exit_duration_in_mins is not None and minutes > config.exit_duration_in_mins
+            is_late = minutes > (config.exit_duration_in_mins or math.inf)
             requests = torch.tensor([float(self._received), float(is_late)], device=current_device())
             dist.all_reduce(requests, op=dist.ReduceOp.MAX)
             if requests[0]:
                 return f"exiting program after receiving {signal.Signals(int(requests[0])).name}."
             if requests[1]:
                 return f"exiting program after {minutes} minutes"
-        if config.exit_interval is not None and iteration % config.exit_interval == 0:
+        if config.exit_interval and iteration % config.exit_interval == 0:
             return f"exiting program at iteration {iteration}"
         return None
 

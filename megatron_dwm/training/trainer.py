@@ -84,9 +84,13 @@ class Trainer:
 
     def train(self) -> None:
         """Run the remaining iterations, then evaluate and save."""
+        self.stop_request.listen()
         write_run_status(self.config.checkpoint.save, "running", self.train_state.iteration)
         try:
             stop_reason = self._train()
+        except BaseException:
+            self.checkpoints.abandon()
+            raise
         finally:
             self.dataloaders.close()
         self.checkpoints.close()
@@ -110,7 +114,6 @@ class Trainer:
     def _train(self) -> str | None:
         """Train and evaluate; return why the run ends early, or None if it does not."""
         config, train_state = self.config, self.train_state
-        self.stop_request.listen()
         if config.training.manual_gc:
             gc.disable()
             gc.collect()
@@ -206,6 +209,8 @@ class Trainer:
             if should_report:
                 self.reporter.memory(f"(before save_checkpoint for iteration {iteration})")
             # Before the checkpoint: a run that is killed between the two resumes from the one before, and repeats both.
+            # After the last one: if these files cannot be written, it is complete.
+            self.checkpoints.finish()
             if persistent:
                 self.weighting.before_save(iteration)
             with self.engine.full_parameters():

@@ -40,8 +40,8 @@ class WeightMetrics:
         """Return the metrics of one step; without weights it gathers over the data-parallel group.
 
         ``share_by_source`` is the fraction of the training loss that comes from a source's samples: Σ w f over them,
-        with the factors f by which samples count (their tokens). ``weight_by_source`` is the mean weight of a source's
-        samples.
+        with the factors f by which samples count (their tokens). ``fraction_by_source`` is the same without weights,
+        Σ f. ``weight_by_source`` is the mean weight of a source's samples, if it has any in the batch.
         """
         if weights is not None:
             source, factors = weights.sources_and_factors.read().unbind(1)
@@ -49,15 +49,19 @@ class WeightMetrics:
         else:
             source, factors = self.sources_and_factors(batch).cpu().unbind(1)
             values = torch.ones_like(factors)
-        counts = values * factors
         of_source = {name: source == number for number, name in enumerate(self.sources)}
-        present = {name: members for name, members in of_source.items() if bool(members.any())}
+
+        def fractions(counts: torch.Tensor) -> dict[str, float]:
+            return {name: float(counts[members].sum()) / len(source) for name, members in of_source.items()}
+
         figures: dict[str, Any] = {
             "stage": self.stages.stage(iteration),
-            "share_by_source": {name: float(counts[members].sum()) / len(source) for name, members in present.items()},
+            "share_by_source": fractions(values * factors),
+            "fraction_by_source": fractions(factors),
         }
         if weights is None:
             return figures
+        present = {name: members for name, members in of_source.items() if bool(members.any())}
         figures["weight_by_source"] = {name: float(values[members].mean()) for name, members in present.items()}
         return figures | asdict(WeightStatistics.of(values))
 

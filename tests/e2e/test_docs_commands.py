@@ -57,6 +57,7 @@ NOT_RUN = {
     "docs/transfer.md: To a larger model, from the beginning to a table: bash": "takes an hour; results below it",
     "docs/cluster.md: SLURM: bash 3": "tests/unit/plan/test_plan.py runs its siblings",
     "docs/transfer.md: With numpy alone: python": "unit/weighting/ngram/test_model.py calls the function",
+    "docs/own-data.md: At corpus size: python": "unit/corpora/test_preprocess_jobs.py runs it",
     "docs/hugging-face.md: Import: bash": "needs a published model; tests/distributed/test_hf_import.py imports such",
     "docs/hugging-face.md: Export: bash": "tests/distributed/test_hf_import.py and e2e/test_transfer.py run both",
     "docs/hugging-face.md: Publish: python": "needs the Hub",

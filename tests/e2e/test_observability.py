@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
         "--log-timers-to-tensorboard": True,
         "--profile": True,
         "--use-pytorch-profiler": True,
+        "--profile-ranks": 1,
         "--profile-step-start": 2,
         "--profile-step-end": 4,
         "--check-weight-hash-across-dp-replicas-interval": 5,
@@ -63,6 +65,7 @@ def test_some_iterations_are_profiled(run: tuple[Path, Finished]):
     (trace,) = (run[0] / "board").glob("*.pt.trace.json")
     names = trace.read_text()
     assert names.count('"ProfilerStep#') >= 2 and '"aten::mm"' in names
+    assert json.loads(names)["distributedInfo"]["rank"] == 1
 
 
 def test_replicas_are_compared(run: tuple[Path, Finished]):

@@ -15,11 +15,15 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
+from megatron_dwm.analysis.preference import weighted_samples
+from megatron_dwm.analysis.report import content
+from megatron_dwm.analysis.report.page import write_report
 from megatron_dwm.errors import EXIT_CODE
 from tests.e2e.datasets import TOKENIZER, counting, make_dataset, noise
 from tests.e2e.launch import records, succeed
 from tests.paths import ROOT
 from tests.small_runs import LANGUAGE_MODEL, TRAINING, WEIGHTING
+from tests.unit.analysis.made_records import run_of
 
 SECTIONS = ("summary", "strength", "sources", "properties", "documents", "samples", "benefit", "method")
 FIGURES = ("losses", "spread", "size", "weights", "fractions", "alignments", "in_batch", "in_source", "documents")
@@ -323,6 +327,37 @@ def test_a_browser_draws_the_page_legibly_and_the_keyboard_reads_it(
         if bottom <= len(pixels):  # no picture of this browser is higher
             assert pixels[top:bottom].std() > 0.02, f"nothing is drawn between {top} and {bottom}"
     assert (pixels[: measured["height"]].mean() > 0.5) == (theme == "light")
+
+
+MEASURE_SOURCES = """<!doctype html><body style="margin: 0">
+<iframe src="{page}" style="border: 0; width: 390px; height: 16000px"></iframe>
+<script>
+const frame = document.querySelector("iframe");
+addEventListener("load", async () => {{
+  const page = frame.contentDocument;
+  while (!page.body.dataset.drawn) await new Promise(done => setTimeout(done, 50));
+  const table = page.querySelector("#sources .table"), cells = [...table.querySelectorAll("td")];
+  const curves = page.querySelector('.chart[data-figure="weights"]')._fullLayout._size;
+  const right = Math.max(...cells.map(cell => cell.getBoundingClientRect().right));
+  document.body.dataset.measured = JSON.stringify([right - table.getBoundingClientRect().right, curves.h]);
+}});
+</script>"""
+
+
+@pytest.mark.usefixtures("browser")
+def test_a_long_name_and_many_sources_leave_room_on_a_phone(tmp_path: Path):
+    """For the figures of the table beside the names, and for the curves below the legend."""
+    names = ["plain", "x" * 120, *(f"source{number}" for number in range(14))]
+    steps = {"share_by_source": dict.fromkeys(names, 1 / 16), "weight_by_source": dict.fromkeys(names, 1.0)}
+    run, samples = run_of([], stage=1, **steps), weighted_samples([])
+    page = write_report(content.Report("run", run, samples, samples), tmp_path)
+    wrapper = tmp_path / "measured.html"
+    wrapper.write_text(MEASURE_SOURCES.format(page=page.as_uri()))
+    flags = ["--window-size=500,16000", "--allow-file-access-from-files", "--virtual-time-budget=60000", "--dump-dom"]
+    found = browse(tmp_path / "profile", wrapper, *flags).stdout
+    (answer,) = re.findall(r'data-measured="([^"]*)"', found)
+    beyond, height = json.loads(html.unescape(answer))
+    assert beyond <= 0 and height >= 120
 
 
 @pytest.mark.usefixtures("browser")

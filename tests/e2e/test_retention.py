@@ -12,6 +12,7 @@ import pytest
 
 from megatron_dwm import atomic_write
 from megatron_dwm.cli import pretrain as pretrain_command
+from megatron_dwm.config.checkpoint import TRACKER
 from megatron_dwm.training import checkpoint
 from tests.e2e.launch import pretrain, succeed
 from tests.e2e.test_uniform_weights import assert_same_checkpoints
@@ -79,3 +80,17 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_none_too_many(place: str, 
     assert sorted(path.name for path in save.iterdir()) == sorted(path.name for path in whole.iterdir())
     assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000004", "iter_0000008"]
     assert_same_checkpoints(whole / "iter_0000008", save / "iter_0000008")
+
+
+@pytest.mark.parametrize("saving", [{}, {"--async-save": True}], ids=["at once", "in the background"])
+def test_a_kill_before_a_first_checkpoint_is_tracked_loses_nothing(saving: dict[str, Any], tmp_path: Path):
+    save = tmp_path / "save"
+    flags = RUN | saving | {"--save-interval": KILLED_AT, "--save-retain-interval": 8, "--save": save, "--load": save}
+    killed = pretrain(tmp_path / "log", 1, flags, main=killed_before(atomic_write.os, "replace", save))
+    assert killed.codes == [-signal.SIGKILL], killed.text
+    assert not (save / TRACKER).exists()
+
+    resumed = succeed(tmp_path / "log", 1, flags)
+    assert f" > named in {TRACKER} what an interrupted run had saved: {save / 'iter_0000004'}\n" in resumed.output[0]
+    assert f"at iteration {KILLED_AT}\n" in resumed.output[0]
+    assert sorted(path.name for path in save.glob("*iter_*")) == ["iter_0000008"]

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_dwm.cli import pretrain as pretrain_command
 from megatron_dwm.model.engine import PipelineEngine
-from megatron_dwm.training import setup
+from megatron_dwm.training import setup, trainer
 from megatron_dwm.training.checkpoint import CheckpointWriter
 from tests.e2e.launch import pretrain, records, succeed
 from tests.e2e.test_uniform_weights import assert_same_checkpoints
@@ -109,6 +109,19 @@ def signaled_in_save() -> None:
     pretrain_command.main()
 
 
+def signaled_before_training() -> None:
+    """The command that gets SIGTERM as soon as its start-up is over."""
+    write = trainer.write_run_status
+
+    def signaled(save: str | None, status: Any, *args: Any) -> None:
+        if status == "running":
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(save, status, *args)
+
+    trainer.write_run_status = signaled
+    pretrain_command.main()
+
+
 def test_a_long_evaluation_is_broken_off_by_a_signal_and_made_when_the_run_goes_on(tmp_path: Path):
     whole, save = tmp_path / "whole", tmp_path / "save"
     flags = {
@@ -123,6 +136,7 @@ def test_a_long_evaluation_is_broken_off_by_a_signal_and_made_when_the_run_goes_
     succeed(tmp_path / "log", 1, {**flags, "--save": whole})
     flags |= {"--save": save, "--load": save}
     stops = {  # and the evaluations that are recorded then
+        "before the first iteration": (signaled_before_training, 1, []),
         "in a save, after which there is no other": (signaled_in_save, 2, []),
         "in the validation": (signaled_at_pass(3, forward_only=True), 3, []),
         "in that validation, when it is made up for": (signaled_at_pass(2, forward_only=True), 3, []),

@@ -140,6 +140,7 @@ def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     (tmp_path / ".tracker.tmp7").touch()
+    (tmp_path / ".iter_6.replaced").touch()  # a file, as nobody leaves it
     (tmp_path / ".iter_8.replaced").mkdir()  # its replacement was killed between the two renames
     remove_leftovers(tmp_path)
     assert names(tmp_path) == [".cache", ".tmp", "iter_5", "iter_6", "iter_8"]

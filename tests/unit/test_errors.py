@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch.utils.data import DataLoader
 
-from megatron_dwm.errors import UserError, reported_write_failure, write_failure_reason
+from megatron_dwm.errors import UserError, as_user_error, reported_write_failure, write_failure_reason
 
 
 def write_tokenizer() -> None:
@@ -31,6 +35,34 @@ def test_a_full_disk_names_the_flag_and_the_folder(write: Callable[[], None]):
         reported_write_failure("--output", "out"),
     ):
         write()
+
+
+def test_a_loop_of_links_is_a_users_error(tmp_path: Path):
+    (tmp_path / "loop").symlink_to("loop")
+    for find in (lambda: (tmp_path / "loop").resolve(strict=True), lambda: (tmp_path / "loop").open()):
+        with pytest.raises((OSError, RuntimeError)) as raised:
+            find()
+        assert str(tmp_path / "loop") in str(as_user_error(raised.value))
+        assert isinstance(as_user_error(raised.value), UserError)
+
+
+class Killing:
+    """A dataset whose reader is killed, as for lack of memory."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+def test_a_data_loaders_process_that_was_killed_is_a_users_error():
+    with pytest.raises(RuntimeError) as raised:
+        list(DataLoader(cast(Any, Killing()), num_workers=1))
+    error = as_user_error(raised.value)
+    assert isinstance(error, UserError)
+    assert re.match(r"--num-workers: DataLoader worker \(pid.*\).*; give fewer workers or more memory", str(error))
 
 
 def test_other_errors_stay_what_they_are():

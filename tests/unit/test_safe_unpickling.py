@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import os
 import pickle
+import signal
 from argparse import Namespace
 from io import BytesIO
 from pathlib import Path
@@ -124,9 +125,16 @@ class OldPickler(pickle.Pickler):
         return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
 
 
-def old_torch_file(content: object) -> BytesIO:
+class OlderPickler(pickle.Pickler):
+    """Writes signals as Python 3.10 does."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return value.name if isinstance(value, signal.Signals) else NotImplemented
+
+
+def old_torch_file(content: object, pickler: type[pickle.Pickler] = OldPickler) -> BytesIO:
     file = BytesIO()
-    torch.save(content, file, pickle_module=SimpleNamespace(__name__="old", Pickler=OldPickler))
+    torch.save(content, file, pickle_module=SimpleNamespace(__name__="old", Pickler=pickler))
     file.seek(0)
     return file
 
@@ -142,6 +150,13 @@ def test_enumerations_that_python_3_11_0_to_3_11_3_wrote_are_read(tmp_path: Path
     arguments = Namespace(attention_backend=AttnBackend.fused)
     file = old_torch_file(arguments)
     assert b"getattr" in file.getvalue() and load_restricted(file) == arguments
+
+
+@pytest.mark.parametrize("pickler", [pickle.Pickler, OldPickler, OlderPickler])
+def test_the_signal_among_megatron_lms_arguments_is_read(pickler: type[pickle.Pickler]):
+    """A run of Megatron-LM under Python 3.10 writes ``GLOBAL signal SIGTERM``."""
+    arguments = Namespace(exit_signal=signal.SIGTERM)
+    assert load_restricted(old_torch_file(arguments, pickler)) == arguments
 
 
 @pytest.mark.parametrize("name", ["mro", "__class__", "__subclasses__", "_member_map_"])

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from megatron_dwm.analysis.comparison import catch_up_fractions, training_seconds
 from megatron_dwm.analysis.records import Curve, RunRecords
 from megatron_dwm.analysis.report.drawing import axis_title, faint_line, figure, line, mark
-from megatron_dwm.analysis.report.palette import color
+from megatron_dwm.analysis.report.palette import color, dash
 from megatron_dwm.analysis.running_mean import smoothed
 
 
@@ -153,6 +153,7 @@ def _overlaid(
         shade = color(names.index(name))
         if smooth:
             traces.append(faint_line(iterations, values, shade))
-        style = {"mode": "lines+markers", "marker": {"size": 5}} if dots else {}
+        style: dict[str, Any] = {"line": {"dash": dash(names.index(name))}}
+        style |= {"mode": "lines+markers", "marker": {"size": 5}} if dots else {}
         traces.append(line(iterations, smoothed(values) if smooth else values, name, shade, **style))
     return figure(traces, showlegend=True, **layout)

@@ -16,7 +16,7 @@ from megatron_dwm.analysis.preference import (
 from megatron_dwm.analysis.records import RunRecords
 from megatron_dwm.analysis.report.documents import WeightHistory
 from megatron_dwm.analysis.report.drawing import axis_title, faint_line, figure, label, line, mark, note, rounded
-from megatron_dwm.analysis.report.palette import COLORS, FAINT, INK, color, faded, stage_color
+from megatron_dwm.analysis.report.palette import COLORS, FAINT, INK, color, dash, faded, stage_color
 from megatron_dwm.analysis.running_mean import smoothed
 from megatron_dwm.analysis.uncertainty import MIN_UPDATES, Estimate
 
@@ -36,8 +36,8 @@ def losses(run: RunRecords) -> go.Figure:
         at, losses_there = [u["iteration"] for u in target], [u["target_loss"] for u in target]
         traces.append(line(at, losses_there, "target batches", COLORS[3], mode="markers", marker={"size": 4}))
     for number, (name, curve) in enumerate(run.evaluation_curves.items()):
-        shade = color((0, 2, 1, 4, 5, 6, 7)[number % 7])
-        traces.append(line(*curve, name, shade, mode="lines+markers", marker={"size": 6}))
+        shade, dashes = color((0, 2, 1, 4, 5, 6, 7)[number % 7]), {"dash": dash(number, 7)}
+        traces.append(line(*curve, name, shade, mode="lines+markers", marker={"size": 6}, line=dashes))
     return figure(traces, run)
 
 
@@ -76,7 +76,7 @@ def source_weights(run: RunRecords) -> go.Figure:
     traces = []
     for number, source in enumerate(run.sources):
         iterations, values = run.series("weight_by_source", source)
-        traces.append(line(iterations, smoothed(values), source, color(number)))
+        traces.append(line(iterations, smoothed(values), source, color(number), line={"dash": dash(number)}))
     return figure(traces, run, shapes=[mark(1.0)])
 
 
@@ -87,7 +87,9 @@ def source_fractions(run: RunRecords) -> go.Figure:
     traces = []
     for number, source in enumerate(run.sources):
         values = smoothed([100 * step["share_by_source"].get(source, 0.0) for step in steps])
+        pattern = {"shape": {"solid": "", "dash": "/", "dot": "."}[dash(number)]}
         area = {"stackgroup": "all", "fillcolor": faded(color(number), 0.75), "line": {"width": 0}}
+        area |= {"fillpattern": pattern}
         traces.append(line(iterations, values, source, color(number), **area, hovertemplate="%{y:.1f} %"))
     return figure(traces, run, yaxis={"range": [0, 100], "ticksuffix": " %"})
 
@@ -103,7 +105,8 @@ def source_alignment(run: RunRecords, aligned: SourceAlignments) -> go.Figure:
         traces.append(line(iterations, values, "", color(number), **dots, hovertemplate=None, showlegend=False))
         # The first running means would be those of one update, two, and so on.
         means = smoothed(values, _MEAN_OF_UPDATES)[_MEAN_OF_UPDATES - 1 :]
-        traces.append(line(iterations[_MEAN_OF_UPDATES - 1 :], means, source, color(number), hovertemplate="%{y:+.2f}"))
+        options = {"hovertemplate": "%{y:+.2f}", "line": {"dash": dash(number)}}
+        traces.append(line(iterations[_MEAN_OF_UPDATES - 1 :], means, source, color(number), **options))
     layout = note(TOO_FEW) if len(aligned.iterations) < MIN_UPDATES else {}
     return figure(traces, run, shapes=[mark(0.0)], **layout)
 
@@ -195,8 +198,7 @@ def document_weights(history: WeightHistory) -> go.Figure:
     ticks = [digit * 10.0**power for power in range(-4, 4) for digit in (1, 2, 5)]
     traces = []
     for number, document in enumerate(history.documents):
-        dash = ("solid", "dash", "dot")[number // len(COLORS) % 3]
-        options = {"mode": "lines+markers", "marker": {"size": 6}, "line": {"dash": dash}}
+        options = {"mode": "lines+markers", "marker": {"size": 6}, "line": {"dash": dash(number)}}
         name = f"{number + 1}: {document.source}"
         traces.append(line(history.iterations, document.weights, name, color(number), **options))
     return figure(

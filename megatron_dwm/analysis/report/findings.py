@@ -26,13 +26,14 @@ class Fact(NamedTuple):
 def key_facts(report: Report) -> list[Fact]:
     """Return the most important figures, those of the last stage whose batches were weighted."""
     facts = []
-    weighted = [stage for stage in report.sources if stage > 0]
+    weighted = [stage for stage, found in report.sources.items() if stage > 0 and found]
     if weighted:
         last = weighted[-1]
         by_weight = sorted(
             (found.weight, name) for name, found in report.sources[last].items() if found.weight is not None
         )
-        for title, (weight, name) in (("counts most", by_weight[-1]), ("counts least", by_weight[0])):
+        extremes = (("counts most", by_weight[-1]), ("counts least", by_weight[0])) if len(by_weight) > 1 else ()
+        for title, (weight, name) in extremes:
             first = report.sources[weighted[0]][name].weight
             before = f", {first:.2f} in stage {weighted[0]}" if first is not None and weighted[0] != last else ""
             facts.append(Fact(title, name, f"mean weight {weight:.2f} in stage {last}{before}"))
@@ -84,13 +85,17 @@ def warnings(report: Report) -> list[str]:
 
 
 def _contradictions(report: Report, stage: int) -> list[str]:
-    """Return a sentence for pairs of sources of which the one with lower alignment has the higher weight."""
+    """Return a sentence for pairs of sources of which the one with lower alignment has the higher weight.
+
+    Many pairs are compared: the intervals allow for it, or chance alone would contradict.
+    """
     in_stage = report.all_samples.select(report.all_samples.stage == stage)
     aligned = source_alignments(in_stage, report.run.sources)
     figures = report.sources.get(stage, {})
     pairs: list[tuple[float, str]] = []
-    for one, other in combinations(figures, 2):
-        difference = aligned.difference(one, other)
+    compared = list(combinations([name for name in figures if figures[name].alignment.is_known], 2))
+    for one, other in compared:
+        difference = aligned.difference(one, other, len(compared))
         first, second = figures[one].weight, figures[other].weight
         if not difference.excludes_zero or first is None or second is None:
             continue

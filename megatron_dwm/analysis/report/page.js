@@ -44,6 +44,10 @@ class Chart {
     const {data, layout} = recolored(content.figures[this.element.dataset.figure]);
     layout.width = this.element.clientWidth;
     if (isTouch) layout.dragmode = false;
+    // A long legend takes no height from the curves.
+    const names = layout.showlegend ? data.filter(trace => trace.showlegend !== false).length : 0;
+    const rows = Math.ceil(names / Math.max(1, Math.floor(layout.width / 260)));
+    layout.height += 18 * Math.max(0, rows - 3);
     if (layout.width < 600) {
       layout.hovermode = "closest";
       layout.margin = {...layout.margin, l: 34, r: 8};

@@ -112,6 +112,7 @@ def _draw(report: Report) -> dict[str, Any]:
     if run.sources:
         drawn["weights"] = figures.source_weights(run)
         drawn["fractions"] = figures.source_fractions(run)
+    if run.sources and run.updates:
         drawn["alignments"] = figures.source_alignment(run, report.alignments)
     if len(report.samples):
         labels = {name: report.properties[name].label for name in report.described}

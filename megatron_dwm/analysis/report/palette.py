@@ -31,6 +31,11 @@ def color(number: int) -> str:
     return COLORS[number % len(COLORS)]
 
 
+def dash(number: int, colors: int = len(COLORS)) -> str:
+    """Return the dashes of a line; they change where the colors repeat."""
+    return ("solid", "dash", "dot")[number // colors % 3]
+
+
 def stage_color(place: int, stages: int) -> str:
     """Return the color of a stage by its position: the later, the stronger."""
     return STAGES[round(place * (len(STAGES) - 1) / max(1, stages - 1))] if stages > 1 else STAGES[3]

@@ -95,8 +95,8 @@ def require_paths(config: Any, fields: str, *, urls: bool = False) -> None:
     """
     for field in fields.split():
         path, name = getattr(config, field), _spelling(config, field)
-        if path == "":
-            raise UserError(f"{name} '': is empty; give a path, or leave it out")
+        if path is not None and not path.strip():
+            raise UserError(f"{name} '{path}': is empty; give a path, or leave it out")
         if path is not None and path[0] in "~$":
             raise UserError(
                 f"{name} {path}: the shell has not replaced {path[0]}; write the path out, or begin with ./"

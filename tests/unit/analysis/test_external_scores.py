@@ -46,6 +46,12 @@ def test_a_row_that_is_no_score_is_named(rows: list[object], message: str, tmp_p
     assert str(refused.value).startswith(f"--scores {file}, {message}")
 
 
+def test_a_file_without_rows_is_named(tmp_path: Path):
+    file = write(tmp_path / "scores.jsonl")
+    with pytest.raises(UserError, match=f"--scores {file}: no rows"):
+        read_scores([file])
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(UserError, match="--scores nowhere: no such file"):
         read_scores(["nowhere"])

@@ -69,6 +69,29 @@ def test_figures_by_source_count_every_sample_once():
     assert found[1]["a"].alignment.low is None and found[1]["a"].alignment.n == 1
 
 
+def test_samples_of_weight_0_count_as_samples():
+    """An oracle's source never counts; of half a source, a step has samples with weight 2, and one without."""
+    both = {"fraction_by_source": {"good": 0.75, "bad": 0.25, "none": 0.0}}
+    steps = [
+        {
+            **both,
+            "share_by_source": {"good": 1.0, "bad": 0.0, "none": 0.0},
+            "weight_by_source": {"good": 4 / 3, "bad": 0},
+        },
+        {
+            **both,
+            "share_by_source": {"good": 0.5, "bad": 0.5, "none": 0.0},
+            "weight_by_source": {"good": 2 / 3, "bad": 2},
+        },
+    ]
+    none = weighted_samples([])
+    oracle = stage_sources([{"stage": 1, **steps[0]}], none)[1]
+    assert (oracle["bad"].weight, oracle["bad"].sample_fraction, oracle["bad"].loss_fraction) == (0.0, 0.25, 0.0)
+    half = stage_sources([{"stage": 1, **step} for step in steps], none)[1]
+    assert half["bad"].weight == 1.0 and half["good"].weight == 1.0 and half["good"].sample_fraction == 0.75
+    assert half["none"].weight is None and half["none"].sample_fraction == 0.0
+
+
 def test_sources_are_compared_in_the_updates_that_have_both():
     updates = [update(i, 1, [1.0] * 4, [0.0, 2.0, 1.0, 3.0 + i / 100]) for i in range(1, 7)]
     only_a = update(7, 1, [1.0, 1.0], [0.0, 5.0], source=["a", "a"])

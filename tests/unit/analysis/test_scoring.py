@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,6 +253,20 @@ def test_a_command_that_was_killed_goes_on_where_it_was(weighter: Path, tmp_path
     assert [row["id"] for row in output_rows(output)] == list(range(30))
 
 
+@pytest.mark.parametrize("changed", ["input.jsonl", "weighter/config.json"])
+def test_scores_of_files_that_have_changed_are_not_mixed_with_older_ones(
+    weighter: Path, tmp_path: Path, capsys, changed: str
+):
+    """Of the same path and size: only the time of the change tells."""
+    shutil.copytree(weighter, tmp_path / "weighter")
+    source = write(tmp_path / "input.jsonl", ROWS[:4])
+    flags = ("--weighter", tmp_path / "weighter", "--input", source, "--output", tmp_path / "out")
+    assert run(*flags) == 0 and run(*flags) == 0
+    os.utime(tmp_path / changed, (1, 1))
+    assert run(*flags) == 2
+    assert "was made with other input or flags" in capsys.readouterr().err
+
+
 def test_scoring_needs_no_megatron(weighter: Path, tmp_path: Path):
     source = write(tmp_path / "a.jsonl", ROWS[:3])
     flags = ["--weighter", str(weighter), "--input", str(source), "--output", str(tmp_path / "out")]
@@ -331,6 +346,7 @@ def test_what_cannot_be_used_is_one_line(weighter: Path, tmp_path: Path, capsys)
         ("--output", source, "cannot be written"),
         ("--score-key", "id", "has 'id' already"),
         ("--batch-tokens", 0, "less than 1"),
+        ("--input", write(tmp_path / "empty.jsonl", []), "no documents"),
     ]:
         argv = [
             word for item in {**usual, "--output": tmp_path / f"out{words[:4]}", flag: value}.items() for word in item

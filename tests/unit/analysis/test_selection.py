@@ -20,6 +20,7 @@ from megatron_dwm.analysis import top_rows
 from megatron_dwm.analysis.selection_table import RowTableWriter
 from megatron_dwm.analysis.top_rows import ROW, Group, TopRows
 from megatron_dwm.cli import preprocess, select
+from megatron_dwm.corpora import storage
 
 
 def made_rows() -> list[dict[str, Any]]:
@@ -279,6 +280,24 @@ def test_a_selection_that_was_interrupted_goes_on(source: Path, tmp_path: Path, 
     assert run(*words) == 130
     assert run(*words, "--seed", 2) == 0
     assert calls[2:] == list(range(max(calls) + 1))
+
+
+def test_a_selection_that_ends_while_it_removes_its_unfinished_work_can_be_repeated(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    words = ("--input", source, "--documents", 20, "--output", tmp_path / "out.jsonl")
+
+    def interrupted(folder: str, **options: Any) -> None:
+        if (table := Path(folder) / "numbers/00000").exists():  # not before the work begins
+            table.unlink()  # files go one by one, in any order
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage.shutil, "rmtree", interrupted)
+    assert run(*words) == 130
+    assert run(*words) == 0
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == best(ROWS, 20)
+    assert not (tmp_path / ".out.jsonl.unfinished").exists()
 
 
 GOOD = b'{"score": 1, "source": "a", "tokens": 3, "text": "w"}\n'

@@ -11,7 +11,8 @@ import pytest
 
 from megatron_dwm import __version__
 from megatron_dwm.cli import benchmark, main, plot
-from megatron_dwm.errors import EXIT_CODE
+from megatron_dwm.cli.dispatch import Command
+from megatron_dwm.errors import EXIT_CODE, INTERRUPTED
 from megatron_dwm.extras import EXTRA_OF
 from tests.paths import ROOT
 
@@ -55,6 +56,16 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
         assert isinstance(end.code, int)
         return end.code
     return 0
+
+
+def test_ctrl_c_while_a_command_is_imported_prints_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    """Importing torch takes seconds."""
+    (tmp_path / "interrupted_command.py").write_text("raise KeyboardInterrupt\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(main.COMMANDS, "plot", Command("interrupted_command", "is interrupted"))
+    assert run(monkeypatch, "plot") == INTERRUPTED and capsys.readouterr() == ("", "")
 
 
 def test_help_lists_every_command_on_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

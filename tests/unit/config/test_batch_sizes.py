@@ -25,6 +25,8 @@ def test_batches_are_made_smaller_where_they_do_not_divide():
     assert sizes.running_sizes == [8, 20, 28]
     assert BatchSizes(30, 4, 1, decreases=True).running_sizes == [28]
     assert sizes.iterations(130) == 6  # of 10, 10, 20, and then 30
+    assert [sizes.trained_samples(number) for number in (0, 2, 3, 6)] == [0, 16, 36, 120]
+    assert BatchSizes(30, 3, 1).trained_samples(5) == 150
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,7 @@ HOW_IT_IS_COMPUTED = {
     "use_flash_attn",
     "deprecated_use_mcore_models",
     "distribute_saved_activations",
+    "activations_checkpoint_method",
     "checkpoint_activations",
     "no_persist_layer_norm",
     "cross_entropy_fusion_impl",

@@ -2,7 +2,8 @@
 
 ``tests/fixtures/flags.json`` is what Megatron-LM's own parser (core_v0.16.1) says of its flags: spellings to
 destination, default and, where there are, choices, nargs, action and a type other than str. ``newer_flags.json`` has
-those that core_v0.17.0, core_v0.18.2 and core_v0.19.0 have and it has not (``megatron/record_newer_flags.py``).
+those that core_v0.17.0, core_v0.18.2 and core_v0.19.0 have and it has not (``megatron/record_newer_flags.py``), and
+``older_flags.txt`` those that releases from v2.0 to core_v0.15 had and it has not (the names in ``add_argument``).
 """
 
 from __future__ import annotations
@@ -50,18 +51,16 @@ OTHER_DEFAULTS = {
         "None stands for megatron-core's own defaults, which these are",
     ),
 }
+OLDER = set((ROOT / "tests/fixtures/older_flags.txt").read_text().split())
 NOT_IN_ITS_PARSER = {
-    *{"--fp8-hybrid"},  # its guide has it
+    *OLDER,
+    *{"--model-spec"},  # was never released
     *{"--export-kd-cfg", "--export-kd-teacher-load", "--export-te-mcore-model"},  # added by its model optimizer
-    *{"--activations-checkpoint-method"},  # older ones had them
     *{"--deepspeed", "--zero-stage", "--no-pipeline-parallel", "--train-tokens"},  # Megatron-DeepSpeed's
     *{"--lr-decay-tokens", "--lr-warmup-tokens"},  # the same
     *{"--use-z-loss", "--goldfish-loss", "--ademamix-alpha"},  # forks'
 }
-OF_OLDER_ONES_AND_FORKS = {
-    *{"--no-query-key-layer-scaling", "--log-batch-size-to-tensorboard", "--data-impl", "--DDP-impl", "--use-mpi"},
-    *{"--no-contiguous-buffers-in-local-ddp", "--use-contiguous-buffers-in-local-ddp"},
-}
+OF_FORKS = {"--use-mpi", "--use-contiguous-buffers-in-local-ddp"}
 """Accepted, because they change nothing."""
 MORE_CHOICES = {
     "--transformer-impl": {"torch"},  # our own
@@ -82,7 +81,7 @@ def test_flags_of_our_own_do_not_sound_like_megatrons():
         "--eval-tasks-num-fewshot",
         "--eval-tasks-text",
     }
-    others = OURS.keys() - MEGATRON.keys() - OF_OLDER_ONES_AND_FORKS
+    others = OURS.keys() - MEGATRON.keys() - OLDER - OF_FORKS
     assert all(name.startswith("--dwm-") or name in known for name in others)
 
 
@@ -112,7 +111,8 @@ def test_a_shared_flag_has_all_its_spellings():
 
 
 def test_a_flag_that_is_not_here_is_refused_with_reason_and_remedy():
-    for name in sorted(MEGATRON.keys() - OURS.keys()):
+    old_names = {name for kind in FLAG_GROUPS.values() for item in declared_flags(kind) for name in item.old_names}
+    for name in sorted((MEGATRON.keys() | OLDER) - OURS.keys() - old_names):
         reason = reason_unsupported(name)
         assert reason is not None and "\n" not in reason, name
         assert "; " in reason or reason.startswith("use "), name
@@ -138,6 +138,7 @@ READ_BY_PROPERTIES = {
     ),
     "lr_warmup_fraction": "OptimizerConfig.lr_bounds",
     "check_for_nan_in_loss_and_grad": "TrainingConfig.should_check_for_nan",
+    "activations_checkpoint_method": "ModelConfig.early_recompute_method",
     "accumulate_allreduce_grads_in_fp32": "OptimizerConfig.grads_in_fp32",
     "decrease_batch_size_if_needed": "RunConfig.batch_sizes",
     "dwm_target_batch_size": "RunConfig.target_batch_size",
@@ -184,7 +185,7 @@ def test_the_page_says_where_each_flag_comes_from():
         found.update(dict.fromkeys(re.findall(r"`(--[^`]+)`", flags), origin))
     theirs = MEGATRON.keys()
     expected = {
-        name: "no effect" if item.field in no_effect else "Megatron-LM" if name in theirs else "Megatron-DWM"
+        name: "no effect" if item.field in no_effect else "Megatron-LM" if name in theirs | OLDER else "Megatron-DWM"
         for name, item in OURS.items()
     }
     assert found == expected

@@ -72,6 +72,21 @@ def test_an_old_spelling_does_not_overrule_a_flag():
 
 
 @pytest.mark.parametrize(
+    ("early", "todays"),
+    [
+        ("--layernorm-epsilon 1e-6", "--norm-epsilon 1e-6"),
+        ("--override-lr-scheduler", "--override-opt_param-scheduler"),
+        ("--use-checkpoint-lr-scheduler", "--use-checkpoint-opt_param-scheduler"),
+        ("--no-delay-grad-reduce", "--no-align-grad-reduce"),
+        ("--no-scaled-masked-softmax-fusion", "--no-masked-softmax-fusion"),
+        ("--local_rank 0", "--local-rank 0"),
+    ],
+)
+def test_early_spellings_mean_todays(early: str, todays: str):
+    assert _parse(early) == _parse(todays)
+
+
+@pytest.mark.parametrize(
     "flag",
     [
         *("--fim-data", "--use-megatron-fsdp"),

@@ -213,6 +213,7 @@ MISTAKES = {
     "--metrics-jsonl $RUN/metrics": "--metrics-jsonl $RUN/metrics: the shell has not replaced $; write the path out",
     "--save s3://bucket/run": "--save s3://bucket/run: is a URL; give a path on this machine",
     "--tensorboard-dir file:///tmp/tb": "--tensorboard-dir file:///tmp/tb: is a URL; give a path on this machine",
+    "--data-args-path=": "--data-args-path '': is empty; give a path, or leave it out",
     "--metrics-jsonl=": "--metrics-jsonl '': is empty; give a path, or leave it out",
     "--embedding-init-method-std -1": "--embedding-init-method-std -1.0: must be at least 0",
     "--num-distributed-optimizer-instances 2": "has no effect without --use-distributed-optimizer; add it",
@@ -270,7 +271,7 @@ MISTAKES = {
     "--adam-beta2 1": "--adam-beta2 1.0: must be less than 1",
     "--clip-grad -1": "--clip-grad -1.0: must be at least 0",
     "--seed 0": "--seed 0: must be at least 1",
-    "--exit-interval 0": "--exit-interval 0: must be at least 1",
+    "--exit-interval -1": "--exit-interval -1: must be at least 0",
     "--manual-gc-interval 10": "without --manual-gc",
     "--hidden-dropout 1": "--hidden-dropout 1.0: must be less than 1",
     "--num-query-groups 2": "without --group-query-attention",
@@ -349,6 +350,11 @@ def test_a_mistake_is_one_line_and_code_2(flags: str, capsys: pytest.CaptureFixt
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert MISTAKES[flags] in error
+
+
+def test_a_path_of_blanks_is_refused_as_an_empty_one_is():
+    with pytest.raises(UserError, match="--save ' ': is empty; give a path, or leave it out"):
+        parse_run([*RUN.split(), "--save", " "], world_size=4)
 
 
 def test_context_parallelism_divides_the_world_and_the_sequence():

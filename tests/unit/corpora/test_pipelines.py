@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from datatrove.pipeline.base import PipelineStep
 
 from megatron_dwm.corpora.pipelines import Job, refused_output, run_here
 from megatron_dwm.errors import UserError
+from tests.unit.runtime.test_child_processes import is_running
 
 
 def test_what_a_store_raises_is_one_line_and_a_mistake_of_ours_is_not_hidden():
@@ -54,3 +58,33 @@ def test_a_worker_that_is_killed_ends_the_job_and_finished_tasks_are_kept(
     ):
         run_here(Job([Killed()], 3, str(tmp_path / "logs")), workers=2)
     assert "00001" not in {path.name for path in (tmp_path / "logs").glob("completions/*")}
+
+
+class KilledWithChildren(PipelineStep):
+    """Kills the process that runs it, which is the job's if it has one worker; names the process's children before."""
+
+    type = name = "killed"
+
+    def __init__(self, names: Path) -> None:
+        super().__init__()
+        self.names = names
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        self.names.write_text(" ".join(str(child.pid) for child in psutil.Process().children()))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_no_process_of_a_job_outlives_it_when_it_is_killed(tmp_path: Path):
+    job = Job([KilledWithChildren(tmp_path / "children")], 1, str(tmp_path / "logs"))
+    process = multiprocessing.get_context("fork").Process(target=run_here, args=(job, 1))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    children = [int(pid) for pid in (tmp_path / "children").read_text().split()]
+    deadline = time.monotonic() + 10
+    while any(map(is_running, children)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    survivors = [pid for pid in children if is_running(pid)]
+    for pid in survivors:
+        os.kill(pid, signal.SIGKILL)
+    assert children and not survivors

@@ -26,6 +26,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.corpora import preprocess as preprocess_module
+from megatron_dwm.corpora import unfinished
 from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
 from megatron_dwm.corpora.unfinished import unfinished_work
 from megatron_dwm.data.validation import check_dataset
@@ -289,6 +290,29 @@ def test_a_kill_while_files_are_put_in_place_leaves_no_data_beside_another_index
     preprocess(PreprocessConfig(input=[str(new)], output_prefix=prefix), null)  # the same command ends what it began
     whole = IndexedDataset(data)
     assert whole[0].tolist() == [3, 4]
+
+
+def test_a_kill_while_finished_work_is_removed_does_not_spoil_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["--input", write_lines(tmp_path / "texts.jsonl", ['{"text": "1 2"}']), *NUMBERS]
+    argv += ["--output-prefix", str(tmp_path / "out" / "made")]
+
+    def killed() -> None:
+        def partly(folder: Path, **options: Any) -> None:
+            if folder.name == ".made.unfinished":  # its files go one by one, in any order
+                (folder / "000000" / "part0_text_document.bin").unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        unfinished.shutil.rmtree = partly
+        run_tool(monkeypatch, *argv)
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert run_tool(monkeypatch, *argv) == 0
+    assert not list((tmp_path / "out").glob(".*"))
 
 
 def test_killed_work_goes_on_behind_its_last_finished_segment(

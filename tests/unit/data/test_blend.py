@@ -45,6 +45,7 @@ def test_sources_are_named_by_their_files_unless_these_are_the_same() -> None:
     assert short_names(["/x/prose.train_text_document", "/x/code.train_text_document"]) == ["prose", "code"]
     assert short_names(["/x/prose.train_text_document", "/x/prose.old_text_document"]) == ["prose.train", "prose.old"]
     assert short_names(["/x/a_text_document", "/y/a_text_document"]) == ["/x/a_text_document", "/y/a_text_document"]
+    assert short_names(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]  # each is a source of its own
 
 
 def test_paths_are_read_from_files(tmp_path: Path) -> None:
@@ -86,6 +87,14 @@ def test_an_unreadable_file_of_paths_is_named(name: str, tmp_path: Path) -> None
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=rf"--data-args-path {tmp_path / name}: cannot be read"):
         data_paths(DataConfig(data_args_path=str(tmp_path / name)), None)
+
+
+def test_a_file_of_paths_without_training_data_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "valid.json").write_text('{"valid": ["a"]}')
+    for flag, name in (("data_args_path", "empty"), ("per_split_data_args_path", "valid.json")):
+        with pytest.raises(UserError, match=rf"--\S+-args-path {tmp_path / name}: names no training data"):
+            data_paths(DataConfig(**{flag: str(tmp_path / name)}), None)
 
 
 def test_evaluation_data_alone_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+from logging import Handler
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,22 @@ def test_hf_folder_gives_the_same_ids_on_any_text(
     assert counterpart.pad_token_id is not None
     assert len(counterpart) == tokenizer.vocab_size
     assert all(not path.name.startswith(".") for path in (tmp_path / "out").iterdir())
+
+
+def test_saving_says_nothing_of_the_length_of_what_it_tries(configs: dict[str, TokenizerConfig], tmp_path: Path):
+    """transformers would warn of indexing errors, in the log of a run that is in order."""
+    from transformers import logging
+
+    lines: list[str] = []
+    handler = Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.add_handler(handler)
+    try:
+        for kind in KINDS:
+            save_hf_tokenizer(build_tokenizer(configs[kind]), configs[kind], tmp_path / kind, max_length=4)
+    finally:
+        logging.remove_handler(handler)
+    assert lines == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

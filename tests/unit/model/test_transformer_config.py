@@ -14,13 +14,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dwm.config.flags import declared_flags
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.parallel import ParallelConfig
+from megatron_dwm.errors import UserError
 from megatron_dwm.model.transformer_config import has_tanh_gelu
 from tests.unit.model.configs import GPU, SIZES, build_config
 
 
 def test_flags_of_the_same_name_are_copied():
     config = build_config(
-        training={"use_cpu_initialization": True, "seed": 5},
+        training={"use_cpu_initialization": True, "perform_initialization": False, "seed": 5},
         hidden_dropout=0.3,
         layernorm_epsilon=1e-6,
         init_method_std=0.01,
@@ -28,6 +29,7 @@ def test_flags_of_the_same_name_are_copied():
         qk_layernorm=True,
         calculate_per_token_loss=True,
     )
+    assert not config.perform_initialization
     assert (config.num_layers, config.hidden_size, config.hidden_dropout) == (4, 64, 0.3)
     assert (config.layernorm_epsilon, config.init_method_std, config.embedding_init_method_std) == (
         1e-6,
@@ -76,15 +78,24 @@ def test_flags_of_overlapped_and_deferred_communication_are_copied():
     assert not any(getattr(unchanged, name) == value for name, value in changed.items())
     last = ParallelConfig(pipeline_model_parallel_size=2, decoder_last_pipeline_num_layers=1)
     assert build_config(parallel=last).num_layers_in_last_pipeline_stage == 1
+    deferred = ParallelConfig(pipeline_model_parallel_size=2, defer_embedding_wgrad_compute=True)
+    with pytest.raises(UserError, match="Cannot defer embedding wgrad compute when gradient accumulation fusion"):
+        build_config(parallel=deferred)  # the fusion needs a GPU
 
 
-def test_the_old_spelling_of_recomputation_means_every_layer():
-    config = build_config(checkpoint_activations=True)
-    assert (config.recompute_granularity, config.recompute_method, config.recompute_num_layers) == (
-        "full",
-        "uniform",
-        1,
-    )
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"checkpoint_activations": True}, ("full", "uniform", 1)),
+        ({"activations_checkpoint_method": "block"}, ("full", "block", 1)),
+        ({"activations_checkpoint_method": "uniform", "recompute_num_layers": 2}, ("full", "uniform", 2)),
+    ],
+)
+def test_early_spellings_of_recomputation_mean_full_recomputation(
+    flags: dict[str, Any], expected: tuple[str, str, int]
+):
+    config = build_config(**flags)
+    assert (config.recompute_granularity, config.recompute_method, config.recompute_num_layers) == expected
 
 
 def test_sizes_follow_megatrons_rules():

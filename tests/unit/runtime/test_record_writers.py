@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import resource
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,19 @@ def test_a_resumed_run_drops_the_records_that_it_writes_again(tmp_path: Path):
     assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
+def test_records_of_a_file_that_was_removed_go_to_a_new_one(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = tmp_path / "save" / "metrics.jsonl"
+    writer = JsonLinesWriter(path, resumed_at=0)
+    writer.write({"iteration": 1})
+    shutil.rmtree(path.parent)
+    with caplog.at_level(logging.WARNING):
+        writer.write({"iteration": 2})
+        writer.write({"iteration": 3})
+    writer.close()
+    assert caplog.messages == [f"{path}: was removed; earlier records are lost"]
+    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [2, 3]
+
+
 def test_a_path_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--metrics-jsonl .*file/metrics\.jsonl"):
@@ -40,7 +55,11 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path):
         JsonLinesWriter(tmp_path / "pipe", resumed_at=0)
 
 
-def test_curves_that_cannot_be_written_are_lost_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_curves_that_cannot_be_written_are_lost_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    tracebacks: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--tensorboard-dir .*file: cannot be written \(.+\); give another folder"):
         TensorBoardWriter(str(tmp_path / "file"), queue_size=1)
@@ -56,6 +75,11 @@ def test_curves_that_cannot_be_written_are_lost_with_one_warning(tmp_path: Path,
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (message,) = caplog.messages
     assert message.startswith(f"--tensorboard-dir {tmp_path / 'board'}: cannot be written ([Errno 27] File too large")
+    assert not tracebacks
+    failing = threading.Thread(target=int, args=("x",))
+    failing.start()
+    failing.join()
+    assert [arguments.exc_type for arguments in tracebacks] == [ValueError]  # of other threads they are printed
 
 
 def test_a_new_run_leaves_the_records_of_another_beside(tmp_path: Path):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Literal
+
+import pytest
 
 from megatron_dwm.config.profiling import ProfilingConfig
 from megatron_dwm.runtime.timers import StepTimers
+from tests.distributed.harness import run_distributed
 
 
 def test_level_0_times_nothing():
@@ -24,3 +28,21 @@ def test_megatron_core_has_timers_while_they_are_attached():
         config.timers("forward-compute").stop()
         assert config.barrier_with_L1_time
     assert config.timers is None
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("max", "max time across ranks (ms):"),
+        ("minmax", "(min, max) time across ranks (ms):"),
+        ("all", "times across ranks (ms):"),
+    ],
+)
+def test_the_option_is_what_is_said_of_the_ranks(option: Literal["max", "minmax", "all"], said: str):
+    def first_line() -> str:
+        timers = StepTimers(ProfilingConfig(timing_log_level=1, timing_log_option=option))
+        with timers.timed("optimizer"):
+            pass
+        return str(timers.text(1, should_reset=True)).partition("\n")[0]
+
+    assert run_distributed(first_line, 1) == [said]

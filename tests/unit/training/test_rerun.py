@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 
+from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.errors import UserError
-from megatron_dwm.training.rerun import reported_divergence
+from megatron_dwm.training.rerun import StepValidation, reported_divergence
+from tests.distributed.harness import run_distributed
 
 
 def test_what_is_not_finite_is_one_line_and_other_errors_are_left_as_they_are():
@@ -18,3 +21,20 @@ def test_what_is_not_finite_is_one_line_and_other_errors_are_left_as_they_are():
         torch.optim.AdamW([parameter], lr=1e38).step()
     with pytest.raises(RuntimeError, match=r"^a kernel failed$"), reported_divergence(3):
         raise RuntimeError("a kernel failed")
+
+
+def test_injected_errors_behave_as_asked_for():
+    def injected() -> tuple[int, str]:
+        StepValidation(
+            TrainingConfig(
+                micro_batch_size=1,
+                train_iters=1,
+                rerun_mode="validate_results",
+                error_injection_rate=5,
+                error_injection_type="persistent_error",
+            )
+        )
+        injector = get_rerun_state_machine().error_injector
+        return injector.error_injection_rate, injector.error_injection_type.value
+
+    assert run_distributed(injected, 1) == [(5, "persistent_error")]

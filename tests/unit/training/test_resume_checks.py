@@ -22,7 +22,8 @@ REPLAY = {"replay": [{}, {}]}
 
 
 def warnings(flags: str, iteration: int = 10, target: str = "target", state: dict[str, object] = REPLAY) -> list[str]:
-    saved = SavedCheckpoint(Path("save", "iter_1"), {"args": Namespace(dwm_target_data_path=target.split())}, None)
+    arguments = Namespace(dwm_target_data_path=target.split(), vocab_size=20)
+    saved = SavedCheckpoint(Path("save", "iter_1"), {"args": arguments}, None)
     train_state = TrainState(iteration=iteration, consumed_train_samples=4 * iteration)
     return resume_warnings(parse_run(flags.split(), 1), saved, train_state, state)
 
@@ -54,3 +55,9 @@ def test_a_replay_that_was_aligned_with_another_target_set_is_said():
     )
     assert warnings(BY_ITERS + TARGET, target="another", state={"replay": []}) == []
     assert warnings(BY_ITERS + OFF, target="another") == []
+
+
+def test_another_number_of_tokens_is_said():
+    assert warnings(BY_ITERS.replace("--vocab-size 20", "--vocab-size 19") + TARGET) == [
+        "--vocab-size 19 is not the checkpoint's 20: documents end with another token than before"
+    ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import resource
 from pathlib import Path
 
 import pytest
 
+from megatron_dwm.config.checkpoint import TRACKER
 from megatron_dwm.errors import UserError
 from megatron_dwm.training.checkpoint_folders import checkpoints_in
 from megatron_dwm.training.folder_lock import LOCK
@@ -25,6 +27,19 @@ def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path):
     found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_dir())
     assert found == ["iter_0000008", "non_persistent", "weighter", "weighter/x"]
     assert sorted(path.name for path in tmp_path.glob(".*")) == [LOCK]
+
+
+def test_a_first_checkpoint_that_a_killed_run_could_not_track_is_tracked(tmp_path: Path):
+    """Only what one killed run may have left: one checkpoint, which is whole."""
+    whole = ("whole/iter_0000004", "two/iter_0000004", "two/iter_0000008", "two/non_persistent/iter_0000009")
+    for name in (*whole, "unfinished/iter_0000004"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in whole:
+        (tmp_path / name / "metadata.json").touch()
+    for name in ("whole", "unfinished", "two"):
+        SaveFolder(tmp_path / name).close()
+    found = {str(path.parent.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob(TRACKER)}
+    assert found == {"whole": "4", "two/non_persistent": "9"}
 
 
 def test_only_folders_that_are_named_by_a_number_hold_checkpoints(tmp_path: Path):
@@ -53,9 +68,27 @@ def test_what_cannot_be_written_is_named_and_nothing_is_left(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_run_that_starts_on_a_full_disk_names_the_folder(is_new: bool, tmp_path: Path):
+    save = tmp_path / "new" if is_new else tmp_path
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # files can be made, but not written
+    try:
+        with pytest.raises(UserError, match=rf"--save {save}: cannot be written \(File too large\); make room"):
+            SaveFolder(save).create()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_a_folder_in_place_of_the_lock_is_named(tmp_path: Path):
     (tmp_path / LOCK).mkdir()
     with pytest.raises(UserError, match=rf"--save {tmp_path / LOCK}: cannot be opened \(Is a directory\)"):
+        SaveFolder(tmp_path)
+
+
+def test_a_file_in_place_of_the_exports_is_named(tmp_path: Path):
+    (tmp_path / "weighter").touch()
+    with pytest.raises(UserError, match=rf"--save {tmp_path}/weighter: cannot be written \(Not a directory\)"):
         SaveFolder(tmp_path)
 
 

@@ -53,8 +53,13 @@ def test_a_run_under_nohup_goes_on_when_its_terminal_is_closed():
     assert run_distributed(reason, 1) == [None]
 
 
-def test_without_a_reason_the_run_goes_on():
-    assert run_distributed(lambda: reason_after(None, 1, exit_signal_handler=True, exit_interval=2), 1) == [None]
+@pytest.mark.parametrize("interval", [2, 0])
+def test_without_a_reason_the_run_goes_on(interval: int):
+    assert run_distributed(lambda: reason_after(None, 1, exit_signal_handler=True, exit_interval=interval), 1) == [None]
+
+
+def test_no_minutes_are_no_limit():
+    assert run_distributed(lambda: reason_after(None, 1, exit_duration_in_mins=0), 1) == [None]
 
 
 def test_the_time_is_every_ranks_reason_when_one_finds_it_over():

@@ -47,6 +47,23 @@ def test_a_difference_within_noise_is_no_contradiction():
     assert "cannot be told from 0" in sentence
 
 
+def test_chance_contradicts_no_weights_though_many_pairs_of_sources_are_compared():
+    """Twelve sources are 66 pairs: at 95 % for each, 1.6 of them would contradict in each of these reports."""
+    names = [f"source{number}" for number in range(12)]
+    weights = [0.5 + number / 11 for number in range(12)]
+    steps = {name: weight / 12 for name, weight in zip(names, weights, strict=True)}
+    found = []
+    for seed in range(10):
+        generator = np.random.default_rng(seed)
+        updates = [
+            update(i, 1, weights * 2, generator.normal(size=24).tolist(), source=names * 2) for i in range(1, 11)
+        ]
+        by_source = {"share_by_source": steps, "weight_by_source": dict(zip(names, weights, strict=True))}
+        samples = weighted_samples(updates)
+        found += [text for text in warnings(Report("run", run_of(updates, stage=1, **by_source), samples, samples))]
+    assert not [text for text in found if "contradict" in text]
+
+
 def test_too_few_updates_say_so_and_nothing_else():
     report = made(updates=3, gap=2.0, weight_of_a=1.2)
     (sentence,) = warnings(report)

@@ -93,6 +93,14 @@ def test_a_run_without_weights_has_a_page_too(step: dict):
     assert "No step of this run was weighted" in page and "no weights of single samples" in page
 
 
+def test_a_run_by_rule_has_no_alignments_and_no_weighter_that_is_not_told():
+    """An oracle is told; and of one source nothing counts most."""
+    report = report_of(run_of([], stage=1, share_by_source={"a": 1.0}, weight_by_source={"a": 1.0}))
+    page = render_report(report)
+    assert "never told" not in page and "alignments" not in drawn(page) and "Mean alignment" not in page
+    assert key_facts(report) == []
+
+
 def made_run(updates: int) -> RunRecords:
     weights = {"weight_by_source": {"a": 1.2, "b": 0.8}, "share_by_source": {"a": 0.6, "b": 0.4}}
     generator = np.random.default_rng(0)
@@ -114,6 +122,21 @@ def test_few_updates_are_said_in_words_and_many_are_drawn_with_intervals():
     assert len(marks["x"]) == 2 and marks["customdata"][1][3] == "9 updates"
     assert all(width >= 0 for width in marks["error_x"]["array"]) and "95 % interval" in marks["hovertemplate"]
     assert "n = %{customdata[2]} samples" in named(many["quarter-0"])["stage 1"]["hovertemplate"]
+
+
+def test_lines_whose_colors_repeat_differ_in_their_dashes():
+    names = [f"source{number}" for number in range(12)]
+    weights = dict.fromkeys(names, 1.0)
+    updates = [update(i, 1, [1.0] * 12, list(range(12)), source=names) for i in range(1, 7)]
+    run = run_of(updates, stage=1, share_by_source={name: 1 / 12 for name in names}, weight_by_source=weights)
+    run.evaluations.extend(evaluated({2: 2.0, 4: 1.0}, lm_loss_by_source=weights))
+    figures = drawn(render_report(report_of(run)))
+    for name in ("weights", "alignments", "losses"):
+        lines = named(figures[name]).values()
+        styles = {(line["line"]["color"], line["line"].get("dash", "solid"), line["mode"]) for line in lines}
+        assert len(styles) == len(lines) >= 12
+    areas = named(figures["fractions"]).values()
+    assert len({(area["fillcolor"], area["fillpattern"]["shape"]) for area in areas}) == 12
 
 
 def test_every_color_has_one_for_dark_pages():
