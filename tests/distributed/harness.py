@@ -20,8 +20,6 @@ from typing import Any, TypeVar
 import megatron.core  # noqa: F401  imported here so that workers inherit it
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_dwm.runtime.device import select_device
 from tests.turns import turn
@@ -135,11 +133,9 @@ def checkpoint_manager() -> SyncManager:
     """The process that megatron-core keeps a rank's list of written files in.
 
     megatron-core starts one at each rank's first checkpoint, and that process imports torch to hold the first entry;
-    this one has done so once for all runs.
+    this one is a fork, and serves all runs.
     """
-    manager = multiprocessing.get_context("spawn").Manager()
-    manager.Queue().put(WriteResult(MetadataIndex("any"), size_in_bytes=0, storage_data=None))
-    return manager
+    return multiprocessing.get_context("fork").Manager()
 
 
 def become_rank(rank: int, world_size: int, port: int) -> None:

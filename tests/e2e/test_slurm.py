@@ -137,7 +137,7 @@ def test_a_preempted_job_saves_requeues_itself_and_goes_on(cluster: Cluster, tmp
         while not metrics.is_file() or metrics.read_text().count('"train"') < 4:
             time.sleep(0.2)
         preempting = cluster.run_job(urgent, options=["--partition=urgent"], folder=tmp_path, environment={})
-        finished = cluster.wait(job, tmp_path)
+    finished = cluster.wait(job, tmp_path)  # most of this time the job waits for its credentials to expire
     log = finished.log + _log_of_nodes(save)
     assert preempting.state == "COMPLETED", log
     assert finished.state == "COMPLETED", log

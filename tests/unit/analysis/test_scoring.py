@@ -98,7 +98,7 @@ def test_scores_are_those_of_training_and_rows_stay_whole_and_in_order(weighter:
     third = tmp_path / "c.parquet"
     pq.write_table(pa.Table.from_pylist(ROWS[20:]), third)
     flags = ("--weighter", weighter, "--input", first, second, third, "--window", WINDOW, "--batch-tokens", 64)
-    assert run(*flags, "--output", tmp_path / "out", "--workers", 2) == 0
+    assert run(*flags, "--output", tmp_path / "out") == 0
     line = capsys.readouterr().out
     assert "30 documents of 3 files" in line and "docs/s" in line and "MB/s" in line
     rows = output_rows(tmp_path / "out")
@@ -113,7 +113,7 @@ def test_scores_are_those_of_training_and_rows_stay_whole_and_in_order(weighter:
 
 
 def test_files_behind_urls_are_read_and_written_as_others(weighter: Path, tmp_path: Path, capsys):
-    """``file:`` goes the way of all of fsspec's file systems, S3 among them."""
+    """``file:`` goes the way of all of fsspec's file systems, S3 among them; two processes do what one does."""
     folder = tmp_path / "in"
     folder.mkdir()
     write(folder / "a.jsonl", ROWS[:12])
@@ -123,7 +123,9 @@ def test_files_behind_urls_are_read_and_written_as_others(weighter: Path, tmp_pa
     assert run(*flags, "--input", folder, "--output", tmp_path / "plain") == 0
     url = f"file://{tmp_path}"
     remote = (*flags, "--workers", 2, "--output", f"{url}/out")
+    capsys.readouterr()
     assert run(*remote, "--input", f"{url}/in") == 0
+    assert "30 documents of 3 files" in capsys.readouterr().out
     assert output_rows(tmp_path / "out") == output_rows(tmp_path / "plain")
     assert run(*remote, "--input", f"{url}/in") == 0
     assert "scored 0 documents" in capsys.readouterr().out  # they are done
