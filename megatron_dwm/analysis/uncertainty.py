@@ -84,9 +84,9 @@ def mean_correlation(rhos: Sequence[float], sizes: Sequence[int], updates: int) 
 
 
 def student_t(degrees: int, comparisons: int = 1) -> float:
-    """Return Student's t, two-sided 95 %, to half a percent from 4 degrees of freedom on (Cornish and Fisher).
+    """Return Student's t, two-sided 95 %, by the expansion of Cornish and Fisher.
 
-    For 100 comparisons it is to a tenth.
+    From 4 degrees of freedom on, its error is half a percent for one comparison, and a tenth for 100.
     """
     z = NormalDist().inv_cdf(1 - 0.025 / comparisons)
     return (
