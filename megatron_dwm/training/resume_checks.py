@@ -202,8 +202,11 @@ def resume_warnings(config: RunConfig, saved: SavedCheckpoint, train_state: Trai
         if asked is not None and done > asked and not training.skip_train:
             flag = f"{flag_name(name)} {asked}"
             warnings.append(f"{flag}: the checkpoint has {done} {unit} already, so nothing is trained; give more")
-    size, saved_size = config.tokenizer.vocab_size, vars(saved.arguments).get("vocab_size")
-    if None not in (size, saved_size) and size != saved_size:
+    tokenizer, saved_size = config.tokenizer, vars(saved.arguments).get("vocab_size")
+    size = tokenizer.vocab_size if tokenizer.tokenizer_type == "NullTokenizer" else None  # others need no such flag
+    has_weighter = settings.dwm_mode == "bilevel" and weighting.get("weighter") is not None
+    # A tokenizer of more tokens than the weighter has is refused.
+    if size is not None and saved_size is not None and size != saved_size and not (has_weighter and size > saved_size):
         warnings.append(
             f"--vocab-size {size} is not the checkpoint's {saved_size}: documents end with another token than before"
         )

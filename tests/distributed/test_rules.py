@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -23,6 +24,7 @@ from megatron_dwm.weighting.build import build_weighting
 from megatron_dwm.weighting.context import WeightingContext
 from megatron_dwm.weighting.inputs import read_weighting_inputs, run_stages
 from megatron_dwm.weighting.policy import SampleWeighting
+from megatron_dwm.weighting.rules import half_of_samples
 from tests.distributed.built_model import LAYOUTS, BuiltModel, build_model, random_mask, random_tokens
 from tests.distributed.harness import run_distributed
 from tests.small_runs import LLAMA, NUM_SAMPLES, SEQ_LENGTH, VOCAB_SIZE, Flags
@@ -30,7 +32,7 @@ from tests.small_runs import LLAMA, NUM_SAMPLES, SEQ_LENGTH, VOCAB_SIZE, Flags
 STEPS = 5
 RULES: dict[str, Flags] = {
     "loss": {},
-    "half": {},
+    "half": {"--dwm-rule-seed": 2},
     "linupper": {},
     "similarity": {},
     "source-weights": {"--dwm-rule-sources": ["b"], "--dwm-rule-weights": [3]},
@@ -138,6 +140,10 @@ def test_each_rule_weighs_as_it_says(one_process: Weights):
     first, second, third, *_ = one_process["source-alignment"]
     assert torch.equal(first, torch.ones(NUM_SAMPLES).double()) and torch.equal(second, first)
     assert third[of_b].unique().numel() == third[~of_b].unique().numel() == 1 and third[0] != third[2]
+    numbers = np.arange(NUM_SAMPLES)
+    for iteration, weights in enumerate(one_process["half"], 1):
+        half = half_of_samples(numbers + iteration * NUM_SAMPLES, seed=2)
+        assert (weights > 0).tolist() == half.tolist()
     before_adam, *others = one_process["top-alignment"]
     assert torch.equal(before_adam, first)
     for weights in others:

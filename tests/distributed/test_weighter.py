@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -65,6 +67,23 @@ def test_a_gradient_that_is_not_finite_stops_every_rank_before_the_step():
         return weighter.hash() == before
 
     assert run_distributed(diverge, 2) == [True, True]
+
+
+def test_the_gradient_is_clipped_to_the_norm_of_the_flag_and_not_at_all_with_0():
+    def norms() -> list[tuple[float, float]]:
+        """The norm that a step returns, and that of the gradient which the optimizer is given."""
+        found = []
+        for limit in (0.0, 0.01):
+            weighter = Weighter(classifier(), replace(CONFIG, dwm_clip_grad=limit), torch.device("cpu"))
+            tokens, gradient = batch()
+            norm = weighter.step(tokens, lambda scores: gradient)  # noqa: B023 - called at once
+            left = [param.grad.norm() for param in weighter.model.parameters() if param.grad is not None]
+            found.append((norm, float(torch.stack(left).norm())))
+        return found
+
+    ((plain, clipped),) = run_distributed(norms, 1)
+    assert plain[0] == clipped[0] > 0.01
+    assert plain[1] == pytest.approx(plain[0], rel=1e-5) and clipped[1] == pytest.approx(0.01, rel=1e-3)
 
 
 def test_a_replica_that_differs_is_noticed_on_every_rank():

@@ -85,7 +85,7 @@ def test_the_weighter_of_any_checkpoint_is_exported(first_run, tmp_path: Path):
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "exported").iterdir()} == {0o644}
     card = (tmp_path / "exported" / "README.md").read_text()
     size = records(save / "metrics.jsonl", "train")[-1]["effective_sample_size"]
-    assert f"Effective sample size of the last step: {size:.2f} of the batch" in card
+    assert f"Effective sample size at iteration 10: {size:.2f} of the batch" in card
     assert "Shares that the weights gave" in card
     with pytest.raises(UserError, match="exported exists; remove it or give another folder"):
         export_weighter.ExportWeighterConfig(**arguments)

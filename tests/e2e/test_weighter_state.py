@@ -32,11 +32,13 @@ def weighter_state(save: Path, iteration: int) -> dict[str, Any]:
 def test_iterations_between_bilevel_ones_keep_the_weighter(mode: str, save: Path, tmp_path: Path):
     without = {name: value for name, value in RUN.items() if not name.startswith("--dwm")} | {"--dwm-mode": mode}
     if mode == "frozen":
-        without["--dwm-load"] = next((save / "weighter").iterdir())
+        without |= {"--dwm-load": next((save / "weighter").iterdir()), "--dwm-score-cache": 5}
     place = {"--load": save, "--save": save}
     succeed(tmp_path / "log", 1, without | place | {"--exit-interval": STOP + 2})
     before, kept = weighter_state(save, STOP), weighter_state(save, STOP + 2)
     assert kept.keys() - {"score_cache"} == before.keys() and kept["outer_updates"] == before["outer_updates"] > 0
+    if mode == "frozen":
+        assert len(kept["score_cache"]["keys"]) == 5  # of two batches' samples
     assert all(torch.equal(kept["weighter"][key], value) for key, value in before["weighter"].items())
     finished = succeed(tmp_path / "log", 1, RUN | place)
     assert "holds no weighter" not in finished.text

@@ -74,6 +74,29 @@ def test_the_detector_of_stragglers_reports_with_every_line(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("one_gpu")
+def test_the_detector_of_stragglers_can_begin_turned_off(tmp_path: Path):
+    flags = {"--log-straggler": True, "--straggler-ctrlr-port": free_port(), "--disable-straggler-on-startup": True}
+    output, _ = pretrain(tmp_path, flags)
+    assert "MnRtt/Rnk" not in output
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_memory_is_logged_and_recorded(tmp_path: Path):
+    flags = {"--log-memory-interval": 2, "--log-device-memory-used": True, "--train-iters": 8}
+    board, snapshot = tmp_path / "board", tmp_path / "snapshot.pickle"
+    flags |= {"--log-memory-to-tensorboard": True, "--tensorboard-dir": board}
+    flags |= {"--record-memory-history": True, "--memory-snapshot-path": snapshot}
+    output, _ = pretrain(tmp_path, flags)
+    reports = re.findall(r"\(after (\d+) iterations\) memory \(MB\) \| .*total device memory used: [\d.]+", output)
+    assert reports == ["1", "2", "4", "6", "8"]  # without the interval, only the first two lines of the log have one
+    assert snapshot.stat().st_size > 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(board)).Reload()
+    assert [event.step for event in events.Scalars("mem-allocated-bytes")] == list(range(1, 9))
+
+
+@pytest.mark.usefixtures("one_gpu")
 def test_energy_is_logged(tmp_path: Path):
     output, _ = pretrain(tmp_path, {"--log-energy": True})
     assert re.search(r"energy per GPU \(J/iter/GPU\): [\d.]+ \| power per GPU \(W/GPU\): [\d.]+ \|", output)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from megatron.core import parallel_state as mpu
 
 from megatron_dwm.config.data import DataConfig
@@ -48,3 +50,40 @@ def test_pad_tokens_of_the_first_sample_are_masked_in_no_other_sample(
         assert mask == [float(label != 0) for label in labels]  # pad tokens become 0
         masked.add(sum(mask))
     assert len(masked) > 1
+
+
+@pytest.mark.parametrize("is_allowed", [False, True])
+def test_a_pad_token_that_also_ends_documents_is_masked_only_if_the_flag_allows_it(
+    is_allowed: bool, configs: dict[str, TokenizerConfig], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "tokenizer"
+    padded = AutoTokenizer.from_pretrained(configs["hugging-face"].tokenizer_model)
+    padded.pad_token = padded.eos_token
+    padded.save_pretrained(folder)
+    tokenizer = build_tokenizer(replace(configs["hugging-face"], tokenizer_model=str(folder)))
+    assert tokenizer.pad == tokenizer.eod
+    prefix = write_dataset(tmp_path, "a", [[7, 8, 9, tokenizer.eod]] * 12)
+    data = DataConfig(train_data_path=[prefix], allow_ambiguous_pad_tokens=is_allowed)
+
+    def on_rank() -> list[tuple[list[int], list[float]]]:
+        mpu.initialize_model_parallel()
+        sizes = SplitSizes(train=4, valid=0, test=0)
+        found = build_datasets(
+            data,
+            data_paths(data, None),
+            sizes,
+            tokenizer,
+            current_parallel_state(),
+            sequence=SEQUENCE,
+            seed=1,
+            target_batch_size=None,
+        ).train
+        assert found is not None
+        return [(found[index]["labels"].tolist(), found[index]["loss_mask"].tolist()) for index in range(4)]
+
+    (items,) = run_distributed(on_rank, 1)
+    for labels, mask in items:
+        assert labels.count(7) == 2  # every fourth token ends a document
+        assert mask.count(0.0) == (2 if is_allowed else 0)

@@ -82,6 +82,12 @@ def test_curves_that_cannot_be_written_are_lost_with_one_warning(
     assert [arguments.exc_type for arguments in tracebacks] == [ValueError]  # of other threads they are printed
 
 
+def test_tensorboard_keeps_as_many_records_as_the_flag_says_before_it_writes(tmp_path: Path):
+    board = TensorBoardWriter(str(tmp_path), queue_size=7)
+    assert board._writer.file_writer.event_writer._async_writer._byte_queue.maxsize == 7
+    board.close()
+
+
 def test_a_new_run_leaves_the_records_of_another_beside(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     for resumed_at, iteration in ((0, 1), (0, 2), (2, 3), (2, 4)):
