@@ -170,11 +170,12 @@ class TensorBoardWriter(_Curves):
         from torch.utils.tensorboard import SummaryWriter
 
         super().__init__(f"--tensorboard-dir {folder}", OSError)
-        _hide_errors_that_threads_keep()
+        self._other_hook = threading.excepthook
         try:
             self._writer = SummaryWriter(log_dir=folder, max_queue=queue_size)
         except OSError as error:
             raise UserError(f"{self._name}: cannot be written ({error.strerror}); give another folder") from None
+        threading.excepthook = self._print_traceback
 
     def scalar(self, name: str, value: float, iteration: int, samples: int | None = None) -> None:
         """Write ``value``, and with ``samples`` also Megatron-LM's curve against samples."""
@@ -185,17 +186,12 @@ class TensorBoardWriter(_Curves):
     def close(self) -> None:
         """Write what is left in the queue and close the file."""
         self._attempt(self._writer.close)
+        threading.excepthook = self._other_hook
 
-
-def _hide_errors_that_threads_keep() -> None:
-    """Print no traceback of a thread that keeps its error: TensorBoard raises it again at the next value."""
-    print_traceback = threading.excepthook
-
-    def hook(arguments: threading.ExceptHookArgs) -> None:
+    def _print_traceback(self, arguments: threading.ExceptHookArgs) -> None:
+        # TensorBoard's thread keeps its error, and the next value raises it again.
         if getattr(arguments.thread, "exception", None) is not arguments.exc_value:
-            print_traceback(arguments)
-
-    threading.excepthook = hook
+            self._other_hook(arguments)
 
 
 class WandbWriter(_Curves):

@@ -203,7 +203,7 @@ def resume_warnings(config: RunConfig, saved: SavedCheckpoint, train_state: Trai
             flag = f"{flag_name(name)} {asked}"
             warnings.append(f"{flag}: the checkpoint has {done} {unit} already, so nothing is trained; give more")
     tokenizer, saved_size = config.tokenizer, vars(saved.arguments).get("vocab_size")
-    size = tokenizer.vocab_size if tokenizer.tokenizer_type == "NullTokenizer" else None  # others need no such flag
+    size = tokenizer.vocab_size if tokenizer.tokenizer_type == "NullTokenizer" else None  # others bring their own size
     has_weighter = settings.dwm_mode == "bilevel" and weighting.get("weighter") is not None
     # A tokenizer of more tokens than the weighter has is refused.
     if size is not None and saved_size is not None and size != saved_size and not (has_weighter and size > saved_size):

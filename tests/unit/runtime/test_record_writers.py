@@ -76,10 +76,13 @@ def test_curves_that_cannot_be_written_are_lost_with_one_warning(
     (message,) = caplog.messages
     assert message.startswith(f"--tensorboard-dir {tmp_path / 'board'}: cannot be written ([Errno 27] File too large")
     assert not tracebacks
+    assert threading.excepthook == tracebacks.append  # as it was before
+    other = TensorBoardWriter(str(tmp_path / "other"), queue_size=1)
     failing = threading.Thread(target=int, args=("x",))
     failing.start()
     failing.join()
     assert [arguments.exc_type for arguments in tracebacks] == [ValueError]  # of other threads they are printed
+    other.close()
 
 
 def test_tensorboard_keeps_as_many_records_as_the_flag_says_before_it_writes(tmp_path: Path):
