@@ -100,18 +100,23 @@ def read_run_flags(argv: Sequence[str] | None, world_size: int) -> RunConfig:
 
 
 def with_pretrained(config: RunConfig) -> RunConfig:
-    """Return the configuration that starts from ``--pretrained-checkpoint``, if that applies.
+    """Return the configuration that starts from ``--pretrained-checkpoint``, if that applies."""
+    checkpoint = from_pretrained(config.checkpoint)
+    if checkpoint is not config.checkpoint:
+        logger.info(f" > --load {config.checkpoint.load} holds no checkpoint: the run starts from {checkpoint.load}")
+    return dataclasses.replace(config, checkpoint=checkpoint)
+
+
+def from_pretrained(flags: CheckpointConfig) -> CheckpointConfig:
+    """Return the flags that load ``--pretrained-checkpoint``, if that applies.
 
     It applies while ``--load`` holds no checkpoint; as in Megatron-LM, the run then continues as with ``--finetune``.
     """
-    flags = config.checkpoint
     if flags.pretrained_checkpoint is None:
-        return config
+        return flags
     if flags.load is not None and ((Path(flags.load) / TRACKER).is_file() or checkpoints_in(Path(flags.load))):
-        return config
-    logger.info(f" > --load {flags.load} holds no checkpoint: the run starts from {flags.pretrained_checkpoint}")
-    checkpoint = dataclasses.replace(flags, load=flags.pretrained_checkpoint, ckpt_step=None, finetune=True)
-    return dataclasses.replace(config, checkpoint=checkpoint)
+        return flags
+    return dataclasses.replace(flags, load=flags.pretrained_checkpoint, ckpt_step=None, finetune=True)
 
 
 def with_conversion(config: RunConfig) -> RunConfig:
@@ -332,4 +337,4 @@ def _read_saved(flags: CheckpointConfig) -> Mapping[str, Any]:
     # Only --use-checkpoint-args reads a checkpoint before the configuration is complete, and needs these imports.
     from megatron_dwm.training.checkpoint_folders import saved_arguments
 
-    return saved_arguments(flags)
+    return saved_arguments(from_pretrained(flags))

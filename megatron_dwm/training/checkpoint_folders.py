@@ -92,15 +92,13 @@ def latest_checkpoint(flags: CheckpointConfig) -> Path | None:
 
 
 def saved_arguments(flags: CheckpointConfig) -> dict[str, Any]:
-    """Return the arguments of the checkpoint that the flags name, for ``--use-checkpoint-args``.
+    """Return the arguments of the checkpoint that the flags name; none before a run's first checkpoint.
 
     Raises:
-        UserError: there is no checkpoint, or it holds no arguments.
+        UserError: the checkpoint is missing, or holds no arguments.
     """
     folder = latest_checkpoint(flags)
-    if folder is None:
-        raise UserError(f"--use-checkpoint-args: --load {flags.load} holds no checkpoint; give a folder that does")
-    return read_arguments(folder)
+    return {} if folder is None else read_arguments(folder)
 
 
 def is_first_start(flags: CheckpointConfig) -> bool:
