@@ -6,23 +6,25 @@ with the result of the first repetition.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from megatron.core import rerun_state_machine
 from megatron.core.rerun_state_machine import (
     RerunDiagnostic,
     RerunErrorInjector,
     RerunMode,
     RerunState,
     get_rerun_state_machine,
-    initialize_rerun_state_machine,
 )
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.errors import UserError
+from megatron_dwm.model.attributes import temporary_attributes
 from megatron_dwm.model.loss import SampleLosses
 
 
@@ -56,9 +58,12 @@ class StepValidation:
         self.mode = RerunMode(flags.rerun_mode)
         self.is_active = self.mode != RerunMode.DISABLED
         if not self.is_active:
+            # megatron-core's checks need one too, and would warn that they create it.
+            with temporary_attributes(logging.getLogger(rerun_state_machine.__name__), {"disabled": True}):
+                rerun_state_machine.initialize_rerun_state_machine()
             return
         injector = RerunErrorInjector(flags.error_injection_rate, RerunDiagnostic(flags.error_injection_type))
-        initialize_rerun_state_machine(
+        rerun_state_machine.initialize_rerun_state_machine(
             state_save_func=lambda: get_cuda_rng_tracker().get_states(),
             state_restore_func=lambda states: get_cuda_rng_tracker().set_states(states),
             error_injector=injector,

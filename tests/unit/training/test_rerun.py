@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
+from megatron.core import rerun_state_machine
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 
 from megatron_dwm.config.training import TrainingConfig
@@ -38,3 +41,18 @@ def test_injected_errors_behave_as_asked_for():
         return injector.error_injection_rate, injector.error_injection_type.value
 
     assert run_distributed(injected, 1) == [(5, "persistent_error")]
+
+
+def test_a_run_that_validates_nothing_says_nothing_of_it():
+    """megatron-core's checks of gradients use its state machine, and print two lines where there is none."""
+
+    def check() -> list[str]:
+        lines: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: lines.append(record.getMessage())
+        logging.getLogger(rerun_state_machine.__name__).addHandler(handler)
+        StepValidation(TrainingConfig(micro_batch_size=1, train_iters=1))
+        get_rerun_state_machine().validate_result(1.0, lambda _: False, "no message")
+        return lines
+
+    assert run_distributed(check, 1) == [[]]
