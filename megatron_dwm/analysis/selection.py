@@ -14,6 +14,7 @@ import posixpath
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date, time
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -182,12 +183,23 @@ def _line(writer: Any, document: Document) -> bytes:
     line = document.metadata["record"].content
     if not isinstance(line, str):
         try:
-            line = json.dumps(line, ensure_ascii=False, allow_nan=False)
+            line = json.dumps(line, ensure_ascii=False, allow_nan=False, default=_as_text)
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"--input {document.id}: cannot be written as JSON ({shortened(error)}); leave that column out"
             ) from None
     return bytes(line.removesuffix("\n").encode()) + b"\n"
+
+
+def _as_text(value: Any) -> str:
+    """Return a date or time in ISO 8601, as the scores' writer does.
+
+    Raises:
+        TypeError: it is something else that JSON does not have.
+    """
+    if isinstance(value, date | time):
+        return value.isoformat()
+    raise TypeError(f"a value of type {type(value).__name__}")
 
 
 def _target_files(config: SelectConfig) -> list[str]:

@@ -125,9 +125,8 @@ def _groups(config: SelectConfig, sources: list[str], held: Any) -> list[Group]:
     for group in groups:
         available = int(held[group.members[:-1], 1].sum())
         if available < group.budget:
-            flag_name = next(name for name in ("documents", "tokens", "fraction") if getattr(config, name) is not None)
             raise UserError(
-                f"--{flag_name} {getattr(config, flag_name)}: asks for {group.budget:,} {config.unit} of {group.name}, "
+                f"{config.budget}: asks for {group.budget:,} {config.unit} of {group.name}, "
                 f"which holds {available:,}; give a smaller budget or other quotas"
             )
     return groups
@@ -142,7 +141,7 @@ def _count(config: SelectConfig, sources: list[str], top: TopRows, table: Table)
     held = costs_by_source(table, None, len(sources) + 1)[:-1]
     kept = costs_by_source(table, top.masks(), len(sources))
     if not kept[:, 0].any():
-        raise UserError(f"the budget is too small for any of {int(held[:, 0].sum()):,} documents; give a greater one")
+        raise UserError(f"{config.budget}: too small for any of {int(held[:, 0].sum()):,} documents; give more")
 
     def counts(kept: Any, dropped: Any) -> dict[str, int]:
         found = {"documents_kept": int(kept[0]), "documents_dropped": int(dropped[0])}

@@ -139,3 +139,9 @@ class SelectConfig:
     def unit(self) -> str:
         """The unit of the budget."""
         return "tokens" if self.tokens is not None else "documents"
+
+    @property
+    def budget(self) -> str:
+        """The budget's flag and value, for messages."""
+        name = next(name for name in ("documents", "tokens", "fraction") if getattr(self, name) is not None)
+        return f"--{name} {getattr(self, name)}"

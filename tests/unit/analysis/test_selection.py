@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -308,14 +309,14 @@ GOOD = b'{"score": 1, "source": "a", "tokens": 3, "text": "w"}\n'
     [
         (GOOD, ["--documents", 2], "asks for 2 documents of all sources, which holds 1"),
         (GOOD, ["--documents", 0], "--documents"),
-        (GOOD, ["--fraction", 0.5], "too small for any of 1 documents"),
+        (GOOD, ["--fraction", 0.5], "--fraction 0.5: too small for any of 1 documents"),
         (GOOD, ["--fraction", 1.5], "--fraction 1.5 is not between 0 and 1"),
         (GOOD, ["--fraction", "nan"], "--fraction: nan is not a finite number"),
         (GOOD, [], "give one of --documents, --tokens and --fraction"),
         (GOOD, ["--documents", 1, "--fraction", 1], "give one of --documents, --tokens and --fraction"),
         (GOOD, ["--tokens", 1], "--tokens needs"),
         (GOOD, ["--documents", 1, "--token-key", "tokens"], "--tokens needs"),
-        (GOOD, ["--tokens", 2, "--token-key", "tokens"], "too small for any of"),
+        (GOOD, ["--tokens", 2, "--token-key", "tokens"], "--tokens 2: too small for any of"),
         (GOOD, ["--tokens", 4, "--token-key", "tokens"], "asks for 4 tokens of all sources, which holds 3"),
         (GOOD, ["--tokens", 1, "--token-key", "other"], "rows.jsonl, line 1: no number under 'other'"),
         (GOOD, ["--tokens", 1, "--tokenizer", "nowhere"], "--tokenizer nowhere: no such folder"),
@@ -375,7 +376,15 @@ def test_an_output_that_cannot_be_written_or_is_an_input(source: Path, tmp_path:
     table = tmp_path / "b.parquet"
     pq.write_table(pa.Table.from_pylist([{"score": 4.5, "t": b"bytes"}]), table)
     assert run("--input", table, "--documents", 1, "--output", tmp_path / "out.jsonl") == 2
-    assert "b.parquet, row 1: cannot be written as JSON" in capsys.readouterr().err
+    assert "b.parquet, row 1: cannot be written as JSON (a value of type bytes)" in capsys.readouterr().err
+
+
+def test_dates_and_lists_of_a_table_are_written(tmp_path: Path):
+    table, when = tmp_path / "b.parquet", datetime(2024, 2, 29, 1, 2, 3)
+    pq.write_table(pa.Table.from_pylist([{"score": 4.5, "when": when, "day": when.date(), "tags": ["a", None]}]), table)
+    assert run("--input", table, "--documents", 1, "--output", tmp_path / "out.jsonl") == 0
+    row = json.loads((tmp_path / "out.jsonl").read_text())
+    assert row == {"score": 4.5, "when": "2024-02-29T01:02:03", "day": "2024-02-29", "tags": ["a", None]}
 
 
 def test_duplicates_go_first_and_a_dataset_is_written_of_the_rows_that_are_kept(source: Path, tmp_path: Path, capsys):
