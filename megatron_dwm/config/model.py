@@ -125,7 +125,7 @@ class ModelConfig:
         False,
         "No effect: only for Megatron-LM's older models.",
         old_names=("--use-flash-attn-v1", "--use-flash-attn-v2", "--use-flash-attn-triton"),
-        deprecated="use --attention-backend flash",
+        deprecated="leave it out",
     )
     deprecated_use_mcore_models: bool = flag(
         False,

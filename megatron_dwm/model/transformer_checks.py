@@ -76,14 +76,14 @@ def check_layers(model: ModelConfig, parallel: ParallelConfig, impl: str) -> Non
     is_chosen_of_te = model.attention_backend in ("flash", "fused", "unfused") and not is_unfused_anyway
     if is_chosen_of_te and impl != "transformer_engine":
         raise UserError(
-            f"--attention-backend {model.attention_backend} chooses among Transformer Engine's and the layers are "
-            f"{impl}; leave it out"
+            f"--attention-backend {model.attention_backend} chooses among Transformer Engine's kernels, and the layers "
+            f"are {impl}; leave it out"
         )
     if parallel.cp > 1:
         check_context_parallelism(parallel, impl)
     if model.fp8 is not None and impl != "transformer_engine":
         raise UserError(
-            f"--fp8-format {model.fp8} needs Transformer Engine's layers and they are {impl}; train with --bf16"
+            f"--fp8-format {model.fp8} needs Transformer Engine's layers, and they are {impl}; train with --bf16"
         )
     if model.cross_entropy_loss_fusion and model.cross_entropy_fusion_impl == "te" and not HAVE_TE:
         raise UserError("--cross-entropy-fusion-impl te: Transformer Engine is not installed; use native")

@@ -82,13 +82,11 @@ class StepValidation:
             return
         machine = get_rerun_state_machine()
         machine.current_iteration = iteration - 1
-        machine.set_mode(self.mode)  # outside of steps megatron-core's checks have nothing to run again
-        try:
+        # Outside of steps megatron-core's checks have nothing to run again. Its set_mode prints a line at each call.
+        with temporary_attributes(machine, {"mode": self.mode}):
             while machine.should_run_forward_backward(None):
                 yield
             _, has_failed, _ = machine.should_checkpoint_and_exit()
-        finally:
-            machine.set_mode(RerunMode.DISABLED)
         if not has_failed:
             return
         if machine.state == RerunState.WILL_RERUN_FROM_CHECKPOINT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Literal
 
 import pytest
 import torch
@@ -43,16 +44,20 @@ def test_injected_errors_behave_as_asked_for():
     assert run_distributed(injected, 1) == [(5, "persistent_error")]
 
 
-def test_a_run_that_validates_nothing_says_nothing_of_it():
-    """megatron-core's checks of gradients use its state machine, and print two lines where there is none."""
+@pytest.mark.parametrize("mode", ["disabled", "validate_results"])
+def test_megatron_cores_state_machine_does_not_report_at_each_step(mode: Literal["disabled", "validate_results"]):
+    """Its checks of gradients would print that it is created; and it, at each change of its mode."""
 
     def check() -> list[str]:
         lines: list[str] = []
         handler = logging.Handler()
         handler.emit = lambda record: lines.append(record.getMessage())
         logging.getLogger(rerun_state_machine.__name__).addHandler(handler)
-        StepValidation(TrainingConfig(micro_batch_size=1, train_iters=1))
-        get_rerun_state_machine().validate_result(1.0, lambda _: False, "no message")
+        validation = StepValidation(TrainingConfig(micro_batch_size=1, train_iters=1, rerun_mode=mode))
+        for iteration in (1, 2, 3):
+            for _ in validation.passes(iteration):
+                get_rerun_state_machine().validate_result(1.0, lambda _: False, "no message")
         return lines
 
-    assert run_distributed(check, 1) == [[]]
+    once = ["RerunStateMachine initialized in mode RerunMode.DISABLED", "Result validation enabled"]
+    assert run_distributed(check, 1) == [[] if mode == "disabled" else once]
