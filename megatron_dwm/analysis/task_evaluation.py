@@ -114,18 +114,18 @@ class TaskEvaluator:
         self.local, self.others = list(local), sorted(known)
         self.num_fewshot, self.limit, self.batch_size, self.seed = num_fewshot, limit, batch_size, seed
 
-    def evaluate(self, folder: Path, *, is_export: bool = False) -> list[TaskResult]:
+    def evaluate(self, folder: Path, *, exported_from: Path | None = None) -> list[TaskResult]:
         """Evaluate the model in a Hugging Face folder.
 
         Args:
             folder: the model and its tokenizer.
-            is_export: whether it is this program's, which trains without the tokenizer's special tokens; otherwise the
-                tokenizer adds those that it adds by itself.
+            exported_from: the checkpoint of which it is the export. This program trains without the tokenizer's special
+                tokens; the tokenizer of another model adds those that it adds by itself.
 
         Raises:
             UserError: it cannot be loaded, or a task's data cannot.
         """
-        return self.evaluate_model(self._model(folder, add_bos_token=False if is_export else None))
+        return self.evaluate_model(self._model(folder, exported_from))
 
     def evaluate_model(self, model: Any, *, is_training: bool = False) -> list[TaskResult]:
         """Evaluate a model in the harness's form.
@@ -149,7 +149,7 @@ class TaskEvaluator:
             tasks = self.manager.load([*self.local, *self.others])["tasks"]
         return {name: str(task.OUTPUT_TYPE) for name, task in tasks.items()}
 
-    def _model(self, folder: Path, add_bos_token: bool | None) -> Any:
+    def _model(self, folder: Path, exported_from: Path | None) -> Any:
         from lm_eval.models.huggingface import HFLM
         from transformers import AutoModelForCausalLM
 
@@ -157,7 +157,7 @@ class TaskEvaluator:
             """The harness's model, which would end with an assertion where an answer has no room."""
 
             def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-                require_room(requests, f"--checkpoints {folder}", self.max_length)
+                require_room(requests, f"--checkpoints {exported_from or folder}", self.max_length)
                 return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
         model, tokenizer, missing = load_model(AutoModelForCausalLM, folder, "--checkpoints", "a language model")
@@ -165,7 +165,10 @@ class TaskEvaluator:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with quiet_harness():
             return Model(
-                model.eval().to(device), tokenizer=tokenizer, batch_size=self.batch_size, add_bos_token=add_bos_token
+                model.eval().to(device),
+                tokenizer=tokenizer,
+                batch_size=self.batch_size,
+                add_bos_token=None if exported_from is None else False,
             )
 
     @contextmanager

@@ -106,7 +106,7 @@ def _main(argv: Sequence[str] | None) -> None:
         run, iteration = name_of(folder)
         with tempfile.TemporaryDirectory() as temporary:
             model = hf_folder(folder, temporary)
-            results = evaluator.evaluate(model, is_export=model != folder)
+            results = evaluator.evaluate(model, exported_from=None if model == folder else folder)
         found.append(CheckpointResults(str(folder), run, iteration, results))
         with reported_write_failure("--output", config.output), atomic_files(output) as staging:
             (staging / "evaluation.json").write_text(json.dumps(as_json(found, settings), indent=1, allow_nan=False))

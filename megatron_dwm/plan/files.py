@@ -36,11 +36,15 @@ def planned_files(
     metrics = logging.metrics_jsonl or (f"{save}/metrics.jsonl" if save else None)
     if metrics is not None:
         files.append(PlannedFile(metrics, "a record of every iteration, update and evaluation", 1))
+    if logging.log_progress:
+        files.append(PlannedFile(f"{save}/progress.txt", "starts and checkpoints of the run", 1))
     if logging.tensorboard_dir is not None:
         files.append(PlannedFile(logging.tensorboard_dir, "TensorBoard's event files", 1))
     if logging.wandb_project is not None:
         folder = logging.wandb_save_dir or f"{save}/wandb"
         files.append(PlannedFile(folder, "Weights & Biases' files", 1))
+    if config.profiling.record_memory_history:
+        files.append(PlannedFile(config.profiling.memory_snapshot_path, "the allocations of the last rank's GPU", 1))
     if config.data.data_cache_path is not None:
         files.append(PlannedFile(config.data.data_cache_path, "indexes of the datasets", 1))
     return files

@@ -246,6 +246,16 @@ def test_bad_input_is_one_line(arguments: list[str], line: str, workplace: Path,
     assert not (workplace / "none").exists()
 
 
+def test_an_answer_without_room_names_the_checkpoint(workplace: Path, tmp_path: Path, capsys):
+    """And not the temporary folder of its export."""
+    write_bad_models(workplace)
+    import_hf.main(["--input", str(workplace / "short"), "--save", str(tmp_path / "run")])
+    words = [str(tmp_path / "run"), *CLOZE, "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        evaluate.main([word.format(story=workplace / "story.jsonl") for word in words])
+    assert f"error: --checkpoints {tmp_path / 'run' / 'iter_0000001'}: the answer " in capsys.readouterr().err
+
+
 def test_a_checkpoint_that_fails_leaves_the_results_of_those_before_it(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -54,7 +54,14 @@ def test_the_plan_of_a_run(tmp_path: Path):
         "--fp8-format": "hybrid",
         "--fp8-recipe": "tensorwise",
     }
-    flags = {**RUN, **layers, "--context-parallel-size": 2, "--save": save, "--save-interval": 5}
+    flags = {
+        **RUN,
+        **layers,
+        "--context-parallel-size": 2,
+        "--save": save,
+        "--save-interval": 5,
+        "--log-progress": True,
+    }
     printed = plan(tmp_path, [*as_argv(flags), "--plan", "--plan-world-size", "32", "--plan-json", str(path)])
     planned = json.loads(path.read_text())
     assert (
@@ -68,6 +75,7 @@ def test_the_plan_of_a_run(tmp_path: Path):
     files = {file["path"].removeprefix(f"{save}/"): file["times"] for file in planned["files"]}
     # Exports are at the ends of the stages too, 6 and 10.
     assert (files["iter_XXXXXXX"], files["weighter/iter_XXXXXXX"], files["metrics.jsonl"]) == (2, 3, 1)
+    assert files["progress.txt"] == 1
     (stage,) = planned["memory"]
     assert stage["peak"] > stage["plain"] > stage["weights"] + stage["gradients"] + stage["optimizer"] > 0
     assert "activations of --transformer-impl torch, in place of Transformer Engine's" in printed
