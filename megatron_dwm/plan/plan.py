@@ -14,6 +14,7 @@ from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.blend import data_paths
 from megatron_dwm.data.tokenizers import build_tokenizer, vocabulary_rows
+from megatron_dwm.errors import UserError
 from megatron_dwm.model.transformer_checks import check_attention_mask, check_layers
 from megatron_dwm.model.vocabulary import Vocabulary
 from megatron_dwm.plan.costs import Cost, scoring_cost, step_cost, update_cost
@@ -148,7 +149,8 @@ def _with_known_layers(config: RunConfig) -> tuple[RunConfig, str]:
         UserError: flags that Transformer Engine's layers cannot follow.
     """
     model, parallel, weighting = config.model, config.parallel, config.weighting
-    if model.transformer_impl != "transformer_engine":
+    is_default = model.transformer_impl is None
+    if model.transformer_impl != "transformer_engine" and not (is_default and _needs_transformer_engine(config)):
         return config, f"--transformer-impl {model.transformer_impl or 'torch'}"
     check_layers(model, parallel, "transformer_engine")
     if config.data.reset_attention_mask:
@@ -172,7 +174,17 @@ def _with_known_layers(config: RunConfig) -> tuple[RunConfig, str]:
     if weighting.dwm_alignment == "exact":  # which is the same with those layers
         weighting = dataclasses.replace(weighting, dwm_alignment="single-sample")
     config = dataclasses.replace(config, model=model, parallel=parallel, weighting=weighting)
-    return config, "--transformer-impl torch, in place of Transformer Engine's"
+    needed = ", which the flags need" if is_default else ""
+    return config, f"--transformer-impl torch, in place of Transformer Engine's{needed}"
+
+
+def _needs_transformer_engine(config: RunConfig) -> bool:
+    """Whether torch's layers cannot follow the flags: the run's machines need what this one may not have."""
+    try:
+        check_layers(config.model, config.parallel, "torch")
+    except UserError:
+        return True
+    return False
 
 
 def _check_folders(config: RunConfig) -> None:

@@ -12,7 +12,9 @@ import pytest
 from megatron_dwm.cli.plan import split_plan
 from megatron_dwm.cli.pretrain import main
 from megatron_dwm.config.plan import PlanConfig
+from megatron_dwm.config.run import parse_run
 from megatron_dwm.errors import UserError
+from megatron_dwm.plan.plan import _with_known_layers
 from tests.e2e.launch import pretrain
 from tests.paths import ROOT
 from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, Flags, as_argv
@@ -80,6 +82,23 @@ def test_the_plan_of_a_run(tmp_path: Path):
     assert stage["peak"] > stage["plain"] > stage["weights"] + stage["gradients"] + stage["optimizer"] > 0
     assert "activations of --transformer-impl torch, in place of Transformer Engine's" in printed
     assert not save.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "layers"),
+    [
+        ("--attention-backend fused --apply-layernorm-1p", ", in place of Transformer Engine's, which the flags need"),
+        ("--fp8-format hybrid --fp8-recipe tensorwise", ", in place of Transformer Engine's, which the flags need"),
+        ("", ""),
+    ],
+)
+def test_flags_of_transformer_engines_layers_are_planned_also_if_the_script_leaves_layers_to_the_default(
+    flags: str, layers: str
+):
+    """The default is Transformer Engine's on the machines of the run, even if this one has none."""
+    config, named = _with_known_layers(parse_run([*as_argv(RUN), *flags.split()], 2))
+    assert named == f"--transformer-impl torch{layers}"
+    assert (config.model.attention_backend, config.model.fp8) == ("auto", None)
 
 
 @pytest.mark.parametrize(
