@@ -15,6 +15,7 @@ from megatron_dwm.data.hf_tokenizers import digest_of, fingerprint_of
 from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.model.hf_folder import check_dtypes, weight_files
+from megatron_dwm.model.quiet_loading import quiet_loading
 from megatron_dwm.safe_unpickling import DAMAGE, short_reason
 from megatron_dwm.weighting.export_manifest import trained_length, verify_export
 from megatron_dwm.weighting.sample_reader import SampleReader, TextReader, WindowReader
@@ -160,7 +161,7 @@ def _load(flag: str, folder: str, seed: int) -> tuple[Any, list[str]]:
     try:
         hf_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         _check_layers(Path(folder), hf_config)
-        with seeded(seed):
+        with seeded(seed), quiet_loading():
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 num_labels=1,

@@ -120,6 +120,15 @@ def test_the_digest_that_ranks_compare_covers_configuration_and_tokenizer(tmp_pa
         (tmp_path / name).write_text(content)
 
 
+def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Every rank loads it, and the log is no place for transformers' progress bars."""
+    classifier(LLAMA).save_pretrained(tmp_path)
+    save_hf_tokenizer(TOKENIZER, SETTINGS, tmp_path)
+    capfd.readouterr()
+    assert read(tmp_path).digest
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_weights_without_their_scales_are_refused(dtype: torch.dtype, tmp_path: Path):
     model = classifier(LLAMA)
