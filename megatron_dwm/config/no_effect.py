@@ -30,6 +30,8 @@ _NEUTRAL_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "exp_avg_sq_dtype": (("fp32",), "the optimizer's state is fp32; leave it out"),
     "rope_type": ((None, "rope"), "only multi-latent attention has another; leave it out"),
     "data_impl": (("infer", "mmap"), "datasets are memory-mapped; leave it out"),
+    "cuda_graph_impl": (("none",), "the passes of an outer update do not fit into a captured step; leave it out"),
+    "mtp_num_layers": ((None, 0), "the model predicts only the next token, and only these losses are weighted; use 0"),
 }
 """Fields of which only some values have no effect: these values, and why the others are refused."""
 
@@ -105,6 +107,8 @@ class NoEffectConfig:
     main_params_dtype: Literal["fp32", "fp16"] = flag("fp32", "Only fp32.")
     exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = flag("fp32", "Only fp32.")
     exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = flag("fp32", "Only fp32.")
+    cuda_graph_impl: Literal["none", "local", "transformer_engine"] = flag("none", "Only none: no step is captured.")
+    mtp_num_layers: int | None = flag(None, "Only 0: the model predicts only the next token.")
     rope_type: Literal["rope", "yarn"] | None = flag(None, "Only rope; yarn here is for multi-latent attention.")
 
     # Of newer Megatron-LMs (0.17 to 0.19).

@@ -17,12 +17,14 @@ RUN = (
 ONE_NEUTRAL_VALUE = {
     "ckpt_fully_parallel_load_exchange_algo": "broadcast",
     "cpu_offloading_num_layers": "0",
+    "cuda_graph_impl": "none",
     "data_impl": "mmap",
     "dist_ckpt_workers": "1",
     "exp_avg_dtype": "fp32",
     "exp_avg_sq_dtype": "fp32",
     "main_grads_dtype": "fp32",
     "main_params_dtype": "fp32",
+    "mtp_num_layers": "0",
     "null_tokenizer_pad_id": "-1",
     "pipeline_model_parallel_comm_backend": "nccl",
     "rope_type": "rope",
@@ -59,6 +61,8 @@ def test_the_run_is_the_one_without_the_flag(field: str):
         ("--exp-avg-sq-dtype fp16", "fp32"),
         ("--rope-type yarn", "only multi-latent attention"),
         ("--data-impl lazy", "memory-mapped"),
+        ("--cuda-graph-impl local", "do not fit into a captured step"),
+        ("--mtp-num-layers 1", "predicts only the next token"),
     ],
 )
 def test_a_value_that_would_have_an_effect_is_refused_with_the_reason(flags: str, said: str):
