@@ -19,6 +19,8 @@ from megatron_dwm.config.flags import build
 from megatron_dwm.config.run import PARTS, RunConfig
 from megatron_dwm.data.sample_text import sample_text
 from megatron_dwm.errors import UserError
+from megatron_dwm.weighting.inputs import sample_tokens
+from megatron_dwm.weighting.weighter_folder import SampleTokens
 
 MAX_TARGET_SAMPLES = 2000
 """Samples of the target set that others are compared with."""
@@ -43,7 +45,9 @@ class Sample:
 class RunSamples:
     """Samples of a run's training set by their index, and of its target set."""
 
-    def __init__(self, train: Any, target: Any | None, tokenizer: Any, sources: Sequence[str]) -> None:
+    def __init__(
+        self, train: Any, target: Any | None, tokenizer: Any, sources: Sequence[str], sample_format: SampleTokens
+    ) -> None:
         """Create a reader of the run's datasets.
 
         Args:
@@ -51,8 +55,10 @@ class RunSamples:
             target: the target set, if the run had one.
             tokenizer: megatron-core's.
             sources: names of the training data's sources, by :attr:`Sample.source`.
+            sample_format: the format of the samples, for the run's weighters.
         """
         self.train, self.target, self.tokenizer, self.sources = train, target, tokenizer, list(sources)
+        self.sample_format = sample_format
 
     def sample(self, index: int) -> Sample:
         """Return a training sample.
@@ -155,7 +161,8 @@ def _opened(config: RunConfig, consumed_valid: int, start: Path) -> Iterator[Run
             seed=config.training.seed,
             target_batch_size=config.target_batch_size if has_target else None,
         )
-        yield RunSamples(datasets.train, datasets.target, tokenizer, paths.train_sources)
+        samples = sample_tokens(config, tokenizer)
+        yield RunSamples(datasets.train, datasets.target, tokenizer, paths.train_sources, samples)
     finally:
         mpu.destroy_model_parallel()
         dist.destroy_process_group()

@@ -44,6 +44,21 @@ def run_stages(config: RunConfig, weighter_resumed_at: int | None = None) -> Sta
     return bilevel_stages(config.weighting, config.train_iters, weighter_resumed_at)
 
 
+def sample_tokens(config: RunConfig, tokenizer: Any) -> SampleTokens:
+    """Return the format of a run's samples.
+
+    Args:
+        tokenizer: megatron-core's.
+    """
+    return SampleTokens(
+        config.model.sequence,
+        int(tokenizer.vocab_size),
+        int(tokenizer.eod),
+        vocabulary_fingerprint(tokenizer, config.tokenizer),
+        partial(sample_text, tokenizer=tokenizer, joint=DOCUMENT_JOINT),
+    )
+
+
 def read_weighting_inputs(config: RunConfig, tokenizer: Any) -> WeightingInputs:
     """Open and check the weighter's folder.
 
@@ -53,13 +68,7 @@ def read_weighting_inputs(config: RunConfig, tokenizer: Any) -> WeightingInputs:
     settings = config.weighting
     if not settings.has_weighter:
         return WeightingInputs()
-    samples = SampleTokens(
-        config.model.sequence,
-        int(tokenizer.vocab_size),
-        int(tokenizer.eod),
-        vocabulary_fingerprint(tokenizer, config.tokenizer),
-        partial(sample_text, tokenizer=tokenizer, joint=DOCUMENT_JOINT),
-    )
+    samples = sample_tokens(config, tokenizer)
     flag, seed = "--dwm-load", config.training.seed
     if settings.dwm_load is not None:
         weighters = weighter_stages(flag, settings.dwm_load, config.train_iters)

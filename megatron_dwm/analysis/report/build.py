@@ -153,7 +153,7 @@ def _with_history(report: Report, folder: Path, run_samples: RunSamples, number:
     indices = [*sorted(candidates - set(reference.tolist())), *reference.tolist()]
     tokens = torch.from_numpy(np.stack([run_samples.sample(index).tokens[:-1] for index in indices])).long()
     try:
-        iterations, weights = weights_over_time(folders, tokens, len(reference))
+        iterations, weights = weights_over_time(folders, tokens, len(reference), run_samples.sample_format)
     except UserError as error:
         return replace(report, notes=[*report.notes, f"Documents are not followed over time: {error}"])
     sources = dict(zip(report.samples.index.tolist(), report.samples.source.tolist(), strict=True))

@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.errors import UserError, shortened
-from megatron_dwm.weighting.export_manifest import MANIFEST, read_manifest, verify_export
+from megatron_dwm.weighting.export_manifest import MANIFEST, read_manifest
+from megatron_dwm.weighting.weighter import Weighter
+from megatron_dwm.weighting.weighter_folder import SampleTokens, read_weighter_folder
 
 REFERENCE_SAMPLES = 64
 _MAX_EXPORTS = 12
@@ -58,13 +60,16 @@ def exports(folder: Path) -> list[Path]:
     return [found[place] for place in places]
 
 
-def weights_over_time(folders: Sequence[Path], tokens: torch.Tensor, reference: int) -> tuple[list[int], np.ndarray]:
-    """Score samples with each export.
+def weights_over_time(
+    folders: Sequence[Path], tokens: torch.Tensor, reference: int, sample_format: SampleTokens
+) -> tuple[list[int], np.ndarray]:
+    """Score samples with each export, as training does.
 
     Args:
         folders: folders of the exports.
         tokens: token ids of the samples [d + r, s].
         reference: how many of them, at the end, are the reference samples.
+        sample_format: the format of the samples.
 
     Returns:
         the exports' iterations, and the weights of all samples [d + r, e]; 1 is the mean of the reference samples.
@@ -74,40 +79,16 @@ def weights_over_time(folders: Sequence[Path], tokens: torch.Tensor, reference: 
     """
     iterations, columns = [], []
     for folder in tqdm(folders, desc="weighters", unit="export", disable=None):
-        model, manifest = _load(folder), read_manifest(folder)
+        found, manifest = read_weighter_folder("--run", str(folder), sample_format, seed=0), read_manifest(folder)
         try:
             iteration, temperature = int(manifest["iteration"]), float(manifest["temperature"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{folder}: its manifest lacks what a run writes ({shortened(error)}); leave it out"
             ) from None
-        scores = _scores(model, tokens) / temperature
+        weighter = Weighter(found.model, WeightingConfig(dwm_mode="off"), torch.device("cpu"), reader=found.reader)
+        scores = weighter.score(tokens).double() / temperature
         relative = torch.exp(scores - torch.logsumexp(scores[-reference:], 0))
         iterations.append(iteration)
         columns.append((relative * reference).numpy())
     return iterations, np.stack(columns, axis=1)
-
-
-def _load(folder: Path) -> Any:
-    """Return the classifier of an export.
-
-    Raises:
-        UserError: it does not load.
-    """
-    from transformers import AutoModelForSequenceClassification
-
-    verify_export("--run", folder)
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # transformers and safetensors raise whatever they like
-        raise UserError(f"{folder}: cannot be loaded ({shortened(error)}); remove it") from None
-    return model.eval()
-
-
-def _scores(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the scores of samples, as training computes them."""
-    with torch.inference_mode():
-        parts = [model(input_ids=part, use_cache=False).logits for part in tokens.split(16)]
-    return torch.cat(parts).squeeze(-1).double()
