@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dwm.corpora.readers import Reader, Record, file_format, is_blank
+from megatron_dwm.corpora.readers import Reader, Record, file_format
 from megatron_dwm.corpora.storage import is_url, size_of
 from megatron_dwm.errors import UserError
 
@@ -68,8 +68,7 @@ def records_of(part: Part, columns: Sequence[str] | None = None) -> Iterator[Rec
             number = 0
             while file.tell() < part.end and (line := file.readline()):
                 number += 1
-                text = line.decode("utf-8", "surrogateescape")
-                if not is_blank(text):
-                    yield Record(f"{part.path} from byte {part.start} on", number, text)
+                place = f"{part.path} from byte {part.start} on"
+                yield Record(place, number, line.decode("utf-8", "surrogateescape"))
     except OSError as error:
         raise UserError(f"--input {part.path}: cannot be read ({error.strerror}); check the file") from None

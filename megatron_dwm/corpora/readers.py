@@ -104,7 +104,7 @@ def without_suffixes(path: str) -> str:
 
 
 class Reader:
-    """The records of files, one file after the other, and how far reading has come; blank lines are no records."""
+    """The records of files, one file after the other, and how far reading has come."""
 
     def __init__(self, paths: Sequence[str], columns: Sequence[str] | None) -> None:
         """Look at the files.
@@ -147,8 +147,7 @@ class Reader:
                     if file.seekable():
                         self._in_file = file.tell
                     for number, content in enumerate(self._contents(path, file), start=1):
-                        if not is_blank(content):
-                            yield Record(path, number, content)
+                        yield Record(path, number, content)
                     self._in_file = lambda: 0
             except (OSError, EOFError, zlib.error, UnicodeDecodeError, _arrow_error()) as error:
                 raise UserError(
@@ -168,11 +167,6 @@ class Reader:
             # Not the zstandard package: it takes a file that was cut for one that ends there.
             stream = _pyarrow(path).input_stream(file, compression="zstd")
         yield from io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape")
-
-
-def is_blank(content: str | dict[str, Any]) -> bool:
-    """Whether a line holds nothing, as the last one of a file often does."""
-    return isinstance(content, str) and content.isspace()
 
 
 def file_format(path: str) -> str:

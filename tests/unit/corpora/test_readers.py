@@ -18,7 +18,6 @@ import pyarrow.parquet
 import pytest
 
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.corpora.parts import file_parts, records_of
 from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
 from megatron_dwm.corpora.readers import Reader, Record, input_files
 from megatron_dwm.errors import UserError
@@ -83,17 +82,6 @@ def test_every_format_makes_the_same_dataset(name: str, tmp_path: Path) -> None:
         preprocess(PreprocessConfig(input=given, output_prefix=str(prefix), workers=workers), tokenizer)
         made.append({path.name: path.read_bytes() for path in prefix.parent.iterdir()})
     assert made[0] == made[1] and len(made[0]) == 2
-
-
-@pytest.mark.parametrize("split_bytes", [10**9, 5000])
-def test_blank_lines_are_no_documents(split_bytes: int, tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\n" + b" \t\r\n".join(LINES.splitlines(keepends=True)) + b"\n\n")
-    parts = file_parts([str(path)], split_bytes)
-    assert (len(parts) > 20) is (split_bytes == 5000)
-    records = [record for part in parts for record in records_of(part)]
-    assert [json.loads(str(record.content)) for record in records] == DOCUMENTS
-    assert records[4].number == 10  # its line in the file, or in the first part
 
 
 @pytest.mark.parametrize("name", FORMATS)
