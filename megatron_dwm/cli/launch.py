@@ -158,7 +158,7 @@ def run_program(program: Callable[[Process], None], argv: Sequence[str] | None =
         startup_sync.agree_on_command(" ".join(sorted(asked)) or "a run", ends_at_once=bool(asked - {"--plan"}))
         program(Process(rank, local_rank, world_size, startup_sync))
     except (Exception, KeyboardInterrupt) as error:
-        _end_failed(as_user_error(error), startup_sync)
+        _end_failed(as_user_error(error, words), startup_sync)
     startup_sync.finish()
     if dist.is_initialized():
         dist.destroy_process_group()

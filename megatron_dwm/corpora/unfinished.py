@@ -9,13 +9,12 @@ import fcntl
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_dwm.atomic_write import atomic_write_text, sync
+from megatron_dwm.atomic_write import atomic_write_text, remove, sync
 from megatron_dwm.corpora.storage import absolute, is_url, stamp_of
 from megatron_dwm.errors import UserError
 
@@ -44,7 +43,7 @@ class UnfinishedWork:
     def next_segment(self) -> Path:
         """Return an empty folder for the next segment."""
         folder = self.folder / f"{len(self.segments):06d}"
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         folder.mkdir()
         return folder
 
@@ -63,13 +62,14 @@ class UnfinishedWork:
                 self.progress = Progress(**json.loads(done.read_text(encoding="utf-8")))
             except (OSError, RecursionError, TypeError, ValueError):
                 logger.warning(f"{done}: damaged; the work after it is done again")
-                shutil.rmtree(done.parent)
+                remove(done.parent)
                 return
             self.segments.append(done.parent)
 
 
 _DONE = "done.json"
 _JOB = "job.json"
+_LOCK = "lock"
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
         UserError: another process is at it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with (folder / _LOCK).open("w") as lock:
         try:
             # Of this process alone: workers that outlive it for a moment do not hold it.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,11 +96,9 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
             work.resume()
         else:
             for path in folder.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-            if job is None:
-                written.unlink(missing_ok=True)
-            else:
+                if path.name != _LOCK:
+                    remove(path)
+            if job is not None:
                 atomic_write_text(written, job)
         if work.segments:
             logger.info(f"Continuing after {work.progress.records:,} {unit} that are in {folder}.")
@@ -108,12 +106,12 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
             yield work
         except BaseException:
             if not work.segments or job is None:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove(folder)
             else:
                 logger.info(f"{work.progress.records:,} {unit} are kept in {folder} for the same command.")
             raise
-        written.unlink(missing_ok=True)  # else a call after a kill during the next line would continue with the rest
-        shutil.rmtree(folder)
+        remove(written)  # else a call after a kill during the next line would continue with the rest
+        remove(folder)
 
 
 def file_stamps(paths: list[str]) -> list[tuple[str, int, str]] | None:
