@@ -152,7 +152,7 @@ def remove(path: Path) -> None:
     """Remove what is at ``path``, as far as possible: a folder with its content, or a file, a link, a pipe."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
+    elif os.path.lexists(path):
         with contextlib.suppress(OSError):  # ``rmtree`` would wait for the writer of a pipe
             path.unlink()
 

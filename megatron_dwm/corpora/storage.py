@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -147,16 +147,20 @@ class OutputFolder:
         """Return whether there is such a file."""
         return os.path.exists(self.path(name)) if self._fs is None else bool(self._fs.exists(f"{self._root}/{name}"))
 
-    def remove(self, first: str) -> None:
+    def remove(self, first: str, keep: str | None = None) -> None:
         """Remove the folder and its content, if it exists.
 
         Args:
             first: the file that is removed before all others.
+            keep: a file of this machine that stays, and the folder with it.
         """
         if self._fs is None:
-            with suppress(OSError):
-                os.unlink(self.path(first))
-            remove(Path(self.location))
+            remove(Path(self.path(first)))
+            for path in Path(self.location).iterdir() if keep is not None else ():
+                if path.name != keep:
+                    remove(path)
+            if keep is None:
+                remove(Path(self.location))
         elif self._fs.exists(self._root):
             if self.exists(first):
                 self._fs.rm_file(f"{self._root}/{first}")

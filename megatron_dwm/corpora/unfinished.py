@@ -69,7 +69,7 @@ class UnfinishedWork:
 
 _DONE = "done.json"
 _JOB = "job.json"
-_LOCK = "lock"
+LOCK = "lock"
 
 
 @contextmanager
@@ -84,19 +84,14 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
     Raises:
         UserError: another process is at it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("w") as lock:
-        try:
-            # Of this process alone: workers that outlive it for a moment do not hold it.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"{folder}: another process is writing there; wait until it has finished") from None
+    lock = lock_folder(folder)
+    try:
         work, written = UnfinishedWork(folder), folder / _JOB
         if job is not None and written.is_file() and written.read_bytes() == job.encode():
             work.resume()
         else:
             for path in folder.iterdir():
-                if path.name != _LOCK:
+                if path.name != LOCK:
                     remove(path)
             if job is not None:
                 atomic_write_text(written, job)
@@ -112,6 +107,25 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
             raise
         remove(written)  # else a call after a kill during the next line would continue with the rest
         remove(folder)
+    finally:
+        os.close(lock)
+
+
+def lock_folder(folder: Path) -> int:
+    """Make a folder, and lock it for this process until the descriptor that is returned is closed.
+
+    Raises:
+        UserError: another process has locked it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT)
+    try:
+        # Of this process alone: workers that outlive it for a moment do not hold it.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(lock)
+        raise UserError(f"{folder}: another process is writing there; wait until it has finished") from None
+    return lock
 
 
 def file_stamps(paths: list[str]) -> list[tuple[str, int, str]] | None:

@@ -26,7 +26,6 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.corpora import preprocess as preprocess_module
-from megatron_dwm.corpora import unfinished
 from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
 from megatron_dwm.corpora.unfinished import unfinished_work
 from megatron_dwm.data.validation import check_dataset
@@ -304,7 +303,7 @@ def test_a_kill_while_finished_work_is_removed_does_not_spoil_the_next_call(
                 (folder / "000000" / "part0_text_document.bin").unlink()
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        unfinished.shutil.rmtree = partly
+        shutil.rmtree = partly
         run_tool(monkeypatch, *argv)
 
     process = multiprocessing.get_context("fork").Process(target=killed)
