@@ -17,7 +17,7 @@ OBSTACLES: dict[str, Callable[[Path], object]] = {
     "folder": Path.mkdir,
     "full folder": _full_folder,
     "pipe": os.mkfifo,
-    "link to a folder": lambda path: path.symlink_to("/usr"),
+    "link to a folder": lambda path: path.symlink_to("."),
     "link that leads nowhere": lambda path: path.symlink_to("nowhere/below"),
     "link to itself": lambda path: path.symlink_to(path.name),
 }
