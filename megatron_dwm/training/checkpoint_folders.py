@@ -131,6 +131,8 @@ def tracked(root: Path) -> Path | None:
         UserError: the tracker's content is not Megatron-LM's.
     """
     path = root / TRACKER
+    if path.is_dir():  # else the first save would find out
+        raise UserError(f"{path}: is a folder where a file belongs; remove it")
     if not path.is_file():
         return None
     text = path.read_text(encoding="utf-8", errors="replace").strip()

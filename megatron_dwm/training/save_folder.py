@@ -91,7 +91,7 @@ class SaveFolder:
         for folder in (self.folder, non_persistent):
             if first := track_first_checkpoint(folder):
                 logger.info(f" > named in {TRACKER} what an interrupted run had saved: {first}")
-        delete_retired(self.folder)
+            delete_retired(folder)
 
 
 def visible_holders(flags: CheckpointConfig) -> dict[str, str]:

@@ -109,6 +109,14 @@ def test_what_is_no_lock_is_named_or_does(name: str, kind: str, tmp_path: Path):
         assert name == HEARTBEAT
 
 
+@pytest.mark.parametrize("folder", [".", "non_persistent"])
+def test_a_folder_in_place_of_the_tracker_is_named_before_the_first_save(folder: str, tmp_path: Path):
+    tracker = tmp_path / folder / TRACKER
+    tracker.mkdir(parents=True)
+    with pytest.raises(UserError, match=f"^{tracker}: is a folder where a file belongs; remove it"):
+        SaveFolder(tmp_path)
+
+
 def test_a_file_in_place_of_the_exports_is_named(tmp_path: Path):
     (tmp_path / "weighter").touch()
     with pytest.raises(UserError, match=rf"--save {tmp_path}/weighter: cannot be written \(Not a directory\)"):
