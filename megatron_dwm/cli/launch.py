@@ -39,7 +39,8 @@ from megatron_dwm.runtime.environment import environment_rank
 from megatron_dwm.runtime.logging import configure_logging, print_messages_of
 from megatron_dwm.runtime.startup_sync import StartupSync
 from megatron_dwm.runtime.stop_signals import StartSignals
-from megatron_dwm.training.checkpoint_folders import checkpoints_in
+from megatron_dwm.training.checkpoint_folders import checkpoints_in, latest_checkpoint
+from megatron_dwm.training.save_folder import check_writable
 
 if TYPE_CHECKING:
     from megatron_dwm.training.dataloaders import Dataloaders
@@ -94,7 +95,7 @@ def read_run_flags(argv: Sequence[str] | None, world_size: int) -> RunConfig:
     """Return the configuration of a pretraining run; by default from this process's command line.
 
     Raises:
-        UserError: a bad flag, or ``--use-checkpoint-args`` without a checkpoint.
+        UserError: a bad flag, or a folder of one that cannot be read or written.
     """
     return with_conversion(with_pretrained(parse_run(argv, world_size, read_saved=_read_saved)))
 
@@ -111,6 +112,10 @@ def with_pretrained(config: RunConfig) -> RunConfig:
         return config
     logger.info(f" > --load {flags.load} holds no checkpoint: the run starts from {flags.pretrained_checkpoint}")
     checkpoint = dataclasses.replace(flags, load=flags.pretrained_checkpoint, ckpt_step=None, finetune=True)
+    try:
+        latest_checkpoint(checkpoint)
+    except UserError as error:
+        raise UserError(str(error).replace("--load", "--pretrained-checkpoint", 1)) from None
     return dataclasses.replace(config, checkpoint=checkpoint)
 
 
@@ -120,6 +125,7 @@ def with_conversion(config: RunConfig) -> RunConfig:
     if flags.ckpt_convert_format is None or flags.ckpt_convert_save is None or flags.load is None:
         return config
     save = Path(flags.ckpt_convert_save) / Path(flags.load).name
+    check_writable({"--ckpt-convert-save": save})
     checkpoint = dataclasses.replace(
         flags, save=str(save), ckpt_format=flags.ckpt_convert_format, async_save=False, exit_on_missing_checkpoint=True
     )

@@ -288,10 +288,12 @@ class CheckpointWriter:
             reason = unwritten
         if self.parallel_state.is_first_rank:
             remove(temporary)
+        other = self.config.checkpoint.non_persistent_global_ckpt_dir
+        flag = "--save" if other is None or root != Path(other) else "--non-persistent-global-ckpt-dir"
         latest = tracked(root)
         remedy = f"the last whole checkpoint is {latest.name}" if latest is not None else "no checkpoint is there yet"
         raise UserError(
-            f"--save {root}: the checkpoint of iteration {iteration} cannot be written ({reason}); make room or give "
+            f"{flag} {root}: the checkpoint of iteration {iteration} cannot be written ({reason}); make room or give "
             f"another folder, {remedy}"
         )
 

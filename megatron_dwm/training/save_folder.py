@@ -142,12 +142,15 @@ def check_writable(paths: Mapping[str, Path]) -> None:
     """
     for flag, path in paths.items():
         existing = path
-        while not existing.exists() and existing != existing.parent:
-            if existing.is_symlink():
-                raise UserError(
-                    f"{flag} {path}: {existing} is a link that leads nowhere; remove it, or give another path"
-                )
-            existing = existing.parent
+        try:
+            while not existing.exists() and existing != existing.parent:
+                if existing.is_symlink():
+                    raise UserError(
+                        f"{flag} {path}: {existing} is a link that leads nowhere; remove it, or give another path"
+                    )
+                existing = existing.parent
+        except OSError as error:  # a name that is too long
+            raise UserError(f"{flag} {path}: {error.strerror}; give another path") from None
         try:
             with tempfile.TemporaryFile(dir=existing):
                 pass

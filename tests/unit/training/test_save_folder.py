@@ -142,6 +142,12 @@ def test_a_folder_of_non_persistent_checkpoints_is_held_and_cleared_too(tmp_path
     assert process.exitcode == 0
 
 
+@pytest.mark.parametrize("path", ["x" * 256, "x/" * 2500])
+def test_a_path_that_is_too_long_is_named_with_its_flag(path: str):
+    with pytest.raises(UserError, match=r"^--metrics-jsonl x.*: File name too long; give another path"):
+        check_writable({"--metrics-jsonl": Path(path)})
+
+
 @pytest.mark.parametrize("target", ["missing", "link"])
 def test_a_link_that_leads_nowhere_is_named(target: str, tmp_path: Path):
     link = tmp_path / "link"
