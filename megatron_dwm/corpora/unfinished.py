@@ -125,6 +125,8 @@ def lock_folder(folder: Path) -> int:
     except (BlockingIOError, PermissionError):
         os.close(lock)
         raise UserError(f"{folder}: another process is writing there; wait until it has finished") from None
+    except OSError as error:
+        logger.warning(f"{folder}: its file system has no locks ({error.strerror}); give no other command this output")
     return lock
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import glob
 import gzip
 import hashlib
@@ -362,6 +364,18 @@ def test_killed_work_goes_on_behind_its_last_finished_segment(
         done.start()
         done.join()
     assert done.exitcode == 2 and not (tmp_path / "busy" / kept.name).exists()
+
+
+def test_a_file_system_without_locks_is_said_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with unfinished_work(tmp_path / "work", None) as work:
+        assert work.folder.is_dir()
+    assert f"{tmp_path / 'work'}: its file system has no locks (No locks available)" in caplog.text
 
 
 def test_each_file_has_data_sets_of_its_own_and_those_that_are_there_are_not_made_again(
