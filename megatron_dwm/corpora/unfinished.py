@@ -118,7 +118,7 @@ def lock_folder(folder: Path) -> int:
         UserError: another process has locked it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT)
+    lock = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK)
     try:
         # Of this process alone: workers that outlive it for a moment do not hold it.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
