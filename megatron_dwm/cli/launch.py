@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -309,10 +308,9 @@ def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
     sys.stdout.flush()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at a worker's end
     for worker in multiprocessing.active_children():
-        # A data loader's is a daemon, and ignores the signal by which Python would end it. What was spawned, not
-        # forked, is megatron-core's writer of checkpoints on a GPU: it waits for more of them, and Python for it.
-        if worker.daemon or isinstance(worker, SpawnProcess):
-            worker.kill()
+        # Data loaders' ignore the signal by which Python would end them. Python would wait for writers of checkpoints,
+        # which wait for more of them, or fail as the process that takes their results has ended.
+        worker.kill()
     if isinstance(error, PeerError):
         raise SystemExit(EXIT_CODE) from None
     if not startup_sync.report_failure(error):
