@@ -32,13 +32,18 @@ class SaveFolder:
             non_persistent: the folder of ``--non-persistent-global-ckpt-dir``, which is locked as well.
 
         Raises:
-            UserError: a folder cannot be written to, or another run holds it.
+            UserError: a folder cannot be written to, is in a checkpoint, or another run holds it.
         """
         self.folder, self._non_persistent = folder, non_persistent
         self._folders = {"--save": folder}
         if non_persistent is not None:
             self._folders["--non-persistent-global-ckpt-dir"] = non_persistent
         self._held: dict[str, FolderLock] = {}
+        for above in (folder.resolve(), *folder.resolve().parents):
+            if above.name.startswith("iter_") and (above / "metadata.json").is_file():
+                raise UserError(
+                    f"--save {folder}: is in the checkpoint {above}, which may be deleted; give another folder"
+                )
         check_writable(self._folders)
         for name in ("weighter", NON_PERSISTENT):  # else the first save would be too late to find out
             check_writable({"--save": folder / name})

@@ -142,6 +142,16 @@ def test_a_folder_of_non_persistent_checkpoints_is_held_and_cleared_too(tmp_path
     assert process.exitcode == 0
 
 
+@pytest.mark.parametrize("name", [".", "new", "new/below"])
+def test_a_folder_in_a_checkpoint_is_refused(name: str, tmp_path: Path):
+    checkpoint = tmp_path / "iter_0000004"
+    checkpoint.mkdir()
+    (checkpoint / "metadata.json").touch()
+    with pytest.raises(UserError, match=f"^--save {checkpoint / name}: is in the checkpoint {checkpoint}, which may"):
+        SaveFolder(checkpoint / name)
+    SaveFolder(tmp_path / "iter_0000005" / name).close()  # of another program
+
+
 @pytest.mark.parametrize("path", ["x" * 256, "x/" * 2500])
 def test_a_path_that_is_too_long_is_named_with_its_flag(path: str):
     with pytest.raises(UserError, match=r"^--metrics-jsonl x.*: File name too long; give another path"):
