@@ -82,7 +82,8 @@ class _AllHeadsNorm(TorchRMSNorm):
         mean = copy_to_tensor_model_parallel_region(total, self.tp_group) / (ranks * x.size(-2) * x.size(-1))
         first = self.tp_group.rank() * self.heads // ranks
         weight = self.weight.view(self.heads, -1)[first : first + x.size(-2)]
-        return (x * (mean + self.eps).rsqrt() * weight).to(x.dtype)
+        normed: torch.Tensor = x * (mean + self.eps).rsqrt() * weight
+        return normed.to(x.dtype)
 
 
 class AllQueriesNorm(_AllHeadsNorm):
