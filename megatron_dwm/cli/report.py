@@ -136,9 +136,10 @@ def _folder(path: Path) -> Path:
 def _state(path: Path) -> tuple[int, int]:
     """Return a value that changes when a run writes a record."""
     file = path / "metrics.jsonl" if path.is_dir() else path
-    if not file.exists():
+    try:
+        found = file.stat()
+    except FileNotFoundError:
         return 0, 0
-    found = file.stat()
     return found.st_size, found.st_mtime_ns
 
 

@@ -55,7 +55,8 @@ class FolderLock:
         try:
             self._file = (folder / LOCK).open("a+", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{flag} {folder / LOCK}: cannot be opened ({error.strerror}); remove it") from None
+            reason = error.strerror or error  # a named pipe's has none
+            raise UserError(f"{flag} {folder / LOCK}: cannot be opened ({reason}); remove it") from None
         is_locked = self._lock()
         owner = _owner(self._file)
         is_elsewhere = owner is not None and owner.get("host") != socket.gethostname()
