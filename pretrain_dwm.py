@@ -3,7 +3,7 @@
 Start it with torchrun or srun; flags are Megatron-LM's, plus --dwm-* (docs/flags.md).
 """
 
-from megatron_dwm.cli.pretrain import main
+from megatron_dwm.cli.dispatch import run_module
 
 if __name__ == "__main__":
-    main()
+    run_module("megatron_dwm.cli.pretrain")

@@ -3,7 +3,7 @@
 The same as ``megatron-dwm benchmark word-order``.
 """
 
-from megatron_dwm.benchmarks.word_order import main
+from megatron_dwm.cli.dispatch import run_module
 
 if __name__ == "__main__":
-    main()
+    run_module("megatron_dwm.benchmarks.word_order")

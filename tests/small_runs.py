@@ -66,6 +66,12 @@ LLAMA: dict[str, Any] = {
     "--group-query-attention": True,
     "--num-query-groups": 2,
 }
+OLMO2_NORMS: dict[str, Any] = {
+    "--qk-layernorm": True,
+    "--dwm-qk-norm-all-heads": True,
+    "--dwm-output-norm": True,
+}
+OLMO2: dict[str, Any] = {**LLAMA, **OLMO2_NORMS}
 IN_PROCESS: dict[str, Any] = {
     "--seq-length": SEQ_LENGTH,
     "--max-position-embeddings": SEQ_LENGTH,

@@ -1,6 +1,6 @@
 """Verify checkpoints from the first to the last byte; ``--help`` lists the flags."""
 
-from megatron_dwm.cli.check_checkpoint import main
+from megatron_dwm.cli.dispatch import run_module
 
 if __name__ == "__main__":
-    main()
+    run_module("megatron_dwm.cli.check_checkpoint")

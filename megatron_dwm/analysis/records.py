@@ -88,21 +88,26 @@ class RunRecords:
         return Curve([iteration for iteration, _ in points], [value for _, value in points])
 
 
+class NoRecordsError(UserError):
+    """A run has made no training step, or not yet."""
+
+
 def read_run(path: Path) -> RunRecords:
     """Read a run's folder, or its JSON-lines file.
 
     Raises:
-        UserError: there are no records, or a line is not one.
+        NoRecordsError: there are no records.
+        UserError: a line is not one.
     """
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"{file}: no such file; give a run's --save folder or its --metrics-jsonl file")
+        raise NoRecordsError(f"{file}: no such file; give a run's --save folder or its --metrics-jsonl file")
     by_kind: dict[str, list[Record]] = {kind: [] for kind in _FIELDS}
     for record in _records(file):
         by_kind.get(record["kind"], []).append(record)  # other kinds are not used here
     run = RunRecords(by_kind["train"], by_kind["outer_update"], by_kind["evaluation"])
     if not run.steps:
-        raise UserError(f"{file}: contains no training step; wait for the run's first iteration")
+        raise NoRecordsError(f"{file}: contains no training step; give a run that has made one")
     return run
 
 

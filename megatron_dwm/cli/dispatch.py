@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, run_cli
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ def dispatch(program: str, commands: Mapping[str, Command], description: str) ->
     # So that the command finds its arguments in sys.argv, and its --help shows its name.
     sys.argv = [f"{program} {word}", *rest]
     importlib.import_module(commands[word].module).main()
+
+
+def run_module(name: str) -> None:
+    """Run the command in a module, the whole of a script: Ctrl-C ends it quietly, also while the module is imported."""
+    run_cli(lambda: importlib.import_module(name).main())
 
 
 def _help(program: str, commands: Mapping[str, Command], description: str) -> str:

@@ -1,8 +1,9 @@
-"""Write the language model of a checkpoint as a Hugging Face folder: Llama, Qwen2, Qwen3, Phi-3, Nemotron or GPT-2.
+"""Write the language model of a checkpoint as a Hugging Face folder.
 
-The model's flags come from the checkpoint, and so do those of the tokenizer unless they are given. The checkpoint may
-have been saved in any parallel layout; the export needs one process, no GPU, and memory for one weight file. The folder
-is loaded again and compared with the checkpoint before it appears under its final name.
+It becomes a Llama, Mistral, Qwen2, Qwen3, OLMo2, Phi-3, Nemotron or GPT-2. The model's flags come from the checkpoint,
+and so do those of the tokenizer unless they are given. The checkpoint may have been saved in any parallel layout; the
+export needs one process, no GPU, and memory for one weight file. The folder is loaded again and compared with the
+checkpoint before it appears under its final name.
 """
 
 from __future__ import annotations

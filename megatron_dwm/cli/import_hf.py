@@ -1,8 +1,8 @@
 """Convert a Hugging Face causal language model to a checkpoint that pretraining can start from.
 
-Llama, Mistral, Qwen2, Qwen2.5, Qwen3, Phi-3, Nemotron and GPT-2 are supported. ``pretrain_dwm.py --load CHECKPOINTS
---finetune`` starts from the checkpoint in any parallel layout, with the model's flags, which are printed. The import
-needs one process, no GPU, and memory for little more than one layer.
+Llama, Mistral, Qwen2, Qwen2.5, Qwen3, OLMo2, Phi-3, Nemotron and GPT-2 are supported. ``pretrain_dwm.py --load
+CHECKPOINTS --finetune`` starts from the checkpoint in any parallel layout, with the model's flags, which are printed.
+The import needs one process, no GPU, and memory for little more than one layer.
 """
 
 from __future__ import annotations

@@ -18,12 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_dwm.analysis.records import RunRecords, read_run
+from megatron_dwm.analysis.records import NoRecordsError, RunRecords, read_run
 from megatron_dwm.cli.command import limit_progress_bars, run_command
 from megatron_dwm.cli.run_argument import with_run_flag
 from megatron_dwm.config.flags import flag, parse, require_at_least, require_paths
 from megatron_dwm.errors import UserError
 from megatron_dwm.extras import require_packages
+from megatron_dwm.training.folder_lock import LEASE_SECONDS, heartbeat_age
 from megatron_dwm.training.run_status import read_run_status
 
 logger = logging.getLogger(__name__)
@@ -100,26 +101,32 @@ def _follow(config: ReportConfig, paths: Sequence[Path], seconds: int) -> None:
     """Write the page whenever there are new records, until all runs have ended.
 
     Raises:
-        UserError: as :func:`_write`.
+        UserError: a run has ended without a training step, or as :func:`read_run` and :func:`_write`.
     """
     written: list[tuple[int, int]] | None = None
     while True:
-        goes_on = any(read_run_status(_folder(path)).get("status") == "running" for path in paths)
+        goes_on = any(_goes_on(_folder(path)) for path in paths)
         state = [_state(path) for path in paths]
         if state != written or not goes_on:
             written = state
             try:
                 runs = [read_run(path) for path in paths]
-            except UserError as error:  # there is no record yet
+            except NoRecordsError:
                 if not goes_on:
                     raise
-                logger.info(f"waiting: {error}")
+                logger.info("waiting for the first training step")
             else:
                 _write(config, paths, runs, seconds if goes_on else None)
         if not goes_on:
             print("all runs have ended; this is the last page")
             return
         time.sleep(seconds)
+
+
+def _goes_on(folder: Path) -> bool:
+    """Return whether a run writes to its folder; a killed run's heartbeat stops, while its status stays as it was."""
+    age = heartbeat_age(folder)
+    return read_run_status(folder).get("status") == "running" if age is None else age < LEASE_SECONDS
 
 
 def _folder(path: Path) -> Path:

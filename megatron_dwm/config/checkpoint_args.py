@@ -26,11 +26,14 @@ UNKNOWN_PARTS = (
 """Arguments in Megatron-LM's checkpoints that, if set, make a different model from the same tensors."""
 
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
+_OURS = ("dwm_qk_norm_all_heads", "dwm_output_norm")
+"""Parts of models that Megatron-LM does not have."""
 _PARTS = (
     "num_query_groups",
     "position_embedding_type",
     "normalization",
     "qk_layernorm",
+    *_OURS,
     "swiglu",
     "quick_geglu",
     "attention_output_gate",
@@ -204,7 +207,7 @@ def _difference(name: str, value: Any, found: Any) -> str:
 
 def _architecture(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``arguments`` in a canonical form, so that flags with the same meaning compare equal."""
-    known = effective_arguments(arguments)
+    known = dict.fromkeys(_OURS, False) | effective_arguments(arguments)
     if known.get("use_rotary_position_embeddings"):
         known["position_embedding_type"] = "rope"
     if not known.get("group_query_attention"):

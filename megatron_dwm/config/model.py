@@ -88,6 +88,12 @@ class ModelConfig:
         False, "Center the normalization's gain on zero (Transformer Engine only).", "--apply-layernorm-1p"
     )
     qk_layernorm: bool = flag(False, "Normalize queries and keys.")
+    dwm_qk_norm_all_heads: bool = flag(
+        False, "With --qk-layernorm and RMSNorm, normalize over all heads together instead of each head, as OLMo2 does."
+    )
+    dwm_output_norm: bool = flag(
+        False, "Normalize the outputs of attention and MLP instead of their inputs, as OLMo2 does."
+    )
     qk_l2_norm: bool = flag(False, "Divide queries and keys by their root mean square, without learned parameters.")
     swiglu: bool = flag(False, "Use SwiGLU instead of GELU.")
     squared_relu: bool = flag(False, "Use squared ReLU instead of GELU.")
@@ -116,7 +122,7 @@ class ModelConfig:
     transformer_impl: Literal["transformer_engine", "local", "torch"] | None = flag(
         None,
         "Which layers to use: Transformer Engine's, megatron-core's, or torch (SDPA attention, torch norms). "
-        "Default: transformer_engine if it is installed, else torch.",
+        "Default: transformer_engine if it is installed and no other flag needs torch, else torch.",
     )
     attention_backend: Literal["flash", "fused", "unfused", "local", "auto"] = flag(
         "auto", "Attention backend of Transformer Engine."
@@ -245,6 +251,11 @@ class ModelConfig:
             raise UserError(f"{' and '.join(given)} exclude each other; give one")
         if self.qk_layernorm and self.qk_l2_norm:
             raise UserError("--qk-layernorm and --qk-l2-norm exclude each other; give one")
+        if self.dwm_qk_norm_all_heads and self.normalization != "RMSNorm":
+            raise UserError(
+                f"--dwm-qk-norm-all-heads with --normalization {self.normalization}: only RMSNorm spans all heads; "
+                "add --normalization RMSNorm"
+            )
         if self.activation_func_clamp_value is not None and self.activation_func_clamp_value <= 0:
             raise UserError(f"--activation-func-clamp-value {self.activation_func_clamp_value}: must be above 0")
 
@@ -321,6 +332,11 @@ class ModelConfig:
         except ValueError:
             return None
         return (before if before >= 0 else self.sequence, 0) if before >= -1 and after == 0 else None
+
+    @property
+    def needs_torch_layers(self) -> bool:
+        """Whether only ``--transformer-impl torch`` has such layers."""
+        return self.dwm_qk_norm_all_heads or self.dwm_output_norm
 
     @property
     def has_gated_ffn(self) -> bool:

@@ -32,6 +32,7 @@ _NEEDED = {
     "no_rope_freq": _ROPE,
     "rope_scaling_factor": "--use-rope-scaling",
     "window_attn_skip_freq": "--window-size",
+    "dwm_qk_norm_all_heads": "--qk-layernorm",
     **dict.fromkeys(("glu_linear_offset", "activation_func_clamp_value"), "--swiglu or --quick-geglu"),
     **dict.fromkeys(("recompute_method", "recompute_num_layers", "recompute_modules"), "--recompute-granularity"),
     **dict.fromkeys(
@@ -65,6 +66,7 @@ def missing_flag(field: str, values: Mapping[str, Any]) -> str | None:
         _NEEDED["rotary_base"]: rope or yarn,
         "--use-rope-scaling": values.get("use_rope_scaling"),
         "--window-size": values.get("window_size"),
+        "--qk-layernorm": values.get("qk_layernorm"),
         "--swiglu or --quick-geglu": values.get("swiglu") or values.get("quick_geglu"),
         "--recompute-granularity": values.get("recompute_granularity")
         or values.get("recompute_activations")

@@ -61,7 +61,7 @@ def build_model_chunks(
     for stage in stages:
         chunk = GPTModel(
             config=config,
-            transformer_layer_spec=_layer_spec(config, resolve_transformer_impl(model, device), stage),
+            transformer_layer_spec=_layer_spec(config, model, resolve_transformer_impl(model, device), stage),
             vocab_size=vocabulary.rows,
             max_sequence_length=model.max_position_embeddings or model.sequence,
             pre_process=is_pp_first_stage(groups.pp) and is_vp_first_stage(stage, count),
@@ -147,7 +147,9 @@ def bind_schedule_hooks(
         config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in chunks])
 
 
-def _layer_spec(config: TransformerConfig, impl: str, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+def _layer_spec(
+    config: TransformerConfig, model: ModelConfig, impl: str, vp_stage: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
     if impl == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(
             qk_layernorm=config.qk_layernorm, qk_l2_norm=config.qk_l2_norm
@@ -156,7 +158,7 @@ def _layer_spec(config: TransformerConfig, impl: str, vp_stage: int | None) -> M
         return get_gpt_layer_local_spec(
             qk_layernorm=config.qk_layernorm, normalization=config.normalization, qk_l2_norm=config.qk_l2_norm
         )
-    return torch_block_spec(config, vp_stage)
+    return torch_block_spec(config, model, vp_stage)
 
 
 def _aligns_param_gather(config: TransformerConfig, parallel: ParallelConfig) -> bool:

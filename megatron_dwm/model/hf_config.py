@@ -14,7 +14,7 @@ from megatron_dwm.model.transformer_config import has_tanh_gelu
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-IMPORTED = ("llama", "mistral", "qwen2", "qwen3", "seed_oss", "phi3", "nemotron", "gpt2")
+IMPORTED = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "seed_oss", "phi3", "nemotron", "gpt2")
 """model_type of the Hugging Face models that are read."""
 
 EQUIVALENT_MODEL_TYPES = {"qwen2": "seed_oss"}
@@ -23,13 +23,12 @@ same and have any tokenizer."""
 
 _EXPERTS = "it has experts"
 _SIDE_BY_SIDE = "its attention and MLP stand side by side in a layer, megatron-core's one after the other"
-_OLMO = "it norms what attention and MLP return, and megatron-core's layers norm what these are given"
-_GEMMA = "it scales its embeddings and norms what attention and MLP return, and megatron-core's GPT does not"
+_GEMMA = "it scales its embeddings, and norms both what attention and MLP are given and what they return"
 _NOT_COMPUTED = {
-    **dict.fromkeys(("olmo2", "olmo3"), _OLMO),
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), _GEMMA),
     **dict.fromkeys(("gpt_neox", "gptj", "phi", "falcon", "cohere", "cohere2"), _SIDE_BY_SIDE),
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3"), _EXPERTS),
+    "olmo3": "its layers have rotary positions of two kinds, and megatron-core's of one",
     "granite": "it scales embeddings, residuals and logits, and megatron-core's GPT does not",
     "smollm3": "some of its layers have no positions, and megatron-core's are all alike",
 }
@@ -44,8 +43,8 @@ def architecture(model: ModelConfig) -> str:
     """Return the Hugging Face model_type that is closest to ``model``.
 
     Rotary positions and RMSNorm make it a Llama, with a bias of queries, keys and values alone a Qwen2, with norms of
-    queries and keys a Qwen3, with a rotated part of the head a Phi-3, with a window in all layers a Mistral; LayerNorm
-    makes it a Nemotron. Learned positions make it a GPT-2.
+    queries and keys a Qwen3, with norms of outputs an OLMo2, with a rotated part of the head a Phi-3, with a window in
+    all layers a Mistral; LayerNorm makes it a Nemotron. Learned positions make it a GPT-2.
     """
     if not model.has_rotary_positions:
         return "gpt2"
@@ -53,6 +52,8 @@ def architecture(model: ModelConfig) -> str:
         return "nemotron"
     if model.rotary_percent != 1.0:
         return "phi3"
+    if model.dwm_output_norm:
+        return "olmo2"
     if model.qk_layernorm:
         return "qwen3"
     if model.add_qkv_bias and not model.add_bias_linear:
@@ -171,11 +172,18 @@ def _check_expressible(model: ModelConfig, kind: str) -> None:
         f"--num-attention-heads {model.heads} that do not divide the hidden size; change it": (
             kind == "llama" and model.hidden % model.heads != 0
         ),
-        "biases; add --disable-bias-linear": kind in ("qwen3", "phi3", "mistral") and model.add_bias_linear,
+        "biases; add --disable-bias-linear": kind in ("qwen3", "olmo2", "phi3", "mistral") and model.add_bias_linear,
         "--add-qkv-bias; leave it out": (
-            kind in ("qwen3", "phi3", "nemotron") and model.add_qkv_bias and not model.add_bias_linear
+            kind in ("qwen3", "olmo2", "phi3", "nemotron") and model.add_qkv_bias and not model.add_bias_linear
         ),
-        "--qk-layernorm; leave it out": kind != "qwen3" and model.qk_layernorm,
+        "--qk-layernorm; leave it out": kind not in ("qwen3", "olmo2") and model.qk_layernorm,
+        "--dwm-output-norm; leave it out": kind != "olmo2" and model.dwm_output_norm,
+        "--dwm-qk-norm-all-heads; leave it out, or add --dwm-output-norm": (
+            kind != "olmo2" and model.dwm_qk_norm_all_heads
+        ),
+        "--dwm-output-norm alone; add --qk-layernorm --dwm-qk-norm-all-heads": (
+            kind == "olmo2" and not model.dwm_qk_norm_all_heads
+        ),
         "--rotary-interleaved; leave it out": model.rotary_interleaved,
         "scaled rotary frequencies; leave the scaling out, or use --rotary-percent 1.0": (
             kind == "phi3" and rope_parameters(model)["rope_type"] != "default"
@@ -186,7 +194,7 @@ def _check_expressible(model: ModelConfig, kind: str) -> None:
 
 
 def _title(kind: str) -> str:
-    names = {"gpt2": "GPT-2", "llama": "Llama", "phi3": "Phi-3"}
+    names = {"gpt2": "GPT-2", "llama": "Llama", "olmo2": "OLMo2", "phi3": "Phi-3"}
     return names.get(kind, kind.capitalize())
 
 
@@ -243,7 +251,7 @@ def _rotary_flags(config: PretrainedConfig) -> dict[str, Any]:
             f"partial_rotary_factor {positions['rotary_percent']}, which transformers ignores there": (
                 kind not in ("phi3", "nemotron") and positions["rotary_percent"] != 1.0
             ),
-            "attention_bias beside norms of queries and keys": kind == "qwen3" and attention_bias,
+            "attention_bias beside norms of queries and keys": kind in ("qwen3", "olmo2") and attention_bias,
             f"embd_pdrop {getattr(config, 'embd_pdrop', 0)} beside resid_pdrop": (
                 getattr(config, "embd_pdrop", 0) != getattr(config, "resid_pdrop", 0)
             ),
@@ -255,7 +263,9 @@ def _rotary_flags(config: PretrainedConfig) -> dict[str, Any]:
         **window_flags(config),
         "normalization": "LayerNorm" if kind == "nemotron" else "RMSNorm",
         "layernorm_epsilon": config.norm_eps if kind == "nemotron" else config.rms_norm_eps,
-        "qk_layernorm": kind == "qwen3",
+        "qk_layernorm": kind in ("qwen3", "olmo2"),
+        "dwm_qk_norm_all_heads": kind == "olmo2",
+        "dwm_output_norm": kind == "olmo2",
         "swiglu": kind != "nemotron",
         # megatron-core has biases in all linear layers or in none; those that are not there are imported as zeros.
         "add_bias_linear": has_biases,

@@ -21,8 +21,8 @@ from megatron_dwm.model.hf_config import architecture
 
 LAYERS = "decoder.layers."
 """Prefix of the checkpoint keys of layers, whose tensors are stacked."""
-_ATTENTION, _MLP = "self_attention.", "mlp."
-_QKV, _FC1 = f"{_ATTENTION}linear_qkv", f"{_MLP}linear_fc1"
+_ATTENTION = "self_attention."
+_QKV, _PROJ, _FC1, _FC2 = f"{_ATTENTION}linear_qkv", f"{_ATTENTION}linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 VOCABULARY = (_EMBEDDING, _HEAD)
 """Checkpoint keys of the tensors that have a row for each token."""
@@ -166,7 +166,7 @@ def _norm(model: ModelConfig, key: str, name: str) -> list[Conversion]:
 
 
 def _of_llama_layer(model: ModelConfig) -> list[Conversion]:
-    """The pieces of a layer with Llama's names; only Phi-3 fuses some of the matrices."""
+    """The pieces of a layer with Llama's names; only Phi-3 fuses some of the matrices, only OLMo2 norms outputs."""
     is_fused = architecture(model) == "phi3"
 
     def split_qkv(qkv: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -182,7 +182,16 @@ def _of_llama_layer(model: ModelConfig) -> list[Conversion]:
         queries, keys = model.heads * model.head_size, model.query_groups * model.head_size
         return _join_qkv(fused[0].split([queries, keys, keys]), model)
 
-    conversions = _norm(model, f"{_QKV}.layer_norm_", "input_layernorm")
+    if model.dwm_output_norm:
+        conversions = [
+            *_norm(model, f"{_PROJ}.post_layernorm.", "post_attention_layernorm"),
+            *_norm(model, f"{_FC2}.post_layernorm.", "post_feedforward_layernorm"),
+        ]
+    else:
+        conversions = [
+            *_norm(model, f"{_QKV}.layer_norm_", "input_layernorm"),
+            *_norm(model, f"{_FC1}.layer_norm_", "post_attention_layernorm"),
+        ]
     for kind in ("weight", "bias"):
         if kind == "bias" and not (model.add_bias_linear or model.add_qkv_bias):
             continue
@@ -197,8 +206,7 @@ def _of_llama_layer(model: ModelConfig) -> list[Conversion]:
         for letter in "qk":
             conversions += _norm(model, f"{_ATTENTION}{letter}_layernorm.", f"self_attn.{letter}_norm")
     kinds = ("weight", "bias") if model.add_bias_linear else ("weight",)
-    conversions += [Conversion(f"{_ATTENTION}linear_proj.{kind}", (f"self_attn.o_proj.{kind}",)) for kind in kinds]
-    conversions += _norm(model, f"{_FC1}.layer_norm_", "post_attention_layernorm")
+    conversions += [Conversion(f"{_PROJ}.{kind}", (f"self_attn.o_proj.{kind}",)) for kind in kinds]
     for kind in kinds:
         if model.swiglu and not is_fused:
             names = (f"mlp.gate_proj.{kind}", f"mlp.up_proj.{kind}")
@@ -206,7 +214,7 @@ def _of_llama_layer(model: ModelConfig) -> list[Conversion]:
         else:
             name = "mlp.gate_up_proj" if is_fused else "mlp.up_proj"
             conversions.append(Conversion(f"{_FC1}.{kind}", (f"{name}.{kind}",)))
-    return conversions + [Conversion(f"{_MLP}linear_fc2.{kind}", (f"mlp.down_proj.{kind}",)) for kind in kinds]
+    return conversions + [Conversion(f"{_FC2}.{kind}", (f"mlp.down_proj.{kind}",)) for kind in kinds]
 
 
 def _of_gpt2_layer(model: ModelConfig) -> list[Conversion]:
@@ -232,10 +240,10 @@ def _of_gpt2_layer(model: ModelConfig) -> list[Conversion]:
         *_norm(model, f"{_QKV}.layer_norm_", "ln_1"),
         Conversion(f"{_QKV}.weight", ("attn.c_attn.weight",), split_qkv, join_qkv),
         Conversion(f"{_QKV}.bias", ("attn.c_attn.bias",), split_qkv_bias, join_qkv_bias),
-        *linear(f"{_ATTENTION}linear_proj", "attn.c_proj"),
+        *linear(_PROJ, "attn.c_proj"),
         *_norm(model, f"{_FC1}.layer_norm_", "ln_2"),
         *linear(_FC1, "mlp.c_fc"),
-        *linear(f"{_MLP}linear_fc2", "mlp.c_proj"),
+        *linear(_FC2, "mlp.c_proj"),
     ]
 
 

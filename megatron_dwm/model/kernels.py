@@ -23,7 +23,7 @@ def resolve_transformer_impl(model: ModelConfig, device: torch.device) -> str:
     """
     usable = HAVE_TE and device.type == "cuda"
     if model.transformer_impl is None:
-        return "transformer_engine" if usable else "torch"
+        return "transformer_engine" if usable and not model.needs_torch_layers else "torch"
     if model.transformer_impl == "transformer_engine" and not usable:
         reason = "it needs a GPU" if HAVE_TE else "Transformer Engine is not installed"
         raise UserError(f"--transformer-impl transformer_engine: {reason}; use --transformer-impl torch")

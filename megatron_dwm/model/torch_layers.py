@@ -20,6 +20,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -27,6 +28,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.model.torch_norms import NORMED_LINEARS, AllKeysNorm, AllQueriesNorm, NormedLinear, norm_class
+from megatron_dwm.runtime.compat import mlp_submodules
 from megatron_dwm.runtime.context_parallel import chunk_numbers, gather_sequence
 from megatron_dwm.runtime.device import current_device
 
@@ -185,42 +189,26 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
         )
 
 
-class TorchLayerNorm(torch.nn.LayerNorm):
-    """LayerNorm, replicated over the tensor-parallel group."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__(hidden_size, eps=eps)
-        _mark_partial_gradients(self, config)
-
-
-class TorchRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm, replicated over the tensor-parallel group."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__(hidden_size, eps=eps)
-        _mark_partial_gradients(self, config)
-
-
-def _mark_partial_gradients(norm: torch.nn.Module, config: TransformerConfig) -> None:
-    # Under sequence parallelism each rank norms its part of the sequence; megatron-core sums the gradients of
-    # parameters marked so over the tensor-parallel group.
-    for param in norm.parameters():
-        param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-def torch_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def torch_block_spec(config: TransformerConfig, model: ModelConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, and the norm after the last one.
 
     It is megatron-core's local layer with other attention and norms.
     """
-    norm = TorchRMSNorm if config.normalization == "RMSNorm" else TorchLayerNorm
+    norm = norm_class(config)
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    layer.submodules.input_layernorm = norm
-    layer.submodules.pre_mlp_layernorm = norm
-    attention = layer.submodules.self_attention.submodules
+    parts = layer.submodules
+    attention = parts.self_attention.submodules
     attention.core_attention = TorchAttention
     if config.qk_l2_norm:
         attention.q_layernorm = attention.k_layernorm = L2Norm
+    elif model.dwm_qk_norm_all_heads:
+        attention.q_layernorm, attention.k_layernorm = AllQueriesNorm, AllKeysNorm
     elif config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = norm
+    if model.dwm_output_norm:
+        parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
+        attention.linear_proj = mlp_submodules(parts.mlp).linear_fc2 = NormedLinear
+        parts.sharded_state_dict_keys_map = {f"{name}.linear.": f"{name}." for name in NORMED_LINEARS}
+    else:
+        parts.input_layernorm = parts.pre_mlp_layernorm = norm
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm)

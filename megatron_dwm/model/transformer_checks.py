@@ -10,6 +10,7 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dwm.config.flags import flag_name
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
@@ -70,6 +71,9 @@ def check_layers(model: ModelConfig, parallel: ParallelConfig, impl: str) -> Non
     Raises:
         UserError: there is one.
     """
+    for field in ("dwm_qk_norm_all_heads", "dwm_output_norm"):
+        if getattr(model, field) and impl != "torch":
+            raise UserError(f"{flag_name(field)} needs --transformer-impl torch and the layers are {impl}; change one")
     if model.attention_backend == "local" and impl != "local":
         raise UserError("--attention-backend local needs --transformer-impl local; give that or another backend")
     is_unfused_anyway = model.attention_backend == "unfused" and impl == "local"
@@ -193,6 +197,10 @@ def check_recomputation(model: ModelConfig, parallel: ParallelConfig) -> None:
         raise UserError("--recompute-method and --recompute-num-layers go with --recompute-granularity full; drop them")
     if model.recompute_granularity == "full" and model.recompute_num_layers is None:
         raise UserError("--recompute-granularity full needs --recompute-num-layers; give 1 or more")
+    if model.dwm_output_norm and "layernorm" in (model.recompute_modules or ()):
+        raise UserError(
+            "--recompute-modules layernorm recomputes norms of inputs, and --dwm-output-norm has none; leave it out"
+        )
     # megatron-core recomputes norms with Transformer Engine's help, whatever the layers.
     choices = ["core_attn", "mlp", "layernorm"] if HAVE_TE else ["core_attn", "mlp"]
     for module in model.recompute_modules or ():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from inspect import signature
@@ -81,3 +82,8 @@ def build_core_tokenizer(flags: Mapping[str, Any]) -> Any:
     if flags["tokenizer_type"] == "NullTokenizer":  # whose end of document is one of the tokens now, not one more
         renamed["vocab_size"] = flags["vocab_size"] + 1
     return build_newer_tokenizer(Namespace(**{**flags, **renamed}))
+
+
+def mlp_submodules(spec: Any) -> Any:
+    """Return the submodules in the specification of an MLP, which is a partial call in later versions."""
+    return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules

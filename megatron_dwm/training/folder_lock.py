@@ -157,6 +157,17 @@ class FolderLock:
             return 0.0 if heartbeat is None else max(0.0, (os.fstat(now.fileno()).st_mtime_ns - heartbeat) / 1e9)
 
 
+def heartbeat_age(folder: Path) -> float | None:
+    """Return the seconds since the heartbeat of the process that holds ``folder``, by this machine's clock.
+
+    None if none holds it. After more than :data:`LEASE_SECONDS` it is considered killed.
+    """
+    try:
+        return time.time() - (folder / HEARTBEAT).stat().st_mtime
+    except OSError:
+        return None
+
+
 def visible_holder(folder: Path) -> str:
     """Return who holds ``folder``, as another process than the holder sees it; waits until somebody does."""
     deadline = time.monotonic() + VISIBLE_SECONDS

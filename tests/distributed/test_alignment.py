@@ -26,7 +26,7 @@ from tests.distributed.built_model import (
     relative_error,
 )
 from tests.distributed.harness import run_distributed
-from tests.small_runs import GPT, LLAMA, Flags
+from tests.small_runs import GPT, LLAMA, OLMO2, Flags
 
 FULL = {"--recompute-granularity": "full", "--recompute-method": "uniform", "--recompute-num-layers": 1}
 SELECTIVE = {"--recompute-granularity": "selective", "--recompute-modules": ["mlp", "core_attn"]}
@@ -35,6 +35,8 @@ MODELS: dict[str, Flags] = {
     "gpt, tied": GPT,
     "gpt, untied": {**GPT, **UNTIED},
     "llama, untied": LLAMA,
+    "olmo2": OLMO2,
+    "olmo2, one group": {**OLMO2, "--num-query-groups": 1},
     "llama, tied": {**LLAMA, "--untie-embeddings-and-output-weights": False},
 }
 
@@ -81,7 +83,10 @@ def check(model: Flags, results: list[Any]) -> None:
         *(("llama, untied", layout) for layout in ("one process", "DP2", "DP2, distributed optimizer", *COMBINED)),
         ("gpt, untied", "PP2, interleaved"),
         ("llama, tied", "TP2 x PP2"),
+        ("olmo2", "TP2 x PP2"),
+        ("olmo2, one group", "TP2, sequence parallel, x DP2, distributed optimizer, overlapped"),
         ("gpt, tied", "CP2"),
+        ("olmo2", "CP2"),
         *(("llama, untied", layout) for layout in CONTEXT_PARALLEL if layout != "CP2"),
     ],
 )
@@ -127,6 +132,8 @@ def test_what_heads_have_of_their_own_counts_on_every_rank_of_heads(parallel: Fl
     def all_kinds() -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [
             both({"--qk-layernorm": True}, ("q_layernorm", "k_layernorm")),
+            both(OLMO2, ("q_layernorm", "k_layernorm")),
+            both(OLMO2, ("post_layernorm",)),
             both({"--softmax-type": "learnable"}, ("softmax_offset",)),
         ]
 

@@ -18,7 +18,7 @@ from megatron_dwm.model.hf_weights import LAYERS, from_hf, pieces, to_hf_state_d
 from tests.distributed.built_model import LAYOUTS, HfState, build_model, parse_model, random_tokens
 from tests.distributed.harness import run_distributed
 from tests.distributed.passes import logits
-from tests.small_runs import GPT, LLAMA, NUM_SAMPLES, VOCAB_SIZE, Flags
+from tests.small_runs import GPT, LLAMA, NUM_SAMPLES, OLMO2, VOCAB_SIZE, Flags
 
 QWEN3: Flags = {**LLAMA, "--qk-layernorm": True, "--kv-channels": 8}
 NEMOTRON: Flags = {
@@ -44,6 +44,13 @@ MODELS: dict[str, Flags] = {
     "llama": LLAMA,
     "qwen2": {**LLAMA, "--add-qkv-bias": True},
     "qwen3": QWEN3,
+    "olmo2": OLMO2,
+    "olmo2 with tied head, wide heads, one group": {
+        **OLMO2,
+        "--untie-embeddings-and-output-weights": False,
+        "--kv-channels": 16,
+        "--num-query-groups": 1,
+    },
     "nemotron": NEMOTRON,
     "phi3": {**LLAMA, "--rotary-percent": 0.5, "--kv-channels": 8},
     "gpt2 with exact GELU and its own head": {
@@ -137,6 +144,7 @@ def _assert_equal_to_hf(flags: Flags, layout: str) -> tuple[HfState, dict[str, t
         *(("gpt2", layout) for layout in ("TP2 x PP2", "DP2")),
         ("qwen2", "TP2 x PP2"),
         ("qwen3", "TP2, sequence parallel"),
+        ("olmo2", "TP2 x PP2"),
         ("nemotron", "TP2 x PP2"),
         ("llama with YaRN", "PP2, interleaved"),
     ],
@@ -165,11 +173,12 @@ def test_the_hugging_face_copy_has_the_logits_of_every_architecture_and_leads_ba
         assert torch.equal(again[key], tensor), key
 
 
-def test_the_hugging_face_copy_has_the_logits_of_ranks_that_share_a_query_group():
-    _assert_equal_to_hf(MODELS["llama with tied head, wide heads, one group"], "TP2, sequence parallel")
+@pytest.mark.parametrize("name", ["llama", "olmo2"])
+def test_the_hugging_face_copy_has_the_logits_of_ranks_that_share_a_query_group(name: str):
+    _assert_equal_to_hf(MODELS[f"{name} with tied head, wide heads, one group"], "TP2, sequence parallel")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen2", "qwen3", "olmo2"])
 def test_the_first_layers_start_a_classifier(name: str):
     processes, parallel = LAYOUTS["PP2, interleaved"]
     model = parse_model(MODELS[name])
@@ -214,6 +223,13 @@ def test_gathering_keeps_to_the_wanted_parameters():
         ({**QWEN3, "--disable-bias-linear": False}, "biases; add --disable-bias-linear"),
         ({**QWEN3, "--add-qkv-bias": True}, "--add-qkv-bias"),
         ({**NEMOTRON, "--add-qkv-bias": True}, "--add-qkv-bias"),
+        (
+            {**OLMO2, "--disable-bias-linear": False},
+            "OLMo2 cannot express biases; add --disable-bias-linear",
+        ),
+        ({**OLMO2, "--dwm-qk-norm-all-heads": False}, "add --qk-layernorm --dwm-qk-norm-all-heads"),
+        ({**OLMO2, "--dwm-output-norm": False}, "--dwm-qk-norm-all-heads; leave it out, or add --dwm-output-norm"),
+        ({**NEMOTRON, "--dwm-output-norm": True}, "--dwm-output-norm; leave it out"),
         ({**NEMOTRON, "--qk-layernorm": True}, "--qk-layernorm"),
         ({**LLAMA, "--rotary-percent": 0.5, "--use-rope-scaling": True}, "scaled rotary frequencies"),
         ({**LLAMA, "--use-rope-scaling": True, "--rotary-seq-len-interpolation-factor": 2}, "leave one out"),

@@ -40,10 +40,12 @@ SPREAD = [
     "llama with biases of attention, linear",
     "qwen2, window in some layers",
     "qwen3, yarn of other attention",
+    "olmo2",
+    "olmo2, wide heads, one group",
     "nemotron",
     "gpt2",
 ]
-"""Models that are tried on several ranks: tied and untied, biases, norms of heads, fused and not."""
+"""Models that are tried on several ranks: tied and untied, biases, norms of one head and of all, fused and not."""
 
 
 def _rounding(name: str, key: str) -> float:

@@ -24,7 +24,7 @@ from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers
 from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
 from tests.distributed.built_model import CONTEXT_PARALLEL, LAYOUTS, build_model, random_mask, random_tokens
 from tests.distributed.harness import run_distributed
-from tests.small_runs import GPT, IN_PROCESS, LLAMA, NUM_SAMPLES, VOCAB_SIZE, Flags, parse_flags
+from tests.small_runs import GPT, IN_PROCESS, LLAMA, NUM_SAMPLES, OLMO2, VOCAB_SIZE, Flags, parse_flags
 
 CASES: dict[str, tuple[int, Flags]] = {
     "llama, TP2, sequence parallel, x PP2": (4, {**LLAMA, **LAYOUTS["TP2 x PP2"][1], "--sequence-parallel": True}),
@@ -42,6 +42,7 @@ CASES: dict[str, tuple[int, Flags]] = {
         4,
         {**LLAMA, **CONTEXT_PARALLEL["CP2 x DP2, distributed optimizer, overlapped"][1], "--bf16": True},
     ),
+    "olmo2, TP2, bf16": (2, {**OLMO2, **LAYOUTS["TP2"][1], "--bf16": True}),
     "gpt, tied, PP2, finite differences": (
         2,
         {**GPT, **LAYOUTS["PP2"][1], "--dwm-alignment": "finite-difference"},

@@ -11,7 +11,7 @@ from megatron.core import parallel_state as mpu
 from megatron_dwm.model.loss import weighted_loss
 from tests.distributed.built_model import LAYOUTS, build_model, random_mask, random_tokens
 from tests.distributed.harness import run_distributed
-from tests.small_runs import GPT, Flags
+from tests.small_runs import GPT, OLMO2, Flags
 
 SELECTIVE: dict[str, Any] = {"--recompute-granularity": "selective"}
 FULL: dict[str, Any] = {"--recompute-granularity": "full", "--recompute-num-layers": 1}
@@ -24,10 +24,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 SPREAD: dict[str, Any] = {**KINDS["full, uniform"], "--distribute-saved-activations": True}
 CASES = [
-    ("torch", "TP2"),
-    ("torch", "TP2, sequence parallel"),
-    ("torch", "PP2, interleaved"),
-    ("local", "TP2"),
+    (GPT, "torch", "TP2"),
+    (GPT, "torch", "TP2, sequence parallel"),
+    (GPT, "torch", "PP2, interleaved"),
+    (GPT, "local", "TP2"),
+    (OLMO2, "torch", "TP2, sequence parallel"),
 ]
 
 
@@ -55,11 +56,11 @@ def _passes(flags: Flags) -> list[torch.Tensor]:
     return [*found, lm_gradients.align(batch, direction)]
 
 
-@pytest.mark.parametrize("impl, layout", CASES)
-def test_recomputing_changes_no_bit(impl: str, layout: str):
+@pytest.mark.parametrize("model, impl, layout", CASES)
+def test_recomputing_changes_no_bit(model: Flags, impl: str, layout: str):
     world, parallel = LAYOUTS[layout]
     flags = {"--hidden-dropout": 0.1, "--attention-dropout": 0.1, "--micro-batch-size": 4}
-    common = {**GPT, **parallel, **flags, "--transformer-impl": impl, "--dwm-preconditioner": "none"}
+    common = {**model, **parallel, **flags, "--transformer-impl": impl, "--dwm-preconditioner": "none"}
     kinds = {**KINDS, "full, saved activations spread": SPREAD} if layout == "TP2" else KINDS
     if "PP2" in layout:  # its chunks have one layer
         kinds = {kind: flags for kind, flags in kinds.items() if flags.get("--recompute-num-layers") != 2}

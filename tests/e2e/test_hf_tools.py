@@ -25,6 +25,7 @@ from transformers import (
     BertLMHeadModel,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    Olmo2ForCausalLM,
     Qwen3ForCausalLM,
     SeedOssForCausalLM,
 )
@@ -48,7 +49,7 @@ from tests.e2e.datasets import make_dataset
 from tests.e2e.launch import succeed
 from tests.fixtures.megatron.record import scalars
 from tests.paths import FIXTURES
-from tests.small_runs import GPT, IN_PROCESS, LLAMA_STYLE, SEQ_LENGTH, parse_flags
+from tests.small_runs import GPT, IN_PROCESS, LLAMA_STYLE, OLMO2_NORMS, SEQ_LENGTH, parse_flags
 
 SENTENCES = [
     "The ships lay in the harbour until the wind turned.",
@@ -86,11 +87,13 @@ RUN = {
     "--dwm-mode": "off",
 }
 TP2_PP2 = {"--tensor-model-parallel-size": 2, "--pipeline-model-parallel-size": 2}
+TP2 = {"--tensor-model-parallel-size": 2, "--sequence-parallel": True}
 PP2 = {"--pipeline-model-parallel-size": 2}
 INTERLEAVED = {"--pipeline-model-parallel-size": 2, "--num-virtual-stages-per-pipeline-rank": 2}
 TRAINED: dict[str, tuple[Any, dict[str, Any], int]] = {
     "llama with grouped queries, one process": (LlamaForCausalLM, LLAMA, 1),
     "qwen3 with wide heads, TP2 PP2": (Qwen3ForCausalLM, LLAMA | QWEN3 | TP2_PP2, 4),
+    "olmo2, TP2": (Olmo2ForCausalLM, LLAMA | OLMO2_NORMS | TP2, 2),
     "qwen2 with tied head, as its twin, interleaved PP2": (
         SeedOssForCausalLM,
         LLAMA | TIED | QWEN2 | INTERLEAVED,

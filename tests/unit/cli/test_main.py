@@ -11,7 +11,7 @@ import pytest
 
 from megatron_dwm import __version__
 from megatron_dwm.cli import benchmark, main, plot
-from megatron_dwm.cli.dispatch import Command
+from megatron_dwm.cli.dispatch import Command, run_module
 from megatron_dwm.errors import EXIT_CODE, INTERRUPTED
 from megatron_dwm.extras import EXTRA_OF
 from tests.paths import ROOT
@@ -66,6 +66,9 @@ def test_ctrl_c_while_a_command_is_imported_prints_no_traceback(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(main.COMMANDS, "plot", Command("interrupted_command", "is interrupted"))
     assert run(monkeypatch, "plot") == INTERRUPTED and capsys.readouterr() == ("", "")
+    with pytest.raises(SystemExit) as end:
+        run_module("interrupted_command")  # as a script does
+    assert end.value.code == INTERRUPTED and capsys.readouterr() == ("", "")
 
 
 def test_help_lists_every_command_on_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -129,7 +132,7 @@ def test_every_command_has_a_main_that_takes_arguments(name: str):
 
 def test_the_scripts_are_the_commands():
     for path, name in DOORS.items():
-        assert f"from {COMMANDS[name].module} import main\n" in (ROOT / path).read_text(), path
+        assert f'run_module("{COMMANDS[name].module}")\n' in (ROOT / path).read_text(), path
     scripts = {
         str(path.relative_to(ROOT)) for folder in ("tools", "benchmarks") for path in (ROOT / folder).glob("*.py")
     }

@@ -71,6 +71,7 @@ OTHER = {
     "--normalization LayerNorm": "--normalization LayerNorm is not what the checkpoint was saved with, RMSNorm",
     "--position-embedding-type none": "--position-embedding-type none is not what the checkpoint was saved with, rope",
     "--qk-layernorm": "--qk-layernorm is given, but was not given when the checkpoint was saved",
+    "--dwm-output-norm": "--dwm-output-norm is given, but was not given when the checkpoint was saved",
     "--add-qkv-bias": "--add-qkv-bias is given, but was not given when the checkpoint was saved",
 }
 OTHER_FUNCTION = {

@@ -227,6 +227,8 @@ MISTAKES = {
     "--glu-linear-offset 1": "--glu-linear-offset has no effect without --swiglu or --quick-geglu",
     "--quick-geglu --swiglu": "--swiglu and --quick-geglu exclude each other",
     "--qk-layernorm --qk-l2-norm": "--qk-layernorm and --qk-l2-norm exclude each other",
+    "--normalization RMSNorm --dwm-qk-norm-all-heads": "--dwm-qk-norm-all-heads has no effect without --qk-layernorm",
+    "--qk-layernorm --dwm-qk-norm-all-heads": "with --normalization LayerNorm: only RMSNorm spans all heads",
     "--swiglu --activation-func-clamp-value 0": "--activation-func-clamp-value 0.0: must be above 0",
     "--log-progress": "--log-progress writes to the --save folder; give it",
     "--straggler-ctrlr-port 70000": "a port is at most 65535",

@@ -19,12 +19,13 @@ PARTIAL = {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 1
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "rope_theta": 1e4, "low_freq_factor": 2.0, "high_freq_factor": 4.0}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("olmo2", SIZES, "a olmo2 model cannot be imported: it norms what attention and MLP return"),
+    ("olmo3", SIZES, "a olmo3 model cannot be imported: its layers have rotary positions of two kinds"),
     ("gemma2", SIZES, "it scales its embeddings"),
     ("gpt_neox", SIZES, "attention and MLP stand side by side"),
     ("mixtral", SIZES, "it has experts"),
     ("smollm3", SIZES, "no positions"),
     ("qwen3", {**SIZES, "attention_bias": True}, "attention_bias beside norms of queries and keys"),
+    ("olmo2", {**SIZES, "attention_bias": True}, "attention_bias beside norms of queries and keys"),
     ("llama", {**SIZES, "rope_parameters": PARTIAL}, "partial_rotary_factor 0.5, which transformers ignores there"),
     ("llama", {**SIZES, "hidden_act": "gelu"}, "hidden_act gelu"),
     ("nemotron", {**SIZES, "hidden_act": "gelu_new"}, "hidden_act gelu_new without biases"),
@@ -72,6 +73,10 @@ def test_a_window_of_some_layers_is_that_of_the_first_ones_too():
         (
             {"window_attn_skip_freq": "[1,0]"},
             "a Hugging Face Llama cannot express --window-size 3,0 --window-attn-skip",
+        ),
+        (
+            {"qk_layernorm": True, "dwm_qk_norm_all_heads": True, "dwm_output_norm": True},
+            "OLMo2 cannot express --window",
         ),
         ({"add_bias_linear": True}, "a Hugging Face Mistral cannot express biases; add --disable-bias-linear"),
         ({"normalization": "LayerNorm", "swiglu": False}, "a Hugging Face Nemotron cannot express --window-size 3,0"),

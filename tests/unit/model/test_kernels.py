@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.errors import UserError
+from megatron_dwm.model import kernels
 from megatron_dwm.model.kernels import resolve_transformer_impl
 from tests.unit.model.configs import CPU, GPU, SIZES, build_config
 
@@ -51,6 +53,17 @@ def test_the_layers_default_to_torch_without_transformer_engine():
     assert build_config(transformer_impl="torch").transformer_impl == "local"
     with pytest.raises(UserError, match=r"--transformer-impl transformer_engine: .* use --transformer-impl torch"):
         resolve_transformer_impl(replace(model, transformer_impl="transformer_engine"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [({}, "transformer_engine"), ({"dwm_output_norm": True}, "torch")],
+)
+def test_layers_that_only_torch_has_are_torch_by_default(
+    flags: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(kernels, "HAVE_TE", True)
+    assert resolve_transformer_impl(ModelConfig(**SIZES, **flags), GPU) == expected
 
 
 def test_a_fused_loss_that_a_cpu_lacks_is_said(caplog: pytest.LogCaptureFixture):

@@ -19,6 +19,7 @@ from tests.unit.model.configs import CPU, GPU, SIZES, build_config
 
 TP2 = {"tensor_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
+RMS_NORM = {"normalization": "RMSNorm"}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}
 
 
@@ -47,6 +48,24 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}
             {},
         ),
         ("--apply-layernorm-1p", {"layernorm_zero_centered_gamma": True}, {}, {}),
+        (
+            "--dwm-output-norm needs --transformer-impl torch and the layers are local",
+            {"dwm_output_norm": True, "transformer_impl": "local"},
+            {},
+            {},
+        ),
+        (
+            "--dwm-qk-norm-all-heads needs --transformer-impl torch",
+            {**RMS_NORM, "qk_layernorm": True, "dwm_qk_norm_all_heads": True, "transformer_impl": "local"},
+            {},
+            {},
+        ),
+        (
+            "--recompute-modules layernorm recomputes norms of inputs",
+            {"dwm_output_norm": True, "recompute_activations": True, "recompute_modules": ["layernorm"]},
+            {},
+            {},
+        ),
         ("--transformer-impl local", {"transformer_impl": "local"}, TP2 | {"sequence_parallel": True}, {}),
         ("--recompute-method", {"recompute_activations": True, "recompute_method": "block"}, {}, {}),
         ("--recompute-num-layers", FULL, {}, {}),
