@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_dwm.config.flags import build, flag, read
+from megatron_dwm.config.flags import build, flag, read, require_given
 from megatron_dwm.errors import UserError, run_cli
 from megatron_dwm.runtime.logging import configure_logging
 
@@ -30,8 +30,7 @@ class CheckCheckpointConfig:
     ckpt_step: int | None = flag(None, "Iteration of the only checkpoint to verify; by default all.")
 
     def __post_init__(self) -> None:
-        if not self.load:
-            raise UserError("--load is missing; give the folder that a run saved to")
+        require_given(self, "load", "give the folder that a run saved to")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

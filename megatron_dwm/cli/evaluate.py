@@ -21,7 +21,7 @@ from megatron_dwm.analysis.local_tasks import LOCAL_TASKS, local_task, read_pass
 from megatron_dwm.atomic_write import atomic_files
 from megatron_dwm.cli.command import limit_progress_bars, run_command
 from megatron_dwm.cli.export_hf import ExportConfig, export
-from megatron_dwm.config.flags import flag, parse, require_at_least, require_paths
+from megatron_dwm.config.flags import flag, parse, require_at_least, require_given, require_paths
 from megatron_dwm.errors import UserError, reported_write_failure
 from megatron_dwm.extras import require_packages
 from megatron_dwm.training.checkpoint_folders import is_iteration
@@ -53,9 +53,7 @@ class EvaluateConfig:
     output: str = flag("evaluation", "Folder for evaluation.json and evaluation.png.")
 
     def __post_init__(self) -> None:
-        for name in ("checkpoints", "tasks"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is missing; give at least one")
+        require_given(self, "checkpoints tasks", "give at least one")
         require_paths(self, "output")
         require_at_least(self, 1, "batch_size")
         require_at_least(self, 0, "limit")

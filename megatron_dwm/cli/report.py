@@ -21,7 +21,7 @@ from typing import Any
 from megatron_dwm.analysis.records import RunRecords, read_run
 from megatron_dwm.cli.command import limit_progress_bars, run_command
 from megatron_dwm.cli.run_argument import with_run_flag
-from megatron_dwm.config.flags import flag, parse, require_at_least, require_paths
+from megatron_dwm.config.flags import flag, flag_name, parse, require_at_least, require_given, require_paths
 from megatron_dwm.errors import UserError
 from megatron_dwm.extras import require_packages
 from megatron_dwm.training.run_status import read_run_status
@@ -68,16 +68,16 @@ class ReportConfig:
     )
 
     def __post_init__(self) -> None:
-        if not self.run:
-            raise UserError("--run is missing; give a run's --save folder")
+        require_given(self, "run", "give a run's --save folder")
         require_paths(self, "output texts_output")
         require_at_least(self, 1, "samples follow")
         require_at_least(self, 0, "examples documents")
         if len(self.run) > 1:
             for name in ("scores", "texts_output", "benefit"):
                 if getattr(self, name) is not None:
-                    spelling = "--" + name.replace("_", "-")
-                    raise UserError(f"{spelling}: is for a single run, and {len(self.run)} are compared; leave it out")
+                    raise UserError(
+                        f"{flag_name(name)}: is for a single run, and {len(self.run)} are compared; leave it out"
+                    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

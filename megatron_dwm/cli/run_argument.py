@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_dwm.config.flags import flag
-from megatron_dwm.errors import UserError
+from megatron_dwm.config.flags import flag, require_given
 
 
 @dataclass(frozen=True)
@@ -19,8 +18,7 @@ class RunArgument:
     )
 
     def __post_init__(self) -> None:
-        if not self.run:
-            raise UserError("--run is missing; give a run's --save folder")
+        require_given(self, "run", "give a run's --save folder")
 
 
 def with_run_flag(argv: Sequence[str] | None) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_dwm.analysis.start_folder import find_start_folder
 from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
 from megatron_dwm.config.checkpoint_args import effective_arguments
-from megatron_dwm.config.flags import build, declared_flags, flag, require_paths
+from megatron_dwm.config.flags import build, declared_flags, flag, require_given, require_paths
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import PARTS, RunConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
@@ -27,9 +27,7 @@ class ExportArguments:
     output: str = flag("", "Hugging Face folder to write; it must not exist yet.")
 
     def __post_init__(self) -> None:
-        for name in ("load", "output"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is missing; give a folder")
+        require_given(self, "load output", "give a folder")
         require_paths(self, "output")
         if Path(self.output).exists():
             raise UserError(f"--output {self.output} exists; remove it or give another folder")
