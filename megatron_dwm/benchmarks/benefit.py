@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args
 
-from megatron_dwm.analysis.records import read_run
+from megatron_dwm.analysis.records import read_run, records_file
 from megatron_dwm.analysis.shares import learned_weights
 from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark
@@ -275,7 +275,7 @@ def train(name: str, place: Path, flags: list[str]) -> None:
     """
     command = shlex.join(["pretrain_dwm.py", *flags])
     written = place / "command.txt"
-    if (place / "metrics.jsonl").is_file() and read_run(place).evaluated("test"):
+    if records_file(place).is_file() and read_run(place).evaluated("test"):
         if not written.is_file() or written.read_text() != command:
             raise UserError(f"{place} was made with other flags, or other data; give another --output")
         return

@@ -155,9 +155,9 @@ class _Measurement:
 
 def _curves(runs: Path) -> dict[str, list[list[float]]]:
     """Return the evaluation losses of each run: [iteration, loss]."""
-    from megatron_dwm.analysis.records import read_run
+    from megatron_dwm.analysis.records import read_run, records_file
 
-    folders = [folder for folder in sorted(runs.iterdir()) if (folder / "metrics.jsonl").is_file()]
+    folders = [folder for folder in sorted(runs.iterdir()) if records_file(folder).is_file()]
     return {
         folder.name: [[point["iteration"], point["lm_loss"]] for point in read_run(folder).evaluated("valid")]
         for folder in folders

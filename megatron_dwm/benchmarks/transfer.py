@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dwm.analysis.records import read_run
+from megatron_dwm.analysis.records import read_run, records_file
 from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.benchmarks.benefit_report import Arm, interval
 from megatron_dwm.cli.command import run_command
@@ -69,7 +69,7 @@ def _arm(config: TransferConfig, half: str, name: str) -> Arm:
     """
     places = [Path(config.runs) / f"{half}-{name}-{seed}" for seed in range(1, config.seeds + 1)]
     for place in places:
-        if not (place / "metrics.jsonl").is_file() or not read_run(place).evaluated("test"):
+        if not records_file(place).is_file() or not read_run(place).evaluated("test"):
             raise UserError(f"--runs {config.runs}: {place} has no test loss; run examples/transfer.sh to its end")
     return Arm(name, list(map(read_run, places)))
 

@@ -152,10 +152,10 @@ def measured_effect(config: ExportWeighterConfig, iteration: int) -> str | None:
         UserError: the baseline is not a run, or cannot be compared.
     """
     from megatron_dwm.analysis.comparison import gain_line
-    from megatron_dwm.analysis.records import read_run
+    from megatron_dwm.analysis.records import read_run, records_file
     from megatron_dwm.analysis.shares import learned_shares
 
-    if not (Path(config.load) / "metrics.jsonl").is_file():
+    if not records_file(Path(config.load)).is_file():
         if config.baseline is not None:
             raise UserError(
                 f"--baseline {config.baseline}: --load {config.load} has no metrics.jsonl to compare with it; leave "

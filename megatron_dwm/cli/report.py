@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_dwm.analysis.records import RunRecords, read_run
+from megatron_dwm.analysis.records import RunRecords, read_run, records_file, run_folder
 from megatron_dwm.cli.command import limit_progress_bars, run_command
-from megatron_dwm.cli.run_argument import with_run_flag
+from megatron_dwm.cli.run_argument import with_first_flag
 from megatron_dwm.config.flags import flag, flag_name, parse, require_at_least, require_given, require_paths
 from megatron_dwm.errors import UserError
 from megatron_dwm.extras import require_packages
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    config: ReportConfig = parse(with_run_flag(argv), {"report": ReportConfig}, description=__doc__)["report"]
+    config: ReportConfig = parse(with_first_flag(argv), {"report": ReportConfig}, description=__doc__)["report"]
     require_packages("report", "plotly", "jinja2")
     limit_progress_bars()
     paths = [Path(run) for run in config.run]
@@ -104,7 +104,7 @@ def _follow(config: ReportConfig, paths: Sequence[Path], seconds: int) -> None:
     """
     written: list[tuple[int, int]] | None = None
     while True:
-        goes_on = any(read_run_status(_folder(path)).get("status") == "running" for path in paths)
+        goes_on = any(read_run_status(run_folder(path)).get("status") == "running" for path in paths)
         state = [_state(path) for path in paths]
         if state != written or not goes_on:
             written = state
@@ -122,13 +122,9 @@ def _follow(config: ReportConfig, paths: Sequence[Path], seconds: int) -> None:
         time.sleep(seconds)
 
 
-def _folder(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
-
-
 def _state(path: Path) -> tuple[int, int]:
     """Return a value that changes when a run writes a record."""
-    file = path / "metrics.jsonl" if path.is_dir() else path
+    file = records_file(path)
     if not file.exists():
         return 0, 0
     found = file.stat()
@@ -159,7 +155,7 @@ def _write_comparison(
     named = dict(zip(run_names(paths), runs, strict=True))
     last = {run.steps[-1]["iteration"] for run in runs}
     notes = ["The runs differ in length: compare their curves at the same iteration, not their ends."]
-    folder = Path(config.output) if config.output else _folder(paths[0]) / "comparison"
+    folder = Path(config.output) if config.output else run_folder(paths[0]) / "comparison"
     return write_comparison(named, folder, notes if len(last) > 1 else [], reload_seconds)
 
 
@@ -169,7 +165,7 @@ def _write_report(config: ReportConfig, path: Path, run: RunRecords, reload_seco
     from megatron_dwm.analysis.report.content import read_benefit
     from megatron_dwm.analysis.report.page import write_report
 
-    folder = _folder(path)
+    folder = run_folder(path)
     benefit_file = Path(config.benefit) if config.benefit else folder / "benefit.json"
     benefit: Any = read_benefit(benefit_file) if config.benefit or benefit_file.is_file() else None
     settings = Settings(

@@ -1,4 +1,4 @@
-"""The run that a command reads: ``--run FOLDER``, or ``FOLDER`` as the first word."""
+"""The run that a command reads: ``--run FOLDER``, or ``FOLDER`` as the first word; and first words of other flags."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RunArgument:
         require_given(self, "run", "give a run's --save folder")
 
 
-def with_run_flag(argv: Sequence[str] | None) -> list[str]:
-    """Return the arguments (None: this process's) with ``--run`` before a first word that is no flag."""
+def with_first_flag(argv: Sequence[str] | None, name: str = "--run") -> list[str]:
+    """Return the arguments (None: this process's) with the flag ``name`` before a first word that is no flag."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return ["--run", *words] if words and not words[0].startswith("-") else words
+    return [name, *words] if words and not words[0].startswith("-") else words

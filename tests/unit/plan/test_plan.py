@@ -80,6 +80,7 @@ def test_the_plan_of_a_run(tmp_path: Path):
         ({"--tensor-model-parallel-size": 3}, "is not divisible by --tensor-model-parallel-size 3"),
         ({"--dwm-num-stages": 100}, "leave no room for --dwm-num-stages 100"),
         ({"--save": "/proc/run"}, "--save /proc/run: cannot be written"),
+        ({"--metrics-jsonl": "/proc/run/records.jsonl"}, "--metrics-jsonl /proc/run: cannot be written"),
         ({"--recompute-granularity": "full", "--recompute-method": "uniform"}, "needs --recompute-num-layers"),
     ],
 )
