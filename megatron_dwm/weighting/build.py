@@ -22,6 +22,7 @@ from megatron_dwm.weighting.context import WeightingContext, lm_gradients, scori
 from megatron_dwm.weighting.export import FolderExporter, NoExport, WeighterExporter, run_facts
 from megatron_dwm.weighting.flops import outer_update_flops, scoring_flops
 from megatron_dwm.weighting.frozen import FrozenParts, FrozenWeighting
+from megatron_dwm.weighting.ngram import MODEL_TYPE
 from megatron_dwm.weighting.policy import SampleWeighting, State
 from megatron_dwm.weighting.rules import ShuffledWeighting
 from megatron_dwm.weighting.sample_gather import SampleGather
@@ -31,7 +32,6 @@ from megatron_dwm.weighting.warmup import Start, WarmupWeighting
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_folder import WeighterFolder, read_weighter_folder, text_reader, window_reader
 from megatron_dwm.weighting.weighter_init import (
-    NGRAM,
     random_weighter_model,
     weighter_model_from_json,
     weighter_model_from_lm,
@@ -219,7 +219,7 @@ class _Builder:
     def _log_kept_architecture(self, weighter: Weighter) -> None:
         """Log that a checkpoint's weighter is kept, if the flags specify another kind."""
         kind, arch = weighter.model.config.model_type, self.settings.dwm_arch
-        wanted = NGRAM if arch == "ngram" else arch
+        wanted = MODEL_TYPE if arch == "ngram" else arch
         if self.settings.dwm_init_from == "random" and kind != wanted:
             logger.info(f" > the checkpoint's weighter, a {kind}, is kept; --dwm-arch {arch} applies only to a new one")
 
