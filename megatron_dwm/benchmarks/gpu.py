@@ -138,9 +138,7 @@ class _Measurement:
         return build_mixture(self.scratch / "benefit", "library", VOCAB_SIZE[self.config.size], clean=False)
 
     def _precision(self, mixture: Mixture) -> None:
-        blend = [word for prefix, weight in mixture.train.items() for word in (str(weight), prefix)]
-        data = ["--train-data-path", *blend, "--dwm-target-data-path", str(mixture.target)]
-        data += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(mixture.tokenizer)]
+        data = [*mixture.training_flags, "--dwm-target-data-path", str(mixture.target)]
         data += ["--data-cache-path", str(self.scratch / "cache")]
         flags = [*words(PRECISION[self.config.size]), *data, "--json", self._result("precision")]
         call("benchmark", "precision", *flags, log=self._log("precision"))
