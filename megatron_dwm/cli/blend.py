@@ -13,7 +13,7 @@ from pathlib import Path
 from shlex import quote
 
 from megatron_dwm.analysis.records import read_run, run_folder
-from megatron_dwm.analysis.samples import saved_arguments
+from megatron_dwm.analysis.samples import run_arguments
 from megatron_dwm.analysis.shares import learned_shares, learned_weights
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.cli.run_argument import RunArgument, with_first_flag
@@ -68,7 +68,7 @@ def _main(argv: Sequence[str] | None) -> None:
 def _saved_paths(run: Path) -> DataPaths | None:
     """Return the datasets of a run as its last checkpoint names them; None if it has no checkpoint."""
     try:
-        saved = saved_arguments(run_folder(run))
+        saved = run_arguments(run_folder(run))
         return data_paths(build(DataConfig, saved), None)
     except UserError:
         return None

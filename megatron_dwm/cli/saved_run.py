@@ -12,7 +12,6 @@ from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
 from megatron_dwm.config.checkpoint_args import effective_arguments
 from megatron_dwm.config.flags import build, declared_flags, flag, require_given, require_paths
 from megatron_dwm.config.model import ModelConfig
-from megatron_dwm.config.run import PARTS, RunConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.training.save_folder import check_writable
@@ -82,16 +81,3 @@ def saved_tokenizer(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Token
     """
     usable = {item.field for item in declared_flags(TokenizerConfig) if item.refused is None}
     return build(TokenizerConfig, {key: saved[key] for key in usable & saved.keys()} | dict(given))
-
-
-def saved_config(saved: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration of the run of this program that saved a checkpoint.
-
-    Raises:
-        UserError: its arguments are not such a run's.
-    """
-    known = effective_arguments(saved)
-    if known.get("train_samples"):
-        known["train_iters"] = None  # because it follows from the samples
-    parts: dict[str, Any] = {name: build(part, known) for name, part in PARTS.items()}
-    return RunConfig(world_size=int(saved.get("world_size", 1)), **parts)
