@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from megatron_dwm.cli.command import run_command
 from megatron_dwm.config.flags import build, flag, read, require_given
-from megatron_dwm.errors import UserError, run_cli
-from megatron_dwm.runtime.logging import configure_logging
+from megatron_dwm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +35,10 @@ class CheckCheckpointConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Verify checkpoints; the exit code is 2 if one is damaged."""
-    run_cli(lambda: _main(argv))
+    run_command(partial(_main, argv))
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    configure_logging()
-    warnings.filterwarnings("ignore")  # of the libraries: a single process, no accelerator
     config = build(CheckCheckpointConfig, read(argv, [CheckCheckpointConfig], description=__doc__))
     folders = checkpoints_to_verify(config)
     size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
 from megatron_dwm.errors import UserError
@@ -239,7 +238,7 @@ class _Builder:
             save_tokenizer, fingerprint, special = folder.separate_tokenizer.save_pretrained, folder.fingerprint, True
         else:
             length = self.inputs.samples.seq_length
-            save_tokenizer = partial(_save_tokenizer, self.context.tokenizer, tokenizer, length)
+            save_tokenizer = partial(save_hf_tokenizer, self.context.tokenizer, tokenizer, max_length=length)
             fingerprint, special = self.inputs.samples.fingerprint, tokenizer.tokenizer_hf_include_special_tokens
         facts = run_facts(
             self.settings,
@@ -259,10 +258,6 @@ class _Builder:
     def _update_flops(self, weighter: Weighter) -> float:
         vocab, parameters = self.context.padded_vocab_size, weighter.num_active_parameters
         return outer_update_flops(self.config, vocab, parameters, is_linear=weighter.is_linear)
-
-
-def _save_tokenizer(tokenizer: Any, config: TokenizerConfig, max_length: int, folder: Path) -> None:
-    save_hf_tokenizer(tokenizer, config, folder, max_length)
 
 
 def _damaged_state(error: Exception) -> UserError:
