@@ -283,9 +283,8 @@ def _set_step(optimizer: torch.optim.Optimizer, step: float | None) -> None:
             for group in optimizer.param_groups:
                 group["step"] = int(step)
         return
-    for (
-        state
-    ) in optimizer.state.values():  # a separate tensor each: a shared one would be incremented once per parameter
+    for state in optimizer.state.values():
+        # A separate tensor each: a shared one would be incremented once per parameter.
         state["step"] = torch.tensor(step or 0.0)
 
 
