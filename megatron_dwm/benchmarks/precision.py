@@ -24,7 +24,8 @@ import torch
 from megatron_dwm.analysis.preference import rank_correlation
 from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark, without_files
-from megatron_dwm.cli.launch import Process, build_trainer, run_program
+from megatron_dwm.cli.build_trainer import build_trainer
+from megatron_dwm.cli.launch import Process, run_program
 from megatron_dwm.config.flags import flag, require_at_least
 from megatron_dwm.config.run import RunConfig, parse_run
 from megatron_dwm.data.batch import Batch
