@@ -18,9 +18,9 @@ from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.weighting.bilevel.alignment_pass import reason_unchanged
 from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
-from megatron_dwm.weighting.bilevel.health import HealthWarning, check_scores
 from megatron_dwm.weighting.bilevel.outer_update import OuterResult, OuterUpdate
 from megatron_dwm.weighting.export import WeighterExporter
+from megatron_dwm.weighting.health import HealthWarning, check_scores
 from megatron_dwm.weighting.policy import PER_PARAMETER, Record, SampleWeights, State, StepOutcome
 from megatron_dwm.weighting.scored import ScoredWeighting, ScoringOptions
 from megatron_dwm.weighting.weight_metrics import WeightMetrics
