@@ -317,8 +317,8 @@ def _set_shard(part: Any, param: torch.nn.Parameter, tensors: Mapping[str, torch
     """Copy this rank's shard of a parameter into the distributed optimizer."""
     if param not in part.model_param_group_index_map:
         return
-    owned = part._get_model_param_range_map(param)["param"]
-    shard = {name: value.flatten()[owned.start : owned.end] for name, value in tensors.items()}
+    place = part._get_model_param_range_map(param)["param"]
+    shard = {name: value.flatten()[place.start : place.end] for name, value in tensors.items()}
     with keeping_steps(part):
         part._set_main_param_and_optimizer_states(param, shard)
 
