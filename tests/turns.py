@@ -22,28 +22,29 @@ def _lock(name: str) -> FileLock:
     return FileLock(Path(tempfile.gettempdir(), f"megatron-dwm-tests-{_RUN}-{name}.lock"))
 
 
-_HALVES = (_lock("first-half"), _lock("second-half"))
-_NEXT = _lock("next")
+_HALVES = ("first-half", "second-half")
+_NEXT = "next"
 """Held by whoever waits for a half or for both: else runs that need one only would leave no moment with both free."""
 
 
 @contextmanager
 def turn(processes: int) -> Iterator[None]:
     """Wait until a run of ``processes`` may start: two of two at a time, a larger one alone, one process at once."""
+    halves = [_lock(name) for name in _HALVES]  # made here, because a fork may not use its parent's
     with ExitStack() as held:
         if processes > 1:
-            with _NEXT:
+            with _lock(_NEXT):
                 if processes > 2:
-                    for half in _HALVES:
+                    for half in halves:
                         held.enter_context(half)
                 else:
-                    held.enter_context(_free_half())
+                    held.enter_context(_free(halves))
         yield
 
 
-def _free_half() -> AbstractContextManager[object]:
+def _free(halves: list[FileLock]) -> AbstractContextManager[object]:
     while True:
-        for half in _HALVES:
+        for half in halves:
             with suppress(Timeout):
                 return half.acquire(blocking=False)
         time.sleep(0.05)

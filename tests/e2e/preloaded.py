@@ -1,6 +1,6 @@
 """A ``python`` whose imports are paid once: its programs run in forks of a server, which is a fork of the tests.
 
-``megatron-dwm`` and ``torchrun`` are such programs, and the ranks that they start.
+``megatron-dwm`` and ``torchrun`` are such programs, and the ranks that they start; launchers wait for their turn.
 
 Importing torch and megatron-core takes a command seven seconds of processor time, and tests of pages and benchmarks run
 dozens. What a command does is the same; that it imports what it needs is what the tests of the wheel, the quickstart
@@ -13,6 +13,7 @@ import array
 import atexit
 import contextlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -30,6 +31,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from tests.distributed.harness import checkpoint_manager
 from tests.e2e import launch  # noqa: F401  imports what commands need
+from tests.turns import turn
 
 _IMPORTED = (
     "matplotlib.figure",
@@ -129,12 +131,19 @@ def _run(client: socket.socket, python: str, manager: SyncManager) -> None:
     filesystem_async._results_queue = manager.Queue()
     code = 1
     try:
-        code = _exit_code(request["argv"])
+        with turn(_ranks(request["argv"])):
+            code = _exit_code(request["argv"])
     finally:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _ranks(argv: list[str]) -> int:
+    """Return how many ranks a launcher is to start; 1 for any other program."""
+    flags = itertools.pairwise(argv)
+    return next((int(value) for flag, value in flags if flag in ("--nproc", "--nproc-per-node")), 1)
 
 
 def _exit_code(argv: list[str]) -> int:

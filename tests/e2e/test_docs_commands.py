@@ -24,7 +24,6 @@ from megatron_dwm.analysis.records import read_run
 from megatron_dwm.cli.launch import read_run_flags
 from megatron_dwm.cli.pretrain import main as pretrain
 from tests.paths import ROOT
-from tests.turns import turn
 
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
@@ -178,10 +177,7 @@ class Workplace:
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        with turn(2):
-            done = subprocess.run(
-                ["bash", "-c", script], cwd=self.folder, env=environment, capture_output=True, text=True
-            )
+        done = subprocess.run(["bash", "-c", script], cwd=self.folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{name}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 

@@ -13,7 +13,6 @@ from megatron_dwm.cli.local_launcher import split_nproc
 from megatron_dwm.errors import UserError
 from tests.e2e.launch import records
 from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, as_argv
-from tests.turns import turn
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -26,8 +25,7 @@ def launch(preloaded_commands: Path, tmp_path: Path) -> Launch:
         flags = {**LANGUAGE_MODEL, **TRAINING, **DATA, "--dwm-mode": "off", "--train-iters": 6, **changes}
         command = [preloaded_commands / "megatron-dwm", "pretrain", "--nproc", "2", *as_argv(flags)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with turn(2):
-            return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
 
     return run
 

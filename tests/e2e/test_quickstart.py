@@ -22,7 +22,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from megatron_dwm.analysis.records import read_run
 from megatron_dwm.corpora.corpus import PARTS
 from tests.paths import ROOT
-from tests.turns import turn
 from tests.unit.corpora.test_standard_library import Lines, long_paragraphs
 
 ITERATIONS = 24
@@ -35,8 +34,7 @@ def quickstart(folder: Path, commands: Path) -> str:
     torchrun = f'() {{ "{commands}/torchrun" "$@"\n}}'  # a function of bash goes before a command of the environment
     environment = {**os.environ, "ITERATIONS": str(ITERATIONS), "BASH_FUNC_torchrun%%": torchrun}
     command = ["bash", str(ROOT / "examples" / "quickstart.sh"), str(folder)]
-    with turn(4):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "docstrings" not in done.stderr  # progress, which is for terminals
     return done.stdout
