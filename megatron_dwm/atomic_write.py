@@ -34,13 +34,13 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(folder)
     temporary = _temporary_path(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     temporary.mkdir()
     try:
         yield temporary
         publish_folder(temporary, folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         if is_above_new:
             with contextlib.suppress(OSError):  # it is not empty: something was made
                 folder.parent.rmdir()
@@ -61,7 +61,7 @@ def atomic_files(folder: Path, prefix: str = "", *, clears: bool = True) -> Iter
         _remove_unfinished(folder / f"{prefix}{_FILES}")
     # Threads of one process may write to the same folder.
     temporary = _temporary_path(folder / f"{prefix}{_FILES}", f"-{threading.get_ident()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     temporary.mkdir()
     try:
         yield temporary
@@ -73,7 +73,7 @@ def atomic_files(folder: Path, prefix: str = "", *, clears: bool = True) -> Iter
             os.replace(file, folder / f"{prefix}{file.name}")
         sync(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
 
 
 def publish_folder(temporary: Path, folder: Path) -> None:
@@ -82,20 +82,20 @@ def publish_folder(temporary: Path, folder: Path) -> None:
         _give_usual_permissions(path)
         sync(path)
     replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
+    remove(replaced)
+    if os.path.lexists(folder):
         os.rename(folder, replaced)
     os.rename(temporary, folder)
     sync(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove(replaced)
 
 
 def delete_folder(folder: Path) -> None:
     """Delete ``folder`` so that an interruption leaves either all of it or nothing under its name."""
     deleted = folder.with_name(f".{folder.name}.deleted")
-    shutil.rmtree(deleted, ignore_errors=True)
+    remove(deleted)
     os.rename(folder, deleted)
-    shutil.rmtree(deleted, ignore_errors=True)
+    remove(deleted)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -137,23 +137,24 @@ def remove_leftovers(folder: Path) -> list[Path]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if replaced := _REPLACED.fullmatch(path.name):
             original = folder / replaced[1]
-            if not original.exists():
+            if path.is_dir() and not os.path.lexists(original):
                 os.rename(path, original)
             else:
-                _remove(path)
+                remove(path)
         elif _LEFTOVER.fullmatch(path.name):
-            _remove(path)
-        else:
-            continue
-        found.append(path)
+            remove(path)
+        if not os.path.lexists(path):
+            found.append(path)
     return found
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove what is at ``path``, as far as possible: a folder with its content, or a file, a link, a pipe."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        with contextlib.suppress(OSError):  # ``rmtree`` would wait for the writer of a pipe
+            path.unlink()
 
 
 def _temporary_path(path: Path, suffix: str = "") -> Path:
@@ -171,7 +172,7 @@ def _remove_unfinished(path: Path) -> None:
     name = re.compile(rf"\.{re.escape(path.name)}\.{_machine()}\.tmp(\d+)(-\d+)?")
     for entry in path.parent.iterdir():
         if (match := name.fullmatch(entry.name)) and not Path("/proc", match[1]).exists():
-            shutil.rmtree(entry, ignore_errors=True)
+            remove(entry)
 
 
 def _machine() -> str:

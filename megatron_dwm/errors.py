@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 EXIT_CODE = 2
 INTERRUPTED = 130
@@ -15,6 +16,9 @@ MAX_CHARACTERS = 1000  # of a message; a value or a file may have any number
 MAX_WORD_CHARACTERS = 300  # of a message: enough for a path
 
 _NOT_WRITTEN = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EPERM, errno.EROFS}
+_NO_PATH = {errno.ENAMETOOLONG, errno.ELOOP}
+_NO_ROOM = {errno.EDQUOT, errno.EFBIG, errno.ENOSPC}
+_REMEDIES = dict.fromkeys(_NO_PATH, "give another path") | dict.fromkeys(_NO_ROOM, "make room, or give another folder")
 _NO_MEMORY = "out of memory|not enough memory|can't allocate memory|overflow|negative dimension|invalid memory size"
 _NUMPY_CUT = r"\d+ requested and \d+ written"
 _TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "iostream")
@@ -122,13 +126,23 @@ def renamed_flags(names: Mapping[str, str]) -> Iterator[None]:
         raise UserError(re.sub(pattern, lambda match: names[match[0]], str(error))) from None
 
 
-def as_user_error(error: BaseException) -> BaseException:
+def as_user_error(error: BaseException, words: Sequence[str] | None = None) -> BaseException:
     """Return the user's error that another error means; others as they are.
 
-    That is a path that no file system takes, or a data loader's process that was killed, mostly for lack of memory.
+    That is a file or folder that a flag names, or something below it, which cannot be used, or a data loader's process
+    that was killed, mostly for lack of memory.
+
+    Args:
+        words: the command line; by default this process's.
     """
-    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-        return UserError(f"{shortened(error.filename)}: {error.strerror}; give another path")
+    if isinstance(error, OSError) and isinstance(path := error.filename2 or error.filename, (str, bytes)):
+        path = os.fsdecode(path)
+        flag, reason = _flag_of(path, sys.argv[1:] if words is None else words), error.strerror
+        if os.path.islink(path) and not os.path.exists(path):
+            reason = "a link that leads nowhere"
+        if flag or error.errno in _NO_PATH:
+            remedy = _REMEDIES.get(error.errno or 0, "check what is there, or give another path")
+            return UserError(f"{flag}{shortened(path)}: {reason}; {remedy}")
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib before Python 3.13
         return UserError(f"{shortened(error)}; give another path")
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
@@ -136,6 +150,19 @@ def as_user_error(error: BaseException) -> BaseException:
             f"--num-workers: {shortened(error)}; give fewer workers or more memory, and start the run again"
         )
     return error
+
+
+def _flag_of(path: str, words: Sequence[str]) -> str:
+    """Return the flag, and a blank, that a command line names a path with, or a folder above it; empty if none does."""
+    absolute, flag, found = os.path.abspath(path), "", ("", "")
+    for word in words:
+        flag, _, value = word.partition("=") if word.startswith("--") else (flag, "", word)
+        folder, name = os.path.split(named := os.path.abspath(value))
+        # A dataset is named without its suffixes, and what a file is made of is kept next to it.
+        below = rf"{re.escape(os.path.join(folder, ''))}\.?{re.escape(name)}($|[/_.])"
+        if value and re.match(below, absolute) and len(named) > len(found[1]):
+            found = f"{flag} ".lstrip(), named
+    return found[0]
 
 
 def run_cli(main: Callable[[], None]) -> None:
@@ -150,8 +177,8 @@ def run_cli(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
-        known, reason = as_user_error(error), write_failure_reason(error)
-        if reason is not None:
+        known = as_user_error(error)
+        if known is error and (reason := write_failure_reason(error)) is not None:
             known = UserError(f"{reason}; make room, or give another folder")
         if not isinstance(known, UserError):
             raise

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -41,19 +42,32 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     config = build(CheckCheckpointConfig, read(argv, [CheckCheckpointConfig], description=__doc__))
     folders = checkpoints_to_verify(config)
-    size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
-    faults = []
+    size = sum(map(_size, folders))
+    faults, deleted = [], 0
     # Each byte is read twice: for its checksum, and as part of a tensor.
     with tqdm(total=2 * size, unit="B", unit_scale=True, disable=not os.isatty(2)) as bar:
         for folder in folders:
             try:
                 logger.info(f"{folder}: {verify(folder, bar.update)}")
             except UserError as error:
+                if not folder.is_dir():
+                    deleted += 1
+                    logger.info(f"{folder}: was deleted by its run meanwhile")
+                    continue
                 faults.append(error)
                 logger.error(error)
     if faults:
         raise UserError(f"--load {config.load}: {len(faults)} of {len(folders)} are damaged; remove them")
-    logger.info(f"{config.load}: all {len(folders)} are whole, {size / 1e6:,.1f} MB")
+    logger.info(f"{config.load}: all {len(folders) - deleted} are whole, {size / 1e6:,.1f} MB")
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes of a folder's files, as far as they are still there."""
+    size = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            size += path.stat().st_size if path.is_file() else 0
+    return size
 
 
 def checkpoints_to_verify(config: CheckCheckpointConfig) -> list[Path]:

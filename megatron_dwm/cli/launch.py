@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +28,15 @@ from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
 from megatron_dwm.config.flags import flag_name
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.run import RunConfig, parse_run
-from megatron_dwm.errors import EXIT_CODE, PeerError, UserError, as_user_error, exit_code_of, print_error
+from megatron_dwm.errors import (
+    EXIT_CODE,
+    PeerError,
+    UserError,
+    as_user_error,
+    exit_code_of,
+    print_error,
+    renamed_flags,
+)
 from megatron_dwm.runtime.child_processes import end_children_with_this_process
 from megatron_dwm.runtime.compat import require_megatron_core
 from megatron_dwm.runtime.device import select_device
@@ -37,7 +44,8 @@ from megatron_dwm.runtime.environment import environment_rank
 from megatron_dwm.runtime.logging import configure_logging
 from megatron_dwm.runtime.startup_sync import StartupSync
 from megatron_dwm.runtime.stop_signals import StartSignals
-from megatron_dwm.training.checkpoint_folders import checkpoints_in
+from megatron_dwm.training.checkpoint_folders import checkpoints_in, latest_checkpoint
+from megatron_dwm.training.save_folder import check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +90,7 @@ def read_run_flags(argv: Sequence[str] | None, world_size: int) -> RunConfig:
     """Return the configuration of a pretraining run; by default from this process's command line.
 
     Raises:
-        UserError: a bad flag, or ``--use-checkpoint-args`` without a checkpoint.
+        UserError: a bad flag, or a folder of one that cannot be read or written.
     """
     return with_conversion(with_pretrained(parse_run(argv, world_size, read_saved=_read_saved)))
 
@@ -99,6 +107,8 @@ def with_pretrained(config: RunConfig) -> RunConfig:
         return config
     logger.info(f" > --load {flags.load} holds no checkpoint: the run starts from {flags.pretrained_checkpoint}")
     checkpoint = dataclasses.replace(flags, load=flags.pretrained_checkpoint, ckpt_step=None, finetune=True)
+    with renamed_flags({"--load": "--pretrained-checkpoint"}):
+        latest_checkpoint(checkpoint)
     return dataclasses.replace(config, checkpoint=checkpoint)
 
 
@@ -108,6 +118,7 @@ def with_conversion(config: RunConfig) -> RunConfig:
     if flags.ckpt_convert_format is None or flags.ckpt_convert_save is None or flags.load is None:
         return config
     save = Path(flags.ckpt_convert_save) / Path(flags.load).name
+    check_writable({"--ckpt-convert-save": save})
     checkpoint = dataclasses.replace(
         flags, save=str(save), ckpt_format=flags.ckpt_convert_format, async_save=False, exit_on_missing_checkpoint=True
     )
@@ -146,7 +157,7 @@ def run_program(program: Callable[[Process], None], argv: Sequence[str] | None =
         startup_sync.agree_on_command(" ".join(sorted(asked)) or "a run", ends_at_once=bool(asked - {"--plan"}))
         program(Process(rank, local_rank, world_size, startup_sync))
     except (Exception, KeyboardInterrupt) as error:
-        _end_failed(as_user_error(error), startup_sync)
+        _end_failed(as_user_error(error, words), startup_sync)
     startup_sync.finish()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -176,10 +187,9 @@ def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
     sys.stdout.flush()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at a worker's end
     for worker in multiprocessing.active_children():
-        # A data loader's is a daemon, and ignores the signal by which Python would end it. What was spawned, not
-        # forked, is megatron-core's writer of checkpoints on a GPU: it waits for more of them, and Python for it.
-        if worker.daemon or isinstance(worker, SpawnProcess):
-            worker.kill()
+        # Data loaders' ignore the signal by which Python would end them. Python would wait for writers of checkpoints,
+        # which wait for more of them, or fail as the process that takes their results has ended.
+        worker.kill()
     if isinstance(error, PeerError):
         raise SystemExit(EXIT_CODE) from None
     if not startup_sync.report_failure(error):

@@ -124,10 +124,10 @@ def _follow(config: ReportConfig, paths: Sequence[Path], seconds: int) -> None:
 
 def _state(path: Path) -> tuple[int, int]:
     """Return a value that changes when a run writes a record."""
-    file = records_file(path)
-    if not file.exists():
+    try:
+        found = records_file(path).stat()
+    except FileNotFoundError:
         return 0, 0
-    found = file.stat()
     return found.st_size, found.st_mtime_ns
 
 

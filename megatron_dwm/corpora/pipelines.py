@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from subprocess import CalledProcessError
+from types import FrameType
 from typing import Any
 
 import multiprocess
@@ -164,15 +165,15 @@ def _watched_workers() -> Iterator[None]:
                 signal.pthread_kill(threading.main_thread().ident or 0, _WORKER_DIED)
                 return
 
-    previous = signal.signal(_WORKER_DIED, signal.default_int_handler)
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if not is_over.is_set():  # else it would interrupt what follows
+            raise WorkerDiedError(dead[0])
+
+    previous = signal.signal(_WORKER_DIED, interrupt)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield
-    except KeyboardInterrupt:
-        if dead:
-            raise WorkerDiedError(dead[0]) from None
-        raise
     finally:
         is_over.set()
         watcher.join()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_dwm.atomic_write import atomic_write_text, sync
+from megatron_dwm.atomic_write import atomic_write_text, remove, sync
 from megatron_dwm.errors import UserError, shortened
 
 
@@ -112,7 +111,7 @@ class OutputFolder:
         """Return the text of a file; None if there is none."""
         if self._fs is None:
             file = Path(self.path(name))
-            return file.read_text() if file.exists() else None
+            return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
         inner = f"{self._root}/{name}"
         return self._fs.cat_file(inner).decode() if self._fs.exists(inner) else None
 
@@ -148,16 +147,20 @@ class OutputFolder:
         """Return whether there is such a file."""
         return os.path.exists(self.path(name)) if self._fs is None else bool(self._fs.exists(f"{self._root}/{name}"))
 
-    def remove(self, first: str) -> None:
+    def remove(self, first: str, keep: str | None = None) -> None:
         """Remove the folder and its content, if it exists.
 
         Args:
             first: the file that is removed before all others.
+            keep: a file of this machine that stays, and the folder with it.
         """
         if self._fs is None:
-            with suppress(OSError):
-                os.unlink(self.path(first))
-            shutil.rmtree(self.location, ignore_errors=True)
+            remove(Path(self.path(first)))
+            for path in Path(self.location).iterdir() if keep is not None else ():
+                if path.name != keep:
+                    remove(path)
+            if keep is None:
+                remove(Path(self.location))
         elif self._fs.exists(self._root):
             if self.exists(first):
                 self._fs.rm_file(f"{self._root}/{first}")

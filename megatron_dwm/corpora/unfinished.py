@@ -9,13 +9,12 @@ import fcntl
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_dwm.atomic_write import atomic_write_text, sync
+from megatron_dwm.atomic_write import atomic_write_text, remove, sync
 from megatron_dwm.corpora.storage import absolute, is_url, stamp_of
 from megatron_dwm.errors import UserError
 
@@ -44,7 +43,7 @@ class UnfinishedWork:
     def next_segment(self) -> Path:
         """Return an empty folder for the next segment."""
         folder = self.folder / f"{len(self.segments):06d}"
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         folder.mkdir()
         return folder
 
@@ -63,13 +62,14 @@ class UnfinishedWork:
                 self.progress = Progress(**json.loads(done.read_text(encoding="utf-8")))
             except (OSError, RecursionError, TypeError, ValueError):
                 logger.warning(f"{done}: damaged; the work after it is done again")
-                shutil.rmtree(done.parent)
+                remove(done.parent)
                 return
             self.segments.append(done.parent)
 
 
 _DONE = "done.json"
 _JOB = "job.json"
+LOCK = "lock"
 
 
 @contextmanager
@@ -84,23 +84,16 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
     Raises:
         UserError: another process is at it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            # Of this process alone: workers that outlive it for a moment do not hold it.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"{folder}: another process is writing there; wait until it has finished") from None
+    lock = lock_folder(folder)
+    try:
         work, written = UnfinishedWork(folder), folder / _JOB
         if job is not None and written.is_file() and written.read_bytes() == job.encode():
             work.resume()
         else:
             for path in folder.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-            if job is None:
-                written.unlink(missing_ok=True)
-            else:
+                if path.name != LOCK:
+                    remove(path)
+            if job is not None:
                 atomic_write_text(written, job)
         if work.segments:
             logger.info(f"Continuing after {work.progress.records:,} {unit} that are in {folder}.")
@@ -108,12 +101,33 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
             yield work
         except BaseException:
             if not work.segments or job is None:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove(folder)
             else:
                 logger.info(f"{work.progress.records:,} {unit} are kept in {folder} for the same command.")
             raise
-        written.unlink(missing_ok=True)  # else a call after a kill during the next line would continue with the rest
-        shutil.rmtree(folder)
+        remove(written)  # else a call after a kill during the next line would continue with the rest
+        remove(folder)
+    finally:
+        os.close(lock)
+
+
+def lock_folder(folder: Path) -> int:
+    """Make a folder, and lock it for this process until the descriptor that is returned is closed.
+
+    Raises:
+        UserError: another process has locked it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK)
+    try:
+        # Of this process alone: workers that outlive it for a moment do not hold it.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(lock)
+        raise UserError(f"{folder}: another process is writing there; wait until it has finished") from None
+    except OSError as error:
+        logger.warning(f"{folder}: its file system has no locks ({error.strerror}); give no other command this output")
+    return lock
 
 
 def file_stamps(paths: list[str]) -> list[tuple[str, int, str]] | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import posixpath
 from collections.abc import Sequence
+from pathlib import Path
 
 from datatrove.pipeline.base import PipelineStep
 
 from megatron_dwm.config.slurm import SlurmConfig
 from megatron_dwm.corpora.pipelines import FunctionStep, Job, refused_output, run_here, submit
-from megatron_dwm.corpora.storage import OutputFolder, absolute
+from megatron_dwm.corpora.storage import OutputFolder, absolute, is_url
+from megatron_dwm.corpora.unfinished import LOCK, lock_folder
 from megatron_dwm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -38,17 +40,19 @@ class UnfinishedJobs:
         self.folder = OutputFolder(self._above.path(self._name))
 
     def claim(self, work: str) -> None:
-        """Create the folder, and remove the files of other work from it.
+        """Create the folder, lock it on this machine until this process ends, and remove the files of other work.
 
         Args:
             work: everything that the output depends on.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: it cannot be written, or another process is at it.
         """
         with refused_output(self._output, self._flag):
+            if not is_url(self._output):
+                lock_folder(Path(self.folder.location))
             if self.folder.read(_WORK) != work:
-                self.remove()
+                self.folder.remove(first=_WORK, keep=LOCK)
                 self.folder.write(_WORK, work)
 
     def job(self, name: str, steps: Sequence[PipelineStep], tasks: int = 1) -> Job:

@@ -87,6 +87,9 @@ class VerifiedCache:
 
 def _cache_fault(folder: Path, checksums: str, names: list[str]) -> str | None:
     """Return why a cache cannot be used, or None if it is intact."""
+    for name in (checksums, *names):
+        if not (folder / name).is_file():  # reading a named pipe would wait for a writer
+            return f"{name} is missing"
     try:
         expected = json.loads((folder / checksums).read_text(encoding="utf-8"))
         for name in names:
@@ -94,8 +97,6 @@ def _cache_fault(folder: Path, checksums: str, names: list[str]) -> str | None:
             is_array = isinstance(np.load(folder / name, mmap_mode="r", allow_pickle=False), np.ndarray)
             if not is_array or expected[name] != _checksum(folder / name):
                 return f"{name} is damaged"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
     except (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError) as error:
         return f"it is damaged ({error})"
     return None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
+import os
 import threading
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -46,20 +48,41 @@ class JsonLinesWriter:
         if path.is_fifo():  # opening it would wait for a reader
             raise UserError(f"--metrics-jsonl {path}: is a named pipe; give another path")
         try:
+            if path.is_file():
+                self._open_locked().close()  # before another run's file is replaced
             if path.is_file() and resumed_at > 0:
                 _keep_records_until(path, resumed_at, is_repeated)
             elif path.is_file():
                 written = datetime.fromtimestamp(path.stat().st_mtime)
                 path.rename(path.with_name(f"{path.stem}.until-{written:%Y%m%d-%H%M%S-%f}{path.suffix}"))
-            self._file = self._open()
+            self._file = self._open_locked()
         except OSError as error:
+            place = "" if error.filename in (None, str(path)) else f"{error.filename}: "
             raise UserError(
-                f"--metrics-jsonl {path}: cannot be written ({error.strerror}); give another path"
+                f"--metrics-jsonl {path}: cannot be written ({place}{error.strerror}); give another path"
             ) from None
 
     def _open(self) -> TextIO:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        return self._path.open("a", encoding="utf-8")
+        return open_to_append(self._path)
+
+    def _open_locked(self) -> TextIO:
+        """Open the file, and lock it until it is closed.
+
+        Raises:
+            UserError: another run has locked it.
+        """
+        file = self._open()
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise UserError(
+                f"--metrics-jsonl {self._path}: another run is writing there; end it, or give another path"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        return file
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; numbers that are not finite, which JSON does not support, become null."""
@@ -83,6 +106,17 @@ class JsonLinesWriter:
             self._has_failed = True
 
 
+def open_to_append(path: Path) -> TextIO:
+    """Open a file of text to append to it; a named pipe that nobody reads is an error, instead of a wait."""
+    return open(
+        path,
+        "a",
+        encoding="utf-8",
+        errors="surrogateescape",  # damaged lines stay as they are
+        opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK, 0o666),
+    )
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -104,8 +138,8 @@ def _keep_records_until(path: Path, iteration: int, is_repeated: Callable[[Mappi
                 if number < iteration or (number == iteration and not is_repeated(record)):
                     kept.write(line)
             elif line.endswith(b"\n"):  # an interrupted write leaves half a line at the end
-                with path.with_name(f"{path.name}.damaged").open("ab") as aside:
-                    aside.write(line)
+                with open_to_append(path.with_name(f"{path.name}.damaged")) as aside:
+                    aside.write(line.decode(errors="surrogateescape"))
                 damaged += 1
     if damaged:
         logger.warning(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dwm.atomic_write import atomic_files, delete_folder, publish_folder
+from megatron_dwm.atomic_write import atomic_files, delete_folder, publish_folder, remove
 from megatron_dwm.config.checkpoint import TRACKER
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.errors import UserError, write_failure_reason
@@ -126,7 +125,7 @@ class CheckpointWriter:
             if self.parallel_state.is_first_rank:
                 if not persistent:
                     _drop_all_but_newest(root)
-                shutil.rmtree(temporary, ignore_errors=True)
+                remove(temporary)
                 temporary.mkdir(parents=True)
             dist.barrier()
             per_parameter = dwm_state.get(PER_PARAMETER, {})
@@ -287,11 +286,13 @@ class CheckpointWriter:
                 raise
             reason = unwritten
         if self.parallel_state.is_first_rank:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary)
+        other = self.config.checkpoint.non_persistent_global_ckpt_dir
+        flag = "--save" if other is None or root != Path(other) else "--non-persistent-global-ckpt-dir"
         latest = tracked(root)
         remedy = f"the last whole checkpoint is {latest.name}" if latest is not None else "no checkpoint is there yet"
         raise UserError(
-            f"--save {root}: the checkpoint of iteration {iteration} cannot be written ({reason}); make room or give "
+            f"{flag} {root}: the checkpoint of iteration {iteration} cannot be written ({reason}); make room or give "
             f"another folder, {remedy}"
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_dwm.atomic_write import atomic_write_text, delete_folder
+from megatron_dwm.atomic_write import atomic_write_text, delete_folder, remove
 from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
 from megatron_dwm.config.checkpoint_args import first_rank_file, read_arguments
 from megatron_dwm.errors import UserError
@@ -131,6 +131,8 @@ def tracked(root: Path) -> Path | None:
         UserError: the tracker's content is not Megatron-LM's.
     """
     path = root / TRACKER
+    if path.is_dir():  # else the first save would find out
+        raise UserError(f"{path}: is a folder where a file belongs; remove it")
     if not path.is_file():
         return None
     text = path.read_text(encoding="utf-8", errors="replace").strip()
@@ -169,7 +171,7 @@ def delete_retired(root: Path) -> None:
         folder = root / mark.name.removeprefix(".").removesuffix(".retired")
         if folder != current and folder.exists():
             delete_folder(folder)
-        mark.unlink()
+        remove(mark)
 
 
 def _what_is_there(root: Path) -> str:

@@ -55,7 +55,8 @@ class FolderLock:
         try:
             self._file = (folder / LOCK).open("a+", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{flag} {folder / LOCK}: cannot be opened ({error.strerror}); remove it") from None
+            reason = error.strerror or error  # a named pipe's has none
+            raise UserError(f"{flag} {folder / LOCK}: cannot be opened ({reason}); remove it") from None
         is_locked = self._lock()
         holder = _recorded_holder(self._file)
         is_elsewhere = holder is not None and holder.get("host") != socket.gethostname()

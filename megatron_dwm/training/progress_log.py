@@ -11,6 +11,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from megatron_dwm.runtime.record_writers import open_to_append
 from megatron_dwm.training.train_state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class ProgressLog:
             return
         job = os.getenv("SLURM_JOB_ID", "")
         try:
-            with self._path.open("a", encoding="utf-8") as file:
+            with open_to_append(self._path) as file:
                 file.write(f"{datetime.now():{_TIME}}\tJob ID: {job}\t# GPUs: {self._world_size}\t{event}\n")
         except OSError as error:
             logger.warning(f"{self._path}: cannot be written ({error.strerror}); an entry is lost")
@@ -85,8 +86,10 @@ class ProgressLog:
         Jobs before the last change of that number do not count, nor do lines of another kind.
         """
         first, operations = None, 0.0
+        if self._path is None or not self._path.is_file():  # reading a named pipe would wait for a writer
+            return None
         try:
-            lines = (self._path or Path()).read_text(encoding="utf-8").splitlines()
+            lines = self._path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError):
             return None
         for line in lines:

@@ -34,13 +34,18 @@ class SaveFolder:
             non_persistent: the folder of ``--non-persistent-global-ckpt-dir``, which is locked as well.
 
         Raises:
-            UserError: a folder cannot be written to, or another run holds it.
+            UserError: a folder cannot be written to, is in a checkpoint, or another run holds it.
         """
         self.folder, self._non_persistent = folder, non_persistent
         self._folders = {"--save": folder}
         if non_persistent is not None:
             self._folders["--non-persistent-global-ckpt-dir"] = non_persistent
         self._held: dict[str, FolderLock] = {}
+        for above in (folder.resolve(), *folder.resolve().parents):
+            if above.name.startswith("iter_") and (above / "metadata.json").is_file():
+                raise UserError(
+                    f"--save {folder}: is in the checkpoint {above}, which may be deleted; give another folder"
+                )
         check_writable(self._folders)
         for name in ("weighter", NON_PERSISTENT):  # else the first save would be too late to find out
             check_writable({"--save": folder / name})
@@ -93,7 +98,7 @@ class SaveFolder:
         for folder in (self.folder, non_persistent):
             if first := track_first_checkpoint(folder):
                 logger.info(f" > named in {TRACKER} what an interrupted run had saved: {first}")
-        delete_retired(self.folder)
+            delete_retired(folder)
 
 
 def visible_holders(flags: CheckpointConfig) -> dict[str, str]:
@@ -157,12 +162,15 @@ def check_writable(paths: Mapping[str, Path]) -> None:
     """
     for flag, path in paths.items():
         existing = path
-        while not existing.exists() and existing != existing.parent:
-            if existing.is_symlink():
-                raise UserError(
-                    f"{flag} {path}: {existing} is a link that leads nowhere; remove it, or give another path"
-                )
-            existing = existing.parent
+        try:
+            while not existing.exists() and existing != existing.parent:
+                if existing.is_symlink():
+                    raise UserError(
+                        f"{flag} {path}: {existing} is a link that leads nowhere; remove it, or give another path"
+                    )
+                existing = existing.parent
+        except OSError as error:  # a name that is too long
+            raise UserError(f"{flag} {path}: {error.strerror}; give another path") from None
         try:
             with tempfile.TemporaryFile(dir=existing):
                 pass

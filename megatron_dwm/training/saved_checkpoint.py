@@ -230,6 +230,8 @@ def reported_damage(folder: Path) -> Iterator[None]:
         if is_lost_connection(error):  # a rank was killed while all loaded: nothing is wrong with the files
             raise
         reason = short_reason(error)
+    if not folder.is_dir():
+        raise UserError(f"--load {folder.parent}: {folder.name} was deleted by its run while it was read; try again")
     raise UserError(f"--load {folder.parent}: {folder.name} is damaged: {reason}; {_remedy(folder)}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -89,6 +90,7 @@ class Trainer:
         try:
             stop_reason = self._train()
         except BaseException:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the end of a second worker would interrupt what follows
             self.checkpoints.abandon()
             raise
         finally:

@@ -57,6 +57,8 @@ def _filled(built: BuiltModel, make: Callable[..., torch.Tensor]) -> GradientBuf
     ("layout", "changes", "tolerance"),
     [
         ("one process", {}, 1e-5),
+        # Whose elements of tokens that occur once have no gradient.
+        ("one process", {"--hidden-dropout": 0.5}, 1e-5),
         ("DP2", {}, 1e-5),
         ("DP2, distributed optimizer", {}, 1e-5),
         ("CP2", {"--use-distributed-optimizer": True}, 1e-5),
@@ -73,8 +75,27 @@ def test_the_direction_is_scaled_by_adams_second_moment(layout: str, changes: Fl
             second = torch.zeros_like(value, dtype=torch.float64)
             for gradient in gradients:
                 second = 0.9 * second + 0.1 * gradient[name].double() ** 2
-            expected[name] = value.double() / ((second / (1 - 0.9**STEPS)).sqrt() + 1e-8)
+            scaled = value.double() / ((second / (1 - 0.9**STEPS)).sqrt() + 1e-8)
+            expected[name] = torch.where(second > 0, scaled, 0)  # what has no gradient moves with no sample's weight
+        assert (expected["embed_tokens.weight"] == 0).any()
         assert relative_error(found, expected) < tolerance
+
+
+def test_target_tokens_that_training_has_not_seen_leave_finite_differences_exact():
+    """P would be 1 / ε for them, and the direction nearly all theirs. As in test_alignment.py to 1e-2, of curvature."""
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        built = build_model(LLAMA)
+        batch = built.batch(random_tokens(1) % 20, random_mask(2))
+        target = built.batch(random_tokens(5), random_mask(6))
+        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None, built.parallel_state)
+        passes = built.lm_gradients()
+        with built.engine.deterministic():
+            _, direction = passes.gradient(target)
+            return passes.align(batch, direction), passes._align_by_differences(batch, direction)
+
+    ((exact, differences),) = run_distributed(both, 1)
+    assert float((exact - differences).abs().max()) < 1e-2 * float(exact.abs().max())
 
 
 def test_parameters_with_a_learning_rate_of_their_own_have_it_in_p():

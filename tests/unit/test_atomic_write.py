@@ -21,6 +21,7 @@ from megatron_dwm.atomic_write import (
     publish_folder,
     remove_leftovers,
 )
+from tests.unit.obstacles import OBSTACLES
 
 
 def names(folder: Path) -> list[str]:
@@ -58,6 +59,19 @@ def test_what_an_interrupted_replacement_left_is_cleared_by_the_next(tmp_path: P
     (tmp_path / "beside").mkdir()
     publish_folder(tmp_path / "beside", tmp_path / "folder")
     assert names(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("kind", OBSTACLES)
+def test_whatever_is_under_a_name_is_replaced_or_removed(kind: str, tmp_path: Path):
+    for name in ("folder", ".folder.replaced", ".folder.deleted", ".other.replaced", ".other.tmp5"):
+        OBSTACLES[kind](tmp_path / name)
+    (tmp_path / "beside").mkdir()
+    publish_folder(tmp_path / "beside", tmp_path / "folder")
+    assert not (tmp_path / "folder").is_symlink() and names(tmp_path / "folder") == []
+    delete_folder(tmp_path / "folder")
+    is_old_content = kind in ("folder", "full folder", "link to a folder")
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == (["other"] if is_old_content else [])
 
 
 def test_files_appear_together_under_their_prefix(tmp_path: Path):

@@ -46,6 +46,39 @@ def test_a_loop_of_links_is_a_users_error(tmp_path: Path):
         assert isinstance(as_user_error(raised.value), UserError)
 
 
+@pytest.mark.parametrize(
+    ("words", "path", "flag"),
+    [
+        (["--load", "{tmp}/a", "--save", "{tmp}/a/b"], "a/b/folder", "--save"),
+        (["--save={tmp}/a"], "a", "--save"),
+        (["--data-path", "0.5", "{tmp}/a", "0.5", "{tmp}/b", "--bf16"], "b.idx", "--data-path"),
+        (["--output-prefix", "{tmp}/a"], ".a.unfinished/lock", "--output-prefix"),
+    ],
+)
+def test_what_is_in_the_way_names_the_flag(words: list[str], path: str, flag: str, tmp_path: Path):
+    (tmp_path / path).mkdir(parents=True)
+    with pytest.raises(IsADirectoryError) as raised:
+        (tmp_path / path).open()
+    words = [word.format(tmp=tmp_path) for word in words]
+    assert str(as_user_error(raised.value, words)) == (
+        f"{flag} {tmp_path / path}: Is a directory; check what is there, or give another path"
+    )
+
+
+@pytest.mark.parametrize("words", [["--save", "ab"], ["--save", "{tmp}/a"], ["--save", ""], []])
+def test_a_path_that_no_flag_names_is_no_users_error(words: list[str], tmp_path: Path):
+    with pytest.raises(FileNotFoundError) as raised:
+        (tmp_path / "ab").open()
+    assert as_user_error(raised.value, [word.format(tmp=tmp_path) for word in words]) is raised.value
+
+
+def test_a_link_that_leads_nowhere_is_named_as_one(tmp_path: Path):
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError) as raised:
+        (tmp_path / "link").open()
+    assert ": a link that leads nowhere; " in str(as_user_error(raised.value, ["--save", str(tmp_path)]))
+
+
 class Killing:
     """A dataset whose reader is killed, as for lack of memory."""
 

@@ -2,6 +2,8 @@
 
 A step of Adam moves θ by -η P m, with P = 1 / (sqrt(second moment, bias-corrected) + ε); through m it depends on this
 step's gradient linearly. ⟨v, P ∇ l_i⟩ is therefore how much sample i's weight moves the target loss, to first order.
+Elements whose second moment is zero have had no gradient yet, such as the embeddings of tokens that have not occurred
+or, with dropout, parts of tokens that have occurred once. No sample's weight moves them: P is 0 there, and not 1 / ε.
 For parameters with a separate learning rate (``--decoupled-lr``), P is scaled by that rate.
 """
 
@@ -66,11 +68,15 @@ def _scale(values: Sequence[torch.Tensor], shards: Sequence[_Shard]) -> None:
         moments = [part.state["exp_avg_sq"].view(-1) for part in parts]
         scales = list(torch._foreach_div(moments, corrections))
         torch._foreach_sqrt_(scales)
-        torch._foreach_add_(scales, [part.group["eps"] for part in parts])
+        epsilons = [part.group["eps"] for part in parts]
+        torch._foreach_add_(scales, epsilons)
         rates = [part.relative_rate for part in parts]
         if any(rate != 1 for rate in rates):
             torch._foreach_mul_(some, rates)
         torch._foreach_div_(some, scales)
+        torch._foreach_sub_(scales, epsilons)
+        torch._foreach_sign_(scales)  # 0 where there has been no gradient, 1 elsewhere; without memory of that size
+        torch._foreach_mul_(some, scales)
 
 
 def _steps(parts: Sequence[_Shard]) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from megatron_dwm.analysis import top_rows
 from megatron_dwm.analysis.selection_table import RowTableWriter
 from megatron_dwm.analysis.top_rows import ROW, Group, TopRows
 from megatron_dwm.cli import preprocess, select
-from megatron_dwm.corpora import storage
+from tests.programs import Finished, Fork
 
 
 def made_rows() -> list[dict[str, Any]]:
@@ -293,11 +294,29 @@ def test_a_selection_that_ends_while_it_removes_its_unfinished_work_can_be_repea
             monkeypatch.undo()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(storage.shutil, "rmtree", interrupted)
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
     assert run(*words) == 130
     assert run(*words) == 0
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == best(ROWS, 20)
     assert not (tmp_path / ".out.jsonl.unfinished").exists()
+
+
+def test_another_selection_is_refused_while_one_is_at_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    words = ["--input", str(source), "--documents", "20", "--output", str(tmp_path / "out.jsonl")]
+    others, write_numbers = list[Finished](), RowTableWriter.run
+
+    def write_beside(step: RowTableWriter, data: Any, rank: int = 0, world_size: int = 1) -> None:
+        others.append(Fork(lambda: select.main([*words, "--seed", "2"])).finish())
+        write_numbers(step, data, rank, world_size)
+
+    monkeypatch.setattr(RowTableWriter, "run", write_beside)
+    assert run(*words) == 0
+    assert [other.returncode for other in others] == [2]
+    said = f"{tmp_path}/.out.jsonl.unfinished: another process is writing there; wait until it has finished"
+    assert others[0].stderr == f"error: {said}\n"
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == best(ROWS, 20)
 
 
 GOOD = b'{"score": 1, "source": "a", "tokens": 3, "text": "w"}\n'

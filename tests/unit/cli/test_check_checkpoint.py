@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_dwm.cli.check_checkpoint import main
+from megatron_dwm.errors import UserError
 from megatron_dwm.training.checkpoint_checksums import CHECKSUMS, write_checksums
+from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, open_checkpoint
 from tests.paths import FIXTURES
 
 NAME = "iter_0000006"
@@ -56,6 +59,24 @@ def test_a_file_cut_short_is_found(name: str, has_checksums: bool, save: Path, c
     code, _, errors = check(capsys, "--load", save)
     assert code == 2 and f"{NAME} is damaged: " in errors, errors
     assert errors.splitlines()[-1] == f"error: --load {save}: 1 of 2 are damaged; remove them"
+
+
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_not_damaged(
+    save: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    saved, read = open_checkpoint(save / NAME), SavedCheckpoint.read_tensors
+
+    def read_late(saved: SavedCheckpoint, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+        shutil.rmtree(saved.folder, ignore_errors=True)
+        return read(saved, keys)
+
+    monkeypatch.setattr(SavedCheckpoint, "read_tensors", read_late)
+    code, output, errors = check(capsys, "--load", save)
+    assert (code, errors) == (0, "")
+    assert output.splitlines()[0] == f"{save / NAME}: was deleted by its run meanwhile"
+    assert f"{save}: all 1 are whole, " in output
+    with pytest.raises(UserError, match=f"{NAME} was deleted by its run while it was read; try again"):
+        saved.read_tensors(saved.shapes)
 
 
 def test_a_weighter_of_nan_is_found(save: Path, capsys: pytest.CaptureFixture[str]):

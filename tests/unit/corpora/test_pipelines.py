@@ -6,15 +6,17 @@ import errno
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import multiprocess
 import psutil
 import pytest
 from datatrove.pipeline.base import PipelineStep
 
-from megatron_dwm.corpora.pipelines import Job, refused_output, run_here
+from megatron_dwm.corpora.pipelines import Job, _watched_workers, refused_output, run_here
 from megatron_dwm.errors import UserError
 from tests.unit.runtime.test_child_processes import is_running
 
@@ -58,6 +60,25 @@ def test_a_worker_that_is_killed_ends_the_job_and_finished_tasks_are_kept(
     ):
         run_here(Job([Killed()], 3, str(tmp_path / "logs")), workers=2)
     assert "00001" not in {path.name for path in (tmp_path / "logs").glob("completions/*")}
+
+
+def test_a_worker_that_is_killed_when_all_is_done_interrupts_nothing(monkeypatch: pytest.MonkeyPatch):
+    send, is_seen = signal.pthread_kill, threading.Event()
+
+    def send_late(thread: int, number: int) -> None:
+        is_seen.set()
+        time.sleep(0.3)  # until the block has ended
+        send(thread, number)
+
+    monkeypatch.setattr(signal, "pthread_kill", send_late)
+    with _watched_workers():
+        workers = [multiprocess.Process(target=time.sleep, args=(60,)) for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        time.sleep(1)  # until both have been seen
+        for worker in workers:
+            worker.kill()
+        assert is_seen.wait(60)
 
 
 class KilledWithChildren(PipelineStep):

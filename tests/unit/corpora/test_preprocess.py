@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import glob
 import gzip
 import hashlib
@@ -26,7 +28,6 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.corpora import preprocess as preprocess_module
-from megatron_dwm.corpora import unfinished
 from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
 from megatron_dwm.corpora.unfinished import unfinished_work
 from megatron_dwm.data.validation import check_dataset
@@ -304,7 +305,7 @@ def test_a_kill_while_finished_work_is_removed_does_not_spoil_the_next_call(
                 (folder / "000000" / "part0_text_document.bin").unlink()
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        unfinished.shutil.rmtree = partly
+        shutil.rmtree = partly
         run_tool(monkeypatch, *argv)
 
     process = multiprocessing.get_context("fork").Process(target=killed)
@@ -363,6 +364,18 @@ def test_killed_work_goes_on_behind_its_last_finished_segment(
         done.start()
         done.join()
     assert done.exitcode == 2 and not (tmp_path / "busy" / kept.name).exists()
+
+
+def test_a_file_system_without_locks_is_said_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with unfinished_work(tmp_path / "work", None) as work:
+        assert work.folder.is_dir()
+    assert f"{tmp_path / 'work'}: its file system has no locks (No locks available)" in caplog.text
 
 
 def test_each_file_has_data_sets_of_its_own_and_those_that_are_there_are_not_made_again(

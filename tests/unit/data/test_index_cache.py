@@ -27,6 +27,7 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.process_groups import current_parallel_state
 from tests.distributed.harness import run_distributed
 from tests.unit.data.made_data import write_dataset
+from tests.unit.obstacles import OBSTACLES
 
 SEQUENCE = 8
 TOKENIZER = build_tokenizer(TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=1000))
@@ -162,6 +163,22 @@ def test_an_array_without_a_valid_checksum_is_built_again(
         checksums.write_bytes(content)
     assert Numbers(tmp_path).builds == 1 and len(caplog.messages) == 1
     assert Numbers(tmp_path).builds == 0
+
+
+@pytest.mark.parametrize("kind", OBSTACLES)
+@pytest.mark.parametrize("name", ["numbers.npy", "checksums.json"])
+def test_what_is_no_file_of_the_cache_is_replaced_or_named(name: str, kind: str, tmp_path: Path) -> None:
+    Numbers(tmp_path)
+    path = tmp_path / f"hash-Numbers-train-{name}"
+    path.unlink()
+    OBSTACLES[kind](path)
+    if "folder" in kind and "link" not in kind:
+        with pytest.raises(IsADirectoryError) as raised:
+            Numbers(tmp_path)
+        assert raised.value.filename2 == str(path)
+    else:
+        assert Numbers(tmp_path).builds == 1
+        assert Numbers(tmp_path).builds == 0
 
 
 @pytest.mark.parametrize("with_checksum", [False, True])

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, run_cli
 from megatron_dwm.runtime.record_writers import JsonLinesWriter, TensorBoardWriter
+from tests.programs import Fork
+from tests.unit.obstacles import OBSTACLES
 
 
 def test_a_resumed_run_drops_the_records_that_it_writes_again(tmp_path: Path):
@@ -53,6 +55,30 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"--metrics-jsonl .*pipe: is a named pipe"):
         JsonLinesWriter(tmp_path / "pipe", resumed_at=0)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OBSTACLES if kind != "file"])
+def test_what_is_in_the_place_of_damaged_lines_is_named(kind: str, tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text("damaged\n")
+    aside = tmp_path / "metrics.jsonl.damaged"
+    OBSTACLES[kind](aside)
+    with pytest.raises(UserError, match=rf"jsonl: cannot be written \({aside}: "):
+        JsonLinesWriter(tmp_path / "metrics.jsonl", resumed_at=1)
+    assert (tmp_path / "metrics.jsonl").read_text() == "damaged\n"
+
+
+@pytest.mark.parametrize("resumed_at", [0, 1])
+def test_records_of_a_run_that_goes_on_are_not_replaced(resumed_at: int, tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    first = JsonLinesWriter(path, resumed_at=0)
+    first.write({"iteration": 1})
+    other = Fork(lambda: run_cli(lambda: JsonLinesWriter(path, resumed_at).close())).finish()
+    said = f"--metrics-jsonl {path}: another run is writing there; end it, or give another path"
+    assert (other.returncode, other.stderr) == (2, f"error: {said}\n")
+    first.write({"iteration": 2})
+    first.close()
+    assert path.read_text() == '{"iteration": 1}\n{"iteration": 2}\n'
+    assert Fork(lambda: JsonLinesWriter(path, resumed_at).close()).finish().returncode == 0
 
 
 def test_curves_that_cannot_be_written_are_lost_with_one_warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +17,14 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.training.checkpoint import CheckpointWriter
 
 
-def manager(save: Path) -> Any:
+def manager(save: Path, non_persistent: str | None = None) -> Any:
     """What publishing needs of a manager: the first rank's, without background saves."""
-    flags = SimpleNamespace(save=str(save), save_retain_interval=None, checkpoint_checksums=False)
+    flags = SimpleNamespace(
+        save=str(save),
+        save_retain_interval=None,
+        checkpoint_checksums=False,
+        non_persistent_global_ckpt_dir=non_persistent,
+    )
     rank = SimpleNamespace(is_first_rank=True, tp_pp_label="")
     return cast(Any, SimpleNamespace(parallel_state=rank, config=SimpleNamespace(checkpoint=flags), _queue=None))
 
@@ -55,3 +61,16 @@ def test_torchs_words_for_a_file_cut_short_are_not_shown(tmp_path: Path):
         CheckpointWriter._reported_failure(manager(tmp_path), tmp_path, tmp_path / "x", 4),
     ):
         raise failure
+
+
+@pytest.mark.parametrize(
+    ("root", "flag"),
+    [("save", "--save"), ("save/non_persistent", "--save"), ("np", "--non-persistent-global-ckpt-dir")],
+)
+def test_the_folder_that_is_full_is_named_with_its_flag(root: str, flag: str, tmp_path: Path):
+    writer = manager(tmp_path / "save", str(tmp_path / "np"))
+    with (
+        pytest.raises(UserError, match=f"^{flag} {tmp_path / root}: the checkpoint of iteration 4 cannot be written"),
+        CheckpointWriter._reported_failure(writer, tmp_path / root, tmp_path / "x", 4),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")

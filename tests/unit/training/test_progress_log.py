@@ -10,6 +10,7 @@ import pytest
 
 from megatron_dwm.training.progress_log import ProgressLog
 from megatron_dwm.training.train_state import TrainState
+from tests.unit.obstacles import OBSTACLES
 
 STATE = TrainState(iteration=40, consumed_train_samples=2_000_000, num_floating_point_operations_so_far=9e15)
 
@@ -57,3 +58,9 @@ def test_the_cumulative_throughput_is_since_the_first_job_of_so_many_processes(t
 def test_a_file_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     ProgressLog(tmp_path / "missing").saved(STATE, is_async=False)
     assert "progress.txt: cannot be written (No such file or directory); an entry is lost" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OBSTACLES if kind != "file"])
+def test_what_is_no_file_stops_nothing(kind: str, tmp_path: Path):
+    OBSTACLES[kind](tmp_path / "progress.txt")
+    ProgressLog(tmp_path).saved(STATE, is_async=False)

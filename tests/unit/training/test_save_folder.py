@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from megatron_dwm.config.checkpoint import TRACKER
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, as_user_error
 from megatron_dwm.training.checkpoint_folders import checkpoints_in
-from megatron_dwm.training.folder_lock import LOCK
+from megatron_dwm.training.folder_lock import HEARTBEAT, LOCK
 from megatron_dwm.training.save_folder import SaveFolder, check_writable
+from tests.unit.obstacles import OBSTACLES
 
 
 def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path):
@@ -86,6 +87,36 @@ def test_a_folder_in_place_of_the_lock_is_named(tmp_path: Path):
         SaveFolder(tmp_path)
 
 
+@pytest.mark.parametrize("kind", OBSTACLES)
+def test_a_mark_of_any_kind_is_one(kind: str, tmp_path: Path):
+    for name in ("iter_0000004", "iter_0000008"):
+        (tmp_path / name).mkdir()
+    (tmp_path / TRACKER).write_text("8")
+    OBSTACLES[kind](tmp_path / ".iter_0000004.retired")
+    SaveFolder(tmp_path).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "iter_0000008", TRACKER]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OBSTACLES if kind != "file"])
+@pytest.mark.parametrize("name", [LOCK, HEARTBEAT])
+def test_what_is_no_lock_is_named_or_does(name: str, kind: str, tmp_path: Path):
+    OBSTACLES[kind](tmp_path / name)
+    try:
+        SaveFolder(tmp_path).close()
+    except (OSError, UserError) as error:
+        assert str(as_user_error(error, ["--save", str(tmp_path)])).startswith(f"--save {tmp_path / name}: ")
+    else:
+        assert name == HEARTBEAT
+
+
+@pytest.mark.parametrize("folder", [".", "non_persistent"])
+def test_a_folder_in_place_of_the_tracker_is_named_before_the_first_save(folder: str, tmp_path: Path):
+    tracker = tmp_path / folder / TRACKER
+    tracker.mkdir(parents=True)
+    with pytest.raises(UserError, match=f"^{tracker}: is a folder where a file belongs; remove it"):
+        SaveFolder(tmp_path)
+
+
 def test_a_file_in_place_of_the_exports_is_named(tmp_path: Path):
     (tmp_path / "weighter").touch()
     with pytest.raises(UserError, match=rf"--save {tmp_path}/weighter: cannot be written \(Not a directory\)"):
@@ -109,6 +140,22 @@ def test_a_folder_of_non_persistent_checkpoints_is_held_and_cleared_too(tmp_path
     process.join()
     held.close()
     assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("name", [".", "new", "new/below"])
+def test_a_folder_in_a_checkpoint_is_refused(name: str, tmp_path: Path):
+    checkpoint = tmp_path / "iter_0000004"
+    checkpoint.mkdir()
+    (checkpoint / "metadata.json").touch()
+    with pytest.raises(UserError, match=f"^--save {checkpoint / name}: is in the checkpoint {checkpoint}, which may"):
+        SaveFolder(checkpoint / name)
+    SaveFolder(tmp_path / "iter_0000005" / name).close()  # of another program
+
+
+@pytest.mark.parametrize("path", ["x" * 256, "x/" * 2500])
+def test_a_path_that_is_too_long_is_named_with_its_flag(path: str):
+    with pytest.raises(UserError, match=r"^--metrics-jsonl x.*: File name too long; give another path"):
+        check_writable({"--metrics-jsonl": Path(path)})
 
 
 @pytest.mark.parametrize("target", ["missing", "link"])
