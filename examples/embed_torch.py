@@ -14,7 +14,7 @@ SETTINGS = WeightingConfig(dwm_num_stages=1, dwm_update_interval=4, dwm_ngram_bu
 
 
 class TinyModel(torch.nn.Module):
-    """A language model of one recurrent layer: any module that returns logits will do."""
+    """A language model of one convolution: any module that returns logits will do."""
 
     def __init__(self) -> None:
         super().__init__()

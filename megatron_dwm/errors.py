@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 EXIT_CODE = 2
 INTERRUPTED = 130
@@ -107,6 +107,23 @@ def reported_write_failure(flag: str, folder: str) -> Iterator[None]:
         if reason is None:
             raise
         raise UserError(f"{flag} {folder}: cannot be written ({reason}); make room, or give another folder") from None
+
+
+@contextlib.contextmanager
+def renamed_flags(names: Mapping[str, str]) -> Iterator[None]:
+    """Replace the names of flags in users' errors by those of the command that the user has given.
+
+    Args:
+        names: the command's flags, by those that the code in the block names.
+
+    Raises:
+        UserError: the block raised one.
+    """
+    try:
+        yield
+    except UserError as error:
+        pattern = "|".join(rf"(?<![\w-]){name}(?![\w-])" for name in names)
+        raise UserError(re.sub(pattern, lambda match: names[match[0]], str(error))) from None
 
 
 def as_user_error(error: BaseException, words: Sequence[str] | None = None) -> BaseException:

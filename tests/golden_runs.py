@@ -104,10 +104,12 @@ def compare(before: Path, after: Path) -> list[str]:
             differences += _unequal(f"{layout}/{mode} metrics", _metrics(one), _metrics(other))
             for iteration in ("iter_0000012", "iter_0000024"):
                 name = f"{layout}/{mode}/{iteration}"
-                differences += _unequal(name, _checkpoint(one / iteration), _checkpoint(other / iteration))
+                differences += _unequal(
+                    name, _checkpoint(one / iteration, before), _checkpoint(other / iteration, after)
+                )
             for export in sorted((one / "weighter").glob("*")):
                 name = f"{layout}/{mode}/weighter/{export.name}"
-                differences += _unequal(name, _export(export), _export(other / "weighter" / export.name))
+                differences += _unequal(name, _export(export, before), _export(other / "weighter" / export.name, after))
     return differences
 
 
@@ -116,7 +118,7 @@ def _metrics(folder: Path) -> dict[str, Any]:
     return {str(number): {k: v for k, v in line.items() if k != "seconds"} for number, line in enumerate(lines)}
 
 
-def _checkpoint(folder: Path) -> dict[str, Any]:
+def _checkpoint(folder: Path, recording: Path) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
@@ -128,16 +130,16 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     weighter = folder / "dwm_state.pt"
     if weighter.is_file():
         state["dwm_state"] = torch.load(weighter, weights_only=True)
+        if config := state["dwm_state"]["weighter_config"]:  # may name the folder that the weighter is from
+            state["dwm_state"]["weighter_config"] = config.replace(str(recording), "")
     return state | common
 
 
-def _export(folder: Path) -> dict[str, Any]:
-    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-    files.pop("dwm_manifest.json")
-    manifest = json.loads((folder / "dwm_manifest.json").read_text())
-    manifest.pop("data")  # paths of the recording
-    manifest.pop("initialised_from")
-    return files | manifest
+def _export(folder: Path, recording: Path) -> dict[str, Any]:
+    contents = {path.name: path.read_bytes().replace(bytes(recording), b"") for path in folder.iterdir()}
+    manifest = json.loads(contents.pop("dwm_manifest.json"))
+    manifest.pop("manifest_sha256")  # of paths of the recording too
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()} | manifest
 
 
 def _unequal(name: str, one: Any, other: Any) -> list[str]:
@@ -180,7 +182,7 @@ def main() -> None:
     if options.command == "record":
         record(options.checkout.resolve(), options.output.resolve())
         return
-    differences = compare(options.before, options.after)
+    differences = compare(options.before.resolve(), options.after.resolve())
     print("\n".join(differences) or "every number is the same")
     raise SystemExit(bool(differences))
 

@@ -74,13 +74,13 @@ if [[ -x $VENV/bin/python && -f $STAMP && $(fingerprint) == "$(<"$STAMP")" ]]; t
     exit 0
 fi
 
-# What a link leads to is not of this folder alone, and making .venv anew would empty it.
-[[ ! -L .venv ]] || fail ".venv is a link to $(readlink -f .venv); remove the link, or bring that environment up to date"
+# What a link leads to is not of this folder alone, and making the environment anew would empty it.
+[[ ! -L $VENV ]] || fail "$VENV is a link to $(readlink -f "$VENV"); remove the link, or bring that environment up to date"
 
-read -ra own <<<"${PYTHON:-python3 python}"
+read -ra with_torch <<<"${PYTHON:-python3 python}"
 read -ra known <<<"${PYTHON:-python3.11 python3 python3.12 python3.10}"
 cuda_python=
-for candidate in "${own[@]}"; do
+for candidate in "${with_torch[@]}"; do
     if has_cuda_torch "$candidate"; then
         cuda_python=$candidate
         break
@@ -104,4 +104,4 @@ fi
     sed -un -e 's/^Collecting \([^ ]*\).*/  \1/p' -e 's/^Installing collected packages.*/  installing/p' ||
     fail "pip could not install the dependencies (its message is above); mend that and run this again"
 fingerprint >"$STAMP"
-echo ".venv: $(.venv/bin/python --version) with the packages of constraints.txt; activate it by: source .venv/bin/activate"
+echo "$VENV: $("$VENV/bin/python" --version) with the packages of constraints.txt; activate it by: source $VENV/bin/activate"

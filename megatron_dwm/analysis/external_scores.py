@@ -9,7 +9,7 @@ from math import isfinite
 import numpy as np
 
 from megatron_dwm.corpora.readers import Reader, input_files
-from megatron_dwm.errors import UserError, shortened
+from megatron_dwm.errors import UserError, renamed_flags, shortened
 from megatron_dwm.json_lines import parse_object
 
 _INDEX = "index"
@@ -39,7 +39,7 @@ def read_scores(patterns: Sequence[str]) -> ExternalScores:
     """
     values: dict[str, dict[int, float]] = {}
     places: dict[str, str] = {}
-    try:
+    with renamed_flags({"--input": "--scores"}):
         for record in Reader(input_files(patterns), None):
             row = _row(record.content, record.place)
             index = row.get(_INDEX)
@@ -54,8 +54,6 @@ def read_scores(patterns: Sequence[str]) -> ExternalScores:
                 if values.setdefault(name, {}).setdefault(index, value) != value:
                     raise UserError(f"--input {record.place}: another {name!r} of sample {index}; give one of each")
                 places.setdefault(name, record.path)
-    except UserError as error:
-        raise UserError(str(error).replace("--input ", "--scores ", 1)) from None
     if not values:
         raise UserError(f"--scores {' '.join(patterns)}: no rows; give the scores of samples")
     return ExternalScores(values, places)

@@ -15,10 +15,10 @@ import numpy as np
 import torch.distributed as dist
 from lm_eval.api.model import TemplateLM
 
-from megatron_dwm.analysis.local_tasks import LOCAL_TASKS, local_task, read_passages
+from megatron_dwm.analysis.local_tasks import LOCAL_TASKS, read_passages
 from megatron_dwm.analysis.task_evaluation import TaskEvaluator, require_room
 from megatron_dwm.config.tasks import TasksConfig
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, renamed_flags
 from megatron_dwm.model.continuations import Continuation, Likelihood, continuation_likelihoods
 from megatron_dwm.model.engine import PipelineEngine
 
@@ -147,18 +147,14 @@ class _RunningModel(TemplateLM):  # type: ignore[misc]
 
 
 def _evaluator(flags: TasksConfig, tokenizer: Any, seq_length: int) -> TaskEvaluator:
-    names, limit = list(dict.fromkeys(flags.eval_tasks or ())), flags.eval_tasks_limit or None
-    unknown = [name for name in names if name.startswith("local-") and name not in LOCAL_TASKS]
-    if unknown:
-        raise UserError(f"--eval-tasks {unknown[0]}: no such local task; give one of {', '.join(LOCAL_TASKS)}")
-    wanted = [name for name in names if name in LOCAL_TASKS]
-    try:
-        passages = read_passages(flags.eval_tasks_text or [], []) if wanted else None
+    names = flags.eval_tasks or []
+    with renamed_flags(_FLAGS):
+        has_local_tasks = any(name in LOCAL_TASKS for name in names)
         evaluator = TaskEvaluator(
-            [local_task(name, passages, limit, _SEED) for name in wanted] if passages else [],
-            [name for name in names if name not in LOCAL_TASKS],
+            names,
+            read_passages(flags.eval_tasks_text or [], []) if has_local_tasks else None,
             num_fewshot=flags.eval_tasks_num_fewshot,
-            limit=limit,
+            limit=flags.eval_tasks_limit or None,
             batch_size=1,
             seed=_SEED,
         )
@@ -171,11 +167,6 @@ def _evaluator(flags: TasksConfig, tokenizer: Any, seq_length: int) -> TaskEvalu
                     )
             # Without computing anything, so that a question that cannot be asked ends the run before it starts.
             evaluator.evaluate_model(_RunningModel(_no_likelihoods, tokenizer, seq_length), is_training=True)
-    except UserError as error:
-        message = str(error)
-        for flag, here in _FLAGS.items():
-            message = message.replace(flag, here)
-        raise UserError(message) from None
     return evaluator
 
 

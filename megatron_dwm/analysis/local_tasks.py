@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,7 @@ from megatron_dwm.corpora.corpus import CorpusConfig, Document, paragraphs
 from megatron_dwm.corpora.documentation import installed, texts
 from megatron_dwm.corpora.readers import Reader
 from megatron_dwm.corpora.standard_library import standard_library_corpus
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, renamed_flags
 
 CHOICES = 4
 MIN_ITEMS = 8
@@ -85,10 +85,8 @@ def _file_documents(path: str) -> list[Document]:
         # One long text: its parts are documents of their own, so that wrong answers come from elsewhere in it.
         parts = paragraphs(text.replace("\r\n", "\n"))
         return [Document("\n\n".join(parts[start : start + 8]), f"{path}/{start}") for start in range(0, len(parts), 8)]
-    try:
+    with renamed_flags({"--input": "--task-text"}):
         rows = [_row(record.place, record.content) for record in Reader([path], None)]
-    except UserError as error:
-        raise UserError(str(error).replace("--input", "--task-text", 1)) from None
     return [
         Document("\n\n".join(str(part) for part in (row.get("title"), row["text"]) if part), f"{path}/{number}")
         for number, row in enumerate(rows)
@@ -168,6 +166,17 @@ _KINDS = {
     "local-definition": _Kind(definition_items, ": ", True, "definitions"),
 }
 LOCAL_TASKS = tuple(_KINDS)
+
+
+def require_local_names(names: Iterable[str]) -> None:
+    """Refuse names that only a local task could have, and none has.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name in names:
+        if name.startswith("local-") and name not in LOCAL_TASKS:
+            raise UserError(f"--tasks {name}: no such local task; give one of {', '.join(LOCAL_TASKS)}")
 
 
 def local_task(name: str, passages: Passages, limit: int | None, seed: int) -> dict[str, Any]:

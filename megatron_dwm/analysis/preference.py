@@ -102,7 +102,7 @@ def described_samples(updates: Sequence[Record], samples_per_stage: int) -> Weig
 
 
 def _drawn(length: int, max_length: int) -> np.ndarray:
-    """Return at most ``most`` positions in order, always the same ones.
+    """Return at most ``max_length`` positions in order, always the same ones.
 
     They are random, because blended sources alternate, and evenly spaced positions could all be of one source.
     """

@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_dwm.config.logging import RECORDS
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.json_lines import parse_object
 
@@ -92,6 +93,16 @@ class NoRecordsError(UserError):
     """A run has made no training step, or not yet."""
 
 
+def run_folder(path: Path) -> Path:
+    """Return the folder of a run that is named by its folder or by its JSON-lines file."""
+    return path if path.is_dir() else path.parent
+
+
+def records_file(path: Path) -> Path:
+    """Return the JSON-lines file of a run that is named by its folder or by that file."""
+    return path / RECORDS if path.is_dir() else path
+
+
 def read_run(path: Path) -> RunRecords:
     """Read a run's folder, or its JSON-lines file.
 
@@ -99,7 +110,7 @@ def read_run(path: Path) -> RunRecords:
         NoRecordsError: there are no records.
         UserError: a line is not one.
     """
-    file = path / "metrics.jsonl" if path.is_dir() else path
+    file = records_file(path)
     if not file.is_file():
         raise NoRecordsError(f"{file}: no such file; give a run's --save folder or its --metrics-jsonl file")
     by_kind: dict[str, list[Record]] = {kind: [] for kind in _FIELDS}

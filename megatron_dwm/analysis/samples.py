@@ -15,8 +15,7 @@ import torch.distributed as dist
 from megatron_dwm.analysis.start_folder import find_start_folder, working_in
 from megatron_dwm.analysis.text_statistics import distinct, tfidf_similarity
 from megatron_dwm.config.checkpoint import CheckpointConfig
-from megatron_dwm.config.flags import build
-from megatron_dwm.config.run import PARTS, RunConfig
+from megatron_dwm.config.run import RunConfig, saved_config
 from megatron_dwm.data.sample_text import sample_text
 from megatron_dwm.errors import UserError
 from megatron_dwm.weighting.inputs import sample_tokens
@@ -71,7 +70,7 @@ class RunSamples:
         return self._read(self.train, index)
 
     def target_samples(self, max_samples: int) -> list[Sample]:
-        """Return samples of the target set, evenly spaced if there are more than ``most``."""
+        """Return samples of the target set, evenly spaced if there are more than ``max_samples``."""
         if self.target is None:
             return []
         number = min(max_samples, len(self.target))
@@ -109,9 +108,9 @@ def open_samples(folder: Path) -> Iterator[RunSamples]:
         UserError: there is no checkpoint, or its data or tokenizer cannot be read.
     """
     folder = folder.resolve()
-    saved = saved_arguments(folder)
+    saved = run_arguments(folder)
     start = find_start_folder(folder, saved.get("save"), argument_paths(saved))
-    with working_in(start), _opened(*saved_run(saved), start) as run_samples:
+    with working_in(start), _opened(*_resumed_config(saved), start) as run_samples:
         yield run_samples
 
 
@@ -168,7 +167,7 @@ def _opened(config: RunConfig, consumed_valid: int, start: Path) -> Iterator[Run
         dist.destroy_process_group()
 
 
-def saved_arguments(folder: Path) -> dict[str, Any]:
+def run_arguments(folder: Path) -> dict[str, Any]:
     """Return the arguments of the run whose checkpoints are in ``folder``, with its last iteration.
 
     Raises:
@@ -194,7 +193,7 @@ def argument_paths(saved: Mapping[str, Any]) -> list[str]:
     return [f"{prefix}.idx" for prefix in prefixes] + [str(saved[name]) for name in files if saved.get(name)]
 
 
-def saved_run(saved: dict[str, Any]) -> tuple[RunConfig, int]:
+def _resumed_config(saved: Mapping[str, Any]) -> tuple[RunConfig, int]:
     """Return the configuration of a run from its arguments, and its consumed validation samples.
 
     The run may have read batches of several sizes: it is as if it were resumed from its last checkpoint.
@@ -202,13 +201,9 @@ def saved_run(saved: dict[str, Any]) -> tuple[RunConfig, int]:
     Raises:
         UserError: its data or tokenizer are not there.
     """
-    if saved.get("train_samples") is not None:
-        saved["train_iters"] = None  # saved too, for Megatron-LM
-    parts: dict[str, Any] = {name: build(config_class, saved) for name, config_class in PARTS.items()}
     iteration = saved["iteration"]
-    consumed = (saved["consumed_train_samples"], saved["consumed_valid_samples"]) if iteration > 0 else (0, 0)
-    config = RunConfig(world_size=saved["world_size"], **parts, resumed_at=(iteration, consumed[0]))
-    return config, consumed[1]
+    train, valid = (saved["consumed_train_samples"], saved["consumed_valid_samples"]) if iteration > 0 else (0, 0)
+    return saved_config(saved, resumed_at=(iteration, train)), valid
 
 
 def text_properties(indices: np.ndarray, sources: np.ndarray, run_samples: RunSamples) -> dict[str, np.ndarray]:

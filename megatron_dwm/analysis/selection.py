@@ -40,7 +40,7 @@ from megatron_dwm.corpora.preprocess import tokenizer_stamp
 from megatron_dwm.corpora.readers import MANIFEST_SUFFIX, input_files
 from megatron_dwm.corpora.storage import is_url, open_file, size_of, stamp_of
 from megatron_dwm.corpora.unfinished_jobs import UnfinishedJobs
-from megatron_dwm.errors import UserError, shortened
+from megatron_dwm.errors import UserError, renamed_flags, shortened
 
 
 def select_files(
@@ -208,10 +208,8 @@ def _target_files(config: SelectConfig) -> list[str]:
     Raises:
         UserError: one is missing.
     """
-    try:
+    with renamed_flags({"--input": "--target"}):
         return input_files(config.target or [])
-    except UserError as error:
-        raise UserError(str(error).replace("--input ", "--target ", 1)) from None
 
 
 def _stamps(paths: Sequence[str], output: str) -> list[tuple[int, str]]:

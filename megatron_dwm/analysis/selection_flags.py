@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from megatron_dwm.config.flags import flag, require_at_least, require_paths
+from megatron_dwm.config.flags import flag, require_at_least, require_given, require_paths
 from megatron_dwm.errors import UserError
 
 _SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -70,9 +71,7 @@ class SelectConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("input", "output"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is missing; give a path")
+        require_given(self, "input output", "give a path")
         require_paths(self, "output", urls=self.output_format != "indexed")
         require_at_least(self, 1, "workers split_bytes")
         if self.output_format == "indexed":
@@ -104,29 +103,12 @@ class SelectConfig:
                 raise UserError(f"--temperature {self.temperature} is not above 0; give a positive number")
             if self.ranking_key is None and self.method != "dsir":
                 raise UserError("--temperature: nothing is ranked with this --method; leave one of them out")
-        self.quotas  # noqa: B018  # raises what is wrong with it
+        _parse_quotas(self.quota or [])
 
     @property
     def quotas(self) -> dict[str, Fraction]:
-        """Shares of the budget by source.
-
-        Raises:
-            UserError: they are not valid shares.
-        """
-        shares: dict[str, Fraction] = {}
-        for word in self.quota or ():
-            source, equals, share = word.rpartition("=")
-            try:
-                shares[source] = Fraction(str(float(share)))  # exact: 0.1 is a tenth
-            except ValueError:
-                equals = ""
-            if not equals or shares[source] <= 0:
-                raise UserError(f"--quota {word}: not SOURCE=SHARE; give such as web=0.5")
-        if len(shares) != len(self.quota or ()) or sum(shares.values()) > 1:
-            raise UserError(
-                f"--quota {' '.join(self.quota or ())}: a source is named twice, or the sum is above 1; correct it"
-            )
-        return shares
+        """Shares of the budget by source."""
+        return _parse_quotas(self.quota or [])
 
     @property
     def ranking_key(self) -> str | None:
@@ -145,3 +127,23 @@ class SelectConfig:
         """The budget's flag and value, for messages."""
         name = next(name for name in ("documents", "tokens", "fraction") if getattr(self, name) is not None)
         return f"--{name} {getattr(self, name)}"
+
+
+def _parse_quotas(words: Sequence[str]) -> dict[str, Fraction]:
+    """Return shares by source from words such as ``web=0.5``.
+
+    Raises:
+        UserError: they are not valid shares.
+    """
+    shares: dict[str, Fraction] = {}
+    for word in words:
+        source, equals, share = word.rpartition("=")
+        try:
+            shares[source] = Fraction(str(float(share)))  # exact: 0.1 is a tenth
+        except ValueError:
+            equals = ""
+        if not equals or shares[source] <= 0:
+            raise UserError(f"--quota {word}: not SOURCE=SHARE; give such as web=0.5")
+    if len(shares) != len(words) or sum(shares.values()) > 1:
+        raise UserError(f"--quota {' '.join(words)}: a source is named twice, or the sum is above 1; correct it")
+    return shares

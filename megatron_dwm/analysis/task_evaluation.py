@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.analysis.local_tasks import FEWSHOT_ITEMS
+from megatron_dwm.analysis.local_tasks import FEWSHOT_ITEMS, LOCAL_TASKS, Passages, local_task, require_local_names
 from megatron_dwm.analysis.scoring_model import load_model, require_all_weights
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.model.attributes import temporary_attributes
@@ -78,8 +78,8 @@ class TaskEvaluator:
 
     def __init__(
         self,
-        local: Sequence[dict[str, Any]],
-        others: Sequence[str],
+        tasks: Sequence[str],
+        passages: Passages | None,
         *,
         num_fewshot: Sequence[int],
         limit: int | None,
@@ -88,30 +88,35 @@ class TaskEvaluator:
     ) -> None:
         """
         Args:
-            local: tasks in the harness's form.
-            others: names of tasks of the harness, whose data are on the Hugging Face Hub.
+            tasks: names of local tasks, and of tasks of the harness, whose data are on the Hugging Face Hub.
+            passages: the text that local tasks are made from; None if there are none of them.
             num_fewshot: numbers of examples before each question, each evaluated.
-            limit: most items of each task; None for all.
+            limit: maximum number of items of each task; None for all.
             batch_size: sequences evaluated together.
-            seed: seed for choosing the examples.
+            seed: seed for choosing the items, wrong answers and examples.
 
         Raises:
-            UserError: the harness has no such task, or a local task has fewer examples.
+            UserError: there is no such task, or a local task has too few items or examples.
         """
         from lm_eval.tasks import TaskManager
 
+        names = list(dict.fromkeys(tasks))
+        require_local_names(names)
+        local, others = [], [name for name in names if name not in LOCAL_TASKS]
+        if passages is not None:
+            local = [local_task(name, passages, limit, seed) for name in names if name in LOCAL_TASKS]
         if local and max(num_fewshot) > FEWSHOT_ITEMS:
             raise UserError(f"--num-fewshot {max(num_fewshot)}: local tasks have {FEWSHOT_ITEMS} examples; give fewer")
 
         # Reading the harness's thousands of tasks takes seconds: only where one of them is asked for.
         self.manager = TaskManager(include_defaults=bool(others))
-        known = self.manager.match_tasks(list(others)) if others else []
+        known = self.manager.match_tasks(others) if others else []
         for name in others:
             if not self.manager.match_tasks([name]):
                 raise UserError(
                     f"--tasks {name}: lm-evaluation-harness has no such task; `lm_eval ls tasks` lists its tasks"
                 )
-        self.local, self.others = list(local), sorted(known)
+        self.local, self.others = local, sorted(known)
         self.num_fewshot, self.limit, self.batch_size, self.seed = num_fewshot, limit, batch_size, seed
 
     def evaluate(self, folder: Path, *, exported_from: Path | None = None) -> list[TaskResult]:
@@ -190,9 +195,8 @@ class TaskEvaluator:
         kept = {"torch_random_seed": None} if is_training else {}
         with (
             quiet_harness(),
-            temporary_attributes(
-                evaluator, {"get_git_commit_hash": lambda: None}
-            ),  # git complains outside a repository
+            # It would call git, which complains outside a repository.
+            temporary_attributes(evaluator, {"get_git_commit_hash": lambda: None}),
             nullcontext() if is_training else self._refused_data(),
         ):
             found = simple_evaluate(

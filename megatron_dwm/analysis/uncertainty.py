@@ -52,11 +52,11 @@ def mean_over_updates(values: Sequence[float], counts: Sequence[float], comparis
     n = len(values)
     if n == 0:
         return Estimate(None, None, None, 0, "updates")
-    shares = np.asarray(counts, dtype=float) / np.sum(counts)
-    mean = float(shares @ np.asarray(values, dtype=float))
+    fractions = np.asarray(counts, dtype=float) / np.sum(counts)
+    mean = float(fractions @ np.asarray(values, dtype=float))
     if n < MIN_UPDATES:
         return Estimate(mean, None, None, n, "updates")
-    deviations = shares * (np.asarray(values, dtype=float) - mean)
+    deviations = fractions * (np.asarray(values, dtype=float) - mean)
     half = student_t(n - 1, comparisons) * float(np.sqrt((deviations**2).sum() * n / (n - 1)))
     return Estimate(mean, mean - half, mean + half, n, "updates")
 
@@ -73,13 +73,13 @@ def mean_correlation(rhos: Sequence[float], sizes: Sequence[int], updates: int) 
     if not rhos:
         return Estimate(None, None, None, n, "samples")
     rho, size = np.asarray(rhos, dtype=float), np.asarray(sizes, dtype=float)
-    shares = size / size.sum()
-    mean = float(shares @ rho)
+    fractions = size / size.sum()
+    mean = float(fractions @ rho)
     if updates < MIN_UPDATES:
         return Estimate(mean, None, None, n, "samples")
     # The variance of Fisher's z, brought back to ρ by the slope of tanh.
     variances = (1 + rho**2 / 2) / (size - 3) * (1 - rho**2) ** 2
-    half = _NORMAL * float(np.sqrt((shares**2 * variances).sum()))
+    half = _NORMAL * float(np.sqrt((fractions**2 * variances).sum()))
     return Estimate(mean, max(-1.0, mean - half), min(1.0, mean + half), n, "samples")
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from megatron_dwm.config.flags import OneLineParser, add_flags, build
+from megatron_dwm.config.run import RunConfig
 
 Config = TypeVar("Config")
 
@@ -31,6 +33,12 @@ def parse_benchmark(
     add_flags(parser, config_class)
     known, rest = parser.parse_known_args(argv)
     return build(config_class, vars(known)), rest
+
+
+def without_files(config: RunConfig) -> RunConfig:
+    """Return a run that saves and records nothing."""
+    logging = replace(config.logging, metrics_jsonl=None, tensorboard_dir=None, wandb_project=None)
+    return replace(config, checkpoint=replace(config.checkpoint, save=None), logging=logging)
 
 
 def override(defaults: Sequence[str], given: Sequence[str]) -> list[str]:

@@ -22,12 +22,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args
 
-from megatron_dwm.analysis.records import read_run
+from megatron_dwm.analysis.records import read_run, records_file
 from megatron_dwm.analysis.shares import learned_weights
 from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark
 from megatron_dwm.benchmarks.benefit_report import Arm, figure, summary, table
-from megatron_dwm.benchmarks.mixture import CorpusName, Mixture, build_mixture, build_user_mixture
+from megatron_dwm.benchmarks.mixture import CorpusName, Mixture, blend, build_mixture, build_user_mixture
 from megatron_dwm.benchmarks.programs import call
 from megatron_dwm.benchmarks.sweep_report import best_arm, sweep_summary, sweep_table
 from megatron_dwm.cli.command import run_command
@@ -215,15 +215,15 @@ def _train_all(config: BenefitConfig, run_flags: list[str], folder: Path, mixtur
     }
 
 
-def shared_flags(place: Path, mixture: Mixture, iterations: int, seed: int) -> list[str]:
+def shared_flags(
+    place: Path, mixture: Mixture, iterations: int, seed: int, training: Sequence[str] = TRAINING
+) -> list[str]:
     """Return the flags that all arms have, but for their paths."""
-    blend = [word for prefix, weight in mixture.train.items() for word in (str(weight), prefix)]
     return [
         *MODEL,
-        *TRAINING,
+        *training,
         *("--train-iters", str(iterations), "--seed", str(seed)),
-        *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(mixture.tokenizer)),
-        *("--train-data-path", *blend),
+        *mixture.training_flags,
         *("--valid-data-path", str(mixture.test), "--test-data-path", str(mixture.test)),
         *("--metrics-jsonl", str(place / "metrics.jsonl"), "--data-cache-path", str(place / "cache")),
     ]
@@ -244,8 +244,7 @@ def _arm_flags(name: ArmName, place: Path, mixture: Mixture, weighter_run: Path)
         case "uniform":
             return ["--dwm-mode", "off"]
         case "target-only":
-            blend = [word for prefix, weight in mixture.target_only.items() for word in (str(weight), prefix)]
-            return ["--dwm-mode", "off", "--train-data-path", *blend]
+            return ["--dwm-mode", "off", "--train-data-path", *blend(mixture.target_only)]
         case "bilevel":
             return [*bilevel, "--save", str(place)]
         case "frozen":
@@ -275,7 +274,7 @@ def train(name: str, place: Path, flags: list[str]) -> None:
     """
     command = shlex.join(["pretrain_dwm.py", *flags])
     written = place / "command.txt"
-    if (place / "metrics.jsonl").is_file() and read_run(place).evaluated("test"):
+    if records_file(place).is_file() and read_run(place).evaluated("test"):
         if not written.is_file() or written.read_text() != command:
             raise UserError(f"{place} was made with other flags, or other data; give another --output")
         return

@@ -106,6 +106,14 @@ def interval(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.4f} ± {t * statistics.stdev(values) / len(values) ** 0.5:.4f}"
 
 
+def loss_curve(arm: Arm) -> tuple[list[int], list[float], list[float], list[float]]:
+    """Return the iterations of an arm's evaluations, and the mean, least and largest loss of its seeds there."""
+    iterations = [point["iteration"] for point in arm.runs[0].evaluated("valid")]
+    curves = [[point["lm_loss"] for point in run.evaluated("valid")] for run in arm.runs]
+    mean, low, high = ([of(losses) for losses in zip(*curves, strict=True)] for of in (statistics.mean, min, max))
+    return iterations, mean, low, high
+
+
 def figure(arms: Sequence[Arm], sequence: int) -> Figure:
     """Draw the evaluation loss of each arm over tokens, time and operations: mean of the seeds, and their range."""
     from matplotlib.figure import Figure
@@ -113,10 +121,7 @@ def figure(arms: Sequence[Arm], sequence: int) -> Figure:
     drawing = Figure(figsize=(14, 4.5), layout="constrained")
     over_tokens, over_time, over_flops = drawing.subplots(1, 3, sharey=True)
     for number, arm in enumerate(arms):
-        curves = [[point["lm_loss"] for point in run.evaluated("valid")] for run in arm.runs]
-        iterations = [point["iteration"] for point in arm.runs[0].evaluated("valid")]
-        mean = [statistics.mean(losses) for losses in zip(*curves, strict=True)]
-        low, high = ([f(losses) for losses in zip(*curves, strict=True)] for f in (min, max))
+        iterations, mean, low, high = loss_curve(arm)
         per_iteration = arm.samples * sequence / arm.runs[0].steps[-1]["iteration"]
         seconds, flops = (
             [statistics.mean(cost(run.steps, iteration) for run in arm.runs) for iteration in iterations]

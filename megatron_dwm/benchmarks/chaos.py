@@ -152,7 +152,7 @@ class _Run:
         return _Start(self, save, self.logs_of(save) / f"start{self.starts:03d}")
 
     def disturbed(self, save: Path, rng: random.Random, kinds: Iterator[Kind], maximum: int) -> list[Disturbance]:
-        """Disturb a run in ``save`` up to ``most`` times, and restart it each time until it has finished."""
+        """Disturb a run in ``save`` up to ``maximum`` times, and restart it each time until it has finished."""
         found: list[Disturbance] = []
         kind = next(kinds)
         while True:

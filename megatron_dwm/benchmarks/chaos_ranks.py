@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from megatron_dwm.runtime.process_groups import free_port
+from megatron_dwm.runtime.rendezvous import free_port
 
 _IMPORTS = (
     "megatron.core.dist_checkpointing.strategies.fully_parallel",

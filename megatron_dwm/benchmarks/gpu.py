@@ -138,9 +138,7 @@ class _Measurement:
         return build_mixture(self.scratch / "benefit", "library", VOCAB_SIZE[self.config.size], clean=False)
 
     def _precision(self, mixture: Mixture) -> None:
-        blend = [word for prefix, weight in mixture.train.items() for word in (str(weight), prefix)]
-        data = ["--train-data-path", *blend, "--dwm-target-data-path", str(mixture.target)]
-        data += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(mixture.tokenizer)]
+        data = [*mixture.training_flags, "--dwm-target-data-path", str(mixture.target)]
         data += ["--data-cache-path", str(self.scratch / "cache")]
         flags = [*words(PRECISION[self.config.size]), *data, "--json", self._result("precision")]
         call("benchmark", "precision", *flags, log=self._log("precision"))
@@ -155,9 +153,9 @@ class _Measurement:
 
 def _curves(runs: Path) -> dict[str, list[list[float]]]:
     """Return the evaluation losses of each run: [iteration, loss]."""
-    from megatron_dwm.analysis.records import read_run
+    from megatron_dwm.analysis.records import read_run, records_file
 
-    folders = [folder for folder in sorted(runs.iterdir()) if (folder / "metrics.jsonl").is_file()]
+    folders = [folder for folder in sorted(runs.iterdir()) if records_file(folder).is_file()]
     return {
         folder.name: [[point["iteration"], point["lm_loss"]] for point in read_run(folder).evaluated("valid")]
         for folder in folders

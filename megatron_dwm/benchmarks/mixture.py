@@ -87,6 +87,17 @@ class Mixture:
     target_only: dict[str, float] = field(default_factory=dict)
     """Blend of the datasets with samples like the target's alone; empty if they are not known."""
 
+    @property
+    def training_flags(self) -> list[str]:
+        """The flags of the tokenizer and of the training data."""
+        tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(self.tokenizer)]
+        return [*tokenizer, "--train-data-path", *blend(self.train)]
+
+
+def blend(weights: Mapping[str, float]) -> list[str]:
+    """Return datasets with their weights as ``--train-data-path`` takes them."""
+    return [word for prefix, weight in weights.items() for word in (str(weight), prefix)]
+
 
 def build_mixture(folder: Path, corpus: CorpusName, vocab_size: int, *, clean: bool) -> Mixture:
     """Build one of the mixtures of ``CORPORA``, or reuse it if ``folder`` contains it.

@@ -31,7 +31,8 @@ from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark
 from megatron_dwm.benchmarks.overhead_flags import OverheadConfig, parse_overhead
 from megatron_dwm.benchmarks.overhead_report import cost_lines, table
 from megatron_dwm.benchmarks.programs import call
-from megatron_dwm.cli.launch import Process, build_trainer, run_program
+from megatron_dwm.cli.build_trainer import build_trainer
+from megatron_dwm.cli.launch import Process, run_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:

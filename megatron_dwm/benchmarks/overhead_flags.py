@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dwm.benchmarks.benchmark_flags import override, parse_benchmark
+from megatron_dwm.benchmarks.benchmark_flags import override, parse_benchmark, without_files
 from megatron_dwm.benchmarks.measuring import Clock
 from megatron_dwm.config.flags import flag, require_at_least
 from megatron_dwm.config.run import RunConfig, parse_run
@@ -88,9 +87,7 @@ def parse_overhead(argv: Sequence[str] | None, world_size: int) -> tuple[Overhea
             f"--train-iters {config.train_iters}: --steps {options.steps} and --repeats {options.repeats} read "
             f"{needed} batches; raise the former or lower the others"
         )
-    checkpoint = dataclasses.replace(config.checkpoint, save=None)
-    logging = dataclasses.replace(config.logging, metrics_jsonl=None, tensorboard_dir=None)
-    return options, dataclasses.replace(config, checkpoint=checkpoint, logging=logging)
+    return options, without_files(config)
 
 
 def batches_read(options: OverheadConfig, interval: int) -> int:

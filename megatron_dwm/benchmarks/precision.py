@@ -23,8 +23,9 @@ import torch
 
 from megatron_dwm.analysis.preference import rank_correlation
 from megatron_dwm.atomic_write import atomic_write_text
-from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark
-from megatron_dwm.cli.launch import Process, build_trainer, run_program
+from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark, without_files
+from megatron_dwm.cli.build_trainer import build_trainer
+from megatron_dwm.cli.launch import Process, run_program
 from megatron_dwm.config.flags import flag, require_at_least
 from megatron_dwm.config.run import RunConfig, parse_run
 from megatron_dwm.data.batch import Batch
@@ -74,9 +75,7 @@ def parse_precision(argv: Sequence[str] | None, world_size: int) -> tuple[Precis
             f"--train-iters {config.train_iters} are too few for --steps {options.steps} and --batches "
             f"{options.batches}; raise it"
         )
-    checkpoint = dataclasses.replace(config.checkpoint, save=None)
-    logging = dataclasses.replace(config.logging, metrics_jsonl=None, tensorboard_dir=None)
-    return options, dataclasses.replace(config, checkpoint=checkpoint, logging=logging)
+    return options, without_files(config)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

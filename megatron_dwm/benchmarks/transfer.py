@@ -6,16 +6,15 @@ python benchmarks/transfer.py --runs runs/transfer/runs --output runs/transfer/t
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dwm.analysis.records import read_run
+from megatron_dwm.analysis.records import read_run, records_file
 from megatron_dwm.atomic_write import atomic_write_text
-from megatron_dwm.benchmarks.benefit_report import Arm, interval
+from megatron_dwm.benchmarks.benefit_report import Arm, interval, loss_curve
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.config.flags import flag, parse, require_at_least
 from megatron_dwm.errors import UserError
@@ -69,7 +68,7 @@ def _arm(config: TransferConfig, half: str, name: str) -> Arm:
     """
     places = [Path(config.runs) / f"{half}-{name}-{seed}" for seed in range(1, config.seeds + 1)]
     for place in places:
-        if not (place / "metrics.jsonl").is_file() or not read_run(place).evaluated("test"):
+        if not records_file(place).is_file() or not read_run(place).evaluated("test"):
             raise UserError(f"--runs {config.runs}: {place} has no test loss; run examples/transfer.sh to its end")
     return Arm(name, list(map(read_run, places)))
 
@@ -99,11 +98,7 @@ def figure(halves: Halves) -> Figure:
     panels = drawing.subplots(1, len(halves), sharey=True)
     for panel, (half, arms) in zip(panels, halves.items(), strict=True):
         for number, arm in enumerate(arms):
-            curves = [[point["lm_loss"] for point in run.evaluated("valid")] for run in arm.runs]
-            iterations = [point["iteration"] for point in arm.runs[0].evaluated("valid")]
-            mean, low, high = (
-                [of(losses) for losses in zip(*curves, strict=True)] for of in (statistics.mean, min, max)
-            )
+            iterations, mean, low, high = loss_curve(arm)
             panel.plot(iterations, mean, color=f"C{number}", label=arm.name)
             panel.fill_between(iterations, low, high, color=f"C{number}", alpha=0.15)
         panel.set_title(HALVES[half])

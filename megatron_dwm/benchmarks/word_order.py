@@ -27,7 +27,7 @@ import torch
 from megatron_dwm.analysis.records import Record, read_run
 from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark
-from megatron_dwm.benchmarks.benefit import MODEL, train
+from megatron_dwm.benchmarks.benefit import shared_flags, train
 from megatron_dwm.benchmarks.mixture import Mixture, build_mixture
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.config.flags import flag, require_at_least
@@ -103,16 +103,10 @@ def _main(argv: Sequence[str] | None) -> None:
 
 
 def _flags(config: WordOrderConfig, place: Path, mixture: Mixture, seed: int) -> list[str]:
-    blend = [word for prefix, weight in mixture.train.items() for word in (str(weight), prefix)]
     return [
-        *MODEL,
-        *TRAINING,
-        *("--train-iters", str(config.iterations), "--seed", str(seed)),
-        *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(mixture.tokenizer)),
-        *("--train-data-path", *blend, "--dwm-target-data-path", str(mixture.target)),
-        *("--valid-data-path", str(mixture.test), "--test-data-path", str(mixture.test)),
+        *shared_flags(place, mixture, config.iterations, seed, TRAINING),
+        *("--dwm-target-data-path", str(mixture.target)),
         *("--dwm-update-interval", str(config.update_interval)),
-        *("--metrics-jsonl", str(place / "metrics.jsonl"), "--data-cache-path", str(place / "cache")),
     ]
 
 

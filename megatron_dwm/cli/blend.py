@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from shlex import quote
 
-from megatron_dwm.analysis.records import read_run
-from megatron_dwm.analysis.samples import saved_arguments
+from megatron_dwm.analysis.records import read_run, run_folder
+from megatron_dwm.analysis.samples import run_arguments
 from megatron_dwm.analysis.shares import learned_shares, learned_weights
 from megatron_dwm.cli.command import run_command
-from megatron_dwm.cli.run_argument import RunArgument, with_run_flag
+from megatron_dwm.cli.run_argument import RunArgument, with_first_flag
 from megatron_dwm.config.data import DataConfig
 from megatron_dwm.config.flags import build, flag, parse
 from megatron_dwm.data.blend import DataPaths, data_paths, short_names
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    config: BlendConfig = parse(with_run_flag(argv), {"blend": BlendConfig}, description=__doc__)["blend"]
+    config: BlendConfig = parse(with_first_flag(argv), {"blend": BlendConfig}, description=__doc__)["blend"]
     run = read_run(Path(config.run))
     found = learned_shares(run)
     saved = _saved_paths(Path(config.run))
@@ -68,7 +68,7 @@ def _main(argv: Sequence[str] | None) -> None:
 def _saved_paths(run: Path) -> DataPaths | None:
     """Return the datasets of a run as its last checkpoint names them; None if it has no checkpoint."""
     try:
-        saved = saved_arguments(run if run.is_dir() else run.parent)
+        saved = run_arguments(run_folder(run))
         return data_paths(build(DataConfig, saved), None)
     except UserError:
         return None

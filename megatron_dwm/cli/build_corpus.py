@@ -25,7 +25,7 @@ def _main(argv: Sequence[str] | None) -> None:
     else:
         from megatron_dwm.corpora.standard_library import standard_library_corpus as make_corpus
     corpus = make_corpus(config)
-    folder = Path(config.output or "")
+    folder = Path(config.output)
     write_corpus(corpus, folder)
     print(table(corpus))
     files = sum(map(len, corpus.values()))

@@ -8,17 +8,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from megatron_dwm.config.flags import build, flag, read
-from megatron_dwm.errors import UserError, run_cli
-from megatron_dwm.runtime.logging import configure_logging
+from megatron_dwm.cli.command import run_command
+from megatron_dwm.config.flags import build, flag, read, require_given
+from megatron_dwm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -31,18 +31,15 @@ class CheckCheckpointConfig:
     ckpt_step: int | None = flag(None, "Iteration of the only checkpoint to verify; by default all.")
 
     def __post_init__(self) -> None:
-        if not self.load:
-            raise UserError("--load is missing; give the folder that a run saved to")
+        require_given(self, "load", "give the folder that a run saved to")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Verify checkpoints; the exit code is 2 if one is damaged."""
-    run_cli(lambda: _main(argv))
+    run_command(partial(_main, argv))
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    configure_logging()
-    warnings.filterwarnings("ignore")  # of the libraries: a single process, no accelerator
     config = build(CheckCheckpointConfig, read(argv, [CheckCheckpointConfig], description=__doc__))
     folders = checkpoints_to_verify(config)
     size = sum(map(_size, folders))

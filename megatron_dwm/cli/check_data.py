@@ -15,7 +15,7 @@ from functools import partial
 from tqdm import tqdm
 
 from megatron_dwm.cli.command import run_command
-from megatron_dwm.config.flags import build, flag, read
+from megatron_dwm.config.flags import build, flag, read, require_given
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.unsupported_flags import reason_unsupported
 from megatron_dwm.data.blend import parse_blend
@@ -34,8 +34,7 @@ class CheckDataConfig:
     )
 
     def __post_init__(self) -> None:
-        if not self.data_path:
-            raise UserError("--data-path is missing; give the prefix of a dataset")
+        require_given(self, "data_path", "give the prefix of a dataset")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,8 +51,7 @@ def _main(argv: Sequence[str] | None) -> None:
 
         vocab_size = int(build_tokenizer(build(TokenizerConfig, values)).vocab_size)
     blend = parse_blend("--data-path", config.data_path)
-    assert blend is not None  # CheckDataConfig requires a word
-    prefixes, _ = blend
+    prefixes = blend[0] if blend is not None else []
     faults, documents, tokens = [], 0, 0
     for prefix in prefixes:
         try:

@@ -10,22 +10,27 @@ any of the harness's, whose data come from the Hugging Face Hub.
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_dwm.analysis.local_tasks import LOCAL_TASKS, local_task, read_passages
+from megatron_dwm.analysis.local_tasks import LOCAL_TASKS, read_passages, require_local_names
 from megatron_dwm.atomic_write import atomic_files
 from megatron_dwm.cli.command import limit_progress_bars, run_command
 from megatron_dwm.cli.export_hf import ExportConfig, export
-from megatron_dwm.config.flags import flag, parse, require_at_least, require_paths
-from megatron_dwm.errors import UserError, reported_write_failure
+from megatron_dwm.cli.run_argument import with_first_flag
+from megatron_dwm.cli.saved_run import checkpoint_folder
+from megatron_dwm.config.checkpoint import TRACKER
+from megatron_dwm.config.flags import flag, parse, require_at_least, require_given, require_paths
+from megatron_dwm.errors import UserError, renamed_flags, reported_write_failure
 from megatron_dwm.extras import require_packages
 from megatron_dwm.training.checkpoint_folders import is_iteration
 from megatron_dwm.training.save_folder import check_writable
+
+FLAGS_OF_EXPORT = {"--load": "--checkpoints"}
+"""This command's flags, by those of ``export-hf``."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +58,20 @@ class EvaluateConfig:
     output: str = flag("evaluation", "Folder for evaluation.json and evaluation.png.")
 
     def __post_init__(self) -> None:
-        for name in ("checkpoints", "tasks"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is missing; give at least one")
+        require_given(self, "checkpoints tasks", "give at least one")
         require_paths(self, "output")
         require_at_least(self, 1, "batch_size")
         require_at_least(self, 0, "limit")
         if not self.num_fewshot or min(self.num_fewshot) < 0:
             raise UserError(f"--num-fewshot {' '.join(map(str, self.num_fewshot))}: give numbers of at least 0")
-        local = [task for task in self.tasks or [] if task in LOCAL_TASKS]
-        unknown = [task for task in self.tasks or [] if task.startswith("local-") and task not in LOCAL_TASKS]
-        if unknown:
-            raise UserError(f"--tasks {unknown[0]}: no such local task; give one of {', '.join(LOCAL_TASKS)}")
-        if (self.task_text or self.task_packages) and not local:
+        require_local_names(self.tasks or [])
+        if (self.task_text or self.task_packages) and not self.has_local_tasks:
             raise UserError("--task-text and --task-packages are for local tasks; leave them out")
+
+    @property
+    def has_local_tasks(self) -> bool:
+        """Whether one of the tasks is made from local text."""
+        return any(task in LOCAL_TASKS for task in self.tasks or [])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -75,9 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and not words[0].startswith("-"):
-        words = ["--checkpoints", *words]
+    words = with_first_flag(argv, "--checkpoints")
     config: EvaluateConfig = parse(words, {"evaluate": EvaluateConfig}, description=__doc__)["evaluate"]
     require_packages("evaluate", "lm_eval", "accelerate", "matplotlib")
     from megatron_dwm.analysis.evaluation_report import CheckpointResults, as_json, figure, name_of, table
@@ -85,16 +88,13 @@ def _main(argv: Sequence[str] | None) -> None:
     from megatron_dwm.analysis.task_evaluation import TaskEvaluator
 
     limit_progress_bars()
-    folders = [checkpoint_folder(name) for name in config.checkpoints or []]
-    limit = config.limit or None
-    names = list(dict.fromkeys(config.tasks or []))
-    wanted = [name for name in names if name in LOCAL_TASKS]
-    passages = read_passages(config.task_text or [], config.task_packages or []) if wanted else None
+    folders = [named_folder(name) for name in config.checkpoints or []]
+    passages = read_passages(config.task_text or [], config.task_packages or []) if config.has_local_tasks else None
     evaluator = TaskEvaluator(
-        [local_task(name, passages, limit, config.seed) for name in wanted] if passages else [],
-        [name for name in names if name not in LOCAL_TASKS],
+        config.tasks or [],
+        passages,
         num_fewshot=config.num_fewshot,
-        limit=limit,
+        limit=config.limit or None,
         batch_size=config.batch_size,
         seed=config.seed,
     )
@@ -115,15 +115,12 @@ def _main(argv: Sequence[str] | None) -> None:
     print(f"{output}: evaluation.json and evaluation.png")
 
 
-def checkpoint_folder(name: str) -> Path:
+def named_folder(name: str) -> Path:
     """Return the folder of the checkpoint that the user names; for a run, its latest checkpoint.
 
     Raises:
         UserError: there is none.
     """
-    from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
-    from megatron_dwm.training.checkpoint_folders import latest_checkpoint
-
     path = Path(name)
     if (path / "config.json").is_file() or (path.name.startswith("iter_") and path.is_dir()):
         return path
@@ -132,9 +129,8 @@ def checkpoint_folder(name: str) -> Path:
             f"--checkpoints {name}: no config.json of Hugging Face and no {TRACKER} there; give a run's --save folder, "
             "an iter_ folder in it, or a Hugging Face folder"
         )
-    folder = latest_checkpoint(CheckpointConfig(load=name))
-    assert folder is not None  # as there is a tracker
-    return folder
+    with renamed_flags(FLAGS_OF_EXPORT):
+        return checkpoint_folder(name, None)
 
 
 def hf_folder(folder: Path, temporary: str) -> Path:
@@ -149,10 +145,8 @@ def hf_folder(folder: Path, temporary: str) -> Path:
     step = folder.name.removeprefix("iter_")
     if not is_iteration(step):
         raise UserError(f"--checkpoints {folder}: no iteration in its name; give an iter_ folder")
-    try:
+    with renamed_flags(FLAGS_OF_EXPORT):
         export(ExportConfig(load=str(folder.parent), ckpt_step=int(step), output=str(exported)), {})
-    except UserError as error:
-        raise UserError(str(error).replace("--load", "--checkpoints", 1)) from None
     return exported
 
 

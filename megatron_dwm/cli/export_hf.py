@@ -125,9 +125,9 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
 
 def _effect(load: str) -> str | None:
     """Return the loss in the run's records; None if there are none."""
-    from megatron_dwm.analysis.records import read_run
+    from megatron_dwm.analysis.records import read_run, records_file
 
-    if not (Path(load) / "metrics.jsonl").is_file():
+    if not records_file(Path(load)).is_file():
         return None
     run = read_run(Path(load))
     evaluations = run.evaluated("valid") or run.evaluated("test")

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_dwm.cli.command import run_command
-from megatron_dwm.cli.saved_run import ExportArguments, checkpoint_folder, find_tokenizer, saved_config
+from megatron_dwm.cli.saved_run import ExportArguments, checkpoint_folder, find_tokenizer
 from megatron_dwm.config.checkpoint_args import read_arguments
 from megatron_dwm.config.flags import flag, parse
+from megatron_dwm.config.run import saved_config
 from megatron_dwm.errors import UserError, reported_write_failure
 
 if TYPE_CHECKING:
@@ -152,10 +153,10 @@ def measured_effect(config: ExportWeighterConfig, iteration: int) -> str | None:
         UserError: the baseline is not a run, or cannot be compared.
     """
     from megatron_dwm.analysis.comparison import gain_line
-    from megatron_dwm.analysis.records import read_run
+    from megatron_dwm.analysis.records import read_run, records_file
     from megatron_dwm.analysis.shares import learned_shares
 
-    if not (Path(config.load) / "metrics.jsonl").is_file():
+    if not records_file(Path(config.load)).is_file():
         if config.baseline is not None:
             raise UserError(
                 f"--baseline {config.baseline}: --load {config.load} has no metrics.jsonl to compare with it; leave "

@@ -22,7 +22,15 @@ from tqdm import tqdm
 
 from megatron_dwm.atomic_write import atomic_folder, atomic_write_text
 from megatron_dwm.cli.command import limit_progress_bars, run_command
-from megatron_dwm.config.flags import declared_flags, flag, parse, require_at_least, require_paths, to_argv
+from megatron_dwm.config.flags import (
+    declared_flags,
+    flag,
+    parse,
+    require_at_least,
+    require_given,
+    require_paths,
+    to_argv,
+)
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import PARTS
 from megatron_dwm.errors import UserError, reported_write_failure
@@ -45,9 +53,7 @@ class ImportConfig:
     make_vocab_size_divisible_by: int = flag(128, "Pad the vocabulary to a multiple of this.")
 
     def __post_init__(self) -> None:
-        for name in ("input", "save"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is missing; give a folder")
+        require_given(self, "input save", "give a folder")
         require_paths(self, "save")
         require_at_least(self, 1, "make_vocab_size_divisible_by")
 

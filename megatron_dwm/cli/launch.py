@@ -1,8 +1,7 @@
 """The entry point of every program that runs on several ranks.
 
 :func:`run_program` joins the other ranks, runs the program, and ends this process so that a failure is printed
-once, by the rank that found it, and ends every other rank. :func:`build_trainer` builds a trainer from a
-configuration.
+once, by the rank that found it, and ends every other rank.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,27 +28,24 @@ from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
 from megatron_dwm.config.flags import flag_name
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.run import RunConfig, parse_run
-from megatron_dwm.errors import EXIT_CODE, PeerError, UserError, as_user_error, exit_code_of, print_error
-from megatron_dwm.extras import require_packages
+from megatron_dwm.errors import (
+    EXIT_CODE,
+    PeerError,
+    UserError,
+    as_user_error,
+    exit_code_of,
+    print_error,
+    renamed_flags,
+)
 from megatron_dwm.runtime.child_processes import end_children_with_this_process
 from megatron_dwm.runtime.compat import require_megatron_core
 from megatron_dwm.runtime.device import select_device
 from megatron_dwm.runtime.environment import environment_rank
-from megatron_dwm.runtime.logging import configure_logging, print_messages_of
+from megatron_dwm.runtime.logging import configure_logging
 from megatron_dwm.runtime.startup_sync import StartupSync
 from megatron_dwm.runtime.stop_signals import StartSignals
 from megatron_dwm.training.checkpoint_folders import checkpoints_in, latest_checkpoint
 from megatron_dwm.training.save_folder import check_writable
-
-if TYPE_CHECKING:
-    from megatron_dwm.training.dataloaders import Dataloaders
-    from megatron_dwm.training.evaluator import TaskEvaluation
-    from megatron_dwm.training.setup import LanguageModel, RunInputs
-    from megatron_dwm.training.trainer import Trainer
-    from megatron_dwm.weighting.context import WeightingContext
-    from megatron_dwm.weighting.inputs import WeightingInputs
-    from megatron_dwm.weighting.policy import SampleWeighting
-    from megatron_dwm.weighting.stage_schedule import StageSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -120,10 +116,8 @@ def from_pretrained(flags: CheckpointConfig) -> CheckpointConfig:
     if flags.load is not None and ((Path(flags.load) / TRACKER).is_file() or checkpoints_in(Path(flags.load))):
         return flags
     pretrained = dataclasses.replace(flags, load=flags.pretrained_checkpoint, ckpt_step=None, finetune=True)
-    try:
+    with renamed_flags({"--load": "--pretrained-checkpoint"}):
         latest_checkpoint(pretrained)
-    except UserError as error:
-        raise UserError(str(error).replace("--load", "--pretrained-checkpoint", 1)) from None
     return pretrained
 
 
@@ -176,121 +170,6 @@ def run_program(program: Callable[[Process], None], argv: Sequence[str] | None =
     startup_sync.finish()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def build_trainer(
-    config: RunConfig,
-    device: torch.device,
-    process: Process,
-    make_weighting: Callable[[WeightingContext], SampleWeighting] | None = None,
-) -> Trainer:
-    """Build everything that a run needs and load its checkpoint; every rank calls it.
-
-    Args:
-        make_weighting: builds the run's weighting; by default the one that the flags name.
-
-    Raises:
-        UserError: on every rank, if data, tokenizer, weighter, model or checkpoint do not fit the flags.
-    """
-    # Imported here, after the flags are known to be good: these imports take seconds.
-    from megatron_dwm.cli.rank_agreement import rank_facts
-    from megatron_dwm.training.dataloaders import Dataloaders
-    from megatron_dwm.training.setup import (
-        build_language_model,
-        build_trainer_parts,
-        load_if_present,
-        lock_folders,
-        read_inputs,
-    )
-    from megatron_dwm.training.trainer import Trainer
-    from megatron_dwm.training.write_results import start_results_process
-    from megatron_dwm.weighting.build import build_weighting, check_gradients
-    from megatron_dwm.weighting.inputs import read_weighting_inputs, run_stages
-
-    if config.logging.logging_level is not None:
-        print_messages_of("megatron.core", process.rank, process.world_size, config.logging.logging_level)
-    with process.startup_sync.phase("folders"):
-        save_folder = lock_folders(config.checkpoint, config.data, config.logging, process.rank)
-    with process.startup_sync.phase("inputs"):
-        inputs = read_inputs(config, process.rank, process.world_size)
-        weighting_inputs = read_weighting_inputs(config, inputs.tokenizer)
-        if inputs.checkpoint is None:  # the length of a continued run is known when its checkpoint is loaded
-            run_stages(config)
-    with process.startup_sync.phase("agreement"):
-        process.startup_sync.require_same(rank_facts(config, inputs.paths, weighting_inputs.digest))
-    if config.checkpoint.save is not None:
-        start_results_process()
-    language_model = build_language_model(config, inputs, device, process.startup_sync)
-    train_state, weighting_state = load_if_present(config, inputs, language_model, save_folder)
-    if train_state.iteration > 0:  # a release has a nonzero count of samples, but starts at iteration 0
-        config = dataclasses.replace(config, resumed_at=(train_state.iteration, train_state.consumed_train_samples))
-    dataloaders = Dataloaders(
-        config, inputs.paths, inputs.tokenizer, language_model.parallel_state, process.startup_sync, train_state
-    )
-    with process.startup_sync.phase("stages"):
-        has_begun = train_state.iteration > 0 and weighting_state.get("weighter") is not None
-        stages = run_stages(config, train_state.iteration if has_begun else None)
-    context = _weighting_context(config, inputs, weighting_inputs, stages, language_model, dataloaders, device)
-    with process.startup_sync.phase("weighting"):
-        weighting = (make_weighting or build_weighting)(context)
-        weighting.load_state_dict(weighting_state)
-    if config.weighting.dwm_check and train_state.iteration < config.train_iters:
-        consumed_target = weighting_state.get("consumed_target_samples", 0)
-        batches = dataloaders.peek(train_state.consumed_train_samples, consumed_target)
-        with process.startup_sync.phase("hypergradient"):
-            check_gradients(context, *batches)
-    parts = build_trainer_parts(config, language_model, dataloaders, train_state, process.startup_sync, save_folder)
-    with process.startup_sync.phase("tasks"):
-        parts = dataclasses.replace(parts, evaluate_tasks=_task_evaluation(config, inputs, language_model))
-    process.startup_sync.end_start()
-    return Trainer(config, parts, weighting)
-
-
-def _task_evaluation(config: RunConfig, inputs: RunInputs, language_model: LanguageModel) -> TaskEvaluation | None:
-    """Return the evaluation of the run's model on tasks, if the flags request it.
-
-    Raises:
-        UserError: the tasks or the tokenizer do not allow it.
-    """
-    if config.tasks.eval_tasks is None:
-        return None
-    require_packages("--eval-tasks", "lm_eval")
-    from megatron_dwm.analysis.in_loop_tasks import InLoopTaskEvaluator
-    from megatron_dwm.data.hf_tokenizers import to_hf_tokenizer
-
-    tokenizer = to_hf_tokenizer(inputs.tokenizer, config.tokenizer)
-    vocabulary, micro_batch = language_model.components.vocabulary, config.training.micro_batch
-    # An imported model may have more tokens than its tokenizer; in one made here, what follows is padding.
-    size = vocabulary.tokens or inputs.vocab_size
-    return InLoopTaskEvaluator(config.tasks, language_model.engine, tokenizer, size, micro_batch).evaluate
-
-
-def _weighting_context(
-    config: RunConfig,
-    inputs: RunInputs,
-    weighting_inputs: WeightingInputs,
-    stages: StageSchedule,
-    language_model: LanguageModel,
-    dataloaders: Dataloaders,
-    device: torch.device,
-) -> WeightingContext:
-    """Return the parts of the run that its weighting needs."""
-    from megatron_dwm.weighting.context import WeightingContext
-
-    return WeightingContext(
-        config=config,
-        inputs=weighting_inputs,
-        stages=stages,
-        paths=inputs.paths,
-        tokenizer=inputs.tokenizer,
-        padded_vocab_size=language_model.padded_vocab_size,
-        engine=language_model.engine,
-        optimizer=language_model.components.optimizer,
-        partition=dataloaders.partition,
-        parallel_state=language_model.parallel_state,
-        make_target_loader=dataloaders.target,
-        device=device,
-    )
 
 
 def _timeout(argv: Sequence[str]) -> timedelta:

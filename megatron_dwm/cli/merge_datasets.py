@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from megatron_dwm.cli.command import run_command
-from megatron_dwm.config.flags import flag, parse, require_paths
-from megatron_dwm.errors import UserError
+from megatron_dwm.config.flags import flag, parse, require_given, require_paths
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,7 @@ class MergeConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, value in (("--input", self.input), ("--output-prefix", self.output_prefix)):
-            if not value:
-                raise UserError(f"{name} is missing; give a path")
+        require_given(self, "input output_prefix", "give a path")
         require_paths(self, "output_prefix")
 
 

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from megatron_dwm.analysis.comparison import gain_line
-from megatron_dwm.analysis.records import read_run
+from megatron_dwm.analysis.records import read_run, run_folder
 from megatron_dwm.cli.command import run_command
-from megatron_dwm.cli.run_argument import RunArgument, with_run_flag
+from megatron_dwm.cli.run_argument import RunArgument, with_first_flag
 from megatron_dwm.config.flags import flag, parse, require_paths
 from megatron_dwm.extras import require_packages
 
@@ -36,13 +36,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    config: PlotConfig = parse(with_run_flag(argv), {"plot": PlotConfig}, description=__doc__)["plot"]
+    config: PlotConfig = parse(with_first_flag(argv), {"plot": PlotConfig}, description=__doc__)["plot"]
     require_packages("plot", "matplotlib")
     from megatron_dwm.analysis.plots import save_png, training_figure
 
     run = Path(config.run)
-    folder = run if run.is_dir() else run.parent
-    output = Path(config.output) if config.output else folder / "run.png"
+    output = Path(config.output) if config.output else run_folder(run) / "run.png"
     weighted, baseline = read_run(run), read_run(Path(config.baseline)) if config.baseline else None
     save_png(training_figure(weighted, baseline), output)
     print(f"{output}: losses and weights up to iteration {weighted.steps[-1]['iteration']}")

@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_dwm.analysis.records import NoRecordsError, RunRecords, read_run
+from megatron_dwm.analysis.records import NoRecordsError, RunRecords, read_run, records_file, run_folder
 from megatron_dwm.cli.command import limit_progress_bars, run_command
-from megatron_dwm.cli.run_argument import with_run_flag
-from megatron_dwm.config.flags import flag, parse, require_at_least, require_paths
+from megatron_dwm.cli.run_argument import with_first_flag
+from megatron_dwm.config.flags import flag, flag_name, parse, require_at_least, require_given, require_paths
 from megatron_dwm.errors import UserError
 from megatron_dwm.extras import require_packages
 from megatron_dwm.training.folder_lock import LEASE_SECONDS, heartbeat_age
@@ -69,16 +69,16 @@ class ReportConfig:
     )
 
     def __post_init__(self) -> None:
-        if not self.run:
-            raise UserError("--run is missing; give a run's --save folder")
+        require_given(self, "run", "give a run's --save folder")
         require_paths(self, "output texts_output")
         require_at_least(self, 1, "samples follow")
         require_at_least(self, 0, "examples documents")
         if len(self.run) > 1:
             for name in ("scores", "texts_output", "benefit"):
                 if getattr(self, name) is not None:
-                    spelling = "--" + name.replace("_", "-")
-                    raise UserError(f"{spelling}: is for a single run, and {len(self.run)} are compared; leave it out")
+                    raise UserError(
+                        f"{flag_name(name)}: is for a single run, and {len(self.run)} are compared; leave it out"
+                    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    config: ReportConfig = parse(with_run_flag(argv), {"report": ReportConfig}, description=__doc__)["report"]
+    config: ReportConfig = parse(with_first_flag(argv), {"report": ReportConfig}, description=__doc__)["report"]
     require_packages("report", "plotly", "jinja2")
     limit_progress_bars()
     paths = [Path(run) for run in config.run]
@@ -105,7 +105,7 @@ def _follow(config: ReportConfig, paths: Sequence[Path], seconds: int) -> None:
     """
     written: list[tuple[int, int]] | None = None
     while True:
-        goes_on = any(_goes_on(_folder(path)) for path in paths)
+        goes_on = any(_goes_on(run_folder(path)) for path in paths)
         state = [_state(path) for path in paths]
         if state != written or not goes_on:
             written = state
@@ -129,15 +129,10 @@ def _goes_on(folder: Path) -> bool:
     return read_run_status(folder).get("status") == "running" if age is None else age < LEASE_SECONDS
 
 
-def _folder(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
-
-
 def _state(path: Path) -> tuple[int, int]:
     """Return a value that changes when a run writes a record."""
-    file = path / "metrics.jsonl" if path.is_dir() else path
     try:
-        found = file.stat()
+        found = records_file(path).stat()
     except FileNotFoundError:
         return 0, 0
     return found.st_size, found.st_mtime_ns
@@ -167,7 +162,7 @@ def _write_comparison(
     named = dict(zip(run_names(paths), runs, strict=True))
     last = {run.steps[-1]["iteration"] for run in runs}
     notes = ["The runs differ in length: compare their curves at the same iteration, not their ends."]
-    folder = Path(config.output) if config.output else _folder(paths[0]) / "comparison"
+    folder = Path(config.output) if config.output else run_folder(paths[0]) / "comparison"
     return write_comparison(named, folder, notes if len(last) > 1 else [], reload_seconds)
 
 
@@ -177,7 +172,7 @@ def _write_report(config: ReportConfig, path: Path, run: RunRecords, reload_seco
     from megatron_dwm.analysis.report.content import read_benefit
     from megatron_dwm.analysis.report.page import write_report
 
-    folder = _folder(path)
+    folder = run_folder(path)
     benefit_file = Path(config.benefit) if config.benefit else folder / "benefit.json"
     benefit: Any = read_benefit(benefit_file) if config.benefit or benefit_file.is_file() else None
     settings = Settings(

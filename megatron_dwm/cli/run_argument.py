@@ -1,4 +1,4 @@
-"""The run that a command reads: ``--run FOLDER``, or ``FOLDER`` as the first word."""
+"""The run that a command reads: ``--run FOLDER``, or ``FOLDER`` as the first word; and first words of other flags."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_dwm.config.flags import flag
-from megatron_dwm.errors import UserError
+from megatron_dwm.config.flags import flag, require_given
 
 
 @dataclass(frozen=True)
@@ -19,11 +18,10 @@ class RunArgument:
     )
 
     def __post_init__(self) -> None:
-        if not self.run:
-            raise UserError("--run is missing; give a run's --save folder")
+        require_given(self, "run", "give a run's --save folder")
 
 
-def with_run_flag(argv: Sequence[str] | None) -> list[str]:
-    """Return the arguments (None: this process's) with ``--run`` before a first word that is no flag."""
+def with_first_flag(argv: Sequence[str] | None, name: str = "--run") -> list[str]:
+    """Return the arguments (None: this process's) with the flag ``name`` before a first word that is no flag."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return ["--run", *words] if words and not words[0].startswith("-") else words
+    return [name, *words] if words and not words[0].startswith("-") else words

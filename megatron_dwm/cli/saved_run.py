@@ -10,9 +10,8 @@ from typing import Any
 from megatron_dwm.analysis.start_folder import find_start_folder
 from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
 from megatron_dwm.config.checkpoint_args import effective_arguments
-from megatron_dwm.config.flags import build, declared_flags, flag, require_paths
+from megatron_dwm.config.flags import build, declared_flags, flag, require_given, require_paths
 from megatron_dwm.config.model import ModelConfig
-from megatron_dwm.config.run import PARTS, RunConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.training.save_folder import check_writable
@@ -27,9 +26,7 @@ class ExportArguments:
     output: str = flag("", "Hugging Face folder to write; it must not exist yet.")
 
     def __post_init__(self) -> None:
-        for name in ("load", "output"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is missing; give a folder")
+        require_given(self, "load output", "give a folder")
         require_paths(self, "output")
         if Path(self.output).exists():
             raise UserError(f"--output {self.output} exists; remove it or give another folder")
@@ -84,16 +81,3 @@ def saved_tokenizer(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Token
     """
     usable = {item.field for item in declared_flags(TokenizerConfig) if item.refused is None}
     return build(TokenizerConfig, {key: saved[key] for key in usable & saved.keys()} | dict(given))
-
-
-def saved_config(saved: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration of the run of this program that saved a checkpoint.
-
-    Raises:
-        UserError: its arguments are not such a run's.
-    """
-    known = effective_arguments(saved)
-    if known.get("train_samples"):
-        known["train_iters"] = None  # because it follows from the samples
-    parts: dict[str, Any] = {name: build(part, known) for name, part in PARTS.items()}
-    return RunConfig(world_size=int(saved.get("world_size", 1)), **parts)

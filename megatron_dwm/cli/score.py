@@ -15,7 +15,7 @@ from functools import partial
 from typing import Literal
 
 from megatron_dwm.cli.command import limit_progress_bars, run_command
-from megatron_dwm.config.flags import flag, parse, require_paths
+from megatron_dwm.config.flags import flag, parse, require_at_least, require_given, require_paths
 from megatron_dwm.config.slurm import SlurmConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.extras import require_packages
@@ -60,20 +60,11 @@ class ScoreConfig:
     skip_malformed: bool = flag(False, "Skip and count rows that are not documents instead of stopping.")
 
     def __post_init__(self) -> None:
-        for name in ("input", "output"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is missing; give a path")
+        require_given(self, "input output", "give a path")
         require_paths(self, "output", urls=True)
         if (self.weighter is None) == (self.language_model is None):
             raise UserError("--weighter and --language-model exclude each other; give one")
-        for name, number in (
-            ("--window", self.window),
-            ("--batch-tokens", self.batch_tokens),
-            ("--split-bytes", self.split_bytes),
-            ("--workers", self.workers),
-        ):
-            if number is not None and number < 1:
-                raise UserError(f"{name} {number} is less than 1; give a positive number")
+        require_at_least(self, 1, "window batch_tokens split_bytes workers")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

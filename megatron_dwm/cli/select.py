@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_dwm.analysis.selection_flags import SelectConfig
 from megatron_dwm.cli.command import limit_progress_bars, run_command
-from megatron_dwm.config.flags import build, read
+from megatron_dwm.config.flags import build, flag_name, read
 from megatron_dwm.config.slurm import SlurmConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.unsupported_flags import reason_unsupported
@@ -63,7 +63,7 @@ def _tokenizer_config(config: SelectConfig, values: Mapping[str, Any]) -> Tokeni
             raise UserError("--output-format indexed needs a tokenizer; give --tokenizer-type and --tokenizer-model")
         return build(TokenizerConfig, values)
     if given:
-        raise UserError(f"--{given[0].replace('_', '-')} is for --output-format indexed; leave it out")
+        raise UserError(f"{flag_name(given[0])} is for --output-format indexed; leave it out")
     return None
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from megatron_dwm.atomic_write import atomic_files
 from megatron_dwm.cli.command import run_command
-from megatron_dwm.config.flags import flag, parse, require_paths
+from megatron_dwm.config.flags import flag, parse, require_given, require_paths
 from megatron_dwm.corpora.readers import Reader, input_files
 from megatron_dwm.errors import UserError
 from megatron_dwm.json_lines import parse_object
@@ -38,9 +38,7 @@ class TrainTokenizerConfig:
     json_key: str = flag("text", "Key of the text in each line.")
 
     def __post_init__(self) -> None:
-        for name, value in (("--input", self.input), ("--output-prefix", self.output_prefix)):
-            if not value:
-                raise UserError(f"{name} is missing; give a path")
+        require_given(self, "input output_prefix", "give a path")
         require_paths(self, "output_prefix")
         if self.vocab_size is None or self.vocab_size < 1:
             raise UserError(f"--vocab-size {self.vocab_size} is not a size; give a positive number")

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dwm.config.flags import MAX_PROCESSES, flag, require_at_least, require_at_most, require_paths
+from megatron_dwm.config.flags import (
+    MAX_PROCESSES,
+    flag,
+    flag_name,
+    require_at_least,
+    require_at_most,
+    require_paths,
+)
 from megatron_dwm.errors import UserError
 
 
@@ -66,7 +73,7 @@ class DataConfig:
             if getattr(self, name)
         ]
         if len(shared) > 1 or (shared and split) or (self.per_split_data_args_path and len(split) > 1):
-            flags = " and ".join(f"--{name.replace('_', '-')}" for name in shared + split)
+            flags = " and ".join(flag_name(name) for name in shared + split)
             raise UserError(f"{flags} exclude each other; name the data in one way")
         if self.mock_data and (shared or split):
             raise UserError("--mock-data excludes real data paths; leave one out")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_dwm.config.flags import flag, require_at_least, require_paths
 from megatron_dwm.errors import UserError
+
+RECORDS = "metrics.jsonl"
+"""The file of a run's records in its ``--save`` folder."""
 
 
 @dataclass(frozen=True)
@@ -61,3 +65,13 @@ class LoggingConfig:
         require_at_least(self, 1, "log_interval tensorboard_log_interval log_memory_interval")
         if self.dwm_peak_tflops is not None and self.dwm_peak_tflops <= 0:
             raise UserError(f"--dwm-peak-tflops {self.dwm_peak_tflops}: must be above 0")
+
+    def records_file(self, save: str | None) -> Path | None:
+        """Return the JSON-lines file of a run that saves to ``save``; None if it writes none."""
+        if self.metrics_jsonl is not None:
+            return Path(self.metrics_jsonl)
+        return None if save is None else Path(save) / RECORDS
+
+    def wandb_folder(self, save: str | None) -> Path:
+        """Return the folder for the files of Weights & Biases of a run that saves to ``save``."""
+        return Path(self.wandb_save_dir or Path(save or ".") / "wandb")

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from megatron_dwm.atomic_write import atomic_files
-from megatron_dwm.config.flags import flag, require_paths
+from megatron_dwm.config.flags import flag, require_at_least, require_given, require_paths
 from megatron_dwm.errors import UserError
 
 Item = TypeVar("Item")
@@ -29,7 +29,7 @@ _DIVERSITY = 8  # target and test hold at least so many documents, so that none 
 class CorpusConfig:
     """Corpus."""
 
-    output: str | None = flag(None, "Folder to write <source>.<part>.jsonl to.")
+    output: str = flag("", "Folder to write <source>.<part>.jsonl to.")
     seed: int = flag(1234, "Seed of the split into parts and of the shuffling of words.")
     shuffle: Literal["words", "characters"] = flag(
         "words",
@@ -46,19 +46,11 @@ class CorpusConfig:
     heldout_bytes: int = flag(200_000, "Bytes of text in the target part, and in the test part, of each source.")
 
     def __post_init__(self) -> None:
-        if not self.output:
-            raise UserError("--output is missing; give a folder")
+        require_given(self, "output", "give a folder")
         require_paths(self, "output")
         if Path(self.output).exists() and not Path(self.output).is_dir():
             raise UserError(f"--output {self.output}: not a folder; give another path")
-        for name, value in (
-            ("--prose-bytes", self.prose_bytes),
-            ("--code-bytes", self.code_bytes),
-            ("--documentation-bytes", self.documentation_bytes),
-            ("--heldout-bytes", self.heldout_bytes),
-        ):
-            if value < 1:
-                raise UserError(f"{name} {value} is less than 1; give a positive number")
+        require_at_least(self, 1, "prose_bytes code_bytes documentation_bytes heldout_bytes")
 
 
 class Document(NamedTuple):

@@ -32,7 +32,7 @@ from megatron_dwm.config.slurm import SlurmConfig
 from megatron_dwm.corpora.parts import Part, records_of
 from megatron_dwm.corpora.storage import OutputFolder, is_url
 from megatron_dwm.corpora.worker_pool import WorkerDiedError
-from megatron_dwm.errors import UserError, shortened
+from megatron_dwm.errors import UserError, renamed_flags, shortened
 from megatron_dwm.runtime.child_processes import end_children_with_this_process
 
 _WATCH_INTERVAL_S = 0.3
@@ -74,10 +74,8 @@ class RecordReader(BaseDiskReader):  # type: ignore[misc]
         Raises:
             UserError: the part cannot be read.
         """
-        try:
+        with renamed_flags({"--input": self.flag}):
             yield from self.read_files_shard([str(rank)])
-        except UserError as error:
-            raise UserError(str(error).replace("--input ", f"{self.flag} ", 1)) from None
 
     def read_file(self, filepath: str) -> Iterator[Document]:
         """Yield the records of a part."""

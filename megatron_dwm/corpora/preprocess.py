@@ -23,7 +23,14 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from megatron_dwm import __version__
-from megatron_dwm.config.flags import MAX_PROCESSES, flag, require_at_most, require_paths
+from megatron_dwm.config.flags import (
+    MAX_PROCESSES,
+    flag,
+    require_at_least,
+    require_at_most,
+    require_given,
+    require_paths,
+)
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.corpora.dataset_writer import DatasetWriter, dataset_prefix, publish_datasets
 from megatron_dwm.corpora.encoder import Encoded, Encoder, Malformed
@@ -84,19 +91,9 @@ class PreprocessConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, value in (("--input", self.input), ("--output-prefix", self.output_prefix)):
-            if not value:
-                raise UserError(f"{name} is missing; give a path")
+        require_given(self, "input output_prefix", "give a path")
         require_paths(self, "output_prefix")
-        for name, number in (
-            ("--workers", self.workers),
-            ("--partitions", self.partitions),
-            ("--log-interval", self.log_interval),
-            ("--resume-interval", self.resume_interval),
-            ("--split-bytes", self.split_bytes),
-        ):
-            if number < 1:
-                raise UserError(f"{name} {number} is less than 1; give a positive number")
+        require_at_least(self, 1, "workers partitions log_interval resume_interval split_bytes")
         if self.workers % self.partitions:
             raise UserError(
                 f"--workers {self.workers} is not a multiple of --partitions {self.partitions}; change either"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_dwm.config.data import DataConfig
 from megatron_dwm.data.blend import SPLIT_NAMES, Blend, DataPaths, split_slices
 from megatron_dwm.data.index_file import sequence_lengths
 from megatron_dwm.data.validation_sets import ValidationSets
 from megatron_dwm.runtime.process_groups import ParallelState
+
+if TYPE_CHECKING:
+    from megatron_dwm.data.gpt_dataset import StampedGPTDatasetConfig
 
 _MOCK_TARGET_BATCHES = 8  # a mock target set has no end: enough batches that an epoch of it is not one batch
 
@@ -116,27 +118,92 @@ def build_datasets(
         seed: seed for shuffling documents and samples.
         target_batch_size: samples of one target batch; None for a run without a target set.
     """
-    # Imported here: megatron-core's datasets take a second, and most commands need none.
-    from megatron_dwm.data.gpt_dataset import (
-        CachedMockGPTDataset,
-        DatasetBuilder,
-        StampedGPTDataset,
-        StampedGPTDatasetConfig,
-    )
-    from megatron_dwm.data.index_cache import data_stamp
+    builder = _Builder(data, paths, tokenizer, parallel_state, sequence, seed)
+    has_sets = data.has_separate_validation_sets and data.has_validation and bool(paths.valid_sources)
+    train, valid, test = builder.splits(sizes._replace(valid=0) if has_sets else sizes)
+    if has_sets:
+        valid = builder.validation_sets(None if data.full_validation else sizes.valid)
+    target = None if target_batch_size is None else builder.target(target_batch_size)
+    return Datasets(train, valid, test, target)
 
-    def is_built_on_rank() -> bool:
-        return parallel_state.replica_rank == 0
 
-    def core_config(**blends: Any) -> StampedGPTDatasetConfig:
+class _Builder:
+    """Builds datasets of megatron-core; every method is a collective call of all ranks.
+
+    On ranks that do not read, each dataset is None.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        paths: DataPaths,
+        tokenizer: Any,
+        parallel_state: ParallelState,
+        sequence: int,
+        seed: int,
+    ) -> None:
+        self.data, self.paths, self.tokenizer = data, paths, tokenizer
+        self.parallel_state, self.sequence, self.seed = parallel_state, sequence, seed
+
+    def splits(self, sizes: SplitSizes) -> list[Any]:
+        """Build the training, validation and test data; None for a split that is not read or has no documents."""
+        paths = self.paths
+        if any(paths.per_split):
+            per_split = [blend if size else None for blend, size in zip(paths.per_split, sizes, strict=True)]
+            config = self._config(blend_per_split=per_split)
+        else:
+            split = self.data.split or "1,1,1" if self.data.mock_data else paths.split
+            config = self._config(blend=paths.shared, split=split)
+            is_read = [size > 0 and has_data for size, has_data in zip(sizes, _splits_with_data(paths), strict=True)]
+            config.split_matrix = [
+                ends if wanted else None for ends, wanted in zip(config.split_matrix, is_read, strict=True)
+            ]
+        return self._build(list(sizes), config)
+
+    def validation_sets(self, size: int | None) -> ValidationSets | None:
+        """Build each dataset of the validation data separately; None without validation data.
+
+        Args:
+            size: samples of each set; None for one epoch.
+        """
+        paths = self.paths
+        if paths.valid is not None and paths.split is not None and not _splits_with_data(paths)[1]:
+            return None
+        built = []
+        prefixes: list[str | None] = [None] if paths.valid is None else [*paths.valid[0]]
+        for prefix in prefixes:
+            if prefix is None:
+                config = self._config(split="0,1,0")
+            elif paths.split is None:
+                config = self._config(blend_per_split=[None, ([prefix], None), None])
+            else:
+                config = self._config(blend=([prefix], None), split=paths.split)
+                config.split_matrix = [None, config.split_matrix[1], None]
+            built.append(self._build([0, size, 0], config)[1])
+        return None if None in built else ValidationSets(built)
+
+    def target(self, batch_size: int) -> Any:
+        """Build the target set."""
+        if self.data.mock_data:
+            config, size = self._config(split="1,0,0"), batch_size * _MOCK_TARGET_BATCHES
+            return self._build([size, None, None], config)[0]
+        config = self._config(blend_per_split=[self.paths.target, None, None])
+        return self._build([_target_size(self.paths.target, self.sequence), None, None], config)[0]
+
+    def _config(self, **blends: Any) -> StampedGPTDatasetConfig:
+        # Imported here: megatron-core's datasets take a second, and most commands need none.
+        from megatron_dwm.data.gpt_dataset import StampedGPTDatasetConfig
+        from megatron_dwm.data.index_cache import data_stamp
+
+        data = self.data
         return StampedGPTDatasetConfig(
-            stamp=data_stamp(prefix for blend in paths.blends().values() for prefix in blend[0]),
-            random_seed=seed,
-            sequence_length=sequence,
+            stamp=data_stamp(prefix for blend in self.paths.blends().values() for prefix in blend[0]),
+            random_seed=self.seed,
+            sequence_length=self.sequence,
             num_dataset_builder_threads=data.num_dataset_builder_threads,
             path_to_cache=data.data_cache_path,
             mmap_bin_files=data.mmap_bin_files,
-            tokenizer=tokenizer,
+            tokenizer=self.tokenizer,
             mid_level_dataset_surplus=data.mid_level_dataset_surplus,
             allow_ambiguous_pad_tokens=data.allow_ambiguous_pad_tokens,
             reset_position_ids=data.reset_position_ids,
@@ -146,66 +213,14 @@ def build_datasets(
             **blends,
         )
 
-    def build(core_sizes: list[int | None], config: StampedGPTDatasetConfig) -> list[Any]:
-        dataset_class = CachedMockGPTDataset if data.mock_data else StampedGPTDataset
-        return list(DatasetBuilder(dataset_class, core_sizes, is_built_on_rank, config).build())
+    def _build(self, sizes: list[int | None], config: StampedGPTDatasetConfig) -> list[Any]:
+        from megatron_dwm.data.gpt_dataset import CachedMockGPTDataset, DatasetBuilder, StampedGPTDataset
 
-    has_sets = data.has_separate_validation_sets and data.has_validation and bool(paths.valid_sources)
-    valid_size, read = (None if data.full_validation else sizes.valid), sizes
-    if has_sets:
-        read = sizes._replace(valid=0)
-    if any(paths.per_split):
-        per_split = [blend if size else None for blend, size in zip(paths.per_split, read, strict=True)]
-        config = core_config(blend_per_split=per_split)
-    else:
-        config = core_config(blend=paths.shared, split=data.split or "1,1,1" if data.mock_data else paths.split)
-        is_read = [size > 0 and has_data for size, has_data in zip(read, _splits_with_data(paths), strict=True)]
-        config.split_matrix = [
-            ends if wanted else None for ends, wanted in zip(config.split_matrix, is_read, strict=True)
-        ]
-    train, valid, test = build(list(read), config)
-    if has_sets:
-        valid = _validation_sets(paths, valid_size, build, core_config)
+        dataset_class = CachedMockGPTDataset if self.data.mock_data else StampedGPTDataset
+        return list(DatasetBuilder(dataset_class, sizes, self._is_built_on_rank, config).build())
 
-    target = None
-    if target_batch_size is not None:
-        if data.mock_data:
-            target_config = core_config(split="1,0,0")
-            target_size: int | None = target_batch_size * _MOCK_TARGET_BATCHES
-        else:
-            target_config = core_config(blend_per_split=[paths.target, None, None])
-            target_size = _target_size(paths.target, sequence)
-        target = build([target_size, None, None], target_config)[0]
-    return Datasets(train, valid, test, target)
-
-
-def _validation_sets(
-    paths: DataPaths, size: int | None, build: Callable[..., list[Any]], core_config: Callable[..., Any]
-) -> ValidationSets | None:
-    """Build each dataset of the validation data separately; a collective call of all ranks.
-
-    Args:
-        size: samples of each set; None for one epoch.
-        build: builds the datasets of a megatron-core configuration, with a size for each split.
-        core_config: returns such a configuration.
-
-    Returns:
-        None on ranks that do not read, and without validation data.
-    """
-    if paths.valid is not None and paths.split is not None and not _splits_with_data(paths)[1]:
-        return None
-    built = []
-    prefixes: list[str | None] = [None] if paths.valid is None else [*paths.valid[0]]
-    for prefix in prefixes:
-        if prefix is None:
-            config = core_config(split="0,1,0")
-        elif paths.split is None:
-            config = core_config(blend_per_split=[None, ([prefix], None), None])
-        else:
-            config = core_config(blend=([prefix], None), split=paths.split)
-            config.split_matrix = [None, config.split_matrix[1], None]
-        built.append(build([0, size, 0], config)[1])
-    return None if None in built else ValidationSets(built)
+    def _is_built_on_rank(self) -> bool:
+        return self.parallel_state.replica_rank == 0
 
 
 def _splits_with_data(paths: DataPaths) -> list[bool]:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from megatron_dwm.config.data import DataConfig
+from megatron_dwm.config.flags import flag_name
 from megatron_dwm.data.blend import Blend, data_paths, split_slices
 from megatron_dwm.data.datasets import Consumed, split_sizes
 from megatron_dwm.data.index_file import sequence_lengths
@@ -66,7 +67,7 @@ def _changed_flags(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list
         compared += ["data_sharding", "micro_batch_size", "data_parallel_size"]
     for name in compared:
         if name in saved and saved[name] != present.get(name):
-            changes.append(f"--{name.replace('_', '-')} {present.get(name)} instead of {saved[name]}")
+            changes.append(f"{flag_name(name)} {present.get(name)} instead of {saved[name]}")
     return changes
 
 

@@ -55,16 +55,8 @@ def continuation_likelihoods(
     most = -(-len(continuations) // state.dp_size)  # maximum per replica; all run the same number of microbatches
     together = micro_batch_size * (engine.config.microbatch_group_size_per_vp_stage or 1)
     batch = _batch(mine, -(-most // together) * together, engine.seq_length)
-    for chunk in engine.chunks:
-        chunk.eval()
-    try:
-        with torch.no_grad(), _Misses(engine, batch, vocab_size) as misses:
-            losses = engine.run(
-                batch, micro_batch_size, loss_function=misses.count, forward_only=True, check_for_nan=False
-            )
-    finally:
-        for chunk in engine.chunks:
-            chunk.train()
+    with engine.evaluating(), _Misses(engine, batch, vocab_size) as misses:
+        losses = engine.run(batch, micro_batch_size, loss_function=misses.count, forward_only=True, check_for_nan=False)
     if losses is not None:
         if state.cp_size > 1:
             dist.all_reduce(misses.counts, group=state.cp_group)

@@ -43,12 +43,8 @@ class PipelineEngine:
             document_end: end-of-document token that attention must not cross, if any.
             check_for_nan: raise FloatingPointError at a loss that is not finite.
         """
-        self.chunks, self.config, self.parallel_state, self.seq_length = (
-            list(chunks),
-            config,
-            parallel_state,
-            seq_length,
-        )
+        self.chunks, self.config = list(chunks), config
+        self.parallel_state, self.seq_length = parallel_state, seq_length
         self.document_end, self.check_for_nan = document_end, check_for_nan
         self.around_forward: AbstractContextManager[Any] = nullcontext()
         """The context in which forward passes run."""
@@ -133,6 +129,18 @@ class PipelineEngine:
             last = dist.get_global_rank(self.parallel_state.pp_group, self.parallel_state.pp_size - 1)
             dist.broadcast(packed, last, group=self.parallel_state.pp_group)
         return SampleLosses(packed[0], packed[1])
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Keep the chunks in evaluation mode, and compute no gradients, inside the context."""
+        for chunk in self.chunks:
+            chunk.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for chunk in self.chunks:
+                chunk.train()
 
     @contextmanager
     def full_parameters(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_dwm.config.flags import flag_name
 from megatron_dwm.model_card import bullets, render_card
 
 _DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "split")
@@ -40,7 +41,7 @@ def language_model_card(
     sections = {
         "Data": bullets(
             {
-                **{f"`--{field.replace('_', '-')}`": _words(saved.get(field)) for field in _DATA},
+                **{f"`{flag_name(field)}`": _words(saved.get(field)) for field in _DATA},
                 "Tokenizer": f"{saved.get('tokenizer_type')}, {len(tokenizer):,} tokens",
                 "Seen in training": f"{samples:,} samples of {window} tokens" if samples else None,
             }

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_dwm.config.model import ModelConfig
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.model.hf_config import architecture, hf_config, model_config
 from megatron_dwm.model.quiet_loading import quiet_loading
 
@@ -143,8 +143,7 @@ def read_hugging_face(folder: Path, flag: str = "--input") -> HuggingFaceModel:
     except UserError as error:
         raise UserError(f"{flag} {folder}: {error}") from error
     except Exception as error:  # transformers, safetensors and pickle raise many kinds of errors
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{flag} {folder}: cannot be loaded ({reason}); save the model again") from error
+        raise UserError(f"{flag} {folder}: cannot be loaded ({shortened(error)}); save the model again") from error
 
 
 def _read(folder: Path) -> HuggingFaceModel:

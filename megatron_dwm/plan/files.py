@@ -7,6 +7,8 @@ from pathlib import Path
 
 from megatron_dwm.config.checkpoint import TRACKER
 from megatron_dwm.config.run import RunConfig
+from megatron_dwm.training.checkpoint_folders import non_persistent_folder
+from megatron_dwm.training.run_status import RUN_STATUS
 from megatron_dwm.weighting.stage_schedule import StageSchedule
 
 
@@ -33,16 +35,15 @@ def planned_files(
     files, logging, save = [], config.logging, config.checkpoint.save
     if save is not None:
         files += _saved(config, Path(save), stages, model_parameters, weighter_parameters)
-    metrics = logging.metrics_jsonl or (f"{save}/metrics.jsonl" if save else None)
-    if metrics is not None:
-        files.append(PlannedFile(metrics, "a record of every iteration, update and evaluation", 1))
+    records = logging.records_file(save)
+    if records is not None:
+        files.append(PlannedFile(str(records), "a record of every iteration, update and evaluation", 1))
     if logging.log_progress:
         files.append(PlannedFile(f"{save}/progress.txt", "starts and checkpoints of the run", 1))
     if logging.tensorboard_dir is not None:
         files.append(PlannedFile(logging.tensorboard_dir, "TensorBoard's event files", 1))
     if logging.wandb_project is not None:
-        folder = logging.wandb_save_dir or f"{save}/wandb"
-        files.append(PlannedFile(folder, "Weights & Biases' files", 1))
+        files.append(PlannedFile(str(logging.wandb_folder(save)), "Weights & Biases' files", 1))
     if config.profiling.record_memory_history:
         files.append(PlannedFile(config.profiling.memory_snapshot_path, "the allocations of the last rank's GPU", 1))
     if config.data.data_cache_path is not None:
@@ -64,10 +65,10 @@ def _saved(
     files = [
         PlannedFile(str(save / "iter_XXXXXXX"), "checkpoints", len(saves), size),
         PlannedFile(str(save / TRACKER), "the newest checkpoint's iteration", len(saves)),
-        PlannedFile(str(save / "run_status.json"), "whether the run is running, interrupted or finished", 2),
+        PlannedFile(str(save / RUN_STATUS), "whether the run is running, interrupted or finished", 2),
     ]
     if flags.non_persistent_save_interval is not None:
-        folder = flags.non_persistent_global_ckpt_dir or str(save / "non_persistent")
+        folder = str(non_persistent_folder(flags, str(save)))
         times = config.train_iters // flags.non_persistent_save_interval
         files.append(PlannedFile(folder, "checkpoints of which the newest two are kept", times, size))
     if weighter_parameters is not None:

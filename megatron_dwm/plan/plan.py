@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from megatron_dwm.plan.memory import StageMemory, stage_memory
 from megatron_dwm.plan.stages import measure_stages
 from megatron_dwm.plan.weighter import WeighterPlan, plan_weighter
 from megatron_dwm.training.checkpoint_folders import iteration_of, latest_checkpoint
-from megatron_dwm.training.save_folder import check_writable
+from megatron_dwm.training.save_folder import check_writable, output_folders
 from megatron_dwm.weighting.inputs import read_weighting_inputs, run_stages
 from megatron_dwm.weighting.stage_schedule import StageSchedule
 
@@ -95,7 +94,7 @@ def make_plan(config: RunConfig, *, for_gpu: bool = True) -> Plan:
         UserError: the flags are not valid, or a tokenizer, weighter or folder does not fit.
     """
     config, layers = _with_known_layers(config)
-    _check_folders(config)
+    check_writable(output_folders(config.checkpoint, config.data, config.logging))
     data_paths(config.data, config.weighting.dwm_target_data_path if config.weighting.needs_target else None)
     folder = latest_checkpoint(config.checkpoint)
     tokenizer = build_tokenizer(config.tokenizer)
@@ -185,15 +184,6 @@ def _needs_transformer_engine(config: RunConfig) -> bool:
     except UserError:
         return True
     return False
-
-
-def _check_folders(config: RunConfig) -> None:
-    folders = {
-        "--save": config.checkpoint.save,
-        "--tensorboard-dir": config.logging.tensorboard_dir,
-        "--data-cache-path": config.data.data_cache_path,
-    }
-    check_writable({flag: Path(folder) for flag, folder in folders.items() if folder})
 
 
 def _layout(config: RunConfig) -> Layout:

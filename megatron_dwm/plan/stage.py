@@ -294,10 +294,10 @@ def _narrow_gradients(chunks: Sequence[Any]) -> list[torch.Tensor]:
 
 
 def _preconditioner_bytes(optimizer: Optimizer) -> int:
-    owned = [
+    sizes = [
         param.numel()
         for part in optimizer_parts(optimizer)
         for group in part.optimizer.param_groups
         for param in group["params"]
     ]
-    return max((4 * sum(owned[place] for place in places) for places in batches(owned)), default=0)
+    return max((4 * sum(sizes[place] for place in places) for places in batches(sizes)), default=0)

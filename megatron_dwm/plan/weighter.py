@@ -16,7 +16,7 @@ from megatron_dwm.plan.simulated_rank import fake_tensors
 from megatron_dwm.weighting.bilevel.ridge import CHUNK_TOKENS, are_features_kept
 from megatron_dwm.weighting.inputs import WeightingInputs
 from megatron_dwm.weighting.weighter import Weighter
-from megatron_dwm.weighting.weighter_init import model_from_config, random_weighter_model
+from megatron_dwm.weighting.weighter_init import lm_shaped_model, random_weighter_model
 from megatron_dwm.weighting.windows import position_limit
 
 RIDGE_BYTES_PER_NGRAM = 8
@@ -86,16 +86,12 @@ def plan_weighter(config: RunConfig, inputs: WeightingInputs, vocab_size: int, e
 
 
 def _model(config: RunConfig, inputs: WeightingInputs, vocab_size: int, eod: int) -> Any:
-    from megatron_dwm.model.hf_config import hf_config
-
     settings, model, seed = config.weighting, config.model, config.training.seed
     if inputs.folder is not None:
         return inputs.folder.model
     if settings.dwm_init_from == "random":
         return random_weighter_model(settings, vocab_size, model.sequence, eod, seed)
-    copied: Any = hf_config(model, vocab_size=vocab_size, num_layers=settings.dwm_num_layers)
-    copied.update({"num_labels": 1, "pad_token_id": eod})
-    return model_from_config(copied, seed)
+    return lm_shaped_model(model, settings, vocab_size, eod, seed)
 
 
 def _activations(weighter: Weighter, samples: int, sequence: int) -> int:

@@ -39,16 +39,13 @@ class _RankHandler(logging.Handler):
             print(f"{text}\n", file=sys.stdout, end="", flush=True)
 
 
-def configure_logging(rank: int = 0, world_size: int = 1, level: int = logging.INFO) -> None:
-    """Print the package's messages on the intended ranks; a second call replaces the first."""
-    package = logging.getLogger("megatron_dwm")
-    package.handlers = [_RankHandler(rank, world_size)]
-    package.setLevel(level)
-    package.propagate = False
+def configure_logging(rank: int = 0, world_size: int = 1) -> None:
+    """Print this package's messages on the intended ranks; a second call replaces the first."""
+    print_messages_of("megatron_dwm", rank, world_size)
 
 
 def print_messages_of(package: str, rank: int, world_size: int, level: int = logging.INFO) -> None:
-    """Also print another package's messages from ``level`` on, on the first rank; a second call replaces the first."""
+    """Print a package's messages from ``level`` on, on the intended ranks; a second call replaces the first."""
     logger = logging.getLogger(package)
     logger.handlers = [_RankHandler(rank, world_size)]
     logger.setLevel(level)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import random
-import secrets
-import socket
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -215,16 +212,3 @@ def set_seeds(seed: int, parallel_state: ParallelState) -> None:
     np.random.seed(stage_seed)
     torch.manual_seed(stage_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
-
-
-def free_port() -> int:
-    """Return an unused TCP port of this host, which no connection takes before the caller listens on it.
-
-    Outgoing connections have ports from 32768 on (Linux's default ``ip_local_port_range``). Below that, a port is drawn
-    at random, without the seeded generators, so that programs started together do not get the same one.
-    """
-    while True:
-        port = secrets.choice(range(20000, 32768))
-        with socket.socket() as listener, suppress(OSError):
-            listener.bind(("", port))
-            return port

@@ -244,7 +244,7 @@ class WandbWriter(_Curves):
         import wandb
 
         super().__init__(f"--wandb-project {flags.wandb_project}", OSError, RuntimeError, wandb.Error)
-        folder = Path(flags.wandb_save_dir or Path(save or ".") / "wandb")
+        folder = flags.wandb_folder(save)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._run = wandb.init(

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -26,6 +28,19 @@ STARTUP_OVER = "over"
 """Replaces the heartbeat of a rank whose start-up is over."""
 LINGER_SECONDS = 5.0
 """The store ends with the first rank, which therefore waits until the others have read which ranks are missing."""
+
+
+def free_port() -> int:
+    """Return an unused TCP port of this host, which no connection takes before the caller listens on it.
+
+    Outgoing connections have ports from 32768 on (Linux's default ``ip_local_port_range``). Below that, a port is drawn
+    at random, without the seeded generators, so that programs started together do not get the same one.
+    """
+    while True:
+        port = secrets.choice(range(20000, 32768))
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("", port))
+            return port
 
 
 class StoreWatch:

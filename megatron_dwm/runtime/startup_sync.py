@@ -21,8 +21,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from megatron_dwm.errors import EXIT_CODE, INTERRUPTED, PeerError, UserError, exit_code_of, print_error, shortened
-from megatron_dwm.runtime.process_groups import free_port
-from megatron_dwm.runtime.rendezvous import Heartbeats, StoreWatch, join_ranks, rank_names
+from megatron_dwm.runtime.rendezvous import Heartbeats, StoreWatch, free_port, join_ranks, rank_names
 from megatron_dwm.runtime.stop_signals import RETRY_EXIT_CODE, StartSignals, exit_after_signal, start_signal_error
 
 PATIENCE = timedelta(hours=2)

@@ -80,6 +80,8 @@ class CheckpointWriter:
         self.config, self.components, self.parallel_state = config, components, parallel_state
         self._save_folder, self._progress = save_folder, progress or ProgressLog(None)
         self._queue: Any = None
+        self._pending: tuple[Path, Path, int]
+        """Folder, temporary folder and iteration of the checkpoint that the queue writes."""
         self._strategy: Any = None
         """The save strategy, reused for later checkpoints with ``--ckpt-assume-constant-structure``."""
         self._saved_names: set[str] = set()
@@ -126,9 +128,9 @@ class CheckpointWriter:
                 remove(temporary)
                 temporary.mkdir(parents=True)
             dist.barrier()
+            per_parameter = dwm_state.get(PER_PARAMETER, {})
             if flags.ckpt_format == "torch":
                 allocate_state(self.components.optimizer)
-                per_parameter = dwm_state.get(PER_PARAMETER, {})
                 write_torch_state(
                     temporary, self.config, self.components, train_state, self.parallel_state, per_parameter
                 )
@@ -136,29 +138,26 @@ class CheckpointWriter:
                 dist.barrier()
                 self._publish(root, temporary, iteration)
                 dist.barrier()
-                self._note_saved(train_state, persistent=persistent)
-                return
-            request = self._request(temporary, train_state, dwm_state.get(PER_PARAMETER, {}))
-            self._write_dwm_state(temporary, dwm_state)  # after megatron-core, which treats existing files as leftovers
-            request.add_finalize_fn(lambda: self._publish(root, temporary, iteration))
-            if self._queue is None:
-                request.execute_sync()
-                dist.barrier()
-                self._note_saved(train_state, persistent=persistent)
-                return
-            self._pending = (root, temporary, iteration)
-            self._queue.schedule_async_request(request)
-            self._note_saved(train_state, persistent=persistent)
-        logger.info(f"  [{timestamp()}] scheduled an async checkpoint save at iteration {iteration:7d} to {root}")
+            else:
+                request = self._request(temporary, train_state, per_parameter)
+                # After megatron-core, which treats existing files as leftovers.
+                self._write_dwm_state(temporary, dwm_state)
+                request.add_finalize_fn(partial(self._publish, root, temporary, iteration))
+                if self._queue is None:
+                    request.execute_sync()
+                    dist.barrier()
+                else:
+                    self._pending = (root, temporary, iteration)
+                    self._queue.schedule_async_request(request)
+            if persistent:
+                self._progress.saved(train_state, is_async=self._queue is not None)
+        if self._queue is not None:
+            logger.info(f"  [{timestamp()}] scheduled an async checkpoint save at iteration {iteration:7d} to {root}")
 
     def _write_dwm_state(self, temporary: Path, dwm_state: dict[str, Any]) -> None:
         if dwm_state and self.parallel_state.is_first_rank:
             kept = {key: value for key, value in dwm_state.items() if key != PER_PARAMETER}
             torch.save(kept, temporary / DWM_STATE)
-
-    def _note_saved(self, train_state: TrainState, *, persistent: bool) -> None:
-        if persistent:
-            self._progress.saved(train_state, is_async=self._queue is not None)
 
     def poll(self) -> None:
         """Publish a checkpoint that has been written in the background, if there is one."""

@@ -54,7 +54,7 @@ def load_checkpoint(
     Raises:
         UserError: the checkpoint's tensors do not fit the model, or its files are damaged.
     """
-    flags, arguments = config.checkpoint, saved.arguments
+    flags = config.checkpoint
     starts_anew = flags.finetune or saved.is_release
     with_optimizer = should_load_optimizer(config.checkpoint, saved)
     with_rng = not (starts_anew or flags.no_load_rng) and _has_rng(saved)
@@ -76,10 +76,7 @@ def load_checkpoint(
             with_weighting=with_weighting,
         )
     if with_optimizer:
-        resumed = resumed_schedule(config, saved)
-        resume_schedule(components.scheduler, resumed.schedule, saved.common["opt_param_scheduler"]["num_steps"])
-        for line in (*resumed.messages, *replacing_flags(config, saved)):
-            logger.info(line)
+        _resume_schedule(config, saved, components)
     else:
         if not starts_anew:
             reason = "--no-load-optim" if flags.no_load_optim else "the checkpoint holds no optimizer state"
@@ -89,23 +86,34 @@ def load_checkpoint(
     if with_rng:
         set_rng_state(state["rng_state"][0])
     dist.barrier()
-    operations = saved.common.get("num_floating_point_operations_so_far", 0)
-    if flags.finetune:
-        return TrainState(num_floating_point_operations_so_far=operations), {}
-    train_state = TrainState(
-        iteration=0 if starts_anew else saved.common["iteration"],
-        consumed_train_samples=getattr(arguments, "consumed_train_samples", 0),
-        skipped_train_samples=getattr(arguments, "skipped_train_samples", 0),
-        consumed_valid_samples=getattr(arguments, "consumed_valid_samples", 0),
-        num_floating_point_operations_so_far=operations,
-        evaluations_due=() if starts_anew else tuple(getattr(arguments, EVALUATIONS_DUE, ())),
-    )
-    if starts_anew:
-        return train_state, {}
-    dwm_state = saved.read_dwm_state()
+    dwm_state = {} if starts_anew else saved.read_dwm_state()
     if with_weighting and (per_parameter := _per_parameter(state, components)):
         dwm_state[PER_PARAMETER] = per_parameter
-    return train_state, dwm_state
+    return _saved_counters(flags, saved), dwm_state
+
+
+def _resume_schedule(config: RunConfig, saved: SavedCheckpoint, components: TrainComponents) -> None:
+    """Continue the learning rate's schedule, and say which of the checkpoint's values the run's flags replace."""
+    resumed = resumed_schedule(config, saved)
+    resume_schedule(components.scheduler, resumed.schedule, saved.common["opt_param_scheduler"]["num_steps"])
+    for line in (*resumed.messages, *replacing_flags(config, saved)):
+        logger.info(line)
+
+
+def _saved_counters(flags: CheckpointConfig, saved: SavedCheckpoint) -> TrainState:
+    """Return the counters from which a run continues: the operations alone with ``--finetune``."""
+    operations = saved.common.get("num_floating_point_operations_so_far", 0)
+    if flags.finetune:
+        return TrainState(num_floating_point_operations_so_far=operations)
+    arguments = vars(saved.arguments)
+    return TrainState(
+        iteration=0 if saved.is_release else saved.common["iteration"],
+        consumed_train_samples=arguments.get("consumed_train_samples", 0),
+        skipped_train_samples=arguments.get("skipped_train_samples", 0),
+        consumed_valid_samples=arguments.get("consumed_valid_samples", 0),
+        num_floating_point_operations_so_far=operations,
+        evaluations_due=() if saved.is_release else tuple(arguments.get(EVALUATIONS_DUE, ())),
+    )
 
 
 def _per_parameter(state: dict[str, Any], components: TrainComponents) -> dict[str, dict[torch.nn.Parameter, Any]]:

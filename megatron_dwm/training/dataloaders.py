@@ -55,14 +55,7 @@ class Dataloaders:
         self.target_partition = BatchPartition(
             target_micro, config.target_batch_size // (target_micro * dp), parallel_state.dp_rank, dp
         )
-        # A release starts at iteration 0 with a nonzero count of samples. As in Megatron-LM, its datasets
-        # have the size of a new run's.
-        consumed = START
-        if train_state.iteration > 0:
-            consumed_valid = train_state.consumed_valid_samples
-            if "validation" in train_state.evaluations_due:  # a signal has interrupted it
-                consumed_valid += max(0, config.data.eval_iters) * config.global_batch_size
-            consumed = Consumed(train_state.iteration, train_state.consumed_train_samples, consumed_valid)
+        consumed = _consumed(config, train_state)
         with startup_sync.phase("data files"):
             if parallel_state.replica_rank == 0 and not parallel_state.is_first_rank:
                 check_files(paths, parallel_state.rank)
@@ -181,3 +174,17 @@ class Dataloaders:
         loader = BatchLoader(dataset, sampler, partition, sequence, state, self.vocab_size, workers, consumed)
         self._loaders.append(loader)
         return loader
+
+
+def _consumed(config: RunConfig, train_state: TrainState) -> Consumed:
+    """Return what of the data a run has read, by which its datasets are sized.
+
+    A release starts at iteration 0 with a nonzero count of samples. As in Megatron-LM, its datasets have the size of a
+    new run's.
+    """
+    if train_state.iteration == 0:
+        return START
+    valid = train_state.consumed_valid_samples
+    if "validation" in train_state.evaluations_due:  # a signal has interrupted it
+        valid += max(0, config.data.eval_iters) * config.global_batch_size
+    return Consumed(train_state.iteration, train_state.consumed_train_samples, valid)

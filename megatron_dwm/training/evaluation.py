@@ -71,20 +71,14 @@ def evaluate(
     if log_progress:
         logger.info(f"Evaluating on {batches * batch_loader.partition.global_samples} samples")
     sums = torch.zeros(2, dtype=dtype, device=current_device())
-    for chunk in engine.chunks:
-        chunk.eval()
-    try:
-        with torch.no_grad():
-            for number in range(batches):
-                before_batch()
-                if log_progress:
-                    logger.info(f"Evaluating iter {number + 1}/{batches}")
-                losses = engine.run(batch_loader.next_batch(), micro_batch_size, forward_only=True)
-                if losses is not None:
-                    sums += losses.sums
-    finally:
-        for chunk in engine.chunks:
-            chunk.train()
+    with engine.evaluating():
+        for number in range(batches):
+            before_batch()
+            if log_progress:
+                logger.info(f"Evaluating iter {number + 1}/{batches}")
+            losses = engine.run(batch_loader.next_batch(), micro_batch_size, forward_only=True)
+            if losses is not None:
+                sums += losses.sums
     if parallel_state.is_last_pipeline_stage:
         sum_over_replicas(sums, parallel_state)
     return Evaluation(sums)

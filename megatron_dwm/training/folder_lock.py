@@ -58,11 +58,11 @@ class FolderLock:
             reason = error.strerror or error  # a named pipe's has none
             raise UserError(f"{flag} {folder / LOCK}: cannot be opened ({reason}); remove it") from None
         is_locked = self._lock()
-        owner = _owner(self._file)
-        is_elsewhere = owner is not None and owner.get("host") != socket.gethostname()
-        if (owner is not None and not is_locked) or is_elsewhere:
-            self._wait_for_end_of(owner)
-        self._own(is_certain=is_locked and not is_elsewhere)
+        holder = _recorded_holder(self._file)
+        is_elsewhere = holder is not None and holder.get("host") != socket.gethostname()
+        if (holder is not None and not is_locked) or is_elsewhere:
+            self._wait_for_end_of(holder)
+        self._record_holder(is_certain=is_locked and not is_elsewhere)
         threading.Thread(target=self._beat, name="folder-lock", daemon=True).start()
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ class FolderLock:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                self._refuse(_owner(self._file))
+                self._refuse(_recorded_holder(self._file))
             logger.warning(
                 f"{self.flag} {self.folder}: its file system has no locks ({error.strerror}); whether another run "
                 f"writes there shows by {HEARTBEAT}, which a run touches every {HEARTBEAT_SECONDS:.0f} s"
@@ -87,14 +87,14 @@ class FolderLock:
             return False
         return True
 
-    def _refuse(self, owner: dict[str, Any] | None) -> NoReturn:
+    def _refuse(self, holder: dict[str, Any] | None) -> NoReturn:
         self._file.close()
         raise UserError(
-            f"{self.flag} {self.folder}: another run is writing there ({_description(owner)}); end it, or give another "
-            "folder"
+            f"{self.flag} {self.folder}: another run is writing there ({_description(holder)}); end it, or give "
+            "another folder"
         )
 
-    def _wait_for_end_of(self, owner: dict[str, Any] | None) -> None:
+    def _wait_for_end_of(self, holder: dict[str, Any] | None) -> None:
         """Wait until the heartbeat of a holder that the lock does not reveal has not moved for long enough.
 
         Raises:
@@ -105,15 +105,15 @@ class FolderLock:
         if before is None or time.monotonic() > deadline:
             return
         logger.info(
-            f" > {self.flag} {self.folder} was held by {_description(owner)}: waiting up to {LEASE_SECONDS:.0f} s for "
+            f" > {self.flag} {self.folder} was held by {_description(holder)}: waiting up to {LEASE_SECONDS:.0f} s for "
             "a sign of life"
         )
         while time.monotonic() < deadline:
             time.sleep(HEARTBEAT_SECONDS / 10)
             if self._heartbeat() != before:
-                self._refuse(owner)
+                self._refuse(holder)
 
-    def _own(self, *, is_certain: bool) -> None:
+    def _record_holder(self, *, is_certain: bool) -> None:
         """Record who holds the folder; without a lock, check that no other process has done so at the same time.
 
         Raises:
@@ -130,9 +130,9 @@ class FolderLock:
         (self.folder / HEARTBEAT).touch()
         if not is_certain:
             time.sleep(SETTLE_SECONDS)
-            owner = _owner(self._file)
-            if owner != mine:
-                self._refuse(owner)
+            holder = _recorded_holder(self._file)
+            if holder != mine:
+                self._refuse(holder)
 
     def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT_SECONDS):
@@ -173,22 +173,22 @@ def visible_holder(folder: Path) -> str:
     deadline = time.monotonic() + VISIBLE_SECONDS
     while True:
         with contextlib.suppress(OSError), (folder / LOCK).open(encoding="utf-8") as file:
-            return _description(_owner(file))
+            return _description(_recorded_holder(file))
         if time.monotonic() > deadline:
             return "nobody"
         time.sleep(0.1)
 
 
-def _owner(file: TextIO) -> dict[str, Any] | None:
-    """Return what the lock's file says about its holder; empty if it says nothing."""
+def _recorded_holder(file: TextIO) -> dict[str, Any] | None:
+    """Return what the lock's file says about its holder; None if it says nothing."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         file.seek(0)
-        owner = json.loads(file.readline())
-        return owner if isinstance(owner, dict) else None
+        holder = json.loads(file.readline())
+        return holder if isinstance(holder, dict) else None
     return None
 
 
-def _description(owner: dict[str, Any] | None) -> str:
-    if owner is None or not {"pid", "host", "since"} <= owner.keys():
+def _description(holder: dict[str, Any] | None) -> str:
+    if holder is None or not {"pid", "host", "since"} <= holder.keys():
         return "its process is not known"
-    return f"process {owner['pid']} on {owner['host']} since {str(owner['since'])[:19]}"
+    return f"process {holder['pid']} on {holder['host']} since {str(holder['since'])[:19]}"

@@ -209,14 +209,14 @@ def _differences(
 ) -> dict[str, Difference]:
     """Return the flags whose value is not the checkpoint's, by field of Schedule; lengths in the unit of the flags."""
     suffix = "iters" if training.train_iters is not None else "samples"
-    has_own_decay = getattr(settings, f"lr_decay_{suffix}") is not None
+    has_decay = getattr(settings, f"lr_decay_{suffix}") is not None
     is_constant_wd = settings.weight_decay_incr_style == "constant"
     names = {
         "max_lr": "--lr",
         "min_lr": "--min-lr",
         "init_lr": "--lr-warmup-init",
         "lr_warmup_steps": f"--lr-warmup-{suffix}" if settings.lr_warmup_fraction is None else "--lr-warmup-fraction",
-        "lr_decay_steps": f"--lr-decay-{suffix}" if has_own_decay else f"--train-{suffix}",
+        "lr_decay_steps": f"--lr-decay-{suffix}" if has_decay else f"--train-{suffix}",
         "lr_decay_style": "--lr-decay-style",
         "wsd_decay_steps": f"--lr-wsd-decay-{suffix}",
         "lr_wsd_decay_style": "--lr-wsd-decay-style",

@@ -45,8 +45,8 @@ def load_shards(optimizer: Optimizer, path: Path) -> None:
             for bucket, ranges in zip(buffer.buckets, buckets, strict=True):
                 for param, places in ranges["param_map"].items():
                     place = places["gbuf_world_in_bucket"]
-                    owned = slice(start + place.start, start + place.end)
-                    part._set_main_param_and_optimizer_states(param, {kind: saved[kind][owned] for kind in _KINDS})
+                    shard = slice(start + place.start, start + place.end)
+                    part._set_main_param_and_optimizer_states(param, {kind: saved[kind][shard] for kind in _KINDS})
                 start += bucket.numel_unpadded
 
 

@@ -283,9 +283,8 @@ def _set_step(optimizer: torch.optim.Optimizer, step: float | None) -> None:
             for group in optimizer.param_groups:
                 group["step"] = int(step)
         return
-    for (
-        state
-    ) in optimizer.state.values():  # a separate tensor each: a shared one would be incremented once per parameter
+    for state in optimizer.state.values():
+        # A separate tensor each: a shared one would be incremented once per parameter.
         state["step"] = torch.tensor(step or 0.0)
 
 
@@ -318,8 +317,8 @@ def _set_shard(part: Any, param: torch.nn.Parameter, tensors: Mapping[str, torch
     """Copy this rank's shard of a parameter into the distributed optimizer."""
     if param not in part.model_param_group_index_map:
         return
-    owned = part._get_model_param_range_map(param)["param"]
-    shard = {name: value.flatten()[owned.start : owned.end] for name, value in tensors.items()}
+    place = part._get_model_param_range_map(param)["param"]
+    shard = {name: value.flatten()[place.start : place.end] for name, value in tensors.items()}
     with keeping_steps(part):
         part._set_main_param_and_optimizer_states(param, shard)
 

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,10 +73,8 @@ class Reporter:
         self.jsonl: JsonLinesWriter | None = None
         self.boards: list[ScalarWriter] = []
         if parallel_state.is_last_rank:
-            path = config.logging.metrics_jsonl
-            if path is None and config.checkpoint.save is not None:
-                path = str(Path(config.checkpoint.save) / "metrics.jsonl")
-            self.jsonl = JsonLinesWriter(Path(path), start.iteration, self._is_repeated) if path else None
+            path = config.logging.records_file(config.checkpoint.save)
+            self.jsonl = None if path is None else JsonLinesWriter(path, start.iteration, self._is_repeated)
             if config.logging.tensorboard_dir is not None:
                 self.boards.append(
                     TensorBoardWriter(config.logging.tensorboard_dir, config.logging.tensorboard_queue_size)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.errors import UserError
 
-FILE_NAME = "run_status.json"
+RUN_STATUS = "run_status.json"
 
 
 def write_run_status(
@@ -31,7 +31,7 @@ def write_run_status(
     """
     if save is not None and dist.get_rank() == 0:
         text = json.dumps({"status": status, "iteration": iteration, "reason": reason, "folder": os.getcwd()})
-        path = Path(save) / FILE_NAME
+        path = Path(save) / RUN_STATUS
         try:
             atomic_write_text(path, text + "\n")
         except OSError as error:
@@ -44,7 +44,7 @@ def write_run_status(
 def read_run_status(save: Path) -> dict[str, Any]:
     """Return the status of the run that saves to a folder; empty if there is none or the file is not a status."""
     try:
-        status = json.loads((save / FILE_NAME).read_text(encoding="utf-8"))
+        status = json.loads((save / RUN_STATUS).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return status if isinstance(status, dict) else {}

@@ -10,6 +10,8 @@ from pathlib import Path
 from megatron_dwm.atomic_write import remove_leftovers
 from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
 from megatron_dwm.config.checkpoint_args import read_arguments
+from megatron_dwm.config.data import DataConfig
+from megatron_dwm.config.logging import LoggingConfig
 from megatron_dwm.errors import UserError, reported_write_failure
 from megatron_dwm.training.checkpoint_folders import (
     NON_PERSISTENT,
@@ -134,6 +136,19 @@ def check_owner(flags: CheckpointConfig) -> None:
             f"--non-persistent-global-ckpt-dir {folder}: {checkpoint.name} belongs to a run with --save {owner}, "
             "which this one would delete; give another folder"
         )
+
+
+def output_folders(checkpoint: CheckpointConfig, data: DataConfig, logging_flags: LoggingConfig) -> dict[str, Path]:
+    """Return the folders that a run writes to, by the flag that names each."""
+    paths = {
+        "--data-cache-path": data.data_cache_path,
+        "--tensorboard-dir": logging_flags.tensorboard_dir,
+        "--metrics-jsonl": logging_flags.metrics_jsonl and str(Path(logging_flags.metrics_jsonl).parent),
+        "--wandb-save-dir": logging_flags.wandb_project and logging_flags.wandb_save_dir,
+        "--non-persistent-global-ckpt-dir": checkpoint.non_persistent_global_ckpt_dir,
+        "--save": checkpoint.save,
+    }
+    return {flag: Path(path) for flag, path in paths.items() if path}
 
 
 def check_writable(paths: Mapping[str, Path]) -> None:

@@ -39,7 +39,7 @@ from megatron_dwm.training.profiler import StepProfiler
 from megatron_dwm.training.progress_log import ProgressLog
 from megatron_dwm.training.reporter import Reporter
 from megatron_dwm.training.resume_checks import check_resume, overruled_flags, resume_warnings, resumed_vocab_size
-from megatron_dwm.training.save_folder import SaveFolder, check_owner, check_writable, visible_holders
+from megatron_dwm.training.save_folder import SaveFolder, check_owner, check_writable, output_folders, visible_holders
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, open_checkpoint
 from megatron_dwm.training.torch_format import open_torch_checkpoint
 from megatron_dwm.training.train_state import TrainComponents, TrainState
@@ -96,14 +96,7 @@ def lock_folders(
     """
     if rank != 0:
         return None
-    paths = {
-        "--data-cache-path": data.data_cache_path,
-        "--tensorboard-dir": logging_flags.tensorboard_dir,
-        "--metrics-jsonl": logging_flags.metrics_jsonl and str(Path(logging_flags.metrics_jsonl).parent),
-        "--wandb-save-dir": logging_flags.wandb_project and logging_flags.wandb_save_dir,
-        "--non-persistent-global-ckpt-dir": checkpoint.non_persistent_global_ckpt_dir,
-    }
-    check_writable({flag: Path(path) for flag, path in paths.items() if path})
+    check_writable(output_folders(checkpoint, data, logging_flags))
     if data.data_cache_path:
         remove_unfinished_files(Path(data.data_cache_path))
     check_owner(checkpoint)

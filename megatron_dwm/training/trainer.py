@@ -95,9 +95,7 @@ class Trainer:
             raise
         finally:
             self.dataloaders.close()
-        self.checkpoints.close()
-        self.parts.profiler.close()
-        self.reporter.close()
+        self._close()
         status: Literal["interrupted", "finished"] = "finished" if stop_reason is None else "interrupted"
         write_run_status(self.config.checkpoint.save, status, self.train_state.iteration, stop_reason or "")
 
@@ -108,10 +106,13 @@ class Trainer:
             self.save()
         finally:
             self.dataloaders.close()
+        self._close()
+        logger.info(f" > converted checkpoint: {flags.load} -> {flags.save}.")
+
+    def _close(self) -> None:
         self.checkpoints.close()
         self.parts.profiler.close()
         self.reporter.close()
-        logger.info(f" > converted checkpoint: {flags.load} -> {flags.save}.")
 
     def _train(self) -> str | None:
         """Train and evaluate; return why the run ends early, or None if it does not."""

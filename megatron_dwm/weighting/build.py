@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
 from megatron_dwm.errors import UserError
@@ -22,6 +21,7 @@ from megatron_dwm.weighting.context import WeightingContext, lm_gradients, scori
 from megatron_dwm.weighting.export import FolderExporter, NoExport, WeighterExporter, run_facts
 from megatron_dwm.weighting.flops import outer_update_flops, scoring_flops
 from megatron_dwm.weighting.frozen import FrozenParts, FrozenWeighting
+from megatron_dwm.weighting.ngram import MODEL_TYPE
 from megatron_dwm.weighting.policy import SampleWeighting, State
 from megatron_dwm.weighting.rules import ShuffledWeighting
 from megatron_dwm.weighting.sample_gather import SampleGather
@@ -31,7 +31,6 @@ from megatron_dwm.weighting.warmup import Start, WarmupWeighting
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_folder import WeighterFolder, read_weighter_folder, text_reader, window_reader
 from megatron_dwm.weighting.weighter_init import (
-    NGRAM,
     random_weighter_model,
     weighter_model_from_json,
     weighter_model_from_lm,
@@ -219,7 +218,7 @@ class _Builder:
     def _log_kept_architecture(self, weighter: Weighter) -> None:
         """Log that a checkpoint's weighter is kept, if the flags specify another kind."""
         kind, arch = weighter.model.config.model_type, self.settings.dwm_arch
-        wanted = NGRAM if arch == "ngram" else arch
+        wanted = MODEL_TYPE if arch == "ngram" else arch
         if self.settings.dwm_init_from == "random" and kind != wanted:
             logger.info(f" > the checkpoint's weighter, a {kind}, is kept; --dwm-arch {arch} applies only to a new one")
 
@@ -239,7 +238,7 @@ class _Builder:
             save_tokenizer, fingerprint, special = folder.separate_tokenizer.save_pretrained, folder.fingerprint, True
         else:
             length = self.inputs.samples.seq_length
-            save_tokenizer = partial(_save_tokenizer, self.context.tokenizer, tokenizer, length)
+            save_tokenizer = partial(save_hf_tokenizer, self.context.tokenizer, tokenizer, max_length=length)
             fingerprint, special = self.inputs.samples.fingerprint, tokenizer.tokenizer_hf_include_special_tokens
         facts = run_facts(
             self.settings,
@@ -259,10 +258,6 @@ class _Builder:
     def _update_flops(self, weighter: Weighter) -> float:
         vocab, parameters = self.context.padded_vocab_size, weighter.num_active_parameters
         return outer_update_flops(self.config, vocab, parameters, is_linear=weighter.is_linear)
-
-
-def _save_tokenizer(tokenizer: Any, config: TokenizerConfig, max_length: int, folder: Path) -> None:
-    save_hf_tokenizer(tokenizer, config, folder, max_length)
 
 
 def _damaged_state(error: Exception) -> UserError:

@@ -190,8 +190,7 @@ class EmbeddedWeighting:
         tokens = self.as_samples(batch).tokens
         if not self.stages.is_weighted(self.iteration):
             return torch.ones(len(tokens), device=tokens.device)
-        rank_scores = self.weighter.score(tokens[self.sample_gather.rank_slice_of(len(tokens))])
-        scores = self.sample_gather.gather_from_ranks(rank_scores, len(tokens))
+        scores = self.sample_gather.score(tokens, self.weighter.score)
         sample_weights = weights_from_scores(scores, self.settings.dwm_temperature)
         return self.sample_gather.select_replica(sample_weights).to(tokens.device, torch.float32)
 
@@ -220,19 +219,15 @@ class EmbeddedWeighting:
         return {
             "iteration": self.iteration,
             **weighter_state(self.weighter),
-            "replay": self.outer_update.replay.state(),
-            "num_updates": self.outer_update.replay.num_appended,
-            "weighter_prior": self.outer_update.learner.prior,
+            "num_updates": self.outer_update.num_updates,
+            **self.outer_update.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self.iteration = state["iteration"]
         self.weighter.load_state(state)
-        replay = self.outer_update.replay
-        replay.load(state["replay"], self.outer_update.rank_positions, self.weighter.device)
-        replay.num_appended = state["num_updates"]
-        self.outer_update.learner.prior = state["weighter_prior"]
+        self.outer_update.load_state_dict(state, state["num_updates"])
 
 
 def _new_weighter(

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_dwm.data.blend import TARGET_FLAG
 from megatron_dwm.model_card import bullets, render_card
-from megatron_dwm.weighting.ngram.configuration import MODEL_TYPE
+from megatron_dwm.weighting.ngram import MODEL_TYPE
 from megatron_dwm.weighting.windows import UNLIMITED_LENGTH
 
 NOT_MEASURED = (

@@ -29,7 +29,7 @@ class FrozenParts:
     read_weighter: Callable[[WeighterStage], Weighter]
     """Reads the weighter of a stage from its folder."""
     exporter: WeighterExporter
-    most_cached_scores: int
+    max_cached_scores: int
     scoring_flops: Callable[[Weighter], float]
     """Returns the operations of scoring one global batch."""
 
@@ -46,7 +46,7 @@ class FrozenWeighting(ScoredWeighting):
         """
         super().__init__(weight_metrics, options)
         self.parts, self.exporter = parts, parts.exporter
-        self.cache = ScoreCache(parts.most_cached_scores)
+        self.cache = ScoreCache(parts.max_cached_scores)
         self.stage = self._stage_of(iteration)
         self.weighter = parts.read_weighter(self.stage)
 
@@ -61,10 +61,10 @@ class FrozenWeighting(ScoredWeighting):
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
         """Score this rank's part of the replica's samples, except for cached scores, and gather all scores."""
-        tokens = batch.tokens[self.sample_gather.rank_slice_of(len(batch))]
-        if self.cache.max_samples:
-            return self.cache.score(tokens, len(batch), self.weighter.score, self.sample_gather)
-        return self.sample_gather.gather_from_ranks(self.weighter.score(tokens), len(batch))
+        if not self.cache.max_samples:
+            return self.sample_gather.score(batch.tokens, self.weighter.score)
+        tokens = batch.tokens[self.sample_gather.rank_slice(len(batch))]
+        return self.cache.score(tokens, len(batch), self.weighter.score, self.sample_gather)
 
     def metrics(self, iteration: int, batch: Batch, weights: SampleWeights | None) -> dict[str, Any]:
         """Return the metrics of the weights, and the stage that the weighter comes from."""

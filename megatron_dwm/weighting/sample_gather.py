@@ -1,11 +1,14 @@
 """Which rank holds which samples of a global batch, and the gathering of per-sample values.
 
-Shape legend: N samples of the global batch, n samples of this model replica, c samples of this rank's slice.
+Shape legend: N samples of the global batch, n samples of this model replica, c samples of this rank's slice,
+s sequence length.
 The global order is microbatch, then data-parallel rank, then position in the microbatch. It is the order of the data,
 the same in every layout.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -23,28 +26,29 @@ class SampleGather:
 
     def __init__(self, partition: BatchPartition, parallel_state: ParallelState) -> None:
         self.partition, self.parallel_state = partition, parallel_state
-        self.replica_samples = partition.replica_samples
-        """n of the largest batch; for others n is passed, unless it follows from the gathered tensor."""
 
-    @property
-    def rank_slice(self) -> slice:
-        """The part of the replica's samples that this rank works on."""
-        return self.rank_slice_of(self.replica_samples)
-
-    def rank_slice_of(self, replica_samples: int) -> slice:
-        """Return the slice of this rank for a batch with ``replica_samples`` samples on the replica."""
+    def rank_slice(self, replica_samples: int) -> slice:
+        """Return the part of the replica's samples that this rank works on, in a batch with n of them."""
         size = self._max_rank_samples(replica_samples)
         start = min(self.parallel_state.replica_rank * size, replica_samples)
         return slice(start, min(start + size, replica_samples))
 
-    def gather_from_ranks(self, values: torch.Tensor, replica_samples: int | None = None) -> torch.Tensor:
+    def score(self, tokens: torch.Tensor, score: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Return the scores of the whole batch [N] on every rank, each of which computes some; a collective call.
+
+        Args:
+            tokens: those of the replica's samples [n, s].
+            score: returns the scores [c] of samples [c, s].
+        """
+        return self.gather_from_ranks(score(tokens[self.rank_slice(len(tokens))]), len(tokens))
+
+    def gather_from_ranks(self, values: torch.Tensor, replica_samples: int) -> torch.Tensor:
         """Gather each rank's [c, …] to the whole batch's [N, …] on every rank; a collective call.
 
         Args:
-            replica_samples: n; by default that of the largest batch.
+            replica_samples: n, which does not follow from c.
         """
-        count = self.replica_samples if replica_samples is None else replica_samples
-        return self.gather_from_replicas(self._gather_from_replica(values, count))
+        return self.gather_from_replicas(self._gather_from_replica(values, replica_samples))
 
     def replica_samples_of(self, batch_samples: int) -> int:
         """Return n of a batch of N samples."""
@@ -73,7 +77,7 @@ class SampleGather:
     def select_rank(self, values: torch.Tensor) -> torch.Tensor:
         """Select this rank's [c, …] of the whole batch's [N, …]."""
         replica = self.select_replica(values)
-        return replica[self.rank_slice_of(len(replica))]
+        return replica[self.rank_slice(len(replica))]
 
     def _gather_from_replica(self, values: torch.Tensor, replica_samples: int) -> torch.Tensor:
         padded = values.new_zeros(self._max_rank_samples(replica_samples), *values.shape[1:])

@@ -45,7 +45,7 @@ class TextReader:
         text_of: Callable[[npt.NDArray[np.integer[Any]]], str],
         tokenizer: Any,
         window: int | None,
-        most_cached_tokens: int = MAX_CACHED_TOKENS,
+        max_cached_tokens: int = MAX_CACHED_TOKENS,
     ) -> None:
         """
         Args:
@@ -58,7 +58,7 @@ class TextReader:
         self.text_of, self.tokenizer, self.window = text_of, tokenizer, window
         self.special = SpecialTokens.of(tokenizer)
         self._cached: OrderedDict[bytes, npt.NDArray[np.int32]] = OrderedDict()
-        self._most, self._held = most_cached_tokens, 0
+        self._max_cached_tokens, self._cached_tokens = max_cached_tokens, 0
 
     def __call__(self, tokens: torch.Tensor) -> list[list[Window]]:
         """Return the windows of samples [m, s]."""
@@ -77,11 +77,11 @@ class TextReader:
     def _keep(self, key: bytes, ids: npt.NDArray[np.int32]) -> None:
         """Add a sample's ids to the cache, and drop the oldest."""
         if key not in self._cached:
-            self._held += len(ids)
+            self._cached_tokens += len(ids)
         self._cached[key] = ids
         self._cached.move_to_end(key)
-        while self._held > self._most and len(self._cached) > 1:
-            self._held -= len(self._cached.popitem(last=False)[1])
+        while self._cached_tokens > self._max_cached_tokens and len(self._cached) > 1:
+            self._cached_tokens -= len(self._cached.popitem(last=False)[1])
 
 
 def sample_key(sample: npt.NDArray[np.integer[Any]]) -> bytes:

@@ -15,7 +15,7 @@ import torch
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.runtime.host_copy import HostCopy
 from megatron_dwm.runtime.logging import LAST_RANK
-from megatron_dwm.weighting.bilevel.health import HealthWarning, check_weights
+from megatron_dwm.weighting.health import HealthWarning, check_weights
 from megatron_dwm.weighting.policy import Record, SampleWeights, StepOutcome
 from megatron_dwm.weighting.uniform import UniformWeighting
 from megatron_dwm.weighting.weight_metrics import WeightMetrics

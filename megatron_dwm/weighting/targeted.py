@@ -87,11 +87,11 @@ class SimilarityWeighting(TargetedWeighting):
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
         """Compute the batch's hidden states, and sometimes the target's, and compare them."""
-        if self._target is None or self.stages.is_update(iteration):
-            self._target = self._mean_over_replicas(self._hidden_states(self.next_target()))
+        target = self._target
+        if target is None or self.stages.is_update(iteration):
+            self._target = target = self._mean_over_replicas(self._hidden_states(self.next_target()))
         hidden = self.sample_gather.gather_from_replicas(self._hidden_states(batch)).cpu()
-        assert self._target is not None
-        return self.strength * standardized(similarities(hidden, self._target))
+        return self.strength * standardized(similarities(hidden, target))
 
     def flops(self, iteration: int, outcome: StepOutcome) -> float:
         """Return the operations of the forward passes."""

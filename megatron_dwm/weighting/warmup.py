@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +10,6 @@ from megatron_dwm.weighting.policy import Record, SampleWeighting, SampleWeights
 from megatron_dwm.weighting.stage_schedule import StageSchedule
 from megatron_dwm.weighting.uniform import UniformWeighting
 from megatron_dwm.weighting.weight_metrics import WeightMetrics
-
-logger = logging.getLogger(__name__)
 
 Start = Callable[[int, State], SampleWeighting]
 """Builds the weighting at an iteration from the state of a checkpoint (may be empty); a collective call."""

@@ -84,14 +84,15 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
     except UserError as error:
         raise UserError(f"{flag} {error}") from None
     fingerprint = fingerprint_of(tokenizer)
-    is_own = fingerprint != samples.fingerprint
+    has_separate_tokenizer = fingerprint != samples.fingerprint
     model, missing = _load(flag, folder, seed)
-    most = len(tokenizer) if is_own else samples.vocab_size
-    if model.config.vocab_size < most:
-        raise UserError(f"{flag} {folder}: its {model.config.vocab_size} embeddings are fewer than the {most} tokens")
+    tokens = len(tokenizer) if has_separate_tokenizer else samples.vocab_size
+    if model.config.vocab_size < tokens:
+        raise UserError(f"{flag} {folder}: its {model.config.vocab_size} embeddings are fewer than the {tokens} tokens")
     if model.config.pad_token_id is None:  # as in a language model; a classifier needs one for batches
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        model.config.pad_token_id = next(pad for pad in pads if pad is not None) if is_own else samples.eod
+        separate_pad = next(pad for pad in pads if pad is not None)
+        model.config.pad_token_id = separate_pad if has_separate_tokenizer else samples.eod
     if not 0 <= model.config.pad_token_id < model.config.vocab_size:
         raise UserError(
             f"{flag} {folder}: its padding token, {model.config.pad_token_id}, is not in the vocabulary; give another"
@@ -103,7 +104,7 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
         raise UserError(f"{flag} {folder}: its weights are not finite; give another")
     if missing:
         zero_head(model)
-    if is_own:
+    if has_separate_tokenizer:
         reader, reading = text_reader(flag, folder, model, tokenizer, samples)
         return WeighterFolder(folder, model, reader, tokenizer, fingerprint, reading, digest_of(tokenizer))
     if cutting := window_reader(model, samples.seq_length):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,6 @@ import torch
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.errors import UserError
-
-NGRAM = "dwm_ngram"
-"""transformers' name of the n-gram weighter's architecture; the class itself would import transformers."""
 
 
 def random_weighter_model(config: WeightingConfig, vocab_size: int, seq_length: int, eod: int, seed: int) -> Any:
@@ -76,17 +73,27 @@ def weighter_model_from_lm(
     Raises:
         UserError: the language model's architecture has no Hugging Face counterpart, or it has too few layers.
     """
-    from megatron_dwm.model.hf_config import hf_config
     from megatron_dwm.model.hf_model import gather_first_layers
 
-    check_init_from_lm(model, config)
-    settings = hf_config(model, vocab_size=vocab_size, num_layers=config.dwm_num_layers, has_any_tokenizer=True)
-    settings.update(_label_settings(eod))
-    classifier = model_from_config(settings, seed)
+    classifier = lm_shaped_model(model, config, vocab_size, eod, seed)
     state = gather_first_layers(chunks, model, num_layers=config.dwm_num_layers, vocab_size=vocab_size)
     classifier.base_model.load_state_dict(state)
     zero_head(classifier)
     return classifier
+
+
+def lm_shaped_model(model: ModelConfig, config: WeightingConfig, vocab_size: int, eod: int, seed: int) -> Any:
+    """Return a random classifier of the shape of the language model's embedding and first layers.
+
+    Raises:
+        UserError: the language model's architecture has no Hugging Face counterpart, or it has too few layers.
+    """
+    from megatron_dwm.model.hf_config import hf_config
+
+    check_init_from_lm(model, config)
+    settings = hf_config(model, vocab_size=vocab_size, num_layers=config.dwm_num_layers, has_any_tokenizer=True)
+    settings.update(_label_settings(eod))
+    return model_from_config(settings, seed)
 
 
 def check_init_from_lm(model: ModelConfig, config: WeightingConfig) -> None:
@@ -135,7 +142,7 @@ def _label_settings(eod: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Any:
+def seeded(seed: int) -> Iterator[None]:
     """Use ``seed`` in the block, and restore the global random state afterwards."""
     # Only the CPU's generator: torch.manual_seed would also seed the GPU's, which the language model's dropout uses.
     generator = torch.default_generator

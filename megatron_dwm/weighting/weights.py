@@ -59,19 +59,12 @@ def objective(
 
 
 def objective_score_gradient(
-    alignments: torch.Tensor, scores: torch.Tensor, temperature: float, kl_weight: float, clip: float = 0.0
+    standardized_alignments: torch.Tensor, scores: torch.Tensor, temperature: float, kl_weight: float
 ) -> torch.Tensor:
     """Return the gradient of :func:`objective` with respect to the scores [N]: w_i (c_i - Σ_j w_j c_j) / τ.
 
-    c_i = -â_i + λ log(N w_i).
+    c_i = -â_i + λ log(N w_i). The alignments [N] are already standardized and clipped; the host reads nothing.
     """
-    return standardized_score_gradient(standardized(alignments, clip), scores, temperature, kl_weight)
-
-
-def standardized_score_gradient(
-    standardized_alignments: torch.Tensor, scores: torch.Tensor, temperature: float, kl_weight: float
-) -> torch.Tensor:
-    """Return :func:`objective_score_gradient` for alignments that are already standardized; the host reads nothing."""
     log_u = log_weights_from_scores(scores, temperature)
     w = log_u.exp() / len(log_u)
     c = -standardized_alignments + kl_weight * log_u

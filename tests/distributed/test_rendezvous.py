@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_dwm.cli.launch import Process, _timeout, run_program
 from megatron_dwm.runtime import rendezvous, startup_sync
-from megatron_dwm.runtime.process_groups import free_port
+from megatron_dwm.runtime.rendezvous import free_port
 from tests.distributed.harness import become_rank
 
 FORK = multiprocessing.get_context("fork")

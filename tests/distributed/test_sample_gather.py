@@ -41,8 +41,11 @@ def scored(tp: int, pp: int, cp: int, microbatches: int) -> tuple[torch.Tensor, 
     tokens = torch.randint(1, VOCAB_SIZE, (sample_gather.partition.global_samples, SEQ_LENGTH), generator=generator)
     weighter = Weighter(classifier(), CONFIG, torch.device("cpu"))
     own = sample_gather.select_rank(tokens)
-    assert torch.equal(own, sample_gather.select_replica(tokens)[sample_gather.rank_slice])
-    return sample_gather.gather_from_ranks(weighter.score(own)), weighter.score(tokens), len(own)
+    assert torch.equal(
+        own, sample_gather.select_replica(tokens)[sample_gather.rank_slice(sample_gather.partition.replica_samples)]
+    )
+    scores = sample_gather.score(sample_gather.select_replica(tokens), weighter.score)
+    return scores, weighter.score(tokens), len(own)
 
 
 def test_shares_of_any_size_add_up_to_the_scores_of_one_process():

@@ -113,7 +113,11 @@ def test_values_are_gathered_in_the_datas_order_whatever_the_layout(world: int, 
         expected = torch.tensor(share.replica_indices(list(range(share.global_samples))))
         in_order = torch.equal(replica[:, 0] // 2, expected)
         own = sample_gather.select_rank(everything)
-        return sample_gather.gather_from_replicas(replica), sample_gather.gather_from_ranks(own), in_order
+        return (
+            sample_gather.gather_from_replicas(replica),
+            sample_gather.gather_from_ranks(own, share.replica_samples),
+            in_order,
+        )
 
     for results in run_distributed(lambda: [exchanged(*case) for case in cases], world):
         for case, (replicas, shares, in_order) in zip(cases, results, strict=True):

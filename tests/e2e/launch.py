@@ -17,7 +17,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_dwm.cli import pretrain as pretrain_command
-from megatron_dwm.runtime.process_groups import free_port
+from megatron_dwm.runtime.rendezvous import free_port
 from tests.distributed.harness import become_rank, checkpoint_manager
 from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, as_argv, parse_flags
 from tests.turns import turn

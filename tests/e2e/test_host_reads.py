@@ -11,7 +11,8 @@ import pytest
 
 from megatron_dwm.benchmarks.modes import Modes
 from megatron_dwm.benchmarks.overhead_flags import parse_overhead
-from megatron_dwm.cli.launch import Process, build_trainer, run_program
+from megatron_dwm.cli.build_trainer import build_trainer
+from megatron_dwm.cli.launch import Process, run_program
 from tests.e2e.launch import pretrain
 from tests.host_reads import HostReads
 from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, Flags

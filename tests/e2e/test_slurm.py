@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 
 from megatron_dwm.benchmarks.scoring import ScoringBenchmarkConfig, make_classifier
 from megatron_dwm.cli import score, select
-from megatron_dwm.runtime.process_groups import free_port
+from megatron_dwm.runtime.rendezvous import free_port
 from tests.e2e.datasets import make_dataset
 from tests.e2e.slurm.cluster import Cluster, running_cluster
 from tests.paths import ROOT

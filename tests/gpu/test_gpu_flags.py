@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_dwm.runtime.process_groups import free_port
+from megatron_dwm.runtime.rendezvous import free_port
 from tests.paths import ROOT
 from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, as_argv
 

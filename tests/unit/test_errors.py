@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.utils.data import DataLoader
 
-from megatron_dwm.errors import UserError, as_user_error, reported_write_failure, write_failure_reason
+from megatron_dwm.errors import UserError, as_user_error, renamed_flags, reported_write_failure, write_failure_reason
 
 
 def write_tokenizer() -> None:
@@ -113,3 +113,11 @@ def test_an_array_that_numpy_has_cut_is_a_failure_to_write(tmp_path: Path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert raised.value.errno is None
     assert write_failure_reason(raised.value) == "a file could not be written to its end"
+
+
+def test_an_error_names_the_flags_that_the_user_has_given():
+    with (
+        pytest.raises(UserError, match=r"^--scores a.jsonl: is not --input-format x; see --tasks, not --scores$"),
+        renamed_flags({"--input": "--scores", "--task": "--other"}),
+    ):
+        raise UserError("--input a.jsonl: is not --input-format x; see --tasks, not --input")

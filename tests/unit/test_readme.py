@@ -24,6 +24,8 @@ LAYERS = [
     "benchmarks",
 ]
 """From the bottom to the top: a module imports modules of its own layer and of lower ones."""
+NAMES_HIGHER_LAYERS = ("auto_classes.py", "cli/benchmark.py")
+"""Files that import modules of higher layers by name, when transformers or the user asks for them."""
 
 
 def tracked_files() -> list[str]:
@@ -54,23 +56,33 @@ def missing_row(path: str) -> str:
     return f"### {folder or 'Root'}: | `{name}` | {purpose} |"
 
 
-def imported_modules(path: Path) -> Iterator[tuple[str, ...]]:
-    """Yield the modules of the package that a file imports, anywhere in it, as parts below ``megatron_dwm``."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
-            # ``from megatron_dwm.config import flags`` imports a module, ``from megatron_dwm.config.flags import flag``
-            # a name in one.
-            parts = tuple(node.module.split("."))
-            for alias in node.names:
-                is_module = ROOT.joinpath(*parts, f"{alias.name}.py").is_file()
-                names = (*parts, alias.name) if is_module else parts
-                if names[0] == PACKAGE.name:
-                    yield names[1:]
+def imported_modules(source: str, *, in_strings: bool = True) -> Iterator[tuple[str, ...]]:
+    """Yield the modules of the package that a file imports, anywhere in it, as parts below ``megatron_dwm``.
+
+    Args:
+        in_strings: whether the name of a module in a string, by which it can be imported later, is an import.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import; name the package"
+            # ``from megatron_dwm import config`` and ``from megatron_dwm.config import flags`` import a package and a
+            # module, ``from megatron_dwm.config.flags import flag`` a name in one.
+            parts = tuple(str(node.module).split("."))
+            named = [(*parts, alias.name) if is_module((*parts, alias.name)) else parts for alias in node.names]
         elif isinstance(node, ast.Import):
-            for alias in node.names:
-                names = tuple(alias.name.split("."))
-                if names[0] == PACKAGE.name:
-                    yield names[1:]
+            named = [tuple(alias.name.split(".")) for alias in node.names]
+        elif (
+            in_strings and isinstance(node, ast.Constant) and re.fullmatch(rf"{PACKAGE.name}(\.\w+)+", str(node.value))
+        ):
+            named = [tuple(str(node.value).split("."))]
+        else:
+            continue
+        yield from (names[1:] for names in named if names[0] == PACKAGE.name)
+
+
+def is_module(parts: tuple[str, ...]) -> bool:
+    """Return whether a dotted name, given as its parts, is a module or a package of the repository."""
+    return ROOT.joinpath(*parts).with_suffix(".py").is_file() or ROOT.joinpath(*parts, "__init__.py").is_file()
 
 
 def layer_of(parts: tuple[str, ...]) -> str:
@@ -84,11 +96,12 @@ def imports_between_layers() -> dict[tuple[str, str], list[str]]:
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).parts
-        for module in imported_modules(path):
+        file = "/".join(parts)
+        for module in imported_modules(path.read_text(), in_strings=file not in NAMES_HIGHER_LAYERS):
             pair = layer_of(module), layer_of(parts)
             # The bare package, ``from megatron_dwm import __version__``, belongs to no layer.
             if module and pair[0] != pair[1]:
-                found[pair].append(f"{'/'.join(parts)} imports {'.'.join(module)}")
+                found[pair].append(f"{file} imports {'.'.join(module)}")
     return found
 
 
@@ -142,6 +155,26 @@ def test_imports_run_down_the_layers():
         if LAYERS.index(pair[0]) > LAYERS.index(pair[1])
     }
     assert upward == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from megatron_dwm.weighting import bilevel",
+        "from megatron_dwm.weighting.bilevel import OuterUpdate",
+        "import megatron_dwm.weighting.bilevel",
+        "def later():\n    from megatron_dwm.weighting import bilevel as method",
+        "importlib.import_module('megatron_dwm.weighting.bilevel')",
+    ],
+)
+def test_a_module_is_found_however_it_is_imported(source: str):
+    assert [*imported_modules(source)] == [("weighting", "bilevel")]
+
+
+def test_a_whole_package_is_found_and_a_relative_import_is_refused():
+    assert [*imported_modules("from megatron_dwm import training, __version__")] == [("training",), ()]
+    with pytest.raises(AssertionError, match="line 1: a relative import"):
+        list(imported_modules("from ..weighting import rules"))
 
 
 def test_training_knows_nothing_of_weighting_but_its_door():

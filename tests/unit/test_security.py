@@ -108,7 +108,7 @@ def test_a_pickle_in_place_of_weights_is_not_run(weighter: Path, tmp_path: Path)
 
 
 def test_a_model_that_is_evaluated_does_not_run_code_of_its_own(weighter: Path, tmp_path: Path):
-    tasks = TaskEvaluator([], [], num_fewshot=[0], limit=1, batch_size=1, seed=1)
+    tasks = TaskEvaluator([], None, num_fewshot=[0], limit=1, batch_size=1, seed=1)
     planted = {
         "config.json": {"model_type": "a_type_of_their_own", "auto_map": AUTO_MAP},
         "tokenizer_config.json": {

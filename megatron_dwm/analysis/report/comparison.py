@@ -12,7 +12,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from megatron_dwm.analysis.comparison import catch_up_fractions, training_seconds
-from megatron_dwm.analysis.records import Curve, RunRecords
+from megatron_dwm.analysis.records import Curve, RunRecords, run_folder
 from megatron_dwm.analysis.report.drawing import axis_title, faint_line, figure, line, mark
 from megatron_dwm.analysis.report.palette import color, dash
 from megatron_dwm.analysis.running_mean import smoothed
@@ -75,7 +75,7 @@ def _has_losses(run: RunRecords) -> bool:
 
 def run_names(paths: Sequence[Path]) -> list[str]:
     """Return short, different names of the runs: their paths without the common parent folders."""
-    parts = [(path if path.is_dir() else path.parent).resolve().parts for path in paths]
+    parts = [run_folder(path).resolve().parts for path in paths]
     while len({of_path[0] for of_path in parts if len(of_path) > 1}) == 1 and min(map(len, parts)) > 1:
         parts = [of_path[1:] for of_path in parts]
     while len({of_path[-1] for of_path in parts}) == 1 and min(map(len, parts)) > 1:

@@ -13,6 +13,7 @@ from megatron_dwm.config.flags.values import (
     build,
     require_at_least,
     require_at_most,
+    require_given,
     require_paths,
     to_argv,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "read",
     "require_at_least",
     "require_at_most",
+    "require_given",
     "require_paths",
     "title_of",
     "to_argv",

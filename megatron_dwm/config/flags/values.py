@@ -50,6 +50,21 @@ def to_argv(config: Any) -> list[str]:
     return argv
 
 
+def require_given(config: Any, fields: str, remedy: str) -> None:
+    """Check that fields of a configuration have a value: not None, and neither an empty text nor an empty list.
+
+    Args:
+        fields: names of fields, separated by blanks.
+        remedy: what to give, for the message.
+
+    Raises:
+        UserError: one has none.
+    """
+    for field in fields.split():
+        if getattr(config, field) in (None, "", []):
+            raise UserError(f"{_spelling(config, field)} is missing; {remedy}")
+
+
 def require_at_least(config: Any, minimum: float, fields: str) -> None:
     """Check that numbers of a configuration are at least ``minimum``; None is accepted.
 

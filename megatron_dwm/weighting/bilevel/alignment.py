@@ -43,7 +43,7 @@ def single_sample_products(
     """Make backward passes of single-sample microbatches add ⟨v, gradient⟩ to the yielded tensor [n], float64.
 
     The k-th gradient a parameter receives belongs to the k-th microbatch of its model chunk in all of megatron-core's
-    schedules. The sum is this rank's part; :func:`sum_over_replica` completes it.
+    schedules. The sum is this rank's part of the replica's.
     """
     device = next(chunks[0].parameters()).device
     products = torch.zeros(num_samples, dtype=torch.float64, device=device)
@@ -86,12 +86,6 @@ def inner_product(gradient: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     size = 1 << (16 if gradient.is_cpu else 24)  # a GPU sums in a tree, and needs few and long parts
     pairs = zip(torch.split(gradient.reshape(-1), size), torch.split(v.reshape(-1), size), strict=True)
     return torch.stack([torch.dot(g.to(w.dtype), w) for g, w in pairs]).sum(dtype=torch.float64)
-
-
-def sum_over_replica(products: torch.Tensor, parallel_state: ParallelState) -> torch.Tensor:
-    """Sum each rank's parts [n] to alignments [n], the same on all ranks of the replica."""
-    parallel_state.sum_over_replica(products)
-    return products
 
 
 def is_counting_rank(param: torch.nn.Parameter, parallel_state: ParallelState) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.weighting.bilevel.alignment import Direction
-from megatron_dwm.weighting.bilevel.health import require_alignments
+from megatron_dwm.weighting.health import require_alignments
 from megatron_dwm.weighting.policy import StepOutcome
 from megatron_dwm.weighting.sample_gather import SampleGather
 

@@ -14,7 +14,6 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.errors import UserError
@@ -144,15 +143,11 @@ class _Check:
 
     def _loss_after_step(self, scores: torch.Tensor, step_size: float) -> float:
         self._step(scores, step_size)
-        engine, parallel_state, target = self.lm_gradients.engine, self.lm_gradients.parallel_state, self.target
+        lm_gradients, target = self.lm_gradients, self.target
         with torch.no_grad():
-            losses = engine.run(target, self.lm_gradients.micro_batch_size_of(target), forward_only=True)
+            losses = lm_gradients.engine.run(target, lm_gradients.micro_batch_size_of(target), forward_only=True)
         self.old_parameters.restore()
-        means = engine.broadcast_losses(losses, len(target)).mean.double()
-        micro = self.lm_gradients.micro_batch_size_of(target)
-        mean = (means * replace(self.lm_gradients.loss_factors, micro_batch_size=micro)(target)).mean()
-        dist.all_reduce(mean, group=parallel_state.dp_group)
-        return float(mean) / parallel_state.dp_size
+        return lm_gradients.mean_loss(losses, target)
 
     def _step(self, scores: torch.Tensor, step_size: float) -> None:
         """θ to θ' = θ - η P ∇ Σ w_i l_i."""

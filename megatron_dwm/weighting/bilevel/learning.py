@@ -12,7 +12,7 @@ import torch
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.weighting.bilevel.replay import Draw, Replay, sum_over_ranks
 from megatron_dwm.weighting.weighter import Weighter
-from megatron_dwm.weighting.weights import standardized, standardized_score_gradient
+from megatron_dwm.weighting.weights import objective_score_gradient, standardized
 
 
 class Learner(Protocol):
@@ -59,7 +59,7 @@ class GradientLearner:
 
         def score_gradient(rank_scores: torch.Tensor) -> torch.Tensor:
             scores = sum_over_ranks(rank_scores, positions, len(wanted))
-            return standardized_score_gradient(wanted, scores, config.dwm_temperature, config.dwm_kl_weight)[positions]
+            return objective_score_gradient(wanted, scores, config.dwm_temperature, config.dwm_kl_weight)[positions]
 
         return self.weighter.step(draw.tokens, score_gradient)
 

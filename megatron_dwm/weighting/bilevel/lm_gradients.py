@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,18 +15,12 @@ from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.model.attributes import temporary_attributes
 from megatron_dwm.model.engine import PipelineEngine
-from megatron_dwm.model.loss import weighted_loss
+from megatron_dwm.model.loss import SampleLosses, weighted_loss
 from megatron_dwm.model.optimizer_parts import has_loss_scale
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.runtime.process_groups import ParallelState
-from megatron_dwm.weighting.bilevel.alignment import (
-    Direction,
-    global_norm,
-    shift,
-    single_sample_products,
-    sum_over_replica,
-)
+from megatron_dwm.weighting.bilevel.alignment import Direction, global_norm, shift, single_sample_products
 from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers
 from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
 from megatron_dwm.weighting.bilevel.preconditioner import precondition
@@ -99,7 +92,7 @@ class LMGradients:
         if self.config.dwm_preconditioner == "adam":
             precondition(gradients.direction, self.optimizer)
         gradients.gather_shards()
-        return self._mean_over_replicas(losses, batch), gradients.direction
+        return self.mean_loss(losses, batch), gradients.direction
 
     def discard(self, direction: Direction) -> None:
         """Empty the gradient buffers."""
@@ -149,7 +142,8 @@ class LMGradients:
         # in fp16 training.
         products *= len(products) / self.parallel_state.cp_size
         products /= self.optimizer.get_loss_scale()
-        return sum_over_replica(products, self.parallel_state)
+        self.parallel_state.sum_over_replica(products)
+        return products
 
     def micro_batch_size_of(self, batch: Batch) -> int:
         """Return the samples of a microbatch: the run's, or all of a batch that has fewer."""
@@ -170,7 +164,8 @@ class LMGradients:
             current.restore()
         return (sides[0] - sides[1]) / (2 * epsilon)
 
-    def _mean_over_replicas(self, losses: Any, batch: Batch) -> float:
+    def mean_loss(self, losses: SampleLosses | None, batch: Batch) -> float:
+        """Return the plain loss over all replicas, from the last pipeline stage's losses of ``batch``; collective."""
         means = self.engine.broadcast_losses(losses, len(batch)).mean.double()
         factors = replace(self.loss_factors, micro_batch_size=self.micro_batch_size_of(batch))(batch)
         mean = (means * factors).mean()

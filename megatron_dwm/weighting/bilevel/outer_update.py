@@ -5,7 +5,9 @@ Shape legend: N samples of the global batch, n of this replica, c of this rank's
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -43,12 +45,8 @@ class OuterUpdate:
     def __init__(
         self, config: WeightingConfig, lm_gradients: GradientPasses, weighter: Weighter, sample_gather: SampleGather
     ) -> None:
-        self.config, self.lm_gradients, self.weighter, self.sample_gather = (
-            config,
-            lm_gradients,
-            weighter,
-            sample_gather,
-        )
+        self.config, self.lm_gradients = config, lm_gradients
+        self.weighter, self.sample_gather = weighter, sample_gather
         self.alignment_pass = AlignmentPass(lm_gradients, sample_gather)
         self.replay = Replay(config.dwm_replay, config.dwm_replay_half_life)
         self.learner: Learner = (RidgeLearner if weighter.is_linear else GradientLearner)(config, weighter)
@@ -58,7 +56,22 @@ class OuterUpdate:
         """The optimizer's current loss scale."""
         return self.lm_gradients.loss_scale
 
-    def rank_positions(self, batch_samples: int) -> torch.Tensor:
+    @property
+    def num_updates(self) -> int:
+        """Updates of the whole run in which a batch was aligned."""
+        return self.replay.num_appended
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the replay, in global order, and what the learner keeps; a collective call of all ranks."""
+        return {"replay": self.replay.state(), "weighter_prior": self.learner.prior}
+
+    def load_state_dict(self, state: Mapping[str, Any], num_updates: int) -> None:
+        """Continue from :meth:`state_dict`, in any layout and with any batch size, after so many updates."""
+        self.replay.load(state["replay"], self._rank_positions, self.weighter.device)
+        self.replay.num_appended = num_updates
+        self.learner.prior = state.get("weighter_prior")  # checkpoints of earlier versions have none
+
+    def _rank_positions(self, batch_samples: int) -> torch.Tensor:
         """Return the positions, in a batch of N samples, of the samples that this rank scores [c].
 
         A batch that was aligned with other batch sizes may not be divisible into this run's microbatches.
@@ -92,8 +105,8 @@ class OuterUpdate:
         if found is None:
             return None
         alignments = found.values
-        tokens = batch.tokens[self.sample_gather.rank_slice_of(len(batch))]
-        self.replay.append(tokens, self.rank_positions(len(alignments)), alignments)
+        tokens = batch.tokens[self.sample_gather.rank_slice(len(batch))]
+        self.replay.append(tokens, self._rank_positions(len(alignments)), alignments)
         before_steps = self._scores(self.replay.newest)
         grad_norm = self.learner.learn(self.replay) if self.config.dwm_lr > 0 else 0.0
         first, last = torch.stack([before_steps, self._scores(self.replay.newest)]).cpu()

@@ -27,7 +27,7 @@ CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
-class _Owned:
+class _Shard:
     """The part of a parameter whose optimizer state this rank holds."""
 
     place: slice
@@ -49,14 +49,14 @@ def precondition(direction: Direction, optimizer: Optimizer) -> None:
     Under the distributed optimizer each rank scales the part whose state it holds, and leaves the rest as it is.
     """
     parts = optimizer_parts(optimizer)
-    owned = [(direction[param].view(-1)[held.place], held) for part in parts for param, held in _owned(part, direction)]
-    _scale([v for v, _ in owned], [held for _, held in owned])
+    shards = [pair for part in parts for pair in _shards(part, direction)]
+    _scale([direction[param].view(-1)[shard.place] for param, shard in shards], [shard for _, shard in shards])
 
 
-def _scale(values: Sequence[torch.Tensor], held: Sequence[_Owned]) -> None:
+def _scale(values: Sequence[torch.Tensor], shards: Sequence[_Shard]) -> None:
     """v ← P v, in place, for the parts of v whose optimizer state is given."""
     known = []
-    for v, part in zip(values, held, strict=True):
+    for v, part in zip(values, shards, strict=True):
         if "exp_avg_sq" in part.state:
             known.append((v, part))
         else:  # no step has been made yet, so P is unknown
@@ -79,7 +79,7 @@ def _scale(values: Sequence[torch.Tensor], held: Sequence[_Owned]) -> None:
         torch._foreach_mul_(some, scales)
 
 
-def _steps(parts: Sequence[_Owned]) -> list[float]:
+def _steps(parts: Sequence[_Shard]) -> list[float]:
     """Return the optimizer's number of steps for each part; those on a device are read together."""
     steps = [part.state["step"] if "step" in part.state else part.group["step"] for part in parts]
     tensors = [step for step in steps if isinstance(step, torch.Tensor)]
@@ -107,7 +107,7 @@ def precondition_by_torch(direction: Direction, optimizer: torch.optim.Optimizer
     """
     base_rate = max(float(group["lr"]) for group in optimizer.param_groups)
     held = {
-        param: _Owned(slice(None), optimizer.state[param], {**group, "max_lr": float(group["lr"])}, base_rate)
+        param: _Shard(slice(None), optimizer.state[param], {**group, "max_lr": float(group["lr"])}, base_rate)
         for group in optimizer.param_groups
         for param in group["params"]
         if optimizer.state.get(param)
@@ -133,19 +133,19 @@ def is_preconditioner_known(optimizer: Optimizer) -> bool:
     return bool(anywhere)
 
 
-def _owned(part: Any, direction: Direction) -> Iterator[tuple[torch.nn.Parameter, _Owned]]:
-    """Return the state that ``part`` of the optimizer holds on this rank, by parameter."""
+def _shards(part: Any, direction: Direction) -> Iterator[tuple[torch.nn.Parameter, _Shard]]:
+    """Yield each parameter of which ``part`` of the optimizer holds a shard on this rank, with that shard."""
     groups, states, base_rate = part.optimizer.param_groups, part.optimizer.state, part.config.lr
     if hasattr(part, "model_param_group_index_map"):
         for param, (group_index, order) in part.model_param_group_index_map.items():
             place = part._get_model_param_range_map(param)["param"]
             group = groups[group_index]
             state = states.get(group["params"][order], {})
-            yield param, _Owned(slice(place.start, place.end), state, group, base_rate)
+            yield param, _Shard(slice(place.start, place.end), state, group, base_rate)
         return
     group_of = {main: group for group in groups for main in group["params"]}
     for param in direction:
         main = getattr(param, "main_param", None)
         main = param if main is None else main
         if main in group_of:
-            yield param, _Owned(slice(None), states.get(main, {}), group_of[main], base_rate)
+            yield param, _Shard(slice(None), states.get(main, {}), group_of[main], base_rate)

@@ -16,12 +16,11 @@ from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.parameter_copy import ParameterCopy
-from megatron_dwm.runtime.device import current_device
 from megatron_dwm.weighting.bilevel.alignment_pass import reason_unchanged
 from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
-from megatron_dwm.weighting.bilevel.health import HealthWarning, check_scores
 from megatron_dwm.weighting.bilevel.outer_update import OuterResult, OuterUpdate
 from megatron_dwm.weighting.export import WeighterExporter
+from megatron_dwm.weighting.health import HealthWarning, check_scores
 from megatron_dwm.weighting.policy import PER_PARAMETER, Record, SampleWeights, State, StepOutcome
 from megatron_dwm.weighting.scored import ScoredWeighting, ScoringOptions
 from megatron_dwm.weighting.weight_metrics import WeightMetrics
@@ -81,8 +80,7 @@ class BilevelWeighting(ScoredWeighting):
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
         """Score this rank's part of the replica's samples, and gather all scores."""
-        rank_scores = self.weighter.score(batch.tokens[self.sample_gather.rank_slice_of(len(batch))])
-        return self.sample_gather.gather_from_ranks(rank_scores, len(batch))
+        return self.sample_gather.score(batch.tokens, self.weighter.score)
 
     def after_step(
         self, iteration: int, batch: Batch, weights: SampleWeights | None, outcome: StepOutcome
@@ -127,8 +125,7 @@ class BilevelWeighting(ScoredWeighting):
             "consumed_target_samples": self.consumed_target_samples,
             "outer_updates": self.num_updates,
             **weighter_state(self.weighter),
-            "replay": self.outer_update.replay.state(),
-            "weighter_prior": self.outer_update.learner.prior,
+            **self.outer_update.state_dict(),
             **({} if mean is None else {"target_gradients": mean[0], PER_PARAMETER: {TARGET_GRADIENT: mean[1]}}),
         }
 
@@ -136,10 +133,7 @@ class BilevelWeighting(ScoredWeighting):
         """Continue with the replay and the counts of ``state``; the weighter has already been created from it."""
         self.consumed_target_samples = state["consumed_target_samples"]
         self.num_updates = state["outer_updates"]
-        outer_update = self.outer_update
-        outer_update.replay.load(state["replay"], outer_update.rank_positions, current_device())
-        outer_update.replay.num_appended = self.num_updates
-        outer_update.learner.prior = state.get("weighter_prior")
+        self.outer_update.load_state_dict(state, self.num_updates)
         per_parameter = state.get(PER_PARAMETER, {})
         if self.gradient_mean is not None and TARGET_GRADIENT in per_parameter:
             self.gradient_mean.load(state["target_gradients"], per_parameter[TARGET_GRADIENT])

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-MODEL_TYPE = "dwm_ngram"
+from megatron_dwm.weighting.ngram import MODEL_TYPE
 
 
 class NgramConfig(PreTrainedConfig):

@@ -347,7 +347,7 @@ def test_what_cannot_be_used_is_one_line(weighter: Path, tmp_path: Path, capsys)
         ("--output", foreign, "does not hold scores"),
         ("--output", source, "cannot be written"),
         ("--score-key", "id", "has 'id' already"),
-        ("--batch-tokens", 0, "less than 1"),
+        ("--batch-tokens", 0, "must be at least 1"),
         ("--input", write(tmp_path / "empty.jsonl", []), "no documents"),
     ]:
         argv = [

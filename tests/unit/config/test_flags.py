@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-from megatron_dwm.config.flags import declared_flags, flag, parse, read, require_at_least, to_argv
+from megatron_dwm.config.flags import declared_flags, flag, parse, read, require_at_least, require_given, to_argv
 from megatron_dwm.errors import EXIT_CODE, UserError, run_cli
 from megatron_dwm.runtime.logging import configure_logging
 
@@ -67,6 +67,15 @@ def test_values_take_the_types_of_the_fields():
 )
 def test_a_switch_that_is_on_is_turned_off_by_its_flag(argument: str, field: str):
     assert getattr(_parse("--rate", "1", argument), field) is False
+
+
+@pytest.mark.parametrize("missing", [None, "", []])
+def test_a_flag_that_must_be_given_is_named_with_the_remedy(missing: object):
+    small = Small(size=1, rate=1.0, paths=["x"])
+    require_given(small, "size paths", "give one")
+    object.__setattr__(small, "paths", missing)
+    with pytest.raises(UserError, match=r"^--paths is missing; give a path$"):
+        require_given(small, "size paths", "give a path")
 
 
 def test_a_configuration_has_a_command_line_that_makes_it():

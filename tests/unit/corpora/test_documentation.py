@@ -121,7 +121,7 @@ def test_no_paragraph_is_in_two_places(lines: Lines) -> None:
         (["debian:manual-doc", "pypi:manual-doc"], "--documentation pypi:manual-doc: not installed"),
         (["pypi:jinja2", "pypi:jinja2"], "--documentation has two sources named jinja2; leave one out"),
         (["debian:manual-doc"], "--documentation debian:manual-doc: no text is left for train; lower --heldout-bytes"),
-        (["pypi:jinja2", "--documentation-bytes", "0"], "--documentation-bytes 0 is less than 1"),
+        (["pypi:jinja2", "--documentation-bytes", "0"], "--documentation-bytes 0: must be at least 1"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], message: str, admin: Admin, tmp_path: Path) -> None:

@@ -466,7 +466,7 @@ def test_a_malformed_line_found_by_a_worker_process_ends_the_command_alike(tmp_p
         ),
         (
             ["--input", "{tmp}/texts.jsonl", "--output-prefix", "{tmp}/out", "--partitions", "0"],
-            "--partitions 0 is less than 1; give a positive number",
+            "--partitions 0: must be at least 1",
         ),
         (
             ["--input", "{tmp}/texts.jsonl", "--output-prefix", "{tmp}/out", "--workers", "99999"],

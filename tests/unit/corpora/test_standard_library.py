@@ -92,7 +92,7 @@ def test_a_library_without_sources_is_an_error_of_one_line(tmp_path: Path) -> No
     ("arguments", "message"),
     [
         ([], "error: --output is missing"),
-        (["--output", "{tmp}/x", "--heldout-bytes", "0"], "error: --heldout-bytes 0 is less than 1"),
+        (["--output", "{tmp}/x", "--heldout-bytes", "0"], "error: --heldout-bytes 0: must be at least 1"),
         (["--output", "{tmp}/x", "--seed", "one"], "error: argument --seed: invalid int value: 'one'"),
         (["--output", "{tmp}/file"], "error: --output {tmp}/file: "),
     ],

@@ -107,6 +107,7 @@ def test_flags_of_transformer_engines_layers_are_planned_also_if_the_script_leav
         ({"--tensor-model-parallel-size": 3}, "is not divisible by --tensor-model-parallel-size 3"),
         ({"--dwm-num-stages": 100}, "leave no room for --dwm-num-stages 100"),
         ({"--save": "/proc/run"}, "--save /proc/run: cannot be written"),
+        ({"--metrics-jsonl": "/proc/run/records.jsonl"}, "--metrics-jsonl /proc/run: cannot be written"),
         ({"--recompute-granularity": "full", "--recompute-method": "uniform"}, "needs --recompute-num-layers"),
     ],
 )

@@ -173,7 +173,7 @@ def test_a_text_is_tokenized_once_while_it_is_kept(tmp_path: Path):
         texts.append(SAMPLES.text_of(sample))
         return texts[-1]
 
-    reader = TextReader(text_of, PreTrainedTokenizerFast.from_pretrained(tmp_path), None, most_cached_tokens=23 * 6)
+    reader = TextReader(text_of, PreTrainedTokenizerFast.from_pretrained(tmp_path), None, max_cached_tokens=23 * 6)
     first = reader(tokens(1))
     assert reader(tokens(1)) == first and len(texts) == 5
     assert reader(torch.cat([tokens(1), tokens(1)])) == first * 2 and len(texts) == 5

@@ -60,7 +60,7 @@ def test_the_objectives_gradient_is_autograds(temperature: float, kl_weight: flo
     w = torch.softmax(scores / temperature, 0)
     value = -(standardized(alignments, clip) * w).sum() + kl_weight * (w * (N * w).log()).sum()
     (expected,) = torch.autograd.grad(value, scores)
-    found = objective_score_gradient(alignments, scores.detach(), temperature, kl_weight, clip)
+    found = objective_score_gradient(standardized(alignments, clip), scores.detach(), temperature, kl_weight)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
     assert objective(alignments, scores.detach(), temperature, kl_weight, clip) == pytest.approx(
         value.item(), abs=1e-13
@@ -70,7 +70,7 @@ def test_the_objectives_gradient_is_autograds(temperature: float, kl_weight: flo
 def test_scores_too_far_apart_for_a_number_leave_the_objective_finite():
     scores, alignments = torch.tensor([0.0, -2000.0, 1.0, -800.0]), random(8)[:4]
     assert float(weights_from_scores(scores, 1.0)[1]) == 0
-    gradient = objective_score_gradient(alignments, scores, 1.0, 2.0)
+    gradient = objective_score_gradient(standardized(alignments), scores, 1.0, 2.0)
     assert gradient.isfinite().all() and abs(float(gradient.sum())) < 1e-15
     # The weights are those of the two scores that count, among four.
     w, a = torch.softmax(torch.tensor([0.0, 1.0], dtype=torch.float64), 0), standardized(alignments)[[0, 2]]
@@ -107,7 +107,7 @@ def test_without_a_kl_term_the_optimum_is_one_hot_and_with_it_exponential():
     def optimum(kl_weight: float, rate: float) -> torch.Tensor:
         scores = torch.zeros(N, dtype=torch.float64)
         for _ in range(1000):
-            scores -= rate * objective_score_gradient(alignments, scores, 1.0, kl_weight)
+            scores -= rate * objective_score_gradient(standardized(alignments), scores, 1.0, kl_weight)
         return torch.softmax(scores, 0)
 
     assert float(optimum(0.0, 20.0).max()) > 0.99

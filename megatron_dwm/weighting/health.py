@@ -1,4 +1,4 @@
-"""Checks at every outer update for signs that the weighting does not work.
+"""Checks of weights, scores and alignments for signs that the weighting does not work.
 
 A warning is a line in the log and a record of kind ``health`` in the JSON lines; the run continues. What would make
 every further update meaningless (alignments that are not finite, or all zero, or replicas that differ) ends it instead.

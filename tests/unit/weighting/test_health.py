@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_dwm.weighting.bilevel.health import check_scores, check_weights, require_alignments
+from megatron_dwm.weighting.health import check_scores, check_weights, require_alignments
 
 
 def test_collapsed_weights_are_noticed_below_the_floor_only():
