@@ -66,7 +66,7 @@ NOT_RUN = {
     "docs/embedding.md: Alignments alone: python": "distributed/test_embedded.py runs it",
     "docs/evaluation.md: On this machine: bash": "tests/e2e/test_evaluate.py evaluates such checkpoints",
     "docs/transfer.md: Score documents: bash 2": "needs a SLURM cluster; tests/e2e/test_slurm.py submits such a job",
-    "docs/transfer.md: URLs: bash": "needs S3; unit/analysis/test_scoring.py and test_selection.py read and write URLs",
+    "docs/transfer.md: URLs: bash": "needs S3; e2e/test_scoring.py and test_selection.py read and write URLs",
     "docs/transfer.md: Score documents: python": "needs Ray and S3; the same pipeline is run by two other executors",
     "docs/evaluation.md: Tasks of the harness: bash": "needs the Hugging Face Hub",
     "docs/evaluation.md: During training: bash": "tests/e2e/test_evaluate.py trains with these flags",
