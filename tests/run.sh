@@ -35,8 +35,8 @@ sphinx-build -qW --keep-going -b html -D html_theme=basic \
     -D extensions=myst_parser,sphinx.ext.autodoc,sphinx.ext.napoleon,sphinxcontrib.mermaid \
     docs build/docs-checked >build/docs.log 2>&1 &
 pages=$!
-# Three files at a time, though two cores are enough: runs of several processes take turns, and one file has to wait.
-pytest -n 3 --dist loadfile --no-loadscope-reorder "$@" || status=1
+# Four files at a time, though two cores are enough: runs of several processes take turns, and tests of SLURM wait.
+pytest -n 4 --dist loadfile --no-loadscope-reorder "$@" || status=1
 wait $types || status=1
 wait $pages || status=1
 cat build/mypy.log build/docs.log

@@ -52,7 +52,9 @@ def test_megatron_cores_state_machine_does_not_report_at_each_step(mode: Literal
         lines: list[str] = []
         handler = logging.Handler()
         handler.emit = lambda record: lines.append(record.getMessage())
-        logging.getLogger(rerun_state_machine.__name__).addHandler(handler)
+        logger = logging.getLogger(rerun_state_machine.__name__)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
         validation = StepValidation(TrainingConfig(micro_batch_size=1, train_iters=1, rerun_mode=mode))
         for iteration in (1, 2, 3):
             for _ in validation.passes(iteration):
