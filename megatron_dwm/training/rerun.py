@@ -60,7 +60,7 @@ class StepValidation:
         if not self.is_active:
             # megatron-core's checks need one too, and would warn that they create it.
             with temporary_attributes(logging.getLogger(rerun_state_machine.__name__), {"disabled": True}):
-                rerun_state_machine.initialize_rerun_state_machine()
+                get_rerun_state_machine()
             return
         injector = RerunErrorInjector(flags.error_injection_rate, RerunDiagnostic(flags.error_injection_type))
         rerun_state_machine.initialize_rerun_state_machine(
