@@ -101,6 +101,9 @@ def _adapt_megatron_to_cpu() -> None:
         module.get_rng_state = lambda *_, **__: torch.get_rng_state()
         module.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
         module.manual_seed = torch.manual_seed
+    # Each would keep every seed, with a traceback, for devices that are never used.
+    for unused in (torch.cuda, torch.xpu, torch.mtia):
+        unused.manual_seed_all = _CpuAnswer(None)  # type: ignore[attr-defined]
     # Compiling megatron-core's functions would need a C++ compiler, and several seconds.
     torch.compiler.set_stance("force_eager")
     # On a CPU the "GPU RNG context" is the CPU's stream, which is meant to move.

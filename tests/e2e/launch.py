@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from megatron_dwm.cli import pretrain as pretrain_command
 from megatron_dwm.runtime.rendezvous import free_port
@@ -37,6 +38,7 @@ for module in (
 ):
     importlib.import_module(module)
 parse_flags({**LANGUAGE_MODEL, **TRAINING, **DATA})  # which reads the declarations of all flags, once
+get_checkpoint_conversion_mapping("llama")  # which compiles 900 regular expressions, once
 
 
 @dataclass(frozen=True)
