@@ -55,6 +55,7 @@ def run_rank(argv: Sequence[str], process: Process) -> None:
     hide_warnings()
     with process.startup_sync.phase("plan"):
         print_plan(plan, rest, None)
+    process.startup_sync.leave_together("plan")
 
 
 def pretrain(argv: Sequence[str], process: Process) -> None:

@@ -75,7 +75,7 @@ class Plan:
     """Cost of an outer update."""
     updates: list[int]
     """Iterations after which there is an outer update."""
-    share: WeightingOverhead
+    overhead: WeightingOverhead
     files: list[PlannedFile]
 
     @property
@@ -124,7 +124,7 @@ def make_plan(config: RunConfig, *, for_gpu: bool = True) -> Plan:
         scoring=scoring,
         update=update,
         updates=updates,
-        share=_share(config, schedule, step, scoring, update, len(updates)),
+        overhead=_overhead(config, schedule, step, scoring, update, len(updates)),
         files=planned_files(config, schedule, parameters, weighter.parameters if weighter else None),
     )
 
@@ -201,7 +201,7 @@ def _layout(config: RunConfig) -> Layout:
     )
 
 
-def _share(
+def _overhead(
     config: RunConfig, stages: StageSchedule, step: Cost, scoring: Cost, update: Cost, updates: int
 ) -> WeightingOverhead:
     weighted = config.train_iters - stages.warmup_iters

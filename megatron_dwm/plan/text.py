@@ -67,10 +67,10 @@ def _costs(plan: Plan) -> list[str]:
     rows = [["", "TFLOP a rank", "GiB sent", *purposes]]
     rows += [_cost_row(name, cost, ranks, purposes) for name, cost in parts.items() if cost.operations]
     lines = ["operations, and bytes that a rank sends (of the stage that sends most), by purpose", *_table(rows)]
-    if plan.share.operations:
+    if plan.overhead.operations:
         lines.append(
-            f"  weighting adds {plan.share.operations:.2%} to the operations of plain training, and "
-            f"{plan.share.sent:.2%} to the bytes sent"
+            f"  weighting adds {plan.overhead.operations:.2%} to the operations of plain training, and "
+            f"{plan.overhead.sent:.2%} to the bytes sent"
         )
     return lines
 

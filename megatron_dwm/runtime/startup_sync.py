@@ -133,11 +133,21 @@ class StartupSync:
         """
         with self.phase("command"):
             self.require_same({"the requested action": command}, "command")
-        if ends_at_once and self.world_size > 1:
-            if self._phases.add("command/left", 1) == self.world_size:
-                self._phases.set("command/everybody-left", "yes")
-            if self.rank == 0:
-                self._phases.wait(["command/everybody-left"], PATIENCE)
+        if ends_at_once:
+            self.leave_together("command")
+
+    def leave_together(self, name: str) -> None:
+        """End the start after its last phase: the first rank hosts the store, and waits until the others have read it.
+
+        Args:
+            name: name of that phase.
+        """
+        if self.world_size == 1:
+            return
+        if self._phases.add(f"{name}/left", 1) == self.world_size:
+            self._phases.set(f"{name}/everybody-left", "yes")
+        if self.rank == 0:
+            self._phases.wait([f"{name}/everybody-left"], PATIENCE)
 
     def require_same(
         self,

@@ -335,7 +335,7 @@ def test_the_plans_of_three_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     layouts = {name: [plan["layout"]["processes"], len(plan["memory"])] for name, plan in plans.items()}
     assert layouts == {"1b": [32, 1], "8b": [256, 1], "70b": [1024, 4]}
     assert all(len(plan["updates"]) == plan["train_iters"] / 100 for plan in plans.values())
-    assert all(plan["share"]["operations"] == pytest.approx(0.01125, rel=1e-3) for plan in plans.values())
+    assert all(plan["overhead"]["operations"] == pytest.approx(0.01125, rel=1e-3) for plan in plans.values())
 
 
 def test_the_variables_of_the_cluster_pages_are_the_scripts():

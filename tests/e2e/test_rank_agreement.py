@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from megatron_dwm.cli import pretrain as pretrain_command
 from megatron_dwm.training import folder_lock
@@ -101,6 +103,22 @@ def test_what_is_printed_in_place_of_a_run_is_printed_once(flag: str, printed: s
     finished = pretrain(tmp_path / "log", 2, {**FLAGS, flag: True})
     assert finished.codes == [0, 0], finished.text
     assert printed in finished.output[0] and not finished.output[1] and not "".join(finished.errors), finished.text
+
+
+def test_a_slow_rank_finds_the_first_one_still_there_after_a_plan(tmp_path: Path):
+    def main() -> None:
+        if os.environ["RANK"] == "1":
+            check = dist.PrefixStore.check
+
+            def slow_check(*arguments: Any) -> bool:
+                time.sleep(1)
+                return check(*arguments)
+
+            dist.PrefixStore.check = slow_check  # type: ignore[assignment, method-assign]
+        pretrain_command.main()
+
+    finished = pretrain(tmp_path / "log", 2, {**FLAGS, "--plan": True}, main=main)
+    assert finished.codes == [0, 0] and not "".join(finished.errors), finished.text
 
 
 def test_a_plan_that_cannot_be_made_is_one_line_of_all_ranks(tmp_path: Path):
