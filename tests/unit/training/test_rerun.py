@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 import torch
 from megatron.core import rerun_state_machine
-from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 
 from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.errors import UserError
@@ -61,5 +61,5 @@ def test_megatron_cores_state_machine_does_not_report_at_each_step(mode: Literal
                 get_rerun_state_machine().validate_result(1.0, lambda _: False, "no message")
         return lines
 
-    once = ["RerunStateMachine initialized in mode RerunMode.DISABLED", "Result validation enabled"]
+    once = [f"RerunStateMachine initialized in mode {RerunMode.DISABLED}", "Result validation enabled"]
     assert run_distributed(check, 1) == [[] if mode == "disabled" else once]
