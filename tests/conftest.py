@@ -196,7 +196,7 @@ def _spread_unit_tests(items: list[pytest.Item]) -> list[pytest.Item]:
     files = [list(tests) for _, tests in itertools.groupby(items, key=lambda item: item.path)]
     unit = [tests for tests in files if tests[0].get_closest_marker("unit")]
     others = [tests for tests in files if not tests[0].get_closest_marker("unit")]
-    # First those of a cluster, which wait for a scheduler most of the time; last those whose files are soon done.
+    # First those of a cluster, which wait for a scheduler most of the time; last the short files of mathematics.
     others.sort(key=lambda tests: tests[0].get_closest_marker("e2e") is None)
     others.sort(key=lambda tests: not any(test.get_closest_marker("slurm") for test in tests))
     placed = [(number / len(kind), tests) for kind in (others, unit) for number, tests in enumerate(kind)]

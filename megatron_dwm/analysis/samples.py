@@ -15,7 +15,8 @@ import torch.distributed as dist
 from megatron_dwm.analysis.start_folder import find_start_folder, working_in
 from megatron_dwm.analysis.text_statistics import distinct, tfidf_similarity
 from megatron_dwm.config.checkpoint import CheckpointConfig
-from megatron_dwm.config.run import RunConfig, saved_config
+from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.saved_config import saved_config
 from megatron_dwm.data.sample_text import sample_text
 from megatron_dwm.errors import UserError
 from megatron_dwm.weighting.inputs import sample_tokens

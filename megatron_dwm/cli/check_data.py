@@ -51,7 +51,8 @@ def _main(argv: Sequence[str] | None) -> None:
 
         vocab_size = int(build_tokenizer(build(TokenizerConfig, values)).vocab_size)
     blend = parse_blend("--data-path", config.data_path)
-    prefixes = blend[0] if blend is not None else []
+    assert blend is not None  # CheckDataConfig requires a word
+    prefixes, _ = blend
     faults, documents, tokens = [], 0, 0
     for prefix in prefixes:
         try:

@@ -19,7 +19,7 @@ from megatron_dwm.cli.command import run_command
 from megatron_dwm.cli.saved_run import ExportArguments, checkpoint_folder, find_tokenizer
 from megatron_dwm.config.checkpoint_args import read_arguments
 from megatron_dwm.config.flags import flag, parse
-from megatron_dwm.config.run import saved_config
+from megatron_dwm.config.saved_config import saved_config
 from megatron_dwm.errors import UserError, reported_write_failure
 
 if TYPE_CHECKING:

@@ -196,8 +196,8 @@ def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
     sys.stdout.flush()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at a worker's end
     for worker in multiprocessing.active_children():
-        # Data loaders' ignore the signal by which Python would end them. Python would wait for writers of checkpoints,
-        # which wait for more of them, or fail as the process that takes their results has ended.
+        # Processes of data loaders ignore the signal by which Python would end them. For those that write checkpoints
+        # Python would wait, although they wait for the next checkpoint, or fail without the process of their results.
         worker.kill()
     if isinstance(error, PeerError):
         raise SystemExit(EXIT_CODE) from None

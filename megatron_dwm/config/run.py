@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_dwm.config.batch_sizes import BatchSizes, Rampup
 from megatron_dwm.config.checkpoint import CheckpointConfig
-from megatron_dwm.config.checkpoint_args import effective_arguments, with_saved_arguments
+from megatron_dwm.config.checkpoint_args import with_saved_arguments
 from megatron_dwm.config.data import DataConfig
 from megatron_dwm.config.flags import build, flag_name, parse
 from megatron_dwm.config.logging import LoggingConfig
@@ -396,20 +396,3 @@ def parse_run(
     if parts["no_effect"].no_query_key_layer_scaling and parts["model"].apply_query_key_layer_scaling:
         raise UserError("--no-query-key-layer-scaling contradicts --apply-query-key-layer-scaling; leave one out")
     return RunConfig(world_size=world_size, **{name: parts[name] for name in PARTS})
-
-
-def saved_config(saved: Mapping[str, Any], *, resumed_at: tuple[int, int] = (0, 0)) -> RunConfig:
-    """Return the configuration of the run of this program that saved a checkpoint.
-
-    Args:
-        saved: the checkpoint's arguments.
-        resumed_at: as :attr:`RunConfig.resumed_at`.
-
-    Raises:
-        UserError: its arguments are not such a run's.
-    """
-    known = effective_arguments(saved)
-    if known.get("train_samples"):
-        known["train_iters"] = None  # it follows from the samples, and is saved too, for Megatron-LM
-    parts: dict[str, Any] = {name: build(part, known) for name, part in PARTS.items()}
-    return RunConfig(world_size=int(saved.get("world_size", 1)), **parts, resumed_at=resumed_at)

@@ -160,7 +160,7 @@ class FolderLock:
 def heartbeat_age(folder: Path) -> float | None:
     """Return the seconds since the heartbeat of the process that holds ``folder``, by this machine's clock.
 
-    None if none holds it. After more than :data:`LEASE_SECONDS` it is considered killed.
+    None if no process holds it. After more than :data:`LEASE_SECONDS` its process is considered killed.
     """
     try:
         return time.time() - (folder / HEARTBEAT).stat().st_mtime

@@ -61,6 +61,7 @@ def test_a_file_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pyt
 
 
 @pytest.mark.parametrize("kind", [kind for kind in OBSTACLES if kind != "file"])
-def test_what_is_no_file_stops_nothing(kind: str, tmp_path: Path):
+def test_what_is_no_file_stops_nothing_and_is_said(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     OBSTACLES[kind](tmp_path / "progress.txt")
     ProgressLog(tmp_path).saved(STATE, is_async=False)
+    assert "progress.txt: cannot be written (" in caplog.text and "an entry is lost" in caplog.text
