@@ -23,6 +23,7 @@ import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers.disk_base import DiskWriter
+from pyarrow import CompressedOutputStream, PythonFile
 
 from megatron_dwm import __version__
 from megatron_dwm.analysis.duplicates import SignatureWriter, find_steps
@@ -229,6 +230,8 @@ def _stamps(paths: Sequence[str], output: str) -> list[tuple[int, str]]:
 class _Hashed:
     """A file whose bytes are counted and hashed as they are written."""
 
+    closed = False
+
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._digest, self._size = file, hashlib.sha256(), 0
 
@@ -239,6 +242,9 @@ class _Hashed:
 
     def flush(self) -> None:
         self._file.flush()
+
+    def close(self) -> None:
+        """Do nothing: pyarrow closes what it writes to, which is closed elsewhere."""
 
     def sums(self) -> dict[str, Any]:
         return {"bytes": self._size, "sha256": self._digest.hexdigest()}
@@ -278,11 +284,14 @@ def _write(selection: Selection) -> None:
 
 def _joined(selection: Selection) -> dict[str, Any]:
     """Concatenate the rows of all tasks, compressed according to the output's name; return size and checksum."""
-    folder = selection.work.folder
+    folder, output = selection.work.folder, selection.config.output
     with folder.open("joined") as file:
         hashed = _Hashed(file)
-        # This always gives the same bytes.
-        compressed = gzip.GzipFile("", "wb", 6, hashed, 0) if selection.config.output.endswith(".gz") else None
+        compressed: Any = None
+        if output.endswith(".gz"):
+            compressed = gzip.GzipFile("", "wb", 6, hashed, 0)  # this always gives the same bytes
+        elif output.endswith(".zst"):
+            compressed = CompressedOutputStream(PythonFile(hashed, "w"), "zstd")
         for rank in range(len(selection.parts)):
             if folder.exists(f"rows/{rank:05d}"):  # none if no row of the part is kept
                 with open_file(folder.path(f"rows/{rank:05d}")) as rows:

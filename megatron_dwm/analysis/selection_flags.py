@@ -10,7 +10,7 @@ from typing import Literal
 from megatron_dwm.config.flags import flag, require_at_least, require_given, require_paths
 from megatron_dwm.errors import UserError
 
-_SUFFIXES = (".jsonl", ".json", ".ndjson")
+_SUFFIXES = tuple(f"{kind}{packed}" for kind in (".jsonl", ".json", ".ndjson") for packed in ("", ".gz", ".zst"))
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class SelectConfig:
     )
     output: str = flag(
         "",
-        "File of JSON lines to write, compressed if its name ends with .gz; with --output-format indexed the prefix of "
-        "a dataset.",
+        "File of JSON lines to write, compressed if its name ends with .gz or .zst; with --output-format indexed the "
+        "prefix of a dataset.",
     )
     output_format: Literal["jsonl", "indexed"] = flag(
         "jsonl", "JSON lines, or an indexed dataset (.bin and .idx) of the texts, made with the tokenizer's flags."
@@ -75,13 +75,14 @@ class SelectConfig:
         require_paths(self, "output", urls=self.output_format != "indexed")
         require_at_least(self, 1, "workers split_bytes")
         if self.output_format == "indexed":
-            if self.output.removesuffix(".gz").endswith((*_SUFFIXES, ".bin", ".idx")):
+            if self.output.endswith((*_SUFFIXES, ".bin", ".idx")):
                 raise UserError(f"--output {self.output}: names a file; give the prefix of a dataset")
         elif self.append_eod:
             raise UserError("--append-eod is for --output-format indexed; leave it out")
-        elif not self.output.removesuffix(".gz").endswith(_SUFFIXES):
+        elif not self.output.endswith(_SUFFIXES):
             raise UserError(
-                f"--output {self.output}: the output is JSON lines; give a name that ends with .jsonl or .jsonl.gz"
+                f"--output {self.output}: the output is JSON lines; give a name that ends with .jsonl, .jsonl.gz or "
+                ".jsonl.zst"
             )
         if sum(value is not None for value in (self.documents, self.tokens, self.fraction)) != 1:
             raise UserError("the budget is missing or given twice; give one of --documents, --tokens and --fraction")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dwm.corpora.readers import Reader, Record, file_format
+from megatron_dwm.corpora.readers import Reader, Record, file_format, numbered_lines
 from megatron_dwm.corpora.storage import is_url, size_of
 from megatron_dwm.errors import UserError
 
@@ -65,10 +65,10 @@ def records_of(part: Part, columns: Sequence[str] | None = None) -> Iterator[Rec
             if part.start:
                 file.seek(part.start - 1)
                 file.readline()  # the rest of a line that begins in the part before
-            number = 0
-            while file.tell() < part.end and (line := file.readline()):
-                number += 1
-                place = f"{part.path} from byte {part.start} on"
-                yield Record(place, number, line.decode("utf-8", "surrogateescape"))
+            lines = iter(lambda: file.readline() if file.tell() < part.end else b"", b"")
+            place = f"{part.path} from byte {part.start} on"
+            texts = (line.decode("utf-8", "surrogateescape").replace("\r\n", "\n") for line in lines)
+            for number, line in numbered_lines(texts):
+                yield Record(place, number, line)
     except OSError as error:
         raise UserError(f"--input {part.path}: cannot be read ({error.strerror}); check the file") from None

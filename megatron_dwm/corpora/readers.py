@@ -7,7 +7,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,8 @@ _MAGIC = {
     b"ORC": "ORC",
     b"\x89HDF": "HDF5",
     b"SQLite format 3": "SQLite",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
 }
 MANIFEST_SUFFIX = ".manifest.json"
 """How the names of files end that describe a selection next to it."""
@@ -146,7 +148,7 @@ class Reader:
                 with _open(path) as file:
                     if file.seekable():
                         self._in_file = file.tell
-                    for number, content in enumerate(self._contents(path, file), start=1):
+                    for number, content in self._contents(path, file):
                         yield Record(path, number, content)
                     self._in_file = lambda: 0
             except (OSError, EOFError, zlib.error, UnicodeDecodeError, _arrow_error()) as error:
@@ -155,10 +157,10 @@ class Reader:
                 ) from error
             self._finished += size
 
-    def _contents(self, path: str, file: io.BufferedReader) -> Iterator[str | dict[str, Any]]:
+    def _contents(self, path: str, file: io.BufferedReader) -> Iterator[tuple[int, str | dict[str, Any]]]:
         kind = _format_of(path, file)
         if kind == "parquet":
-            yield from _rows(path, file, self._columns)
+            yield from enumerate(_rows(path, file, self._columns), start=1)
             return
         stream: Any = file
         if kind == "gzip":
@@ -166,7 +168,15 @@ class Reader:
         elif kind == "zstd":
             # Not the zstandard package: it takes a file that was cut for one that ends there.
             stream = _pyarrow(path).input_stream(file, compression="zstd")
-        yield from io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape")
+        yield from numbered_lines(io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape"))
+
+
+def numbered_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Yield a file's lines with their numbers from 1 on; like pyarrow, without byte order mark and blank lines."""
+    for number, line in enumerate(lines, start=1):
+        content = line.removeprefix("\ufeff") if number == 1 else line
+        if content and not content.isspace():
+            yield number, content
 
 
 def file_format(path: str) -> str:

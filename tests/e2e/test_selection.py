@@ -187,6 +187,10 @@ def test_lines_stay_as_they_are_and_the_manifest_says_what_was_kept(tmp_path: Pa
     before = output.read_bytes()
     assert run(*argv) == 0 and output.read_bytes() == before
     assert sorted(path.name for path in output.parent.iterdir()) == ["out.jsonl.gz", "out.jsonl.gz.manifest.json"]
+    other = output.with_suffix(".zst")
+    assert run(*argv, "--output", other) == 0
+    assert pa.input_stream(other, compression="zstd").read() == gzip.decompress(before)
+    assert manifest(other)["output"]["sha256"] == hashlib.sha256(other.read_bytes()).hexdigest()
 
 
 def test_tokens_are_counted_by_a_tokenizer(source: Path, tmp_path: Path):

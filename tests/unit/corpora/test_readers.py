@@ -18,6 +18,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.corpora.parts import file_parts, records_of
 from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
 from megatron_dwm.corpora.readers import Reader, Record, input_files
 from megatron_dwm.errors import UserError
@@ -93,6 +94,19 @@ def test_position_runs_up_to_the_size_of_all_files(name: str, tmp_path: Path) ->
     assert positions == sorted(positions) and reader.position == reader.size == 2 * len(FORMATS[name]())
 
 
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstd])
+def test_a_byte_order_mark_and_blank_lines_are_no_documents(pack: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    content = b'\xef\xbb\xbf{"text": "1"}\r\n\r\n{"text": "2"}\n \t\n\n'
+    path.write_bytes(pack(content))
+    expected = ['{"text": "1"}\n', '{"text": "2"}\n']
+    assert [(record.number, record.content) for record in read(path)] == list(zip((1, 3), expected, strict=True))
+    if pack is bytes:  # the same in parts of any size
+        for size in range(1, len(content)):
+            parts = file_parts([str(path)], size)
+            assert [record.content for part in parts for record in records_of(part)] == expected
+
+
 def cut(content: bytes) -> bytes:
     return content[:-10]
 
@@ -149,6 +163,7 @@ def test_checksums_of_a_parquet_file_are_verified(tmp_path: Path) -> None:
         (b"Obj\x01rest", "Avro"),
         (b"\x89HDF\r\n", "HDF5"),
         (b"SQLite format 3\0", "SQLite"),
+        ("\ufeff{}".encode("utf-16-le"), "UTF-16"),
     ],
 )
 def test_a_format_that_is_not_read_is_named(content: bytes, kind: str, tmp_path: Path) -> None:
