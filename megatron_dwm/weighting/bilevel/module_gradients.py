@@ -128,7 +128,7 @@ def _in_forward_mode(
 
     here = {f"module.{name}": param.detach() for name, param in params.items()}
     along = {f"module.{name}": direction[param].to(param.dtype) for name, param in params.items()}
-    with _requiring_no_gradients(module), _NoGradInForwardMode():
+    with _requiring_no_gradients(module), _DerivativesAsInBackward():
         found: torch.Tensor = torch.func.jvp(losses, (here,), (along,))[1].detach().double()
     return found
 
@@ -138,13 +138,21 @@ def _has_gradient_hooks(module: torch.nn.Module) -> bool:
     return any(getattr(owner, name, None) for owner in owners for name in ("_backward_hooks", "_backward_pre_hooks"))
 
 
-class _NoGradInForwardMode(TorchFunctionMode):  # type: ignore[misc, no-any-unimported, unused-ignore]
-    """Lets ``torch.no_grad`` inside the module stop forward-mode derivatives too, as it stops gradients."""
+class _DerivativesAsInBackward(TorchFunctionMode):  # type: ignore[misc, no-any-unimported, unused-ignore]
+    """Makes forward-mode derivatives those of a backward pass: no_grad stops them, and padding embeddings have none."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is torch.Tensor.requires_grad_:  # by transformers' gradient checkpointing; there is no backward pass
+            return args[0]
+        result = func(*args, **kwargs)
         if getattr(func, "__name__", "") == "_set_grad_enabled":
             torch._C._set_fwd_grad_enabled(torch.is_grad_enabled())  # noqa: SLF001 - there is no public name
+        if func is F.embedding:
+            given = dict(zip(("input", "weight", "padding_idx"), args, strict=False), **kwargs)
+            if (padding := given.get("padding_idx")) is not None:
+                is_padding = given["input"] == padding % len(given["weight"])
+                result = torch.where(is_padding[..., None], result.detach(), result)
         return result
 
 

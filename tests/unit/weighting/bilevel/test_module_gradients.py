@@ -81,8 +81,23 @@ def gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
+def checkpointed() -> GPT2LMHeadModel:
+    model = gpt2()
+    model.gradient_checkpointing_enable()
+    return model
+
+
+def padded() -> Layers:
+    """Layers whose embedding of token 3 has no gradient, although the token occurs."""
+    layers = Layers(torch.nn.Tanh())
+    layers.embedding = torch.nn.Embedding(VOCABULARY, 8, padding_idx=3)
+    return layers
+
+
 MODELS = {
     "gpt2": gpt2,
+    "gradient checkpointing": checkpointed,
+    "padding": padded,
     "gated": lambda: Layers(torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GLU())),
     "no gradients in a part": lambda: Layers(Residual()),
     "recurrent": lambda: Layers(Recurrent()),
