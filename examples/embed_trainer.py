@@ -12,7 +12,7 @@ from embed_data import LENGTH, VOCABULARY, described, mixed_batches, target_batc
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from megatron_dwm.config.weighting import WeightingConfig
-from megatron_dwm.weighting.bilevel.module_gradients import token_losses_of
+from megatron_dwm.weighting.bilevel.module_gradients import IGNORED_LABEL, token_losses_of, tokens_of
 from megatron_dwm.weighting.embedded import EmbeddedWeighting, WeighterSize
 
 SETTINGS = WeightingConfig(dwm_num_stages=1, dwm_update_interval=4, dwm_ngram_buckets=4096, dwm_ridge=1.0)
@@ -21,34 +21,48 @@ SETTINGS = WeightingConfig(dwm_num_stages=1, dwm_update_interval=4, dwm_ngram_bu
 class WeightingCallback(TrainerCallback):
     """Weights the samples of each step; its method ``loss`` is the Trainer's ``compute_loss_func``."""
 
-    def __init__(self, targets: Iterator[torch.Tensor], settings: WeightingConfig) -> None:
-        self.targets, self.settings = targets, settings
+    def __init__(self, targets: Iterator[Any], length: int, settings: WeightingConfig) -> None:
+        self.targets, self.length, self.settings = targets, length, settings
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         """Make the weighter, now that there is an optimizer."""
-        model, size = parts["model"], WeighterSize(parts["model"].config.vocab_size)
+        model, size = parts["model"], WeighterSize(parts["model"].config.vocab_size, self.length)
         self.weighting = EmbeddedWeighting.for_module(
-            model, parts["optimizer"], self.targets, size, train_iters=state.max_steps, settings=self.settings
-        )
-        self.model = model
+            model, parts["optimizer"], self.targets, size, train_iters=state.max_steps, settings=self.settings,
+            tokens_of=lambda batch: padded(tokens_of(batch), self.length),
+        )  # fmt: skip
+        model.register_forward_pre_hook(self.keep_inputs, with_kwargs=True)
+
+    def keep_inputs(self, model: Any, args: Any, inputs: dict[str, Any]) -> None:
+        """Keep what the Trainer passes to the model, but not to the loss."""
+        self.inputs = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Begin a step."""
-        self.microbatches: list[torch.Tensor] = []
+        self.microbatches: list[dict[str, torch.Tensor]] = []
         self.weighting.before_step()
 
     def loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
         """Return the weighted loss of a microbatch, whose weights are relative to those of all processes' samples."""
-        losses = token_losses_of(outputs["logits"], labels)
-        if not self.model.training:
-            return losses.mean()
-        self.weights = self.weighting.weigh(labels)
-        self.microbatches.append(labels)
-        return (self.weights[:, None] * losses).sum() / num_items_in_batch
+        losses, weights = token_losses_of(outputs["logits"], labels), torch.ones(len(labels), device=labels.device)
+        if torch.is_grad_enabled():  # not in an evaluation
+            self.weights = weights = self.weighting.weigh(self.inputs)
+            self.microbatches.append({**self.inputs, "labels": labels})
+        return (weights[:, None] * losses).sum() / num_items_in_batch
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Make the outer update if it is due."""
-        self.weighting.after_step(torch.cat(self.microbatches))
+        """Make the outer update if it is due, with the step's microbatches padded to one length."""
+        length = max(batch["labels"].shape[1] for batch in self.microbatches)
+        values = {"labels": IGNORED_LABEL}
+        self.weighting.after_step({
+            name: torch.cat([padded(batch[name], length, values.get(name, 0)) for batch in self.microbatches])
+            for name in self.microbatches[0]
+        })  # fmt: skip
+
+
+def padded(rows: torch.Tensor, length: int, value: int = 0) -> torch.Tensor:
+    """Return rows [n, s] padded to a length [n, length]."""
+    return torch.nn.functional.pad(rows, (0, length - rows.shape[1]), value=value)
 
 
 def train(steps: int, settings: WeightingConfig | None) -> tuple[Trainer, WeightingCallback | None]:
@@ -63,7 +77,7 @@ def train(steps: int, settings: WeightingConfig | None) -> tuple[Trainer, Weight
         report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant",
         train_sampling_strategy="sequential",
     )  # fmt: skip
-    callback = None if settings is None else WeightingCallback(target_batches(16, seed=2), settings)
+    callback = None if settings is None else WeightingCallback(target_batches(16, seed=2), LENGTH, settings)
     trainer = Trainer(
         GPT2LMHeadModel(config), arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows],
         callbacks=[callback] if callback else [], compute_loss_func=callback.loss if callback else None,

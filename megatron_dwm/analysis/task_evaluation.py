@@ -85,6 +85,7 @@ class TaskEvaluator:
         limit: int | None,
         batch_size: int,
         seed: int,
+        task_path: Sequence[str] = (),
     ) -> None:
         """
         Args:
@@ -94,6 +95,7 @@ class TaskEvaluator:
             limit: maximum number of items of each task; None for all.
             batch_size: sequences evaluated together.
             seed: seed for choosing the items, wrong answers and examples.
+            task_path: folders with the user's own tasks of the harness.
 
         Raises:
             UserError: there is no such task, or a local task has too few items or examples.
@@ -108,14 +110,17 @@ class TaskEvaluator:
         if local and max(num_fewshot) > FEWSHOT_ITEMS:
             raise UserError(f"--num-fewshot {max(num_fewshot)}: local tasks have {FEWSHOT_ITEMS} examples; give fewer")
 
-        # Reading the harness's thousands of tasks takes seconds: only where one of them is asked for.
-        self.manager = TaskManager(include_defaults=bool(others))
-        known = self.manager.match_tasks(others) if others else []
+        own = list(task_path) or None
+        self.manager = TaskManager(include_path=own, include_defaults=False)
+        if not all(self.manager.match_tasks([name]) for name in others):
+            # Reading the harness's thousands of tasks takes seconds: only where one of them is asked for.
+            self.manager = TaskManager(include_path=own)
         for name in others:
             if not self.manager.match_tasks([name]):
                 raise UserError(
                     f"--tasks {name}: lm-evaluation-harness has no such task; `lm_eval ls tasks` lists its tasks"
                 )
+        known = self.manager.match_tasks(others) if others else []
         self.local, self.others = local, sorted(known)
         self.num_fewshot, self.limit, self.batch_size, self.seed = num_fewshot, limit, batch_size, seed
 

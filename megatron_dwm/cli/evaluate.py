@@ -52,6 +52,9 @@ class EvaluateConfig:
     task_packages: list[str] | None = flag(
         None, "Installed documentation that the local tasks are made from: debian:NAME or pypi:NAME."
     )
+    task_path: list[str] | None = flag(
+        None, "Folders with tasks of your own, as YAML files of lm-evaluation-harness; --tasks gives their names."
+    )
     limit: int | None = flag(200, "Maximum number of items of each task; 0 for all.")
     batch_size: int = flag(16, "Sequences evaluated together.")
     seed: int = flag(1234, "Seed of the choice of items, wrong answers and examples.")
@@ -67,6 +70,9 @@ class EvaluateConfig:
         require_local_names(self.tasks or [])
         if (self.task_text or self.task_packages) and not self.has_local_tasks:
             raise UserError("--task-text and --task-packages are for local tasks; leave them out")
+        for folder in self.task_path or []:
+            if not Path(folder).is_dir():
+                raise UserError(f"--task-path {folder}: no such folder; give the folder of a task's YAML file")
 
     @property
     def has_local_tasks(self) -> bool:
@@ -97,6 +103,7 @@ def _main(argv: Sequence[str] | None) -> None:
         limit=config.limit or None,
         batch_size=config.batch_size,
         seed=config.seed,
+        task_path=config.task_path or [],
     )
     output = Path(config.output)
     check_writable({"--output": output})  # before the evaluation, which may take hours

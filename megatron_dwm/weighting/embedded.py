@@ -22,6 +22,7 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.model.protocols import ModelChunk, Optimizer
+from megatron_dwm.runtime.collectives import all_reduce_over_world
 from megatron_dwm.runtime.process_groups import current_parallel_state, data_parallel_state
 from megatron_dwm.weighting.bilevel.alignment_pass import GradientPasses, Samples
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
@@ -186,10 +187,14 @@ class EmbeddedWeighting:
         """Return the weights [n] of this replica's samples in the current step, float32; a collective call.
 
         Their mean over the global batch is 1. They are exactly 1.0 in the warm-up, and as long as all scores are equal.
+
+        Raises:
+            UserError: processes have different numbers of samples.
         """
         tokens = self.as_samples(batch).tokens
         if not self.stages.is_weighted(self.iteration):
             return torch.ones(len(tokens), device=tokens.device)
+        _require_equal("samples", [len(tokens)], tokens.device)
         scores = self.sample_gather.score(tokens, self.weighter.score)
         sample_weights = weights_from_scores(scores, self.settings.dwm_temperature)
         return self.sample_gather.select_replica(sample_weights).to(tokens.device, torch.float32)
@@ -206,10 +211,13 @@ class EmbeddedWeighting:
         Raises:
             FloatingPointError: an alignment is not finite.
             RuntimeError: all alignments are zero, or the weighter's replicas differ.
+            UserError: samples are of another length on another process or in an earlier update.
         """
         if not self.stages.is_update(self.iteration):
             return None
         samples, target = self.as_samples(batch), self.as_samples(next(self.targets))
+        tokens = [samples.tokens, *(aligned.tokens for aligned in self.outer_update.replay.batches)]
+        _require_equal("tokens per sample", [part.shape[1] for part in tokens], samples.tokens.device)
         result = self.outer_update.run(samples, target, self._old_parameters)
         self._old_parameters.release()
         return result
@@ -228,6 +236,22 @@ class EmbeddedWeighting:
         self.iteration = state["iteration"]
         self.weighter.load_state(state)
         self.outer_update.load_state_dict(state, state["num_updates"])
+
+
+def _require_equal(what: str, counts: Sequence[int], device: torch.device) -> None:
+    """Require that all counts are the same on all processes, before these wait for each other; a collective call.
+
+    Raises:
+        UserError: they are not.
+    """
+    bounds = torch.tensor([-min(counts), max(counts)], device=device)
+    all_reduce_over_world(bounds, torch.distributed.ReduceOp.MAX)
+    low, high = -int(bounds[0]), int(bounds[1])
+    if low < high:
+        raise UserError(
+            f"batches have {low} and {high} {what}; pass batches of one size on all processes, and a tokens_of that "
+            "pads to one length"
+        )
 
 
 def _new_weighter(

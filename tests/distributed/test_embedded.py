@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
+from torch.nn.utils.rnn import pad_sequence
 
 from megatron_dwm.errors import UserError
 from megatron_dwm.weighting.embedded import EmbeddedWeighting, WeighterSize
@@ -158,6 +159,78 @@ def test_a_trainer_by_a_callback(examples: Any, processes: int):
         assert len(plain[0]) == FEW_STEPS and unweighted[0] == pytest.approx(plain[0], rel=1e-6)
         assert all(torch.equal(unweighted[1][name], value) for name, value in plain[1].items())
         assert not all(torch.equal(weighted[1][name], value) for name, value in plain[1].items())
+
+
+def padded_rows(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch of rows, without the loss of their first two tokens and of the padding."""
+    tokens = pad_sequence(rows, batch_first=True)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    labels = tokens.masked_fill(mask == 0, -100)
+    labels[:, :2] = -100
+    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+
+
+def test_a_trainer_with_samples_of_different_lengths_in_microbatches(examples: Any, tmp_path: Path):
+    example = examples("embed_trainer")
+    batches = example.mixed_batches(16, seed=1)
+    lengths = torch.randint(6, example.LENGTH, (2 * STEPS, 16), generator=torch.Generator().manual_seed(3)).tolist()
+    rows = [
+        row[:n] for batch, sizes in zip(batches, lengths, strict=False) for row, n in zip(batch, sizes, strict=True)
+    ]
+
+    def training(settings: Any) -> tuple[float, torch.Tensor]:
+        torch.manual_seed(0)
+        config = example.GPT2Config(vocab_size=32, n_positions=16, n_embd=32, n_layer=1, n_head=2)
+        arguments = example.TrainingArguments(
+            str(tmp_path), max_steps=STEPS, per_device_train_batch_size=8, gradient_accumulation_steps=2,
+            learning_rate=1e-2, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
+            remove_unused_columns=False, train_sampling_strategy="sequential",
+        )  # fmt: skip
+        callback = None
+        if settings is not None:
+            callback = example.WeightingCallback(example.target_batches(16, seed=2), example.LENGTH, settings)
+        trainer = example.Trainer(
+            example.GPT2LMHeadModel(config), arguments, data_collator=padded_rows, train_dataset=rows,
+            eval_dataset=rows[:19], callbacks=[callback] if callback else [],
+            compute_loss_func=callback.loss if callback else None,
+        )  # fmt: skip
+        trainer.train()
+        return trainer.evaluate()["eval_loss"], torch.empty(0) if callback is None else callback.weights
+
+    settings = example.SETTINGS
+    for weighted, unweighted, plain in run_distributed(
+        lambda: [training(given) for given in (settings, uniform(settings), None)], 2
+    ):
+        assert_target_counts_more(weighted[1])
+        assert unweighted[0] == pytest.approx(plain[0], rel=1e-6) and weighted[0] != pytest.approx(plain[0], rel=1e-3)
+
+
+def test_samples_of_another_length_and_batches_of_unequal_sizes_are_refused(examples: Any):
+    example = examples("embed_torch")
+
+    def refusals() -> list[str]:
+        rank, found = torch.distributed.get_rank(), []
+        for samples, lengths in ((16 + rank, [16] * 8), (16, [16] * 4 + [15] * 4)):
+            torch.manual_seed(0)
+            model = example.TinyModel()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+            targets, size = example.target_batches(16, seed=2), WeighterSize(example.VOCABULARY)
+            weighting = EmbeddedWeighting.for_module(
+                model, optimizer, targets, size, train_iters=8, settings=example.SETTINGS
+            )
+            with pytest.raises(UserError) as refused:
+                for batch, length in zip(example.mixed_batches(samples, seed=1), lengths, strict=False):
+                    weighting.before_step()
+                    weights = weighting.weigh(batch[:, :length])
+                    (weights * example.next_token_losses(model, batch[:, :length])).mean().backward()
+                    optimizer.step()
+                    weighting.after_step(batch[:, :length])
+            found.append(str(refused.value))
+        return found
+
+    for samples, lengths in run_distributed(refusals, 2):
+        assert samples.startswith("batches have 16 and 17 samples; pass batches of one size on all processes")
+        assert lengths.startswith("batches have 15 and 16 tokens per sample;")
 
 
 def test_a_loop_over_megatron_core(examples: Any):

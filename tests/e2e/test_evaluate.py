@@ -115,6 +115,28 @@ def test_a_checkpoint_and_hugging_face_folders_side_by_side(workplace: Path, cap
     assert f"{cloze['mean']:.3f} ± {cloze['stderr']:.3f} (-" in printed
 
 
+def test_a_task_of_the_user(workplace: Path):
+    rows = [{"question": "The sun", "options": ["rose", "sank", "shone"], "right": n % 3} for n in range(ITEMS)]
+    (workplace / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (workplace / "tasks").mkdir()
+    task = {
+        "task": "own-sun",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": f"{workplace}/rows.jsonl"}, "cache_dir": f"{workplace}/cache"},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{options}}",
+        "doc_to_target": "{{right}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (workplace / "tasks/sun.yaml").write_text(json.dumps(task))  # JSON is YAML too
+    words = ["--tasks", "own-sun", "--task-path", workplace / "tasks", "--num-fewshot", 0]
+    (result,) = evaluated(workplace, workplace / "trained", *words)["checkpoints"][0]["results"]
+    assert (result["task"], result["samples"]) == ("own-sun", ITEMS)
+    assert result["metrics"]["acc"]["mean"] == pytest.approx(1 / 3, abs=0.5 / ITEMS)  # always the same answer
+
+
 def signaled_in_tasks() -> None:
     """The command whose last rank gets a signal when it computes likelihoods for the first time."""
     calls = []
@@ -220,6 +242,7 @@ def write_bad_models(workplace: Path) -> None:
         (["{untrained}", "--tasks", "local-title", "--task-text", "{bad}"], 'line 1: no JSON object with the key "te'),
         (["{untrained}", "--tasks", "arc", "--task-text", "{title}"], "--task-text and --task-packages are for local"),
         (["{bad_model}", "--tasks", "local-cloze", "--task-text", "{story}"], "bad_model: its tokenizer does not load"),
+        (["{untrained}", *CLOZE, "--task-path", "none"], "--task-path none: no such folder; give the folder of a"),
         (["{untrained}", *CLOZE, "--num-fewshot", "9"], "--num-fewshot 9: local tasks have 8 examples; give fewer"),
         (["{untrained}", *CLOZE, "--output", "{story}"], "story.jsonl: cannot be written (Not a directory); give an"),
         (["{cut}", *CLOZE], "cut: cannot be loaded (Error while deserializing header"),
