@@ -116,7 +116,7 @@ def test_a_checkpoint_and_hugging_face_folders_side_by_side(workplace: Path, cap
 
 
 def test_a_task_of_the_user(workplace: Path):
-    rows = [{"question": "The sun", "options": ["rose", "sank", "shone"], "right": n % 3} for n in range(ITEMS)]
+    rows = [{"question": "The sun", "options": ["rose", "sank"], "right": n % 2} for n in range(ITEMS)]
     (workplace / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (workplace / "tasks").mkdir()
     task = {
@@ -134,7 +134,7 @@ def test_a_task_of_the_user(workplace: Path):
     words = ["--tasks", "own-sun", "--task-path", workplace / "tasks", "--num-fewshot", 0]
     (result,) = evaluated(workplace, workplace / "trained", *words)["checkpoints"][0]["results"]
     assert (result["task"], result["samples"]) == ("own-sun", ITEMS)
-    assert result["metrics"]["acc"]["mean"] == pytest.approx(1 / 3, abs=0.5 / ITEMS)  # always the same answer
+    assert result["metrics"]["acc"]["mean"] == 0.5  # the same answer to each question, which every second time is right
 
 
 def signaled_in_tasks() -> None:
