@@ -127,7 +127,8 @@ def _named_as_on_a_gpu(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def type_of(*args: Any, **kwargs: Any) -> Any:
         result = method(*args, **kwargs)
-        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+        # Inside a TorchFunctionMode it is called twice, because torch looks methods up by their names.
+        return f"torch.cuda.{result.split('.')[-1]}" if isinstance(result, str) else result
 
     return type_of
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from torch.overrides import BaseTorchFunctionMode
 
 from megatron_dwm.runtime.device import select_device
 from tests.distributed.harness import run_distributed
@@ -30,6 +31,8 @@ def calls_for_a_gpu() -> dict[str, bool]:
         "other devices": torch.zeros(2, device="meta").is_meta,
         "a default device": _on_meta().is_meta,
     }
+    with BaseTorchFunctionMode():
+        answers["the name of a type in a mode"] = torch.ones(2).type() == "torch.cuda.FloatTensor"
     with ThreadPoolExecutor(1) as thread:
         answers["another thread"] = thread.submit(torch.zeros, 1, device="cuda").result().device.type == "cpu"
     return answers
