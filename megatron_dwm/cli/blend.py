@@ -13,7 +13,6 @@ from pathlib import Path
 from shlex import quote
 
 from megatron_dwm.analysis.records import read_run, run_folder
-from megatron_dwm.analysis.samples import run_arguments
 from megatron_dwm.analysis.shares import learned_shares, learned_weights
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.cli.run_argument import RunArgument, with_first_flag
@@ -67,6 +66,8 @@ def _main(argv: Sequence[str] | None) -> None:
 
 def _saved_paths(run: Path) -> DataPaths | None:
     """Return the datasets of a run as its last checkpoint names them; None if it has no checkpoint."""
+    from megatron_dwm.analysis.samples import run_arguments
+
     try:
         saved = run_arguments(run_folder(run))
         return data_paths(build(DataConfig, saved), None)
