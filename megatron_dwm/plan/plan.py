@@ -160,7 +160,6 @@ def _with_known_layers(config: RunConfig) -> tuple[RunConfig, str]:
         **fp8,
         transformer_impl="torch",
         attention_backend="auto",
-        layernorm_zero_centered_gamma=False,
         fp32_residual_connection=False,
         cross_entropy_fusion_impl="native",
         first_last_layers_bf16=False,

@@ -2,7 +2,8 @@
 
 ``tests/fixtures/flags.json`` is what Megatron-LM's own parser (core_v0.16.1) says of its flags: spellings to
 destination, default and, where there are, choices, nargs, action and a type other than str. ``newer_flags.json`` has
-those that core_v0.17.0, core_v0.18.2 and core_v0.19.0 have and it has not (``megatron/record_newer_flags.py``), and
+those that core_v0.17.0, core_v0.18.2, core_v0.19.0 and the main branch of August 2026 have and it has not
+(``megatron/record_newer_flags.py``), and
 ``older_flags.txt`` those that releases from v2.0 to core_v0.15 had and it has not (the names in ``add_argument``).
 """
 
@@ -139,6 +140,8 @@ READ_BY_PROPERTIES = {
     "lr_warmup_fraction": "OptimizerConfig.lr_bounds",
     "check_for_nan_in_loss_and_grad": "TrainingConfig.should_check_for_nan",
     "activations_checkpoint_method": "ModelConfig.early_recompute_method",
+    "eval_interval": "DataConfig.evaluations",
+    "eval_micro_batch_size": "RunConfig.eval_micro_batch",
     "accumulate_allreduce_grads_in_fp32": "OptimizerConfig.grads_in_fp32",
     "decrease_batch_size_if_needed": "RunConfig.batch_sizes",
     "dwm_target_batch_size": "RunConfig.target_batch_size",
@@ -147,6 +150,7 @@ READ_BY_PROPERTIES = {
     "no_weight_decay_cond_type": "OptimizerConfig.decays_qk_layernorm",
     "num_layers_per_virtual_pipeline_stage": "ParallelConfig.virtual_stages",
     "num_virtual_stages_per_pipeline_rank": "ParallelConfig.virtual_stages",
+    "start_eval_at_iter": "DataConfig.evaluations",
     "use_checkpoint_args": "parse_run",
     "use_rotary_position_embeddings": "ModelConfig.positions",
 }
