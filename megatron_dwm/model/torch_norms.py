@@ -25,6 +25,8 @@ NORMED_LINEARS = ("self_attention.linear_proj", "mlp.linear_fc2")
 class TorchLayerNorm(torch.nn.LayerNorm):
     """LayerNorm, replicated over the tensor-parallel group."""
 
+    config: TransformerConfig
+
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps)
         _prepare_weights(self, config)
@@ -39,6 +41,8 @@ class TorchLayerNorm(torch.nn.LayerNorm):
 
 class TorchRMSNorm(torch.nn.RMSNorm):
     """RMSNorm, replicated over the tensor-parallel group."""
+
+    config: TransformerConfig
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps)

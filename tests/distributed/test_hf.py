@@ -87,8 +87,9 @@ MODELS: dict[str, Flags] = {
         "--yarn-beta-fast": 4.0,
         "--no-yarn-correction-range-round-to-int": True,
     },
-    "nemotron with tanh GELU and biases": {
+    "nemotron with tanh GELU, biases and gains centered on zero": {
         **NEMOTRON,
+        "--apply-layernorm-1p": True,
         "--squared-relu": False,
         "--disable-bias-linear": False,
         "--rotary-percent": 1.0,
