@@ -31,13 +31,16 @@ def layers_config(config: RunConfig, *, for_gpu: bool) -> TransformerConfig:
     Raises:
         UserError: flags that contradict each other.
     """
-    parallel = config.parallel
-    if for_gpu:  # They change when bytes are sent, not how many.
+    parallel, training = config.parallel, config.training
+    if for_gpu:
+        # They change when bytes are sent, not how many.
         parallel = dataclasses.replace(parallel, tp_comm_overlap=False, defer_embedding_wgrad_compute=False)
+        # It asks for variables in the environment of the machines that train, and changes no size.
+        training = dataclasses.replace(training, deterministic_mode=False)
     core_config = transformer_config(
         config.model,
         parallel,
-        config.training,
+        training,
         config.optimizer,
         torch.device("cuda" if for_gpu else "cpu"),
         resets_attention_mask=config.data.reset_attention_mask,

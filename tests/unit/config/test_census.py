@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 from tests.unit.config.census import CENSUS_OF_TEAMS, obstacles, read_census, table
 
 REFUSED = {
@@ -26,13 +24,6 @@ REFUSED = {
     "--overlap-param-gather-with-optimizer-step": 1,
 }
 """Flags that are refused, in how many configurations; docs/megatron.md says why. Others that go with them are not."""
-
-
-@pytest.fixture(autouse=True)
-def _deterministic_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variables that Megatron-LM's functional tests set."""
-    monkeypatch.setenv("NCCL_ALGO", "Ring")
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def test_all_but_nine_of_122_configurations_are_accepted(tmp_path: Path):
