@@ -14,6 +14,7 @@ from megatron_dwm.config.needed_flags import YARN_FIELDS, missing_flag
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.safe_unpickling import UnreadableFileError, read_common_state, read_torch_file
+from megatron_dwm.special_files import find_special_file
 
 UNKNOWN_PARTS = (
     "experimental_attention_variant",
@@ -104,6 +105,8 @@ def read_arguments(folder: Path) -> dict[str, Any]:
         UserError: it has none.
     """
     path = first_rank_file(folder)
+    if special := find_special_file(folder if path is None else path.parent):
+        raise UserError(f"{folder}: {special}; the checkpoint is damaged, give another")
     try:
         common = read_common_state(folder) if path is None else read_torch_file(path)
     except UnreadableFileError as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_dwm.checksums import checksum, find_damage, parse_checksums
 from megatron_dwm.errors import UserError
+from megatron_dwm.special_files import find_special_file
 
 MANIFEST = "dwm_manifest.json"
 _DIGEST_OF_MANIFEST = "manifest_sha256"
@@ -74,8 +75,10 @@ def verify_export(flag: str, folder: Path) -> bool:
         whether it is an export of this program. Exports of earlier versions have no checksums.
 
     Raises:
-        UserError: the manifest is damaged, or a file is not as it was exported.
+        UserError: the manifest is damaged, or a file is none, or not as it was exported.
     """
+    if special := find_special_file(folder):
+        raise UserError(f"{flag} {folder}: {special}; export the weighter again, or give another")
     if not (folder / MANIFEST).exists():
         return False
     try:

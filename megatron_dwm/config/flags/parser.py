@@ -69,6 +69,8 @@ class _StoreFlag(argparse.Action):
         item = self.item
         if item.value_type is not None and item.nargs is None and isinstance(values, list):
             parser.error(f"argument {option_string}: expected one argument")  # argparse has taken "--" out of it
+        if values == [] and item.nargs == "+":
+            parser.error(f"argument {option_string}: expected at least one argument")  # the same
         value = (not item.default) if item.value_type is None else values
         if not hasattr(namespace, item.field):
             if option_string in item.old_names:
