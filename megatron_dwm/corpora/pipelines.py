@@ -7,6 +7,7 @@ done, and does the others only.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -193,8 +194,8 @@ def refuse_queued_job(folder: OutputFolder, flag: str, output: str) -> None:
     Raises:
         UserError: there is such a job.
     """
-    numbers = folder.read(_SUBMITTED)
-    if numbers is None or shutil.which("squeue") is None:  # elsewhere it cannot be known
+    numbers = folder.read(_SUBMITTED) or ""
+    if re.fullmatch(r"\d+(,\d+)*", numbers) is None or shutil.which("squeue") is None:  # elsewhere it cannot be known
         return
     queue = ["squeue", "--noheader", "--format=%A", f"--jobs={numbers}"]
     if queued := subprocess.run(queue, capture_output=True, text=True, check=False).stdout.split():

@@ -196,7 +196,7 @@ def test_documents_are_scored_and_selected_by_arrays_of_tasks(
             select.main([*choice, "later.jsonl", *other])
         assert end.value.code == 2
         found = re.search(r"error: --output later.jsonl: SLURM job (\d+) .*scancel ([\d ]+)\n", capfd.readouterr().err)
-        assert found and found[1] in (numbers := found[2].split()) and len(numbers) == 3, found
+        assert found and found[1] in found[2].split()
     subprocess.run(["scancel", f"--user={getpass.getuser()}"], check=True)
     cluster.wait_for("end of the jobs", lambda: not queued())
     select.main([*choice, "later.jsonl"])
