@@ -245,6 +245,7 @@ def _names(path: Path) -> list[str]:
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
+        path.open("rb").close()  # of a file that may not be read, safetensors says that there is none
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     return list(_pickled(path))
