@@ -37,7 +37,7 @@ from megatron_dwm.errors import (
     print_error,
     renamed_flags,
 )
-from megatron_dwm.runtime.child_processes import end_children_with_this_process
+from megatron_dwm.runtime.child_processes import end_children_with_this_process, require_temporary_folder
 from megatron_dwm.runtime.compat import require_megatron_core
 from megatron_dwm.runtime.device import select_device
 from megatron_dwm.runtime.environment import environment_rank
@@ -79,6 +79,7 @@ class Process:
         """
         with self.startup_sync.phase("flags"):
             require_megatron_core()
+            require_temporary_folder()
             config = read_flags(self.world_size)
             device = select_device(self.local_rank)
         if device.type == "cpu":  # advice on CUDA's queues

@@ -35,7 +35,7 @@ from megatron_dwm.corpora.parts import Part, records_of
 from megatron_dwm.corpora.storage import OutputFolder, is_url
 from megatron_dwm.corpora.worker_pool import WorkerDiedError
 from megatron_dwm.errors import UserError, renamed_flags, shortened
-from megatron_dwm.runtime.child_processes import end_children_with_this_process
+from megatron_dwm.runtime.child_processes import end_children_with_this_process, require_temporary_folder
 
 _WATCH_INTERVAL_S = 0.3
 _SUBMITTED = "submitted"
@@ -135,9 +135,11 @@ def run_here(job: Job, workers: int) -> Any:
         datatrove's statistics of this call; None if all tasks were done.
 
     Raises:
+        UserError: processes cannot be reached on this machine.
         WorkerDiedError: a signal has killed a worker process.
     """
     logger.disable("datatrove")
+    require_temporary_folder()
     end_children_with_this_process()  # datatrove's manager would outlive this process if that is killed
     workers = min(workers, job.tasks)
     executor = _QuietExecutor(list(job.steps), job.tasks, workers, logging_dir=job.logs)
