@@ -6,8 +6,10 @@ import contextlib
 import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TextIO
 
 EXIT_CODE = 2
 INTERRUPTED = 130
@@ -165,10 +167,16 @@ def _flag_of(path: str, words: Sequence[str]) -> str:
     return found[0]
 
 
+def discard_output(stream: TextIO) -> None:
+    """Discard what is written to a stream from now on, and what it could not write."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run the ``main`` of a command of one process, turning a :class:`UserError` into its line and exit code.
 
-    A full disk, a folder that is not writable and a path that is too long are user errors too. Ctrl-C ends it quietly.
+    A full disk, a folder that is not writable and a path that is too long are user errors too. Ctrl-C ends it quietly,
+    and so does the end of what reads its output.
 
     Programs of several ranks start through ``megatron_dwm.cli.launch`` instead.
     """
@@ -176,6 +184,9 @@ def run_cli(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:  # as in ``| head``; Python would fail again when it ends
+        discard_output(sys.stdout)
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except Exception as error:
         known = as_user_error(error)
         if known is error and (reason := write_failure_reason(error)) is not None:

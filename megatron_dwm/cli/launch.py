@@ -6,6 +6,7 @@ once, by the rank that found it, and ends every other rank.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -153,7 +154,7 @@ def run_program(program: Callable[[Process], None], argv: Sequence[str] | None =
     end_children_with_this_process()
     try:
         rank, local_rank, world_size = environment_rank()
-        configure_logging(rank, world_size)
+        configure_logging(rank, world_size, may_lose=True)
         signals = StartSignals() if flag_name("exit_signal_handler") in words else None
         startup_sync = StartupSync(rank, world_size, _timeout(words), signals)
     except PeerError:
@@ -194,7 +195,8 @@ def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
     Raises:
         SystemExit: this is the only process, or all ranks know of the failure; otherwise the process ends here.
     """
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # the error is told even if the log has no room
+        sys.stdout.flush()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at a worker's end
     for worker in multiprocessing.active_children():
         # Processes of data loaders ignore the signal by which Python would end them. For those that write checkpoints
@@ -215,8 +217,9 @@ def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
     startup_sync.linger()
     code = exit_code_of(error)
     if startup_sync.world_size > 1:  # no cleanup: what it would wait for may be gone
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
     raise SystemExit(code) from None
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
-import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -45,10 +43,7 @@ class OneLineParser(argparse.ArgumentParser):
         if file is not None or not logger.isEnabledFor(logging.INFO):  # logging is not configured
             super().print_help(file)
             return
-        try:
-            logger.info(self.format_help().rstrip())
-        except BrokenPipeError:  # as in ``--help | head``; Python would fail again when it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        logger.info(self.format_help().rstrip())
 
 
 class _StoreFlag(argparse.Action):
