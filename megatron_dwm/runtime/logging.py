@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import io
 import logging
+import os
 import sys
 from datetime import datetime
 
@@ -75,6 +76,9 @@ def configure_logging(rank: int = 0, world_size: int = 1, *, may_lose: bool = Fa
     Args:
         may_lose: whether messages that cannot be printed are lost with one warning, as a log must not end a run.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell that has started this
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     if isinstance(sys.stdout, io.TextIOWrapper):  # paths may hold bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
     print_messages_of("megatron_dwm", rank, world_size, may_lose=may_lose)

@@ -56,6 +56,12 @@ def test_a_command_whose_output_nobody_reads_ends_quietly():
     assert run_python(command, pipe_without_a_reader()) == (141, "")
 
 
+def test_a_closed_output_is_no_error():
+    configure = "import sys, os; sys.stdout = sys.stderr = None; configure_logging(may_lose=True); "
+    flush = f"{LINES}; logging.getLogger('megatron_dwm').warning('a warning'); sys.stdout.flush(); sys.stderr.flush()"
+    assert run_python(configure + flush, os.open(os.devnull, os.O_RDONLY)) == (0, "")
+
+
 def test_paths_that_are_no_text_are_printed():
     def command() -> None:
         configure_logging()
