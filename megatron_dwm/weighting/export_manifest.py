@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.checksums import checksum, find_damage, parse_checksums
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.special_files import find_special_file
 
 MANIFEST = "dwm_manifest.json"
@@ -45,6 +45,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     written = manifest.pop(_DIGEST_OF_MANIFEST, None)
     if written is not None and written != _digest(manifest):
         raise ValueError("not as it was written")
+    model = manifest.get("language_model", {})
+    length = model.get("seq_length") if isinstance(model, dict) else 0
+    if length is not None and not (isinstance(length, int) and length > 0):
+        raise ValueError(f"language_model is {shortened(model, 40)}")
     return manifest
 
 
