@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -131,12 +132,17 @@ def renamed_flags(names: Mapping[str, str]) -> Iterator[None]:
 def as_user_error(error: BaseException, words: Sequence[str] | None = None) -> BaseException:
     """Return the user's error that another error means; others as they are.
 
-    That is a file or folder that a flag names, or something below it, which cannot be used, or a data loader's process
-    that was killed, mostly for lack of memory.
+    That is a file or folder that a flag names, or something below it, which cannot be used, too many open files, or a
+    data loader's process that was killed, mostly for lack of memory.
 
     Args:
         words: the command line; by default this process's.
     """
+    if isinstance(error, (OSError, RuntimeError)) and os.strerror(errno.EMFILE) in str(error):
+        return UserError(
+            f"{os.strerror(errno.EMFILE)}: more than ulimit -n {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} allows; "
+            "raise it, or give fewer --num-workers"
+        )
     if isinstance(error, OSError) and isinstance(path := error.filename2 or error.filename, (str, bytes)):
         path = os.fsdecode(path)
         flag, reason = _flag_of(path, sys.argv[1:] if words is None else words), error.strerror
