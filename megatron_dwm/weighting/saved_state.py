@@ -39,7 +39,8 @@ def check_weighter_state(state: State) -> None:
     if not isinstance(weighter, Mapping) or not all(isinstance(value, torch.Tensor) for value in weighter.values()):
         raise ValueError(f"its parameters are {shortened(weighter, 40)}")
     for name, kind in _NEEDED.items():
-        if not isinstance(value := state.get(name), kind) or (kind is int and value < 0):
+        value = state.get(name)
+        if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
             raise ValueError(f"its {name} is {shortened(value, 40)}")
     for name, kind in _OPTIONAL.items():
         if not isinstance(value := state.get(name), kind | None):
@@ -53,5 +54,6 @@ def _is_aligned_batch(entry: Any) -> bool:
     if not isinstance(entry, Mapping):
         return False
     tokens, alignments = entry.get("tokens"), entry.get("alignments")
-    are_tensors = isinstance(tokens, torch.Tensor) and isinstance(alignments, torch.Tensor)
-    return are_tensors and tokens.ndim == 2 and not tokens.is_floating_point() and alignments.shape == tokens.shape[:1]
+    if not (isinstance(tokens, torch.Tensor) and isinstance(alignments, torch.Tensor)):
+        return False
+    return tokens.ndim == 2 and not tokens.is_floating_point() and alignments.shape == tokens.shape[:1]
