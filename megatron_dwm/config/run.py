@@ -168,17 +168,34 @@ class RunConfig:
             for size in sizes.running_sizes:
                 microbatches = size // sizes.unit
                 self._check_groups(microbatches, "--global-batch-size or --micro-batch-size")
+        self._check_evaluation_batches()
         samples = self.training.train_samples
         if samples is not None and samples < self.global_batch_size:
             raise UserError(f"--train-samples {samples} is less than one batch of {self.global_batch_size}; raise it")
 
+    def _check_evaluation_batches(self) -> None:
+        if (self.data.eval_micro_batch_size, self.data.eval_global_batch_size) == (None, None):
+            return
+        size, micro, dp = self.eval_batch_size, self.eval_micro_batch, self.data_parallel_size
+        if size % (micro * dp):
+            raise UserError(
+                f"--eval-global-batch-size {size} is not divisible by --eval-micro-batch-size {micro} x data-parallel "
+                f"size {dp}; change one"
+            )
+        if self.parallel.tp_comm_overlap and micro != self.training.micro_batch:
+            raise UserError(
+                f"--eval-micro-batch-size {micro} with --tp-comm-overlap: its buffers have the shape of a microbatch "
+                f"of {self.training.micro_batch} samples; leave one out"
+            )
+        if self.parallel.virtual_stages(self.model.layers) is not None:
+            self._check_groups(size // (micro * dp), "--eval-global-batch-size or --eval-micro-batch-size")
+
     def _check_samples(self) -> None:
-        iterations, interval = self.training.train_iters or 0, self.data.eval_interval
-        evaluations = 1 + (iterations // interval if interval else 0)
+        evaluations = 1 + self.data.evaluations(0, self.training.train_iters or 0)
         repeats = {
             "train_samples": 1,
             "train_iters": self.global_batch_size,
-            "eval_iters": self.global_batch_size * evaluations,
+            "eval_iters": self.eval_batch_size * evaluations,
             "dwm_target_batch_size": 1,
         }
         flags = self.flat()
@@ -305,6 +322,16 @@ class RunConfig:
     def num_microbatches(self) -> int:
         """The number of microbatches of one model replica in one step."""
         return self.global_batch_size // (self.training.micro_batch * self.data_parallel_size)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """The number of samples in one batch of an evaluation."""
+        return self.data.eval_global_batch_size or self.global_batch_size
+
+    @property
+    def eval_micro_batch(self) -> int:
+        """The number of samples per microbatch of an evaluation."""
+        return self.data.eval_micro_batch_size or self.training.micro_batch
 
     @property
     def target_batch_size(self) -> int:

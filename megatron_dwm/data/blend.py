@@ -20,7 +20,8 @@ Blend = tuple[list[str], list[float] | None]
 LEGACY_SPLIT = "969, 30, 1"  # Megatron-LM's default for --data-path without --split
 SPLIT_NAMES = ("training", "validation", "test")
 TARGET_FLAG = "--dwm-target-data-path"
-_SPLIT = re.compile(r"\s*(\d+\.?\d*|\.\d+)(\s*[,/ ]\s*(\d+\.?\d*|\.\d+)){0,2}\s*")  # the format megatron-core parses
+_SPLIT = re.compile(r"""(['"]?)\s*(\d+\.?\d*|\.\d+)(\s*[,/ ]\s*(\d+\.?\d*|\.\d+)){0,2}\s*\1""")
+"""The format that megatron-core parses. Quotes are part of it in Megatron-LM's own script for Llama."""
 
 
 @dataclass(frozen=True)

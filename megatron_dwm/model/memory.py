@@ -16,8 +16,7 @@ def memory_estimate(config: RunConfig, padded_vocab_size: int) -> list[str]:
     """Return Megatron-LM's lines on parameters and memory of the rank with the highest memory use."""
     model, parallel = config.model, config.parallel
     weights, lines = _weights_and_optimizer(model, parallel, config.data_parallel_size, padded_vocab_size)
-    selective = model.recompute_activations or model.recompute_granularity == "selective"
-    sharded = parallel.sequence_parallel and selective
+    sharded = parallel.sequence_parallel and model.recomputation == "selective"
     layers, details = _layer_activations(model, parallel, config.training.micro_batch, sharded=sharded)
     factor, in_flight = _in_flight(parallel, model.layers, config.num_microbatches)
     activations = layers * factor

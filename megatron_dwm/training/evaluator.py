@@ -54,10 +54,10 @@ class Evaluator:
     def schedule(self) -> None:
         """Determine the evaluations after this iteration."""
         iteration = self.train_state.iteration
-        of_validation, of_tasks = self.config.data.eval_interval, self.config.tasks.eval_tasks_interval
+        of_tasks = self.config.tasks.eval_tasks_interval
         is_last = iteration == self.config.train_iters
         due = (
-            of_validation and iteration % of_validation == 0 and self.dataloaders.valid is not None,
+            self._is_validated(iteration) and self.dataloaders.valid is not None,
             self.evaluate_tasks and of_tasks is not None and (iteration % of_tasks == 0 or is_last),
         )
         self.train_state.evaluations_due = tuple(name for name, is_due in zip(EVALUATIONS, due, strict=True) if is_due)
@@ -115,7 +115,7 @@ class Evaluator:
                     self.engine,
                     data.loader,
                     batches,
-                    self.config.training.micro_batch,
+                    self.config.eval_micro_batch,
                     self.parallel_state,
                     log_progress=after_training,
                     dtype=torch.float64 if reads_whole_sets else torch.float32,
@@ -137,10 +137,13 @@ class Evaluator:
                 records = self.evaluate_tasks(self.stop_request.interrupt_if_signaled)
                 self.reporter.tasks(self.train_state.iteration, records)
 
+    def _is_validated(self, iteration: int) -> bool:
+        return self.config.data.evaluations(iteration - 1, iteration) > 0
+
     def _announce_second_evaluation(self) -> None:
         """Log why the last iteration has two validation losses, as in Megatron-LM, if it has."""
-        config, interval = self.config, self.config.data.eval_interval
-        was_evaluated = interval and self.train_state.iteration % interval == 0 and not config.training.skip_train
+        config = self.config
+        was_evaluated = self._is_validated(self.train_state.iteration) and not config.training.skip_train
         if was_evaluated and self.dataloaders.valid is not None and not config.data.full_validation:
-            samples = config.data.eval_iters * config.global_batch_size
+            samples = config.data.eval_iters * config.eval_batch_size
             logger.info(f" > the final validation loss uses the next {samples} samples, after those of the loss above")

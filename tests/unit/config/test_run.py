@@ -203,6 +203,9 @@ def test_configurations_cannot_be_changed():
 MISTAKES = {
     "--seed 4294967296": "--seed 4294967296: must be at most 4000000000",
     f"--train-iters {2**63 - 1}": f"--train-iters {2**63 - 1}: more than 1e+12 samples would be read; lower it",
+    "--eval-micro-batch-size 3": "--eval-global-batch-size 8 is not divisible by --eval-micro-batch-size 3 x data",
+    "--eval-global-batch-size 0": "--eval-global-batch-size 0: must be at least 1",
+    "--start-eval-at-iter -1": "--start-eval-at-iter -1: must be at least 0",
     f"--eval-iters {2**62}": f"--eval-iters {2**62}: more than 1e+12 samples would be read; lower it",
     f"--num-workers {2**62}": f"--num-workers {2**62}: must be at most 1024",
     "--num-layers 10001": "--num-layers 10001: must be at most 10000",
@@ -397,6 +400,11 @@ def test_only_what_looks_at_the_target_needs_a_target_set():
 def test_a_run_counted_in_samples_has_its_schedule_in_samples(flags: str, said: str):
     with pytest.raises(UserError, match=said):
         _parse(f"{BY_SAMPLES} {flags}")
+
+
+def test_recomputing_attention_overrules_recomputing_layers(caplog: pytest.LogCaptureFixture):
+    assert _parse(f"{RUN} --recompute-activations --recompute-granularity full").model.recomputation == "selective"
+    assert "--recompute-activations overrules --recompute-granularity full" in caplog.text
 
 
 def test_what_recomputation_is_left_in_a_script_is_warned_of(caplog: pytest.LogCaptureFixture):
