@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_dwm.config.data import DataConfig
 from megatron_dwm.config.flags import flag_name
 from megatron_dwm.errors import UserError, shortened
+from megatron_dwm.special_files import read_text
 
 Blend = tuple[list[str], list[float] | None]
 """Dataset prefixes and, if given, one weight for each."""
@@ -162,7 +163,7 @@ def _number(word: str) -> float | None:
 
 def _read(flag: str, path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_text(Path(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{flag} {path}: cannot be read ({error}); check the path") from None
 

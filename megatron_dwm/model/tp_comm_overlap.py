@@ -16,6 +16,7 @@ from megatron.core.utils import is_te_min_version
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.errors import UserError
+from megatron_dwm.special_files import read_text
 
 MIN_TRANSFORMER_ENGINE = "1.9.0"
 _WITH_QUANTIZATION_MODES = "2.7.0"
@@ -55,7 +56,7 @@ def read_overlap_settings(path: str | None) -> dict[str, Any]:
     import yaml  # of transformers, which the weighter needs
 
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        settings = yaml.safe_load(read_text(Path(path)))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--tp-comm-overlap-cfg {path}: cannot be read ({reason}); check the file") from None

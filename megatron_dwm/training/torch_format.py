@@ -39,6 +39,7 @@ from megatron_dwm.training.saved_checkpoint import (
     SavedCheckpoint,
     reported_damage,
     require_checksums,
+    require_plain_files,
 )
 from megatron_dwm.training.train_state import TrainComponents, TrainState
 
@@ -75,6 +76,7 @@ def open_torch_checkpoint(folder: Path, config: RunConfig, rank: int) -> TorchCh
     path = first_rank_file(folder)
     assert path is not None
     with reported_damage(folder):
+        require_plain_files(folder)
         if config.checkpoint.checkpoint_checksums:
             require_checksums(folder, rank, config.world_size)
         state = read_torch_file(path)

@@ -26,6 +26,7 @@ from megatron_dwm.weighting.policy import SampleWeighting, State
 from megatron_dwm.weighting.rules import ShuffledWeighting
 from megatron_dwm.weighting.sample_gather import SampleGather
 from megatron_dwm.weighting.sample_reader import SampleReader
+from megatron_dwm.weighting.saved_state import check_weighter_state
 from megatron_dwm.weighting.uniform import UniformWeighting
 from megatron_dwm.weighting.warmup import Start, WarmupWeighting
 from megatron_dwm.weighting.weighter import Weighter
@@ -111,6 +112,7 @@ class _Builder:
         is_restored = state.get("weighter") is not None
         if is_restored:
             try:
+                check_weighter_state(state)
                 weighter = self._restored_weighter(state)
             except DAMAGE as error:
                 raise _damaged_state(error) from None

@@ -210,8 +210,9 @@ class EmbeddedWeighting:
 
         Raises:
             FloatingPointError: an alignment is not finite.
-            RuntimeError: all alignments are zero, or the weighter's replicas differ.
-            UserError: samples are of another length on another process or in an earlier update.
+            RuntimeError: the weighter's replicas differ.
+            UserError: all alignments are zero, or samples are of another length on another process or in an earlier
+                update.
         """
         if not self.stages.is_update(self.iteration):
             return None

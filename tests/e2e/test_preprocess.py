@@ -138,7 +138,7 @@ def test_empty_documents_and_sentences_have_no_sequence(tmp_path: Path, monkeypa
 
 MALFORMED = [
     ("{", "not JSON (Expecting property name enclosed in double quotes"),
-    ("", "not JSON (Expecting value"),
+    ("x", "not JSON (Expecting value"),
     ("[1]", "not a JSON object"),
     ('{"body": "1"}', "no key 'text'"),
     ('{"text": null}', "the value of 'text' is not a string"),

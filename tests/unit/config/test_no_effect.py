@@ -136,6 +136,7 @@ def test_the_flags_with_which_others_would_act_are_refused(flag: str):
         ),
         ("--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tL", "does not place 4 layers on 2"),
         # The second is what Python 3.13 says.
+        ("--cp-comm-type=--", "--cp-comm-type(: expected at least one argument| --: unknown)"),
         ("--num-layers=--", "--num-layers: (expected one argument|invalid int value: '--')"),
         ("--pipeline-model-parallel-layout=", "does not place 4 layers on 1"),
         (
