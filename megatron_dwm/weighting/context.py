@@ -16,7 +16,7 @@ from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
-from megatron_dwm.weighting.inputs import WeightingInputs
+from megatron_dwm.weighting.inputs import WeighterInputs
 from megatron_dwm.weighting.loss_factors import LossFactors
 from megatron_dwm.weighting.sample_gather import SampleGather
 from megatron_dwm.weighting.scored import ScoringOptions
@@ -29,7 +29,8 @@ class WeightingContext:
     """The parts of a run that a weighting needs."""
 
     config: RunConfig
-    inputs: WeightingInputs
+    inputs: WeighterInputs | None
+    """The weighter's inputs; None without a weighter."""
     stages: StageSchedule
     paths: DataPaths
     tokenizer: Any
@@ -49,7 +50,7 @@ def lm_gradients(context: WeightingContext, gradient_mean: GradientMean | None =
     Args:
         gradient_mean: averages the target gradient over updates.
     """
-    config, micro_batch_size = context.config, context.config.training.micro_batch
+    config, micro_batch_size = context.config, context.config.training.micro_batch_size
     parts = context.engine, context.optimizer, context.parallel_state, micro_batch_size
     return LMGradients(config.weighting, *parts, gradient_mean)
 
@@ -58,7 +59,7 @@ def weight_metrics(context: WeightingContext) -> WeightMetrics:
     """Return the object that computes the metrics of each step's weights."""
     config, gather = context.config, SampleGather(context.partition, context.parallel_state)
     is_per_token = context.engine.config.calculate_per_token_loss
-    loss_factors = LossFactors(config.training.micro_batch, is_per_token, context.parallel_state)
+    loss_factors = LossFactors(config.training.micro_batch_size, is_per_token, context.parallel_state)
     return WeightMetrics(context.stages, gather, loss_factors, context.paths.train_sources)
 
 

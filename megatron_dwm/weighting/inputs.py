@@ -1,4 +1,4 @@
-"""The inputs and the stages of a run's weighting, checked before any process waits for another."""
+"""The inputs of a run's weighter and the stages of a run, checked before any process waits for another."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ DOCUMENT_JOINT = "\n\n"
 
 
 @dataclass(frozen=True)
-class WeightingInputs:
-    """The inputs of the weighting, checked before any process waits for another."""
+class WeighterInputs:
+    """The inputs of a run's weighter, checked before any process waits for another."""
 
-    samples: SampleTokens | None = None
-    """The format of the samples; None without a weighter."""
+    samples: SampleTokens
+    """The format of the samples."""
     folder: WeighterFolder | None = None
     """The classifier that ``--dwm-load`` or ``--dwm-init-from`` names, if it names a folder; the first of several."""
     digest: str | None = None
@@ -51,7 +51,7 @@ def sample_tokens(config: RunConfig, tokenizer: Any) -> SampleTokens:
         tokenizer: megatron-core's.
     """
     return SampleTokens(
-        config.model.sequence,
+        config.model.seq_length,
         int(tokenizer.vocab_size),
         int(tokenizer.eod),
         vocabulary_fingerprint(tokenizer, config.tokenizer),
@@ -59,15 +59,15 @@ def sample_tokens(config: RunConfig, tokenizer: Any) -> SampleTokens:
     )
 
 
-def read_weighting_inputs(config: RunConfig, tokenizer: Any) -> WeightingInputs:
-    """Open and check the weighter's folder.
+def read_weighter_inputs(config: RunConfig, tokenizer: Any) -> WeighterInputs | None:
+    """Open and check the weighter's folder; without a weighter return None.
 
     Raises:
         UserError: the folder does not fit.
     """
     settings = config.weighting
     if not settings.has_weighter:
-        return WeightingInputs()
+        return None
     samples = sample_tokens(config, tokenizer)
     flag, seed = "--dwm-load", config.training.seed
     if settings.dwm_load is not None:
@@ -75,10 +75,10 @@ def read_weighting_inputs(config: RunConfig, tokenizer: Any) -> WeightingInputs:
         # Check all of them, so that none fails in the middle of the run.
         digests = [read_weighter_folder(flag, w.folder, samples, seed).digest for w in weighters[1:]]
         folder = read_weighter_folder(flag, weighters[0].folder, samples, seed)
-        return WeightingInputs(samples, folder, "".join([folder.digest, *digests]))
+        return WeighterInputs(samples, folder, "".join([folder.digest, *digests]))
     if settings.dwm_init_from == "lm":
         check_init_from_lm(config.model, settings)
     if settings.dwm_init_from in ("lm", "random"):
-        return WeightingInputs(samples)
+        return WeighterInputs(samples)
     folder = read_weighter_folder("--dwm-init-from", settings.dwm_init_from, samples, seed)
-    return WeightingInputs(samples, folder, digest=folder.digest)
+    return WeighterInputs(samples, folder, digest=folder.digest)

@@ -22,7 +22,7 @@ from megatron_dwm.model.full_state import gather_full_state
 from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.build import build_weighting
 from megatron_dwm.weighting.context import WeightingContext
-from megatron_dwm.weighting.inputs import read_weighting_inputs, run_stages
+from megatron_dwm.weighting.inputs import read_weighter_inputs, run_stages
 from megatron_dwm.weighting.policy import SampleWeighting
 from megatron_dwm.weighting.rules import half_of_samples
 from tests.distributed.built_model import LAYOUTS, BuiltModel, build_model, random_mask, random_tokens
@@ -69,7 +69,7 @@ def made_weighting(built: BuiltModel) -> SampleWeighting:
     """The weighting of the model's flags, for data of two sources."""
     context = WeightingContext(
         config=built.config,
-        inputs=read_weighting_inputs(built.config, None),
+        inputs=read_weighter_inputs(built.config, None),
         stages=run_stages(built.config),
         paths=DataPaths((["a", "b"], None), (None, None, None), None, None),
         tokenizer=None,
