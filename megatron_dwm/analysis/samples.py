@@ -157,7 +157,7 @@ def _opened(config: RunConfig, consumed_valid: int, start: Path) -> Iterator[Run
             ),
             tokenizer,
             parallel_state,
-            sequence=config.model.sequence,
+            sequence=config.model.seq_length,
             seed=config.training.seed,
             target_batch_size=config.target_batch_size if has_target else None,
         )

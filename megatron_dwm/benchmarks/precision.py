@@ -167,7 +167,7 @@ def aligned(
     from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 
     result: dict[tuple[str, Alignment], torch.Tensor] = {}
-    micro = trainer.config.training.micro_batch
+    micro = trainer.config.training.micro_batch_size
     ways: tuple[Alignment, ...] = get_args(Alignment)
     for precision, (engine, optimizer) in models.items():
         with engine.full_parameters(), engine.deterministic():

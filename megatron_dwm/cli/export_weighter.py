@@ -106,7 +106,7 @@ def _tokenizer(run: RunConfig, fingerprint: str) -> Any:
 
     if not fingerprint:
         tokenizer = to_hf_tokenizer(build_tokenizer(run.tokenizer), run.tokenizer)
-        tokenizer.model_max_length = run.model.sequence
+        tokenizer.model_max_length = run.model.seq_length
         return tokenizer
     started_from = Path(run.weighting.dwm_load or run.weighting.dwm_init_from)
     if not (started_from / "config.json").is_file():  # a run's exports, one for each stage

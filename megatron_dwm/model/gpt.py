@@ -63,7 +63,7 @@ def build_model_chunks(
             config=config,
             transformer_layer_spec=_layer_spec(config, model, resolve_transformer_impl(model, device), stage),
             vocab_size=vocabulary.rows,
-            max_sequence_length=model.max_position_embeddings or model.sequence,
+            max_sequence_length=model.max_position_embeddings or model.seq_length,
             pre_process=is_pp_first_stage(groups.pp) and is_vp_first_stage(stage, count),
             post_process=is_pp_last_stage(groups.pp) and is_vp_last_stage(stage, count),
             fp16_lm_cross_entropy=fp16_lm_cross_entropy,

@@ -114,10 +114,7 @@ class _RMSNorm(torch.autograd.Function):
         return torch.empty_like(values), torch.empty_like(weight)
 
 
-def _rms_norm(
-    values: torch.Tensor, shape: Any, weight: torch.Tensor | None = None, eps: float | None = None
-) -> torch.Tensor:
-    assert weight is not None
+def _rms_norm(values: torch.Tensor, shape: Any, weight: torch.Tensor, eps: float | None = None) -> torch.Tensor:
     result: torch.Tensor = _RMSNorm.apply(values, weight)  # type: ignore[no-untyped-call]
     return result
 

@@ -47,7 +47,7 @@ class Dataloaders:
         """
         self.config, self.parallel_state, self.vocab_size = config, parallel_state, int(tokenizer.vocab_size)
         self._loaders: list[BatchLoader] = []
-        micro, dp = config.training.micro_batch, parallel_state.dp_size
+        micro, dp = config.training.micro_batch_size, parallel_state.dp_size
         self.partition = BatchPartition(micro, config.num_microbatches, parallel_state.dp_rank, dp)
         sizes = config.batch_sizes if config.training.rampup_batch_size is not None else None
         self.train_partition = replace(self.partition, sizes=sizes)
@@ -72,7 +72,7 @@ class Dataloaders:
             ),
             tokenizer,
             parallel_state,
-            sequence=config.model.sequence,
+            sequence=config.model.seq_length,
             seed=config.training.seed,
             target_batch_size=config.target_batch_size if config.weighting.needs_target else None,
         )
@@ -170,7 +170,7 @@ class Dataloaders:
         return self._loader(dataset, sampler, partition, consumed)
 
     def _loader(self, dataset: Any, sampler: Any, partition: BatchPartition, consumed: int = 0) -> BatchLoader:
-        sequence, workers, state = self.config.model.sequence, self.config.data.num_workers, self.parallel_state
+        sequence, workers, state = self.config.model.seq_length, self.config.data.num_workers, self.parallel_state
         loader = BatchLoader(dataset, sampler, partition, sequence, state, self.vocab_size, workers, consumed)
         self._loaders.append(loader)
         return loader

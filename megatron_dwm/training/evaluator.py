@@ -115,7 +115,7 @@ class Evaluator:
                     self.engine,
                     data.loader,
                     batches,
-                    self.config.training.micro_batch,
+                    self.config.training.micro_batch_size,
                     self.parallel_state,
                     log_progress=after_training,
                     dtype=torch.float64 if reads_whole_sets else torch.float32,

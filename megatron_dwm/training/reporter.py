@@ -285,7 +285,7 @@ class Reporter:
             added = self.window.weighting_flops / self.window.iterations
             extra["dwm throughput per GPU (TFLOP/s/GPU)"] = (flops + added) * per_flop
         if not self.first_step:  # the first step includes start-up costs
-            tokens = batch_size * self.config.model.sequence / (seconds * self.parallel_state.world_size)
+            tokens = batch_size * self.config.model.seq_length / (seconds * self.parallel_state.world_size)
             seconds_left = seconds * (self.config.train_iters - train_state.iteration)
             extra |= Speed(tokens, flops * per_flop, self.peak_tflops, seconds_left).figures()
         joules = self.energy.lap()

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dwm.atomic_write import remove_unfinished_files
 from megatron_dwm.config.checkpoint import CheckpointConfig
+from megatron_dwm.config.checkpoint_args import first_rank_file
 from megatron_dwm.config.data import DataConfig
 from megatron_dwm.config.logging import LoggingConfig
 from megatron_dwm.config.model import ModelConfig
@@ -30,7 +31,7 @@ from megatron_dwm.runtime.startup_sync import StartupSync
 from megatron_dwm.runtime.stragglers import StragglerReport
 from megatron_dwm.runtime.timers import StepTimers
 from megatron_dwm.training.checkpoint import CheckpointWriter
-from megatron_dwm.training.checkpoint_folders import has_torch_format, latest_checkpoint, loading_line
+from megatron_dwm.training.checkpoint_folders import latest_checkpoint, loading_line
 from megatron_dwm.training.checkpoint_loading import load_checkpoint
 from megatron_dwm.training.dataloaders import Dataloaders
 from megatron_dwm.training.lr_schedule import Schedule, build_scheduler
@@ -118,7 +119,7 @@ def read_inputs(config: RunConfig, rank: int, world_size: int) -> RunInputs:
     if rank == 0:
         check_data(
             paths,
-            config.model.sequence,
+            config.model.seq_length,
             int(tokenizer.vocab_size),
             has_evaluation=config.data.has_validation,
             reads_whole_sets=config.data.full_validation,
@@ -126,8 +127,8 @@ def read_inputs(config: RunConfig, rank: int, world_size: int) -> RunInputs:
     folder = latest_checkpoint(config.checkpoint)
     if folder is None:
         return RunInputs(tokenizer, paths, None)
-    if has_torch_format(folder):
-        torch_checkpoint = open_torch_checkpoint(folder, config, rank)
+    if (torch_file := first_rank_file(folder)) is not None:
+        torch_checkpoint = open_torch_checkpoint(torch_file, config, rank)
         check_resume(config, torch_checkpoint)
         return RunInputs(tokenizer, paths, torch_checkpoint)
     should_verify = config.checkpoint.checkpoint_checksums
@@ -158,14 +159,14 @@ def build_language_model(
         torch.use_deterministic_algorithms(True)
     parallel_state = initialize_process_groups(
         config.parallel,
-        config.parallel.virtual_stages(config.model.layers),
+        config.parallel.virtual_stages(config.model.num_layers),
         device,
         startup_sync.store,
         startup_sync.rank,
         startup_sync.world_size,
     )
     set_seeds(config.training.seed, parallel_state)
-    start_tp_comm_overlap(config.model, config.parallel, core_config, config.training.micro_batch)
+    start_tp_comm_overlap(config.model, config.parallel, core_config, config.training.micro_batch_size)
     document_end = inputs.tokenizer.eod if config.data.reset_attention_mask else None
     return assemble_language_model(config, core_config, vocabulary, parallel_state, document_end)
 
@@ -201,7 +202,7 @@ def assemble_language_model(
         chunks,
         core_config,
         parallel_state,
-        config.model.sequence,
+        config.model.seq_length,
         document_end=document_end,
         check_for_nan=config.training.should_check_for_nan(config.optimizer),
     )
@@ -288,7 +289,7 @@ def build_trainer_parts(
     progress = ProgressLog(
         Path(str(config.checkpoint.save)) if is_noted else None,
         parallel_state.world_size,
-        config.model.sequence,
+        config.model.seq_length,
         train_state.num_floating_point_operations_so_far,
     )
     return TrainerParts(

@@ -162,7 +162,7 @@ class Trainer:
                 self.components.optimizer,
                 self.components.scheduler,
                 batch,
-                self.config.training.micro_batch,
+                self.config.training.micro_batch_size,
                 weights.replica_sample_weights if weights is not None else None,
                 self.parallel_state,
                 timed("optimizer"),

@@ -52,7 +52,6 @@ def single_sample_products(
     def add_product(counts: bool, param: Any) -> None:
         sample = seen.get(param, 0)
         seen[param] = sample + 1
-        assert param.grad is not None
         if counts:
             products[sample] += inner_product(param.grad, direction[param])
         # The sum of these gradients is not needed, and DDP must not accumulate it in its buffers, which may hold v.

@@ -18,6 +18,7 @@ from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.weighting.bilevel.alignment_pass import reason_unchanged
 from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
+from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.outer_update import OuterResult, OuterUpdate
 from megatron_dwm.weighting.export import WeighterExporter
 from megatron_dwm.weighting.health import HealthWarning, check_scores
@@ -49,7 +50,7 @@ class BilevelParts:
 
     engine: PipelineEngine
     weighter: Weighter
-    outer_update: OuterUpdate
+    outer_update: OuterUpdate[LMGradients]
     target_loader: BatchLoader
     exporter: WeighterExporter
     flops: BilevelFlops

@@ -164,7 +164,8 @@ def test_a_run_counted_in_samples_ends_at_their_number_whatever_the_batches_so_f
 def test_bounds_of_the_learning_rate_are_in_samples():
     def bounds(flags: str) -> LrBounds:
         training = (config := _parse(flags)).training
-        return config.optimizer.lr_bounds(training.train_iters, training.train_samples, config.global_batch_size)
+        is_in_samples = training.train_samples is not None
+        return config.optimizer.lr_bounds(training.length, config.global_batch_size, is_in_samples=is_in_samples)
 
     assert bounds(f"{RUN} --lr-warmup-iters 3") == LrBounds(total=40, decay=40, warmup=6, wsd_decay=None)
     assert bounds(f"{RUN} --lr-decay-iters 10 --lr-warmup-fraction 0.1") == LrBounds(40, 20, 2.0, None)
