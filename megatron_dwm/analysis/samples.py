@@ -161,7 +161,7 @@ def _opened(config: RunConfig, consumed_valid: int, start: Path) -> Iterator[Run
             seed=config.training.seed,
             target_batch_size=config.target_batch_size if has_target else None,
         )
-        samples = sample_tokens(config, tokenizer)
+        samples = sample_tokens(config.model.seq_length, tokenizer, config.tokenizer)
         yield RunSamples(datasets.train, datasets.target, tokenizer, paths.train_sources, samples)
     finally:
         mpu.destroy_model_parallel()

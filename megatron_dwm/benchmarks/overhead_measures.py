@@ -102,7 +102,7 @@ def measure_counts(modes: Modes) -> dict[str, dict[str, int]]:
 
 def described(modes: Modes) -> dict[str, Any]:
     """Return what was measured: the device, and the operations of a step."""
-    config, vocab = modes.config, modes.bilevel.reporter.padded_vocab_size
+    config, vocab = modes.config, modes.bilevel.components.vocabulary.rows
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
@@ -171,7 +171,7 @@ def measured_parts(modes: Modes, options: OverheadConfig) -> dict[str, float]:
 
 def operations(modes: Modes) -> dict[str, float]:
     """Return the floating-point operations of the parts of a step, and of those of an update."""
-    config, vocab = modes.config, modes.bilevel.reporter.padded_vocab_size
+    config, vocab = modes.config, modes.bilevel.components.vocabulary.rows
     weighter = modes.weighter.num_active_parameters
     lm_gradients = outer_update_flops(config, vocab, 0)
     target = training_flops(config.model, vocab, config.target_batch_size)

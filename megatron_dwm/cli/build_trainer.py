@@ -61,7 +61,7 @@ def build_trainer(
         inputs = read_inputs(config, process.rank, process.world_size)
         weighter_inputs = read_weighter_inputs(config, inputs.tokenizer)
         if inputs.checkpoint is None:  # the length of a continued run is known when its checkpoint is loaded
-            run_stages(config)
+            run_stages(config.weighting, config.train_iters)
     with process.startup_sync.phase("agreement"):
         digest = weighter_inputs.digest if weighter_inputs is not None else None
         process.startup_sync.require_same(rank_facts(config, inputs.paths, digest))
@@ -76,7 +76,7 @@ def build_trainer(
     )
     with process.startup_sync.phase("stages"):
         has_begun = train_state.iteration > 0 and weighting_state.get("weighter") is not None
-        stages = run_stages(config, train_state.iteration if has_begun else None)
+        stages = run_stages(config.weighting, config.train_iters, train_state.iteration if has_begun else None)
     context = _weighting_context(config, inputs, weighter_inputs, stages, language_model, dataloaders, device)
     with process.startup_sync.phase("weighting"):
         weighting = (make_weighting or build_weighting)(context)

@@ -70,7 +70,7 @@ def export(config: ExportWeighterConfig) -> str:
         require_finite(f"--load {folder}: the weighter's {name}", param)
     tokenizer = _tokenizer(run, state.get("weighter_tokenizer", ""))
     paths = data_paths(run.data, run.weighting.dwm_target_data_path if run.weighting.needs_target else None)
-    stage = run_stages(run).stage(iteration)
+    stage = run_stages(run.weighting, run.train_iters).stage(iteration)
     special = bool(state.get("weighter_tokenizer")) or run.tokenizer.tokenizer_hf_include_special_tokens
     facts = weighter_facts(iteration, stage, sum(p.numel() for p in model.parameters()), model_digest(model))
     facts |= run_facts(

@@ -107,7 +107,7 @@ def make_plan(config: RunConfig, *, for_gpu: bool = True) -> Plan:
     weighter = plan_weighter(config, inputs.folder, vocab, eod) if inputs is not None else None
     step, scoring = step_cost(config, rows, stages), scoring_cost(config, rows, stages, weighter)
     update = update_cost(config, rows, stages, weighter)
-    schedule = run_stages(config)
+    schedule = run_stages(config.weighting, config.train_iters)
     updates = [i for i in range(1, config.train_iters + 1) if update.operations and schedule.is_update(i)]
     parameters = sum(stage.model_parameters for stage in stages)
     return Plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from megatron_dwm.data.validation import check_data
 from megatron_dwm.errors import reported_lack_of_memory
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
+from megatron_dwm.model.memory import memory_estimate
 from megatron_dwm.model.tp_comm_overlap import start_tp_comm_overlap
 from megatron_dwm.model.transformer_config import transformer_config
 from megatron_dwm.model.vocabulary import Vocabulary, saved_tokens
+from megatron_dwm.runtime.energy import EnergyMeter
 from megatron_dwm.runtime.process_groups import ParallelState, initialize_process_groups, set_seeds
 from megatron_dwm.runtime.startup_sync import StartupSync
 from megatron_dwm.runtime.stragglers import StragglerReport
@@ -35,11 +38,13 @@ from megatron_dwm.training.checkpoint_folders import latest_checkpoint, loading_
 from megatron_dwm.training.checkpoint_loading import load_checkpoint
 from megatron_dwm.training.dataloaders import Dataloaders
 from megatron_dwm.training.lr_schedule import Schedule, build_scheduler
+from megatron_dwm.training.memory_report import MemoryReport
 from megatron_dwm.training.optimizer import build_optimizer
 from megatron_dwm.training.profiler import StepProfiler
 from megatron_dwm.training.progress_log import ProgressLog
-from megatron_dwm.training.reporter import Reporter
+from megatron_dwm.training.reporter import ReportedRun, Reporter
 from megatron_dwm.training.resume_checks import check_resume, overruled_flags, resume_warnings, resumed_vocab_size
+from megatron_dwm.training.run_records import RunRecords, open_records
 from megatron_dwm.training.save_folder import SaveFolder, check_owner, check_writable, output_folders, visible_holders
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, open_checkpoint
 from megatron_dwm.training.torch_format import open_torch_checkpoint
@@ -254,6 +259,21 @@ def load_if_present(
     return train_state, weighting_state
 
 
+def _reporter(
+    config: RunConfig, language_model: LanguageModel, train_state: TrainState, timers: StepTimers
+) -> Reporter:
+    parallel_state, vocab = language_model.parallel_state, language_model.padded_vocab_size
+    records = RunRecords()
+    energy = EnergyMeter(is_wanted=config.profiling.log_energy)
+    if parallel_state.is_last_rank:
+        has_trained = train_state.iteration >= config.train_iters and not config.training.skip_train
+        records = open_records(
+            config.logging, config.checkpoint.save, config.flat(), train_state, has_trained=has_trained
+        )
+    memory = MemoryReport(config.logging, parallel_state, partial(memory_estimate, config, vocab))
+    return Reporter(ReportedRun.of(config, vocab), config.logging, parallel_state, records, memory, timers, energy)
+
+
 def build_trainer_parts(
     config: RunConfig,
     language_model: LanguageModel,
@@ -280,7 +300,7 @@ def build_trainer_parts(
             is_last_rank=parallel_state.is_last_rank,
         )
         stragglers = StragglerReport(config.profiling, parallel_state.rank, parallel_state.world_size)
-        reporter = Reporter(config, parallel_state, language_model.padded_vocab_size, train_state, timers)
+        reporter = _reporter(config, language_model, train_state, timers)
     if config.checkpoint.save is not None:
         with startup_sync.phase("shared folders"):
             holders = visible_holders(config.checkpoint) if save_folder is None else save_folder.holders

@@ -7,6 +7,8 @@ from functools import partial
 from typing import Any
 
 from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.hf_tokenizers import vocabulary_fingerprint
 from megatron_dwm.data.sample_text import sample_text
 from megatron_dwm.weighting.stage_schedule import StageSchedule, bilevel_stages, frozen_stages
@@ -30,31 +32,35 @@ class WeighterInputs:
     """Digests of all weighters that are read from folders."""
 
 
-def run_stages(config: RunConfig, weighter_resumed_at: int | None = None) -> StageSchedule:
+def run_stages(settings: WeightingConfig, train_iters: int, weighter_resumed_at: int | None = None) -> StageSchedule:
     """Return the stages of a run; those of a resumed run cover its whole length by its current flags.
 
     Args:
+        settings: the weighting's flags.
+        train_iters: iterations of the run.
         weighter_resumed_at: the iteration from which a run continues with a trained weighter, if it does.
 
     Raises:
         UserError: the stages do not fit into the run.
     """
-    if not config.weighting.needs_target:
-        return frozen_stages(config.weighting, config.train_iters)
-    return bilevel_stages(config.weighting, config.train_iters, weighter_resumed_at)
+    if not settings.needs_target:
+        return frozen_stages(settings, train_iters)
+    return bilevel_stages(settings, train_iters, weighter_resumed_at)
 
 
-def sample_tokens(config: RunConfig, tokenizer: Any) -> SampleTokens:
+def sample_tokens(seq_length: int, tokenizer: Any, flags: TokenizerConfig) -> SampleTokens:
     """Return the format of a run's samples.
 
     Args:
+        seq_length: tokens of a sample.
         tokenizer: megatron-core's.
+        flags: the flags that it was built from.
     """
     return SampleTokens(
-        config.model.seq_length,
+        seq_length,
         int(tokenizer.vocab_size),
         int(tokenizer.eod),
-        vocabulary_fingerprint(tokenizer, config.tokenizer),
+        vocabulary_fingerprint(tokenizer, flags),
         partial(sample_text, tokenizer=tokenizer, joint=DOCUMENT_JOINT),
     )
 
@@ -68,7 +74,7 @@ def read_weighter_inputs(config: RunConfig, tokenizer: Any) -> WeighterInputs | 
     settings = config.weighting
     if not settings.has_weighter:
         return None
-    samples = sample_tokens(config, tokenizer)
+    samples = sample_tokens(config.model.seq_length, tokenizer, config.tokenizer)
     flag, seed = "--dwm-load", config.training.seed
     if settings.dwm_load is not None:
         weighters = weighter_stages(flag, settings.dwm_load, config.train_iters)

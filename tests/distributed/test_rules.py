@@ -70,7 +70,7 @@ def made_weighting(built: BuiltModel) -> SampleWeighting:
     context = WeightingContext(
         config=built.config,
         inputs=read_weighter_inputs(built.config, None),
-        stages=run_stages(built.config),
+        stages=run_stages(built.config.weighting, built.config.train_iters),
         paths=DataPaths((["a", "b"], None), (None, None, None), None, None),
         tokenizer=None,
         padded_vocab_size=VOCAB_SIZE,

@@ -137,6 +137,8 @@ READ_BY_PROPERTIES = {
         "OptimizerConfig.lr_bounds",
     ),
     "lr_warmup_fraction": "OptimizerConfig.lr_bounds",
+    "start_weight_decay": "OptimizerConfig.weight_decay_range",
+    "end_weight_decay": "OptimizerConfig.weight_decay_range",
     "check_for_nan_in_loss_and_grad": "TrainingConfig.should_check_for_nan",
     "activations_checkpoint_method": "ModelConfig.early_recompute_method",
     "accumulate_allreduce_grads_in_fp32": "OptimizerConfig.grads_in_fp32",
