@@ -153,7 +153,7 @@ def _opened(config: RunConfig, consumed_valid: int, start: Path) -> Iterator[Run
                 config.training.train_samples,
                 config.global_batch_size,
                 Consumed(*config.resumed_at, consumed_valid),
-                grows=config.training.rampup_batch_size is not None,
+                has_rampup=config.training.rampup_batch_size is not None,
             ),
             tokenizer,
             parallel_state,

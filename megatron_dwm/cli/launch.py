@@ -106,7 +106,7 @@ def run_program(program: Callable[[Process], None], argv: Sequence[str] | None =
     startup_sync.peers.start()
     asked = {word for word in words if word in _IN_PLACE_OF_A_RUN}
     try:
-        startup_sync.agree_on_command(" ".join(sorted(asked)) or "a run", ends_at_once=bool(asked - {"--plan"}))
+        startup_sync.agree_on_command(" ".join(sorted(asked)) or "a run", is_ending=bool(asked - {"--plan"}))
         program(Process(rank, local_rank, world_size, startup_sync))
     except (Exception, KeyboardInterrupt) as error:
         _end_failed(as_user_error(error, words), startup_sync.peers)

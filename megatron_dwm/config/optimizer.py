@@ -153,7 +153,7 @@ class OptimizerConfig:
         return not self.grad_reduce_in_bf16 if self.bf16 else self.accumulate_allreduce_grads_in_fp32
 
     @property
-    def decays_qk_layernorm(self) -> bool:
+    def should_decay_qk_layernorm(self) -> bool:
         """Whether weight decay concerns the weights of ``--qk-layernorm``."""
         return self.apply_wd_to_qk_layernorm or self.no_weight_decay_cond_type is not None
 

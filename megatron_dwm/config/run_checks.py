@@ -106,7 +106,7 @@ def _check_optimizer(run: RunConfig) -> None:
         )
     if run.parallel.fp8_param_gather and run.model.fp8 is None:
         raise UserError("--fp8-param-gather needs --fp8-format; give it")
-    if run.optimizer.decays_qk_layernorm and not run.model.qk_layernorm:
+    if run.optimizer.should_decay_qk_layernorm and not run.model.qk_layernorm:
         raise UserError("--apply-wd-to-qk-layernorm has no effect without --qk-layernorm; add it")
 
 

@@ -47,7 +47,7 @@ def stage_memory(config: RunConfig, stage: Stage, weighter: WeighterPlan | None)
     held = weighter.held if weighter is not None else 0
     if config.target_momentum > 0:
         held += stage.gradient_mean
-    if config.weighting.aligns:
+    if config.weighting.needs_alignments:
         added = _update_peak(config, stage, training, weighter) - training
     return StageMemory(
         stage=stage.number,

@@ -109,7 +109,7 @@ def measure_stage(
         direction_gather = Traffic()
         if config.weighting.dwm_rule in RULES_OF_FORWARD_PASSES:
             alignment = tuple(_measure_chunks(config, model, _forward(model)))
-        elif config.weighting.aligns:
+        elif config.weighting.needs_alignments:
             direction_gather = _traffic_of(GradientBuffers(chunks).gather_shards)
             direction = {param: torch.empty(param.shape, dtype=torch.float32) for param in params}
             alignment = tuple(_measure_chunks(config, model, _alignment(config, model, direction)))

@@ -52,14 +52,14 @@ def plan_weighter(config: RunConfig, folder: WeighterFolder | None, vocab_size: 
     with fake_tensors(), no_init_weights():
         model = _model(config, folder, vocab_size, eod)
         weighter = Weighter(model, settings, torch.device("cpu"))
-    learns = settings.needs_target
+    is_trained = settings.needs_target
     size, lengths = 4 * weighter.num_parameters, getattr(model.config, "ngram_lengths", [])
     samples = -(-config.global_batch_size // config.world_size)
     # A linear weighter learns in closed form, and AdamW never makes its state.
-    held = size if weighter.is_linear or not learns else 3 * size
-    held += settings.dwm_replay * samples * 4 * config.model.seq_length if learns else 0
+    held = size if weighter.is_linear or not is_trained else 3 * size
+    held += settings.dwm_replay * samples * 4 * config.model.seq_length if is_trained else 0
     learning, traffic = 0, Traffic()
-    if learns and weighter.is_linear:
+    if is_trained and weighter.is_linear:
         tokens = settings.dwm_replay * samples * config.model.seq_length
         chunk = RIDGE_CHUNK_BYTES_PER_NGRAM * min(tokens, CHUNK_TOKENS)
         learning = (RIDGE_BYTES_PER_NGRAM * tokens + chunk) * len(lengths)
@@ -70,7 +70,7 @@ def plan_weighter(config: RunConfig, folder: WeighterFolder | None, vocab_size: 
         # The right-hand side, the residual of the start, and the steps.
         products = settings.dwm_weighter_steps + 2
         traffic.add("all-reduce", float(products * 8 * weighter.num_parameters), config.world_size)
-    elif learns:
+    elif is_trained:
         with fake_tensors():
             learning = 2 * size + _activations(weighter, samples, config.model.seq_length)
         traffic.add("all-reduce", float(settings.dwm_weighter_steps * size), config.world_size)

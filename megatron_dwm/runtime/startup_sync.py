@@ -102,19 +102,19 @@ class StartupSync:
             self._phases.wait([f"{name}/everybody-read"], PATIENCE)
         return is_first_error, message
 
-    def agree_on_command(self, command: str, *, ends_at_once: bool) -> None:
+    def agree_on_command(self, command: str, *, is_ending: bool) -> None:
         """Check that all ranks were started with the same command; every rank calls it once.
 
         Args:
             command: description of what this rank was asked to do.
-            ends_at_once: whether this process is about to end; the store must then live until the others have read it.
+            is_ending: whether this process is about to end; the store must then live until the others have read it.
 
         Raises:
             UserError: on every rank, if they differ.
         """
         with self.phase("command"):
             self.require_same({"the requested action": command}, "command")
-        if ends_at_once:
+        if is_ending:
             self.leave_together("command")
 
     def leave_together(self, name: str) -> None:

@@ -68,7 +68,7 @@ class Dataloaders:
                 config.training.train_samples,
                 config.global_batch_size,
                 consumed,
-                grows=sizes is not None,
+                has_rampup=sizes is not None,
             ),
             tokenizer,
             parallel_state,

@@ -51,7 +51,7 @@ class ReportedRun:
     """Of one device, if known."""
     is_trained: bool
     """Whether the run trains, and does not only evaluate."""
-    names_validation_sets: bool
+    has_set_names: bool
     """Whether ``--validation-set-names`` are given."""
 
     @classmethod
@@ -187,7 +187,7 @@ class Reporter:
         """
         if not self.parallel_state.is_last_rank:
             return
-        has_names = self.run.names_validation_sets
+        has_names = self.run.has_set_names
         labels = {name: name if has_names else str(number) for number, name in enumerate(by_source)}  # Megatron-LM's
         lines = [validation_line(prefix, value, labels[name], name) for name, value in by_source.items()]
         for line in lines or [validation_line(prefix, loss)]:

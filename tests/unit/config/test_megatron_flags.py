@@ -146,7 +146,7 @@ READ_BY_PROPERTIES = {
     "dwm_target_batch_size": "RunConfig.target_batch_size",
     "dwm_target_momentum": "RunConfig.target_momentum",
     "grad_reduce_in_bf16": "OptimizerConfig.grads_in_fp32",
-    "no_weight_decay_cond_type": "OptimizerConfig.decays_qk_layernorm",
+    "no_weight_decay_cond_type": "OptimizerConfig.should_decay_qk_layernorm",
     "num_layers_per_virtual_pipeline_stage": "ParallelConfig.virtual_stages",
     "num_virtual_stages_per_pipeline_rank": "ParallelConfig.virtual_stages",
     "use_checkpoint_args": "parse_run",
