@@ -175,7 +175,7 @@ def aligned(
                 settings = dataclasses.replace(
                     trainer.config.weighting, dwm_alignment=way, dwm_preconditioner=preconditioner
                 )
-                passes = LMGradients(settings, engine, optimizer, trainer.parallel_state, micro)
+                passes = LMGradients(settings, engine, optimizer, micro)
                 _, direction = passes.gradient(target)
                 result[precision, way] = passes.align(batch, direction).cpu()
     return result

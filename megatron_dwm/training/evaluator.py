@@ -11,7 +11,6 @@ import torch
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.runtime.log_line import event_line
-from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.training.dataloaders import Dataloaders
 from megatron_dwm.training.evaluation import Evaluation, evaluate
 from megatron_dwm.training.reporter import Reporter
@@ -34,14 +33,13 @@ class Evaluator:
         self,
         config: RunConfig,
         engine: PipelineEngine,
-        parallel_state: ParallelState,
         dataloaders: Dataloaders,
         reporter: Reporter,
         train_state: TrainState,
         stop_request: StopRequest,
         evaluate_tasks: TaskEvaluation | None = None,
     ) -> None:
-        self.config, self.engine, self.parallel_state = config, engine, parallel_state
+        self.config, self.engine = config, engine
         self.dataloaders, self.reporter, self.train_state = dataloaders, reporter, train_state
         self.stop_request, self.evaluate_tasks = stop_request, evaluate_tasks
 
@@ -116,7 +114,6 @@ class Evaluator:
                     data.loader,
                     batches,
                     self.config.training.micro_batch_size,
-                    self.parallel_state,
                     log_progress=after_training,
                     dtype=torch.float64 if reads_whole_sets else torch.float32,
                     before_batch=self.stop_request.interrupt_if_signaled,

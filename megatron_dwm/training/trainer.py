@@ -70,7 +70,6 @@ class Trainer:
         self.evaluator = Evaluator(
             config,
             parts.engine,
-            parts.parallel_state,
             parts.dataloaders,
             parts.reporter,
             parts.train_state,
@@ -164,7 +163,6 @@ class Trainer:
                 batch,
                 self.config.training.micro_batch_size,
                 weights.replica_sample_weights if weights is not None else None,
-                self.parallel_state,
                 timed("optimizer"),
                 self.config.training.empty_unused_memory_level,
                 self.validation.passes(iteration),

@@ -50,9 +50,9 @@ def lm_gradients(context: WeightingContext, gradient_mean: GradientMean | None =
     Args:
         gradient_mean: averages the target gradient over updates.
     """
-    config, micro_batch_size = context.config, context.config.training.micro_batch_size
-    parts = context.engine, context.optimizer, context.parallel_state, micro_batch_size
-    return LMGradients(config.weighting, *parts, gradient_mean)
+    config = context.config
+    micro = config.training.micro_batch_size
+    return LMGradients(config.weighting, context.engine, context.optimizer, micro, gradient_mean)
 
 
 def weight_metrics(context: WeightingContext) -> WeightMetrics:

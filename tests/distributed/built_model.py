@@ -95,7 +95,7 @@ class BuiltModel:
 
     def lm_gradients(self, kind: type[LMGradients] = LMGradients) -> LMGradients:
         settings, micro = self.config.weighting, self.config.training.micro_batch_size
-        return kind(settings, self.engine, self.optimizer, self.parallel_state, micro)
+        return kind(settings, self.engine, self.optimizer, micro)
 
     def outer(self, weighter: Any) -> OuterUpdate[LMGradients]:
         return OuterUpdate(self.config.weighting, self.lm_gradients(), weighter, self.sample_gather)

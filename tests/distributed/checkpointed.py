@@ -92,7 +92,7 @@ def _train(leg: Leg) -> Trained:
     for iteration in range(train_state.iteration + 1, leg.last + 1):
         rates.append([(group["lr"], group["weight_decay"]) for group in optimizer.param_groups])
         batch = built.batch(random_tokens(iteration), mask)
-        result = train_step(built.engine, optimizer, scheduler, batch, MICRO_BATCH, None, built.parallel_state)
+        result = train_step(built.engine, optimizer, scheduler, batch, MICRO_BATCH, None)
         losses.append(float("nan") if result.loss is None else result.loss)
         train_state.advance(iteration, NUM_SAMPLES, 0.0)
         if leg.save is not None and leg.save[1] == iteration:

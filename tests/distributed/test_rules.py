@@ -116,7 +116,7 @@ def trained(parallel: Flags, steps: int, resumed: int | None, full: dict[str, to
             weights = weighting.weigh(iteration, batch)
             assert weights is not None
             replica: Any = weights.replica_sample_weights
-            outcome = train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, replica, built.parallel_state)
+            outcome = train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, replica)
             weighting.after_step(iteration, batch, weights, outcome)
             assert weighting.flops(iteration, outcome) >= 0
             found[rule].append(weights.sample_weights)

@@ -19,7 +19,6 @@ from megatron_dwm.model.loss import SampleLosses, weighted_loss
 from megatron_dwm.model.optimizer_parts import has_loss_scale
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.model.protocols import Optimizer
-from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.weighting.bilevel.alignment import Direction, global_norm, shift, single_sample_products
 from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers
 from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
@@ -38,7 +37,6 @@ class LMGradients:
         config: WeightingConfig,
         engine: PipelineEngine,
         optimizer: Optimizer,
-        parallel_state: ParallelState,
         micro_batch_size: int,
         gradient_mean: GradientMean | None = None,
     ) -> None:
@@ -47,8 +45,8 @@ class LMGradients:
             gradient_mean: replaces each target gradient by the running mean over updates; None to use it as it is.
         """
         self.config, self.engine, self.optimizer, self.gradient_mean = config, engine, optimizer, gradient_mean
-        self.parallel_state, self.micro_batch_size = parallel_state, micro_batch_size
-        self.loss_factors = LossFactors(micro_batch_size, engine.config.calculate_per_token_loss, parallel_state)
+        self.parallel_state, self.micro_batch_size = engine.parallel_state, micro_batch_size
+        self.loss_factors = LossFactors(micro_batch_size, engine.config.calculate_per_token_loss, engine.parallel_state)
 
     @property
     def loss_scale(self) -> float:
@@ -66,8 +64,7 @@ class LMGradients:
 
     def with_config(self, config: WeightingConfig) -> LMGradients:
         """Return the same passes with other settings."""
-        parts = self.engine, self.optimizer, self.parallel_state, self.micro_batch_size
-        return type(self)(config, *parts, self.gradient_mean)
+        return type(self)(config, self.engine, self.optimizer, self.micro_batch_size, self.gradient_mean)
 
     def gradient(self, batch: Batch, sample_weights: torch.Tensor | None = None) -> tuple[float, Direction]:
         """Return the plain loss of ``batch``; compute its gradient with ``sample_weights`` [n], preconditioned.
