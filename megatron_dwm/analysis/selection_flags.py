@@ -17,7 +17,7 @@ _SUFFIXES = (".jsonl", ".json", ".ndjson")
 class SelectConfig:
     """Selection."""
 
-    input: list[str] | None = flag(
+    input: list[str] = flag(
         None,
         "JSON lines (plain, .gz or .zst) or Parquet, such as score writes: files, folders, glob patterns, or URLs.",
     )
