@@ -11,7 +11,7 @@ from megatron_dwm.data.batch import Batch
 from megatron_dwm.errors import UserError
 from megatron_dwm.safe_unpickling import DAMAGE, short_reason
 from megatron_dwm.weighting.bilevel.gradient_check import check_at_start
-from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
+from megatron_dwm.weighting.bilevel.gradient_mean import NO_MEAN, GradientMean
 from megatron_dwm.weighting.bilevel.outer_update import OuterUpdate
 from megatron_dwm.weighting.bilevel.weighting import BilevelFlops, BilevelParts, BilevelWeighting
 from megatron_dwm.weighting.build_rules import build_rule
@@ -110,7 +110,7 @@ def _bilevel(builder: WeighterBuilder, weighter: Weighter, consumed_target_sampl
     """Return the weighting that trains ``weighter``, after ``consumed_target_samples``."""
     context, config, settings = builder.context, builder.config, builder.settings
     momentum, vocab = config.target_momentum, context.padded_vocab_size
-    gradient_mean = GradientMean(context.engine.chunks, momentum) if momentum > 0 else None
+    gradient_mean = GradientMean(context.engine.chunks, momentum) if momentum > 0 else NO_MEAN
     passes = lm_gradients(context, gradient_mean)
     update_flops = outer_update_flops(config, vocab, weighter.num_active_parameters, is_linear=weighter.is_linear)
     parts = BilevelParts(

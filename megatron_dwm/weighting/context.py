@@ -14,7 +14,7 @@ from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.data.sampler import BatchPartition
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.runtime.process_groups import ParallelState
-from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
+from megatron_dwm.weighting.bilevel.gradient_mean import NO_MEAN, GradientAverage
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.inputs import WeighterInputs
 from megatron_dwm.weighting.loss_factors import LossFactors
@@ -44,7 +44,7 @@ class WeightingContext:
     device: torch.device
 
 
-def lm_gradients(context: WeightingContext, gradient_mean: GradientMean | None = None) -> LMGradients:
+def lm_gradients(context: WeightingContext, gradient_mean: GradientAverage = NO_MEAN) -> LMGradients:
     """Return the passes over the language model in an outer update.
 
     Args:

@@ -21,7 +21,7 @@ from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.weighting.bilevel.alignment import Direction, global_norm, shift, single_sample_products
 from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers
-from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
+from megatron_dwm.weighting.bilevel.gradient_mean import NO_MEAN, GradientAverage
 from megatron_dwm.weighting.bilevel.preconditioner import precondition
 from megatron_dwm.weighting.bilevel.sample_products import has_supported_layers, sample_products
 from megatron_dwm.weighting.loss_factors import LossFactors
@@ -38,11 +38,11 @@ class LMGradients:
         engine: PipelineEngine,
         optimizer: Optimizer,
         micro_batch_size: int,
-        gradient_mean: GradientMean | None = None,
+        gradient_mean: GradientAverage = NO_MEAN,
     ) -> None:
         """
         Args:
-            gradient_mean: replaces each target gradient by the running mean over updates; None to use it as it is.
+            gradient_mean: replaces each target gradient, by the running mean over updates.
         """
         self.config, self.engine, self.optimizer, self.gradient_mean = config, engine, optimizer, gradient_mean
         self.parallel_state, self.micro_batch_size = engine.parallel_state, micro_batch_size
@@ -84,8 +84,7 @@ class LMGradients:
         gradients = GradientBuffers(self.engine.chunks)
         if has_loss_scale(self.optimizer):
             gradients.scale(1.0 / self.optimizer.get_loss_scale())
-        if self.gradient_mean is not None:
-            self.gradient_mean.average(gradients)
+        self.gradient_mean.average(gradients)
         if self.config.dwm_preconditioner == "adam":
             precondition(gradients.direction, self.optimizer)
         gradients.gather_shards()
