@@ -6,24 +6,30 @@ import math
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.parallel import ParallelConfig
-from megatron_dwm.config.run import RunConfig
 
 MEBIBYTE = 1024 * 1024
 BILLION = 1e9
 
 
-def memory_estimate(config: RunConfig, padded_vocab_size: int) -> list[str]:
+def memory_estimate(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    padded_vocab_size: int,
+    data_parallel_size: int,
+    micro_batch_size: int,
+    num_microbatches: int,
+) -> list[str]:
     """Return Megatron-LM's lines on parameters and memory of the rank with the highest memory use."""
-    model, parallel = config.model, config.parallel
-    weights, lines = _weights_and_optimizer(model, parallel, config.data_parallel_size, padded_vocab_size)
+    weights, lines = _weights_and_optimizer(model, parallel, data_parallel_size, padded_vocab_size)
     selective = model.recompute_activations or model.recompute_granularity == "selective"
     sharded = parallel.sequence_parallel and selective
-    layers, details = _layer_activations(model, parallel, config.training.micro_batch_size, sharded=sharded)
-    factor, in_flight = _in_flight(parallel, model.num_layers, config.num_microbatches)
+    layers, details = _layer_activations(model, parallel, micro_batch_size, sharded=sharded)
+    factor, in_flight = _in_flight(parallel, model.num_layers, num_microbatches)
     activations = layers * factor
     details += in_flight
     if parallel.pp == 1:
-        activations += _logits(model, parallel.tp, config.training.micro_batch_size, padded_vocab_size, sharded=sharded)
+        activations += _logits(model, parallel.tp, micro_batch_size, padded_vocab_size, sharded=sharded)
     activations = activations / parallel.tp if sharded else activations * 1.05
     total = (
         f"Theoretical memory footprints: weight and optimizer={weights / MEBIBYTE:.2f} MB, "

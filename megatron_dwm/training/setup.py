@@ -270,7 +270,16 @@ def _reporter(
         records = open_records(
             config.logging, config.checkpoint.save, config.flat(), train_state, has_trained=has_trained
         )
-    memory = MemoryReport(config.logging, parallel_state, partial(memory_estimate, config, vocab))
+    estimate = partial(
+        memory_estimate,
+        config.model,
+        config.parallel,
+        padded_vocab_size=vocab,
+        data_parallel_size=config.data_parallel_size,
+        micro_batch_size=config.training.micro_batch_size,
+        num_microbatches=config.num_microbatches,
+    )
+    memory = MemoryReport(config.logging, parallel_state, estimate)
     return Reporter(ReportedRun.of(config, vocab), config.logging, parallel_state, records, memory, timers, energy)
 
 

@@ -60,7 +60,7 @@ def _choose_start(context: WeightingContext) -> Start:
 
 
 def _rule_start(context: WeightingContext) -> Start:
-    rule = build_rule(context, lm_gradients(context), weight_metrics(context), scoring_options(context.config))
+    rule = build_rule(context, lm_gradients(context), weight_metrics(context), scoring_options(context))
 
     def start(iteration: int, state: State) -> SampleWeighting:
         rule.load_state_dict(state)
@@ -79,7 +79,7 @@ def _start_frozen(builder: WeighterBuilder, load: str, iteration: int, state: St
         config.weighting.dwm_score_cache,
         partial(_scoring_flops, context),
     )
-    weighting = FrozenWeighting(weight_metrics(context), scoring_options(config), parts, iteration)
+    weighting = FrozenWeighting(weight_metrics(context), scoring_options(context), parts, iteration)
     _announce(builder, iteration, weighting.weighter)
     weighting.load_state_dict(state)
     return weighting
@@ -122,7 +122,7 @@ def _bilevel(builder: WeighterBuilder, weighter: Weighter, consumed_target_sampl
         BilevelFlops(_scoring_flops(context, weighter), update_flops),
         gradient_mean,
     )
-    metrics, options = weight_metrics(context), scoring_options(config)
+    metrics, options = weight_metrics(context), scoring_options(context)
     if settings.dwm_mode == "rule":
         return ShuffledWeighting(metrics, options, parts, config.training.seed)
     return BilevelWeighting(metrics, options, parts)

@@ -63,10 +63,10 @@ def weight_metrics(context: WeightingContext) -> WeightMetrics:
     return WeightMetrics(context.stages, gather, loss_factors, context.paths.train_sources)
 
 
-def scoring_options(config: RunConfig) -> ScoringOptions:
+def scoring_options(context: WeightingContext) -> ScoringOptions:
     """Return how scores become weights, from the flags."""
     return ScoringOptions(
-        temperature=config.weighting.dwm_temperature,
-        min_effective_sample_size=config.weighting.dwm_min_effective_sample_size,
-        check_interval=config.logging.log_interval,
+        temperature=context.config.weighting.dwm_temperature,
+        min_effective_sample_size=context.config.weighting.dwm_min_effective_sample_size,
+        check_interval=context.config.logging.log_interval,
     )
