@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.data import DataConfig
+from megatron_dwm.config.tasks import TasksConfig
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.runtime.log_line import event_line
 from megatron_dwm.training.dataloaders import Dataloaders
@@ -31,7 +32,8 @@ class Evaluator:
 
     def __init__(
         self,
-        config: RunConfig,
+        data: DataConfig,
+        tasks: TasksConfig,
         engine: PipelineEngine,
         dataloaders: Dataloaders,
         reporter: Reporter,
@@ -39,7 +41,7 @@ class Evaluator:
         stop_request: StopRequest,
         evaluate_tasks: TaskEvaluation | None = None,
     ) -> None:
-        self.config, self.engine = config, engine
+        self.data, self.tasks, self.engine = data, tasks, engine
         self.dataloaders, self.reporter, self.train_state = dataloaders, reporter, train_state
         self.stop_request, self.evaluate_tasks = stop_request, evaluate_tasks
 
@@ -52,8 +54,8 @@ class Evaluator:
     def schedule(self) -> None:
         """Determine the evaluations after this iteration."""
         iteration = self.train_state.iteration
-        of_validation, of_tasks = self.config.data.eval_interval, self.config.tasks.eval_tasks_interval
-        is_last = iteration == self.config.train_iters
+        of_validation, of_tasks = self.data.eval_interval, self.tasks.eval_tasks_interval
+        is_last = iteration == self.reporter.run.train_iters
         due = (
             of_validation and iteration % of_validation == 0 and self.dataloaders.valid is not None,
             self.evaluate_tasks and of_tasks is not None and (iteration % of_tasks == 0 or is_last),
@@ -83,7 +85,7 @@ class Evaluator:
         """Evaluate on both sets after training; return the reason if a signal interrupts it."""
         iteration = self.train_state.iteration
         skipped = "skipping training (--skip-train is on) ..."
-        logger.info(skipped if self.config.training.skip_train else event_line("after training is done"))
+        logger.info(event_line("after training is done") if self.reporter.run.is_trained else skipped)
         self._announce_second_evaluation()
         try:
             self._evaluate("valid", f"iteration {iteration} on validation set", after_training=True)
@@ -106,14 +108,14 @@ class Evaluator:
         data = self.dataloaders.valid if split == "valid" else self.dataloaders.test
         if data is None:
             return
-        reads_whole_sets = split == "valid" and self.config.data.full_validation
+        reads_whole_sets = split == "valid" and self.data.full_validation
         with self.reporter.paused(), self.engine.full_parameters():
             results = {
                 name: evaluate(
                     self.engine,
                     data.loader,
                     batches,
-                    self.config.training.micro_batch_size,
+                    self.dataloaders.partition.micro_batch_size,
                     log_progress=after_training,
                     dtype=torch.float64 if reads_whole_sets else torch.float32,
                     before_batch=self.stop_request.interrupt_if_signaled,
@@ -124,7 +126,7 @@ class Evaluator:
                 self.train_state.consumed_valid_samples += data.samples // len(data.batches)
             loss = Evaluation.of_all(list(results.values())).loss
             by_source = {name: result.loss for name, result in results.items()}
-            is_by_source = split == "valid" and self.config.data.multiple_validation_sets
+            is_by_source = split == "valid" and self.data.multiple_validation_sets
             by_source = by_source if is_by_source else {}
             self.reporter.evaluation(self.train_state, split, loss, prefix, by_source, after_training=after_training)
 
@@ -136,8 +138,8 @@ class Evaluator:
 
     def _announce_second_evaluation(self) -> None:
         """Log why the last iteration has two validation losses, as in Megatron-LM, if it has."""
-        config, interval = self.config, self.config.data.eval_interval
-        was_evaluated = interval and self.train_state.iteration % interval == 0 and not config.training.skip_train
-        if was_evaluated and self.dataloaders.valid is not None and not config.data.full_validation:
-            samples = config.data.eval_iters * config.global_batch_size
+        data, interval = self.data, self.data.eval_interval
+        was_evaluated = interval and self.train_state.iteration % interval == 0 and self.reporter.run.is_trained
+        if was_evaluated and self.dataloaders.valid is not None and not data.full_validation:
+            samples = data.eval_iters * self.dataloaders.partition.global_samples
             logger.info(f" > the final validation loss uses the next {samples} samples, after those of the loss above")

@@ -68,7 +68,8 @@ class Trainer:
         self.batch_sizes, self.validation = config.batch_sizes, StepValidation(config.training)
         self.stop_request = StopRequest(config.training)
         self.evaluator = Evaluator(
-            config,
+            config.data,
+            config.tasks,
             parts.engine,
             parts.dataloaders,
             parts.reporter,
