@@ -172,7 +172,6 @@ def parse_run(
     parts = parse(
         argv,
         FLAG_GROUPS,
-        prog="pretrain_dwm.py",
         description="Pretrain a Megatron-Core GPT with a data weighting model. Flags are Megatron-LM's, plus --dwm-*.",
         reason_unsupported=reason_unsupported,
         main_class=WeightingConfig,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,16 @@ def test_the_flat_flags_hold_each_once_as_plain_values():
     plain = (type(None), bool, int, float, str, list)
     assert all(isinstance(value, plain) for value in flat.values())
     assert Namespace(**flat).num_layers == 4
+
+
+def test_the_help_names_the_command_as_the_user_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", ["megatron-dwm pretrain"])
+    for flags in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            parse(flags)
+        assert capsys.readouterr().out.startswith("usage: megatron-dwm pretrain ")
 
 
 def test_configurations_cannot_be_changed():
