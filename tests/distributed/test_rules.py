@@ -119,8 +119,22 @@ def trained(parallel: Flags, steps: int, resumed: int | None, full: dict[str, to
             outcome = train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, replica)
             weighting.after_step(iteration, batch, weights, outcome)
             assert weighting.flops(iteration, outcome) >= 0
+            check_metrics(weighting.metrics(iteration, batch, weights), weights.sample_weights, sources)
             found[rule].append(weights.sample_weights)
     return found
+
+
+def check_metrics(metrics: dict[str, Any], weights: torch.Tensor, sources: torch.Tensor) -> None:
+    """The figures by source are those of the whole batch; samples count by their tokens in a microbatch of two."""
+    tokens = random_mask(2).sum(1).double()
+    factors = tokens / tokens.view(-1, 2).mean(1).repeat_interleave(2)
+    for number, name in enumerate(("a", "b")):
+        members = sources == number
+        assert metrics["share_by_source"][name] == pytest.approx(
+            float((weights * factors)[members].sum()) / NUM_SAMPLES
+        )
+        assert metrics["fraction_by_source"][name] == pytest.approx(float(factors[members].sum()) / NUM_SAMPLES)
+        assert metrics["weight_by_source"][name] == pytest.approx(float(weights[members].mean()))
 
 
 @pytest.fixture(scope="module")
