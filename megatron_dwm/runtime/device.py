@@ -7,11 +7,14 @@ This adaptation is confined to this file.
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+import torch.jit._builtins
+import torch.utils._device
 
 from megatron_dwm.errors import UserError
 
@@ -60,29 +63,6 @@ def peak_flops(device: str) -> float | None:
     return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
 
 
-class _CudaToCpu(TorchFunctionMode):
-    """Rewrites ``device="cuda…"`` arguments to the CPU, and reports CPU tensor types as the CUDA ones.
-
-    megatron-core finds a tensor's dtype by comparing ``tensor.type()`` with ``"torch.cuda.FloatTensor"``.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Every operation comes by here: most of them have no keyword arguments.
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if not kwargs:
-            result = func(*args)
-        else:
-            kwargs = dict(kwargs)
-            if str(kwargs.get("device", "")).startswith("cuda"):
-                kwargs["device"] = torch.device("cpu")
-            kwargs.pop("pin_memory", None)  # of memory that is copied to a GPU
-            result = func(*args, **kwargs)
-        if func is torch.Tensor.type and isinstance(result, str):
-            return result.replace("torch.", "torch.cuda.", 1)
-        return result
-
-
 def _adapt_megatron_to_cpu() -> None:
     """Redirect megatron-core's CUDA calls to the CPU; a second call has no effect."""
     if isinstance(torch.cuda.current_device, _CpuAnswer):
@@ -109,27 +89,48 @@ def _adapt_megatron_to_cpu() -> None:
     # On a CPU the "GPU RNG context" is the CPU's stream, which is meant to move.
     logging.getLogger(core_random.__name__).setLevel(logging.ERROR)
     core_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    mode = _CudaToCpu()
-    mode.__enter__()  # type: ignore[no-untyped-call]
-    _keep_in_backward(mode)
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    torch.Tensor.type = _named_as_on_a_gpu(torch.Tensor.type)  # type: ignore[method-assign]
+    constructors = [constructor.__name__ for constructor in torch.utils._device._device_constructors()]
+    constructors += [name for name in dir(torch) if name.endswith("_like")]
+    methods = ["to", *(name for name in dir(torch.Tensor) if name.startswith("new_"))]
+    for owner, names in ((torch, constructors), (torch.Tensor, methods)):
+        for name in names:
+            if hasattr(owner, name):  # some constructors are of other modules
+                setattr(owner, name, _on_the_cpu(getattr(owner, name)))
 
 
-def _keep_in_backward(mode: TorchFunctionMode) -> None:
-    """Keep ``mode`` active in backward passes, in which megatron-core recomputes activations.
+def _on_the_cpu(constructor: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return ``constructor``, one of torch's that take a device, with the CPU for a keyword ``device="cuda…"``."""
 
-    torch passes ``Tensor.backward`` itself to the mode, and disables the mode until it returns.
+    @functools.wraps(constructor)
+    def construct(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs:
+            if str(kwargs.get("device", "")).startswith("cuda"):
+                kwargs["device"] = "cpu"
+            kwargs.pop("pin_memory", None)  # of memory that is copied to a GPU
+        return constructor(*args, **kwargs)
+
+    # Scripted functions call torch's constructors by their operators.
+    operator = torch.jit._builtins._find_builtin(constructor)
+    if operator is not None:
+        torch.jit._builtins._register_builtin(construct, operator)
+    return construct
+
+
+def _named_as_on_a_gpu(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``method``, ``Tensor.type``, with the names of types as on a GPU.
+
+    megatron-core finds a tensor's dtype by comparing ``tensor.type()`` with ``"torch.cuda.FloatTensor"``.
     """
-    run_backward = torch.autograd.graph._engine_run_backward
 
-    def run_in_mode(*args: Any, **kwargs: Any) -> Any:
-        # Called as a function, and inside another backward pass, it is still on; twice it would rename types twice.
-        if torch.overrides._is_torch_function_mode_enabled():
-            return run_backward(*args, **kwargs)
-        with mode:
-            return run_backward(*args, **kwargs)
+    @functools.wraps(method)
+    def type_of(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        # Inside a TorchFunctionMode it is called twice, because torch looks methods up by their names.
+        return f"torch.cuda.{result.split('.')[-1]}" if isinstance(result, str) else result
 
-    for module in (torch.autograd, torch.autograd.graph):
-        module._engine_run_backward = run_in_mode  # type: ignore[attr-defined]
+    return type_of
 
 
 class _CpuStream:
