@@ -6,8 +6,11 @@ import contextlib
 import errno
 import os
 import re
+import resource
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TextIO
 
 EXIT_CODE = 2
 INTERRUPTED = 130
@@ -129,12 +132,17 @@ def renamed_flags(names: Mapping[str, str]) -> Iterator[None]:
 def as_user_error(error: BaseException, words: Sequence[str] | None = None) -> BaseException:
     """Return the user's error that another error means; others as they are.
 
-    That is a file or folder that a flag names, or something below it, which cannot be used, or a data loader's process
-    that was killed, mostly for lack of memory.
+    That is a file or folder that a flag names, or something below it, which cannot be used, too many open files, or a
+    data loader's process that was killed, mostly for lack of memory.
 
     Args:
         words: the command line; by default this process's.
     """
+    if isinstance(error, (OSError, RuntimeError)) and os.strerror(errno.EMFILE) in str(error):
+        return UserError(
+            f"{os.strerror(errno.EMFILE)}: more than ulimit -n {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} allows; "
+            "raise it, or give fewer --num-workers"
+        )
     if isinstance(error, OSError) and isinstance(path := error.filename2 or error.filename, (str, bytes)):
         path = os.fsdecode(path)
         flag, reason = _flag_of(path, sys.argv[1:] if words is None else words), error.strerror
@@ -165,10 +173,16 @@ def _flag_of(path: str, words: Sequence[str]) -> str:
     return found[0]
 
 
+def discard_output(stream: TextIO) -> None:
+    """Discard what is written to a stream from now on, and what it could not write."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run the ``main`` of a command of one process, turning a :class:`UserError` into its line and exit code.
 
-    A full disk, a folder that is not writable and a path that is too long are user errors too. Ctrl-C ends it quietly.
+    A full disk, a folder that is not writable and a path that is too long are user errors too. Ctrl-C ends it quietly,
+    and so does the end of what reads its output.
 
     Programs of several ranks start through ``megatron_dwm.cli.launch`` instead.
     """
@@ -176,6 +190,9 @@ def run_cli(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:  # as in ``| head``; Python would fail again when it ends
+        discard_output(sys.stdout)
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except Exception as error:
         known = as_user_error(error)
         if known is error and (reason := write_failure_reason(error)) is not None:

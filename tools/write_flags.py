@@ -20,7 +20,7 @@ All flags of the pretraining program, in groups. The flags of the weighting are 
 [Data weighting model](#data-weighting-model-dwm).
 
 The column *Origin* says where a flag comes from. *Megatron-LM*: name, meaning and default are those of Megatron-LM
-(core_v0.16.1; flags that were added in 0.17 to 0.19 are known too). *Megatron-DWM*: a flag of this program. *no
+(core_v0.16.1; flags that were added in 0.17 to 0.20 are known too). *Megatron-DWM*: a flag of this program. *no
 effect*: a flag of Megatron-LM, of an older version or of a fork that is accepted because the program behaves that way
 in any case.
 

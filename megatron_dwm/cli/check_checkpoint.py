@@ -110,6 +110,7 @@ def verify(folder: Path, on_read: Callable[[int], object]) -> str:
 def _verify_checkpoint(folder: Path, on_read: Callable[[int], object]) -> str:
     from megatron_dwm.training.checkpoint_checksums import CHECKSUMS
     from megatron_dwm.training.saved_checkpoint import DamagedCheckpointError, reported_damage, verify_checkpoint
+    from megatron_dwm.weighting.saved_state import check_weighter_state
 
     with reported_damage(folder):
         saved = verify_checkpoint(folder, on_read)
@@ -124,6 +125,8 @@ def _verify_checkpoint(folder: Path, on_read: Callable[[int], object]) -> str:
     for key in objects:
         saved.read_object(key)
     state = saved.read_dwm_state()
+    with reported_damage(folder):
+        check_weighter_state(state)
     not_finite += sum(not _is_finite(value) for value in _tensors_in(state))
     if not_finite:
         with reported_damage(folder):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import sys
@@ -21,8 +20,6 @@ def run_command(command: Callable[[], None]) -> None:
     Raises:
         SystemExit: the command ended early.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # paths may hold bytes that are no text
-        sys.stdout.reconfigure(errors="backslashreplace")
     configure_logging()
     hide_warnings()
     run_cli(command)

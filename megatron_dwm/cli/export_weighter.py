@@ -48,9 +48,10 @@ def export(config: ExportWeighterConfig) -> str:
     from megatron_dwm.data.hf_tokenizers import fingerprint_of
     from megatron_dwm.model.hf_weights import require_finite
     from megatron_dwm.training.checkpoint_folders import iteration_of
-    from megatron_dwm.training.saved_checkpoint import open_checkpoint
+    from megatron_dwm.training.saved_checkpoint import open_checkpoint, reported_damage
     from megatron_dwm.weighting.export import export_weighter, run_facts, weighter_facts
     from megatron_dwm.weighting.inputs import run_stages
+    from megatron_dwm.weighting.saved_state import check_weighter_state
     from megatron_dwm.weighting.weighter import model_digest
     from megatron_dwm.weighting.weighter_init import weighter_model_from_json
 
@@ -64,8 +65,10 @@ def export(config: ExportWeighterConfig) -> str:
     run = saved_config(find_tokenizer(read_arguments(folder), config.load))
     iteration = iteration_of(folder)
     effect = measured_effect(config, iteration)
-    model = weighter_model_from_json(state["weighter_config"])
-    model.load_state_dict(state["weighter"])
+    with reported_damage(folder):
+        check_weighter_state(state)
+        model = weighter_model_from_json(state["weighter_config"])
+        model.load_state_dict(state["weighter"])
     for name, param in model.named_parameters():
         require_finite(f"--load {folder}: the weighter's {name}", param)
     tokenizer = _tokenizer(run, state.get("weighter_tokenizer", ""))

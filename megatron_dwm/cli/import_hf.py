@@ -7,11 +7,12 @@ The import needs one process, no GPU, and memory for little more than one layer.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shlex
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from megatron_dwm.atomic_write import atomic_folder, atomic_write_text
+from megatron_dwm.atomic_write import atomic_folder, atomic_write_text, remove
 from megatron_dwm.cli.command import limit_progress_bars, run_command
 from megatron_dwm.config.flags import (
     declared_flags,
@@ -104,6 +105,28 @@ def import_model(config: ImportConfig) -> tuple[Path, HuggingFaceModel]:
             write_checkpoint(temporary, read, padded, arguments)
         atomic_write_text(root / TRACKER, str(ITERATION))
     return folder, read
+
+
+@contextlib.contextmanager
+def _held(root: Path) -> Iterator[None]:
+    """Hold ``--save`` as a run does, so that no run or other import writes there; a new folder goes if the block fails.
+
+    Raises:
+        UserError: another process holds it, or it cannot be written to.
+    """
+    from megatron_dwm.training.save_folder import SaveFolder
+
+    is_new = not root.exists()
+    held = SaveFolder(root)
+    try:
+        held.create()
+        yield
+    except BaseException:
+        if is_new:
+            remove(root)
+        raise
+    finally:
+        held.close()
 
 
 def write_checkpoint(folder: Path, read: HuggingFaceModel, padded_vocab_size: int, arguments: dict[str, Any]) -> None:
@@ -190,7 +213,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(argv: Sequence[str] | None) -> None:
     config: ImportConfig = parse(argv, {"import": ImportConfig}, description=__doc__)["import"]
-    folder, read = import_model(config)
+    with _held(Path(config.save)):
+        folder, read = import_model(config)
     zeros = f" (its {len(read.state.zeros)} missing biases are zeros)" if read.state.zeros else ""
     print(shlex.join([*to_argv(read.model), "--load", config.save, "--finetune"]))
     print(f"{folder}: wrote the model of {config.input}{zeros}; start from it with the flags above")

@@ -6,6 +6,7 @@ once, by the rank that found it, and ends every other rank.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -31,7 +32,7 @@ from megatron_dwm.errors import (
     exit_code_of,
     print_error,
 )
-from megatron_dwm.runtime.child_processes import end_children_with_this_process
+from megatron_dwm.runtime.child_processes import end_children_with_this_process, require_temporary_folder
 from megatron_dwm.runtime.compat import require_megatron_core
 from megatron_dwm.runtime.device import select_device
 from megatron_dwm.runtime.environment import environment_rank
@@ -70,6 +71,7 @@ class Process:
         """
         with self.startup_sync.phase("flags"):
             require_megatron_core()
+            require_temporary_folder()
             config = read_flags(self.world_size)
             device = select_device(self.local_rank)
         if device.type == "cpu":  # advice on CUDA's queues
@@ -95,7 +97,7 @@ def run_program(program: Callable[[Process], None], argv: Sequence[str] | None =
     end_children_with_this_process()
     try:
         rank, local_rank, world_size = environment_rank()
-        configure_logging(rank, world_size)
+        configure_logging(rank, world_size, may_lose=True)
         signals = StartSignals() if flag_name("exit_signal_handler") in words else None
         startup_sync = StartupSync(rank, world_size, _timeout(words), signals)
     except PeerError:
@@ -136,7 +138,8 @@ def _end_failed(error: BaseException, peers: PeerWatch) -> None:
     Raises:
         SystemExit: this is the only process, or all ranks know of the failure; otherwise the process ends here.
     """
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # the error is told even if the log has no room
+        sys.stdout.flush()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at a worker's end
     for worker in multiprocessing.active_children():
         # Processes of data loaders ignore the signal by which Python would end them. For those that write checkpoints
@@ -157,7 +160,8 @@ def _end_failed(error: BaseException, peers: PeerWatch) -> None:
     peers.linger()
     code = exit_code_of(error)
     if peers.world_size > 1:  # no cleanup: what it would wait for may be gone
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
     raise SystemExit(code) from None

@@ -35,8 +35,13 @@ def rank_facts(config: RunConfig, paths: DataPaths, weighter_digest: str | None)
         weighter_digest: digest of the weighters that were read from folders, if any.
     """
     flags = [item for part in PARTS.values() for item in declared_flags(part)]
-    names = {item.field: item.names[0] for item in flags if item.value_type is not None}
-    facts = {names.get(field, flag_name(field)): repr(value) for field, value in config.flat().items()}
+    declared, facts = {item.field: item for item in flags}, {}
+    for field, value in config.flat().items():
+        item = declared.get(field)
+        if item is not None and item.value_type is None:  # a switch, which may turn something off
+            facts[item.names[0]] = "given" if value != item.default else "not given"
+        else:
+            facts[item.names[0] if item is not None else flag_name(field)] = repr(value)
     facts["Python"] = ".".join(platform.python_version_tuple()[:2])
     for package in PACKAGES:
         try:

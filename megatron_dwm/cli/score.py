@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from megatron_dwm.cli.command import limit_progress_bars, run_command
@@ -81,8 +82,9 @@ def _main(argv: Sequence[str] | None) -> None:
 
     from megatron_dwm.analysis.score_inputs import parts_of
     from megatron_dwm.analysis.scoring import DocumentTokens, ScoreSettings, score_counts, score_steps
-    from megatron_dwm.corpora.pipelines import Job, refused_output, run_here, submit
-    from megatron_dwm.corpora.storage import OutputFolder
+    from megatron_dwm.corpora.pipelines import Job, refuse_queued_job, refused_output, run_here, submit
+    from megatron_dwm.corpora.storage import OutputFolder, is_url
+    from megatron_dwm.corpora.unfinished import lock_folder
 
     limit_progress_bars()
     parts = parts_of(config.input, config.split_bytes)
@@ -107,12 +109,17 @@ def _main(argv: Sequence[str] | None) -> None:
         skip_malformed=config.skip_malformed,
         show_progress=sys.stderr.isatty() and slurm.slurm_partition is None,
     )
-    job = Job(steps, tasks, OutputFolder(output).path("logs"))
+    logs = OutputFolder(OutputFolder(output).path("logs"))
+    if not is_url(output):
+        with refused_output(output):
+            lock_folder(Path(logs.location))  # two calls would write to the same files
+    refuse_queued_job(logs, "--output", output)
+    job = Job(steps, tasks, logs.location)
     if slurm.slurm_partition is not None:
         with refused_output(output):
-            number = submit("score", [job], config.workers, slurm)
-        logs = f"{output}/logs/slurm_logs"
-        done = "all tasks are done" if number is None else f"submitted job {number}; its logs are in {logs}"
+            number = submit("score", [job], config.workers, slurm, logs)
+        its_logs = f"{output}/logs/slurm_logs"
+        done = "all tasks are done" if number is None else f"submitted job {number}; its logs are in {its_logs}"
         print(f"{output}/data: {tasks} tasks, {done}")
         return
     start = time.perf_counter()

@@ -23,6 +23,7 @@ from megatron_dwm.config.flags import flag, parse, require_given, require_paths
 from megatron_dwm.corpora.readers import Reader, input_files
 from megatron_dwm.errors import UserError
 from megatron_dwm.json_lines import parse_object
+from megatron_dwm.training.save_folder import check_writable
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(argv: Sequence[str] | None) -> None:
     config: TrainTokenizerConfig = parse(argv, {"train": TrainTokenizerConfig}, description=__doc__)["train"]
+    prefix = Path(config.output_prefix)
+    check_writable({"--output-prefix": prefix.parent if prefix.exists() else prefix})  # before it trains for hours
     # disable=None: a bar on a terminal only.
     texts = list(tqdm(_texts(input_files(config.input), config.json_key), unit=" documents", disable=None))
     model = _train([line for text in texts for line in text.split("\n") if line], config)
-    prefix = Path(config.output_prefix)
     _write(model, prefix)
     pieces = SentencePieceProcessor(model_proto=model)
     size = sum(len(text.encode()) for text in texts)

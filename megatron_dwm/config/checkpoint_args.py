@@ -14,6 +14,7 @@ from megatron_dwm.config.needed_flags import YARN_FIELDS, missing_flag
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.safe_unpickling import UnreadableFileError, read_common_state, read_torch_file
+from megatron_dwm.special_files import find_special_file
 
 UNKNOWN_PARTS = (
     "experimental_attention_variant",
@@ -104,6 +105,8 @@ def read_arguments(folder: Path) -> dict[str, Any]:
         UserError: it has none.
     """
     path = first_rank_file(folder)
+    if special := find_special_file(folder if path is None else path.parent):
+        raise UserError(f"{folder}: {special}; the checkpoint is damaged, give another")
     try:
         common = read_common_state(folder) if path is None else read_torch_file(path)
     except UnreadableFileError as error:
@@ -189,7 +192,8 @@ def differing_flag(run: Mapping[str, Any], saved: Mapping[str, Any], *, finetune
         names += ["max_position_embeddings", "make_vocab_size_divisible_by", "tokenizer_type"]
     for name in names:
         value, found = ours.get(name), theirs.get(name)
-        if value is not None and found is not None and value != found:
+        is_known = name in run and name in saved  # None is a value then; other versions of Megatron-LM lack some
+        if value != found and (is_known or None not in (value, found)):
             remedy = "change it, or load with --finetune" if name in _FUNCTION else "change it, or --load"
             return f"{_difference(name, value, found)}; {remedy}"
     return None
@@ -199,9 +203,10 @@ def _difference(name: str, value: Any, found: Any) -> str:
     (item,) = (
         item for config in (ModelConfig, TokenizerConfig) for item in declared_flags(config) if item.field == name
     )
-    if item.value_type is not None:
+    if item.value_type is not None and None not in (value, found):
         return f"{item.names[0]} {value} is not what the checkpoint was saved with, {found}"
-    here, there = ("not given" if side == item.default else "given" for side in (value, found))
+    words = {item.default: "not given", None: "not given"}
+    here, there = (words.get(side, "given" if item.value_type is None else str(side)) for side in (value, found))
     return f"{item.names[0]} is {here}, but was {there} when the checkpoint was saved"
 
 

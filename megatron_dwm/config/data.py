@@ -52,6 +52,13 @@ class DataConfig:
     allow_ambiguous_pad_tokens: bool = flag(False, "Allow pad tokens to occur in the data.")
     eval_iters: int = flag(100, "Batches in one evaluation; 0 or -1 for none.")
     eval_interval: int | None = flag(None, "Iterations between evaluations.")
+    start_eval_at_iter: int | None = flag(None, "Iteration before which there is no evaluation; 0 for none.")
+    eval_micro_batch_size: int | None = flag(
+        None, "Samples in one microbatch of an evaluation. Default: --micro-batch-size."
+    )
+    eval_global_batch_size: int | None = flag(
+        None, "Samples in one batch of an evaluation. Default: --global-batch-size."
+    )
     full_validation: bool = flag(
         False, "Evaluate on every sample of the validation data each time, regardless of --eval-iters."
     )
@@ -80,8 +87,10 @@ class DataConfig:
         if not (self.mock_data or shared or split):
             raise UserError("no data: give --data-path, --train-data-path or --mock-data")
         require_at_least(self, -1, "eval_iters")
-        require_at_least(self, 0, "num_workers mid_level_dataset_surplus")
-        require_at_least(self, 1, "eval_interval num_dataset_builder_threads")
+        require_at_least(self, 0, "num_workers mid_level_dataset_surplus start_eval_at_iter")
+        require_at_least(
+            self, 1, "eval_interval eval_micro_batch_size eval_global_batch_size num_dataset_builder_threads"
+        )
         require_at_most(self, MAX_PROCESSES, "num_workers num_dataset_builder_threads")
         names = self.validation_set_names
         if names is not None and not self.multiple_validation_sets:
@@ -90,6 +99,13 @@ class DataConfig:
             raise UserError(f"--validation-set-names {' '.join(names)}: a name repeats; change one")
         if self.full_validation and self.mock_data:
             raise UserError("--full-validation: generated data (--mock-data) has no end; leave it out")
+
+    def evaluations(self, first: int, last: int) -> int:
+        """Return the number of evaluations during training that follow iteration ``first``, up to ``last``."""
+        if not self.eval_interval:
+            return 0
+        first = max(first, (self.start_eval_at_iter or 1) - 1)
+        return max(0, last // self.eval_interval - first // self.eval_interval)
 
     @property
     def has_validation(self) -> bool:

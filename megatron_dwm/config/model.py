@@ -93,7 +93,7 @@ class ModelConfig:
         1e-5, "Epsilon of the normalization.", "--norm-epsilon", old_names=("--layernorm-epsilon",)
     )
     layernorm_zero_centered_gamma: bool = flag(
-        False, "Center the normalization's gain on zero (Transformer Engine only).", "--apply-layernorm-1p"
+        False, "Center the normalization's gain on zero: it is 1 plus the weight.", "--apply-layernorm-1p"
     )
     qk_layernorm: bool = flag(False, "Normalize queries and keys.")
     dwm_qk_norm_all_heads: bool = flag(
@@ -133,7 +133,9 @@ class ModelConfig:
         "Default: transformer_engine if it is installed and no other flag needs torch, else torch.",
     )
     attention_backend: Literal["flash", "fused", "unfused", "local", "auto"] = flag(
-        "auto", "Attention backend of Transformer Engine."
+        "auto",
+        "Kernels of attention: Transformer Engine's flash or fused, matrix products (unfused), the fastest (auto), or "
+        "those of --transformer-impl local.",
     )
     use_flash_attn: bool = flag(
         False,
@@ -306,7 +308,11 @@ class ModelConfig:
 
     def _check_companions(self) -> None:
         """Refuse flags that would silently have no effect without another flag."""
-        if self.recompute_granularity == "full" and self.recompute_method is None:
+        if self.recompute_activations and self.recompute_granularity == "full":
+            logger.warning(
+                "--recompute-activations overrules --recompute-granularity full: only attention is recomputed"
+            )
+        elif self.recompute_granularity == "full" and self.recompute_method is None:
             raise UserError("--recompute-granularity full needs --recompute-method; give uniform or block")
         for item in declared_flags(type(self)):
             needed = missing_flag(item.field, vars(self))
@@ -324,6 +330,13 @@ class ModelConfig:
         """
         text = getattr(self, field)
         return None if text is None else parse_layers(flag_name(field), text, self.num_layers)
+
+    @property
+    def recomputation(self) -> Literal["full", "selective"] | None:
+        """What is recomputed in the backward pass: full layers, or selected modules."""
+        if self.early_recompute_method is not None:
+            return "full"
+        return "selective" if self.recompute_activations else self.recompute_granularity
 
     @property
     def early_recompute_method(self) -> str | None:

@@ -111,7 +111,7 @@ class NoEffectConfig:
     mtp_num_layers: int | None = flag(None, "Only 0: the model predicts only the next token.")
     rope_type: Literal["rope", "yarn"] | None = flag(None, "Only rope; yarn here is for multi-latent attention.")
 
-    # Of newer Megatron-LMs (0.17 to 0.19).
+    # Of newer Megatron-LMs (0.17 to 0.20).
     async_strategy: Literal["nvrx", "mcore"] = flag("nvrx", "megatron-core always writes; the files are the same.")
     async_ckpt_use_cpu_shm: bool = flag(False, "For the writer of --async-strategy nvrx; megatron-core always writes.")
     ckpt_fully_parallel_load_exchange_algo: Literal["broadcast", "gather_rounds", "gather_object"] = flag(
@@ -119,7 +119,14 @@ class NoEffectConfig:
     )
     ckpt_fully_parallel_save_process_group: Literal["dp", "ep_dp"] = flag("dp", "The same without experts.")
     ckpt_fully_parallel_load_process_group: Literal["dp", "ep_dp"] = flag("dp", "The same without experts.")
+    ckpt_fully_parallel_load_per_rank_objects: bool = flag(False, "How objects are read does not change them.")
     dist_ckpt_workers: int = flag(1, "Only 1.")
+    save_tokenizer_assets: bool = flag(
+        True,
+        "Checkpoints never hold the tokenizer's files.",
+        "--no-save-tokenizer-assets",
+        "--disable-save-tokenizer-assets",
+    )
     verify_integrity: bool = flag(False, "Checksums are verified unless --no-checkpoint-checksums is given.")
     null_tokenizer_pad_id: int = flag(-1, "Only -1.")
     pytorch_profiler_collect_shapes: bool = flag(False, "Shapes are always recorded.")
@@ -129,6 +136,7 @@ class NoEffectConfig:
     # What acts only with another flag, which is refused.
     cpu_offloading_retain_pinned_cpu_buffers: bool = flag(False, "Only with --cpu-offloading-num-layers.")
     expert_tensor_parallel_size: int | None = flag(None, "Only for mixtures of experts.")
+    use_fused_weighted_squared_relu: bool = flag(False, "Only for mixtures of experts.")
     data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = flag(
         "no_shard", "Only with --use-megatron-fsdp."
     )

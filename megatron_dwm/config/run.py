@@ -95,6 +95,16 @@ class RunConfig:
         return self.global_batch_size // (self.training.micro_batch_size * self.data_parallel_size)
 
     @property
+    def eval_batch_size(self) -> int:
+        """The number of samples in one batch of an evaluation."""
+        return self.data.eval_global_batch_size or self.global_batch_size
+
+    @property
+    def eval_micro_batch(self) -> int:
+        """The number of samples per microbatch of an evaluation."""
+        return self.data.eval_micro_batch_size or self.training.micro_batch_size
+
+    @property
     def target_batch_size(self) -> int:
         """The number of target samples in one outer update; by default an eighth of the batch, rounded up.
 

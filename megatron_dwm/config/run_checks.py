@@ -132,18 +132,36 @@ def _check_batches(run: RunConfig) -> None:
         for size in sizes.running_sizes:
             microbatches = size // sizes.unit
             _check_groups(run, microbatches, "--global-batch-size or --micro-batch-size")
+    _check_evaluation_batches(run)
     samples = run.training.train_samples
     if samples is not None and samples < run.global_batch_size:
         raise UserError(f"--train-samples {samples} is less than one batch of {run.global_batch_size}; raise it")
 
 
+def _check_evaluation_batches(run: RunConfig) -> None:
+    if (run.data.eval_micro_batch_size, run.data.eval_global_batch_size) == (None, None):
+        return
+    size, micro, dp = run.eval_batch_size, run.eval_micro_batch, run.data_parallel_size
+    if size % (micro * dp):
+        raise UserError(
+            f"--eval-global-batch-size {size} is not divisible by --eval-micro-batch-size {micro} x data-parallel "
+            f"size {dp}; change one"
+        )
+    if run.parallel.tp_comm_overlap and micro != run.training.micro_batch_size:
+        raise UserError(
+            f"--eval-micro-batch-size {micro} with --tp-comm-overlap: its buffers have the shape of a microbatch "
+            f"of {run.training.micro_batch_size} samples; leave one out"
+        )
+    if run.parallel.virtual_stages(run.model.num_layers) is not None:
+        _check_groups(run, size // (micro * dp), "--eval-global-batch-size or --eval-micro-batch-size")
+
+
 def _check_samples(run: RunConfig) -> None:
-    iterations, interval = run.training.train_iters or 0, run.data.eval_interval
-    evaluations = 1 + (iterations // interval if interval else 0)
+    evaluations = 1 + run.data.evaluations(0, run.training.train_iters or 0)
     repeats = {
         "train_samples": 1,
         "train_iters": run.global_batch_size,
-        "eval_iters": run.global_batch_size * evaluations,
+        "eval_iters": run.eval_batch_size * evaluations,
         "dwm_target_batch_size": 1,
     }
     flags = run.flat()

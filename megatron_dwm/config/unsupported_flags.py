@@ -28,14 +28,17 @@ UNSUPPORTED: dict[str, str] = {
         --mamba-* --disable-mamba-mem-eff-path --hybrid-layer-pattern --decoder-num-layers --decoder-seq-length
         --pipeline-model-parallel-split-rank --encoder-tensor-model-parallel-size
         --encoder-pipeline-model-parallel-size""",
-    "all layers are trained and have the same structure; leave it out": "--freeze-all-layers --heterogeneous-layers-*",
+    "all layers are trained and have the same structure; leave it out": """
+        --freeze-all-layers --heterogeneous-layers-*""",
+    "a layer has one residual connection around attention and one around the MLP; leave it out": """
+        --enable-mhc-connections --mhc-*""",
     "layers are chosen by --transformer-impl; use that": "--spec --model-spec",
     "flags are read only from the command line; give them there": "--yaml-cfg",
     "experimental features of megatron-core are not used; leave it out": "--enable-experimental",
     "only standard attention is supported, not latent, linear or sparse attention; leave it out": """
         --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim
         --cache-mla-latents --experimental-attention-variant --dsa-* --linear-*
-        --relative-attention-* --mrope-section --use-fused-weighted-squared-relu --use-te-activation-func
+        --relative-attention-* --gdp-* --mrope-section
         --use-kitchen-attention --mla-down-proj-fusion --no-dsa-* --disable-dsa-*""",
     "it changes parameters between the steps, which an outer update does not take into account; use --qk-layernorm": """
         --qk-clip*""",
@@ -72,7 +75,7 @@ UNSUPPORTED: dict[str, str] = {
     "an outer update needs complete parameters after the step; use --overlap-param-gather": """
         --overlap-param-gather-with-optimizer-step""",
     "only --use-distributed-optimizer is supported for sharding; use that": """
-        --use-megatron-fsdp --use-custom-fsdp --*-using-custom-fsdp --use-torch-fsdp2
+        --gtp-* --use-megatron-fsdp --use-custom-fsdp --*-using-custom-fsdp --use-torch-fsdp2
         --torch-fsdp2-no-reshard-after-forward --outer-dp-sharding-strategy
         --fsdp-* --megatron-fsdp-*
         --no-gradient-reduce-div-fusion --enable-full-sharding-in-hsdp --init-model-with-meta-device
@@ -92,7 +95,7 @@ UNSUPPORTED: dict[str, str] = {
     "an outer update reads Adam's second moments in fp32 on the parameters' device; leave it out": """
         --use-precision-aware-optimizer --optimizer-cpu-offload""",
     "outer updates support only megatron-core's Adam and SGD; use --optimizer adam or sgd": """
-        --optimizer=*muon --muon-* --lion-* --ademamix-*""",
+        --optimizer=* --muon-* --lion-* --ademamix-*""",
     "parameter groups are megatron-core's defaults; leave it out": """
         --no-use-layer-wise-param-layout --dump-param-to-param-group-map""",
     "image models and T5 are not supported; use rope": """
@@ -106,8 +109,9 @@ UNSUPPORTED: dict[str, str] = {
         --non-persistent-ckpt-type=local --non-persistent-ckpt-type=in_memory""",
     "its kernels have no backward pass; use transformer_engine": "--transformer-impl=inference_optimized",
     "kernels are chosen by --transformer-impl and the --no-*-fusion flags; leave it out": """
-        --disable-bf16-reduced-precision-matmul --batch-invariant-mode --disable-jit-fuser --fused-residual-rmsnorm
-        --use-transformer-engine-op-fuser --use-grouped-gemm-for-dense-mlp --flash-attention-version""",
+        --disable-bf16-reduced-precision-matmul --use-te-activation-func --batch-invariant-* --disable-jit-fuser
+        --fused-residual-rmsnorm --use-transformer-engine-op-fuser --use-grouped-gemm-for-dense-mlp
+        --flash-attention-version --output-logit-dtype""",
     "the run checks only for losses and gradients that are not finite; leave it out": """
         --check-for-spiky-loss --check-for-large-grads --result-rejected-tracker-filename --iterations-to-skip""",
     "ranks are synchronized only by collectives; leave it out": """
@@ -118,8 +122,6 @@ UNSUPPORTED: dict[str, str] = {
     "SIGTERM stops a run under --exit-signal-handler; use that": """
         --exit-signal --exit-signal-handler-for-dataloader --exit-signal-handler-for-training""",
     "batches grow only by --rampup-batch-size; use that": "--phase-transition-iterations --step-batch-size-schedule",
-    "evaluations use the batch sizes of training; use --eval-iters": "--eval-global-batch-size --eval-micro-batch-size",
-    "evaluations start with the run; use --eval-interval": "--start-eval-at-iter",
     "faults are injected by benchmarks/chaos.py; leave it out": "--fault-injector-*",
     "the flight recorder is set by TORCH_FR_BUFFER_SIZE and TORCH_NCCL_DUMP_ON_TIMEOUT; use these variables": """
         --flight-recorder-* --no-flight-recorder-* --disable-flight-recorder-*""",
@@ -127,8 +129,9 @@ UNSUPPORTED: dict[str, str] = {
         --save-wgrads-interval --save-dgrads-interval --save-params-interval --save-activations-interval
         --gpu-sniff-test-interval --nvtx-ranges --pytorch-profiler-collect-chakra""",
     "records go to the log, a JSON-lines file and TensorBoard; leave it out": """
-        --*one-logger* --app-tag-run-* --config-logger-dir""",
+        --*one-logger* --app-tag-run-* --config-logger-dir --otel-*""",
     "checkpoints are torch_dist, in folders that all ranks share; leave it out": """
+        --ckpt-pg-tensors-cache-* --ckpt-drop-redundant-extra-state
         --load-main-params-from-ckpt --load-model-opt-format --non-persistent-local-*
         --ckpt-convert-update-legacy-dist-opt-format
         --dist-ckpt-save-pre-mcore-014
@@ -140,7 +143,8 @@ UNSUPPORTED: dict[str, str] = {
     "use --make-vocab-size-divisible-by 1": "--no-pad-vocab-size --disable-pad-vocab-size",
     "use --reset-attention-mask": "--dataloader-inter-document-masking",
     "tokenizers are used as they were trained; leave it out": """
-        --tokenizer-hf-no-* --*-tokenizer-sentencepiece-ignore-extra-whitespaces --null-tokenizer-eod-id""",
+        --tokenizer-hf-no-* --*-tokenizer-sentencepiece-ignore-extra-whitespaces --null-tokenizer-eod-id
+        --use-gigatoken""",
     "data are local .bin and .idx files of plain text; leave it out": """
         --per-dataset-sequences-path --dataloader-fast-cache-load --dataloader-defer-npy-index-mmap
         --object-storage-cache-path --s3-cache-path --disable-msc --enable-msc""",

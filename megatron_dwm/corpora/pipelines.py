@@ -7,9 +7,11 @@ done, and does the others only.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import warnings
@@ -33,9 +35,11 @@ from megatron_dwm.corpora.parts import Part, records_of
 from megatron_dwm.corpora.storage import OutputFolder, is_url
 from megatron_dwm.corpora.worker_pool import WorkerDiedError
 from megatron_dwm.errors import UserError, renamed_flags, shortened
-from megatron_dwm.runtime.child_processes import end_children_with_this_process
+from megatron_dwm.runtime.child_processes import end_children_with_this_process, require_temporary_folder
 
 _WATCH_INTERVAL_S = 0.3
+_SUBMITTED = "submitted"
+"""The file with the numbers of the SLURM jobs that were submitted last."""
 _WORKER_DIED = signal.SIGRTMIN
 """Signal that interrupts the main thread. Programs in the background ignore SIGINT."""
 
@@ -131,9 +135,11 @@ def run_here(job: Job, workers: int) -> Any:
         datatrove's statistics of this call; None if all tasks were done.
 
     Raises:
+        UserError: processes cannot be reached on this machine.
         WorkerDiedError: a signal has killed a worker process.
     """
     logger.disable("datatrove")
+    require_temporary_folder()
     end_children_with_this_process()  # datatrove's manager would outlive this process if that is killed
     workers = min(workers, job.tasks)
     executor = _QuietExecutor(list(job.steps), job.tasks, workers, logging_dir=job.logs)
@@ -180,11 +186,33 @@ def _watched_workers() -> Iterator[None]:
         signal.signal(_WORKER_DIED, previous)
 
 
-def submit(name: str, jobs: Sequence[Job], workers: int, slurm: SlurmConfig) -> str | None:
+def refuse_queued_job(folder: OutputFolder, flag: str, output: str) -> None:
+    """Refuse to work in a folder in which a SLURM job that was submitted before works, or will.
+
+    Args:
+        folder: where :func:`submit` has noted the jobs' numbers.
+        flag: the flag that names the output.
+
+    Raises:
+        UserError: there is such a job.
+    """
+    numbers = folder.read(_SUBMITTED) or ""
+    if re.fullmatch(r"\d+(,\d+)*", numbers) is None or shutil.which("squeue") is None:  # elsewhere it cannot be known
+        return
+    queue = ["squeue", "--noheader", "--format=%A", f"--jobs={numbers}"]
+    if queued := subprocess.run(queue, capture_output=True, text=True, check=False).stdout.split():
+        raise UserError(
+            f"{flag} {output}: SLURM job {queued[0]} of an earlier call is at work there, or waits; wait until it has "
+            f"ended, or end it with scancel {numbers.replace(',', ' ')}"
+        )
+
+
+def submit(name: str, jobs: Sequence[Job], workers: int, slurm: SlurmConfig, folder: OutputFolder) -> str | None:
     """Submit the unfinished tasks of jobs as SLURM job arrays, each of which waits for the previous one.
 
     Args:
         workers: maximum number of concurrent tasks.
+        folder: where the numbers of the jobs are noted, for :func:`refuse_queued_job`.
 
     Returns:
         the last job's number; None if all tasks are done.
@@ -197,7 +225,7 @@ def submit(name: str, jobs: Sequence[Job], workers: int, slurm: SlurmConfig) -> 
             "--slurm-partition: there is no sbatch on this machine; run the command where SLURM jobs are submitted"
         )
     programs = os.path.dirname(sys.executable)
-    executor = None
+    executors: list[SlurmPipelineExecutor] = []
     for job in jobs:
         executor = SlurmPipelineExecutor(
             list(job.steps),
@@ -212,18 +240,24 @@ def submit(name: str, jobs: Sequence[Job], workers: int, slurm: SlurmConfig) -> 
             env_command=f"export PATH={shlex.quote(programs)}:$PATH",
             sbatch_args=slurm.sbatch_options(),
             logging_dir=job.logs,
-            depends=executor,
+            depends=executors[-1] if executors else None,
         )
+        executors.append(executor)
     logger.disable("datatrove")
     try:
-        if executor is not None:
-            executor.run()
+        if executors:
+            executors[-1].run()
     except CalledProcessError as error:
         raise UserError(
             f"--slurm-partition {slurm.slurm_partition}: sbatch refuses the job with code {error.returncode} (its "
             "message is above); change the --slurm flags"
         ) from None
-    return None if executor is None or executor.job_id == -1 else str(executor.job_id)
+    finally:
+        # datatrove's number of a job that has nothing left to do is -1, and of one that was not submitted None.
+        numbers = [str(executor.job_id) for executor in executors if executor.job_id not in (None, -1)]
+        if numbers:
+            folder.write(_SUBMITTED, ",".join(numbers))
+    return None if not executors or executors[-1].job_id == -1 else str(executors[-1].job_id)
 
 
 @contextmanager

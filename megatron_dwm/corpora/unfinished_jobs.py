@@ -10,7 +10,7 @@ from pathlib import Path
 from datatrove.pipeline.base import PipelineStep
 
 from megatron_dwm.config.slurm import SlurmConfig
-from megatron_dwm.corpora.pipelines import FunctionStep, Job, refused_output, run_here, submit
+from megatron_dwm.corpora.pipelines import FunctionStep, Job, refuse_queued_job, refused_output, run_here, submit
 from megatron_dwm.corpora.storage import OutputFolder, absolute, is_url
 from megatron_dwm.corpora.unfinished import LOCK, lock_folder
 from megatron_dwm.errors import UserError
@@ -46,11 +46,12 @@ class UnfinishedJobs:
             work: everything that the output depends on.
 
         Raises:
-            UserError: it cannot be written, or another process is at it.
+            UserError: it cannot be written, or another process or a SLURM job is at it.
         """
         with refused_output(self._output, self._flag):
             if not is_url(self._output):
                 lock_folder(Path(self.folder.location))
+            refuse_queued_job(self.folder, self._flag, self._output)
             if self.folder.read(_WORK) != work:
                 self.folder.remove(first=_WORK, keep=LOCK)
                 self.folder.write(_WORK, work)
@@ -74,7 +75,7 @@ class UnfinishedJobs:
         """
         with refused_output(self._output, self._flag):
             if slurm.slurm_partition is not None:
-                return submit(name, jobs, workers, slurm)
+                return submit(name, jobs, workers, slurm, self.folder)
             try:
                 for job in jobs:
                     if isinstance(job.steps[0], FunctionStep):  # is quickly repeated

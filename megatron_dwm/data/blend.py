@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_dwm.config.data import DataConfig
 from megatron_dwm.config.flags import flag_name
 from megatron_dwm.errors import UserError, shortened
+from megatron_dwm.special_files import read_text
 
 Blend = tuple[list[str], list[float] | None]
 """Dataset prefixes and, if given, one weight for each."""
@@ -19,7 +20,8 @@ Blend = tuple[list[str], list[float] | None]
 LEGACY_SPLIT = "969, 30, 1"  # Megatron-LM's default for --data-path without --split
 SPLIT_NAMES = ("training", "validation", "test")
 TARGET_FLAG = "--dwm-target-data-path"
-_SPLIT = re.compile(r"\s*(\d+\.?\d*|\.\d+)(\s*[,/ ]\s*(\d+\.?\d*|\.\d+)){0,2}\s*")  # the format megatron-core parses
+_SPLIT = re.compile(r"""(['"]?)\s*(\d+\.?\d*|\.\d+)(\s*[,/ ]\s*(\d+\.?\d*|\.\d+)){0,2}\s*\1""")
+"""The format that megatron-core parses. Quotes are part of it in Megatron-LM's own script for Llama."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def _number(word: str) -> float | None:
 
 def _read(flag: str, path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_text(Path(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{flag} {path}: cannot be read ({error}); check the path") from None
 

@@ -57,10 +57,8 @@ def samples_read(data: DataConfig, train_iters: int, global_batch_size: int, con
         global_batch_size: samples of one step over all replicas, from now on.
         consumed: what was read before, perhaps in batches of another size.
     """
-    evaluations = 1  # at the end of the run
-    if data.eval_interval:
-        evaluations += max(0, train_iters // data.eval_interval - consumed.iteration // data.eval_interval)
-    evaluated = max(0, data.eval_iters) * global_batch_size
+    evaluations = data.evaluations(consumed.iteration, train_iters) + 1  # at the end of the run
+    evaluated = max(0, data.eval_iters) * (data.eval_global_batch_size or global_batch_size)
     return SplitSizes(
         train=consumed.train_samples + max(0, train_iters - consumed.iteration) * global_batch_size,
         valid=(consumed.valid_samples + evaluations * evaluated) if evaluated else 0,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.data.tokenizer_folder import require_vocabulary
+from megatron_dwm.data.tokenizer_folder import require_plain_files, require_vocabulary
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.extras import require_packages
 from megatron_dwm.runtime.compat import build_core_tokenizer
@@ -29,6 +29,8 @@ def build_tokenizer(config: TokenizerConfig) -> MegatronTokenizerText:
     """
     if config.tokenizer_type == "TikTokenizer":
         require_packages("--tokenizer-type TikTokenizer", "tiktoken")
+    if config.tokenizer_type == "HuggingFaceTokenizer":
+        require_plain_files(str(config.tokenizer_model), f"--tokenizer-model {config.tokenizer_model}")
     try:
         if config.tokenizer_type == "GPT2BPETokenizer":
             return _build_gpt2(config)

@@ -86,13 +86,14 @@ def check_dataset(
 
     Raises:
         UserError: a file is missing or damaged, or a token is outside the vocabulary.
+        OSError: a file cannot be read.
     """
     _require_files(name, prefix, "; give a prefix made by preprocess_data.py")
     try:
         index = IndexFile.open(prefix)
         expected = index.check(progress)
         actual = Path(prefix + ".bin").stat().st_size
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise UserError(f"{name}: {prefix}.idx is not a valid index ({error}); preprocess the data again") from None
     if expected == 0:
         raise UserError(f"{name}: the dataset has no tokens; preprocess the data again")

@@ -18,6 +18,7 @@ from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.model.hf_config import architecture, hf_config, model_config
 from megatron_dwm.model.quiet_loading import quiet_loading
+from megatron_dwm.special_files import find_special_file
 
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = "embed_tokens.weight", "wte.weight"
@@ -138,6 +139,8 @@ def read_hugging_face(folder: Path, flag: str = "--input") -> HuggingFaceModel:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{flag} {folder}: no config.json there; give the folder of a Hugging Face model")
+    if special := find_special_file(folder):
+        raise UserError(f"{flag} {folder}: {special}; save the model again")
     try:
         return _read(folder)
     except UserError as error:
@@ -243,6 +246,7 @@ def _names(path: Path) -> list[str]:
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
+        path.open("rb").close()  # of a file that may not be read, safetensors says that there is none
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     return list(_pickled(path))

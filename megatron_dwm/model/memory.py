@@ -22,8 +22,7 @@ def memory_estimate(
 ) -> list[str]:
     """Return Megatron-LM's lines on parameters and memory of the rank with the highest memory use."""
     weights, lines = _weights_and_optimizer(model, parallel, data_parallel_size, padded_vocab_size)
-    selective = model.recompute_activations or model.recompute_granularity == "selective"
-    sharded = parallel.sequence_parallel and selective
+    sharded = parallel.sequence_parallel and model.recomputation == "selective"
     layers, details = _layer_activations(model, parallel, micro_batch_size, sharded=sharded)
     factor, in_flight = _in_flight(parallel, model.num_layers, num_microbatches)
     activations = layers * factor

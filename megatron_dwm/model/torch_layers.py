@@ -11,6 +11,7 @@ heads, g this rank's query groups, d head size.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,13 +20,14 @@ from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_dwm.config.model import ModelConfig
@@ -178,16 +180,18 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
             offset = self.softmax_offset.to(q.dtype).view(1, -1, 1, 1).expand(*seen.shape[:3], 1)
             allowed = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
             seen = torch.cat([allowed, offset], dim=-1)
-        return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=seen,
-            dropout_p=self.attention_dropout.p if self.training else 0.0,
-            is_causal=is_causal,
-            scale=self.softmax_scale,
-            enable_gqa=q.size(1) != k.size(1),
-        )
+        is_unfused = self.config.attention_backend is AttnBackend.unfused
+        with sdpa_kernel(SDPBackend.MATH) if is_unfused else nullcontext():
+            return F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=seen,
+                dropout_p=self.attention_dropout.p if self.training else 0.0,
+                is_causal=is_causal,
+                scale=self.softmax_scale,
+                enable_gqa=q.size(1) != k.size(1),
+            )
 
 
 def torch_block_spec(config: TransformerConfig, model: ModelConfig, vp_stage: int | None) -> TransformerBlockSubmodules:

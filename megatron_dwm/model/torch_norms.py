@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
@@ -24,17 +25,35 @@ NORMED_LINEARS = ("self_attention.linear_proj", "mlp.linear_fc2")
 class TorchLayerNorm(torch.nn.LayerNorm):
     """LayerNorm, replicated over the tensor-parallel group."""
 
+    config: TransformerConfig
+
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps)
-        _mark_partial_gradients(self, config)
+        _prepare_weights(self, config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [t, b, ..] of the same."""
+        if not self.config.layernorm_zero_centered_gamma:
+            return super().forward(x)
+        normed = F.layer_norm(x, self.normalized_shape, eps=self.eps)
+        return normed.addcmul(normed, self.weight) + self.bias
 
 
 class TorchRMSNorm(torch.nn.RMSNorm):
     """RMSNorm, replicated over the tensor-parallel group."""
 
+    config: TransformerConfig
+
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps)
-        _mark_partial_gradients(self, config)
+        _prepare_weights(self, config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [t, b, ..] of the same."""
+        if not self.config.layernorm_zero_centered_gamma:
+            return super().forward(x)
+        normed = F.rms_norm(x, self.normalized_shape, eps=self.eps)
+        return normed.addcmul(normed, self.weight)
 
 
 def norm_class(config: TransformerConfig) -> type[TorchLayerNorm | TorchRMSNorm]:
@@ -42,7 +61,10 @@ def norm_class(config: TransformerConfig) -> type[TorchLayerNorm | TorchRMSNorm]
     return TorchRMSNorm if config.normalization == "RMSNorm" else TorchLayerNorm
 
 
-def _mark_partial_gradients(norm: torch.nn.Module, config: TransformerConfig) -> None:
+def _prepare_weights(norm: TorchLayerNorm | TorchRMSNorm, config: TransformerConfig) -> None:
+    norm.config = config
+    if config.layernorm_zero_centered_gamma:  # the weight is added to 1, which 16 bits hold better than the sum
+        torch.nn.init.zeros_(norm.weight)
     # Under sequence parallelism each rank norms its part of the sequence; megatron-core sums the gradients of
     # parameters marked so over the tensor-parallel group.
     for param in norm.parameters():
@@ -82,6 +104,8 @@ class _AllHeadsNorm(TorchRMSNorm):
         mean = copy_to_tensor_model_parallel_region(total, self.tp_group) / (ranks * x.size(-2) * x.size(-1))
         first = self.tp_group.rank() * self.heads // ranks
         weight = self.weight.view(self.heads, -1)[first : first + x.size(-2)]
+        if self.config.layernorm_zero_centered_gamma:
+            weight = weight + 1
         normed: torch.Tensor = x * (mean + self.eps).rsqrt() * weight
         return normed.to(x.dtype)
 

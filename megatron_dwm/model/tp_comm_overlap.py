@@ -9,12 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import is_te_min_version
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.errors import UserError
+from megatron_dwm.special_files import read_text
 
 MIN_TRANSFORMER_ENGINE = "1.9.0"
 _WITH_QUANTIZATION_MODES = "2.7.0"
@@ -39,7 +41,7 @@ def check_tp_comm_overlap(parallel: ParallelConfig, impl: str) -> None:
         raise UserError(
             "--tp-comm-overlap needs --sequence-parallel and --tensor-model-parallel-size 2 or more; add them"
         )
-    if not is_te_min_version(MIN_TRANSFORMER_ENGINE):
+    if HAVE_TE and not is_te_min_version(MIN_TRANSFORMER_ENGINE):  # a plan is also made without it
         raise UserError(f"--tp-comm-overlap needs Transformer Engine {MIN_TRANSFORMER_ENGINE} or newer; update it")
 
 
@@ -54,7 +56,7 @@ def read_overlap_settings(path: str | None) -> dict[str, Any]:
     import yaml  # of transformers, which the weighter needs
 
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        settings = yaml.safe_load(read_text(Path(path)))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--tp-comm-overlap-cfg {path}: cannot be read ({reason}); check the file") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -25,14 +25,12 @@ _DETERMINISTIC = {
 }
 """Environment variables of GPU libraries, and the values that make them deterministic."""
 
+_OF_ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+"""Environment variables of Transformer Engine by which megatron-core chooses the kernels of attention."""
+_CHOSEN = {"flash": "100", "fused": "010", "unfused": "001", "local": "000", "auto": "111"}
+"""Their values for each ``--attention-backend``."""
+
 _FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
-
-
-def recompute_granularity(model: ModelConfig) -> str | None:
-    """Return what is recomputed in the backward pass: ``"full"`` layers, ``"selective"`` modules, or None."""
-    if model.early_recompute_method is not None:
-        return "full"
-    return "selective" if model.recompute_activations else model.recompute_granularity
 
 
 def check_architecture(
@@ -76,12 +74,10 @@ def check_layers(model: ModelConfig, parallel: ParallelConfig, impl: str) -> Non
             raise UserError(f"{flag_name(field)} needs --transformer-impl torch and the layers are {impl}; change one")
     if model.attention_backend == "local" and impl != "local":
         raise UserError("--attention-backend local needs --transformer-impl local; give that or another backend")
-    is_unfused_anyway = model.attention_backend == "unfused" and impl == "local"
-    is_chosen_of_te = model.attention_backend in ("flash", "fused", "unfused") and not is_unfused_anyway
-    if is_chosen_of_te and impl != "transformer_engine":
+    if model.attention_backend in ("flash", "fused") and impl != "transformer_engine":
         raise UserError(
-            f"--attention-backend {model.attention_backend} chooses among Transformer Engine's kernels, and the layers "
-            f"are {impl}; leave it out"
+            f"--attention-backend {model.attention_backend} is a kernel of Transformer Engine, and the layers are "
+            f"{impl}; give auto, or leave it out"
         )
     if parallel.cp > 1:
         check_context_parallelism(parallel, impl)
@@ -98,10 +94,9 @@ def check_layers(model: ModelConfig, parallel: ParallelConfig, impl: str) -> Non
             f"--fp32-residual-connection: the norms of --transformer-impl {impl} do not mix precisions; "
             "leave it out or use transformer_engine"
         )
-    if model.layernorm_zero_centered_gamma:
+    if model.layernorm_zero_centered_gamma and impl == "local":
         raise UserError(
-            f"--apply-layernorm-1p: the norms of --transformer-impl {impl} do not support it; leave it out or use "
-            "transformer_engine"
+            "--apply-layernorm-1p: the norms of --transformer-impl local need Apex for it; use --transformer-impl torch"
         )
     if impl == "local" and parallel.sequence_parallel and parallel.tp > 1:
         raise UserError(
@@ -151,6 +146,26 @@ def check_attention_mask(model: ModelConfig, impl: str, device: torch.device) ->
         )
 
 
+def check_attention_variables(backend: str, impl: str, environment: MutableMapping[str, str]) -> None:
+    """Refuse environment variables that choose other kernels of attention than ``backend``.
+
+    megatron-core refuses them whatever the layers. Where Transformer Engine's layers are not used, they are removed.
+
+    Raises:
+        UserError: a variable contradicts ``--attention-backend``, and the layers are Transformer Engine's.
+    """
+    for name, value in zip(_OF_ATTENTION, _CHOSEN[backend], strict=True):
+        found = environment.get(name, value)
+        if found == value:
+            continue
+        if impl == "transformer_engine":
+            raise UserError(
+                f"--attention-backend {backend}: the environment has {name}={found}, which is for other kernels; unset "
+                "it, and choose the kernels by the flag"
+            )
+        del environment[name]
+
+
 def check_determinism(impl: str, environment: Mapping[str, str]) -> None:
     """Refuse ``--deterministic-mode`` on a GPU in an environment that lets libraries be otherwise.
 
@@ -188,14 +203,14 @@ def check_recomputation(model: ModelConfig, parallel: ParallelConfig) -> None:
     Raises:
         UserError: they do.
     """
-    granularity = recompute_granularity(model)
+    granularity = model.recomputation
     newer = model.recompute_activations or model.recompute_granularity is not None
     if model.early_recompute_method is not None and newer:
         name = "checkpoint-activations" if model.checkpoint_activations else "activations-checkpoint-method"
         raise UserError(f"--{name} and newer flags of recomputation exclude each other; leave it out")
     if granularity == "selective" and (model.recompute_method, model.recompute_num_layers) != (None, None):
         raise UserError("--recompute-method and --recompute-num-layers go with --recompute-granularity full; drop them")
-    if model.recompute_granularity == "full" and model.recompute_num_layers is None:
+    if granularity == "full" and not model.early_recompute_method and model.recompute_num_layers is None:
         raise UserError("--recompute-granularity full needs --recompute-num-layers; give 1 or more")
     if model.dwm_output_norm and "layernorm" in (model.recompute_modules or ()):
         raise UserError(

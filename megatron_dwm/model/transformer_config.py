@@ -23,12 +23,12 @@ from megatron_dwm.model.tp_comm_overlap import check_tp_comm_overlap
 from megatron_dwm.model.transformer_checks import (
     check_architecture,
     check_attention_mask,
+    check_attention_variables,
     check_determinism,
     check_fp8,
     check_layers,
     check_recomputation,
     check_recomputed_units,
-    recompute_granularity,
 )
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ def transformer_config(
     impl = resolve_transformer_impl(model, device)
     check_architecture(model, parallel, training, optimizer)
     check_layers(model, parallel, impl)
+    check_attention_variables(model.attention_backend, impl, os.environ)
     check_tp_comm_overlap(parallel, impl)
     if resets_attention_mask:
         check_attention_mask(model, impl, device)
@@ -87,7 +88,7 @@ def transformer_config(
     values.update(_layout(model, parallel, device))
     values.update(_precision(optimizer))
     values.update(
-        recompute_granularity=recompute_granularity(model),
+        recompute_granularity=model.recomputation,
         inference_sampling_seed=training.seed,
         transformer_impl="transformer_engine" if impl == "transformer_engine" else "local",
         persist_layer_norm=not model.no_persist_layer_norm,

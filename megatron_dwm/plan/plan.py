@@ -14,6 +14,7 @@ from megatron_dwm.config.run import RunConfig
 from megatron_dwm.data.blend import data_paths
 from megatron_dwm.data.tokenizers import build_tokenizer, vocabulary_rows
 from megatron_dwm.errors import UserError
+from megatron_dwm.model.tp_comm_overlap import check_tp_comm_overlap
 from megatron_dwm.model.transformer_checks import check_attention_mask, check_layers
 from megatron_dwm.model.vocabulary import Vocabulary
 from megatron_dwm.plan.costs import Cost, scoring_cost, step_cost, update_cost
@@ -93,7 +94,7 @@ def make_plan(config: RunConfig, *, for_gpu: bool = True) -> Plan:
     Raises:
         UserError: the flags are not valid, or a tokenizer, weighter or folder does not fit.
     """
-    config, layers = _with_known_layers(config)
+    config, layers = with_known_layers(config)
     check_writable(output_folders(config.checkpoint, config.data, config.logging))
     data_paths(config.data, config.weighting.dwm_target_data_path if config.weighting.needs_target else None)
     folder = latest_checkpoint(config.checkpoint)
@@ -139,7 +140,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
     return values
 
 
-def _with_known_layers(config: RunConfig) -> tuple[RunConfig, str]:
+def with_known_layers(config: RunConfig) -> tuple[RunConfig, str]:
     """Return the configuration with layers that can be built anywhere, and whose they are.
 
     Transformer Engine's layers need a GPU, so torch's layers replace them, without features that only the former have.
@@ -149,8 +150,10 @@ def _with_known_layers(config: RunConfig) -> tuple[RunConfig, str]:
     """
     model, parallel, weighting = config.model, config.parallel, config.weighting
     is_default = model.transformer_impl is None
-    if model.transformer_impl != "transformer_engine" and not (is_default and _needs_transformer_engine(config)):
-        return config, f"--transformer-impl {model.transformer_impl or 'torch'}"
+    impl = model.transformer_impl or ("transformer_engine" if _needs_transformer_engine(config) else "torch")
+    check_tp_comm_overlap(parallel, impl)
+    if impl != "transformer_engine":
+        return config, f"--transformer-impl {impl}"
     check_layers(model, parallel, "transformer_engine")
     if config.data.reset_attention_mask:
         check_attention_mask(model, "transformer_engine", torch.device("cuda"))
@@ -160,7 +163,7 @@ def _with_known_layers(config: RunConfig) -> tuple[RunConfig, str]:
         **fp8,
         transformer_impl="torch",
         attention_backend="auto",
-        layernorm_zero_centered_gamma=False,
+        layernorm_zero_centered_gamma=False,  # which its norms do in one kernel
         fp32_residual_connection=False,
         cross_entropy_fusion_impl="native",
         first_last_layers_bf16=False,
@@ -180,6 +183,7 @@ def _with_known_layers(config: RunConfig) -> tuple[RunConfig, str]:
 def _needs_transformer_engine(config: RunConfig) -> bool:
     """Whether torch's layers cannot follow the flags: the run's machines need what this one may not have."""
     try:
+        check_tp_comm_overlap(config.parallel, "torch")
         check_layers(config.model, config.parallel, "torch")
     except UserError:
         return True

@@ -103,18 +103,20 @@ class _RMSNorm(torch.autograd.Function):
     """The shapes of a fused RMS norm: the input and one number for each token are kept."""
 
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, values: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         scale = torch.empty(values.shape[:-1], dtype=torch.float32, device=values.device)
         ctx.save_for_backward(values, weight, scale)
         return torch.empty_like(values)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         values, weight, _ = ctx.saved_tensors
-        return torch.empty_like(values), torch.empty_like(weight)
+        return torch.empty_like(values), None if weight is None else torch.empty_like(weight)
 
 
-def _rms_norm(values: torch.Tensor, shape: Any, weight: torch.Tensor, eps: float | None = None) -> torch.Tensor:
+def _rms_norm(
+    values: torch.Tensor, shape: Any, weight: torch.Tensor | None = None, eps: float | None = None
+) -> torch.Tensor:
     result: torch.Tensor = _RMSNorm.apply(values, weight)  # type: ignore[no-untyped-call]
     return result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.model.transformer_config import transformer_config
@@ -24,6 +25,30 @@ def measure_stages(config: RunConfig, vocabulary: Vocabulary, *, for_gpu: bool) 
     return stages
 
 
+def layers_config(config: RunConfig, *, for_gpu: bool) -> TransformerConfig:
+    """Return megatron-core's configuration of the layers, without extensions for GPUs that change no size.
+
+    Raises:
+        UserError: flags that contradict each other.
+    """
+    parallel, training = config.parallel, config.training
+    if for_gpu:
+        # They change when bytes are sent, not how many.
+        parallel = dataclasses.replace(parallel, tp_comm_overlap=False, defer_embedding_wgrad_compute=False)
+        # It asks for variables in the environment of the machines that train, and changes no size.
+        training = dataclasses.replace(training, deterministic_mode=False)
+    core_config = transformer_config(
+        config.model,
+        parallel,
+        training,
+        config.optimizer,
+        torch.device("cuda" if for_gpu else "cpu"),
+        resets_attention_mask=config.data.reset_attention_mask,
+    )
+    core_config.gradient_accumulation_fusion = False
+    return core_config
+
+
 def _stage(config: RunConfig, vocabulary: Vocabulary, number: int, *, for_gpu: bool) -> Stage:
     """Build and measure one pipeline stage on its first rank."""
     # Fake tensors have no values to check, and there are no Gloo groups with fake process groups.
@@ -33,16 +58,7 @@ def _stage(config: RunConfig, vocabulary: Vocabulary, number: int, *, for_gpu: b
     virtual = parallel.virtual_stages(config.model.num_layers)
     replica = parallel.tp * parallel.cp
     rank = number * (replica if parallel.use_tp_pp_dp_mapping else config.world_size // parallel.pp)
-    device = torch.device("cuda" if for_gpu else "cpu")
-    core_config = transformer_config(
-        config.model,
-        parallel,
-        training,
-        config.optimizer,
-        device,
-        resets_attention_mask=config.data.reset_attention_mask,
-    )
-    core_config.gradient_accumulation_fusion = False  # of an extension for GPUs alone, and changes no size
+    core_config = layers_config(config, for_gpu=for_gpu)
     with simulated_rank(parallel, virtual, config.world_size, rank) as layout:
         if not for_gpu:
             return measure_stage(config, core_config, vocabulary, layout)

@@ -1,4 +1,4 @@
-"""Child processes that end with their rank.
+"""Child processes that end with their rank, and the folder of the sockets through which they are reached.
 
 A forked child inherits the rank's connections. If it outlived a killed rank, the connections would stay open, and the
 other ranks would wait for the rank until the timeout of their collective.
@@ -10,8 +10,13 @@ import ctypes
 import functools
 import os
 import signal
+import tempfile
 import threading
 
+from megatron_dwm.errors import UserError
+
+_LONGEST_TEMPORARY_PATH = 107 - len("/pymp-12345678/listener-12345678")
+"""Bytes: Linux's limit for the path of a socket, less what Python's multiprocessing adds."""
 _SET_PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of Linux's prctl."""
 
@@ -41,3 +46,20 @@ def end_children_with_this_process() -> None:
             end_with_parent(forking.parent)
 
     os.register_at_fork(before=note_parent, after_in_child=follow_parent)
+
+
+def require_temporary_folder() -> None:
+    """Check that processes can be reached through sockets in the folder of temporary files.
+
+    Raises:
+        UserError: there is no such folder, or its path is too long for a socket's.
+    """
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise UserError(f"TMPDIR: {error.strerror}; set it to a folder that can be written to") from None
+    if (length := len(os.fsencode(folder))) > _LONGEST_TEMPORARY_PATH:
+        raise UserError(
+            f"TMPDIR {folder}: its {length} bytes are too many for the sockets of processes; set it to a folder whose "
+            f"path has at most {_LONGEST_TEMPORARY_PATH}, such as /tmp"
+        )

@@ -52,7 +52,7 @@ class JsonLinesWriter:
                 self._open_locked().close()  # before another run's file is replaced
             if path.is_file() and resumed_at > 0:
                 _keep_records_until(path, resumed_at, is_repeated)
-            elif path.is_file():
+            elif path.is_file() and path.stat().st_size > 0:  # else that run ended before its first record
                 written = datetime.fromtimestamp(path.stat().st_mtime)
                 path.rename(path.with_name(f"{path.stem}.until-{written:%Y%m%d-%H%M%S-%f}{path.suffix}"))
             self._file = self._open_locked()

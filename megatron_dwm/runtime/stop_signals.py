@@ -66,5 +66,8 @@ class StartSignals:
         while received := self._reader.recv(1):
             if received[0] in self._signals:
                 time.sleep(PATIENCE_SECONDS)
+                if self._writer.fileno() < 0:  # the run has begun meanwhile, and can save
+                    os.kill(os.getpid(), received[0])
+                    break
                 self.end(signal.Signals(received[0]).name)
         self._reader.close()

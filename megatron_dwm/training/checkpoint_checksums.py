@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,7 +24,8 @@ def write_checksums(folder: Path) -> None:
     """Write ``checksums.json`` for all files in ``folder``, from the checksums that the ranks have written."""
     sums: dict[str, Any] = {}
     for partial in folder.glob(_PARTIAL.format("*")):
-        sums.update(json.loads(partial.read_text()))
+        with contextlib.suppress(ValueError):  # the disk was full when it was written
+            sums.update(json.loads(partial.read_text()))
         partial.unlink()
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()

@@ -49,6 +49,12 @@ class Dataloaders:
         self._loaders: list[BatchLoader] = []
         micro, dp = config.training.micro_batch_size, parallel_state.dp_size
         self.partition = BatchPartition(micro, config.num_microbatches, parallel_state.dp_rank, dp)
+        eval_micro = config.eval_micro_batch
+        self.eval_partition = replace(
+            self.partition,
+            micro_batch_size=eval_micro,
+            num_microbatches=config.eval_batch_size // (eval_micro * dp),
+        )
         sizes = config.batch_sizes if config.training.rampup_batch_size is not None else None
         self.train_partition = replace(self.partition, sizes=sizes)
         target_micro = config.target_micro_batch
@@ -109,21 +115,23 @@ class Dataloaders:
         read = samples_read(data, self.config.train_iters, self.config.global_batch_size, consumed)
         if self.train_partition.sizes is not None:
             read = read._replace(train=self.config.training.train_samples or 0)
+        training = "--train-iters or --global-batch-size", self.partition
+        evaluation = "--eval-iters, --eval-global-batch-size or --global-batch-size", self.eval_partition
         datasets = {
-            "training": (self.datasets.train, read.train, "--train-iters"),
-            "validation": (self.datasets.valid, read.valid, "--eval-iters"),
-            "test": (self.datasets.test, read.test, "--eval-iters"),
+            "training": (self.datasets.train, read.train, *training),
+            "validation": (self.datasets.valid, read.valid, *evaluation),
+            "test": (self.datasets.test, read.test, *evaluation),
         }
-        for name, (dataset, needed, flag) in datasets.items():
+        for name, (dataset, needed, flags, partition) in datasets.items():
             if data.dataloader_type == "cyclic":
-                needed = self.partition.micro_batch_size * self.partition.dp_size
+                needed = partition.micro_batch_size * partition.dp_size
             found = min(dataset.lengths) if isinstance(dataset, ValidationSets) else len(dataset or ())
             if name == "validation" and data.full_validation:
                 needed = 1
             if dataset is not None and found < needed:
                 raise UserError(
                     f"the {name} data has {found} samples, fewer than the {needed} that are read; "
-                    f"lower {flag} or --global-batch-size, or give more data"
+                    f"lower {flags}, or give more data"
                 )
             for part in dataset.datasets if isinstance(dataset, ValidationSets) else [dataset]:
                 check_masks(name, part)
@@ -145,7 +153,8 @@ class Dataloaders:
         return present[0], present[1]
 
     def _evaluated(self, dataset: Any, consumed: int) -> EvaluationData:
-        return EvaluationData(self._sequential(dataset, consumed), {"": self.config.data.eval_iters})
+        loader = self._sequential(dataset, consumed, self.eval_partition)
+        return EvaluationData(loader, {"": self.config.data.eval_iters})
 
     def _validation(self, consumed: int, names: list[str]) -> EvaluationData:
         """Return the data of an evaluation on the validation set; a collective call of all ranks."""
@@ -157,15 +166,14 @@ class Dataloaders:
         of_sets = lengths[0] or []
         batches = [data.eval_iters] * len(of_sets)
         if data.full_validation:
-            batches = [-(-length // self.partition.global_samples) for length in of_sets]
-        sampler = SetsSampler(of_sets, batches, None if data.full_validation else consumed, self.partition)
+            batches = [-(-length // self.eval_partition.global_samples) for length in of_sets]
+        sampler = SetsSampler(of_sets, batches, None if data.full_validation else consumed, self.eval_partition)
         return EvaluationData(
-            self._loader(sets, sampler, self.partition, consumed), dict(zip(names, batches, strict=True))
+            self._loader(sets, sampler, self.eval_partition, consumed), dict(zip(names, batches, strict=True))
         )
 
-    def _sequential(self, dataset: Any, consumed: int, partition: BatchPartition | None = None) -> BatchLoader:
+    def _sequential(self, dataset: Any, consumed: int, partition: BatchPartition) -> BatchLoader:
         data, total = self.config.data, len(dataset) if dataset is not None else 0
-        partition = partition or self.partition
         sampler = build_sampler(data.dataloader_type, total, consumed, partition, is_sharded=data.data_sharding)
         return self._loader(dataset, sampler, partition, consumed)
 
@@ -186,5 +194,5 @@ def _consumed(config: RunConfig, train_state: TrainState) -> Consumed:
         return START
     valid = train_state.consumed_valid_samples
     if "validation" in train_state.evaluations_due:  # a signal has interrupted it
-        valid += max(0, config.data.eval_iters) * config.global_batch_size
+        valid += max(0, config.data.eval_iters) * config.eval_batch_size
     return Consumed(train_state.iteration, train_state.consumed_train_samples, valid)

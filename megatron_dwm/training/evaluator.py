@@ -54,10 +54,10 @@ class Evaluator:
     def schedule(self) -> None:
         """Determine the evaluations after this iteration."""
         iteration = self.train_state.iteration
-        of_validation, of_tasks = self.data.eval_interval, self.tasks.eval_tasks_interval
+        of_tasks = self.tasks.eval_tasks_interval
         is_last = iteration == self.reporter.run.train_iters
         due = (
-            of_validation and iteration % of_validation == 0 and self.dataloaders.valid is not None,
+            self._is_validated(iteration) and self.dataloaders.valid is not None,
             self.evaluate_tasks and of_tasks is not None and (iteration % of_tasks == 0 or is_last),
         )
         self.train_state.evaluations_due = tuple(name for name, is_due in zip(EVALUATIONS, due, strict=True) if is_due)
@@ -115,7 +115,7 @@ class Evaluator:
                     self.engine,
                     data.loader,
                     batches,
-                    self.dataloaders.partition.micro_batch_size,
+                    self.dataloaders.eval_partition.micro_batch_size,
                     log_progress=after_training,
                     dtype=torch.float64 if reads_whole_sets else torch.float32,
                     before_batch=self.stop_request.interrupt_if_signaled,
@@ -136,10 +136,13 @@ class Evaluator:
                 records = self.evaluate_tasks(self.stop_request.interrupt_if_signaled)
                 self.reporter.tasks(self.train_state.iteration, records)
 
+    def _is_validated(self, iteration: int) -> bool:
+        return self.data.evaluations(iteration - 1, iteration) > 0
+
     def _announce_second_evaluation(self) -> None:
         """Log why the last iteration has two validation losses, as in Megatron-LM, if it has."""
-        data, interval = self.data, self.data.eval_interval
-        was_evaluated = interval and self.train_state.iteration % interval == 0 and self.reporter.run.is_trained
+        data = self.data
+        was_evaluated = self._is_validated(self.train_state.iteration) and self.reporter.run.is_trained
         if was_evaluated and self.dataloaders.valid is not None and not data.full_validation:
-            samples = data.eval_iters * self.dataloaders.partition.global_samples
+            samples = data.eval_iters * self.dataloaders.eval_partition.global_samples
             logger.info(f" > the final validation loss uses the next {samples} samples, after those of the loss above")

@@ -194,6 +194,9 @@ def resume_warnings(config: RunConfig, saved: SavedCheckpoint, train_state: Trai
         weighting: the weighting's state in it, perhaps empty.
     """
     training, settings, warnings = config.training, config.weighting, []
+    run, arguments = vars(megatron_arguments(config, TrainState())), vars(saved.arguments)
+    if config.checkpoint.finetune and (difference := differing_flag(run, arguments)):
+        warnings.append(f"{difference.partition(';')[0]}: the model computes something else with the same weights")
     lengths = (
         ("train_iters", training.train_iters, train_state.iteration, "iterations"),
         ("train_samples", training.train_samples, train_state.consumed_train_samples, "samples"),
@@ -202,7 +205,7 @@ def resume_warnings(config: RunConfig, saved: SavedCheckpoint, train_state: Trai
         if asked is not None and done > asked and not training.skip_train:
             flag = f"{flag_name(name)} {asked}"
             warnings.append(f"{flag}: the checkpoint has {done} {unit} already, so nothing is trained; give more")
-    tokenizer, saved_size = config.tokenizer, vars(saved.arguments).get("vocab_size")
+    tokenizer, saved_size = config.tokenizer, arguments.get("vocab_size")
     size = tokenizer.vocab_size if tokenizer.tokenizer_type == "NullTokenizer" else None  # others bring their own size
     has_weighter = settings.dwm_mode == "bilevel" and weighting.get("weighter") is not None
     # A tokenizer of more tokens than the weighter has is refused.
@@ -210,7 +213,7 @@ def resume_warnings(config: RunConfig, saved: SavedCheckpoint, train_state: Trai
         warnings.append(
             f"--vocab-size {size} is not the checkpoint's {saved_size}: documents end with another token than before"
         )
-    target, saved_target = settings.dwm_target_data_path, vars(saved.arguments).get("dwm_target_data_path")
+    target, saved_target = settings.dwm_target_data_path, arguments.get("dwm_target_data_path")
     aligned = len(weighting.get("replay") or [])
     if settings.needs_target and aligned and saved_target and target != saved_target:
         warnings.append(

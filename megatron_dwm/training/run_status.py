@@ -8,6 +8,7 @@ other code; the status distinguishes the two.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -30,7 +31,10 @@ def write_run_status(
         UserError: it cannot be written.
     """
     if save is not None and dist.get_rank() == 0:
-        text = json.dumps({"status": status, "iteration": iteration, "reason": reason, "folder": os.getcwd()})
+        folder = ""
+        with contextlib.suppress(FileNotFoundError):  # it was deleted while the run was at work
+            folder = os.getcwd()
+        text = json.dumps({"status": status, "iteration": iteration, "reason": reason, "folder": folder})
         path = Path(save) / RUN_STATUS
         try:
             atomic_write_text(path, text + "\n")

@@ -27,6 +27,7 @@ from megatron_dwm.safe_unpickling import (
     restricted_reader,
     short_reason,
 )
+from megatron_dwm.special_files import find_special_file
 from megatron_dwm.training.checkpoint_checksums import part_of_rank, read_checksums
 from megatron_dwm.training.checkpoint_folders import (
     DWM_STATE,
@@ -159,6 +160,17 @@ def open_checkpoint(folder: Path, *, should_verify: bool = True, rank: int = 0, 
         return saved
 
 
+def require_plain_files(folder: Path) -> None:
+    """Refuse a checkpoint in which a named pipe or a device stands in place of a file: reading it would not end.
+
+    Raises:
+        DamagedCheckpointError: there is one.
+    """
+    for part in (folder, *folder.glob("mp_rank_*")):
+        if special := find_special_file(part):
+            raise DamagedCheckpointError(special)
+
+
 def require_checksums(folder: Path, rank: int, world_size: int) -> None:
     """Verify one rank's part of a checkpoint's files against their checksums, if there are any.
 
@@ -195,6 +207,7 @@ def verify_torch_checkpoint(folder: Path, on_read: Callable[[int], object] = lam
     Raises:
         DamagedCheckpointError: it is damaged.
     """
+    require_plain_files(folder)
     _require_all_checksums(folder, on_read)
     for path in sorted(folder.glob("mp_rank_*/*.pt")):
         try:
@@ -241,6 +254,7 @@ def _open(folder: Path) -> SavedCheckpoint:
     Raises:
         DamagedCheckpointError: a file is missing or damaged.
     """
+    require_plain_files(folder)
     try:
         described = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
         if described["sharded_backend"] != "torch_dist":

@@ -38,6 +38,7 @@ from megatron_dwm.training.saved_checkpoint import (
     SavedCheckpoint,
     reported_damage,
     require_checksums,
+    require_plain_files,
 )
 from megatron_dwm.training.train_state import TrainComponents, TrainState
 
@@ -73,6 +74,7 @@ def open_torch_checkpoint(path: Path, config: RunConfig, rank: int) -> TorchChec
     """
     pp, folder = config.parallel.pp, path.parents[1]
     with reported_damage(folder):
+        require_plain_files(folder)
         if config.checkpoint.checkpoint_checksums:
             require_checksums(folder, rank, config.world_size)
         state = read_torch_file(path)

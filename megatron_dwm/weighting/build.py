@@ -22,6 +22,7 @@ from megatron_dwm.weighting.ngram import MODEL_TYPE
 from megatron_dwm.weighting.policy import SampleWeighting, State
 from megatron_dwm.weighting.rules import ShuffledWeighting
 from megatron_dwm.weighting.sample_gather import SampleGather
+from megatron_dwm.weighting.saved_state import check_weighter_state
 from megatron_dwm.weighting.uniform import UniformWeighting
 from megatron_dwm.weighting.warmup import Start, WarmupWeighting
 from megatron_dwm.weighting.weighter import Weighter
@@ -89,6 +90,7 @@ def _start_bilevel(builder: WeighterBuilder, iteration: int, state: State) -> Sa
     is_restored = state.get("weighter") is not None
     if is_restored:
         with _reported_damage():
+            check_weighter_state(state)
             weighter = builder.restored(state)
         _log_kept_architecture(builder, weighter)
     else:

@@ -205,7 +205,8 @@ class EmbeddedWeighting:
 
         Raises:
             FloatingPointError: an alignment is not finite.
-            RuntimeError: all alignments are zero, or the weighter's replicas differ.
+            RuntimeError: the weighter's replicas differ.
+            UserError: all alignments are zero.
         """
         if not self.stages.is_update(self.iteration):
             return None

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.checksums import checksum, find_damage, parse_checksums
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, shortened
+from megatron_dwm.special_files import find_special_file
 
 MANIFEST = "dwm_manifest.json"
 _DIGEST_OF_MANIFEST = "manifest_sha256"
@@ -44,6 +45,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     written = manifest.pop(_DIGEST_OF_MANIFEST, None)
     if written is not None and written != _digest(manifest):
         raise ValueError("not as it was written")
+    model = manifest.get("language_model", {})
+    length = model.get("seq_length") if isinstance(model, dict) else 0
+    if length is not None and not (isinstance(length, int) and length > 0):
+        raise ValueError(f"language_model is {shortened(model, 40)}")
     return manifest
 
 
@@ -74,8 +79,10 @@ def verify_export(flag: str, folder: Path) -> bool:
         whether it is an export of this program. Exports of earlier versions have no checksums.
 
     Raises:
-        UserError: the manifest is damaged, or a file is not as it was exported.
+        UserError: the manifest is damaged, or a file is none, or not as it was exported.
     """
+    if special := find_special_file(folder):
+        raise UserError(f"{flag} {folder}: {special}; export the weighter again, or give another")
     if not (folder / MANIFEST).exists():
         return False
     try:

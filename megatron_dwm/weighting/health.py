@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_dwm.errors import UserError
 from megatron_dwm.weighting.weights import WeightStatistics
 
 
@@ -64,10 +65,11 @@ def require_alignments(alignments: torch.Tensor) -> None:
     """Refuse alignments from which nothing can be learned.
 
     Raises:
-        RuntimeError: all alignments [N] are exactly zero, so the target gradient or the samples' gradients are missing.
+        UserError: all alignments [N] are exactly zero: no parameter has a gradient both from them and from the target.
     """
     if not bool(alignments.any()):
-        raise RuntimeError(
-            "the alignments of all samples are exactly zero, so the weighter cannot learn; check that the target set "
-            "has tokens whose loss counts (--eod-mask-loss) and that the model's parameters train"
+        raise UserError(
+            "the alignments of all samples with the target set are exactly zero, so that the weighter cannot learn; "
+            "no parameter has a gradient from both: check the target set (--dwm-target-data-path, --eod-mask-loss) "
+            "and the initial weights (--init-method-std)"
         )

@@ -42,7 +42,7 @@ def weighter_stages(flag: str, folder: str, train_iters: int) -> list[WeighterSt
         try:
             manifest = read_manifest(path.parent)
             stage, iteration = int(manifest["stage"]), int(manifest["iteration"])
-            length = max(length, int(manifest.get("train_iters") or iteration))
+            length = max(length, iteration, int(manifest.get("train_iters") or 0))
         except (ValueError, OverflowError, TypeError, KeyError) as error:
             reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
             raise UserError(f"{flag} {folder}: {path} cannot be read ({reason}); export it again") from None

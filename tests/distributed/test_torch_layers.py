@@ -169,6 +169,38 @@ def test_tensor_parallel_ranks_give_the_gradients_of_one_process(
         _assert_close(gradients, expected, 1e-4)
 
 
+@pytest.mark.parametrize("flags", [{**GPT, "--qk-layernorm": True}, LLAMA], ids=["gpt", "llama"])
+def test_gains_centered_on_zero_are_one_plus_the_weights(flags: Flags):
+    """Two models have the same losses and gradients, if the weights of one's norms are smaller by 1."""
+
+    def both() -> list[tuple[torch.Tensor | None, dict[str, torch.Tensor]]]:
+        plain, centered = (build_model({**flags, **TORCH, **more}) for more in ({}, {"--apply-layernorm-1p": True}))
+        gains = [name for name in plain.chunks[0].state_dict() if name.endswith("layernorm.weight")]
+        norm = centered.chunks[0].module.decoder.final_layernorm
+        weights = {name: value.clone() for name, value in plain.chunks[0].state_dict().items() if value is not None}
+        assert len(gains) > 2 and not type(norm)(norm.config, 4).weight.any()
+        centered.chunks[0].load_state_dict(weights | {name: weights[name] - 1 for name in gains}, strict=False)
+        return [losses_and_gradients(built, TOKENS) for built in (plain, centered)]
+
+    (((expected_losses, expected), (losses, gradients)),) = run_distributed(both, 1)
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
+    _assert_close(gradients, expected, 1e-4)
+
+
+def test_unfused_attention_computes_the_same_by_matrix_products():
+    def kernels(more: Flags) -> tuple[torch.Tensor | None, set[str]]:
+        with torch.profiler.profile() as profile:
+            losses, _ = losses_and_gradients(build_model({**LLAMA, **TORCH, **more}), TOKENS)
+        return losses, {event.key for event in profile.key_averages()}
+
+    ((default, fused), (losses, unfused)) = run_distributed(
+        lambda: (kernels({}), kernels({"--attention-backend": "unfused"})), 1
+    )[0]
+    torch.testing.assert_close(losses, default, rtol=1e-5, atol=1e-6)
+    kernel = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert kernel in fused and kernel not in unfused and "aten::_scaled_dot_product_attention_math" in unfused
+
+
 def test_double_precision_layers_agree_to_double_precision():
     def errors() -> float:
         found, expected = (
@@ -256,7 +288,8 @@ def _divided_attention(flags: Flags) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("size", "flags"), [(2, {}), (3, {}), (2, {"--window-size": "5,0", "--softmax-type": "learnable"})]
+    ("size", "flags"),
+    [(2, {}), (3, {"--attention-backend": "unfused"}), (2, {"--window-size": "5,0", "--softmax-type": "learnable"})],
 )
 def test_context_parallel_ranks_attend_as_one_process(size: int, flags: Flags):
     for pairs in run_distributed(_divided_attention, size, flags):

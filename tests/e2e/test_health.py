@@ -33,7 +33,8 @@ def test_alignments_that_are_all_zero_end_the_run(tmp_path: Path):
     # All matrices are zero and stay so: every hidden state is zero, and with it every gradient.
     flags = {**LANGUAGE_MODEL, **TRAINING, **DATA, **WEIGHTING, "--init-method-std": 0}
     finished = pretrain(tmp_path / "log", 1, flags)
-    assert finished.codes == [1] and "exactly zero" in finished.text
+    assert finished.codes == [2] and "Traceback" not in finished.text
+    assert finished.errors[0].splitlines()[-1].startswith("error: the alignments of all samples with the target set")
 
 
 def reduce_the_loss() -> None:

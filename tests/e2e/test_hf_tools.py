@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import resource
 import shlex
 import sys
@@ -49,6 +48,7 @@ from tests.e2e.datasets import make_dataset
 from tests.e2e.launch import succeed
 from tests.fixtures.megatron.record import scalars
 from tests.paths import FIXTURES
+from tests.programs import Finished, Fork
 from tests.small_runs import GPT, IN_PROCESS, LLAMA_STYLE, OLMO2_NORMS, SEQ_LENGTH, parse_flags
 
 SENTENCES = [
@@ -361,9 +361,26 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(
     assert sorted(tmp_path.rglob("*")) == there
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(
-    tokenizer_flags: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_an_import_beside_a_run_or_another_import_is_refused(
+    tokenizer_flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """Until its first save, a run has no tracker; resumed, it would take the imported model for its own."""
+    _hugging_face("llama", tokenizer_flags, tmp_path / "hf")
+    words = ["--input", str(tmp_path / "hf"), "--save", str(tmp_path / "save")]
+    others, write = list[Finished](), import_hf.write_checkpoint
+
+    def write_beside(*arguments: Any) -> None:
+        others.append(Fork(lambda: import_hf.main(words)).finish())
+        write(*arguments)
+
+    monkeypatch.setattr(import_hf, "write_checkpoint", write_beside)
+    import_hf.main(words)
+    assert [other.returncode for other in others] == [2]
+    assert others[0].stderr.startswith(f"error: --save {tmp_path / 'save'}: another run is writing there (")
+    assert (tmp_path / "save" / "iter_0000001" / "metadata.json").is_file()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tokenizer_flags: dict[str, Any], tmp_path: Path):
     _hugging_face("llama", tokenizer_flags, tmp_path / "hf")
     there = sorted(tmp_path.rglob("*"))
 
@@ -371,12 +388,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
         import_hf.main(["--input", str(tmp_path / "hf"), "--save", str(tmp_path / "save")])
 
-    capfd.readouterr()
-    process = multiprocessing.get_context("fork").Process(target=on_a_full_disk)
-    process.start()
-    process.join()
-    error = capfd.readouterr().err
-    assert process.exitcode == EXIT_CODE and error.count("\n") == 1, error
+    finished = Fork(on_a_full_disk).finish()
+    error = finished.stderr
+    assert finished.returncode == EXIT_CODE and error.count("\n") == 1, error
     assert error.startswith(f"error: --save {tmp_path / 'save'}: cannot be written (")
     assert "make room, or give another folder" in error
     assert sorted(tmp_path.rglob("*")) == there

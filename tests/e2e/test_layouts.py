@@ -26,10 +26,10 @@ SHARDED = {"--use-distributed-optimizer": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2": (2, TP2),
     "TP2, sequence parallel": (2, {**TP2, "--sequence-parallel": True}),
-    "PP2": (2, PP2),
+    "PP2": (2, {**PP2, "--eval-micro-batch-size": 1, "--eval-global-batch-size": 5}),
     "PP2, interleaved": (2, {**PP2, "--num-virtual-stages-per-pipeline-rank": 2}),
     "TP2 x PP2": (4, {**TP2, **PP2}),
-    "DP2": (2, {}),
+    "DP2": (2, {"--eval-micro-batch-size": 3, "--eval-global-batch-size": 12}),
     "DP2, distributed optimizer": (2, SHARDED),
     "DP4, two instances of the distributed optimizer": (
         4,

@@ -35,7 +35,7 @@ from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
 from megatron_dwm.weighting.weighter import Weighter
 from tests.paths import ROOT
-from tests.programs import call_main
+from tests.programs import Finished, Fork, call_main
 
 WINDOW = 16
 
@@ -249,6 +249,22 @@ def test_a_command_that_was_killed_goes_on_where_it_was(weighter: Path, tmp_path
     assert run(*argv) == 0
     assert finished.stat().st_mtime_ns == before
     assert [row["id"] for row in output_rows(output)] == list(range(30))
+
+
+def test_a_second_call_is_refused_while_one_is_at_work(weighter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Both would write to the same files, so that one publishes what the other has not finished."""
+    argv = ["--weighter", weighter, "--output", tmp_path / "out", "--input", write(tmp_path / "rows.jsonl", ROWS)]
+    others, score_all = list[Finished](), scoring.ScoringStep.run
+
+    def score_beside(step: scoring.ScoringStep, data: Any, rank: int = 0, world_size: int = 1) -> Any:
+        others.append(Fork(lambda: score.main([str(word) for word in argv])).finish())
+        return score_all(step, data, rank, world_size)
+
+    monkeypatch.setattr(scoring.ScoringStep, "run", score_beside)
+    assert run(*argv) == 0
+    said = f"error: {tmp_path}/out/logs: another process is writing there; wait until it has finished\n"
+    assert [(other.returncode, other.stderr) for other in others] == [(2, said)]
+    assert [row["id"] for row in output_rows(tmp_path / "out")] == list(range(30))
 
 
 @pytest.mark.parametrize("changed", ["input.jsonl", "weighter/config.json"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import random
@@ -170,13 +171,16 @@ def test_documents_are_scored_and_selected_by_arrays_of_tasks(
         score.main([*command, "--output", "refused", *slurm, "nowhere"])
     assert end.value.code == 2 and "--slurm-partition nowhere: sbatch refuses the job" in capfd.readouterr().err
 
+    def queued() -> str:
+        return subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True).stdout
+
     array = [*command, "--output", "array", *slurm, "main"]
     with turn(2):
         score.main(array)
         submitted = capfd.readouterr().out
         assert re.fullmatch(r"array/data: 2 tasks, submitted job \d+; its logs are in .*\n", submitted)
         done = tmp_path / "array" / "logs" / "completions"
-        cluster.wait_for("end of the tasks", lambda: len(list(done.glob("*"))) == 2)
+        cluster.wait_for("end of the tasks", lambda: len(list(done.glob("*"))) == 2 and not queued())
     score.main(array)
     assert capfd.readouterr().out == "array/data: 2 tasks, all tasks are done\n"
     score.main([*command, "--output", "here"])
@@ -184,10 +188,24 @@ def test_documents_are_scored_and_selected_by_arrays_of_tasks(
         assert (tmp_path / "array" / file).read_text() == (tmp_path / "here" / file).read_text()
 
     choice = ["--input", "here/data", "--documents", "9", "--output"]
+    later = ["--slurm-memory-gb", "1", "--slurm-options", "begin=now+1hour", "--slurm-partition", "main"]
+    select.main([*choice, "later.jsonl", *later])
+    capfd.readouterr()
+    for other in (["--seed", "2"], ["--seed", "2", *later], later):
+        with pytest.raises(SystemExit) as end:
+            select.main([*choice, "later.jsonl", *other])
+        assert end.value.code == 2
+        found = re.search(r"error: --output later.jsonl: SLURM job (\d+) .*scancel ([\d ]+)\n", capfd.readouterr().err)
+        assert found and found[1] in found[2].split()
+    subprocess.run(["scancel", f"--user={getpass.getuser()}"], check=True)
+    cluster.wait_for("end of the jobs", lambda: not queued())
+    select.main([*choice, "later.jsonl"])
+    assert capfd.readouterr().out.startswith("later.jsonl: kept 9 of 30 documents, ")
+
     with turn(2):
         select.main([*choice, "array.jsonl", *slurm, "main"])
         assert re.fullmatch(r"array.jsonl: submitted job \d+; .*\n", capfd.readouterr().out.splitlines(True)[-1])
-        cluster.wait_for("end of the jobs", (tmp_path / ".array.jsonl.unfinished/logs/output/completions/00000").exists)
+        cluster.wait_for("end of the jobs", lambda: not queued())
     select.main([*choice, "array.jsonl", *slurm, "main"])
     assert capfd.readouterr().out.startswith("array.jsonl: kept 9 of 30 documents, ")
     select.main([*choice, "here.jsonl"])

@@ -37,6 +37,8 @@ def test_each_set_has_a_loss_of_its_own(tmp_path: Path):
             "--valid-data-path": [counted, noisy],
             "--test-data-path": counted,  # read as without the flags: by --eval-iters
             "--eval-iters": 2,
+            "--train-iters": 3,
+            "--start-eval-at-iter": 2,
             "--full-validation": True,
             "--multiple-validation-sets": True,
             "--tensorboard-dir": tmp_path / "board",
@@ -45,7 +47,7 @@ def test_each_set_has_a_loss_of_its_own(tmp_path: Path):
         },
     )
     *evaluations, last, test = records(tmp_path / "metrics.jsonl", "evaluation")
-    assert [record["iteration"] for record in evaluations] == [1, 2] and test["split"] == "test"
+    assert [record["iteration"] for record in evaluations] == [2, 3] and test["split"] == "test"
     assert [list(record["lm_loss_by_source"]) for record in (*evaluations, last)] == [["counted", "noisy"]] * 3
     assert evaluations[1]["lm_loss_by_source"] == last["lm_loss_by_source"] != evaluations[0]["lm_loss_by_source"]
     assert last["lm_loss_by_source"]["counted"] == pytest.approx(test["lm_loss"], rel=1e-6)
@@ -56,9 +58,9 @@ def test_each_set_has_a_loss_of_its_own(tmp_path: Path):
     lines = [line for line in run.output[0].splitlines() if line.startswith(" validation")]
     for number, name in enumerate(("counted", "noisy")):
         value = evaluations[0]["lm_loss_by_source"][name]
-        start = f" validation-{number} loss at iteration 1 | lm loss value: {value:.6E} | lm loss PPL: "
+        start = f" validation-{number} loss at iteration 2 | lm loss value: {value:.6E} | lm loss PPL: "
         assert lines[number].startswith(start) and lines[number].endswith(f" | dwm set: {name} | ")
-    assert len(lines) == 7 and lines[-1].startswith(" validation loss at iteration 2 on test set | ")
+    assert len(lines) == 7 and lines[-1].startswith(" validation loss at iteration 3 on test set | ")
     assert "Evaluating on 16 samples" in run.output[0]
 
     board = EventAccumulator(str(tmp_path / "board"))
@@ -66,7 +68,7 @@ def test_each_set_has_a_loss_of_its_own(tmp_path: Path):
     for name in ("lm loss validation-0", "dwm/validation_loss/counted"):
         values = [event.value for event in board.Scalars(name)]
         assert values == pytest.approx([record["lm_loss_by_source"]["counted"] for record in (*evaluations, last)])
-    assert [event.step for event in board.Scalars("lm loss validation-1 vs samples")] == [8, 16, 16]
+    assert [event.step for event in board.Scalars("lm loss validation-1 vs samples")] == [16, 24, 24]
     assert len(board.Scalars("lm loss validation-1 ppl")) == 3
 
 

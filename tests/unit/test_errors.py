@@ -98,6 +98,20 @@ def test_a_data_loaders_process_that_was_killed_is_a_users_error():
     assert re.match(r"--num-workers: DataLoader worker \(pid.*\).*; give fewer workers or more memory", str(error))
 
 
+def test_too_many_open_files_name_the_limit(tmp_path: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # fewer than are open
+    try:
+        with pytest.raises(OSError, match="Too many open files") as raised:
+            (tmp_path / "file").touch()
+        found = as_user_error(raised.value, ["--save", str(tmp_path)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert str(found).startswith("Too many open files: more than ulimit -n 3 allows; raise it, or give fewer")
+    of_gloo = RuntimeError("[enforce fail at socket.cc:24] rv != -1. -1 vs -1. socket: Too many open files")
+    assert isinstance(as_user_error(of_gloo), UserError)
+
+
 def test_other_errors_stay_what_they_are():
     with pytest.raises(FileNotFoundError), reported_write_failure("--output", "out"):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "in")

@@ -25,6 +25,7 @@ from megatron_dwm.analysis.preference import (
 from megatron_dwm.analysis.records import RunRecords
 from megatron_dwm.analysis.report.documents import WeightHistory
 from megatron_dwm.errors import UserError, shortened
+from megatron_dwm.special_files import read_text
 
 
 class Property(NamedTuple):
@@ -143,7 +144,7 @@ def read_benefit(path: Path) -> dict[str, Any]:
         UserError: it does not exist, or is something else.
     """
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(read_text(path))
         for arm in found["arms"].values():
             losses, seconds = [float(x) for x in arm["test_loss"]], [float(x) for x in arm["seconds"]]
             if not losses or not seconds:

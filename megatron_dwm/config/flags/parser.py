@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
-import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -45,10 +43,7 @@ class OneLineParser(argparse.ArgumentParser):
         if file is not None or not logger.isEnabledFor(logging.INFO):  # logging is not configured
             super().print_help(file)
             return
-        try:
-            logger.info(self.format_help().rstrip())
-        except BrokenPipeError:  # as in ``--help | head``; Python would fail again when it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        logger.info(self.format_help().rstrip())
 
 
 class _StoreFlag(argparse.Action):
@@ -69,6 +64,8 @@ class _StoreFlag(argparse.Action):
         item = self.item
         if item.value_type is not None and item.nargs is None and isinstance(values, list):
             parser.error(f"argument {option_string}: expected one argument")  # argparse has taken "--" out of it
+        if values == [] and item.nargs == "+":
+            parser.error(f"argument {option_string}: expected at least one argument")  # the same
         value = (not item.default) if item.value_type is None else values
         if not hasattr(namespace, item.field):
             if option_string in item.old_names:

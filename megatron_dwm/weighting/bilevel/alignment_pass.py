@@ -85,7 +85,7 @@ class AlignmentPass:
 
         Raises:
             FloatingPointError: an alignment is not finite and the schedule checks for that.
-            RuntimeError: all alignments are zero.
+            UserError: all alignments are zero.
         """
         with self.lm_gradients.deterministic():
             target_loss, direction = self.lm_gradients.gradient(target)

@@ -101,7 +101,8 @@ class OuterUpdate(Generic[Passes]):
 
         Raises:
             FloatingPointError: an alignment is not finite and the schedule checks for that.
-            RuntimeError: all alignments are zero, or the weighter's replicas differ.
+            RuntimeError: the weighter's replicas differ.
+            UserError: all alignments are zero.
         """
         found = self.alignment_pass.run(batch, target, old_parameters)
         old_parameters.release()

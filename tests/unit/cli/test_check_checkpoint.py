@@ -79,7 +79,7 @@ def test_a_checkpoint_that_its_run_deletes_meanwhile_is_not_damaged(
         saved.read_tensors(saved.shapes)
 
 
-def test_a_weighter_of_nan_is_found(save: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_weighter_of_nan_or_without_a_part_is_found(save: Path, capsys: pytest.CaptureFixture[str]):
     path = save / NAME / "dwm_state.pt"
     state = torch.load(path, weights_only=True)
     next(iter(state["weighter"].values())).view(-1)[0] = float("nan")
@@ -87,6 +87,10 @@ def test_a_weighter_of_nan_is_found(save: Path, capsys: pytest.CaptureFixture[st
     write_checksums(save / NAME)
     code, _, errors = check(capsys, "--load", save)
     assert code == 2 and "1 tensors hold values that are not finite" in errors
+    torch.save(state | {"replay": None}, path)
+    write_checksums(save / NAME)
+    code, _, errors = check(capsys, "--load", save)
+    assert code == 2 and f"{NAME} is damaged: ValueError: its replay is None; " in errors
 
 
 def test_nothing_to_verify_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,14 +1,18 @@
-"""What the card of an exported weighter says of its run."""
+"""What the card of an exported weighter says of its run, and checkpoints whose weighter is damaged."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from megatron_dwm.cli.export_weighter import ExportWeighterConfig, measured_effect
+from megatron_dwm.cli.export_weighter import ExportWeighterConfig, main, measured_effect
 from megatron_dwm.errors import UserError
+from tests.paths import FIXTURES
 
 
 def write_run(folder: Path, evaluations: dict[int, float]) -> Path:
@@ -44,3 +48,18 @@ def test_a_baseline_without_an_evaluation_until_then_is_one_line(tmp_path: Path)
     config = ExportWeighterConfig(load=str(run), output=str(tmp_path / "out"), baseline=str(uniform))
     with pytest.raises(UserError, match="--baseline: a run without evaluations"):
         measured_effect(config, 2)
+
+
+@pytest.mark.parametrize(("name", "value"), [("weighter_config", "{"), ("weighter_config", 3), ("weighter", {})])
+def test_a_weighter_that_does_not_load_is_one_line(
+    name: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.unpack_archive(FIXTURES / "first_format" / "save.tar.xz", tmp_path / "save")
+    path = tmp_path / "save" / "iter_0000006" / "dwm_state.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {name: value or {"score.weight": torch.ones(3)}}, path)
+    with pytest.raises(SystemExit) as end:
+        main(["--load", str(tmp_path / "save"), "--output", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1, error
+    assert error.startswith(f"error: --load {tmp_path / 'save'}: iter_0000006 is damaged: ")

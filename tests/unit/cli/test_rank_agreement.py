@@ -22,6 +22,16 @@ def test_weights_that_a_file_gives_are_compared(tmp_path: Path):
     assert {name for name in found[0] if found[0][name] != found[1][name]} == {"blend of --data-path"}
 
 
+def test_switches_are_compared_by_the_names_that_a_user_gives():
+    """The field of one that turns something off has a name that is no flag."""
+    flags = {**GPT, **IN_PROCESS, "--dwm-mode": "off"}
+    config = parse_flags(flags)
+    paths = data_paths(config.data, None)
+    for switch in ("--no-check-for-nan-in-loss-and-grad", "--no-bias-dropout-fusion", "--fp16"):
+        one, other = rank_facts(config, paths, None), rank_facts(parse_flags({**flags, switch: True}), paths, None)
+        assert (one[switch], other[switch]) == ("not given", "given")
+
+
 def test_a_tokenizer_is_compared_by_its_files(tmp_path: Path):
     for name in ("tokenizer.json", "merges.txt", "sp.model", "model.safetensors", "README.md"):
         (tmp_path / name).write_text(name)

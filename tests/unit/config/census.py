@@ -1,4 +1,4 @@
-"""What the parser says of each of Megatron-LM's configurations of dense GPTs."""
+"""What the program says of each of Megatron-LM's configurations of dense GPTs, before it reads files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from megatron_dwm.config.run import parse_run
+from megatron_dwm.data.blend import data_paths
 from megatron_dwm.errors import UserError
+from megatron_dwm.plan.plan import with_known_layers
+from megatron_dwm.plan.stages import layers_config
 from tests.paths import FIXTURES
 
 CENSUS = FIXTURES / "megatron/census.json"
@@ -42,7 +45,7 @@ def read_census(file: Path = CENSUS) -> list[Configuration]:
 
 
 def obstacles(flags: Mapping[str, str], file: Path) -> list[str]:
-    """Return the parser's errors, each after what the one before named was left out; none if it accepts all.
+    """Return the errors, each after what the one before named was left out; none if it accepts all.
 
     Args:
         file: one that is there.
@@ -63,7 +66,9 @@ def _error(flags: Mapping[str, str], file: Path) -> str | None:
     errors = []
     for world_size in WORLD_SIZES:
         try:
-            parse_run(argv, world_size)
+            config = parse_run(argv, world_size)
+            data_paths(config.data, None)
+            layers_config(with_known_layers(config)[0], for_gpu=True)
         except UserError as error:
             errors.append(str(error))
         else:

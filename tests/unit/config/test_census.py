@@ -1,4 +1,6 @@
-"""Megatron-LM's functional tests of dense GPTs, and scripts of other teams: what the parser refuses of them, and why.
+"""Megatron-LM's functional tests of dense GPTs, and scripts of other teams: what is refused of them, and why.
+
+A configuration is accepted if its flags are parsed and its layers and data can be planned, on machines with GPUs.
 
 ``tests/fixtures/megatron/census.json`` (of core_v0.16.1, written by ``record_census.py`` beside it) has the flags and
 values of 122 configurations. ``census_of_teams.json`` has those of 77 scripts of other teams that pretrain dense GPTs
@@ -39,7 +41,6 @@ def test_all_but_nine_of_122_configurations_are_accepted(tmp_path: Path):
 
 REFUSED_BY_MEGATRON_LM_TOO = {
     "--mock-data excludes real data paths": 1,
-    "--recompute-granularity full needs --recompute-method": 2,
     "--tokenizer-type GPT2BPETokenizer needs --merge-file": 1,
     "--wandb-project NAME needs --wandb-save-dir or --save": 1,
 }
@@ -52,7 +53,7 @@ def test_scripts_of_teams_are_accepted_where_megatron_lm_does(tmp_path: Path):
     found = [obstacles(flags, file) for flags in read_census(CENSUS_OF_TEAMS)]
     print(f"Of {len(found)} scripts {sum(not errors for errors in found)} are accepted. What is said:")
     print(table(found))
-    assert len(found) == 77 and sum(not errors for errors in found) == 72
+    assert len(found) == 77 and sum(not errors for errors in found) == 74
     assert Counter(errors[-1].partition(";")[0] for errors in found if errors) == REFUSED_BY_MEGATRON_LM_TOO
 
 

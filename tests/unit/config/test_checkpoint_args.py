@@ -82,6 +82,14 @@ OTHER_FUNCTION = {
     "--norm-epsilon 1e-5": "--norm-epsilon 1e-05 is not what the checkpoint was saved with, 1e-06",
     "--apply-layernorm-1p": "--apply-layernorm-1p is given, but was not given when the checkpoint was saved",
     "--no-position-embedding": "--no-position-embedding is given, but was not given when the checkpoint was saved",
+} | {
+    f"{flag} {value}": f"{flag} is {value}, but was not given when the checkpoint was saved"
+    for flag, value in {
+        "--rotary-seq-len-interpolation-factor": "2",
+        "--window-size": "8,0",
+        "--no-rope-freq": "2",
+        "--activation-func-clamp-value": "2.5",
+    }.items()
 }
 
 
@@ -109,6 +117,16 @@ def test_another_model_is_named_by_flag_and_both_values(flags: str):
 def test_a_flag_that_the_checkpoint_had_is_missed(flag: str, said: str):
     difference = differing_flag(arguments(FLAGS["llama"].replace(flag, "")), MEGATRON["llama"])
     assert difference is not None and difference.startswith(said)
+
+
+def test_a_value_that_the_checkpoint_had_is_missed():
+    saved = MEGATRON["llama"] | {"window_size": (8, 0)}
+    difference = differing_flag(arguments(FLAGS["llama"]), saved) or ""
+    assert difference.startswith(
+        "--window-size is not given, but was 8,0 when the checkpoint was saved; change it, or "
+    )
+    older = {name: value for name, value in saved.items() if name != "window_size"}  # of a version without the flag
+    assert differing_flag(arguments(FLAGS["llama"]), older) is None
 
 
 def test_learned_positions_are_compared():

@@ -2,7 +2,8 @@
 
 ``tests/fixtures/flags.json`` is what Megatron-LM's own parser (core_v0.16.1) says of its flags: spellings to
 destination, default and, where there are, choices, nargs, action and a type other than str. ``newer_flags.json`` has
-those that core_v0.17.0, core_v0.18.2 and core_v0.19.0 have and it has not (``megatron/record_newer_flags.py``), and
+those that core_v0.17.0, core_v0.18.2, core_v0.19.0 and the main branch of August 2026 have and it has not
+(``megatron/record_newer_flags.py``), and
 ``older_flags.txt`` those that releases from v2.0 to core_v0.15 had and it has not (the names in ``add_argument``).
 """
 
@@ -13,8 +14,10 @@ import json
 import re
 from dataclasses import fields
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
+from megatron.core import tokenizers
 from megatron.core.optimizer.optimizer_config import AdamOptimizerConfig, SGDOptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -141,6 +144,8 @@ READ_BY_PROPERTIES = {
     "end_weight_decay": "OptimizerConfig.weight_decay_range",
     "check_for_nan_in_loss_and_grad": "TrainingConfig.should_check_for_nan",
     "activations_checkpoint_method": "ModelConfig.early_recompute_method",
+    "eval_interval": "DataConfig.evaluations",
+    "eval_micro_batch_size": "RunConfig.eval_micro_batch",
     "accumulate_allreduce_grads_in_fp32": "OptimizerConfig.grads_in_fp32",
     "decrease_batch_size_if_needed": "RunConfig.batch_sizes",
     "dwm_target_batch_size": "RunConfig.target_batch_size",
@@ -149,6 +154,7 @@ READ_BY_PROPERTIES = {
     "no_weight_decay_cond_type": "OptimizerConfig.should_decay_qk_layernorm",
     "num_layers_per_virtual_pipeline_stage": "ParallelConfig.virtual_stages",
     "num_virtual_stages_per_pipeline_rank": "ParallelConfig.virtual_stages",
+    "start_eval_at_iter": "DataConfig.evaluations",
     "use_checkpoint_args": "parse_run",
     "use_rotary_position_embeddings": "ModelConfig.positions",
 }
@@ -170,6 +176,9 @@ def test_no_flag_is_silently_ignored():
         and not re.search(rf"\.{item.field}\b|[\"']{item.field}[\"']", source)
     }
     assert ignored - READ_BY_PROPERTIES.keys() - NO_EFFECT_AND_SAY_SO == set()
+    assert OTHER_FIELDS_WITHOUT_EFFECT - core <= ignored
+    assert OTHER_FIELDS_WITHOUT_EFFECT & core == {"legacy_tokenizer"}  # given to megatron-core, whose code is next
+    assert "legacy_tokenizer" not in "".join(path.read_text() for path in Path(tokenizers.__path__[0]).rglob("*.py"))
 
 
 def test_the_page_of_flags_is_up_to_date():

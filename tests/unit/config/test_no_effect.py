@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from megatron_dwm.config.flags import declared_flags
+from megatron_dwm.config.flags import Flag, declared_flags
 from megatron_dwm.config.no_effect import NoEffectConfig
-from megatron_dwm.config.run import RunConfig, parse_run
+from megatron_dwm.config.run import FLAG_GROUPS, RunConfig, parse_run
 from megatron_dwm.errors import UserError
 
 RUN = (
@@ -70,6 +72,17 @@ def test_a_value_that_would_have_an_effect_is_refused_with_the_reason(flags: str
         _parse(flags)
 
 
+@pytest.mark.parametrize(
+    "item",
+    [item for kind in FLAG_GROUPS.values() for item in declared_flags(kind) if item.refused],
+    ids=lambda item: item.field,
+)
+def test_a_flag_that_is_known_and_not_supported_is_refused_with_the_reason(item: Flag):
+    values = [] if item.value_type is None else [str(item.choices[-1]) if item.choices else "7"]
+    with pytest.raises(UserError, match=rf"^{item.names[0]}.* is not supported: .*{re.escape(item.refused or '')}"):
+        _parse("", item.names[0], *values)
+
+
 def test_an_old_spelling_does_not_overrule_a_flag():
     with pytest.raises(UserError, match="contradicts --apply-query-key-layer-scaling"):
         _parse("--no-query-key-layer-scaling --apply-query-key-layer-scaling --fp16")
@@ -123,6 +136,7 @@ def test_the_flags_with_which_others_would_act_are_refused(flag: str):
         ),
         ("--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tL", "does not place 4 layers on 2"),
         # The second is what Python 3.13 says.
+        ("--cp-comm-type=--", "--cp-comm-type(: expected at least one argument| --: unknown)"),
         ("--num-layers=--", "--num-layers: (expected one argument|invalid int value: '--')"),
         ("--pipeline-model-parallel-layout=", "does not place 4 layers on 1"),
         (

@@ -212,6 +212,11 @@ def test_configurations_cannot_be_changed():
         config.model.num_layers = 5  # type: ignore[misc]
 
 
+def test_recomputing_attention_overrules_recomputing_layers(caplog: pytest.LogCaptureFixture):
+    assert parse(f"{RUN} --recompute-activations --recompute-granularity full").model.recomputation == "selective"
+    assert "--recompute-activations overrules --recompute-granularity full" in caplog.text
+
+
 def test_what_recomputation_is_left_in_a_script_is_warned_of(caplog: pytest.LogCaptureFixture):
     assert parse(f"{RUN} --recompute-num-layers 1").model.recompute_granularity is None
     assert "--recompute-num-layers has no effect without --recompute-granularity" in caplog.text

@@ -11,6 +11,9 @@ from tests.unit.config.test_run import BY_SAMPLES, RUN, parse
 MISTAKES = {
     "--seed 4294967296": "--seed 4294967296: must be at most 4000000000",
     f"--train-iters {2**63 - 1}": f"--train-iters {2**63 - 1}: more than 1e+12 samples would be read; lower it",
+    "--eval-micro-batch-size 3": "--eval-global-batch-size 8 is not divisible by --eval-micro-batch-size 3 x data",
+    "--eval-global-batch-size 0": "--eval-global-batch-size 0: must be at least 1",
+    "--start-eval-at-iter -1": "--start-eval-at-iter -1: must be at least 0",
     f"--eval-iters {2**62}": f"--eval-iters {2**62}: more than 1e+12 samples would be read; lower it",
     f"--num-workers {2**62}": f"--num-workers {2**62}: must be at most 1024",
     "--num-layers 10001": "--num-layers 10001: must be at most 10000",

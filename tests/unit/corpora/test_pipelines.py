@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -16,7 +17,8 @@ import psutil
 import pytest
 from datatrove.pipeline.base import PipelineStep
 
-from megatron_dwm.corpora.pipelines import Job, _watched_workers, refused_output, run_here
+from megatron_dwm.corpora.pipelines import Job, _watched_workers, refuse_queued_job, refused_output, run_here
+from megatron_dwm.corpora.storage import OutputFolder
 from megatron_dwm.errors import UserError
 from tests.unit.runtime.test_child_processes import is_running
 
@@ -35,6 +37,21 @@ def test_what_a_store_raises_is_one_line_and_a_mistake_of_ours_is_not_hidden():
         assert words in str(raised.value)
     with pytest.raises(RuntimeError), refused_output("out"):
         raise RuntimeError
+
+
+@pytest.mark.parametrize(("noted", "is_refused"), [("7", True), ("7,8", True), ("8", False), ("7; rm x", False)])
+def test_a_job_that_is_in_the_queue_holds_its_folder(
+    noted: str, is_refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A command in place of SLURM's, for which job 7 is in the queue; a note that is none is not passed to it."""
+    queue = tmp_path / "squeue"
+    queue.write_text('#!/bin/sh\ncase "$*" in *=7*) echo 7 ;; esac\n')
+    queue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (tmp_path / "submitted").write_text(noted)
+    said = f"--output x: SLURM job 7 of an earlier call .* scancel {noted.replace(',', ' ')}$"
+    with pytest.raises(UserError, match=said) if is_refused else contextlib.nullcontext():
+        refuse_queued_job(OutputFolder(str(tmp_path)), "--output", "x")
 
 
 class Killed(PipelineStep):

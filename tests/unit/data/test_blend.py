@@ -102,12 +102,12 @@ def test_evaluation_data_alone_is_refused() -> None:
         data_paths(DataConfig(valid_data_path=["a"]), None)
 
 
-@pytest.mark.parametrize("split", ["969, 30, 1", "100,0,0", "0.9,0.1", "1", ".5/.5", "98 1 1"])
+@pytest.mark.parametrize("split", ["969, 30, 1", "100,0,0", "0.9,0.1", "1", ".5/.5", "98 1 1", "'99,1,0'"])
 def test_a_split_is_up_to_three_numbers(split: str) -> None:
     assert data_paths(DataConfig(data_path=["a"], split=split), None).split == split
 
 
-@pytest.mark.parametrize("split", ["", "abc", "1,1,1,1", "0,0,0", "-1,2", "1,,2", "90%,10%"])
+@pytest.mark.parametrize("split", ["", "abc", "1,1,1,1", "0,0,0", "-1,2", "1,,2", "90%,10%", "'99,1,0"])
 def test_a_split_that_is_none_is_refused(split: str) -> None:
     with pytest.raises(UserError, match=r"--split .*: not up to three numbers"):
         data_paths(DataConfig(data_path=["a"], split=split), None)

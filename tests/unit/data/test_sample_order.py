@@ -192,6 +192,14 @@ def test_a_run_that_has_more_iterations_already_reads_one_more_evaluation() -> N
     assert read == SplitSizes(72, 3 * 2 * 8, 2 * 8)
 
 
+def test_evaluations_have_batches_of_their_own_and_a_first_iteration() -> None:
+    data = DataConfig(mock_data=True, eval_iters=2, eval_interval=4, eval_global_batch_size=3, start_eval_at_iter=8)
+    assert [n for n in range(1, 18) if data.evaluations(n - 1, n)] == [8, 12, 16]
+    assert split_sizes(data, 17, None, 8) == SplitSizes(17 * 8, 4 * 2 * 3, 2 * 3) == samples_read(data, 17, 8)
+    read = samples_read(data, 17, 8, Consumed(9, 72, 2 * 3))
+    assert read == samples_read(data, 17, 8)
+
+
 def test_a_run_that_reads_no_evaluation_data_has_none() -> None:
     data = DataConfig(mock_data=True, eval_iters=0)
     assert split_sizes(data, 10, None, 8, Consumed(5, 40, 16)) == SplitSizes(80, 0, 0)

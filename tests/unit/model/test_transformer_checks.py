@@ -13,7 +13,12 @@ from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.errors import UserError
-from megatron_dwm.model.transformer_checks import check_attention_mask, check_determinism, check_fp8
+from megatron_dwm.model.transformer_checks import (
+    check_attention_mask,
+    check_attention_variables,
+    check_determinism,
+    check_fp8,
+)
 from megatron_dwm.model.transformer_config import transformer_config
 from tests.unit.model.configs import CPU, GPU, SIZES, build_config
 
@@ -47,7 +52,12 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}
             {},
             {},
         ),
-        ("--apply-layernorm-1p", {"layernorm_zero_centered_gamma": True}, {}, {}),
+        (
+            "--apply-layernorm-1p: .* use --transformer-impl torch",
+            {"layernorm_zero_centered_gamma": True, "transformer_impl": "local"},
+            {},
+            {},
+        ),
         (
             "--dwm-output-norm needs --transformer-impl torch and the layers are local",
             {"dwm_output_norm": True, "transformer_impl": "local"},
@@ -75,7 +85,6 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}
         ("--cp-comm-type a2a is for Transformer Engine's layers", {}, CP2 | {"cp_comm_type": ["a2a"]}, {}),
         ("megatron-core cannot", {}, {"tensor_model_parallel_size": 3}, {}),
         ("--attention-backend flash", {"attention_backend": "flash"}, {}, {}),
-        ("--attention-backend unfused", {"attention_backend": "unfused", "transformer_impl": "torch"}, {}, {}),
         (
             "--attention-backend fused .* the layers are local",
             {"attention_backend": "fused", "transformer_impl": "local"},
@@ -126,12 +135,19 @@ def test_units_of_recomputed_layers_divide_each_chunk(unit: int, parallel: dict[
             build_config(parallel=ParallelConfig(**parallel), **flags)
 
 
-def test_local_layers_are_unfused_anyway():
-    with_flag = vars(build_config(transformer_impl="local", attention_backend="unfused"))
-    without = vars(build_config(transformer_impl="local"))
-    # Functions are made anew for each configuration.
-    differing = {name for name, value in without.items() if not callable(value) and value != with_flag[name]}
-    assert differing == {"attention_backend"} and with_flag["attention_backend"] is AttnBackend.unfused
+def test_layers_without_transformer_engine_can_be_unfused():
+    for impl in ("local", "torch"):
+        config = build_config(transformer_impl=impl, attention_backend="unfused")
+        assert config.attention_backend is AttnBackend.unfused
+
+
+def test_variables_of_transformer_engine_do_not_contradict_the_flag():
+    environment = {"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "0"}
+    check_attention_variables("flash", "transformer_engine", environment)
+    with pytest.raises(UserError, match="--attention-backend auto: the environment has NVTE_FUSED_ATTN=0"):
+        check_attention_variables("auto", "transformer_engine", environment)
+    check_attention_variables("auto", "torch", environment)  # which do not read them; megatron-core would refuse them
+    assert environment == {"NVTE_FLASH_ATTN": "1"}
 
 
 def test_deterministic_mode_excludes_the_fused_cross_entropy():

@@ -15,7 +15,7 @@ from megatron_dwm.config.flags import declared_flags
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.errors import UserError
-from megatron_dwm.model.transformer_config import has_tanh_gelu
+from megatron_dwm.model.transformer_config import _same_named, has_tanh_gelu
 from tests.unit.model.configs import GPU, SIZES, build_config
 
 
@@ -59,6 +59,17 @@ def test_flags_of_pipelines_and_checks_are_copied():
     assert build_config(parallel=interleaved).microbatch_group_size_per_vp_stage == 3
     on_gpu = build_config(GPU, parallel=interleaved, transformer_impl="torch")
     assert on_gpu.overlap_p2p_comm_warmup_flush
+
+
+def test_flags_of_fp8_are_copied():
+    changed: dict[str, Any] = {
+        **{"fp8": "hybrid", "fp8_recipe": "tensorwise", "fp8_margin": 1, "fp8_interval": 2, "fp8_wgrad": False},
+        **{"fp8_amax_history_len": 3, "fp8_amax_compute_algo": "max", "first_last_layers_bf16": True},
+        **{"num_layers_at_start_in_bf16": 2, "num_layers_at_end_in_bf16": 2},
+    }
+    copied, unchanged = (_same_named(ModelConfig(**SIZES, **flags)) for flags in (changed, {}))
+    assert {name: copied[name] for name in changed} == changed
+    assert not any(unchanged[name] == value for name, value in changed.items())
 
 
 def test_flags_of_overlapped_and_deferred_communication_are_copied():

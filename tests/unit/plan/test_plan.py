@@ -14,7 +14,7 @@ from megatron_dwm.cli.pretrain import main
 from megatron_dwm.config.plan import PlanConfig
 from megatron_dwm.config.run import parse_run
 from megatron_dwm.errors import UserError
-from megatron_dwm.plan.plan import _with_known_layers
+from megatron_dwm.plan.plan import with_known_layers
 from tests.e2e.launch import pretrain
 from tests.paths import ROOT
 from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, WEIGHTING, Flags, as_argv
@@ -55,6 +55,8 @@ def test_the_plan_of_a_run(tmp_path: Path):
         "--attention-backend": "flash",
         "--fp8-format": "hybrid",
         "--fp8-recipe": "tensorwise",
+        "--sequence-parallel": True,
+        "--tp-comm-overlap": True,
     }
     flags = {
         **RUN,
@@ -88,6 +90,10 @@ def test_the_plan_of_a_run(tmp_path: Path):
     ("flags", "layers"),
     [
         ("--attention-backend fused --apply-layernorm-1p", ", in place of Transformer Engine's, which the flags need"),
+        (
+            "--tensor-model-parallel-size 2 --sequence-parallel --tp-comm-overlap",
+            ", in place of Transformer Engine's, which the flags need",
+        ),
         ("--fp8-format hybrid --fp8-recipe tensorwise", ", in place of Transformer Engine's, which the flags need"),
         ("", ""),
     ],
@@ -96,7 +102,7 @@ def test_flags_of_transformer_engines_layers_are_planned_also_if_the_script_leav
     flags: str, layers: str
 ):
     """The default is Transformer Engine's on the machines of the run, even if this one has none."""
-    config, named = _with_known_layers(parse_run([*as_argv(RUN), *flags.split()], 2))
+    config, named = with_known_layers(parse_run([*as_argv(RUN), *flags.split()], 2))
     assert named == f"--transformer-impl torch{layers}"
     assert (config.model.attention_backend, config.model.fp8) == ("auto", None)
 

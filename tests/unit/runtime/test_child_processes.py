@@ -1,15 +1,20 @@
-"""Children of a killed rank end at once; children of a thread outlive the thread."""
+"""Children of a killed rank end at once; children of a thread outlive the thread; all are reached through sockets."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import time
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
 
-from megatron_dwm.runtime.child_processes import end_children_with_this_process
+import pytest
+
+from megatron_dwm.errors import UserError
+from megatron_dwm.runtime.child_processes import end_children_with_this_process, require_temporary_folder
 
 FORK = multiprocessing.get_context("fork")
 
@@ -50,3 +55,30 @@ def test_children_of_a_killed_process_end_at_once():
         assert not is_running(child) and is_running(threads_child)
     finally:
         os.kill(threads_child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("is_short", [True, False])
+def test_a_temporary_folder_is_refused_whose_path_is_too_long_for_a_socket(
+    is_short: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Where checkpoints are written and data are loaded, Python makes sockets there."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        folder = Path(short, "x" * ((75 if is_short else 76) - len(short) - 1))
+        socket = folder / "pymp-12345678" / "listener-12345678"  # as multiprocessing names it
+        socket.parent.mkdir(parents=True)
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        if is_short:
+            require_temporary_folder()
+            Listener(str(socket)).close()
+            return
+        with pytest.raises(UserError, match=f"TMPDIR {folder}: its 76 bytes are too many .* at most 75, such as /tmp"):
+            require_temporary_folder()
+        with pytest.raises(OSError, match="AF_UNIX path too long"):
+            Listener(str(socket))
+
+
+def test_a_machine_without_a_temporary_folder_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    with pytest.raises(UserError, match=r"TMPDIR: No usable temporary directory found in .*; set it to a folder that"):
+        require_temporary_folder()

@@ -119,6 +119,7 @@ def test_tensorboard_keeps_as_many_records_as_the_flag_says_before_it_writes(tmp
 
 def test_a_new_run_leaves_the_records_of_another_beside(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
+    JsonLinesWriter(path, 0).close()  # a run that was ended before its first record leaves nothing to keep
     for resumed_at, iteration in ((0, 1), (0, 2), (2, 3), (2, 4)):
         records = JsonLinesWriter(path, resumed_at)
         records.write({"iteration": iteration})

@@ -36,6 +36,15 @@ def test_all_files_are_covered_and_nothing_is_left_beside(folder: Path):
     assert sorted(path.name for path in folder.iterdir()) == sorted([*checksums, CHECKSUMS])
 
 
+def test_checksums_that_a_full_disk_has_cut_are_computed_again(folder: Path):
+    whole = read_checksums(folder)
+    write_rank_checksums(folder, 1, [folder / "__1_0.distcp"])
+    (written,) = folder.glob(".checksums*")
+    written.write_text(written.read_text()[:-9])
+    write_checksums(folder)
+    assert read_checksums(folder) == whole and not written.exists()
+
+
 def test_single_bits_anywhere_are_found(folder: Path):
     checksums = read_checksums(folder)
     assert checksums is not None

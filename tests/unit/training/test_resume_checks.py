@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dwm.config.run import parse_run
+from megatron_dwm.training.checkpoint_contents import megatron_arguments
 from megatron_dwm.training.resume_checks import resume_warnings
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint
 from megatron_dwm.training.train_state import TrainState
@@ -55,6 +56,20 @@ def test_a_replay_that_was_aligned_with_another_target_set_is_said():
     )
     assert warnings(BY_ITERS + TARGET, target="another", state={"replay": []}) == []
     assert warnings(BY_ITERS + OFF, target="another") == []
+
+
+def test_another_function_of_the_same_weights_is_said():
+    """``--finetune`` allows it; whoever starts from an imported model may have left out a flag."""
+    flags = RUN + "--train-iters 20 --dwm-mode off --position-embedding-type rope --finetune --load save "
+    arguments = vars(megatron_arguments(parse_run(flags.split(), 1), TrainState()))
+    for changes, lines in (
+        ({}, []),
+        ({"rotary_base": 500000}, ["--rotary-base 10000 is not what the checkpoint was saved with, 500000"]),
+        ({"window_size": (4, 0)}, ["--window-size is not given, but was 4,0 when the checkpoint was saved"]),
+    ):
+        saved = SavedCheckpoint(Path("save", "release"), {"args": Namespace(**arguments | changes)}, None)
+        found = resume_warnings(parse_run(flags.split(), 1), saved, TrainState(), {})
+        assert found == [f"{line}: the model computes something else with the same weights" for line in lines]
 
 
 def test_another_number_of_tokens_is_said():

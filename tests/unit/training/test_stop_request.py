@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 import torch.distributed as dist
 
 from megatron_dwm.config.training import TrainingConfig
+from megatron_dwm.runtime import stop_signals
 from megatron_dwm.runtime.stop_signals import STOP_SIGNALS, StartSignals
 from megatron_dwm.training.stop_request import EvaluationInterruptedError, StopRequest
 from tests.distributed.harness import run_distributed
@@ -51,6 +53,22 @@ def test_a_run_under_nohup_goes_on_when_its_terminal_is_closed():
         return reason_after(signal.SIGHUP, 1, exit_signal_handler=True)
 
     assert run_distributed(reason, 1) == [None]
+
+
+def test_a_signal_at_the_end_of_the_start_is_the_runs():
+    def reason() -> str | None:
+        stop_signals.PATIENCE_SECONDS = 0.2
+        start = StartSignals()
+        os.kill(os.getpid(), signal.SIGTERM)
+        start.close()
+        request = StopRequest(TrainingConfig(micro_batch_size=1, train_iters=9, exit_signal_handler=True))
+        request.listen()
+        deadline = time.monotonic() + 20
+        while not request._received and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return request.reason(1)
+
+    assert run_distributed(reason, 1) == ["exiting program after receiving SIGTERM."]
 
 
 @pytest.mark.parametrize("interval", [2, 0])

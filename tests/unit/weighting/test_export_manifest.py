@@ -88,7 +88,12 @@ def test_a_fact_that_was_changed_in_the_manifest_is_found(export: Path):
 INFINITE = '{"files": {"a": {"bytes": 1e999, "sha256": ""}}}'
 
 
-@pytest.mark.parametrize("text", ["", "garbage", "[]", '{"files": 3}', '{"files": {"a": 1}}', INFINITE, "[" * 100_000])
+LENGTHS = [json.dumps({"language_model": model}) for model in ([], *({"seq_length": n} for n in ("x", -8, 1.5, [])))]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "garbage", "[]", '{"files": 3}', '{"files": {"a": 1}}', INFINITE, "[" * 100_000, *LENGTHS]
+)
 def test_a_damaged_manifest_is_refused(text: str, export: Path):
     (export / MANIFEST).write_text(text)
     with pytest.raises(UserError, match=f"--dwm-load {export}: {MANIFEST} cannot be read"):

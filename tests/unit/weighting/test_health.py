@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_dwm.errors import UserError
 from megatron_dwm.weighting.health import check_scores, check_weights, require_alignments
 
 
@@ -25,5 +26,5 @@ def test_equal_scores_are_a_sign_only_after_learning():
 
 def test_alignments_that_are_all_zero_end_the_run():
     require_alignments(torch.tensor([0.0, 1e-30]))
-    with pytest.raises(RuntimeError, match="exactly zero"):
+    with pytest.raises(UserError, match=r"exactly zero.*: check the target set \(--dwm-target-data-path"):
         require_alignments(torch.zeros(5))

@@ -44,6 +44,11 @@ def test_one_export_serves_for_the_whole_run(tmp_path: Path):
     assert stages(tmp_path / "iter_0000200", 7) == [("iter_0000200", 7, 1)]
 
 
+def test_a_run_is_at_least_as_long_as_its_last_export(tmp_path: Path):
+    export(tmp_path, 200, 1, train_iters=-5)
+    assert stages(tmp_path, 7) == [("iter_0000200", 7, 1)]
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"stage": 1}', '{"stage": "x", "iteration": 3}', '{"stage": 1e999, "iteration": 3}']
 )
