@@ -47,17 +47,17 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_files(folder: Path, prefix: str = "", *, clears: bool = True) -> Iterator[Path]:
+def atomic_files(folder: Path, prefix: str = "", *, should_clear: bool = True) -> Iterator[Path]:
     """Yield an empty folder; when the block ends, each file in it is moved to ``folder``, as ``prefix`` + its name.
 
     The files replace those of the same names, one after the other in the order of their names. If the block raises,
     ``folder`` is as it was.
 
     Args:
-        clears: whether to look first for what killed processes have left, among all files of the folder.
+        should_clear: whether to look first for what killed processes have left, among all files of the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if clears:
+    if should_clear:
         _remove_unfinished(folder / f"{prefix}{_FILES}")
     # Threads of one process may write to the same folder.
     temporary = _temporary_path(folder / f"{prefix}{_FILES}", f"-{threading.get_ident()}")

@@ -8,7 +8,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +52,13 @@ def start_program(path: str, *arguments: object) -> Fork:
 def run_program(path: str, *arguments: object) -> Finished:
     """Run a program to its end."""
     return start_program(path, *arguments).finish()
+
+
+def call_main(main: Callable[[Sequence[str]], None], *arguments: object) -> int:
+    """Call a command in this process; returns its exit code."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        assert isinstance(end.code, int)
+        return end.code
+    return 0

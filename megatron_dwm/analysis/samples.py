@@ -153,15 +153,15 @@ def _opened(config: RunConfig, consumed_valid: int, start: Path) -> Iterator[Run
                 config.training.train_samples,
                 config.global_batch_size,
                 Consumed(*config.resumed_at, consumed_valid),
-                grows=config.training.rampup_batch_size is not None,
+                has_rampup=config.training.rampup_batch_size is not None,
             ),
             tokenizer,
             parallel_state,
-            sequence=config.model.sequence,
+            sequence=config.model.seq_length,
             seed=config.training.seed,
             target_batch_size=config.target_batch_size if has_target else None,
         )
-        samples = sample_tokens(config, tokenizer)
+        samples = sample_tokens(config.model.seq_length, tokenizer, config.tokenizer)
         yield RunSamples(datasets.train, datasets.target, tokenizer, paths.train_sources, samples)
     finally:
         mpu.destroy_model_parallel()

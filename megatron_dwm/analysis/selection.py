@@ -91,7 +91,7 @@ class Selection:
         """
         if tokenizer is not None:  # a bad one is found before anything is read
             Encoder([config.json_key], tokenizer, append_eod=config.append_eod)
-        paths = input_files(config.input or [])
+        paths = input_files(config.input)
         stamps = _stamps(paths, config.output)
         parts = file_parts(paths, config.split_bytes)
         work = UnfinishedJobs(config.output, "--output")

@@ -17,7 +17,7 @@ _SUFFIXES = tuple(f"{kind}{packed}" for kind in (".jsonl", ".json", ".ndjson") f
 class SelectConfig:
     """Selection."""
 
-    input: list[str] | None = flag(
+    input: list[str] = flag(
         None,
         "JSON lines (plain, .gz or .zst) or Parquet, such as score writes: files, folders, glob patterns, or URLs.",
     )

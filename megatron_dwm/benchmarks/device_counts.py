@@ -24,8 +24,8 @@ def device_counts(action: Callable[[], Any]) -> dict[str, int]:
     with torch.autograd.profiler.profile(use_device=device) as profiler:
         action()
         torch.cuda.synchronize()
-    assert profiler.kineto_results is not None  # set when the block ends
-    names = Counter(event.name() for event in profiler.kineto_results.events())
+    results: Any = profiler.kineto_results  # None only before the block ends
+    names = Counter(event.name() for event in results.events())
 
     def total(*wanted: str) -> int:
         return sum(names[name] for name in wanted)

@@ -109,8 +109,8 @@ def peak_and_retained(action: Callable[[], Any]) -> tuple[int, int]:
         action()
         with torch.autograd.profiler.record_function("counted"):
             action()
-    assert profiler.kineto_results is not None  # set when the block ends
-    events = profiler.kineto_results.events()
+    results: Any = profiler.kineto_results  # None only before the block ends
+    events = results.events()
     counted = next(event for event in events if event.name() == "counted")
     sizes = [e.nbytes() for e in events if e.name() == "[memory]" and counted.start_ns() <= e.start_ns()]
     running = list(itertools.accumulate(sizes, initial=0))

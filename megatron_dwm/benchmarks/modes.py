@@ -11,7 +11,6 @@ from megatron_dwm.benchmarks.overhead_flags import WARMUP_STEPS
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.errors import UserError
 from megatron_dwm.training.trainer import Trainer
-from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.weighting import BilevelWeighting
 from megatron_dwm.weighting.export import NoExport
 from megatron_dwm.weighting.frozen import FrozenParts, FrozenWeighting
@@ -32,7 +31,8 @@ class BareLoop:
 
     def step(self) -> None:
         """Train on the next batch."""
-        chunks, micro, sequence = self.engine.chunks, self.config.training.micro_batch, self.config.model.sequence
+        chunks, config = self.engine.chunks, self.config
+        micro, sequence = config.training.micro_batch_size, config.model.seq_length
         for chunk in chunks:
             chunk.zero_grad_buffer()
         self.components.optimizer.zero_grad()
@@ -81,7 +81,6 @@ class Modes:
         self.interval = stages.update_interval
         self.updating = next(n for n in range(1, self.config.train_iters + 1) if stages.is_update(n))
         self.weighter, self.outer = self.weighting.weighter, self.weighting.outer_update
-        assert isinstance(self.outer.lm_gradients, LMGradients)
         self.lm_gradients = self.outer.lm_gradients
         self.bilevel = trainer.with_weighting(self.weighting)
         weight_metrics, options = self.weighting.weight_metrics, self.weighting.options

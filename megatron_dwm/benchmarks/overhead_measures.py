@@ -54,7 +54,7 @@ def measure_modes(modes: Modes, options: OverheadConfig) -> dict[str, Any]:
         for scored, updated in zip(step_times["frozen"], times["update"], strict=True)
     ]
     direct = [t / (steps // interval * interval) for t in times.get("intervals", [])]
-    tokens = modes.config.global_batch_size * modes.config.model.sequence
+    tokens = modes.config.global_batch_size * modes.config.model.seq_length
     plain = step_times["plain"]
     return {
         "step_seconds": {
@@ -102,12 +102,12 @@ def measure_counts(modes: Modes) -> dict[str, dict[str, int]]:
 
 def described(modes: Modes) -> dict[str, Any]:
     """Return what was measured: the device, and the operations of a step."""
-    config, vocab = modes.config, modes.bilevel.reporter.padded_vocab_size
+    config, vocab = modes.config, modes.bilevel.components.vocabulary.rows
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
         "world_size": config.world_size,
-        "micro_batch_size": config.training.micro_batch,
+        "micro_batch_size": config.training.micro_batch_size,
         "global_batch_size": config.global_batch_size,
         "target_batch_size": config.target_batch_size,
         "parameters": sum(param.numel() for chunk in modes.bilevel.engine.chunks for param in chunk.parameters()),
@@ -120,7 +120,7 @@ def described(modes: Modes) -> dict[str, Any]:
 def measure_passes(modes: Modes, options: OverheadConfig) -> dict[str, list[float]]:
     """Measure the seconds of an alignment pass, and of a plain forward-backward of the same samples."""
     engine, lm_gradients, trainer = modes.bilevel.engine, modes.outer.lm_gradients, modes.bilevel
-    batch, micro = trainer.dataloaders.train.next_batch(), modes.config.training.micro_batch
+    batch, micro = trainer.dataloaders.train.next_batch(), modes.config.training.micro_batch_size
 
     def forward_backward() -> None:
         for chunk in engine.chunks:
@@ -171,14 +171,14 @@ def measured_parts(modes: Modes, options: OverheadConfig) -> dict[str, float]:
 
 def operations(modes: Modes) -> dict[str, float]:
     """Return the floating-point operations of the parts of a step, and of those of an update."""
-    config, vocab = modes.config, modes.bilevel.reporter.padded_vocab_size
+    config, vocab = modes.config, modes.bilevel.components.vocabulary.rows
     weighter = modes.weighter.num_active_parameters
     lm_gradients = outer_update_flops(config, vocab, 0)
     target = training_flops(config.model, vocab, config.target_batch_size)
     whole = outer_update_flops(config, vocab, weighter, is_linear=modes.weighter.is_linear)
     return {
         "training step": training_flops(config.model, vocab, config.global_batch_size),
-        "scoring": scoring_flops(weighter, config.global_batch_size, config.model.sequence),
+        "scoring": scoring_flops(weighter, config.global_batch_size, config.model.seq_length),
         "target pass": target,
         "alignment pass": lm_gradients - target,
         "weighter steps": whole - lm_gradients,

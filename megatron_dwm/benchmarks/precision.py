@@ -167,7 +167,7 @@ def aligned(
     from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 
     result: dict[tuple[str, Alignment], torch.Tensor] = {}
-    micro = trainer.config.training.micro_batch
+    micro = trainer.config.training.micro_batch_size
     ways: tuple[Alignment, ...] = get_args(Alignment)
     for precision, (engine, optimizer) in models.items():
         with engine.full_parameters(), engine.deterministic():
@@ -175,7 +175,7 @@ def aligned(
                 settings = dataclasses.replace(
                     trainer.config.weighting, dwm_alignment=way, dwm_preconditioner=preconditioner
                 )
-                passes = LMGradients(settings, engine, optimizer, trainer.parallel_state, micro)
+                passes = LMGradients(settings, engine, optimizer, micro)
                 _, direction = passes.gradient(target)
                 result[precision, way] = passes.align(batch, direction).cpu()
     return result

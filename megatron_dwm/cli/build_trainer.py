@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from megatron_dwm.training.setup import LanguageModel, RunInputs
     from megatron_dwm.training.trainer import Trainer
     from megatron_dwm.weighting.context import WeightingContext
-    from megatron_dwm.weighting.inputs import WeightingInputs
+    from megatron_dwm.weighting.inputs import WeighterInputs
     from megatron_dwm.weighting.policy import SampleWeighting
     from megatron_dwm.weighting.stage_schedule import StageSchedule
 
@@ -51,7 +51,7 @@ def build_trainer(
     from megatron_dwm.training.trainer import Trainer
     from megatron_dwm.training.write_results import start_results_process
     from megatron_dwm.weighting.build import build_weighting, check_gradients
-    from megatron_dwm.weighting.inputs import read_weighting_inputs, run_stages
+    from megatron_dwm.weighting.inputs import read_weighter_inputs, run_stages
 
     if config.logging.logging_level is not None:
         print_messages_of("megatron.core", process.rank, process.world_size, config.logging.logging_level)
@@ -59,11 +59,12 @@ def build_trainer(
         save_folder = lock_folders(config.checkpoint, config.data, config.logging, process.rank)
     with process.startup_sync.phase("inputs"):
         inputs = read_inputs(config, process.rank, process.world_size)
-        weighting_inputs = read_weighting_inputs(config, inputs.tokenizer)
+        weighter_inputs = read_weighter_inputs(config, inputs.tokenizer)
         if inputs.checkpoint is None:  # the length of a continued run is known when its checkpoint is loaded
-            run_stages(config)
+            run_stages(config.weighting, config.train_iters)
     with process.startup_sync.phase("agreement"):
-        process.startup_sync.require_same(rank_facts(config, inputs.paths, weighting_inputs.digest))
+        digest = weighter_inputs.digest if weighter_inputs is not None else None
+        process.startup_sync.require_same(rank_facts(config, inputs.paths, digest))
     if config.checkpoint.save is not None:
         start_results_process()
     language_model = build_language_model(config, inputs, device, process.startup_sync)
@@ -75,8 +76,8 @@ def build_trainer(
     )
     with process.startup_sync.phase("stages"):
         has_begun = train_state.iteration > 0 and weighting_state.get("weighter") is not None
-        stages = run_stages(config, train_state.iteration if has_begun else None)
-    context = _weighting_context(config, inputs, weighting_inputs, stages, language_model, dataloaders, device)
+        stages = run_stages(config.weighting, config.train_iters, train_state.iteration if has_begun else None)
+    context = _weighting_context(config, inputs, weighter_inputs, stages, language_model, dataloaders, device)
     with process.startup_sync.phase("weighting"):
         weighting = (make_weighting or build_weighting)(context)
         weighting.load_state_dict(weighting_state)
@@ -88,7 +89,7 @@ def build_trainer(
     parts = build_trainer_parts(config, language_model, dataloaders, train_state, process.startup_sync, save_folder)
     with process.startup_sync.phase("tasks"):
         parts = dataclasses.replace(parts, evaluate_tasks=_task_evaluation(config, inputs, language_model))
-    process.startup_sync.end_start()
+    process.startup_sync.end()
     return Trainer(config, parts, weighting)
 
 
@@ -105,7 +106,7 @@ def _task_evaluation(config: RunConfig, inputs: RunInputs, language_model: Langu
     from megatron_dwm.data.hf_tokenizers import to_hf_tokenizer
 
     tokenizer = to_hf_tokenizer(inputs.tokenizer, config.tokenizer)
-    vocabulary, micro_batch = language_model.components.vocabulary, config.training.micro_batch
+    vocabulary, micro_batch = language_model.components.vocabulary, config.training.micro_batch_size
     # An imported model may have more tokens than its tokenizer; in one made here, what follows is padding.
     size = vocabulary.tokens or inputs.vocab_size
     return InLoopTaskEvaluator(config.tasks, language_model.engine, tokenizer, size, micro_batch).evaluate
@@ -114,7 +115,7 @@ def _task_evaluation(config: RunConfig, inputs: RunInputs, language_model: Langu
 def _weighting_context(
     config: RunConfig,
     inputs: RunInputs,
-    weighting_inputs: WeightingInputs,
+    weighter_inputs: WeighterInputs | None,
     stages: StageSchedule,
     language_model: LanguageModel,
     dataloaders: Dataloaders,
@@ -125,7 +126,7 @@ def _weighting_context(
 
     return WeightingContext(
         config=config,
-        inputs=weighting_inputs,
+        inputs=weighter_inputs,
         stages=stages,
         paths=inputs.paths,
         tokenizer=inputs.tokenizer,

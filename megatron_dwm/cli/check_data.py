@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class CheckDataConfig:
     """Datasets to verify."""
 
-    data_path: list[str] | None = flag(
+    data_path: list[str] = flag(
         None, "Dataset prefixes, or weight-prefix pairs as for a run; all of each dataset is read."
     )
 
@@ -50,9 +50,7 @@ def _main(argv: Sequence[str] | None) -> None:
         from megatron_dwm.data.tokenizers import build_tokenizer  # seconds of imports, not needed without a vocabulary
 
         vocab_size = int(build_tokenizer(build(TokenizerConfig, values)).vocab_size)
-    blend = parse_blend("--data-path", config.data_path)
-    assert blend is not None  # CheckDataConfig requires a word
-    prefixes, _ = blend
+    prefixes, _ = parse_blend("--data-path", config.data_path)
     faults, documents, tokens = [], 0, 0
     for prefix in prefixes:
         try:

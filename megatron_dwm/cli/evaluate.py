@@ -37,10 +37,10 @@ FLAGS_OF_EXPORT = {"--load": "--checkpoints"}
 class EvaluateConfig:
     """Evaluation."""
 
-    checkpoints: list[str] | None = flag(
+    checkpoints: list[str] = flag(
         None, "Checkpoints to compare with the first one. May also be given first and without the flag."
     )
-    tasks: list[str] | None = flag(None, f"Tasks: {', '.join(LOCAL_TASKS)}, or names of lm-evaluation-harness's tasks.")
+    tasks: list[str] = flag(None, f"Tasks: {', '.join(LOCAL_TASKS)}, or names of lm-evaluation-harness's tasks.")
     num_fewshot: list[int] = flag(
         [0, 2], "Numbers of few-shot examples before each question; each number is evaluated."
     )
@@ -67,7 +67,7 @@ class EvaluateConfig:
         require_at_least(self, 0, "limit")
         if not self.num_fewshot or min(self.num_fewshot) < 0:
             raise UserError(f"--num-fewshot {' '.join(map(str, self.num_fewshot))}: give numbers of at least 0")
-        require_local_names(self.tasks or [])
+        require_local_names(self.tasks)
         if (self.task_text or self.task_packages) and not self.has_local_tasks:
             raise UserError("--task-text and --task-packages are for local tasks; leave them out")
         for folder in self.task_path or []:
@@ -77,7 +77,7 @@ class EvaluateConfig:
     @property
     def has_local_tasks(self) -> bool:
         """Whether one of the tasks is made from local text."""
-        return any(task in LOCAL_TASKS for task in self.tasks or [])
+        return any(task in LOCAL_TASKS for task in self.tasks)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,10 +94,10 @@ def _main(argv: Sequence[str] | None) -> None:
     from megatron_dwm.analysis.task_evaluation import TaskEvaluator
 
     limit_progress_bars()
-    folders = [named_folder(name) for name in config.checkpoints or []]
+    folders = [named_folder(name) for name in config.checkpoints]
     passages = read_passages(config.task_text or [], config.task_packages or []) if config.has_local_tasks else None
     evaluator = TaskEvaluator(
-        config.tasks or [],
+        config.tasks,
         passages,
         num_fewshot=config.num_fewshot,
         limit=config.limit or None,

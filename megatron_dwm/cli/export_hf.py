@@ -88,7 +88,7 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
     dtype = checkpoint.metadata.state_dict_metadata[_EMBEDDING].properties.dtype
     has_any_tokenizer = not is_loaded_unchanged(architecture(model), tokenizer, tokenizer_config)
     skeleton = hf_skeleton(
-        hf_config(model, vocab_size=vocab_size, num_layers=model.layers, has_any_tokenizer=has_any_tokenizer), dtype
+        hf_config(model, vocab_size=vocab_size, num_layers=model.num_layers, has_any_tokenizer=has_any_tokenizer), dtype
     )
     limit_progress_bars()
     size = sum(p.numel() * p.element_size() for p in skeleton.parameters())
@@ -109,9 +109,9 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
                 f"--load {folder}: cannot be exported ({error}); give another checkpoint or size"
             ) from error
         skeleton.config.save_pretrained(temporary)
-        save_hf_tokenizer(tokenizer, tokenizer_config, temporary, model.sequence)
+        save_hf_tokenizer(tokenizer, tokenizer_config, temporary, model.seq_length)
         counterpart = load_tokenizer_folder(temporary)
-        _complete_settings(skeleton, counterpart, temporary, window=model.sequence)
+        _complete_settings(skeleton, counterpart, temporary, window=model.seq_length)
         count = _verify(temporary, skeleton, tensors())
         card = language_model_card(
             saved, skeleton, counterpart, name=Path(config.output).name, effect=_effect(config.load)
@@ -141,9 +141,9 @@ def _check_tensors(checkpoint: SavedCheckpoint, model: ModelConfig) -> None:
     """Refuse a checkpoint whose tensors do not match the model that its arguments describe."""
     from megatron_dwm.model.hf_weights import pieces
 
-    for piece in pieces(model, range(model.layers)):
+    for piece in pieces(model, range(model.num_layers)):
         shape = checkpoint.shapes.get(piece.key)
-        if shape is None or (piece.layer is not None and shape[0] != model.layers):
+        if shape is None or (piece.layer is not None and shape[0] != model.num_layers):
             found = "is missing" if shape is None else f"has {shape[0]} layers"
             raise UserError(
                 f"the checkpoint does not hold the model that its arguments describe: {piece.key} {found}; give another"

@@ -73,7 +73,7 @@ def export(config: ExportWeighterConfig) -> str:
         require_finite(f"--load {folder}: the weighter's {name}", param)
     tokenizer = _tokenizer(run, state.get("weighter_tokenizer", ""))
     paths = data_paths(run.data, run.weighting.dwm_target_data_path if run.weighting.needs_target else None)
-    stage = run_stages(run).stage(iteration)
+    stage = run_stages(run.weighting, run.train_iters).stage(iteration)
     special = bool(state.get("weighter_tokenizer")) or run.tokenizer.tokenizer_hf_include_special_tokens
     facts = weighter_facts(iteration, stage, sum(p.numel() for p in model.parameters()), model_digest(model))
     facts |= run_facts(
@@ -109,7 +109,7 @@ def _tokenizer(run: RunConfig, fingerprint: str) -> Any:
 
     if not fingerprint:
         tokenizer = to_hf_tokenizer(build_tokenizer(run.tokenizer), run.tokenizer)
-        tokenizer.model_max_length = run.model.sequence
+        tokenizer.model_max_length = run.model.seq_length
         return tokenizer
     started_from = Path(run.weighting.dwm_load or run.weighting.dwm_init_from)
     if not (started_from / "config.json").is_file():  # a run's exports, one for each stage

@@ -166,7 +166,7 @@ def _tensors(read: HuggingFaceModel, padded_vocab_size: int) -> dict[str, Tensor
 
     made: dict[str, list[TensorPart]] = {}
     described: dict[str, tuple[torch.Size, torch.dtype]] = {}
-    for piece in pieces(model, range(model.layers)):
+    for piece in pieces(model, range(model.num_layers)):
         if piece.key not in described:  # the layers are alike: the first one's tensor is made for its shape
             tensor = from_hf(piece, read.state, model, padded_vocab_size)
             described[piece.key] = tensor.shape, tensor.dtype
@@ -179,7 +179,7 @@ def _tensors(read: HuggingFaceModel, padded_vocab_size: int) -> dict[str, Tensor
         made.setdefault(piece.key, []).append(part)
     tensors = {}
     for key, parts in made.items():
-        size = (model.layers, *parts[0].size[1:]) if key.startswith(LAYERS) else parts[0].size
+        size = (model.num_layers, *parts[0].size[1:]) if key.startswith(LAYERS) else parts[0].size
         tensors[key] = TensorOfParts(size, described[key][1], tuple(parts))
     return tensors
 
@@ -199,9 +199,9 @@ def _empty_extra_states(model: ModelConfig) -> dict[str, list[None]]:
         "mlp.linear_fc2",
     )
     states: dict[str, list[None]] = {
-        f"decoder.layers.{module}._extra_state/shard_{layer}_{model.layers}": [None]
+        f"decoder.layers.{module}._extra_state/shard_{layer}_{model.num_layers}": [None]
         for module in modules
-        for layer in range(model.layers)
+        for layer in range(model.num_layers)
     }
     return states | {"decoder.final_layernorm._extra_state/shard_0_1": [None]}
 

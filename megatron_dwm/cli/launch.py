@@ -7,28 +7,23 @@ once, by the rank that found it, and ends every other rank.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
-import logging
 import multiprocessing
 import os
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
 from megatron_dwm.config.flags import flag_name
 from megatron_dwm.config.parallel import ParallelConfig
-from megatron_dwm.config.run import RunConfig, parse_run
 from megatron_dwm.errors import (
     EXIT_CODE,
     PeerError,
@@ -36,19 +31,15 @@ from megatron_dwm.errors import (
     as_user_error,
     exit_code_of,
     print_error,
-    renamed_flags,
 )
 from megatron_dwm.runtime.child_processes import end_children_with_this_process, require_temporary_folder
 from megatron_dwm.runtime.compat import require_megatron_core
 from megatron_dwm.runtime.device import select_device
 from megatron_dwm.runtime.environment import environment_rank
 from megatron_dwm.runtime.logging import configure_logging
+from megatron_dwm.runtime.peer_watch import PeerWatch
 from megatron_dwm.runtime.startup_sync import StartupSync
 from megatron_dwm.runtime.stop_signals import StartSignals
-from megatron_dwm.training.checkpoint_folders import checkpoints_in, latest_checkpoint
-from megatron_dwm.training.save_folder import check_writable
-
-logger = logging.getLogger(__name__)
 
 Flags = TypeVar("Flags")
 
@@ -88,54 +79,6 @@ class Process:
         return config, device
 
 
-def read_run_flags(argv: Sequence[str] | None, world_size: int) -> RunConfig:
-    """Return the configuration of a pretraining run; by default from this process's command line.
-
-    Raises:
-        UserError: a bad flag, or a folder of one that cannot be read or written.
-    """
-    return with_conversion(with_pretrained(parse_run(argv, world_size, read_saved=_read_saved)))
-
-
-def with_pretrained(config: RunConfig) -> RunConfig:
-    """Return the configuration that starts from ``--pretrained-checkpoint``, if that applies."""
-    checkpoint = from_pretrained(config.checkpoint)
-    if checkpoint is not config.checkpoint:
-        logger.info(f" > --load {config.checkpoint.load} holds no checkpoint: the run starts from {checkpoint.load}")
-    return dataclasses.replace(config, checkpoint=checkpoint)
-
-
-def from_pretrained(flags: CheckpointConfig) -> CheckpointConfig:
-    """Return the flags that load ``--pretrained-checkpoint``, if that applies.
-
-    It applies while ``--load`` holds no checkpoint; as in Megatron-LM, the run then continues as with ``--finetune``.
-
-    Raises:
-        UserError: it holds no checkpoint.
-    """
-    if flags.pretrained_checkpoint is None:
-        return flags
-    if flags.load is not None and ((Path(flags.load) / TRACKER).is_file() or checkpoints_in(Path(flags.load))):
-        return flags
-    pretrained = dataclasses.replace(flags, load=flags.pretrained_checkpoint, ckpt_step=None, finetune=True)
-    with renamed_flags({"--load": "--pretrained-checkpoint"}):
-        latest_checkpoint(pretrained)
-    return pretrained
-
-
-def with_conversion(config: RunConfig) -> RunConfig:
-    """Return the configuration that saves in ``--ckpt-convert-format``, if it is given."""
-    flags = config.checkpoint
-    if flags.ckpt_convert_format is None or flags.ckpt_convert_save is None or flags.load is None:
-        return config
-    save = Path(flags.ckpt_convert_save) / Path(flags.load).name
-    check_writable({"--ckpt-convert-save": save})
-    checkpoint = dataclasses.replace(
-        flags, save=str(save), ckpt_format=flags.ckpt_convert_format, async_save=False, exit_on_missing_checkpoint=True
-    )
-    return dataclasses.replace(config, checkpoint=checkpoint)
-
-
 def run_program(program: Callable[[Process], None], argv: Sequence[str] | None = None) -> None:
     """Run ``program`` on this rank, started by torchrun, srun or mpirun, or as a single process.
 
@@ -162,14 +105,14 @@ def run_program(program: Callable[[Process], None], argv: Sequence[str] | None =
     except UserError as error:
         print_error(error)
         raise SystemExit(EXIT_CODE) from None
-    startup_sync.watch_peers()
+    startup_sync.peers.start()
     asked = {word for word in words if word in _IN_PLACE_OF_A_RUN}
     try:
-        startup_sync.agree_on_command(" ".join(sorted(asked)) or "a run", ends_at_once=bool(asked - {"--plan"}))
+        startup_sync.agree_on_command(" ".join(sorted(asked)) or "a run", is_ending=bool(asked - {"--plan"}))
         program(Process(rank, local_rank, world_size, startup_sync))
     except (Exception, KeyboardInterrupt) as error:
-        _end_failed(as_user_error(error, words), startup_sync)
-    startup_sync.finish()
+        _end_failed(as_user_error(error, words), startup_sync.peers)
+    startup_sync.peers.finish()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -189,7 +132,7 @@ def _timeout(argv: Sequence[str]) -> timedelta:
     return timedelta(minutes=minutes)
 
 
-def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
+def _end_failed(error: BaseException, peers: PeerWatch) -> None:
     """End this process after a failure, which is printed unless another rank's failure came first.
 
     Raises:
@@ -204,28 +147,21 @@ def _end_failed(error: BaseException, startup_sync: StartupSync) -> None:
         worker.kill()
     if isinstance(error, PeerError):
         raise SystemExit(EXIT_CODE) from None
-    if not startup_sync.report_failure(error):
-        startup_sync.end_with_first_failure()
+    if not peers.report(error):
+        peers.end_with_first_failure()
     if isinstance(error, UserError):
         print_error(error)
     elif isinstance(error, KeyboardInterrupt):
         print_error(UserError("SIGINT (Ctrl-C) has ended the run; with --exit-signal-handler it saves before it ends"))
     else:
         traceback.print_exception(error)
-        for rank in startup_sync.silent_ranks():
+        for rank in peers.silent_ranks():
             print_error(UserError(f"rank {rank} does not answer: it was killed, is stopped or is stuck"))
-    startup_sync.linger()
+    peers.linger()
     code = exit_code_of(error)
-    if startup_sync.world_size > 1:  # no cleanup: what it would wait for may be gone
+    if peers.world_size > 1:  # no cleanup: what it would wait for may be gone
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
     raise SystemExit(code) from None
-
-
-def _read_saved(flags: CheckpointConfig) -> Mapping[str, Any]:
-    # Only --use-checkpoint-args reads a checkpoint before the configuration is complete, and needs these imports.
-    from megatron_dwm.training.checkpoint_folders import saved_arguments
-
-    return saved_arguments(from_pretrained(flags))

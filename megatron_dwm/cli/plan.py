@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_dwm.atomic_write import atomic_write_text
-from megatron_dwm.cli.launch import read_run_flags
+from megatron_dwm.cli.run_flags import read_run_flags
 from megatron_dwm.config.flags import OneLineParser, add_flags, build
 from megatron_dwm.config.plan import PlanConfig
 from megatron_dwm.errors import UserError

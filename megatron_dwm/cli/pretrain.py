@@ -13,9 +13,10 @@ from functools import partial
 
 from megatron_dwm.cli.build_trainer import build_trainer
 from megatron_dwm.cli.command import hide_warnings, run_command
-from megatron_dwm.cli.launch import Process, read_run_flags, run_program
+from megatron_dwm.cli.launch import Process, run_program
 from megatron_dwm.cli.local_launcher import launch_locally, split_nproc
 from megatron_dwm.cli.plan import print_plan, split_plan
+from megatron_dwm.cli.run_flags import read_run_flags
 from megatron_dwm.errors import UserError, run_cli
 from megatron_dwm.runtime.environment import environment_rank
 from megatron_dwm.runtime.logging import configure_logging

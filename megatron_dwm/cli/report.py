@@ -105,25 +105,25 @@ def _follow(config: ReportConfig, paths: Sequence[Path], seconds: int) -> None:
     """
     written: list[tuple[int, int]] | None = None
     while True:
-        goes_on = any(_goes_on(run_folder(path)) for path in paths)
+        is_running = any(_is_running(run_folder(path)) for path in paths)
         state = [_state(path) for path in paths]
-        if state != written or not goes_on:
+        if state != written or not is_running:
             written = state
             try:
                 runs = [read_run(path) for path in paths]
             except NoRecordsError:
-                if not goes_on:
+                if not is_running:
                     raise
                 logger.info("waiting for the first training step")
             else:
-                _write(config, paths, runs, seconds if goes_on else None)
-        if not goes_on:
+                _write(config, paths, runs, seconds if is_running else None)
+        if not is_running:
             print("all runs have ended; this is the last page")
             return
         time.sleep(seconds)
 
 
-def _goes_on(folder: Path) -> bool:
+def _is_running(folder: Path) -> bool:
     """Return whether a run writes to its folder; a killed run's heartbeat stops, while its status stays as it was."""
     age = heartbeat_age(folder)
     return read_run_status(folder).get("status") == "running" if age is None else age < LEASE_SECONDS

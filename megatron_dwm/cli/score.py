@@ -32,7 +32,7 @@ class ScoreConfig:
     language_model: str | None = flag(
         None, "Folder of a language model, such as one from export-hf: the score is the document's perplexity."
     )
-    input: list[str] | None = flag(
+    input: list[str] = flag(
         None,
         "JSON lines (plain, .gz or .zst) or Parquet: files, folders, or glob patterns; or indexed datasets, by the "
         "prefix of .bin and .idx.",
@@ -87,7 +87,7 @@ def _main(argv: Sequence[str] | None) -> None:
     from megatron_dwm.corpora.unfinished import lock_folder
 
     limit_progress_bars()
-    parts = parts_of(config.input or [], config.split_bytes)
+    parts = parts_of(config.input, config.split_bytes)
     settings = ScoreSettings(
         config.weighter or config.language_model or "",
         config.language_model is not None,
@@ -126,7 +126,7 @@ def _main(argv: Sequence[str] | None) -> None:
     with refused_output(output):
         counts = score_counts(run_here(job, config.workers))
         if not OutputFolder(output).exists("data"):
-            raise UserError(f"--input {' '.join(config.input or [])}: no documents; give other files")
+            raise UserError(f"--input {' '.join(config.input)}: no documents; give other files")
     seconds = time.perf_counter() - start
     files = len({part.path for part in parts})
     print(

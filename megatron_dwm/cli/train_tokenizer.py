@@ -30,11 +30,9 @@ from megatron_dwm.training.save_folder import check_writable
 class TrainTokenizerConfig:
     """Training of a tokenizer."""
 
-    input: list[str] | None = flag(
-        None, "JSON lines (plain, .gz or .zst) or Parquet: files, folders, or glob patterns."
-    )
-    output_prefix: str | None = flag(None, "Path of the output without .model and .vocab.")
-    vocab_size: int | None = flag(None, "Number of pieces, including 256 byte pieces and 3 control pieces.")
+    input: list[str] = flag(None, "JSON lines (plain, .gz or .zst) or Parquet: files, folders, or glob patterns.")
+    output_prefix: str = flag(None, "Path of the output without .model and .vocab.")
+    vocab_size: int = flag(None, "Number of pieces, including 256 byte pieces and 3 control pieces.")
     model_type: Literal["bpe", "unigram"] = flag("bpe", "Kind of the SentencePiece model.")
     json_key: str = flag("text", "Key of the text in each line.")
 
@@ -52,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(argv: Sequence[str] | None) -> None:
     config: TrainTokenizerConfig = parse(argv, {"train": TrainTokenizerConfig}, description=__doc__)["train"]
-    prefix = Path(config.output_prefix or "")
+    prefix = Path(config.output_prefix)
     check_writable({"--output-prefix": prefix.parent if prefix.exists() else prefix})  # before it trains for hours
     # disable=None: a bar on a terminal only.
-    texts = list(tqdm(_texts(input_files(config.input or ()), config.json_key), unit=" documents", disable=None))
+    texts = list(tqdm(_texts(input_files(config.input), config.json_key), unit=" documents", disable=None))
     model = _train([line for text in texts for line in text.split("\n") if line], config)
     _write(model, prefix)
     pieces = SentencePieceProcessor(model_proto=model)
@@ -124,7 +122,7 @@ def _misfit(config: TrainTokenizerConfig, reason: str) -> str:
         remedy = f"its characters, the bytes and the control pieces alone are {least[1]}; give a larger size"
     elif "sentences_.empty()" in reason:
         remedy = "there is no text; give other files"
-    return f"--vocab-size {config.vocab_size} does not fit --input {' '.join(config.input or ())}: {remedy}"
+    return f"--vocab-size {config.vocab_size} does not fit --input {' '.join(config.input)}: {remedy}"
 
 
 def _write(model: bytes, prefix: Path) -> None:

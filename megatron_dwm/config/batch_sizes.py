@@ -26,7 +26,7 @@ class BatchSizes:
     micro_batch_size: int
     data_parallel_size: int
     rampup: Rampup | None = None
-    decreases: bool = False
+    should_decrease: bool = False
     """Whether a batch that is no multiple is made smaller (``--decrease-batch-size-if-needed``)."""
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class BatchSizes:
     def iterations(self, samples: int, consumed: int = 0) -> int:
         """Return the number of steps of a run of ``samples`` after ``consumed``, without an incomplete last one.
 
-        As in Megatron-LM, samples that :attr:`decreases` leaves out of batches count as consumed.
+        As in Megatron-LM, samples that :attr:`should_decrease` leaves out of batches count as consumed.
         """
         count = 0
         if self.rampup is not None:
@@ -100,4 +100,4 @@ class BatchSizes:
         return trained + iterations * self._running(self.final)
 
     def _running(self, size: int) -> int:
-        return size - size % self.unit if self.decreases else size
+        return size - size % self.unit if self.should_decrease else size

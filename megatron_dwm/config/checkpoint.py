@@ -129,6 +129,6 @@ class CheckpointConfig:
                 raise UserError(f"{flag_name(name)} needs --load; give the folder")
 
     @property
-    def tolerates_differences(self) -> bool:
+    def should_tolerate_differences(self) -> bool:
         """Whether a model may be loaded from a checkpoint that lacks some of its tensors."""
         return self.dist_ckpt_strictness.partition("_")[0] in ("log", "return", "ignore")

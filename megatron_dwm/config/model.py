@@ -6,7 +6,15 @@ import logging
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dwm.config.flags import MAX_LAYERS, declared_flags, flag, flag_name, require_at_least, require_at_most
+from megatron_dwm.config.flags import (
+    MAX_LAYERS,
+    declared_flags,
+    flag,
+    flag_name,
+    require_at_least,
+    require_at_most,
+    require_given,
+)
 from megatron_dwm.config.layer_patterns import parse_layers
 from megatron_dwm.config.needed_flags import TOLERATED_IN_MEGATRON_SCRIPTS, missing_flag
 from megatron_dwm.errors import UserError
@@ -18,9 +26,9 @@ logger = logging.getLogger(__name__)
 class ModelConfig:
     """Network size and architecture."""
 
-    num_layers: int | None = flag(None, "Number of transformer layers.")
-    hidden_size: int | None = flag(None, "Transformer hidden size.")
-    num_attention_heads: int | None = flag(None, "Number of attention heads.")
+    num_layers: int = flag(None, "Number of transformer layers.")
+    hidden_size: int = flag(None, "Transformer hidden size.")
+    num_attention_heads: int = flag(None, "Number of attention heads.")
     ffn_hidden_size: int | None = flag(
         None,
         "Feed-forward hidden size; 4 x hidden size if not given (8/3 x of it, in multiples of 64, with SwiGLU).",
@@ -28,7 +36,7 @@ class ModelConfig:
     kv_channels: int | None = flag(None, "Size of one attention head; hidden size / heads if not given.")
     group_query_attention: bool = flag(False, "Use group-query attention.")
     num_query_groups: int = flag(1, "Number of query groups in group-query attention.")
-    seq_length: int | None = flag(None, "Maximum sequence length to process.")
+    seq_length: int = flag(None, "Maximum sequence length to process.")
     max_position_embeddings: int | None = flag(None, "Size of the position embedding table.")
     position_embedding_type: Literal["learned_absolute", "rope", "yarn", "none"] = flag(
         "learned_absolute", "Position embedding type; yarn is rope scaled by YaRN for longer sequences."
@@ -210,9 +218,7 @@ class ModelConfig:
     num_layers_at_end_in_bf16: int = flag(1, "Number of last layers that --first-last-layers-bf16 keeps in bf16.")
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
-            if getattr(self, name) is None:
-                raise UserError(f"{flag_name(name)} is missing; every run needs it")
+        require_given(self, "num_layers hidden_size num_attention_heads seq_length", "every run needs it")
         require_at_least(
             self,
             1,
@@ -237,12 +243,12 @@ class ModelConfig:
                 f"--hidden-size {self.hidden_size} with --swiglu: the default feed-forward size, 8/3 of it "
                 "in whole 64s, is zero; give --ffn-hidden-size"
             )
-        if self.kv_channels is None and self.hidden % self.heads:
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"--hidden-size {self.hidden_size} is not divisible by --num-attention-heads "
                 f"{self.num_attention_heads}; change one or give --kv-channels"
             )
-        if self.group_query_attention and self.heads % self.num_query_groups:
+        if self.group_query_attention and self.num_attention_heads % self.num_query_groups:
             raise UserError(
                 f"--num-attention-heads {self.num_attention_heads} is not divisible by --num-query-groups "
                 f"{self.num_query_groups}; change one"
@@ -270,7 +276,7 @@ class ModelConfig:
         rope = self.has_rotary_positions
         if not rope and self.max_position_embeddings is None:
             raise UserError("--max-position-embeddings is missing; give at least --seq-length")
-        if self.max_position_embeddings is not None and self.sequence > self.max_position_embeddings:
+        if self.max_position_embeddings is not None and self.seq_length > self.max_position_embeddings:
             raise UserError(
                 f"--seq-length {self.seq_length} exceeds --max-position-embeddings "
                 f"{self.max_position_embeddings}; raise the latter"
@@ -288,9 +294,10 @@ class ModelConfig:
     def _check_layers(self) -> None:
         """Check the flags that select layers, and the window."""
         frequency = self.layers_of("no_rope_freq")
-        if isinstance(frequency, int) and self.layers % frequency:
+        if isinstance(frequency, int) and self.num_layers % frequency:
             raise UserError(
-                f"--no-rope-freq {frequency} does not divide --num-layers {self.layers}; change one or give a pattern"
+                f"--no-rope-freq {frequency} does not divide --num-layers {self.num_layers}; change one or give a "
+                "pattern"
             )
         self.layers_of("window_attn_skip_freq")
         if self.window_size is not None and self.window is None:
@@ -322,7 +329,7 @@ class ModelConfig:
             UserError: the value is neither.
         """
         text = getattr(self, field)
-        return None if text is None else parse_layers(flag_name(field), text, self.layers)
+        return None if text is None else parse_layers(flag_name(field), text, self.num_layers)
 
     @property
     def recomputation(self) -> Literal["full", "selective"] | None:
@@ -344,7 +351,7 @@ class ModelConfig:
             before, after = map(int, words)
         except ValueError:
             return None
-        return (before if before >= 0 else self.sequence, 0) if before >= -1 and after == 0 else None
+        return (before if before >= 0 else self.seq_length, 0) if before >= -1 and after == 0 else None
 
     @property
     def needs_torch_layers(self) -> bool:
@@ -356,47 +363,22 @@ class ModelConfig:
         """Whether feed-forward layers have a gate, and so a third matrix."""
         return self.swiglu or self.quick_geglu
 
-    # The required sizes as plain integers (they are None only in the parser's defaults).
-    @property
-    def layers(self) -> int:
-        """The number of transformer layers."""
-        assert self.num_layers is not None
-        return self.num_layers
-
-    @property
-    def hidden(self) -> int:
-        """The hidden size."""
-        assert self.hidden_size is not None
-        return self.hidden_size
-
-    @property
-    def heads(self) -> int:
-        """The number of attention heads."""
-        assert self.num_attention_heads is not None
-        return self.num_attention_heads
-
-    @property
-    def sequence(self) -> int:
-        """The number of tokens in a sample."""
-        assert self.seq_length is not None
-        return self.seq_length
-
     @property
     def ffn(self) -> int:
         """The feed-forward hidden size; Megatron-LM's default if the flag is not given."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
-        return int((4 * self.hidden * 2 / 3) / 64) * 64 if self.swiglu else 4 * self.hidden
+        return int((4 * self.hidden_size * 2 / 3) / 64) * 64 if self.swiglu else 4 * self.hidden_size
 
     @property
     def head_size(self) -> int:
         """The size of one attention head."""
-        return self.kv_channels or self.hidden // self.heads
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
     def query_groups(self) -> int:
         """The number of groups of query heads, each of which shares one key and value head."""
-        return self.num_query_groups if self.group_query_attention else self.heads
+        return self.num_query_groups if self.group_query_attention else self.num_attention_heads
 
     @property
     def positions(self) -> str:

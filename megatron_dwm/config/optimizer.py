@@ -31,7 +31,7 @@ class OptimizerConfig:
     """Optimizer, learning rate and precision."""
 
     optimizer: Literal["adam", "sgd"] = flag("adam", "Optimizer: Adam with decoupled weight decay, or SGD.")
-    lr: float | None = flag(None, "Peak learning rate.")
+    lr: float = flag(None, "Peak learning rate.")
     min_lr: float = flag(0.0, "Lowest learning rate.")
     decoupled_lr: float | None = flag(None, "Learning rate of the embedding and output layers.")
     decoupled_min_lr: float | None = flag(None, "Lowest learning rate of the embedding and output layers.")
@@ -112,7 +112,6 @@ class OptimizerConfig:
                 raise UserError(f"{flag_name(name)} {value}: must be less than 1")
 
     def _check_learning_rates(self) -> None:
-        assert self.lr is not None
         for name in ("min_lr", "lr_warmup_init"):
             if getattr(self, name) > self.lr:
                 raise UserError(f"{flag_name(name)} {getattr(self, name)} exceeds --lr {self.lr}; lower it")
@@ -154,7 +153,7 @@ class OptimizerConfig:
         return not self.grad_reduce_in_bf16 if self.bf16 else self.accumulate_allreduce_grads_in_fp32
 
     @property
-    def decays_qk_layernorm(self) -> bool:
+    def should_decay_qk_layernorm(self) -> bool:
         """Whether weight decay concerns the weights of ``--qk-layernorm``."""
         return self.apply_wd_to_qk_layernorm or self.no_weight_decay_cond_type is not None
 
@@ -172,24 +171,27 @@ class OptimizerConfig:
             return torch.bfloat16
         return torch.float16 if self.fp16 else torch.float32
 
-    def lr_bounds(self, train_iters: int | None, train_samples: int | None, global_batch_size: int) -> LrBounds:
+    @property
+    def weight_decay_range(self) -> tuple[float, float]:
+        """Weight decay at the start and at the end of the run."""
+        start, end = self.start_weight_decay, self.end_weight_decay
+        return (self.weight_decay, self.weight_decay) if start is None or end is None else (start, end)
+
+    def lr_bounds(self, length: int, batch: int, *, is_in_samples: bool) -> LrBounds:
         """Return where the learning rate's phases end, in samples.
 
         Args:
-            train_iters: length of the run, None if it is given in samples.
-            train_samples: length of the run, None if it is given in iterations.
-            global_batch_size: samples in one iteration; with 1, a run of iterations has its bounds in iterations.
+            length: length of the run, in iterations or samples.
+            batch: samples in one iteration; with 1, a run of iterations has its bounds in iterations.
+            is_in_samples: whether the run and the phases are given in samples.
         """
-        if train_samples is None:
-            assert train_iters is not None
-            total, batch = train_iters, global_batch_size
-            decay, warmup, wsd_decay = self.lr_decay_iters, self.lr_warmup_iters, self.lr_wsd_decay_iters
-        else:
-            total, batch = train_samples, 1
+        decay, warmup, wsd_decay = self.lr_decay_iters, self.lr_warmup_iters, self.lr_wsd_decay_iters
+        if is_in_samples:
+            batch = 1
             decay, warmup, wsd_decay = self.lr_decay_samples, self.lr_warmup_samples, self.lr_wsd_decay_samples
-        decay_end = (decay or total) * batch
+        decay_end = (decay or length) * batch
         return LrBounds(
-            total=total * batch,
+            total=length * batch,
             decay=decay_end,
             warmup=warmup * batch if self.lr_warmup_fraction is None else self.lr_warmup_fraction * decay_end,
             wsd_decay=None if wsd_decay is None else wsd_decay * batch,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dwm.config.flags import flag, require_at_least, require_at_most
+from megatron_dwm.config.flags import flag, require_at_least, require_at_most, require_given
 from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.errors import UserError
 
@@ -17,7 +17,7 @@ MAX_SEED = 4_000_000_000
 class TrainingConfig:
     """Batches and length of the run."""
 
-    micro_batch_size: int | None = flag(None, "Samples in one microbatch of one model replica.")
+    micro_batch_size: int = flag(None, "Samples in one microbatch of one model replica.")
     global_batch_size: int | None = flag(None, "Samples in one step. Default: micro-batch size x data-parallel size.")
     rampup_batch_size: list[int] | None = flag(
         None,
@@ -70,8 +70,7 @@ class TrainingConfig:
     perform_initialization: bool = flag(True, "Do not initialize weights.", "--no-initialization")
 
     def __post_init__(self) -> None:
-        if self.micro_batch_size is None:
-            raise UserError("--micro-batch-size is missing; every run needs it")
+        require_given(self, "micro_batch_size", "every run needs it")
         require_at_least(
             self,
             1,
@@ -98,10 +97,10 @@ class TrainingConfig:
             raise UserError("--rampup-batch-size needs --train-samples and --global-batch-size; give both")
 
     @property
-    def micro_batch(self) -> int:
-        """The micro batch size, which is always given."""
-        assert self.micro_batch_size is not None
-        return self.micro_batch_size
+    def length(self) -> int:
+        """The length of the run, in iterations or in samples, whichever of the two is given."""
+        (length,) = (number for number in (self.train_iters, self.train_samples) if number is not None)
+        return length
 
     def should_check_for_nan(self, optimizer: OptimizerConfig) -> bool:
         """Return whether a NaN in loss or gradient ends the run.

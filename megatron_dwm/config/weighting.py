@@ -277,6 +277,6 @@ class WeightingConfig:
         return self.has_trainable_weighter or self.dwm_rule in TARGETED_RULES
 
     @property
-    def aligns(self) -> bool:
+    def needs_alignments(self) -> bool:
         """Whether samples are aligned with the target set."""
         return self.needs_target and self.dwm_rule != "similarity"

@@ -50,7 +50,7 @@ _WITHOUT_EFFECT = ("workers", "executor", "log_interval", "output_prefix", "inpu
 class PreprocessConfig:
     """Preprocessing."""
 
-    input: list[str] | None = flag(
+    input: list[str] = flag(
         None,
         "JSON lines (plain, .gz or .zst) or Parquet: files, folders, or glob patterns; together they are one input.",
     )
@@ -61,7 +61,7 @@ class PreprocessConfig:
     keep_newlines: bool = flag(False, "Keep newlines when splitting sentences; otherwise without effect.")
     lang: str = flag("english", "Language of sentence splitting; otherwise without effect.")
     append_eod: bool = flag(False, "Append the end-of-document token to each document.")
-    output_prefix: str | None = flag(None, "Path of the output without _<key>_document.bin/.idx.")
+    output_prefix: str = flag(None, "Path of the output without _<key>_document.bin/.idx.")
     output_per_file: bool = flag(
         False,
         "Make datasets of each input file, with its name behind --output-prefix, or in that folder if it ends with a "
@@ -111,13 +111,13 @@ def preprocess(config: PreprocessConfig, tokenizer_config: TokenizerConfig) -> l
     """
     require_at_most(config, MAX_PROCESSES, "workers partitions")
     encoder = Encoder(config.json_keys, tokenizer_config, append_eod=config.append_eod)
-    paths = input_files(config.input or [])
+    paths = input_files(config.input)
     if not config.output_per_file:
         _preprocess(config, tokenizer_config, encoder, paths)
-        return [dataset_prefix(Path(config.output_prefix or ""), key) for key in config.json_keys]
-    prefix = Path(config.output_prefix or "")
+        return [dataset_prefix(Path(config.output_prefix), key) for key in config.json_keys]
+    prefix = Path(config.output_prefix)
     names = _names(paths)
-    start = f"{prefix}/" if (config.output_prefix or "").endswith("/") else f"{prefix}_"
+    start = f"{prefix}/" if config.output_prefix.endswith("/") else f"{prefix}_"
     outputs = {name: f"{start}{name}" for name in names}
     Reader(paths, config.json_keys)  # a file that cannot be read is found before the first one is worked on
     job = _job(config, tokenizer_config, paths)
@@ -154,7 +154,7 @@ def _preprocess(
         UserError: as :func:`preprocess`.
     """
     reader = Reader(paths, config.json_keys)
-    prefix = Path(config.output_prefix or "")
+    prefix = Path(config.output_prefix)
     try:
         with ExitStack() as stack:
             work = stack.enter_context(
@@ -224,7 +224,7 @@ def _write(results: Iterable[Encoded | Malformed], config: PreprocessConfig, dty
     if progress.skipped:
         logger.warning(f"{progress.skipped} malformed documents were skipped, the first: {progress.first_skipped}")
     if progress.documents == 0:
-        raise UserError(f"--input {' '.join(config.input or [])}: no documents; give other files")
+        raise UserError(f"--input {' '.join(config.input)}: no documents; give other files")
     if writers:
         _keep(work, segment, writers, progress)
 

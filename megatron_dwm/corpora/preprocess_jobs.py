@@ -41,8 +41,8 @@ def preprocess_in_tasks(
         other = "--executor datatrove" if slurm.slurm_partition is None else "--slurm-partition"
         raise UserError(f"{name} is not possible with {other}; leave one of them out")
     Encoder(config.json_keys, tokenizer_config, append_eod=config.append_eod)  # to find a bad tokenizer at once
-    prefix = Path(config.output_prefix or "").absolute()
-    parts = file_parts(input_files(config.input or []), config.split_bytes)
+    prefix = Path(config.output_prefix).absolute()
+    parts = file_parts(input_files(config.input), config.split_bytes)
     work = UnfinishedJobs(str(prefix), "--output-prefix", "shards")
     depends: dict[str, Any] = {"version": __version__, "parts": list(map(vars, parts)), "keys": config.json_keys}
     depends |= {"inputs": [stamp_of(part.path) for part in parts], "tokenizer": tokenizer_stamp(tokenizer_config)}
@@ -64,4 +64,4 @@ def preprocess_in_tasks(
         for skipped in sorted(Path(folder).glob("*.skipped")):
             logger.warning(skipped.read_text(encoding="utf-8", errors="surrogateescape"))
         work.remove()
-    return [dataset_prefix(Path(config.output_prefix or ""), key) for key in config.json_keys], number
+    return [dataset_prefix(Path(config.output_prefix), key) for key in config.json_keys], number

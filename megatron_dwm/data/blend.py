@@ -105,9 +105,11 @@ def data_paths(data: DataConfig, target: list[str] | None) -> DataPaths:
         split_words = _read_per_split(data.per_split_data_args_path)
     if data.split is not None and not (_SPLIT.fullmatch(data.split) and re.search("[1-9]", data.split)):
         raise UserError(f"--split {data.split}: not up to three numbers that are not all 0; give e.g. {LEGACY_SPLIT}")
-    shared = parse_blend("--data-path", words)
+    shared = parse_blend("--data-path", words) if words else None
     flags = ("--train-data-path", "--valid-data-path", "--test-data-path")
-    train, valid, test = (parse_blend(flag, part) for flag, part in zip(flags, split_words, strict=True))
+    train, valid, test = (
+        parse_blend(flag, part) if part else None for flag, part in zip(flags, split_words, strict=True)
+    )
     if shared is None and not data.mock_data and train is None:
         for name in ("data_args_path", "per_split_data_args_path"):
             if path := getattr(data, name):
@@ -125,20 +127,18 @@ def data_paths(data: DataConfig, target: list[str] | None) -> DataPaths:
     return DataPaths(
         shared=shared,
         per_split=(train, valid, test),
-        target=parse_blend(TARGET_FLAG, target),
+        target=parse_blend(TARGET_FLAG, target) if target else None,
         split=(data.split or LEGACY_SPLIT) if shared else None,
         validation_set_names=names,
     )
 
 
-def parse_blend(flag: str, words: list[str] | None) -> Blend | None:
+def parse_blend(flag: str, words: list[str]) -> Blend:
     """Parse ``prefix ...`` or ``weight prefix weight prefix ...``.
 
     Raises:
         UserError: weights and prefixes do not alternate, or a weight is not a positive number.
     """
-    if not words:
-        return None
     if len(words) == 1:
         return [words[0]], None
     weights = [weight for word in words[::2] if (weight := _number(word)) is not None]

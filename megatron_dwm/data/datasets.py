@@ -73,7 +73,7 @@ def split_sizes(
     global_batch_size: int,
     consumed: Consumed = START,
     *,
-    grows: bool = False,
+    has_rampup: bool = False,
 ) -> SplitSizes:
     """Return how many samples the datasets of a run are built for.
 
@@ -83,7 +83,7 @@ def split_sizes(
 
     Args:
         train_samples: ``--train-samples``, if the run is counted in samples.
-        grows: whether the first batches are smaller, so that the number of steps does not determine the number of
+        has_rampup: whether the first batches are smaller, so that the number of steps does not determine the number of
             samples.
         (others): as for :func:`samples_read`.
     """
@@ -91,7 +91,7 @@ def split_sizes(
     if train_samples:
         of_megatron_lm = of_megatron_lm._replace(train=train_samples)
     read = samples_read(data, train_iters, global_batch_size, consumed)
-    if grows:
+    if has_rampup:
         read = read._replace(train=max(train_samples or 0, consumed.train_samples))
     return SplitSizes(*map(max, of_megatron_lm, read))
 

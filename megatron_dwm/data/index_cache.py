@@ -73,7 +73,7 @@ class VerifiedCache:
             logger.warning(f"index cache {folder / name}-*: {fault}; it is built again")
         config = self.config
         # A shared cache may hold many thousand files: it is cleared once, when the run starts.
-        with atomic_files(folder, clears=config.path_to_cache is None) as scratch:
+        with atomic_files(folder, should_clear=config.path_to_cache is None) as scratch:
             self.config = copy.copy(config)
             self.config.path_to_cache = str(scratch)
             try:

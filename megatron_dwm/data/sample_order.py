@@ -135,8 +135,8 @@ def _train_size(arguments: Mapping[str, Any], consumed: Consumed) -> int | None:
     if iterations is None or batch is None:
         return None
     data = DataConfig(mock_data=True, eval_iters=0)
-    grows = arguments.get("rampup_batch_size") is not None
-    return split_sizes(data, iterations, arguments.get("train_samples"), batch, consumed, grows=grows).train
+    has_rampup = arguments.get("rampup_batch_size") is not None
+    return split_sizes(data, iterations, arguments.get("train_samples"), batch, consumed, has_rampup=has_rampup).train
 
 
 def _is_cyclic(arguments: Mapping[str, Any]) -> bool:

@@ -55,10 +55,10 @@ def _build_gpt2(config: TokenizerConfig) -> MegatronTokenizerText:
 
     Megatron-Core looks up "gpt2" on the Hub even if both files are given, so it gets a folder with the files.
     """
-    assert config.vocab_file is not None and config.merge_file is not None  # checked by TokenizerConfig
+    files = [path for path in (config.vocab_file, config.merge_file) if path is not None]  # TokenizerConfig needs both
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copyfile(config.vocab_file, Path(folder, "vocab.json"))
-        shutil.copyfile(config.merge_file, Path(folder, "merges.txt"))
+        for path, name in zip(files, ("vocab.json", "merges.txt"), strict=True):
+            shutil.copyfile(path, Path(folder, name))
         Path(folder, "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
         in_folder = replace(
             config,

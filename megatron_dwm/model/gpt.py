@@ -63,7 +63,7 @@ def build_model_chunks(
             config=config,
             transformer_layer_spec=_layer_spec(config, model, resolve_transformer_impl(model, device), stage),
             vocab_size=vocabulary.rows,
-            max_sequence_length=model.max_position_embeddings or model.sequence,
+            max_sequence_length=model.max_position_embeddings or model.seq_length,
             pre_process=is_pp_first_stage(groups.pp) and is_vp_first_stage(stage, count),
             post_process=is_pp_last_stage(groups.pp) and is_vp_last_stage(stage, count),
             fp16_lm_cross_entropy=fp16_lm_cross_entropy,
@@ -107,7 +107,7 @@ def wrap_with_ddp(
         grad_reduce_in_fp32=optimizer.grads_in_fp32,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
-        align_param_gather=_aligns_param_gather(config, parallel),
+        align_param_gather=_should_align_param_gather(config, parallel),
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         check_for_nan_in_grad=training.should_check_for_nan(optimizer),
         bucket_size=_num_parameters(chunks) // parallel.ddp_num_buckets
@@ -143,7 +143,7 @@ def bind_schedule_hooks(
         config.no_sync_func = _one_or_all([chunk.no_sync for chunk in chunks])
         if parallel.align_grad_reduce:
             config.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in chunks])
-    if parallel.overlap_param_gather and _aligns_param_gather(config, parallel):
+    if parallel.overlap_param_gather and _should_align_param_gather(config, parallel):
         config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in chunks])
 
 
@@ -161,7 +161,7 @@ def _layer_spec(
     return torch_block_spec(config, model, vp_stage)
 
 
-def _aligns_param_gather(config: TransformerConfig, parallel: ParallelConfig) -> bool:
+def _should_align_param_gather(config: TransformerConfig, parallel: ParallelConfig) -> bool:
     return parallel.align_param_gather and config.virtual_pipeline_model_parallel_size is not None
 
 

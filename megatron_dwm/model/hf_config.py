@@ -82,7 +82,7 @@ def hf_config(
         layers = model.window_attn_skip_freq
         flags = f"--window-size {model.window_size}{f' --window-attn-skip-freq {layers}' if layers else ''}"
         raise UserError(f"a Hugging Face {_title(kind)} cannot express {flags}; leave it out")
-    positions = model.max_position_embeddings or model.sequence
+    positions = model.max_position_embeddings or model.seq_length
     values: dict[str, Any] = {
         "vocab_size": vocab_size,
         "initializer_range": model.init_method_std,
@@ -94,9 +94,9 @@ def hf_config(
     if kind == "gpt2":
         values |= {
             "n_positions": positions,
-            "n_embd": model.hidden,
+            "n_embd": model.hidden_size,
             "n_layer": num_layers,
-            "n_head": model.heads,
+            "n_head": model.num_attention_heads,
             "n_inner": model.ffn,
             "activation_function": _activation(model),
             "resid_pdrop": model.hidden_dropout,
@@ -106,10 +106,10 @@ def hf_config(
         }
         return AutoConfig.for_model(kind, **values)
     values |= {
-        "hidden_size": model.hidden,
+        "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn,
         "num_hidden_layers": num_layers,
-        "num_attention_heads": model.heads,
+        "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.query_groups,
         "head_dim": model.head_size,
         "hidden_act": _activation(model),
@@ -165,12 +165,12 @@ def _check_expressible(model: ModelConfig, kind: str) -> None:
         ),
         "a feed-forward layer without gate; add --swiglu": kind not in ("gpt2", "nemotron") and not model.swiglu,
         "--disable-bias-linear; leave it out": kind == "gpt2" and not model.add_bias_linear,
-        "--group-query-attention; leave it out": kind == "gpt2" and model.query_groups != model.heads,
+        "--group-query-attention; leave it out": kind == "gpt2" and model.query_groups != model.num_attention_heads,
         f"--kv-channels {model.kv_channels}; leave it out": (
-            kind == "gpt2" and model.head_size * model.heads != model.hidden
+            kind == "gpt2" and model.head_size * model.num_attention_heads != model.hidden_size
         ),
-        f"--num-attention-heads {model.heads} that do not divide the hidden size; change it": (
-            kind == "llama" and model.hidden % model.heads != 0
+        f"--num-attention-heads {model.num_attention_heads} that do not divide the hidden size; change it": (
+            kind == "llama" and model.hidden_size % model.num_attention_heads != 0
         ),
         "biases; add --disable-bias-linear": kind in ("qwen3", "olmo2", "phi3", "mistral") and model.add_bias_linear,
         "--add-qkv-bias; leave it out": (

@@ -190,10 +190,11 @@ def _read(folder: Path) -> HuggingFaceModel:
         names, rows = _taken_apart(names, model)
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(
-            hf_config(model, vocab_size=config.vocab_size, num_layers=model.layers)
+            hf_config(model, vocab_size=config.vocab_size, num_layers=model.num_layers)
         )
     zeros = {name: tensor.shape for name, tensor in whole.base_model.state_dict().items() if name not in names}
-    assert all(name.endswith(".bias") for name in zeros), sorted(zeros)
+    if missing := [name for name in zeros if not name.endswith(".bias")]:  # a missing bias is 0, as in hf_config
+        raise UserError(f"its weights lack {missing[0]}, which the model needs; save the model again")
     state = BaseModelTensors(files, names, zeros, _precision(files), rows)
     return HuggingFaceModel(model, int(config.vocab_size), state)
 
@@ -203,7 +204,7 @@ def _taken_apart(names: Mapping[str, str], model: ModelConfig) -> tuple[dict[str
 
     A Phi-3 that rotates whole heads is equivalent to a Llama.
     """
-    queries, keys, ffn = model.heads * model.head_size, model.query_groups * model.head_size, model.ffn
+    queries, keys, ffn = model.num_attention_heads * model.head_size, model.query_groups * model.head_size, model.ffn
     parts = {
         "qkv_proj": {
             "q_proj": slice(queries),

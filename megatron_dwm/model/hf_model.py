@@ -55,7 +55,7 @@ def hf_tensors(
         vocab_size: embedding rows to keep, usually the vocabulary without its padding.
         read: returns the checkpoint tensor of a piece.
     """
-    for piece in pieces(model, range(model.layers)):
+    for piece in pieces(model, range(model.num_layers)):
         for name, tensor in zip(piece.names(model), to_hf(piece, read(piece), vocab_size), strict=True):
             yield name if name.startswith("lm_head.") else f"{prefix}.{name}", tensor
 

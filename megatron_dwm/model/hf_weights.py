@@ -179,7 +179,7 @@ def _of_llama_layer(model: ModelConfig) -> list[Conversion]:
         return (torch.cat(_split_qkv(qkv, model)),)
 
     def join_fused_qkv(fused: Sequence[torch.Tensor]) -> torch.Tensor:
-        queries, keys = model.heads * model.head_size, model.query_groups * model.head_size
+        queries, keys = model.num_attention_heads * model.head_size, model.query_groups * model.head_size
         return _join_qkv(fused[0].split([queries, keys, keys]), model)
 
     if model.dwm_output_norm:
@@ -269,7 +269,7 @@ def _split_qkv(qkv: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, tor
     Args:
         qkv: [g (n/g + 2) d, ...]: for each query group its queries, then its key, then its value.
     """
-    per_group = model.heads // model.query_groups
+    per_group = model.num_attention_heads // model.query_groups
     groups = qkv.view(model.query_groups, per_group + 2, model.head_size, *qkv.shape[1:])
     query, key, value = torch.split(groups, [per_group, 1, 1], dim=1)
     return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)

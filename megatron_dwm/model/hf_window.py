@@ -71,10 +71,10 @@ def window_values(model: ModelConfig, kind: str, num_layers: int) -> dict[str, A
 
 def _layers(model: ModelConfig) -> list[bool]:
     """Return, for each layer in megatron-core's order, whether its window is shorter than the sequences."""
-    positions = model.max_position_embeddings or model.sequence
+    positions = model.max_position_embeddings or model.seq_length
     if model.window is None or model.window[0] + 1 >= positions:
-        return [False] * model.layers
+        return [False] * model.num_layers
     skipped = model.layers_of("window_attn_skip_freq")
     if isinstance(skipped, list):
         return [bool(has) for has in skipped]
-    return [skipped is None or number % skipped != 0 for number in range(1, model.layers + 1)]
+    return [skipped is None or number % skipped != 0 for number in range(1, model.num_layers + 1)]

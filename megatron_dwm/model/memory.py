@@ -6,23 +6,29 @@ import math
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.parallel import ParallelConfig
-from megatron_dwm.config.run import RunConfig
 
 MEBIBYTE = 1024 * 1024
 BILLION = 1e9
 
 
-def memory_estimate(config: RunConfig, padded_vocab_size: int) -> list[str]:
+def memory_estimate(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    padded_vocab_size: int,
+    data_parallel_size: int,
+    micro_batch_size: int,
+    num_microbatches: int,
+) -> list[str]:
     """Return Megatron-LM's lines on parameters and memory of the rank with the highest memory use."""
-    model, parallel = config.model, config.parallel
-    weights, lines = _weights_and_optimizer(model, parallel, config.data_parallel_size, padded_vocab_size)
+    weights, lines = _weights_and_optimizer(model, parallel, data_parallel_size, padded_vocab_size)
     sharded = parallel.sequence_parallel and model.recomputation == "selective"
-    layers, details = _layer_activations(model, parallel, config.training.micro_batch, sharded=sharded)
-    factor, in_flight = _in_flight(parallel, model.layers, config.num_microbatches)
+    layers, details = _layer_activations(model, parallel, micro_batch_size, sharded=sharded)
+    factor, in_flight = _in_flight(parallel, model.num_layers, num_microbatches)
     activations = layers * factor
     details += in_flight
     if parallel.pp == 1:
-        activations += _logits(model, parallel.tp, config.training.micro_batch, padded_vocab_size, sharded=sharded)
+        activations += _logits(model, parallel.tp, micro_batch_size, padded_vocab_size, sharded=sharded)
     activations = activations / parallel.tp if sharded else activations * 1.05
     total = (
         f"Theoretical memory footprints: weight and optimizer={weights / MEBIBYTE:.2f} MB, "
@@ -35,13 +41,13 @@ def _weights_and_optimizer(
     model: ModelConfig, parallel: ParallelConfig, data_parallel_size: int, vocab: int
 ) -> tuple[float, list[str]]:
     """Bytes of weights, gradients and Adam's state in mixed precision."""
-    hidden, tp, pp = model.hidden, parallel.tp, parallel.pp
+    hidden, tp, pp = model.hidden_size, parallel.tp, parallel.pp
     norm = hidden * (1 if model.normalization == "RMSNorm" else 2)
-    attention = 2 * hidden * model.head_size * (model.heads + model.query_groups)
+    attention = 2 * hidden * model.head_size * (model.num_attention_heads + model.query_groups)
     if model.attention_output_gate:
-        attention += hidden * model.head_size * model.heads
+        attention += hidden * model.head_size * model.num_attention_heads
     mlp = hidden * model.ffn * (3 if model.has_gated_ffn else 2)
-    block = model.layers * (mlp + 2 * norm + attention) + norm
+    block = model.num_layers * (mlp + 2 * norm + attention) + norm
     embedding, untied = hidden * vocab, model.untie_embeddings_and_output_weights
     fullest = (block / pp + embedding * (2 if untied and pp == 1 else 1)) / tp
     embeddings = embedding * (2 if untied else 1)
@@ -66,10 +72,10 @@ def _layer_activations(
     Args:
         sharded: whether sequence parallelism shards them, with core attention recomputed.
     """
-    tp, tokens = parallel.tp, model.sequence * micro_batch
-    width = tokens * model.hidden
+    tp, tokens = parallel.tp, model.seq_length * micro_batch
+    width = tokens * model.hidden_size
     if sharded:
-        layer = width * (18 + 4 * model.ffn / model.hidden)
+        layer = width * (18 + 4 * model.ffn / model.hidden_size)
         lines = [
             "compute_activation_memory with SP",
             f"Activation memory footprint per transformer layer: {layer / MEBIBYTE / tp:.1f} MB",
@@ -80,13 +86,13 @@ def _layer_activations(
             "compute_activation_memory_without_sp",
             f"Activation memory footprint per transformer layer (precise, without SP): {layer / MEBIBYTE:.1f} MB",
         ]
-    return layer * model.layers + (8 * tokens + width) * parallel.pp, lines  # the embedding's input and dropout
+    return layer * model.num_layers + (8 * tokens + width) * parallel.pp, lines  # the embedding's input and dropout
 
 
 def _logits(model: ModelConfig, tp: int, micro_batch: int, vocab: int, *, sharded: bool) -> float:
     """Bytes of the logits and of the output layer's input."""
-    tokens = model.sequence * micro_batch
-    width = tokens * model.hidden
+    tokens = model.seq_length * micro_batch
+    width = tokens * model.hidden_size
     return 4 * (width + tokens * vocab) if sharded else 2 * (tokens * vocab / tp + width)
 
 

@@ -118,7 +118,8 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
         Returns:
             [t, b, n · d].
         """
-        assert attention_bias is None and packed_seq_params is None
+        if attention_bias is not None or packed_seq_params is not None:
+            raise NotImplementedError("attention has neither a bias nor packed sequences with --transformer-impl torch")
         if self.cp_group is not None:
             key, value = gather_sequence(torch.stack([key, value], dim=1), self.cp_group).unbind(dim=1)
         if self.config.sequence_parallel:

@@ -74,7 +74,7 @@ def buffer_arguments(
         modes: Transformer Engine's ``UserBufferQuantizationMode``; None for versions that have none.
     """
     arguments: dict[str, Any] = {
-        "shape": [model.sequence * micro_batch_size // parallel.cp, model.hidden],
+        "shape": [model.seq_length * micro_batch_size // parallel.cp, model.hidden_size],
         "tp_size": parallel.tp,
         "ub_cfgs": read_overlap_settings(parallel.tp_comm_overlap_cfg),
         "bootstrap_backend": parallel.tp_comm_bootstrap_backend,

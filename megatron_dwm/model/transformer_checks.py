@@ -56,7 +56,7 @@ def check_architecture(
         raise UserError("--test-mode with --qk-layernorm compares biases, and RMSNorm has none; leave it out")
     if training.deterministic_mode and model.cross_entropy_loss_fusion:
         raise UserError("--deterministic-mode excludes --cross-entropy-loss-fusion; leave one out")
-    if parallel.virtual_stages(model.layers) and not parallel.overlap_p2p_comm and parallel.pp == 2:
+    if parallel.virtual_stages(model.num_layers) and not parallel.overlap_p2p_comm and parallel.pp == 2:
         raise UserError(
             "--no-overlap-p2p-communication with virtual stages and --pipeline-model-parallel-size 2: both "
             "neighbors of a stage are the same rank; leave it out or use 3 or more stages"

@@ -166,7 +166,7 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
 
 
 def _layout(model: ModelConfig, parallel: ParallelConfig, device: torch.device) -> dict[str, Any]:
-    virtual_stages = parallel.virtual_stages(model.layers)
+    virtual_stages = parallel.virtual_stages(model.num_layers)
     overlap = parallel.overlap_p2p_comm and virtual_stages is not None
     return {
         "sequence_parallel": parallel.sequence_parallel and parallel.tp > 1,

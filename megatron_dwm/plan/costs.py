@@ -52,7 +52,7 @@ def scoring_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: We
     """
     settings, samples = config.weighting, config.global_batch_size
     if weighter is not None:
-        return Cost(scoring_flops(weighter.active_parameters, samples, config.model.sequence), {})
+        return Cost(scoring_flops(weighter.active_parameters, samples, config.model.seq_length), {})
     if settings.dwm_rule in RULES_OF_FORWARD_PASSES:
         return _forward_cost(config, rows, stages, samples)
     if settings.dwm_rule == "top-alignment":
@@ -76,9 +76,9 @@ def update_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: Wei
 def update_traffic(config: RunConfig, stage: Stage, weighter: WeighterPlan | None) -> dict[str, Traffic]:
     """Return the bytes that a rank of a stage sends in an outer update, by purpose."""
     batch = config.num_microbatches
-    target = config.target_batch_size / (config.training.micro_batch * config.data_parallel_size)
+    target = config.target_batch_size / (config.training.micro_batch_size * config.data_parallel_size)
     kind = config.weighting.dwm_alignment
-    passes = batch * (config.training.micro_batch if kind == "single-sample" else 1)
+    passes = batch * (config.training.micro_batch_size if kind == "single-sample" else 1)
     between = stage.stage_traffic.times(target + batch)
     if kind == "finite-difference":  # forward passes at two points
         passes, between = 2 * batch, stage.stage_traffic.times(target) + stage.forward_traffic.times(2 * batch)
@@ -97,7 +97,7 @@ def update_traffic(config: RunConfig, stage: Stage, weighter: WeighterPlan | Non
 
 def _forward_cost(config: RunConfig, rows: int, stages: list[Stage], samples: int) -> Cost:
     """Return the cost of forward passes over ``samples`` samples."""
-    microbatches = samples / (config.training.micro_batch * config.data_parallel_size)
+    microbatches = samples / (config.training.micro_batch_size * config.data_parallel_size)
     traffic = [
         {
             "layers": _of_passes(stage.alignment, microbatches),

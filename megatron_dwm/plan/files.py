@@ -74,8 +74,8 @@ def _saved(
     if weighter_parameters is not None:
         ends = {i for i in range(1, config.train_iters + 1) if stages.is_stage_end(i)}
         exports = {i for i in saves | ends if stages.is_weighted(i)}
-        learns = config.weighting.needs_target
-        count = len(exports if learns else {i for i in saves if stages.is_weighted(i)})
+        is_trained = config.weighting.needs_target
+        count = len(exports if is_trained else {i for i in saves if stages.is_weighted(i)})
         files.append(
             PlannedFile(str(save / "weighter/iter_XXXXXXX"), "exports of the weighter", count, 4 * weighter_parameters)
         )

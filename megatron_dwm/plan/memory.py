@@ -47,7 +47,7 @@ def stage_memory(config: RunConfig, stage: Stage, weighter: WeighterPlan | None)
     held = weighter.held if weighter is not None else 0
     if config.target_momentum > 0:
         held += stage.gradient_mean
-    if config.weighting.aligns:
+    if config.weighting.needs_alignments:
         added = _update_peak(config, stage, training, weighter) - training
     return StageMemory(
         stage=stage.number,
@@ -67,7 +67,7 @@ def _update_peak(config: RunConfig, stage: Stage, training: float, weighter: Wei
     kind = config.weighting.dwm_alignment
     copy = 0 if config.weighting.dwm_rule == "top-alignment" else stage.parameter_copy  # which does not go back
     direction, learning = stage.direction, 0 if weighter is None else weighter.learning
-    samples = config.training.micro_batch if kind == "single-sample" else 1
+    samples = config.training.micro_batch_size if kind == "single-sample" else 1
     counts = in_flight(config, stage.number, config.num_microbatches * samples)
     if kind == "finite-difference":  # without a backward pass, but with a second copy of the parameters
         alignment = max(part.peak for part in stage.alignment) + copy + stage.workspace
@@ -89,7 +89,7 @@ def in_flight(config: RunConfig, stage: int, microbatches: int) -> list[int]:
 
     megatron-core's schedules run so many forward passes before the first backward pass, and then one for one.
     """
-    pp, chunks = config.parallel.pp, config.parallel.virtual_stages(config.model.layers)
+    pp, chunks = config.parallel.pp, config.parallel.virtual_stages(config.model.num_layers)
     if chunks is None:
         return [min(pp - stage, microbatches)]
     group = config.parallel.microbatch_group_size_per_vp_stage or pp

@@ -24,7 +24,7 @@ from megatron_dwm.plan.stages import measure_stages
 from megatron_dwm.plan.weighter import WeighterPlan, plan_weighter
 from megatron_dwm.training.checkpoint_folders import iteration_of, latest_checkpoint
 from megatron_dwm.training.save_folder import check_writable, output_folders
-from megatron_dwm.weighting.inputs import read_weighting_inputs, run_stages
+from megatron_dwm.weighting.inputs import read_weighter_inputs, run_stages
 from megatron_dwm.weighting.stage_schedule import StageSchedule
 
 
@@ -100,15 +100,15 @@ def make_plan(config: RunConfig, *, for_gpu: bool = True) -> Plan:
     folder = latest_checkpoint(config.checkpoint)
     tokenizer = build_tokenizer(config.tokenizer)
     vocab, eod = int(tokenizer.vocab_size), int(tokenizer.eod)
-    inputs = read_weighting_inputs(config, tokenizer)
+    inputs = read_weighter_inputs(config, tokenizer)
     model = config.model
     rows = vocabulary_rows(vocab, model, config.parallel.tp)
     vocabulary = Vocabulary(rows)
     stages = measure_stages(config, vocabulary, for_gpu=for_gpu)
-    weighter = plan_weighter(config, inputs, vocab, eod) if config.weighting.has_weighter else None
+    weighter = plan_weighter(config, inputs.folder, vocab, eod) if inputs is not None else None
     step, scoring = step_cost(config, rows, stages), scoring_cost(config, rows, stages, weighter)
     update = update_cost(config, rows, stages, weighter)
-    schedule = run_stages(config)
+    schedule = run_stages(config.weighting, config.train_iters)
     updates = [i for i in range(1, config.train_iters + 1) if update.operations and schedule.is_update(i)]
     parameters = sum(stage.model_parameters for stage in stages)
     return Plan(
@@ -118,7 +118,7 @@ def make_plan(config: RunConfig, *, for_gpu: bool = True) -> Plan:
         padded_vocab_size=rows,
         train_iters=config.train_iters,
         start_iteration=0 if folder is None or config.checkpoint.finetune else iteration_of(folder),
-        tokens=config.batch_sizes.trained_samples(config.train_iters) * model.sequence,
+        tokens=config.batch_sizes.trained_samples(config.train_iters) * model.seq_length,
         memory=[stage_memory(config, stage, weighter) for stage in stages],
         weighter=weighter,
         step=step,
@@ -196,10 +196,10 @@ def _layout(config: RunConfig) -> Layout:
         processes=config.world_size,
         tensor_parallel=parallel.tp,
         pipeline_parallel=parallel.pp,
-        virtual_stages=parallel.virtual_stages(config.model.layers) or 1,
+        virtual_stages=parallel.virtual_stages(config.model.num_layers) or 1,
         context_parallel=parallel.cp,
         data_parallel=config.data_parallel_size,
-        micro_batch_size=config.training.micro_batch,
+        micro_batch_size=config.training.micro_batch_size,
         global_batch_size=config.global_batch_size,
         microbatches=config.num_microbatches,
     )

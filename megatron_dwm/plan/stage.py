@@ -109,7 +109,7 @@ def measure_stage(
         direction_gather = Traffic()
         if config.weighting.dwm_rule in RULES_OF_FORWARD_PASSES:
             alignment = tuple(_measure_chunks(config, model, _forward(model)))
-        elif config.weighting.aligns:
+        elif config.weighting.needs_alignments:
             direction_gather = _traffic_of(GradientBuffers(chunks).gather_shards)
             direction = {param: torch.empty(param.shape, dtype=torch.float32) for param in params}
             alignment = tuple(_measure_chunks(config, model, _alignment(config, model, direction)))
@@ -200,11 +200,11 @@ def _measure_chunks(config: RunConfig, model: LanguageModel, run: _Run) -> Itera
 
 def _measure(config: RunConfig, model: LanguageModel, chunk: Any, run: _Run) -> Pass:
     """Pass one microbatch through a chunk."""
-    context, samples, has_backward = run(chunk, config.training.micro_batch)
-    length, core = config.model.sequence // config.parallel.cp, model.engine.config
+    context, samples, has_backward = run(chunk, config.training.micro_batch_size)
+    length, core = config.model.seq_length // config.parallel.cp, model.engine.config
     tokens = torch.zeros(samples, length, dtype=torch.int64)
     mask = torch.ones(samples, length)
-    shape = (length // (config.parallel.tp if core.sequence_parallel else 1), samples, config.model.hidden)
+    shape = (length // (config.parallel.tp if core.sequence_parallel else 1), samples, config.model.hidden_size)
     bare = _decoder(chunk)
     with context, Meter() as meter:
         if not bare.pre_process:
@@ -243,8 +243,8 @@ def _stage_traffic(
 ) -> Traffic:
     """Return what each of the rank's chunks sends forward, and backward, for a microbatch."""
     traffic, size = Traffic(), core_config.pipeline_dtype.itemsize
-    tokens = config.model.sequence // config.parallel.cp // (layout.tp_size if core_config.sequence_parallel else 1)
-    tensor = float(tokens * config.training.micro_batch * config.model.hidden * size)
+    tokens = config.model.seq_length // config.parallel.cp // (layout.tp_size if core_config.sequence_parallel else 1)
+    tensor = float(tokens * config.training.micro_batch_size * config.model.hidden_size * size)
     sends = num_chunks - layout.is_last_pipeline_stage
     if has_backward:
         sends += num_chunks - (layout.pp_rank == 0)

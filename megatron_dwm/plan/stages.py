@@ -55,7 +55,7 @@ def _stage(config: RunConfig, vocabulary: Vocabulary, number: int, *, for_gpu: b
     training = dataclasses.replace(config.training, check_for_nan_in_loss_and_grad=False)
     parallel = dataclasses.replace(config.parallel, enable_gloo_process_groups=False)
     config = dataclasses.replace(config, training=training, parallel=parallel)
-    virtual = parallel.virtual_stages(config.model.layers)
+    virtual = parallel.virtual_stages(config.model.num_layers)
     replica = parallel.tp * parallel.cp
     rank = number * (replica if parallel.use_tp_pp_dp_mapping else config.world_size // parallel.pp)
     core_config = layers_config(config, for_gpu=for_gpu)

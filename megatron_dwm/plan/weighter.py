@@ -14,8 +14,8 @@ from megatron_dwm.config.run import RunConfig
 from megatron_dwm.plan.meter import Meter, Traffic
 from megatron_dwm.plan.simulated_rank import fake_tensors
 from megatron_dwm.weighting.bilevel.ridge import CHUNK_TOKENS, are_features_kept
-from megatron_dwm.weighting.inputs import WeightingInputs
 from megatron_dwm.weighting.weighter import Weighter
+from megatron_dwm.weighting.weighter_folder import WeighterFolder
 from megatron_dwm.weighting.weighter_init import lm_shaped_model, random_weighter_model
 from megatron_dwm.weighting.windows import position_limit
 
@@ -44,35 +44,35 @@ class WeighterPlan:
     """Traffic of one outer update for the weighter."""
 
 
-def plan_weighter(config: RunConfig, inputs: WeightingInputs, vocab_size: int, eod: int) -> WeighterPlan:
-    """Build the weighter of the flags and return its plan."""
+def plan_weighter(config: RunConfig, folder: WeighterFolder | None, vocab_size: int, eod: int) -> WeighterPlan:
+    """Build the weighter of the flags, or take the one of the folder that they name, and return its plan."""
     from transformers.initialization import no_init_weights
 
     settings = config.weighting
     with fake_tensors(), no_init_weights():
-        model = _model(config, inputs, vocab_size, eod)
+        model = _model(config, folder, vocab_size, eod)
         weighter = Weighter(model, settings, torch.device("cpu"))
-    learns = settings.needs_target
+    is_trained = settings.needs_target
     size, lengths = 4 * weighter.num_parameters, getattr(model.config, "ngram_lengths", [])
     samples = -(-config.global_batch_size // config.world_size)
     # A linear weighter learns in closed form, and AdamW never makes its state.
-    held = size if weighter.is_linear or not learns else 3 * size
-    held += settings.dwm_replay * samples * 4 * config.model.sequence if learns else 0
+    held = size if weighter.is_linear or not is_trained else 3 * size
+    held += settings.dwm_replay * samples * 4 * config.model.seq_length if is_trained else 0
     learning, traffic = 0, Traffic()
-    if learns and weighter.is_linear:
-        tokens = settings.dwm_replay * samples * config.model.sequence
+    if is_trained and weighter.is_linear:
+        tokens = settings.dwm_replay * samples * config.model.seq_length
         chunk = RIDGE_CHUNK_BYTES_PER_NGRAM * min(tokens, CHUNK_TOKENS)
         learning = (RIDGE_BYTES_PER_NGRAM * tokens + chunk) * len(lengths)
         learning += 4 * tokens
         learning += RIDGE_VECTORS * 8 * weighter.num_parameters
-        if are_features_kept(tokens) and (inputs.folder is None or inputs.folder.reader is None):
+        if are_features_kept(tokens) and (folder is None or folder.reader is None):
             held += RIDGE_BYTES_PER_NGRAM * tokens * len(lengths)
         # The right-hand side, the residual of the start, and the steps.
         products = settings.dwm_weighter_steps + 2
         traffic.add("all-reduce", float(products * 8 * weighter.num_parameters), config.world_size)
-    elif learns:
+    elif is_trained:
         with fake_tensors():
-            learning = 2 * size + _activations(weighter, samples, config.model.sequence)
+            learning = 2 * size + _activations(weighter, samples, config.model.seq_length)
         traffic.add("all-reduce", float(settings.dwm_weighter_steps * size), config.world_size)
     return WeighterPlan(
         type(model).__name__,
@@ -85,12 +85,12 @@ def plan_weighter(config: RunConfig, inputs: WeightingInputs, vocab_size: int, e
     )
 
 
-def _model(config: RunConfig, inputs: WeightingInputs, vocab_size: int, eod: int) -> Any:
+def _model(config: RunConfig, folder: WeighterFolder | None, vocab_size: int, eod: int) -> Any:
     settings, model, seed = config.weighting, config.model, config.training.seed
-    if inputs.folder is not None:
-        return inputs.folder.model
+    if folder is not None:
+        return folder.model
     if settings.dwm_init_from == "random":
-        return random_weighter_model(settings, vocab_size, model.sequence, eod, seed)
+        return random_weighter_model(settings, vocab_size, model.seq_length, eod, seed)
     return lm_shaped_model(model, settings, vocab_size, eod, seed)
 
 

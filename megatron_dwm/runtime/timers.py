@@ -40,6 +40,8 @@ class StepTimers:
     def __init__(self, flags: ProfilingConfig) -> None:
         self._level, self._has_barrier = flags.timing_log_level, flags.barrier_with_L1_time
         self._timers = Timers(flags.timing_log_level, flags.timing_log_option) if flags.timing_log_level else None
+        self.has_curves = flags.log_timers_to_tensorboard
+        """Whether the times are written to TensorBoard."""
 
     def timed(self, name: str) -> AbstractContextManager[None]:
         """Return a block that the timer ``name`` (of this module's) runs for; collective if level 1 has barriers."""

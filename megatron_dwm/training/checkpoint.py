@@ -241,7 +241,7 @@ class CheckpointWriter:
         retired = previous if is_persistent and _is_unretained(previous, final, retained) else None
         # The tracker is written before the checkpoint gets its name: a disk that is full only now would leave a first
         # checkpoint that no run loads.
-        with atomic_files(root, clears=False) as scratch:
+        with atomic_files(root, should_clear=False) as scratch:
             (scratch / TRACKER).write_text(str(iteration), encoding="utf-8")
             publish_folder(temporary, final)
             if retired is not None:  # the mark outlives a kill between the next two steps

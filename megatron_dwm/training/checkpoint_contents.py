@@ -111,8 +111,8 @@ def megatron_arguments(config: RunConfig, train_state: TrainState) -> Namespace:
         "global_batch_size": config.global_batch_size,
         "ffn_hidden_size": model.ffn,
         "kv_channels": model.head_size,
-        "encoder_seq_length": model.sequence,
-        "virtual_pipeline_model_parallel_size": config.parallel.virtual_stages(model.layers),
+        "encoder_seq_length": model.seq_length,
+        "virtual_pipeline_model_parallel_size": config.parallel.virtual_stages(model.num_layers),
         "position_embedding_type": model.positions,
         "train_iters": config.train_iters,
     }

@@ -159,11 +159,11 @@ def _load_distributed(
     if with_optimizer:
         reader = choose_reader(saved, components, metadata, parallel_state.mp_rank, load)
         template |= reader.template(template)
-    check_shapes(saved, template, tolerates_missing=flags.tolerates_differences)
+    check_shapes(saved, template, should_tolerate_missing=flags.should_tolerate_differences)
     state = load(template)
     for number, chunk in enumerate(components.chunks):
         module: Any = chunk
-        module.load_state_dict(state[model_key(components, number)], strict=not flags.tolerates_differences)
+        module.load_state_dict(state[model_key(components, number)], strict=not flags.should_tolerate_differences)
     if reader is not None:
         reader.apply(state)
     return state

@@ -27,7 +27,7 @@ def read_part(folder: Path, metadata: Any, key: str, first: Sequence[int], targe
         folder: the checkpoint's.
         metadata: torch's description of the checkpoint.
     """
-    planner = _PartPlanner(key, first)
+    planner = _PartPlanner(key, metadata.state_dict_metadata[key], first)
     planner.set_up_planner({key: target}, metadata, is_coordinator=True)
     reader = restricted_reader(folder)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
@@ -38,16 +38,20 @@ def read_part(folder: Path, metadata: Any, key: str, first: Sequence[int], targe
 class _PartPlanner(DefaultLoadPlanner):
     """Reads a part of one tensor."""
 
-    def __init__(self, key: str, first: Sequence[int]) -> None:
+    def __init__(self, key: str, description: Any, first: Sequence[int]) -> None:
+        """
+        Args:
+            key: the tensor's.
+            description: the tensor's entry in the checkpoint's metadata.
+            first: first index of the part in each dimension.
+        """
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.key, self.first = key, torch.Size(first)
+        self.key, self.description, self.first = key, description, torch.Size(first)
 
     def create_local_plan(self) -> LoadPlan:
         """Plan to read the stored parts that the wanted one overlaps."""
-        assert self.metadata is not None
-        described: Any = self.metadata.state_dict_metadata[self.key]
         wanted = ChunkStorageMetadata(self.first, self.state_dict[self.key].size())
-        return LoadPlan(create_read_items_for_chunk_list(self.key, described, [wanted]))
+        return LoadPlan(create_read_items_for_chunk_list(self.key, self.description, [wanted]))
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         """Return the tensor that is read into."""
@@ -116,7 +120,8 @@ class _PartsPlanner(DefaultSavePlanner):
             return super().lookup_object(index)
         (part,) = (part for part in self.tensors[index.fqn].parts if part.first == tuple(index.offset or ()))
         tensor = part.make().contiguous()
-        assert tuple(tensor.shape) == part.size, (index.fqn, tensor.shape, part.size)
+        if tensor.shape != part.size:
+            raise ValueError(f"a part of {index.fqn} has the shape {list(tensor.shape)} and not {list(part.size)}")
         self.on_write(tensor.numel() * tensor.element_size())
         return tensor
 

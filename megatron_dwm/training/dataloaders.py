@@ -47,7 +47,7 @@ class Dataloaders:
         """
         self.config, self.parallel_state, self.vocab_size = config, parallel_state, int(tokenizer.vocab_size)
         self._loaders: list[BatchLoader] = []
-        micro, dp = config.training.micro_batch, parallel_state.dp_size
+        micro, dp = config.training.micro_batch_size, parallel_state.dp_size
         self.partition = BatchPartition(micro, config.num_microbatches, parallel_state.dp_rank, dp)
         eval_micro = config.eval_micro_batch
         self.eval_partition = replace(
@@ -74,11 +74,11 @@ class Dataloaders:
                 config.training.train_samples,
                 config.global_batch_size,
                 consumed,
-                grows=sizes is not None,
+                has_rampup=sizes is not None,
             ),
             tokenizer,
             parallel_state,
-            sequence=config.model.sequence,
+            sequence=config.model.seq_length,
             seed=config.training.seed,
             target_batch_size=config.target_batch_size if config.weighting.needs_target else None,
         )
@@ -178,7 +178,7 @@ class Dataloaders:
         return self._loader(dataset, sampler, partition, consumed)
 
     def _loader(self, dataset: Any, sampler: Any, partition: BatchPartition, consumed: int = 0) -> BatchLoader:
-        sequence, workers, state = self.config.model.sequence, self.config.data.num_workers, self.parallel_state
+        sequence, workers, state = self.config.model.seq_length, self.config.data.num_workers, self.parallel_state
         loader = BatchLoader(dataset, sampler, partition, sequence, state, self.vocab_size, workers, consumed)
         self._loaders.append(loader)
         return loader

@@ -12,7 +12,6 @@ from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.loss import sum_over_replicas
 from megatron_dwm.runtime.device import current_device
-from megatron_dwm.runtime.process_groups import ParallelState
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +54,6 @@ def evaluate(
     batch_loader: BatchLoader,
     batches: int,
     micro_batch_size: int,
-    parallel_state: ParallelState,
     *,
     log_progress: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -79,6 +77,6 @@ def evaluate(
             losses = engine.run(batch_loader.next_batch(), micro_batch_size, forward_only=True)
             if losses is not None:
                 sums += losses.sums
-    if parallel_state.is_last_pipeline_stage:
-        sum_over_replicas(sums, parallel_state)
+    if engine.parallel_state.is_last_pipeline_stage:
+        sum_over_replicas(sums, engine.parallel_state)
     return Evaluation(sums)

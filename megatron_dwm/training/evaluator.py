@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.data import DataConfig
+from megatron_dwm.config.tasks import TasksConfig
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.runtime.log_line import event_line
-from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.training.dataloaders import Dataloaders
 from megatron_dwm.training.evaluation import Evaluation, evaluate
 from megatron_dwm.training.reporter import Reporter
@@ -32,16 +32,16 @@ class Evaluator:
 
     def __init__(
         self,
-        config: RunConfig,
+        data: DataConfig,
+        tasks: TasksConfig,
         engine: PipelineEngine,
-        parallel_state: ParallelState,
         dataloaders: Dataloaders,
         reporter: Reporter,
         train_state: TrainState,
         stop_request: StopRequest,
         evaluate_tasks: TaskEvaluation | None = None,
     ) -> None:
-        self.config, self.engine, self.parallel_state = config, engine, parallel_state
+        self.data, self.tasks, self.engine = data, tasks, engine
         self.dataloaders, self.reporter, self.train_state = dataloaders, reporter, train_state
         self.stop_request, self.evaluate_tasks = stop_request, evaluate_tasks
 
@@ -54,8 +54,8 @@ class Evaluator:
     def schedule(self) -> None:
         """Determine the evaluations after this iteration."""
         iteration = self.train_state.iteration
-        of_tasks = self.config.tasks.eval_tasks_interval
-        is_last = iteration == self.config.train_iters
+        of_tasks = self.tasks.eval_tasks_interval
+        is_last = iteration == self.reporter.run.train_iters
         due = (
             self._is_validated(iteration) and self.dataloaders.valid is not None,
             self.evaluate_tasks and of_tasks is not None and (iteration % of_tasks == 0 or is_last),
@@ -85,7 +85,7 @@ class Evaluator:
         """Evaluate on both sets after training; return the reason if a signal interrupts it."""
         iteration = self.train_state.iteration
         skipped = "skipping training (--skip-train is on) ..."
-        logger.info(skipped if self.config.training.skip_train else event_line("after training is done"))
+        logger.info(event_line("after training is done") if self.reporter.run.is_trained else skipped)
         self._announce_second_evaluation()
         try:
             self._evaluate("valid", f"iteration {iteration} on validation set", after_training=True)
@@ -108,15 +108,14 @@ class Evaluator:
         data = self.dataloaders.valid if split == "valid" else self.dataloaders.test
         if data is None:
             return
-        reads_whole_sets = split == "valid" and self.config.data.full_validation
+        reads_whole_sets = split == "valid" and self.data.full_validation
         with self.reporter.paused(), self.engine.full_parameters():
             results = {
                 name: evaluate(
                     self.engine,
                     data.loader,
                     batches,
-                    self.config.eval_micro_batch,
-                    self.parallel_state,
+                    self.dataloaders.eval_partition.micro_batch_size,
                     log_progress=after_training,
                     dtype=torch.float64 if reads_whole_sets else torch.float32,
                     before_batch=self.stop_request.interrupt_if_signaled,
@@ -127,7 +126,7 @@ class Evaluator:
                 self.train_state.consumed_valid_samples += data.samples // len(data.batches)
             loss = Evaluation.of_all(list(results.values())).loss
             by_source = {name: result.loss for name, result in results.items()}
-            is_by_source = split == "valid" and self.config.data.multiple_validation_sets
+            is_by_source = split == "valid" and self.data.multiple_validation_sets
             by_source = by_source if is_by_source else {}
             self.reporter.evaluation(self.train_state, split, loss, prefix, by_source, after_training=after_training)
 
@@ -138,12 +137,12 @@ class Evaluator:
                 self.reporter.tasks(self.train_state.iteration, records)
 
     def _is_validated(self, iteration: int) -> bool:
-        return self.config.data.evaluations(iteration - 1, iteration) > 0
+        return self.data.evaluations(iteration - 1, iteration) > 0
 
     def _announce_second_evaluation(self) -> None:
         """Log why the last iteration has two validation losses, as in Megatron-LM, if it has."""
-        config = self.config
-        was_evaluated = self._is_validated(self.train_state.iteration) and not config.training.skip_train
-        if was_evaluated and self.dataloaders.valid is not None and not config.data.full_validation:
-            samples = config.data.eval_iters * config.eval_batch_size
+        data = self.data
+        was_evaluated = self._is_validated(self.train_state.iteration) and self.reporter.run.is_trained
+        if was_evaluated and self.dataloaders.valid is not None and not data.full_validation:
+            samples = data.eval_iters * self.dataloaders.eval_partition.global_samples
             logger.info(f" > the final validation loss uses the next {samples} samples, after those of the loss above")

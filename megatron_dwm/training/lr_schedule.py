@@ -43,12 +43,9 @@ class Schedule:
     @staticmethod
     def from_flags(settings: OptimizerConfig, training: TrainingConfig, global_batch_size: int) -> Schedule:
         """Return the schedule that the flags describe."""
-        assert settings.lr is not None
-        bounds = settings.lr_bounds(training.train_iters, training.train_samples, global_batch_size)
-        start_wd = end_wd = settings.weight_decay
-        if settings.weight_decay_incr_style != "constant":
-            assert settings.start_weight_decay is not None and settings.end_weight_decay is not None
-            start_wd, end_wd = settings.start_weight_decay, settings.end_weight_decay
+        is_in_samples = training.train_samples is not None
+        bounds = settings.lr_bounds(training.length, global_batch_size, is_in_samples=is_in_samples)
+        start_wd, end_wd = settings.weight_decay_range
         return Schedule(
             max_lr=settings.lr,
             min_lr=settings.min_lr,

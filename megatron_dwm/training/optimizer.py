@@ -24,7 +24,7 @@ def build_optimizer(config: RunConfig, chunks: Sequence[ModelChunk]) -> Optimize
     same_name = {f.name: flags[f.name] for f in dataclasses.fields(kind) if f.name in flags}
     core_config = kind(**same_name)
     core_config.params_dtype = settings.params_dtype
-    core_config.apply_wd_to_qk_layernorm = settings.decays_qk_layernorm
+    core_config.apply_wd_to_qk_layernorm = settings.should_decay_qk_layernorm
     optimizer: Optimizer = get_megatron_optimizer(
         core_config,
         list(chunks),

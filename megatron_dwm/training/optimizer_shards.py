@@ -17,7 +17,7 @@ import torch
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.safe_unpickling import map_torch_file
-from megatron_dwm.training.optimizer_state import PARAM, keeping_steps, only_part
+from megatron_dwm.training.optimizer_loading import PARAM, keeping_steps, only_part
 
 SHARDS = "distrib_optim.pt"
 _KINDS = (PARAM, "exp_avg", "exp_avg_sq")

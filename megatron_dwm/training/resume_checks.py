@@ -270,14 +270,14 @@ def resumed_vocab_size(
     return rows
 
 
-def check_shapes(saved: SavedCheckpoint, template: Mapping[str, Any], *, tolerates_missing: bool = False) -> None:
+def check_shapes(saved: SavedCheckpoint, template: Mapping[str, Any], *, should_tolerate_missing: bool = False) -> None:
     """Check each tensor that is to be loaded against the checkpoint's; no communication.
 
     megatron-core does so for most tensors, but loads embeddings of another size as far as they fit.
 
     Args:
         template: sharded tensors, nested.
-        tolerates_missing: whether the checkpoint may lack tensors of the model.
+        should_tolerate_missing: whether the checkpoint may lack tensors of the model.
 
     Raises:
         UserError: a tensor is missing or has another shape.
@@ -294,7 +294,7 @@ def check_shapes(saved: SavedCheckpoint, template: Mapping[str, Any], *, tolerat
     ]
     for entry in entries:
         found, expected = shapes.get(entry.key), tuple(entry.global_shape)
-        if found is None and tolerates_missing and not entry.key.startswith("optimizer."):
+        if found is None and should_tolerate_missing and not entry.key.startswith("optimizer."):
             continue  # megatron-core reports it or not, as the flag asks
         if found != expected:
             there = "is missing" if found is None else f"has shape {list(found)}"

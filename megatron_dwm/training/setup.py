@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dwm.atomic_write import remove_unfinished_files
 from megatron_dwm.config.checkpoint import CheckpointConfig
+from megatron_dwm.config.checkpoint_args import first_rank_file
 from megatron_dwm.config.data import DataConfig
 from megatron_dwm.config.logging import LoggingConfig
 from megatron_dwm.config.model import ModelConfig
@@ -22,23 +24,27 @@ from megatron_dwm.data.validation import check_data
 from megatron_dwm.errors import reported_lack_of_memory
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
+from megatron_dwm.model.memory import memory_estimate
 from megatron_dwm.model.tp_comm_overlap import start_tp_comm_overlap
 from megatron_dwm.model.transformer_config import transformer_config
 from megatron_dwm.model.vocabulary import Vocabulary, saved_tokens
+from megatron_dwm.runtime.energy import EnergyMeter
 from megatron_dwm.runtime.process_groups import ParallelState, initialize_process_groups, set_seeds
 from megatron_dwm.runtime.startup_sync import StartupSync
 from megatron_dwm.runtime.stragglers import StragglerReport
 from megatron_dwm.runtime.timers import StepTimers
 from megatron_dwm.training.checkpoint import CheckpointWriter
-from megatron_dwm.training.checkpoint_folders import has_torch_format, latest_checkpoint, loading_line
+from megatron_dwm.training.checkpoint_folders import latest_checkpoint, loading_line
 from megatron_dwm.training.checkpoint_loading import load_checkpoint
 from megatron_dwm.training.dataloaders import Dataloaders
 from megatron_dwm.training.lr_schedule import Schedule, build_scheduler
+from megatron_dwm.training.memory_report import MemoryReport
 from megatron_dwm.training.optimizer import build_optimizer
 from megatron_dwm.training.profiler import StepProfiler
 from megatron_dwm.training.progress_log import ProgressLog
-from megatron_dwm.training.reporter import Reporter
+from megatron_dwm.training.reporter import ReportedRun, Reporter
 from megatron_dwm.training.resume_checks import check_resume, overruled_flags, resume_warnings, resumed_vocab_size
+from megatron_dwm.training.run_records import RunRecords, open_records
 from megatron_dwm.training.save_folder import SaveFolder, check_owner, check_writable, output_folders, visible_holders
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, open_checkpoint
 from megatron_dwm.training.torch_format import open_torch_checkpoint
@@ -118,7 +124,7 @@ def read_inputs(config: RunConfig, rank: int, world_size: int) -> RunInputs:
     if rank == 0:
         check_data(
             paths,
-            config.model.sequence,
+            config.model.seq_length,
             int(tokenizer.vocab_size),
             has_evaluation=config.data.has_validation,
             reads_whole_sets=config.data.full_validation,
@@ -126,8 +132,8 @@ def read_inputs(config: RunConfig, rank: int, world_size: int) -> RunInputs:
     folder = latest_checkpoint(config.checkpoint)
     if folder is None:
         return RunInputs(tokenizer, paths, None)
-    if has_torch_format(folder):
-        torch_checkpoint = open_torch_checkpoint(folder, config, rank)
+    if (torch_file := first_rank_file(folder)) is not None:
+        torch_checkpoint = open_torch_checkpoint(torch_file, config, rank)
         check_resume(config, torch_checkpoint)
         return RunInputs(tokenizer, paths, torch_checkpoint)
     should_verify = config.checkpoint.checkpoint_checksums
@@ -158,14 +164,14 @@ def build_language_model(
         torch.use_deterministic_algorithms(True)
     parallel_state = initialize_process_groups(
         config.parallel,
-        config.parallel.virtual_stages(config.model.layers),
+        config.parallel.virtual_stages(config.model.num_layers),
         device,
         startup_sync.store,
         startup_sync.rank,
         startup_sync.world_size,
     )
     set_seeds(config.training.seed, parallel_state)
-    start_tp_comm_overlap(config.model, config.parallel, core_config, config.training.micro_batch)
+    start_tp_comm_overlap(config.model, config.parallel, core_config, config.training.micro_batch_size)
     document_end = inputs.tokenizer.eod if config.data.reset_attention_mask else None
     return assemble_language_model(config, core_config, vocabulary, parallel_state, document_end)
 
@@ -201,7 +207,7 @@ def assemble_language_model(
         chunks,
         core_config,
         parallel_state,
-        config.model.sequence,
+        config.model.seq_length,
         document_end=document_end,
         check_for_nan=config.training.should_check_for_nan(config.optimizer),
     )
@@ -253,6 +259,30 @@ def load_if_present(
     return train_state, weighting_state
 
 
+def _reporter(
+    config: RunConfig, language_model: LanguageModel, train_state: TrainState, timers: StepTimers
+) -> Reporter:
+    parallel_state, vocab = language_model.parallel_state, language_model.padded_vocab_size
+    records = RunRecords()
+    energy = EnergyMeter(is_wanted=config.profiling.log_energy)
+    if parallel_state.is_last_rank:
+        has_trained = train_state.iteration >= config.train_iters and not config.training.skip_train
+        records = open_records(
+            config.logging, config.checkpoint.save, config.flat(), train_state, has_trained=has_trained
+        )
+    estimate = partial(
+        memory_estimate,
+        config.model,
+        config.parallel,
+        padded_vocab_size=vocab,
+        data_parallel_size=config.data_parallel_size,
+        micro_batch_size=config.training.micro_batch_size,
+        num_microbatches=config.num_microbatches,
+    )
+    memory = MemoryReport(config.logging, parallel_state, estimate)
+    return Reporter(ReportedRun.of(config, vocab), config.logging, parallel_state, records, memory, timers, energy)
+
+
 def build_trainer_parts(
     config: RunConfig,
     language_model: LanguageModel,
@@ -279,7 +309,7 @@ def build_trainer_parts(
             is_last_rank=parallel_state.is_last_rank,
         )
         stragglers = StragglerReport(config.profiling, parallel_state.rank, parallel_state.world_size)
-        reporter = Reporter(config, parallel_state, language_model.padded_vocab_size, train_state, timers)
+        reporter = _reporter(config, language_model, train_state, timers)
     if config.checkpoint.save is not None:
         with startup_sync.phase("shared folders"):
             holders = visible_holders(config.checkpoint) if save_folder is None else save_folder.holders
@@ -288,7 +318,7 @@ def build_trainer_parts(
     progress = ProgressLog(
         Path(str(config.checkpoint.save)) if is_noted else None,
         parallel_state.world_size,
-        config.model.sequence,
+        config.model.seq_length,
         train_state.num_floating_point_operations_so_far,
     )
     return TrainerParts(

@@ -41,7 +41,6 @@ def train_step(
     batch: Batch,
     micro_batch_size: int,
     sample_weights: torch.Tensor | None,
-    parallel_state: ParallelState,
     optimizer_timer: AbstractContextManager[None] | None = None,
     empty_unused_memory_level: int = 0,
     passes: Iterable[None] = (None,),
@@ -57,6 +56,7 @@ def train_step(
         passes: yields once for each time that the passes must be run.
         check_losses: called with the losses of each pass, in place of the engine's check.
     """
+    parallel_state = engine.parallel_state
     losses: SampleLosses | None = None
     for _ in passes:
         for chunk in engine.chunks:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.config.checkpoint_args import first_rank_file
 from megatron_dwm.config.run import RunConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.optimizer_parts import optimizer_parts
@@ -31,8 +30,8 @@ from megatron_dwm.training.checkpoint_contents import (
     unsharded_state,
 )
 from megatron_dwm.training.checkpoint_folders import rank_file
+from megatron_dwm.training.optimizer_loading import load_optimizer
 from megatron_dwm.training.optimizer_shards import SHARDS, gathered_shards, load_shards
-from megatron_dwm.training.optimizer_state import load_optimizer
 from megatron_dwm.training.resume_checks import WORD_EMBEDDINGS
 from megatron_dwm.training.saved_checkpoint import (
     DamagedCheckpointError,
@@ -63,18 +62,17 @@ class TorchCheckpoint(SavedCheckpoint):
         return {} if self.embedding is None else {WORD_EMBEDDINGS: self.embedding}
 
 
-def open_torch_checkpoint(folder: Path, config: RunConfig, rank: int) -> TorchCheckpoint:
+def open_torch_checkpoint(path: Path, config: RunConfig, rank: int) -> TorchCheckpoint:
     """Open the first rank's file, after a part of all files has been verified; no communication.
 
     Args:
+        path: that file.
         rank: this rank, which determines the part that it verifies.
 
     Raises:
         UserError: it is damaged, or was saved in another layout, or by a very old version of Megatron-LM.
     """
-    pp = config.parallel.pp
-    path = first_rank_file(folder)
-    assert path is not None
+    pp, folder = config.parallel.pp, path.parents[1]
     with reported_damage(folder):
         require_plain_files(folder)
         if config.checkpoint.checkpoint_checksums:
@@ -88,7 +86,7 @@ def open_torch_checkpoint(folder: Path, config: RunConfig, rank: int) -> TorchCh
     where = f"--load {folder.parent}: {folder.name}, in the format torch,"
     if state.get("checkpoint_version") != VERSION:
         raise UserError(f"{where} has version {state.get('checkpoint_version')} and not {VERSION}; give another")
-    present = config.parallel.tp, pp, config.parallel.virtual_stages(config.model.layers)
+    present = config.parallel.tp, pp, config.parallel.virtual_stages(config.model.num_layers)
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
     saved = tuple(arguments.get(name) for name in names)
     if saved != present:

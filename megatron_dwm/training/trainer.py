@@ -68,9 +68,9 @@ class Trainer:
         self.batch_sizes, self.validation = config.batch_sizes, StepValidation(config.training)
         self.stop_request = StopRequest(config.training)
         self.evaluator = Evaluator(
-            config,
+            config.data,
+            config.tasks,
             parts.engine,
-            parts.parallel_state,
             parts.dataloaders,
             parts.reporter,
             parts.train_state,
@@ -162,9 +162,8 @@ class Trainer:
                 self.components.optimizer,
                 self.components.scheduler,
                 batch,
-                self.config.training.micro_batch,
+                self.config.training.micro_batch_size,
                 weights.replica_sample_weights if weights is not None else None,
-                self.parallel_state,
                 timed("optimizer"),
                 self.config.training.empty_unused_memory_level,
                 self.validation.passes(iteration),
@@ -173,9 +172,9 @@ class Trainer:
         samples = len(batch) * self.parallel_state.dp_size
         # Operations are counted for the largest batch.
         part = samples / self.config.global_batch_size
-        self.parts.stragglers.count(part * self.reporter.flops_per_step)
+        self.parts.stragglers.count(part * self.reporter.run.flops_per_step)
         skipped = self.batch_sizes.nominal(self.train_state.consumed_train_samples) - samples
-        self.train_state.advance(iteration, samples, part * self.reporter.flops_per_step, skipped)
+        self.train_state.advance(iteration, samples, part * self.reporter.run.flops_per_step, skipped)
         metrics = self.weighting.metrics(iteration, batch, weights)
         with timed("dwm-after-step"):
             self.reporter.record(*self.weighting.after_step(iteration, batch, weights, result))
@@ -210,7 +209,7 @@ class Trainer:
             should_report = self.saves_with_memory_report > 0
             self.saves_with_memory_report -= 1
             if should_report:
-                self.reporter.memory(f"(before save_checkpoint for iteration {iteration})")
+                self.reporter.memory.log(f"(before save_checkpoint for iteration {iteration})")
             # Before the checkpoint: a run that is killed between the two resumes from the one before, and repeats both.
             # After the last one: if these files cannot be written, it is complete.
             self.checkpoints.finish()
@@ -219,7 +218,7 @@ class Trainer:
             with self.engine.full_parameters():
                 self.checkpoints.save(self.train_state, self.weighting.state_dict(), persistent=persistent)
             if should_report:
-                self.reporter.memory(f"(after save_checkpoint for iteration {iteration})")
+                self.reporter.memory.log(f"(after save_checkpoint for iteration {iteration})")
 
     def _save_if_due(self, *, is_last: bool) -> bool:
         """Save a checkpoint if one is due; return whether a persistent one was saved."""

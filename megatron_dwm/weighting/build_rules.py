@@ -51,7 +51,7 @@ def build_rule(
         case "loss" | "linupper" as name:
             scores_of = linupper_scores if name == "linupper" else partial(high_loss_scores, strength=strength)
             flops = _forward_flops(context, context.config.global_batch_size)
-            return LossWeighting(weight_metrics, options, scores_of, context.engine, training.micro_batch, flops)
+            return LossWeighting(weight_metrics, options, scores_of, context.engine, training.micro_batch_size, flops)
         case "source-weights":
             return SourceWeighting(weight_metrics, options, sources, settings.dwm_rule_weights or [])
         case "similarity":
@@ -75,7 +75,7 @@ def _parts(context: WeightingContext, lm_gradients: LMGradients, *, is_forward: 
     else:
         target = training_flops(config.model, vocab, config.target_batch_size)
         batch = outer_update_flops(config, vocab, weighter_parameters=0) - target
-    micro = config.training.micro_batch
+    micro = config.training.micro_batch_size
     return TargetedParts(context.engine, lm_gradients, context.make_target_loader, micro, batch, target)
 
 

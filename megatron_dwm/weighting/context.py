@@ -14,9 +14,9 @@ from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.data.sampler import BatchPartition
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.runtime.process_groups import ParallelState
-from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
+from megatron_dwm.weighting.bilevel.gradient_mean import NO_MEAN, GradientAverage
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
-from megatron_dwm.weighting.inputs import WeightingInputs
+from megatron_dwm.weighting.inputs import WeighterInputs
 from megatron_dwm.weighting.loss_factors import LossFactors
 from megatron_dwm.weighting.sample_gather import SampleGather
 from megatron_dwm.weighting.scored import ScoringOptions
@@ -29,7 +29,8 @@ class WeightingContext:
     """The parts of a run that a weighting needs."""
 
     config: RunConfig
-    inputs: WeightingInputs
+    inputs: WeighterInputs | None
+    """The weighter's inputs; None without a weighter."""
     stages: StageSchedule
     paths: DataPaths
     tokenizer: Any
@@ -43,29 +44,29 @@ class WeightingContext:
     device: torch.device
 
 
-def lm_gradients(context: WeightingContext, gradient_mean: GradientMean | None = None) -> LMGradients:
+def lm_gradients(context: WeightingContext, gradient_mean: GradientAverage = NO_MEAN) -> LMGradients:
     """Return the passes over the language model in an outer update.
 
     Args:
         gradient_mean: averages the target gradient over updates.
     """
-    config, micro_batch_size = context.config, context.config.training.micro_batch
-    parts = context.engine, context.optimizer, context.parallel_state, micro_batch_size
-    return LMGradients(config.weighting, *parts, gradient_mean)
+    config = context.config
+    micro = config.training.micro_batch_size
+    return LMGradients(config.weighting, context.engine, context.optimizer, micro, gradient_mean)
 
 
 def weight_metrics(context: WeightingContext) -> WeightMetrics:
     """Return the object that computes the metrics of each step's weights."""
     config, gather = context.config, SampleGather(context.partition, context.parallel_state)
     is_per_token = context.engine.config.calculate_per_token_loss
-    loss_factors = LossFactors(config.training.micro_batch, is_per_token, context.parallel_state)
+    loss_factors = LossFactors(config.training.micro_batch_size, is_per_token, context.parallel_state)
     return WeightMetrics(context.stages, gather, loss_factors, context.paths.train_sources)
 
 
-def scoring_options(config: RunConfig) -> ScoringOptions:
+def scoring_options(context: WeightingContext) -> ScoringOptions:
     """Return how scores become weights, from the flags."""
     return ScoringOptions(
-        temperature=config.weighting.dwm_temperature,
-        min_effective_sample_size=config.weighting.dwm_min_effective_sample_size,
-        check_interval=config.logging.log_interval,
+        temperature=context.config.weighting.dwm_temperature,
+        min_effective_sample_size=context.config.weighting.dwm_min_effective_sample_size,
+        check_interval=context.config.logging.log_interval,
     )

@@ -168,7 +168,7 @@ class EmbeddedWeighting:
         device = next(chunks[0].parameters()).device
         return cls(
             settings,
-            LMGradients(settings, engine, optimizer, parallel_state, partition.micro_batch_size),
+            LMGradients(settings, engine, optimizer, partition.micro_batch_size),
             SampleGather(partition, parallel_state),
             _new_weighter(settings, weighter, device),
             parameters=ParameterCopy(chunks),

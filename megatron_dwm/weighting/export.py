@@ -179,12 +179,12 @@ def run_facts(
         },
         "sources": paths.train_sources,
         "language_model": {
-            "num_layers": model.layers,
-            "hidden_size": model.hidden,
-            "num_attention_heads": model.heads,
+            "num_layers": model.num_layers,
+            "hidden_size": model.hidden_size,
+            "num_attention_heads": model.num_attention_heads,
             "num_query_groups": model.query_groups,
             "ffn_hidden_size": model.ffn,
-            "seq_length": model.sequence,
+            "seq_length": model.seq_length,
         },
         "global_batch_size": global_batch_size,
     }

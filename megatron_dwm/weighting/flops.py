@@ -38,7 +38,7 @@ def outer_update_flops(
     target = training_flops(config.model, padded_vocab_size, config.target_batch_size)
     batch = training_flops(config.model, padded_vocab_size, config.global_batch_size)
     alignment = batch * 2 / FORWARD_AND_BACKWARD if settings.dwm_alignment == "finite-difference" else batch
-    scores = scoring_flops(weighter_parameters, config.global_batch_size, config.model.sequence)
+    scores = scoring_flops(weighter_parameters, config.global_batch_size, config.model.seq_length)
     # The objective before and after, and for each step a forward and backward pass.
     steps = settings.dwm_weighter_steps * FORWARD_AND_BACKWARD
     if is_linear:  # each step, and the first residual, is a product with the rows and one with their transpose

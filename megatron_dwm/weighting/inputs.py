@@ -1,4 +1,4 @@
-"""The inputs and the stages of a run's weighting, checked before any process waits for another."""
+"""The inputs of a run's weighter and the stages of a run, checked before any process waits for another."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from functools import partial
 from typing import Any
 
 from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.hf_tokenizers import vocabulary_fingerprint
 from megatron_dwm.data.sample_text import sample_text
 from megatron_dwm.weighting.stage_schedule import StageSchedule, bilevel_stages, frozen_stages
@@ -19,66 +21,70 @@ DOCUMENT_JOINT = "\n\n"
 
 
 @dataclass(frozen=True)
-class WeightingInputs:
-    """The inputs of the weighting, checked before any process waits for another."""
+class WeighterInputs:
+    """The inputs of a run's weighter, checked before any process waits for another."""
 
-    samples: SampleTokens | None = None
-    """The format of the samples; None without a weighter."""
+    samples: SampleTokens
+    """The format of the samples."""
     folder: WeighterFolder | None = None
     """The classifier that ``--dwm-load`` or ``--dwm-init-from`` names, if it names a folder; the first of several."""
     digest: str | None = None
     """Digests of all weighters that are read from folders."""
 
 
-def run_stages(config: RunConfig, weighter_resumed_at: int | None = None) -> StageSchedule:
+def run_stages(settings: WeightingConfig, train_iters: int, weighter_resumed_at: int | None = None) -> StageSchedule:
     """Return the stages of a run; those of a resumed run cover its whole length by its current flags.
 
     Args:
+        settings: the weighting's flags.
+        train_iters: iterations of the run.
         weighter_resumed_at: the iteration from which a run continues with a trained weighter, if it does.
 
     Raises:
         UserError: the stages do not fit into the run.
     """
-    if not config.weighting.needs_target:
-        return frozen_stages(config.weighting, config.train_iters)
-    return bilevel_stages(config.weighting, config.train_iters, weighter_resumed_at)
+    if not settings.needs_target:
+        return frozen_stages(settings, train_iters)
+    return bilevel_stages(settings, train_iters, weighter_resumed_at)
 
 
-def sample_tokens(config: RunConfig, tokenizer: Any) -> SampleTokens:
+def sample_tokens(seq_length: int, tokenizer: Any, flags: TokenizerConfig) -> SampleTokens:
     """Return the format of a run's samples.
 
     Args:
+        seq_length: tokens of a sample.
         tokenizer: megatron-core's.
+        flags: the flags that it was built from.
     """
     return SampleTokens(
-        config.model.sequence,
+        seq_length,
         int(tokenizer.vocab_size),
         int(tokenizer.eod),
-        vocabulary_fingerprint(tokenizer, config.tokenizer),
+        vocabulary_fingerprint(tokenizer, flags),
         partial(sample_text, tokenizer=tokenizer, joint=DOCUMENT_JOINT),
     )
 
 
-def read_weighting_inputs(config: RunConfig, tokenizer: Any) -> WeightingInputs:
-    """Open and check the weighter's folder.
+def read_weighter_inputs(config: RunConfig, tokenizer: Any) -> WeighterInputs | None:
+    """Open and check the weighter's folder; without a weighter return None.
 
     Raises:
         UserError: the folder does not fit.
     """
     settings = config.weighting
     if not settings.has_weighter:
-        return WeightingInputs()
-    samples = sample_tokens(config, tokenizer)
+        return None
+    samples = sample_tokens(config.model.seq_length, tokenizer, config.tokenizer)
     flag, seed = "--dwm-load", config.training.seed
     if settings.dwm_load is not None:
         weighters = weighter_stages(flag, settings.dwm_load, config.train_iters)
         # Check all of them, so that none fails in the middle of the run.
         digests = [read_weighter_folder(flag, w.folder, samples, seed).digest for w in weighters[1:]]
         folder = read_weighter_folder(flag, weighters[0].folder, samples, seed)
-        return WeightingInputs(samples, folder, "".join([folder.digest, *digests]))
+        return WeighterInputs(samples, folder, "".join([folder.digest, *digests]))
     if settings.dwm_init_from == "lm":
         check_init_from_lm(config.model, settings)
     if settings.dwm_init_from in ("lm", "random"):
-        return WeightingInputs(samples)
+        return WeighterInputs(samples)
     folder = read_weighter_folder("--dwm-init-from", settings.dwm_init_from, samples, seed)
-    return WeightingInputs(samples, folder, digest=folder.digest)
+    return WeighterInputs(samples, folder, digest=folder.digest)

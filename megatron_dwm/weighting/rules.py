@@ -81,8 +81,7 @@ class OracleWeighting(ScoredWeighting):
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
         """Return 0 for the samples that count and -inf for the others."""
         source = self.sample_gather.gather_from_replicas(batch.source).cpu()
-        counts = torch.isin(source, self._counting)
-        return torch.where(counts, 0.0, float("-inf")) if bool(counts.any()) else torch.zeros(len(source))
+        return scores_of_only(torch.isin(source, self._counting))
 
 
 class SourceWeighting(ScoredWeighting):
@@ -123,8 +122,7 @@ class RandomHalfWeighting(ScoredWeighting):
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
         """Return 0 for the samples of the half and -inf for the others; all 0 in a batch without any of them."""
         index = self.sample_gather.gather_from_replicas(batch.index).cpu()
-        counts = torch.from_numpy(half_of_samples(index.numpy(), self.seed))
-        return torch.where(counts, 0.0, float("-inf")) if bool(counts.any()) else torch.zeros(len(index))
+        return scores_of_only(torch.from_numpy(half_of_samples(index.numpy(), self.seed)))
 
 
 class ShuffledWeighting(BilevelWeighting):
@@ -152,6 +150,11 @@ def source_numbers(weight_metrics: WeightMetrics, sources: Sequence[str]) -> lis
             f"--dwm-rule-sources {unknown[0]}: no source of the training data; name some of {', '.join(known)}"
         )
     return [known.index(name) for name in sources]
+
+
+def scores_of_only(is_counted: torch.Tensor) -> torch.Tensor:
+    """Return 0 for the samples that count and -inf for the others [N]; all 0 if none of the batch counts."""
+    return torch.where(is_counted, 0.0, float("-inf")) if bool(is_counted.any()) else torch.zeros(len(is_counted))
 
 
 def half_of_samples(index: np.ndarray, seed: int) -> np.ndarray:

@@ -158,7 +158,7 @@ class SourceAlignmentWeighting(TargetedWeighting):
     ) -> list[Record]:
         """Align the step's samples if that is due, unless the step changed no parameter."""
         records = super().after_step(iteration, batch, weights, outcome)
-        if self._aligns(iteration, outcome):
+        if self._is_alignment_due(iteration, outcome):
             with self.parts.engine.full_parameters():
                 found = self._pass.run(batch, self.next_target(), self._old_parameters)
             if found is not None:
@@ -170,7 +170,7 @@ class SourceAlignmentWeighting(TargetedWeighting):
 
     def flops(self, iteration: int, outcome: StepOutcome) -> float:
         """Return the operations of the passes in iterations that make them."""
-        return (self.parts.flops_per_batch + self.parts.flops_per_target) * self._aligns(iteration, outcome)
+        return (self.parts.flops_per_batch + self.parts.flops_per_target) * self._is_alignment_due(iteration, outcome)
 
     def state_dict(self) -> State:
         """Return the state with the sources' sums by name, because a resumed run may order the sources differently."""
@@ -184,7 +184,7 @@ class SourceAlignmentWeighting(TargetedWeighting):
         sums = [found.get(name, [0.0, 0.0]) for name in self.weight_metrics.sources]
         self._sums = torch.tensor(sums, dtype=torch.float64).T.contiguous()
 
-    def _aligns(self, iteration: int, outcome: StepOutcome) -> bool:
+    def _is_alignment_due(self, iteration: int, outcome: StepOutcome) -> bool:
         return self.stages.is_update(iteration) and reason_unchanged(outcome) is None
 
 

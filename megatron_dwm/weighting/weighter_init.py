@@ -100,9 +100,9 @@ def check_init_from_lm(model: ModelConfig, config: WeightingConfig) -> None:
     """Raise UserError, before anything is built, if the weighter cannot be started from this language model."""
     from megatron_dwm.model.hf_config import hf_config
 
-    if config.dwm_num_layers > model.layers:
+    if config.dwm_num_layers > model.num_layers:
         raise UserError(
-            f"--dwm-num-layers {config.dwm_num_layers} exceeds --num-layers {model.layers}; "
+            f"--dwm-num-layers {config.dwm_num_layers} exceeds --num-layers {model.num_layers}; "
             "--dwm-init-from lm copies the language model's first layers"
         )
     try:

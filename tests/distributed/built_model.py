@@ -94,10 +94,10 @@ class BuiltModel:
     sample_gather: SampleGather
 
     def lm_gradients(self, kind: type[LMGradients] = LMGradients) -> LMGradients:
-        settings, micro = self.config.weighting, self.config.training.micro_batch
-        return kind(settings, self.engine, self.optimizer, self.parallel_state, micro)
+        settings, micro = self.config.weighting, self.config.training.micro_batch_size
+        return kind(settings, self.engine, self.optimizer, micro)
 
-    def outer(self, weighter: Any) -> OuterUpdate:
+    def outer(self, weighter: Any) -> OuterUpdate[LMGradients]:
         return OuterUpdate(self.config.weighting, self.lm_gradients(), weighter, self.sample_gather)
 
     def batch(self, tokens: torch.Tensor, mask: torch.Tensor) -> Batch:
@@ -144,7 +144,7 @@ class BuiltModel:
     def named(self, tensors: dict[Any, torch.Tensor]) -> HfState:
         """Tensors by parameter of this rank, gathered and under their Hugging Face names."""
         model = self.config.model
-        return to_hf_state_dict(self.gathered(tensors), model, layers=model.layers, vocab_size=VOCAB_SIZE)
+        return to_hf_state_dict(self.gathered(tensors), model, layers=model.num_layers, vocab_size=VOCAB_SIZE)
 
 
 def build_model(flags: Flags, seed: int = 1234, vocabulary: Vocabulary = ALL_TRAINED) -> BuiltModel:
@@ -156,7 +156,7 @@ def build_model(flags: Flags, seed: int = 1234, vocabulary: Vocabulary = ALL_TRA
     core_config = transformer_config(
         config.model, config.parallel, config.training, config.optimizer, torch.device("cpu")
     )
-    parallel, virtual = config.parallel, config.parallel.virtual_stages(config.model.layers)
+    parallel, virtual = config.parallel, config.parallel.virtual_stages(config.model.num_layers)
     if not mpu.model_parallel_is_initialized():  # by another model of the test
         build_model_groups(parallel, virtual)
     layout = current_parallel_state()
@@ -173,7 +173,7 @@ def build_model(flags: Flags, seed: int = 1234, vocabulary: Vocabulary = ALL_TRA
     optimizer = build_optimizer(config, chunks)
     bind_schedule_hooks(core_config, chunks, optimizer, config.parallel)
     schedule = PipelineEngine(chunks, core_config, layout, SEQ_LENGTH, check_for_nan=not config.optimizer.fp16)
-    micro, dp = config.training.micro_batch, layout.dp_size
+    micro, dp = config.training.micro_batch_size, layout.dp_size
     sample_gather = SampleGather(BatchPartition(micro, config.num_microbatches, layout.dp_rank, dp), layout)
     return BuiltModel(config, layout, chunks, optimizer, schedule, sample_gather)
 

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from megatron_dwm.config.checkpoint_args import first_rank_file
 from megatron_dwm.model.vocabulary import Vocabulary
 from megatron_dwm.training.checkpoint import CheckpointWriter
-from megatron_dwm.training.checkpoint_folders import has_torch_format, iteration_folder
+from megatron_dwm.training.checkpoint_folders import iteration_folder
 from megatron_dwm.training.checkpoint_loading import load_checkpoint
 from megatron_dwm.training.lr_schedule import Schedule, build_scheduler
 from megatron_dwm.training.resume_checks import check_resume
@@ -79,8 +80,8 @@ def _train(leg: Leg) -> Trained:
     )
     if leg.load is not None:
         folder = iteration_folder(*leg.load)
-        if has_torch_format(folder):
-            saved: SavedCheckpoint = open_torch_checkpoint(folder, config, dist.get_rank())
+        if (torch_file := first_rank_file(folder)) is not None:
+            saved: SavedCheckpoint = open_torch_checkpoint(torch_file, config, dist.get_rank())
         else:
             saved = open_checkpoint(folder)
         check_resume(config, saved)
@@ -91,7 +92,7 @@ def _train(leg: Leg) -> Trained:
     for iteration in range(train_state.iteration + 1, leg.last + 1):
         rates.append([(group["lr"], group["weight_decay"]) for group in optimizer.param_groups])
         batch = built.batch(random_tokens(iteration), mask)
-        result = train_step(built.engine, optimizer, scheduler, batch, MICRO_BATCH, None, built.parallel_state)
+        result = train_step(built.engine, optimizer, scheduler, batch, MICRO_BATCH, None)
         losses.append(float("nan") if result.loss is None else result.loss)
         train_state.advance(iteration, NUM_SAMPLES, 0.0)
         if leg.save is not None and leg.save[1] == iteration:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_dwm.weighting.bilevel.alignment import global_norm
 from megatron_dwm.weighting.bilevel.sample_products import has_supported_layers
 from tests.distributed.built_model import (
     COMBINED,
@@ -42,7 +43,7 @@ MODELS: dict[str, Flags] = {
 
 
 def align(flags: Flags) -> tuple[HfState, HfState, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The model, v, exact and finite-difference alignments of the whole batch, and the mean target loss."""
+    """The model, v, exact and finite-difference alignments of the whole batch, the mean target loss and v's norm."""
     built = build_model({**flags, "--dwm-preconditioner": "none"})
     passes = built.lm_gradients()
     state = built.parameters()
@@ -57,7 +58,8 @@ def align(flags: Flags) -> tuple[HfState, HfState, torch.Tensor, torch.Tensor, t
         tolerance = 1e-3 if built.config.optimizer.fp16 else 1e-5
         assert float((singly - exact).abs().max()) < tolerance * float(singly.abs().max())
         differences = built.sample_gather.gather_from_replicas(passes._align_by_differences(batch, direction))
-    return state, built.named(dict(direction)), exact, differences, torch.tensor(loss)
+        norm = global_norm(direction, built.parallel_state)
+    return state, built.named(dict(direction)), exact, differences, torch.tensor([loss, norm])
 
 
 def check(model: Flags, results: list[Any]) -> None:
@@ -68,8 +70,9 @@ def check(model: Flags, results: list[Any]) -> None:
     expected = torch.stack([inner(v, reference.gradient(loss)) for loss in losses])
     largest = float(expected.abs().max())
     assert largest > 0.1
-    for _, found_v, exact, differences, loss in results:
+    for _, found_v, exact, differences, (loss, norm) in results:
         assert abs(float(loss - target_loss.detach())) < 1e-5
+        assert float(norm) == pytest.approx(float(inner(v, v)) ** 0.5, rel=2e-5)
         assert relative_error(found_v, v) < 2e-5
         assert float((exact - expected).abs().max()) < 1e-4 * largest
         assert float((differences - expected).abs().max()) < 1e-2 * largest

@@ -42,7 +42,8 @@ def _found(flags: Flags) -> tuple[list[Likelihood], HfState, bool]:
 
 def _expected(state: HfState) -> list[Likelihood]:
     model = parse_model(MODEL)
-    reference: Any = AutoModelForCausalLM.from_config(hf_config(model, vocab_size=VOCAB_SIZE, num_layers=model.layers))
+    config = hf_config(model, vocab_size=VOCAB_SIZE, num_layers=model.num_layers)
+    reference: Any = AutoModelForCausalLM.from_config(config)
     reference.lm_head.load_state_dict({"weight": state["lm_head.weight"]})
     reference.base_model.load_state_dict({name: value for name, value in state.items() if name != "lm_head.weight"})
     likelihoods = []

@@ -57,7 +57,7 @@ def checked(
     built = build_model({**flags, **({} if steps else {"--dwm-preconditioner": "none"})})
     batch, target = batches(built, mask)
     for _ in range(steps):
-        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None, built.parallel_state)
+        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None)
     before = fingerprint(built) if not built.config.parallel.overlap_param_gather else None
     found = []
     for kind in kinds:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers
 from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
 from tests.distributed.built_model import build_model, random_mask, random_tokens
 from tests.distributed.harness import run_distributed
@@ -41,6 +43,12 @@ def _averaged(flags: Flags) -> dict[str, Any]:
     overflowed = found(averaging, targets[0])
     with torch.no_grad():
         parameter.copy_(kept)
+    found(alone, targets[0])
+    gradients = GradientBuffers(built.chunks)
+    if dist.get_rank() == 0:  # in whose shards alone a number overflows
+        gradients.shards()[0][0] = torch.inf
+    averaging.gradient_mean.average(gradients)
+    skipped = [shard.clone() for shard in gradients.shards()]
     after = averaging.gradient_mean.state()
     averaging.gradient_mean = GradientMean(built.chunks, MOMENTUM)
     averaging.gradient_mean.load(*state)
@@ -52,6 +60,7 @@ def _averaged(flags: Flags) -> dict[str, Any]:
         "means": [*means, last],
         "resumed": resumed,
         "overflowed": bool(torch.stack([v.isfinite().all() for v in overflowed]).all()),
+        "skipped": all(bool(shard.isnan().all()) for shard in skipped),
         "forgets": after[0] == expected[0] and all(torch.equal(after[1][p], expected[1][p]) for p in after[1]),
     }
 
@@ -66,4 +75,4 @@ def test_gradients_are_averaged_kept_and_what_overflowed_is_forgotten():
                 torch.testing.assert_close(mean, sum(terms) / sum(used), rtol=1e-4, atol=1e-7)
         for one, other in zip(found["means"][2], found["resumed"], strict=True):
             assert torch.equal(one, other)
-        assert not found["overflowed"] and found["forgets"]
+        assert not found["overflowed"] and found["skipped"] and found["forgets"]

@@ -109,12 +109,12 @@ def _logits_and_states(flags: Flags) -> tuple[Any, HfState, dict[str, torch.Tens
         chunk.eval()
     full = gather_full_state(built.chunks, lambda key: True)
     model = built.config.model
-    state = to_hf_state_dict(full, model, layers=model.layers, vocab_size=UNPADDED)
+    state = to_hf_state_dict(full, model, layers=model.num_layers, vocab_size=UNPADDED)
     return logits(built.chunks, TOKENS), state, full
 
 
 def _hf_logits(model: ModelConfig, state: dict[str, torch.Tensor]) -> torch.Tensor:
-    config = hf_config(model, vocab_size=UNPADDED, num_layers=model.layers)
+    config = hf_config(model, vocab_size=UNPADDED, num_layers=model.num_layers)
     language_model: Any = AutoModelForCausalLM.from_config(config).eval()
     head = state.pop("lm_head.weight", None)
     assert (head is not None) == model.untie_embeddings_and_output_weights
@@ -159,14 +159,14 @@ def test_the_hugging_face_copy_has_the_logits_of_every_layout(name: str, layout:
 def test_the_hugging_face_copy_has_the_logits_of_every_architecture_and_leads_back(name: str):
     model = parse_model(MODELS[name])
     state, full = _assert_equal_to_hf(MODELS[name], "one process")
-    back = model_config(hf_config(model, vocab_size=UNPADDED, num_layers=model.layers))
+    back = model_config(hf_config(model, vocab_size=UNPADDED, num_layers=model.num_layers))
     # How gains are stored is not part of a configuration.
     back = dataclasses.replace(back, layernorm_zero_centered_gamma=model.layernorm_zero_centered_gamma)
-    assert hf_config(back, vocab_size=UNPADDED, num_layers=model.layers).to_dict() == (
-        hf_config(model, vocab_size=UNPADDED, num_layers=model.layers).to_dict()
+    assert hf_config(back, vocab_size=UNPADDED, num_layers=model.num_layers).to_dict() == (
+        hf_config(model, vocab_size=UNPADDED, num_layers=model.num_layers).to_dict()
     )
     parts: dict[str, list[torch.Tensor]] = {}
-    for piece in pieces(back, range(back.layers)):
+    for piece in pieces(back, range(back.num_layers)):
         parts.setdefault(piece.key, []).append(from_hf(piece, state, back, VOCAB_SIZE))
     again = {key: torch.stack(part) if key.startswith(LAYERS) else part[0].clone() for key, part in parts.items()}
     assert again.keys() == full.keys()

@@ -51,7 +51,7 @@ def weighted_step_and_update(flags: Flags, mask: torch.Tensor) -> tuple[HfState,
     batch, target = built.batch(random_tokens(1), mask), built.batch(random_tokens(5), mask.flip(0))
     u = built.sample_gather.select_replica(weights_from_scores(SCORES, TEMPERATURE))
     old, before = built.parameters(), ParameterCopy.of(built.chunks)
-    train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, u, built.parallel_state)
+    train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, u)
     with built.engine.full_parameters():
         new = built.parameters()
         result = outer.run(batch, target, before)

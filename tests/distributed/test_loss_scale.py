@@ -48,7 +48,7 @@ def overflows(flags: Flags) -> list[tuple[bool, bool, bool, bool]]:
     for for_step, for_update in ((1e30, 1e30), (64.0, 1e30), (64.0, 64.0)):
         before = ParameterCopy.of(built.chunks)
         scaler._scale.fill_(for_step)
-        step = train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None, built.parallel_state)
+        step = train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None)
         scaler._scale.fill_(for_update)
         with built.engine.full_parameters():
             first, replay, digest = fingerprint(built), len(outer.replay), weighter.hash()

@@ -124,7 +124,7 @@ def updates(flags: Flags) -> tuple[list[tuple[dict[str, str], dict[str, str]]], 
         batch = built.batch(random_tokens(1 + number), random_mask(2))
         target = built.batch(random_tokens(5 + number), random_mask(6))
         before = ParameterCopy.of(built.chunks)
-        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None, built.parallel_state)
+        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None)
         with built.engine.full_parameters():
             first = fingerprint(built)
             result = outer.run(batch, target, before)
@@ -168,7 +168,7 @@ def trained(flags: Flags, updating: bool) -> dict[str, str]:
     for number in range(3):
         batch, target = (built.batch(random_tokens(seed + number), random_mask(2)) for seed in (1, 5))
         before = ParameterCopy.of(built.chunks)
-        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 4, None, built.parallel_state)
+        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 4, None)
         if updating and number < 2:
             with built.engine.full_parameters():
                 assert outer.run(batch, target, before) is not None

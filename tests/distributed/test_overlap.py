@@ -36,7 +36,7 @@ def after_steps(flags: Flags) -> list[tuple[bool, bool, HfState, HfState]]:
     target = built.batch(random_tokens(5), random_mask(6))
     for number in range(2):
         batch = built.batch(random_tokens(number), random_mask(2))
-        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None, built.parallel_state)
+        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None)
         params = [param.data for chunk in built.chunks for param in chunk.parameters()]
         present = [param.clone() for param in params]
         copy = ParameterCopy.of(built.chunks)

@@ -65,11 +65,11 @@ def _trained(flags: Flags, shift: float | None) -> Trained:
 
 def _hugging_face(model: ModelConfig, state: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
     """The model without padding."""
-    config = hf_config(model, vocab_size=TOKENS, num_layers=model.layers)
+    config = hf_config(model, vocab_size=TOKENS, num_layers=model.num_layers)
     language_model: Any = AutoModelForCausalLM.from_config(config).eval()
-    own = to_hf_state_dict(state, model, layers=model.layers, vocab_size=TOKENS)
-    head = own.pop("lm_head.weight", None)
-    language_model.base_model.load_state_dict(own, strict=True)
+    state = to_hf_state_dict(state, model, layers=model.num_layers, vocab_size=TOKENS)
+    head = state.pop("lm_head.weight", None)
+    language_model.base_model.load_state_dict(state, strict=True)
     if head is not None:
         language_model.lm_head.load_state_dict({"weight": head}, strict=True)
     return language_model.to(dtype)

@@ -63,7 +63,7 @@ def _count(flags: Flags) -> dict[str, Any]:
         "gradients": sum(buffer.grad_data.numel() * buffer.grad_data.itemsize for c in chunks for buffer in c.buffers),
         "optimizer": _optimizer_bytes(optimizer, params),
     }
-    micro = built.config.training.micro_batch
+    micro = built.config.training.micro_batch_size
     batch, target = (built.batch(random_tokens(seed), random_mask(seed)) for seed in (1, 2))
     built.engine.run(batch, micro)  # makes megatron-core's buffers
     for chunk in chunks:

@@ -34,7 +34,7 @@ def preconditioned(flags: Flags) -> tuple[list[HfState], HfState, HfState]:
     gradients = []
     for number in range(STEPS):
         batch = built.batch(random_tokens(number), random_mask(2))
-        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None, built.parallel_state)
+        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None)
         gradients.append(built.gradient())
     buffers = _filled(built, torch.randn)
     for v in buffers.direction.values():
@@ -88,7 +88,7 @@ def test_target_tokens_that_training_has_not_seen_leave_finite_differences_exact
         built = build_model(LLAMA)
         batch = built.batch(random_tokens(1) % 20, random_mask(2))
         target = built.batch(random_tokens(5), random_mask(6))
-        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None, built.parallel_state)
+        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None)
         passes = built.lm_gradients()
         with built.engine.deterministic():
             _, direction = passes.gradient(target)
@@ -102,7 +102,7 @@ def test_parameters_with_a_learning_rate_of_their_own_have_it_in_p():
     def ratio(rates: Flags) -> dict[str, torch.Tensor]:
         built = build_model({**LLAMA, **rates})
         batch = built.batch(random_tokens(1), random_mask(2))
-        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None, built.parallel_state)
+        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None)
         direction = _filled(built, torch.ones).direction
         precondition(direction, built.optimizer)
         return built.named(dict(direction))

@@ -48,7 +48,7 @@ def _passes(flags: Flags) -> list[torch.Tensor]:
         batch = built.batch(random_tokens(seed), random_mask(seed))
         for chunk in built.chunks:
             chunk.zero_grad_buffer()
-        built.engine.run(batch, built.config.training.micro_batch, loss_function=weighted_loss(None))
+        built.engine.run(batch, built.config.training.micro_batch_size, loss_function=weighted_loss(None))
         found += [param.main_grad.clone() for chunk in built.chunks for param in chunk.parameters()]
     found.append(torch.get_rng_state())
     lm_gradients = built.lm_gradients()

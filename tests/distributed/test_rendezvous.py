@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_dwm.cli.launch import Process, _timeout, run_program
-from megatron_dwm.runtime import rendezvous, startup_sync
+from megatron_dwm.runtime import peer_watch, rendezvous, startup_sync
 from megatron_dwm.runtime.rendezvous import free_port
 from tests.distributed.harness import become_rank
 
@@ -31,8 +31,9 @@ Program = Callable[[Process], None]
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_dwm.cli.launch._timeout", lambda argv: timedelta(seconds=SECONDS))
-    monkeypatch.setattr(startup_sync, "POLL_SECONDS", 0.2)
-    monkeypatch.setattr(startup_sync, "LINGER_SECONDS", 0.8)
+    for module in (startup_sync, peer_watch):
+        monkeypatch.setattr(module, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(peer_watch, "LINGER_SECONDS", 0.8)
     monkeypatch.setattr(rendezvous, "LINGER_SECONDS", 2.0)
 
 
@@ -145,7 +146,7 @@ def test_a_rank_that_has_started_or_ended_is_not_silent(tmp_path: Path):
 
     def work(process: Process) -> None:
         if process.rank == 1:
-            process.startup_sync.end_start()
+            process.startup_sync.end()
         if process.rank != 2:
             time.sleep(SECONDS + 2)
 

@@ -22,7 +22,7 @@ from megatron_dwm.model.full_state import gather_full_state
 from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.build import build_weighting
 from megatron_dwm.weighting.context import WeightingContext
-from megatron_dwm.weighting.inputs import read_weighting_inputs, run_stages
+from megatron_dwm.weighting.inputs import read_weighter_inputs, run_stages
 from megatron_dwm.weighting.policy import SampleWeighting
 from megatron_dwm.weighting.rules import half_of_samples
 from tests.distributed.built_model import LAYOUTS, BuiltModel, build_model, random_mask, random_tokens
@@ -69,8 +69,8 @@ def made_weighting(built: BuiltModel) -> SampleWeighting:
     """The weighting of the model's flags, for data of two sources."""
     context = WeightingContext(
         config=built.config,
-        inputs=read_weighting_inputs(built.config, None),
-        stages=run_stages(built.config),
+        inputs=read_weighter_inputs(built.config, None),
+        stages=run_stages(built.config.weighting, built.config.train_iters),
         paths=DataPaths((["a", "b"], None), (None, None, None), None, None),
         tokenizer=None,
         padded_vocab_size=VOCAB_SIZE,
@@ -116,11 +116,25 @@ def trained(parallel: Flags, steps: int, resumed: int | None, full: dict[str, to
             weights = weighting.weigh(iteration, batch)
             assert weights is not None
             replica: Any = weights.replica_sample_weights
-            outcome = train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, replica, built.parallel_state)
+            outcome = train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, replica)
             weighting.after_step(iteration, batch, weights, outcome)
             assert weighting.flops(iteration, outcome) >= 0
+            check_metrics(weighting.metrics(iteration, batch, weights), weights.sample_weights, sources)
             found[rule].append(weights.sample_weights)
     return found
+
+
+def check_metrics(metrics: dict[str, Any], weights: torch.Tensor, sources: torch.Tensor) -> None:
+    """The figures by source are those of the whole batch; samples count by their tokens in a microbatch of two."""
+    tokens = random_mask(2).sum(1).double()
+    factors = tokens / tokens.view(-1, 2).mean(1).repeat_interleave(2)
+    for number, name in enumerate(("a", "b")):
+        members = sources == number
+        assert metrics["share_by_source"][name] == pytest.approx(
+            float((weights * factors)[members].sum()) / NUM_SAMPLES
+        )
+        assert metrics["fraction_by_source"][name] == pytest.approx(float(factors[members].sum()) / NUM_SAMPLES)
+        assert metrics["weight_by_source"][name] == pytest.approx(float(weights[members].mean()))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Each rank of a replica scores its share of the samples; together they are the scores of one process."""
+"""Each rank of a replica scores a slice of the samples; together they are the scores of one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONFIG = WeightingConfig(dwm_score_batch_size=2, dwm_target_data_path=["x"])
 
 
 CASES = [
-    (2, 2, 1, 3, [1, 1, 1, 0]),  # a share without samples
+    (2, 2, 1, 3, [1, 1, 1, 0]),  # a slice without samples
     (2, 2, 1, 6, [2, 2, 2, 0]),
     (4, 1, 1, 5, [2, 2, 1, 0]),
     (2, 1, 1, 3, [2, 1, 2, 1]),  # two replicas
@@ -28,11 +28,11 @@ CASES = [
     (1, 2, 2, 6, [2, 2, 2, 0]),
     (1, 1, 2, 3, [2, 1, 2, 1]),
 ]
-"""Tensor, pipeline and context parallelism, microbatches, and the sizes of the ranks' shares."""
+"""Tensor, pipeline and context parallelism, microbatches, and the sizes of the ranks' slices."""
 
 
 def scored(tp: int, pp: int, cp: int, microbatches: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Scores of the whole batch by shares and by this rank alone, and the size of its share."""
+    """Scores of the whole batch by slices and by this rank alone, and the size of its slice."""
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp)
     layout = current_parallel_state()
@@ -40,22 +40,23 @@ def scored(tp: int, pp: int, cp: int, microbatches: int) -> tuple[torch.Tensor, 
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(1, VOCAB_SIZE, (sample_gather.partition.global_samples, SEQ_LENGTH), generator=generator)
     weighter = Weighter(classifier(), CONFIG, torch.device("cpu"))
-    own = sample_gather.select_rank(tokens)
+    rank_tokens = sample_gather.select_rank(tokens)
     assert torch.equal(
-        own, sample_gather.select_replica(tokens)[sample_gather.rank_slice(sample_gather.partition.replica_samples)]
+        rank_tokens,
+        sample_gather.select_replica(tokens)[sample_gather.rank_slice(sample_gather.partition.replica_samples)],
     )
     scores = sample_gather.score(sample_gather.select_replica(tokens), weighter.score)
-    return scores, weighter.score(tokens), len(own)
+    return scores, weighter.score(tokens), len(rank_tokens)
 
 
-def test_shares_of_any_size_add_up_to_the_scores_of_one_process():
+def test_slices_of_any_size_add_up_to_the_scores_of_one_process():
     ranks = run_distributed(lambda: [scored(*layout) for *layout, _ in CASES], 4)
     for (*layout, sizes), results in zip(CASES, zip(*ranks, strict=True), strict=True):
         assert [size for _, _, size in results] == sizes, layout
-        for by_shares, alone, _ in results:
-            assert torch.equal(by_shares, results[0][0]), layout
+        for by_slices, alone, _ in results:
+            assert torch.equal(by_slices, results[0][0]), layout
             # Samples in other batches: fp32 sums may go in another order.
-            torch.testing.assert_close(by_shares, alone, rtol=1e-5, atol=1e-6, msg=str(layout))
+            torch.testing.assert_close(by_slices, alone, rtol=1e-5, atol=1e-6, msg=str(layout))
 
 
 def scored_twice() -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]:

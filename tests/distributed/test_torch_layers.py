@@ -276,14 +276,14 @@ def _divided_attention(flags: Flags) -> list[tuple[torch.Tensor, torch.Tensor]]:
         (output * wanted[part]).sum().backward()
         return [output.detach(), *(tensor.grad for tensor in own if tensor.grad is not None)]
 
-    own_part = slice_sequence(torch.arange(length), rank, size, dim=0)
+    rank_part = slice_sequence(torch.arange(length), rank, size, dim=0)
     pairs = []
     for mask in (None, documents):
-        own_mask = (
+        rank_mask = (
             None if mask is None else get_batch_on_this_cp_rank({"attention_mask": mask}, group)["attention_mask"]
         )
-        expected, found = attend(whole, slice(None), mask), attend(divided, own_part, own_mask)
-        pairs += [(tensor[own_part], other) for tensor, other in zip(expected, found, strict=True)]
+        expected, found = attend(whole, slice(None), mask), attend(divided, rank_part, rank_mask)
+        pairs += [(tensor[rank_part], other) for tensor, other in zip(expected, found, strict=True)]
     return pairs
 
 

@@ -40,7 +40,7 @@ def weighted_gradient(flags: Flags, u: torch.Tensor | None, mask: torch.Tensor) 
     sample_weights = built.sample_gather.select_replica(u) if u is not None else None
     for chunk in built.chunks:
         chunk.zero_grad_buffer()
-    built.engine.run(batch, built.config.training.micro_batch, loss_function=weighted_loss(sample_weights))
+    built.engine.run(batch, built.config.training.micro_batch_size, loss_function=weighted_loss(sample_weights))
     return state, built.gradient()
 
 

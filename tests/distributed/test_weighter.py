@@ -106,20 +106,20 @@ def test_values_are_gathered_in_the_datas_order_whatever_the_layout(world: int, 
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(tp, pp)
         layout = current_parallel_state()
-        share = BatchPartition(micro, microbatches, layout.dp_rank, layout.dp_size)
-        sample_gather = SampleGather(share, layout)
-        everything = torch.arange(share.global_samples * 2).view(-1, 2)
+        partition = BatchPartition(micro, microbatches, layout.dp_rank, layout.dp_size)
+        sample_gather = SampleGather(partition, layout)
+        everything = torch.arange(partition.global_samples * 2).view(-1, 2)
         replica = sample_gather.select_replica(everything)
-        expected = torch.tensor(share.replica_indices(list(range(share.global_samples))))
+        expected = torch.tensor(partition.replica_indices(list(range(partition.global_samples))))
         in_order = torch.equal(replica[:, 0] // 2, expected)
-        own = sample_gather.select_rank(everything)
+        rank_part = sample_gather.select_rank(everything)
         return (
             sample_gather.gather_from_replicas(replica),
-            sample_gather.gather_from_ranks(own, share.replica_samples),
+            sample_gather.gather_from_ranks(rank_part, partition.replica_samples),
             in_order,
         )
 
     for results in run_distributed(lambda: [exchanged(*case) for case in cases], world):
-        for case, (replicas, shares, in_order) in zip(cases, results, strict=True):
+        for case, (replicas, from_ranks, in_order) in zip(cases, results, strict=True):
             expected = torch.arange(len(replicas) * 2).view(-1, 2)
-            assert in_order and torch.equal(replicas, expected) and torch.equal(shares, expected), case
+            assert in_order and torch.equal(replicas, expected) and torch.equal(from_ranks, expected), case

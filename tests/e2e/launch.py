@@ -94,6 +94,15 @@ def succeed(folder: Path, processes: int, flags: dict[str, Any]) -> Finished:
     return finished
 
 
+def assert_one_line(finished: Finished, *parts: str) -> None:
+    """Check that a run has ended, on every rank, with one line of a user's error, which holds ``parts``."""
+    message = "".join(finished.errors)
+    assert finished.codes == [2] * len(finished.codes), finished.text
+    assert message.startswith("error: ") and message.count("\n") == 1, finished.text
+    for part in parts:
+        assert part in message, message
+
+
 def records(path: Path, kind: str) -> list[dict[str, Any]]:
     """The records of one kind in a run's JSON lines."""
     return [record for line in path.read_text().splitlines() if (record := json.loads(line))["kind"] == kind]

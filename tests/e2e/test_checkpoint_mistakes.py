@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_dwm.cli import pretrain as pretrain_command
-from tests.e2e.launch import Finished, pretrain, records, succeed
+from tests.e2e.launch import assert_one_line, pretrain, records, succeed
 from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING
 
 TP2 = {"--tensor-model-parallel-size": 2}
@@ -37,14 +37,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("written")
     succeed(folder / "log", 1, RUN | {"--save": folder / "save"})
     return folder / "save"
-
-
-def assert_one_line(finished: Finished, *parts: str) -> None:
-    message = "".join(finished.errors)
-    assert finished.codes == [2] * len(finished.codes), finished.text
-    assert message.startswith("error: ") and message.count("\n") == 1, finished.text
-    for part in parts:
-        assert part in message, message
 
 
 NOTHING: dict[str, tuple[dict[str, Any], list[str]]] = {

@@ -21,8 +21,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from megatron_dwm.analysis.records import read_run
-from megatron_dwm.cli.launch import read_run_flags
 from megatron_dwm.cli.pretrain import main as pretrain
+from megatron_dwm.cli.run_flags import read_run_flags
 from tests.paths import ROOT
 
 PAGES = sorted(

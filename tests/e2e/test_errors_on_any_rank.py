@@ -15,20 +15,12 @@ from megatron_dwm.data import validation
 from megatron_dwm.errors import UserError
 from megatron_dwm.training import step
 from tests.e2e.datasets import TOKENIZER, counting, make_dataset
-from tests.e2e.launch import Finished, pretrain
+from tests.e2e.launch import assert_one_line, pretrain
 from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING
 
 TP2 = {"--tensor-model-parallel-size": 2}
 PP2 = {"--pipeline-model-parallel-size": 2}
 PLAIN = {**LANGUAGE_MODEL, **TRAINING, "--dwm-mode": "off"}
-
-
-def assert_one_line(finished: Finished, *parts: str) -> None:
-    message = "".join(finished.errors)
-    assert finished.codes == [2] * len(finished.codes), finished.text
-    assert message.startswith("error: ") and message.count("\n") == 1, finished.text
-    for part in parts:
-        assert part in message, message
 
 
 def sample_little_of_the_vocabulary() -> None:

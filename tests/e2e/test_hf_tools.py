@@ -174,7 +174,7 @@ def test_the_arguments_that_megatron_lm_saves_describe_its_model(kind: str):
     idle = {"recompute_num_layers": 1, "fp8_recipe": "mxfp8", "rope_scaling_factor": 2.0}
     saved = MEGATRON_ARGS[kind] | idle | ({"rotary_base": 500} if kind == "gpt2" else {})
     model = saved_model(saved)
-    config = hf_config(model, vocab_size=256, num_layers=model.layers)
+    config = hf_config(model, vocab_size=256, num_layers=model.num_layers)
     assert config.model_type == kind
     assert (config.num_hidden_layers, config.hidden_size, config.max_position_embeddings) == (4, 32, 16)
     assert model.query_groups == (2 if kind == "llama" else 4)

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
 from megatron_dwm.weighting.weighter import Weighter
 from tests.paths import ROOT
-from tests.programs import Finished, Fork
+from tests.programs import Finished, Fork, call_main
 
 WINDOW = 16
 
@@ -79,13 +80,7 @@ def plain_scores(weighter: Path, rows: list[dict]) -> list[float]:
     return found
 
 
-def run(*words: object) -> int:
-    try:
-        score.main([str(word) for word in words])
-    except SystemExit as end:
-        assert isinstance(end.code, int)
-        return end.code
-    return 0
+run = partial(call_main, score.main)
 
 
 def output_rows(output: Path) -> list[dict]:

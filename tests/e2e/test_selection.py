@@ -8,6 +8,7 @@ import json
 import shutil
 from collections import Counter
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from megatron_dwm.analysis import top_rows
 from megatron_dwm.analysis.selection_table import RowTableWriter
 from megatron_dwm.analysis.top_rows import ROW, Group, TopRows
 from megatron_dwm.cli import preprocess, select
-from tests.programs import Finished, Fork
+from tests.programs import Finished, Fork, call_main
 
 
 def made_rows() -> list[dict[str, Any]]:
@@ -62,13 +63,7 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-def run(*words: object) -> int:
-    try:
-        select.main([str(word) for word in words])
-    except SystemExit as end:
-        assert isinstance(end.code, int)
-        return end.code
-    return 0
+run = partial(call_main, select.main)
 
 
 def selected(source: Path, *words: object) -> list[dict]:

@@ -70,7 +70,8 @@ def flag(
     """Declare a configuration field that is a flag.
 
     Args:
-        default: value when the flag is not given. A ``True`` default makes the flag a switch that turns it off.
+        default: value when the flag is not given. A ``True`` default makes the flag a switch that turns it off. A field
+            whose type does not include its default, ``None``, must be given: its class's ``__post_init__`` requires it.
         help: one sentence for ``--help`` and ``docs/flags.md``.
         names: spellings, when they differ from ``--field-name`` (``--no-field-name`` for a ``True`` default).
         old_names: spellings of earlier versions or of forks, accepted with a warning that names the current one.
@@ -109,10 +110,7 @@ def flag_name(field: str) -> str:
 def _to_flag(field: dataclasses.Field[Any], hint: Any) -> Flag:
     declaration: _Declaration = field.metadata[_KEY]
     is_list, value_type, choices = _read_annotation(hint)
-    default = field.default
-    if default is dataclasses.MISSING:
-        assert field.default_factory is not dataclasses.MISSING
-        default = field.default_factory()
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     is_switch = value_type is bool
     standard_name = flag_name(f"no_{field.name}" if is_switch and default else field.name)
     return Flag(

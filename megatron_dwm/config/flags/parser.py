@@ -129,7 +129,6 @@ def read(
     argv: Sequence[str] | None,
     classes: Iterable[type],
     *,
-    prog: str | None = None,
     description: str | None,
     reason_unsupported: Callable[[str], str | None] = lambda name: None,
     main_class: type | None = None,
@@ -139,7 +138,6 @@ def read(
     Args:
         argv: the arguments, without the program's name; ``None`` takes ``sys.argv``.
         classes: the configuration classes that declare the flags.
-        prog: name of the program in its help; that of ``sys.argv`` if not given.
         description: what the program does.
         reason_unsupported: returns, for a flag that no class declares, or for ``flag=value`` with a value that its
             class does not have, why it cannot be used; None if it is unknown.
@@ -149,7 +147,7 @@ def read(
         UserError: unknown flag or bad value.
     """
     parser = OneLineParser(
-        prog=prog, description=description, formatter_class=_HelpFormatter, reason_unsupported=reason_unsupported
+        description=description, formatter_class=_HelpFormatter, reason_unsupported=reason_unsupported
     )
     classes = list(classes)
     for config_class in classes:
@@ -169,7 +167,6 @@ def parse(
     argv: Sequence[str] | None,
     classes: Mapping[str, type],
     *,
-    prog: str | None = None,
     description: str | None,
     reason_unsupported: Callable[[str], str | None] = lambda name: None,
     main_class: type | None = None,
@@ -190,7 +187,6 @@ def parse(
     given = read(
         argv,
         classes.values(),
-        prog=prog,
         description=description,
         reason_unsupported=reason_unsupported,
         main_class=main_class,

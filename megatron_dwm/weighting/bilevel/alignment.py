@@ -49,11 +49,10 @@ def single_sample_products(
     products = torch.zeros(num_samples, dtype=torch.float64, device=device)
     seen: dict[Any, int] = {}
 
-    def add_product(counts: bool, param: Any) -> None:
+    def add_product(is_counted: bool, param: Any) -> None:
         sample = seen.get(param, 0)
         seen[param] = sample + 1
-        assert param.grad is not None
-        if counts:
+        if is_counted:
             products[sample] += inner_product(param.grad, direction[param])
         # The sum of these gradients is not needed, and DDP must not accumulate it in its buffers, which may hold v.
         param.grad_added_to_main_grad = True

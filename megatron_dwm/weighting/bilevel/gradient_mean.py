@@ -7,6 +7,7 @@ distributed optimizer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,35 @@ from megatron_dwm.model.protocols import ModelChunk
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.weighting.bilevel.alignment import Direction
 from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers, views_by_parameter
+
+
+class GradientAverage(Protocol):
+    """What a target gradient is replaced by."""
+
+    def average(self, gradients: GradientBuffers) -> None:
+        """Replace a gradient; a collective call of all ranks."""
+
+    def state(self) -> tuple[float, Direction] | None:
+        """Return what a checkpoint holds; None if nothing."""
+
+    def load(self, total: float, mean: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
+        """Continue from a value of :meth:`state`."""
+
+
+class NoMean:
+    """No mean: each target gradient is used as it is."""
+
+    def average(self, gradients: GradientBuffers) -> None:
+        """Do nothing."""
+
+    def state(self) -> None:
+        """Return None: there is no state."""
+
+    def load(self, total: float, mean: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
+        """Do nothing: the run that saved the mean had other flags."""
+
+
+NO_MEAN = NoMean()
 
 
 class GradientMean:

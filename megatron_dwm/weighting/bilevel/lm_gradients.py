@@ -19,10 +19,9 @@ from megatron_dwm.model.loss import SampleLosses, weighted_loss
 from megatron_dwm.model.optimizer_parts import has_loss_scale
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.model.protocols import Optimizer
-from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.weighting.bilevel.alignment import Direction, global_norm, shift, single_sample_products
 from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers
-from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
+from megatron_dwm.weighting.bilevel.gradient_mean import NO_MEAN, GradientAverage
 from megatron_dwm.weighting.bilevel.preconditioner import precondition
 from megatron_dwm.weighting.bilevel.sample_products import has_supported_layers, sample_products
 from megatron_dwm.weighting.loss_factors import LossFactors
@@ -38,17 +37,16 @@ class LMGradients:
         config: WeightingConfig,
         engine: PipelineEngine,
         optimizer: Optimizer,
-        parallel_state: ParallelState,
         micro_batch_size: int,
-        gradient_mean: GradientMean | None = None,
+        gradient_mean: GradientAverage = NO_MEAN,
     ) -> None:
         """
         Args:
-            gradient_mean: replaces each target gradient by the running mean over updates; None to use it as it is.
+            gradient_mean: replaces each target gradient, by the running mean over updates.
         """
         self.config, self.engine, self.optimizer, self.gradient_mean = config, engine, optimizer, gradient_mean
-        self.parallel_state, self.micro_batch_size = parallel_state, micro_batch_size
-        self.loss_factors = LossFactors(micro_batch_size, engine.config.calculate_per_token_loss, parallel_state)
+        self.parallel_state, self.micro_batch_size = engine.parallel_state, micro_batch_size
+        self.loss_factors = LossFactors(micro_batch_size, engine.config.calculate_per_token_loss, engine.parallel_state)
 
     @property
     def loss_scale(self) -> float:
@@ -66,8 +64,7 @@ class LMGradients:
 
     def with_config(self, config: WeightingConfig) -> LMGradients:
         """Return the same passes with other settings."""
-        parts = self.engine, self.optimizer, self.parallel_state, self.micro_batch_size
-        return type(self)(config, *parts, self.gradient_mean)
+        return type(self)(config, self.engine, self.optimizer, self.micro_batch_size, self.gradient_mean)
 
     def gradient(self, batch: Batch, sample_weights: torch.Tensor | None = None) -> tuple[float, Direction]:
         """Return the plain loss of ``batch``; compute its gradient with ``sample_weights`` [n], preconditioned.
@@ -87,8 +84,7 @@ class LMGradients:
         gradients = GradientBuffers(self.engine.chunks)
         if has_loss_scale(self.optimizer):
             gradients.scale(1.0 / self.optimizer.get_loss_scale())
-        if self.gradient_mean is not None:
-            self.gradient_mean.average(gradients)
+        self.gradient_mean.average(gradients)
         if self.config.dwm_preconditioner == "adam":
             precondition(gradients.direction, self.optimizer)
         gradients.gather_shards()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -39,11 +39,14 @@ class OuterResult:
     weighter_hash: str
 
 
-class OuterUpdate:
+Passes = TypeVar("Passes", bound=GradientPasses)
+
+
+class OuterUpdate(Generic[Passes]):
     """Updates the weighter from the samples' alignments with the target."""
 
     def __init__(
-        self, config: WeightingConfig, lm_gradients: GradientPasses, weighter: Weighter, sample_gather: SampleGather
+        self, config: WeightingConfig, lm_gradients: Passes, weighter: Weighter, sample_gather: SampleGather
     ) -> None:
         self.config, self.lm_gradients = config, lm_gradients
         self.weighter, self.sample_gather = weighter, sample_gather

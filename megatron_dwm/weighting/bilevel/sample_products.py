@@ -111,7 +111,7 @@ class _Layer:
         self.batch_dim = 1
         if isinstance(module, _EMBEDDINGS):
             self.batch_dim = 1 if getattr(module, "reduce_scatter_embeddings", False) else 0
-        self.counts = parallel_state.tp_rank == 0 or not _is_replicated(name, module)
+        self.is_counted = parallel_state.tp_rank == 0 or not _is_replicated(name, module)
         self.is_local = not isinstance(module, (RowParallelLinear, VocabParallelEmbedding))
         """Whether the layer computes its parameters' contribution without the other ranks of its TP group."""
         self.has_whole_outputs = (
@@ -131,7 +131,7 @@ class _Layer:
             outputs = outputs.detach().requires_grad_()
         microbatch = self.microbatches
         self.microbatches += 1
-        if self.counts or not self.is_local:
+        if self.is_counted or not self.is_local:
             inputs = tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in args)
             outputs.register_hook(partial(self._add_products, microbatch, inputs, kwargs))
         return (outputs, *output[1:]) if isinstance(output, tuple) else outputs
@@ -144,7 +144,7 @@ class _Layer:
             found = self._products_of_linear(inputs[0], gradient, kwargs.get("weight"))
         else:
             found = _inner_products(gradient, self._change(inputs, kwargs), self.batch_dim)
-        if self.counts:
+        if self.is_counted:
             self.products[microbatch].add_(found)
 
     def _products_of_linear(

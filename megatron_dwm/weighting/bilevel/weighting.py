@@ -17,7 +17,8 @@ from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.model.engine import PipelineEngine
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.weighting.bilevel.alignment_pass import reason_unchanged
-from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
+from megatron_dwm.weighting.bilevel.gradient_mean import GradientAverage
+from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.outer_update import OuterResult, OuterUpdate
 from megatron_dwm.weighting.export import WeighterExporter
 from megatron_dwm.weighting.health import HealthWarning, check_scores
@@ -49,11 +50,11 @@ class BilevelParts:
 
     engine: PipelineEngine
     weighter: Weighter
-    outer_update: OuterUpdate
+    outer_update: OuterUpdate[LMGradients]
     target_loader: BatchLoader
     exporter: WeighterExporter
     flops: BilevelFlops
-    gradient_mean: GradientMean | None = None
+    gradient_mean: GradientAverage
     """Running mean of the target gradient over updates."""
 
 
@@ -120,7 +121,7 @@ class BilevelWeighting(ScoredWeighting):
 
     def state_dict(self) -> State:
         """Return the weighter, its optimizer, the replay in global order, the gradient mean, and the sample counts."""
-        mean = None if self.gradient_mean is None else self.gradient_mean.state()
+        mean = self.gradient_mean.state()
         return {
             "consumed_target_samples": self.consumed_target_samples,
             "outer_updates": self.num_updates,
@@ -135,7 +136,7 @@ class BilevelWeighting(ScoredWeighting):
         self.num_updates = state["outer_updates"]
         self.outer_update.load_state_dict(state, self.num_updates)
         per_parameter = state.get(PER_PARAMETER, {})
-        if self.gradient_mean is not None and TARGET_GRADIENT in per_parameter:
+        if TARGET_GRADIENT in per_parameter:
             self.gradient_mean.load(state["target_gradients"], per_parameter[TARGET_GRADIENT])
 
     def _update(self, iteration: int, batch: Batch, weights: SampleWeights, outcome: StepOutcome) -> Record:

@@ -50,10 +50,10 @@ def ngram_features(
             is_whole = attention_mask.bool().unfold(1, length, 1).all(dim=2)
             found = found.masked_fill(~is_whole, buckets)  # sorted behind all others
         found = found.sort(dim=1).values
-        counts = found < buckets
-        counts[:, 1:] &= found[:, 1:] != found[:, :-1]
+        is_counted = found < buckets
+        is_counted[:, 1:] &= found[:, 1:] != found[:, :-1]
         all_found.append(found.clamp_max(buckets - 1))
-        all_values.append(counts * (length / max(lengths)))
+        all_values.append(is_counted * (length / max(lengths)))
     if not all_found:
         return tokens[:, :0], tokens[:, :0].float()
     values = torch.cat(all_values, dim=1).float()

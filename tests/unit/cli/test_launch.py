@@ -12,7 +12,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from megatron_dwm.cli.launch import _end_failed, read_run_flags
+from megatron_dwm.cli.launch import _end_failed
+from megatron_dwm.cli.run_flags import read_run_flags
 from megatron_dwm.errors import UserError
 from tests.programs import Fork
 from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, as_argv
@@ -52,8 +53,8 @@ def test_a_run_that_fails_does_not_wait_for_its_writers(tmp_path: Path):
 
     def fail() -> None:
         multiprocessing.get_context("fork").Process(target=write_late).start()
-        sync = SimpleNamespace(report_failure=lambda error: True, linger=lambda: None, world_size=1)
-        _end_failed(UserError("a line"), cast(Any, sync))
+        peers = SimpleNamespace(report=lambda error: True, linger=lambda: None, world_size=1)
+        _end_failed(UserError("a line"), cast(Any, peers))
 
     finished = Fork(fail).finish()
     assert (finished.returncode, finished.stderr) == (2, "error: a line\n")

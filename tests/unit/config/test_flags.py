@@ -46,7 +46,7 @@ class OtherConfig:
 
 
 def _parse(*argv: str, **options: Any) -> Small:
-    return parse(list(argv), {"small": Small}, prog="test", description="A test.", **options)["small"]
+    return parse(list(argv), {"small": Small}, description="A test.", **options)["small"]
 
 
 def test_defaults_are_those_of_the_class():
@@ -176,7 +176,7 @@ def test_the_last_of_two_values_counts_and_says_so(caplog: pytest.LogCaptureFixt
 
 def _help(capsys: pytest.CaptureFixture[str], *argv: str, **options: Any) -> str:
     with pytest.raises(SystemExit) as ended:
-        parse(list(argv), {"small": Small, "other": OtherConfig}, prog="test", description="A test.", **options)
+        parse(list(argv), {"small": Small, "other": OtherConfig}, description="A test.", **options)
     assert ended.value.code == 0
     return capsys.readouterr().out
 

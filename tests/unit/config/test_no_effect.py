@@ -156,7 +156,7 @@ def test_stages_that_layers_do_not_fill_are_refused(flags: str, said: str):
 )
 def test_one_virtual_stage_is_none(flags: str):
     config = _parse(flags)
-    assert config.parallel.virtual_stages(config.model.layers) is None
+    assert config.parallel.virtual_stages(config.model.num_layers) is None
 
 
 @pytest.mark.parametrize(

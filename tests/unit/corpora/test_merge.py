@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from megatron_dwm.cli import merge_datasets
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
+from tests.programs import call_main
 
 TEXTS = {"a": ["1 2 3", "4"], "b.c": ["13", "5 6"], "d": ["7 8 9 10", "11", "12"]}
 
@@ -23,13 +25,7 @@ def make(folder: Path, name: str, texts: list[str], vocab_size: int = 100) -> No
     source.unlink()
 
 
-def run(*words: object) -> int:
-    try:
-        merge_datasets.main([str(word) for word in words])
-    except SystemExit as end:
-        assert isinstance(end.code, int)
-        return end.code
-    return 0
+run = partial(call_main, merge_datasets.main)
 
 
 def test_the_bytes_are_those_of_all_texts_in_the_order_of_the_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

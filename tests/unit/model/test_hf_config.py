@@ -49,7 +49,7 @@ def test_what_is_not_computed_is_refused_by_name(kind: str, values: dict[str, An
 def test_a_window_that_no_sequence_exceeds_is_none():
     sizes = {**SIZES, "num_key_value_heads": 2, "sliding_window": 64, "max_position_embeddings": 64}
     config = AutoConfig.for_model("mistral", **sizes)
-    assert model_config(config).sequence == 64 and model_config(config).window is None
+    assert model_config(config).seq_length == 64 and model_config(config).window is None
 
 
 def _windowed(**flags: Any) -> ModelConfig:

@@ -27,9 +27,10 @@ def test_the_gradient_of_a_token_is_its_weight_where_it_counts():
 
 
 def test_sample_losses_are_not_weighted_and_count_unmasked_tokens():
-    losses = SampleLosses.of(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
-    assert losses.mean.tolist() == [2.0, 0.0]
-    assert losses.sums.tolist() == [4.0, 2.0]
+    mask = torch.tensor([[1.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
+    losses = SampleLosses.of(torch.tensor([[1.0, 3.0], [5.0, 7.0], [9.0, 6.0]]), mask)
+    assert losses.mean.tolist() == [2.0, 0.0, 6.0]
+    assert losses.sums.tolist() == [10.0, 3.0]
 
 
 @pytest.mark.parametrize(

@@ -21,4 +21,12 @@ REST = (
 def test_the_lines_are_megatron_lms(case: str):
     recorded = RECORDED[case]
     config = parse_run([*recorded["flags"].split(), *REST.split()], recorded["processes"])
-    assert "\n".join(memory_estimate(config, 50304)).rstrip("\n").splitlines() == recorded["lines"]
+    lines = memory_estimate(
+        config.model,
+        config.parallel,
+        padded_vocab_size=50304,
+        data_parallel_size=config.data_parallel_size,
+        micro_batch_size=config.training.micro_batch_size,
+        num_microbatches=config.num_microbatches,
+    )
+    assert "\n".join(lines).rstrip("\n").splitlines() == recorded["lines"]

@@ -18,7 +18,6 @@ from megatron_dwm.plan.stages import measure_stages
 from megatron_dwm.plan.weighter import plan_weighter
 from megatron_dwm.weighting.bilevel.replay import Replay
 from megatron_dwm.weighting.bilevel.ridge import RidgeLearner
-from megatron_dwm.weighting.inputs import read_weighting_inputs
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_init import random_weighter_model
 from tests.small_runs import IN_PROCESS, LLAMA, VOCAB_SIZE, parse_flags
@@ -45,12 +44,12 @@ def test_a_gpu_keeps_neither_attention_matrices_nor_copies_of_norms():
     config = parse_flags({**IN_PROCESS, **LLAMA, **sizes, "--num-layers": 2, "--bf16": True}, 1)
     with multiprocessing.get_context("fork").Pool(1) as other_process:  # which a plan changes
         kept = {for_gpu: other_process.apply(_kept, (config,), {"for_gpu": for_gpu}) for for_gpu in (False, True)}
-    matrices = 2 * config.training.micro_batch * config.model.heads * 512 * 512 * 2  # of two layers, in bf16
-    tokens = config.training.micro_batch * 512
+    tokens = config.training.micro_batch_size * 512
+    matrices = 2 * tokens * config.model.num_attention_heads * 512 * 2  # of two layers, in bf16
     # Of a layer: two norms' outputs, queries, keys and values together and again rotated, what the attention gives
     # twice, the MLP's two halves and their product, and the two sums with the residual; and then of the whole model its
     # embeddings, the last norm and the logits with their softmax in fp32.
-    hidden, groups, ffn = config.model.hidden, config.model.query_groups * config.model.head_size, config.model.ffn
+    hidden, groups, ffn = config.model.hidden_size, config.model.query_groups * config.model.head_size, config.model.ffn
     layer = 2 * hidden + (hidden + 2 * groups) + (hidden + groups) + 2 * hidden + 3 * ffn + 2 * hidden
     by_hand = 2 * tokens * (2 * layer + 2 * hidden) + tokens * VOCAB_SIZE * 4
     assert by_hand <= kept[True] <= 1.15 * by_hand
@@ -82,8 +81,8 @@ def test_the_memory_of_a_weighter_that_learns(arch: str, alone: None):
     )
     tokenizer = build_tokenizer(config.tokenizer)
     vocab, eod = int(tokenizer.vocab_size), int(tokenizer.eod)
-    planned = plan_weighter(config, read_weighting_inputs(config, tokenizer), vocab, eod)
-    settings, sequence = config.weighting, config.model.sequence
+    planned = plan_weighter(config, None, vocab, eod)
+    settings, sequence = config.weighting, config.model.seq_length
     model = random_weighter_model(settings, vocab, sequence, eod, seed=1)
     weighter = Weighter(model, settings, torch.device("cpu"))
     assert planned.parameters == weighter.num_parameters and planned.is_linear == weighter.is_linear

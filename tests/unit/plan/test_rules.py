@@ -42,9 +42,9 @@ def test_what_rules_take(rule: str, steps_for_weights: float, steps_for_updates:
     assert plan.scoring.operations == pytest.approx(steps_for_weights * step)
     assert plan.update.operations == pytest.approx(steps_for_updates * step)
     assert plan.updates == ([4, 6, 8, 10] if steps_for_updates else [])
-    share = (8 * steps_for_weights + 4 * steps_for_updates) / 10  # after two iterations of warm-up
-    assert plan.overhead.operations == pytest.approx(share)
-    assert (plan.overhead.sent > 0) == (share > 0)
+    added = (8 * steps_for_weights + 4 * steps_for_updates) / 10  # after two iterations of warm-up
+    assert plan.overhead.operations == pytest.approx(added)
+    assert (plan.overhead.sent > 0) == (added > 0)
     (memory,) = plan.memory
     # An alignment pass holds more than a training pass, and the parameters to go back to are held besides.
     assert (memory.weighting_in_update > 0) == rule.endswith("-alignment")
