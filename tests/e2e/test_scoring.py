@@ -25,7 +25,6 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 
 from megatron_dwm.analysis import scoring
@@ -34,6 +33,7 @@ from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
 from megatron_dwm.weighting.weighter import Weighter
+from tests.classifiers import numbers, save_classifier_of_numbers
 from tests.paths import ROOT
 from tests.programs import Finished, Fork, call_main
 
@@ -42,25 +42,10 @@ WINDOW = 16
 
 @pytest.fixture(scope="module")
 def weighter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier of random weights over numbers as words; token 50 pads, and is in no text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("weighter")
-    words = Tokenizer(models.WordLevel({str(number): number for number in range(51)}, unk_token="0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="50").save_pretrained(folder)
-    torch.manual_seed(1)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=51, max_position_embeddings=64, num_labels=1, pad_token_id=50, **sizes)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    return folder
+    return save_classifier_of_numbers(tmp_path_factory.mktemp("weighter"))
 
 
-def text(number: int, length: int) -> str:
-    return " ".join(str((number * 7 + place * (number + 1)) % 50) for place in range(length))
-
-
-ROWS = [{"id": n, "text": text(n, 1 + (n * 11) % 40), "media": [{"a": [n, None]}]} for n in range(30)]
+ROWS = [{"id": n, "text": numbers(n, 1 + (n * 11) % 40), "media": [{"a": [n, None]}]} for n in range(30)]
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -140,7 +125,7 @@ def test_files_behind_urls_are_read_and_written_as_others(weighter: Path, tmp_pa
 
 def test_one_file_is_shared_by_several_tasks_and_a_killed_one_loses_no_row(weighter: Path, tmp_path: Path):
     """Lines belong to the part that they begin in, whatever their length; one part is as if it was not finished."""
-    rows = [{"id": n, "text": text(n, 3), "long": "x" * (n % 3 * 200)} for n in range(30)]
+    rows = [{"id": n, "text": numbers(n, 3), "long": "x" * (n % 3 * 200)} for n in range(30)]
     source = write(tmp_path / "a.jsonl", rows)
     argv = ("--weighter", weighter, "--input", source, "--window", WINDOW, "--split-bytes", 1000)
     output = tmp_path / "out"
@@ -160,7 +145,7 @@ def test_one_file_is_shared_by_several_tasks_and_a_killed_one_loses_no_row(weigh
 
 def test_an_indexed_dataset_is_scored_as_its_texts_are(weighter: Path, tmp_path: Path, capsys):
     """Its documents end with a token that no text has; with another tokenizer, texts are made of the tokens."""
-    source = write(tmp_path / "a.jsonl", [{"text": text(n, 1 + n)} for n in range(20)])
+    source = write(tmp_path / "a.jsonl", [{"text": numbers(n, 1 + n)} for n in range(20)])
     made = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tmp_path / "with_end")}
     tokenizer = AutoTokenizer.from_pretrained(weighter)
     tokenizer.eos_token = "50"
@@ -174,7 +159,7 @@ def test_an_indexed_dataset_is_scored_as_its_texts_are(weighter: Path, tmp_path:
     assert "20 documents of 1 files" in capsys.readouterr().out
     expected = [row["score"] for row in output_rows(tmp_path / "texts")]
     found = output_rows(tmp_path / "set")
-    assert [row["document"] for row in found] == list(range(20)) and found[3]["text"] == text(3, 4)
+    assert [row["document"] for row in found] == list(range(20)) and found[3]["text"] == numbers(3, 4)
     assert [row["score"] for row in found] == pytest.approx(expected, abs=1e-5)
     assert run(*usual, *flags[:2], "--output", tmp_path / "same") == 0  # the end is a token to the weighter
     assert [row["score"] for row in output_rows(tmp_path / "same")] != pytest.approx(expected, abs=1e-5)
@@ -210,13 +195,13 @@ def test_perplexity_is_that_of_the_language_model(tmp_path: Path, weighter: Path
 
 
 def test_the_rules_for_long_documents_differ(weighter: Path, tmp_path: Path):
-    source = write(tmp_path / "a.jsonl", [{"text": text(3, 3 * WINDOW)}])
+    source = write(tmp_path / "a.jsonl", [{"text": numbers(3, 3 * WINDOW)}])
     found = {}
     for rule in ("mean", "max", "first"):
         flags = ("--input", source, "--window", WINDOW, "--rule", rule, "--output", tmp_path / rule)
         assert run("--weighter", weighter, *flags) == 0
         (found[rule],) = (row["score"] for row in output_rows(tmp_path / rule))
-    head = [{"text": text(3, WINDOW)}]
+    head = [{"text": numbers(3, WINDOW)}]
     assert found["first"] == pytest.approx(plain_scores(weighter, head)[0], abs=1e-5)
     assert found["max"] > found["mean"] and found["max"] >= found["first"] != found["mean"]
 

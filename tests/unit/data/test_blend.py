@@ -16,8 +16,6 @@ from megatron_dwm.errors import UserError
 @pytest.mark.parametrize(
     ("words", "blend"),
     [
-        (None, None),
-        ([], None),
         (["a"], (["a"], None)),
         (["a", "b", "c"], (["a", "b", "c"], None)),
         (["0.3", "a", "0.7", "b"], (["a", "b"], [0.3, 0.7])),
@@ -46,6 +44,10 @@ def test_sources_are_named_by_their_files_unless_these_are_the_same() -> None:
     assert short_names(["/x/prose.train_text_document", "/x/prose.old_text_document"]) == ["prose.train", "prose.old"]
     assert short_names(["/x/a_text_document", "/y/a_text_document"]) == ["/x/a_text_document", "/y/a_text_document"]
     assert short_names(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]  # each is a source of its own
+
+
+def test_flags_without_a_path_name_no_blend() -> None:
+    assert data_paths(DataConfig(mock_data=True, train_data_path=[]), None).blends() == {}
 
 
 def test_paths_are_read_from_files(tmp_path: Path) -> None:
