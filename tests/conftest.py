@@ -196,8 +196,9 @@ def _spread_unit_tests(items: list[pytest.Item]) -> list[pytest.Item]:
     files = [list(tests) for _, tests in itertools.groupby(items, key=lambda item: item.path)]
     unit = [tests for tests in files if tests[0].get_closest_marker("unit")]
     others = [tests for tests in files if not tests[0].get_closest_marker("unit")]
-    # First those of a cluster, which wait for a scheduler most of the time; last the short files of mathematics.
+    # First those that wait most of the time, also for a cluster's scheduler; last the short files of mathematics.
     others.sort(key=lambda tests: tests[0].get_closest_marker("e2e") is None)
-    others.sort(key=lambda tests: not any(test.get_closest_marker("slurm") for test in tests))
+    for marker in ("waiting", "slurm"):
+        others.sort(key=lambda tests: not any(test.get_closest_marker(marker) for test in tests))
     placed = [(number / len(kind), tests) for kind in (others, unit) for number, tests in enumerate(kind)]
     return [item for _, tests in sorted(placed, key=lambda place: place[0]) for item in tests]

@@ -20,6 +20,8 @@ from megatron_dwm.runtime import peer_watch, rendezvous, startup_sync
 from megatron_dwm.runtime.rendezvous import free_port
 from tests.distributed.harness import become_rank
 
+pytestmark = pytest.mark.waiting
+
 FORK = multiprocessing.get_context("fork")
 SECONDS = 6
 """That ranks are waited for, in place of minutes; more than a busy machine keeps a process waiting."""

@@ -24,7 +24,6 @@ TP2 = {"--tensor-model-parallel-size": 2}
 PP2 = {"--pipeline-model-parallel-size": 2}
 SHARDED = {"--use-distributed-optimizer": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "TP2": (2, TP2),
     "TP2, sequence parallel": (2, {**TP2, "--sequence-parallel": True}),
     "PP2": (2, {**PP2, "--eval-micro-batch-size": 1, "--eval-global-batch-size": 5}),
     "PP2, interleaved": (2, {**PP2, "--num-virtual-stages-per-pipeline-rank": 2}),
@@ -47,7 +46,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 CP2 = {"--context-parallel-size": 2}
 DIVIDED_SEQUENCES: dict[str, tuple[int, dict[str, Any]]] = {
-    "CP2": (2, CP2),
     "TP2, sequence parallel, x CP2": (4, {**TP2, "--sequence-parallel": True, **CP2}),
     "PP2, interleaved, x CP2": (4, {**PP2, "--num-virtual-stages-per-pipeline-rank": 2, **CP2}),
     "CP2 x DP2, distributed optimizer": (4, {**CP2, **SHARDED}),
