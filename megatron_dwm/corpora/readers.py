@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import io
@@ -36,6 +37,8 @@ _MAGIC = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
+_TEXTS = {".csv": "CSV", ".tsv": "TSV", ".txt": "plain text", ".md": "Markdown", ".html": "HTML", ".xml": "XML"}
+"""Formats that only the name tells, if the content is not JSON lines under such a name."""
 MANIFEST_SUFFIX = ".manifest.json"
 """How the names of files end that describe a selection next to it."""
 _READ = ("JSON lines", "gzip", "zstd", "parquet")
@@ -226,12 +229,15 @@ def _format_of(path: str, file: io.BufferedReader) -> str:
     except OSError as error:
         raise UserError(f"--input {path}: cannot be read ({error.strerror}); check the file") from None
     kind = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), "JSON lines")
+    suffix = os.path.splitext(path)[1].lower()
+    if kind == "JSON lines" and (text := start.removeprefix(codecs.BOM_UTF8).lstrip()) and not text.startswith(b"{"):
+        kind = _TEXTS.get(suffix, kind)
     if kind not in _READ:
         raise UserError(
             f"--input {path}: {kind} files are not supported; give JSON lines, plain or compressed with gzip or zstd, "
             "or Parquet"
         )
-    named = _SUFFIXES.get(os.path.splitext(path)[1].lower())
+    named = _SUFFIXES.get(suffix)
     if named is not None and kind != named and start:
         raise UserError(f"--input {path}: its name says {named}, but its content is not {named}; check the file")
     return kind

@@ -173,6 +173,16 @@ def test_a_format_that_is_not_read_is_named(content: bytes, kind: str, tmp_path:
         read(path)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("a.csv", "CSV"), ("a.TSV", "TSV"), ("a.txt", "plain text")])
+def test_a_text_that_is_not_read_is_named_unless_it_holds_json_lines(name: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"text,source\n")
+    with pytest.raises(UserError, match=rf"--input {path}: {kind} files are not supported; give JSON lines"):
+        read(path)
+    path.write_bytes(b"\n" + LINES)
+    assert len(read(path)) == len(DOCUMENTS)
+
+
 @pytest.mark.parametrize(("name", "kind"), [("a.jsonl.gz", "gzip"), ("a.zst", "zstd"), ("a.parquet", "parquet")])
 def test_a_file_that_is_not_what_its_name_says_is_refused(name: str, kind: str, tmp_path: Path) -> None:
     path = tmp_path / name
