@@ -27,6 +27,8 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.model.attributes import temporary_attributes
 from megatron_dwm.model.loss import SampleLosses
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
 def reported_divergence(iteration: int) -> Iterator[None]:
@@ -57,17 +59,18 @@ class StepValidation:
         """Create megatron-core's state machine, of which a process has only one."""
         self.mode = RerunMode(flags.rerun_mode)
         self.is_active = self.mode != RerunMode.DISABLED
-        if not self.is_active:
-            # megatron-core's checks need one too, and would warn that they create it.
-            with temporary_attributes(logging.getLogger(rerun_state_machine.__name__), {"disabled": True}):
+        # megatron-core's checks need one in any case, and it calls itself disabled: its mode is set within steps alone.
+        with temporary_attributes(logging.getLogger(rerun_state_machine.__name__), {"disabled": True}):
+            if not self.is_active:
                 get_rerun_state_machine()
-            return
-        injector = RerunErrorInjector(flags.error_injection_rate, RerunDiagnostic(flags.error_injection_type))
-        rerun_state_machine.initialize_rerun_state_machine(
-            state_save_func=lambda: get_cuda_rng_tracker().get_states(),
-            state_restore_func=lambda states: get_cuda_rng_tracker().set_states(states),
-            error_injector=injector,
-        )
+                return
+            injector = RerunErrorInjector(flags.error_injection_rate, RerunDiagnostic(flags.error_injection_type))
+            rerun_state_machine.initialize_rerun_state_machine(
+                state_save_func=lambda: get_cuda_rng_tracker().get_states(),
+                state_restore_func=lambda states: get_cuda_rng_tracker().set_states(states),
+                error_injector=injector,
+            )
+        logger.info(f"RerunStateMachine initialized in mode {self.mode}")
         # As in Megatron-LM the first step is not validated, because no checkpoint could be saved after it.
         get_rerun_state_machine().first_iteration_complete = True
 

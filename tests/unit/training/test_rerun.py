@@ -12,6 +12,7 @@ from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 
 from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.errors import UserError
+from megatron_dwm.training import rerun
 from megatron_dwm.training.rerun import StepValidation, reported_divergence
 from tests.distributed.harness import run_distributed
 
@@ -52,14 +53,15 @@ def test_megatron_cores_state_machine_does_not_report_at_each_step(mode: Literal
         lines: list[str] = []
         handler = logging.Handler()
         handler.emit = lambda record: lines.append(record.getMessage())
-        logger = logging.getLogger(rerun_state_machine.__name__)
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+        for module in (rerun_state_machine, rerun):
+            logger = logging.getLogger(module.__name__)
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
         validation = StepValidation(TrainingConfig(micro_batch_size=1, train_iters=1, rerun_mode=mode))
         for iteration in (1, 2, 3):
             for _ in validation.passes(iteration):
                 get_rerun_state_machine().validate_result(1.0, lambda _: False, "no message")
         return lines
 
-    once = [f"RerunStateMachine initialized in mode {RerunMode.DISABLED}", "Result validation enabled"]
+    once = [f"RerunStateMachine initialized in mode {RerunMode.VALIDATE_RESULTS}", "Result validation enabled"]
     assert run_distributed(check, 1) == [[] if mode == "disabled" else once]
