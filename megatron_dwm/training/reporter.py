@@ -30,7 +30,7 @@ from megatron_dwm.runtime.logging import LAST_RANK
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.runtime.timers import StepTimers
 from megatron_dwm.training.memory_report import MemoryReport
-from megatron_dwm.training.run_records import AFTER_TRAINING, RunRecords
+from megatron_dwm.training.run_recorder import AFTER_TRAINING, RunRecorder
 from megatron_dwm.training.step import StepResult
 from megatron_dwm.training.train_state import TrainState
 
@@ -79,7 +79,7 @@ class Reporter:
         run: ReportedRun,
         flags: LoggingConfig,
         parallel_state: ParallelState,
-        records: RunRecords,
+        records: RunRecorder,
         memory: MemoryReport,
         timers: StepTimers,
         energy: EnergyMeter,

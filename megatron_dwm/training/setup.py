@@ -44,7 +44,7 @@ from megatron_dwm.training.profiler import StepProfiler
 from megatron_dwm.training.progress_log import ProgressLog
 from megatron_dwm.training.reporter import ReportedRun, Reporter
 from megatron_dwm.training.resume_checks import check_resume, overruled_flags, resume_warnings, resumed_vocab_size
-from megatron_dwm.training.run_records import RunRecords, open_records
+from megatron_dwm.training.run_recorder import RunRecorder, open_recorder
 from megatron_dwm.training.save_folder import SaveFolder, check_owner, check_writable, output_folders, visible_holders
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint, open_checkpoint
 from megatron_dwm.training.torch_format import open_torch_checkpoint
@@ -263,11 +263,11 @@ def _reporter(
     config: RunConfig, language_model: LanguageModel, train_state: TrainState, timers: StepTimers
 ) -> Reporter:
     parallel_state, vocab = language_model.parallel_state, language_model.padded_vocab_size
-    records = RunRecords()
+    records = RunRecorder()
     energy = EnergyMeter(is_wanted=config.profiling.log_energy)
     if parallel_state.is_last_rank:
         has_trained = train_state.iteration >= config.train_iters and not config.training.skip_train
-        records = open_records(
+        records = open_recorder(
             config.logging, config.checkpoint.save, config.flat(), train_state, has_trained=has_trained
         )
     estimate = partial(

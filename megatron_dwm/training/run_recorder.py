@@ -15,7 +15,7 @@ _EVALUATIONS = {"evaluation": "validation", "tasks": "tasks"}
 """The evaluation that makes the records of a kind."""
 
 
-class RunRecords:
+class RunRecorder:
     """Writes JSON-lines records and curves, on the last rank; on the others it writes nothing."""
 
     def __init__(self, jsonl: JsonLinesWriter | None = None, boards: Sequence[ScalarWriter] = ()) -> None:
@@ -48,9 +48,9 @@ class RunRecords:
             board.close()
 
 
-def open_records(
+def open_recorder(
     flags: LoggingConfig, save: str | None, arguments: Mapping[str, Any], start: TrainState, *, has_trained: bool
-) -> RunRecords:
+) -> RunRecorder:
     """Open the files that the flags name; called on the last rank.
 
     Records that the run will write again, because it resumes from before them, are removed.
@@ -78,4 +78,4 @@ def open_records(
         boards.append(TensorBoardWriter(flags.tensorboard_dir, flags.tensorboard_queue_size))
     if flags.wandb_project:
         boards.append(WandbWriter(flags, save, arguments))
-    return RunRecords(jsonl, boards)
+    return RunRecorder(jsonl, boards)
