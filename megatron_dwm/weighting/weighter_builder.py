@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_dwm.data.hf_tokenizers import save_hf_tokenizer
 from megatron_dwm.errors import UserError
+from megatron_dwm.model.hf_model import gather_first_layers
 from megatron_dwm.weighting.context import WeightingContext
 from megatron_dwm.weighting.export import FolderExporter, NoExport, WeighterExporter, run_facts
 from megatron_dwm.weighting.inputs import WeighterInputs
@@ -17,9 +18,10 @@ from megatron_dwm.weighting.sample_reader import SampleReader
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_folder import WeighterFolder, read_weighter_folder, text_reader, window_reader
 from megatron_dwm.weighting.weighter_init import (
+    lm_shaped_model,
     random_weighter_model,
     weighter_model_from_json,
-    weighter_model_from_lm,
+    zero_head,
 )
 from megatron_dwm.weighting.weighter_stages import WeighterStage
 
@@ -130,10 +132,14 @@ class WeighterBuilder:
         return self._weighter(folder.model, folder.reader, fingerprint, folder.tokenizer_digest)
 
     def _new_model(self) -> Any:
+        """Return a model of random weights, or one with the language model's embedding and first layers."""
         settings, model, seed = self.settings, self.config.model, self.config.training.seed
         vocab, eod = int(self.context.tokenizer.vocab_size), int(self.context.tokenizer.eod)
         if settings.dwm_init_from == "random":
             return random_weighter_model(settings, vocab, model.seq_length, eod, seed)
-        engine = self.context.engine
-        with engine.full_parameters():
-            return weighter_model_from_lm(engine.chunks, model, settings, vocab, eod, seed)
+        classifier, layers = lm_shaped_model(model, settings, vocab, eod, seed), settings.dwm_num_layers
+        with self.context.engine.full_parameters():
+            state = gather_first_layers(self.context.engine.chunks, model, num_layers=layers, vocab_size=vocab)
+        classifier.base_model.load_state_dict(state)
+        zero_head(classifier)
+        return classifier

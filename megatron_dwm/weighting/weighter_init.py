@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -63,23 +63,6 @@ def ngram_weighter_model(config: WeightingConfig, vocab_size: int, eod: int, see
     if not model.is_linear:
         zero_head(model)
     return model
-
-
-def weighter_model_from_lm(
-    chunks: Sequence[Any], model: ModelConfig, config: WeightingConfig, vocab_size: int, eod: int, seed: int
-) -> Any:
-    """Return a classifier with the language model's embedding and first layers; every rank must call it.
-
-    Raises:
-        UserError: the language model's architecture has no Hugging Face counterpart, or it has too few layers.
-    """
-    from megatron_dwm.model.hf_model import gather_first_layers
-
-    classifier = lm_shaped_model(model, config, vocab_size, eod, seed)
-    state = gather_first_layers(chunks, model, num_layers=config.dwm_num_layers, vocab_size=vocab_size)
-    classifier.base_model.load_state_dict(state)
-    zero_head(classifier)
-    return classifier
 
 
 def lm_shaped_model(model: ModelConfig, config: WeightingConfig, vocab_size: int, eod: int, seed: int) -> Any:
