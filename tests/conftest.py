@@ -35,13 +35,14 @@ PROGRAMS = {"slurm": ("munged", "slurmctld", "slurmd", "sbatch", "srun"), "brows
 """Programs that the tests of a marker start."""
 PACKAGES = {"slurm": "slurm-wlm munge", "browser": "chromium"}
 """Debian's packages that have them."""
-GPUS_NEEDED = {"gpu": 1, "gpus": 2}
+GPUS_NEEDED = {"gpu": 1, "gpus": 2, "three_gpus": 3}
 """GPUs that the tests of a marker need; without them they are deselected in any case."""
 FIXTURES = {
     "cluster": "slurm",
     "browser": "browser",
     "one_gpu": "gpu",
     "two_gpus": "gpus",
+    "three_gpus": "three_gpus",
     "transformer_engine": "transformer_engine",
 }
 """Markers of the tests that use a fixture."""
@@ -84,6 +85,11 @@ def one_gpu() -> None:
 @pytest.fixture
 def two_gpus() -> None:
     """What a test needs that is to run where there are two GPUs."""
+
+
+@pytest.fixture
+def three_gpus() -> None:
+    """What a test needs that is to run where there are three GPUs."""
 
 
 @pytest.fixture

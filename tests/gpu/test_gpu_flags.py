@@ -73,6 +73,13 @@ def test_the_detector_of_stragglers_reports_with_every_line(tmp_path: Path):
     assert len(re.findall(r"MnRtt/Rnk: .*MxEtpt/Rnk: [\d.]+TF/0", output)) == 2
 
 
+@pytest.mark.usefixtures("three_gpus")
+def test_the_detector_of_stragglers_lists_as_many_ranks_as_asked_for(tmp_path: Path):
+    flags = {"--log-straggler": True, "--straggler-ctrlr-port": free_port(), "--straggler-minmax-count": 2}
+    output, _ = pretrain(tmp_path, {**flags, "--global-batch-size": 6}, processes=3)  # fewer than all, or it lists none
+    assert output.count("Bottom 2 Ranks") == output.count("Top    2 Ranks") == 2
+
+
 @pytest.mark.usefixtures("one_gpu")
 def test_the_detector_of_stragglers_can_begin_turned_off(tmp_path: Path):
     flags = {"--log-straggler": True, "--straggler-ctrlr-port": free_port(), "--disable-straggler-on-startup": True}
