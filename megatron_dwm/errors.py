@@ -58,10 +58,18 @@ def shortened(value: object, max_length: int = 200) -> str:
 
 
 def print_error(error: UserError) -> None:
-    """Print the error's one line on standard error."""
+    """Print the error's one line on standard error; if that cannot be written, the exit code alone tells of it."""
     words = (shortened(word, MAX_WORD_CHARACTERS) for word in str(error).split())
     # In one piece: other ranks write to the same screen.
-    print(f"error: {shortened(' '.join(words), MAX_CHARACTERS)}\n", file=sys.stderr, end="", flush=True)
+    with contextlib.suppress(OSError):
+        print(f"error: {shortened(' '.join(words), MAX_CHARACTERS)}\n", file=sys.stderr, end="", flush=True)
+
+
+def flush_output() -> None:
+    """Write out what the streams still hold, before the process ends at once; what cannot be written is lost."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ import errno
 import os
 from pathlib import Path
 
+from megatron_dwm.errors import UserError
+
 _WHAT = "a named pipe, a socket or a device where a file belongs"
 
 
@@ -21,6 +23,20 @@ def find_special_file(folder: Path) -> str | None:
             if not entry.is_file() and not entry.is_dir() and os.path.exists(entry.path):
                 return f"{entry.name} is {_WHAT}"
     return None
+
+
+def require_plain_files(folder: Path, named: str, remedy: str) -> None:
+    """Refuse a folder that holds a special file; a path that is no folder passes.
+
+    Args:
+        named: the folder, as the error's line begins.
+        remedy: what to do instead.
+
+    Raises:
+        UserError: it holds one.
+    """
+    if special := find_special_file(folder):
+        raise UserError(f"{named}: {special}; {remedy}")
 
 
 def read_text(path: Path) -> str:

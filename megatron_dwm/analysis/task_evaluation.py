@@ -110,11 +110,11 @@ class TaskEvaluator:
         if local and max(num_fewshot) > FEWSHOT_ITEMS:
             raise UserError(f"--num-fewshot {max(num_fewshot)}: local tasks have {FEWSHOT_ITEMS} examples; give fewer")
 
-        own = list(task_path) or None
-        self.manager = TaskManager(include_path=own, include_defaults=False)
+        folders = list(task_path) or None
+        self.manager = TaskManager(include_path=folders, include_defaults=False)
         if not all(self.manager.match_tasks([name]) for name in others):
             # Reading the harness's thousands of tasks takes seconds: only where one of them is asked for.
-            self.manager = TaskManager(include_path=own)
+            self.manager = TaskManager(include_path=folders)
         for name in others:
             if not self.manager.match_tasks([name]):
                 raise UserError(

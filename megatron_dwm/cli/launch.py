@@ -6,7 +6,6 @@ once, by the rank that found it, and ends every other rank.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import multiprocessing
 import os
@@ -30,6 +29,7 @@ from megatron_dwm.errors import (
     UserError,
     as_user_error,
     exit_code_of,
+    flush_output,
     print_error,
 )
 from megatron_dwm.runtime.child_processes import end_children_with_this_process, require_temporary_folder
@@ -138,8 +138,7 @@ def _end_failed(error: BaseException, peers: PeerWatch) -> None:
     Raises:
         SystemExit: this is the only process, or all ranks know of the failure; otherwise the process ends here.
     """
-    with contextlib.suppress(OSError):  # the error is told even if the log has no room
-        sys.stdout.flush()
+    flush_output()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at a worker's end
     for worker in multiprocessing.active_children():
         # Processes of data loaders ignore the signal by which Python would end them. For those that write checkpoints
@@ -160,8 +159,6 @@ def _end_failed(error: BaseException, peers: PeerWatch) -> None:
     peers.linger()
     code = exit_code_of(error)
     if peers.world_size > 1:  # no cleanup: what it would wait for may be gone
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
+        flush_output()
         os._exit(code)
     raise SystemExit(code) from None

@@ -118,8 +118,8 @@ def _main(argv: Sequence[str] | None) -> None:
     if slurm.slurm_partition is not None:
         with refused_output(output):
             number = submit("score", [job], config.workers, slurm, logs)
-        its_logs = f"{output}/logs/slurm_logs"
-        done = "all tasks are done" if number is None else f"submitted job {number}; its logs are in {its_logs}"
+        submitted = f"submitted job {number}; its logs are in {output}/logs/slurm_logs"
+        done = "all tasks are done" if number is None else submitted
         print(f"{output}/data: {tasks} tasks, {done}")
         return
     start = time.perf_counter()

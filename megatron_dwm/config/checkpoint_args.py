@@ -14,7 +14,7 @@ from megatron_dwm.config.needed_flags import YARN_FIELDS, missing_flag
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.safe_unpickling import UnreadableFileError, read_common_state, read_torch_file
-from megatron_dwm.special_files import find_special_file
+from megatron_dwm.special_files import require_plain_files
 
 UNKNOWN_PARTS = (
     "experimental_attention_variant",
@@ -105,8 +105,7 @@ def read_arguments(folder: Path) -> dict[str, Any]:
         UserError: it has none.
     """
     path = first_rank_file(folder)
-    if special := find_special_file(folder if path is None else path.parent):
-        raise UserError(f"{folder}: {special}; the checkpoint is damaged, give another")
+    require_plain_files(folder if path is None else path.parent, str(folder), "the checkpoint is damaged, give another")
     try:
         common = read_common_state(folder) if path is None else read_torch_file(path)
     except UnreadableFileError as error:
@@ -205,8 +204,8 @@ def _difference(name: str, value: Any, found: Any) -> str:
     )
     if item.value_type is not None and None not in (value, found):
         return f"{item.names[0]} {value} is not what the checkpoint was saved with, {found}"
-    words = {item.default: "not given", None: "not given"}
-    here, there = (words.get(side, "given" if item.value_type is None else str(side)) for side in (value, found))
+    given = "given" if item.value_type is None else None  # of a switch there is no value to name
+    here, there = ("not given" if side in (item.default, None) else given or side for side in (value, found))
     return f"{item.names[0]} is {here}, but was {there} when the checkpoint was saved"
 
 

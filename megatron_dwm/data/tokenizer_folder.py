@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dwm.errors import UserError, shortened
-from megatron_dwm.special_files import find_special_file
+from megatron_dwm.special_files import require_plain_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+REMEDY = "put a tokenizer's file there"
+"""What to do about a special file in a tokenizer's folder."""
 
 
 def load_tokenizer_folder(folder: str | Path, flag: str = "") -> PreTrainedTokenizerBase:
@@ -24,7 +27,7 @@ def load_tokenizer_folder(folder: str | Path, flag: str = "") -> PreTrainedToken
     from transformers import AutoTokenizer
 
     named = f"{flag} {folder}".lstrip()
-    require_plain_files(folder, named)
+    require_plain_files(Path(folder), named, REMEDY)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the tokenizer's class raises
@@ -33,20 +36,6 @@ def load_tokenizer_folder(folder: str | Path, flag: str = "") -> PreTrainedToken
         raise UserError(f"{named}: {problem}; give a Hugging Face folder with a tokenizer's files") from error
     require_vocabulary(tokenizer, folder, named)
     return tokenizer
-
-
-def require_plain_files(folder: str | Path, named: str) -> None:
-    """Refuse a folder in which a named pipe or a device stands in place of a file: reading it would not end.
-
-    Args:
-        folder: what a tokenizer is loaded from; a name on the Hub passes.
-        named: the folder, as the error's line begins.
-
-    Raises:
-        UserError: there is one.
-    """
-    if special := find_special_file(Path(folder)):
-        raise UserError(f"{named}: {special}; put a tokenizer's file there")
 
 
 def require_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: str | Path, named: str) -> None:

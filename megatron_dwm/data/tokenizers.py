@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.data.tokenizer_folder import require_plain_files, require_vocabulary
+from megatron_dwm.data.tokenizer_folder import REMEDY, require_vocabulary
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.extras import require_packages
 from megatron_dwm.runtime.compat import build_core_tokenizer
+from megatron_dwm.special_files import require_plain_files
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
@@ -30,7 +31,7 @@ def build_tokenizer(config: TokenizerConfig) -> MegatronTokenizerText:
     if config.tokenizer_type == "TikTokenizer":
         require_packages("--tokenizer-type TikTokenizer", "tiktoken")
     if config.tokenizer_type == "HuggingFaceTokenizer":
-        require_plain_files(str(config.tokenizer_model), f"--tokenizer-model {config.tokenizer_model}")
+        require_plain_files(Path(str(config.tokenizer_model)), f"--tokenizer-model {config.tokenizer_model}", REMEDY)
     try:
         if config.tokenizer_type == "GPT2BPETokenizer":
             return _build_gpt2(config)
@@ -55,10 +56,9 @@ def _build_gpt2(config: TokenizerConfig) -> MegatronTokenizerText:
 
     Megatron-Core looks up "gpt2" on the Hub even if both files are given, so it gets a folder with the files.
     """
-    files = [path for path in (config.vocab_file, config.merge_file) if path is not None]  # TokenizerConfig needs both
     with tempfile.TemporaryDirectory() as folder:
-        for path, name in zip(files, ("vocab.json", "merges.txt"), strict=True):
-            shutil.copyfile(path, Path(folder, name))
+        for path, name in ((config.vocab_file, "vocab.json"), (config.merge_file, "merges.txt")):
+            shutil.copyfile(str(path), Path(folder, name))  # TokenizerConfig requires both
         Path(folder, "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
         in_folder = replace(
             config,

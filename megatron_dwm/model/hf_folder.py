@@ -18,7 +18,7 @@ from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.model.hf_config import architecture, hf_config, model_config
 from megatron_dwm.model.quiet_loading import quiet_loading
-from megatron_dwm.special_files import find_special_file
+from megatron_dwm.special_files import require_plain_files
 
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = "embed_tokens.weight", "wte.weight"
@@ -139,8 +139,7 @@ def read_hugging_face(folder: Path, flag: str = "--input") -> HuggingFaceModel:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{flag} {folder}: no config.json there; give the folder of a Hugging Face model")
-    if special := find_special_file(folder):
-        raise UserError(f"{flag} {folder}: {special}; save the model again")
+    require_plain_files(folder, f"{flag} {folder}", "save the model again")
     try:
         return _read(folder)
     except UserError as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -16,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from megatron_dwm.errors import EXIT_CODE, INTERRUPTED, UserError, exit_code_of, print_error
+from megatron_dwm.errors import EXIT_CODE, INTERRUPTED, UserError, exit_code_of, flush_output, print_error
 from megatron_dwm.runtime.rendezvous import Heartbeats, StoreWatch
 from megatron_dwm.runtime.stop_signals import RETRY_EXIT_CODE, StartSignals, exit_after_signal, start_signal_error
 
@@ -156,7 +155,7 @@ class PeerWatch:
             failure = json.loads(self._failures.get("first"))
             self._mark_read(self._failures)
         except RuntimeError:  # the store has ended with its host, which was killed or has stopped waiting
-            print(f"error: rank {self.rank} ends because another rank failed", file=sys.stderr, flush=True)
+            print_error(UserError(f"rank {self.rank} ends because another rank failed"))
             os._exit(1)
         self._end(failure, self._failures)
 
@@ -221,8 +220,8 @@ class PeerWatch:
     def _end(self, failure: dict[str, Any], store: dist.Store) -> NoReturn:
         # For these the failed rank's line is enough.
         if failure["code"] not in (EXIT_CODE, INTERRUPTED, RETRY_EXIT_CODE):
-            line = f"error: rank {self.rank} ends because rank {failure['rank']} failed ({failure['reason']})"
-            print(line, file=sys.stderr, flush=True)
-        sys.stdout.flush()
+            reason = f"rank {failure['rank']} failed ({failure['reason']})"
+            print_error(UserError(f"rank {self.rank} ends because {reason}"))
+        flush_output()
         self._linger(store)
         os._exit(failure["code"])  # no cleanup, because it could wait for ranks that have ended

@@ -160,7 +160,7 @@ def open_checkpoint(folder: Path, *, should_verify: bool = True, rank: int = 0, 
         return saved
 
 
-def require_plain_files(folder: Path) -> None:
+def refuse_special_files(folder: Path) -> None:
     """Refuse a checkpoint in which a named pipe or a device stands in place of a file: reading it would not end.
 
     Raises:
@@ -207,7 +207,7 @@ def verify_torch_checkpoint(folder: Path, on_read: Callable[[int], object] = lam
     Raises:
         DamagedCheckpointError: it is damaged.
     """
-    require_plain_files(folder)
+    refuse_special_files(folder)
     _require_all_checksums(folder, on_read)
     for path in sorted(folder.glob("mp_rank_*/*.pt")):
         try:
@@ -254,7 +254,7 @@ def _open(folder: Path) -> SavedCheckpoint:
     Raises:
         DamagedCheckpointError: a file is missing or damaged.
     """
-    require_plain_files(folder)
+    refuse_special_files(folder)
     try:
         described = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
         if described["sharded_backend"] != "torch_dist":

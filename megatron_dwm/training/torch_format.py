@@ -36,9 +36,9 @@ from megatron_dwm.training.resume_checks import WORD_EMBEDDINGS
 from megatron_dwm.training.saved_checkpoint import (
     DamagedCheckpointError,
     SavedCheckpoint,
+    refuse_special_files,
     reported_damage,
     require_checksums,
-    require_plain_files,
 )
 from megatron_dwm.training.train_state import TrainComponents, TrainState
 
@@ -74,7 +74,7 @@ def open_torch_checkpoint(path: Path, config: RunConfig, rank: int) -> TorchChec
     """
     pp, folder = config.parallel.pp, path.parents[1]
     with reported_damage(folder):
-        require_plain_files(folder)
+        refuse_special_files(folder)
         if config.checkpoint.checkpoint_checksums:
             require_checksums(folder, rank, config.world_size)
         state = read_torch_file(path)

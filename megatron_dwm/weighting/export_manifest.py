@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_dwm.checksums import checksum, find_damage, parse_checksums
 from megatron_dwm.errors import UserError, shortened
-from megatron_dwm.special_files import find_special_file
+from megatron_dwm.special_files import require_plain_files
 
 MANIFEST = "dwm_manifest.json"
 _DIGEST_OF_MANIFEST = "manifest_sha256"
@@ -81,8 +81,7 @@ def verify_export(flag: str, folder: Path) -> bool:
     Raises:
         UserError: the manifest is damaged, or a file is none, or not as it was exported.
     """
-    if special := find_special_file(folder):
-        raise UserError(f"{flag} {folder}: {special}; export the weighter again, or give another")
+    require_plain_files(folder, f"{flag} {folder}", "export the weighter again, or give another")
     if not (folder / MANIFEST).exists():
         return False
     try:

@@ -81,7 +81,7 @@ class OracleWeighting(ScoredWeighting):
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
         """Return 0 for the samples that count and -inf for the others."""
         source = self.sample_gather.gather_from_replicas(batch.source).cpu()
-        return scores_of_only(torch.isin(source, self._counting))
+        return _scores_of_selected(torch.isin(source, self._counting))
 
 
 class SourceWeighting(ScoredWeighting):
@@ -122,7 +122,7 @@ class RandomHalfWeighting(ScoredWeighting):
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
         """Return 0 for the samples of the half and -inf for the others; all 0 in a batch without any of them."""
         index = self.sample_gather.gather_from_replicas(batch.index).cpu()
-        return scores_of_only(torch.from_numpy(half_of_samples(index.numpy(), self.seed)))
+        return _scores_of_selected(torch.from_numpy(half_of_samples(index.numpy(), self.seed)))
 
 
 class ShuffledWeighting(BilevelWeighting):
@@ -152,9 +152,9 @@ def source_numbers(weight_metrics: WeightMetrics, sources: Sequence[str]) -> lis
     return [known.index(name) for name in sources]
 
 
-def scores_of_only(is_counted: torch.Tensor) -> torch.Tensor:
+def _scores_of_selected(is_selected: torch.Tensor) -> torch.Tensor:
     """Return 0 for the samples that count and -inf for the others [N]; all 0 if none of the batch counts."""
-    return torch.where(is_counted, 0.0, float("-inf")) if bool(is_counted.any()) else torch.zeros(len(is_counted))
+    return torch.where(is_selected, 0.0, float("-inf")) if bool(is_selected.any()) else torch.zeros(len(is_selected))
 
 
 def half_of_samples(index: np.ndarray, seed: int) -> np.ndarray:

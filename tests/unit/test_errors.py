@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.utils.data import DataLoader
 
-from megatron_dwm.errors import UserError, as_user_error, renamed_flags, reported_write_failure, write_failure_reason
+from megatron_dwm.errors import (
+    UserError,
+    as_user_error,
+    flush_output,
+    print_error,
+    renamed_flags,
+    reported_write_failure,
+    write_failure_reason,
+)
 
 
 def write_tokenizer() -> None:
@@ -135,3 +144,14 @@ def test_an_error_names_the_flags_that_the_user_has_given():
         renamed_flags({"--input": "--scores", "--task": "--other"}),
     ):
         raise UserError("--input a.jsonl: is not --input-format x; see --tasks, not --input")
+
+
+def test_an_error_that_cannot_be_printed_raises_no_other(monkeypatch: pytest.MonkeyPatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    stream = os.fdopen(writing, "w")
+    monkeypatch.setattr(sys, "stderr", stream)
+    print_error(UserError("nobody reads this"))
+    flush_output()
+    with pytest.raises(BrokenPipeError):
+        stream.close()

@@ -20,10 +20,10 @@ from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers, vie
 
 
 class GradientAverage(Protocol):
-    """What a target gradient is replaced by."""
+    """Replaces each target gradient by an average over updates, or leaves it."""
 
     def average(self, gradients: GradientBuffers) -> None:
-        """Replace a gradient; a collective call of all ranks."""
+        """Replace the gradient in the buffers; a collective call of all ranks."""
 
     def state(self) -> tuple[float, Direction] | None:
         """Return what a checkpoint holds; None if nothing."""
