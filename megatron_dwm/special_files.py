@@ -1,9 +1,10 @@
-"""Named pipes, sockets and devices in place of files: reading one waits for a writer, or does not end."""
+"""Files that cannot be read: named pipes, sockets and devices, which do not end, and those without permission."""
 
 from __future__ import annotations
 
 import errno
 import os
+from itertools import chain
 from pathlib import Path
 
 from megatron_dwm.errors import UserError
@@ -25,8 +26,23 @@ def find_special_file(folder: Path) -> str | None:
     return None
 
 
+def require_permission(folder: Path, named: str) -> None:
+    """Refuse a folder that this process may not read, or that holds a file of that kind: it is not damaged.
+
+    Args:
+        named: the folder, as the error's line begins.
+
+    Raises:
+        UserError: it may not.
+    """
+    # A folder comes before what is in it, and of one that may not be listed nothing is.
+    for path in chain((folder,), folder.glob("*"), folder.glob("mp_rank_*/*")):
+        if os.path.exists(path) and not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+            raise UserError(f"{named}: {path.name} may not be read (Permission denied); give this user the permission")
+
+
 def require_plain_files(folder: Path, named: str, remedy: str) -> None:
-    """Refuse a folder that holds a special file; a path that is no folder passes.
+    """Refuse a folder that holds a special file, or one without permission; a path that is no folder passes.
 
     Args:
         named: the folder, as the error's line begins.
@@ -35,6 +51,7 @@ def require_plain_files(folder: Path, named: str, remedy: str) -> None:
     Raises:
         UserError: it holds one.
     """
+    require_permission(folder, named)
     if special := find_special_file(folder):
         raise UserError(f"{named}: {special}; {remedy}")
 

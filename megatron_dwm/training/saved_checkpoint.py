@@ -27,7 +27,7 @@ from megatron_dwm.safe_unpickling import (
     restricted_reader,
     short_reason,
 )
-from megatron_dwm.special_files import find_special_file
+from megatron_dwm.special_files import find_special_file, require_permission
 from megatron_dwm.training.checkpoint_checksums import part_of_rank, read_checksums
 from megatron_dwm.training.checkpoint_folders import (
     DWM_STATE,
@@ -165,7 +165,9 @@ def refuse_special_files(folder: Path) -> None:
 
     Raises:
         DamagedCheckpointError: there is one.
+        UserError: this process may not read a file.
     """
+    require_permission(folder, f"--load {folder.parent}: {folder.name}")
     for part in (folder, *folder.glob("mp_rank_*")):
         if special := find_special_file(part):
             raise DamagedCheckpointError(special)
@@ -282,7 +284,7 @@ def _remedy(folder: Path) -> str:
     if folder.parent.name == NON_PERSISTENT:
         return "leave out --non-persistent-ckpt-type to load a persistent checkpoint"
     for older in older_checkpoints(folder):
-        with contextlib.suppress(DamagedCheckpointError):
+        with contextlib.suppress(DamagedCheckpointError, UserError):
             if has_torch_format(older):
                 for _ in verify_torch_checkpoint(older):
                     pass

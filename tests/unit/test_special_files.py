@@ -1,7 +1,9 @@
-"""Named pipes, sockets and devices in place of files are refused, and not waited for."""
+"""Named pipes, sockets and devices in place of files are refused, and not waited for; so are files of others."""
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -79,3 +81,25 @@ def test_it_is_refused_wherever_files_of_others_are_read(reader: str, tmp_path: 
     os.mkfifo(path / name)
     with pytest.raises((UserError, DamagedCheckpointError), match="a named pipe, a socket or a device where a file"):
         read(path)
+
+
+@pytest.mark.parametrize("reader", [name for name, (file, _) in READERS.items() if file])
+def test_a_file_without_permission_is_not_called_damaged(reader: str, tmp_path: Path):
+    name, read = READERS[reader]
+    path = tmp_path / "iter_0000004"
+    (path / name).parent.mkdir(parents=True)
+    (path / "config.json").write_text("{}")
+    (path / name).touch(mode=0o200)
+
+    def work() -> None:
+        # Without root's capabilities (version 3 of the call, this process, none) permissions count for root too.
+        assert ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), bytes(24)) == 0
+        with pytest.raises(UserError) as raised:
+            read(path)
+        line = f"{Path(name).name} may not be read (Permission denied); give this user the permission"
+        os._exit(0 if str(raised.value).endswith(line) and "damaged" not in str(raised.value) else 1)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == 0

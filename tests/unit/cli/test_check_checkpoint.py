@@ -58,7 +58,7 @@ def test_a_file_cut_short_is_found(name: str, has_checksums: bool, save: Path, c
         (save / NAME / CHECKSUMS).unlink()
     code, _, errors = check(capsys, "--load", save)
     assert code == 2 and f"{NAME} is damaged: " in errors, errors
-    assert errors.splitlines()[-1] == f"error: --load {save}: 1 of 2 are damaged; remove them"
+    assert errors.splitlines()[-1] == f"error: --load {save}: 1 of 2 cannot be loaded; remove those that are damaged"
 
 
 def test_a_checkpoint_that_its_run_deletes_meanwhile_is_not_damaged(
