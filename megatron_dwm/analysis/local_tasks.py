@@ -7,7 +7,6 @@ of four definitions is that of a word. Wrong answers are right answers to other 
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from megatron_dwm.corpora.documentation import installed, texts
 from megatron_dwm.corpora.readers import Reader
 from megatron_dwm.corpora.standard_library import standard_library_corpus
 from megatron_dwm.errors import UserError, renamed_flags
+from megatron_dwm.json_lines import parse_object
 
 CHOICES = 4
 MIN_ITEMS = 8
@@ -95,10 +95,10 @@ def _file_documents(path: str) -> list[Document]:
 
 def _row(place: str, content: str | dict[str, Any]) -> dict[str, Any]:
     try:
-        row = json.loads(content) if isinstance(content, str) else content
+        row: dict[str, Any] = parse_object(content) if isinstance(content, str) else content
     except ValueError:
-        row = None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        row = {}
+    if not isinstance(row.get("text"), str):
         raise UserError(f'--input {place}: no JSON object with the key "text"; name another file, or end it in .txt')
     return row
 

@@ -57,7 +57,9 @@ def _main(argv: Sequence[str] | None) -> None:
                 faults.append(error)
                 logger.error(error)
     if faults:
-        raise UserError(f"--load {config.load}: {len(faults)} of {len(folders)} cannot be loaded; remove those that are damaged")
+        raise UserError(
+            f"--load {config.load}: {len(faults)} of {len(folders)} cannot be loaded; remove those that are damaged"
+        )
     logger.info(f"{config.load}: all {len(folders) - deleted} are whole, {size / 1e6:,.1f} MB")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from megatron_dwm.corpora.corpus import Corpus, CorpusConfig, Document, SeenTexts, first, split, with_progress
-from megatron_dwm.corpora.packaged_text import special_texts
+from megatron_dwm.corpora.packaged_text import named_damage, special_texts
 from megatron_dwm.corpora.standard_library import docstrings, parsed
 from megatron_dwm.errors import UserError
 
@@ -86,7 +86,11 @@ def installed(spec: str) -> Package:
 
 
 def texts(package: Package) -> Iterator[tuple[str, str]]:
-    """Yield name and text of the files that hold documentation, in the order of their names."""
+    """Yield name and text of the files that hold documentation, in the order of their names.
+
+    Raises:
+        UserError: a file is damaged.
+    """
     if (special := special_texts(package.spec, package.files)) is not None:
         yield from special
         return
@@ -94,7 +98,9 @@ def texts(package: Package) -> Iterator[tuple[str, str]]:
     wanted = {".py", *(_PAGES if _PAGES & kinds else _TEXTS)}
     for name, path in sorted(package.files.items()):
         if _suffix(path) in wanted and path.is_file() and not _NOT_READ.search(name):
-            yield name, _text(path)
+            with named_damage(package.spec, path):
+                text = _text(path)
+            yield name, text
 
 
 def _debian(spec: str, name: str) -> Package:

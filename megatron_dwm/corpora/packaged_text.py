@@ -8,9 +8,13 @@ from __future__ import annotations
 import ast
 import gzip
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PurePath
+
+from megatron_dwm.errors import UserError, shortened
 
 _GROUP = 2000  # characters of a document that is made of short texts
 _MAX_CHARACTERS = 8_000_000  # characters of one package; of longer ones every n-th document is taken
@@ -26,18 +30,36 @@ def special_texts(spec: str, files: Mapping[str, Path]) -> Iterator[tuple[str, s
     Args:
         spec: the package, such as ``debian:dict-gcide``.
         files: the path of each file, by its name relative to wherever the package is installed.
+
+    Raises:
+        UserError: while they are taken: a file is damaged.
     """
     reader = next((reader for pattern, reader in _READERS.items() if fnmatch(spec, pattern)), None)
-    return None if reader is None else _documents(reader, files)
+    return None if reader is None else _documents(reader, spec, files)
 
 
-def _documents(reader: Reader, files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
-    found = [
-        (f"{name}#{number}", text)
-        for name, path in sorted(files.items())
-        if path.is_file()
-        for number, text in enumerate(reader(name, path))
-    ]
+@contextmanager
+def named_damage(spec: str, path: Path) -> Iterator[None]:
+    """Name a package's file if it turns out to be damaged inside the context.
+
+    Raises:
+        UserError: it is.
+    """
+    try:
+        yield
+    except (OSError, EOFError, MemoryError, RecursionError, SyntaxError, ValueError, zlib.error) as error:
+        reason = shortened(error) or type(error).__name__
+        raise UserError(
+            f"--documentation {spec}: {path} cannot be read ({reason}); install the package again"
+        ) from None
+
+
+def _documents(reader: Reader, spec: str, files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
+    found = []
+    for name, path in sorted(files.items()):
+        if path.is_file():
+            with named_damage(spec, path):
+                found += [(f"{name}#{number}", text) for number, text in enumerate(reader(name, path))]
     step = -(-sum(len(text) for _, text in found) // _MAX_CHARACTERS) or 1
     yield from found[::step]
 

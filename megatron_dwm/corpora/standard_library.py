@@ -135,12 +135,12 @@ def _modules(root: Path) -> Iterator[_Module]:
 
 
 def parsed(source: bytes) -> ast.Module | None:
-    """Return the syntax tree, or None for source that does not parse (samples of broken or old code)."""
+    """Return the syntax tree, or None for source that does not parse (samples of broken, old or deeply nested code)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in old modules
             return ast.parse(source)
-    except (SyntaxError, ValueError):
+    except (MemoryError, RecursionError, SyntaxError, ValueError):
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -124,6 +125,28 @@ def test_a_model_that_is_evaluated_does_not_run_code_of_its_own(weighter: Path, 
             tasks.evaluate(weighter)
         (weighter / file).write_text(whole)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_task_that_is_not_named_runs_no_code(tmp_path: Path):
+    """A task that is named does: it is a program, as docs/security.md says."""
+    (tmp_path / "rows.jsonl").write_text('{"question": "The sun"}\n')
+    task = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": f"{tmp_path}/rows.jsonl"}, "cache_dir": f"{tmp_path}/cache"},
+        "output_type": "loglikelihood",
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+    }
+    for name, target in (("own", '" rose"'), ("planted", "!function planted.Model")):
+        text = json.dumps({**task, "task": name})[:-1]
+        (tmp_path / f"{name}.yaml").write_text(f"{text}, doc_to_target: {target}}}\n")
+    (tmp_path / "config.json").write_text("{}")
+    plant_code(tmp_path, "config.json", {}, tmp_path / "ran")
+    for name, is_run in (("own", False), ("planted", True)):
+        options: dict[str, Any] = {"num_fewshot": [0], "limit": 1, "batch_size": 1, "seed": 1}
+        with contextlib.suppress(UserError, AttributeError):  # of the module that has made its folder
+            TaskEvaluator([name], None, **options, task_path=[str(tmp_path)]).kinds()
+        assert (tmp_path / "ran").exists() == is_run
 
 
 def test_a_pickle_in_a_checkpoint_of_the_older_format_is_not_run(tmp_path: Path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from megatron_dwm.analysis.local_tasks import (
     continuation_items,
     definition_items,
     local_task,
+    read_passages,
     title_items,
 )
 from megatron_dwm.analysis.task_evaluation import MetricEstimate, TaskResult, likelihoods
@@ -132,3 +135,19 @@ def test_the_difference_is_of_the_same_items():
     assert difference(other, first, "answer_nll") == MetricEstimate(1.0, pytest.approx(0.5 / math.sqrt(3)))  # type: ignore[arg-type]
     assert difference(other, first, "choice_nll") is None
     assert math.isnan(MetricEstimate.of([1.0]).stderr)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"text \xff\xfe", "not UTF-8"),
+        ("a.jsonl", pickle.dumps({"text": "a text"}), "no JSON object with the key"),
+        ("a.jsonl", b'{"text": {"text": "a text"}}\n', "no JSON object with the key"),
+        ("a.jsonl", b"[" * 9999 + b"\n", "no JSON object with the key"),
+        ("a.parquet", b"PAR1 and no more", "unreadable after record 0"),
+    ],
+)
+def test_a_text_that_is_none_is_named(name: str, content: bytes, said: str, tmp_path: Path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"--task-text {tmp_path}/{name}.*{said}"):
+        read_passages([str(tmp_path / name)], [])

@@ -5,7 +5,11 @@ from __future__ import annotations
 import gzip
 from pathlib import Path
 
+import pytest
+
+from megatron_dwm.corpora.documentation import Package, texts
 from megatron_dwm.corpora.packaged_text import special_texts
+from megatron_dwm.errors import UserError
 
 
 def texts_of(spec: str, folder: Path) -> list[str]:
@@ -45,3 +49,25 @@ def test_tags_are_taken_off_and_marks_joined_to_words(tmp_path: Path):
 
 def test_other_packages_have_no_format_of_their_own(tmp_path: Path):
     assert special_texts("pypi:torch", {}) is None and special_texts("debian:cmake-doc", {}) is None
+
+
+def test_files_of_packages_run_no_code_and_damaged_ones_are_named(tmp_path: Path):
+    def made(spec: str, name: str, content: bytes) -> list[tuple[str, str]]:
+        (tmp_path / name).write_bytes(content)
+        return list(texts(Package(spec, "1", {name: tmp_path / name})))
+
+    planted = f'"""A text."""\nimport os\nos.mkdir({str(tmp_path / "ran")!r})\n'.encode()
+    assert made("pypi:some", "module.py", planted) == [("module.py", "A text.")]
+    page = f"<html><body><p>A text.<script>new File({str(tmp_path / 'ran')!r})</script></body></html>".encode()
+    assert made("debian:some", "page.html", page) == [("page.html", "A text.")]
+    assert not (tmp_path / "ran").exists()
+    for nested in (b"(" * 9999, b"-" * 99999 + b"1", b"\0"):
+        assert made("pypi:some", "module.py", nested) == [("module.py", "")]
+    for spec, name, content in (
+        ("debian:some", "page.html.gz", gzip.compress(page)[:-9]),
+        ("debian:some", "page.txt.gz", b"no gzip"),
+        ("debian:dict-some", "some.dict.dz", gzip.compress(page)[:9]),
+        ("pypi:pythonbible-some", "plain_text_readers_bible.py", b"(" * 9999),
+    ):
+        with pytest.raises(UserError, match=f"^--documentation {spec}: {tmp_path}/{name} cannot be read .*; install"):
+            made(spec, name, content)

@@ -6,18 +6,21 @@ import contextlib
 import errno
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import dill
 import multiprocess
 import psutil
 import pytest
 from datatrove.pipeline.base import PipelineStep
 
-from megatron_dwm.corpora.pipelines import Job, _watched_workers, refuse_queued_job, refused_output, run_here
+from megatron_dwm.config.slurm import SlurmConfig
+from megatron_dwm.corpora.pipelines import Job, _watched_workers, refuse_queued_job, refused_output, run_here, submit
 from megatron_dwm.corpora.storage import OutputFolder
 from megatron_dwm.errors import UserError
 from tests.unit.runtime.test_child_processes import is_running
@@ -52,6 +55,33 @@ def test_a_job_that_is_in_the_queue_holds_its_folder(
     said = f"--output x: SLURM job 7 of an earlier call .* scancel {noted.replace(',', ' ')}$"
     with pytest.raises(UserError, match=said) if is_refused else contextlib.nullcontext():
         refuse_queued_job(OutputFolder(str(tmp_path)), "--output", "x")
+
+
+class Planted:
+    """An object whose unpickling makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_lies_where_a_submission_puts_its_own_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A command in place of SLURM's gives the job the number 7."""
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 7\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    pickled = tmp_path / "logs" / "executor.pik"
+    pickled.parent.mkdir()
+    pickled.write_bytes(pickle.dumps(Planted(tmp_path / "ran")))
+    job = Job([Killed()], 1, str(tmp_path / "logs"))
+    assert submit("score", [job], 1, SlurmConfig(slurm_partition="cpu"), OutputFolder(str(tmp_path))) == "7"
+    assert not (tmp_path / "ran").exists()
+    with pickled.open("rb") as file:
+        assert isinstance(dill.load(file).pipeline[0], Killed)
 
 
 class Killed(PipelineStep):
