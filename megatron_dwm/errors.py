@@ -57,6 +57,11 @@ def shortened(value: object, max_length: int = 200) -> str:
     return f"{text[: max_length - end - 5]} ... {text[-end:]}"
 
 
+def with_article(noun: str) -> str:
+    """Return a noun with ``a`` or ``an`` before it."""
+    return f"{'an' if noun[:1].lower() in 'aeio' else 'a'} {noun}"
+
+
 def print_error(error: UserError) -> None:
     """Print the error's one line on standard error; if that cannot be written, the exit code alone tells of it."""
     words = (shortened(word, MAX_WORD_CHARACTERS) for word in str(error).split())

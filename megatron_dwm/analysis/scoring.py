@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from math import isfinite
-from pathlib import Path
 from typing import Any, Literal
 
 import orjson
@@ -30,7 +29,7 @@ from megatron_dwm.corpora.pipelines import FilePublisher, refused_output
 from megatron_dwm.corpora.readers import table_schema
 from megatron_dwm.corpora.storage import OutputFolder
 from megatron_dwm.corpora.unfinished import file_stamps, files_below
-from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
+from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder, local_folder
 from megatron_dwm.errors import UserError, shortened
 
 _BUFFER = 4096  # documents that are sorted by length at a time
@@ -230,10 +229,10 @@ def score_steps(
         UserError: the folder holds something else, or cannot be written.
     """
     folder = OutputFolder(output)
-    job = {**vars(settings), "model": str(Path(settings.model).resolve()), "text_key": text_key}
+    job = {**vars(settings), "model": str(local_folder(settings.model).resolve()), "text_key": text_key}
     job |= {"format": output_format, "skip_malformed": skip_malformed, "parts": list(map(vars, parts))}
     read = dict.fromkeys(path for part in parts for path in _files_of(part))
-    folders = [path for path in (settings.model, settings.dataset_tokenizer) if path is not None]
+    folders = [str(local_folder(path)) for path in (settings.model, settings.dataset_tokenizer) if path is not None]
     job |= {"inputs": file_stamps(list(read)), "models": file_stamps(files_below(folders))}
     suffix = f".{output_format}"
     with refused_output(output):

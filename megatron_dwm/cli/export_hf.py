@@ -31,7 +31,7 @@ from megatron_dwm.config.checkpoint_args import read_arguments
 from megatron_dwm.config.flags import build, declared_flags, flag, read
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
-from megatron_dwm.errors import UserError, reported_write_failure
+from megatron_dwm.errors import UserError, reported_write_failure, with_article
 
 if TYPE_CHECKING:
     from megatron_dwm.training.saved_checkpoint import SavedCheckpoint
@@ -118,7 +118,7 @@ def export(config: ExportConfig, tokenizer_flags: Mapping[str, Any]) -> str:
         )
         (temporary / "README.md").write_text(card, encoding="utf-8")
     return (
-        f"{config.output}: wrote a {type(skeleton).__name__} of {skeleton.num_parameters():,} parameters, "
+        f"{config.output}: wrote {with_article(type(skeleton).__name__)} of {skeleton.num_parameters():,} parameters, "
         f"{vocab_size:,} tokens, from {folder}; loaded again, its {count} tensors are the checkpoint's"
     )
 

@@ -20,7 +20,7 @@ from megatron_dwm.cli.saved_run import ExportArguments, checkpoint_folder, find_
 from megatron_dwm.config.checkpoint_args import read_arguments
 from megatron_dwm.config.flags import flag, parse
 from megatron_dwm.config.saved_config import saved_config
-from megatron_dwm.errors import UserError, reported_write_failure
+from megatron_dwm.errors import UserError, reported_write_failure, with_article
 
 if TYPE_CHECKING:
     from megatron_dwm.config.run import RunConfig
@@ -88,8 +88,9 @@ def export(config: ExportWeighterConfig) -> str:
     check = partial(_check_loads, model=model, fingerprint=fingerprint_of(tokenizer))
     with reported_write_failure("--output", config.output):
         export_weighter(model, tokenizer.save_pretrained, Path(config.output), facts, effect=effect, check=check)
+    kind, count = with_article(type(model).__name__), facts["weighter_parameters"]
     return (
-        f"{config.output}: wrote a {type(model).__name__} of {facts['weighter_parameters']:,} parameters and "
+        f"{config.output}: wrote {kind} of {count:,} parameters and "
         f"{tokenizer.model_max_length} tokens, from {folder}; loaded again, its weights and scores are the checkpoint's"
     )
 

@@ -18,6 +18,7 @@ from megatron_dwm.config.run import PARTS, RunConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.data.blend import DataPaths
 from megatron_dwm.data.index_cache import data_stamp
+from megatron_dwm.data.tokenizer_folder import local_folder
 from megatron_dwm.training.checkpoint_folders import latest_checkpoint
 
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine", "megatron-dwm")
@@ -64,10 +65,12 @@ def tokenizer_files(config: TokenizerConfig) -> Iterator[tuple[str, Path]]:
     """Yield the files of a tokenizer, each with the flag that names it or its folder."""
     for name in ("tokenizer_model", "tokenizer_metadata", "vocab_file", "merge_file"):
         value = getattr(config, name)
-        path = Path(value or "")
-        if value and path.is_file():
+        if value is None:
+            continue
+        path = local_folder(value)
+        if path.is_file():
             yield flag_name(name), path
-        elif value and path.is_dir():  # may also be the folder of a model, whose weights do not matter
+        elif path.is_dir():  # may also be the folder of a model, whose weights do not matter
             for file in sorted(path.iterdir()):
                 if file.is_file() and (file.suffix == ".model" or re.search("token|vocab|merges", file.name)):
                     yield flag_name(name), file

@@ -37,6 +37,7 @@ from megatron_dwm.corpora.encoder import Encoded, Encoder, Malformed
 from megatron_dwm.corpora.readers import Reader, Record, input_files, without_suffixes
 from megatron_dwm.corpora.unfinished import Progress, UnfinishedWork, file_stamps, files_below, unfinished_work
 from megatron_dwm.corpora.worker_pool import WorkerDiedError, WorkerPool
+from megatron_dwm.data.tokenizer_folder import local_folder
 from megatron_dwm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -190,7 +191,7 @@ def _job(config: PreprocessConfig, tokenizer_config: TokenizerConfig, paths: lis
 def tokenizer_stamp(config: TokenizerConfig) -> dict[str, Any]:
     """Return the flags of a tokenizer, and its files with size and last change."""
     named = [path for path in (config.tokenizer_model, config.vocab_file, config.merge_file) if path is not None]
-    return {**vars(config), "files": file_stamps(files_below(named))}
+    return {**vars(config), "files": file_stamps(files_below(str(local_folder(path)) for path in named))}
 
 
 def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:

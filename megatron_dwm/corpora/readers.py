@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_dwm.corpora.storage import files_of_url, is_url, open_file, size_of
+from megatron_dwm.corpora.storage import OutputFolder, absolute, files_of_url, is_url, open_file, size_of
 from megatron_dwm.errors import UserError, shortened
 from megatron_dwm.extras import require_packages
+from megatron_dwm.json_lines import parse_object
 
 _BATCH = 1024  # rows of a Parquet file that are read at a time
 _SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".parquet": "parquet"}
@@ -64,7 +65,7 @@ def input_files(patterns: Sequence[str]) -> list[str]:
     """Return the files that the patterns name: a file, a folder with all files below it, or a glob pattern; or URLs.
 
     Raises:
-        UserError: a pattern matches nothing, or a folder holds no file of a known suffix.
+        UserError: a pattern matches nothing, a folder holds no file of a known suffix, or ``score`` is at work there.
     """
     files: list[str] = []
     for pattern in patterns:
@@ -86,8 +87,29 @@ def input_files(patterns: Sequence[str]) -> list[str]:
             matches = [path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path)]
             if not matches:
                 raise UserError(f"--input {pattern}: no such file; check the path or pattern")
+        _require_all_scores(pattern, matches)
         files += matches
     return files
+
+
+def _require_all_scores(pattern: str, files: Sequence[str]) -> None:
+    """Refuse files of an output of ``score`` that lacks others: its tasks finish one after the other.
+
+    Raises:
+        UserError: it lacks some.
+    """
+    for location in dict.fromkeys(os.path.dirname(os.path.dirname(absolute(file))) for file in files):
+        output = OutputFolder(location)
+        try:
+            job = parse_object(output.read("job.json") or "{}")
+            tasks = len(job["parts"]) if job.keys() >= {"score_key", "parts"} else 0
+        except (OSError, TypeError, ValueError):
+            continue
+        if (done := output.count("logs/completions")) < tasks:
+            raise UserError(
+                f"--input {pattern}: score has finished {done} of {tasks} tasks there; wait until it has ended, or "
+                "give its command again, which goes on where it was"
+            )
 
 
 def _is_input(path: Path) -> bool:

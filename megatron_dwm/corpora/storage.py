@@ -147,6 +147,12 @@ class OutputFolder:
         """Return whether there is such a file."""
         return os.path.exists(self.path(name)) if self._fs is None else bool(self._fs.exists(f"{self._root}/{name}"))
 
+    def count(self, name: str) -> int:
+        """Return the number of files in a folder in it; 0 if there is no such folder."""
+        if not self.exists(name):
+            return 0
+        return len(os.listdir(self.path(name)) if self._fs is None else self._fs.ls(f"{self._root}/{name}"))
+
     def remove(self, first: str, keep: str | None = None) -> None:
         """Remove the folder and its content, if it exists.
 

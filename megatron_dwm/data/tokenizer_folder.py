@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +38,16 @@ def load_tokenizer_folder(folder: str | Path, flag: str = "") -> PreTrainedToken
         raise UserError(f"{named}: {problem}; give a Hugging Face folder with a tokenizer's files") from error
     require_vocabulary(tokenizer, folder, named)
     return tokenizer
+
+
+def local_folder(model: str) -> Path:
+    """Return the folder of a model or tokenizer: the path itself, or of a name on the Hub the copy on this machine."""
+    from huggingface_hub import snapshot_download
+
+    if not os.path.exists(model):
+        with contextlib.suppress(OSError, ValueError):  # there is no copy, or it is no such name
+            return Path(snapshot_download(model, local_files_only=True))
+    return Path(model)
 
 
 def require_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: str | Path, named: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megatron_dwm.config.model import ModelConfig
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, with_article
 from megatron_dwm.model.hf_rope import rope_flags, rope_parameters
 from megatron_dwm.model.hf_window import can_have_window, has_window_in_all_layers, window_flags, window_values
 from megatron_dwm.model.transformer_config import has_tanh_gelu
@@ -216,7 +216,7 @@ def model_config(config: PretrainedConfig) -> ModelConfig:
     kind = config.model_type
     if kind not in IMPORTED:
         reason = f": {_NOT_COMPUTED[kind]}" if kind in _NOT_COMPUTED else ""
-        raise UserError(f"a {kind} model cannot be imported{reason}; use one of {', '.join(IMPORTED)}")
+        raise UserError(f"{with_article(kind)} model cannot be imported{reason}; use one of {', '.join(IMPORTED)}")
     flags = _gpt2_flags(config) if kind == "gpt2" else _rotary_flags(config)
     return ModelConfig(
         num_layers=config.num_hidden_layers,
@@ -232,7 +232,7 @@ def model_config(config: PretrainedConfig) -> ModelConfig:
 
 def _rotary_flags(config: PretrainedConfig) -> dict[str, Any]:
     kind, activation = config.model_type, config.hidden_act
-    subject = f"a {_title(kind)} cannot be imported that has"
+    subject = f"{with_article(_title(kind))} cannot be imported that has"
     attention_bias, mlp_bias = (bool(getattr(config, name, False)) for name in ("attention_bias", "mlp_bias"))
     if kind == "seed_oss":
         has_qkv_bias, attention_bias = attention_bias, config.attention_out_bias

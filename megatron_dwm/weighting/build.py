@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.errors import UserError
+from megatron_dwm.errors import UserError, with_article
 from megatron_dwm.safe_unpickling import DAMAGE, short_reason
 from megatron_dwm.weighting.bilevel.gradient_check import check_at_start
 from megatron_dwm.weighting.bilevel.gradient_mean import NO_MEAN, GradientMean
@@ -140,7 +140,9 @@ def _log_kept_architecture(builder: WeighterBuilder, weighter: Weighter) -> None
     kind, arch = weighter.model.config.model_type, builder.settings.dwm_arch
     wanted = MODEL_TYPE if arch == "ngram" else arch
     if builder.settings.dwm_init_from == "random" and kind != wanted:
-        logger.info(f" > the checkpoint's weighter, a {kind}, is kept; --dwm-arch {arch} applies only to a new one")
+        logger.info(
+            f" > the checkpoint's weighter, {with_article(kind)}, is kept; --dwm-arch {arch} applies only to a new one"
+        )
 
 
 def _announce(builder: WeighterBuilder, iteration: int, weighter: Weighter) -> None:

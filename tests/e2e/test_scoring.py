@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,8 @@ from megatron_dwm.cli import score
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.corpora.preprocess import PreprocessConfig, preprocess
+from megatron_dwm.corpora.readers import input_files
+from megatron_dwm.errors import UserError
 from megatron_dwm.weighting.weighter import Weighter
 from tests.classifiers import numbers, save_classifier_of_numbers
 from tests.paths import ROOT
@@ -231,7 +234,11 @@ def test_a_command_that_was_killed_goes_on_where_it_was(weighter: Path, tmp_path
     os.killpg(process.pid, signal.SIGKILL)  # the executor's helper process outlives it
     (finished,) = (output / "data").iterdir()
     before = finished.stat().st_mtime_ns
+    for given in (output, finished, output / "data/*.jsonl"):  # a selection, or a dataset, of a part of the documents
+        with pytest.raises(UserError, match=f"--input {re.escape(str(given))}: score has finished 1 of 3 tasks there"):
+            input_files([str(given)])
     assert run(*argv) == 0
+    assert input_files([str(output / "data")])[0] == str(finished)
     assert finished.stat().st_mtime_ns == before
     assert [row["id"] for row in output_rows(output)] == list(range(30))
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+from huggingface_hub import constants
+
 from megatron_dwm.cli.rank_agreement import rank_facts, tokenizer_files
 from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.corpora.preprocess import tokenizer_stamp
 from megatron_dwm.data.blend import data_paths
 from tests.small_runs import GPT, IN_PROCESS, parse_flags
 
@@ -39,5 +43,20 @@ def test_a_tokenizer_is_compared_by_its_files(tmp_path: Path):
     assert [path.name for _, path in tokenizer_files(folder)] == ["merges.txt", "sp.model", "tokenizer.json"]
     file = TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(tmp_path / "sp.model"))
     assert list(tokenizer_files(file)) == [("--tokenizer-model", tmp_path / "sp.model")]
+
+
+def test_a_tokenizer_of_the_hub_is_compared_by_the_files_of_its_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     on_the_hub = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="somebody/a-model")
-    assert not list(tokenizer_files(on_the_hub))
+    assert not list(tokenizer_files(on_the_hub)) and tokenizer_stamp(on_the_hub)["files"] == []
+    copies = tmp_path / "models--somebody--a-model"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    stamps = []
+    for revision in ("1" * 40, "2" * 40):  # another one is copied while a run is interrupted
+        (copies / "snapshots" / revision).mkdir(parents=True)
+        (copies / "refs").mkdir(exist_ok=True)
+        (copies / "refs" / "main").write_text(revision)
+        (copies / "snapshots" / revision / "tokenizer.json").write_text(revision)
+        ((_, file),) = tokenizer_files(on_the_hub)
+        assert file.read_text() == revision
+        stamps.append(tokenizer_stamp(on_the_hub))
+    assert stamps[0] != stamps[1]

@@ -19,7 +19,7 @@ PARTIAL = {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 1
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "rope_theta": 1e4, "low_freq_factor": 2.0, "high_freq_factor": 4.0}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("olmo3", SIZES, "a olmo3 model cannot be imported: its layers have rotary positions of two kinds"),
+    ("olmo3", SIZES, "an olmo3 model cannot be imported: its layers have rotary positions of two kinds"),
     ("gemma2", SIZES, "it scales its embeddings"),
     ("gpt_neox", SIZES, "attention and MLP stand side by side"),
     ("mixtral", SIZES, "it has experts"),
