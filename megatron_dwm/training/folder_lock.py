@@ -3,7 +3,8 @@
 The lock is the operating system's on the file ``.lock`` (POSIX ``fcntl``): it ends with the process that holds it,
 however it ends, and children do not inherit it. NFS forwards it to its server. Some mounts do not: Lustre without
 ``flock`` refuses it, and NFS with ``nolock`` or ``local_lock`` silently keeps it on one machine. For these cases
-the holder regularly touches a second file, its heartbeat, and a folder whose heartbeat moves is not taken.
+the holder regularly touches a second file, its heartbeat, and a folder whose heartbeat moves is not taken. On a
+file system of a network a process that was given the lock looks after a while whether it alone was.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import socket
 import tempfile
 import threading
@@ -35,6 +37,8 @@ VISIBLE_SECONDS = 60.0
 """How long a shared file system may take to show a new file to other machines: NFS's default ``acdirmax``."""
 SETTLE_SECONDS = 2.0
 """If several processes come at once, the last one to write its name has the folder."""
+_NETWORK = re.compile("nfs|lustre|gpfs|beegfs|ceph|cifs|smb|gluster|9p|fuse")
+"""How the names of file systems begin that other machines may share."""
 
 
 class FolderLock:
@@ -62,7 +66,8 @@ class FolderLock:
         is_elsewhere = holder is not None and holder.get("host") != socket.gethostname()
         if (holder is not None and not is_locked) or is_elsewhere:
             self._wait_for_end_of(holder)
-        self._record_holder(is_certain=is_locked and not is_elsewhere)
+        is_local = _NETWORK.match(file_system(folder)) is None
+        self._record_holder(is_certain=is_locked and is_local and not is_elsewhere)
         threading.Thread(target=self._beat, name="folder-lock", daemon=True).start()
 
     def close(self) -> None:
@@ -130,7 +135,9 @@ class FolderLock:
         (self.folder / HEARTBEAT).touch()
         if not is_certain:
             time.sleep(SETTLE_SECONDS)
-            holder = _recorded_holder(self._file)
+            # Opened again, so that NFS asks its server, and not closed, which would end the lock.
+            self._seen = (self.folder / LOCK).open(encoding="utf-8")
+            holder = _recorded_holder(self._seen)
             if holder != mine:
                 self._refuse(holder)
 
@@ -155,6 +162,17 @@ class FolderLock:
         """Return the seconds since the last heartbeat, by the same clock."""
         with tempfile.TemporaryFile(dir=self.folder) as now:
             return 0.0 if heartbeat is None else max(0.0, (os.fstat(now.fileno()).st_mtime_ns - heartbeat) / 1e9)
+
+
+def file_system(folder: Path) -> str:
+    """Return the kind of file system that a folder is on, such as ``ext4`` or ``nfs4``; empty if it is not known."""
+    device = os.stat(folder).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(OSError):
+        for mount in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if mount.split()[2] == number:
+                return mount.partition(" - ")[2].split()[0]
+    return ""
 
 
 def heartbeat_age(folder: Path) -> float | None:

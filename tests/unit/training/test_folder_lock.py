@@ -18,7 +18,7 @@ import pytest
 
 from megatron_dwm.errors import UserError
 from megatron_dwm.training import folder_lock
-from megatron_dwm.training.folder_lock import HEARTBEAT, LOCK
+from megatron_dwm.training.folder_lock import HEARTBEAT, LOCK, file_system
 from megatron_dwm.training.save_folder import SaveFolder
 
 FORK = multiprocessing.get_context("fork")
@@ -156,12 +156,20 @@ def test_a_holder_that_has_been_dead_for_long_is_not_waited_for(
     assert time.monotonic() - started < folder_lock.LEASE_SECONDS / 2
 
 
-def test_of_two_that_come_at_once_one_gets_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Without locks: each writes its name, and looks after a while whose name is there."""
+def test_kinds_of_file_systems_are_known():
+    assert (file_system(Path("/proc")), file_system(Path("/sys"))) == ("proc", "sysfs")
+
+
+@pytest.mark.parametrize("mount", [of_another_host, without_locks])
+def test_of_two_that_come_at_once_one_gets_the_folder(
+    mount: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each writes its name, and looks after a while whose name is there."""
     monkeypatch.setattr(folder_lock, "HEARTBEAT_SECONDS", 0.3)
     monkeypatch.setattr(folder_lock, "LEASE_SECONDS", 5.0)
     monkeypatch.setattr(folder_lock, "SETTLE_SECONDS", 1.0)
-    without_locks(monkeypatch)
+    monkeypatch.setattr(folder_lock, "file_system", lambda folder: "nfs4")
+    mount(monkeypatch)
     outcomes, gate = FORK.Queue(), FORK.Barrier(3)
 
     def come() -> None:
