@@ -106,7 +106,8 @@ def write_failure_reason(error: Exception) -> str | None:
     if isinstance(error, OSError) and re.fullmatch(_NUMPY_CUT, str(error)):
         return "a file could not be written to its end"  # nor does numpy
     # As the libraries that are written in Rust put it: safetensors, and tokenizers with a plain Exception.
-    return shortened(error) if re.search(r"\(os error \d+\)", str(error)) else None
+    is_said = not isinstance(error, UserError)  # else it is the reason in a line that was made of it
+    return shortened(error) if is_said and re.search(r"\(os error \d+\)", str(error)) else None
 
 
 @contextlib.contextmanager
