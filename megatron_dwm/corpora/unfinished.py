@@ -87,17 +87,17 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
     lock = lock_folder(folder)
     try:
         work, written = UnfinishedWork(folder), folder / _JOB
-        if job is not None and written.is_file() and written.read_bytes() == job.encode():
-            work.resume()
-        else:
-            for path in folder.iterdir():
-                if path.name != LOCK:
-                    remove(path)
-            if job is not None:
-                atomic_write_text(written, job)
-        if work.segments:
-            logger.info(f"Continuing after {work.progress.records:,} {unit} that are in {folder}.")
         try:
+            if job is not None and written.is_file() and written.read_bytes() == job.encode():
+                work.resume()
+            else:
+                for path in folder.iterdir():
+                    if path.name != LOCK:
+                        remove(path)
+                if job is not None:
+                    atomic_write_text(written, job)
+            if work.segments:
+                logger.info(f"Continuing after {work.progress.records:,} {unit} that are in {folder}.")
             yield work
         except BaseException:
             if not work.segments or job is None:

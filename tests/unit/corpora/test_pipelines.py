@@ -7,6 +7,7 @@ import errno
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import threading
 import time
@@ -22,6 +23,7 @@ from datatrove.pipeline.base import PipelineStep
 from megatron_dwm.config.slurm import SlurmConfig
 from megatron_dwm.corpora.pipelines import Job, _watched_workers, refuse_queued_job, refused_output, run_here, submit
 from megatron_dwm.corpora.storage import OutputFolder
+from megatron_dwm.corpora.unfinished import unfinished_work
 from megatron_dwm.errors import UserError
 from tests.unit.runtime.test_child_processes import is_running
 
@@ -55,6 +57,17 @@ def test_a_job_that_is_in_the_queue_holds_its_folder(
     said = f"--output x: SLURM job 7 of an earlier call .* scancel {noted.replace(',', ' ')}$"
     with pytest.raises(UserError, match=said) if is_refused else contextlib.nullcontext():
         refuse_queued_job(OutputFolder(str(tmp_path)), "--output", "x")
+
+
+def test_work_that_cannot_begin_leaves_nothing(tmp_path: Path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"), unfinished_work(tmp_path / "work", "a job of some length"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 class Planted:
