@@ -104,7 +104,7 @@ def _train(lines: list[str], config: TrainTokenizerConfig) -> bytes:
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            max_sentence_length=2**30,  # the most there is; longer lines are left out
+            max_sentence_length=2**30,  # the maximum; SentencePiece leaves out longer lines
             num_threads=1,  # the order of sums must not depend on the machine
             minloglevel=0 if sys.stderr.isatty() else 2,  # its progress, on a terminal only
         )

@@ -154,7 +154,7 @@ class OptimizerConfig:
 
     @property
     def should_decay_qk_layernorm(self) -> bool:
-        """Whether weight decay concerns the weights of ``--qk-layernorm``."""
+        """Whether weight decay applies to the weights of ``--qk-layernorm``."""
         return self.apply_wd_to_qk_layernorm or self.no_weight_decay_cond_type is not None
 
     @property

@@ -70,30 +70,30 @@ class ParallelConfig:
     )
     tp_comm_bulk_wgrad: bool = flag(
         True,
-        "Do not overlap gathering with the gradient of activations under --tp-comm-overlap.",
+        "Do not overlap the all-gather with the activation gradient's GEMM under --tp-comm-overlap.",
         "--no-tp-comm-bulk-wgrad",
         "--disable-tp-comm-bulk-wgrad",
     )
     tp_comm_bulk_dgrad: bool = flag(
         True,
-        "Do not overlap scattering with the gradient of weights under --tp-comm-overlap.",
+        "Do not overlap the reduce-scatter with the weight gradient's GEMM under --tp-comm-overlap.",
         "--no-tp-comm-bulk-dgrad",
         "--disable-tp-comm-bulk-dgrad",
     )
     tp_comm_overlap_ag: bool = flag(
         True,
-        "Do not overlap gathering with the product that needs it under --tp-comm-overlap.",
+        "Do not overlap the all-gather with the GEMM that needs its result under --tp-comm-overlap.",
         "--no-tp-comm-overlap-ag",
         "--disable-tp-comm-overlap-ag",
     )
     tp_comm_overlap_rs: bool = flag(
         True,
-        "Do not overlap scattering with the product before it under --tp-comm-overlap.",
+        "Do not overlap the reduce-scatter with the GEMM before it under --tp-comm-overlap.",
         "--no-tp-comm-overlap-rs",
         "--disable-tp-comm-overlap-rs",
     )
     tp_comm_overlap_rs_dgrad: bool = flag(
-        False, "Overlap scattering with the gradient of activations too under --tp-comm-overlap."
+        False, "Also overlap the reduce-scatter with the activation gradient's GEMM under --tp-comm-overlap."
     )
     tp_comm_split_ag: bool = flag(
         True,

@@ -47,7 +47,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class _StoreFlag(argparse.Action):
-    """Stores the value of a flag; warns of a flag that is deprecated, or given twice with different values."""
+    """Action that stores a flag's value; it warns if the flag is deprecated, or given twice with different values."""
 
     def __init__(self, item: Flag, **kwargs: Any) -> None:
         super().__init__(default=argparse.SUPPRESS, **kwargs)
@@ -63,7 +63,7 @@ class _StoreFlag(argparse.Action):
         """Store the value."""
         item = self.item
         if item.value_type is not None and item.nargs is None and isinstance(values, list):
-            parser.error(f"argument {option_string}: expected one argument")  # argparse has taken "--" out of it
+            parser.error(f"argument {option_string}: expected one argument")  # argparse has removed the value "--"
         if values == [] and item.nargs == "+":
             parser.error(f"argument {option_string}: expected at least one argument")  # the same
         value = (not item.default) if item.value_type is None else values
@@ -78,7 +78,7 @@ class _StoreFlag(argparse.Action):
 
 
 class _PrintFullHelp(argparse.Action):
-    """Prints the flags of all groups, or of those that are named."""
+    """Action that prints the flags of all groups, or of those that are named."""
 
     def __init__(self, groups: Mapping[str, type], **kwargs: Any) -> None:
         super().__init__(nargs="*", default=argparse.SUPPRESS, choices=[*groups], **kwargs)
@@ -196,7 +196,7 @@ def parse(
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Keeps the line breaks of the text that lists the groups."""
+    """Formatter that keeps the line breaks of the text that lists the groups."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if "\n  " not in text:

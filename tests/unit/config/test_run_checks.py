@@ -19,13 +19,13 @@ MISTAKES = {
     "--num-layers 10001": "--num-layers 10001: must be at most 10000",
     "--dwm-num-layers 10001": "--dwm-num-layers 10001: must be at most 10000",
     f"--dwm-ngram-buckets {2**40}": f"--dwm-ngram-buckets {2**40}: must be at most {2**31}",
-    "--save=": "--save '': is empty; give a path, or leave it out",
+    "--save=": "--save '' is empty; give a path, or leave it out",
     "--save=~/run": "--save ~/run: the shell has not replaced ~; write the path out, or begin with ./",
     "--metrics-jsonl $RUN/metrics": "--metrics-jsonl $RUN/metrics: the shell has not replaced $; write the path out",
-    "--save s3://bucket/run": "--save s3://bucket/run: is a URL; give a path on this machine",
-    "--tensorboard-dir file:///tmp/tb": "--tensorboard-dir file:///tmp/tb: is a URL; give a path on this machine",
-    "--data-args-path=": "--data-args-path '': is empty; give a path, or leave it out",
-    "--metrics-jsonl=": "--metrics-jsonl '': is empty; give a path, or leave it out",
+    "--save s3://bucket/run": "--save s3://bucket/run is a URL; give a path on this machine",
+    "--tensorboard-dir file:///tmp/tb": "--tensorboard-dir file:///tmp/tb is a URL; give a path on this machine",
+    "--data-args-path=": "--data-args-path '' is empty; give a path, or leave it out",
+    "--metrics-jsonl=": "--metrics-jsonl '' is empty; give a path, or leave it out",
     "--embedding-init-method-std -1": "--embedding-init-method-std -1.0: must be at least 0",
     "--num-distributed-optimizer-instances 2": "has no effect without --use-distributed-optimizer; add it",
     "--use-distributed-optimizer --num-distributed-optimizer-instances 3": "3 does not divide the 4 ranks",
@@ -116,7 +116,7 @@ MISTAKES = {
     "--error-injection-rate 5": "tests --rerun-mode validate_results",
     "--wandb-project x": "--wandb-project x needs --wandb-exp-name",
     "--dwm-peak-tflops 0": "--dwm-peak-tflops 0.0: must be above 0",
-    "--save a --non-persistent-global-ckpt-dir ./a": "--non-persistent-global-ckpt-dir ./a: is also --save, whose ch",
+    "--save a --non-persistent-global-ckpt-dir ./a": "--non-persistent-global-ckpt-dir ./a is also --save, where ch",
     "--eval-tasks local-cloze": "--eval-tasks has no effect without --eval-tasks-interval; add that",
     "--eval-tasks-interval 5": "--eval-tasks-interval has no effect without --eval-tasks; add that",
     "--eval-tasks local-cloze --eval-tasks-interval 0": "--eval-tasks-interval 0: must be at least 1",
@@ -124,24 +124,24 @@ MISTAKES = {
     "--eval-tasks piqa --eval-tasks-interval 5 --eval-tasks-text a.txt": "--eval-tasks-text is for local tasks",
     "--eval-tasks piqa --eval-tasks-interval 5 --eval-tasks-num-fewshot -1": "--eval-tasks-num-fewshot -1: give numb",
     "--plan": "--plan is for pretrain_dwm.py",
-    "--plan-world-size 8": "--plan-world-size 8 goes with --plan",
+    "--plan-world-size 8": "--plan-world-size 8 has no effect without --plan",
     "--rampup-batch-size 4 4 100": "--rampup-batch-size needs --train-samples",
     "--overlap-param-gather": "--use-distributed-optimizer",
     "--ddp-bucket-size 0": "--ddp-bucket-size 0: must be at least 1",
     "--num-workers -1": "--num-workers -1: must be at least 0",
     "--dwm-mode rule": "--dwm-mode rule needs --dwm-rule",
-    "--dwm-rule random": "--dwm-rule random goes with --dwm-mode rule, not bilevel",
+    "--dwm-rule random": "--dwm-rule random is for --dwm-mode rule, not bilevel",
     "--dwm-mode rule --dwm-rule random --dwm-rule-strength -1": "--dwm-rule-strength -1.0: must be at least 0",
-    "--dwm-mode rule --dwm-rule shuffled --dwm-rule-strength 2": "--dwm-rule-strength 2.0 goes with --dwm-rule random",
+    "--dwm-mode rule --dwm-rule shuffled --dwm-rule-strength 2": "--dwm-rule-strength 2.0 is for --dwm-rule random",
     "--dwm-mode rule --dwm-rule oracle": "--dwm-rule oracle needs --dwm-rule-sources",
     "--dwm-mode rule --dwm-rule source-weights --dwm-rule-sources a": "source-weights and --dwm-rule-weights go",
     "--dwm-mode rule --dwm-rule source-weights --dwm-rule-sources a b --dwm-rule-weights 1": "--dwm-rule-weights 1.0:",
     "--dwm-mode rule --dwm-rule source-weights --dwm-rule-sources a --dwm-rule-weights 0": "--dwm-rule-weights 0.0:",
     "--dwm-mode rule --dwm-rule top-alignment --dwm-rule-fraction 1.5": "--dwm-rule-fraction 1.5: must be above 0",
-    "--dwm-mode rule --dwm-rule loss --dwm-rule-fraction 0.2": "--dwm-rule-fraction 0.2 goes with --dwm-rule top",
+    "--dwm-mode rule --dwm-rule loss --dwm-rule-fraction 0.2": "--dwm-rule-fraction 0.2 is for --dwm-rule top",
     "--dwm-mode rule --dwm-rule source-alignment --dwm-kl-weight 0": "--dwm-kl-weight 0: the sources' scores",
-    "--dwm-mode rule --dwm-rule loss --dwm-rule-sources a b": "--dwm-rule-sources a b goes with --dwm-rule oracle",
-    "--dwm-mode rule --dwm-rule loss --dwm-check": "--dwm-check goes with --dwm-mode bilevel, not rule",
+    "--dwm-mode rule --dwm-rule loss --dwm-rule-sources a b": "--dwm-rule-sources a b is for --dwm-rule oracle",
+    "--dwm-mode rule --dwm-rule loss --dwm-check": "--dwm-check is for --dwm-mode bilevel, not rule",
     "--dwm-target-momentum 1": "--dwm-target-momentum 1.0: must be at least 0 and below 1",
     "--dwm-mode rule --dwm-rule shuffled --dwm-target-batch-size 3": "--dwm-target-batch-size 3 is not divisible",
     "--micro-batch-size 4 --global-batch-size 8 --tensor-model-parallel-size 2 --sequence-parallel --tp-comm-overlap "
@@ -166,7 +166,7 @@ def test_a_mistake_is_one_line_and_code_2(flags: str, capsys: pytest.CaptureFixt
 
 
 def test_a_path_of_blanks_is_refused_as_an_empty_one_is():
-    with pytest.raises(UserError, match="--save ' ': is empty; give a path, or leave it out"):
+    with pytest.raises(UserError, match="--save ' ' is empty; give a path, or leave it out"):
         parse_run([*RUN.split(), "--save", " "], world_size=4)
 
 
