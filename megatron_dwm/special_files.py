@@ -29,7 +29,7 @@ def require_plain_files(folder: Path, named: str, remedy: str) -> None:
     """Refuse a folder that holds a special file; a path that is no folder passes.
 
     Args:
-        named: the folder, as the error's line begins.
+        named: the beginning of the error message, which names the folder.
         remedy: what to do instead.
 
     Raises:

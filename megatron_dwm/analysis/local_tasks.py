@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.corpora.corpus import CorpusConfig, Document, paragraphs
-from megatron_dwm.corpora.documentation import installed, texts
+from megatron_dwm.corpora.documentation import find_package, texts
 from megatron_dwm.corpora.readers import Reader
 from megatron_dwm.corpora.standard_library import standard_library_corpus
 from megatron_dwm.errors import UserError, renamed_flags
@@ -70,7 +70,7 @@ def read_passages(files: Sequence[str], packages: Sequence[str]) -> Passages:
         return Passages("the held-out prose of the built-in corpus", corpus["prose"]["test"])
     documents = [document for path in files for document in _file_documents(path)]
     for spec in packages:
-        documents += [Document(text, f"{spec}/{name}") for name, text in texts(installed(spec)) if text]
+        documents += [Document(text, f"{spec}/{name}") for name, text in texts(find_package(spec)) if text]
     return Passages(" ".join([*files, *packages]), documents)
 
 

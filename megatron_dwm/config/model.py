@@ -74,7 +74,8 @@ class ModelConfig:
         True, "Do not round the frequencies that correspond to --yarn-beta-fast and --yarn-beta-slow to whole indices."
     )
     no_rope_freq: str | None = flag(
-        None, "Layers without rotary positions: N for every Nth layer, or a pattern with 1 for each, e.g. ([0]*3+[1])*2."
+        None,
+        "Layers without rotary positions: N for every Nth layer, or a pattern with 1 for each, e.g. ([0]*3+[1])*2.",
     )
     window_size: str | None = flag(
         None, "Sliding window: the number of previous tokens that a token attends to, and 0 for later ones, e.g. 127,0."

@@ -23,7 +23,7 @@ Rule = Literal[
 TARGETED_RULES = ("shuffled", "similarity", "source-alignment", "top-alignment")
 """Rules whose weights depend on the target set."""
 MAX_WEIGHTER_SIZE = 2**20
-"""Largest width of a layer. A weighter is built after the warm-up, too late to find that it does not fit into memory."""
+"""Largest width of a layer. A weighter is built after the warm-up, too late to notice that memory does not suffice."""
 MAX_BUCKETS = 2**31
 MAX_CALIBRATION_POINTS = 1000
 _OF_SOURCES = ("oracle", "source-weights")
@@ -254,7 +254,9 @@ class WeightingConfig:
             given = " ".join(map(str, weights))
             raise UserError(f"--dwm-rule-weights {given}: give one number above 0 for each of --dwm-rule-sources")
         if self.dwm_rule_fraction != 0.5 and rule != "top-alignment":
-            raise UserError(f"--dwm-rule-fraction {self.dwm_rule_fraction} is for --dwm-rule top-alignment; leave it out")
+            raise UserError(
+                f"--dwm-rule-fraction {self.dwm_rule_fraction} is for --dwm-rule top-alignment; leave it out"
+            )
         if self.dwm_rule_seed != 1 and rule != "half":
             raise UserError(f"--dwm-rule-seed {self.dwm_rule_seed} is for --dwm-rule half; leave it out")
         if not 0 < self.dwm_rule_fraction <= 1:

@@ -34,7 +34,7 @@ def end_with_parent(parent: int) -> None:
 
 @functools.cache  # once: handlers cannot be removed, and children inherit them
 def end_children_with_this_process() -> None:
-    """Let the kernel kill the children that the main thread forks from now on when this process ends, for any reason."""
+    """Let the kernel kill the children that the main thread forks from now on, when this process ends in any way."""
     forking = threading.local()  # of the forking thread, which is the child's only one
 
     def note_parent() -> None:

@@ -44,7 +44,7 @@ class StepTimers:
         """Whether the times are written to TensorBoard."""
 
     def timed(self, name: str) -> AbstractContextManager[None]:
-        """Return a context that is timed by ``name``, one of this module's timers; collective if level 1 has barriers."""
+        """Return a context that the timer ``name``, one of this module's, times; collective if level 1 has barriers."""
         if self._timers is None or _LEVELS[name] > self._level:
             return nullcontext()
         return self._timed(self._timers(name, log_level=_LEVELS[name]), _LEVELS[name] == 1 and self._has_barrier)

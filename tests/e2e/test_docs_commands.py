@@ -97,7 +97,7 @@ RUN = [
     "docs/own-data.md: Check the gradients once: bash",
     "docs/own-data.md: Train: bash",
     "docs/own-data.md: Look at the run: bash",
-    "docs/own-data.md: Take the models along: bash",
+    "docs/own-data.md: Export the models: bash",
     "docs/transfer.md: In another run, frozen: bash",
     "docs/transfer.md: In another run, and learning on: bash",
     "docs/transfer.md: With transformers: python",
@@ -248,7 +248,7 @@ def test_the_page_on_own_data_ends_with_models_and_pictures(own_data: Workplace)
     command = [own_data.commands / "python", ROOT / "tools/preference_report.py", run, *elsewhere]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    own_data.run("docs/own-data.md: Take the models along: bash")
+    own_data.run("docs/own-data.md: Export the models: bash")
     assert AutoModelForCausalLM.from_pretrained(run / "language_model").config.hidden_size == 32
 
 
