@@ -63,7 +63,7 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         require_given(self, "input output", "give a path")
-        require_paths(self, "output", urls=True)
+        require_paths(self, "output", allow_urls=True)
         if (self.weighter is None) == (self.language_model is None):
             raise UserError("--weighter and --language-model exclude each other; give one")
         require_at_least(self, 1, "window batch_tokens split_bytes workers")

@@ -25,7 +25,9 @@ TARGETED_RULES = ("shuffled", "similarity", "source-alignment", "top-alignment")
 MAX_WEIGHTER_SIZE = 2**20
 """Largest width of a layer. A weighter is built after the warm-up, too late to notice that memory does not suffice."""
 MAX_BUCKETS = 2**31
+"""Hashes have 32 bits, and a linear weighter has one parameter for each bucket."""
 MAX_CALIBRATION_POINTS = 1000
+"""More are certainly a mistake: a curve needs a dozen."""
 _OF_SOURCES = ("oracle", "source-weights")
 """Rules that need ``--dwm-rule-sources``."""
 

@@ -51,6 +51,6 @@ def require_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: str | Path, n
         UserError: the folder has none of the files that this class of tokenizers reads.
     """
     files = sorted({*tokenizer.vocab_files_names.values(), "tokenizer.json"})
-    reads_files = bool(tokenizer.vocab_files_names)  # tokenizers of characters or bytes read none
-    if Path(folder).is_dir() and reads_files and not any(Path(folder, file).is_file() for file in files):
+    needs_files = bool(tokenizer.vocab_files_names)  # tokenizers of characters or bytes need none
+    if Path(folder).is_dir() and needs_files and not any(Path(folder, file).is_file() for file in files):
         raise UserError(f"{named}: no Hugging Face tokenizer there; put {' or '.join(files)} next to the model")

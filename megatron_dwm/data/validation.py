@@ -24,13 +24,13 @@ _PIECE = 2**24  # tokens that are read at a time
 
 
 def check_data(
-    paths: DataPaths, seq_length: int, vocab_size: int, *, has_evaluation: bool, reads_whole_sets: bool = False
+    paths: DataPaths, seq_length: int, vocab_size: int, *, has_evaluation: bool, should_read_whole_sets: bool = False
 ) -> None:
     """Check that the datasets exist, are intact, fit the vocabulary, and do not contain the target set.
 
     Args:
         has_evaluation: whether the run evaluates; otherwise the size of validation and test data does not matter.
-        reads_whole_sets: whether every sample of the validation data is read once in an evaluation.
+        should_read_whole_sets: whether every sample of the validation data is read once in an evaluation.
 
     Raises:
         UserError: a check failed.
@@ -42,7 +42,7 @@ def check_data(
         if has_evaluation or not is_evaluation:
             split = paths.split if blend is paths.shared else None
             num_read = len(SPLIT_NAMES) if has_evaluation else 1
-            _check_parts(flag, blend, split, seq_length, num_read, reads_whole_sets=reads_whole_sets)
+            _check_parts(flag, blend, split, seq_length, num_read, should_read_whole_sets=should_read_whole_sets)
     if paths.target is not None:
         _check_target_size(paths.target, seq_length)
         for flag, blend in paths.blends().items():
@@ -151,7 +151,7 @@ def check_masks(name: str, dataset: Any) -> None:
 
 
 def _check_parts(
-    flag: str, blend: Blend, split: str | None, seq_length: int, num_read: int, *, reads_whole_sets: bool
+    flag: str, blend: Blend, split: str | None, seq_length: int, num_read: int, *, should_read_whole_sets: bool
 ) -> None:
     """Refuse a dataset that has no data for a split, if other datasets of the blend have some.
 
@@ -160,7 +160,7 @@ def _check_parts(
 
     Args:
         num_read: how many of the parts training, validation and test the run reads.
-        reads_whole_sets: whether one epoch of each dataset is read for validation.
+        should_read_whole_sets: whether one epoch of each dataset is read for validation.
     """
     prefixes, weights = blend
     is_epoch = len(prefixes) > 1 and weights is None
@@ -169,7 +169,7 @@ def _check_parts(
     for number, slices in enumerate(zip(*parts, strict=True)):
         tokens = [int(of_dataset[part].sum()) for of_dataset, part in zip(lengths, slices, strict=True)]
         is_validation = number == 1 if split else flag == "--valid-data-path"
-        least = seq_length + 1 if is_epoch or (reads_whole_sets and is_validation) else 1
+        least = seq_length + 1 if is_epoch or (should_read_whole_sets and is_validation) else 1
         if max(tokens) == 0 or min(tokens) >= least:
             continue
         named = f"{flag} {prefixes[int(np.argmin(tokens))]}: "

@@ -104,7 +104,7 @@ def wrap_with_ddp(
 ) -> list[ModelChunk]:
     """Return the chunks in their training precision, with gradient buffers and data-parallel communication."""
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=optimizer.grads_in_fp32,
+        grad_reduce_in_fp32=optimizer.has_fp32_grads,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         align_param_gather=_should_align_param_gather(config, parallel),

@@ -127,7 +127,7 @@ def read_inputs(config: RunConfig, rank: int, world_size: int) -> RunInputs:
             config.model.seq_length,
             int(tokenizer.vocab_size),
             has_evaluation=config.data.has_validation,
-            reads_whole_sets=config.data.full_validation,
+            should_read_whole_sets=config.data.full_validation,
         )
     folder = latest_checkpoint(config.checkpoint)
     if folder is None:

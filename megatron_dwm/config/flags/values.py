@@ -95,7 +95,7 @@ def require_at_most(config: Any, maximum: float, fields: str) -> None:
             raise UserError(f"{_spelling(config, field)} {value}: must be at most {maximum}")
 
 
-def require_paths(config: Any, fields: str, *, urls: bool = False) -> None:
+def require_paths(config: Any, fields: str, *, allow_urls: bool = False) -> None:
     """Check that paths of a configuration are complete and on this machine; None is accepted.
 
     A shell does not replace the ``~`` in ``--save=~/run`` or a variable between single quotes, and replaces an unset
@@ -103,7 +103,7 @@ def require_paths(config: Any, fields: str, *, urls: bool = False) -> None:
 
     Args:
         fields: names of fields, separated by blanks.
-        urls: whether they may be URLs.
+        allow_urls: whether they may be URLs.
 
     Raises:
         UserError: one is empty, begins with ``~`` or ``$``, or is a URL.
@@ -116,7 +116,7 @@ def require_paths(config: Any, fields: str, *, urls: bool = False) -> None:
             raise UserError(
                 f"{name} {path}: the shell has not replaced {path[0]}; write the path out, or begin with ./"
             )
-        if path is not None and "://" in path and not urls:
+        if path is not None and "://" in path and not allow_urls:
             raise UserError(f"{name} {path} is a URL; give a path on this machine")
 
 

@@ -120,7 +120,7 @@ MISTAKES = {
     "--eval-tasks local-cloze": "--eval-tasks has no effect without --eval-tasks-interval; add that",
     "--eval-tasks-interval 5": "--eval-tasks-interval has no effect without --eval-tasks; add that",
     "--eval-tasks local-cloze --eval-tasks-interval 0": "--eval-tasks-interval 0: must be at least 1",
-    "--eval-tasks local-cloze --eval-tasks-interval 5": "--tokenizer-type NullTokenizer has none",
+    "--eval-tasks local-cloze --eval-tasks-interval 5": "--tokenizer-type NullTokenizer cannot encode",
     "--eval-tasks piqa --eval-tasks-interval 5 --eval-tasks-text a.txt": "--eval-tasks-text is for local tasks",
     "--eval-tasks piqa --eval-tasks-interval 5 --eval-tasks-num-fewshot -1": "--eval-tasks-num-fewshot -1: give numb",
     "--plan": "--plan is for pretrain_dwm.py",
