@@ -139,14 +139,14 @@ def renamed_flags(names: Mapping[str, str]) -> Iterator[None]:
         raise UserError(re.sub(pattern, lambda match: names[match[0]], str(error))) from None
 
 
-def as_user_error(error: BaseException, words: Sequence[str] | None = None) -> BaseException:
+def as_user_error(error: BaseException, argv: Sequence[str] | None = None) -> BaseException:
     """Convert an error that the user can correct to a :class:`UserError`; return any other unchanged.
 
     The user can correct these: a file or folder that a flag names, or something in it, cannot be used; too many files
     are open; a worker of a data loader was killed, mostly for lack of memory.
 
     Args:
-        words: the command line; by default this process's.
+        argv: the command line; by default this process's.
     """
     if isinstance(error, (OSError, RuntimeError)) and os.strerror(errno.EMFILE) in str(error):
         return UserError(
@@ -155,7 +155,7 @@ def as_user_error(error: BaseException, words: Sequence[str] | None = None) -> B
         )
     if isinstance(error, OSError) and isinstance(path := error.filename2 or error.filename, (str, bytes)):
         path = os.fsdecode(path)
-        flag, reason = _flag_of(path, sys.argv[1:] if words is None else words), error.strerror
+        flag, reason = _flag_of(path, sys.argv[1:] if argv is None else argv), error.strerror
         if os.path.islink(path) and not os.path.exists(path):
             reason = "a link that leads nowhere"
         if flag or error.errno in _NO_PATH:
@@ -170,10 +170,10 @@ def as_user_error(error: BaseException, words: Sequence[str] | None = None) -> B
     return error
 
 
-def _flag_of(path: str, words: Sequence[str]) -> str:
+def _flag_of(path: str, argv: Sequence[str]) -> str:
     """Return the flag that names ``path`` or a folder above it, followed by a space; an empty text if none does."""
     absolute, flag, found = os.path.abspath(path), "", ("", "")
-    for word in words:
+    for word in argv:
         flag, _, value = word.partition("=") if word.startswith("--") else (flag, "", word)
         folder, name = os.path.split(named := os.path.abspath(value))
         # A dataset is named without its suffixes, and what a file is made of is kept next to it.

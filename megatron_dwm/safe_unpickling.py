@@ -75,7 +75,7 @@ COMMON_KEY = "common_state/shard_0_1"
 
 
 class UnreadableFileError(Exception):
-    """A file cannot be read; the message names it and the reason."""
+    """A file that cannot be read; the message names it and the reason."""
 
 
 def enum_member(kind: Any, name: Any) -> enum.Enum:

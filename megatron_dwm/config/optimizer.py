@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LrBounds:
-    """Where the phases of the learning rate end, counted in samples (or iterations)."""
+    """Ends of the phases of the learning rate, in samples (or iterations)."""
 
     total: int
     """Length of the whole run."""

@@ -109,7 +109,7 @@ def without_suffixes(path: str) -> str:
 
 
 class Reader:
-    """The records of files, one file after the other, and how far reading has come."""
+    """The records of files, one file after the other, and the position of reading."""
 
     def __init__(self, paths: Sequence[str], columns: Sequence[str] | None) -> None:
         """Check the formats of the files.

@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """How far reading has come at the end of a segment."""
+    """Numbers of records read up to the end of a segment."""
 
     records: int = 0
     documents: int = 0
     skipped: int = 0
     first_skipped: str = ""
-    """Where the first record is that was skipped, and why."""
+    """Place of the first skipped record, and why it was skipped."""
 
 
 class UnfinishedWork:

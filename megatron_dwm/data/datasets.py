@@ -38,7 +38,7 @@ class Datasets:
 
 
 class Consumed(NamedTuple):
-    """How much of the data a run has read over all replicas when it starts or resumes."""
+    """Amounts of data that a run has read over all replicas when it starts or resumes."""
 
     iteration: int = 0
     train_samples: int = 0

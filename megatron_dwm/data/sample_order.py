@@ -24,7 +24,7 @@ _LAST_EPOCH = 0.8  # megatron-core shuffles a last epoch separately if the run n
 
 
 class _Epochs(NamedTuple):
-    """How megatron-core shuffles a dataset: the number of epochs, and whether the last one is shuffled separately."""
+    """Epochs that megatron-core shuffles: their number, and whether the last one is shuffled separately."""
 
     number: int
     is_last_separate: bool
