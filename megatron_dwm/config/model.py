@@ -31,7 +31,8 @@ class ModelConfig:
     num_attention_heads: int = flag(None, "Number of attention heads.")
     ffn_hidden_size: int | None = flag(
         None,
-        "Feed-forward hidden size. Default: 4 x hidden size; with SwiGLU 8/3 x hidden size, down to a multiple of 64.",
+        "Feed-forward hidden size. Default: 4 x hidden size; with SwiGLU 8/3 x hidden size, rounded down to a multiple "
+        "of 64.",
     )
     kv_channels: int | None = flag(None, "Size of one attention head; hidden size / heads if not given.")
     group_query_attention: bool = flag(False, "Use group-query attention.")

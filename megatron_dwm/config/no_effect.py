@@ -80,7 +80,7 @@ class NoEffectConfig:
         False, "Gradients are always in contiguous buffers.", old_names=("--use-contiguous-buffers-in-ddp",)
     )
     mmap_warmup: bool = flag(False, "Datasets are read as they are needed.")
-    delay_param_gather: bool = flag(False, "Always so unless --no-align-param-gather is given.")
+    delay_param_gather: bool = flag(False, "Stages gather at the same time unless --no-align-param-gather is given.")
     overlap_p2p_communication: bool = flag(
         False, "The interleaved schedule overlaps unless --no-overlap-p2p-communication is given."
     )
