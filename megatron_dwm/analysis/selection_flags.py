@@ -72,7 +72,7 @@ class SelectConfig:
 
     def __post_init__(self) -> None:
         require_given(self, "input output", "give a path")
-        require_paths(self, "output", urls=self.output_format != "indexed")
+        require_paths(self, "output", allow_urls=self.output_format != "indexed")
         require_at_least(self, 1, "workers split_bytes")
         if self.output_format == "indexed":
             if self.output.endswith((*_SUFFIXES, ".bin", ".idx")):
