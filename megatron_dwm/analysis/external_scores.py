@@ -63,7 +63,7 @@ def _row(content: str | dict[str, object], place: str) -> dict[str, object]:
     """Return the row that a record holds.
 
     Raises:
-        UserError: it is no object.
+        UserError: it is not an object.
     """
     if not isinstance(content, str):
         return content

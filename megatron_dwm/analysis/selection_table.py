@@ -114,7 +114,7 @@ class RowTableWriter(PipelineStep):  # type: ignore[misc]
 
 
 def too_many_sources(config: SelectConfig) -> UserError:
-    """Return the error."""
+    """Return the error for more sources than :data:`MAX_SOURCES`."""
     return UserError(f"--source-key {config.source_key}: more than {MAX_SOURCES} sources; give a key with fewer values")
 
 
@@ -149,7 +149,7 @@ def _object(record: Record) -> dict[str, Any]:
     """Return the row that a record holds.
 
     Raises:
-        UserError: it is no object.
+        UserError: it is not an object.
     """
     if not isinstance(record.content, str):
         return record.content

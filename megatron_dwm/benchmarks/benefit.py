@@ -72,7 +72,7 @@ TRAINING = shlex.split(
     "--weight-decay 0.1 --adam-beta2 0.95 --eval-interval 30 --eval-iters 16 --log-interval 10 --num-workers 0"
 )
 SCORING = shlex.split("--dwm-score-batch-size 128")
-# Default flags, but for the stages, of which a comparison has one.
+# Default flags, except that a comparison has one stage.
 WEIGHTING = [*SCORING, "--dwm-num-stages", "1"]
 
 
@@ -192,8 +192,8 @@ def _train_all(config: BenefitConfig, run_flags: list[str], folder: Path, mixtur
     seeds, base_rate = range(1, config.seeds + 1), float(_last_value("--lr", [*TRAINING, *run_flags]))
     jobs = [(name, seed, factor) for seed in seeds for factor in config.factors for name in names]
     first = [job for job in jobs if job[0] not in FROM_ANOTHER_RUN]
-    then = [job for job in jobs if job[0] in FROM_ANOTHER_RUN]
-    if then:
+    later = [job for job in jobs if job[0] in FROM_ANOTHER_RUN]
+    if later:
         first.insert(0, ("bilevel", WEIGHTER_SEED, 1.0))
 
     def place(name: str, seed: int, factor: float = 1.0) -> Path:
@@ -208,7 +208,7 @@ def _train_all(config: BenefitConfig, run_flags: list[str], folder: Path, mixtur
 
     with ThreadPoolExecutor(config.jobs or os.cpu_count()) as pool:
         list(pool.map(run, first))
-        list(pool.map(run, then))
+        list(pool.map(run, later))
     return {
         factor: [Arm(name, [read_run(place(name, seed, factor)) for seed in seeds]) for name in names]
         for factor in config.factors
@@ -218,7 +218,7 @@ def _train_all(config: BenefitConfig, run_flags: list[str], folder: Path, mixtur
 def shared_flags(
     place: Path, mixture: Mixture, iterations: int, seed: int, training: Sequence[str] = TRAINING
 ) -> list[str]:
-    """Return the flags that all arms have, but for their paths."""
+    """Return the flags that all arms have in common; only the paths in them differ."""
     return [
         *MODEL,
         *training,

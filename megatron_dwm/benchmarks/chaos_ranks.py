@@ -86,10 +86,10 @@ class Ranks:
             time.sleep(2e-3)
         return found
 
-    def wait(self, seconds: float, but: int | None = None) -> bool:
-        """Wait for the end of the ranks, of all but one if it is given; return whether they have ended."""
+    def wait(self, seconds: float, excluded: int | None = None) -> bool:
+        """Wait for the end of all ranks, except for ``excluded``; return whether they have ended."""
         deadline = time.monotonic() + seconds
-        while not (ended := all(code is not None for rank, code in enumerate(self.codes) if rank != but)):
+        while not (ended := all(code is not None for rank, code in enumerate(self.codes) if rank != excluded)):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.02)

@@ -43,7 +43,7 @@ Part = Literal["costs-125m", "costs-1b", "precision", "benefit"]
 
 @dataclass(frozen=True)
 class GpuConfig:
-    """Measuring on one GPU."""
+    """Measurement on one GPU."""
 
     output: str = flag("runs/gpu", "Folder for one JSON file per part, and for gpu.png.")
     scratch: str | None = flag(None, "Folder for texts, runs and logs. Default: a subfolder of --output.")
@@ -115,7 +115,7 @@ class _Measurement:
         return self.failed
 
     def _measured(self, part: str, action: Callable[[], Any]) -> None:
-        """Run one part; another one's turn comes also after a failure."""
+        """Run one part; its failure does not prevent the others."""
         start = time.perf_counter()
         try:
             action()

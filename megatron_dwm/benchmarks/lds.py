@@ -39,7 +39,7 @@ SEED = 1  # of the start and of the order of the data, in all runs
 _RESAMPLES = 2000
 
 Predictions = Mapping[str, Mapping[int, float]]
-"""What each predictor says of each sample, by index: the larger, the lower the loss should become."""
+"""Each predictor's value of each sample, by index: the larger, the lower the loss should become."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def predictions(uniform: RunRecords, bilevel: RunRecords, like_target: Sequence[
 
 
 def _column(run: RunRecords, name: str) -> dict[int, float]:
-    """Return a column of the outer updates' samples, less its mean in each batch, by index."""
+    """Return a column of the outer updates' samples, minus its mean in each batch, by index."""
     values: dict[int, float] = {}
     for update in run.updates:
         column = np.array(update["samples"][name], dtype=np.float64)

@@ -123,7 +123,7 @@ def wrap_with_ddp(
             config=config,
             ddp_config=ddp_config,
             module=Float16Module(config, chunk) if half else chunk,
-            # The first chunk's communication is the one that no compute of another chunk hides.
+            # The communication of later chunks overlaps with the first one's compute, without buckets too.
             disable_bucketing=index > 0,
         )
         for index, chunk in enumerate(chunks)

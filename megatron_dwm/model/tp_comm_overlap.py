@@ -61,7 +61,7 @@ def read_overlap_settings(path: str | None) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise UserError(f"--tp-comm-overlap-cfg {path}: cannot be read ({reason}); check the file") from None
     if not isinstance(settings, dict):
-        raise UserError(f"--tp-comm-overlap-cfg {path}: no settings with the name of a layer; check the file")
+        raise UserError(f"--tp-comm-overlap-cfg {path}: it does not map names of layers to settings; check the file")
     return settings
 
 

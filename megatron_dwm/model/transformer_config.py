@@ -116,7 +116,7 @@ def transformer_config(
 
 
 def has_tanh_gelu(model: ModelConfig) -> bool:
-    """Return whether GELU is its tanh approximation: Megatron-LM's is with the bias fused in, and exact without."""
+    """Return whether GELU is its tanh approximation, as Megatron-LM's is when it is fused with the bias."""
     return model.bias_gelu_fusion and model.add_bias_linear
 
 

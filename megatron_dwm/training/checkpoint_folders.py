@@ -32,7 +32,7 @@ def iteration_of(folder: Path) -> int:
 
 
 def is_iteration(text: str) -> bool:
-    """Whether text is the number of an iteration: ASCII digits, and not more than a checkpoint can hold."""
+    """Return whether text is the number of an iteration: ASCII digits, and not more than a checkpoint can hold."""
     return text.isascii() and text.isdigit() and len(text) < 20
 
 
@@ -43,7 +43,7 @@ def rank_file(folder: Path, tp_rank: int, pp_rank: int, pp_size: int) -> Path:
 
 
 def has_torch_format(folder: Path) -> bool:
-    """Whether a checkpoint is in Megatron-LM's older format, ``torch``."""
+    """Return whether a checkpoint is in Megatron-LM's older format, ``torch``."""
     return first_rank_file(folder) is not None
 
 
@@ -102,7 +102,7 @@ def saved_arguments(flags: CheckpointConfig) -> dict[str, Any]:
 
 
 def is_first_start(flags: CheckpointConfig) -> bool:
-    """Whether ``--load`` is the ``--save`` folder of a run that has not saved anything yet."""
+    """Return whether ``--load`` is the ``--save`` folder of a run that has not saved anything yet."""
     if flags.load is None or flags.save is None or flags.finetune:
         return False
     root = Path(flags.load)
@@ -129,7 +129,7 @@ def tracked(root: Path) -> Path | None:
         UserError: the tracker's content is not Megatron-LM's.
     """
     path = root / TRACKER
-    if path.is_dir():  # else the first save would find out
+    if path.is_dir():  # refused now, and not at the first save
         raise UserError(f"{path}: is a folder where a file belongs; remove it")
     if not path.is_file():
         return None

@@ -34,7 +34,7 @@ LEASE_SECONDS = 60.0
 VISIBLE_SECONDS = 60.0
 """How long a shared file system may take to show a new file to other machines: NFS's default ``acdirmax``."""
 SETTLE_SECONDS = 2.0
-"""If several processes come at once, the last one to write its name has the folder."""
+"""How long a process without a lock waits before it reads who holds the folder: the last one that wrote its name."""
 
 
 class FolderLock:
@@ -169,7 +169,7 @@ def heartbeat_age(folder: Path) -> float | None:
 
 
 def visible_holder(folder: Path) -> str:
-    """Return who holds ``folder``, as another process than the holder sees it; waits until somebody does."""
+    """Return who holds ``folder``, as another process than the holder sees it; waits until a process does."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     while True:
         with contextlib.suppress(OSError), (folder / LOCK).open(encoding="utf-8") as file:

@@ -185,7 +185,7 @@ def choose_schedule(
 def _rest_of_decay(schedule: Schedule, consumed: int, batch: int) -> tuple[str, ...]:
     """Return a message on how long the learning rate still decays in a run with another batch size.
 
-    The number of iterations does not tell, because the first ones had batches of another size.
+    The flags do not show it, because the first iterations had batches of another size.
     """
     if schedule.lr_decay_style == "constant":
         return ()

@@ -224,7 +224,7 @@ class EmbeddedWeighting:
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of a resumed run, except for the position in the targets; a collective call."""
+        """Return the state that a resumed run needs, except for the position in the targets; a collective call."""
         return {
             "iteration": self.iteration,
             **weighter_state(self.weighter),

@@ -73,7 +73,7 @@ def warnings(report: Report) -> list[str]:
         if rho.is_known and not rho.excludes_zero:
             found.append(
                 f"In stage {last} the weights do not follow the alignments: their rank correlation within a batch is "
-                f"{format_estimate(rho)}, which cannot be told from 0."
+                f"{format_estimate(rho)}, which cannot be distinguished from 0."
             )
         elif rho.is_known and (rho.value or 0.0) < 0:
             found.append(

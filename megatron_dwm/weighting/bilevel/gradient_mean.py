@@ -20,7 +20,7 @@ from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers, vie
 
 
 class GradientAverage(Protocol):
-    """Replaces each target gradient by an average over updates, or leaves it."""
+    """Averaging of target gradients over updates, or none."""
 
     def average(self, gradients: GradientBuffers) -> None:
         """Replace the gradient in the buffers; a collective call of all ranks."""
