@@ -174,7 +174,7 @@ def require_local_names(names: Iterable[str]) -> None:
     """Refuse names that begin with ``local-`` and are not local tasks.
 
     Raises:
-        UserError: there is one.
+        UserError: there is such a name.
     """
     for name in names:
         if name.startswith("local-") and name not in LOCAL_TASKS:

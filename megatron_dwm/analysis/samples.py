@@ -53,7 +53,7 @@ class RunSamples:
         Args:
             train: the training set.
             target: the target set, if the run had one.
-            tokenizer: megatron-core's.
+            tokenizer: megatron-core's tokenizer.
             sources: names of the training data's sources, by :attr:`Sample.source`.
             sample_format: the format of the samples, for the run's weighters.
         """

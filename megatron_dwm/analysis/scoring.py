@@ -165,7 +165,7 @@ def _is_finite(value: object) -> bool:
 
 
 class _WholeParquet(ParquetWriter):  # type: ignore[misc]
-    """Writes rows of a table with the types of its columns, and other rows with those that the first ones have."""
+    """Writes rows of a table with the types of its columns, and other rows with the types of the first ones."""
 
     def __init__(self, parts: Sequence[Part], score_key: str, **options: Any) -> None:
         super().__init__(**options)

@@ -64,7 +64,7 @@ class TaskResult:
     values: dict[str, dict[int, float]] = field(default_factory=dict)
     """``answer_nll`` and ``choice_nll`` of each item, by its number in the task."""
     choices: int | None = None
-    """Number of answers to choose from, if it is that of all items."""
+    """Number of answers to choose from, if it is the same for all items."""
 
     def chance(self, metric: str) -> float | None:
         """Return the mean of a metric for a model that knows nothing; None if there is none."""
@@ -130,7 +130,7 @@ class TaskEvaluator:
         Args:
             folder: the model and its tokenizer.
             exported_from: the checkpoint of which it is the export. This program trains without the tokenizer's special
-                tokens; the tokenizer of another model adds those that it adds by itself.
+                tokens; the tokenizer of another model adds its own by default.
 
         Raises:
             UserError: it cannot be loaded, or a task's data cannot.

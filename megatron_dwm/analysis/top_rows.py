@@ -62,7 +62,7 @@ def add_gumbel(table: Table, temperature: float, seed: int) -> None:
 
 
 def costs_by_source(table: Table, masks: Iterator[npt.NDArray[np.bool_]] | None, sources: int) -> npt.NDArray[np.int64]:
-    """Return the rows and the cost of each source, [sources, 2], of all rows or of those that masks of blocks keep."""
+    """Return the number of rows and the cost of each source [sources, 2], of all rows or those that the masks keep."""
     totals = np.zeros((sources, 2), np.int64)
     for block in blocks(table):
         kept = block if masks is None else block[next(masks)]
@@ -108,7 +108,7 @@ class TopRows:
 
 
 def _cutoff(table: Table, group: Group) -> tuple[np.uint64, int]:
-    """Return the ordered key that does not fit as a whole, and what the rows above it leave of the budget.
+    """Return the ordered key that does not fit as a whole, and the budget that the rows above it leave.
 
     The key is 0, which belongs to no number, if all rows fit.
     """

@@ -66,7 +66,7 @@ MODEL = shlex.split(
     "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
     "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.06"
 )
-# A constant rate: the loss at each point of a run is what a run of that length ends with.
+# A constant rate, so that the loss at any point of a run is the final loss of a run of that length.
 TRAINING = shlex.split(
     "--global-batch-size 128 --micro-batch-size 128 --lr 3e-3 --lr-decay-style constant --lr-warmup-iters 20 "
     "--weight-decay 0.1 --adam-beta2 0.95 --eval-interval 30 --eval-iters 16 --log-interval 10 --num-workers 0"

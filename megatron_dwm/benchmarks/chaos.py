@@ -226,7 +226,7 @@ class _Start:
             self.ranks.send_to_all(signal.SIGKILL if kind == "kill all" else signal.SIGTERM)
 
     def _find_faults(self, found: Disturbance) -> Iterator[str]:
-        """Yield what is wrong with the ranks' exit codes and messages."""
+        """Yield the faults in the ranks' exit codes and messages."""
         texts = [self.ranks.printed(rank) for rank in range(self.ranks.world_size)]
         if found.victim is not None:
             others = "".join(text for rank, text in enumerate(texts) if rank != found.victim)

@@ -102,7 +102,7 @@ class Ranks:
             os.kill(process.pid, number)
 
     def send_to_all(self, number: signal.Signals) -> None:
-        """Send a signal to all ranks and to what they have started, as SLURM does."""
+        """Send a signal to all ranks and their child processes, as SLURM does."""
         for process in self.running():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
@@ -125,7 +125,7 @@ class Ranks:
         return found
 
     def wait_for_children(self, seconds: float) -> list[str]:
-        """Wait for the end of what ended ranks have started; return the command lines of what still runs."""
+        """Wait for the end of the ended ranks' child processes; return the command lines of those that still run."""
         deadline = time.monotonic() + seconds
         while (left := self.running()) and time.monotonic() < deadline:
             time.sleep(0.05)

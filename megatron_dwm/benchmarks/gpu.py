@@ -85,7 +85,7 @@ def _main(argv: Sequence[str] | None) -> None:
 
 
 def read_results(output: Path) -> dict[str, Any]:
-    """Return what the parts have found, by part."""
+    """Return the results of the parts."""
     files = {part: output / f"{part}.json" for part in get_args(Part)}
     return {part: json.loads(file.read_text()) for part, file in files.items() if file.is_file()}
 

@@ -168,7 +168,7 @@ def build_user_mixture(
 
 
 def _claim(folder: Path, description: str) -> None:
-    """Write down what the data of ``folder`` is made of; refuse a folder whose data was made of something else."""
+    """Record the description of the data in ``folder``; refuse a folder with data of another description."""
     written = folder / "mixture.txt"
     if written.is_file() and written.read_text() != description:
         raise UserError(f"--output {folder} holds data of another mixture; give another folder")

@@ -91,7 +91,7 @@ def measure_alignments(modes: Modes, options: OverheadConfig) -> dict[str, list[
 
 
 def measure_counts(modes: Modes) -> dict[str, dict[str, int]]:
-    """Count what a step of each mode asks of this rank's device."""
+    """Count the kernel launches, reads and waits of a step of each mode, on this rank's device."""
     return {
         "bare": device_counts(modes.bare.step),
         "plain": device_counts(partial(modes.plain.train_iteration, 1)),

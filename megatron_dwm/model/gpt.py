@@ -51,7 +51,7 @@ def build_model_chunks(
     """Build this rank's chunks of the model, one for each of its virtual pipeline stages, on its device.
 
     Args:
-        config: what :func:`~megatron_dwm.model.transformer_config.transformer_config` made of the flags.
+        config: the result of :func:`~megatron_dwm.model.transformer_config.transformer_config`.
         fp16_lm_cross_entropy: compute the loss in fp16.
     """
     groups = ProcessGroupCollection.use_mpu_process_groups()

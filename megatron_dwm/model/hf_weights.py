@@ -50,7 +50,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Piece:
-    """A conversion for one of a model's layers, or for what is not in a layer."""
+    """A conversion for one of a model's layers, or for weights outside the layers."""
 
     conversion: Conversion
     layer: int | None
@@ -128,7 +128,7 @@ def require_finite(place: str, tensor: torch.Tensor) -> torch.Tensor:
         place: the origin of the tensor, for the message.
 
     Raises:
-        UserError: one is not.
+        UserError: a number is not finite.
     """
     if not bool(torch.isfinite(tensor).all()):
         raise UserError(f"{place} holds numbers that are not finite; give a model that has not diverged")
@@ -136,7 +136,7 @@ def require_finite(place: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _ends(model: ModelConfig) -> tuple[list[Conversion], list[Conversion]]:
-    """Return the conversions of what comes before and after the layers."""
+    """Return the conversions of the weights before and after the layers."""
     is_gpt2 = architecture(model) == "gpt2"
     first = [Conversion(_EMBEDDING, ("wte.weight" if is_gpt2 else "embed_tokens.weight",))]
     if is_gpt2:

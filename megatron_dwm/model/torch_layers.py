@@ -85,7 +85,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Return the parts of a checkpoint, which are those of megatron-core's local attention."""
+        """Return the parts of a checkpoint, the same as megatron-core's local attention's."""
         sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,

@@ -65,10 +65,10 @@ def check_architecture(
 
 
 def check_layers(model: ModelConfig, parallel: ParallelConfig, impl: str) -> None:
-    """Refuse flags that the layers of ``impl`` (what ``resolve_transformer_impl`` returned) cannot follow.
+    """Refuse flags that the layers of ``impl`` (from ``resolve_transformer_impl``) cannot follow.
 
     Raises:
-        UserError: there is one.
+        UserError: they cannot follow a flag.
     """
     for field in ("dwm_qk_norm_all_heads", "dwm_output_norm"):
         if getattr(model, field) and impl != "torch":
@@ -109,7 +109,7 @@ def check_context_parallelism(parallel: ParallelConfig, impl: str) -> None:
     """Refuse layers that do not attend across context-parallel ranks, or not in the way that is asked for.
 
     Raises:
-        UserError: the layers of ``impl`` (what ``resolve_transformer_impl`` returned) are such.
+        UserError: the layers of ``impl`` (from ``resolve_transformer_impl``) do not.
     """
     if impl == "local":
         raise UserError(
@@ -128,7 +128,7 @@ def check_attention_mask(model: ModelConfig, impl: str, device: torch.device) ->
     """Refuse layers that ignore an explicit attention mask: fused causal attention makes its own.
 
     Raises:
-        UserError: ``impl`` (what ``resolve_transformer_impl`` returned) is such on this device.
+        UserError: the layers of ``impl`` (from ``resolve_transformer_impl``) do so on this device.
     """
     if impl == "transformer_engine":
         raise UserError(

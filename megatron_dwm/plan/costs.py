@@ -62,7 +62,7 @@ def scoring_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: We
 
 
 def update_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: WeighterPlan | None) -> Cost:
-    """Return the cost of an outer update, or of what a rule does in its place; zero for a run without updates."""
+    """Return the cost of an outer update, or of a rule's passes in its place; zero for a run without updates."""
     settings = config.weighting
     if not settings.needs_target or settings.dwm_rule == "top-alignment":
         return Cost(0.0, {})

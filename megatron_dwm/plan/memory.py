@@ -26,7 +26,7 @@ class StageMemory:
     weighting_between_updates: int
     """The weighter, the replay, and the running mean of the target gradient."""
     weighting_in_update: float
-    """What an outer update adds to the peak of plain training, without what is held between updates."""
+    """What an outer update adds to the peak of plain training, beyond the memory held between updates."""
 
     @property
     def plain(self) -> float:

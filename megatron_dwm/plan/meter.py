@@ -77,7 +77,7 @@ class Meter(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tree_leaves((args, kwargs)):  # what is not known by now was made before the start
+        for tensor in tree_leaves((args, kwargs)):  # storages that are not known yet were made before the start
             self._note(tensor, is_new=False)
         result = function(*args, **(kwargs or {}))
         if function.namespace == "c10d":

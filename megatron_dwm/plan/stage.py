@@ -241,7 +241,7 @@ def _traffic_of(action: Callable[[], Any]) -> Traffic:
 def _stage_traffic(
     config: RunConfig, core_config: TransformerConfig, layout: ParallelState, num_chunks: int, *, has_backward: bool
 ) -> Traffic:
-    """Return what each of the rank's chunks sends forward, and backward, for a microbatch."""
+    """Return the traffic that each of the rank's chunks sends forward, and backward, for a microbatch."""
     traffic, size = Traffic(), core_config.pipeline_dtype.itemsize
     tokens = config.model.seq_length // config.parallel.cp // (layout.tp_size if core_config.sequence_parallel else 1)
     tensor = float(tokens * config.training.micro_batch_size * config.model.hidden_size * size)

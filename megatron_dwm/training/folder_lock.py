@@ -98,7 +98,7 @@ class FolderLock:
         """Wait until the heartbeat of a holder that the lock does not reveal has not moved for long enough.
 
         Raises:
-            UserError: it moves.
+            UserError: the heartbeat moves.
         """
         before = self._heartbeat()
         deadline = time.monotonic() + LEASE_SECONDS - self._age_of(before)
@@ -180,7 +180,7 @@ def visible_holder(folder: Path) -> str:
 
 
 def _recorded_holder(file: TextIO) -> dict[str, Any] | None:
-    """Return what the lock's file says about its holder; None if it says nothing."""
+    """Return the holder that the lock's file records; None if it records none."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         file.seek(0)
         holder = json.loads(file.readline())

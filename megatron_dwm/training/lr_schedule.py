@@ -69,8 +69,8 @@ class Schedule:
 
         Args:
             state: the schedule's state, as megatron-core saves it.
-            arguments: the checkpoint's arguments, which contain what that state lacks.
-            flags: used for what neither contains.
+            arguments: the checkpoint's arguments, for values that the state lacks.
+            flags: the flags' schedule, for values that neither contains.
         """
         found = {field.name: state[field.name] for field in dataclasses.fields(Schedule) if field.name in state}
         if "global_batch_size" in arguments:

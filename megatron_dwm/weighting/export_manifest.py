@@ -73,7 +73,7 @@ def verify_export(flag: str, folder: Path) -> bool:
 
     Args:
         flag: the flag that names the folder, for messages.
-        folder: the weighter's.
+        folder: the weighter's folder.
 
     Returns:
         whether it is an export of this program. Exports of earlier versions have no checksums.

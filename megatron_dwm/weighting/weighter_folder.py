@@ -130,7 +130,7 @@ def text_reader(flag: str, folder: str, model: Any, tokenizer: Any, samples: Sam
     Args:
         flag: the flag that names ``folder``, for messages.
         model: the classifier that reads them.
-        tokenizer: the folder's.
+        tokenizer: the folder's tokenizer.
 
     Raises:
         UserError: the tokenizer does not work.

@@ -26,7 +26,7 @@ class GradientAverage(Protocol):
         """Replace the gradient in the buffers; a collective call of all ranks."""
 
     def state(self) -> tuple[float, Direction] | None:
-        """Return what a checkpoint holds; None if nothing."""
+        """Return the state for a checkpoint; None if there is none."""
 
     def load(self, total: float, mean: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
         """Continue from a value of :meth:`state`."""

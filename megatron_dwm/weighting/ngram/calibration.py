@@ -41,7 +41,7 @@ class Calibration(torch.nn.Module):
 
         Args:
             scores: linear scores of samples that the weighter had not learned from [k], at least p, float64.
-            errors: what the objective wants their scores to be, minus the scores [k], float64.
+            errors: the scores that the objective wants for them, minus the scores [k], float64.
         """
         groups = scores.argsort(stable=True).tensor_split(len(self.scores))
         means = torch.stack([scores[group].mean() for group in groups])
