@@ -13,7 +13,7 @@ from megatron_dwm.errors import UserError
 
 _BLOCKS = 20
 """Blocks of iterations that the bootstrap draws from."""
-_RESAMPLES = 2000
+_RESAMPLES = 2000  # draws of the bootstrap
 _SEED = 0
 
 

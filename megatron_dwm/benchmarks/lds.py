@@ -36,7 +36,7 @@ from megatron_dwm.weighting.rules import half_of_samples
 BATCH = shlex.split("--global-batch-size 64 --micro-batch-size 64 --eval-interval 100000")
 EVERY_BATCH = [*SCORING, "--dwm-num-stages", "1", "--dwm-update-interval", "1"]
 SEED = 1  # of the start and of the order of the data, in all runs
-_RESAMPLES = 2000
+_RESAMPLES = 2000  # draws of the bootstrap
 
 Predictions = Mapping[str, Mapping[int, float]]
 """Each predictor's value of each sample, by index: the larger, the lower the loss should become."""

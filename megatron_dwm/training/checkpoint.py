@@ -110,10 +110,10 @@ class CheckpointWriter:
         flags, iteration = self.config.checkpoint, train_state.iteration
         save = flags.save or "."
         root = Path(save) if persistent else non_persistent_folder(flags, save)
-        if not _all_finite(param.detach() for chunk in self.components.chunks for param in chunk.parameters()):
+        if not _are_all_finite(param.detach() for chunk in self.components.chunks for param in chunk.parameters()):
             logger.warning(f"no checkpoint of iteration {iteration} is written: the parameters are not finite")
             return
-        if not _all_finite(_optimizer_state(self.components.optimizer)):
+        if not _are_all_finite(_optimizer_state(self.components.optimizer)):
             logger.warning(
                 f"the checkpoint of iteration {iteration}: the optimizer's state is not finite, so parameters stay as "
                 "they are; continue from an earlier one, with a lower --lr or with --clip-grad"
@@ -298,7 +298,7 @@ class CheckpointWriter:
         )
 
 
-def _all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+def _are_all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Return whether all tensors, on all ranks, are finite."""
     bad = torch.zeros((), device=current_device())
     for tensor in tensors:

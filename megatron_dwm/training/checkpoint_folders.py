@@ -107,7 +107,7 @@ def is_first_start(flags: CheckpointConfig) -> bool:
         return False
     root = Path(flags.load)
     is_same = root.resolve() == Path(flags.save).resolve()
-    return is_same and (not root.exists() or (root.is_dir() and not _looks_like_checkpoints(root)))
+    return is_same and (not root.exists() or (root.is_dir() and not _has_checkpoints(root)))
 
 
 def older_checkpoints(folder: Path) -> list[Path]:
@@ -182,12 +182,12 @@ def _what_is_there(root: Path) -> str:
         step = root.name.removeprefix("iter_").lstrip("0")
         named = f", and --ckpt-step {step}" if root.name.startswith("iter_") and is_iteration(step) else ""
         return f"is one checkpoint; give the folder that it is in, {root.parent}{named}"
-    if _looks_like_checkpoints(root):
+    if _has_checkpoints(root):
         return f"holds checkpoints but no {TRACKER}; {_other_steps(root)}"
     return f"no {TRACKER} there; check the path, or leave it out to start from scratch"
 
 
-def _looks_like_checkpoints(root: Path) -> bool:
+def _has_checkpoints(root: Path) -> bool:
     names = (RELEASE, "metadata.json", "common.pt")
     return bool(checkpoints_in(root)) or any((root / name).exists() for name in names)
 

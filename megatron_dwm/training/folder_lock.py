@@ -30,7 +30,7 @@ LOCK = ".lock"
 HEARTBEAT = ".lock.heartbeat"
 HEARTBEAT_SECONDS = 10.0
 LEASE_SECONDS = 60.0
-"""A holder whose heartbeat has not moved for this long is considered killed."""
+"""A holder whose heartbeat has not moved for this long is considered killed: it has missed five beats."""
 VISIBLE_SECONDS = 60.0
 """How long a shared file system may take to show a new file to other machines: NFS's default ``acdirmax``."""
 SETTLE_SECONDS = 2.0

@@ -157,7 +157,7 @@ def build_language_model(
             config.training,
             config.optimizer,
             device,
-            resets_attention_mask=config.data.reset_attention_mask,
+            has_attention_mask=config.data.reset_attention_mask,
         )
         vocabulary = _vocabulary(config.model, config.parallel.tp, inputs)
     if config.training.deterministic_mode:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 CHUNK_ELEMENTS = 1 << 22
+"""Elements that are hashed at once, in several temporary tensors of 8 bytes per element."""
 _LANES = ((0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9), (0xC2B2AE3D27D4EB4F, 0x94D049BB133111EB))
 """Odd factors for positions, and for positions mixed with bits: one pair for each number of the hash.
 

@@ -13,6 +13,7 @@ from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.errors import UserError
 
 DEFAULT_UPDATE_INTERVAL = 100
+"""Interval in a long run: an update costs about as much as a step, so weighting adds about 1 % (docs/scaling.md)."""
 DEFAULT_UPDATES = 80
 """Outer updates of a short run: enough that a weighter distinguishes samples whose single alignments hardly differ
 (docs/lab-notes.md)."""

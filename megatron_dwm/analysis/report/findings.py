@@ -12,6 +12,7 @@ from megatron_dwm.analysis.report.content import Report
 from megatron_dwm.analysis.uncertainty import MIN_UPDATES, Estimate
 
 _MIN_WEIGHT_DIFFERENCE = 0.05
+"""Difference of two sources' mean weights from which a contradiction is reported; smaller ones have little effect."""
 _MAX_SENTENCES = 3
 
 

@@ -12,7 +12,10 @@ from __future__ import annotations
 import torch
 
 PRIOR_SAMPLES = 150
-"""The curve is shrunk towards the linear scores, as if this many more samples at each point agreed with them."""
+"""The curve is shrunk towards the linear scores, as if this many more samples at each point agreed with them.
+
+With 30, weights spread too early in a run (docs/lab-notes.md).
+"""
 
 
 class Calibration(torch.nn.Module):
