@@ -82,9 +82,8 @@ def update_traffic(config: RunConfig, stage: Stage, weighter: WeighterPlan | Non
     between = stage.stage_traffic.times(target + batch)
     if kind == "finite-difference":  # forward passes at two points
         passes, between = 2 * batch, stage.stage_traffic.times(target) + stage.forward_traffic.times(2 * batch)
-    gathers = (
-        0 if config.weighting.dwm_rule == "top-alignment" else 2
-    )  # to return to the old parameters, and to the new ones again
+    # To return to the old parameters, and to the new ones again.
+    gathers = 0 if config.weighting.dwm_rule == "top-alignment" else 2
     gathers += 2 if kind == "finite-difference" else 0  # to return from each of the two points
     gathers += config.parallel.overlap_param_gather  # before the passes; the next forward pass repeats it
     return {

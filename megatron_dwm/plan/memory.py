@@ -65,9 +65,8 @@ def stage_memory(config: RunConfig, stage: Stage, weighter: WeighterPlan | None)
 def _update_peak(config: RunConfig, stage: Stage, training: float, weighter: WeighterPlan | None) -> float:
     """Return the peak bytes of an iteration with an outer update, without weights, gradients and optimizer."""
     kind = config.weighting.dwm_alignment
-    copy = (
-        0 if config.weighting.dwm_rule == "top-alignment" else stage.parameter_copy
-    )  # it stays at the same parameters
+    # The top-alignment rule stays at the same parameters.
+    copy = 0 if config.weighting.dwm_rule == "top-alignment" else stage.parameter_copy
     direction, learning = stage.direction, 0 if weighter is None else weighter.learning
     samples = config.training.micro_batch_size if kind == "single-sample" else 1
     counts = in_flight(config, stage.number, config.num_microbatches * samples)
