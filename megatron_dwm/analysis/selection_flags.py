@@ -42,7 +42,8 @@ class SelectConfig:
     method: Literal["random", "score", "perplexity", "dsir", "source-mix"] = flag(
         "score",
         "Which rows are kept: random ones, the highest scores, the lowest perplexities, those most similar to "
-        "--target (DSIR), or random ones with the sources' shares of --quota, or else those that score would keep.",
+        "--target (dsir), or random ones of each source (source-mix), whose shares are those of --quota, or else those "
+        "that score would keep.",
     )
     score_key: str | None = flag(
         None, "Key (column) of the number to rank by. Default: perplexity with that method, otherwise score."
@@ -144,7 +145,7 @@ def _parse_quotas(words: Sequence[str]) -> dict[str, Fraction]:
         except ValueError:
             equals = ""
         if not equals or shares[source] <= 0:
-            raise UserError(f"--quota {word}: not SOURCE=SHARE; give such as web=0.5")
+            raise UserError(f"--quota {word}: not SOURCE=SHARE; give, for example, web=0.5")
     if len(shares) != len(words) or sum(shares.values()) > 1:
         raise UserError(f"--quota {' '.join(words)}: a source is named twice, or the sum is above 1; correct it")
     return shares

@@ -53,7 +53,7 @@ def sample_tokens(seq_length: int, tokenizer: Any, flags: TokenizerConfig) -> Sa
 
     Args:
         seq_length: tokens of a sample.
-        tokenizer: megatron-core's.
+        tokenizer: megatron-core's tokenizer.
         flags: the flags that it was built from.
     """
     return SampleTokens(
