@@ -120,7 +120,7 @@ class RunConfig:
         unit, part = dp, -(-self.global_batch_size // TARGET_PART)
         if self.parallel.virtual_stages(self.model.num_layers) is not None:
             unit *= micro * (self.parallel.microbatch_group_size_per_vp_stage or self.parallel.pp)
-        elif part > micro * dp or self.parallel.tp_comm_overlap:  # its buffers have a fixed size
+        elif part > micro * dp or self.parallel.tp_comm_overlap:  # Transformer Engine's buffers fit full microbatches
             unit *= micro
         return min(-(-part // unit) * unit, self.global_batch_size)
 

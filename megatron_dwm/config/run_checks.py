@@ -95,7 +95,7 @@ def _check_context_parallelism(run: RunConfig) -> None:
 def _check_optimizer(run: RunConfig) -> None:
     if run.parallel.use_distributed_optimizer and run.optimizer.optimizer != "adam":
         raise UserError(
-            f"--use-distributed-optimizer does not go with --optimizer {run.optimizer.optimizer}: megatron-core "
+            f"--use-distributed-optimizer excludes --optimizer {run.optimizer.optimizer}: megatron-core "
             "shards only the state of Adam; leave one out"
         )
     ranks, instances = run.world_size // run.parallel.mp, run.parallel.num_distributed_optimizer_instances
@@ -117,7 +117,7 @@ def _check_outputs(run: RunConfig) -> None:
     if logging.log_progress and run.checkpoint.save is None:
         raise UserError("--log-progress writes to the --save folder; give it")
     if run.tasks.eval_tasks and run.tokenizer.tokenizer_type == "NullTokenizer":
-        raise UserError("--eval-tasks are texts, and --tokenizer-type NullTokenizer has none; give another tokenizer")
+        raise UserError("--eval-tasks need text, which --tokenizer-type NullTokenizer cannot encode; give another")
     if not logging.wandb_project:
         return
     if not logging.wandb_exp_name:
@@ -215,7 +215,7 @@ def _check_schedule(run: RunConfig) -> None:
 
 
 def _check_passes(run: RunConfig) -> None:
-    """Refuse what the passes of an outer update cannot go with."""
+    """Refuse flags that the passes of an outer update do not support."""
     micro = run.training.micro_batch_size
     unfit = {
         "--fp8-param-gather": (run.parallel.fp8_param_gather, "copies parameters that have 16 or 32 bits"),
@@ -261,12 +261,12 @@ def _check_precision(run: RunConfig) -> None:
     half = "--bf16" if run.optimizer.bf16 else "--fp16" if run.optimizer.fp16 else None
     if half and run.weighting.dwm_alignment == "finite-difference":
         raise UserError(
-            f"--dwm-alignment finite-difference with {half}: so small a step is lost in the parameters' rounding; "
+            f"--dwm-alignment finite-difference with {half}: its small steps are lost when parameters are rounded; "
             "use --dwm-alignment exact"
         )
     if half and run.weighting.dwm_check:
         raise UserError(
-            f"--dwm-check with {half}: the differences that it takes are lost in the parameters' rounding; check "
+            f"--dwm-check with {half}: its finite differences are lost when parameters are rounded; check "
             f"once without {half}, then train without --dwm-check"
         )
 

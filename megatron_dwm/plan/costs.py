@@ -62,14 +62,14 @@ def scoring_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: We
 
 
 def update_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: WeighterPlan | None) -> Cost:
-    """Return the cost of an outer update, or of what a rule does in its place; zero for a run without updates."""
+    """Return the cost of an outer update, or of a rule's passes in its place; zero for a run without updates."""
     settings = config.weighting
     if not settings.needs_target or settings.dwm_rule == "top-alignment":
         return Cost(0.0, {})
     if settings.dwm_rule == "similarity":
         return _forward_cost(config, rows, stages, config.target_batch_size)
-    computing, is_linear = (0, False) if weighter is None else (weighter.active_parameters, weighter.is_linear)
-    operations = outer_update_flops(config, rows, computing, is_linear=is_linear)
+    active_parameters, is_linear = (0, False) if weighter is None else (weighter.active_parameters, weighter.is_linear)
+    operations = outer_update_flops(config, rows, active_parameters, is_linear=is_linear)
     return Cost(operations, _busiest([update_traffic(config, stage, weighter) for stage in stages]))
 
 
@@ -82,7 +82,8 @@ def update_traffic(config: RunConfig, stage: Stage, weighter: WeighterPlan | Non
     between = stage.stage_traffic.times(target + batch)
     if kind == "finite-difference":  # forward passes at two points
         passes, between = 2 * batch, stage.stage_traffic.times(target) + stage.forward_traffic.times(2 * batch)
-    gathers = 0 if config.weighting.dwm_rule == "top-alignment" else 2  # to go back, and forward again
+    # To return to the old parameters, and to the new ones again.
+    gathers = 0 if config.weighting.dwm_rule == "top-alignment" else 2
     gathers += 2 if kind == "finite-difference" else 0  # to return from each of the two points
     gathers += config.parallel.overlap_param_gather  # before the passes; the next forward pass repeats it
     return {

@@ -17,7 +17,7 @@ class StageMemory:
     stage: int
     layers: int
     parameters: int
-    """Their number."""
+    """Number of parameters."""
     weights: int
     gradients: int
     optimizer: int
@@ -26,7 +26,7 @@ class StageMemory:
     weighting_between_updates: int
     """The weighter, the replay, and the running mean of the target gradient."""
     weighting_in_update: float
-    """What an outer update adds to the peak of plain training, without what is held between updates."""
+    """What an outer update adds to the peak of plain training, beyond the memory held between updates."""
 
     @property
     def plain(self) -> float:
@@ -65,7 +65,8 @@ def stage_memory(config: RunConfig, stage: Stage, weighter: WeighterPlan | None)
 def _update_peak(config: RunConfig, stage: Stage, training: float, weighter: WeighterPlan | None) -> float:
     """Return the peak bytes of an iteration with an outer update, without weights, gradients and optimizer."""
     kind = config.weighting.dwm_alignment
-    copy = 0 if config.weighting.dwm_rule == "top-alignment" else stage.parameter_copy  # which does not go back
+    # The top-alignment rule stays at the same parameters.
+    copy = 0 if config.weighting.dwm_rule == "top-alignment" else stage.parameter_copy
     direction, learning = stage.direction, 0 if weighter is None else weighter.learning
     samples = config.training.micro_batch_size if kind == "single-sample" else 1
     counts = in_flight(config, stage.number, config.num_microbatches * samples)
@@ -74,7 +75,7 @@ def _update_peak(config: RunConfig, stage: Stage, training: float, weighter: Wei
     else:
         alignment = held_activations(stage.alignment, counts) + stage.workspace
     preconditioner = stage.preconditioner if config.weighting.dwm_preconditioner == "adam" else 0
-    # Taken before the training step, the copy is there in all passes; v is there once the target pass has been made.
+    # The copy is made before the training step and held in all passes; v is held after the target pass.
     return max(copy + training, copy + direction + preconditioner, copy + direction + alignment, learning)
 
 
@@ -87,7 +88,7 @@ def held_activations(passes: Sequence[Pass], counts: Sequence[int]) -> float:
 def in_flight(config: RunConfig, stage: int, microbatches: int) -> list[int]:
     """Return the maximum number of microbatches of each model chunk that wait for their backward pass.
 
-    megatron-core's schedules run so many forward passes before the first backward pass, and then one for one.
+    megatron-core's schedules run this many forward passes before the first backward pass, and then one of each in turn.
     """
     pp, chunks = config.parallel.pp, config.parallel.virtual_stages(config.model.num_layers)
     if chunks is None:

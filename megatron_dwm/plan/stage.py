@@ -30,7 +30,7 @@ from megatron_dwm.weighting.bilevel.preconditioner import batches
 from megatron_dwm.weighting.bilevel.sample_products import sample_products
 
 RULES_OF_FORWARD_PASSES = ("loss", "linupper", "similarity")
-"""Rules that pass each batch forward once more."""
+"""Rules that make one more forward pass over each batch."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ def measure_stage(
 
 
 _Run = Callable[[Any, int], tuple[AbstractContextManager[Any], int, bool]]
-"""Returns for a chunk and the samples of a microbatch: what its passes run in, the samples that they really have, and
-whether they end with a backward pass."""
+"""Returns, for a chunk and the samples of a microbatch: the context of its passes, the samples that they really have,
+and whether they end with a backward pass."""
 
 
 def _plain(chunk: Any, samples: int) -> tuple[AbstractContextManager[Any], int, bool]:
@@ -241,7 +241,7 @@ def _traffic_of(action: Callable[[], Any]) -> Traffic:
 def _stage_traffic(
     config: RunConfig, core_config: TransformerConfig, layout: ParallelState, num_chunks: int, *, has_backward: bool
 ) -> Traffic:
-    """Return what each of the rank's chunks sends forward, and backward, for a microbatch."""
+    """Return the traffic that each of the rank's chunks sends forward, and backward, for a microbatch."""
     traffic, size = Traffic(), core_config.pipeline_dtype.itemsize
     tokens = config.model.seq_length // config.parallel.cp // (layout.tp_size if core_config.sequence_parallel else 1)
     tensor = float(tokens * config.training.micro_batch_size * config.model.hidden_size * size)

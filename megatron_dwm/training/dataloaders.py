@@ -143,7 +143,7 @@ class Dataloaders:
             loader.close()
 
     def _evaluated_splits(self) -> tuple[bool, bool]:
-        """Whether there is validation and test data; rank 0, which reads the data, broadcasts it."""
+        """Return whether there is validation and test data; rank 0, which reads the data, broadcasts it."""
         present = [self.datasets.valid is not None, self.datasets.test is not None]
         dist.broadcast_object_list(present, src=0)
         asked = (self.config.data.has_validation, self.config.data.eval_iters > 0)
@@ -185,7 +185,7 @@ class Dataloaders:
 
 
 def _consumed(config: RunConfig, train_state: TrainState) -> Consumed:
-    """Return what of the data a run has read, by which its datasets are sized.
+    """Return how much of the data a run has read, which determines the sizes of its datasets.
 
     A release starts at iteration 0 with a nonzero count of samples. As in Megatron-LM, its datasets have the size of a
     new run's.

@@ -66,7 +66,7 @@ def open_torch_checkpoint(path: Path, config: RunConfig, rank: int) -> TorchChec
     """Open the first rank's file, after a part of all files has been verified; no communication.
 
     Args:
-        path: that file.
+        path: the first rank's file.
         rank: this rank, which determines the part that it verifies.
 
     Raises:

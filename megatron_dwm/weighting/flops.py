@@ -32,7 +32,7 @@ def outer_update_flops(
         config: configuration of the run.
         padded_vocab_size: padded vocabulary size of the language model.
         weighter_parameters: without the embedding, which is looked up.
-        is_linear: whether the weighter's steps are of conjugate gradients on the whole replay, taken as full.
+        is_linear: whether the weighter's steps are conjugate-gradient steps on the whole replay, assumed to be full.
     """
     settings = config.weighting
     target = training_flops(config.model, padded_vocab_size, config.target_batch_size)
