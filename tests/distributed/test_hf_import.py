@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,8 @@ def test_an_import_is_exported_as_the_model_that_it_was(name: str, folders: dict
     """In several files; biases that the model had not are exported as the zeros that they are."""
     output = tmp_path / "back"
     said = _export(folders[name], output, max_shard_size="50KB")
-    assert said.startswith(f"{output}: wrote a ") and said.endswith("tensors are the checkpoint's")
+    assert re.match(rf"{re.escape(str(output))}: wrote an? \w+ of ", said)
+    assert said.endswith("tensors are the checkpoint's")
     assert len(list(output.glob("*.safetensors"))) > 1
     assert {path.stat().st_mode & 0o777 for path in output.iterdir()} == {0o644}
 
