@@ -9,6 +9,7 @@ machine.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
     If the block raises, ``folder`` is as it was, and a parent folder that was made for it is removed.
     """
+    _require_no_device(folder)
     is_parent_new = not folder.parent.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(folder)
@@ -69,8 +71,11 @@ def atomic_files(folder: Path, prefix: str = "", *, should_clear: bool = True) -
         for file in files:
             _give_usual_permissions(file)
             sync(file)
-        for file in files:
-            os.replace(file, folder / f"{prefix}{file.name}")
+        targets = [folder / f"{prefix}{file.name}" for file in files]
+        for target in targets:
+            _require_no_device(target)
+        for file, target in zip(files, targets, strict=True):
+            os.replace(file, target)
         sync(folder)
     finally:
         remove(temporary)
@@ -104,7 +109,12 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 def atomic_write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path``, replacing the file that was there."""
+    """Write ``content`` to ``path``, replacing the file that was there.
+
+    Raises:
+        OSError: it cannot be written, or is a device.
+    """
+    _require_no_device(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_path(path)
     try:
@@ -114,6 +124,12 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def _require_no_device(path: Path) -> None:
+    """Refuse what root could replace to the harm of the whole machine: a device, such as /dev/null, and links beside."""
+    if path.parent == Path("/dev") or path.is_char_device() or path.is_block_device():
+        raise OSError(errno.EINVAL, "a device, or in the folder of devices", str(path))
 
 
 def sync(path: Path) -> None:

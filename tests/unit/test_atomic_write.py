@@ -8,7 +8,7 @@ import shutil
 import signal
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -122,6 +122,22 @@ def test_a_file_that_cannot_be_replaced_leaves_nothing_beside(tmp_path: Path):
     with pytest.raises(OSError):
         atomic_write_text(tmp_path / "file", "text")
     assert names(tmp_path) == ["file"]
+
+
+def _write_folder(path: Path, text: str) -> None:
+    with atomic_folder(path) as folder:
+        (folder / "file").write_text(text)
+
+
+@pytest.mark.parametrize("write", [atomic_write_text, _write_folder])
+def test_a_device_is_not_replaced(write: Callable[[Path, str], None]):
+    main, terminal = os.openpty()  # a device that not even root can replace
+    try:
+        with pytest.raises(OSError, match="a device, or in the folder of devices"):
+            write(Path(os.ttyname(terminal)), "text")
+    finally:
+        os.close(main)
+        os.close(terminal)
 
 
 def test_permissions_are_those_of_the_umask_not_of_the_library(tmp_path: Path, umask: int):
