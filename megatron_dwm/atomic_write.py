@@ -127,7 +127,7 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
 
 
 def _require_no_device(path: Path) -> None:
-    """Refuse what root could replace to the harm of the whole machine: a device, such as /dev/null, and links beside."""
+    """Refuse a device, such as /dev/null: root could replace it by a file, to the harm of the whole machine."""
     if path.parent == Path("/dev") or path.is_char_device() or path.is_block_device():
         raise OSError(errno.EINVAL, "a device, or in the folder of devices", str(path))
 
