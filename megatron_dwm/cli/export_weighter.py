@@ -80,7 +80,7 @@ def export(config: ExportWeighterConfig) -> str:
         run.weighting,
         run.model,
         run.train_iters,
-        run.global_batch_size,
+        run.sizes.global_batch_size,
         paths,
         fingerprint_of(tokenizer),
         adds_special_tokens=special,

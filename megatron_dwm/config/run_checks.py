@@ -127,21 +127,21 @@ def _check_outputs(run: RunConfig) -> None:
 
 
 def _check_batches(run: RunConfig) -> None:
-    sizes, chunks = run.batch_sizes, run.parallel.virtual_stages(run.model.num_layers)
+    sizes, chunks = run.sizes.batch_sizes, run.parallel.virtual_stages(run.model.num_layers)
     if chunks is not None:
         for size in sizes.running_sizes:
             microbatches = size // sizes.unit
             _check_groups(run, microbatches, "--global-batch-size or --micro-batch-size")
     _check_evaluation_batches(run)
     samples = run.training.train_samples
-    if samples is not None and samples < run.global_batch_size:
-        raise UserError(f"--train-samples {samples} is less than one batch of {run.global_batch_size}; raise it")
+    if samples is not None and samples < run.sizes.global_batch_size:
+        raise UserError(f"--train-samples {samples} is less than one batch of {run.sizes.global_batch_size}; raise it")
 
 
 def _check_evaluation_batches(run: RunConfig) -> None:
     if (run.data.eval_micro_batch_size, run.data.eval_global_batch_size) == (None, None):
         return
-    size, micro, dp = run.eval_batch_size, run.eval_micro_batch, run.data_parallel_size
+    size, micro, dp = run.sizes.eval_batch_size, run.sizes.eval_micro_batch, run.sizes.data_parallel_size
     if size % (micro * dp):
         raise UserError(
             f"--eval-global-batch-size {size} is not divisible by --eval-micro-batch-size {micro} x data-parallel "
@@ -160,8 +160,8 @@ def _check_samples(run: RunConfig) -> None:
     evaluations = 1 + run.data.evaluations(0, run.training.train_iters or 0)
     repeats = {
         "train_samples": 1,
-        "train_iters": run.global_batch_size,
-        "eval_iters": run.eval_batch_size * evaluations,
+        "train_iters": run.sizes.global_batch_size,
+        "eval_iters": run.sizes.eval_batch_size * evaluations,
         "dwm_target_batch_size": 1,
     }
     flags = run.flat()
@@ -241,19 +241,21 @@ def _check_passes(run: RunConfig) -> None:
 
 def _check_target_batches(run: RunConfig) -> None:
     """Require a target batch of whole microbatches on every replica."""
-    micro, dp = run.training.micro_batch_size, run.data_parallel_size
-    if run.target_batch_size % (run.target_micro_batch * dp):
+    micro, dp = run.training.micro_batch_size, run.sizes.data_parallel_size
+    if run.sizes.target_batch_size % (run.sizes.target_micro_batch * dp):
         raise UserError(
-            f"--dwm-target-batch-size {run.target_batch_size} is not divisible by --micro-batch-size "
-            f"{run.target_micro_batch} x data-parallel size {dp}; change one"
+            f"--dwm-target-batch-size {run.sizes.target_batch_size} is not divisible by --micro-batch-size "
+            f"{run.sizes.target_micro_batch} x data-parallel size {dp}; change one"
         )
-    if run.parallel.tp_comm_overlap and run.target_micro_batch != micro:
+    if run.parallel.tp_comm_overlap and run.sizes.target_micro_batch != micro:
         raise UserError(
-            f"--dwm-target-batch-size {run.target_batch_size} with --tp-comm-overlap: its buffers have the shape "
+            f"--dwm-target-batch-size {run.sizes.target_batch_size} with --tp-comm-overlap: its buffers have the shape "
             f"of a microbatch of {micro} samples; give a multiple of {micro * dp}"
         )
     if run.parallel.virtual_stages(run.model.num_layers) is not None:
-        _check_groups(run, run.target_batch_size // (run.target_micro_batch * dp), "--dwm-target-batch-size")
+        _check_groups(
+            run, run.sizes.target_batch_size // (run.sizes.target_micro_batch * dp), "--dwm-target-batch-size"
+        )
 
 
 def _check_precision(run: RunConfig) -> None:

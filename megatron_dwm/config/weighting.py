@@ -26,6 +26,10 @@ MAX_WEIGHTER_SIZE = 2**20
 """A weighter is made only when the warm-up is over: too late to find that it has no room in memory."""
 MAX_BUCKETS = 2**31
 MAX_CALIBRATION_POINTS = 1000
+TARGET_PART = 8
+"""By default, an outer update reads one target sample for this many samples of the batch."""
+TARGET_MOMENTUM = 0.78
+"""The running mean then has as little noise as a mean over ``TARGET_PART`` gradients: (1 + 0.78) / (1 - 0.78) = 8."""
 _OF_SOURCES = ("oracle", "source-weights")
 
 
@@ -280,3 +284,12 @@ class WeightingConfig:
     def needs_alignments(self) -> bool:
         """Whether samples are aligned with the target set."""
         return self.needs_target and self.dwm_rule != "similarity"
+
+    @property
+    def target_momentum(self) -> float:
+        """The momentum of the target gradient's running mean; 0 if there is none."""
+        if not self.has_trainable_weighter:
+            return 0.0
+        if self.dwm_target_momentum is not None:
+            return self.dwm_target_momentum
+        return TARGET_MOMENTUM if self.dwm_target_batch_size is None else 0.0

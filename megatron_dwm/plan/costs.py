@@ -30,13 +30,13 @@ class Cost:
 
 def step_cost(config: RunConfig, rows: int, stages: list[Stage]) -> Cost:
     """Return the cost of a step of plain training; ``rows`` is the number of rows of the embedding."""
-    operations = training_flops(config.model, rows, config.global_batch_size)
+    operations = training_flops(config.model, rows, config.sizes.global_batch_size)
     return Cost(operations, _busiest([step_traffic(config, stage) for stage in stages]))
 
 
 def step_traffic(config: RunConfig, stage: Stage) -> dict[str, Traffic]:
     """Return the bytes that a rank of a stage sends in a step of plain training, by purpose."""
-    microbatches = config.num_microbatches
+    microbatches = config.sizes.num_microbatches
     return {
         "layers": _of_passes(stage.training, microbatches),
         "stages": stage.stage_traffic.times(microbatches),
@@ -50,7 +50,7 @@ def scoring_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: We
 
     The communication of a weighter's scores is not counted: ranks gather one number per sample.
     """
-    settings, samples = config.weighting, config.global_batch_size
+    settings, samples = config.weighting, config.sizes.global_batch_size
     if weighter is not None:
         return Cost(scoring_flops(weighter.active_parameters, samples, config.model.seq_length), {})
     if settings.dwm_rule in RULES_OF_FORWARD_PASSES:
@@ -67,7 +67,7 @@ def update_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: Wei
     if not settings.needs_target or settings.dwm_rule == "top-alignment":
         return Cost(0.0, {})
     if settings.dwm_rule == "similarity":
-        return _forward_cost(config, rows, stages, config.target_batch_size)
+        return _forward_cost(config, rows, stages, config.sizes.target_batch_size)
     computing, is_linear = (0, False) if weighter is None else (weighter.active_parameters, weighter.is_linear)
     operations = outer_update_flops(config, rows, computing, is_linear=is_linear)
     return Cost(operations, _busiest([update_traffic(config, stage, weighter) for stage in stages]))
@@ -75,8 +75,8 @@ def update_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: Wei
 
 def update_traffic(config: RunConfig, stage: Stage, weighter: WeighterPlan | None) -> dict[str, Traffic]:
     """Return the bytes that a rank of a stage sends in an outer update, by purpose."""
-    batch = config.num_microbatches
-    target = config.target_batch_size / (config.training.micro_batch_size * config.data_parallel_size)
+    batch = config.sizes.num_microbatches
+    target = config.sizes.target_batch_size / (config.training.micro_batch_size * config.sizes.data_parallel_size)
     kind = config.weighting.dwm_alignment
     passes = batch * (config.training.micro_batch_size if kind == "single-sample" else 1)
     between = stage.stage_traffic.times(target + batch)
@@ -97,7 +97,7 @@ def update_traffic(config: RunConfig, stage: Stage, weighter: WeighterPlan | Non
 
 def _forward_cost(config: RunConfig, rows: int, stages: list[Stage], samples: int) -> Cost:
     """Return the cost of forward passes over ``samples`` samples."""
-    microbatches = samples / (config.training.micro_batch_size * config.data_parallel_size)
+    microbatches = samples / (config.training.micro_batch_size * config.sizes.data_parallel_size)
     traffic = [
         {
             "layers": _of_passes(stage.alignment, microbatches),

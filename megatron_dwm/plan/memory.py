@@ -41,11 +41,11 @@ class StageMemory:
 
 def stage_memory(config: RunConfig, stage: Stage, weighter: WeighterPlan | None) -> StageMemory:
     """Return the memory of a stage, with the schedule's microbatches in flight."""
-    microbatches = config.num_microbatches
+    microbatches = config.sizes.num_microbatches
     training = held_activations(stage.training, in_flight(config, stage.number, microbatches)) + stage.workspace
     added = 0.0
     held = weighter.held if weighter is not None else 0
-    if config.target_momentum > 0:
+    if config.weighting.target_momentum > 0:
         held += stage.gradient_mean
     if config.weighting.needs_alignments:
         added = _update_peak(config, stage, training, weighter) - training
@@ -68,7 +68,7 @@ def _update_peak(config: RunConfig, stage: Stage, training: float, weighter: Wei
     copy = 0 if config.weighting.dwm_rule == "top-alignment" else stage.parameter_copy  # which does not go back
     direction, learning = stage.direction, 0 if weighter is None else weighter.learning
     samples = config.training.micro_batch_size if kind == "single-sample" else 1
-    counts = in_flight(config, stage.number, config.num_microbatches * samples)
+    counts = in_flight(config, stage.number, config.sizes.num_microbatches * samples)
     if kind == "finite-difference":  # without a backward pass, but with a second copy of the parameters
         alignment = max(part.peak for part in stage.alignment) + copy + stage.workspace
     else:

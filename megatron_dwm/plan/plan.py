@@ -118,7 +118,7 @@ def make_plan(config: RunConfig, *, for_gpu: bool = True) -> Plan:
         padded_vocab_size=rows,
         train_iters=config.train_iters,
         start_iteration=0 if folder is None or config.checkpoint.finetune else iteration_of(folder),
-        tokens=config.batch_sizes.trained_samples(config.train_iters) * model.seq_length,
+        tokens=config.sizes.batch_sizes.trained_samples(config.train_iters) * model.seq_length,
         memory=[stage_memory(config, stage, weighter) for stage in stages],
         weighter=weighter,
         step=step,
@@ -198,10 +198,10 @@ def _layout(config: RunConfig) -> Layout:
         pipeline_parallel=parallel.pp,
         virtual_stages=parallel.virtual_stages(config.model.num_layers) or 1,
         context_parallel=parallel.cp,
-        data_parallel=config.data_parallel_size,
+        data_parallel=config.sizes.data_parallel_size,
         micro_batch_size=config.training.micro_batch_size,
-        global_batch_size=config.global_batch_size,
-        microbatches=config.num_microbatches,
+        global_batch_size=config.sizes.global_batch_size,
+        microbatches=config.sizes.num_microbatches,
     )
 
 

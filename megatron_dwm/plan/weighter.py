@@ -54,7 +54,7 @@ def plan_weighter(config: RunConfig, folder: WeighterFolder | None, vocab_size: 
         weighter = Weighter(model, settings, torch.device("cpu"))
     is_trained = settings.needs_target
     size, lengths = 4 * weighter.num_parameters, getattr(model.config, "ngram_lengths", [])
-    samples = -(-config.global_batch_size // config.world_size)
+    samples = -(-config.sizes.global_batch_size // config.world_size)
     # A linear weighter learns in closed form, and AdamW never makes its state.
     held = size if weighter.is_linear or not is_trained else 3 * size
     held += settings.dwm_replay * samples * 4 * config.model.seq_length if is_trained else 0

@@ -107,8 +107,8 @@ def megatron_arguments(config: RunConfig, train_state: TrainState) -> Namespace:
     model = config.model
     derived = {
         "world_size": config.world_size,
-        "data_parallel_size": config.data_parallel_size,
-        "global_batch_size": config.global_batch_size,
+        "data_parallel_size": config.sizes.data_parallel_size,
+        "global_batch_size": config.sizes.global_batch_size,
         "ffn_hidden_size": model.ffn,
         "kv_channels": model.head_size,
         "encoder_seq_length": model.seq_length,

@@ -48,18 +48,18 @@ class Dataloaders:
         self.config, self.parallel_state, self.vocab_size = config, parallel_state, int(tokenizer.vocab_size)
         self._loaders: list[BatchLoader] = []
         micro, dp = config.training.micro_batch_size, parallel_state.dp_size
-        self.partition = BatchPartition(micro, config.num_microbatches, parallel_state.dp_rank, dp)
-        eval_micro = config.eval_micro_batch
+        self.partition = BatchPartition(micro, config.sizes.num_microbatches, parallel_state.dp_rank, dp)
+        eval_micro = config.sizes.eval_micro_batch
         self.eval_partition = replace(
             self.partition,
             micro_batch_size=eval_micro,
-            num_microbatches=config.eval_batch_size // (eval_micro * dp),
+            num_microbatches=config.sizes.eval_batch_size // (eval_micro * dp),
         )
-        sizes = config.batch_sizes if config.training.rampup_batch_size is not None else None
+        sizes = config.sizes.batch_sizes if config.training.rampup_batch_size is not None else None
         self.train_partition = replace(self.partition, sizes=sizes)
-        target_micro = config.target_micro_batch
+        target_micro = config.sizes.target_micro_batch
         self.target_partition = BatchPartition(
-            target_micro, config.target_batch_size // (target_micro * dp), parallel_state.dp_rank, dp
+            target_micro, config.sizes.target_batch_size // (target_micro * dp), parallel_state.dp_rank, dp
         )
         consumed = _consumed(config, train_state)
         with startup_sync.phase("data files"):
@@ -72,7 +72,7 @@ class Dataloaders:
                 config.data,
                 config.train_iters,
                 config.training.train_samples,
-                config.global_batch_size,
+                config.sizes.global_batch_size,
                 consumed,
                 has_rampup=sizes is not None,
             ),
@@ -80,7 +80,7 @@ class Dataloaders:
             parallel_state,
             sequence=config.model.seq_length,
             seed=config.training.seed,
-            target_batch_size=config.target_batch_size if config.weighting.needs_target else None,
+            target_batch_size=config.sizes.target_batch_size if config.weighting.needs_target else None,
         )
         with startup_sync.phase("datasets"):
             self._check_samples(consumed)
@@ -112,7 +112,7 @@ class Dataloaders:
         if self.datasets.train is None:
             raise UserError("the training part of the data holds no document; change --split or give more data")
         data = self.config.data
-        read = samples_read(data, self.config.train_iters, self.config.global_batch_size, consumed)
+        read = samples_read(data, self.config.train_iters, self.config.sizes.global_batch_size, consumed)
         if self.train_partition.sizes is not None:
             read = read._replace(train=self.config.training.train_samples or 0)
         training = "--train-iters or --global-batch-size", self.partition
@@ -194,5 +194,5 @@ def _consumed(config: RunConfig, train_state: TrainState) -> Consumed:
         return START
     valid = train_state.consumed_valid_samples
     if "validation" in train_state.evaluations_due:  # a signal has interrupted it
-        valid += max(0, config.data.eval_iters) * config.eval_batch_size
+        valid += max(0, config.data.eval_iters) * config.sizes.eval_batch_size
     return Consumed(train_state.iteration, train_state.consumed_train_samples, valid)

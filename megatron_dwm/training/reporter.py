@@ -59,9 +59,9 @@ class ReportedRun:
         """Return what is reported of a run with these flags."""
         return cls(
             config.train_iters,
-            config.global_batch_size,
+            config.sizes.global_batch_size,
             config.model.seq_length,
-            training_flops(config.model, padded_vocab_size, config.global_batch_size),
+            training_flops(config.model, padded_vocab_size, config.sizes.global_batch_size),
             _peak_tflops(config.logging, config.optimizer),
             not config.training.skip_train,
             config.data.validation_set_names is not None,

@@ -142,7 +142,7 @@ def resumed_schedule(config: RunConfig, saved: SavedCheckpoint) -> Resumed:
     Raises:
         UserError: flags and checkpoint differ, and no flag says which counts.
     """
-    settings, training, batch = config.optimizer, config.training, config.global_batch_size
+    settings, training, batch = config.optimizer, config.training, config.sizes.global_batch_size
     flags = Schedule.from_flags(settings, training, batch)
     arguments = vars(saved.arguments)
     state = saved.common["opt_param_scheduler"]

@@ -201,7 +201,7 @@ def assemble_language_model(
         chunks = wrap_with_ddp(bare, core_config, config.parallel, config.optimizer, config.training)
         optimizer = build_optimizer(config, chunks)
     bind_schedule_hooks(core_config, chunks, optimizer, config.parallel)
-    schedule = Schedule.from_flags(config.optimizer, config.training, config.global_batch_size)
+    schedule = Schedule.from_flags(config.optimizer, config.training, config.sizes.global_batch_size)
     components = TrainComponents(chunks, optimizer, build_scheduler(schedule, optimizer), vocabulary)
     engine = PipelineEngine(
         chunks,
@@ -275,9 +275,9 @@ def _reporter(
         config.model,
         config.parallel,
         padded_vocab_size=vocab,
-        data_parallel_size=config.data_parallel_size,
+        data_parallel_size=config.sizes.data_parallel_size,
         micro_batch_size=config.training.micro_batch_size,
-        num_microbatches=config.num_microbatches,
+        num_microbatches=config.sizes.num_microbatches,
     )
     memory = MemoryReport(config.logging, parallel_state, estimate)
     return Reporter(ReportedRun.of(config, vocab), config.logging, parallel_state, records, memory, timers, energy)

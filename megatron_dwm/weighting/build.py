@@ -111,7 +111,7 @@ def _start_bilevel(builder: WeighterBuilder, iteration: int, state: State) -> Sa
 def _bilevel(builder: WeighterBuilder, weighter: Weighter, consumed_target_samples: int) -> BilevelWeighting:
     """Return the weighting that trains ``weighter``, after ``consumed_target_samples``."""
     context, config, settings = builder.context, builder.config, builder.settings
-    momentum, vocab = config.target_momentum, context.padded_vocab_size
+    momentum, vocab = config.weighting.target_momentum, context.padded_vocab_size
     gradient_mean = GradientMean(context.engine.chunks, momentum) if momentum > 0 else NO_MEAN
     passes = lm_gradients(context, gradient_mean)
     update_flops = outer_update_flops(config, vocab, weighter.num_active_parameters, is_linear=weighter.is_linear)
@@ -132,7 +132,7 @@ def _bilevel(builder: WeighterBuilder, weighter: Weighter, consumed_target_sampl
 
 def _scoring_flops(context: WeightingContext, weighter: Weighter) -> float:
     config = context.config
-    return scoring_flops(weighter.num_active_parameters, config.global_batch_size, config.model.seq_length)
+    return scoring_flops(weighter.num_active_parameters, config.sizes.global_batch_size, config.model.seq_length)
 
 
 def _log_kept_architecture(builder: WeighterBuilder, weighter: Weighter) -> None:

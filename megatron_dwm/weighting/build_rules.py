@@ -50,7 +50,7 @@ def build_rule(
             return RandomHalfWeighting(weight_metrics, options, settings.dwm_rule_seed)
         case "loss" | "linupper" as name:
             scores_of = linupper_scores if name == "linupper" else partial(high_loss_scores, strength=strength)
-            flops = _forward_flops(context, context.config.global_batch_size)
+            flops = _forward_flops(context, context.config.sizes.global_batch_size)
             return LossWeighting(weight_metrics, options, scores_of, context.engine, training.micro_batch_size, flops)
         case "source-weights":
             return SourceWeighting(weight_metrics, options, sources, settings.dwm_rule_weights or [])
@@ -71,9 +71,11 @@ def build_rule(
 def _parts(context: WeightingContext, lm_gradients: LMGradients, *, is_forward: bool = False) -> TargetedParts:
     config, vocab = context.config, context.padded_vocab_size
     if is_forward:
-        target, batch = (_forward_flops(context, size) for size in (config.target_batch_size, config.global_batch_size))
+        target, batch = (
+            _forward_flops(context, size) for size in (config.sizes.target_batch_size, config.sizes.global_batch_size)
+        )
     else:
-        target = training_flops(config.model, vocab, config.target_batch_size)
+        target = training_flops(config.model, vocab, config.sizes.target_batch_size)
         batch = outer_update_flops(config, vocab, weighter_parameters=0) - target
     micro = config.training.micro_batch_size
     return TargetedParts(context.engine, lm_gradients, context.make_target_loader, micro, batch, target)

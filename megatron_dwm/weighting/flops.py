@@ -35,10 +35,10 @@ def outer_update_flops(
         is_linear: whether the weighter's steps are of conjugate gradients on the whole replay, taken as full.
     """
     settings = config.weighting
-    target = training_flops(config.model, padded_vocab_size, config.target_batch_size)
-    batch = training_flops(config.model, padded_vocab_size, config.global_batch_size)
+    target = training_flops(config.model, padded_vocab_size, config.sizes.target_batch_size)
+    batch = training_flops(config.model, padded_vocab_size, config.sizes.global_batch_size)
     alignment = batch * 2 / FORWARD_AND_BACKWARD if settings.dwm_alignment == "finite-difference" else batch
-    scores = scoring_flops(weighter_parameters, config.global_batch_size, config.model.seq_length)
+    scores = scoring_flops(weighter_parameters, config.sizes.global_batch_size, config.model.seq_length)
     # The objective before and after, and for each step a forward and backward pass.
     steps = settings.dwm_weighter_steps * FORWARD_AND_BACKWARD
     if is_linear:  # each step, and the first residual, is a product with the rows and one with their transpose

@@ -103,7 +103,7 @@ class WeighterBuilder:
             self.settings,
             self.config.model,
             self.config.train_iters,
-            self.config.global_batch_size,
+            self.config.sizes.global_batch_size,
             self.context.paths,
             fingerprint,
             adds_special_tokens=special,

@@ -174,7 +174,7 @@ def build_model(flags: Flags, seed: int = 1234, vocabulary: Vocabulary = ALL_TRA
     bind_schedule_hooks(core_config, chunks, optimizer, config.parallel)
     schedule = PipelineEngine(chunks, core_config, layout, SEQ_LENGTH, check_for_nan=not config.optimizer.fp16)
     micro, dp = config.training.micro_batch_size, layout.dp_size
-    sample_gather = SampleGather(BatchPartition(micro, config.num_microbatches, layout.dp_rank, dp), layout)
+    sample_gather = SampleGather(BatchPartition(micro, config.sizes.num_microbatches, layout.dp_rank, dp), layout)
     return BuiltModel(config, layout, chunks, optimizer, schedule, sample_gather)
 
 

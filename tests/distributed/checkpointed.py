@@ -72,7 +72,7 @@ def _train(leg: Leg) -> Trained:
     built = build_model({**leg.flags, "--dwm-mode": "off", "--micro-batch-size": MICRO_BATCH})
     config, optimizer = built.config, built.optimizer
     scheduler = build_scheduler(
-        Schedule.from_flags(config.optimizer, config.training, config.global_batch_size), optimizer
+        Schedule.from_flags(config.optimizer, config.training, config.sizes.global_batch_size), optimizer
     )
     components, train_state = (
         TrainComponents(built.chunks, optimizer, scheduler, Vocabulary(VOCAB_SIZE)),

@@ -134,6 +134,6 @@ def test_a_plan_is_what_ranks_hold_and_send(case: str):
         assert stage.gradient_mean == pytest.approx(found["gradient mean"], abs=64)
         assert _payloads(step_traffic(config, stage)) == found["step"]
         assert _payloads(update_traffic(config, stage, nothing)) == found["update"]
-        activations = held_activations(stage.training, in_flight(config, stage.number, config.num_microbatches))
+        activations = held_activations(stage.training, in_flight(config, stage.number, config.sizes.num_microbatches))
         # A run holds a few more small tensors, such as masks and the losses that it reports.
         assert activations == pytest.approx(found["activations"], rel=0.06)

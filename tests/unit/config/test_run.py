@@ -40,7 +40,7 @@ def test_a_script_for_a_gpt_is_accepted(tmp_path: Path):
         f"--load {tmp_path} --eval-iters 10 --tensorboard-dir {tmp_path} --dwm-mode off",
         world_size=256,
     )
-    assert (config.data_parallel_size, config.num_microbatches) == (2, 32)
+    assert (config.sizes.data_parallel_size, config.sizes.num_microbatches) == (2, 32)
     assert config.tokenizer.tokenizer_type == "GPT2BPETokenizer"
 
 
@@ -63,7 +63,7 @@ def test_a_script_for_a_llama_is_accepted(caplog: pytest.LogCaptureFixture):
         "--distributed-timeout-minutes 60 --dwm-mode off",
         world_size=8,
     )
-    assert config.num_microbatches == 16
+    assert config.sizes.num_microbatches == 16
     assert config.model.fp8 == "hybrid" and not config.optimizer.grads_in_fp32
     assert caplog.messages == ["--use-mcore-models is deprecated; leave it out"]
 
@@ -166,7 +166,7 @@ def test_bounds_of_the_learning_rate_are_in_samples():
     def bounds(flags: str) -> LrBounds:
         training = (config := parse(flags)).training
         is_in_samples = training.train_samples is not None
-        return config.optimizer.lr_bounds(training.length, config.global_batch_size, is_in_samples=is_in_samples)
+        return config.optimizer.lr_bounds(training.length, config.sizes.global_batch_size, is_in_samples=is_in_samples)
 
     assert bounds(f"{RUN} --lr-warmup-iters 3") == LrBounds(total=40, decay=40, warmup=6, wsd_decay=None)
     assert bounds(f"{RUN} --lr-decay-iters 10 --lr-warmup-fraction 0.1") == LrBounds(40, 20, 2.0, None)
@@ -177,7 +177,7 @@ def test_bounds_of_the_learning_rate_are_in_samples():
 
 def test_batches_follow_from_the_world():
     config = parse(f"{RUN} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", world_size=8)
-    assert (config.data_parallel_size, config.global_batch_size, config.num_microbatches) == (2, 4, 1)
+    assert (config.sizes.data_parallel_size, config.sizes.global_batch_size, config.sizes.num_microbatches) == (2, 4, 1)
     assert parse(f"{BY_SAMPLES} --global-batch-size 6").train_iters == 10
 
 
@@ -262,8 +262,8 @@ def test_targets_are_an_eighth_of_the_batch_and_few_are_one_microbatch(
     flags: str, world: int, samples: int, micro: int
 ):
     config = parse(f"{RUN} --micro-batch-size 4 --global-batch-size 32 {flags}", world)
-    assert (config.target_batch_size, config.target_micro_batch) == (samples, micro)
-    assert samples % (micro * config.data_parallel_size) == 0
+    assert (config.sizes.target_batch_size, config.sizes.target_micro_batch) == (samples, micro)
+    assert samples % (micro * config.sizes.data_parallel_size) == 0
 
 
 @pytest.mark.parametrize(
@@ -278,4 +278,4 @@ def test_targets_are_an_eighth_of_the_batch_and_few_are_one_microbatch(
 )
 def test_few_targets_are_averaged_over_updates(flags: str, momentum: float, samples: int):
     config = parse(f"{RUN} --micro-batch-size 2 --global-batch-size 8 {flags}")
-    assert (config.target_momentum, config.target_batch_size) == (momentum, samples)
+    assert (config.weighting.target_momentum, config.sizes.target_batch_size) == (momentum, samples)

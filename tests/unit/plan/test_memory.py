@@ -86,7 +86,7 @@ def test_the_memory_of_a_weighter_that_learns(arch: str, alone: None):
     model = random_weighter_model(settings, vocab, sequence, eod, seed=1)
     weighter = Weighter(model, settings, torch.device("cpu"))
     assert planned.parameters == weighter.num_parameters and planned.is_linear == weighter.is_linear
-    samples = config.global_batch_size
+    samples = config.sizes.global_batch_size
     replay_size = 16 * samples * sequence * 4
     if arch == "llama":
         assert planned.held == 12 * weighter.num_parameters + replay_size
