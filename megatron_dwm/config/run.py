@@ -91,6 +91,21 @@ class RunConfig:
             for field in dataclasses.fields(cls)
         }
 
+    def arguments(self) -> dict[str, Any]:
+        """Return all flags, and values that follow from them, by their names in Megatron-LM's checkpoints."""
+        derived = {
+            "world_size": self.world_size,
+            "data_parallel_size": self.sizes.data_parallel_size,
+            "global_batch_size": self.sizes.global_batch_size,
+            "ffn_hidden_size": self.model.ffn,
+            "kv_channels": self.model.head_size,
+            "encoder_seq_length": self.model.seq_length,
+            "virtual_pipeline_model_parallel_size": self.sizes.virtual_stages,
+            "position_embedding_type": self.model.positions,
+            "train_iters": self.train_iters,
+        }
+        return self.flat() | derived
+
 
 def parse_run(
     argv: Sequence[str] | None,
