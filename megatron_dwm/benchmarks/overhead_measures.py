@@ -173,9 +173,10 @@ def operations(modes: Modes) -> dict[str, float]:
     """Return the floating-point operations of the parts of a step, and of those of an update."""
     config, vocab = modes.config, modes.bilevel.components.vocabulary.rows
     weighter = modes.weighter.num_active_parameters
-    lm_gradients = outer_update_flops(config, vocab, 0)
+    update_flops = partial(outer_update_flops, config.model, config.weighting, config.sizes, vocab)
+    lm_gradients = update_flops(0)
     target = training_flops(config.model, vocab, config.sizes.target_batch_size)
-    whole = outer_update_flops(config, vocab, weighter, is_linear=modes.weighter.is_linear)
+    whole = update_flops(weighter, is_linear=modes.weighter.is_linear)
     return {
         "training step": training_flops(config.model, vocab, config.sizes.global_batch_size),
         "scoring": scoring_flops(weighter, config.sizes.global_batch_size, config.model.seq_length),
