@@ -41,6 +41,7 @@ class CostModel:
     stages: Sequence[Stage]
     weighter: WeighterPlan | None
     overlaps_param_gather: bool
+    """Whether forward passes gather the parameters that they need (``--overlap-param-gather``)."""
 
     def step(self) -> Cost:
         """Return the cost of a step of plain training."""

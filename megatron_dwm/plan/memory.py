@@ -80,9 +80,8 @@ def _update_peak(
     """
     copy = 0 if weighting.dwm_rule == "top-alignment" else stage.parameter_copy  # which does not go back
     direction, learning = stage.direction, 0 if weighter is None else weighter.learning
-    if (
-        weighting.dwm_alignment == "finite-difference"
-    ):  # without a backward pass, but with a second copy of the parameters
+    if weighting.dwm_alignment == "finite-difference":
+        # Without a backward pass, but with a second copy of the parameters.
         alignment = max(part.peak for part in stage.alignment) + copy + stage.workspace
     else:
         alignment = held_activations(stage.alignment, counts) + stage.workspace

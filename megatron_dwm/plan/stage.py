@@ -87,10 +87,8 @@ def measure_stage(model: LanguageModel, weighting: WeightingConfig, micro_batch_
     """Measure the stage of the current rank, which has just been built."""
     chunks, optimizer = model.engine.chunks, model.components.optimizer
     core_config, layout = model.engine.config, model.parallel_state
-    measure, measure_chunks = (
-        partial(_measure, model, micro_batch_size),
-        partial(_measure_chunks, model, micro_batch_size),
-    )
+    measure = partial(_measure, model, micro_batch_size)
+    measure_chunks = partial(_measure_chunks, model, measure)
     allocate_state(optimizer)
     params = [param for chunk in chunks for param in chunk.parameters()]
     weights = _storages(params)
@@ -173,9 +171,9 @@ def _alignment(kind: str, model: LanguageModel, direction: Direction) -> _Run:
     return run
 
 
-def _measure_chunks(model: LanguageModel, micro_batch_size: int, run: _Run) -> Iterable[Pass]:
+def _measure_chunks(model: LanguageModel, measure: Callable[[Any, _Run], Pass], run: _Run) -> Iterable[Pass]:
     """Yield the passes of each chunk; of many equal layers a few are measured, and the others extrapolated."""
-    core_config, measure = model.engine.config, partial(_measure, model, micro_batch_size)
+    core_config = model.engine.config
     for chunk in model.engine.chunks:
         decoder = _decoder(chunk)
         layers, unit = len(decoder.layers), core_config.recompute_num_layers or 1
