@@ -181,6 +181,13 @@ def test_no_flag_is_silently_ignored():
     assert "legacy_tokenizer" not in "".join(path.read_text() for path in Path(tokenizers.__path__[0]).rglob("*.py"))
 
 
+def test_the_optimizers_flags_are_in_the_parts_that_it_is_built_from():
+    """``build_optimizer`` is given these, and copies the flags that megatron-core has under the same name."""
+    core = {field.name for kind in (AdamOptimizerConfig, SGDOptimizerConfig) for field in fields(kind)}
+    holding = {name for name, part in PARTS.items() if core & {field.name for field in fields(part)}}
+    assert holding == {"optimizer", "model", "parallel", "profiling"}
+
+
 def test_the_page_of_flags_is_up_to_date():
     """If it is not: ``python tools/write_flags.py``."""
     checked = run_program("tools/write_flags.py", "--check")
