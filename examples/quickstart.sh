@@ -64,7 +64,7 @@ train() {
         --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear \
         --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.05 \
         --micro-batch-size 16 --global-batch-size 64 --train-iters "$ITERATIONS" \
-        --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20 --weight-decay 0.1 --adam-beta2 0.95 \
+        --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-fraction 0.0625 --weight-decay 0.1 --adam-beta2 0.95 \
         "${TOKENIZER[@]}" --train-data-path "${data[@]}" --valid-data-path "$RUN/data/prose.test_text_document" \
         --save "$save" --load "$save" --save-interval 80 --eval-interval 40 --eval-iters 4 --log-interval 10 \
         --tensorboard-dir "$save/tensorboard" --num-workers 0 "$@"

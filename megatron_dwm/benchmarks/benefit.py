@@ -2,6 +2,7 @@
 
     python benchmarks/benefit.py --json benefit.json
     python benchmarks/benefit.py --sweep --output runs/sweep
+    python benchmarks/benefit.py --ladder --output runs/ladder
 
 A mixture of sources, a target set and a held-out test set of the target's kind are tokenized; then every arm trains the
 same model on the same batches, once per seed, one process each. Finished runs are not repeated. Unknown flags
@@ -58,8 +59,10 @@ FROM_ANOTHER_RUN = ("frozen", "continued", "source-weights")
 """Arms that use the result of a bilevel run with another seed: its weighter, or its sources' mean weights."""
 WEIGHTER_SEED = 1000
 """Seed of that run, which is never a seed of the arms."""
-SWEEP_ARMS: tuple[ArmName, ...] = ("uniform", "frozen", "bilevel")
-SWEEP_FACTORS = (0.5, 1.0, 2.0)
+MAIN_ARMS: tuple[ArmName, ...] = ("uniform", "frozen", "bilevel")
+"""Arms of a sweep or ladder, which train each of them several times."""
+FACTORS = (0.5, 1.0, 2.0)
+"""Of the learning rate in a sweep; of the hidden size in a ladder: its layers have 4 times the parameters each time."""
 
 MODEL = shlex.split(
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 "
@@ -83,10 +86,15 @@ class BenefitConfig:
     output: str = flag("runs/benefit", "Folder for data, runs, benefit.json and benefit.png.")
     json_file: str | None = flag(None, "Also write the result to this file.", "--json")
     arms: list[ArmName] | None = flag(
-        None, "Weightings to compare; all if not given, and uniform, frozen and bilevel with --sweep."
+        None, "Weightings to compare; all if not given, and uniform, frozen and bilevel with --sweep and --ladder."
     )
     sweep: bool = flag(
         False, "Train each arm at half, once and twice the learning rate, and compare the arms at their best rates."
+    )
+    ladder: bool = flag(
+        False,
+        "Compare the arms at half, once and twice the hidden size; frozen weights are those of the smallest model's "
+        "weighter at every size.",
     )
     seeds: int = flag(3, "Runs of each arm.")
     iterations: int = flag(960, "Training steps of each run.")
@@ -109,6 +117,8 @@ class BenefitConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "seeds iterations jobs vocab_size")
+        if self.sweep and self.ladder:
+            raise UserError("--sweep and --ladder are two comparisons; give one of them")
         if not self.data:
             for name in ("mix", "like", "target", "test"):
                 if getattr(self, name):
@@ -132,12 +142,17 @@ class BenefitConfig:
     @property
     def arm_names(self) -> list[ArmName]:
         """The weightings to compare."""
-        return self.arms or list(SWEEP_ARMS if self.sweep else get_args(ArmName))
+        return self.arms or list(MAIN_ARMS if self.sweep or self.ladder else get_args(ArmName))
 
     @property
     def factors(self) -> tuple[float, ...]:
-        """Factors of the learning rate."""
-        return SWEEP_FACTORS if self.sweep else (1.0,)
+        """Factors of the learning rate, or of the hidden size."""
+        return FACTORS if self.sweep or self.ladder else (1.0,)
+
+    @property
+    def weighter_factor(self) -> float:
+        """The factor of the run whose weighter other runs use."""
+        return min(self.factors) if self.ladder else 1.0
 
     @property
     def texts(self) -> list[Path]:
@@ -164,6 +179,11 @@ def _main(argv: Sequence[str] | None) -> None:
         result = sweep_summary(by_factor, sequence)
         arms = [best_arm(by_factor, arm.name) for arm in arms]
         print(sweep_table(by_factor, result))
+    elif config.ladder:
+        result = {f"{factor:g}": summary(rung, sequence) for factor, rung in by_factor.items()}
+        arms = by_factor[max(by_factor)]
+        for factor, rung in by_factor.items():
+            print(f"hidden size x {factor:g}\n{table(rung, result[f'{factor:g}'])}\n")
     else:
         result = summary(arms, sequence)
         print(table(arms, result))
@@ -186,25 +206,25 @@ def _mixture(config: BenefitConfig, folder: Path) -> Mixture:
 
 
 def _train_all(config: BenefitConfig, run_flags: list[str], folder: Path, mixture: Mixture) -> dict[float, list[Arm]]:
-    """Train every arm with every seed at every learning rate, several runs at a time; return the arms by factor."""
+    """Train every arm with every seed at every factor, several runs at a time; return the arms by factor."""
     known = {"oracle": mixture.like_target, "target-only": mixture.target_only}
     names = [name for name in config.arm_names if known.get(name, True)]
-    seeds, base_rate = range(1, config.seeds + 1), float(_last_value("--lr", [*TRAINING, *run_flags]))
+    seeds = range(1, config.seeds + 1)
     jobs = [(name, seed, factor) for seed in seeds for factor in config.factors for name in names]
     first = [job for job in jobs if job[0] not in FROM_ANOTHER_RUN]
     then = [job for job in jobs if job[0] in FROM_ANOTHER_RUN]
     if then:
-        first.insert(0, ("bilevel", WEIGHTER_SEED, 1.0))
+        first.insert(0, ("bilevel", WEIGHTER_SEED, config.weighter_factor))
 
-    def place(name: str, seed: int, factor: float = 1.0) -> Path:
-        return folder / "runs" / (f"{name}-{seed}" if factor == 1 else f"{name}-{seed}-lr-x{factor:g}")
+    def place(name: str, seed: int, factor: float) -> Path:
+        changed = "width" if config.ladder else "lr"
+        return folder / "runs" / (f"{name}-{seed}" if factor == 1 else f"{name}-{seed}-{changed}-x{factor:g}")
 
     def run(job: tuple[ArmName, int, float]) -> None:
         name, seed, factor = job
         flags = [*shared_flags(place(*job), mixture, config.iterations, seed)]
-        flags += _arm_flags(name, place(*job), mixture, place("bilevel", WEIGHTER_SEED))
-        rate = [] if factor == 1 else ["--lr", f"{factor * base_rate:g}"]
-        train(place(*job).name, place(*job), [*flags, *run_flags, *rate])
+        flags += _arm_flags(name, place(*job), mixture, place("bilevel", WEIGHTER_SEED, config.weighter_factor))
+        train(place(*job).name, place(*job), [*flags, *run_flags, *_changed(config, run_flags, factor)])
 
     with ThreadPoolExecutor(config.jobs or os.cpu_count()) as pool:
         list(pool.map(run, first))
@@ -213,6 +233,14 @@ def _train_all(config: BenefitConfig, run_flags: list[str], folder: Path, mixtur
         factor: [Arm(name, [read_run(place(name, seed, factor)) for seed in seeds]) for name in names]
         for factor in config.factors
     }
+
+
+def _changed(config: BenefitConfig, run_flags: list[str], factor: float) -> list[str]:
+    """Return the flag that differs between the runs of an arm: the hidden size in a ladder, else the learning rate."""
+    if factor == 1:
+        return []
+    name = "--hidden-size" if config.ladder else "--lr"
+    return [name, f"{factor * float(_last_value(name, [*MODEL, *TRAINING, *run_flags])):g}"]
 
 
 def shared_flags(

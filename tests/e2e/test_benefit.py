@@ -94,9 +94,32 @@ def test_all_arms_on_a_mixture_of_ones_own(benefit: Benefit, mixture: list[objec
     assert other.returncode == 2 and "holds data of another mixture" in other.stderr
 
 
+def test_a_ladder_freezes_the_smallest_models_weighter_at_every_size(
+    benefit: Benefit, mixture: list[object], tmp_path: Path
+):
+    command = ["--output", tmp_path, "--seeds", 1, "--iterations", 12, "--vocab-size", 300, *mixture, "--ladder"]
+    finished = benefit(*command, *SMALL, "--arms", "frozen")
+    assert finished.returncode == 0, finished.stderr
+    made = {path.parent.name: shlex.split(path.read_text()) for path in tmp_path.glob("runs/*/command.txt")}
+    sizes = {
+        name: [size for flag, size in pairwise(words) if flag == "--hidden-size"][-1] for name, words in made.items()
+    }
+    assert sizes == {
+        "bilevel-1000-width-x0.5": "8",
+        "frozen-1-width-x0.5": "8",
+        "frozen-1": "16",
+        "frozen-1-width-x2": "32",
+    }
+    weighter = str(tmp_path / "runs/bilevel-1000-width-x0.5/weighter")
+    assert all(any(word.startswith(weighter) for word in made[name]) for name in sizes if name.startswith("frozen"))
+    assert list(json.loads((tmp_path / "benefit.json").read_text())) == ["0.5", "1", "2"]
+    assert finished.stdout.count("hidden size x") == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["--sweep", "--ladder"], "give one of them"),
         (["--data", "none.jsonl"], "--target"),
         (["--data", "none.jsonl", "--target", "t", "--test", "t"], "none.jsonl"),
         (["--seeds", "0"], "--seeds 0"),
