@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from embed_data import LENGTH, VOCABULARY, described, mixed_batches, target_batches
+from embed_data import LENGTH, VOCABULARY, describe, mixed_batches, target_batches
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -48,19 +48,19 @@ def build(tp: int, pp: int) -> tuple[DistributedDataParallel, Any]:
 
 
 def forward_step(microbatches: Iterator[tuple[Batch, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Any]:
-    """Pass a microbatch through the model; its loss is that of the weighted token losses."""
+    """Pass a microbatch through the model; return its token losses, and the function that weights them."""
     batch, weights = next(microbatches)
     return model(batch.tokens, batch.position_ids, None, labels=batch.labels), partial(reduce_losses, weights)
 
 
 def reduce_losses(weights: torch.Tensor, token_losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the loss to differentiate, and what is reported of it."""
+    """Return the loss to differentiate, and the loss to report."""
     loss = (weights[:, None] * token_losses).mean()
     return loss, {"loss": loss.detach()}
 
 
 def train(steps: int, tp: int, pp: int, settings: WeightingConfig | None) -> tuple[list[float], torch.Tensor]:
-    """Train, and return the last pipeline stage's losses and the last weights; plainly without settings."""
+    """Train, with weighting if there are settings; return the last pipeline stage's losses and the last weights."""
     model, optimizer = build(tp, pp)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     partition = BatchPartition(MICRO_BATCH_SIZE, MICROBATCHES, replica, replicas)
@@ -95,4 +95,4 @@ if __name__ == "__main__":
     torch.distributed.init_process_group()
     _, weights = train(40, 2, 2, SETTINGS)
     if torch.distributed.get_rank() == 0:
-        print(described(weights))
+        print(describe(weights))

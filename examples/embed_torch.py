@@ -4,7 +4,7 @@ python examples/embed_torch.py
 """
 
 import torch
-from embed_data import VOCABULARY, described, mixed_batches, target_batches
+from embed_data import VOCABULARY, describe, mixed_batches, target_batches
 
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.weighting.bilevel.module_gradients import next_token_losses
@@ -29,7 +29,7 @@ class TinyModel(torch.nn.Module):
 
 
 def train(steps: int = 40, settings: WeightingConfig | None = SETTINGS) -> tuple[list[float], torch.Tensor]:
-    """Train, and return the losses and the last step's weights; without settings, plainly."""
+    """Train, with weighting if there are settings; return the losses and the last step's weights."""
     torch.manual_seed(0)
     model = TinyModel()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -56,4 +56,4 @@ def train(steps: int = 40, settings: WeightingConfig | None = SETTINGS) -> tuple
 
 if __name__ == "__main__":
     _, weights = train()
-    print(described(weights))
+    print(describe(weights))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from embed_data import LENGTH, VOCABULARY, described, mixed_batches, target_batches
+from embed_data import LENGTH, VOCABULARY, describe, mixed_batches, target_batches
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from megatron_dwm.config.weighting import WeightingConfig
@@ -19,7 +19,7 @@ SETTINGS = WeightingConfig(dwm_num_stages=1, dwm_update_interval=4, dwm_ngram_bu
 
 
 class WeightingCallback(TrainerCallback):
-    """Weights the samples of each step; its method ``loss`` is the Trainer's ``compute_loss_func``."""
+    """Callback that weights the samples of each step; its method ``loss`` is the Trainer's ``compute_loss_func``."""
 
     def __init__(self, targets: Iterator[Any], length: int, settings: WeightingConfig) -> None:
         self.targets, self.length, self.settings = targets, length, settings
@@ -66,7 +66,7 @@ def padded(rows: torch.Tensor, length: int, value: int = 0) -> torch.Tensor:
 
 
 def train(steps: int, settings: WeightingConfig | None) -> tuple[Trainer, WeightingCallback | None]:
-    """Train; without settings, plainly."""
+    """Train, with weighting if there are settings."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
@@ -88,4 +88,4 @@ def train(steps: int, settings: WeightingConfig | None) -> tuple[Trainer, Weight
 
 if __name__ == "__main__":
     _, callback = train(40, SETTINGS)
-    print(described(callback.weights))
+    print(describe(callback.weights))

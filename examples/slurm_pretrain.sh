@@ -22,7 +22,7 @@ require() { # VARIABLE MEANING
 
 # Cluster. In a container (pyxis and enroot) Python is the container's.
 CONTAINER_IMAGE=${CONTAINER_IMAGE:-}   # an image of enroot, such as a .sqsh file
-CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-} # such as /data:/data; REPO_DIR and the job's folder are mounted besides
+CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-} # such as /data:/data; REPO_DIR and the job's folder are mounted too
 SRUN_ARGS=${SRUN_ARGS:-}               # further options of srun, such as --mpi=none --cpu-bind=cores
 if [[ -n $CONTAINER_IMAGE ]]; then PYTHON=${PYTHON:-python}; else PYTHON=${PYTHON:-$REPO_DIR/.venv/bin/python}; fi
 PREFLIGHT=${PREFLIGHT:-1} # 0 skips the check of all flags before the tasks start

@@ -21,16 +21,16 @@ from pathlib import Path
 _LEFTOVER = re.compile(r"\..+\.(tmp\d+(-\d+)?|partial|deleted)")
 _REPLACED = re.compile(r"\.(.+)\.replaced")
 _FILES = "files"
-"""What :func:`atomic_files` writes, in the name of its folder."""
+"""In place of a file's name, in the name of the temporary folder of :func:`atomic_files`."""
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder to fill, which replaces ``folder`` when the block ends.
 
-    If the block raises, ``folder`` is as it was, and so is the folder above.
+    If the block raises, ``folder`` is as it was, and a parent folder that was made for it is removed.
     """
-    is_above_new = not folder.parent.exists()
+    is_parent_new = not folder.parent.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(folder)
     temporary = _temporary_path(folder)
@@ -41,8 +41,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         publish_folder(temporary, folder)
     finally:
         remove(temporary)
-        if is_above_new:
-            with contextlib.suppress(OSError):  # it is not empty: something was made
+        if is_parent_new:
+            with contextlib.suppress(OSError):  # it is not empty after a success
                 folder.parent.rmdir()
 
 
@@ -54,7 +54,7 @@ def atomic_files(folder: Path, prefix: str = "", *, should_clear: bool = True) -
     ``folder`` is as it was.
 
     Args:
-        should_clear: whether to look first for what killed processes have left, among all files of the folder.
+        should_clear: whether to remove first what killed processes have left, for which the folder is listed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if should_clear:
@@ -176,13 +176,13 @@ def _remove_unfinished(path: Path) -> None:
 
 
 def _machine() -> str:
-    """Return a name of the machine, or of the container, to which process numbers belong."""
+    """Return a name of the machine, or of the container, that process IDs refer to."""
     name = f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     return f"{zlib.crc32(name.encode()):08x}"
 
 
 def _give_usual_permissions(path: Path) -> None:
-    """Give files that a library made readable only for their owner the permissions of the umask."""
+    """Set the permissions that the umask allows: some libraries make files that only their owner can read."""
     umask = os.umask(0o077)  # it can only be read by setting it
     os.umask(umask)
     os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~umask)

@@ -18,7 +18,7 @@ REGISTRATIONS = {
     "transformers.models.auto.configuration_auto": "megatron_dwm.weighting.ngram.configuration",
     "transformers.models.auto.modeling_auto": "megatron_dwm.weighting.ngram.model",
 }
-"""A module of transformers, and the module of this package whose ``register`` is called with it."""
+"""By module of transformers, the module of this package that registers there, with its function ``register``."""
 
 
 def register_auto_classes() -> None:
@@ -34,7 +34,7 @@ def _register(module: ModuleType) -> None:
 
 
 class _WaitingFinder(MetaPathFinder):
-    """Finds the awaited modules, and wraps their loaders."""
+    """Finder of the awaited modules, which wraps their loaders."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -49,7 +49,7 @@ class _WaitingFinder(MetaPathFinder):
 
 
 class _RegisteringLoader(Loader):
-    """Loads a module with its original loader, then registers."""
+    """Loader that registers after a module's original loader."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader

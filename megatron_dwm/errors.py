@@ -24,7 +24,9 @@ _NO_ROOM = {errno.EDQUOT, errno.EFBIG, errno.ENOSPC}
 _REMEDIES = dict.fromkeys(_NO_PATH, "give another path") | dict.fromkeys(_NO_ROOM, "make room, or give another folder")
 _NO_MEMORY = "out of memory|not enough memory|can't allocate memory|overflow|negative dimension|invalid memory size"
 _NUMPY_CUT = r"\d+ requested and \d+ written"
+"""numpy's message when ``tofile`` could not write all of an array."""
 _TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "iostream")
+"""Parts of torch's messages when ``torch.save`` could not write."""
 
 
 class UserError(Exception):
@@ -58,15 +60,15 @@ def shortened(value: object, max_length: int = 200) -> str:
 
 
 def print_error(error: UserError) -> None:
-    """Print the error's one line on standard error; if that cannot be written, the exit code alone tells of it."""
+    """Print the error's one line on standard error; if that fails, only the exit code reports the error."""
     words = (shortened(word, MAX_WORD_CHARACTERS) for word in str(error).split())
-    # In one piece: other ranks write to the same screen.
+    # In one call of write: other ranks print on the same screen.
     with contextlib.suppress(OSError):
         print(f"error: {shortened(' '.join(words), MAX_CHARACTERS)}\n", file=sys.stderr, end="", flush=True)
 
 
 def flush_output() -> None:
-    """Write out what the streams still hold, before the process ends at once; what cannot be written is lost."""
+    """Flush stdout and stderr, before the process ends without cleanup; what cannot be written is lost."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
@@ -97,10 +99,10 @@ def write_failure_reason(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, RuntimeError) and any(writer in str(error) for writer in _TORCH_WRITERS):
-        return "a file could not be written to its end"  # it does not say why
+        return "a file could not be written to its end"  # torch gives no reason
     if isinstance(error, OSError) and re.fullmatch(_NUMPY_CUT, str(error)):
-        return "a file could not be written to its end"  # nor does numpy
-    # As the libraries that are written in Rust put it: safetensors, and tokenizers with a plain Exception.
+        return "a file could not be written to its end"  # numpy gives no reason either
+    # The message of libraries written in Rust: safetensors, and tokenizers, which raises a plain Exception.
     return shortened(error) if re.search(r"\(os error \d+\)", str(error)) else None
 
 
@@ -122,10 +124,10 @@ def reported_write_failure(flag: str, folder: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def renamed_flags(names: Mapping[str, str]) -> Iterator[None]:
-    """Replace the names of flags in users' errors by those of the command that the user has given.
+    """Replace names of flags in users' errors by the names that the user's command has for them.
 
     Args:
-        names: the command's flags, by those that the code in the block names.
+        names: the command's names, by those that the code in the block uses.
 
     Raises:
         UserError: the block raised one.
@@ -137,14 +139,14 @@ def renamed_flags(names: Mapping[str, str]) -> Iterator[None]:
         raise UserError(re.sub(pattern, lambda match: names[match[0]], str(error))) from None
 
 
-def as_user_error(error: BaseException, words: Sequence[str] | None = None) -> BaseException:
-    """Return the user's error that another error means; others as they are.
+def as_user_error(error: BaseException, argv: Sequence[str] | None = None) -> BaseException:
+    """Convert an error that the user can correct to a :class:`UserError`; return any other unchanged.
 
-    That is a file or folder that a flag names, or something below it, which cannot be used, too many open files, or a
-    data loader's process that was killed, mostly for lack of memory.
+    The user can correct these: a file or folder that a flag names, or something in it, cannot be used; too many files
+    are open; a worker of a data loader was killed, mostly for lack of memory.
 
     Args:
-        words: the command line; by default this process's.
+        argv: the command line; by default this process's.
     """
     if isinstance(error, (OSError, RuntimeError)) and os.strerror(errno.EMFILE) in str(error):
         return UserError(
@@ -153,7 +155,7 @@ def as_user_error(error: BaseException, words: Sequence[str] | None = None) -> B
         )
     if isinstance(error, OSError) and isinstance(path := error.filename2 or error.filename, (str, bytes)):
         path = os.fsdecode(path)
-        flag, reason = _flag_of(path, sys.argv[1:] if words is None else words), error.strerror
+        flag, reason = _flag_of(path, sys.argv[1:] if argv is None else argv), error.strerror
         if os.path.islink(path) and not os.path.exists(path):
             reason = "a link that leads nowhere"
         if flag or error.errno in _NO_PATH:
@@ -168,10 +170,10 @@ def as_user_error(error: BaseException, words: Sequence[str] | None = None) -> B
     return error
 
 
-def _flag_of(path: str, words: Sequence[str]) -> str:
-    """Return the flag, and a blank, that a command line names a path with, or a folder above it; empty if none does."""
+def _flag_of(path: str, argv: Sequence[str]) -> str:
+    """Return the flag that names ``path`` or a folder above it, followed by a space; an empty text if none does."""
     absolute, flag, found = os.path.abspath(path), "", ("", "")
-    for word in words:
+    for word in argv:
         flag, _, value = word.partition("=") if word.startswith("--") else (flag, "", word)
         folder, name = os.path.split(named := os.path.abspath(value))
         # A dataset is named without its suffixes, and what a file is made of is kept next to it.
@@ -182,15 +184,15 @@ def _flag_of(path: str, words: Sequence[str]) -> str:
 
 
 def discard_output(stream: TextIO) -> None:
-    """Discard what is written to a stream from now on, and what it could not write."""
+    """Discard what a stream has not written yet, and what is written to it from now on."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def run_cli(main: Callable[[], None]) -> None:
     """Run the ``main`` of a command of one process, turning a :class:`UserError` into its line and exit code.
 
-    A full disk, a folder that is not writable and a path that is too long are user errors too. Ctrl-C ends it quietly,
-    and so does the end of what reads its output.
+    A full disk, a folder that is not writable and a path that is too long are user errors too. After Ctrl-C, or when
+    the program that reads its output has ended, it ends without a message.
 
     Programs of several ranks start through ``megatron_dwm.cli.launch`` instead.
     """

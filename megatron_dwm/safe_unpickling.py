@@ -70,13 +70,12 @@ DAMAGE = (
 )
 """What unpickling raises when bytes are missing or wrong."""
 
-
 COMMON_KEY = "common_state/shard_0_1"
-"""Of what megatron-core from 0.17 on stores of all ranks among the tensors."""
+"""Key under which megatron-core from 0.17 on stores the common state."""
 
 
 class UnreadableFileError(Exception):
-    """A file cannot be read; the message names it and the reason."""
+    """A file that cannot be read; the message names it and the reason."""
 
 
 def enum_member(kind: Any, name: Any) -> enum.Enum:
@@ -135,7 +134,7 @@ def read_torch_file(path: Path) -> Any:
 
 
 def map_torch_file(path: Path) -> Any:
-    """Like :func:`read_torch_file`, but memory-mapped: tensors are read from the file when they are used.
+    """Return the content of a ``torch.save`` file, memory-mapped: tensors are read from the file when they are used.
 
     Raises:
         UnreadableFileError: the file is missing or damaged, or names something that is not allowed.
@@ -165,9 +164,9 @@ def _torch_load(source: Path | BytesIO, **options: Any) -> Any:
 def short_reason(error: BaseException) -> str:
     """Return the type of an error of unpickling, and the most informative line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    # torch's advice is to load the file without its protection; what it did not like comes after that.
-    telling = [line for line in lines[1:] if re.search("unsupported|not allowed|GLOBAL", line, re.IGNORECASE)]
-    return f"{type(error).__name__}: {(telling or lines)[0]}"[:200].rstrip(": ")
+    # torch first advises to load the file without the restriction; what it refused comes after that.
+    refusals = [line for line in lines[1:] if re.search("unsupported|not allowed|GLOBAL", line, re.IGNORECASE)]
+    return f"{type(error).__name__}: {(refusals or lines)[0]}"[:200].rstrip(": ")
 
 
 def read_common_state(folder: Path) -> Any:
@@ -184,7 +183,7 @@ def read_common_state(folder: Path) -> Any:
     metadata = read_metadata(described)
     places = [place for index, place in (metadata.storage_data or {}).items() if index.fqn == COMMON_KEY]
     if len(places) != 1:
-        return read_torch_file(path)  # says that it is missing
+        return read_torch_file(path)  # raises the error that it is missing
     (place,) = places
     try:
         if Path(place.relative_path).name != place.relative_path:
@@ -199,11 +198,11 @@ def read_common_state(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def restricted_checkpoint_loading() -> Iterator[None]:
-    """Inside the context, megatron-core and torch load checkpoints with the restrictions of this module."""
+    """Make megatron-core and torch load checkpoints with the restrictions of this module, inside the context."""
     from megatron.core.dist_checkpointing.strategies import torch as strategies
     from torch.distributed.checkpoint._traverse import set_element
 
-    # From 0.17 on megatron-core also says by which library the checkpoint was written.
+    # ``async_strategy``, which megatron-core passes from 0.17 on, only selects a class of reader.
     def reader(checkpoint_dir: str | Path, cache_metadata: bool = False, async_strategy: str = "mcore") -> Any:
         return restricted_reader(Path(checkpoint_dir))
 

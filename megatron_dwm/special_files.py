@@ -14,7 +14,7 @@ _WHAT = "a named pipe, a socket or a device where a file belongs"
 def find_special_file(folder: Path) -> str | None:
     """Return a description of the first entry of a folder that is neither a file nor a folder; None if there is none.
 
-    Links count as what they lead to. Most file systems tell the kinds of entries together with their names.
+    Links count as what they lead to. It is fast: most file systems list the types of entries with their names.
     """
     if not folder.is_dir():
         return None
@@ -29,7 +29,7 @@ def require_plain_files(folder: Path, named: str, remedy: str) -> None:
     """Refuse a folder that holds a special file; a path that is no folder passes.
 
     Args:
-        named: the folder, as the error's line begins.
+        named: the beginning of the error message, which names the folder.
         remedy: what to do instead.
 
     Raises:

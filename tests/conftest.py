@@ -23,8 +23,8 @@ import xdist
 
 from tests.paths import ROOT
 
-# The garbage collector passes over what was imported before the tests and before a fork: else that takes half a second
-# each time, and copies a fork's memory. megatron-core collects at every checkpoint.
+# The garbage collector ignores objects from before the tests and before a fork: to visit them takes half a second each
+# time, and copies a fork's memory. megatron-core collects at every checkpoint.
 os.register_at_fork(after_in_child=gc.freeze)
 
 REQUIRE_ALL = "REQUIRE_ALL_TESTS"
@@ -34,7 +34,7 @@ FOLDERS = ("unit", "distributed", "e2e", "gpu")
 PROGRAMS = {"slurm": ("munged", "slurmctld", "slurmd", "sbatch", "srun"), "browser": ("chromium",)}
 """Programs that the tests of a marker start."""
 PACKAGES = {"slurm": "slurm-wlm munge", "browser": "chromium"}
-"""Debian's packages that have them."""
+"""Debian's packages of these programs."""
 GPUS_NEEDED = {"gpu": 1, "gpus": 2, "three_gpus": 3}
 """GPUs that the tests of a marker need; without them they are deselected in any case."""
 FIXTURES = {
@@ -50,7 +50,7 @@ FIXTURES = {
 
 @functools.cache
 def mock_documents() -> int:
-    """Return how many documents megatron-core's mock data have; first called before that is changed."""
+    """Return the number of megatron-core's mock documents; the first call must come before it is changed."""
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
 
     return MockGPTLowLevelDataset.size
@@ -66,9 +66,9 @@ def count_gpus() -> int:
 
 
 def missing_gpus() -> dict[str, str]:
-    """Return the markers of tests that need more GPUs than there are, or Transformer Engine on them, and what for."""
+    """Return the markers of tests that need more GPUs than there are, or Transformer Engine, and what is missing."""
     missing = {
-        marker: f"this machine has not {count} NVIDIA GPU(s)"
+        marker: f"this machine does not have {count} NVIDIA GPU(s)"
         for marker, count in GPUS_NEEDED.items()
         if count > count_gpus()
     }
@@ -79,22 +79,22 @@ def missing_gpus() -> dict[str, str]:
 
 @pytest.fixture
 def one_gpu() -> None:
-    """What a test needs that is to run where there is a GPU."""
+    """Mark a test that needs a GPU."""
 
 
 @pytest.fixture
 def two_gpus() -> None:
-    """What a test needs that is to run where there are two GPUs."""
+    """Mark a test that needs two GPUs."""
 
 
 @pytest.fixture
 def three_gpus() -> None:
-    """What a test needs that is to run where there are three GPUs."""
+    """Mark a test that needs three GPUs."""
 
 
 @pytest.fixture
 def transformer_engine() -> None:
-    """What a test needs that is to run where Transformer Engine is installed."""
+    """Mark a test that needs Transformer Engine."""
 
 
 def missing_markers() -> list[str]:
@@ -111,7 +111,7 @@ def missing_markers() -> list[str]:
 
 @pytest.fixture
 def all_mock_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mock data as they are elsewhere: for tests that compare with other processes than their own forks."""
+    """Give mock data their usual size, for tests that compare with processes other than their own forks."""
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
 
     monkeypatch.setattr(MockGPTLowLevelDataset, "size", mock_documents())
@@ -139,10 +139,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection(session: pytest.Session) -> None:
-    """Prepare a process that runs tests; with ``-n`` the first process runs none, and needs no imports of seconds."""
+    """Prepare a process that runs tests; with ``-n`` the first process runs none, and is spared seconds of imports."""
     if xdist.is_xdist_controller(session):
         return
-    # Modules stay, so that collecting during imports costs two seconds and finds nothing.
+    # Modules are never freed, so collecting during imports takes two seconds and finds nothing.
     gc.disable()
     import torch
     from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
@@ -150,8 +150,8 @@ def pytest_collection(session: pytest.Session) -> None:
     # One thread: a child forked after the parent used OpenMP's threads hangs in its first parallel region.
     torch.set_num_threads(1)
 
-    # megatron-core's 100,000 mock documents are 17 million samples of twelve tokens, and putting them into an order is
-    # much of what a small run computes.
+    # megatron-core's 100,000 mock documents are 17 million samples of twelve tokens, and ordering them takes a
+    # large part of a small run's time.
     mock_documents()
     MockGPTLowLevelDataset.size = 1000
 
@@ -197,7 +197,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _spread_unit_tests(items: list[pytest.Item]) -> list[pytest.Item]:
     """Return the tests with the files of unit/ evenly among the others.
 
-    Runs of several processes take turns (tests/turns.py), and tests of one process are what fills the waiting.
+    Runs of several processes take turns (tests/turns.py), and tests of one process fill the gaps.
     """
     files = [list(tests) for _, tests in itertools.groupby(items, key=lambda item: item.path)]
     unit = [tests for tests in files if tests[0].get_closest_marker("unit")]

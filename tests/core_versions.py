@@ -1,8 +1,9 @@
-"""Checkpoints of one megatron-core go on with another, on the curve of a run that never stopped.
+"""Check that a run continues with another megatron-core's checkpoints on the curve of a run that never stopped.
 
     python -m tests.core_versions PYTHON OTHER_PYTHON
 
-Each interpreter has a megatron-core of its own. Runs have two processes, with and without the distributed optimizer.
+Each interpreter has its own version of megatron-core. Runs have two processes, with and without the distributed
+optimizer.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder, flags = Path(name), {**RUN, **parallel}
             whole = train(python, {**flags, "--metrics-jsonl": folder / "whole.jsonl"})
-            # There and back: each version goes on from what the other one has saved.
+            # Each version continues from what the other one has saved.
             found: list[float] = []
             for number, (version, stop) in enumerate([(python, STOPS[0]), (other, STOPS[1]), (python, None)]):
                 part = {**flags, "--metrics-jsonl": folder / f"part{number}.jsonl"}
@@ -55,7 +56,9 @@ def main() -> None:
             assert len(found) == len(whole) == RUN["--train-iters"]
             worst = max(abs(a - b) / b for a, b in zip(found, whole, strict=True))
             assert worst <= TOLERANCE, f"{layout}: {worst}"
-            print(f"{layout}: checkpoints of {python} and {other} go on with the other, largest difference {worst:.1e}")
+            print(
+                f"{layout}: checkpoints of {python} and {other} continue with the other, largest difference {worst:.1e}"
+            )
 
 
 if __name__ == "__main__":

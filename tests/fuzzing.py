@@ -16,7 +16,7 @@ FACTOR = int(os.environ.get("FUZZ_FACTOR", "0"))
 
 
 def fuzz_settings(examples: int) -> Callable[[Any], Any]:
-    """Settings of a test that tries ``examples`` inputs, or by ``FUZZ_FACTOR`` a multiple of them."""
+    """Return the settings of a test that tries ``examples`` inputs, or by ``FUZZ_FACTOR`` a multiple of them."""
     return settings(
         max_examples=examples * max(1, FACTOR),
         derandomize=FACTOR == 0,
@@ -28,7 +28,7 @@ def fuzz_settings(examples: int) -> Callable[[Any], Any]:
 
 
 def assert_short_line(error: UserError) -> str:
-    """What is printed of an error must be one line of bounded length; return it."""
+    """Check that an error is printed as one line of bounded length; return the line."""
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         print_error(error)
     line = printed.getvalue()
@@ -38,7 +38,7 @@ def assert_short_line(error: UserError) -> str:
 
 
 def damaged(content: bytes) -> strategies.SearchStrategy[bytes]:
-    """What may become of a file: bytes that are changed, zeroed, lost, or added at any place."""
+    """Return a strategy for damaged files: bytes are changed, zeroed, lost, or added at any place."""
     places = strategies.integers(0, max(0, len(content) - 1))
 
     def changed(place: int, added: bytes, lost: int) -> bytes:

@@ -1,7 +1,6 @@
 """Record the numbers of nine small runs, and compare two recordings bit for bit.
 
-A change that must not change a number is checked with it: record with the code of before, record with the code of
-after, compare.
+To check a change that must not change any number, record with the old code, record with the new code, and compare.
 
     python tests/golden_runs.py record /path/to/old/checkout golden/before
     python tests/golden_runs.py record . golden/after
@@ -44,7 +43,7 @@ MODES = {
     "off": "--dwm-mode off",
     "bilevel": (
         "--dwm-warmup-iters 4 --dwm-num-stages 2 --dwm-update-interval 2 --dwm-init-from lm --dwm-num-layers 1 "
-        "--dwm-weighter-steps 2 --dwm-target-batch-size 8"  # whose default was once the batch
+        "--dwm-weighter-steps 2 --dwm-target-batch-size 8"  # the default was once the batch size
     ),
     "frozen": "--dwm-mode frozen --dwm-load {weighter}",
 }
@@ -96,7 +95,7 @@ def record(checkout: Path, output: Path) -> None:
 
 
 def compare(before: Path, after: Path) -> list[str]:
-    """Each number that differs between two recordings, one line each."""
+    """Return a line for each number that differs between two recordings."""
     differences: list[str] = []
     for layout in LAYOUTS:
         for mode in MODES:
@@ -143,7 +142,7 @@ def _export(folder: Path, recording: Path) -> dict[str, Any]:
 
 
 def _unequal(name: str, one: Any, other: Any) -> list[str]:
-    """The paths at which two nested values differ."""
+    """Return the paths at which two nested values differ."""
     if isinstance(one, dict) and isinstance(other, dict):
         lines = [f"{name}: {key} only {'before' if key in one else 'after'}" for key in one.keys() ^ other.keys()]
         for key in one.keys() & other.keys():

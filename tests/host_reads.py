@@ -32,7 +32,7 @@ class HostReads(TorchFunctionMode):
 
     @property
     def total(self) -> int:
-        """All reads."""
+        """Number of all reads."""
         return self.places.total()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Run a program in a fork of the tests, which has imported already what takes an interpreter seconds."""
+"""Run a program in a fork of the tests, which has already imported what would take it seconds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Fork:
         work()
 
     def finish(self) -> Finished:
-        """Wait for its end; returns its exit code and all that it wrote, libraries in other languages included."""
+        """Wait for its end; return its exit code and all that it wrote, libraries in other languages included."""
         self.process.join()
         with self._folder:
             return Finished([], self.process.exitcode, self._output.read_text(), self._errors.read_text())
@@ -55,7 +55,7 @@ def run_program(path: str, *arguments: object) -> Finished:
 
 
 def call_main(main: Callable[[Sequence[str]], None], *arguments: object) -> int:
-    """Call a command in this process; returns its exit code."""
+    """Call a command in this process; return its exit code."""
     try:
         main([str(argument) for argument in arguments])
     except SystemExit as end:

@@ -25,7 +25,7 @@ unset PYTHONDONTWRITEBYTECODE
 status=0
 ruff check . || status=1
 ruff format --check . || status=1
-# Two checks of one process each, beside the tests, which leave the cores idle now and then; what they say comes last.
+# Two checks of one process each, beside the tests, which leave the cores idle now and then; their output is printed last.
 mkdir -p build
 mypy >build/mypy.log 2>&1 &  # what pyproject.toml names
 types=$!

@@ -103,5 +103,5 @@ def as_argv(flags: Flags) -> list[str]:
 
 
 def parse_flags(flags: Flags, processes: int = 1) -> RunConfig:
-    """Return the configuration of a run of so many processes."""
+    """Return the configuration of a run of ``processes`` processes."""
     return parse_run(as_argv(flags), processes)

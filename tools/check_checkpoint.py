@@ -1,4 +1,7 @@
-"""Verify checkpoints from the first to the last byte; ``--help`` lists the flags."""
+"""Verify checkpoints from the first to the last byte.
+
+The same as ``megatron-dwm check-checkpoint``.
+"""
 
 from megatron_dwm.cli.dispatch import run_module
 

@@ -8,7 +8,7 @@
 #
 # Returns at once when the folder is complete for the present pyproject.toml and constraints.txt. Where the user's own
 # python has a torch that sees a CUDA device, that torch is used and not installed again. pip's settings
-# (PIP_INDEX_URL, pip.conf, ...) hold as ever: they decide whether torch comes as a CPU or as a CUDA build.
+# (PIP_INDEX_URL, pip.conf, ...) apply: they decide whether torch comes as a CPU or as a CUDA build.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -51,9 +51,9 @@ has_cuda_torch() {
     "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
 }
 
-# Let the environment see the packages of Python $1 behind its own. Unlike --system-site-packages this also holds when $1
-# belongs to a virtual environment. The packages that its torch needs stay as torch found them: print
-# the constraints that are read here without them.
+# Let the environment see the packages of Python $1 after its own. Unlike --system-site-packages this also works when $1
+# belongs to a virtual environment. The packages that its torch needs must stay as they are: print the constraints on
+# standard input without them.
 share_packages_of() {
     local site_packages
     site_packages=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -74,7 +74,7 @@ if [[ -x $VENV/bin/python && -f $STAMP && $(fingerprint) == "$(<"$STAMP")" ]]; t
     exit 0
 fi
 
-# What a link leads to is not of this folder alone, and making the environment anew would empty it.
+# Others may use the folder that a link leads to, and making the environment anew would empty it.
 [[ ! -L $VENV ]] || fail "$VENV is a link to $(readlink -f "$VENV"); remove the link, or bring that environment up to date"
 
 read -ra with_torch <<<"${PYTHON:-python3 python}"
@@ -102,6 +102,6 @@ fi
 # One line a package, so that a slow download is seen to move.
 "$VENV/bin/python" -m pip install --disable-pip-version-check "${requirements[@]}" |
     sed -un -e 's/^Collecting \([^ ]*\).*/  \1/p' -e 's/^Installing collected packages.*/  installing/p' ||
-    fail "pip could not install the dependencies (its message is above); mend that and run this again"
+    fail "pip could not install the dependencies (its message is above); fix that and run this again"
 fingerprint >"$STAMP"
 echo "$VENV: $("$VENV/bin/python" --version) with the packages of constraints.txt; activate it by: source $VENV/bin/activate"

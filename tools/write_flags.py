@@ -40,7 +40,7 @@ ADDED_FLAGS = {
     "--plan-json",
     "--plan-world-size",
 }
-"""Ours, besides those that start with ``--dwm-``."""
+"""Flags of this program that do not begin with ``--dwm-``."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Duplicates among texts, found by datatrove's steps: equal texts, and near ones by MinHash.
 
-The steps work on chunks of rows and on files in a folder, so that their memory does not grow with the corpus, but for
-the clusters of near duplicates: a list of the rows that have one.
+The steps work on chunks of rows and on files in a folder, so that their memory does not grow with the corpus, except
+for the clusters of near duplicates: a list of the rows that have one.
 """
 
 from __future__ import annotations

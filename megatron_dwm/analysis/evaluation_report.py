@@ -22,8 +22,8 @@ METRICS = {
     "acc": "accuracy",
     "acc_norm": "accuracy, by length",
     "exact_match": "exact match",
-    "answer_nll": "nats an answer",
-    "choice_nll": "nats a choice",
+    "answer_nll": "nats per answer",
+    "choice_nll": "nats per choice",
 }
 """The metrics that are shown, and their names; lower nats are better."""
 
@@ -49,7 +49,7 @@ def name_of(path: Path) -> tuple[str, int | None]:
 def difference(result: TaskResult, first: TaskResult, metric: str) -> MetricEstimate | None:
     """Return a likelihood's mean difference from the first checkpoint's, item by item; None without items in common.
 
-    The items are the same, so what is hard for both cancels: its standard error is smaller than those of the two.
+    The items are the same, so that their difficulty cancels: its standard error is smaller than those of the two.
     """
     here, there = result.values.get(metric, {}), first.values.get(metric, {})
     common = sorted(here.keys() & there.keys())

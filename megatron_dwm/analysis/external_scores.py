@@ -49,7 +49,7 @@ def read_scores(patterns: Sequence[str]) -> ExternalScores:
             if not any(value is not None for value in numbers.values()):
                 raise UserError(f"--input {record.place}: no number beside {_INDEX!r}; give a score, or leave it out")
             for name, value in numbers.items():
-                if value is None:  # a text, or what else the rater has kept
+                if value is None:  # a text, or another field that the rater has kept
                     continue
                 if values.setdefault(name, {}).setdefault(index, value) != value:
                     raise UserError(f"--input {record.place}: another {name!r} of sample {index}; give one of each")
@@ -63,7 +63,7 @@ def _row(content: str | dict[str, object], place: str) -> dict[str, object]:
     """Return the row that a record holds.
 
     Raises:
-        UserError: it is no object.
+        UserError: it is not an object.
     """
     if not isinstance(content, str):
         return content

@@ -26,8 +26,8 @@ _SEED = 1234
 """Seed of the choice of items and examples: the default of ``megatron-dwm evaluate``."""
 _FLAGS = {"--tasks": "--eval-tasks", "--task-text": "--eval-tasks-text", "--num-fewshot": "--eval-tasks-num-fewshot"}
 """The flags of ``megatron-dwm evaluate``, and their names in a run."""
-_MICROBATCHES_TOGETHER = 64
-"""Microbatches of a replica in one run through the pipeline."""
+_MAX_MICROBATCHES = 64
+"""Maximum number of a replica's microbatches in one run through the pipeline."""
 
 
 class InLoopTaskEvaluator:
@@ -46,7 +46,7 @@ class InLoopTaskEvaluator:
         """
         self._engine, self._micro_batch_size, self._vocab_size = engine, micro_batch_size, vocab_size
         # All of a long task at once would fill the memory, and could not be interrupted.
-        self._most_together = _MICROBATCHES_TOGETHER * micro_batch_size * engine.parallel_state.dp_size
+        self._max_continuations = _MAX_MICROBATCHES * micro_batch_size * engine.parallel_state.dp_size
         self._before_batch: Callable[[], None] = lambda: None
         self._evaluator = None
         if dist.get_rank() == 0:
@@ -63,9 +63,9 @@ class InLoopTaskEvaluator:
         """
         self._before_batch = before_batch
         if self._evaluator is None:
-            while (asked := self._broadcast(_Request())).records is None:
-                self._compute(asked.continuations)
-            return asked.records or []
+            while (request := self._broadcast(_Request())).records is None:
+                self._compute(request.continuations)
+            return request.records or []
         # The harness draws progress bars, which no flag of it turns off.
         with _restored_random_states(), redirect_stderr(io.StringIO()):
             results = self._evaluator.evaluate_model(self._model, is_training=True)
@@ -89,15 +89,15 @@ class InLoopTaskEvaluator:
 
     def _compute(self, continuations: Sequence[Continuation]) -> list[Likelihood]:
         found: list[Likelihood] = []
-        for first in range(0, len(continuations), self._most_together):
+        for first in range(0, len(continuations), self._max_continuations):
             self._before_batch()
-            together = continuations[first : first + self._most_together]
-            found += continuation_likelihoods(self._engine, together, self._micro_batch_size, self._vocab_size)
+            part = continuations[first : first + self._max_continuations]
+            found += continuation_likelihoods(self._engine, part, self._micro_batch_size, self._vocab_size)
         return found
 
-    def _broadcast(self, asked: _Request) -> _Request:
+    def _broadcast(self, request: _Request) -> _Request:
         """Broadcast the first rank's request, and return it."""
-        box = [asked]
+        box = [request]
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(box, 0)
         return box[0]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.corpora.corpus import CorpusConfig, Document, paragraphs
-from megatron_dwm.corpora.documentation import installed, texts
+from megatron_dwm.corpora.documentation import find_package, texts
 from megatron_dwm.corpora.readers import Reader
 from megatron_dwm.corpora.standard_library import standard_library_corpus
 from megatron_dwm.errors import UserError, renamed_flags
@@ -32,8 +32,8 @@ _QUOTES = "\u2018\u2019\u201c\u201d"  # typographic ones
 _SENTENCE_END = re.compile(rf"(?<=[.!?])[\"')\]{_QUOTES}]*\s+(?=[\"'({_QUOTES}]?[A-Z])")
 _DEFINITION = re.compile(r"^\s*[*-]?\s*(\w[\w .'()/-]{1,40}?)\s*(?::| --| \u2014| \u2013)\s+(\S.{19,})$", re.DOTALL)
 _UNDERLINE = re.compile(r"^[=*~#^+-]{3,}$")
-_NEAR = 200  # items of shorter answers, and of longer ones, that are looked at for wrong answers
-_SIMILAR = 24  # of them the nearest, among which wrong ones are drawn
+_NEAR = 200  # items with shorter answers, and with longer ones, that are considered for wrong answers
+_SIMILAR = 24  # the nearest of them, from which wrong answers are drawn
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def read_passages(files: Sequence[str], packages: Sequence[str]) -> Passages:
         return Passages("the held-out prose of the built-in corpus", corpus["prose"]["test"])
     documents = [document for path in files for document in _file_documents(path)]
     for spec in packages:
-        documents += [Document(text, f"{spec}/{name}") for name, text in texts(installed(spec)) if text]
+        documents += [Document(text, f"{spec}/{name}") for name, text in texts(find_package(spec)) if text]
     return Passages(" ".join([*files, *packages]), documents)
 
 
@@ -99,7 +99,9 @@ def _row(place: str, content: str | dict[str, Any]) -> dict[str, Any]:
     except ValueError:
         row = None
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise UserError(f'--input {place}: no JSON object with the key "text"; name another file, or end it in .txt')
+        raise UserError(
+            f'--input {place}: no JSON object with the key "text"; name another file, or a plain text that ends in .txt'
+        )
     return row
 
 
@@ -169,10 +171,10 @@ LOCAL_TASKS = tuple(_KINDS)
 
 
 def require_local_names(names: Iterable[str]) -> None:
-    """Refuse names that only a local task could have, and none has.
+    """Refuse names that begin with ``local-`` and are not local tasks.
 
     Raises:
-        UserError: there is one.
+        UserError: there is such a name.
     """
     for name in names:
         if name.startswith("local-") and name not in LOCAL_TASKS:
@@ -235,7 +237,7 @@ _LOGLIKELIHOOD = {
 
 
 class _WrongAnswers:
-    """Right answers of other items, of about the same length and of other documents where there are such."""
+    """Right answers of other items, of about the same length, and of other documents where there are enough."""
 
     def __init__(self, items: Sequence[Item], rng: random.Random) -> None:
         self.by_length, self.rng = sorted(items, key=lambda item: len(item.answer)), rng

@@ -252,8 +252,8 @@ def correlations(samples: WeightedSamples, values: np.ndarray) -> dict[int, Corr
     for stage in samples.stages:
         in_stage = samples.stage == stage
         rows, of_rows = samples.select(in_stage), values[in_stage]
-        batches = _correlations_by(rows.iteration, rows.weight, of_rows, fewest=2)
-        sources = _correlations_by(rows.source, rows.weight, of_rows, fewest=_MIN_SAMPLES_OF_A_SOURCE)
+        batches = _correlations_by(rows.iteration, rows.weight, of_rows, min_rows=2)
+        sources = _correlations_by(rows.source, rows.weight, of_rows, min_rows=_MIN_SAMPLES_OF_A_SOURCE)
         found[stage] = Correlations(
             in_batch=mean_over_updates(*batches),
             in_source=mean_correlation(*sources, updates=len(batches[0])),
@@ -262,13 +262,13 @@ def correlations(samples: WeightedSamples, values: np.ndarray) -> dict[int, Corr
 
 
 def _correlations_by(
-    groups: np.ndarray, first: np.ndarray, second: np.ndarray, fewest: int
+    groups: np.ndarray, first: np.ndarray, second: np.ndarray, min_rows: int
 ) -> tuple[list[float], list[int]]:
-    """Return ρ and the size of each group of at least ``fewest`` rows that has one."""
+    """Return ρ and the size of each group of at least ``min_rows`` rows, if it has a ρ."""
     rhos, sizes = [], []
     for group in np.unique(groups):
         mask = (groups == group) & ~np.isnan(second)
-        rho = rank_correlation(first[mask], second[mask]) if mask.sum() >= fewest else None
+        rho = rank_correlation(first[mask], second[mask]) if mask.sum() >= min_rows else None
         if rho is not None:
             rhos.append(rho)
             sizes.append(int(mask.sum()))

@@ -212,4 +212,4 @@ _FIELDS: dict[str, dict[str, Callable[[object], bool]]] = {
     },
     "evaluation": {"split": _is_text, "lm_loss": _is_number, "lm_loss_by_source?": _are_losses_by_name},
 }
-"""What is read of each kind of record; a name that ends in a question mark may be missing."""
+"""The fields that are read, by kind of record; one whose name ends in a question mark may be missing."""

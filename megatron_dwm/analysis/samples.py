@@ -53,7 +53,7 @@ class RunSamples:
         Args:
             train: the training set.
             target: the target set, if the run had one.
-            tokenizer: megatron-core's.
+            tokenizer: megatron-core's tokenizer.
             sources: names of the training data's sources, by :attr:`Sample.source`.
             sample_format: the format of the samples, for the run's weighters.
         """
@@ -137,11 +137,11 @@ def _opened(config: RunConfig, consumed_valid: int, start: Path) -> Iterator[Run
             for file in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin")):
                 if not file.is_file():
                     raise UserError(
-                        f"the run's dataset {file} does not exist, also not in {start}; run the command in the folder "
+                        f"the run's dataset {file} does not exist here or in {start}; run the command in the folder "
                         "that the path is relative to, or restore the data"
                     )
     tokenizer = build_tokenizer(config.tokenizer)
-    # megatron-core asks a process group who writes index caches.
+    # megatron-core asks a process group which rank writes index caches.
     parallel_state = initialize_process_groups(ParallelConfig(), None, torch.device("cpu"), dist.HashStore(), 0, 1)
     try:
         datasets = build_datasets(
@@ -197,7 +197,7 @@ def argument_paths(saved: Mapping[str, Any]) -> list[str]:
 def _resumed_config(saved: Mapping[str, Any]) -> tuple[RunConfig, int]:
     """Return the configuration of a run from its arguments, and its consumed validation samples.
 
-    The run may have read batches of several sizes: it is as if it were resumed from its last checkpoint.
+    As if the run were resumed from its last checkpoint, because earlier batches may have had other sizes.
 
     Raises:
         UserError: its data or tokenizer are not there.

@@ -99,7 +99,7 @@ class RowReader(BaseDiskReader):  # type: ignore[misc]
                 self._skip(place, "no tokens", "preprocess without it")
                 continue
             ids = data[begin : begin + count].tolist()
-            # The text has to be something; it is made of the ids once their tokenizer is there.
+            # The text must not be empty; it is made from the ids when their tokenizer has been loaded.
             yield Document(text=" ", id=place, metadata={"row": {"document": number}, "ids": ids})
 
     def _skip(self, place: str, reason: str, remedy: str) -> None:

@@ -100,7 +100,7 @@ class DocumentTokens:
         Args:
             scorer: reads the ids.
             dataset_tokenizer: folder of the tokenizer that datasets were made with; None if it is the scorer's.
-            text_key: where the row of a dataset's document gets its text.
+            text_key: the key under which the row of a dataset's document gets its text.
 
         Raises:
             UserError: no tokenizer loads from the folder.
@@ -122,7 +122,7 @@ class DocumentTokens:
         return [next(tokenized) if ids is None else ids for ids in kept]
 
     def _of_dataset(self, document: Document) -> list[int] | None:
-        """Return the ids that need no tokenizing; the end of a document, which no text has, is none of them."""
+        """Return a dataset's ids without the end-of-document token, and set the text; None if it must be tokenized."""
         ids: list[int] | None = document.metadata.pop("ids", None)
         if ids is None:
             return None
@@ -165,7 +165,7 @@ def _is_finite(value: object) -> bool:
 
 
 class _WholeParquet(ParquetWriter):  # type: ignore[misc]
-    """Writes rows of a table with the types of its columns, and other rows with those that the first ones have."""
+    """Writes rows of a table with the types of its columns, and other rows with the types of the first ones."""
 
     def __init__(self, parts: Sequence[Part], score_key: str, **options: Any) -> None:
         super().__init__(**options)
@@ -203,7 +203,7 @@ class _WholeParquet(ParquetWriter):  # type: ignore[misc]
 
 @contextmanager
 def _refused_table() -> Iterator[None]:
-    """While open, rows whose values have no common types are a user's error."""
+    """Turn errors of rows whose values have no common types, inside the context, into a UserError."""
     try:
         yield
     except (ArrowException, ValueError, OverflowError) as error:

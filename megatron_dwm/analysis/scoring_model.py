@@ -25,7 +25,7 @@ from megatron_dwm.weighting.windows import SpecialTokens, Window, cut, pad_windo
 
 Rule = Literal["mean", "max", "first"]
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
-"""What a batch holds; a CPU's caches are small."""
+"""Tokens of a batch by default; fewer on a CPU, whose caches are small."""
 
 
 def require_all_weights(named: str, missing: Sequence[str]) -> None:
@@ -62,7 +62,7 @@ def load_model(
             model, report = auto_class.from_pretrained(
                 folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
             )
-    except Exception as error:  # transformers and safetensors raise whatever they like
+    except Exception as error:  # transformers and safetensors raise many kinds of errors
         raise UserError(f"{named}: cannot be loaded ({shortened(error)}); give {noun}") from None
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
@@ -136,7 +136,7 @@ class ScoringModel:
         return AutoModelForSequenceClassification
 
     def _check(self, model: Any, missing: Sequence[str]) -> None:
-        """Refuse a model that has not been trained to do this.
+        """Refuse a model that is not a trained classifier with one label.
 
         Raises:
             UserError: it has more than one label, or weights that are not in the folder.
@@ -214,7 +214,7 @@ class PerplexityModel(ScoringModel):
 
 
 _MAX_NATS = 700.0
-"""exp of it is a number."""
+"""exp() of a much larger number would overflow."""
 
 
 def _combined(scores: list[tuple[float, int]], rule: Rule) -> float:

@@ -50,7 +50,7 @@ def select_files(
     """Write the rows that are kept, in the input's order, and ``OUTPUT.manifest.json`` beside them.
 
     Args:
-        config: what is kept.
+        config: the selection's flags.
         tokenizer_config: tokenizer of the dataset; None if JSON lines are written.
         slurm: whether and how the tasks are submitted.
 

@@ -24,8 +24,8 @@ def choose(config: SelectConfig, folder: OutputFolder, paths: Sequence[str], tas
     """Decide for each row whether it is kept, and write the first part of the manifest.
 
     Args:
-        config: what is kept.
-        folder: of the unfinished work, with the table of each task; gets ``choice.json`` and ``kept/``.
+        config: the selection's flags.
+        folder: the folder of the unfinished work, with the table of each task; gets ``choice.json`` and ``kept/``.
         paths: the input, for messages.
         tasks: number of tasks that read the input.
 

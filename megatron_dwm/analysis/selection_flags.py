@@ -42,7 +42,8 @@ class SelectConfig:
     method: Literal["random", "score", "perplexity", "dsir", "source-mix"] = flag(
         "score",
         "Which rows are kept: random ones, the highest scores, the lowest perplexities, those most similar to "
-        "--target (DSIR), or random ones with the sources' shares of --quota, or else those that score would keep.",
+        "--target (dsir), or random ones of each source (source-mix), whose shares are those of --quota, or else those "
+        "that score would keep.",
     )
     score_key: str | None = flag(
         None, "Key (column) of the number to rank by. Default: perplexity with that method, otherwise score."
@@ -72,7 +73,7 @@ class SelectConfig:
 
     def __post_init__(self) -> None:
         require_given(self, "input output", "give a path")
-        require_paths(self, "output", urls=self.output_format != "indexed")
+        require_paths(self, "output", allow_urls=self.output_format != "indexed")
         require_at_least(self, 1, "workers split_bytes")
         if self.output_format == "indexed":
             if self.output.endswith((*_SUFFIXES, ".bin", ".idx")):
@@ -144,7 +145,7 @@ def _parse_quotas(words: Sequence[str]) -> dict[str, Fraction]:
         except ValueError:
             equals = ""
         if not equals or shares[source] <= 0:
-            raise UserError(f"--quota {word}: not SOURCE=SHARE; give such as web=0.5")
+            raise UserError(f"--quota {word}: not SOURCE=SHARE; give, for example, web=0.5")
     if len(shares) != len(words) or sum(shares.values()) > 1:
         raise UserError(f"--quota {' '.join(words)}: a source is named twice, or the sum is above 1; correct it")
     return shares

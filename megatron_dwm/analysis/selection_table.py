@@ -23,6 +23,7 @@ from megatron_dwm.json_lines import parse_object
 
 _CHUNK = 1024  # rows that are read together
 MAX_SOURCES = 1000
+"""Limit of sources: with ``--method source-mix``, each of them costs four passes over the table (``top_rows.py``)."""
 _MAX_TOKENS = 1 << 40  # of a row: sums stay within 64 bits
 
 
@@ -114,7 +115,7 @@ class RowTableWriter(PipelineStep):  # type: ignore[misc]
 
 
 def too_many_sources(config: SelectConfig) -> UserError:
-    """Return the error."""
+    """Return the error for more sources than :data:`MAX_SOURCES`."""
     return UserError(f"--source-key {config.source_key}: more than {MAX_SOURCES} sources; give a key with fewer values")
 
 
@@ -149,7 +150,7 @@ def _object(record: Record) -> dict[str, Any]:
     """Return the row that a record holds.
 
     Raises:
-        UserError: it is no object.
+        UserError: it is not an object.
     """
     if not isinstance(record.content, str):
         return record.content

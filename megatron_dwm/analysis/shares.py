@@ -12,7 +12,8 @@ from megatron_dwm.analysis.records import Record, RunRecords
 from megatron_dwm.errors import UserError
 
 _BLOCKS = 20
-_RESAMPLES = 2000
+"""Blocks of iterations that the bootstrap draws from."""
+_RESAMPLES = 2000  # draws of the bootstrap
 _SEED = 0
 
 
@@ -81,8 +82,8 @@ def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Neighboring iterations have nearly the same weighter, so blocks of iterations are drawn.
     """
     if len(values) < _BLOCKS:
-        nothing = np.full(values.shape[1], np.nan)
-        return nothing, nothing
+        unknown = np.full(values.shape[1], np.nan)
+        return unknown, unknown
     blocks = np.array([part.mean(axis=0) for part in np.array_split(values, _BLOCKS)])
     draws = np.random.default_rng(_SEED).integers(len(blocks), size=(_RESAMPLES, len(blocks)))
     means = blocks[draws].mean(axis=1)

@@ -18,7 +18,7 @@ def find_start_folder(save: Path, saved_as: str | None, named: Sequence[str]) ->
 
     Args:
         save: where the run saved to, as it is found now.
-        saved_as: what its ``--save`` said.
+        saved_as: the value of its ``--save``.
         named: paths in its other arguments, relative or not.
     """
     run = save.resolve()

@@ -3,7 +3,7 @@
 For a small model accuracy is coarse: it changes only when an answer overtakes another. The harness's results are
 kept; from its samples two more metrics are computed, which change with every step:
 
-* the negative log-likelihood of the right answer after the question, in nats an answer;
+* the negative log-likelihood of the right answer after the question, in nats per answer;
 * for a choice, the negative logarithm of the right answer's probability among the answers; log 4 is chance among four.
 """
 
@@ -64,7 +64,7 @@ class TaskResult:
     values: dict[str, dict[int, float]] = field(default_factory=dict)
     """``answer_nll`` and ``choice_nll`` of each item, by its number in the task."""
     choices: int | None = None
-    """Number of answers to choose from, if it is that of all items."""
+    """Number of answers to choose from, if it is the same for all items."""
 
     def chance(self, metric: str) -> float | None:
         """Return the mean of a metric for a model that knows nothing; None if there is none."""
@@ -130,7 +130,7 @@ class TaskEvaluator:
         Args:
             folder: the model and its tokenizer.
             exported_from: the checkpoint of which it is the export. This program trains without the tokenizer's special
-                tokens; the tokenizer of another model adds those that it adds by itself.
+                tokens; the tokenizer of another model adds its own by default.
 
         Raises:
             UserError: it cannot be loaded, or a task's data cannot.
@@ -141,7 +141,7 @@ class TaskEvaluator:
         """Evaluate a model in the harness's form.
 
         Args:
-            is_training: whether it is a running one: torch's random streams stay as they are, and no processes are
+            is_training: whether the model is in training: torch's random streams stay as they are, and no processes are
                 started, so that metrics whose standard error has no formula have none.
 
         Raises:
@@ -150,7 +150,7 @@ class TaskEvaluator:
         return [result for count in self.num_fewshot for result in self._results(model, count, is_training)]
 
     def kinds(self) -> dict[str, str]:
-        """Return what each task wants of a model, in the harness's word, after its data are loaded.
+        """Return the output type of each task, in the harness's terms, after its data are loaded.
 
         Raises:
             UserError: a task's data cannot be loaded.
@@ -183,7 +183,7 @@ class TaskEvaluator:
 
     @contextmanager
     def _refused_data(self) -> Iterator[None]:
-        """While open, data of the harness's tasks that cannot be loaded are a user's error."""
+        """Turn errors of loading the data of the harness's tasks, inside the context, into a UserError."""
         try:
             yield
         except (OSError, ConnectionError, ValueError, RuntimeError) as error:

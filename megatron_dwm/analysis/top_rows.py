@@ -45,7 +45,7 @@ def draw_keys(table: Table, seed: int) -> None:
 
 
 def add_gumbel(table: Table, temperature: float, seed: int) -> None:
-    """Divide the keys by the temperature and add Gumbel noise to them.
+    """Divide the keys by the temperature and add Gumbel noise to them (Gumbel top-k, arXiv 1903.06059).
 
     The highest are then a sample without replacement, drawn with probabilities in proportion to exp(key / temperature).
 
@@ -62,7 +62,7 @@ def add_gumbel(table: Table, temperature: float, seed: int) -> None:
 
 
 def costs_by_source(table: Table, masks: Iterator[npt.NDArray[np.bool_]] | None, sources: int) -> npt.NDArray[np.int64]:
-    """Return the rows and the cost of each source, [sources, 2], of all rows or of those that masks of blocks keep."""
+    """Return the number of rows and the cost of each source [sources, 2], of all rows or those that the masks keep."""
     totals = np.zeros((sources, 2), np.int64)
     for block in blocks(table):
         kept = block if masks is None else block[next(masks)]
@@ -82,7 +82,7 @@ class TopRows:
         self._cutoffs = [_cutoff(table, group) for group in groups]
 
     def masks(self) -> Iterator[npt.NDArray[np.bool_]]:
-        """Yield of each block which of its rows are kept."""
+        """Yield, for each block, which of its rows are kept."""
         tied_cost = [0] * len(self._groups)
         for block in blocks(self._table):
             ordered = _ordered(block["key"])
@@ -97,7 +97,7 @@ class TopRows:
             yield mask
 
     def thresholds(self) -> dict[str, float | None]:
-        """Return of each group the key above which all rows are kept; None where no row was left out.
+        """Return, for each group, the key above which all rows are kept; None where no row was left out.
 
         Rows whose key is the threshold are kept in their order as far as the budget goes.
         """
@@ -108,9 +108,9 @@ class TopRows:
 
 
 def _cutoff(table: Table, group: Group) -> tuple[np.uint64, int]:
-    """Return the ordered key that does not fit as a whole, and what the rows above it leave of the budget.
+    """Return the ordered key that does not fit as a whole, and the budget that the rows above it leave.
 
-    The key is 0, which no number has, if all rows fit.
+    The key is 0, which belongs to no number, if all rows fit.
     """
     prefix, left = 0, group.budget
     for shift in range(64 - _DIGITS, -1, -_DIGITS):

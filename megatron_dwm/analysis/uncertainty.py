@@ -40,7 +40,7 @@ class Estimate:
 
 
 def mean_over_updates(values: Sequence[float], counts: Sequence[float], comparisons: int = 1) -> Estimate:
-    """Return the mean of one value an update, with Student's interval over the updates.
+    """Return the mean of one value per update, with Student's interval over the updates.
 
     Updates are the unit because the samples of one are weighted by the same weighter and aligned with the same target.
 

@@ -69,13 +69,13 @@ MODEL = shlex.split(
     "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
     "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.06"
 )
-# A constant rate: the loss at each point of a run is what a run of that length ends with.
+# A constant rate, so that the loss at any point of a run is the final loss of a run of that length.
 TRAINING = shlex.split(
     "--global-batch-size 128 --micro-batch-size 128 --lr 3e-3 --lr-decay-style constant --lr-warmup-iters 20 "
     "--weight-decay 0.1 --adam-beta2 0.95 --eval-interval 30 --eval-iters 16 --log-interval 10 --num-workers 0"
 )
 SCORING = shlex.split("--dwm-score-batch-size 128")
-# Default flags, but for the stages, of which a comparison has one.
+# Default flags, except that a comparison has one stage.
 WEIGHTING = [*SCORING, "--dwm-num-stages", "1"]
 
 
@@ -212,8 +212,8 @@ def _train_all(config: BenefitConfig, run_flags: list[str], folder: Path, mixtur
     seeds = range(1, config.seeds + 1)
     jobs = [(name, seed, factor) for seed in seeds for factor in config.factors for name in names]
     first = [job for job in jobs if job[0] not in FROM_ANOTHER_RUN]
-    then = [job for job in jobs if job[0] in FROM_ANOTHER_RUN]
-    if then:
+    later = [job for job in jobs if job[0] in FROM_ANOTHER_RUN]
+    if later:
         first.insert(0, ("bilevel", WEIGHTER_SEED, config.weighter_factor))
 
     def place(name: str, seed: int, factor: float) -> Path:
@@ -228,7 +228,7 @@ def _train_all(config: BenefitConfig, run_flags: list[str], folder: Path, mixtur
 
     with ThreadPoolExecutor(config.jobs or os.cpu_count()) as pool:
         list(pool.map(run, first))
-        list(pool.map(run, then))
+        list(pool.map(run, later))
     return {
         factor: [Arm(name, [read_run(place(name, seed, factor)) for seed in seeds]) for name in names]
         for factor in config.factors
@@ -246,7 +246,7 @@ def _changed(config: BenefitConfig, run_flags: list[str], factor: float) -> list
 def shared_flags(
     place: Path, mixture: Mixture, iterations: int, seed: int, training: Sequence[str] = TRAINING
 ) -> list[str]:
-    """Return the flags that all arms have, but for their paths."""
+    """Return the flags that all arms have in common; only the paths in them differ."""
     return [
         *MODEL,
         *training,

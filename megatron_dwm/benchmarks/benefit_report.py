@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 """Student's t of n - 1 degrees of freedom, two-sided 95 %, by n."""
 T_95_MORE = 2.31
-"""Of 9 values; of more it is smaller, so that the intervals are no narrower than they should be."""
+"""That of 9 values, used for more values too: it makes their intervals wider than necessary, not narrower."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Arm:
 def summary(arms: Sequence[Arm], sequence: int) -> dict[str, Any]:
     """Return what ``--json`` writes; a ratio that the arms do not give is null.
 
-    ``gap_closed``: of the mean test loss from uniform to oracle, the part that bilevel gains. ``token_ratio`` and
-    ``time_ratio``: tokens and training seconds, in parts of what uniform took, at which bilevel's evaluation loss first
-    stays at or under uniform's last one; mean over the seeds, null if some seed does not get there.
+    ``gap_closed``: the fraction of the mean test loss from uniform to oracle that bilevel gains. ``token_ratio`` and
+    ``time_ratio``: tokens and training seconds, as fractions of uniform's, after which bilevel's evaluation loss stays
+    at or below uniform's last one; mean over the seeds, null if a seed does not reach it.
 
     Args:
         arms: the runs of each weighting.

@@ -68,7 +68,7 @@ MAX_RUN_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class ChaosConfig:
-    """Disturbing."""
+    """Disturbances."""
 
     times: int = flag(4, "Disturbances of each layout with each way of saving.")
     seed: int = flag(1, "Seed of the moments and kinds of the disturbances; the run has another seed.", "--seed")
@@ -199,13 +199,13 @@ class _Start:
             return None
         victim = rng.randrange(ranks.world_size) if kind in ("kill one", "stop one") else None
         iteration = last_iteration(ranks.printed(last))
-        self._strike(kind, victim)
-        struck = time.monotonic()
+        self._apply(kind, victim)
+        disturbed_at = time.monotonic()
         found = Disturbance(kind, moment.aim, iteration, victim, moment.delay, self.ranks.logs.name)
         is_starting = iteration == 0 and victim is not None
         bound = BOUND_SECONDS + (TIMEOUT_SECONDS if kind == "stop one" or is_starting else 0.0)
-        in_time = ranks.wait(bound, but=victim if kind == "stop one" else None)
-        found.seconds = round(time.monotonic() - struck, 2)
+        in_time = ranks.wait(bound, excluded=victim if kind == "stop one" else None)
+        found.seconds = round(time.monotonic() - disturbed_at, 2)
         found.codes = ranks.codes
         if not in_time:
             found.faults.append(f"ranks still there after {bound:.0f} s")
@@ -214,10 +214,10 @@ class _Start:
         elif in_time and (left := ranks.wait_for_children(CHILDREN_SECONDS)):
             found.faults.append(f"processes left after {CHILDREN_SECONDS:.0f} s: {'; '.join(left)}")
         ranks.end()
-        found.faults += self._wrong_words(found)
+        found.faults += self._find_faults(found)
         return found
 
-    def _strike(self, kind: Kind, victim: int | None) -> None:
+    def _apply(self, kind: Kind, victim: int | None) -> None:
         if victim is not None:
             self.ranks.send(victim, signal.SIGKILL if kind == "kill one" else signal.SIGSTOP)
         elif kind == "full disk":
@@ -225,8 +225,8 @@ class _Start:
         else:
             self.ranks.send_to_all(signal.SIGKILL if kind == "kill all" else signal.SIGTERM)
 
-    def _wrong_words(self, found: Disturbance) -> Iterator[str]:
-        """Yield what is wrong with the ranks' exit codes and last words."""
+    def _find_faults(self, found: Disturbance) -> Iterator[str]:
+        """Yield the faults in the ranks' exit codes and messages."""
         texts = [self.ranks.printed(rank) for rank in range(self.ranks.world_size)]
         if found.victim is not None:
             others = "".join(text for rank, text in enumerate(texts) if rank != found.victim)
@@ -248,7 +248,7 @@ def _saved_iteration(save: Path) -> int:
 
 
 def _half_of_largest_file(save: Path) -> int:
-    """Return a size that what is printed and recorded stays below, but not a checkpoint."""
+    """Return a file size that logs and records stay below, and a checkpoint exceeds."""
     return max(path.stat().st_size for path in save.glob("iter_*/*.distcp")) // 2
 
 

@@ -19,7 +19,7 @@ _TIMES = ("seconds", "elapsed", "throughput")
 
 
 def differences(expected: Path, found: Path, iterations: int) -> list[str]:
-    """Return in what a run's folder differs from another's, and what is left over in it."""
+    """Return the differences of a run's folder from another's, and the leftovers in it."""
     try:
         return [
             *_different_records(expected, found),
@@ -75,7 +75,7 @@ def _leftovers(save: Path) -> list[Path]:
 
 
 def _are_same(one: Any, other: Any) -> bool:
-    """Whether two values are the same, tensors in them bit for bit."""
+    """Return whether two values are the same, tensors in them bit for bit."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, Mapping):

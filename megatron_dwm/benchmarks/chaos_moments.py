@@ -13,11 +13,11 @@ Aim = Literal["save", "update", "export", "any iteration", "start"]
 Kind = Literal["kill one", "kill all", "terminate", "full disk", "stop one"]
 
 AIMS: dict[Aim, int] = {"save": 7, "update": 5, "export": 3, "any iteration": 3, "start": 2}
-"""Phases that moments fall into, and how often of 20."""
+"""Phases that moments fall into, and how many of 20 do."""
 KINDS: dict[Kind, int] = {"kill one": 3, "kill all": 2, "terminate": 2, "full disk": 2, "stop one": 1}
-"""Kinds of disturbances, and how often of 10; a stopped rank takes a minute, the shortest timeout of collectives."""
+"""Kinds of disturbances, and how many of 10; a stopped rank takes a minute, the shortest timeout of collectives."""
 MAX_DELAY: dict[Aim, float] = {"save": 0.4, "update": 0.2, "export": 0.1, "any iteration": 0.2, "start": 4.0}
-"""Seconds that a moment may lie after what it is aimed at has begun."""
+"""Maximum number of seconds from the beginning of a phase to the moment."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Moment:
     iteration: int
     """The iteration in which the moment falls; 0 during start-up."""
     delay: float
-    """Seconds after what it is aimed at has begun."""
+    """Seconds after the phase has begun."""
 
     def has_come(self, save: Path, log: str) -> bool:
-        """Whether what the moment is aimed at has begun.
+        """Return whether the moment's phase has begun.
 
         Args:
             save: the run's folder.
@@ -64,7 +64,7 @@ class Moment:
         if self.aim == "update":
             return True  # the iteration of the update runs
         if done < self.iteration:
-            return False  # what is there may be of an interrupted run
+            return False  # files that exist may be of an interrupted run
         name, weighter = f"iter_{self.iteration:07d}", save / "weighter"
         if self.aim == "export":
             return (weighter / name).exists() or any(weighter.glob(f".{name}.*.tmp*"))
@@ -80,7 +80,7 @@ def choose_moment(rng: random.Random, plan: Plan, after: int) -> Moment:
 
 
 def all_kinds(rng: random.Random) -> Iterator[Kind]:
-    """Yield kinds of disturbance without end, each as often as it is to be in any ten."""
+    """Yield kinds of disturbances endlessly; every ten of them are distributed as :data:`KINDS` says."""
     while True:
         ten = [kind for kind, number in KINDS.items() for _ in range(number)]
         rng.shuffle(ten)

@@ -86,10 +86,10 @@ class Ranks:
             time.sleep(2e-3)
         return found
 
-    def wait(self, seconds: float, but: int | None = None) -> bool:
-        """Wait for the end of the ranks, of all but one if it is given; return whether they have ended."""
+    def wait(self, seconds: float, excluded: int | None = None) -> bool:
+        """Wait for the end of all ranks, except for ``excluded``; return whether they have ended."""
         deadline = time.monotonic() + seconds
-        while not (ended := all(code is not None for rank, code in enumerate(self.codes) if rank != but)):
+        while not (ended := all(code is not None for rank, code in enumerate(self.codes) if rank != excluded)):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.02)
@@ -102,7 +102,7 @@ class Ranks:
             os.kill(process.pid, number)
 
     def send_to_all(self, number: signal.Signals) -> None:
-        """Send a signal to all ranks and to what they have started, as SLURM does."""
+        """Send a signal to all ranks and their child processes, as SLURM does."""
         for process in self.running():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
@@ -125,7 +125,7 @@ class Ranks:
         return found
 
     def wait_for_children(self, seconds: float) -> list[str]:
-        """Wait for the end of what ended ranks have started; return the command lines of what still runs."""
+        """Wait for the end of the ended ranks' child processes; return the command lines of those that still run."""
         deadline = time.monotonic() + seconds
         while (left := self.running()) and time.monotonic() < deadline:
             time.sleep(0.05)

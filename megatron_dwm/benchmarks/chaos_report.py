@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Disturbance:
-    """What was done to a run once, and how its ranks ended."""
+    """A disturbance of a run, and how its ranks ended."""
 
     kind: str
     aim: str

@@ -13,7 +13,7 @@ WAITS = ("cudaDeviceSynchronize", "cudaEventSynchronize", "cudaStreamSynchronize
 
 
 def device_counts(action: Callable[[], Any]) -> dict[str, int]:
-    """Return how often ``action`` does what costs the host time, by torch's profiler.
+    """Return how often ``action`` makes calls that cost the host time, by torch's profiler.
 
     ``scalar_reads`` (``float(x)``, ``x.item()``, ``bool(x)``) are counted on a CPU too; all else is 0 there. The
     action runs once before it is counted.

@@ -43,7 +43,7 @@ Part = Literal["costs-125m", "costs-1b", "precision", "benefit"]
 
 @dataclass(frozen=True)
 class GpuConfig:
-    """Measuring on one GPU."""
+    """Measurement on one GPU."""
 
     output: str = flag("runs/gpu", "Folder for one JSON file per part, and for gpu.png.")
     scratch: str | None = flag(None, "Folder for texts, runs and logs. Default: a subfolder of --output.")
@@ -85,7 +85,7 @@ def _main(argv: Sequence[str] | None) -> None:
 
 
 def read_results(output: Path) -> dict[str, Any]:
-    """Return what the parts have found, by part."""
+    """Return the results of the parts."""
     files = {part: output / f"{part}.json" for part in get_args(Part)}
     return {part: json.loads(file.read_text()) for part, file in files.items() if file.is_file()}
 
@@ -115,7 +115,7 @@ class _Measurement:
         return self.failed
 
     def _measured(self, part: str, action: Callable[[], Any]) -> None:
-        """Run one part; another one's turn comes also after a failure."""
+        """Run one part; its failure does not prevent the others."""
         start = time.perf_counter()
         try:
             action()

@@ -33,7 +33,7 @@ COSTS: dict[str, dict[Size, str]] = {
         "--dwm-ngram-buckets 64 --train-iters 60 --steps 1 --repeats 2",
     },
 }
-"""Of ``benchmarks/overhead.py``, one process each."""
+"""Flags of ``benchmarks/overhead.py``, one process each."""
 PRECISION: dict[Size, str] = {
     "full": _ARCHITECTURE + "--bf16 --num-layers 12 --hidden-size 768 --num-attention-heads 12 --ffn-hidden-size 2048 "
     "--seq-length 256 --max-position-embeddings 256 --micro-batch-size 32 --global-batch-size 64 --lr 6e-4 "
@@ -44,7 +44,7 @@ PRECISION: dict[Size, str] = {
     "--num-workers 0 --init-method-std 0.1 --dwm-num-stages 1 --dwm-ngram-buckets 64 "
     "--steps 6 --batches 2",
 }
-"""Of ``benchmark precision``, but for its data."""
+"""Flags of ``benchmark precision``, without its data."""
 BENEFIT: dict[Size, str] = {
     "full": "--arms uniform bilevel oracle --seeds 1 --iterations 480 --jobs 3 --bf16 --num-layers 8 --hidden-size 512 "
     "--num-attention-heads 8 --seq-length 128 --max-position-embeddings 128 --init-method-std 0.02 --lr 1e-3 "
@@ -54,7 +54,7 @@ BENEFIT: dict[Size, str] = {
     "--seq-length 16 --max-position-embeddings 16 --global-batch-size 16 --micro-batch-size 8 --lr-warmup-iters 2 "
     "--eval-interval 6 --eval-iters 1 --dwm-update-interval 4 --dwm-target-batch-size 16",
 }
-"""Of ``benchmarks/benefit.py``: a model of 30 million parameters on a mixture whose headroom is known."""
+"""Flags of ``benchmarks/benefit.py``: a model of 30 million parameters on a mixture whose headroom is known."""
 VOCAB_SIZE: dict[Size, int] = {"full": 4000, "tiny": 400}
 """Pieces of the tokenizer of the texts."""
 

@@ -36,10 +36,10 @@ from megatron_dwm.weighting.rules import half_of_samples
 BATCH = shlex.split("--global-batch-size 64 --micro-batch-size 64 --eval-interval 100000")
 EVERY_BATCH = [*SCORING, "--dwm-num-stages", "1", "--dwm-update-interval", "1"]
 SEED = 1  # of the start and of the order of the data, in all runs
-_RESAMPLES = 2000
+_RESAMPLES = 2000  # draws of the bootstrap
 
 Predictions = Mapping[str, Mapping[int, float]]
-"""What each predictor says of each sample, by index: the larger, the lower the loss should become."""
+"""Each predictor's value of each sample, by index: the larger, the lower the loss should become."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def predictions(uniform: RunRecords, bilevel: RunRecords, like_target: Sequence[
 
 
 def _column(run: RunRecords, name: str) -> dict[int, float]:
-    """Return a column of the outer updates' samples, less its mean in each batch, by index."""
+    """Return a column of the outer updates' samples, minus its mean in each batch, by index."""
     values: dict[int, float] = {}
     for update in run.updates:
         column = np.array(update["samples"][name], dtype=np.float64)

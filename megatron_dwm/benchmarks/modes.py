@@ -84,7 +84,7 @@ class Modes:
         self.lm_gradients = self.outer.lm_gradients
         self.bilevel = trainer.with_weighting(self.weighting)
         weight_metrics, options = self.weighting.weight_metrics, self.weighting.options
-        # Nothing is kept of the scores: a weighter that learns between the steps gives others each time.
+        # Scores are not cached, because the weighter learns between the steps.
         stage = WeighterStage("", self.config.train_iters, 1)
         parts = FrozenParts([stage], lambda stage: self.weighter, NoExport(), 0, lambda weighter: 0.0)
         self.frozen = trainer.with_weighting(FrozenWeighting(weight_metrics, options, parts, iteration=1))

@@ -8,7 +8,7 @@ All modes train one model in one group of processes and take turns, and a ratio 
 other work on the machine slows all of them alike. Nothing is saved. The time of a mode is the slowest rank's.
 
   - plain: the training loop without a weighter (``--dwm-mode off``);
-  - bare: megatron-core's schedule, optimizer and learning rate, called by the fewest lines that do it;
+  - bare: megatron-core's schedule, optimizer and learning rate, called in as few lines as possible;
   - frozen: the training loop with a weighter that scores;
   - bilevel: frozen steps, and one step with an outer update every ``--dwm-update-interval``. Both are measured; the
     mode's time is their mean over an interval, and that at other ``--intervals`` follows from them too. With

@@ -29,7 +29,7 @@ DEFAULT_RUN = (
 
 @dataclass(frozen=True)
 class OverheadConfig:
-    """Measuring."""
+    """Measurement."""
 
     json_file: str | None = flag(None, "Also write the figures to this JSON file.", "--json")
     steps: int = flag(

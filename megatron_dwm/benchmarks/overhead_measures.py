@@ -91,7 +91,7 @@ def measure_alignments(modes: Modes, options: OverheadConfig) -> dict[str, list[
 
 
 def measure_counts(modes: Modes) -> dict[str, dict[str, int]]:
-    """Count what a step of each mode asks of this rank's device."""
+    """Count the kernel launches, reads and waits of a step of each mode, on this rank's device."""
     return {
         "bare": device_counts(modes.bare.step),
         "plain": device_counts(partial(modes.plain.train_iteration, 1)),
@@ -205,7 +205,7 @@ def measure_fractions(modes: Modes, options: OverheadConfig) -> dict[str, dict[s
 def measure_memory(modes: Modes) -> dict[str, Any]:
     """Measure the bytes of the rank on which an outer update takes most above a plain step.
 
-    Ratios are in parts of that rank's copy of the parameters, and of the gradients.
+    Ratios are relative to that rank's copies of the parameters and of the gradients.
     """
 
     def replay_bytes() -> int:
@@ -214,7 +214,7 @@ def measure_memory(modes: Modes) -> dict[str, Any]:
 
     plain, _ = peak_and_retained(partial(modes.plain.train_iteration, 1))
     weighted, _ = peak_and_retained(partial(modes.frozen.train_iteration, 1))
-    modes.outer.replay.batches.clear()  # so that an update adds its samples, and lets go of none that came before
+    modes.outer.replay.batches.clear()  # so that an update adds its samples, and frees no earlier ones
     updating, retained = peak_and_retained(modes.update)
     added = replay_bytes() // len(modes.outer.replay)
     parameters: list[Any] = [param for chunk in modes.bilevel.engine.chunks for param in chunk.parameters()]
@@ -236,8 +236,8 @@ def measure_memory(modes: Modes) -> dict[str, Any]:
     }
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, on_rank)
-    most: dict[str, Any] = max(found, key=lambda rank: rank["outer_update_above_plain_copies"])
-    return most
+    largest: dict[str, Any] = max(found, key=lambda rank: rank["outer_update_above_plain_copies"])
+    return largest
 
 
 def weighter_bytes(modes: Modes) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_dwm.benchmarks.gpu_report import ratios_to_plain
 
 NOISE = 0.01
-"""Of a ratio of times, over the default number of turns on a quiet machine."""
+"""Relative noise of a ratio of times, over the default number of turns on a quiet machine."""
 PARTS = ("training step", "scoring", "target pass", "alignment pass", "parameter copy", "weighter steps", "other")
 MIN_BY_INTERVAL = {16: 0.93, 100: 0.985}
 """Throughput of bilevel training against plain training, by the interval between updates."""
@@ -18,7 +18,7 @@ MIN_BY_INTERVAL = {16: 0.93, 100: 0.985}
 
 @dataclass(frozen=True)
 class Target:
-    """A figure with its spread, what it is by operations, and its bound."""
+    """A figure with its spread, its value computed from operations, and its bound."""
 
     name: str
     values: Sequence[float]

@@ -59,7 +59,7 @@ def parse_precision(argv: Sequence[str] | None, world_size: int) -> tuple[Precis
     Raises:
         UserError: bad flags, or a run that has no alignments in bf16 to compare.
     """
-    options, rest = parse_benchmark(PrecisionConfig, argv, "Hold the alignments of a bf16 run against those in fp32.")
+    options, rest = parse_benchmark(PrecisionConfig, argv, "Compare the alignments of a bf16 run with those in fp32.")
     config = parse_run(rest, world_size)
     if (
         not config.optimizer.bf16
@@ -145,14 +145,17 @@ def fp32_twin(trainer: Trainer) -> LanguageModel:
     core_config = transformer_config(config.model, config.parallel, config.training, config.optimizer, current_device())
     vocabulary, end = trainer.components.vocabulary, trainer.engine.document_end
     twin = assemble_language_model(config, core_config, vocabulary, trainer.parallel_state, end)
-    (here,), (there,) = optimizer_parts(trainer.components.optimizer), optimizer_parts(twin.components.optimizer)
+    (bf16_part,), (fp32_part,) = (
+        optimizer_parts(trainer.components.optimizer),
+        optimizer_parts(twin.components.optimizer),
+    )
     with torch.no_grad():
         for chunk, copy in zip(trainer.engine.chunks, twin.engine.chunks, strict=True):
             params: Iterable[Any] = chunk.parameters()
             for param, other in zip(params, copy.parameters(), strict=True):
                 other.copy_(param)
-                state = here.optimizer.state[param.main_param]
-                there.optimizer.state[other] = {name: value.detach().clone() for name, value in state.items()}
+                state = bf16_part.optimizer.state[param.main_param]
+                fp32_part.optimizer.state[other] = {name: value.detach().clone() for name, value in state.items()}
     return twin
 
 

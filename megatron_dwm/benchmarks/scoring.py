@@ -102,7 +102,7 @@ def _main(argv: Sequence[str] | None) -> None:
 
 
 def _speed(scorer: Any, batch: torch.Tensor, repeats: int) -> float:
-    """Return the tokens a second of the classifier's forward pass."""
+    """Return the tokens per second of the classifier's forward pass."""
     with torch.inference_mode(), scorer.precision():
         scorer.model(input_ids=batch)
         _wait(batch)

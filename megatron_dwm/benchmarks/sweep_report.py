@@ -11,16 +11,16 @@ from megatron_dwm.analysis.records import RunRecords
 from megatron_dwm.benchmarks.benefit_report import Arm, interval
 
 ByFactor = Mapping[float, Sequence[Arm]]
-"""Arms by what the learning rate was multiplied by; the same arms for each."""
+"""Arms by the factor of the learning rate; the same arms for each."""
 
 
 def sweep_summary(by_factor: ByFactor, sequence: int) -> dict[str, Any]:
     """Return what ``--json`` writes.
 
     ``best`` is the factor at which an arm's mean last evaluation loss is least. ``token_ratio``, ``time_ratio`` and
-    ``flop_ratio`` are what an arm at its best needs, in parts of what uniform took at its best, until its evaluation
-    loss stays at or under uniform's last one: means over the seeds, null if some seed does not get there. ``worse_at``
-    lists factor and seed where an arm's test loss is above uniform's at the same factor.
+    ``flop_ratio`` are what an arm at its best needs, as fractions of what uniform took at its best, until its
+    evaluation loss stays at or below uniform's last one: means over the seeds, null if a seed does not reach it.
+    ``worse_at`` lists factor and seed where an arm's test loss is above uniform's at the same factor.
 
     Args:
         by_factor: the runs.
@@ -99,7 +99,7 @@ def _against(by_factor: ByFactor, uniform: Arm, name: str) -> dict[str, Any]:
 
 
 def _ratios(uniform: RunRecords, other: RunRecords) -> tuple[float, float, float] | None:
-    """Return the parts of uniform's tokens, seconds and operations until ``other`` has its loss."""
+    """Return the fractions of uniform's tokens, seconds and operations until ``other`` has its loss."""
     iteration = catch_up_iteration(uniform, other)
     if iteration is None:
         return None

@@ -27,7 +27,7 @@ HALVES = {"random": "a random half of the corpus", "dsir": "the half that DSIR s
 ARMS = ("uniform", "frozen", "staged")
 
 Halves = Mapping[str, Sequence[Arm]]
-"""Of each half of the corpus the arms that trained on it."""
+"""The arms that trained on each half of the corpus."""
 
 
 @dataclass(frozen=True)

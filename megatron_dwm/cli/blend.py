@@ -82,7 +82,7 @@ def _prefixes(given: list[str] | None, saved: DataPaths | None, sources: Sequenc
         UserError: --data-path does not name one prefix for each source.
     """
     prefixes = given or (saved.train[0] if saved is not None and saved.train is not None else [])
-    # By their names: records list the sources in the order in which they first had a sample.
+    # Matched by name: records list the sources in the order in which they first had a sample.
     named = dict(zip(short_names(prefixes), prefixes, strict=True))
     if named.keys() >= set(sources):
         return named

@@ -112,7 +112,7 @@ def _task_evaluation(config: RunConfig, inputs: RunInputs, language_model: Langu
 
     tokenizer = to_hf_tokenizer(inputs.tokenizer, config.tokenizer)
     vocabulary, micro_batch = language_model.components.vocabulary, config.training.micro_batch_size
-    # An imported model may have more tokens than its tokenizer; in one made here, what follows is padding.
+    # An imported model may have more tokens than its tokenizer; in a model made here, the other rows are padding.
     size = vocabulary.tokens or inputs.vocab_size
     return InLoopTaskEvaluator(config.tasks, language_model.engine, tokenizer, size, micro_batch).evaluate
 

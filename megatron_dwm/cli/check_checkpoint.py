@@ -117,7 +117,7 @@ def _verify_checkpoint(folder: Path, on_read: Callable[[int], object]) -> str:
     tensors = not_finite = 0
     for key in saved.shapes:  # one at a time: a checkpoint may be larger than memory
         (tensor,) = saved.read_tensors([key]).values()
-        # Padding between parameters in the distributed optimizer's buckets is whatever lay in memory.
+        # Padding between parameters in the distributed optimizer's buckets is uninitialized memory.
         not_finite += not _is_finite(tensor) and not key.startswith("optimizer.distributed.")
         tensors += 1
         on_read(tensor.numel() * tensor.element_size())

@@ -13,7 +13,7 @@ from megatron_dwm.runtime.logging import configure_logging
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run ``command``, with its messages printed, and a user's error as one line with exit code 2.
+    """Run ``command``; print its log messages, and a user's error as one line with exit code 2.
 
     Warnings of libraries are not shown: they concern accelerators and several ranks, which these commands do not use.
 
@@ -29,7 +29,7 @@ def hide_warnings() -> None:
     """Hide the warnings of the libraries."""
     warnings.filterwarnings("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    # It warns of texts that are longer than a model's context; here they are cut.
+    # Tokenizers warn of texts that are longer than a model's context; these commands split or cut them.
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
 
 

@@ -30,7 +30,7 @@ from megatron_dwm.training.checkpoint_folders import is_iteration
 from megatron_dwm.training.save_folder import check_writable
 
 FLAGS_OF_EXPORT = {"--load": "--checkpoints"}
-"""This command's flags, by those of ``export-hf``."""
+"""This command's names of flags, by those of ``export-hf``, for error messages."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class EvaluateConfig:
     """Evaluation."""
 
     checkpoints: list[str] = flag(
-        None, "Checkpoints to compare with the first one. May also be given first and without the flag."
+        None, "Checkpoints to compare; the first is the reference. May also be given first and without the flag."
     )
     tasks: list[str] = flag(None, f"Tasks: {', '.join(LOCAL_TASKS)}, or names of lm-evaluation-harness's tasks.")
     num_fewshot: list[int] = flag(

@@ -146,7 +146,8 @@ def _check_tensors(checkpoint: SavedCheckpoint, model: ModelConfig) -> None:
         if shape is None or (piece.layer is not None and shape[0] != model.num_layers):
             found = "is missing" if shape is None else f"has {shape[0]} layers"
             raise UserError(
-                f"the checkpoint does not hold the model that its arguments describe: {piece.key} {found}; give another"
+                f"{checkpoint.folder} does not hold the model that its arguments describe: {piece.key} {found}; give "
+                "another checkpoint"
             )
 
 
@@ -186,11 +187,11 @@ def _verify(folder: Path, skeleton: Any, tensors: Iterator[tuple[str, torch.Tens
     found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
     expected = skeleton.config.to_dict()
     if differing := [name for name in expected if name[0] != "_" and found.get(name) != expected[name]]:
-        raise UserError(f"--output {folder}: loaded again, it has another {differing[0]}; export it again")
+        raise UserError(f"--output {folder}: loaded again, it has a different {differing[0]}; export it again")
     count = 0
     for name, tensor in tensors:
         if not torch.equal(read.state.files[name], tensor.to(skeleton.dtype)):
-            raise UserError(f"--output {folder}: loaded again, {name} is not the checkpoint's; export it again")
+            raise UserError(f"--output {folder}: loaded again, {name} differs from the checkpoint's; export it again")
         count += 1
     return count
 

@@ -1,8 +1,8 @@
 """Write the weighter of a checkpoint as a Hugging Face folder with a model card.
 
 A run exports its weighter at the end of each stage and with each checkpoint; this exports the weighter of any
-checkpoint, with a model card on what its run has gained. The folder is loaded again and compared with the checkpoint
-before it is renamed.
+checkpoint, with a model card that states what its run has gained. The folder is loaded again and compared with the
+checkpoint before it appears under its final name.
 """
 
 from __future__ import annotations
@@ -140,14 +140,14 @@ def _check_loads(folder: Path, *, model: Any, fingerprint: str) -> None:
     with torch.no_grad():
         scores = [which.eval()(input_ids=sample).logits for which in (model, loaded)]
     if different or not torch.equal(*scores) or fingerprint_of_folder(folder) != fingerprint:
-        raise UserError(f"--output {folder}: loaded again, it is another weighter; export it again")
+        raise UserError(f"--output {folder}: loaded again, it differs from the checkpoint's weighter; export it again")
 
 
 def measured_effect(config: ExportWeighterConfig, iteration: int) -> str | None:
     """Return the results in the records of the run and of the baseline, in Markdown; None without records.
 
     Args:
-        iteration: that of the checkpoint; what came later is no result of its weighter.
+        iteration: the checkpoint's; later records are not results of its weighter.
 
     Raises:
         UserError: the baseline is not a run, or cannot be compared.
@@ -167,7 +167,7 @@ def measured_effect(config: ExportWeighterConfig, iteration: int) -> str | None:
     lines = []
     if config.baseline is not None:
         gain = gain_line(read_run(Path(config.baseline)).until(iteration), run)
-        lines.append(f"* Against a run with uniform weights: {gain}. One run each: another seed comes out differently.")
+        lines.append(f"* Against a run with uniform weights: {gain}. One run each: another seed gives other results.")
     evaluations = run.evaluated("valid")
     if evaluations:
         lines.append(f"* Loss of {evaluations[-1]['lm_loss']:.4f} at iteration {evaluations[-1]['iteration']}.")

@@ -108,25 +108,25 @@ def import_model(config: ImportConfig) -> tuple[Path, HuggingFaceModel]:
 
 
 @contextlib.contextmanager
-def _held(root: Path) -> Iterator[None]:
-    """Hold ``--save`` as a run does, so that no run or other import writes there; a new folder goes if the block fails.
+def _locked(root: Path) -> Iterator[None]:
+    """Lock ``--save`` as a run does, so that no run or other import writes there; remove a new folder on failure.
 
     Raises:
-        UserError: another process holds it, or it cannot be written to.
+        UserError: another process has locked it, or it cannot be written to.
     """
     from megatron_dwm.training.save_folder import SaveFolder
 
     is_new = not root.exists()
-    held = SaveFolder(root)
+    folder = SaveFolder(root)
     try:
-        held.create()
+        folder.create()
         yield
     except BaseException:
         if is_new:
             remove(root)
         raise
     finally:
-        held.close()
+        folder.close()
 
 
 def write_checkpoint(folder: Path, read: HuggingFaceModel, padded_vocab_size: int, arguments: dict[str, Any]) -> None:
@@ -167,7 +167,7 @@ def _tensors(read: HuggingFaceModel, padded_vocab_size: int) -> dict[str, Tensor
     made: dict[str, list[TensorPart]] = {}
     described: dict[str, tuple[torch.Size, torch.dtype]] = {}
     for piece in pieces(model, range(model.num_layers)):
-        if piece.key not in described:  # the layers are alike: the first one's tensor is made for its shape
+        if piece.key not in described:  # all layers have the same shapes: the first one's tensor is made to learn it
             tensor = from_hf(piece, read.state, model, padded_vocab_size)
             described[piece.key] = tensor.shape, tensor.dtype
         shape = tuple(described[piece.key][0])
@@ -189,7 +189,7 @@ def _as_row(make: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def _empty_extra_states(model: ModelConfig) -> dict[str, list[None]]:
-    """Return the empty states of FP8 scales that megatron-core expects of each module."""
+    """Return the empty states of FP8 scales that megatron-core expects for each module."""
     modules = (
         *(("self_attention.q_layernorm", "self_attention.k_layernorm") if model.qk_layernorm else ()),
         "self_attention.core_attention",
@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(argv: Sequence[str] | None) -> None:
     config: ImportConfig = parse(argv, {"import": ImportConfig}, description=__doc__)["import"]
-    with _held(Path(config.save)):
+    with _locked(Path(config.save)):
         folder, read = import_model(config)
     zeros = f" (its {len(read.state.zeros)} missing biases are zeros)" if read.state.zeros else ""
     print(shlex.join([*to_argv(read.model), "--load", config.save, "--finetune"]))

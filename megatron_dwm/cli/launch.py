@@ -44,11 +44,11 @@ from megatron_dwm.runtime.stop_signals import StartSignals
 Flags = TypeVar("Flags")
 
 _FUTURE = ".*(load_state_dict|ShardedTensor|all_gather_into_tensor|reduce_scatter_tensor).*"
-"""torch's interfaces that megatron-core still uses, in their warnings."""
+"""torch's warnings about interfaces that megatron-core still uses."""
 _SHARDS = ".*grad attribute of a Tensor that is not a leaf Tensor.*"
-"""Of fp32 parameters the distributed optimizer's shards are views, to which it gives gradients itself."""
+"""torch's warning about the distributed optimizer's shards of fp32 parameters: views that it gives gradients itself."""
 _IN_PLACE_OF_A_RUN = ("-h", "--help", "--help-all", "--plan")
-"""Flags with which a rank would end, while the others wait for it."""
+"""Flags that print something instead of running: a rank that alone has one would end while the others wait for it."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Process:
             require_temporary_folder()
             config = read_flags(self.world_size)
             device = select_device(self.local_rank)
-        if device.type == "cpu":  # advice on CUDA's queues
+        if device.type == "cpu":  # it advises a setting of CUDA
             warnings.filterwarnings("ignore", message=".*async grad allreduce.*")
         return config, device
 
@@ -139,10 +139,10 @@ def _end_failed(error: BaseException, peers: PeerWatch) -> None:
         SystemExit: this is the only process, or all ranks know of the failure; otherwise the process ends here.
     """
     flush_output()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at a worker's end
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise when a worker ends
     for worker in multiprocessing.active_children():
-        # Processes of data loaders ignore the signal by which Python would end them. For those that write checkpoints
-        # Python would wait, although they wait for the next checkpoint, or fail without the process of their results.
+        # At its end Python would send SIGTERM to workers of data loaders, which ignore it. It would also wait for
+        # processes that write checkpoints, which wait for the next one, or fail once their results have no receiver.
         worker.kill()
     if isinstance(error, PeerError):
         raise SystemExit(EXIT_CODE) from None

@@ -88,7 +88,7 @@ def launch_locally(module: str, processes: int, argv: Sequence[str]) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        monitor_interval=0.1,
+        monitor_interval=0.1,  # seconds, so that a failed run ends at once
         **supported_settings(LaunchConfig, settings),
     )
     # So that the ranks find this package even if it is not installed.

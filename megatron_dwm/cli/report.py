@@ -77,7 +77,7 @@ class ReportConfig:
             for name in ("scores", "texts_output", "benefit"):
                 if getattr(self, name) is not None:
                     raise UserError(
-                        f"{flag_name(name)}: is for a single run, and {len(self.run)} are compared; leave it out"
+                        f"{flag_name(name)} is for a single run, but {len(self.run)} are compared; leave it out"
                     )
 
 

@@ -1,4 +1,4 @@
-"""The run that a command reads: ``--run FOLDER``, or ``FOLDER`` as the first word; and first words of other flags."""
+"""``--run FOLDER``, the run that a command reads; the name of a command's main flag may be left out."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ class RunArgument:
 
 
 def with_first_flag(argv: Sequence[str] | None, name: str = "--run") -> list[str]:
-    """Return the arguments (None: this process's) with the flag ``name`` before a first word that is no flag."""
+    """Return the arguments (by default this process's), after ``name`` if they do not begin with a flag."""
     words = list(sys.argv[1:] if argv is None else argv)
     return [name, *words] if words and not words[0].startswith("-") else words

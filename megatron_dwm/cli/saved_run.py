@@ -57,7 +57,7 @@ def saved_model(saved: Mapping[str, Any]) -> ModelConfig:
 
 
 def find_tokenizer(saved: Mapping[str, Any], load: str) -> dict[str, Any]:
-    """Return a checkpoint's arguments with the paths of its tokenizer as they lead there from the current folder.
+    """Return a checkpoint's arguments, with paths of its tokenizer that are valid from the current folder.
 
     Args:
         saved: the arguments; relative paths refer to the folder that the run was started from.

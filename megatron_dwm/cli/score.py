@@ -2,7 +2,8 @@
 
 Each row is an object with the text under the key of --json-key, such as {"text": "One document."}.
 
-Needs the model's folder and the extra data. After an interruption, the same command continues where it stopped.
+Needs the model's folder, and pip install "megatron-dwm[data]". After an interruption, the same command continues where
+it stopped.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class ScoreConfig:
     )
     window: int | None = flag(None, "Tokens scored at once. Default: the model's training length.")
     rule: Literal["mean", "max", "first"] = flag(
-        "mean", "Score of a document with several windows: the mean in proportion to tokens, the highest, or the first."
+        "mean", "Score of a document with several windows: the mean weighted by tokens, the highest, or the first."
     )
     batch_tokens: int | None = flag(
         None, "Tokens of a batch, including padding. Default: 1024 on a CPU and 16384 on a GPU."
@@ -62,7 +63,7 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         require_given(self, "input output", "give a path")
-        require_paths(self, "output", urls=True)
+        require_paths(self, "output", allow_urls=True)
         if (self.weighter is None) == (self.language_model is None):
             raise UserError("--weighter and --language-model exclude each other; give one")
         require_at_least(self, 1, "window batch_tokens split_bytes workers")
@@ -97,7 +98,7 @@ def _main(argv: Sequence[str] | None) -> None:
         config.score_key or ("perplexity" if config.language_model else "score"),
         config.dataset_tokenizer,
     )
-    # Before anything is written, and once rather than in each process.
+    # Checks model and tokenizer before anything is written, and once rather than in each process.
     DocumentTokens(settings.load(torch.device("cpu")), config.dataset_tokenizer, config.json_key)
     output, tasks = config.output, len(parts)
     steps = score_steps(

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from megatron_dwm.atomic_write import atomic_files
 from megatron_dwm.cli.command import run_command
-from megatron_dwm.config.flags import flag, parse, require_given, require_paths
+from megatron_dwm.config.flags import flag, parse, require_at_least, require_given, require_paths
 from megatron_dwm.corpora.readers import Reader, input_files
 from megatron_dwm.errors import UserError
 from megatron_dwm.json_lines import parse_object
@@ -38,9 +38,9 @@ class TrainTokenizerConfig:
 
     def __post_init__(self) -> None:
         require_given(self, "input output_prefix", "give a path")
+        require_given(self, "vocab_size", "give the number of pieces")
         require_paths(self, "output_prefix")
-        if self.vocab_size is None or self.vocab_size < 1:
-            raise UserError(f"--vocab-size {self.vocab_size} is not a size; give a positive number")
+        require_at_least(self, 1, "vocab_size")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -104,7 +104,7 @@ def _train(lines: list[str], config: TrainTokenizerConfig) -> bytes:
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            max_sentence_length=2**30,  # the most there is; longer lines are left out
+            max_sentence_length=2**30,  # the maximum; SentencePiece leaves out longer lines
             num_threads=1,  # the order of sums must not depend on the machine
             minloglevel=0 if sys.stderr.isatty() else 2,  # its progress, on a terminal only
         )

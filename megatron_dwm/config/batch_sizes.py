@@ -27,7 +27,7 @@ class BatchSizes:
     data_parallel_size: int
     rampup: Rampup | None = None
     should_decrease: bool = False
-    """Whether a batch that is no multiple is made smaller (``--decrease-batch-size-if-needed``)."""
+    """Whether sizes are rounded down to multiples of :attr:`unit` (``--decrease-batch-size-if-needed``)."""
 
     def __post_init__(self) -> None:
         ramp = self.rampup
@@ -72,7 +72,7 @@ class BatchSizes:
         return self._running(self.final)
 
     def nominal(self, consumed: int) -> int:
-        """Return the size that the flags specify after ``consumed`` samples; samples missing from it are skipped."""
+        """Return the size that the flags specify after ``consumed`` samples; if fewer are used, the rest is skipped."""
         ramp = self.rampup
         if ramp is None or consumed > ramp.samples:
             return self.final

@@ -122,7 +122,7 @@ class CheckpointConfig:
         other = self.non_persistent_global_ckpt_dir
         if other and self.save and Path(other).resolve() == Path(self.save).resolve():
             raise UserError(
-                f"--non-persistent-global-ckpt-dir {other}: is also --save, whose checkpoints are kept; give another"
+                f"--non-persistent-global-ckpt-dir {other} is also --save, where checkpoints are kept; give another"
             )
         for name in ("exit_on_missing_checkpoint", "use_checkpoint_args", "ckpt_convert_format"):
             if getattr(self, name) and self.load is None and self.pretrained_checkpoint is None:

@@ -65,8 +65,8 @@ _FUNCTION = (
 )
 """What the model computes with the same tensors."""
 
-# Megatron-LM takes these from the checkpoint, but for four, and so trains another model where they are not given again:
-# use_rope_scaling, rope_scaling_factor, layernorm_epsilon and qk_layernorm.
+# Always taken from the checkpoint. Megatron-LM takes all but four of them, and so trains another model if these are not
+# given again: use_rope_scaling, rope_scaling_factor, layernorm_epsilon and qk_layernorm.
 _ALWAYS = (
     *_PARTS,
     *_FUNCTION,
@@ -131,12 +131,12 @@ def effective_arguments(saved: Mapping[str, Any]) -> dict[str, Any]:
             "checkpoint"
         )
     known = {name: value for name, value in saved.items() if missing_flag(name, saved) is None}
-    # Megatron-LM keeps what it has made of the words, and one pattern can be written in several ways.
-    words = {name: known[name] for name in ("window_size", "window_attn_skip_freq", "no_rope_freq") if known.get(name)}
-    return known | {name: _as_words(name, value, saved["num_layers"]) for name, value in words.items()}
+    # Megatron-LM saves parsed values, and the same pattern can be written in several ways.
+    values = {name: known[name] for name in ("window_size", "window_attn_skip_freq", "no_rope_freq") if known.get(name)}
+    return known | {name: _as_text(name, value, saved["num_layers"]) for name, value in values.items()}
 
 
-def _as_words(name: str, value: Any, num_layers: int) -> str:
+def _as_text(name: str, value: Any, num_layers: int) -> str:
     """Return the shortest spelling of ``value`` for a flag of a window or of layers.
 
     Raises:
@@ -168,7 +168,7 @@ def with_saved_arguments(given: Mapping[str, Any], saved: Mapping[str, Any]) -> 
 
 
 def differing_flag(run: Mapping[str, Any], saved: Mapping[str, Any], *, finetune: bool = False) -> str | None:
-    """Return how the model of a run's arguments differs from that of a checkpoint's; None if it does not.
+    """Return how a run's model differs from a checkpoint's; None if it does not.
 
     Args:
         run: the arguments that the run would save.
@@ -191,7 +191,7 @@ def differing_flag(run: Mapping[str, Any], saved: Mapping[str, Any], *, finetune
         names += ["max_position_embeddings", "make_vocab_size_divisible_by", "tokenizer_type"]
     for name in names:
         value, found = ours.get(name), theirs.get(name)
-        is_known = name in run and name in saved  # None is a value then; other versions of Megatron-LM lack some
+        is_known = name in run and name in saved  # then None is a value; other versions of Megatron-LM lack some names
         if value != found and (is_known or None not in (value, found)):
             remedy = "change it, or load with --finetune" if name in _FUNCTION else "change it, or --load"
             return f"{_difference(name, value, found)}; {remedy}"
@@ -204,7 +204,7 @@ def _difference(name: str, value: Any, found: Any) -> str:
     )
     if item.value_type is not None and None not in (value, found):
         return f"{item.names[0]} {value} is not what the checkpoint was saved with, {found}"
-    given = "given" if item.value_type is None else None  # of a switch there is no value to name
+    given = "given" if item.value_type is None else None  # a switch has no value
     here, there = ("not given" if side in (item.default, None) else given or side for side in (value, found))
     return f"{item.names[0]} is {here}, but was {there} when the checkpoint was saved"
 

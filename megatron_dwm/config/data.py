@@ -27,7 +27,7 @@ class DataConfig:
     train_data_path: list[str] | None = flag(None, "Dataset prefix or blend for training.", nargs="*")
     valid_data_path: list[str] | None = flag(None, "Dataset prefix or blend for evaluation.", nargs="*")
     test_data_path: list[str] | None = flag(None, "Dataset prefix or blend for the final test.", nargs="*")
-    data_args_path: str | None = flag(None, "File whose words are taken as --data-path.")
+    data_args_path: str | None = flag(None, "File with the words of --data-path.")
     per_split_data_args_path: str | None = flag(
         None, 'JSON file {"train": [...], "valid": [...], "test": [...]} with one blend each.'
     )

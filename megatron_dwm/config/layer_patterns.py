@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ast
 
+from megatron_dwm.config.flags import MAX_LAYERS
 from megatron_dwm.errors import UserError
-
-MAX_LAYERS = 10_000  # of a pattern: more are a mistake, and would fill the memory
 
 
 def parse_layers(flag: str, text: str, num_layers: int) -> int | list[int]:

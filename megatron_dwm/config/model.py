@@ -31,7 +31,8 @@ class ModelConfig:
     num_attention_heads: int = flag(None, "Number of attention heads.")
     ffn_hidden_size: int | None = flag(
         None,
-        "Feed-forward hidden size; 4 x hidden size if not given (8/3 x of it, in multiples of 64, with SwiGLU).",
+        "Feed-forward hidden size. Default: 4 x hidden size; with SwiGLU 8/3 x hidden size, rounded down to a multiple "
+        "of 64.",
     )
     kv_channels: int | None = flag(None, "Size of one attention head; hidden size / heads if not given.")
     group_query_attention: bool = flag(False, "Use group-query attention.")
@@ -59,8 +60,8 @@ class ModelConfig:
     )
     rope_scaling_factor: float = flag(8.0, "Factor of --use-rope-scaling.")
     rotary_scaling_factor: float = flag(1.0, "Factor of YaRN: by how much sequences are longer.")
-    mscale: float = flag(1.0, "Attention scaling of YaRN: the factor is 0.1 x this x log(factor) + 1.")
-    mscale_all_dim: float = flag(0.0, "Like --mscale, but the attention is divided by the result.")
+    mscale: float = flag(1.0, "YaRN multiplies queries and keys by 0.1 x this x log(--rotary-scaling-factor) + 1.")
+    mscale_all_dim: float = flag(0.0, "Like --mscale, but YaRN divides queries and keys by the result.")
     yarn_original_max_position_embeddings: int = flag(
         4096, "Length of the sequences that the model was trained with before YaRN."
     )
@@ -74,10 +75,11 @@ class ModelConfig:
         True, "Do not round the frequencies that correspond to --yarn-beta-fast and --yarn-beta-slow to whole indices."
     )
     no_rope_freq: str | None = flag(
-        None, "Layers without rotary positions: N for every Nth layer, or a pattern with 1 for each, as ([0]*3+[1])*2."
+        None,
+        "Layers without rotary positions: N for every Nth layer, or a pattern with 1 for each, e.g. ([0]*3+[1])*2.",
     )
     window_size: str | None = flag(
-        None, "Sliding window: the number of previous tokens that a token attends to, and 0 for later ones, as 127,0."
+        None, "Sliding window: the number of previous tokens that a token attends to, and 0 for later ones, e.g. 127,0."
     )
     window_attn_skip_freq: str | None = flag(
         None, "Layers without the window: N for every Nth layer, or a pattern of 1 (with) and 0 (without)."
@@ -241,7 +243,7 @@ class ModelConfig:
         if self.ffn < 1:
             raise UserError(
                 f"--hidden-size {self.hidden_size} with --swiglu: the default feed-forward size, 8/3 of it "
-                "in whole 64s, is zero; give --ffn-hidden-size"
+                "in multiples of 64, is zero; give --ffn-hidden-size"
             )
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise UserError(
@@ -303,7 +305,7 @@ class ModelConfig:
         if self.window_size is not None and self.window is None:
             raise UserError(
                 f"--window-size {self.window_size}: give the number of previous tokens that a token attends to (-1 for "
-                "all), and 0 for later tokens, which a GPT must not attend to, as 127,0"
+                "all), and 0 for later tokens, which a GPT must not attend to, e.g. 127,0"
             )
 
     def _check_companions(self) -> None:

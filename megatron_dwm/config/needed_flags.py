@@ -15,7 +15,7 @@ YARN_FIELDS = (
     "yarn_beta_slow",
     "yarn_correction_range_round_to_int",
 )
-"""What describes YaRN's rotary positions."""
+"""Fields that describe YaRN's rotary positions."""
 _NEEDED = {
     "num_query_groups": "--group-query-attention",
     "rotary_base": f"{_ROPE} or yarn",
@@ -52,11 +52,11 @@ _NEEDED = {
 }
 """Fields that have no effect without another flag, and that flag."""
 TOLERATED_IN_MEGATRON_SCRIPTS = {"recompute_method", "recompute_num_layers"}
-"""Those of them that scripts give even without the other flag."""
+"""Those of them that Megatron-LM scripts give even without the other flag."""
 
 
 def missing_flag(field: str, values: Mapping[str, Any]) -> str | None:
-    """Return the flag without which ``field`` has no effect; None if it is among ``values`` of ModelConfig's fields."""
+    """Return the flag without which ``field`` has no effect; None if ``values``, of ModelConfig's fields, have it."""
     rope = values.get("position_embedding_type") == "rope" or values.get("use_rotary_position_embeddings")
     yarn = values.get("position_embedding_type") == "yarn"
     given = {

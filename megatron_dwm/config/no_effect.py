@@ -65,7 +65,7 @@ class NoEffectConfig:
     openai_gelu: bool = flag(False, "Only for Megatron-LM's older models.")
     apply_residual_connection_post_layernorm: bool = flag(False, "Only for Megatron-LM's older models.")
 
-    # Spellings of older Megatron-LMs, which say what is the default now, and of forks.
+    # Spellings of older versions of Megatron-LM for what is the default now, and of forks.
     no_query_key_layer_scaling: bool = flag(
         False, "Attention scores are scaled by 1 / layer number only with --apply-query-key-layer-scaling."
     )
@@ -80,7 +80,7 @@ class NoEffectConfig:
         False, "Gradients are always in contiguous buffers.", old_names=("--use-contiguous-buffers-in-ddp",)
     )
     mmap_warmup: bool = flag(False, "Datasets are read as they are needed.")
-    delay_param_gather: bool = flag(False, "Parameters are gathered so unless --no-align-param-gather is given.")
+    delay_param_gather: bool = flag(False, "Stages gather at the same time unless --no-align-param-gather is given.")
     overlap_p2p_communication: bool = flag(
         False, "The interleaved schedule overlaps unless --no-overlap-p2p-communication is given."
     )
@@ -111,7 +111,7 @@ class NoEffectConfig:
     mtp_num_layers: int | None = flag(None, "Only 0: the model predicts only the next token.")
     rope_type: Literal["rope", "yarn"] | None = flag(None, "Only rope; yarn here is for multi-latent attention.")
 
-    # Of newer Megatron-LMs (0.17 to 0.20).
+    # Flags of newer versions of Megatron-LM (0.17 to 0.20).
     async_strategy: Literal["nvrx", "mcore"] = flag("nvrx", "megatron-core always writes; the files are the same.")
     async_ckpt_use_cpu_shm: bool = flag(False, "For the writer of --async-strategy nvrx; megatron-core always writes.")
     ckpt_fully_parallel_load_exchange_algo: Literal["broadcast", "gather_rounds", "gather_object"] = flag(
@@ -133,7 +133,7 @@ class NoEffectConfig:
     pytorch_profiler_collect_callstack: bool = flag(False, "Call stacks are always recorded.")
     record_shapes: bool = flag(False, "Shapes are always recorded.")
 
-    # What acts only with another flag, which is refused.
+    # Flags that act only with another flag, which is refused.
     cpu_offloading_retain_pinned_cpu_buffers: bool = flag(False, "Only with --cpu-offloading-num-layers.")
     expert_tensor_parallel_size: int | None = flag(None, "Only for mixtures of experts.")
     use_fused_weighted_squared_relu: bool = flag(False, "Only for mixtures of experts.")

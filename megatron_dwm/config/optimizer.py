@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from megatron_dwm.config.flags import flag, flag_name, require_at_least
+from megatron_dwm.config.flags import flag, flag_name, require_at_least, require_given
 from megatron_dwm.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LrBounds:
-    """Where the phases of the learning rate end, counted in samples (or iterations)."""
+    """Ends of the phases of the learning rate, in samples (or iterations)."""
 
     total: int
     """Length of the whole run."""
@@ -91,13 +91,12 @@ class OptimizerConfig:
     log_num_zeros_in_grad: bool = flag(False, "Count and log zeros in the gradient.")
 
     def __post_init__(self) -> None:
-        if self.lr is None or self.lr < 0:
-            raise UserError(f"--lr {self.lr}: give the peak learning rate")
+        require_given(self, "lr", "every run needs it")
         require_at_least(
             self,
             0,
-            "min_lr decoupled_lr decoupled_min_lr lr_warmup_init lr_warmup_fraction lr_warmup_iters lr_warmup_samples "
-            "lr_wsd_decay_iters lr_wsd_decay_samples "
+            "lr min_lr decoupled_lr decoupled_min_lr lr_warmup_init lr_warmup_fraction lr_warmup_iters "
+            "lr_warmup_samples lr_wsd_decay_iters lr_wsd_decay_samples "
             "weight_decay start_weight_decay end_weight_decay clip_grad adam_beta1 adam_beta2 adam_eps sgd_momentum "
             "loss_scale",
         )
@@ -145,7 +144,7 @@ class OptimizerConfig:
             )
 
     @property
-    def grads_in_fp32(self) -> bool:
+    def has_fp32_grads(self) -> bool:
         """Whether gradients are accumulated and reduced in fp32.
 
         As in Megatron-LM, bf16 training does so unless ``--grad-reduce-in-bf16`` is given.
@@ -154,7 +153,7 @@ class OptimizerConfig:
 
     @property
     def should_decay_qk_layernorm(self) -> bool:
-        """Whether weight decay concerns the weights of ``--qk-layernorm``."""
+        """Whether weight decay applies to the weights of ``--qk-layernorm``."""
         return self.apply_wd_to_qk_layernorm or self.no_weight_decay_cond_type is not None
 
     @property

@@ -70,30 +70,30 @@ class ParallelConfig:
     )
     tp_comm_bulk_wgrad: bool = flag(
         True,
-        "Do not overlap gathering with the gradient of activations under --tp-comm-overlap.",
+        "Do not overlap the all-gather with the activation gradient's GEMM under --tp-comm-overlap.",
         "--no-tp-comm-bulk-wgrad",
         "--disable-tp-comm-bulk-wgrad",
     )
     tp_comm_bulk_dgrad: bool = flag(
         True,
-        "Do not overlap scattering with the gradient of weights under --tp-comm-overlap.",
+        "Do not overlap the reduce-scatter with the weight gradient's GEMM under --tp-comm-overlap.",
         "--no-tp-comm-bulk-dgrad",
         "--disable-tp-comm-bulk-dgrad",
     )
     tp_comm_overlap_ag: bool = flag(
         True,
-        "Do not overlap gathering with the product that needs it under --tp-comm-overlap.",
+        "Do not overlap the all-gather with the GEMM that needs its result under --tp-comm-overlap.",
         "--no-tp-comm-overlap-ag",
         "--disable-tp-comm-overlap-ag",
     )
     tp_comm_overlap_rs: bool = flag(
         True,
-        "Do not overlap scattering with the product before it under --tp-comm-overlap.",
+        "Do not overlap the reduce-scatter with the GEMM before it under --tp-comm-overlap.",
         "--no-tp-comm-overlap-rs",
         "--disable-tp-comm-overlap-rs",
     )
     tp_comm_overlap_rs_dgrad: bool = flag(
-        False, "Overlap scattering with the gradient of activations too under --tp-comm-overlap."
+        False, "Also overlap the reduce-scatter with the activation gradient's GEMM under --tp-comm-overlap."
     )
     tp_comm_split_ag: bool = flag(
         True,
@@ -189,10 +189,10 @@ class ParallelConfig:
 
     def _check_split(self) -> None:
         """Refuse contradictory ways of splitting the layers over the pipeline."""
-        counted = self.account_for_embedding_in_pipeline_split or self.account_for_loss_in_pipeline_split
+        are_ends_counted = self.account_for_embedding_in_pipeline_split or self.account_for_loss_in_pipeline_split
         ends = self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers
         has_ends = ends != (None, None)
-        if has_ends and counted:
+        if has_ends and are_ends_counted:
             raise UserError(
                 "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers exclude --account-for-*; "
                 "give one of them"
@@ -204,7 +204,7 @@ class ParallelConfig:
             )
         if self.pipeline_model_parallel_layout is not None:
             virtual = self.num_layers_per_virtual_pipeline_stage, self.num_virtual_stages_per_pipeline_rank
-            if has_ends or counted or virtual != (None, None):
+            if has_ends or are_ends_counted or virtual != (None, None):
                 raise UserError(
                     "--pipeline-model-parallel-layout defines all stages; leave out the other flags that define them"
                 )
@@ -289,8 +289,8 @@ class ParallelConfig:
         ]
         middle, ranks = counted - sum(ends), self.pp - len(ends)
         parts = [*ends, middle // ranks] if ranks > 0 else ends
-        divides = middle % ranks == 0 if ranks > 0 else middle == 0
-        if not divides or any(size < 1 or size % (chunks or 1) for size in parts):
+        is_divisible = middle % ranks == 0 if ranks > 0 else middle == 0
+        if not is_divisible or any(size < 1 or size % (chunks or 1) for size in parts):
             raise UserError(
                 f"--num-layers {num_layers} is not divisible by --pipeline-model-parallel-size {self.pp}"
                 + (f" x {chunks} virtual stages" if chunks else "")

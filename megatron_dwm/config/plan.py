@@ -27,4 +27,4 @@ class PlanConfig:
         require_at_least(self, 1, "plan_world_size")
         for name in ("plan_world_size", "plan_json"):
             if getattr(self, name) is not None and not self.plan:
-                raise UserError(f"{flag_name(name)} {getattr(self, name)} goes with --plan; add that, or leave it out")
+                raise UserError(f"{flag_name(name)} {getattr(self, name)} has no effect without --plan; add that")

@@ -275,12 +275,12 @@ def _check_precision(optimizer: OptimizerConfig, weighting: WeightingConfig) -> 
     half = "--bf16" if optimizer.bf16 else "--fp16" if optimizer.fp16 else None
     if half and weighting.dwm_alignment == "finite-difference":
         raise UserError(
-            f"--dwm-alignment finite-difference with {half}: so small a step is lost in the parameters' rounding; "
+            f"--dwm-alignment finite-difference with {half}: its small steps are lost when parameters are rounded; "
             "use --dwm-alignment exact"
         )
     if half and weighting.dwm_check:
         raise UserError(
-            f"--dwm-check with {half}: the differences that it takes are lost in the parameters' rounding; check "
+            f"--dwm-check with {half}: its finite differences are lost when parameters are rounded; check "
             f"once without {half}, then train without --dwm-check"
         )
 

@@ -34,5 +34,5 @@ class SlurmConfig:
         pairs = [option.partition("=") for option in self.slurm_options or ()]
         for (name, equals, _), option in zip(pairs, self.slurm_options or (), strict=True):
             if not name or not equals:
-                raise UserError(f"--slurm-options {option}: give NAME=VALUE, as account=mine")
+                raise UserError(f"--slurm-options {option}: give NAME=VALUE, e.g. account=mine")
         return {name.lstrip("-"): value for name, _, value in pairs}

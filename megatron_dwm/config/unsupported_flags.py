@@ -9,7 +9,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 UNSUPPORTED: dict[str, str] = {
-    "only dense models are trained, whose every token passes every parameter; leave it out": """
+    "only dense models are trained, not mixtures of experts; leave it out": """
         --moe-* --overlap-moe-expert-parallel-comm --ep-overlap-early-attn-memory-release
         --overlap-dispatch-backward-with-experts-wgrad --high-priority-a2a-comm-stream
         --use-grouped-gemm-for-shared-expert --expert-tensor-parallel-num-weight-shards
@@ -158,7 +158,7 @@ UNSUPPORTED: dict[str, str] = {
         --perform-rl-step --rl-* --no-rl-* --grpo-* --langrl-* --no-langrl-*
         --refit-method""",
 }
-"""Reason and remedy to flags by name or shell pattern, or to values that the parser lacks, as ``--flag=value``."""
+"""Flags by the reason and remedy: names, shell patterns, or ``--flag=value`` for values that the parser lacks."""
 
 
 def reason_unsupported(name: str) -> str | None:

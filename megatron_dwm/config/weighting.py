@@ -23,14 +23,16 @@ Rule = Literal[
 TARGETED_RULES = ("shuffled", "similarity", "source-alignment", "top-alignment")
 """Rules whose weights depend on the target set."""
 MAX_WEIGHTER_SIZE = 2**20
-"""A weighter is made only when the warm-up is over: too late to find that it has no room in memory."""
+"""Largest width of a layer. A weighter is built after the warm-up, too late to notice that memory does not suffice."""
 MAX_BUCKETS = 2**31
+"""Hashes have 32 bits, and a linear weighter has one parameter for each bucket."""
 MAX_CALIBRATION_POINTS = 1000
 TARGET_PART = 8
 """By default, an outer update reads one target sample for this many samples of the batch."""
 TARGET_MOMENTUM = 0.78
 """The running mean then has as little noise as a mean over ``TARGET_PART`` gradients: (1 + 0.78) / (1 - 0.78) = 8."""
 _OF_SOURCES = ("oracle", "source-weights")
+"""Rules that need ``--dwm-rule-sources``."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class WeightingConfig:
     dwm_load: str | None = flag(
         None,
         "Trained weighter for --dwm-mode frozen: an exported weighter, any Hugging Face classifier with one output, or "
-        "the folder weighter of a run, of which each stage's weighter is used at the same fraction of training.",
+        "the folder weighter of a run: the weighter of each of its stages is used at the same fraction of training.",
     )
     dwm_target_data_path: list[str] | None = flag(
         None,
@@ -211,12 +213,12 @@ class WeightingConfig:
             raise UserError("--dwm-mode frozen needs --dwm-load; give the folder of an exported weighter")
         if self.dwm_mode != "frozen" and self.dwm_load is not None:
             raise UserError(
-                f"--dwm-load {self.dwm_load} goes with --dwm-mode frozen, not {self.dwm_mode}; to train a weighter "
+                f"--dwm-load {self.dwm_load} is for --dwm-mode frozen, not {self.dwm_mode}; to train a weighter "
                 "further, give it as --dwm-init-from"
             )
         if self.dwm_check and not self.has_trainable_weighter:
             raise UserError(
-                f"--dwm-check goes with --dwm-mode bilevel, not {self.dwm_mode}, which trains no weighter; leave it out"
+                f"--dwm-check is for --dwm-mode bilevel, not {self.dwm_mode}, which trains no weighter; leave it out"
             )
 
     def _check_ngrams(self) -> None:
@@ -240,16 +242,16 @@ class WeightingConfig:
         if self.dwm_mode == "rule" and rule is None:
             raise UserError(f"--dwm-mode rule needs --dwm-rule; give one of {', '.join(get_args(Rule))}")
         if self.dwm_mode != "rule" and rule is not None:
-            raise UserError(f"--dwm-rule {rule} goes with --dwm-mode rule, not {self.dwm_mode}; change one")
+            raise UserError(f"--dwm-rule {rule} is for --dwm-mode rule, not {self.dwm_mode}; change one")
         if strength != 1.0 and rule not in ("random", "loss", "similarity"):
             raise UserError(
-                f"--dwm-rule-strength {strength} goes with --dwm-rule random, loss or similarity; leave it out"
+                f"--dwm-rule-strength {strength} is for --dwm-rule random, loss or similarity; leave it out"
             )
         if rule in _OF_SOURCES and not sources:
             raise UserError(f"--dwm-rule {rule} needs --dwm-rule-sources; name sources of the training data")
         if rule not in _OF_SOURCES and sources:
             given = " ".join(sources)
-            raise UserError(f"--dwm-rule-sources {given} goes with --dwm-rule oracle or source-weights; leave it out")
+            raise UserError(f"--dwm-rule-sources {given} is for --dwm-rule oracle or source-weights; leave it out")
         if (rule == "source-weights") != (self.dwm_rule_weights is not None):
             raise UserError("--dwm-rule source-weights and --dwm-rule-weights go together; give both or neither")
         weights = self.dwm_rule_weights or []
@@ -257,9 +259,11 @@ class WeightingConfig:
             given = " ".join(map(str, weights))
             raise UserError(f"--dwm-rule-weights {given}: give one number above 0 for each of --dwm-rule-sources")
         if self.dwm_rule_fraction != 0.5 and rule != "top-alignment":
-            raise UserError(f"--dwm-rule-fraction {self.dwm_rule_fraction} goes with --dwm-rule top-alignment")
+            raise UserError(
+                f"--dwm-rule-fraction {self.dwm_rule_fraction} is for --dwm-rule top-alignment; leave it out"
+            )
         if self.dwm_rule_seed != 1 and rule != "half":
-            raise UserError(f"--dwm-rule-seed {self.dwm_rule_seed} goes with --dwm-rule half; leave it out")
+            raise UserError(f"--dwm-rule-seed {self.dwm_rule_seed} is for --dwm-rule half; leave it out")
         if not 0 < self.dwm_rule_fraction <= 1:
             raise UserError(f"--dwm-rule-fraction {self.dwm_rule_fraction}: must be above 0 and at most 1")
         if rule == "source-alignment" and self.dwm_kl_weight == 0:

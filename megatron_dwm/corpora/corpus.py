@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 PARTS = ("train", "target", "test")
 
 MIN_BYTES = 200  # of a document: shorter texts are fragments
-_DIVERSITY = 8  # target and test hold at least so many documents, so that none of them is one long text
+_DIVERSITY = 8  # target and test hold at least this many documents, so that neither is one long text
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class CorpusConfig:
     seed: int = flag(1234, "Seed of the split into parts and of the shuffling of words.")
     shuffle: Literal["words", "characters"] = flag(
         "words",
-        "How the shuffled text is made: by shuffling the words of a paragraph, or the characters of each eight.",
+        "How the shuffled text is made: by shuffling the words of a paragraph, or the characters within windows of 8.",
     )
     prose_bytes: int = flag(1_200_000, "Maximum bytes of text in the training part of prose, and of comments.")
     code_bytes: int = flag(2_500_000, "Maximum bytes of text in the training part of code, and of shuffled.")

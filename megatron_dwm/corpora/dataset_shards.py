@@ -18,7 +18,7 @@ from megatron_dwm.errors import UserError
 
 
 class DatasetShardWriter(PipelineStep):  # type: ignore[misc]
-    """Tokenizes a task's records, as :class:`~megatron_dwm.corpora.pipelines.RecordReader` yields them."""
+    """Step that tokenizes a task's records, as :class:`~megatron_dwm.corpora.pipelines.RecordReader` yields them."""
 
     type, name = "writer", "dataset shards"
 

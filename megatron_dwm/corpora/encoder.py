@@ -1,4 +1,4 @@
-"""Records of documents to token ids."""
+"""Tokenization of documents' records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_dwm.errors import shortened
 
 
 class Encoded(NamedTuple):
-    """A document: of each key the token ids, in the dataset's type, and the lengths of its sequences."""
+    """A document: for each key the token ids, in the dataset's type, and the lengths of its sequences."""
 
     tokens: dict[str, npt.NDArray[Any]]
     lengths: dict[str, list[int]]
@@ -35,7 +35,7 @@ class Malformed(NamedTuple):
 
 
 class Encoder:
-    """Turns records into token ids."""
+    """Converter of records to token ids."""
 
     def __init__(self, keys: Sequence[str], tokenizer_config: TokenizerConfig, *, append_eod: bool) -> None:
         """
@@ -56,7 +56,7 @@ class Encoder:
         self._decoder = json.JSONDecoder(parse_int=lambda digits: None, parse_float=lambda digits: None)
 
     def __call__(self, record: Record) -> Encoded | Malformed:
-        """Tokenize one record, or say what is wrong with it."""
+        """Tokenize one record, or return why it is malformed."""
         try:
             document, size = self._document(record.content)
             encoded = Encoded({}, {}, size)
@@ -109,7 +109,7 @@ class _MalformedError(Exception):
 
 
 def _cause(sentences: list[str], error: Exception) -> Exception:
-    """Return why a tokenizer raised ``error``, whose message does not say that half a surrogate pair is the cause."""
+    """Return the cause of a tokenizer's ``error``, whose message does not mention half a surrogate pair in the text."""
     try:
         "".join(sentences).encode()
     except UnicodeEncodeError as cause:

@@ -1,4 +1,4 @@
-"""Indexed datasets one behind the other in one, byte for byte what Megatron-LM's tool makes of them."""
+"""Merging of indexed datasets into one, with the same bytes as Megatron-LM's tool."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ def dataset_prefixes(folder: str) -> list[str]:
     for prefix in prefixes:
         for suffix in _SUFFIXES:
             if not os.path.isfile(prefix + suffix):
-                raise UserError(f"--input {folder}: {prefix}{suffix} is missing; put it there, or move its other half")
+                raise UserError(
+                    f"--input {folder}: {prefix}{suffix} is missing; put it there, or remove the other file"
+                )
     if not prefixes:
         raise UserError(f"--input {folder}: holds no datasets; give a folder with .bin and .idx files")
     return prefixes
 
 
 def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> tuple[int, int]:
-    """Write one dataset of the documents of all.
+    """Write one dataset with the documents of all.
 
     Returns:
-        documents and tokens.
+        the numbers of documents and tokens.
 
     Raises:
         UserError: a dataset is damaged or has tokens of another type; the output is one of them, or cannot be written.
@@ -53,7 +55,7 @@ def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> tuple[int, in
                 "datasets of the same tokenizer"
             )
         if Path(prefix).resolve() == Path(output_prefix).resolve():
-            raise UserError(f"--output-prefix {output_prefix}: is one of the datasets; give another name")
+            raise UserError(f"--output-prefix {output_prefix} is one of the datasets; give another name")
     output = Path(output_prefix)
     size = sum(os.path.getsize(f"{prefix}.bin") for prefix in prefixes)
     try:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path, PurePath
 
-_GROUP = 2000  # characters of a document that is made of short texts
+_GROUP = 2000  # characters from which a document made of short texts is long enough
 _MAX_CHARACTERS = 8_000_000  # characters of one package; of longer ones every n-th document is taken
 _LONG_STRING = 10_000  # characters of a constant that is text, not code
 
@@ -43,7 +43,7 @@ def _documents(reader: Reader, files: Mapping[str, Path]) -> Iterator[tuple[str,
 
 
 def _dictionary(name: str, path: Path) -> Iterable[str]:
-    """Entries of a dictionary of dictd; an entry's first line alone is not indented."""
+    """Return the entries of a dictionary of dictd, in which only the first line of an entry is not indented."""
     if not name.endswith(".dict.dz"):
         return []
     text = gzip.decompress(path.read_bytes()).decode("utf-8", "ignore")
@@ -51,7 +51,7 @@ def _dictionary(name: str, path: Path) -> Iterable[str]:
 
 
 def _glosses(name: str, path: Path) -> Iterable[str]:
-    """WordNet's text on each of its synsets."""
+    """Return WordNet's glosses of its synsets."""
     if not PurePath(name).name.startswith("data."):
         return []
     lines = path.read_text("utf-8", "ignore").splitlines()
@@ -59,7 +59,7 @@ def _glosses(name: str, path: Path) -> Iterable[str]:
 
 
 def _scripture(name: str, path: Path) -> Iterable[str]:
-    """The text of a translation, which its module holds as a constant; of the readings with the fewest marks."""
+    """Return the text of a translation, a constant in its module; of its editions the one with the fewest marks."""
     if not name.endswith("plain_text_readers_bible.py"):
         return []
     nodes = ast.walk(ast.parse(path.read_bytes()))
@@ -68,7 +68,7 @@ def _scripture(name: str, path: Path) -> Iterable[str]:
 
 
 def _tagged(name: str, path: Path) -> Iterable[str]:
-    """A text of the Brown corpus without the tags of its words."""
+    """Return a text of the Brown corpus, without the part-of-speech tags."""
     if not re.fullmatch(r"c[a-r]\d\d", PurePath(name).name):
         return []
     words = (
@@ -80,7 +80,7 @@ def _tagged(name: str, path: Path) -> Iterable[str]:
 
 
 def _grouped(texts: Iterable[str], between: str) -> Iterator[str]:
-    """Yield texts that follow each other, joined until they are as long as a document should be."""
+    """Yield consecutive texts, joined to documents of about :data:`_GROUP` characters."""
     group: list[str] = []
     for text in texts:
         group.append(text)

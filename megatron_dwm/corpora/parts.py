@@ -43,7 +43,7 @@ def file_parts(paths: Sequence[str], split_bytes: int) -> list[Part]:
 
 
 def divided(count: int, size: int, split_bytes: int) -> list[tuple[int, int]]:
-    """Return the bounds of parts of ``count`` items of ``size`` bytes, so that no part is much larger than allowed."""
+    """Return the bounds of parts of ``count`` items, ``size`` bytes in all, each of about ``split_bytes`` at most."""
     number = max(1, min(count, -(-size // split_bytes)))
     return [(count * n // number, count * (n + 1) // number) for n in range(number)]
 

@@ -37,7 +37,7 @@ from megatron_dwm.corpora.worker_pool import WorkerDiedError
 from megatron_dwm.errors import UserError, renamed_flags, shortened
 from megatron_dwm.runtime.child_processes import end_children_with_this_process, require_temporary_folder
 
-_WATCH_INTERVAL_S = 0.3
+_WATCH_INTERVAL_S = 0.3  # between checks for dead workers
 _SUBMITTED = "submitted"
 """The file with the numbers of the SLURM jobs that were submitted last."""
 _WORKER_DIED = signal.SIGRTMIN
@@ -55,7 +55,7 @@ class Job:
 
 
 class RecordReader(BaseDiskReader):  # type: ignore[misc]
-    """Reads the records of one part unchanged; each becomes the metadata of a document.
+    """Reader of the unchanged records of one part; each becomes the metadata of a document.
 
     datatrove's readers leave out malformed lines, empty documents and the end of a damaged file with a warning, and
     do not keep a line as it was.
@@ -89,7 +89,7 @@ class RecordReader(BaseDiskReader):  # type: ignore[misc]
 
 
 class FilePublisher(PipelineStep):  # type: ignore[misc]
-    """Renames the file of a task to its final name when the writer has closed it."""
+    """Step that renames the file of a task to its final name when the writer has closed it."""
 
     type, name = "writer", "published"
 
@@ -105,7 +105,7 @@ class FilePublisher(PipelineStep):  # type: ignore[misc]
 
 
 class FunctionStep(PipelineStep):  # type: ignore[misc]
-    """Calls a function: a job of one task."""
+    """Step that calls a function: a job of one task."""
 
     type, name = "call", "call"
 
@@ -187,7 +187,7 @@ def _watched_workers() -> Iterator[None]:
 
 
 def refuse_queued_job(folder: OutputFolder, flag: str, output: str) -> None:
-    """Refuse to work in a folder in which a SLURM job that was submitted before works, or will.
+    """Refuse to work in a folder that an earlier SLURM job writes to, or waits to.
 
     Args:
         folder: where :func:`submit` has noted the jobs' numbers.
@@ -202,8 +202,8 @@ def refuse_queued_job(folder: OutputFolder, flag: str, output: str) -> None:
     queue = ["squeue", "--noheader", "--format=%A", f"--jobs={numbers}"]
     if queued := subprocess.run(queue, capture_output=True, text=True, check=False).stdout.split():
         raise UserError(
-            f"{flag} {output}: SLURM job {queued[0]} of an earlier call is at work there, or waits; wait until it has "
-            f"ended, or end it with scancel {numbers.replace(',', ' ')}"
+            f"{flag} {output}: SLURM job {queued[0]} of an earlier call is running or waiting; wait until it has "
+            f"ended, or cancel it with scancel {numbers.replace(',', ' ')}"
         )
 
 
@@ -262,7 +262,7 @@ def submit(name: str, jobs: Sequence[Job], workers: int, slurm: SlurmConfig, fol
 
 @contextmanager
 def refused_output(output: str, flag: str = "--output") -> Iterator[None]:
-    """Inside the context, a file that cannot be written or a worker process that is killed causes a UserError."""
+    """Convert failures to write a file, and the death of a worker process, to a UserError, inside the context."""
     try:
         yield
     except UserError:

@@ -64,8 +64,8 @@ class PreprocessConfig:
     output_prefix: str = flag(None, "Path of the output without _<key>_document.bin/.idx.")
     output_per_file: bool = flag(
         False,
-        "Make datasets of each input file, with its name behind --output-prefix, or in that folder if it ends with a "
-        "slash, instead of datasets of all files together.",
+        "Make datasets of each input file instead of all files together: their prefixes are --output-prefix, _ and the "
+        "file's name; if --output-prefix ends with a slash, it is a folder, and there is no _.",
     )
     workers: int = flag(1, "Number of processes that tokenize, or of simultaneous tasks.")
     executor: Literal["pool", "datatrove"] = flag(
@@ -95,9 +95,7 @@ class PreprocessConfig:
         require_paths(self, "output_prefix")
         require_at_least(self, 1, "workers partitions log_interval resume_interval split_bytes")
         if self.workers % self.partitions:
-            raise UserError(
-                f"--workers {self.workers} is not a multiple of --partitions {self.partitions}; change either"
-            )
+            raise UserError(f"--workers {self.workers} is not a multiple of --partitions {self.partitions}; change one")
 
 
 def preprocess(config: PreprocessConfig, tokenizer_config: TokenizerConfig) -> list[str]:
@@ -242,7 +240,7 @@ def _keep(work: UnfinishedWork, segment: Path, writers: list[DatasetWriter], pro
 def _reported(
     results: Iterable[Encoded | Malformed], reader: Reader, done: int, log_interval: int
 ) -> Iterator[Encoded | Malformed]:
-    """Yield the results, with a progress bar on a terminal and Megatron-LM's lines elsewhere, which say what is left.
+    """Yield the results, with a progress bar on a terminal and Megatron-LM's lines elsewhere, with the remaining time.
 
     Args:
         done: records that an earlier call has written.
@@ -251,7 +249,7 @@ def _reported(
     start, first, size = time.perf_counter(), None, 0
     with tqdm(total=reader.size, unit="B", unit_scale=True, disable=not is_terminal) as bar:
         for count, result in enumerate(results, start=1):
-            if first is None:  # what was skipped, to go on, was read fast
+            if first is None:  # the speed must not count what was skipped to continue
                 first = bar.initial = bar.n = reader.position if done else 0
             size += result.size if isinstance(result, Encoded) else 0
             if is_terminal:

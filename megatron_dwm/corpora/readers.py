@@ -22,9 +22,9 @@ _JSON_SUFFIXES = {".jsonl", ".json", ".ndjson"}
 _MAGIC = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
-    **{bytes([0x50 + number]) + b"\x2a\x4d\x18": "zstd" for number in range(16)},  # frames to skip, as of pzstd
+    **{bytes([0x50 + number]) + b"\x2a\x4d\x18": "zstd" for number in range(16)},  # skippable frames, as pzstd writes
     b"PAR1": "parquet",
-    # What is not read is named, rather than reported as bad JSON.
+    # Formats that are not supported, so that they are named rather than reported as bad JSON.
     b"BZh": "bzip2",
     b"\xfd7zXZ": "xz",
     b"PK\x03\x04": "zip",
@@ -38,9 +38,9 @@ _MAGIC = {
     b"\xfe\xff": "UTF-16",
 }
 _TEXTS = {".csv": "CSV", ".tsv": "TSV", ".txt": "plain text", ".md": "Markdown", ".html": "HTML", ".xml": "XML"}
-"""Formats that only the name tells, if the content is not JSON lines under such a name."""
+"""Formats that are recognized by the name, unless the content is JSON lines."""
 MANIFEST_SUFFIX = ".manifest.json"
-"""How the names of files end that describe a selection next to it."""
+"""Ending of the names of files that describe a selection next to them."""
 _READ = ("JSON lines", "gzip", "zstd", "parquet")
 
 
@@ -82,7 +82,7 @@ def input_files(patterns: Sequence[str]) -> list[str]:
         elif os.path.exists(pattern):  # a file or a pipe
             matches = [pattern]
         else:
-            # In the file system's order, as Megatron-LM takes them: sorted, the same input would give other bytes.
+            # Not sorted: Megatron-LM's tool takes the file system's order, and the datasets must be the same.
             matches = [path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path)]
             if not matches:
                 raise UserError(f"--input {pattern}: no such file; check the path or pattern")
@@ -109,13 +109,13 @@ def without_suffixes(path: str) -> str:
 
 
 class Reader:
-    """The records of files, one file after the other, and how far reading has come."""
+    """The records of files, one file after the other, and the position of reading."""
 
     def __init__(self, paths: Sequence[str], columns: Sequence[str] | None) -> None:
-        """Look at the files.
+        """Check the formats of the files.
 
         Args:
-            columns: what is read of a table, None for all of it; lines are read whole.
+            columns: columns of tables that are read, None for all; lines are read completely.
 
         Raises:
             UserError: a file cannot be opened or has a format that is not read.
@@ -123,7 +123,7 @@ class Reader:
         self._paths, self._columns = paths, columns
         self._sizes = [size_of(path) for path in paths]
         for path in paths:
-            if is_url(path) or os.path.isfile(path):  # what a pipe holds shows itself only once, when it is read
+            if is_url(path) or os.path.isfile(path):  # a pipe can be read only once
                 with _open(path) as file:
                     _format_of(path, file)
         self._finished = 0
@@ -136,7 +136,7 @@ class Reader:
 
     @property
     def position(self) -> int:
-        """Bytes of them that were read, as they lie on the disk."""
+        """Bytes of the files that were read, before decompression."""
         return self._finished + self._in_file()
 
     def __iter__(self) -> Iterator[Record]:
@@ -169,7 +169,7 @@ class Reader:
         if kind == "gzip":
             stream = gzip.GzipFile(fileobj=file)
         elif kind == "zstd":
-            # Not the zstandard package: it takes a file that was cut for one that ends there.
+            # Not the zstandard package: it does not notice that a file was cut off.
             stream = _pyarrow(path).input_stream(file, compression="zstd")
         yield from numbered_lines(io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape"))
 
@@ -193,7 +193,7 @@ def file_format(path: str) -> str:
 
 
 def table_schema(path: str) -> Any:
-    """Return the names and types of a Parquet file's columns, as pyarrow has them; None of another file.
+    """Return pyarrow's schema of a Parquet file, the names and types of its columns; None for another file.
 
     Raises:
         UserError: it cannot be opened, or is not what its name says.
@@ -272,7 +272,7 @@ def _pyarrow(path: str) -> Any:
 
 
 def _arrow_error() -> type[Exception]:
-    """Return the base class of pyarrow's errors; without pyarrow there are none of them."""
+    """Return the base class of pyarrow's errors; without pyarrow, an error that is caught in any case."""
     try:
         from pyarrow import ArrowException
     except ImportError:

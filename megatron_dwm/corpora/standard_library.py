@@ -39,7 +39,7 @@ from megatron_dwm.errors import UserError
 _NOT_READ = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
 _TOPICS = "pydoc_data/topics.py"
 _MIN_WORDS = 8  # shorter statements may occur twice, and shorter comments are left out
-_TABLE = 1000  # an assignment in a module of at least so many characters is a table, not code
+_TABLE = 1000  # a module-level assignment of at least this many characters is a table, not code
 _SHUFFLED_FRACTION = 0.3  # of the prose outside target and test
 _MAX_SHUFFLES = 10  # of one document
 _WINDOW = 8  # characters that are put in random order together
@@ -49,7 +49,7 @@ _FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Keep the garbage collector from passing over all syntax trees again and again: a third of the time."""
+    """Disable the garbage collector: its repeated passes over all syntax trees would take a third of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -129,12 +129,12 @@ def _modules(root: Path) -> Iterator[_Module]:
         if _NOT_READ & set(name.split("/")) or name.startswith("_sysconfigdata"):
             continue
         source = path.read_bytes()
-        tree = parsed(source)
+        tree = parse_module(source)
         if tree is not None:
             yield _Module(name, source, tree)
 
 
-def parsed(source: bytes) -> ast.Module | None:
+def parse_module(source: bytes) -> ast.Module | None:
     """Return the syntax tree, or None for source that does not parse (samples of broken or old code)."""
     try:
         with warnings.catch_warnings():
@@ -198,7 +198,7 @@ class _Code(ast.NodeTransformer):
         return ast.unparse(tree)
 
     def visit(self, node: ast.AST) -> ast.AST:
-        # No statement is inside an expression.
+        # Expressions contain no statements.
         return node if isinstance(node, ast.expr) else super().visit(node)
 
     def visit_Expr(self, node: ast.Expr) -> ast.stmt:
@@ -239,12 +239,12 @@ class _Code(ast.NodeTransformer):
             for node in ast.walk(statement)
             if isinstance(node, ast.Constant) and isinstance(node.value, str)
         ]
-        copied = any(
+        is_copied = any(
             len(paragraph.split()) >= _MIN_WORDS and paragraph in self._seen
             for string in strings
             for paragraph in paragraphs(string)
         )
-        return not copied and self._seen.add(text)
+        return not is_copied and self._seen.add(text)
 
 
 def _divide(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
@@ -256,7 +256,7 @@ def _divide(documents: list[Document], fraction: float) -> tuple[list[Document],
 def _shuffled(
     documents: list[Document], config: CorpusConfig, size: int, seen: SeenTexts, rng: random.Random
 ) -> list[Document]:
-    """Return at most ``size`` bytes of the documents with each paragraph shuffled, again and again."""
+    """Return at most ``size`` bytes of the documents with each paragraph shuffled, in several orders if needed."""
     shuffle = _shuffle_words if config.shuffle == "words" else _shuffle_characters
     results: list[Document] = []
     for turn in range(_MAX_SHUFFLES):

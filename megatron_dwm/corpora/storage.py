@@ -82,7 +82,7 @@ def files_of_url(pattern: str) -> list[str]:
 
 @contextmanager
 def _refused_url(url: str) -> Iterator[None]:
-    """While open, whatever a store raises is a user's error: each kind of store has its own."""
+    """Convert any error to a UserError, inside the context: each kind of storage has its own errors."""
     try:
         yield
     except Exception as error:
@@ -90,7 +90,7 @@ def _refused_url(url: str) -> Iterator[None]:
 
 
 class OutputFolder:
-    """A folder that files are written to and get their names in when they are complete."""
+    """A folder, also behind a URL, in which files get their names when they are complete."""
 
     def __init__(self, location: str) -> None:
         """
@@ -116,7 +116,7 @@ class OutputFolder:
         return self._fs.cat_file(inner).decode() if self._fs.exists(inner) else None
 
     def write(self, name: str, text: str) -> None:
-        """Write a file whole."""
+        """Write a file."""
         if self._fs is None:
             atomic_write_text(Path(self.path(name)), text)
         else:

@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """How far reading has come at the end of a segment."""
+    """Numbers of records read up to the end of a segment."""
 
     records: int = 0
     documents: int = 0
     skipped: int = 0
     first_skipped: str = ""
-    """Where the first record is that was skipped, and why."""
+    """Place of the first skipped record, and why it was skipped."""
 
 
 class UnfinishedWork:
@@ -48,7 +48,7 @@ class UnfinishedWork:
         return folder
 
     def keep(self, segment: Path, progress: Progress) -> None:
-        """Keep a segment: its files are whole."""
+        """Keep a segment whose files are complete."""
         for path in segment.iterdir():
             sync(path)
         atomic_write_text(segment / _DONE, json.dumps(asdict(progress)) + "\n")
@@ -74,7 +74,7 @@ LOCK = "lock"
 
 @contextmanager
 def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> Iterator[UnfinishedWork]:
-    """Yield the work in ``folder``, which goes when the block ends, or if it raises before a segment was finished.
+    """Yield the work in ``folder``, which is removed when the block ends, or raises before a segment was finished.
 
     Args:
         folder: a folder that only this work uses.
@@ -82,7 +82,7 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
         unit: what :attr:`Progress.records` counts.
 
     Raises:
-        UserError: another process is at it.
+        UserError: another process does this work.
     """
     lock = lock_folder(folder)
     try:
@@ -105,7 +105,7 @@ def unfinished_work(folder: Path, job: str | None, unit: str = "documents") -> I
             else:
                 logger.info(f"{work.progress.records:,} {unit} are kept in {folder} for the same command.")
             raise
-        remove(written)  # else a call after a kill during the next line would continue with the rest
+        remove(written)  # first, so that a call after a kill during the next line does not continue with what is left
         remove(folder)
     finally:
         os.close(lock)
@@ -120,13 +120,15 @@ def lock_folder(folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK)
     try:
-        # Of this process alone: workers that outlive it for a moment do not hold it.
+        # A lock of this process alone: workers that outlive it for a moment do not hold it.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         os.close(lock)
         raise UserError(f"{folder}: another process is writing there; wait until it has finished") from None
     except OSError as error:
-        logger.warning(f"{folder}: its file system has no locks ({error.strerror}); give no other command this output")
+        logger.warning(
+            f"{folder}: its file system has no locks ({error.strerror}); run no other command with this output"
+        )
     return lock
 
 

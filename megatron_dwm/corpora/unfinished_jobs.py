@@ -18,7 +18,7 @@ from megatron_dwm.errors import UserError
 logger = logging.getLogger(__name__)
 
 _WORK = "work.json"
-"""What the finished tasks are tasks of."""
+"""The file with everything that the finished tasks depend on."""
 
 
 class UnfinishedJobs:
@@ -35,9 +35,9 @@ class UnfinishedJobs:
             UserError: it is behind a URL that no installed package reads.
         """
         self._output, self._flag = output, flag
-        above, name = posixpath.split(absolute(output))
-        self._above, self._name = OutputFolder(above), f".{name}.{kind}"
-        self.folder = OutputFolder(self._above.path(self._name))
+        parent, name = posixpath.split(absolute(output))
+        self._parent, self._name = OutputFolder(parent), f".{name}.{kind}"
+        self.folder = OutputFolder(self._parent.path(self._name))
 
     def claim(self, work: str) -> None:
         """Create the folder, lock it on this machine until this process ends, and remove the files of other work.
@@ -46,7 +46,7 @@ class UnfinishedJobs:
             work: everything that the output depends on.
 
         Raises:
-            UserError: it cannot be written, or another process or a SLURM job is at it.
+            UserError: it cannot be written, or another process or a SLURM job uses it.
         """
         with refused_output(self._output, self._flag):
             if not is_url(self._output):
@@ -68,7 +68,7 @@ class UnfinishedJobs:
             workers: maximum number of concurrent tasks.
 
         Returns:
-            the number of the SLURM job that is the last; None if all is done.
+            the number of the last SLURM job; None if all tasks are done.
 
         Raises:
             UserError: bad input, or a file that cannot be written.
@@ -78,7 +78,7 @@ class UnfinishedJobs:
                 return submit(name, jobs, workers, slurm, self.folder)
             try:
                 for job in jobs:
-                    if isinstance(job.steps[0], FunctionStep):  # is quickly repeated
+                    if isinstance(job.steps[0], FunctionStep):  # so fast that it is simply repeated
                         job.steps[0].run()
                     else:
                         run_here(job, workers)
@@ -96,4 +96,4 @@ class UnfinishedJobs:
 
     def publish(self, name: str, to: str) -> None:
         """Move a finished file of the folder to its final name next to it."""
-        self._above.move(f"{self._name}/{name}", to)
+        self._parent.move(f"{self._name}/{name}", to)

@@ -1,4 +1,4 @@
-"""Processes that apply a function to chunks of work, in order, and whose death is noticed.
+"""A pool of processes that apply a function to chunks of work, in order; it notices when one of them dies.
 
 The standard library's pools share one queue, with one lock, between all workers: a worker that is killed while it waits
 there leaves the lock taken, and the others, and the parent that waits for them, hang. Here each worker has its own
@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _CHUNKS_AHEAD = 8  # chunks in flight for each worker, which bounds the memory
-_PATIENCE = 5  # seconds for a worker whose pipe has ended to be gone
+_PATIENCE = 5  # seconds to wait for the exit of a worker after its pipe was closed
 
 
 class WorkerDiedError(Exception):
@@ -39,11 +39,11 @@ class WorkerPool(Generic[Item, Result]):
     def __enter__(self) -> WorkerPool[Item, Result]:
         context = multiprocessing.get_context("fork")  # the function and what it has loaded are inherited
         for _ in range(self._number):
-            pipe, of_worker = context.Pipe()
+            pipe, worker_end = context.Pipe()
             self._pipes.append(pipe)
-            process = context.Process(target=_work, args=(of_worker, self._pipes, self._function), daemon=True)
+            process = context.Process(target=_work, args=(worker_end, self._pipes, self._function), daemon=True)
             process.start()
-            of_worker.close()  # so that the worker's end is the only one, and its death ends the pipe
+            worker_end.close()  # then only the worker holds this end, and its death closes the pipe
             self._processes.append(process)
         return self
 
@@ -91,10 +91,10 @@ class WorkerPool(Generic[Item, Result]):
         return WorkerDiedError(f"exit code {code}")
 
 
-def _work(pipe: Connection, of_parent: list[Connection], function: Callable[[Item], Result]) -> None:
-    """Apply ``function`` to what comes through ``pipe`` until it ends."""
+def _work(pipe: Connection, parent_ends: list[Connection], function: Callable[[Item], Result]) -> None:
+    """Apply ``function`` to what comes through ``pipe`` until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends its workers
-    for inherited in of_parent:  # else this process would keep the pipes open when the parent is gone
+    for inherited in parent_ends:  # else this process would keep the pipes open when the parent is gone
         inherited.close()
     # Chunks are taken from the pipe while results wait to be read: else both sides could wait for each other to read.
     chunks: queue.SimpleQueue[list[Item] | None] = queue.SimpleQueue()

@@ -72,10 +72,10 @@ class DataPaths:
 
 
 def short_names(prefixes: Sequence[str]) -> list[str]:
-    """Return different names of dataset prefixes: their file names, or whole prefixes if names repeat.
+    """Return distinct short names of dataset prefixes: their file names, or whole prefixes if names repeat.
 
-    The suffix of preprocessing is removed, and a suffix that all have in common, such as ``.train``. A prefix that is
-    given again gets a number.
+    The suffix that preprocessing adds is removed, and so is one that all names share, such as ``.train``. A prefix that
+    is given again gets a number.
     """
     names = [Path(prefix).name.removesuffix("_document").removesuffix("_text") for prefix in prefixes]
     suffixes = {Path(name).suffix for name in names}
@@ -118,7 +118,7 @@ def data_paths(data: DataConfig, target: list[str] | None) -> DataPaths:
     if data.has_separate_validation_sets and valid is not None and valid[1] is not None:
         name = "--full-validation" if data.full_validation else "--multiple-validation-sets"
         raise UserError(
-            f"--valid-data-path has weights, and {name} reads each dataset by itself; leave the weights out"
+            f"--valid-data-path has weights, but {name} reads each dataset separately; leave the weights out"
         )
     blend, names = shared or valid, data.validation_set_names
     count = len(blend[0]) if blend is not None else 1

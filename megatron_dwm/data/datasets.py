@@ -15,7 +15,7 @@ from megatron_dwm.runtime.process_groups import ParallelState
 if TYPE_CHECKING:
     from megatron_dwm.data.gpt_dataset import StampedGPTDatasetConfig
 
-_MOCK_TARGET_BATCHES = 8  # a mock target set has no end: enough batches that an epoch of it is not one batch
+_MOCK_TARGET_BATCHES = 8  # batches in an epoch of a mock target set, which has no end: more than one
 
 
 class SplitSizes(NamedTuple):
@@ -38,7 +38,7 @@ class Datasets:
 
 
 class Consumed(NamedTuple):
-    """How much of the data a run has read over all replicas when it starts or resumes."""
+    """Amounts of data that a run has read over all replicas when it starts or resumes."""
 
     iteration: int = 0
     train_samples: int = 0
@@ -77,9 +77,9 @@ def split_sizes(
 ) -> SplitSizes:
     """Return how many samples the datasets of a run are built for.
 
-    They are Megatron-LM's numbers, which are those of a run that has read batches of the current size from its first
-    iteration on, or what the run reads if that is more. The order of the samples depends on these numbers, and stays
-    the same as long as the flags do.
+    As in Megatron-LM, this is what a run with the current batch size from its first iteration on would read, or what
+    the run reads if that is more. The order of the samples depends on these numbers, and stays the same as long as the
+    flags do.
 
     Args:
         train_samples: ``--train-samples``, if the run is counted in samples.
@@ -87,13 +87,13 @@ def split_sizes(
             samples.
         (others): as for :func:`samples_read`.
     """
-    of_megatron_lm = samples_read(data, train_iters, global_batch_size)
+    constant = samples_read(data, train_iters, global_batch_size)
     if train_samples:
-        of_megatron_lm = of_megatron_lm._replace(train=train_samples)
+        constant = constant._replace(train=train_samples)
     read = samples_read(data, train_iters, global_batch_size, consumed)
     if has_rampup:
         read = read._replace(train=max(train_samples or 0, consumed.train_samples))
-    return SplitSizes(*map(max, of_megatron_lm, read))
+    return SplitSizes(*map(max, constant, read))
 
 
 def build_datasets(
@@ -126,7 +126,7 @@ def build_datasets(
 
 
 class _Builder:
-    """Builds datasets of megatron-core; every method is a collective call of all ranks.
+    """Builder of megatron-core's datasets; every method is a collective call of all ranks.
 
     On ranks that do not read, each dataset is None.
     """

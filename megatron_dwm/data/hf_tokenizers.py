@@ -69,7 +69,7 @@ def to_hf_tokenizer(tokenizer: MegatronTokenizerText, config: TokenizerConfig) -
     except Exception as error:  # the libraries raise whatever a damaged vocabulary makes them raise
         raise UserError(
             f"{describe_tokenizer(config)} cannot be written as a Hugging Face tokenizer ({shortened(error, 300)}); "
-            "check that its files are whole"
+            "check that its files are complete"
         ) from error
     _check_same_ids(tokenizer, counterpart, config)
     return counterpart
@@ -137,8 +137,8 @@ def digest_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the SHA-256 (hex) of all that determines the ids that a Hugging Face tokenizer gives to a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = {} if backend is None else json.loads(backend.to_str())
-    for of_last_call in ("padding", "truncation"):
-        rules.pop(of_last_call, None)
+    for setting in ("padding", "truncation"):  # of the last call
+        rules.pop(setting, None)
     facts = [fingerprint_of(tokenizer), rules, tokenizer.special_tokens_map, tokenizer.model_max_length]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -151,7 +151,8 @@ def _check_same_ids(
     special = tokenizer.library == "huggingface" and config.tokenizer_hf_include_special_tokens
     for text in _NUMBER_PROBES if tokenizer.library.startswith("null") else _PROBES:
         expected = list(tokenizer.tokenize(text))
-        actual = counterpart(text, add_special_tokens=special, verbose=False).input_ids  # which may be too long for it
+        # Not verbose: it would warn if the text is longer than the model's context.
+        actual = counterpart(text, add_special_tokens=special, verbose=False).input_ids
         if actual != expected:
             raise UserError(
                 f"{problem}: {text!r} gets the ids {shortened(actual, 60)} instead of {shortened(expected, 60)}; use "
@@ -175,8 +176,8 @@ def _from_hugging_face(tokenizer: MegatronTokenizerText) -> PreTrainedTokenizerB
 def _from_sentencepiece(tokenizer: MegatronTokenizerText) -> PreTrainedTokenizerBase:
     """Return a ``tokenizers`` BPE where that is exact; else SentencePiece itself, wrapped by transformers.
 
-    Not exact in ``tokenizers`` are: Unigram (scores are summed in another precision, and runs such as ``=====``
-    are ties), normalization by a character map (combining marks), and user-defined symbols after a leading space.
+    ``tokenizers`` is not exact for Unigram (scores are summed in another precision, and runs such as ``=====`` are
+    ties), for normalization by a character map (combining marks), and for user-defined symbols after a leading space.
     """
     from transformers import PreTrainedTokenizerFast, SentencePieceBackend
     from transformers.convert_slow_tokenizer import import_protobuf
@@ -295,7 +296,7 @@ def _from_null(tokenizer: MegatronTokenizerText) -> PreTrainedTokenizerBase:
     numbers = Tokenizer(models.WordLevel(vocab={str(index): index for index in range(tokenizer.vocab_size)}))
     numbers.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     end = str(tokenizer.eod)
-    # Without split_special_tokens the number of the end would also be found inside longer numbers.
+    # Without split_special_tokens the end-of-document number would also be found inside longer numbers.
     return PreTrainedTokenizerFast(
         tokenizer_object=numbers,
         eos_token=end,

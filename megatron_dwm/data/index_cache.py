@@ -47,7 +47,7 @@ def data_stamp(prefixes: Iterable[str]) -> str:
 
 
 class VerifiedCache:
-    """A dataset whose first rank verifies the index cache, and rebuilds it atomically if it is damaged."""
+    """Base class of datasets: the first rank verifies the index cache, and rebuilds it atomically if it is damaged."""
 
     config: Any
     unique_description_hash: str

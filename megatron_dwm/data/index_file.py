@@ -31,7 +31,7 @@ _TOKEN_TYPES: dict[int, type[np.integer[Any]]] = {
 
 
 class DamagedIndexError(ValueError):
-    """An index file is not valid; the message says why."""
+    """An index file that is not valid; the message says why."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.runtime.stop_signals import STOP_SIGNALS
 
-_NO_TOKEN = -1  # in every place of a batch that says that the data has ended
+_NO_TOKEN = -1  # fills the batch that reports the end of the data
 
 
 class NumberedDataset(Dataset[dict[str, Any]]):
@@ -44,7 +44,7 @@ def _ignore_stop_signals(worker: int) -> None:
 
 
 class BatchLoader:
-    """One :class:`Batch` a step on every rank of a replica; only the replica's first rank reads files."""
+    """Loader of one :class:`Batch` per step on every rank of a replica; only the replica's first rank reads files."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class BatchLoader:
         self.consumed += partition.global_samples
         tokens = batch.tokens
         if loaded is not None and self.parallel_state.replica_size == 1:
-            tokens = loaded["tokens"]  # on the host, which would wait for the device
+            tokens = loaded["tokens"]  # on the host, which then need not wait for the device
         least, largest = torch.stack(tokens.aminmax()).tolist()
         if least == _NO_TOKEN:
             raise UserError("the data is exhausted; lower --train-iters or --eval-iters, or give more data")

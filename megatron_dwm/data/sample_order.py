@@ -20,18 +20,18 @@ from megatron_dwm.data.datasets import Consumed, split_sizes
 from megatron_dwm.data.index_file import sequence_lengths
 from megatron_dwm.errors import UserError
 
-_LAST_EPOCH = 0.8  # megatron-core shuffles a last epoch by itself if the run needs less than this fraction of it
+_LAST_EPOCH = 0.8  # megatron-core shuffles a last epoch separately if the run needs less than this fraction of it
 
 
 class _Epochs(NamedTuple):
-    """How megatron-core shuffles a dataset: the number of epochs, and whether the last one is shuffled separately."""
+    """Epochs that megatron-core shuffles: their number, and whether the last one is shuffled separately."""
 
     number: int
     is_last_separate: bool
 
     def __str__(self) -> str:
         named = f"{self.number} epoch" if self.number == 1 else f"{self.number} epochs"
-        return named + (" (the last shuffled by itself)" if self.is_last_separate else "")
+        return named + (" (the last shuffled separately)" if self.is_last_separate else "")
 
 
 def order_change(saved: Mapping[str, Any], present: Mapping[str, Any], consumed: Consumed) -> str | None:

@@ -8,14 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 
-def sample_text(tokens: npt.NDArray[np.integer[Any]], tokenizer: Any, joint: str) -> str:
+def sample_text(tokens: npt.NDArray[np.integer[Any]], tokenizer: Any, separator: str) -> str:
     """Return the text of token ids.
 
     Args:
-        tokens: all of a sample's, ends of documents among them [s].
-        tokenizer: megatron-core's.
-        joint: the text that replaces the end of a document.
+        tokens: a sample's tokens, with the ends of documents [s].
+        tokenizer: megatron-core's tokenizer.
+        separator: the text that replaces the end of a document.
     """
     ends = np.flatnonzero(tokens == tokenizer.eod)
     pieces = [piece[piece != tokenizer.eod].tolist() for piece in np.split(tokens, ends)]
-    return joint.join(tokenizer.detokenize(ids) if ids else "" for ids in pieces).strip()
+    return separator.join(tokenizer.detokenize(ids) if ids else "" for ids in pieces).strip()

@@ -17,7 +17,7 @@ from megatron_dwm.config.batch_sizes import BatchSizes
 
 @dataclass(frozen=True)
 class BatchPartition:
-    """How one step's samples are divided over replicas and microbatches."""
+    """Division of one step's samples over replicas and microbatches."""
 
     micro_batch_size: int
     num_microbatches: int

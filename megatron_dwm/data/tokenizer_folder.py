@@ -19,7 +19,7 @@ def load_tokenizer_folder(folder: str | Path, flag: str = "") -> PreTrainedToken
     """Load the tokenizer of a Hugging Face folder, from its files alone and without code from there.
 
     Args:
-        flag: that named the folder, for the error's line.
+        flag: the flag that names the folder, for the error message.
 
     Raises:
         UserError: the folder has no tokenizer that can be loaded.
@@ -31,7 +31,7 @@ def load_tokenizer_folder(folder: str | Path, flag: str = "") -> PreTrainedToken
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the tokenizer's class raises
-        is_folder = Path(folder).is_dir()  # else it was looked up among the models that were downloaded before
+        is_folder = Path(folder).is_dir()  # else transformers has searched its download cache
         problem = f"its tokenizer does not load ({shortened(error, 300)})" if is_folder else "no such folder"
         raise UserError(f"{named}: {problem}; give a Hugging Face folder with a tokenizer's files") from error
     require_vocabulary(tokenizer, folder, named)
@@ -45,12 +45,12 @@ def require_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: str | Path, n
 
     Args:
         folder: what the tokenizer was loaded from; a name on the Hub passes.
-        named: the folder, as the error's line begins.
+        named: the beginning of the error message, which names the folder.
 
     Raises:
         UserError: the folder has none of the files that this class of tokenizers reads.
     """
     files = sorted({*tokenizer.vocab_files_names.values(), "tokenizer.json"})
-    reads_files = bool(tokenizer.vocab_files_names)  # tokenizers of characters or bytes read none
-    if Path(folder).is_dir() and reads_files and not any(Path(folder, file).is_file() for file in files):
+    needs_files = bool(tokenizer.vocab_files_names)  # tokenizers of characters or bytes need none
+    if Path(folder).is_dir() and needs_files and not any(Path(folder, file).is_file() for file in files):
         raise UserError(f"{named}: no Hugging Face tokenizer there; put {' or '.join(files)} next to the model")

@@ -94,8 +94,8 @@ def _build_failure(config: TokenizerConfig, error: Exception) -> str:
     }
     files = ", ".join(f"{name} {path}" for name, path in given.items() if path is not None)
     reason = shortened(error, 300) or type(error).__name__
-    remedy = "check that the file fits the type and is whole"
-    if config.tokenizer_type == "TikTokenizer" and isinstance(error, AssertionError):  # its answer to a wrong size
+    remedy = "check that the file fits the type and is complete"
+    if config.tokenizer_type == "TikTokenizer" and isinstance(error, AssertionError):  # raised for a wrong size
         remedy = (
             "check that --vocab-size (131072 if not given) is no larger than the file's tokens plus "
             f"--tiktoken-num-special-tokens {config.tiktoken_num_special_tokens}"

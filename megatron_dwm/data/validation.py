@@ -17,20 +17,20 @@ from megatron_dwm.errors import UserError
 
 VOCABULARY_SAMPLE = 2**26  # tokens of each dataset that a run compares with the vocabulary,
 VOCABULARY_PIECES = 64  # in so many pieces spread over the dataset, if it has more
-MIN_DOCUMENT_TOKENS = 32  # tokens; shorter documents are equal by chance
+MIN_DOCUMENT_TOKENS = 32  # shorter documents may be equal by chance
 MAX_DOCUMENTS = 200_000  # documents of one dataset that are compared with the target set
 MASK_SAMPLES = 64  # samples of a dataset of which at least one must have a token whose loss counts
 _PIECE = 2**24  # tokens that are read at a time
 
 
 def check_data(
-    paths: DataPaths, seq_length: int, vocab_size: int, *, has_evaluation: bool, reads_whole_sets: bool = False
+    paths: DataPaths, seq_length: int, vocab_size: int, *, has_evaluation: bool, should_read_whole_sets: bool = False
 ) -> None:
     """Check that the datasets exist, are intact, fit the vocabulary, and do not contain the target set.
 
     Args:
         has_evaluation: whether the run evaluates; otherwise the size of validation and test data does not matter.
-        reads_whole_sets: whether every sample of the validation data is read once in an evaluation.
+        should_read_whole_sets: whether every sample of the validation data is read once in an evaluation.
 
     Raises:
         UserError: a check failed.
@@ -42,7 +42,7 @@ def check_data(
         if has_evaluation or not is_evaluation:
             split = paths.split if blend is paths.shared else None
             num_read = len(SPLIT_NAMES) if has_evaluation else 1
-            _check_parts(flag, blend, split, seq_length, num_read, reads_whole_sets=reads_whole_sets)
+            _check_parts(flag, blend, split, seq_length, num_read, should_read_whole_sets=should_read_whole_sets)
     if paths.target is not None:
         _check_target_size(paths.target, seq_length)
         for flag, blend in paths.blends().items():
@@ -108,9 +108,9 @@ def check_dataset(
         outside = [token for token in extremes if token < 0 or (vocab_size is not None and token >= vocab_size)]
         if outside:
             place = start + int(np.argmax(piece == outside[0]))
-            of = "negative" if vocab_size is None else f"outside the tokenizer's vocabulary of {vocab_size}"
+            problem = "negative" if vocab_size is None else f"outside the tokenizer's vocabulary of {vocab_size}"
             raise UserError(
-                f"{name}: token {outside[0]} at place {place} is {of}; use the tokenizer that the data was "
+                f"{name}: token {outside[0]} at place {place} is {problem}; use the tokenizer that the data was "
                 "preprocessed with (--tokenizer-model, --vocab-size)"
             )
         progress(piece.nbytes)
@@ -129,7 +129,7 @@ def _pieces(tokens: npt.NDArray[Any], sample: int | None) -> Iterator[tuple[int,
 
 
 def check_masks(name: str, dataset: Any) -> None:
-    """Refuse a dataset in whose samples no token's loss counts, so that nothing would be learned from it.
+    """Refuse a dataset without any token whose loss counts, because nothing would be learned from it.
 
     Reads :data:`MASK_SAMPLES` evenly spread samples.
 
@@ -151,16 +151,16 @@ def check_masks(name: str, dataset: Any) -> None:
 
 
 def _check_parts(
-    flag: str, blend: Blend, split: str | None, seq_length: int, num_read: int, *, reads_whole_sets: bool
+    flag: str, blend: Blend, split: str | None, seq_length: int, num_read: int, *, should_read_whole_sets: bool
 ) -> None:
-    """Refuse a dataset without data for a split for which other datasets of the blend have data.
+    """Refuse a dataset that has no data for a split, if other datasets of the blend have some.
 
     megatron-core would search for its samples endlessly. It takes one epoch of each dataset of an unweighted blend,
     which must fill a sample; it repeats the datasets of a weighted one.
 
     Args:
         num_read: how many of the parts training, validation and test the run reads.
-        reads_whole_sets: whether one epoch of each dataset is read for validation.
+        should_read_whole_sets: whether one epoch of each dataset is read for validation.
     """
     prefixes, weights = blend
     is_epoch = len(prefixes) > 1 and weights is None
@@ -169,7 +169,7 @@ def _check_parts(
     for number, slices in enumerate(zip(*parts, strict=True)):
         tokens = [int(of_dataset[part].sum()) for of_dataset, part in zip(lengths, slices, strict=True)]
         is_validation = number == 1 if split else flag == "--valid-data-path"
-        least = seq_length + 1 if is_epoch or (reads_whole_sets and is_validation) else 1
+        least = seq_length + 1 if is_epoch or (should_read_whole_sets and is_validation) else 1
         if max(tokens) == 0 or min(tokens) >= least:
             continue
         named = f"{flag} {prefixes[int(np.argmin(tokens))]}: "
@@ -196,8 +196,8 @@ def _check_target_is_separate(flag: str, blend: Blend, target: Blend) -> None:
     for prefix in blend[0]:
         if Path(prefix).resolve() in target_files:
             raise UserError(
-                f"{TARGET_FLAG} {prefix} is also named by {flag}; the target set must be apart from the data "
-                "that is trained and evaluated on"
+                f"{TARGET_FLAG} {prefix} is also named by {flag}; the target set must be separate from the "
+                "training and evaluation data"
             )
     wanted: set[bytes] = set()
     for prefix in target[0]:

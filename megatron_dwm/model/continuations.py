@@ -28,7 +28,7 @@ class Continuation(NamedTuple):
 
     tokens: Sequence[int]
     length: int
-    """The number of last tokens."""
+    """How many of the last tokens are the continuation."""
 
 
 class Likelihood(NamedTuple):
@@ -51,10 +51,10 @@ def continuation_likelihoods(
     """
     state = engine.parallel_state
     found = torch.zeros(len(continuations), 2, dtype=torch.float64, device=current_device())
-    mine = continuations[state.dp_rank :: state.dp_size]
-    most = -(-len(continuations) // state.dp_size)  # maximum per replica; all run the same number of microbatches
-    together = micro_batch_size * (engine.config.microbatch_group_size_per_vp_stage or 1)
-    batch = _batch(mine, -(-most // together) * together, engine.seq_length)
+    local = continuations[state.dp_rank :: state.dp_size]
+    max_local = -(-len(continuations) // state.dp_size)  # all replicas run the same number of microbatches
+    multiple = micro_batch_size * (engine.config.microbatch_group_size_per_vp_stage or 1)
+    batch = _batch(local, -(-max_local // multiple) * multiple, engine.seq_length)
     with engine.evaluating(), _Misses(engine, batch, vocab_size) as misses:
         losses = engine.run(batch, micro_batch_size, loss_function=misses.count, forward_only=True, check_for_nan=False)
     if losses is not None:
@@ -62,13 +62,13 @@ def continuation_likelihoods(
             dist.all_reduce(misses.counts, group=state.cp_group)
         if state.tp_rank == state.cp_rank == 0:
             figures = torch.stack([-losses.total, misses.counts], dim=1)  # [m, 2]
-            found[state.dp_rank :: state.dp_size] = figures[: len(mine)].double()
+            found[state.dp_rank :: state.dp_size] = figures[: len(local)].double()
     dist.all_reduce(found)
-    return [Likelihood(log_likelihood, misses == 0) for log_likelihood, misses in found.tolist()]
+    return [Likelihood(log_likelihood, num_misses == 0) for log_likelihood, num_misses in found.tolist()]
 
 
 def _batch(continuations: Sequence[Continuation], size: int, seq: int) -> Batch:
-    """Return a batch of ``size`` samples whose loss is that of the continuations; surplus samples have none."""
+    """Return a batch of ``size`` samples; the loss mask covers the continuations, and is 0 in surplus samples."""
     sequences = torch.zeros(size, seq + 1, dtype=torch.int64)
     mask = torch.zeros(size, seq)
     for row, (tokens, length) in enumerate(continuations):
@@ -108,12 +108,13 @@ class _Misses:
         if state.tp_size > 1:
             over_ranks = highest.clone()
             dist.all_reduce(over_ranks, dist.ReduceOp.MAX, group=state.tp_group)
+            # Ranks without the highest logit give an index beyond all tokens, which the minimum excludes.
             token = token.where(highest == over_ranks, first + partition * state.tp_size)
             dist.all_reduce(token, dist.ReduceOp.MIN, group=state.tp_group)
         self._likeliest = token.T  # [b, s / C]
 
     def count(self, token_losses: torch.Tensor, loss_mask: torch.Tensor, samples: slice) -> torch.Tensor:
-        """Count them for one microbatch; called after its forward pass, instead of a loss."""
+        """Count the misses of one microbatch; called after its forward pass, as a :class:`LossFunction`."""
         labels = slice_sequence(self._labels[samples], self._state.cp_rank, self._state.cp_size)
         self.counts[samples] = ((self._likeliest != labels) * loss_mask).sum(dim=1)
         return plain_loss(token_losses, loss_mask, samples)

@@ -65,7 +65,7 @@ class PipelineEngine:
             loss_function: reduces each microbatch's token losses to the scalar that is differentiated, which
                 megatron-core divides by the number of unmasked tokens.
             forward_only: losses only, no gradients.
-            check_for_nan: whether to check for losses that are not finite; by default as the engine.
+            check_for_nan: whether to check for losses that are not finite; None: the engine's setting.
 
         Returns:
             the samples' losses on the last pipeline stage, for any loss function, summed over context-parallel

@@ -66,6 +66,6 @@ def _main_shards(chunks: Sequence[Any]) -> list[ShardedTensor]:
 
 def _agree_on_shapes(local_shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Return all ranks' keys and global shapes, in the same order on every rank."""
-    everybody: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everybody, local_shapes)
-    return dict(sorted(item for shapes in everybody for item in shapes.items()))
+    gathered: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(gathered, local_shapes)
+    return dict(sorted(item for shapes in gathered for item in shapes.items()))

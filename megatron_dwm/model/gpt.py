@@ -51,7 +51,7 @@ def build_model_chunks(
     """Build this rank's chunks of the model, one for each of its virtual pipeline stages, on its device.
 
     Args:
-        config: what :func:`~megatron_dwm.model.transformer_config.transformer_config` made of the flags.
+        config: the result of :func:`~megatron_dwm.model.transformer_config.transformer_config`.
         fp16_lm_cross_entropy: compute the loss in fp16.
     """
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -104,7 +104,7 @@ def wrap_with_ddp(
 ) -> list[ModelChunk]:
     """Return the chunks in their training precision, with gradient buffers and data-parallel communication."""
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=optimizer.grads_in_fp32,
+        grad_reduce_in_fp32=optimizer.has_fp32_grads,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         align_param_gather=_should_align_param_gather(config, parallel),
@@ -123,7 +123,7 @@ def wrap_with_ddp(
             config=config,
             ddp_config=ddp_config,
             module=Float16Module(config, chunk) if half else chunk,
-            # The first chunk's communication is the one that no compute of another chunk hides.
+            # The communication of later chunks overlaps with the first one's compute, without buckets too.
             disable_bucketing=index > 0,
         )
         for index, chunk in enumerate(chunks)

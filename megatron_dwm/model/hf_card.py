@@ -27,7 +27,7 @@ def language_model_card(
     is_weighted = bool(samples) and saved.get("dwm_mode", "off") != "off"
     origin = "pretrained with Megatron-DWM" if samples else "from a checkpoint that Megatron-DWM imported"
     weighting = (
-        "None: every sample counted alike."
+        "None: all samples had the same weight."
         if not is_weighted
         else bullets(
             {

@@ -18,12 +18,12 @@ IMPORTED = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "seed_oss", "phi3", "
 """model_type of the Hugging Face models that are read."""
 
 EQUIVALENT_MODEL_TYPES = {"qwen2": "seed_oss"}
-"""model_types beside which AutoTokenizer replaces a tokenizer that is not of their own kind, and those that compute the
-same and have any tokenizer."""
+"""For model_types beside which AutoTokenizer replaces tokenizers of another kind: one that computes the same and takes
+any tokenizer."""
 
 _EXPERTS = "it has experts"
-_SIDE_BY_SIDE = "its attention and MLP stand side by side in a layer, megatron-core's one after the other"
-_GEMMA = "it scales its embeddings, and norms both what attention and MLP are given and what they return"
+_SIDE_BY_SIDE = "attention and MLP of a layer run in parallel, and megatron-core's one after the other"
+_GEMMA = "it scales its embeddings, and norms both the inputs and the outputs of attention and MLP"
 _NOT_COMPUTED = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), _GEMMA),
     **dict.fromkeys(("gpt_neox", "gptj", "phi", "falcon", "cohere", "cohere2"), _SIDE_BY_SIDE),
@@ -122,7 +122,7 @@ def hf_config(
     if kind in ("llama", "nemotron"):
         values |= {"attention_bias": model.add_bias_linear, "mlp_bias": model.add_bias_linear}
     if kind == "nemotron":
-        values["rope_parameters"].setdefault("partial_rotary_factor", 1.0)  # its own default is a half
+        values["rope_parameters"].setdefault("partial_rotary_factor", 1.0)  # Nemotron's default is 0.5
     if kind == "seed_oss":
         values |= {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False}
         values["residual_dropout"] = model.hidden_dropout
@@ -139,7 +139,7 @@ def _activation(model: ModelConfig) -> str:
     return "gelu_new" if has_tanh_gelu(model) else "gelu"
 
 
-def _megatron_alone(model: ModelConfig) -> dict[str, bool]:
+def _megatron_only(model: ModelConfig) -> dict[str, bool]:
     """Return features of megatron-core's models that no model of transformers has, and whether they are used."""
     return {
         f"--no-rope-freq {model.no_rope_freq}; leave it out": model.no_rope_freq is not None,
@@ -153,7 +153,7 @@ def _megatron_alone(model: ModelConfig) -> dict[str, bool]:
 
 
 def _check_expressible(model: ModelConfig, kind: str) -> None:
-    _refuse("a Hugging Face model cannot express", _megatron_alone(model))
+    _refuse("a Hugging Face model cannot express", _megatron_only(model))
     if model.positions == "none":
         raise UserError(
             "a Hugging Face model cannot express --position-embedding-type none; use rope or learned_absolute"
@@ -232,7 +232,7 @@ def model_config(config: PretrainedConfig) -> ModelConfig:
 
 def _rotary_flags(config: PretrainedConfig) -> dict[str, Any]:
     kind, activation = config.model_type, config.hidden_act
-    subject = f"a {_title(kind)} cannot be imported that has"
+    subject = f"cannot import a {_title(kind)} with"
     attention_bias, mlp_bias = (bool(getattr(config, name, False)) for name in ("attention_bias", "mlp_bias"))
     if kind == "seed_oss":
         has_qkv_bias, attention_bias = attention_bias, config.attention_out_bias
@@ -281,14 +281,17 @@ def _rotary_flags(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _ungated_flags(activation: str) -> dict[str, Any]:
-    """Megatron-LM's GELU is its tanh approximation if it is fused with the bias; squared ReLU cannot be fused."""
+    """Return the flags of an activation without gate.
+
+    Megatron-LM's GELU is its tanh approximation if it is fused with the bias; squared ReLU cannot be fused.
+    """
     return {"squared_relu": activation == "relu2", "bias_gelu_fusion": activation in _TANH_GELU}
 
 
 def _gpt2_flags(config: PretrainedConfig) -> dict[str, Any]:
     activation = config.activation_function
     _refuse(
-        "a GPT-2 cannot be imported that has",
+        "cannot import a GPT-2 with",
         {
             f"activation_function {activation}": activation not in _UNGATED,
             "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,

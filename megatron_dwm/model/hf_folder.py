@@ -49,7 +49,7 @@ class FolderTensors(Mapping[str, torch.Tensor]):
         return name in self.places
 
     def dtype(self, name: str) -> torch.dtype:
-        """The precision of a tensor in its file."""
+        """Return the precision of a tensor in its file."""
         return self._read(name).dtype
 
     def dtypes(self, names: Iterable[str]) -> Iterator[tuple[str, torch.dtype]]:
@@ -62,7 +62,7 @@ class FolderTensors(Mapping[str, torch.Tensor]):
             yield name, (pickled[path][name] if path in pickled else self._read(name)).dtype
 
     def main_dtype(self) -> torch.dtype:
-        """The floating-point precision that most of the bytes have."""
+        """Return the floating-point precision that most of the bytes have."""
         sizes = {torch.float32: 0}
         for name in self:
             tensor = self._read(name)
@@ -100,8 +100,8 @@ class BaseModelTensors(Mapping[str, torch.Tensor]):
         """
         Args:
             names: a tensor's name in the files, by its name here.
-            zeros: shapes of the biases that the model has not.
-            rows: which rows of a tensor in the files one is, by its name here; all of them if not given.
+            zeros: shapes of the biases that the model does not have.
+            rows: the rows of the tensor in the files that a tensor consists of, by its name here; default: all.
         """
         self.files, self.names, self.zeros, self.dtype, self.rows = files, dict(names), dict(zeros), dtype, dict(rows)
 
@@ -186,7 +186,7 @@ def _read(folder: Path) -> HuggingFaceModel:
     check_dtypes(files, names.values())
     rows: dict[str, slice] = {}
     if config.model_type == "phi3" and architecture(model) != "phi3":
-        names, rows = _taken_apart(names, model)
+        names, rows = _split_fused(names, model)
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(
             hf_config(model, vocab_size=config.vocab_size, num_layers=model.num_layers)
@@ -198,7 +198,7 @@ def _read(folder: Path) -> HuggingFaceModel:
     return HuggingFaceModel(model, int(config.vocab_size), state)
 
 
-def _taken_apart(names: Mapping[str, str], model: ModelConfig) -> tuple[dict[str, str], dict[str, slice]]:
+def _split_fused(names: Mapping[str, str], model: ModelConfig) -> tuple[dict[str, str], dict[str, slice]]:
     """Map the names of a Phi-3 to those of a Llama, which has separate matrices, and to the rows of each.
 
     A Phi-3 that rotates whole heads is equivalent to a Llama.
@@ -212,15 +212,16 @@ def _taken_apart(names: Mapping[str, str], model: ModelConfig) -> tuple[dict[str
         },
         "gate_up_proj": {"gate_proj": slice(ffn), "up_proj": slice(ffn, 2 * ffn)},
     }
-    apart: dict[str, str] = {}
+    split_names: dict[str, str] = {}
     rows: dict[str, slice] = {}
     for name, in_files in names.items():
         whole = next((whole for whole in parts if f".{whole}." in name), None)
         for part, its_rows in parts[whole].items() if whole else ():
-            apart[name.replace(str(whole), part)], rows[name.replace(str(whole), part)] = in_files, its_rows
+            split_name = name.replace(str(whole), part)
+            split_names[split_name], rows[split_name] = in_files, its_rows
         if whole is None:
-            apart[name] = in_files
-    return apart, rows
+            split_names[name] = in_files
+    return split_names, rows
 
 
 def weight_files(folder: Path) -> FolderTensors:
@@ -245,7 +246,7 @@ def _names(path: Path) -> list[str]:
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
-        path.open("rb").close()  # of a file that may not be read, safetensors says that there is none
+        path.open("rb").close()  # safetensors reports a file without read permission as missing
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     return list(_pickled(path))

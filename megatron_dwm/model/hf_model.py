@@ -48,10 +48,10 @@ def hf_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 def hf_tensors(
     model: ModelConfig, prefix: str, vocab_size: int, read: Callable[[Piece], torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a Hugging Face causal language model by name, in the order of their names' layers.
+    """Yield the tensors of a Hugging Face causal language model by name, in the order of the layers.
 
     Args:
-        prefix: the base model's, in names.
+        prefix: the prefix of the base model's names.
         vocab_size: embedding rows to keep, usually the vocabulary without its padding.
         read: returns the checkpoint tensor of a piece.
     """
@@ -90,7 +90,7 @@ def write_weights(
         if not remaining[file]:
             save_file(held.pop(file), folder / file, metadata={"format": "pt"})
     if held:
-        raise ValueError(f"there is no tensor {next(iter(remaining[next(iter(held))]))}")
+        raise ValueError(f"the tensor {next(iter(remaining[next(iter(held))]))} is missing")
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.errors import UserError
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What megatron-core's scaling of rotary frequencies takes for granted, beside its factor: Llama 3's."""
+"""Llama 3's parameters, which megatron-core's scaling of rotary frequencies uses with any factor."""
 
 
 def rope_parameters(model: ModelConfig) -> dict[str, Any]:
@@ -57,11 +57,12 @@ def _yarn_parameters(model: ModelConfig) -> dict[str, Any]:
 
 
 def _attention_factor(scale: float, mscale: float) -> float:
+    """Return YaRN's factor of queries and keys (arXiv 2309.00071, section 3.4), with megatron-core's ``mscale``."""
     return 0.1 * mscale * math.log(scale) + 1.0
 
 
 def rope_flags(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of ModelConfig for a Hugging Face configuration's rope_parameters; the inverse.
+    """Return the fields of ModelConfig for a Hugging Face configuration's rope_parameters.
 
     Raises:
         UserError: megatron-core does not support them; the message says why.

@@ -50,7 +50,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Piece:
-    """A conversion for one of a model's layers, or for what is not in a layer."""
+    """A conversion for one of a model's layers, or for weights outside the layers."""
 
     conversion: Conversion
     layer: int | None
@@ -61,7 +61,7 @@ class Piece:
         return self.conversion.key if self.layer is None else LAYERS + self.conversion.key
 
     def names(self, model: ModelConfig, number: int | None = None) -> list[str]:
-        """The Hugging Face names.
+        """Return the Hugging Face names.
 
         Args:
             number: number of the layer there, if it is different.
@@ -128,7 +128,7 @@ def require_finite(place: str, tensor: torch.Tensor) -> torch.Tensor:
         place: the origin of the tensor, for the message.
 
     Raises:
-        UserError: one is not.
+        UserError: a number is not finite.
     """
     if not bool(torch.isfinite(tensor).all()):
         raise UserError(f"{place} holds numbers that are not finite; give a model that has not diverged")
@@ -136,7 +136,7 @@ def require_finite(place: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _ends(model: ModelConfig) -> tuple[list[Conversion], list[Conversion]]:
-    """The pieces before and after the layers."""
+    """Return the conversions of the weights before and after the layers."""
     is_gpt2 = architecture(model) == "gpt2"
     first = [Conversion(_EMBEDDING, ("wte.weight" if is_gpt2 else "embed_tokens.weight",))]
     if is_gpt2:
@@ -152,7 +152,7 @@ def _of_layer(model: ModelConfig) -> list[Conversion]:
 
 
 def _norm(model: ModelConfig, key: str, name: str) -> list[Conversion]:
-    """A norm's weight, and its bias if it has one; its weight less 1 in a Nemotron."""
+    """Return the conversions of a norm's weight and, if it has one, its bias; a Nemotron stores the weight minus 1."""
     weight = Conversion(f"{key}weight", (f"{name}.weight",))
     if architecture(model) == "nemotron" and not model.layernorm_zero_centered_gamma:
         weight = Conversion(
@@ -166,7 +166,7 @@ def _norm(model: ModelConfig, key: str, name: str) -> list[Conversion]:
 
 
 def _of_llama_layer(model: ModelConfig) -> list[Conversion]:
-    """The pieces of a layer with Llama's names; only Phi-3 fuses some of the matrices, only OLMo2 norms outputs."""
+    """Return the conversions of a layer with Llama's names; only Phi-3 fuses matrices, only OLMo2 norms outputs."""
     is_fused = architecture(model) == "phi3"
 
     def split_qkv(qkv: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -218,7 +218,7 @@ def _of_llama_layer(model: ModelConfig) -> list[Conversion]:
 
 
 def _of_gpt2_layer(model: ModelConfig) -> list[Conversion]:
-    """The pieces of a GPT-2 layer, whose matrices are [in, out], with queries, keys and values in one."""
+    """Return the conversions of a GPT-2 layer; its matrices are [in, out], with queries, keys and values in one."""
 
     def split_qkv(qkv: torch.Tensor) -> Sequence[torch.Tensor]:
         return (torch.cat(_split_qkv(qkv, model)).T,)
@@ -264,7 +264,7 @@ def _concatenated(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _split_qkv(qkv: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries [n d, ...], keys [g d, ...] and values [g d, ...] of megatron-core's fused projection.
+    """Split megatron-core's fused projection into queries [n d, ...], keys [g d, ...] and values [g d, ...].
 
     Args:
         qkv: [g (n/g + 2) d, ...]: for each query group its queries, then its key, then its value.
@@ -276,6 +276,6 @@ def _split_qkv(qkv: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, tor
 
 
 def _join_qkv(projections: Sequence[torch.Tensor], model: ModelConfig) -> torch.Tensor:
-    """The inverse of :func:`_split_qkv`."""
+    """Join queries, keys and values; the inverse of :func:`_split_qkv`."""
     groups = [part.reshape(model.query_groups, -1, model.head_size, *part.shape[1:]) for part in projections]
     return torch.cat(groups, dim=1).flatten(0, 2)

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _IN_ALL_LAYERS = ("mistral", "phi3")
-"""model_types of which all layers have a window, or none."""
+"""model_types with a window in all layers, or in none."""
 _BY_LAYER = ("qwen2", "qwen3")
-"""Those that say of each layer whether it has one."""
+"""model_types that declare for each layer whether it has a window."""
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 

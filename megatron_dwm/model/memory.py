@@ -40,7 +40,7 @@ def memory_estimate(
 def _weights_and_optimizer(
     model: ModelConfig, parallel: ParallelConfig, data_parallel_size: int, vocab: int
 ) -> tuple[float, list[str]]:
-    """Bytes of weights, gradients and Adam's state in mixed precision."""
+    """Return the bytes of weights, gradients and Adam's state in mixed precision."""
     hidden, tp, pp = model.hidden_size, parallel.tp, parallel.pp
     norm = hidden * (1 if model.normalization == "RMSNorm" else 2)
     attention = 2 * hidden * model.head_size * (model.num_attention_heads + model.query_groups)
@@ -67,7 +67,7 @@ def _weights_and_optimizer(
 def _layer_activations(
     model: ModelConfig, parallel: ParallelConfig, micro_batch: int, *, sharded: bool
 ) -> tuple[float, list[str]]:
-    """Bytes of one microbatch's activations in the first pipeline stage, without the output layer.
+    """Return the bytes of one microbatch's activations in the first pipeline stage, without the output layer.
 
     Args:
         sharded: whether sequence parallelism shards them, with core attention recomputed.
@@ -90,14 +90,14 @@ def _layer_activations(
 
 
 def _logits(model: ModelConfig, tp: int, micro_batch: int, vocab: int, *, sharded: bool) -> float:
-    """Bytes of the logits and of the output layer's input."""
+    """Return the bytes of the logits and of the output layer's input."""
     tokens = model.seq_length * micro_batch
     width = tokens * model.hidden_size
     return 4 * (width + tokens * vocab) if sharded else 2 * (tokens * vocab / tp + width)
 
 
 def _in_flight(parallel: ParallelConfig, num_layers: int, num_microbatches: int) -> tuple[float, list[str]]:
-    """The factor on the memory of a full pipeline from the schedule's microbatches in flight."""
+    """Return the factor by which the schedule's microbatches in flight change the memory of a full pipeline."""
     pp, stages = parallel.pp, parallel.virtual_stages(num_layers)
     if stages is not None:
         penalty = 1 + (pp - 1) / (pp * stages)

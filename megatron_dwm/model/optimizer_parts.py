@@ -16,7 +16,7 @@ def optimizer_parts(optimizer: Optimizer) -> list[Any]:
 
 
 def has_loss_scale(optimizer: Optimizer) -> bool:
-    """Whether the optimizer may scale the loss; if not, its loss scale is always 1."""
+    """Return whether the optimizer may scale the loss; if not, its loss scale is always 1."""
     from megatron.core.optimizer.optimizer import FP32Optimizer
 
     parts = [part for part in optimizer_parts(optimizer) if not isinstance(part, FP32Optimizer)]

@@ -22,7 +22,7 @@ class ModelChunk(Protocol):
     buffers: Any
     """The gradient buffers, in buckets."""
     bucket_groups: Any
-    """The buckets of parameters and gradients whose communication is one."""
+    """Groups of buckets of parameters and gradients; the buckets of a group communicate together."""
     ddp_config: Any
     """Its DistributedDataParallelConfig."""
     use_forward_hook: bool
@@ -93,7 +93,7 @@ class Optimizer(Protocol):
         """Free the gradients outside the chunks' buffers."""
 
     def step(self) -> tuple[bool, float | None, int | None]:
-        """Update the parameters: whether it did (fp16 may overflow), the gradient's norm, its number of zeros."""
+        """Update the parameters; return whether it did (fp16 may overflow), the gradient's norm and number of zeros."""
 
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """Multiply a loss by the loss scale."""

@@ -51,7 +51,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
-        # The arguments are what megatron-core gives every core attention. Scaling by layer number leaves no
+        # The arguments are what megatron-core gives every core attention. Scaling by layer number has no
         # effect: it divides before a 16-bit softmax and multiplies inside it, while this softmax is in fp32.
         super().__init__(config=config)
         self.is_causal = attn_mask_type == AttnMaskType.causal
@@ -85,7 +85,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Return the parts of a checkpoint, which are those of megatron-core's local attention."""
+        """Return the parts of a checkpoint, the same as megatron-core's local attention's."""
         sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
@@ -106,7 +106,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """Attend.
+        """Return the attention's output.
 
         Args:
             query: [t, b, n, d].
@@ -125,7 +125,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
         if self.config.sequence_parallel:
             context = self._attend(query, key, value, attention_mask)
         else:
-            # Ranks of a tensor-parallel group hold different heads: dropout takes their own random stream.
+            # Ranks of a tensor-parallel group hold different heads, so that each draws its own dropout masks.
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 context = self._attend(query, key, value, attention_mask)
         return context.permute(2, 0, 1, 3).flatten(2)
@@ -195,9 +195,9 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]  # megatron-core car
 
 
 def torch_block_spec(config: TransformerConfig, model: ModelConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, and the norm after the last one.
+    """Return the layers of this pipeline stage, and the norm after the last one.
 
-    It is megatron-core's local layer with other attention and norms.
+    They are megatron-core's local layers with other attention and norms.
     """
     norm = norm_class(config)
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)

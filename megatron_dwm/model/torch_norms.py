@@ -32,7 +32,7 @@ class TorchLayerNorm(torch.nn.LayerNorm):
         _prepare_weights(self, config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return [t, b, ..] of the same."""
+        """Return the normalized input, in its shape [t, b, ..]."""
         if not self.config.layernorm_zero_centered_gamma:
             return super().forward(x)
         normed = F.layer_norm(x, self.normalized_shape, eps=self.eps)
@@ -49,7 +49,7 @@ class TorchRMSNorm(torch.nn.RMSNorm):
         _prepare_weights(self, config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return [t, b, ..] of the same."""
+        """Return the normalized input, in its shape [t, b, ..]."""
         if not self.config.layernorm_zero_centered_gamma:
             return super().forward(x)
         normed = F.rms_norm(x, self.normalized_shape, eps=self.eps)
@@ -63,7 +63,7 @@ def norm_class(config: TransformerConfig) -> type[TorchLayerNorm | TorchRMSNorm]
 
 def _prepare_weights(norm: TorchLayerNorm | TorchRMSNorm, config: TransformerConfig) -> None:
     norm.config = config
-    if config.layernorm_zero_centered_gamma:  # the weight is added to 1, which 16 bits hold better than the sum
+    if config.layernorm_zero_centered_gamma:  # the parameter is the weight minus 1, which 16 bits hold more precisely
         torch.nn.init.zeros_(norm.weight)
     # Under sequence parallelism each rank norms its part of the sequence; megatron-core sums the gradients of
     # parameters marked so over the tensor-parallel group.
@@ -92,7 +92,7 @@ class _AllHeadsNorm(TorchRMSNorm):
         self.tp_group = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"]).tp
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return [t, b, n, d] of the same; a collective call of the tensor-parallel group."""
+        """Return the normalized heads [t, b, n, d]; a collective call of the tensor-parallel group."""
         ranks = self.tp_group.size()
         if ranks == 1:
             return super().forward(x.flatten(-2)).view_as(x)
@@ -123,18 +123,18 @@ class AllKeysNorm(_AllHeadsNorm):
 
 
 class NormedLinear(MegatronModule):  # type: ignore[misc]  # megatron-core carries no types
-    """The last linear layer of attention or MLP, and a norm of what it returns."""
+    """The last linear layer of attention or MLP, and a norm of its output."""
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **settings: Any) -> None:
         """
         Args:
-            settings: those of a RowParallelLinear.
+            settings: further arguments of RowParallelLinear.
         """
         super().__init__(config=config)
         self.linear = RowParallelLinear(input_size, output_size, config=config, **settings)
         self.post_layernorm = norm_class(config)(config, output_size, config.layernorm_epsilon)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Return [t, b, h], and no bias that is left to be added."""
+        """Return the output [t, b, h], and None instead of a bias that is still to be added."""
         output, bias = self.linear(x)
         return self.post_layernorm(output if bias is None else output + bias), None

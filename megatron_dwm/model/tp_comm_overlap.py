@@ -26,7 +26,7 @@ def check_tp_comm_overlap(parallel: ParallelConfig, impl: str) -> None:
     """Refuse configurations that cannot overlap communication.
 
     Args:
-        impl: what ``resolve_transformer_impl`` returned.
+        impl: the result of ``resolve_transformer_impl``.
 
     Raises:
         UserError: the layers are not Transformer Engine's, or its version is too old, or sequence parallelism is off.
@@ -61,14 +61,14 @@ def read_overlap_settings(path: str | None) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise UserError(f"--tp-comm-overlap-cfg {path}: cannot be read ({reason}); check the file") from None
     if not isinstance(settings, dict):
-        raise UserError(f"--tp-comm-overlap-cfg {path}: no settings with the name of a layer; check the file")
+        raise UserError(f"--tp-comm-overlap-cfg {path}: it does not map names of layers to settings; check the file")
     return settings
 
 
 def buffer_arguments(
     model: ModelConfig, parallel: ParallelConfig, config: TransformerConfig, micro_batch_size: int, modes: Any
 ) -> dict[str, Any]:
-    """Return what Transformer Engine's ``initialize_ub`` is called with.
+    """Return the arguments of Transformer Engine's ``initialize_ub``.
 
     Args:
         modes: Transformer Engine's ``UserBufferQuantizationMode``; None for versions that have none.

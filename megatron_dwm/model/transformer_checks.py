@@ -25,12 +25,13 @@ _DETERMINISTIC = {
 }
 """Environment variables of GPU libraries, and the values that make them deterministic."""
 
-_OF_ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+_ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 """Environment variables of Transformer Engine by which megatron-core chooses the kernels of attention."""
-_CHOSEN = {"flash": "100", "fused": "010", "unfused": "001", "local": "000", "auto": "111"}
+_ATTENTION_VALUES = {"flash": "100", "fused": "010", "unfused": "001", "local": "000", "auto": "111"}
 """Their values for each ``--attention-backend``."""
 
 _FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+"""Minimum compute capability of a GPU for each ``--fp8-recipe``, as Transformer Engine requires."""
 
 
 def check_architecture(
@@ -64,10 +65,10 @@ def check_architecture(
 
 
 def check_layers(model: ModelConfig, parallel: ParallelConfig, impl: str) -> None:
-    """Refuse flags that the layers of ``impl`` (what ``resolve_transformer_impl`` returned) cannot follow.
+    """Refuse flags that the layers of ``impl`` (from ``resolve_transformer_impl``) cannot follow.
 
     Raises:
-        UserError: there is one.
+        UserError: they cannot follow a flag.
     """
     for field in ("dwm_qk_norm_all_heads", "dwm_output_norm"):
         if getattr(model, field) and impl != "torch":
@@ -108,7 +109,7 @@ def check_context_parallelism(parallel: ParallelConfig, impl: str) -> None:
     """Refuse layers that do not attend across context-parallel ranks, or not in the way that is asked for.
 
     Raises:
-        UserError: the layers of ``impl`` (what ``resolve_transformer_impl`` returned) are such.
+        UserError: the layers of ``impl`` (from ``resolve_transformer_impl``) do not.
     """
     if impl == "local":
         raise UserError(
@@ -127,7 +128,7 @@ def check_attention_mask(model: ModelConfig, impl: str, device: torch.device) ->
     """Refuse layers that ignore an explicit attention mask: fused causal attention makes its own.
 
     Raises:
-        UserError: ``impl`` (what ``resolve_transformer_impl`` returned) is such on this device.
+        UserError: the layers of ``impl`` (from ``resolve_transformer_impl``) do so on this device.
     """
     if impl == "transformer_engine":
         raise UserError(
@@ -154,7 +155,7 @@ def check_attention_variables(backend: str, impl: str, environment: MutableMappi
     Raises:
         UserError: a variable contradicts ``--attention-backend``, and the layers are Transformer Engine's.
     """
-    for name, value in zip(_OF_ATTENTION, _CHOSEN[backend], strict=True):
+    for name, value in zip(_ATTENTION_VARIABLES, _ATTENTION_VALUES[backend], strict=True):
         found = environment.get(name, value)
         if found == value:
             continue
@@ -167,7 +168,7 @@ def check_attention_variables(backend: str, impl: str, environment: MutableMappi
 
 
 def check_determinism(impl: str, environment: Mapping[str, str]) -> None:
-    """Refuse ``--deterministic-mode`` on a GPU in an environment that lets libraries be otherwise.
+    """Refuse ``--deterministic-mode`` on a GPU if the environment lets libraries be nondeterministic.
 
     Raises:
         UserError: a variable is not set as it must be.
@@ -181,7 +182,7 @@ def check_determinism(impl: str, environment: Mapping[str, str]) -> None:
 
 
 def check_fp8(model: ModelConfig, capability: tuple[int, int]) -> None:
-    """Refuse FP8 on a GPU that has none.
+    """Refuse FP8 on a GPU that does not support it.
 
     Args:
         capability: the GPU's compute capability.

@@ -57,7 +57,7 @@ def transformer_config(
     optimizer: OptimizerConfig,
     device: torch.device,
     *,
-    resets_attention_mask: bool = False,
+    has_attention_mask: bool = False,
 ) -> TransformerConfig:
     """Return the configuration of the language model's layers, schedule and kernels.
 
@@ -65,7 +65,7 @@ def transformer_config(
     Fused kernels are used if the flags request them and this machine has them.
 
     Args:
-        resets_attention_mask: whether batches come with a mask of their own (``--reset-attention-mask``).
+        has_attention_mask: whether batches have an explicit attention mask (``--reset-attention-mask``).
 
     Raises:
         UserError: flags that contradict each other, or that need something this machine lacks.
@@ -75,7 +75,7 @@ def transformer_config(
     check_layers(model, parallel, impl)
     check_attention_variables(model.attention_backend, impl, os.environ)
     check_tp_comm_overlap(parallel, impl)
-    if resets_attention_mask:
+    if has_attention_mask:
         check_attention_mask(model, impl, device)
     check_recomputation(model, parallel)
     if device.type == "cuda":
@@ -116,7 +116,7 @@ def transformer_config(
 
 
 def has_tanh_gelu(model: ModelConfig) -> bool:
-    """Return whether GELU is its tanh approximation: Megatron-LM's is with the bias fused in, and exact without."""
+    """Return whether GELU is its tanh approximation, as Megatron-LM's is when it is fused with the bias."""
     return model.bias_gelu_fusion and model.add_bias_linear
 
 

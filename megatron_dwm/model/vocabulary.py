@@ -60,7 +60,7 @@ def saved_tokens(arguments: Mapping[str, Any]) -> int | None:
     """Return the tokens of a checkpoint's model if it was imported.
 
     Args:
-        arguments: that the checkpoint was saved with. Earlier versions imported models with ``hf_vocab_size``.
+        arguments: the checkpoint's arguments. Earlier versions imported models with ``hf_vocab_size``.
     """
     found = arguments.get(SOFTMAX_SIZE) or arguments.get("hf_vocab_size")
     return None if found is None else int(found)
@@ -77,7 +77,7 @@ def mask_vocabulary_padding(
         output_layer: a ColumnParallelLinear of logits [s, b, v] that stay split over the tensor-parallel ranks.
 
     Returns:
-        what undoes it; None if this rank has no such rows.
+        the handle that removes the mask; None if this rank has no such rows.
     """
     partition: int = output_layer.output_size_per_partition  # type: ignore[assignment]
     first, _ = VocabUtility.vocab_range_from_per_partition_vocab_size(partition, tp_rank, tp_size)

@@ -19,7 +19,7 @@ class StageMemory:
     stage: int
     layers: int
     parameters: int
-    """Their number."""
+    """Number of parameters."""
     weights: int
     gradients: int
     optimizer: int
@@ -28,7 +28,7 @@ class StageMemory:
     weighting_between_updates: int
     """The weighter, the replay, and the running mean of the target gradient."""
     weighting_in_update: float
-    """What an outer update adds to the peak of plain training, without what is held between updates."""
+    """What an outer update adds to the peak of plain training, beyond the memory held between updates."""
 
     @property
     def plain(self) -> float:

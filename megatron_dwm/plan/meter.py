@@ -1,7 +1,7 @@
 """Counts the bytes that code allocates and sends while it runs.
 
-Everything that torch computes and communicates passes through its dispatcher. A mode there sees the storage of each
-result, and the tensors of each collective call, of real tensors and of fake ones alike.
+Everything that torch computes and communicates passes through its dispatcher. A dispatch mode sees the storage of
+each result and the tensors of each collective call, whether tensors are real or fake.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 SMALL = 256
-"""Payloads of so many bytes or fewer are not counted: single numbers that ranks agree on, such as norms."""
+"""Payloads of at most this many bytes are not counted: single numbers that ranks agree on, such as norms."""
 
 _OPERATIONS = {
     "allreduce": "all-reduce",
@@ -29,7 +29,7 @@ _OPERATIONS = {
     "broadcast": "broadcast",
     "send": "send",
 }
-"""torch's collectives, by the beginning of their names, as they are called here. What is received is not counted."""
+"""Names of collectives here, by the beginning of torch's names. What is received is not counted."""
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Meter(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tree_leaves((args, kwargs)):  # what is not known by now was made before the start
+        for tensor in tree_leaves((args, kwargs)):  # storages that are not known yet were made before the start
             self._note(tensor, is_new=False)
         result = function(*args, **(kwargs or {}))
         if function.namespace == "c10d":
@@ -109,7 +109,7 @@ class Meter(TorchDispatchMode):
             return
         groups = [arg for arg in args if isinstance(arg, torch.ScriptObject)]
         ranks = dist.ProcessGroup.unbox(groups[0]).size()
-        # A gather's whole tensor is its output, a reduction's its input, and the calls name the output first.
+        # The whole tensor is a gather's output or a reduction's input; the output is the first argument.
         whole = args[1] if operation == "reduce-scatter" else args[0]
         payload = sum(tensor.numel() * tensor.element_size() for tensor in tree_leaves(whole))
         if payload > SMALL:

@@ -144,7 +144,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
 
 
 def with_known_layers(config: RunConfig) -> tuple[RunConfig, str]:
-    """Return the configuration with layers that can be built anywhere, and whose they are.
+    """Return the configuration with layers that can be built anywhere, and a description of these layers.
 
     Transformer Engine's layers need a GPU, so torch's layers replace them, without features that only the former have.
 
@@ -166,7 +166,7 @@ def with_known_layers(config: RunConfig) -> tuple[RunConfig, str]:
         **fp8,
         transformer_impl="torch",
         attention_backend="auto",
-        layernorm_zero_centered_gamma=False,  # which its norms do in one kernel
+        layernorm_zero_centered_gamma=False,  # part of the kernel of Transformer Engine's norms
         fp32_residual_connection=False,
         cross_entropy_fusion_impl="native",
         first_last_layers_bf16=False,
@@ -176,7 +176,7 @@ def with_known_layers(config: RunConfig) -> tuple[RunConfig, str]:
     parallel = dataclasses.replace(
         parallel, fp8_param_gather=False, cp_comm_type=["p2p"], hierarchical_context_parallel_sizes=None
     )
-    if weighting.dwm_alignment == "exact":  # which is the same with those layers
+    if weighting.dwm_alignment == "exact":  # which falls back to single samples with Transformer Engine's layers
         weighting = dataclasses.replace(weighting, dwm_alignment="single-sample")
     config = dataclasses.replace(config, model=model, parallel=parallel, weighting=weighting)
     needed = ", which the flags need" if is_default else ""

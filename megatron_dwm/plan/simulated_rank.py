@@ -1,6 +1,6 @@
 """Simulation of one rank of a run: its model is built and run by the same code as in training, but without data.
 
-Tensors are torch's fake ones, which have shapes, types and storages of a size, and no memory. Process groups are
+Tensors are torch's fake ones, which have a shape, a type and a storage size, but no memory. Process groups are
 torch's fake ones, in which every collective call returns at once. Code that depends on values cannot be run this way.
 """
 
@@ -27,7 +27,7 @@ def fake_tensors() -> Iterator[None]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with (
-        # torch converts modules by exchanging tensors, which fake ones do not let it do.
+        # torch converts modules by exchanging tensors, which fake tensors do not support.
         temporary_attributes(torch.nn.Module, {"_apply": _apply}),
         torch.compiler.set_stance("force_eager"),
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -52,11 +52,11 @@ def simulated_rank(
     try:
         build_model_groups(parallel, virtual_stages)
         with ExitStack() as stack:
-            # All ranks would say the same.
+            # All ranks would gather the same objects.
             stack.enter_context(temporary_attributes(dist, {"all_gather_object": _gather_copies}))
             # Random streams are compared, and there is nothing random here.
             stack.enter_context(temporary_attributes(CudaRNGStatesTracker, {"fork": _without_random_stream}))
-            # A mask of torch's that cannot be fake; kernels that know it do not look at it.
+            # torch's mask object cannot be fake, and changes no size.
             stack.enter_context(temporary_attributes(torch_layers, {"causal_lower_right": _no_mask}))
             stack.enter_context(fake_tensors())
             stack.enter_context(_SingleCalls())  # type: ignore[no-untyped-call]
@@ -92,7 +92,7 @@ def gpu_kernels() -> Iterator[None]:
     attention = torch.nn.functional.scaled_dot_product_attention
 
     def attend(*args: Any, dropout_p: float = 0.0, **kwargs: Any) -> torch.Tensor:
-        return attention(*args, **kwargs)  # whose kernel on a CPU knows no dropout; a GPU's keeps nothing for it
+        return attention(*args, **kwargs)  # a CPU's fused kernel has no dropout; a GPU's keeps nothing for it
 
     kernels = {"rms_norm": _rms_norm, "scaled_dot_product_attention": attend}
     with temporary_attributes(torch.nn.functional, kernels):
@@ -134,7 +134,7 @@ def _without_random_stream(tracker: Any, name: Any = None) -> AbstractContextMan
 
 
 def _apply(module: Any, convert: Any, recurse: bool = True) -> Any:
-    """``torch.nn.Module._apply``, which puts converted parameters in the place of others."""
+    """Do as ``torch.nn.Module._apply``, but put new parameters in the place of those that are converted."""
     for child in module.children() if recurse else ():
         _apply(child, convert)
     for name, param in [*module.named_parameters(recurse=False)]:

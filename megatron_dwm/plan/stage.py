@@ -28,7 +28,7 @@ from megatron_dwm.weighting.bilevel.preconditioner import batches
 from megatron_dwm.weighting.bilevel.sample_products import sample_products
 
 RULES_OF_FORWARD_PASSES = ("loss", "linupper", "similarity")
-"""Rules that pass each batch forward once more."""
+"""Rules that make one more forward pass over each batch."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ def measure_stage(model: LanguageModel, weighting: WeightingConfig, micro_batch_
 
 
 _Run = Callable[[Any, int], tuple[AbstractContextManager[Any], int, bool]]
-"""Returns for a chunk and the samples of a microbatch: what its passes run in, the samples that they really have, and
-whether they end with a backward pass."""
+"""Returns, for a chunk and the samples of a microbatch: the context of its passes, the samples that they really have,
+and whether they end with a backward pass."""
 
 
 def _plain(chunk: Any, samples: int) -> tuple[AbstractContextManager[Any], int, bool]:

@@ -45,7 +45,7 @@ def layers_config(config: RunConfig, *, for_gpu: bool) -> TransformerConfig:
         training,
         config.optimizer,
         torch.device("cuda" if for_gpu else "cpu"),
-        resets_attention_mask=config.data.reset_attention_mask,
+        has_attention_mask=config.data.reset_attention_mask,
     )
     core_config.gradient_accumulation_fusion = False
     return core_config

@@ -12,7 +12,7 @@ from megatron_dwm.plan.plan import Plan
 
 GIB = 1024**3
 MAX_ROWS = 8
-"""Stages that are shown; of more than so many, those at both ends."""
+"""Maximum number of stages that are shown; of more stages, those at both ends."""
 
 
 def plan_lines(plan: Plan) -> list[str]:

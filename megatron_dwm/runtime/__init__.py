@@ -1,1 +1,1 @@
-"""Where the run happens: device, process groups, seeds, metrics."""
+"""Processes, devices and logs of a run."""

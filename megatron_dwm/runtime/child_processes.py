@@ -25,16 +25,16 @@ def end_with_parent(parent: int) -> None:
     """Let the kernel kill this process when the thread that has started it ends.
 
     Args:
-        parent: the parent's process number.
+        parent: the parent's process ID.
     """
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before
+    if os.getppid() != parent:  # it ended before the call
         os._exit(1)
 
 
-@functools.cache  # once: the handlers stay, also in children
+@functools.cache  # once: handlers cannot be removed, and children inherit them
 def end_children_with_this_process() -> None:
-    """From now on, kill the children that the main thread forks when this process ends, however it ends."""
+    """Let the kernel kill the children that the main thread forks from now on, when this process ends in any way."""
     forking = threading.local()  # of the forking thread, which is the child's only one
 
     def note_parent() -> None:
@@ -60,6 +60,6 @@ def require_temporary_folder() -> None:
         raise UserError(f"TMPDIR: {error.strerror}; set it to a folder that can be written to") from None
     if (length := len(os.fsencode(folder))) > _LONGEST_TEMPORARY_PATH:
         raise UserError(
-            f"TMPDIR {folder}: its {length} bytes are too many for the sockets of processes; set it to a folder whose "
-            f"path has at most {_LONGEST_TEMPORARY_PATH}, such as /tmp"
+            f"TMPDIR {folder}: its {length} bytes are too many for the path of a socket; set it to a path of at most "
+            f"{_LONGEST_TEMPORARY_PATH}, such as /tmp"
         )

@@ -44,7 +44,7 @@ def sharded_save_options() -> dict[str, str]:
 
 @contextlib.contextmanager
 def common_state_given(read: Callable[[], dict[str, Any]]) -> Iterator[None]:
-    """Inside the context, megatron-core gets a checkpoint's common state from ``read`` instead of a file."""
+    """Make megatron-core get a checkpoint's common state from ``read`` instead of a file, inside the context."""
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies import common
 
@@ -79,7 +79,7 @@ def build_core_tokenizer(flags: Mapping[str, Any]) -> Any:
         "chat_template": None,
         "pad_vocab_size": False,  # the model's padding is this program's
     }
-    if flags["tokenizer_type"] == "NullTokenizer":  # whose end of document is one of the tokens now, not one more
+    if flags["tokenizer_type"] == "NullTokenizer":  # from 0.17 on the size includes the end-of-document token
         renamed["vocab_size"] = flags["vocab_size"] + 1
     return build_newer_tokenizer(Namespace(**{**flags, **renamed}))
 

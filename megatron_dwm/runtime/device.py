@@ -27,7 +27,7 @@ PEAK_FLOPS = {
     "A100": 312e12,
     "L40S": 362e12,
 }
-"""Dense 16-bit operations per second by the vendor's data sheet, by a part of the device's name; the first counts."""
+"""Dense 16-bit FLOP/s in NVIDIA's data sheets, by a part of the device's name; the first match counts."""
 
 
 def select_device(local_rank: int) -> torch.device:
@@ -81,12 +81,12 @@ def _adapt_megatron_to_cpu() -> None:
         module.get_rng_state = lambda *_, **__: torch.get_rng_state()
         module.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
         module.manual_seed = torch.manual_seed
-    # Each would keep every seed, with a traceback, for devices that are never used.
+    # Without such a device, each would queue every seed it is called with, and a traceback, and never free them.
     for unused in (torch.cuda, torch.xpu, torch.mtia):
         unused.manual_seed_all = _CpuAnswer(None)  # type: ignore[attr-defined]
     # Compiling megatron-core's functions would need a C++ compiler, and several seconds.
     torch.compiler.set_stance("force_eager")
-    # On a CPU the "GPU RNG context" is the CPU's stream, which is meant to move.
+    # It warns that the CPU's random state changes inside a context of the GPU's; here the two are the same.
     logging.getLogger(core_random.__name__).setLevel(logging.ERROR)
     core_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
@@ -127,7 +127,7 @@ def _named_as_on_a_gpu(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def type_of(*args: Any, **kwargs: Any) -> Any:
         result = method(*args, **kwargs)
-        # Inside a TorchFunctionMode it is called twice, because torch looks methods up by their names.
+        # The last part only: inside a TorchFunctionMode this runs twice, because torch looks methods up by name.
         return f"torch.cuda.{result.split('.')[-1]}" if isinstance(result, str) else result
 
     return type_of

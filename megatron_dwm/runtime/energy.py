@@ -14,7 +14,7 @@ class EnergyMeter:
     """Energy of all ranks' GPUs while training; without ``--log-energy`` all calls do nothing."""
 
     def __init__(self, *, is_wanted: bool) -> None:
-        """Start.
+        """Start to count energy.
 
         Raises:
             UserError: the flag is given, and there is no GPU or no NVML.

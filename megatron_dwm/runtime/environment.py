@@ -14,7 +14,7 @@ _LAUNCHERS = (
     ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
 )
 """Rank, local rank and world size as torchrun, Open MPI's mpirun, MVAPICH, srun, and the mpiexec of MPICH and Intel set
-them, in the order in which they count."""
+them, in order of precedence."""
 _REMEDY = "start the run with torchrun, srun or mpirun"
 
 
@@ -28,8 +28,8 @@ def environment_rank() -> tuple[int, int, int]:
         # A shell inside an sbatch job also has SLURM_* set: only a step started by srun counts.
         if rank_name.startswith("SLURM_") and "SLURM_STEP_ID" not in os.environ:
             continue
-        # Both, of the same launcher: an image may have WORLD_SIZE set, and processes that took one another's number for
-        # their own would each train alone.
+        # Both from one launcher: an image may have WORLD_SIZE set, and if that were combined with another launcher's
+        # rank, each process could train alone.
         if rank_name in os.environ and size_name in os.environ:
             return _integer(rank_name), _integer(local_name), _integer(size_name)
     for name, other, alone in (("RANK", "WORLD_SIZE", 0), ("WORLD_SIZE", "RANK", 1)):
@@ -43,4 +43,4 @@ def _integer(name: str) -> int:
     try:
         return int(value)
     except ValueError:
-        raise UserError(f"{name}={value}: not a whole number; {_REMEDY}") from None
+        raise UserError(f"{name}={value}: not an integer; {_REMEDY}") from None

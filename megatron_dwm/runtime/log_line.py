@@ -18,8 +18,11 @@ class LossWindow:
     weighting_flops: float = 0.0
     """Operations that plain training would not have needed."""
     advanced: int = 0
+    """Iterations in which the parameters changed."""
     skipped: int = 0
+    """Iterations that the optimizer skipped, because a gradient overflowed."""
     nan: int = 0
+    """Losses that were not finite, in skipped iterations."""
 
     def add(self, losses: Mapping[str, float], skipped: bool, weighting_flops: float = 0.0) -> None:
         """Add one iteration; the losses of a skipped one do not count."""
@@ -145,14 +148,14 @@ def duration(seconds: float) -> str:
 
 
 def validation_line(prefix: str, loss: float, label: str | None = None, name: str | None = None) -> str:
-    """Megatron-LM's report of an evaluation, between rules.
+    """Return Megatron-LM's report of an evaluation, between lines of dashes.
 
     Args:
         label: label of the validation set, if there are several: its number, or its name in the flags.
         name: name of that set, which Megatron-LM does not log.
     """
     suffix, ours = ("", "") if label is None else (f"-{label}", f"dwm set: {name} | ")
-    ppl = math.exp(min(20, loss))
+    ppl = math.exp(min(20, loss))  # Megatron-LM's limit
     text = f" validation{suffix} loss at {prefix} | lm loss value: {loss:.6E} | lm loss PPL: {ppl:.6E} | {ours}"
     rule = "-" * (len(text) + 1)
     return f"{rule}\n{text}\n{rule}"
@@ -169,5 +172,5 @@ def task_line(iteration: int, task: str, items: int, metrics: Mapping[str, Mappi
 
 
 def event_line(event: str) -> str:
-    """Megatron-LM's line for the time at which something happened."""
+    """Return Megatron-LM's line for the time of an event."""
     return f"[{event}] datetime: {timestamp()} "

@@ -24,7 +24,7 @@ EVERY_RANK = {"printing_rank": "every"}
 
 
 class _RankHandler(logging.Handler):
-    """Prints the messages that this rank should print."""
+    """Handler of the messages that this rank should print."""
 
     def __init__(self, rank: int, world_size: int, *, may_lose: bool) -> None:
         super().__init__()
@@ -38,8 +38,8 @@ class _RankHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        # The streams are looked up at each message: so that later redirections have an effect. A line and its end are
-        # written in one piece, since other ranks write to the same screen.
+        # The streams are looked up at each message, so that later redirections have an effect. A line and its end are
+        # written in one call, because other ranks print on the same screen.
         try:
             if record.levelno >= logging.WARNING:
                 print(f"{record.levelname.lower()}: {text}\n", file=sys.stderr, end="", flush=True)
@@ -62,7 +62,7 @@ class _RankHandler(logging.Handler):
 
 
 def _discard_unwritten() -> None:
-    """Discard what could not be written, which Python would try again when it ends, and then exit with code 120."""
+    """Discard what could not be written: at its end Python would try again, and exit with code 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -28,7 +28,7 @@ LINGER_SECONDS = 4 * POLL_SECONDS
 
 
 class PeerWatch:
-    """Ends this rank if another one has failed, and tells the others if this one has."""
+    """Watch that ends this rank if another one has failed, and reports this rank's failure to the others."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class PeerWatch:
             signals.end = self.end_signaled
 
     def start(self) -> None:
-        """From now on, end this process if another one reports a failure, or stops answering during start-up.
+        """Start the watch: end this process if another one reports a failure, or stops answering during start-up.
 
         A rank that waits in a collective for one that has failed would otherwise wait until the collective's timeout.
         It ends within :data:`POLL_SECONDS`, with the exit code of a user's error or 1.
@@ -128,7 +128,7 @@ class PeerWatch:
                 time.sleep(0.1)
         except RuntimeError:  # the first rank has stopped waiting, or was killed too
             return silent
-        self._everybody_knows = True  # except those that cannot
+        self._everybody_knows = True  # all that can answer
         return silent
 
     def _description(self, error: BaseException) -> str:
@@ -177,8 +177,8 @@ class PeerWatch:
 
     def _linger(self, store: dist.Store) -> None:
         deadline = time.monotonic() + LINGER_SECONDS
-        everybody = [f"read/{rank}" for rank in range(self.world_size)]
-        while self.rank == 0 and time.monotonic() < deadline and not store.check(everybody):
+        answers = [f"read/{rank}" for rank in range(self.world_size)]
+        while self.rank == 0 and time.monotonic() < deadline and not store.check(answers):
             time.sleep(0.1)
 
     def _watch(self) -> None:

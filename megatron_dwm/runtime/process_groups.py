@@ -81,8 +81,8 @@ class ParallelState:
         """Whether this rank is on the last pipeline stage, which computes the losses."""
         return self.pp_rank == self.pp_size - 1
 
-    # A replica is a model-parallel group on each context-parallel rank. It has no group of its own: what concerns it
-    # goes over the two groups one after the other.
+    # A replica is a model-parallel group on each context-parallel rank. It has no process group: its collectives run
+    # over the model-parallel and the context-parallel group, one after the other.
 
     def broadcast_over_replica(self, tensor: torch.Tensor) -> None:
         """Overwrite ``tensor`` with that of the replica's first rank; a collective call of the replica."""
@@ -127,7 +127,7 @@ def build_model_groups(parallel: ParallelConfig, virtual_stages: int | None) -> 
     """Build megatron-core's groups of the processes that have joined; every process calls it."""
     from megatron.core import parallel_state as mpu
 
-    # Without it the groups of experts, of which there are none, could not be ordered so.
+    # megatron-core accepts this order only if experts (there are none) have the same data-parallel size as the rest.
     expert_size = parallel.tp * parallel.cp if parallel.use_tp_pp_dp_mapping else None
     mpu.initialize_model_parallel(
         parallel.tp,

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class JsonLinesWriter:
-    """Appends records to a file, one JSON object per line, each flushed when written.
+    """Writer of records to a file, one JSON object per line, each flushed when written.
 
     A resumed run removes the records that it will write again. A run that starts from scratch renames another run's
     records to a name with their time. A log never stops training: lines that are not records are moved to
@@ -46,7 +46,7 @@ class JsonLinesWriter:
         """
         self._path, self._has_failed = path, False
         if path.is_fifo():  # opening it would wait for a reader
-            raise UserError(f"--metrics-jsonl {path}: is a named pipe; give another path")
+            raise UserError(f"--metrics-jsonl {path} is a named pipe; give another path")
         try:
             if path.is_file():
                 self._open_locked().close()  # before another run's file is replaced
@@ -88,7 +88,7 @@ class JsonLinesWriter:
         """Append one record; numbers that are not finite, which JSON does not support, become null."""
         try:
             if not self._path.exists():
-                logger.warning(f"{self._path}: was removed; earlier records are lost", extra=EVERY_RANK)
+                logger.warning(f"{self._path} was removed; earlier records are lost", extra=EVERY_RANK)
                 self._file = self._open()
             self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
             self._file.flush()
@@ -170,7 +170,7 @@ class ScalarWriter(Protocol):
 
 
 class _Curves:
-    """Curves, which never stop training: if they cannot be written, there is one warning, and no more are written."""
+    """A writer of curves that never stops training: if a value cannot be written, it warns once and writes no more."""
 
     def __init__(self, name: str, *errors: type[Exception]) -> None:
         """
@@ -194,7 +194,7 @@ class _Curves:
 
 
 class TensorBoardWriter(_Curves):
-    """Writes curves to TensorBoard under Megatron-LM's names."""
+    """Writer of curves to TensorBoard, under Megatron-LM's names."""
 
     def __init__(self, folder: str, queue_size: int) -> None:
         """

@@ -22,8 +22,9 @@ import torch.distributed as dist
 from megatron_dwm.errors import EXIT_CODE, PeerError, UserError, print_error, shortened
 
 KeysExist = Callable[[list[str]], bool]
-"""Whether the store holds keys."""
-PATH = "ranks"
+"""A function that returns whether the store holds all of some keys."""
+PREFIX = "ranks"
+"""Prefix of this module's keys in the store."""
 STARTUP_OVER = "over"
 """Replaces the heartbeat of a rank whose start-up is over."""
 LINGER_SECONDS = 5.0
@@ -44,12 +45,12 @@ def free_port() -> int:
 
 
 class StoreWatch:
-    """Ends this process when the store no longer answers: requests to it have no timeout."""
+    """Watch that ends this process when the store no longer answers, because requests to it have no timeout."""
 
     def __init__(self, timeout: timedelta, seconds: float) -> None:
         """
         Args:
-            seconds: between two checks.
+            seconds: interval of the checks.
         """
         self._timeout, self._seconds, self._answers = timeout, seconds, 0
         self._ended = threading.Event()
@@ -67,11 +68,11 @@ class StoreWatch:
         self._ended.set()
 
     def _watch(self) -> None:
-        answers, silent_looks = -1, 0
+        answers, silent_checks = -1, 0
         while not self._ended.wait(self._seconds):
-            silent_looks = silent_looks + 1 if self._answers == answers else 0
+            silent_checks = silent_checks + 1 if self._answers == answers else 0
             answers = self._answers
-            if silent_looks * self._seconds >= self._timeout.total_seconds():
+            if silent_checks * self._seconds >= self._timeout.total_seconds():
                 print_error(no_answer_error([0], self._timeout))
                 os._exit(EXIT_CODE)
 
@@ -96,7 +97,7 @@ def join_ranks(rank: int, world_size: int, timeout: timedelta, store_watch: Stor
     except RuntimeError as error:
         reason = shortened(str(error).splitlines()[0], 150)
         raise UserError(f"{point}: the rendezvous cannot be opened ({reason}); give another address or port") from None
-    ranks = dist.PrefixStore(PATH, store)
+    ranks = dist.PrefixStore(PREFIX, store)
     if world_size > 1:
         store_watch.start()
 
@@ -131,14 +132,14 @@ class Heartbeats:
         """
         Args:
             store: a separate connection.
-            seconds: between two checks.
+            seconds: interval of the checks.
         """
-        self._ranks, self._rank, self._timeout = dist.PrefixStore(PATH, store), rank, timeout
+        self._ranks, self._rank, self._timeout = dist.PrefixStore(PREFIX, store), rank, timeout
         others = list(range(1, world_size)) if rank == 0 else [0]
         self._heartbeats: dict[int, bytes] = dict.fromkeys(others, b"")
-        # Looks are counted, not seconds: a job that is suspended as a whole does not get older.
-        self._looks = dict.fromkeys(others, 0)
-        self._most_looks = max(1, round(timeout.total_seconds() / seconds))
+        # Checks are counted, not seconds, so that a job that was suspended does not find all ranks silent.
+        self._silent_checks = dict.fromkeys(others, 0)
+        self._max_silent_checks = max(1, round(timeout.total_seconds() / seconds))
 
     def beat(self) -> None:
         """Increment this rank's heartbeat."""
@@ -157,9 +158,9 @@ class Heartbeats:
         found = self._ranks.multi_get([str(rank) for rank in self._heartbeats])
         for rank, heartbeat in zip(self._heartbeats, found, strict=True):
             is_alive = heartbeat != self._heartbeats[rank] or heartbeat == STARTUP_OVER.encode()
-            self._looks[rank] = 0 if is_alive else self._looks[rank] + 1
+            self._silent_checks[rank] = 0 if is_alive else self._silent_checks[rank] + 1
             self._heartbeats[rank] = heartbeat
-        if silent := [rank for rank, looks in self._looks.items() if looks >= self._most_looks]:
+        if silent := [rank for rank, checks in self._silent_checks.items() if checks >= self._max_silent_checks]:
             raise no_answer_error(silent, self._timeout)
 
 
@@ -208,7 +209,7 @@ def _wait_until_reachable(host: str, port: int, timeout: timedelta) -> None:
 
 
 def _find_missing_ranks(ranks: dist.Store, has: KeysExist, world_size: int, timeout: timedelta) -> list[int]:
-    """Return the missing ranks, and tell the other ranks; called on the first rank."""
+    """Return the missing ranks, and report them to the other ranks; called on the first rank."""
     expected = [str(rank) for rank in range(world_size)]
     has_all = _wait_for(lambda: has(expected), timeout)
     missing = [] if has_all else [rank for rank in range(world_size) if not has([str(rank)])]
@@ -233,10 +234,10 @@ def _receive_missing_ranks(ranks: dist.Store, has: KeysExist, rank: int, timeout
     return missing
 
 
-def _wait_for(is_so: Callable[[], bool], timeout: timedelta) -> bool:
+def _wait_for(condition: Callable[[], bool], timeout: timedelta) -> bool:
     """Poll a condition, with growing intervals, until it holds or the time is up; return whether it holds."""
     deadline, pause = time.monotonic() + timeout.total_seconds(), 0.02
-    while not (found := is_so()) and time.monotonic() < deadline:
+    while not (found := condition()) and time.monotonic() < deadline:
         time.sleep(pause)
         pause = min(1.0, pause * 1.5)
     return found

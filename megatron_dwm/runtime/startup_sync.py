@@ -21,7 +21,7 @@ from megatron_dwm.runtime.rendezvous import StoreWatch, free_port, join_ranks, r
 from megatron_dwm.runtime.stop_signals import StartSignals
 
 PATIENCE = timedelta(hours=2)
-"""Long, because one rank may build a large dataset's index while the others wait."""
+"""Timeout of a phase. It is long, because one rank may build a large dataset's index while the others wait."""
 
 
 class StartupSync:
@@ -56,7 +56,7 @@ class StartupSync:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Run a block on every rank; if any rank's raises a UserError, all ranks raise one.
+        """Run a block on every rank; if it raises a UserError on any rank, all ranks raise one.
 
         The rank whose error arrives first raises it unchanged; the others raise a :class:`PeerError`, so that it is
         printed once. The block must not wait for other ranks after a point at which it can raise.
@@ -71,8 +71,8 @@ class StartupSync:
         except dist.DistStoreError:
             missing = [rank for rank in range(self.world_size) if not self._phases.check([f"{name}/arrived/{rank}"])]
             raise UserError(
-                f"{rank_names(missing)} did not get past the check of the {name} in {PATIENCE}; see what is printed "
-                "there"
+                f"{rank_names(missing)} did not complete the phase {name} of the start-up within {PATIENCE}; see what "
+                "is printed there"
             ) from None
         except RuntimeError:
             self.peers.is_store_lost = True

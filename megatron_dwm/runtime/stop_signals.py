@@ -37,7 +37,7 @@ def start_signal_error(name: str) -> UserError:
 
 
 class StartSignals:
-    """Ends a process that is signaled during start-up, when there is nothing to save.
+    """Handling of signals during start-up, when there is nothing to save: they end the process.
 
     This is done by a thread, because Python runs signal handlers only in the main thread, which may be waiting inside
     a library: for other ranks, or until an index is built.

@@ -44,7 +44,7 @@ class StragglerReport:
         )
 
     def reading(self) -> AbstractContextManager[Any]:
-        """Return a block in which the batch of a step is read."""
+        """Return the context in which the batch of a step must be read."""
         return nullcontext() if self._detector is None else self._detector(bdata=True)
 
     @property
@@ -57,7 +57,7 @@ class StragglerReport:
         self._operations, self._iterations = self._operations + operations, self._iterations + 1
 
     def report(self) -> None:
-        """Print a report since the last one; collective."""
+        """Print a report on the steps since the last one; collective."""
         if self._detector is not None and self._iterations > 0:
             self._detector.report(self._operations, self._iterations)
         self._operations, self._iterations = 0.0, 0

@@ -44,7 +44,7 @@ class StepTimers:
         """Whether the times are written to TensorBoard."""
 
     def timed(self, name: str) -> AbstractContextManager[None]:
-        """Return a block that the timer ``name`` (of this module's) runs for; collective if level 1 has barriers."""
+        """Return a context that the timer ``name``, one of this module's, times; collective if level 1 has barriers."""
         if self._timers is None or _LEVELS[name] > self._level:
             return nullcontext()
         return self._timed(self._timers(name, log_level=_LEVELS[name]), _LEVELS[name] == 1 and self._has_barrier)
@@ -56,10 +56,10 @@ class StepTimers:
         timer.stop()
 
     def attached(self, *configs: Any) -> AbstractContextManager[None]:
-        """Return a block in which megatron-core's timers are active.
+        """Return a context in which megatron-core's timers are active.
 
         Args:
-            configs: megatron-core's, of the model and of the optimizer.
+            configs: megatron-core's configurations of the model and of the optimizer.
         """
         return nullcontext() if self._timers is None else self._attached(configs)
 
@@ -74,12 +74,12 @@ class StepTimers:
                 config.timers = None
 
     def largest(self, iterations: int) -> dict[str, float]:
-        """Return the largest time of each timer over all ranks, in seconds an iteration; collective.
+        """Return the largest time of each timer over all ranks, in seconds per iteration; collective.
 
         Timers that no rank has used are left out. Nothing is reset.
 
         Args:
-            iterations: over which the times were taken.
+            iterations: number of iterations since the timers were reset.
         """
         if self._timers is None:
             return {}
@@ -92,10 +92,10 @@ class StepTimers:
         return {name: value / iterations for name, value in zip(names, seconds.tolist(), strict=True) if value > 0}
 
     def text(self, iterations: int, *, should_reset: bool) -> str | None:
-        """Return Megatron-LM's lines, which have milliseconds an iteration; collective.
+        """Return Megatron-LM's lines, with milliseconds per iteration; collective.
 
         Args:
-            iterations: over which the times were taken.
+            iterations: number of iterations since the timers were reset.
             should_reset: whether the timers are reset.
 
         Returns:

@@ -57,6 +57,7 @@ from megatron_dwm.weighting.policy import PER_PARAMETER
 logger = logging.getLogger(__name__)
 
 KEPT_NON_PERSISTENT = 2
+"""The one that is being written, and the one before it, which a run that is killed meanwhile continues from."""
 
 
 class CheckpointWriter:
@@ -114,10 +115,10 @@ class CheckpointWriter:
         flags, iteration = self.flags, train_state.iteration
         save = flags.save or "."
         root = Path(save) if persistent else non_persistent_folder(flags, save)
-        if not _all_finite(param.detach() for chunk in self.components.chunks for param in chunk.parameters()):
+        if not _are_all_finite(param.detach() for chunk in self.components.chunks for param in chunk.parameters()):
             logger.warning(f"no checkpoint of iteration {iteration} is written: the parameters are not finite")
             return
-        if not _all_finite(_optimizer_state(self.components.optimizer)):
+        if not _are_all_finite(_optimizer_state(self.components.optimizer)):
             logger.warning(
                 f"the checkpoint of iteration {iteration}: the optimizer's state is not finite, so parameters stay as "
                 "they are; continue from an earlier one, with a lower --lr or with --clip-grad"
@@ -302,8 +303,8 @@ class CheckpointWriter:
         )
 
 
-def _all_finite(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether all tensors, on all ranks, are finite."""
+def _are_all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Return whether all tensors, on all ranks, are finite."""
     bad = torch.zeros((), device=current_device())
     for tensor in tensors:
         bad += (~torch.isfinite(tensor)).any().to(bad.device)
@@ -326,7 +327,7 @@ def _write_with_checksums(write: Callable[..., None], folder: Path, rank: int, b
 
 
 def _is_unretained(previous: Path | None, current: Path, retain_interval: int | None) -> bool:
-    """Whether the checkpoint before this one is not retained."""
+    """Return whether the checkpoint before this one is not retained."""
     if retain_interval is None or previous is None or previous == current or previous.is_symlink():
         return False
     return iteration_of(previous) % retain_interval != 0  # 0, a release, is kept

@@ -172,6 +172,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def comparable(common: dict[str, Any]) -> dict[str, Any]:
-    """Return the common state without what may differ between ranks: the order of the optimizer's parameter groups."""
+    """Return the common state without the optimizer's, whose parameter groups may be in another order on each rank."""
     kept = {key: value for key, value in common.items() if key != "optimizer"}
     return kept | {"args": vars(common["args"])}

@@ -32,7 +32,7 @@ def iteration_of(folder: Path) -> int:
 
 
 def is_iteration(text: str) -> bool:
-    """Whether text is the number of an iteration: ASCII digits, and not more than a checkpoint can hold."""
+    """Return whether text is the number of an iteration: ASCII digits, and not more than a checkpoint can hold."""
     return text.isascii() and text.isdigit() and len(text) < 20
 
 
@@ -43,7 +43,7 @@ def rank_file(folder: Path, tp_rank: int, pp_rank: int, pp_size: int) -> Path:
 
 
 def has_torch_format(folder: Path) -> bool:
-    """Whether a checkpoint is in Megatron-LM's older format, ``torch``."""
+    """Return whether a checkpoint is in Megatron-LM's older format, ``torch``."""
     return first_rank_file(folder) is not None
 
 
@@ -102,12 +102,12 @@ def saved_arguments(flags: CheckpointConfig) -> dict[str, Any]:
 
 
 def is_first_start(flags: CheckpointConfig) -> bool:
-    """Whether ``--load`` is the ``--save`` folder of a run that has not saved anything yet."""
+    """Return whether ``--load`` is the ``--save`` folder of a run that has not saved anything yet."""
     if flags.load is None or flags.save is None or flags.finetune:
         return False
     root = Path(flags.load)
     is_same = root.resolve() == Path(flags.save).resolve()
-    return is_same and (not root.exists() or (root.is_dir() and not _looks_like_checkpoints(root)))
+    return is_same and (not root.exists() or (root.is_dir() and not _has_checkpoints(root)))
 
 
 def older_checkpoints(folder: Path) -> list[Path]:
@@ -129,7 +129,7 @@ def tracked(root: Path) -> Path | None:
         UserError: the tracker's content is not Megatron-LM's.
     """
     path = root / TRACKER
-    if path.is_dir():  # else the first save would find out
+    if path.is_dir():  # refused now, and not at the first save
         raise UserError(f"{path}: is a folder where a file belongs; remove it")
     if not path.is_file():
         return None
@@ -182,12 +182,12 @@ def _what_is_there(root: Path) -> str:
         step = root.name.removeprefix("iter_").lstrip("0")
         named = f", and --ckpt-step {step}" if root.name.startswith("iter_") and is_iteration(step) else ""
         return f"is one checkpoint; give the folder that it is in, {root.parent}{named}"
-    if _looks_like_checkpoints(root):
+    if _has_checkpoints(root):
         return f"holds checkpoints but no {TRACKER}; {_other_steps(root)}"
     return f"no {TRACKER} there; check the path, or leave it out to start from scratch"
 
 
-def _looks_like_checkpoints(root: Path) -> bool:
+def _has_checkpoints(root: Path) -> bool:
     names = (RELEASE, "metadata.json", "common.pt")
     return bool(checkpoints_in(root)) or any((root / name).exists() for name in names)
 

@@ -55,14 +55,14 @@ def load_checkpoint(
         UserError: the checkpoint's tensors do not fit the model, or its files are damaged.
     """
     flags = config.checkpoint
-    starts_anew = flags.finetune or saved.is_release
+    is_new_run = flags.finetune or saved.is_release
     with_optimizer = should_load_optimizer(config.checkpoint, saved)
-    with_rng = not (starts_anew or flags.no_load_rng) and _has_rng(saved)
+    with_rng = not (is_new_run or flags.no_load_rng) and _has_rng(saved)
     if with_rng and not has_same_layout(config.parallel, saved):
         logger.info(" > the random state is not loaded: it belongs to another TP or PP size")
         with_rng = False
 
-    with_weighting = config.weighting.has_trainable_weighter and not starts_anew
+    with_weighting = config.weighting.has_trainable_weighter and not is_new_run
     if isinstance(saved, TorchCheckpoint):
         state = load_torch_state(saved, components, parallel_state, with_optimizer=with_optimizer)
     else:
@@ -78,7 +78,7 @@ def load_checkpoint(
     if with_optimizer:
         _resume_schedule(config, saved, components)
     else:
-        if not starts_anew:
+        if not is_new_run:
             reason = "--no-load-optim" if flags.no_load_optim else "the checkpoint holds no optimizer state"
             logger.info(f" > {reason}: optimizer and schedule start from scratch, warm-up included")
         if config.optimizer.fp16 or config.optimizer.bf16:
@@ -86,7 +86,7 @@ def load_checkpoint(
     if with_rng:
         set_rng_state(state["rng_state"][0])
     dist.barrier()
-    dwm_state = {} if starts_anew else saved.read_dwm_state()
+    dwm_state = {} if is_new_run else saved.read_dwm_state()
     if with_weighting and (per_parameter := _per_parameter(state, components)):
         dwm_state[PER_PARAMETER] = per_parameter
     return _saved_counters(flags, saved), dwm_state
@@ -101,7 +101,7 @@ def _resume_schedule(config: RunConfig, saved: SavedCheckpoint, components: Trai
 
 
 def _saved_counters(flags: CheckpointConfig, saved: SavedCheckpoint) -> TrainState:
-    """Return the counters from which a run continues: the operations alone with ``--finetune``."""
+    """Return the counters from which a run continues; with ``--finetune`` only the number of operations."""
     operations = saved.common.get("num_floating_point_operations_so_far", 0)
     if flags.finetune:
         return TrainState(num_floating_point_operations_so_far=operations)
@@ -202,7 +202,7 @@ def _load_sharded(saved: SavedCheckpoint, flags: CheckpointConfig, template: dic
                 raise
             raise UserError(
                 f"--load {saved.folder.parent}: --dist-ckpt-strictness {flags.dist_ckpt_strictness}: "
-                f"{short_reason(error)}; give another or the flags that it was saved with"
+                f"{short_reason(error)}; give another strictness, or the flags that the checkpoint was saved with"
             ) from None
     if not flags.dist_ckpt_strictness.startswith("return"):
         return dict(loaded)

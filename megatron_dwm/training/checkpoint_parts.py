@@ -24,7 +24,7 @@ def read_part(folder: Path, metadata: Any, key: str, first: Sequence[int], targe
     """Read the part of a tensor that begins at ``first`` and has the shape of ``target`` into ``target``.
 
     Args:
-        folder: the checkpoint's.
+        folder: the checkpoint's folder.
         metadata: torch's description of the checkpoint.
     """
     planner = _PartPlanner(key, metadata.state_dict_metadata[key], first)
@@ -41,7 +41,7 @@ class _PartPlanner(DefaultLoadPlanner):
     def __init__(self, key: str, description: Any, first: Sequence[int]) -> None:
         """
         Args:
-            key: the tensor's.
+            key: the tensor's key.
             description: the tensor's entry in the checkpoint's metadata.
             first: first index of the part in each dimension.
         """
@@ -86,7 +86,7 @@ def write_parts(
     """Write tensors and objects as a checkpoint's ``.distcp`` files, with one part in memory at a time.
 
     Args:
-        folder: the checkpoint's.
+        folder: the checkpoint's folder.
         on_write: called with the size in bytes of each part.
     """
     from torch.distributed.checkpoint.api import CheckpointException  # a BaseException: nothing else catches it

@@ -148,7 +148,7 @@ class Dataloaders:
             loader.close()
 
     def _evaluated_splits(self) -> tuple[bool, bool]:
-        """Whether there is validation and test data; rank 0, which reads the data, broadcasts it."""
+        """Return whether there is validation and test data; rank 0, which reads the data, broadcasts it."""
         present = [self.datasets.valid is not None, self.datasets.test is not None]
         dist.broadcast_object_list(present, src=0)
         asked = (self.data.has_validation, self.data.eval_iters > 0)

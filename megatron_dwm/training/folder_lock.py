@@ -30,11 +30,11 @@ LOCK = ".lock"
 HEARTBEAT = ".lock.heartbeat"
 HEARTBEAT_SECONDS = 10.0
 LEASE_SECONDS = 60.0
-"""A holder whose heartbeat has not moved for this long is considered killed."""
+"""A holder whose heartbeat has not moved for this long is considered killed: it has missed five beats."""
 VISIBLE_SECONDS = 60.0
 """How long a shared file system may take to show a new file to other machines: NFS's default ``acdirmax``."""
 SETTLE_SECONDS = 2.0
-"""If several processes come at once, the last one to write its name has the folder."""
+"""How long a process without a lock waits before it reads who holds the folder: the last one that wrote its name."""
 
 
 class FolderLock:
@@ -98,7 +98,7 @@ class FolderLock:
         """Wait until the heartbeat of a holder that the lock does not reveal has not moved for long enough.
 
         Raises:
-            UserError: it moves.
+            UserError: the heartbeat moves.
         """
         before = self._heartbeat()
         deadline = time.monotonic() + LEASE_SECONDS - self._age_of(before)
@@ -169,7 +169,7 @@ def heartbeat_age(folder: Path) -> float | None:
 
 
 def visible_holder(folder: Path) -> str:
-    """Return who holds ``folder``, as another process than the holder sees it; waits until somebody does."""
+    """Return who holds ``folder``, as another process than the holder sees it; waits until a process does."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     while True:
         with contextlib.suppress(OSError), (folder / LOCK).open(encoding="utf-8") as file:
@@ -180,7 +180,7 @@ def visible_holder(folder: Path) -> str:
 
 
 def _recorded_holder(file: TextIO) -> dict[str, Any] | None:
-    """Return what the lock's file says about its holder; None if it says nothing."""
+    """Return the holder that the lock's file records; None if it records none."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         file.seek(0)
         holder = json.loads(file.readline())

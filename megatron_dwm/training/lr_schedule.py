@@ -69,8 +69,8 @@ class Schedule:
 
         Args:
             state: the schedule's state, as megatron-core saves it.
-            arguments: the checkpoint's arguments, which contain what that state lacks.
-            flags: used for what neither contains.
+            arguments: the checkpoint's arguments, for values that the state lacks.
+            flags: the flags' schedule, for values that neither contains.
         """
         found = {field.name: state[field.name] for field in dataclasses.fields(Schedule) if field.name in state}
         if "global_batch_size" in arguments:
@@ -185,7 +185,7 @@ def choose_schedule(
 def _rest_of_decay(schedule: Schedule, consumed: int, batch: int) -> tuple[str, ...]:
     """Return a message on how long the learning rate still decays in a run with another batch size.
 
-    The number of iterations does not tell, because the first ones had batches of another size.
+    The flags do not show it, because the first iterations had batches of another size.
     """
     if schedule.lr_decay_style == "constant":
         return ()

@@ -30,9 +30,9 @@ class MemoryReport:
         self._first_reports_left = 2
 
     def after_log_line(self, iteration: int) -> None:
-        """Log the memory at the first two lines, by when the optimizer's state is in it, and then if asked to.
+        """Log the memory after the first two log lines, when it includes the optimizer's state, then at an interval.
 
-        The estimate is logged once, and not without a GPU: it is one of mixed precision there.
+        The estimate is logged once, and only with a GPU, because it is for training in mixed precision.
         """
         interval = self.flags.log_memory_interval
         if not self._has_estimated and torch.cuda.is_available():

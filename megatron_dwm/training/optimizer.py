@@ -70,5 +70,5 @@ def _initial_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], para
 
 
 def has_steps_in_groups(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether Adam counts its steps per parameter group (Transformer Engine, Apex), not per parameter."""
+    """Return whether Adam counts its steps per parameter group (Transformer Engine, Apex), not per parameter."""
     return not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))

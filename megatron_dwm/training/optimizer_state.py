@@ -68,7 +68,7 @@ class NativeState:
         return {"optimizer": state}
 
     def apply(self, loaded: Mapping[str, Any]) -> None:
-        """Take the loaded state."""
+        """Put the loaded state into the optimizer."""
         load_optimizer(self.optimizer, loaded["optimizer"])
 
 
@@ -233,7 +233,7 @@ def unpack_buckets(
 def _sharded_parameters(
     components: TrainComponents, sharded_model: Mapping[str, Any]
 ) -> Iterator[tuple[torch.nn.Parameter, Any]]:
-    """Return the parameters with megatron-core's description of their place in the checkpoint."""
+    """Yield the parameters with megatron-core's description of their place in the checkpoint."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
     for number, chunk in enumerate(components.chunks):

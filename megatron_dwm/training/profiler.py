@@ -44,9 +44,9 @@ class StepProfiler:
         self._profiler: Any = None
         self._ranges: Any = None
         self._is_profiled = flags.profile and rank in flags.profile_ranks
-        self._writes_memory = flags.record_memory_history and is_last_rank
+        self._should_write_memory = flags.record_memory_history and is_last_rank
         if flags.record_memory_history:
-            torch.cuda.memory._record_memory_history(max_entries=100_000)  # noqa: SLF001 - documented so
+            torch.cuda.memory._record_memory_history(max_entries=100_000)  # noqa: SLF001 - documented under this name
         if self._is_profiled and flags.use_pytorch_profiler:
             self._profiler = self._started(str(tensorboard_dir))
 
@@ -91,7 +91,7 @@ class StepProfiler:
 
     def write_memory(self) -> None:
         """Write the GPU's allocations to ``--memory-snapshot-path``."""
-        if self._writes_memory:
+        if self._should_write_memory:
             with _lost_if_unwritable(f"--memory-snapshot-path {self._flags.memory_snapshot_path}"):
                 torch.cuda.memory._dump_snapshot(self._flags.memory_snapshot_path)  # noqa: SLF001
 

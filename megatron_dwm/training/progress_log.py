@@ -41,7 +41,7 @@ class ProgressLog:
     def saved(self, train_state: TrainState, *, is_async: bool) -> None:
         """Write a line that a checkpoint was saved, or is being saved, with the run's throughput.
 
-        The cumulative throughput is that since the first job of so many processes started.
+        The cumulative throughput counts from the start of the first job with the current number of processes.
         """
         if self._path is None:
             return

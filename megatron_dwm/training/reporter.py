@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """What reports say of a run in all of its steps."""
+    """Facts about a run that reports use in every step."""
 
     train_iters: int
     batch_size: int
@@ -76,7 +76,7 @@ class Reporter:
         """Start of the log line's window, shifted by the time that is not training."""
         self.step_since = self.since
         """Time of the last reported step, shifted by the time that is not training."""
-        self.first_step = True
+        self.is_first_step = True
 
     def step(
         self,
@@ -134,12 +134,12 @@ class Reporter:
             }
         )
         # As in Megatron-LM, the first step has a separate line, and counts again in the next one.
-        if self.first_step or train_state.iteration % self.flags.log_interval == 0:
+        if self.is_first_step or train_state.iteration % self.flags.log_interval == 0:
             self._log_line(train_state, result, learning_rate, loss_scale, params_norm, weighting, batch_size)
-            if not self.first_step:
+            if not self.is_first_step:
                 self.window = LossWindow()
                 self.since = time.perf_counter()
-        self.first_step = False
+        self.is_first_step = False
 
     def record(self, *records: dict[str, Any]) -> None:
         """Write records to the JSON lines; an outer update's has a log line and curves too."""
@@ -261,7 +261,7 @@ class Reporter:
         if self.flags.log_throughput and weighting:
             added = self.window.weighting_flops / self.window.iterations
             extra["dwm throughput per GPU (TFLOP/s/GPU)"] = (flops + added) * per_flop
-        if not self.first_step:  # the first step includes start-up costs
+        if not self.is_first_step:  # the first step includes start-up costs
             tokens = batch_size * self.run.seq_length / (seconds * self.parallel_state.world_size)
             seconds_left = seconds * (self.run.train_iters - train_state.iteration)
             extra |= Speed(tokens, flops * per_flop, self.run.peak_tflops, seconds_left).figures()
@@ -302,13 +302,13 @@ class Reporter:
         interval = self.flags.log_interval
         if self.timers.has_curves:
             numbers = {f"{name}-time": value for name, value in self.timers.largest(interval).items()}
-            if not self.first_step:
+            if not self.is_first_step:
                 numbers["iteration-time"] = seconds
             if throughput is not None:
                 numbers["throughput"] = throughput
             for name, value in numbers.items():
                 self.records.draw(name, value, iteration)
-        text = self.timers.text(interval, should_reset=not self.first_step)
+        text = self.timers.text(interval, should_reset=not self.is_first_step)
         if text is not None:
             logger.info(text, extra=LAST_RANK)
 
@@ -323,7 +323,7 @@ def peak_tflops(flags: LoggingConfig, optimizer: OptimizerConfig) -> float | Non
 
 
 def _flat(weighting: dict[str, Any]) -> dict[str, float]:
-    """The weighting figures that fit a log line: stage, effective sample size, mean weight by source."""
+    """Return the weighting figures that fit a log line: stage, effective sample size, mean weight by source."""
     flat: dict[str, float] = {}
     if "stage" in weighting:
         flat["dwm stage"] = weighting["stage"]

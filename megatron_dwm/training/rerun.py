@@ -46,7 +46,7 @@ def reported_divergence(iteration: int) -> Iterator[None]:
         if re.search("found (NaN|Inf) in local grad norm", str(error)) is not None:
             reason = "the gradient is not finite; lower --lr or look at the data of this step"
         elif "cannot be converted to type float without overflow" in str(error):  # raised by an optimizer
-            reason = "its step is greater than any number; lower --lr or --dwm-lr"
+            reason = "its optimizer step overflows; lower --lr or --dwm-lr"
         else:
             raise
     raise UserError(f"iteration {iteration}: {reason}")
@@ -59,7 +59,7 @@ class StepValidation:
         """Create megatron-core's state machine, of which a process has only one."""
         self.mode = RerunMode(flags.rerun_mode)
         self.is_active = self.mode != RerunMode.DISABLED
-        # megatron-core's checks need one in any case, and it calls itself disabled: its mode is set within steps alone.
+        # megatron-core's checks always need one. It would log that it is disabled: its mode is set only within steps.
         with temporary_attributes(logging.getLogger(rerun_state_machine.__name__), {"disabled": True}):
             if not self.is_active:
                 get_rerun_state_machine()

@@ -45,13 +45,13 @@ _OF_A_NEW_MODEL = ("init_method_std", "init_method_xavier_uniform", "embedding_i
 
 
 def should_load_optimizer(flags: CheckpointConfig, saved: SavedCheckpoint) -> bool:
-    """Whether the optimizer and the schedule continue from the checkpoint."""
+    """Return whether the optimizer and the schedule continue from the checkpoint."""
     has_state = "optimizer" in saved.common or any("optimizer" in key for key in saved.metadata.state_dict_metadata)
     return has_state and not (flags.finetune or saved.is_release or flags.no_load_optim)
 
 
 def has_same_layout(parallel: ParallelConfig, saved: SavedCheckpoint) -> bool:
-    """Whether the checkpoint was saved under this TP and PP size."""
+    """Return whether the checkpoint was saved under this TP and PP size."""
     arguments = saved.arguments
     sizes = [getattr(arguments, f"{axis}_model_parallel_size", 1) for axis in ("tensor", "pipeline")]
     return sizes == [parallel.tp, parallel.pp]
@@ -174,25 +174,25 @@ def overruled_flags(config: RunConfig, saved: SavedCheckpoint, *, has_weighter: 
         has_weighter: whether the checkpoint has a weighter.
     """
     flags, arguments = config.flat(), vars(saved.arguments)
-    beginnings = dict.fromkeys(_OF_A_NEW_MODEL, "model")
-    starts_anew = config.checkpoint.finetune or saved.is_release
-    if not (starts_anew or config.checkpoint.no_load_rng) and has_same_layout(config.parallel, saved):
-        beginnings["seed"] = "random state"
+    initial_flags = dict.fromkeys(_OF_A_NEW_MODEL, "model")
+    is_new_run = config.checkpoint.finetune or saved.is_release
+    if not (is_new_run or config.checkpoint.no_load_rng) and has_same_layout(config.parallel, saved):
+        initial_flags["seed"] = "random state"
     had_scale = arguments.get("fp16") and not arguments.get("loss_scale")
     if config.optimizer.has_dynamic_loss_scale and had_scale and should_load_optimizer(config.checkpoint, saved):
-        beginnings["initial_loss_scale"] = "loss scale"
+        initial_flags["initial_loss_scale"] = "loss scale"
     if has_weighter and config.weighting.has_trainable_weighter and arguments.get("dwm_mode") in ("bilevel", "rule"):
-        beginnings |= dict.fromkeys(_OF_A_NEW_WEIGHTER, "weighter")
+        initial_flags |= dict.fromkeys(_OF_A_NEW_WEIGHTER, "weighter")
     return [
         f" > {flag_name(name)} {_words(flags[name])} is for a new {what}: the checkpoint's, made with "
         f"{_words(arguments[name])}, is kept"
-        for name, what in beginnings.items()
+        for name, what in initial_flags.items()
         if name in arguments and arguments[name] != flags[name]
     ]
 
 
 def resume_warnings(config: RunConfig, saved: SavedCheckpoint, train_state: TrainState, weighting: State) -> list[str]:
-    """Return a line for each flag that makes the run go on in another way than it may seem.
+    """Return a line for each flag that changes the resumed run in a way that is easy to miss.
 
     Args:
         train_state: the counters of the checkpoint.

@@ -66,7 +66,7 @@ def open_recorder(
     """
 
     def is_repeated(record: Mapping[str, Any]) -> bool:
-        """Whether a record of the iteration at which the run resumed is of an evaluation that will be repeated."""
+        """Return whether a record of the iteration where the run resumed belongs to an evaluation that is repeated."""
         if AFTER_TRAINING in record:
             return has_trained
         return _EVALUATIONS.get(str(record.get("kind"))) in start.evaluations_due

@@ -94,10 +94,10 @@ class SaveFolder:
         non_persistent = self._non_persistent or self.folder / NON_PERSISTENT
         for folder in (self.folder, non_persistent, self.folder / "weighter"):
             for leftover in remove_leftovers(folder):
-                logger.info(f" > removed what an interrupted run had left: {leftover}")
+                logger.info(f" > removed a leftover of an interrupted run: {leftover}")
         for folder in (self.folder, non_persistent):
             if first := track_first_checkpoint(folder):
-                logger.info(f" > named in {TRACKER} what an interrupted run had saved: {first}")
+                logger.info(f" > {TRACKER} now names the checkpoint of an interrupted run: {first}")
             delete_retired(folder)
 
 

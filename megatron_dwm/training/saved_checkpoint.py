@@ -202,7 +202,7 @@ def verify_torch_checkpoint(folder: Path, on_read: Callable[[int], object] = lam
     """Verify the files of a checkpoint in the format torch against their checksums, if any, and read them.
 
     Yields:
-        what each model-parallel rank's file holds.
+        the content of each model-parallel rank's file.
 
     Raises:
         DamagedCheckpointError: it is damaged.
@@ -249,7 +249,7 @@ def reported_damage(folder: Path) -> Iterator[None]:
 
 
 def _open(folder: Path) -> SavedCheckpoint:
-    """Read what :class:`SavedCheckpoint` holds.
+    """Read the parts of a :class:`SavedCheckpoint`.
 
     Raises:
         DamagedCheckpointError: a file is missing or damaged.

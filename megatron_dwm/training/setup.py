@@ -109,8 +109,8 @@ def lock_folders(
     check_owner(checkpoint)
     if not checkpoint.save:
         return None
-    writes_others = checkpoint.non_persistent_save_interval and checkpoint.non_persistent_global_ckpt_dir
-    return SaveFolder(Path(checkpoint.save), Path(writes_others) if writes_others else None)
+    non_persistent = checkpoint.non_persistent_save_interval and checkpoint.non_persistent_global_ckpt_dir
+    return SaveFolder(Path(checkpoint.save), Path(non_persistent) if non_persistent else None)
 
 
 def read_inputs(config: RunConfig, rank: int, world_size: int) -> RunInputs:
@@ -128,7 +128,7 @@ def read_inputs(config: RunConfig, rank: int, world_size: int) -> RunInputs:
             config.model.seq_length,
             int(tokenizer.vocab_size),
             has_evaluation=config.data.has_validation,
-            reads_whole_sets=config.data.full_validation,
+            should_read_whole_sets=config.data.full_validation,
         )
     folder = latest_checkpoint(config.checkpoint)
     if folder is None:
@@ -158,7 +158,7 @@ def build_language_model(
             config.training,
             config.optimizer,
             device,
-            resets_attention_mask=config.data.reset_attention_mask,
+            has_attention_mask=config.data.reset_attention_mask,
         )
         vocabulary = _vocabulary(config.model, config.parallel.tp, inputs)
     if config.training.deterministic_mode:
@@ -308,7 +308,7 @@ def build_trainer_parts(
     """
     parallel_state, components = language_model.parallel_state, language_model.components
     timers = StepTimers(config.profiling)
-    is_noted = config.logging.log_progress and parallel_state.is_first_rank
+    should_log_progress = config.logging.log_progress and parallel_state.is_first_rank
     with startup_sync.phase("metrics"):
         if save_folder is not None:
             save_folder.create()
@@ -326,7 +326,7 @@ def build_trainer_parts(
             remedy = "give the absolute path of a folder that all ranks share"
             startup_sync.require_same(holders, "holders", remedy)
     progress = ProgressLog(
-        Path(str(config.checkpoint.save)) if is_noted else None,
+        Path(str(config.checkpoint.save)) if should_log_progress else None,
         parallel_state.world_size,
         config.model.seq_length,
         train_state.num_floating_point_operations_so_far,

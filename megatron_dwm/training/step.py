@@ -27,7 +27,7 @@ class StepResult:
     grad_norm: float | None
     num_zeros: float | None
     skipped: bool
-    """The gradient overflowed (fp16) and no update was made."""
+    """Whether the gradient overflowed (fp16), so that no update was made."""
     learning_rate: float
     """Learning rate of this step, the largest of the parameter groups; the same on every rank."""
     sample_losses: SampleLosses | None

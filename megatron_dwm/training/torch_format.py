@@ -69,7 +69,7 @@ def open_torch_checkpoint(
     """Open the first rank's file, after a part of all files has been verified; no communication.
 
     Args:
-        path: that file.
+        path: the first rank's file.
         rank: this rank, which determines the part that it verifies.
 
     Raises:

@@ -17,7 +17,7 @@ from megatron_dwm.runtime.stop_signals import STOP_SIGNALS
 
 
 def start_results_process() -> None:
-    """Start the process, unless this rank has one. A fork: while little memory is in use, before the model is built."""
+    """Start the process, unless this rank has one; called before the model is built, while a fork is cheap."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if filesystem_async._results_queue is None:

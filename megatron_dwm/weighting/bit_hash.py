@@ -7,8 +7,12 @@ from collections.abc import Iterable
 import torch
 
 CHUNK_ELEMENTS = 1 << 22
+"""Elements that are hashed at once, in several temporary tensors of 8 bytes per element."""
 _LANES = ((0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9), (0xC2B2AE3D27D4EB4F, 0x94D049BB133111EB))
-"""Odd factors for positions, and for positions mixed with bits: one pair for each number of the hash."""
+"""Odd factors for positions, and for positions mixed with bits: one pair for each number of the hash.
+
+They are the constants of SplitMix64, and a prime of xxHash.
+"""
 
 
 def bit_hash(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -27,9 +31,9 @@ def bit_hash(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.stack(sums).sum(0)
 
 
-def _mixed(bits: torch.Tensor, positions: torch.Tensor, of_positions: int, of_both: int) -> torch.Tensor:
-    mixed = (bits.long() ^ (positions * of_positions)).mul_(of_both)
-    return (mixed ^ (mixed >> 29)).mul_(of_both)
+def _mixed(bits: torch.Tensor, positions: torch.Tensor, position_factor: int, mix_factor: int) -> torch.Tensor:
+    mixed = (bits.long() ^ (positions * position_factor)).mul_(mix_factor)
+    return (mixed ^ (mixed >> 29)).mul_(mix_factor)
 
 
 def _signed(*numbers: int) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ def check_gradients(context: WeightingContext, batch: Batch, target: Batch) -> N
 
 
 def _choose_start(context: WeightingContext) -> Start:
-    """Return what builds the weighting after the warm-up."""
+    """Return the function that builds the weighting after the warm-up."""
     if context.inputs is None:
         return _rule_start(context)
     builder, load = WeighterBuilder(context, context.inputs), context.settings.dwm_load

@@ -1,4 +1,4 @@
-"""Builds the rules of mode ``rule`` that train no weighter from the flags."""
+"""Builds, from the flags, the rules of mode ``rule`` that train no weighter."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def build_rule(
             return SimilarityWeighting(weight_metrics, options, parts, strength)
         case "source-alignment":
             parts = _parts(context, lm_gradients)
-            pull = settings.dwm_kl_weight, settings.dwm_clip_alignment
-            return SourceAlignmentWeighting(weight_metrics, options, parts, *pull)
+            kl_weight, clip = settings.dwm_kl_weight, settings.dwm_clip_alignment
+            return SourceAlignmentWeighting(weight_metrics, options, parts, kl_weight, clip)
         case "top-alignment":
             parts = _parts(context, lm_gradients)
             return TopAlignmentWeighting(weight_metrics, options, parts, settings.dwm_rule_fraction)

@@ -154,7 +154,7 @@ class EmbeddedWeighting:
         Args:
             chunks: megatron-core's DistributedDataParallel chunks of this rank; their configuration has its
                 ``grad_scale_func`` and ``finalize_model_grads_func``.
-            optimizer: megatron-core's.
+            optimizer: megatron-core's optimizer.
             targets: this replica's batches of the target set, the same on all its ranks.
             weighter: size of a new weighter, or a sequence classifier with one label.
             seq_length: tokens of a sample.
@@ -224,7 +224,7 @@ class EmbeddedWeighting:
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of a resumed run, except for the position in the targets; a collective call."""
+        """Return the state that a resumed run needs, except for the position in the targets; a collective call."""
         return {
             "iteration": self.iteration,
             **weighter_state(self.weighter),
@@ -239,7 +239,7 @@ class EmbeddedWeighting:
         self.outer_update.load_state_dict(state, state["num_updates"])
 
 
-def _require_equal(what: str, counts: Sequence[int], device: torch.device) -> None:
+def _require_equal(unit: str, counts: Sequence[int], device: torch.device) -> None:
     """Require that all counts are the same on all processes, before these wait for each other; a collective call.
 
     Raises:
@@ -250,7 +250,7 @@ def _require_equal(what: str, counts: Sequence[int], device: torch.device) -> No
     low, high = -int(bounds[0]), int(bounds[1])
     if low < high:
         raise UserError(
-            f"batches have {low} and {high} {what}; pass batches of one size on all processes, and a tokens_of that "
+            f"batches have {low} and {high} {unit}; pass batches of one size on all processes, and a tokens_of that "
             "pads to one length"
         )
 

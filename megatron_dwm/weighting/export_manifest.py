@@ -29,7 +29,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return an export's manifest; empty for a folder without one.
 
     Raises:
-        ValueError: it is not a manifest, or was changed. Manifests of earlier versions have no checksum to tell.
+        ValueError: it is not a manifest, or was changed. Manifests of earlier versions have no digest.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -41,10 +41,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(error.strerror) from None
     if not isinstance(manifest, dict):
-        raise ValueError("no object")
+        raise ValueError("not a JSON object")
     written = manifest.pop(_DIGEST_OF_MANIFEST, None)
     if written is not None and written != _digest(manifest):
-        raise ValueError("not as it was written")
+        raise ValueError("changed since it was written")
     model = manifest.get("language_model", {})
     length = model.get("seq_length") if isinstance(model, dict) else 0
     if length is not None and not (isinstance(length, int) and length > 0):
@@ -60,7 +60,7 @@ def trained_length(folder: Path, hf_config: Any) -> int | None:
     """Return the length in tokens of the samples that a weighter was trained on; None if unknown.
 
     Args:
-        folder: verified, the weighter's.
+        folder: the weighter's folder, already verified.
         hf_config: its configuration, whose number of positions is used if there is no manifest.
     """
     length = read_manifest(folder).get("language_model", {}).get("seq_length")
@@ -73,13 +73,13 @@ def verify_export(flag: str, folder: Path) -> bool:
 
     Args:
         flag: the flag that names the folder, for messages.
-        folder: the weighter's.
+        folder: the weighter's folder.
 
     Returns:
         whether it is an export of this program. Exports of earlier versions have no checksums.
 
     Raises:
-        UserError: the manifest is damaged, or a file is none, or not as it was exported.
+        UserError: the manifest is damaged, or a file is not a plain file, or not as it was exported.
     """
     require_plain_files(folder, f"{flag} {folder}", "export the weighter again, or give another")
     if not (folder / MANIFEST).exists():

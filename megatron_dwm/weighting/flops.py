@@ -41,7 +41,7 @@ def outer_update_flops(
         sizes: the sizes of the run's batches.
         padded_vocab_size: padded vocabulary size of the language model.
         weighter_parameters: without the embedding, which is looked up.
-        is_linear: whether the weighter's steps are of conjugate gradients on the whole replay, taken as full.
+        is_linear: whether the weighter's steps are conjugate-gradient steps on the whole replay, assumed to be full.
     """
     target = training_flops(model, padded_vocab_size, sizes.target_batch_size)
     batch = training_flops(model, padded_vocab_size, sizes.global_batch_size)

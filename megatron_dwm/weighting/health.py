@@ -56,7 +56,7 @@ def check_scores(scores: torch.Tensor, updates: int) -> list[HealthWarning]:
         HealthWarning(
             "equal scores",
             f"after {updates} outer updates the weighter still scores all samples alike; raise --dwm-lr, or start it "
-            "from something that can tell them apart (--dwm-init-from)",
+            "from a model that can distinguish them (--dwm-init-from)",
         )
     ]
 

@@ -53,7 +53,7 @@ def sample_tokens(seq_length: int, tokenizer: Any, flags: TokenizerConfig) -> Sa
 
     Args:
         seq_length: tokens of a sample.
-        tokenizer: megatron-core's.
+        tokenizer: megatron-core's tokenizer.
         flags: the flags that it was built from.
     """
     return SampleTokens(
@@ -61,7 +61,7 @@ def sample_tokens(seq_length: int, tokenizer: Any, flags: TokenizerConfig) -> Sa
         int(tokenizer.vocab_size),
         int(tokenizer.eod),
         vocabulary_fingerprint(tokenizer, flags),
-        partial(sample_text, tokenizer=tokenizer, joint=DOCUMENT_JOINT),
+        partial(sample_text, tokenizer=tokenizer, separator=DOCUMENT_JOINT),
     )
 
 

@@ -1,7 +1,7 @@
 """The factor of each sample's mean loss in the training loss.
 
 Megatron-LM divides a microbatch's summed token losses by its number of unmasked tokens (or, with
-``--calculate-per-token-loss``, the global batch's by that of the global batch), so a sample counts by its tokens. The
+``--calculate-per-token-loss``, those of the global batch by its number), so a sample counts by its tokens. The
 trained loss is therefore (1/N) Σ u_i f_i l_i with the weights u and the factors f, which are 1 where samples have
 equal numbers of unmasked tokens. An alignment and a source's fraction of the loss must include the same factor.
 

@@ -76,12 +76,12 @@ class OracleWeighting(ScoredWeighting):
             UserError: one of ``sources`` is not a source of the training data.
         """
         super().__init__(weight_metrics, options)
-        self._counting = torch.tensor(source_numbers(weight_metrics, sources))
+        self._selected_sources = torch.tensor(source_numbers(weight_metrics, sources))
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
         """Return 0 for the samples that count and -inf for the others."""
         source = self.sample_gather.gather_from_replicas(batch.source).cpu()
-        return _scores_of_selected(torch.isin(source, self._counting))
+        return _scores_of_selected(torch.isin(source, self._selected_sources))
 
 
 class SourceWeighting(ScoredWeighting):

@@ -37,7 +37,7 @@ class SampleGather:
         """Return the scores of the whole batch [N] on every rank, each of which computes some; a collective call.
 
         Args:
-            tokens: those of the replica's samples [n, s].
+            tokens: tokens of the replica's samples [n, s].
             score: returns the scores [c] of samples [c, s].
         """
         return self.gather_from_ranks(score(tokens[self.rank_slice(len(tokens))]), len(tokens))

@@ -17,21 +17,21 @@ _NEEDED: dict[str, type] = {
     "weighter_optimizer": dict,
     "replay": list,
 }
-"""What there is besides the weighter's parameters, and its types."""
+"""Entries that must be there besides the weighter's parameters, and their types."""
 _OPTIONAL: dict[str, type] = {
     "weighter_tokenizer": str,
     "weighter_tokenizer_digest": str,
     "weighter_prior": torch.Tensor,
     "target_gradients": float,
 }
-"""What some weighters have, and earlier versions do not."""
+"""Entries that not every weighter has, or not every earlier version saved."""
 
 
 def check_weighter_state(state: State) -> None:
-    """Check that the parts of a weighter's state are there and have their types; others' state is passed over.
+    """Check that all entries of a weighter's state are there and have their types; a state without one is not checked.
 
     Raises:
-        ValueError: one has not.
+        ValueError: one is missing, or has another type.
     """
     weighter = state.get("weighter")
     if weighter is None and state.get("weighter_config") is None:

@@ -13,8 +13,9 @@ from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.errors import UserError
 
 DEFAULT_UPDATE_INTERVAL = 100
+"""Interval in a long run: an update costs about as much as a step, so weighting adds about 1 % (docs/scaling.md)."""
 DEFAULT_UPDATES = 80
-"""Outer updates of a short run: with so many a weighter tells apart what single alignments hardly do
+"""Outer updates of a short run: enough that a weighter distinguishes samples whose single alignments hardly differ
 (docs/lab-notes.md)."""
 
 
@@ -30,24 +31,24 @@ class StageSchedule:
     update_interval: int
 
     def stage(self, iteration: int) -> int:
-        """0 in the warm-up, then 1 … ``num_stages``."""
+        """Return 0 in the warm-up, then 1 … ``num_stages``."""
         if iteration <= self.warmup_iters:
             return 0
         return min(1 + (iteration - self.warmup_iters - 1) // self.stage_iters, self.num_stages)
 
     def is_weighted(self, iteration: int) -> bool:
-        """Whether this iteration's samples are weighted by the weighter."""
+        """Return whether this iteration's samples are weighted by the weighter."""
         return iteration > self.warmup_iters
 
     def is_update(self, iteration: int) -> bool:
-        """Whether an outer update follows this iteration's step."""
+        """Return whether an outer update follows this iteration's step."""
         if not self.is_weighted(iteration):
             return False
         place = iteration - self.warmup_iters - (self.stage(iteration) - 1) * self.stage_iters
         return place <= self.update_iters and place % self.update_interval == 0
 
     def is_stage_end(self, iteration: int) -> bool:
-        """Whether this is a stage's last iteration (the warm-up is none)."""
+        """Return whether this is a stage's last iteration (the warm-up is none)."""
         ends_run = iteration == self.train_iters
         return self.is_weighted(iteration) and (ends_run or self.stage(iteration) != self.stage(iteration + 1))
 

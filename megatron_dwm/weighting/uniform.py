@@ -19,7 +19,7 @@ class UniformWeighting:
         self._state: State = {}
 
     def before_step(self, iteration: int) -> None:
-        """Nothing to prepare."""
+        """Do nothing."""
 
     def weigh(self, iteration: int, batch: Batch) -> SampleWeights | None:
         """Return None: plain training."""
@@ -28,19 +28,19 @@ class UniformWeighting:
     def after_step(
         self, iteration: int, batch: Batch, weights: SampleWeights | None, outcome: StepOutcome
     ) -> list[Record]:
-        """Nothing to learn."""
+        """Return no records."""
         return []
 
     def metrics(self, iteration: int, batch: Batch, weights: SampleWeights | None) -> dict[str, Any]:
-        """No figures."""
+        """Return no metrics."""
         return {}
 
     def flops(self, iteration: int, outcome: StepOutcome) -> float:
-        """No operations."""
+        """Return 0: nothing is added to plain training."""
         return 0.0
 
     def before_save(self, iteration: int) -> None:
-        """Nothing to write."""
+        """Write nothing."""
 
     def state_dict(self) -> State:
         """Return the state that was loaded, if any."""

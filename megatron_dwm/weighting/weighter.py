@@ -137,10 +137,10 @@ class Weighter:
         Raises:
             RuntimeError: a replica differs.
         """
-        here = bit_hash(learned_tensors(self.model).values())
-        extremes = torch.stack([here, ~here])  # the complement of the largest is the least of the complements
+        local_hash = bit_hash(learned_tensors(self.model).values())
+        extremes = torch.stack([local_hash, ~local_hash])  # the least complement belongs to the largest
         all_reduce_over_world(extremes, dist.ReduceOp.MIN)
-        found, least, most = torch.stack([here, extremes[0], ~extremes[1]]).tolist()
+        found, least, most = torch.stack([local_hash, extremes[0], ~extremes[1]]).tolist()
         digest = "".join(f"{number % 2**64:016x}" for number in found)
         if least != most:
             raise RuntimeError(

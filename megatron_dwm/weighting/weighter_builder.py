@@ -1,4 +1,4 @@
-"""Builds a run's weighter, new or from a folder or a checkpoint, and what exports it."""
+"""Builds a run's weighter (new, from a folder or from a checkpoint) and its exporter."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ class WeighterBuilder:
         return weighter
 
     def exporter(self, *, has_separate_tokenizer: bool) -> WeighterExporter:
-        """Return what exports the weighter with the run's checkpoints.
+        """Return the exporter of the weighter, which writes next to the run's checkpoints.
 
         Args:
-            has_separate_tokenizer: whether the weighter has a tokenizer besides the run's, that of its folder.
+            has_separate_tokenizer: whether the weighter has its folder's tokenizer, and not the run's.
         """
         save, folder, flags = self.context.save, self.inputs.folder, self.context.tokenizer_flags
         if save is None:

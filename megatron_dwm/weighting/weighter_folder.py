@@ -88,7 +88,10 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
     model, missing = _load(flag, folder, seed)
     tokens = len(tokenizer) if has_separate_tokenizer else samples.vocab_size
     if model.config.vocab_size < tokens:
-        raise UserError(f"{flag} {folder}: its {model.config.vocab_size} embeddings are fewer than the {tokens} tokens")
+        raise UserError(
+            f"{flag} {folder}: its {model.config.vocab_size} embeddings are fewer than the {tokens} tokens; "
+            "give another"
+        )
     if model.config.pad_token_id is None:  # as in a language model; a classifier needs one for batches
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         separate_pad = next(pad for pad in pads if pad is not None)
@@ -107,12 +110,12 @@ def read_weighter_folder(flag: str, folder: str, samples: SampleTokens, seed: in
     if has_separate_tokenizer:
         reader, reading = text_reader(flag, folder, model, tokenizer, samples)
         return WeighterFolder(folder, model, reader, tokenizer, fingerprint, reading, digest_of(tokenizer))
-    if cutting := window_reader(model, samples.seq_length):
+    if windows := window_reader(model, samples.seq_length):
         reading = (
-            f"its maximum length is {cutting.window}: samples of {samples.seq_length} tokens are scored in windows of "
-            f"{cutting.window} tokens, whose mean is the score"
+            f"its maximum length is {windows.window}: samples of {samples.seq_length} tokens are scored in windows of "
+            f"{windows.window} tokens, and the mean is the score"
         )
-        return WeighterFolder(folder, model, cutting, None, fingerprint, reading)
+        return WeighterFolder(folder, model, windows, None, fingerprint, reading)
     trained, reading = trained_length(Path(folder), model.config), ""
     if trained is not None and trained < samples.seq_length:
         reading = (
@@ -127,7 +130,7 @@ def text_reader(flag: str, folder: str, model: Any, tokenizer: Any, samples: Sam
     Args:
         flag: the flag that names ``folder``, for messages.
         model: the classifier that reads them.
-        tokenizer: the folder's.
+        tokenizer: the folder's tokenizer.
 
     Raises:
         UserError: the tokenizer does not work.
@@ -139,7 +142,7 @@ def text_reader(flag: str, folder: str, model: Any, tokenizer: Any, samples: Sam
         reader = TextReader(samples.text_of, tokenizer, window)
     except Exception as error:  # tokenizers raise whatever a damaged vocabulary makes them raise
         reason = shortened(error)
-        raise UserError(f"{flag} {folder}: its tokenizer makes no tokens ({reason}); give another") from None
+        raise UserError(f"{flag} {folder}: its tokenizer fails ({reason}); give another") from None
     how = "whole" if window is None else f"in windows of {window} tokens"
     return reader, f"it has another tokenizer: the samples' texts are rebuilt, tokenized again and scored {how}"
 
@@ -176,7 +179,9 @@ def _load(flag: str, folder: str, seed: int) -> tuple[Any, list[str]]:
         raise UserError(f"{flag} {folder}: {error}") from None
     except (*DAMAGE, SafetensorError) as error:
         reason = short_reason(error)
-        raise UserError(f"{flag} {folder}: cannot be loaded as a classifier with one label ({reason})") from None
+        raise UserError(
+            f"{flag} {folder}: cannot be loaded as a classifier with one label ({reason}); give another"
+        ) from None
     return model, sorted(report["missing_keys"])
 
 
@@ -210,5 +215,5 @@ def _check_layers(folder: Path, hf_config: Any) -> None:
 
 
 def _is_of_base_model(key: str, model: Any) -> bool:
-    """Whether a tensor belongs to the layers below the classifier's head, which a language model's folder must have."""
+    """Return whether a tensor is in the layers below the classifier's head, which a language model must have too."""
     return key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key

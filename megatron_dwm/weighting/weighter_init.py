@@ -15,7 +15,11 @@ from megatron_dwm.errors import UserError
 
 
 def random_weighter_model(config: WeightingConfig, vocab_size: int, seq_length: int, eod: int, seed: int) -> Any:
-    """Return a classifier of ``--dwm-arch`` and the size flags, the same on every rank."""
+    """Return a classifier of ``--dwm-arch`` and the size flags, the same on every rank.
+
+    Raises:
+        UserError: the hidden size is not divisible by the number of attention heads.
+    """
     from transformers import AutoConfig
 
     if config.dwm_arch == "ngram":

@@ -1,4 +1,4 @@
-"""The schedule by which a frozen run uses another run's exports: that of the stage at the same fraction of training."""
+"""The schedule of a frozen run with another run's exports: that of each stage at the same fraction of training."""
 
 from __future__ import annotations
 

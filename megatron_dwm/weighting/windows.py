@@ -17,6 +17,7 @@ import torch
 UNLIMITED_LENGTH = 10**9
 """Tokenizers without a maximum length report a larger one."""
 _CHANGING_WITH_LENGTH = ("dynamic", "longrope")
+"""rope_types with other frequencies in batches with longer texts."""
 _PROBES = ("0", "a", "the")
 """Texts to probe a tokenizer with; the first one also works for tokenizers of numbers."""
 

@@ -101,7 +101,7 @@ class BuiltModel:
         return OuterUpdate(self.config.weighting, self.lm_gradients(), weighter, self.sample_gather)
 
     def batch(self, tokens: torch.Tensor, mask: torch.Tensor) -> Batch:
-        """This replica's part of global ``tokens`` [N, s + 1] and ``mask`` [N, s]."""
+        """Return this replica's part of global ``tokens`` [N, s + 1] and ``mask`` [N, s]."""
         replica_tokens, replica_mask = (
             self.sample_gather.select_replica(tokens),
             self.sample_gather.select_replica(mask),
@@ -115,7 +115,7 @@ class BuiltModel:
         return self.named({p: p.data for chunk in self.chunks for p in chunk.parameters()})
 
     def gradient(self) -> HfState:
-        """What lies in the gradient buffers; of the distributed optimizer the shards that ranks own, put together."""
+        """Return the gradient buffers' content; with the distributed optimizer, the ranks' shards are joined."""
         tensors = {}
         for part in optimizer_parts(self.optimizer):
             for chunk in self.chunks:
@@ -132,7 +132,7 @@ class BuiltModel:
         return self.named(tensors)
 
     def gathered(self, tensors: dict[Any, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tensors by parameter of this rank, gathered and under their checkpoint keys."""
+        """Gather the tensors of this rank's parameters, by checkpoint key."""
         saved = {param: param.data.clone() for param in tensors}
         for param, value in tensors.items():
             param.data.copy_(value)
@@ -142,7 +142,7 @@ class BuiltModel:
         return full
 
     def named(self, tensors: dict[Any, torch.Tensor]) -> HfState:
-        """Tensors by parameter of this rank, gathered and under their Hugging Face names."""
+        """Gather the tensors of this rank's parameters, by Hugging Face name."""
         model = self.config.model
         return to_hf_state_dict(self.gathered(tensors), model, layers=model.num_layers, vocab_size=VOCAB_SIZE)
 
@@ -179,24 +179,24 @@ def build_model(flags: Flags, seed: int = 1234, vocabulary: Vocabulary = ALL_TRA
 
 
 def parse_model(flags: Flags) -> ModelConfig:
-    """Return what ``flags`` say of the model."""
+    """Return the model's configuration from ``flags``."""
     return parse_flags({**IN_PROCESS, **flags}).model
 
 
 def random_tokens(seed: int) -> torch.Tensor:
-    """[N, s + 1]."""
+    """Return random tokens [N, s + 1]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, VOCAB_SIZE, (NUM_SAMPLES, SEQ_LENGTH + 1), generator=generator)
 
 
 def random_mask(seed: int, masked: int = 3) -> torch.Tensor:
-    """[N, s] with ``masked`` zeros in each row, in places of its own."""
+    """Return a mask [N, s] with ``masked`` zeros at random places in each row."""
     order = torch.rand(NUM_SAMPLES, SEQ_LENGTH, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
     return (order >= masked).float()
 
 
 def uneven_mask(tokens: int) -> torch.Tensor:
-    """[N, s]: every second sample has its first ``tokens`` tokens only."""
+    """Return a mask [N, s] that leaves every second sample its first ``tokens`` tokens only."""
     mask = torch.ones(NUM_SAMPLES, SEQ_LENGTH)
     mask[1::2, tokens:] = 0
     return mask
@@ -224,12 +224,12 @@ class Reference:
             self.params["lm_head.weight"] = self.model.lm_head.weight
 
     def losses(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Mean token loss of each sample [N]."""
+        """Return the mean token loss of each sample [N]."""
         token_losses = self.token_losses(tokens)
         return (token_losses * mask.double()).sum(1) / mask.double().sum(1)
 
     def token_losses(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[N, s]."""
+        """Return the token losses [N, s]."""
         logits = self.model(tokens[:, :-1]).logits
         return torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
 
@@ -239,13 +239,15 @@ class Reference:
 
 
 def inner(one: HfState, other: HfState) -> torch.Tensor:
-    """⟨one, other⟩ in float64."""
+    """Return ⟨one, other⟩ in float64."""
     return functools.reduce(torch.add, ((one[k].double() * other[k].double()).sum() for k in one))
 
 
 def relative_error(found: HfState, expected: HfState) -> float:
-    """‖found − expected‖ / ‖expected‖, the largest over tensors; tensors whose gradient is all but zero count by the
-    largest one's norm."""
+    """Return the largest ‖found − expected‖ / ‖expected‖ over tensors.
+
+    The norm of an almost zero tensor is replaced by a thousandth of the largest one's.
+    """
     assert found.keys() == expected.keys()
     floor = 1e-3 * max(float(value.norm()) for value in expected.values())
     return max(float((found[k].double() - v).norm()) / max(float(v.norm()), floor) for k, v in expected.items())

@@ -1,4 +1,4 @@
-"""Training in several legs, each of which may load a checkpoint first and leave one."""
+"""Training in several legs, each of which may load a checkpoint first and write one."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class Leg:
 
     flags: Flags
     load: tuple[Path, int] | None = None
-    """Folder and iteration of the checkpoint to go on from."""
+    """Folder and iteration of the checkpoint to continue from."""
     save: tuple[Path, int] | None = None
-    """Folder of the checkpoint to leave, and after which step."""
+    """Folder of the checkpoint to write, and the step after which it is written."""
     last: int = 4
 
 
 @dataclass(frozen=True)
 class Trained:
-    """How a leg went."""
+    """Results of a leg."""
 
     losses: list[float]
     """On the last pipeline stage, of each step."""
@@ -56,11 +56,11 @@ class Trained:
 
 
 def train_legs(processes: int, legs: Sequence[Leg]) -> list[Trained]:
-    """Run ``legs`` one after the other; returns how they went, as the last rank saw it."""
+    """Run ``legs`` one after the other; return the last rank's results."""
     manager = checkpoint_manager()
 
     def work() -> list[Trained]:
-        # megatron-core writes from processes of its own, which a daemon may not start.
+        # megatron-core writes from child processes, which a daemon may not start.
         multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
         filesystem_async._results_queue = manager.Queue()
         return [_train(leg) for leg in legs]

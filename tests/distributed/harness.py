@@ -1,4 +1,4 @@
-"""Run a function on several forked gloo workers: imports are paid once, in the parent."""
+"""Run a function on several forked gloo workers, so that only the parent spends time on imports."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def _call(rank: int, world_size: int, listener: socket.socket, fn: Callable[...,
 
 @functools.cache
 def checkpoint_manager() -> SyncManager:
-    """The process that megatron-core keeps a rank's list of written files in.
+    """Return the process in which megatron-core keeps a rank's list of written files.
 
     megatron-core starts one at each rank's first checkpoint, and that process imports torch to hold the first entry;
     this one is a fork, and serves all runs.

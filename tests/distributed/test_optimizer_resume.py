@@ -9,7 +9,7 @@ import torch
 
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.optimizer_parts import optimizer_parts
-from megatron_dwm.training.checkpoint import _all_finite, _optimizer_state
+from megatron_dwm.training.checkpoint import _are_all_finite, _optimizer_state
 from megatron_dwm.training.optimizer import allocate_state
 from tests.distributed.built_model import LAYOUTS, build_model
 from tests.distributed.checkpointed import Leg, train_legs
@@ -187,10 +187,10 @@ def test_a_state_that_is_not_finite_is_found_on_every_rank(flags: Flags):
     def work() -> list[bool]:
         built = build_model({**LLAMA, **flags, "--dwm-mode": "off"})
         allocate_state(built.optimizer)
-        found = [_all_finite(_optimizer_state(built.optimizer))]
+        found = [_are_all_finite(_optimizer_state(built.optimizer))]
         (part,) = optimizer_parts(built.optimizer)
         if built.parallel_state.rank == 1:
             next(iter(part.optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = float("inf")
-        return [*found, _all_finite(_optimizer_state(built.optimizer))]
+        return [*found, _are_all_finite(_optimizer_state(built.optimizer))]
 
     assert run_distributed(work, 2) == [[True, False]] * 2

@@ -12,7 +12,7 @@ from tests.e2e import preloaded
 
 @pytest.fixture(scope="session")
 def preloaded_commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder to put first into PATH: its ``python`` and ``megatron-dwm`` need not import anything."""
+    """Yield a folder to put first into PATH, whose ``python`` and ``megatron-dwm`` need not import anything."""
     commands, server = preloaded.start(tmp_path_factory.mktemp("preloaded"))
     yield commands
     server.kill()

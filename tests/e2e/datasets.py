@@ -14,7 +14,7 @@ TOKENIZER = {"--tokenizer-type": "NullTokenizer", "--vocab-size": VOCAB_SIZE}
 
 
 def make_dataset(folder: Path, name: str, documents: list[list[int]], vocab_size: int = VOCAB_SIZE) -> str:
-    """Write ``documents`` of token ids as an indexed dataset; returns its prefix."""
+    """Write ``documents`` of token ids as an indexed dataset; return its prefix."""
     source = folder / f"{name}.jsonl"
     source.write_text("".join(json.dumps({"text": " ".join(map(str, ids))}) + "\n" for ids in documents))
     tokenizer = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=vocab_size)
@@ -23,7 +23,7 @@ def make_dataset(folder: Path, name: str, documents: list[list[int]], vocab_size
 
 
 def counting(seed: int, documents: int = 40, length: int = 50, step: int = 1) -> list[list[int]]:
-    """Documents that count upwards by ``step`` from a random start: easy to learn."""
+    """Return documents that count upwards by ``step`` from a random start: easy to learn."""
     generator = random.Random(seed)
     starts = [generator.randrange(VOCAB_SIZE) for _ in range(documents)]
     # All documents differ in length, so that two of them are the same only if they come from the same seed.
@@ -31,6 +31,6 @@ def counting(seed: int, documents: int = 40, length: int = 50, step: int = 1) ->
 
 
 def noise(seed: int, documents: int = 40, length: int = 50) -> list[list[int]]:
-    """Documents of random tokens: nothing to learn."""
+    """Return documents of random tokens: nothing to learn."""
     generator = random.Random(seed)
     return [[generator.randrange(VOCAB_SIZE) for _ in range(length)] for _ in range(documents)]

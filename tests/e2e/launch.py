@@ -1,4 +1,4 @@
-"""Run commands on several processes as torchrun would, from forks of the tests: imports are paid once."""
+"""Run commands on several processes as torchrun would, in forks of the tests, which have imported everything."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, as_argv, parse_flag
 from tests.turns import turn
 
 _TOKENIZERS = "megatron.core.tokenizers"
-# What a run imports on its way, here so that its processes inherit it: two seconds each.
+# What a run imports late, imported here so that its processes inherit it; it would take each two seconds.
 for module in (
     "megatron.core.dist_checkpointing.strategies.fully_parallel",
     "megatron.core.dist_checkpointing.strategies.torch",
@@ -64,7 +64,7 @@ def pretrain(
 
     Args:
         folder: where the processes' output is kept.
-        main: of another command with these flags, which is then run instead.
+        main: another command's, which takes these flags and is run instead.
     """
     argv = as_argv(flags)
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def pretrain(
 
 
 def succeed(folder: Path, processes: int, flags: dict[str, Any]) -> Finished:
-    """:func:`pretrain`, and the run must end well."""
+    """Run :func:`pretrain`, and check that it succeeds."""
     finished = pretrain(folder, processes, flags)
     assert finished.codes == [0] * processes, finished.text
     return finished
@@ -104,7 +104,7 @@ def assert_one_line(finished: Finished, *parts: str) -> None:
 
 
 def records(path: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of one kind in a run's JSON lines."""
+    """Return the records of one kind in a run's JSON lines."""
     return [record for line in path.read_text().splitlines() if (record := json.loads(line))["kind"] == kind]
 
 

@@ -1,4 +1,4 @@
-"""A ``python`` whose imports are paid once: its programs run in forks of a server, which is a fork of the tests.
+"""A ``python`` that spends no time on imports: its programs run in forks of a server, which is a fork of the tests.
 
 ``megatron-dwm`` and ``torchrun`` are such programs, and the ranks that they start; launchers wait for their turn.
 
@@ -39,7 +39,7 @@ _IMPORTED = (
     "megatron_dwm.corpora.pipelines",
     "torch.distributed.run",
 )
-"""What pages, pictures, launchers and work on texts import, beside what runs do."""
+"""Modules of pages, plots, launchers and text processing, in addition to those of runs."""
 
 CLIENT = """
 import array, json, os, socket, sys
@@ -57,7 +57,7 @@ def start(folder: Path) -> tuple[Path, multiprocessing.Process]:
     """Start the server, and write the commands ``python``, ``megatron-dwm`` and ``torchrun`` into a folder.
 
     Returns:
-        the folder of the commands, and the server, which whoever called ends.
+        the folder of the commands, and the server, which the caller must end.
     """
     address = str(folder / "server")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -68,8 +68,8 @@ def start(folder: Path) -> tuple[Path, multiprocessing.Process]:
     client = folder / "client.py"
     client.write_text(CLIENT.format(address=address))
     interpreter = shlex.join([sys.executable, "-S", "-E", str(client)])
-    # Launchers start ranks unbuffered. What starts with other flags than -m, as processes of multiprocessing do, has an
-    # interpreter of its own.
+    # Launchers start ranks unbuffered. Programs with other flags than -m, such as processes of multiprocessing, get a
+    # real interpreter.
     real = f'[ "$1" = -u ] && shift\ncase "$1" in -m) ;; -*) exec {shlex.quote(sys.executable)} "$@" ;; esac\n'
     scripts = {"python": f'{real}exec {interpreter} "$@"'}
     for name in ("megatron-dwm", "torchrun"):
@@ -88,7 +88,7 @@ def _serve(listener: socket.socket, python: str, manager: SyncManager) -> None:
     """Fork for each request, and answer with the exit code of the fork."""
     for package in ("multiprocessing", "multiprocess"):
         if (module := sys.modules.get(f"{package}.forkserver")) is not None:
-            module._forkserver.__init__()  # what the tests have started is no child of this process
+            module._forkserver.__init__()  # the tests' children are not this process's
     for name in _IMPORTED:
         importlib.import_module(name)
     selector = selectors.DefaultSelector()

@@ -72,7 +72,7 @@ NOT_RUN = {
     "docs/evaluation.md: During training: bash": "tests/e2e/test_evaluate.py trains with these flags",
     "docs/cluster.md: Without SLURM: bash": "needs 4 machines with 8 GPUs each; its flags are read below",
     "docs/cluster.md: Without SLURM: bash 2": "the same; unit/runtime/test_environment.py has mpirun",
-    "docs/reliability.md: Does it survive?: bash": "takes an hour; tests/unit/benchmarks/test_chaos.py tests its parts",
+    "docs/reliability.md: Reliability: bash": "takes an hour; tests/unit/benchmarks/test_chaos.py tests its parts",
     "docs/reliability.md: Outcome: bash": "takes an hour; tests/unit/benchmarks/test_chaos.py tests its parts",
     "docs/reliability.md: Outcome: bash 2": "takes an hour; tests/unit/benchmarks/test_chaos.py tests its parts",
     "docs/reliability.md: A long run: bash": "takes 24 minutes; its flags are those of tests/small_runs.py",
@@ -97,16 +97,16 @@ RUN = [
     "docs/own-data.md: Check the gradients once: bash",
     "docs/own-data.md: Train: bash",
     "docs/own-data.md: Look at the run: bash",
-    "docs/own-data.md: Take the models along: bash",
+    "docs/own-data.md: Export the models: bash",
     "docs/transfer.md: In another run, frozen: bash",
-    "docs/transfer.md: In another run, and learning on: bash",
+    "docs/transfer.md: In another run, trained further: bash",
     "docs/transfer.md: With transformers: python",
     "docs/transfer.md: Score documents: bash",
     "docs/transfer.md: Select documents: bash",
     "docs/transfer.md: The learned shares as a blend: bash",
     "docs/report.md: Reading the report: bash",
     "docs/report.md: Several runs on one page: bash",
-    "docs/report.md: Scores of others: bash",
+    "docs/report.md: Scores from other programs: bash",
     "docs/tuning.md: 1. Is there anything to gain?: bash",
     "docs/scaling.md: Three sizes: bash",
     "docs/extending.md: A new weighting in one file: python",
@@ -241,14 +241,14 @@ def test_the_page_on_own_data_ends_with_models_and_pictures(own_data: Workplace)
     (run / "preference/preference.html").unlink()
     own_data.run("docs/report.md: Reading the report: bash")
     assert "good" in (run / "preference/preference.html").read_text()
-    own_data.run("docs/report.md: Scores of others: bash")
+    own_data.run("docs/report.md: Scores from other programs: bash")
     assert '<th scope="row">rater</th>' in (run / "preference/preference.html").read_text()
     # From another folder, paths of the run's command, which are relative, still lead to its data.
     elsewhere = ["--output", own_data.folder / "runs/elsewhere"]
     command = [own_data.commands / "python", ROOT / "tools/preference_report.py", run, *elsewhere]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    own_data.run("docs/own-data.md: Take the models along: bash")
+    own_data.run("docs/own-data.md: Export the models: bash")
     assert AutoModelForCausalLM.from_pretrained(run / "language_model").config.hidden_size == 32
 
 
@@ -258,7 +258,7 @@ def test_a_weighter_is_taken_to_other_runs(own_data: Workplace):
     assert len(frozen.steps) == 12 and not frozen.updates and "weight_by_source" in frozen.steps[0]
     own_data.run("docs/report.md: Several runs on one page: bash")
     assert "2 runs compared" in (own_data.folder / "runs/compared/comparison.html").read_text()
-    own_data.run("docs/transfer.md: In another run, and learning on: bash")
+    own_data.run("docs/transfer.md: In another run, trained further: bash")
     assert len(read_run(own_data.folder / "runs/continued").updates) == UPDATES
 
 

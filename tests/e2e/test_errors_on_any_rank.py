@@ -105,7 +105,7 @@ def test_survivors_of_a_killed_rank_end_and_one_names_it(tmp_path: Path):
 @pytest.mark.parametrize(
     ("environment", "parts"),
     [
-        ({"RANK": "abc"}, ("RANK=abc", "not a whole number")),
+        ({"RANK": "abc"}, ("RANK=abc", "not an integer")),
         ({"WORLD_SIZE": "2", "RANK": "5"}, ("RANK=5", "WORLD_SIZE=2")),
         ({"SLURM_PROCID": "3", "RANK": None, "WORLD_SIZE": None, "LOCAL_RANK": None}, ("--num-layers",)),
     ],

@@ -222,7 +222,7 @@ def test_data_that_have_changed_since_are_noticed(run: Path, report: Report, tmp
         (["nowhere"], "nowhere: no such file"),
         ([], "--run"),
         (["nowhere", "--samples", "0"], "--samples 0"),
-        (["a", "b", "--scores", "c"], "--scores: is for a single run, and 2 are compared"),
+        (["a", "b", "--scores", "c"], "--scores is for a single run, but 2 are compared"),
     ],
 )
 def test_a_users_mistake_is_one_line(flags: list[str], named: str, report: Report, tmp_path: Path):

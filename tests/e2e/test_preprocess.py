@@ -285,11 +285,11 @@ def test_a_malformed_line_found_by_a_worker_process_ends_the_command_alike(tmp_p
         ),
         (
             ["--input", "{tmp}/texts.jsonl", "--output-prefix", "s3://bucket/out"],
-            "--output-prefix s3://bucket/out: is a URL; give a path on this machine",
+            "--output-prefix s3://bucket/out is a URL; give a path on this machine",
         ),
         (
             ["--input", "{tmp}/texts.jsonl", "--output-prefix", "{tmp}/out", "--partitions", "3", "--workers", "2"],
-            "--workers 2 is not a multiple of --partitions 3; change either",
+            "--workers 2 is not a multiple of --partitions 3; change one",
         ),
         (
             ["--input", "{tmp}/texts.jsonl", "--output-prefix", "{tmp}/out", "--partitions", "0"],

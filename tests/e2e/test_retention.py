@@ -91,6 +91,8 @@ def test_a_kill_before_a_first_checkpoint_is_tracked_loses_nothing(saving: dict[
     assert not (save / TRACKER).exists()
 
     resumed = succeed(tmp_path / "log", 1, flags)
-    assert f" > named in {TRACKER} what an interrupted run had saved: {save / 'iter_0000004'}\n" in resumed.output[0]
+    assert (
+        f" > {TRACKER} now names the checkpoint of an interrupted run: {save / 'iter_0000004'}\n" in resumed.output[0]
+    )
     assert f"at iteration {KILLED_AT}\n" in resumed.output[0]
     assert sorted(path.name for path in save.glob("*iter_*")) == ["iter_0000008"]

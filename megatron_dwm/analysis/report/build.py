@@ -111,7 +111,7 @@ def _with_scores(report: Report, scores: ExternalScores) -> Report:
                 "--texts-output writes"
             )
         if known < len(column):
-            notes.append(f"{name!r} is known of {known:,} of the {len(column):,} samples that are described.")
+            notes.append(f"{name!r} is known for {known:,} of the {len(column):,} samples that are described.")
     samples = replace(report.samples, properties=report.samples.properties | columns)
     return replace(report, samples=samples, external=scores.places, notes=report.notes + notes)
 

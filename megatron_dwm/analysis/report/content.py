@@ -40,8 +40,8 @@ PROPERTIES = {
     "alignment": Property(
         "alignment",
         2,
-        "inner product of the sample's gradient with the target set's (after the optimizer's preconditioner), less the "
-        "batch's mean and divided by its standard deviation: what the weighter learns to predict",
+        "inner product of the sample's gradient with the target set's (after the optimizer's preconditioner), minus "
+        "the batch's mean and divided by its standard deviation: what the weighter learns to predict",
     ),
     "loss": Property("loss", 2, "mean loss of the sample's tokens at that training step, in nats per token"),
     "length": Property("length", 0, "tokens of text in the sample, without padding and ends of documents"),

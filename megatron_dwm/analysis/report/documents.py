@@ -23,7 +23,9 @@ from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_folder import SampleTokens, read_weighter_folder
 
 REFERENCE_SAMPLES = 64
+"""Samples that weights are relative to, as to those of a batch; every export scores them on the CPU."""
 _MAX_EXPORTS = 12
+"""Maximum number of exports that are loaded and score the samples; of more, some evenly spaced ones."""
 
 
 @dataclass(frozen=True)

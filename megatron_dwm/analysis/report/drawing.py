@@ -33,7 +33,7 @@ def line(
 
     Args:
         iterations: iterations of the points.
-        values: at them.
+        values: values of the points.
         name: from the data or our own; shown literally.
         color: one of the palette.
         options: further options of plotly's scatter trace.

@@ -12,6 +12,7 @@ from megatron_dwm.analysis.report.content import Report
 from megatron_dwm.analysis.uncertainty import MIN_UPDATES, Estimate
 
 _MIN_WEIGHT_DIFFERENCE = 0.05
+"""Difference of two sources' mean weights from which a contradiction is reported; smaller ones have little effect."""
 _MAX_SENTENCES = 3
 
 
@@ -73,7 +74,7 @@ def warnings(report: Report) -> list[str]:
         if rho.is_known and not rho.excludes_zero:
             found.append(
                 f"In stage {last} the weights do not follow the alignments: their rank correlation within a batch is "
-                f"{format_estimate(rho)}, which cannot be told from 0."
+                f"{format_estimate(rho)}, which cannot be distinguished from 0."
             )
         elif rho.is_known and (rho.value or 0.0) < 0:
             found.append(

@@ -1,10 +1,10 @@
 "use strict";
-// Draws the page's figures in the colors of the reader's theme, lets fingers and keys read and zoom them, and loads the
-// page of a running job again. All of it stands in the page: nothing is fetched.
+// Draws the page's figures in the colors of the reader's theme, makes them readable and zoomable by touch and keyboard,
+// and reloads the page of a running job. Everything is in the page: nothing is fetched.
 
 const content = JSON.parse(document.getElementById("data").textContent);
 const isDark = matchMedia("(prefers-color-scheme: dark)");
-// A finger that drags scrolls the page; it zooms by the figure's buttons, and drags what it has zoomed.
+// On a touch screen dragging scrolls the page. The buttons zoom a figure; dragging then moves what is zoomed.
 const isTouch = matchMedia("(pointer: coarse)").matches;
 const config = {displayModeBar: false, doubleClick: "reset"};
 let lastTouched = 0;
@@ -130,7 +130,7 @@ class Chart {
   }
 }
 
-// A page that somebody reads closely is not taken away: it waits until nothing was touched for a while.
+// The page does not reload while somebody uses a figure: it waits until nothing has been touched for a while.
 function reloadLater(seconds) {
   setTimeout(() => {
     if (document.hidden || Date.now() - lastTouched < 1000 * seconds) reloadLater(seconds);

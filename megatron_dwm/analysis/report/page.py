@@ -79,7 +79,7 @@ def write_comparison(
 
 def _write(path: Path, page: str) -> Path:
     try:
-        # Names and texts from data may hold half of a surrogate pair, which no file can.
+        # Names and texts from data may hold half of a surrogate pair, which UTF-8 cannot encode.
         atomic_write_bytes(path, page.encode("utf-8", "replace"))
     except OSError as error:
         reason = error.strerror or error

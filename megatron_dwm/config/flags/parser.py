@@ -47,7 +47,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class _StoreFlag(argparse.Action):
-    """Stores the value of a flag; warns of a flag that is deprecated, or given twice with different values."""
+    """Action that stores a flag's value; it warns if the flag is deprecated, or given twice with different values."""
 
     def __init__(self, item: Flag, **kwargs: Any) -> None:
         super().__init__(default=argparse.SUPPRESS, **kwargs)
@@ -63,7 +63,7 @@ class _StoreFlag(argparse.Action):
         """Store the value."""
         item = self.item
         if item.value_type is not None and item.nargs is None and isinstance(values, list):
-            parser.error(f"argument {option_string}: expected one argument")  # argparse has taken "--" out of it
+            parser.error(f"argument {option_string}: expected one argument")  # argparse has removed the value "--"
         if values == [] and item.nargs == "+":
             parser.error(f"argument {option_string}: expected at least one argument")  # the same
         value = (not item.default) if item.value_type is None else values
@@ -78,7 +78,7 @@ class _StoreFlag(argparse.Action):
 
 
 class _PrintFullHelp(argparse.Action):
-    """Prints the flags of all groups, or of those that are named."""
+    """Action that prints the flags of all groups, or of those that are named."""
 
     def __init__(self, groups: Mapping[str, type], **kwargs: Any) -> None:
         super().__init__(nargs="*", default=argparse.SUPPRESS, choices=[*groups], **kwargs)
@@ -99,18 +99,18 @@ class _PrintFullHelp(argparse.Action):
         parser.exit()
 
 
-def add_flags(parser: argparse.ArgumentParser, config_class: type, *, show: bool = True) -> None:
+def add_flags(parser: argparse.ArgumentParser, config_class: type, *, should_show: bool = True) -> None:
     """Add the flags of ``config_class`` to ``parser`` as a group named after its docstring's first line.
 
     A flag that is not given has no value; :func:`build` fills in the defaults.
 
     Args:
-        show: whether ``--help`` shows them.
+        should_show: whether ``--help`` shows them.
     """
     group = parser.add_argument_group(title_of(config_class))
     for item in declared_flags(config_class):
-        spellings = [(item.names, _help(item) if show else argparse.SUPPRESS), (item.old_names, argparse.SUPPRESS)]
-        for names, help_text in spellings:
+        shown = _help(item) if should_show else argparse.SUPPRESS
+        for names, help_text in ((item.names, shown), (item.old_names, argparse.SUPPRESS)):
             if names:
                 group.add_argument(
                     *names,
@@ -151,7 +151,7 @@ def read(
     )
     classes = list(classes)
     for config_class in classes:
-        add_flags(parser, config_class, show=main_class in (None, config_class))
+        add_flags(parser, config_class, should_show=main_class in (None, config_class))
     if main_class is not None:
         groups = {_group_name(config_class): config_class for config_class in classes}
         parser.add_argument("--help-all", action=_PrintFullHelp, groups=groups, help=argparse.SUPPRESS)
@@ -196,7 +196,7 @@ def parse(
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Keeps the line breaks of the text that lists the groups."""
+    """Formatter that keeps the line breaks of the text that lists the groups."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if "\n  " not in text:
@@ -210,7 +210,7 @@ def _describe_unknown(
     """Return the error message for words that the parser did not recognize."""
     name = unknown[0].split("=")[0]
     if not name.startswith("-"):
-        return f"unexpected argument {name}; the flag before it takes no such value, see --help"
+        return f"unexpected argument {name}: no flag before it takes this value; see --help for the flags"
     if reason := reason_unsupported(name):
         others = [word.split("=")[0] for word in unknown[1:] if reason_unsupported(word.split("=")[0])]
         also = f" (nor are {', '.join(dict.fromkeys(others))})" if others else ""

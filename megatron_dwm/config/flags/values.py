@@ -13,7 +13,7 @@ from megatron_dwm.errors import UserError
 Config = TypeVar("Config")
 
 LARGEST_INTEGER = 2**63 - 1
-"""What a tensor, an index file and a checkpoint can hold."""
+"""The largest 64-bit integer, which tensors, index files and checkpoints can hold."""
 MAX_LAYERS = 10_000
 """More layers than any model has; building them would fill the memory."""
 MAX_PROCESSES = 1024
@@ -95,15 +95,15 @@ def require_at_most(config: Any, maximum: float, fields: str) -> None:
             raise UserError(f"{_spelling(config, field)} {value}: must be at most {maximum}")
 
 
-def require_paths(config: Any, fields: str, *, urls: bool = False) -> None:
+def require_paths(config: Any, fields: str, *, allow_urls: bool = False) -> None:
     """Check that paths of a configuration are complete and on this machine; None is accepted.
 
-    A shell replaces neither the ``~`` in ``--save=~/run`` nor a variable between single quotes, and leaves nothing of
-    one that is not set. The files would be written to a folder with such a name, or to the current one.
+    A shell does not replace the ``~`` in ``--save=~/run`` or a variable between single quotes, and replaces an unset
+    variable by nothing. Files would then be written to a folder named ``~`` or ``$NAME``, or to the current folder.
 
     Args:
         fields: names of fields, separated by blanks.
-        urls: whether they may be URLs.
+        allow_urls: whether they may be URLs.
 
     Raises:
         UserError: one is empty, begins with ``~`` or ``$``, or is a URL.
@@ -111,13 +111,13 @@ def require_paths(config: Any, fields: str, *, urls: bool = False) -> None:
     for field in fields.split():
         path, name = getattr(config, field), _spelling(config, field)
         if path is not None and not path.strip():
-            raise UserError(f"{name} '{path}': is empty; give a path, or leave it out")
+            raise UserError(f"{name} '{path}' is empty; give a path, or leave it out")
         if path is not None and path[0] in "~$":
             raise UserError(
                 f"{name} {path}: the shell has not replaced {path[0]}; write the path out, or begin with ./"
             )
-        if path is not None and "://" in path and not urls:
-            raise UserError(f"{name} {path}: is a URL; give a path on this machine")
+        if path is not None and "://" in path and not allow_urls:
+            raise UserError(f"{name} {path} is a URL; give a path on this machine")
 
 
 def _spelling(config: Any, field: str) -> str:

@@ -30,10 +30,10 @@ def is_counted_here(name: str, param: torch.nn.Parameter, parallel_state: Parall
     keys, whose heads are split over the ranks. Tied embeddings on two pipeline stages each hold a part. On every
     context-parallel rank, a parameter's gradient is the part from that rank's tokens, so all of these ranks count.
     """
-    sharded = getattr(param, "tensor_model_parallel", False)
-    of_heads = "q_layernorm" in name or "k_layernorm" in name  # megatron-core identifies them by name, too
-    partial = getattr(param, "sequence_parallel", False) or of_heads
-    return sharded or partial or parallel_state.tp_rank == 0
+    is_sharded = getattr(param, "tensor_model_parallel", False)
+    is_of_heads = "q_layernorm" in name or "k_layernorm" in name  # megatron-core identifies them by name, too
+    is_partial = getattr(param, "sequence_parallel", False) or is_of_heads
+    return is_sharded or is_partial or parallel_state.tp_rank == 0
 
 
 @contextmanager
@@ -89,9 +89,9 @@ def inner_product(gradient: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def is_counting_rank(param: torch.nn.Parameter, parallel_state: ParallelState) -> bool:
     """Return whether this is the one rank, of the model-parallel ranks with the same parameter, that counts it."""
-    sharded = getattr(param, "tensor_model_parallel", False)
+    is_sharded = getattr(param, "tensor_model_parallel", False)
     # megatron-core marks the last stage's copy of a tied embedding, which has the first stage's v.
-    return (sharded or parallel_state.tp_rank == 0) and not getattr(param, "shared", False)
+    return (is_sharded or parallel_state.tp_rank == 0) and not getattr(param, "shared", False)
 
 
 def global_norm(direction: Direction, parallel_state: ParallelState) -> float:

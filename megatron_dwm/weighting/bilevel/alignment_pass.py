@@ -75,9 +75,9 @@ class AlignmentPass:
         Args:
             batch: this replica's samples.
             target: this replica's target samples.
-            old_parameters: the parameters θ at which the samples' gradients are taken, while the model holds θ', at
-                which the target's is; if not given, both are taken at the model's parameters. The copy holds θ'
-                afterwards.
+            old_parameters: the parameters θ, at which the samples' gradients are taken; the target's is taken at θ',
+                which the model holds. The copy holds θ' afterwards. If not given, both are taken at the model's
+                parameters.
 
         Returns:
             None, on every rank, if an alignment is not finite and the schedule lets such numbers pass, as fp16 training

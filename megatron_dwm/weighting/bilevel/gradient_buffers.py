@@ -53,7 +53,7 @@ class GradientBuffers:
 
 
 def views_by_parameter(bucket: Any, whole: torch.Tensor) -> Direction:
-    """Return the parts of a tensor as long as a bucket's gradients [elements], by parameter and in its shape."""
+    """Return views of a tensor as long as a bucket's gradients [elements]: each parameter's part in its shape."""
     views: Direction = {}
     for param in bucket.params_list:
         start = param.main_grad.storage_offset() - bucket.grad_data.storage_offset()

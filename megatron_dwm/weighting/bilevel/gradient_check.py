@@ -132,14 +132,14 @@ class _Check:
         return HypergradientCheck(derivatives[0], differences[0], error / derivatives[0])
 
     def _closed_form(self, step_size: float) -> torch.Tensor:
-        """∂ l_target(θ') / ∂ s_i per unit of η [N]."""
+        """Return ∂ l_target(θ') / ∂ s_i per unit of η [N]."""
         self._step(self.scores, step_size)
         _, direction = self.lm_gradients.gradient(self.target)
         self.old_parameters.restore()
         alignments = self.lm_gradients.align(self.batch, direction)
         self.lm_gradients.discard(direction)
-        everywhere = self.sample_gather.gather_from_replicas(alignments).cpu()
-        return target_score_gradient(everywhere, self.scores, self.temperature, learning_rate=1.0)
+        all_alignments = self.sample_gather.gather_from_replicas(alignments).cpu()
+        return target_score_gradient(all_alignments, self.scores, self.temperature, learning_rate=1.0)
 
     def _loss_after_step(self, scores: torch.Tensor, step_size: float) -> float:
         self._step(scores, step_size)
@@ -150,7 +150,7 @@ class _Check:
         return lm_gradients.mean_loss(losses, target)
 
     def _step(self, scores: torch.Tensor, step_size: float) -> None:
-        """θ to θ' = θ - η P ∇ Σ w_i l_i."""
+        """Move the parameters from θ to θ' = θ - η P ∇ Σ w_i l_i."""
         weights = self.sample_gather.select_replica(weights_from_scores(scores, self.temperature))
         _, gradient = self.lm_gradients.gradient(self.batch, weights.to(self.batch.tokens.device))
         shift(gradient, -step_size)
@@ -158,7 +158,7 @@ class _Check:
 
 
 def _slope_along(gradient: torch.Tensor) -> float:
-    """Derivative along the gradient [N] itself, scaled so that no score moves faster than 1."""
+    """Return the derivative along the gradient [N] itself, scaled so that no score moves faster than 1."""
     slope = float(gradient.square().sum() / gradient.abs().max())
     if not 0 < slope < math.inf:
         raise UserError(

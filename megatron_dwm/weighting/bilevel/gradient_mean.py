@@ -20,13 +20,13 @@ from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers, vie
 
 
 class GradientAverage(Protocol):
-    """Replaces each target gradient by an average over updates, or leaves it."""
+    """Averaging of target gradients over updates, or none."""
 
     def average(self, gradients: GradientBuffers) -> None:
         """Replace the gradient in the buffers; a collective call of all ranks."""
 
     def state(self) -> tuple[float, Direction] | None:
-        """Return what a checkpoint holds; None if nothing."""
+        """Return the state for a checkpoint; None if there is none."""
 
     def load(self, total: float, mean: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
         """Continue from a value of :meth:`state`."""

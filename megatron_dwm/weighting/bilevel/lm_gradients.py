@@ -67,7 +67,7 @@ class LMGradients:
         return type(self)(config, self.engine, self.optimizer, self.micro_batch_size, self.gradient_mean)
 
     def gradient(self, batch: Batch, sample_weights: torch.Tensor | None = None) -> tuple[float, Direction]:
-        """Return the plain loss of ``batch``; compute its gradient with ``sample_weights`` [n], preconditioned.
+        """Return the plain loss of ``batch``, and the preconditioned gradient of its loss with ``sample_weights`` [n].
 
         The gradient stays in the gradient buffers until :meth:`discard` or the next backward pass that fills them.
         """
@@ -120,7 +120,7 @@ class LMGradients:
             ) as products,
         ):
             self.engine.run(batch, self.micro_batch_size, loss_function=weighted_loss(weights), check_for_nan=False)
-        return self._whole(products)
+        return self._sum_products(products)
 
     def _align_single_samples(self, batch: Batch, direction: Direction) -> torch.Tensor:
         """Return ⟨v, ∇ l_i⟩ from one backward pass over microbatches of one sample."""
@@ -130,9 +130,9 @@ class LMGradients:
             single_sample_products(direction, chunks, len(batch), self.parallel_state) as products,
         ):
             self.engine.run(batch, 1, check_for_nan=False)
-        return self._whole(products)
+        return self._sum_products(products)
 
-    def _whole(self, products: torch.Tensor) -> torch.Tensor:
+    def _sum_products(self, products: torch.Tensor) -> torch.Tensor:
         """Return alignments [n], the same on all ranks of a replica, from the ranks' products of one backward pass."""
         # The engine divides each microbatch's loss by their number, and scales it for the average over CP ranks and
         # in fp16 training.

@@ -1,7 +1,7 @@
 """The passes of an outer update over any torch module that is not sharded: gradient and alignments.
 
-The alignment a_i = ⟨v, ∇ l_i⟩ is the derivative of sample i's loss along v. Forward-mode differentiation computes that
-of all samples in one forward pass, without a graph, for any kind of layer. For a module with an operation that
+The alignment a_i = ⟨v, ∇ l_i⟩ is the derivative of sample i's loss along v. Forward-mode differentiation computes it
+for all samples in one forward pass, without a graph, for any kind of layer. For a module with an operation that
 has no forward mode, one backward pass per sample is made instead.
 
 Shape legend: n samples of this process, s sequence length.
@@ -126,10 +126,10 @@ def _in_forward_mode(
     def losses(values: dict[str, torch.Tensor]) -> Any:
         return torch.func.functional_call(losses_module, values, (batch,))
 
-    here = {f"module.{name}": param.detach() for name, param in params.items()}
-    along = {f"module.{name}": direction[param].to(param.dtype) for name, param in params.items()}
+    primals = {f"module.{name}": param.detach() for name, param in params.items()}
+    tangents = {f"module.{name}": direction[param].to(param.dtype) for name, param in params.items()}
     with _requiring_no_gradients(module), _DerivativesAsInBackward():
-        found: torch.Tensor = torch.func.jvp(losses, (here,), (along,))[1].detach().double()
+        found: torch.Tensor = torch.func.jvp(losses, (primals,), (tangents,))[1].detach().double()
     return found
 
 

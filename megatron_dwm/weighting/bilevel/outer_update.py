@@ -65,7 +65,7 @@ class OuterUpdate(Generic[Passes]):
         return self.replay.num_appended
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the replay, in global order, and what the learner keeps; a collective call of all ranks."""
+        """Return the replay, in global order, and the learner's state; a collective call of all ranks."""
         return {"replay": self.replay.state(), "weighter_prior": self.learner.prior}
 
     def load_state_dict(self, state: Mapping[str, Any], num_updates: int) -> None:

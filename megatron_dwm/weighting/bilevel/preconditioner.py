@@ -23,7 +23,7 @@ from megatron_dwm.runtime.device import current_device
 from megatron_dwm.weighting.bilevel.alignment import Direction
 
 CHUNK_ELEMENTS = 1 << 22
-"""Elements that are scaled together, if they are several parameters'."""
+"""Maximum number of elements of several parameters that are scaled together, because scaling takes memory for them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class _Shard:
 
 
 def precondition(direction: Direction, optimizer: Optimizer) -> None:
-    """v ← P v, in place; NaN before the optimizer's first step.
+    """Set v ← P v, in place; NaN before the optimizer's first step.
 
     Under the distributed optimizer each rank scales the part whose state it holds, and leaves the rest as it is.
     """
@@ -54,7 +54,7 @@ def precondition(direction: Direction, optimizer: Optimizer) -> None:
 
 
 def _scale(values: Sequence[torch.Tensor], shards: Sequence[_Shard]) -> None:
-    """v ← P v, in place, for the parts of v whose optimizer state is given."""
+    """Set v ← P v, in place, for the parts of v whose optimizer state is given."""
     known = []
     for v, part in zip(values, shards, strict=True):
         if "exp_avg_sq" in part.state:
@@ -100,7 +100,7 @@ def batches(sizes: Sequence[int]) -> Iterator[list[int]]:
 
 
 def precondition_by_torch(direction: Direction, optimizer: torch.optim.Optimizer) -> None:
-    """v ← P v, in place, with torch's Adam or AdamW; 0 for parameters that it has never updated.
+    """Set v ← P v, in place, with torch's Adam or AdamW; 0 for parameters that it has never updated.
 
     Raises:
         UserError: the optimizer keeps no second moments.
@@ -125,7 +125,7 @@ def precondition_by_torch(direction: Direction, optimizer: torch.optim.Optimizer
 
 
 def is_preconditioner_known(optimizer: Optimizer) -> bool:
-    """Whether P is known: the optimizer has made a step, or its state was loaded; a collective call of all ranks."""
+    """Return whether P is known: the optimizer has made a step, or loaded its state; a collective call of all ranks."""
     parts = optimizer_parts(optimizer)
     known = any("exp_avg_sq" in state for part in parts for state in part.optimizer.state.values())
     anywhere = torch.tensor(float(known), device=current_device())

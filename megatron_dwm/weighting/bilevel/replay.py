@@ -90,7 +90,8 @@ class Replay:
         """
         sizes = torch.tensor([len(aligned.alignments) for aligned in self.batches])
         chances = self.batch_weights().repeat_interleave(sizes)
-        # Gumbel top-k: the largest of Gumbel variables, shifted by log-probabilities, are a draw without replacement.
+        # Gumbel top-k (arXiv 1903.06059): the largest of Gumbel variables, shifted by log-probabilities, are a draw
+        # without replacement.
         noise = -torch.rand(len(chances), dtype=torch.float64, generator=generator).clamp_min(1e-300).log()
         drawn = (chances.log() - noise.clamp_min(1e-300).log()).topk(min(count, len(chances))).indices.sort().values
         alignments = torch.cat([standardized(aligned.alignments) for aligned in self.batches])[drawn]

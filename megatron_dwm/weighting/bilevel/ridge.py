@@ -87,7 +87,7 @@ class _Rows:
 
 
 def are_features_kept(tokens: int) -> bool:
-    """Whether the features of a rank's replay with this many tokens are kept between updates."""
+    """Return whether the features of a rank's replay with this many tokens are kept between updates."""
     return tokens <= CHUNK_TOKENS
 
 
@@ -141,16 +141,16 @@ class RidgeLearner:
         residual = right_hand_side - normal_product(solution)
         direction, scale = residual.clone(), right_hand_side.norm()
         square = residual.square().sum()
-        nothing = torch.zeros_like(square)
+        zero = torch.zeros_like(square)
         for _ in range(self.config.dwm_weighter_steps):
             # Once solved, the solution no longer changes; the host need not read whether it is.
             is_solved = square.sqrt() <= RESIDUAL_TOLERANCE * scale
             product = normal_product(direction)
-            step = torch.where(is_solved, nothing, square / (direction * product).sum())
+            step = torch.where(is_solved, zero, square / (direction * product).sum())
             solution += step * direction
             residual -= step * product
             last_square, square = square, residual.square().sum()
-            direction = residual + torch.where(is_solved, nothing, square / last_square) * direction
+            direction = residual + torch.where(is_solved, zero, square / last_square) * direction
         weights = prior + solution
         is_finite = weights.isfinite().all().to(scale)
         norm, wanted, is_sound = torch.stack([square.sqrt(), scale, is_finite]).tolist()
@@ -193,7 +193,7 @@ class RidgeLearner:
         """Keep the scores of the newest batch, by weights that have not learned from it; a collective call.
 
         Args:
-            rank_scores: those of this rank's samples in the whole replay [c], the newest last.
+            rank_scores: scores of this rank's samples in the whole replay [c], the newest last.
         """
         of_newest = rank_scores[len(rank_scores) - len(newest.positions) :]
         positions = newest.positions.to(rank_scores.device)

@@ -36,7 +36,7 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 19, "gpu": 1 << 24}
 
 
 def has_supported_layers(chunks: Sequence[ModelChunk]) -> bool:
-    """Whether each parameter belongs to a supported kind of layer; those of Transformer Engine and Apex are not."""
+    """Return whether each parameter is in a supported kind of layer; those of Transformer Engine and Apex are not."""
     return all(
         isinstance(module, (*_LINEAR, *_EMBEDDINGS, *_NORMS)) or next(module.parameters(recurse=False), None) is None
         for chunk in chunks
@@ -119,7 +119,7 @@ class _Layer:
             if parallel_state.tp_size == 1
             else (isinstance(module, ColumnParallelLinear) and not module.gather_output)
         )
-        """Whether it is a linear layer each of whose outputs is computed by one rank."""
+        """Whether it is a linear layer in which a single rank computes each output."""
         self.microbatches = 0
 
     def watch(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -215,7 +215,7 @@ def _products_of_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def _is_replicated(name: str, module: torch.nn.Module) -> bool:
-    """Whether all ranks of a TP group have the same outputs, so that only one of them counts.
+    """Return whether all ranks of a TP group have the same outputs, so that only one of them counts.
 
     Under sequence parallelism the outputs of most layers are parts of the sequence; those of norms of queries and keys
     are parts of the heads.

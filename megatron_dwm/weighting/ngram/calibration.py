@@ -12,7 +12,10 @@ from __future__ import annotations
 import torch
 
 PRIOR_SAMPLES = 150
-"""The curve is shrunk towards the linear scores, as if this many more samples at each point agreed with them."""
+"""The curve is shrunk towards the linear scores, as if this many more samples at each point agreed with them.
+
+With 30, weights spread too early in a run (docs/lab-notes.md).
+"""
 
 
 class Calibration(torch.nn.Module):
@@ -41,7 +44,7 @@ class Calibration(torch.nn.Module):
 
         Args:
             scores: linear scores of samples that the weighter had not learned from [k], at least p, float64.
-            errors: what the objective wants their scores to be, less the scores [k], float64.
+            errors: the scores that the objective wants for them, minus the scores [k], float64.
         """
         groups = scores.argsort(stable=True).tensor_split(len(self.scores))
         means = torch.stack([scores[group].mean() for group in groups])

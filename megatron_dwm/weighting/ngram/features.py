@@ -15,7 +15,10 @@ from collections.abc import Sequence
 import torch
 
 MULTIPLIERS = (1000003, 73244475)
-"""Small enough for a product with 32 bits to stay within 63."""
+"""Those of CPython's former string hash, and of a common hash of 32-bit integers (0x45d9f3b).
+
+They are small enough for a product with 32 bits to stay within 63.
+"""
 LOW_32_BITS = 0xFFFFFFFF
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_dwm.runtime.rendezvous import free_port
 
-PROGRAMMES = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
 
 # The CPUs are a claim that config_overrides makes slurmd accept: several tasks then fit on a small machine.
 # No plugin here needs cgroups or accounting. A requeued job waits until the credentials of its former start have
@@ -139,7 +139,7 @@ class Cluster:
             self._check_health()
             time.sleep(1)
         text = log.read_text() if log.exists() else "(the job wrote no log)\n"
-        if state != "COMPLETED":  # what SLURM has to say of it
+        if state != "COMPLETED":  # what SLURM reports about it
             text += self._call("scontrol", "show", "job", job_id) + self._daemon_logs()
         return Job(state, text)
 
@@ -158,7 +158,7 @@ class Cluster:
         self.wait_for("idle node", lambda: self._node_state() == "idle")
 
     def stop(self) -> None:
-        """End what still runs: jobs first, for slurmd would leave their processes behind."""
+        """End what still runs: jobs first, because slurmd would leave their processes behind."""
         busy = ("allocated", "completing")
         try:
             if self._node_state() in busy:
@@ -182,14 +182,14 @@ class Cluster:
                 stderr=subprocess.STDOUT,
             )
 
-    def wait_for(self, what: str, holds: Callable[[], bool]) -> None:
-        """Wait until something holds.
+    def wait_for(self, what: str, is_met: Callable[[], bool]) -> None:
+        """Wait until a condition is met.
 
         Raises:
-            ClusterError: it does not in time, or a daemon has ended.
+            ClusterError: it is not met in time, or a daemon has ended.
         """
         deadline = time.monotonic() + START_LIMIT_S
-        while not holds():
+        while not is_met():
             self._check_daemons()
             if time.monotonic() > deadline:
                 raise self._error(f"no {what} after {START_LIMIT_S} s")
@@ -207,7 +207,7 @@ class Cluster:
             raise self._error(f"the node is {state}")
 
     def _node_state(self) -> str:
-        """``idle``, ``allocated``, ``down*``, ...; empty while the controller does not answer."""
+        """Return ``idle``, ``allocated``, ``down*``, ...; nothing while the controller does not answer."""
         return self._run("sinfo", "--noheader", "--format=%T").stdout.strip()
 
     def _job_state(self, job_id: str) -> str:
@@ -241,10 +241,10 @@ def running_cluster() -> Iterator[Cluster]:
     Raises:
         ClusterError: SLURM or munge is not installed, or a daemon does not start.
     """
-    missing = [name for name in PROGRAMMES if shutil.which(name, path=PATH) is None]
+    missing = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     if missing:
         raise ClusterError(f"no {', '.join(missing)} on PATH: install Debian's packages slurm-wlm and munge")
-    # Not pytest's tmp_path: munge wants its socket where everybody may look, and a socket's path is short.
+    # Not pytest's tmp_path: munge requires that everybody may read the socket's folder, and its path must be short.
     with tempfile.TemporaryDirectory(prefix="slurm-") as name:
         folder = Path(name)
         folder.chmod(0o755)

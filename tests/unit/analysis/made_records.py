@@ -6,7 +6,7 @@ from megatron_dwm.analysis.records import Record, RunRecords
 
 
 def update(iteration: int, stage: int, weights: list[float], alignments: list[float], **columns: list) -> Record:
-    """An outer update of samples of the sources a and b in turn."""
+    """Return an outer update of samples of the sources a and b in turn."""
     first = 10 * iteration
     samples = {
         "index": list(range(first, first + len(weights))),
@@ -25,6 +25,6 @@ def update(iteration: int, stage: int, weights: list[float], alignments: list[fl
 
 
 def run_of(updates: list[Record], steps: int = 5, **step: object) -> RunRecords:
-    """A run whose loss falls by 0.1 each step."""
+    """Return a run whose loss falls by 0.1 each step."""
     made = [{"kind": "train", "iteration": i, "lm_loss": 3.0 - i / 10, **step} for i in range(1, steps + 1)]
     return RunRecords(steps=made, updates=updates, evaluations=[])

@@ -117,7 +117,7 @@ def test_the_plot_is_over_iterations_only_if_a_run_has_several():
     labels = [label.get_text() for label in figure(far).axes[0].get_yticklabels()]
     assert labels == ["run", "folder"]  # without the folders that both are in
     assert list(accuracy.containers[0][0].get_xdata()) == [0.6, 0.7]
-    assert (accuracy.get_xlabel(), nats.get_xlabel()) == ("accuracy", "nats a choice")
+    assert (accuracy.get_xlabel(), nats.get_xlabel()) == ("accuracy", "nats per choice")
     assert list(nats.get_lines()[-1].get_xdata()) == [math.log(4)] * 2
 
 

@@ -16,13 +16,13 @@ from megatron_dwm.plan.stages import layers_config
 from tests.paths import FIXTURES
 
 CENSUS = FIXTURES / "megatron/census.json"
-"""Flags with values, and of which of them each configuration is made."""
+"""Flags with values, and which of them each configuration has."""
 CENSUS_OF_TEAMS = FIXTURES / "megatron/census_of_teams.json"
 """The same of scripts that teams have published."""
 PATH = "PATH"
-"""What stands for every value that is a path."""
+"""Placeholder of every value that is a path."""
 FILES = ("--vocab-file", "--merge-file", "--tokenizer-model", "--tokenizer-metadata")
-"""Flags of files that are to be there."""
+"""Flags whose files must exist."""
 WORLD_SIZES = (8, 16, 1, 4, 64, 512)
 
 Configuration = dict[str, str]
@@ -45,10 +45,10 @@ def read_census(file: Path = CENSUS) -> list[Configuration]:
 
 
 def obstacles(flags: Mapping[str, str], file: Path) -> list[str]:
-    """Return the errors, each after what the one before named was left out; none if it accepts all.
+    """Return the errors, each after leaving out the flag that the one before names; none if all flags are accepted.
 
     Args:
-        file: one that is there.
+        file: an existing file.
     """
     left, found = dict(flags), []
     while (error := _error(left, file)) is not None:

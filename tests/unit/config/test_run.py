@@ -127,7 +127,7 @@ def test_flags_of_older_scripts_mean_what_they_meant():
     ],
 )
 def test_gradients_have_megatrons_precision(flags: str, in_fp32: bool):
-    assert parse(f"{RUN} {flags}").optimizer.grads_in_fp32 is in_fp32
+    assert parse(f"{RUN} {flags}").optimizer.has_fp32_grads is in_fp32
 
 
 @pytest.mark.parametrize(

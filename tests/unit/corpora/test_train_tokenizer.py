@@ -100,8 +100,8 @@ def test_rerun_with_the_same_text_in_other_files_writes_the_same_bytes(
     ("arguments", "message"),
     [
         (["--vocab-size", "600"], "--input is missing"),
-        (["--input", "{tmp}/texts.jsonl"], "--vocab-size None is not a size"),
-        (["--input", "{tmp}/texts.jsonl", "--vocab-size", "0"], "--vocab-size 0 is not a size"),
+        (["--input", "{tmp}/texts.jsonl"], "--vocab-size is missing; give the number of pieces"),
+        (["--input", "{tmp}/texts.jsonl", "--vocab-size", "0"], "--vocab-size 0: must be at least 1"),
         (["--input", "{tmp}/none.jsonl", "--vocab-size", "600"], "--input {tmp}/none.jsonl: no such file"),
         (["--input", "{tmp}/bad.jsonl", "--vocab-size", "600"], "--input {tmp}/bad.jsonl, line 2: no JSON object"),
         (["--input", "{tmp}/list.jsonl", "--vocab-size", "600"], "--input {tmp}/list.jsonl, line 1: no JSON object"),

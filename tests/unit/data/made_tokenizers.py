@@ -68,7 +68,7 @@ SENTENCEPIECE: dict[str, dict[str, Any]] = {
 
 
 def gpt2_files(folder: Path) -> tuple[str, str]:
-    """Byte-level BPE with every byte, so that it covers any text."""
+    """Write a byte-level BPE with every byte, so that it covers any text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
@@ -100,7 +100,7 @@ def hugging_face_folder(folder: Path, **special: str) -> str:
 
 
 def tiktoken_file(path: Path) -> tuple[str, int]:
-    """A tiktoken JSON file, and its number of tokens."""
+    """Write a tiktoken JSON file; return its path and number of tokens."""
     from tiktoken._educational import bpe_train
 
     pattern = r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"

@@ -148,8 +148,8 @@ def test_validation_sets_are_the_datasets_of_the_validation_blend() -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"full_validation": True}, "--valid-data-path has weights, and --full-validation reads each"),
-        ({"multiple_validation_sets": True}, "has weights, and --multiple-validation-sets reads each"),
+        ({"full_validation": True}, "--valid-data-path has weights, but --full-validation reads each"),
+        ({"multiple_validation_sets": True}, "has weights, but --multiple-validation-sets reads each"),
         ({"multiple_validation_sets": True, "validation_set_names": ["one"]}, "weights"),
     ],
 )

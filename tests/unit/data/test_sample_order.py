@@ -121,7 +121,7 @@ def test_the_line_names_what_changed_and_where_reading_goes_on(prefixes: dict[st
     change = order_change(saved, arguments(train_data_path=[a], train_iters=20), CONSUMED)
     assert (
         change is not None
-        and f"80 samples instead of 40 make 4 epochs (the last shuffled by itself) of {a}, not 2 epochs" in change
+        and f"80 samples instead of 40 make 4 epochs (the last shuffled separately) of {a}, not 2 epochs" in change
     )
 
 

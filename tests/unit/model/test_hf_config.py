@@ -21,7 +21,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "rope_theta": 1e4, "low_freq_fac
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("olmo3", SIZES, "a olmo3 model cannot be imported: its layers have rotary positions of two kinds"),
     ("gemma2", SIZES, "it scales its embeddings"),
-    ("gpt_neox", SIZES, "attention and MLP stand side by side"),
+    ("gpt_neox", SIZES, "attention and MLP of a layer run in parallel"),
     ("mixtral", SIZES, "it has experts"),
     ("smollm3", SIZES, "no positions"),
     ("qwen3", {**SIZES, "attention_bias": True}, "attention_bias beside norms of queries and keys"),

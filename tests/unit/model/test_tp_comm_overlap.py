@@ -68,7 +68,7 @@ PLANTED = "qkv_fprop: !!python/object/apply:os.system ['touch planted']\n"
 
 def test_settings_that_are_none_are_refused(tmp_path: Path):
     file = tmp_path / "overlap.yaml"
-    for text, said in (("[1", "cannot be read"), ("words", "no settings"), (PLANTED, "cannot be read")):
+    for text, said in (("[1", "cannot be read"), ("words", "it does not map names"), (PLANTED, "cannot be read")):
         file.write_text(text)
         with pytest.raises(UserError, match=f"--tp-comm-overlap-cfg .*{said}"):
             read_overlap_settings(str(file))

@@ -180,7 +180,7 @@ def test_the_mask_is_checked_on_the_way_to_the_configuration():
     training, optimizer = TrainingConfig(micro_batch_size=1, train_iters=1), OptimizerConfig(lr=1e-3)
     model = ModelConfig(**SIZES, transformer_impl="local")
     with pytest.raises(UserError, match="--reset-attention-mask"):
-        transformer_config(model, ParallelConfig(), training, optimizer, GPU, resets_attention_mask=True)
+        transformer_config(model, ParallelConfig(), training, optimizer, GPU, has_attention_mask=True)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_flags_of_the_plan_are_taken_out_and_need_it():
     config, rest = split_plan(["--lr", "1", "--plan", "--plan-world-size", "8", "--bf16"])
     assert config == PlanConfig(plan=True, plan_world_size=8) and rest == ["--lr", "1", "--bf16"]
     for words in (["--plan-world-size", "8"], ["--plan-json", "plan.json"]):
-        with pytest.raises(UserError, match="goes with --plan"):
+        with pytest.raises(UserError, match="has no effect without --plan"):
             split_plan(words)
     with pytest.raises(UserError, match="--plan-world-size 0"):
         split_plan(["--plan", "--plan-world-size", "0"])

@@ -50,7 +50,7 @@ def test_the_launchers_variables_give_the_rank(
     [
         (
             {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "many"},
-            "OMPI_COMM_WORLD_SIZE=many: not a whole number",
+            "OMPI_COMM_WORLD_SIZE=many: not an integer",
         ),
         ({"RANK": "1"}, "RANK=1 without WORLD_SIZE"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK"),

@@ -81,7 +81,7 @@ def test_a_fact_that_was_changed_in_the_manifest_is_found(export: Path):
     assert read_manifest(export)["iteration"] == 7
     for changed in (text.replace('"iteration": 7', '"iteration": 3'), text.replace('"iteration"', '"iteratioo"')):
         (export / MANIFEST).write_text(changed)
-        with pytest.raises(UserError, match=f"{MANIFEST} cannot be read .not as it was written"):
+        with pytest.raises(UserError, match=f"{MANIFEST} cannot be read .changed since it was written"):
             load(export)
 
 

@@ -40,7 +40,7 @@ SAMPLES = SampleTokens(
     TOKENIZER.vocab_size,
     TOKENIZER.eod,
     vocabulary_fingerprint(TOKENIZER, SETTINGS),
-    partial(sample_text, tokenizer=TOKENIZER, joint="\n\n"),
+    partial(sample_text, tokenizer=TOKENIZER, separator="\n\n"),
 )
 SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "num_labels": 1}
 LLAMA = LlamaConfig(**SMALL, vocab_size=31, pad_token_id=30, max_position_embeddings=8)

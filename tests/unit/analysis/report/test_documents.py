@@ -36,7 +36,7 @@ SAMPLES = SampleTokens(
     TOKENIZER.vocab_size,
     TOKENIZER.eod,
     vocabulary_fingerprint(TOKENIZER, SETTINGS),
-    partial(sample_text, tokenizer=TOKENIZER, joint=" "),
+    partial(sample_text, tokenizer=TOKENIZER, separator=" "),
 )
 
 

@@ -44,7 +44,7 @@ def test_a_source_that_is_less_aligned_and_counts_more_is_named_with_an_interval
 
 def test_a_difference_within_noise_is_no_contradiction():
     (sentence,) = warnings(made(updates=12, gap=0.0, weight_of_a=1.2))
-    assert "cannot be told from 0" in sentence
+    assert "cannot be distinguished from 0" in sentence
 
 
 def test_chance_contradicts_no_weights_though_many_pairs_of_sources_are_compared():
