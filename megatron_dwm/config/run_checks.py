@@ -110,7 +110,7 @@ def _check_context_parallelism(sequence: int, parallel: ParallelConfig) -> None:
 def _check_optimizer(world_size: int, model: ModelConfig, parallel: ParallelConfig, optimizer: OptimizerConfig) -> None:
     if parallel.use_distributed_optimizer and optimizer.optimizer != "adam":
         raise UserError(
-            f"--use-distributed-optimizer does not go with --optimizer {optimizer.optimizer}: megatron-core "
+            f"--use-distributed-optimizer excludes --optimizer {optimizer.optimizer}: megatron-core "
             "shards only the state of Adam; leave one out"
         )
     ranks, instances = world_size // parallel.mp, parallel.num_distributed_optimizer_instances
@@ -134,7 +134,7 @@ def _check_logs(logging: LoggingConfig, profiling: ProfilingConfig, save: str | 
 
 def _check_tasks(tasks: TasksConfig, tokenizer: TokenizerConfig) -> None:
     if tasks.eval_tasks and tokenizer.tokenizer_type == "NullTokenizer":
-        raise UserError("--eval-tasks are texts, and --tokenizer-type NullTokenizer has none; give another tokenizer")
+        raise UserError("--eval-tasks need text, which --tokenizer-type NullTokenizer cannot encode; give another")
 
 
 def _check_wandb(logging: LoggingConfig, save: str | None) -> None:
@@ -230,7 +230,7 @@ def _check_schedule(training: TrainingConfig, optimizer: OptimizerConfig) -> Non
 
 
 def _check_passes(micro: int, model: ModelConfig, parallel: ParallelConfig, weighting: WeightingConfig) -> None:
-    """Refuse what the passes of an outer update cannot go with."""
+    """Refuse flags that the passes of an outer update do not support."""
     unfit = {
         "--fp8-param-gather": (parallel.fp8_param_gather, "copies parameters that have 16 or 32 bits"),
         "--defer-embedding-wgrad-compute": (

@@ -98,6 +98,6 @@ def _target_batch_size(
     unit, part = batches.data_parallel_size, -(-batches.largest // TARGET_PART)
     if is_interleaved:
         unit = batches.unit * (parallel.microbatch_group_size_per_vp_stage or parallel.pp)
-    elif part > batches.unit or parallel.tp_comm_overlap:  # its buffers have a fixed size
+    elif part > batches.unit or parallel.tp_comm_overlap:  # Transformer Engine's buffers fit full microbatches
         unit = batches.unit
     return min(-(-part // unit) * unit, batches.largest)

@@ -27,6 +27,7 @@ MAX_WEIGHTER_SIZE = 2**20
 MAX_BUCKETS = 2**31
 """Hashes have 32 bits, and a linear weighter has one parameter for each bucket."""
 MAX_CALIBRATION_POINTS = 1000
+"""More are certainly a mistake: a curve needs a dozen."""
 TARGET_PART = 8
 """By default, an outer update reads one target sample for this many samples of the batch."""
 TARGET_MOMENTUM = 0.78

@@ -63,7 +63,7 @@ class CostModel:
         return Cost(0.0, {})
 
     def update(self) -> Cost:
-        """Return the cost of an outer update, or of what a rule does in its place; zero for a run without updates."""
+        """Return the cost of an outer update, or of a rule's passes in its place; zero for a run without updates."""
         if not self.weighting.needs_target or self.weighting.dwm_rule == "top-alignment":
             return Cost(0.0, {})
         if self.weighting.dwm_rule == "similarity":
@@ -89,7 +89,8 @@ class CostModel:
         between = stage.stage_traffic.times(target + batch)
         if kind == "finite-difference":  # forward passes at two points
             passes, between = 2 * batch, stage.stage_traffic.times(target) + stage.forward_traffic.times(2 * batch)
-        gathers = 0 if self.weighting.dwm_rule == "top-alignment" else 2  # to go back, and forward again
+        # To return to the old parameters, and to the new ones again.
+        gathers = 0 if self.weighting.dwm_rule == "top-alignment" else 2
         gathers += 2 if kind == "finite-difference" else 0  # to return from each of the two points
         gathers += self.overlaps_param_gather  # before the passes; the next forward pass repeats it
         return {

@@ -78,7 +78,8 @@ def _update_peak(
         training: the peak of the activations in the training step.
         counts: each chunk's microbatches in flight in the alignment pass.
     """
-    copy = 0 if weighting.dwm_rule == "top-alignment" else stage.parameter_copy  # which does not go back
+    # The top-alignment rule stays at the same parameters.
+    copy = 0 if weighting.dwm_rule == "top-alignment" else stage.parameter_copy
     direction, learning = stage.direction, 0 if weighter is None else weighter.learning
     if weighting.dwm_alignment == "finite-difference":
         # Without a backward pass, but with a second copy of the parameters.
@@ -86,7 +87,7 @@ def _update_peak(
     else:
         alignment = held_activations(stage.alignment, counts) + stage.workspace
     preconditioner = stage.preconditioner if weighting.dwm_preconditioner == "adam" else 0
-    # Taken before the training step, the copy is there in all passes; v is there once the target pass has been made.
+    # The copy is made before the training step and held in all passes; v is held after the target pass.
     return max(copy + training, copy + direction + preconditioner, copy + direction + alignment, learning)
 
 
@@ -99,7 +100,7 @@ def held_activations(passes: Sequence[Pass], counts: Sequence[int]) -> float:
 def in_flight(parallel: ParallelConfig, chunks: int | None, stage: int, microbatches: int) -> list[int]:
     """Return the maximum number of microbatches of each model chunk that wait for their backward pass.
 
-    megatron-core's schedules run so many forward passes before the first backward pass, and then one for one.
+    megatron-core's schedules run this many forward passes before the first backward pass, and then one of each in turn.
 
     Args:
         chunks: model chunks of a rank; None without the interleaved schedule.

@@ -184,7 +184,7 @@ def with_known_layers(config: RunConfig) -> tuple[RunConfig, str]:
 
 
 def _needs_transformer_engine(model: ModelConfig, parallel: ParallelConfig) -> bool:
-    """Whether torch's layers cannot follow the flags: the run's machines need what this one may not have."""
+    """Return whether only Transformer Engine's layers can follow the flags."""
     try:
         check_tp_comm_overlap(parallel, "torch")
         check_layers(model, parallel, "torch")

@@ -235,7 +235,7 @@ def _traffic_of(action: Callable[[], Any]) -> Traffic:
 
 
 def _stage_traffic(model: LanguageModel, micro_batch_size: int, *, has_backward: bool) -> Traffic:
-    """Return what each of the rank's chunks sends forward, and backward, for a microbatch."""
+    """Return the traffic that each of the rank's chunks sends forward, and backward, for a microbatch."""
     traffic, num_chunks = Traffic(), len(model.engine.chunks)
     core, layout = model.engine.config, model.parallel_state
     tokens = model.engine.seq_length // layout.cp_size // (layout.tp_size if core.sequence_parallel else 1)

@@ -79,7 +79,7 @@ class CheckpointWriter:
         """
         Args:
             arguments: the arguments of the run, which checkpoints hold.
-            save_folder: the first rank's hold on the folder, which ends when the writer is closed.
+            save_folder: the locked folder, on the first rank; it is released when the writer is closed.
             progress: the log in which checkpoints are noted.
         """
         self.flags, self.parallel, self.arguments = flags, parallel, arguments

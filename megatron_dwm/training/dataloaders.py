@@ -190,7 +190,7 @@ class Dataloaders:
 
 
 def _consumed(train_state: TrainState, data: DataConfig, eval_batch_size: int) -> Consumed:
-    """Return what of the data a run has read, by which its datasets are sized.
+    """Return how much of the data a run has read, which determines the sizes of its datasets.
 
     A release starts at iteration 0 with a nonzero count of samples. As in Megatron-LM, its datasets have the size of a
     new run's.

@@ -121,8 +121,8 @@ def _check_weighting_state(weighting: WeightingConfig, flags: CheckpointConfig, 
     """
     arguments = vars(saved.arguments)
     had_state = arguments.get("dwm_mode") == "bilevel" or arguments.get("dwm_rule") in TARGETED_RULES
-    goes_on = weighting.needs_target and not (flags.finetune or saved.is_release)
-    if had_state and goes_on and not (saved.folder / DWM_STATE).exists():
+    is_continued = weighting.needs_target and not (flags.finetune or saved.is_release)
+    if had_state and is_continued and not (saved.folder / DWM_STATE).exists():
         with reported_damage(saved.folder):
             raise DamagedCheckpointError(f"{DWM_STATE}, the state of the weighting, is missing")
 

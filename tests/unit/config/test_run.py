@@ -64,7 +64,7 @@ def test_a_script_for_a_llama_is_accepted(caplog: pytest.LogCaptureFixture):
         world_size=8,
     )
     assert config.sizes.num_microbatches == 16
-    assert config.model.fp8 == "hybrid" and not config.optimizer.grads_in_fp32
+    assert config.model.fp8 == "hybrid" and not config.optimizer.has_fp32_grads
     assert caplog.messages == ["--use-mcore-models is deprecated; leave it out"]
 
 
