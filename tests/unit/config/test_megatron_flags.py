@@ -146,7 +146,7 @@ READ_BY_PROPERTIES = {
     "activations_checkpoint_method": "ModelConfig.early_recompute_method",
     "eval_interval": "DataConfig.evaluations",
     "eval_micro_batch_size": "RunSizes.from_flags",
-    "accumulate_allreduce_has_fp32_grads": "OptimizerConfig.has_fp32_grads",
+    "accumulate_allreduce_grads_in_fp32": "OptimizerConfig.has_fp32_grads",
     "decrease_batch_size_if_needed": "RunSizes.from_flags",
     "dwm_target_batch_size": "RunSizes.from_flags",
     "dwm_target_momentum": "WeightingConfig.target_momentum",
