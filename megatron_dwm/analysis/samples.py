@@ -151,7 +151,7 @@ def _opened(config: RunConfig, consumed_valid: int, start: Path) -> Iterator[Run
                 config.data,
                 config.train_iters,
                 config.training.train_samples,
-                config.global_batch_size,
+                config.sizes.global_batch_size,
                 Consumed(*config.resumed_at, consumed_valid),
                 has_rampup=config.training.rampup_batch_size is not None,
             ),
@@ -159,7 +159,7 @@ def _opened(config: RunConfig, consumed_valid: int, start: Path) -> Iterator[Run
             parallel_state,
             sequence=config.model.seq_length,
             seed=config.training.seed,
-            target_batch_size=config.target_batch_size if has_target else None,
+            target_batch_size=config.sizes.target_batch_size if has_target else None,
         )
         samples = sample_tokens(config.model.seq_length, tokenizer, config.tokenizer)
         yield RunSamples(datasets.train, datasets.target, tokenizer, paths.train_sources, samples)

@@ -49,7 +49,7 @@ class BareLoop:
         )
         updated, _, _ = self.components.optimizer.step()
         if updated:
-            self.components.scheduler.step(increment=self.config.global_batch_size)
+            self.components.scheduler.step(increment=self.config.sizes.global_batch_size)
 
     def _forward_step(self, micros: Iterator[Batch], model: Any) -> tuple[Any, Any]:
         micro, end = next(micros), self.engine.document_end

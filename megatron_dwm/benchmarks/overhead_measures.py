@@ -54,7 +54,7 @@ def measure_modes(modes: Modes, options: OverheadConfig) -> dict[str, Any]:
         for scored, updated in zip(step_times["frozen"], times["update"], strict=True)
     ]
     direct = [t / (steps // interval * interval) for t in times.get("intervals", [])]
-    tokens = modes.config.global_batch_size * modes.config.model.seq_length
+    tokens = modes.config.sizes.global_batch_size * modes.config.model.seq_length
     plain = step_times["plain"]
     return {
         "step_seconds": {
@@ -108,12 +108,12 @@ def described(modes: Modes) -> dict[str, Any]:
         "torch": torch.__version__,
         "world_size": config.world_size,
         "micro_batch_size": config.training.micro_batch_size,
-        "global_batch_size": config.global_batch_size,
-        "target_batch_size": config.target_batch_size,
+        "global_batch_size": config.sizes.global_batch_size,
+        "target_batch_size": config.sizes.target_batch_size,
         "parameters": sum(param.numel() for chunk in modes.bilevel.engine.chunks for param in chunk.parameters()),
         "weighter_parameters": modes.weighter.num_parameters,
         "alignment": config.weighting.dwm_alignment,
-        "training_flops": training_flops(config.model, vocab, config.global_batch_size),
+        "training_flops": training_flops(config.model, vocab, config.sizes.global_batch_size),
     }
 
 
@@ -173,12 +173,13 @@ def operations(modes: Modes) -> dict[str, float]:
     """Return the floating-point operations of the parts of a step, and of those of an update."""
     config, vocab = modes.config, modes.bilevel.components.vocabulary.rows
     weighter = modes.weighter.num_active_parameters
-    lm_gradients = outer_update_flops(config, vocab, 0)
-    target = training_flops(config.model, vocab, config.target_batch_size)
-    whole = outer_update_flops(config, vocab, weighter, is_linear=modes.weighter.is_linear)
+    update_flops = partial(outer_update_flops, config.model, config.weighting, config.sizes, vocab)
+    lm_gradients = update_flops(0)
+    target = training_flops(config.model, vocab, config.sizes.target_batch_size)
+    whole = update_flops(weighter, is_linear=modes.weighter.is_linear)
     return {
-        "training step": training_flops(config.model, vocab, config.global_batch_size),
-        "scoring": scoring_flops(weighter, config.global_batch_size, config.model.seq_length),
+        "training step": training_flops(config.model, vocab, config.sizes.global_batch_size),
+        "scoring": scoring_flops(weighter, config.sizes.global_batch_size, config.model.seq_length),
         "target pass": target,
         "alignment pass": lm_gradients - target,
         "weighter steps": whole - lm_gradients,

@@ -126,7 +126,7 @@ def measure(trainer: Trainer, options: PrecisionConfig) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "steps": options.steps,
         "batches": options.batches,
-        "samples_of_a_batch": trainer.config.global_batch_size,
+        "samples_of_a_batch": trainer.config.sizes.global_batch_size,
         "parameters": sum(param.numel() for chunk in engine.chunks for param in chunk.parameters()),
         "agreement": means,
         "alignments": samples,

@@ -51,7 +51,7 @@ def build_trainer(
     from megatron_dwm.training.trainer import Trainer
     from megatron_dwm.training.write_results import start_results_process
     from megatron_dwm.weighting.build import build_weighting, check_gradients
-    from megatron_dwm.weighting.inputs import read_weighter_inputs, run_stages
+    from megatron_dwm.weighting.inputs import read_weighter_inputs, run_stages, sample_tokens
 
     if config.logging.logging_level is not None:
         print_messages_of("megatron.core", process.rank, process.world_size, config.logging.logging_level)
@@ -59,7 +59,12 @@ def build_trainer(
         save_folder = lock_folders(config.checkpoint, config.data, config.logging, process.rank)
     with process.startup_sync.phase("inputs"):
         inputs = read_inputs(config, process.rank, process.world_size)
-        weighter_inputs = read_weighter_inputs(config, inputs.tokenizer)
+        weighter_inputs = None
+        if config.weighting.has_weighter:
+            samples = sample_tokens(config.model.seq_length, inputs.tokenizer, config.tokenizer)
+            weighter_inputs = read_weighter_inputs(
+                config.weighting, config.model, samples, config.train_iters, config.training.seed
+            )
         if inputs.checkpoint is None:  # the length of a continued run is known when its checkpoint is loaded
             run_stages(config.weighting, config.train_iters)
     with process.startup_sync.phase("agreement"):
@@ -125,11 +130,18 @@ def _weighting_context(
     from megatron_dwm.weighting.context import WeightingContext
 
     return WeightingContext(
-        config=config,
+        settings=config.weighting,
+        model=config.model,
+        sizes=config.sizes,
+        seed=config.training.seed,
+        bf16=config.optimizer.bf16,
+        log_interval=config.logging.log_interval,
+        save=config.checkpoint.save,
         inputs=weighter_inputs,
         stages=stages,
         paths=inputs.paths,
         tokenizer=inputs.tokenizer,
+        tokenizer_flags=config.tokenizer,
         padded_vocab_size=language_model.padded_vocab_size,
         engine=language_model.engine,
         optimizer=language_model.components.optimizer,

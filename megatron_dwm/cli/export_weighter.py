@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,9 +21,6 @@ from megatron_dwm.config.checkpoint_args import read_arguments
 from megatron_dwm.config.flags import flag, parse
 from megatron_dwm.config.saved_config import saved_config
 from megatron_dwm.errors import UserError, reported_write_failure, with_article
-
-if TYPE_CHECKING:
-    from megatron_dwm.config.run import RunConfig
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,8 @@ def export(config: ExportWeighterConfig) -> str:
         UserError: no such checkpoint, or it holds no weighter.
     """
     from megatron_dwm.data.blend import data_paths
-    from megatron_dwm.data.hf_tokenizers import fingerprint_of
+    from megatron_dwm.data.hf_tokenizers import fingerprint_of, to_hf_tokenizer
+    from megatron_dwm.data.tokenizers import build_tokenizer
     from megatron_dwm.model.hf_weights import require_finite
     from megatron_dwm.training.checkpoint_folders import iteration_of
     from megatron_dwm.training.saved_checkpoint import open_checkpoint, reported_damage
@@ -71,16 +69,20 @@ def export(config: ExportWeighterConfig) -> str:
         model.load_state_dict(state["weighter"])
     for name, param in model.named_parameters():
         require_finite(f"--load {folder}: the weighter's {name}", param)
-    tokenizer = _tokenizer(run, state.get("weighter_tokenizer", ""))
+    if fingerprint := state.get("weighter_tokenizer"):
+        tokenizer = _separate_tokenizer(Path(run.weighting.dwm_load or run.weighting.dwm_init_from), fingerprint)
+    else:
+        tokenizer = to_hf_tokenizer(build_tokenizer(run.tokenizer), run.tokenizer)
+        tokenizer.model_max_length = run.model.seq_length
     paths = data_paths(run.data, run.weighting.dwm_target_data_path if run.weighting.needs_target else None)
     stage = run_stages(run.weighting, run.train_iters).stage(iteration)
-    special = bool(state.get("weighter_tokenizer")) or run.tokenizer.tokenizer_hf_include_special_tokens
+    special = bool(fingerprint) or run.tokenizer.tokenizer_hf_include_special_tokens
     facts = weighter_facts(iteration, stage, sum(p.numel() for p in model.parameters()), model_digest(model))
     facts |= run_facts(
         run.weighting,
         run.model,
         run.train_iters,
-        run.global_batch_size,
+        run.sizes.global_batch_size,
         paths,
         fingerprint_of(tokenizer),
         adds_special_tokens=special,
@@ -95,24 +97,19 @@ def export(config: ExportWeighterConfig) -> str:
     )
 
 
-def _tokenizer(run: RunConfig, fingerprint: str) -> Any:
-    """Return the weighter's Hugging Face tokenizer.
+def _separate_tokenizer(started_from: Path, fingerprint: str) -> Any:
+    """Return the Hugging Face tokenizer of a weighter that does not have the run's.
 
     Args:
-        fingerprint: fingerprint of the weighter's tokenizer; empty if it uses the run's.
+        started_from: the folder that the weighter was started from.
+        fingerprint: of the weighter's tokenizer.
 
     Raises:
-        UserError: the folder that it was started from is gone.
+        UserError: the folder is gone, or has another tokenizer now.
     """
-    from megatron_dwm.data.hf_tokenizers import fingerprint_of, to_hf_tokenizer
+    from megatron_dwm.data.hf_tokenizers import fingerprint_of
     from megatron_dwm.data.tokenizer_folder import load_tokenizer_folder
-    from megatron_dwm.data.tokenizers import build_tokenizer
 
-    if not fingerprint:
-        tokenizer = to_hf_tokenizer(build_tokenizer(run.tokenizer), run.tokenizer)
-        tokenizer.model_max_length = run.model.seq_length
-        return tokenizer
-    started_from = Path(run.weighting.dwm_load or run.weighting.dwm_init_from)
     if not (started_from / "config.json").is_file():  # a run's exports, one for each stage
         started_from = next(iter(sorted(started_from.glob("iter_*"))), started_from)
     tokenizer = load_tokenizer_folder(started_from)

@@ -66,6 +66,11 @@ class BatchSizes:
         """All sizes that are used in training, in order."""
         return [self._running(size) for size in self.nominal_sizes]
 
+    @property
+    def largest(self) -> int:
+        """The largest size that is used in training, which is the last."""
+        return self._running(self.final)
+
     def nominal(self, consumed: int) -> int:
         """Return the size that the flags specify after ``consumed`` samples; if fewer are used, the rest is skipped."""
         ramp = self.rampup
@@ -97,7 +102,7 @@ class BatchSizes:
             trained += self.running(consumed)
             consumed += self.nominal(consumed)
             iterations -= 1
-        return trained + iterations * self._running(self.final)
+        return trained + iterations * self.largest
 
     def _running(self, size: int) -> int:
         return size - size % self.unit if self.should_decrease else size

@@ -28,6 +28,10 @@ MAX_BUCKETS = 2**31
 """Hashes have 32 bits, and a linear weighter has one parameter for each bucket."""
 MAX_CALIBRATION_POINTS = 1000
 """More are certainly a mistake: a curve needs a dozen."""
+TARGET_PART = 8
+"""By default, an outer update reads one target sample for this many samples of the batch."""
+TARGET_MOMENTUM = 0.78
+"""The running mean then has as little noise as a mean over ``TARGET_PART`` gradients: (1 + 0.78) / (1 - 0.78) = 8."""
 _OF_SOURCES = ("oracle", "source-weights")
 """Rules that need ``--dwm-rule-sources``."""
 
@@ -285,3 +289,12 @@ class WeightingConfig:
     def needs_alignments(self) -> bool:
         """Whether samples are aligned with the target set."""
         return self.needs_target and self.dwm_rule != "similarity"
+
+    @property
+    def target_momentum(self) -> float:
+        """The momentum of the target gradient's running mean; 0 if there is none."""
+        if not self.has_trainable_weighter:
+            return 0.0
+        if self.dwm_target_momentum is not None:
+            return self.dwm_target_momentum
+        return TARGET_MOMENTUM if self.dwm_target_batch_size is None else 0.0

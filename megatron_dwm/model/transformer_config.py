@@ -83,7 +83,7 @@ def transformer_config(
             check_determinism(impl, os.environ)
         if model.fp8 is not None:
             check_fp8(model, torch.cuda.get_device_capability(device))
-    values = _same_named(model, parallel, training, optimizer)
+    values = same_named(TransformerConfig, model, parallel, training, optimizer)
     values.update(_architecture(model))
     values.update(_layout(model, parallel, device))
     values.update(_precision(optimizer))
@@ -120,8 +120,9 @@ def has_tanh_gelu(model: ModelConfig) -> bool:
     return model.bias_gelu_fusion and model.add_bias_linear
 
 
-def _same_named(*configs: Any) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(TransformerConfig)}
+def same_named(core_class: type, *configs: Any) -> dict[str, Any]:
+    """Return the flags that one of megatron-core's configuration classes has under the same name."""
+    names = {field.name for field in dataclasses.fields(core_class)}
     return {
         field.name: getattr(config, field.name)
         for config in configs

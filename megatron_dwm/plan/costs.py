@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.run_sizes import RunSizes
+from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.model.flops import training_flops
 from megatron_dwm.plan.meter import Traffic
 from megatron_dwm.plan.stage import RULES_OF_FORWARD_PASSES, Pass, Stage
@@ -28,85 +30,99 @@ class Cost:
         return sum(part.total for part in self.traffic.values())
 
 
-def step_cost(config: RunConfig, rows: int, stages: list[Stage]) -> Cost:
-    """Return the cost of a step of plain training; ``rows`` is the number of rows of the embedding."""
-    operations = training_flops(config.model, rows, config.global_batch_size)
-    return Cost(operations, _busiest([step_traffic(config, stage) for stage in stages]))
+@dataclass(frozen=True)
+class CostModel:
+    """The costs of a run, from the passes that were measured of its stages."""
 
+    model: ModelConfig
+    weighting: WeightingConfig
+    sizes: RunSizes
+    padded_vocab_size: int
+    stages: Sequence[Stage]
+    weighter: WeighterPlan | None
+    overlaps_param_gather: bool
+    """Whether forward passes gather the parameters that they need (``--overlap-param-gather``)."""
 
-def step_traffic(config: RunConfig, stage: Stage) -> dict[str, Traffic]:
-    """Return the bytes that a rank of a stage sends in a step of plain training, by purpose."""
-    microbatches = config.num_microbatches
-    return {
-        "layers": _of_passes(stage.training, microbatches),
-        "stages": stage.stage_traffic.times(microbatches),
-        "gradients": stage.gradient_sync,
-        "parameters": stage.parameter_gather,
-    }
+    def step(self) -> Cost:
+        """Return the cost of a step of plain training."""
+        operations = training_flops(self.model, self.padded_vocab_size, self.sizes.global_batch_size)
+        return Cost(operations, _busiest([self.step_traffic(stage) for stage in self.stages]))
 
+    def scoring(self) -> Cost:
+        """Return the cost of computing the weights of a step.
 
-def scoring_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: WeighterPlan | None) -> Cost:
-    """Return the cost of computing the weights of a step.
-
-    The communication of a weighter's scores is not counted: ranks gather one number per sample.
-    """
-    settings, samples = config.weighting, config.global_batch_size
-    if weighter is not None:
-        return Cost(scoring_flops(weighter.active_parameters, samples, config.model.seq_length), {})
-    if settings.dwm_rule in RULES_OF_FORWARD_PASSES:
-        return _forward_cost(config, rows, stages, samples)
-    if settings.dwm_rule == "top-alignment":
-        traffic = [update_traffic(config, stage, None) for stage in stages]
-        return Cost(outer_update_flops(config, rows, 0), _busiest(traffic))
-    return Cost(0.0, {})
-
-
-def update_cost(config: RunConfig, rows: int, stages: list[Stage], weighter: WeighterPlan | None) -> Cost:
-    """Return the cost of an outer update, or of a rule's passes in its place; zero for a run without updates."""
-    settings = config.weighting
-    if not settings.needs_target or settings.dwm_rule == "top-alignment":
+        The communication of a weighter's scores is not counted: ranks gather one number per sample.
+        """
+        rule, samples = self.weighting.dwm_rule, self.sizes.global_batch_size
+        if self.weighter is not None:
+            return Cost(scoring_flops(self.weighter.active_parameters, samples, self.model.seq_length), {})
+        if rule in RULES_OF_FORWARD_PASSES:
+            return self._forward(samples)
+        if rule == "top-alignment":
+            return self._alignment()
         return Cost(0.0, {})
-    if settings.dwm_rule == "similarity":
-        return _forward_cost(config, rows, stages, config.target_batch_size)
-    active_parameters, is_linear = (0, False) if weighter is None else (weighter.active_parameters, weighter.is_linear)
-    operations = outer_update_flops(config, rows, active_parameters, is_linear=is_linear)
-    return Cost(operations, _busiest([update_traffic(config, stage, weighter) for stage in stages]))
 
+    def update(self) -> Cost:
+        """Return the cost of an outer update, or of a rule's passes in its place; zero for a run without updates."""
+        if not self.weighting.needs_target or self.weighting.dwm_rule == "top-alignment":
+            return Cost(0.0, {})
+        if self.weighting.dwm_rule == "similarity":
+            return self._forward(self.sizes.target_batch_size)
+        return self._alignment()
 
-def update_traffic(config: RunConfig, stage: Stage, weighter: WeighterPlan | None) -> dict[str, Traffic]:
-    """Return the bytes that a rank of a stage sends in an outer update, by purpose."""
-    batch = config.num_microbatches
-    target = config.target_batch_size / (config.training.micro_batch_size * config.data_parallel_size)
-    kind = config.weighting.dwm_alignment
-    passes = batch * (config.training.micro_batch_size if kind == "single-sample" else 1)
-    between = stage.stage_traffic.times(target + batch)
-    if kind == "finite-difference":  # forward passes at two points
-        passes, between = 2 * batch, stage.stage_traffic.times(target) + stage.forward_traffic.times(2 * batch)
-    # To return to the old parameters, and to the new ones again.
-    gathers = 0 if config.weighting.dwm_rule == "top-alignment" else 2
-    gathers += 2 if kind == "finite-difference" else 0  # to return from each of the two points
-    gathers += config.parallel.overlap_param_gather  # before the passes; the next forward pass repeats it
-    return {
-        "layers": _of_passes(stage.training, target) + _of_passes(stage.alignment, passes),
-        "stages": between,
-        "gradients": stage.gradient_sync,
-        "target gradient": stage.direction_gather,
-        "parameters": stage.parameter_gather.times(gathers),
-        "weighter": Traffic() if weighter is None else weighter.traffic,
-    }
-
-
-def _forward_cost(config: RunConfig, rows: int, stages: list[Stage], samples: int) -> Cost:
-    """Return the cost of forward passes over ``samples`` samples."""
-    microbatches = samples / (config.training.micro_batch_size * config.data_parallel_size)
-    traffic = [
-        {
-            "layers": _of_passes(stage.alignment, microbatches),
-            "stages": stage.forward_traffic.times(microbatches),
+    def step_traffic(self, stage: Stage) -> dict[str, Traffic]:
+        """Return the bytes that a rank of a stage sends in a step of plain training, by purpose."""
+        microbatches = self.sizes.num_microbatches
+        return {
+            "layers": _of_passes(stage.training, microbatches),
+            "stages": stage.stage_traffic.times(microbatches),
+            "gradients": stage.gradient_sync,
+            "parameters": stage.parameter_gather,
         }
-        for stage in stages
-    ]
-    return Cost(forward_flops(config.model, rows, samples), _busiest(traffic))
+
+    def update_traffic(self, stage: Stage) -> dict[str, Traffic]:
+        """Return the bytes that a rank of a stage sends in an outer update, by purpose."""
+        batch = self.sizes.num_microbatches
+        target = self.sizes.target_batch_size / self.sizes.batch_sizes.unit
+        kind = self.weighting.dwm_alignment
+        passes = batch * (self.sizes.micro_batch_size if kind == "single-sample" else 1)
+        between = stage.stage_traffic.times(target + batch)
+        if kind == "finite-difference":  # forward passes at two points
+            passes, between = 2 * batch, stage.stage_traffic.times(target) + stage.forward_traffic.times(2 * batch)
+        # To return to the old parameters, and to the new ones again.
+        gathers = 0 if self.weighting.dwm_rule == "top-alignment" else 2
+        gathers += 2 if kind == "finite-difference" else 0  # to return from each of the two points
+        gathers += self.overlaps_param_gather  # before the passes; the next forward pass repeats it
+        return {
+            "layers": _of_passes(stage.training, target) + _of_passes(stage.alignment, passes),
+            "stages": between,
+            "gradients": stage.gradient_sync,
+            "target gradient": stage.direction_gather,
+            "parameters": stage.parameter_gather.times(gathers),
+            "weighter": Traffic() if self.weighter is None else self.weighter.traffic,
+        }
+
+    def _alignment(self) -> Cost:
+        """Return the cost of alignments with the target set, and of the weighter's steps if there is one."""
+        parameters, is_linear = 0, False
+        if self.weighter is not None:
+            parameters, is_linear = self.weighter.active_parameters, self.weighter.is_linear
+        operations = outer_update_flops(
+            self.model, self.weighting, self.sizes, self.padded_vocab_size, parameters, is_linear=is_linear
+        )
+        return Cost(operations, _busiest([self.update_traffic(stage) for stage in self.stages]))
+
+    def _forward(self, samples: int) -> Cost:
+        """Return the cost of forward passes over ``samples`` samples."""
+        microbatches = samples / self.sizes.batch_sizes.unit
+        traffic = [
+            {
+                "layers": _of_passes(stage.alignment, microbatches),
+                "stages": stage.forward_traffic.times(microbatches),
+            }
+            for stage in self.stages
+        ]
+        return Cost(forward_flops(self.model, self.padded_vocab_size, samples), _busiest(traffic))
 
 
 def _of_passes(passes: Sequence[Pass], microbatches: float) -> Traffic:

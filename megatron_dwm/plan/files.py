@@ -60,7 +60,7 @@ def _saved(
     moments = {"adam": 2, "sgd": 1}[config.optimizer.optimizer]
     copies = config.optimizer.bf16 or config.optimizer.fp16
     optimizer = 0 if flags.no_save_optim else 4 * model_parameters * (moments + copies)
-    weighting = 4 * model_parameters if config.target_momentum > 0 else 0  # the mean of the target gradient
+    weighting = 4 * model_parameters if config.weighting.target_momentum > 0 else 0  # the mean of the target gradient
     size = model + optimizer + weighting
     files = [
         PlannedFile(str(save / "iter_XXXXXXX"), "checkpoints", len(saves), size),

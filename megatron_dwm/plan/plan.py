@@ -10,21 +10,23 @@ import torch
 
 from megatron_dwm.config.flags import declared_flags
 from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.run_sizes import RunSizes
 from megatron_dwm.data.blend import data_paths
 from megatron_dwm.data.tokenizers import build_tokenizer, vocabulary_rows
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.tp_comm_overlap import check_tp_comm_overlap
 from megatron_dwm.model.transformer_checks import check_attention_mask, check_layers
 from megatron_dwm.model.vocabulary import Vocabulary
-from megatron_dwm.plan.costs import Cost, scoring_cost, step_cost, update_cost
+from megatron_dwm.plan.costs import Cost, CostModel
 from megatron_dwm.plan.files import PlannedFile, planned_files
 from megatron_dwm.plan.memory import StageMemory, stage_memory
 from megatron_dwm.plan.stages import measure_stages
 from megatron_dwm.plan.weighter import WeighterPlan, plan_weighter
 from megatron_dwm.training.checkpoint_folders import iteration_of, latest_checkpoint
 from megatron_dwm.training.save_folder import check_writable, output_folders
-from megatron_dwm.weighting.inputs import read_weighter_inputs, run_stages
+from megatron_dwm.weighting.inputs import read_weighter_inputs, run_stages, sample_tokens
 from megatron_dwm.weighting.stage_schedule import StageSchedule
 
 
@@ -99,33 +101,34 @@ def make_plan(config: RunConfig, *, for_gpu: bool = True) -> Plan:
     data_paths(config.data, config.weighting.dwm_target_data_path if config.weighting.needs_target else None)
     folder = latest_checkpoint(config.checkpoint)
     tokenizer = build_tokenizer(config.tokenizer)
-    vocab, eod = int(tokenizer.vocab_size), int(tokenizer.eod)
-    inputs = read_weighter_inputs(config, tokenizer)
-    model = config.model
-    rows = vocabulary_rows(vocab, model, config.parallel.tp)
-    vocabulary = Vocabulary(rows)
-    stages = measure_stages(config, vocabulary, for_gpu=for_gpu)
-    weighter = plan_weighter(config, inputs.folder, vocab, eod) if inputs is not None else None
-    step, scoring = step_cost(config, rows, stages), scoring_cost(config, rows, stages, weighter)
-    update = update_cost(config, rows, stages, weighter)
-    schedule = run_stages(config.weighting, config.train_iters)
+    model, parallel, weighting, sizes = config.model, config.parallel, config.weighting, config.sizes
+    inputs = None
+    if weighting.has_weighter:
+        samples = sample_tokens(model.seq_length, tokenizer, config.tokenizer)
+        inputs = read_weighter_inputs(weighting, model, samples, config.train_iters, config.training.seed)
+    rows = vocabulary_rows(int(tokenizer.vocab_size), model, parallel.tp)
+    stages = measure_stages(config, Vocabulary(rows), for_gpu=for_gpu)
+    weighter = plan_weighter(weighting, model, sizes, inputs) if inputs is not None else None
+    costs = CostModel(model, weighting, sizes, rows, stages, weighter, parallel.overlap_param_gather)
+    step, scoring, update = costs.step(), costs.scoring(), costs.update()
+    schedule = run_stages(weighting, config.train_iters)
     updates = [i for i in range(1, config.train_iters + 1) if update.operations and schedule.is_update(i)]
     parameters = sum(stage.model_parameters for stage in stages)
     return Plan(
-        layout=_layout(config),
+        layout=_layout(parallel, sizes),
         layers=layers,
         model_parameters=parameters,
         padded_vocab_size=rows,
         train_iters=config.train_iters,
         start_iteration=0 if folder is None or config.checkpoint.finetune else iteration_of(folder),
-        tokens=config.batch_sizes.trained_samples(config.train_iters) * model.seq_length,
-        memory=[stage_memory(config, stage, weighter) for stage in stages],
+        tokens=sizes.batch_sizes.trained_samples(config.train_iters) * model.seq_length,
+        memory=[stage_memory(parallel, weighting, sizes, stage, weighter) for stage in stages],
         weighter=weighter,
         step=step,
         scoring=scoring,
         update=update,
         updates=updates,
-        overhead=_overhead(config, schedule, step, scoring, update, len(updates)),
+        overhead=_overhead(schedule, step, scoring, update, len(updates)),
         files=planned_files(config, schedule, parameters, weighter.parameters if weighter else None),
     )
 
@@ -150,7 +153,7 @@ def with_known_layers(config: RunConfig) -> tuple[RunConfig, str]:
     """
     model, parallel, weighting = config.model, config.parallel, config.weighting
     is_default = model.transformer_impl is None
-    impl = model.transformer_impl or ("transformer_engine" if _needs_transformer_engine(config) else "torch")
+    impl = model.transformer_impl or ("transformer_engine" if _needs_transformer_engine(model, parallel) else "torch")
     check_tp_comm_overlap(parallel, impl)
     if impl != "transformer_engine":
         return config, f"--transformer-impl {impl}"
@@ -180,38 +183,35 @@ def with_known_layers(config: RunConfig) -> tuple[RunConfig, str]:
     return config, f"--transformer-impl torch, in place of Transformer Engine's{needed}"
 
 
-def _needs_transformer_engine(config: RunConfig) -> bool:
+def _needs_transformer_engine(model: ModelConfig, parallel: ParallelConfig) -> bool:
     """Return whether only Transformer Engine's layers can follow the flags."""
     try:
-        check_tp_comm_overlap(config.parallel, "torch")
-        check_layers(config.model, config.parallel, "torch")
+        check_tp_comm_overlap(parallel, "torch")
+        check_layers(model, parallel, "torch")
     except UserError:
         return True
     return False
 
 
-def _layout(config: RunConfig) -> Layout:
-    parallel = config.parallel
+def _layout(parallel: ParallelConfig, sizes: RunSizes) -> Layout:
     return Layout(
-        processes=config.world_size,
+        processes=sizes.world_size,
         tensor_parallel=parallel.tp,
         pipeline_parallel=parallel.pp,
-        virtual_stages=parallel.virtual_stages(config.model.num_layers) or 1,
+        virtual_stages=sizes.virtual_stages or 1,
         context_parallel=parallel.cp,
-        data_parallel=config.data_parallel_size,
-        micro_batch_size=config.training.micro_batch_size,
-        global_batch_size=config.global_batch_size,
-        microbatches=config.num_microbatches,
+        data_parallel=sizes.data_parallel_size,
+        micro_batch_size=sizes.micro_batch_size,
+        global_batch_size=sizes.global_batch_size,
+        microbatches=sizes.num_microbatches,
     )
 
 
-def _overhead(
-    config: RunConfig, stages: StageSchedule, step: Cost, scoring: Cost, update: Cost, updates: int
-) -> WeightingOverhead:
-    weighted = config.train_iters - stages.warmup_iters
+def _overhead(stages: StageSchedule, step: Cost, scoring: Cost, update: Cost, updates: int) -> WeightingOverhead:
+    weighted = stages.train_iters - stages.warmup_iters
     operations = weighted * scoring.operations + updates * update.operations
     sent = weighted * scoring.sent + updates * update.sent
     return WeightingOverhead(
-        operations / (config.train_iters * step.operations),
-        sent / (config.train_iters * step.sent) if step.sent else 0.0,
+        operations / (stages.train_iters * step.operations),
+        sent / (stages.train_iters * step.sent) if step.sent else 0.0,
     )

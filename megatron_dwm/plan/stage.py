@@ -12,18 +12,16 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.parallel_state import get_global_memory_buffer
-from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.model.attributes import temporary_attributes
 from megatron_dwm.model.buckets import buckets_of, shard_of
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.protocols import Optimizer
-from megatron_dwm.model.vocabulary import Vocabulary
 from megatron_dwm.plan.meter import Meter, Traffic, storage_key
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.training.optimizer import allocate_state
-from megatron_dwm.training.setup import LanguageModel, assemble_language_model
+from megatron_dwm.training.setup import LanguageModel
 from megatron_dwm.weighting.bilevel.alignment import Direction, single_sample_products
 from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers
 from megatron_dwm.weighting.bilevel.preconditioner import batches
@@ -85,16 +83,12 @@ class Stage:
     """The part of it that the forward pass sends."""
 
 
-def measure_stage(
-    config: RunConfig, core_config: TransformerConfig, vocabulary: Vocabulary, layout: ParallelState
-) -> Stage:
-    """Build the stage of the current rank and measure it.
-
-    Args:
-        core_config: megatron-core's configuration of the model in ``config``.
-    """
-    model = assemble_language_model(config, core_config, vocabulary, layout, None)
+def measure_stage(model: LanguageModel, weighting: WeightingConfig, micro_batch_size: int) -> Stage:
+    """Measure the stage of the current rank, which has just been built."""
     chunks, optimizer = model.engine.chunks, model.components.optimizer
+    core_config, layout = model.engine.config, model.parallel_state
+    measure = partial(_measure, model, micro_batch_size)
+    measure_chunks = partial(_measure_chunks, model, measure)
     allocate_state(optimizer)
     params = [param for chunk in chunks for param in chunk.parameters()]
     weights = _storages(params)
@@ -102,19 +96,19 @@ def measure_stage(
     optimizer_bytes = sum(size for key, size in _storages(states).items() if key not in weights)
     with model.engine.full_parameters():
         for chunk in chunks:  # the first pass makes buffers that later ones use again
-            with _shortened(_decoder(chunk), config.model.recompute_num_layers or 1):
-                _measure(config, model, chunk, _plain)
-        training = tuple(_measure_chunks(config, model, _plain))
+            with _shortened(_decoder(chunk), core_config.recompute_num_layers or 1):
+                measure(chunk, _plain)
+        training = tuple(measure_chunks(_plain))
         alignment: tuple[Pass, ...] = ()
         direction_gather = Traffic()
-        if config.weighting.dwm_rule in RULES_OF_FORWARD_PASSES:
-            alignment = tuple(_measure_chunks(config, model, _forward(model)))
-        elif config.weighting.needs_alignments:
+        if weighting.dwm_rule in RULES_OF_FORWARD_PASSES:
+            alignment = tuple(measure_chunks(_forward(model)))
+        elif weighting.needs_alignments:
             direction_gather = _traffic_of(GradientBuffers(chunks).gather_shards)
             direction = {param: torch.empty(param.shape, dtype=torch.float32) for param in params}
-            alignment = tuple(_measure_chunks(config, model, _alignment(config, model, direction)))
+            alignment = tuple(measure_chunks(_alignment(weighting.dwm_alignment, model, direction)))
         gradient_sync = _traffic_of(partial(finalize_model_grads, chunks, None))
-    gather, is_sharded = Traffic(), config.parallel.use_distributed_optimizer
+    gather, is_sharded = Traffic(), chunks[0].ddp_config.use_distributed_optimizer
     if is_sharded:
         gather = _traffic_of(partial(_gather_parameters, chunks))
     return Stage(
@@ -135,8 +129,8 @@ def measure_stage(
         gradient_sync=gradient_sync,
         parameter_gather=gather,
         direction_gather=direction_gather,
-        stage_traffic=_stage_traffic(config, core_config, layout, len(chunks), has_backward=True),
-        forward_traffic=_stage_traffic(config, core_config, layout, len(chunks), has_backward=False),
+        stage_traffic=_stage_traffic(model, micro_batch_size, has_backward=True),
+        forward_traffic=_stage_traffic(model, micro_batch_size, has_backward=False),
     )
 
 
@@ -159,9 +153,9 @@ def _forward(model: LanguageModel) -> _Run:
     return run
 
 
-def _alignment(config: RunConfig, model: LanguageModel, direction: Direction) -> _Run:
-    """Return how the alignment passes run."""
-    kind, state = config.weighting.dwm_alignment, model.parallel_state
+def _alignment(kind: str, model: LanguageModel, direction: Direction) -> _Run:
+    """Return how the alignment passes of a kind of ``--dwm-alignment`` run."""
+    state = model.parallel_state
     if kind == "finite-difference":
         return _forward(model)
 
@@ -177,19 +171,20 @@ def _alignment(config: RunConfig, model: LanguageModel, direction: Direction) ->
     return run
 
 
-def _measure_chunks(config: RunConfig, model: LanguageModel, run: _Run) -> Iterable[Pass]:
+def _measure_chunks(model: LanguageModel, measure: Callable[[Any, _Run], Pass], run: _Run) -> Iterable[Pass]:
     """Yield the passes of each chunk; of many equal layers a few are measured, and the others extrapolated."""
+    core_config = model.engine.config
     for chunk in model.engine.chunks:
         decoder = _decoder(chunk)
-        layers, unit = len(decoder.layers), config.model.recompute_num_layers or 1
+        layers, unit = len(decoder.layers), core_config.recompute_num_layers or 1
         few = 2 * unit
-        if layers <= few or layers % unit or config.model.recompute_method == "block":
-            yield _measure(config, model, chunk, run)
+        if layers <= few or layers % unit or core_config.recompute_method == "block":
+            yield measure(chunk, run)
             continue
         with _shortened(decoder, few):
-            long = _measure(config, model, chunk, run)
+            long = measure(chunk, run)
         with _shortened(decoder, unit):
-            short = _measure(config, model, chunk, run)
+            short = measure(chunk, run)
         more = (layers - few) / unit
         yield Pass(
             long.kept + more * (long.kept - short.kept),
@@ -198,13 +193,14 @@ def _measure_chunks(config: RunConfig, model: LanguageModel, run: _Run) -> Itera
         )
 
 
-def _measure(config: RunConfig, model: LanguageModel, chunk: Any, run: _Run) -> Pass:
+def _measure(model: LanguageModel, micro_batch_size: int, chunk: Any, run: _Run) -> Pass:
     """Pass one microbatch through a chunk."""
-    context, samples, has_backward = run(chunk, config.training.micro_batch_size)
-    length, core = config.model.seq_length // config.parallel.cp, model.engine.config
+    context, samples, has_backward = run(chunk, micro_batch_size)
+    core, layout = model.engine.config, model.parallel_state
+    length = model.engine.seq_length // layout.cp_size
     tokens = torch.zeros(samples, length, dtype=torch.int64)
     mask = torch.ones(samples, length)
-    shape = (length // (config.parallel.tp if core.sequence_parallel else 1), samples, config.model.hidden_size)
+    shape = (length // (layout.tp_size if core.sequence_parallel else 1), samples, core.hidden_size)
     bare = _decoder(chunk)
     with context, Meter() as meter:
         if not bare.pre_process:
@@ -238,13 +234,12 @@ def _traffic_of(action: Callable[[], Any]) -> Traffic:
     return meter.traffic
 
 
-def _stage_traffic(
-    config: RunConfig, core_config: TransformerConfig, layout: ParallelState, num_chunks: int, *, has_backward: bool
-) -> Traffic:
+def _stage_traffic(model: LanguageModel, micro_batch_size: int, *, has_backward: bool) -> Traffic:
     """Return the traffic that each of the rank's chunks sends forward, and backward, for a microbatch."""
-    traffic, size = Traffic(), core_config.pipeline_dtype.itemsize
-    tokens = config.model.seq_length // config.parallel.cp // (layout.tp_size if core_config.sequence_parallel else 1)
-    tensor = float(tokens * config.training.micro_batch_size * config.model.hidden_size * size)
+    traffic, num_chunks = Traffic(), len(model.engine.chunks)
+    core, layout = model.engine.config, model.parallel_state
+    tokens = model.engine.seq_length // layout.cp_size // (layout.tp_size if core.sequence_parallel else 1)
+    tensor = float(tokens * micro_batch_size * core.hidden_size * core.pipeline_dtype.itemsize)
     sends = num_chunks - layout.is_last_pipeline_stage
     if has_backward:
         sends += num_chunks - (layout.pp_rank == 0)

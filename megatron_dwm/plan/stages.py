@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -12,6 +13,7 @@ from megatron_dwm.model.transformer_config import transformer_config
 from megatron_dwm.model.vocabulary import Vocabulary
 from megatron_dwm.plan.simulated_rank import gpu_kernels, simulated_rank
 from megatron_dwm.plan.stage import Stage, measure_stage
+from megatron_dwm.training.setup import assemble_language_model
 
 
 def measure_stages(config: RunConfig, vocabulary: Vocabulary, *, for_gpu: bool) -> list[Stage]:
@@ -55,12 +57,12 @@ def _stage(config: RunConfig, vocabulary: Vocabulary, number: int, *, for_gpu: b
     training = dataclasses.replace(config.training, check_for_nan_in_loss_and_grad=False)
     parallel = dataclasses.replace(config.parallel, enable_gloo_process_groups=False)
     config = dataclasses.replace(config, training=training, parallel=parallel)
-    virtual = parallel.virtual_stages(config.model.num_layers)
     replica = parallel.tp * parallel.cp
     rank = number * (replica if parallel.use_tp_pp_dp_mapping else config.world_size // parallel.pp)
     core_config = layers_config(config, for_gpu=for_gpu)
-    with simulated_rank(parallel, virtual, config.world_size, rank) as layout:
-        if not for_gpu:
-            return measure_stage(config, core_config, vocabulary, layout)
-        with gpu_kernels():
-            return measure_stage(config, core_config, vocabulary, layout)
+    with (
+        simulated_rank(parallel, config.sizes.virtual_stages, config.world_size, rank) as layout,
+        gpu_kernels() if for_gpu else nullcontext(),
+    ):
+        model = assemble_language_model(config, core_config, vocabulary, layout, None)
+        return measure_stage(model, config.weighting, training.micro_batch_size)

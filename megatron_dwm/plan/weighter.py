@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.run_sizes import RunSizes
+from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.plan.meter import Meter, Traffic
 from megatron_dwm.plan.simulated_rank import fake_tensors
 from megatron_dwm.weighting.bilevel.ridge import CHUNK_TOKENS, are_features_kept
+from megatron_dwm.weighting.inputs import WeighterInputs
 from megatron_dwm.weighting.weighter import Weighter
-from megatron_dwm.weighting.weighter_folder import WeighterFolder
 from megatron_dwm.weighting.weighter_init import lm_shaped_model, random_weighter_model
 from megatron_dwm.weighting.windows import position_limit
 
@@ -44,38 +46,38 @@ class WeighterPlan:
     """Traffic of one outer update for the weighter."""
 
 
-def plan_weighter(config: RunConfig, folder: WeighterFolder | None, vocab_size: int, eod: int) -> WeighterPlan:
+def plan_weighter(
+    settings: WeightingConfig, model: ModelConfig, sizes: RunSizes, inputs: WeighterInputs
+) -> WeighterPlan:
     """Build the weighter of the flags, or take the one of the folder that they name, and return its plan."""
     from transformers.initialization import no_init_weights
 
-    settings = config.weighting
     with fake_tensors(), no_init_weights():
-        model = _model(config, folder, vocab_size, eod)
-        weighter = Weighter(model, settings, torch.device("cpu"))
-    is_trained = settings.needs_target
-    size, lengths = 4 * weighter.num_parameters, getattr(model.config, "ngram_lengths", [])
-    samples = -(-config.global_batch_size // config.world_size)
+        weighter = Weighter(_weighter_model(settings, model, inputs), settings, torch.device("cpu"))
+    is_trained, sequence = settings.needs_target, model.seq_length
+    size, lengths = 4 * weighter.num_parameters, getattr(weighter.model.config, "ngram_lengths", [])
+    samples = -(-sizes.global_batch_size // sizes.world_size)
     # A linear weighter learns in closed form, and AdamW never makes its state.
     held = size if weighter.is_linear or not is_trained else 3 * size
-    held += settings.dwm_replay * samples * 4 * config.model.seq_length if is_trained else 0
+    held += settings.dwm_replay * samples * 4 * sequence if is_trained else 0
     learning, traffic = 0, Traffic()
     if is_trained and weighter.is_linear:
-        tokens = settings.dwm_replay * samples * config.model.seq_length
+        tokens = settings.dwm_replay * samples * sequence
         chunk = RIDGE_CHUNK_BYTES_PER_NGRAM * min(tokens, CHUNK_TOKENS)
         learning = (RIDGE_BYTES_PER_NGRAM * tokens + chunk) * len(lengths)
         learning += 4 * tokens
         learning += RIDGE_VECTORS * 8 * weighter.num_parameters
-        if are_features_kept(tokens) and (folder is None or folder.reader is None):
+        if are_features_kept(tokens) and (inputs.folder is None or inputs.folder.reader is None):
             held += RIDGE_BYTES_PER_NGRAM * tokens * len(lengths)
         # The right-hand side, the residual of the start, and the steps.
         products = settings.dwm_weighter_steps + 2
-        traffic.add("all-reduce", float(products * 8 * weighter.num_parameters), config.world_size)
+        traffic.add("all-reduce", float(products * 8 * weighter.num_parameters), sizes.world_size)
     elif is_trained:
         with fake_tensors():
-            learning = 2 * size + _activations(weighter, samples, config.model.seq_length)
-        traffic.add("all-reduce", float(settings.dwm_weighter_steps * size), config.world_size)
+            learning = 2 * size + _activations(weighter, samples, sequence)
+        traffic.add("all-reduce", float(settings.dwm_weighter_steps * size), sizes.world_size)
     return WeighterPlan(
-        type(model).__name__,
+        type(weighter.model).__name__,
         weighter.num_parameters,
         weighter.num_active_parameters,
         weighter.is_linear,
@@ -85,10 +87,10 @@ def plan_weighter(config: RunConfig, folder: WeighterFolder | None, vocab_size: 
     )
 
 
-def _model(config: RunConfig, folder: WeighterFolder | None, vocab_size: int, eod: int) -> Any:
-    settings, model, seed = config.weighting, config.model, config.training.seed
-    if folder is not None:
-        return folder.model
+def _weighter_model(settings: WeightingConfig, model: ModelConfig, inputs: WeighterInputs) -> Any:
+    if inputs.folder is not None:
+        return inputs.folder.model
+    vocab_size, eod, seed = inputs.samples.vocab_size, inputs.samples.eod, 0  # no weights are drawn
     if settings.dwm_init_from == "random":
         return random_weighter_model(settings, vocab_size, model.seq_length, eod, seed)
     return lm_shaped_model(model, settings, vocab_size, eod, seed)

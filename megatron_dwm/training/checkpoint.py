@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.atomic_write import atomic_files, delete_folder, publish_folder, remove
-from megatron_dwm.config.checkpoint import TRACKER
-from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.checkpoint import TRACKER, CheckpointConfig
+from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.errors import UserError, write_failure_reason
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.protocols import Optimizer
@@ -31,6 +31,7 @@ from megatron_dwm.safe_unpickling import short_reason
 from megatron_dwm.training.checkpoint_checksums import write_checksums, write_rank_checksums
 from megatron_dwm.training.checkpoint_contents import (
     PerParameter,
+    common_state,
     comparable,
     data_parallel_group,
     sharded_state,
@@ -67,7 +68,9 @@ class CheckpointWriter:
 
     def __init__(
         self,
-        config: RunConfig,
+        flags: CheckpointConfig,
+        parallel: ParallelConfig,
+        arguments: Mapping[str, Any],
         components: TrainComponents,
         parallel_state: ParallelState,
         save_folder: SaveFolder | None = None,
@@ -75,10 +78,12 @@ class CheckpointWriter:
     ) -> None:
         """
         Args:
+            arguments: the arguments of the run, which checkpoints hold.
             save_folder: the locked folder, on the first rank; it is released when the writer is closed.
             progress: the log in which checkpoints are noted.
         """
-        self.config, self.components, self.parallel_state = config, components, parallel_state
+        self.flags, self.parallel, self.arguments = flags, parallel, arguments
+        self.components, self.parallel_state = components, parallel_state
         self._save_folder, self._progress = save_folder, progress or ProgressLog(None)
         self._queue: Any = None
         self._pending: tuple[Path, Path, int]
@@ -89,7 +94,7 @@ class CheckpointWriter:
         """Names of the weighting's per-parameter tensors in the last checkpoint."""
         # A failure in a writing process is raised here, and reported in one line.
         logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
-        if config.checkpoint.async_save:
+        if flags.async_save:
             from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
             # A process with a CUDA context must not be forked, so on a GPU megatron-core's worker writes.
@@ -107,7 +112,7 @@ class CheckpointWriter:
             UserError: the folder cannot be written.
         """
         self.finish()  # one at a time
-        flags, iteration = self.config.checkpoint, train_state.iteration
+        flags, iteration = self.flags, train_state.iteration
         save = flags.save or "."
         root = Path(save) if persistent else non_persistent_folder(flags, save)
         if not _are_all_finite(param.detach() for chunk in self.components.chunks for param in chunk.parameters()):
@@ -130,17 +135,18 @@ class CheckpointWriter:
                 temporary.mkdir(parents=True)
             dist.barrier()
             per_parameter = dwm_state.get(PER_PARAMETER, {})
+            common = common_state(self.arguments, self.components, train_state)
             if flags.ckpt_format == "torch":
                 allocate_state(self.components.optimizer)
                 write_torch_state(
-                    temporary, self.config, self.components, train_state, self.parallel_state, per_parameter
+                    temporary, flags, self.parallel, common, self.components, self.parallel_state, per_parameter
                 )
                 self._write_dwm_state(temporary, dwm_state)
                 dist.barrier()
                 self._publish(root, temporary, iteration)
                 dist.barrier()
             else:
-                request = self._request(temporary, train_state, per_parameter)
+                request = self._request(temporary, common, per_parameter)
                 # After megatron-core, which treats existing files as leftovers.
                 self._write_dwm_state(temporary, dwm_state)
                 request.add_finalize_fn(partial(self._publish, root, temporary, iteration))
@@ -188,18 +194,17 @@ class CheckpointWriter:
             with self._reported_failure(*self._pending):
                 self._queue.maybe_finalize_async_calls(blocking=blocking)
 
-    def _request(self, temporary: Path, train_state: TrainState, per_parameter: PerParameter) -> Any:
+    def _request(self, temporary: Path, common: Mapping[str, Any], per_parameter: PerParameter) -> Any:
         """Prepare to write all shards, and write what is not sharded."""
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
         from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
-        flags, metadata = self.config.checkpoint, sharding_metadata(self.config.parallel, self.config.checkpoint)
+        flags, metadata = self.flags, sharding_metadata(self.parallel, self.flags)
         allocate_state(self.components.optimizer)  # in fp16 it may not have made its first step yet
         state = sharded_state(
-            self.config,
+            common,
             self.components,
-            train_state,
             self.parallel_state,
             metadata,
             is_loading=False,
@@ -233,12 +238,12 @@ class CheckpointWriter:
         """Rename the complete checkpoint to its final name and make it the latest; called on the first rank."""
         if not self.parallel_state.is_first_rank:
             return
-        if self.config.checkpoint.checkpoint_checksums:
+        if self.flags.checkpoint_checksums:
             write_checksums(temporary)
         final = iteration_folder(root, iteration)
         previous = tracked(root)
-        retained = self.config.checkpoint.save_retain_interval
-        is_persistent = root == Path(self.config.checkpoint.save or ".")
+        retained = self.flags.save_retain_interval
+        is_persistent = root == Path(self.flags.save or ".")
         retired = previous if is_persistent and _is_unretained(previous, final, retained) else None
         # The tracker is written before the checkpoint gets its name: a disk that is full only now would leave a first
         # checkpoint that no run loads.
@@ -288,7 +293,7 @@ class CheckpointWriter:
             reason = unwritten
         if self.parallel_state.is_first_rank:
             remove(temporary)
-        other = self.config.checkpoint.non_persistent_global_ckpt_dir
+        other = self.flags.non_persistent_global_ckpt_dir
         flag = "--save" if other is None or root != Path(other) else "--non-persistent-global-ckpt-dir"
         latest = tracked(root)
         remedy = f"the last whole checkpoint is {latest.name}" if latest is not None else "no checkpoint is there yet"

@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from megatron_dwm.config.checkpoint import CheckpointConfig
 from megatron_dwm.config.parallel import ParallelConfig
-from megatron_dwm.config.run import RunConfig
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.training.train_state import TrainComponents, TrainState
 
@@ -30,9 +29,8 @@ VERSION = 3.0
 
 
 def sharded_state(
-    config: RunConfig,
+    common: Mapping[str, Any],
     components: TrainComponents,
-    train_state: TrainState,
     parallel_state: ParallelState,
     metadata: dict[str, Any],
     *,
@@ -44,10 +42,11 @@ def sharded_state(
     """Return the sharded state to save, or the template to load into.
 
     Args:
+        common: the state that is the same on every rank; a template needs none.
         per_parameter: the weighting's per-parameter tensors, by name.
     """
     model = sharded_model(components, metadata)
-    state = unsharded_state(config, components, train_state) | model
+    state = {**common, **model}
     if with_optimizer:
         state["optimizer"] = components.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
         state["opt_param_scheduler"] = components.scheduler.state_dict()
@@ -58,10 +57,14 @@ def sharded_state(
     return state
 
 
-def unsharded_state(config: RunConfig, components: TrainComponents, train_state: TrainState) -> dict[str, Any]:
-    """Return the state that is the same on every rank."""
+def common_state(arguments: Mapping[str, Any], components: TrainComponents, train_state: TrainState) -> dict[str, Any]:
+    """Return the state that is the same on every rank.
+
+    Args:
+        arguments: those of the run.
+    """
     return {
-        "args": Namespace(**vars(megatron_arguments(config, train_state)), **components.vocabulary.arguments),
+        "args": Namespace(**arguments, **_counters(train_state), **components.vocabulary.arguments),
         "checkpoint_version": VERSION,
         "iteration": train_state.iteration,
         "num_floating_point_operations_so_far": train_state.num_floating_point_operations_so_far,
@@ -102,23 +105,11 @@ def model_key(components: TrainComponents, number: int) -> str:
     return "model" if len(components.chunks) == 1 else f"model{number}"
 
 
-def megatron_arguments(config: RunConfig, train_state: TrainState) -> Namespace:
-    """Return the arguments as in Megatron-LM's checkpoints: plain values under Megatron-LM's names."""
-    model = config.model
-    derived = {
-        "world_size": config.world_size,
-        "data_parallel_size": config.data_parallel_size,
-        "global_batch_size": config.global_batch_size,
-        "ffn_hidden_size": model.ffn,
-        "kv_channels": model.head_size,
-        "encoder_seq_length": model.seq_length,
-        "virtual_pipeline_model_parallel_size": config.parallel.virtual_stages(model.num_layers),
-        "position_embedding_type": model.positions,
-        "train_iters": config.train_iters,
-    }
+def _counters(train_state: TrainState) -> dict[str, Any]:
+    """Return how far a run has come, as arguments under Megatron-LM's names."""
     counts = {key: value for key, value in asdict(train_state).items() if key.startswith(("consumed", "skipped"))}
     due = {EVALUATIONS_DUE: list(train_state.evaluations_due)} if train_state.evaluations_due else {}
-    return Namespace(**{**config.flat(), **derived, **counts, **due})
+    return counts | due
 
 
 def sharding_metadata(parallel: ParallelConfig, checkpoint: CheckpointConfig) -> dict[str, Any]:

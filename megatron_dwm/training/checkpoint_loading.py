@@ -67,7 +67,7 @@ def load_checkpoint(
         state = load_torch_state(saved, components, parallel_state, with_optimizer=with_optimizer)
     else:
         state = _load_distributed(
-            config,
+            flags,
             saved,
             components,
             parallel_state,
@@ -94,7 +94,7 @@ def load_checkpoint(
 
 def _resume_schedule(config: RunConfig, saved: SavedCheckpoint, components: TrainComponents) -> None:
     """Continue the learning rate's schedule, and say which of the checkpoint's values the run's flags replace."""
-    resumed = resumed_schedule(config, saved)
+    resumed = resumed_schedule(config.optimizer, config.training, config.sizes.global_batch_size, saved)
     resume_schedule(components.scheduler, resumed.schedule, saved.common["opt_param_scheduler"]["num_steps"])
     for line in (*resumed.messages, *replacing_flags(config, saved)):
         logger.info(line)
@@ -127,7 +127,7 @@ def _per_parameter(state: dict[str, Any], components: TrainComponents) -> dict[s
 
 
 def _load_distributed(
-    config: RunConfig,
+    flags: CheckpointConfig,
     saved: SavedCheckpoint,
     components: TrainComponents,
     parallel_state: ParallelState,
@@ -141,13 +141,11 @@ def _load_distributed(
     Raises:
         UserError: the checkpoint's tensors do not fit the model, or its files are damaged.
     """
-    flags = config.checkpoint
     metadata = {**saved.content_metadata, "dp_cp_group": data_parallel_group()}
     load = partial(_load_sharded, saved, flags)
     template = sharded_state(
-        config,
+        {},
         components,
-        TrainState(),
         parallel_state,
         metadata,
         is_loading=True,

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.optimizer import OptimizerConfig
+from megatron_dwm.config.parallel import ParallelConfig
+from megatron_dwm.config.profiling import ProfilingConfig
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.protocols import ModelChunk, Optimizer
+from megatron_dwm.model.transformer_config import same_named
 
 
-def build_optimizer(config: RunConfig, chunks: Sequence[ModelChunk]) -> Optimizer:
+def build_optimizer(
+    settings: OptimizerConfig,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    profiling: ProfilingConfig,
+    chunks: Sequence[ModelChunk],
+) -> Optimizer:
     """Build megatron-core's optimizer over DDP ``chunks``."""
     from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
     from megatron.core.optimizer.optimizer_config import AdamOptimizerConfig, SGDOptimizerConfig
 
-    settings = config.optimizer
     kind = AdamOptimizerConfig if settings.optimizer == "adam" else SGDOptimizerConfig
-    flags = config.flat()
-    same_name = {f.name: flags[f.name] for f in dataclasses.fields(kind) if f.name in flags}
-    core_config = kind(**same_name)
+    core_config = kind(**same_named(kind, settings, model, parallel, profiling))
     core_config.params_dtype = settings.params_dtype
     core_config.apply_wd_to_qk_layernorm = settings.should_decay_qk_layernorm
     optimizer: Optimizer = get_megatron_optimizer(
         core_config,
         list(chunks),
         config_overrides=get_standard_config_overrides(config=core_config),
-        use_gloo_process_groups=config.parallel.enable_gloo_process_groups,
+        use_gloo_process_groups=parallel.enable_gloo_process_groups,
     )
     for part in optimizer_parts(optimizer):
         part.init_state_fn = _allocate  # megatron-core's own supports only Adam, without the step count of torch's Adam

@@ -13,8 +13,6 @@ import torch
 
 from megatron_dwm.config.logging import LoggingConfig
 from megatron_dwm.config.optimizer import OptimizerConfig
-from megatron_dwm.config.run import RunConfig
-from megatron_dwm.model.flops import training_flops
 from megatron_dwm.runtime.device import peak_flops
 from megatron_dwm.runtime.energy import EnergyMeter
 from megatron_dwm.runtime.log_line import (
@@ -53,19 +51,6 @@ class ReportedRun:
     """Whether the run trains, and does not only evaluate."""
     has_set_names: bool
     """Whether ``--validation-set-names`` are given."""
-
-    @classmethod
-    def of(cls, config: RunConfig, padded_vocab_size: int) -> ReportedRun:
-        """Return the facts about a run with these flags."""
-        return cls(
-            config.train_iters,
-            config.global_batch_size,
-            config.model.seq_length,
-            training_flops(config.model, padded_vocab_size, config.global_batch_size),
-            _peak_tflops(config.logging, config.optimizer),
-            not config.training.skip_train,
-            config.data.validation_set_names is not None,
-        )
 
 
 class Reporter:
@@ -328,7 +313,7 @@ class Reporter:
             logger.info(text, extra=LAST_RANK)
 
 
-def _peak_tflops(flags: LoggingConfig, optimizer: OptimizerConfig) -> float | None:
+def peak_tflops(flags: LoggingConfig, optimizer: OptimizerConfig) -> float | None:
     """Return the peak TFLOP/s of a device in this run, if known."""
     if flags.dwm_peak_tflops is not None:
         return flags.dwm_peak_tflops

@@ -12,10 +12,11 @@ from megatron_dwm.config.flags import flag_name
 from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.config.weighting import TARGETED_RULES, WeightingConfig
 from megatron_dwm.data.blend import TARGET_FLAG
 from megatron_dwm.errors import UserError, shortened
-from megatron_dwm.training.checkpoint_contents import EVALUATIONS_DUE, megatron_arguments
+from megatron_dwm.training.checkpoint_contents import EVALUATIONS_DUE
 from megatron_dwm.training.checkpoint_folders import DWM_STATE
 from megatron_dwm.training.lr_schedule import Resumed, Schedule, choose_schedule
 from megatron_dwm.training.saved_checkpoint import DamagedCheckpointError, SavedCheckpoint, reported_damage
@@ -63,11 +64,11 @@ def check_resume(config: RunConfig, saved: SavedCheckpoint) -> None:
         UserError: it has another model, optimizer or schedule, or its state cannot be loaded in this layout.
     """
     load = config.checkpoint.load
-    run, arguments = vars(megatron_arguments(config, TrainState())), vars(saved.arguments)
+    run, arguments = config.arguments(), vars(saved.arguments)
     if difference := differing_flag(run, arguments, finetune=config.checkpoint.finetune):
         raise UserError(f"--load {load}: {difference}")
-    _check_counters(config, saved)
-    _check_weighting_state(config, saved)
+    _check_counters(config.checkpoint, saved)
+    _check_weighting_state(config.weighting, config.checkpoint, saved)
     if not should_load_optimizer(config.checkpoint, saved):
         return
     name = arguments.get("optimizer", config.optimizer.optimizer)
@@ -84,20 +85,20 @@ def check_resume(config: RunConfig, saved: SavedCheckpoint) -> None:
         )
     try:
         with reported_damage(saved.folder):  # a part of the schedule is missing or invalid
-            resumed_schedule(config, saved)
+            resumed_schedule(config.optimizer, config.training, config.sizes.global_batch_size, saved)
     except UserError as error:
         if str(error).startswith("--load "):
             raise
         raise UserError(f"--load {load}: {error}") from None
 
 
-def _check_counters(config: RunConfig, saved: SavedCheckpoint) -> None:
+def _check_counters(flags: CheckpointConfig, saved: SavedCheckpoint) -> None:
     """Refuse a checkpoint that lacks the counters of its run.
 
     Raises:
         UserError: it is damaged.
     """
-    if config.checkpoint.finetune or saved.is_release:
+    if flags.finetune or saved.is_release:
         return
     arguments = vars(saved.arguments)
     counters = {"iteration": saved.common.get("iteration")}
@@ -112,7 +113,7 @@ def _check_counters(config: RunConfig, saved: SavedCheckpoint) -> None:
             raise DamagedCheckpointError(f"its {EVALUATIONS_DUE} is {shortened(due, 40)}")
 
 
-def _check_weighting_state(config: RunConfig, saved: SavedCheckpoint) -> None:
+def _check_weighting_state(weighting: WeightingConfig, flags: CheckpointConfig, saved: SavedCheckpoint) -> None:
     """Refuse a checkpoint that lacks the weighting's state, or its position in the target set.
 
     Raises:
@@ -120,7 +121,7 @@ def _check_weighting_state(config: RunConfig, saved: SavedCheckpoint) -> None:
     """
     arguments = vars(saved.arguments)
     had_state = arguments.get("dwm_mode") == "bilevel" or arguments.get("dwm_rule") in TARGETED_RULES
-    is_continued = config.weighting.needs_target and not (config.checkpoint.finetune or saved.is_release)
+    is_continued = weighting.needs_target and not (flags.finetune or saved.is_release)
     if had_state and is_continued and not (saved.folder / DWM_STATE).exists():
         with reported_damage(saved.folder):
             raise DamagedCheckpointError(f"{DWM_STATE}, the state of the weighting, is missing")
@@ -136,13 +137,17 @@ def sharding_type(saved: SavedCheckpoint) -> str | None:
     return None if value is None else str(value)
 
 
-def resumed_schedule(config: RunConfig, saved: SavedCheckpoint) -> Resumed:
+def resumed_schedule(
+    settings: OptimizerConfig, training: TrainingConfig, batch: int, saved: SavedCheckpoint
+) -> Resumed:
     """Return the schedule that the run follows.
+
+    Args:
+        batch: the run's global batch size.
 
     Raises:
         UserError: flags and checkpoint differ, and no flag says which counts.
     """
-    settings, training, batch = config.optimizer, config.training, config.global_batch_size
     flags = Schedule.from_flags(settings, training, batch)
     arguments = vars(saved.arguments)
     state = saved.common["opt_param_scheduler"]
@@ -194,7 +199,7 @@ def resume_warnings(config: RunConfig, saved: SavedCheckpoint, train_state: Trai
         weighting: the weighting's state in it, perhaps empty.
     """
     training, settings, warnings = config.training, config.weighting, []
-    run, arguments = vars(megatron_arguments(config, TrainState())), vars(saved.arguments)
+    run, arguments = config.arguments(), vars(saved.arguments)
     if config.checkpoint.finetune and (difference := differing_flag(run, arguments)):
         warnings.append(f"{difference.partition(';')[0]}: the model computes something else with the same weights")
     lengths = (

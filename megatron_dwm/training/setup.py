@@ -23,6 +23,7 @@ from megatron_dwm.data.tokenizers import build_tokenizer, vocabulary_rows
 from megatron_dwm.data.validation import check_data
 from megatron_dwm.errors import reported_lack_of_memory
 from megatron_dwm.model.engine import PipelineEngine
+from megatron_dwm.model.flops import training_flops
 from megatron_dwm.model.gpt import bind_schedule_hooks, build_model_chunks, wrap_with_ddp
 from megatron_dwm.model.memory import memory_estimate
 from megatron_dwm.model.tp_comm_overlap import start_tp_comm_overlap
@@ -42,7 +43,7 @@ from megatron_dwm.training.memory_report import MemoryReport
 from megatron_dwm.training.optimizer import build_optimizer
 from megatron_dwm.training.profiler import StepProfiler
 from megatron_dwm.training.progress_log import ProgressLog
-from megatron_dwm.training.reporter import ReportedRun, Reporter
+from megatron_dwm.training.reporter import ReportedRun, Reporter, peak_tflops
 from megatron_dwm.training.resume_checks import check_resume, overruled_flags, resume_warnings, resumed_vocab_size
 from megatron_dwm.training.run_recorder import RunRecorder, open_recorder
 from megatron_dwm.training.save_folder import SaveFolder, check_owner, check_writable, output_folders, visible_holders
@@ -133,7 +134,7 @@ def read_inputs(config: RunConfig, rank: int, world_size: int) -> RunInputs:
     if folder is None:
         return RunInputs(tokenizer, paths, None)
     if (torch_file := first_rank_file(folder)) is not None:
-        torch_checkpoint = open_torch_checkpoint(torch_file, config, rank)
+        torch_checkpoint = open_torch_checkpoint(torch_file, config.checkpoint, config.parallel, config.sizes, rank)
         check_resume(config, torch_checkpoint)
         return RunInputs(tokenizer, paths, torch_checkpoint)
     should_verify = config.checkpoint.checkpoint_checksums
@@ -164,7 +165,7 @@ def build_language_model(
         torch.use_deterministic_algorithms(True)
     parallel_state = initialize_process_groups(
         config.parallel,
-        config.parallel.virtual_stages(config.model.num_layers),
+        config.sizes.virtual_stages,
         device,
         startup_sync.store,
         startup_sync.rank,
@@ -199,9 +200,9 @@ def assemble_language_model(
             fp16_lm_cross_entropy=config.optimizer.fp16_lm_cross_entropy,
         )
         chunks = wrap_with_ddp(bare, core_config, config.parallel, config.optimizer, config.training)
-        optimizer = build_optimizer(config, chunks)
+        optimizer = build_optimizer(config.optimizer, config.model, config.parallel, config.profiling, chunks)
     bind_schedule_hooks(core_config, chunks, optimizer, config.parallel)
-    schedule = Schedule.from_flags(config.optimizer, config.training, config.global_batch_size)
+    schedule = Schedule.from_flags(config.optimizer, config.training, config.sizes.global_batch_size)
     components = TrainComponents(chunks, optimizer, build_scheduler(schedule, optimizer), vocabulary)
     engine = PipelineEngine(
         chunks,
@@ -275,12 +276,21 @@ def _reporter(
         config.model,
         config.parallel,
         padded_vocab_size=vocab,
-        data_parallel_size=config.data_parallel_size,
+        data_parallel_size=config.sizes.data_parallel_size,
         micro_batch_size=config.training.micro_batch_size,
-        num_microbatches=config.num_microbatches,
+        num_microbatches=config.sizes.num_microbatches,
     )
     memory = MemoryReport(config.logging, parallel_state, estimate)
-    return Reporter(ReportedRun.of(config, vocab), config.logging, parallel_state, records, memory, timers, energy)
+    run = ReportedRun(
+        train_iters=config.train_iters,
+        batch_size=config.sizes.global_batch_size,
+        seq_length=config.model.seq_length,
+        flops_per_step=training_flops(config.model, vocab, config.sizes.global_batch_size),
+        peak_tflops=peak_tflops(config.logging, config.optimizer),
+        is_trained=not config.training.skip_train,
+        has_set_names=config.data.validation_set_names is not None,
+    )
+    return Reporter(run, config.logging, parallel_state, records, memory, timers, energy)
 
 
 def build_trainer_parts(
@@ -327,7 +337,9 @@ def build_trainer_parts(
         components=components,
         dataloaders=dataloaders,
         reporter=reporter,
-        checkpoints=CheckpointWriter(config, components, parallel_state, save_folder, progress),
+        checkpoints=CheckpointWriter(
+            config.checkpoint, config.parallel, config.arguments(), components, parallel_state, save_folder, progress
+        ),
         train_state=train_state,
         timers=timers,
         profiler=profiler,

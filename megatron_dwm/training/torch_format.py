@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.checkpoint import CheckpointConfig
+from megatron_dwm.config.parallel import ParallelConfig
+from megatron_dwm.config.run_sizes import RunSizes
 from megatron_dwm.errors import UserError
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.runtime.process_groups import ParallelState
@@ -27,7 +29,6 @@ from megatron_dwm.training.checkpoint_contents import (
     PerParameter,
     model_key,
     rng_state,
-    unsharded_state,
 )
 from megatron_dwm.training.checkpoint_folders import rank_file
 from megatron_dwm.training.optimizer_loading import load_optimizer
@@ -40,7 +41,7 @@ from megatron_dwm.training.saved_checkpoint import (
     reported_damage,
     require_checksums,
 )
-from megatron_dwm.training.train_state import TrainComponents, TrainState
+from megatron_dwm.training.train_state import TrainComponents
 
 _FUSED = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -62,7 +63,9 @@ class TorchCheckpoint(SavedCheckpoint):
         return {} if self.embedding is None else {WORD_EMBEDDINGS: self.embedding}
 
 
-def open_torch_checkpoint(path: Path, config: RunConfig, rank: int) -> TorchCheckpoint:
+def open_torch_checkpoint(
+    path: Path, flags: CheckpointConfig, parallel: ParallelConfig, sizes: RunSizes, rank: int
+) -> TorchCheckpoint:
     """Open the first rank's file, after a part of all files has been verified; no communication.
 
     Args:
@@ -72,11 +75,11 @@ def open_torch_checkpoint(path: Path, config: RunConfig, rank: int) -> TorchChec
     Raises:
         UserError: it is damaged, or was saved in another layout, or by a very old version of Megatron-LM.
     """
-    pp, folder = config.parallel.pp, path.parents[1]
+    folder = path.parents[1]
     with reported_damage(folder):
         refuse_special_files(folder)
-        if config.checkpoint.checkpoint_checksums:
-            require_checksums(folder, rank, config.world_size)
+        if flags.checkpoint_checksums:
+            require_checksums(folder, rank, sizes.world_size)
         state = read_torch_file(path)
         if not (isinstance(state, dict) and isinstance(state.get("args"), Namespace)):
             raise DamagedCheckpointError(f"{path.name} holds no arguments of a run")
@@ -86,7 +89,7 @@ def open_torch_checkpoint(path: Path, config: RunConfig, rank: int) -> TorchChec
     where = f"--load {folder.parent}: {folder.name}, in the format torch,"
     if state.get("checkpoint_version") != VERSION:
         raise UserError(f"{where} has version {state.get('checkpoint_version')} and not {VERSION}; give another")
-    present = config.parallel.tp, pp, config.parallel.virtual_stages(config.model.num_layers)
+    present = parallel.tp, parallel.pp, sizes.virtual_stages
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
     saved = tuple(arguments.get(name) for name in names)
     if saved != present:
@@ -94,16 +97,15 @@ def open_torch_checkpoint(path: Path, config: RunConfig, rank: int) -> TorchChec
             f"{where} has TP, PP and virtual stages {_words(saved)}, and this run {_words(present)}; load it in "
             "its own layout and save it as torch_dist, which any layout can load"
         )
-    flags = config.checkpoint
     was_sharded = bool(arguments.get("use_distributed_optimizer"))
     has_optimizer = not (flags.finetune or flags.no_load_optim) and "optimizer" in state
-    if has_optimizer and was_sharded != config.parallel.use_distributed_optimizer:
+    if has_optimizer and was_sharded != parallel.use_distributed_optimizer:
         raise UserError(
             f"{where} was saved {'with' if was_sharded else 'without'} --use-distributed-optimizer and this run is "
             f"{'without' if was_sharded else 'with'} it; load it as it was saved, or with --no-load-optim"
         )
     rows = state[_first_model_key(state)].get(WORD_EMBEDDINGS)
-    embedding = None if rows is None else (rows.shape[0] * config.parallel.tp, *rows.shape[1:])
+    embedding = None if rows is None else (rows.shape[0] * parallel.tp, *rows.shape[1:])
     common = {key: value for key, value in state.items() if not key.startswith(("model", WEIGHTING_PREFIX))}
     if "optimizer" in common:
         common["optimizer"] = {}  # each rank reads its own
@@ -146,23 +148,25 @@ def load_torch_state(
 
 def write_torch_state(
     folder: Path,
-    config: RunConfig,
+    flags: CheckpointConfig,
+    parallel: ParallelConfig,
+    common: Mapping[str, Any],
     components: TrainComponents,
-    train_state: TrainState,
     parallel_state: ParallelState,
     per_parameter: PerParameter | None = None,
 ) -> None:
     """Write this rank's files; collective with the distributed optimizer, whose shards are gathered.
 
     Args:
+        common: the state that is the same on every rank.
         per_parameter: the weighting's per-parameter tensors, by name.
     """
-    flags, shards = config.checkpoint, None
-    if config.parallel.use_distributed_optimizer and not flags.no_save_optim:
-        shards = gathered_shards(components.optimizer, use_gloo=config.parallel.enable_gloo_process_groups)
+    shards = None
+    if parallel.use_distributed_optimizer and not flags.no_save_optim:
+        shards = gathered_shards(components.optimizer, use_gloo=parallel.enable_gloo_process_groups)
     if parallel_state.dp_rank != 0 or parallel_state.cp_rank != 0:
         return
-    state = unsharded_state(config, components, train_state)
+    state = dict(common)
     for number, chunk in enumerate(components.chunks):
         module: Any = chunk.module
         state[model_key(components, number)] = module.state_dict_for_save_checkpoint()

@@ -65,7 +65,7 @@ class Trainer:
         self.parallel_state, self.engine, self.components = parts.parallel_state, parts.engine, parts.components
         self.dataloaders, self.reporter = parts.dataloaders, parts.reporter
         self.checkpoints, self.train_state, self.timers = parts.checkpoints, parts.train_state, parts.timers
-        self.batch_sizes, self.validation = config.batch_sizes, StepValidation(config.training)
+        self.batch_sizes, self.validation = config.sizes.batch_sizes, StepValidation(config.training)
         self.stop_request = StopRequest(config.training)
         self.evaluator = Evaluator(
             config.data,
@@ -171,7 +171,7 @@ class Trainer:
             )
         samples = len(batch) * self.parallel_state.dp_size
         # Operations are counted for the largest batch.
-        part = samples / self.config.global_batch_size
+        part = samples / self.config.sizes.global_batch_size
         self.parts.stragglers.count(part * self.reporter.run.flops_per_step)
         skipped = self.batch_sizes.nominal(self.train_state.consumed_train_samples) - samples
         self.train_state.advance(iteration, samples, part * self.reporter.run.flops_per_step, skipped)

@@ -38,7 +38,7 @@ def build_weighting(context: WeightingContext) -> SampleWeighting:
     Raises:
         UserError: flags that do not fit the data.
     """
-    if context.config.weighting.dwm_mode == "off":
+    if context.settings.dwm_mode == "off":
         return UniformWeighting()
     return WarmupWeighting(context.stages, weight_metrics(context), _choose_start(context))
 
@@ -56,7 +56,7 @@ def _choose_start(context: WeightingContext) -> Start:
     """Return the function that builds the weighting after the warm-up."""
     if context.inputs is None:
         return _rule_start(context)
-    builder, load = WeighterBuilder(context, context.inputs), context.config.weighting.dwm_load
+    builder, load = WeighterBuilder(context, context.inputs), context.settings.dwm_load
     return partial(_start_bilevel, builder) if load is None else partial(_start_frozen, builder, load)
 
 
@@ -65,19 +65,19 @@ def _rule_start(context: WeightingContext) -> Start:
 
     def start(iteration: int, state: State) -> SampleWeighting:
         rule.load_state_dict(state)
-        logger.info(f" > weighting starts at iteration {iteration}: the rule {context.config.weighting.dwm_rule}")
+        logger.info(f" > weighting starts at iteration {iteration}: the rule {context.settings.dwm_rule}")
         return rule
 
     return start
 
 
 def _start_frozen(builder: WeighterBuilder, load: str, iteration: int, state: State) -> SampleWeighting:
-    context, config = builder.context, builder.config
+    context = builder.context
     parts = FrozenParts(
-        weighter_stages("--dwm-load", load, config.train_iters),
+        weighter_stages("--dwm-load", load, context.stages.train_iters),
         builder.of_stage,
         builder.exporter(has_separate_tokenizer=True),
-        config.weighting.dwm_score_cache,
+        context.settings.dwm_score_cache,
         partial(_scoring_flops, context),
     )
     weighting = FrozenWeighting(weight_metrics(context), scoring_options(context), parts, iteration)
@@ -110,11 +110,17 @@ def _start_bilevel(builder: WeighterBuilder, iteration: int, state: State) -> Sa
 
 def _bilevel(builder: WeighterBuilder, weighter: Weighter, consumed_target_samples: int) -> BilevelWeighting:
     """Return the weighting that trains ``weighter``, after ``consumed_target_samples``."""
-    context, config, settings = builder.context, builder.config, builder.settings
-    momentum, vocab = config.target_momentum, context.padded_vocab_size
+    context, settings, momentum = builder.context, builder.settings, builder.settings.target_momentum
     gradient_mean = GradientMean(context.engine.chunks, momentum) if momentum > 0 else NO_MEAN
     passes = lm_gradients(context, gradient_mean)
-    update_flops = outer_update_flops(config, vocab, weighter.num_active_parameters, is_linear=weighter.is_linear)
+    update_flops = outer_update_flops(
+        context.model,
+        settings,
+        context.sizes,
+        context.padded_vocab_size,
+        weighter.num_active_parameters,
+        is_linear=weighter.is_linear,
+    )
     parts = BilevelParts(
         context.engine,
         weighter,
@@ -126,13 +132,12 @@ def _bilevel(builder: WeighterBuilder, weighter: Weighter, consumed_target_sampl
     )
     metrics, options = weight_metrics(context), scoring_options(context)
     if settings.dwm_mode == "rule":
-        return ShuffledWeighting(metrics, options, parts, config.training.seed)
+        return ShuffledWeighting(metrics, options, parts, context.seed)
     return BilevelWeighting(metrics, options, parts)
 
 
 def _scoring_flops(context: WeightingContext, weighter: Weighter) -> float:
-    config = context.config
-    return scoring_flops(weighter.num_active_parameters, config.global_batch_size, config.model.seq_length)
+    return scoring_flops(weighter.num_active_parameters, context.sizes.global_batch_size, context.model.seq_length)
 
 
 def _log_kept_architecture(builder: WeighterBuilder, weighter: Weighter) -> None:

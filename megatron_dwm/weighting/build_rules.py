@@ -41,17 +41,17 @@ def build_rule(
     Raises:
         UserError: flags that do not fit the data.
     """
-    settings, training = context.config.weighting, context.config.training
+    settings, sizes = context.settings, context.sizes
     strength, sources = settings.dwm_rule_strength, settings.dwm_rule_sources or []
     match settings.dwm_rule:
         case "random":
-            return RandomWeighting(weight_metrics, options, strength, training.seed)
+            return RandomWeighting(weight_metrics, options, strength, context.seed)
         case "half":
             return RandomHalfWeighting(weight_metrics, options, settings.dwm_rule_seed)
         case "loss" | "linupper" as name:
             scores_of = linupper_scores if name == "linupper" else partial(high_loss_scores, strength=strength)
-            flops = _forward_flops(context, context.config.global_batch_size)
-            return LossWeighting(weight_metrics, options, scores_of, context.engine, training.micro_batch_size, flops)
+            flops = _forward_flops(context, sizes.global_batch_size)
+            return LossWeighting(weight_metrics, options, scores_of, context.engine, sizes.micro_batch_size, flops)
         case "source-weights":
             return SourceWeighting(weight_metrics, options, sources, settings.dwm_rule_weights or [])
         case "similarity":
@@ -69,15 +69,16 @@ def build_rule(
 
 
 def _parts(context: WeightingContext, lm_gradients: LMGradients, *, is_forward: bool = False) -> TargetedParts:
-    config, vocab = context.config, context.padded_vocab_size
+    model, sizes, vocab = context.model, context.sizes, context.padded_vocab_size
     if is_forward:
-        target, batch = (_forward_flops(context, size) for size in (config.target_batch_size, config.global_batch_size))
+        target, batch = (_forward_flops(context, size) for size in (sizes.target_batch_size, sizes.global_batch_size))
     else:
-        target = training_flops(config.model, vocab, config.target_batch_size)
-        batch = outer_update_flops(config, vocab, weighter_parameters=0) - target
-    micro = config.training.micro_batch_size
-    return TargetedParts(context.engine, lm_gradients, context.make_target_loader, micro, batch, target)
+        target = training_flops(model, vocab, sizes.target_batch_size)
+        batch = outer_update_flops(model, context.settings, sizes, vocab, weighter_parameters=0) - target
+    return TargetedParts(
+        context.engine, lm_gradients, context.make_target_loader, sizes.micro_batch_size, batch, target
+    )
 
 
 def _forward_flops(context: WeightingContext, samples: int) -> float:
-    return forward_flops(context.config.model, context.padded_vocab_size, samples)
+    return forward_flops(context.model, context.padded_vocab_size, samples)

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
-from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.model import ModelConfig
+from megatron_dwm.config.run_sizes import RunSizes
+from megatron_dwm.config.tokenizer import TokenizerConfig
+from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.blend import DataPaths
 from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.data.sampler import BatchPartition
@@ -28,12 +31,24 @@ from megatron_dwm.weighting.weight_metrics import WeightMetrics
 class WeightingContext:
     """The parts of a run that a weighting needs."""
 
-    config: RunConfig
+    settings: WeightingConfig
+    """The weighting's flags."""
+    model: ModelConfig
+    """The language model's flags."""
+    sizes: RunSizes
+    seed: int
+    bf16: bool
+    """Whether the run computes in bf16."""
+    log_interval: int
+    save: str | None
+    """The run's ``--save`` folder."""
     inputs: WeighterInputs | None
     """The weighter's inputs; None without a weighter."""
     stages: StageSchedule
     paths: DataPaths
     tokenizer: Any
+    tokenizer_flags: TokenizerConfig
+    """The flags that it was built from."""
     padded_vocab_size: int
     engine: PipelineEngine
     optimizer: Any
@@ -50,23 +65,22 @@ def lm_gradients(context: WeightingContext, gradient_mean: GradientAverage = NO_
     Args:
         gradient_mean: averages the target gradient over updates.
     """
-    config = context.config
-    micro = config.training.micro_batch_size
-    return LMGradients(config.weighting, context.engine, context.optimizer, micro, gradient_mean)
+    micro = context.sizes.micro_batch_size
+    return LMGradients(context.settings, context.engine, context.optimizer, micro, gradient_mean)
 
 
 def weight_metrics(context: WeightingContext) -> WeightMetrics:
     """Return the object that computes the metrics of each step's weights."""
-    config, gather = context.config, SampleGather(context.partition, context.parallel_state)
+    gather = SampleGather(context.partition, context.parallel_state)
     is_per_token = context.engine.config.calculate_per_token_loss
-    loss_factors = LossFactors(config.training.micro_batch_size, is_per_token, context.parallel_state)
+    loss_factors = LossFactors(context.sizes.micro_batch_size, is_per_token, context.parallel_state)
     return WeightMetrics(context.stages, gather, loss_factors, context.paths.train_sources)
 
 
 def scoring_options(context: WeightingContext) -> ScoringOptions:
     """Return how scores become weights, from the flags."""
     return ScoringOptions(
-        temperature=context.config.weighting.dwm_temperature,
-        min_effective_sample_size=context.config.weighting.dwm_min_effective_sample_size,
-        check_interval=context.config.logging.log_interval,
+        temperature=context.settings.dwm_temperature,
+        min_effective_sample_size=context.settings.dwm_min_effective_sample_size,
+        check_interval=context.log_interval,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from megatron_dwm.config.model import ModelConfig
-from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.run_sizes import RunSizes
+from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.model.flops import FORWARD_AND_BACKWARD, MULTIPLY_AND_ADD, training_flops
 
 
@@ -24,21 +25,28 @@ def scoring_flops(weighter_parameters: int, samples: int, seq_length: int) -> fl
 
 
 def outer_update_flops(
-    config: RunConfig, padded_vocab_size: int, weighter_parameters: int, *, is_linear: bool = False
+    model: ModelConfig,
+    settings: WeightingConfig,
+    sizes: RunSizes,
+    padded_vocab_size: int,
+    weighter_parameters: int,
+    *,
+    is_linear: bool = False,
 ) -> float:
     """Return the operations of one outer update: passes of the language model, and the weighter's steps.
 
     Args:
-        config: configuration of the run.
+        model: the flags of the language model.
+        settings: the flags of the weighting.
+        sizes: the sizes of the run's batches.
         padded_vocab_size: padded vocabulary size of the language model.
         weighter_parameters: without the embedding, which is looked up.
         is_linear: whether the weighter's steps are conjugate-gradient steps on the whole replay, assumed to be full.
     """
-    settings = config.weighting
-    target = training_flops(config.model, padded_vocab_size, config.target_batch_size)
-    batch = training_flops(config.model, padded_vocab_size, config.global_batch_size)
+    target = training_flops(model, padded_vocab_size, sizes.target_batch_size)
+    batch = training_flops(model, padded_vocab_size, sizes.global_batch_size)
     alignment = batch * 2 / FORWARD_AND_BACKWARD if settings.dwm_alignment == "finite-difference" else batch
-    scores = scoring_flops(weighter_parameters, config.global_batch_size, config.model.seq_length)
+    scores = scoring_flops(weighter_parameters, sizes.global_batch_size, model.seq_length)
     # The objective before and after, and for each step a forward and backward pass.
     steps = settings.dwm_weighter_steps * FORWARD_AND_BACKWARD
     if is_linear:  # each step, and the first residual, is a product with the rows and one with their transpose

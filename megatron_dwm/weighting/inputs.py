@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.data.hf_tokenizers import vocabulary_fingerprint
@@ -65,25 +65,30 @@ def sample_tokens(seq_length: int, tokenizer: Any, flags: TokenizerConfig) -> Sa
     )
 
 
-def read_weighter_inputs(config: RunConfig, tokenizer: Any) -> WeighterInputs | None:
-    """Open and check the weighter's folder; without a weighter return None.
+def read_weighter_inputs(
+    settings: WeightingConfig, model: ModelConfig, samples: SampleTokens, train_iters: int, seed: int
+) -> WeighterInputs:
+    """Open and check the weighter's folder.
+
+    Args:
+        settings: the weighting's flags, which name it.
+        model: the language model's flags, for a weighter of its shape.
+        samples: the format of the samples that the weighter reads.
+        train_iters: iterations of the run.
+        seed: seed of weights that a folder lacks.
 
     Raises:
         UserError: the folder does not fit.
     """
-    settings = config.weighting
-    if not settings.has_weighter:
-        return None
-    samples = sample_tokens(config.model.seq_length, tokenizer, config.tokenizer)
-    flag, seed = "--dwm-load", config.training.seed
     if settings.dwm_load is not None:
-        weighters = weighter_stages(flag, settings.dwm_load, config.train_iters)
+        flag = "--dwm-load"
+        weighters = weighter_stages(flag, settings.dwm_load, train_iters)
         # Check all of them, so that none fails in the middle of the run.
         digests = [read_weighter_folder(flag, w.folder, samples, seed).digest for w in weighters[1:]]
         folder = read_weighter_folder(flag, weighters[0].folder, samples, seed)
         return WeighterInputs(samples, folder, "".join([folder.digest, *digests]))
     if settings.dwm_init_from == "lm":
-        check_init_from_lm(config.model, settings)
+        check_init_from_lm(model, settings)
     if settings.dwm_init_from in ("lm", "random"):
         return WeighterInputs(samples)
     folder = read_weighter_folder("--dwm-init-from", settings.dwm_init_from, samples, seed)

@@ -30,8 +30,7 @@ class WeighterBuilder:
     """Builds weighters that read the run's samples."""
 
     def __init__(self, context: WeightingContext, inputs: WeighterInputs) -> None:
-        self.context, self.inputs = context, inputs
-        self.config, self.settings = context.config, context.config.weighting
+        self.context, self.inputs, self.settings = context, inputs, context.settings
 
     def new(self) -> Weighter:
         """Create the weighter that the flags specify; a collective call of all ranks."""
@@ -47,7 +46,7 @@ class WeighterBuilder:
         """
         folder = self.inputs.folder
         if folder is None or folder.path != stage.folder:
-            folder = read_weighter_folder("--dwm-load", stage.folder, self.inputs.samples, self.config.training.seed)
+            folder = read_weighter_folder("--dwm-load", stage.folder, self.inputs.samples, self.context.seed)
         return self._of_folder(folder)
 
     def restored(self, state: State) -> Weighter:
@@ -77,7 +76,7 @@ class WeighterBuilder:
             )
             weighter = self._weighter(model, reader, folder.fingerprint, folder.tokenizer_digest)
         else:
-            weighter = self._weighter(model, window_reader(model, self.config.model.seq_length))
+            weighter = self._weighter(model, window_reader(model, self.inputs.samples.seq_length))
         weighter.load_state(state)
         return weighter
 
@@ -87,7 +86,7 @@ class WeighterBuilder:
         Args:
             has_separate_tokenizer: whether the weighter has its folder's tokenizer, and not the run's.
         """
-        save, folder, tokenizer = self.config.checkpoint.save, self.inputs.folder, self.config.tokenizer
+        save, folder, flags = self.context.save, self.inputs.folder, self.context.tokenizer_flags
         if save is None:
             return NoExport()
         save_tokenizer: Callable[[Path], Any]
@@ -95,15 +94,13 @@ class WeighterBuilder:
             save_tokenizer, fingerprint, special = folder.separate_tokenizer.save_pretrained, folder.fingerprint, True
         else:
             samples = self.inputs.samples
-            save_tokenizer = partial(
-                save_hf_tokenizer, self.context.tokenizer, tokenizer, max_length=samples.seq_length
-            )
-            fingerprint, special = samples.fingerprint, tokenizer.tokenizer_hf_include_special_tokens
+            save_tokenizer = partial(save_hf_tokenizer, self.context.tokenizer, flags, max_length=samples.seq_length)
+            fingerprint, special = samples.fingerprint, flags.tokenizer_hf_include_special_tokens
         facts = run_facts(
             self.settings,
-            self.config.model,
-            self.config.train_iters,
-            self.config.global_batch_size,
+            self.context.model,
+            self.context.stages.train_iters,
+            self.context.sizes.global_batch_size,
             self.context.paths,
             fingerprint,
             adds_special_tokens=special,
@@ -124,7 +121,7 @@ class WeighterBuilder:
             reader=reader,
             tokenizer_fingerprint=tokenizer_fingerprint,
             tokenizer_digest=tokenizer_digest,
-            bf16=self.config.optimizer.bf16,
+            bf16=self.context.bf16,
         )
 
     def _of_folder(self, folder: WeighterFolder) -> Weighter:
@@ -133,7 +130,7 @@ class WeighterBuilder:
 
     def _new_model(self) -> Any:
         """Return a model of random weights, or one with the language model's embedding and first layers."""
-        settings, model, seed = self.settings, self.config.model, self.config.training.seed
+        settings, model, seed = self.settings, self.context.model, self.context.seed
         vocab, eod = int(self.context.tokenizer.vocab_size), int(self.context.tokenizer.eod)
         if settings.dwm_init_from == "random":
             return random_weighter_model(settings, vocab, model.seq_length, eod, seed)

@@ -170,11 +170,11 @@ def build_model(flags: Flags, seed: int = 1234, vocabulary: Vocabulary = ALL_TRA
                 values = torch.randn(slices, *param.shape, generator=noise)
                 param.data += 0.1 * values[layout.tp_rank % slices].to(param.dtype)
     chunks = wrap_with_ddp(bare, core_config, config.parallel, config.optimizer, config.training)
-    optimizer = build_optimizer(config, chunks)
+    optimizer = build_optimizer(config.optimizer, config.model, config.parallel, config.profiling, chunks)
     bind_schedule_hooks(core_config, chunks, optimizer, config.parallel)
     schedule = PipelineEngine(chunks, core_config, layout, SEQ_LENGTH, check_for_nan=not config.optimizer.fp16)
     micro, dp = config.training.micro_batch_size, layout.dp_size
-    sample_gather = SampleGather(BatchPartition(micro, config.num_microbatches, layout.dp_rank, dp), layout)
+    sample_gather = SampleGather(BatchPartition(micro, config.sizes.num_microbatches, layout.dp_rank, dp), layout)
     return BuiltModel(config, layout, chunks, optimizer, schedule, sample_gather)
 
 

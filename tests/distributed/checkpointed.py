@@ -72,7 +72,7 @@ def _train(leg: Leg) -> Trained:
     built = build_model({**leg.flags, "--dwm-mode": "off", "--micro-batch-size": MICRO_BATCH})
     config, optimizer = built.config, built.optimizer
     scheduler = build_scheduler(
-        Schedule.from_flags(config.optimizer, config.training, config.global_batch_size), optimizer
+        Schedule.from_flags(config.optimizer, config.training, config.sizes.global_batch_size), optimizer
     )
     components, train_state = (
         TrainComponents(built.chunks, optimizer, scheduler, Vocabulary(VOCAB_SIZE)),
@@ -81,7 +81,9 @@ def _train(leg: Leg) -> Trained:
     if leg.load is not None:
         folder = iteration_folder(*leg.load)
         if (torch_file := first_rank_file(folder)) is not None:
-            saved: SavedCheckpoint = open_torch_checkpoint(torch_file, config, dist.get_rank())
+            saved: SavedCheckpoint = open_torch_checkpoint(
+                torch_file, config.checkpoint, config.parallel, config.sizes, dist.get_rank()
+            )
         else:
             saved = open_checkpoint(folder)
         check_resume(config, saved)
@@ -96,7 +98,10 @@ def _train(leg: Leg) -> Trained:
         losses.append(float("nan") if result.loss is None else result.loss)
         train_state.advance(iteration, NUM_SAMPLES, 0.0)
         if leg.save is not None and leg.save[1] == iteration:
-            writer = CheckpointWriter(_saving_to(config, leg.save[0]), components, built.parallel_state)
+            saving = _saving_to(config, leg.save[0])
+            writer = CheckpointWriter(
+                saving.checkpoint, saving.parallel, saving.arguments(), components, built.parallel_state
+            )
             writer.save(train_state, {})
             writer.close()
     parameters = built.parameters()

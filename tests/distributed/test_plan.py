@@ -14,11 +14,10 @@ from megatron_dwm.model import torch_layers
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.model.parameter_copy import ParameterCopy
 from megatron_dwm.model.vocabulary import Vocabulary
-from megatron_dwm.plan.costs import step_traffic, update_traffic
+from megatron_dwm.plan.costs import CostModel
 from megatron_dwm.plan.memory import held_activations, in_flight
 from megatron_dwm.plan.meter import Meter, Traffic
 from megatron_dwm.plan.stages import measure_stages
-from megatron_dwm.plan.weighter import WeighterPlan
 from megatron_dwm.training.optimizer import allocate_state
 from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers
 from megatron_dwm.weighting.bilevel.gradient_mean import GradientMean
@@ -122,7 +121,9 @@ def test_a_plan_is_what_ranks_hold_and_send(case: str):
     config = parse_flags({**IN_PROCESS, **flags}, processes)
     stages = measure_stages(config, Vocabulary(VOCAB_SIZE), for_gpu=False)
     counted = run_distributed(_count, processes, flags)
-    nothing = WeighterPlan("none", 0, 0, False, 0, 0, Traffic())
+    costs = CostModel(
+        config.model, config.weighting, config.sizes, VOCAB_SIZE, stages, None, config.parallel.overlap_param_gather
+    )
     for stage in stages:
         found = counted[stage.number * processes // len(stages)]
         assert stage.parameters == found["parameters"]
@@ -132,8 +133,9 @@ def test_a_plan_is_what_ranks_hold_and_send(case: str):
         assert stage.parameter_copy == found["parameter copy"]
         # Beside it are the sum of its factors and the flag that says whether a gradient was finite.
         assert stage.gradient_mean == pytest.approx(found["gradient mean"], abs=64)
-        assert _payloads(step_traffic(config, stage)) == found["step"]
-        assert _payloads(update_traffic(config, stage, nothing)) == found["update"]
-        activations = held_activations(stage.training, in_flight(config, stage.number, config.num_microbatches))
+        assert _payloads(costs.step_traffic(stage)) == found["step"]
+        assert _payloads(costs.update_traffic(stage)) == found["update"]
+        counts = in_flight(config.parallel, config.sizes.virtual_stages, stage.number, config.sizes.num_microbatches)
+        activations = held_activations(stage.training, counts)
         # A run holds a few more small tensors, such as masks and the losses that it reports.
         assert activations == pytest.approx(found["activations"], rel=0.06)

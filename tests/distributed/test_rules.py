@@ -22,7 +22,7 @@ from megatron_dwm.model.full_state import gather_full_state
 from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.build import build_weighting
 from megatron_dwm.weighting.context import WeightingContext
-from megatron_dwm.weighting.inputs import read_weighter_inputs, run_stages
+from megatron_dwm.weighting.inputs import run_stages
 from megatron_dwm.weighting.policy import SampleWeighting
 from megatron_dwm.weighting.rules import half_of_samples
 from tests.distributed.built_model import LAYOUTS, BuiltModel, build_model, random_mask, random_tokens
@@ -67,12 +67,20 @@ def target_loader(built: BuiltModel, consumed: int) -> BatchLoader:
 
 def made_weighting(built: BuiltModel) -> SampleWeighting:
     """The weighting of the model's flags, for data of two sources."""
+    config = built.config
     context = WeightingContext(
-        config=built.config,
-        inputs=read_weighter_inputs(built.config, None),
-        stages=run_stages(built.config.weighting, built.config.train_iters),
+        settings=config.weighting,
+        model=config.model,
+        sizes=config.sizes,
+        seed=config.training.seed,
+        bf16=False,
+        log_interval=config.logging.log_interval,
+        save=None,
+        inputs=None,
+        stages=run_stages(config.weighting, config.train_iters),
         paths=DataPaths((["a", "b"], None), (None, None, None), None, None),
         tokenizer=None,
+        tokenizer_flags=config.tokenizer,
         padded_vocab_size=VOCAB_SIZE,
         engine=built.engine,
         optimizer=built.optimizer,

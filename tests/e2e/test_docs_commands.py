@@ -317,7 +317,7 @@ def test_the_flags_of_many_machines_are_a_configuration():
     command = block("docs/cluster.md: Without SLURM: bash").replace("\\\n", " ")
     flags = command.split("pretrain_dwm.py", 1)[1].split()
     config = read_run_flags(flags, world_size=32)
-    assert (config.parallel.tp, config.parallel.pp, config.num_microbatches) == (1, 1, 4)
+    assert (config.parallel.tp, config.parallel.pp, config.sizes.num_microbatches) == (1, 1, 4)
 
 
 def test_the_plans_of_three_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

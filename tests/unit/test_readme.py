@@ -1,4 +1,4 @@
-"""README.md is short, links lead somewhere, and docs/architecture.md is true: the map of files, the drawn layers."""
+"""README.md is short, links lead somewhere, and docs/architecture.md is true: files, layers, who takes all flags."""
 
 from __future__ import annotations
 
@@ -180,6 +180,14 @@ def test_a_whole_package_is_found_and_a_relative_import_is_refused():
 def test_training_knows_nothing_of_weighting_but_its_door():
     imports = imports_between_layers()[("weighting", "training")]
     assert imports and [line for line in imports if not line.endswith("imports weighting.policy")] == []
+
+
+def test_only_the_listed_modules_name_the_whole_configuration():
+    """Each other part gets only the flags, and the sizes that follow from them, that it needs."""
+    section = ARCHITECTURE.read_text().split("name the whole `RunConfig`:")[1].split("\n## ")[0]
+    listed = [name for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in row.split(", ")]
+    naming = [path for path in PACKAGE.rglob("*.py") if re.search(r"\bRunConfig\b", path.read_text())]
+    assert sorted(listed) == sorted(f"`{path.relative_to(PACKAGE)}`" for path in naming)
 
 
 def test_the_drawing_of_the_layers_is_what_the_imports_say():

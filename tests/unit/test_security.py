@@ -157,12 +157,12 @@ def test_a_pickle_in_a_checkpoint_of_the_older_format_is_not_run(tmp_path: Path)
     with pytest.raises(UserError, match=r"model_optim_rng\.pt cannot be read"):
         read_arguments(path.parents[1])
     with pytest.raises(UserError, match=r"is damaged: model_optim_rng\.pt cannot be read"):
-        open_torch_checkpoint(path, config, 0)
+        open_torch_checkpoint(path, config.checkpoint, config.parallel, config.sizes, 0)
     assert not (tmp_path / "ran").exists()
     for content, said in (([1], "no arguments"), ({"args": Namespace(), "model": 3}, "no model")):
         torch.save(content, path)
         with pytest.raises(UserError, match=f"is damaged: .* holds {said}"):
-            open_torch_checkpoint(path, config, 0)
+            open_torch_checkpoint(path, config.checkpoint, config.parallel, config.sizes, 0)
 
 
 def test_a_pickle_in_the_description_of_a_parquet_column_is_not_run(tmp_path: Path):

@@ -19,8 +19,6 @@ from megatron_dwm.config.flags import declared_flags
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.run import parse_run
 from megatron_dwm.errors import UserError
-from megatron_dwm.training.checkpoint_contents import megatron_arguments
-from megatron_dwm.training.train_state import TrainState
 from tests.paths import FIXTURES
 
 MEGATRON: dict[str, dict[str, Any]] = json.loads((FIXTURES / "megatron_args.json").read_text())
@@ -38,7 +36,7 @@ FLAGS = {
 
 
 def arguments(flags: str) -> dict[str, Any]:
-    return vars(megatron_arguments(parse_run(flags.split(), 1), TrainState()))
+    return parse_run(flags.split(), 1).arguments()
 
 
 @pytest.mark.parametrize("kind", FLAGS)

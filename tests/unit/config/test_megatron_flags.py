@@ -145,11 +145,11 @@ READ_BY_PROPERTIES = {
     "check_for_nan_in_loss_and_grad": "TrainingConfig.should_check_for_nan",
     "activations_checkpoint_method": "ModelConfig.early_recompute_method",
     "eval_interval": "DataConfig.evaluations",
-    "eval_micro_batch_size": "RunConfig.eval_micro_batch",
+    "eval_micro_batch_size": "RunSizes.from_flags",
     "accumulate_allreduce_grads_in_fp32": "OptimizerConfig.has_fp32_grads",
-    "decrease_batch_size_if_needed": "RunConfig.batch_sizes",
-    "dwm_target_batch_size": "RunConfig.target_batch_size",
-    "dwm_target_momentum": "RunConfig.target_momentum",
+    "decrease_batch_size_if_needed": "RunSizes.from_flags",
+    "dwm_target_batch_size": "RunSizes.from_flags",
+    "dwm_target_momentum": "WeightingConfig.target_momentum",
     "grad_reduce_in_bf16": "OptimizerConfig.has_fp32_grads",
     "no_weight_decay_cond_type": "OptimizerConfig.should_decay_qk_layernorm",
     "num_layers_per_virtual_pipeline_stage": "ParallelConfig.virtual_stages",
@@ -179,6 +179,13 @@ def test_no_flag_is_silently_ignored():
     assert OTHER_FIELDS_WITHOUT_EFFECT - core <= ignored
     assert OTHER_FIELDS_WITHOUT_EFFECT & core == {"legacy_tokenizer"}  # given to megatron-core, whose code is next
     assert "legacy_tokenizer" not in "".join(path.read_text() for path in Path(tokenizers.__path__[0]).rglob("*.py"))
+
+
+def test_the_optimizers_flags_are_in_the_parts_that_it_is_built_from():
+    """``build_optimizer`` is given these, and copies the flags that megatron-core has under the same name."""
+    core = {field.name for kind in (AdamOptimizerConfig, SGDOptimizerConfig) for field in fields(kind)}
+    holding = {name for name, part in PARTS.items() if core & {field.name for field in fields(part)}}
+    assert holding == {"optimizer", "model", "parallel", "profiling"}
 
 
 def test_the_page_of_flags_is_up_to_date():

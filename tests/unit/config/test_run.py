@@ -40,7 +40,7 @@ def test_a_script_for_a_gpt_is_accepted(tmp_path: Path):
         f"--load {tmp_path} --eval-iters 10 --tensorboard-dir {tmp_path} --dwm-mode off",
         world_size=256,
     )
-    assert (config.data_parallel_size, config.num_microbatches) == (2, 32)
+    assert (config.sizes.data_parallel_size, config.sizes.num_microbatches) == (2, 32)
     assert config.tokenizer.tokenizer_type == "GPT2BPETokenizer"
 
 
@@ -63,7 +63,7 @@ def test_a_script_for_a_llama_is_accepted(caplog: pytest.LogCaptureFixture):
         "--distributed-timeout-minutes 60 --dwm-mode off",
         world_size=8,
     )
-    assert config.num_microbatches == 16
+    assert config.sizes.num_microbatches == 16
     assert config.model.fp8 == "hybrid" and not config.optimizer.has_fp32_grads
     assert caplog.messages == ["--use-mcore-models is deprecated; leave it out"]
 
@@ -166,19 +166,13 @@ def test_bounds_of_the_learning_rate_are_in_samples():
     def bounds(flags: str) -> LrBounds:
         training = (config := parse(flags)).training
         is_in_samples = training.train_samples is not None
-        return config.optimizer.lr_bounds(training.length, config.global_batch_size, is_in_samples=is_in_samples)
+        return config.optimizer.lr_bounds(training.length, config.sizes.global_batch_size, is_in_samples=is_in_samples)
 
     assert bounds(f"{RUN} --lr-warmup-iters 3") == LrBounds(total=40, decay=40, warmup=6, wsd_decay=None)
     assert bounds(f"{RUN} --lr-decay-iters 10 --lr-warmup-fraction 0.1") == LrBounds(40, 20, 2.0, None)
     wsd = "--lr-decay-style WSD --lr-wsd-decay"
     assert bounds(f"{RUN} {wsd}-iters 5") == LrBounds(40, 40, 0, 10)
     assert bounds(f"{BY_SAMPLES} --lr-decay-samples 50 --lr-warmup-samples 7 {wsd}-samples 9") == LrBounds(64, 50, 7, 9)
-
-
-def test_batches_follow_from_the_world():
-    config = parse(f"{RUN} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", world_size=8)
-    assert (config.data_parallel_size, config.global_batch_size, config.num_microbatches) == (2, 4, 1)
-    assert parse(f"{BY_SAMPLES} --global-batch-size 6").train_iters == 10
 
 
 def test_tensor_parallel_ranks_may_share_a_query_group():
@@ -220,62 +214,3 @@ def test_recomputing_attention_overrules_recomputing_layers(caplog: pytest.LogCa
 def test_what_recomputation_is_left_in_a_script_is_warned_of(caplog: pytest.LogCaptureFixture):
     assert parse(f"{RUN} --recompute-num-layers 1").model.recompute_granularity is None
     assert "--recompute-num-layers has no effect without --recompute-granularity" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("flags", "world", "samples", "micro"),
-    [
-        ("", 1, 4, 4),
-        ("", 2, 4, 2),
-        ("--dwm-target-batch-size 32", 2, 32, 4),
-        ("--dwm-target-batch-size 6", 2, 6, 3),  # one microbatch a replica
-        ("--dwm-target-batch-size 1", 1, 1, 1),
-        ("--micro-batch-size 32", 1, 4, 4),
-        (
-            "--micro-batch-size 8 --tp-comm-overlap --tensor-model-parallel-size 2 --sequence-parallel "
-            "--dwm-alignment finite-difference",
-            2,
-            8,
-            8,
-        ),
-        ("--global-batch-size 36", 1, 8, 4),
-        ("--micro-batch-size 2 --global-batch-size 18", 1, 4, 2),
-        ("--micro-batch-size 6 --global-batch-size 60", 5, 10, 2),
-        ("--pipeline-model-parallel-size 2 --num-layers 4 --num-virtual-stages-per-pipeline-rank 2", 2, 8, 4),
-        (
-            "--micro-batch-size 16 --pipeline-model-parallel-size 2 --num-layers 4 "
-            "--num-virtual-stages-per-pipeline-rank 2",
-            2,
-            32,
-            16,
-        ),
-        (
-            "--micro-batch-size 2 --global-batch-size 10 --pipeline-model-parallel-size 2 --num-layers 4 "
-            "--num-virtual-stages-per-pipeline-rank 2 --microbatch-group-size-per-virtual-pipeline-stage 3",
-            2,
-            6,
-            2,
-        ),
-    ],
-)
-def test_targets_are_an_eighth_of_the_batch_and_few_are_one_microbatch(
-    flags: str, world: int, samples: int, micro: int
-):
-    config = parse(f"{RUN} --micro-batch-size 4 --global-batch-size 32 {flags}", world)
-    assert (config.target_batch_size, config.target_micro_batch) == (samples, micro)
-    assert samples % (micro * config.data_parallel_size) == 0
-
-
-@pytest.mark.parametrize(
-    ("flags", "momentum", "samples"),
-    [
-        ("", 0.78, 1),
-        ("--dwm-target-batch-size 8", 0.0, 8),  # what it was before there was a mean
-        ("--dwm-target-batch-size 8 --dwm-target-momentum 0.5", 0.5, 8),
-        ("--dwm-target-momentum 0", 0.0, 1),
-        ("--dwm-mode rule --dwm-rule similarity", 0.0, 8),
-    ],
-)
-def test_few_targets_are_averaged_over_updates(flags: str, momentum: float, samples: int):
-    config = parse(f"{RUN} --micro-batch-size 2 --global-batch-size 8 {flags}")
-    assert (config.target_momentum, config.target_batch_size) == (momentum, samples)

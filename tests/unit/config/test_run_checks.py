@@ -172,7 +172,7 @@ def test_a_path_of_blanks_is_refused_as_an_empty_one_is():
 
 def test_context_parallelism_divides_the_world_and_the_sequence():
     config = parse(f"{RUN} --context-parallel-size 2 --tensor-model-parallel-size 2", world_size=8)
-    assert (config.data_parallel_size, config.global_batch_size) == (2, 4)
+    assert (config.sizes.data_parallel_size, config.sizes.global_batch_size) == (2, 4)
     with pytest.raises(UserError, match="--seq-length 28 / --context-parallel-size 2 is not divisible"):
         flags = "--context-parallel-size 2 --tensor-model-parallel-size 4 --sequence-parallel --seq-length 28"
         parse(f"{RUN} {flags}", world_size=8)

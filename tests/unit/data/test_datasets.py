@@ -59,12 +59,12 @@ def with_datasets(
         datasets = build_datasets(
             config.data,
             paths,
-            split_sizes(config.data, config.train_iters, config.training.train_samples, config.global_batch_size),
+            split_sizes(config.data, config.train_iters, config.training.train_samples, config.sizes.global_batch_size),
             build_tokenizer(config.tokenizer),
             parallel_state,
             sequence=SEQUENCE,
             seed=config.training.seed,
-            target_batch_size=config.target_batch_size if config.weighting.needs_target else None,
+            target_batch_size=config.sizes.target_batch_size if config.weighting.needs_target else None,
         )
         return work(config, datasets, parallel_state)
 

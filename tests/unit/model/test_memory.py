@@ -25,8 +25,8 @@ def test_the_lines_are_megatron_lms(case: str):
         config.model,
         config.parallel,
         padded_vocab_size=50304,
-        data_parallel_size=config.data_parallel_size,
+        data_parallel_size=config.sizes.data_parallel_size,
         micro_batch_size=config.training.micro_batch_size,
-        num_microbatches=config.num_microbatches,
+        num_microbatches=config.sizes.num_microbatches,
     )
     assert "\n".join(lines).rstrip("\n").splitlines() == recorded["lines"]

@@ -15,7 +15,7 @@ from megatron_dwm.config.flags import declared_flags
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.config.parallel import ParallelConfig
 from megatron_dwm.errors import UserError
-from megatron_dwm.model.transformer_config import _same_named, has_tanh_gelu
+from megatron_dwm.model.transformer_config import has_tanh_gelu, same_named
 from tests.unit.model.configs import GPU, SIZES, build_config
 
 
@@ -67,7 +67,7 @@ def test_flags_of_fp8_are_copied():
         **{"fp8_amax_history_len": 3, "fp8_amax_compute_algo": "max", "first_last_layers_bf16": True},
         **{"num_layers_at_start_in_bf16": 2, "num_layers_at_end_in_bf16": 2},
     }
-    copied, unchanged = (_same_named(ModelConfig(**SIZES, **flags)) for flags in (changed, {}))
+    copied, unchanged = (same_named(TransformerConfig, ModelConfig(**SIZES, **flags)) for flags in (changed, {}))
     assert {name: copied[name] for name in changed} == changed
     assert not any(unchanged[name] == value for name, value in changed.items())
 

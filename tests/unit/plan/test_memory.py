@@ -18,6 +18,7 @@ from megatron_dwm.plan.stages import measure_stages
 from megatron_dwm.plan.weighter import plan_weighter
 from megatron_dwm.weighting.bilevel.replay import Replay
 from megatron_dwm.weighting.bilevel.ridge import RidgeLearner
+from megatron_dwm.weighting.inputs import WeighterInputs, sample_tokens
 from megatron_dwm.weighting.weighter import Weighter
 from megatron_dwm.weighting.weighter_init import random_weighter_model
 from tests.small_runs import IN_PROCESS, LLAMA, VOCAB_SIZE, parse_flags
@@ -26,12 +27,24 @@ from tests.small_runs import IN_PROCESS, LLAMA, VOCAB_SIZE, parse_flags
 def test_microbatches_in_flight_are_those_of_the_schedule():
     pipeline = {**IN_PROCESS, **LLAMA, "--num-layers": 4, "--pipeline-model-parallel-size": 4, "--micro-batch-size": 1}
     config = parse_flags(pipeline, 4)
-    assert [in_flight(config, stage, 8) for stage in range(4)] == [[4], [3], [2], [1]]
-    assert [in_flight(config, stage, 2) for stage in range(4)] == [[2], [2], [2], [1]]
+    assert [in_flight(config.parallel, config.sizes.virtual_stages, stage, 8) for stage in range(4)] == [
+        [4],
+        [3],
+        [2],
+        [1],
+    ]
+    assert [in_flight(config.parallel, config.sizes.virtual_stages, stage, 2) for stage in range(4)] == [
+        [2],
+        [2],
+        [2],
+        [1],
+    ]
     interleaved = {**pipeline, "--num-layers": 8, "--num-virtual-stages-per-pipeline-rank": 2}
     config = parse_flags(interleaved, 4)
     # The first stage runs 2 x 3 + 4 forward passes before the one that a backward pass follows: 4, 4, and 3 again.
-    assert in_flight(config, 0, 8) == [7, 4] and in_flight(config, 3, 8) == [4, 1]
+    assert in_flight(config.parallel, config.sizes.virtual_stages, 0, 8) == [7, 4] and in_flight(
+        config.parallel, config.sizes.virtual_stages, 3, 8
+    ) == [4, 1]
 
 
 def _kept(config: RunConfig, *, for_gpu: bool) -> int:
@@ -81,12 +94,13 @@ def test_the_memory_of_a_weighter_that_learns(arch: str, alone: None):
     )
     tokenizer = build_tokenizer(config.tokenizer)
     vocab, eod = int(tokenizer.vocab_size), int(tokenizer.eod)
-    planned = plan_weighter(config, None, vocab, eod)
     settings, sequence = config.weighting, config.model.seq_length
+    inputs = WeighterInputs(sample_tokens(sequence, tokenizer, config.tokenizer))
+    planned = plan_weighter(settings, config.model, config.sizes, inputs)
     model = random_weighter_model(settings, vocab, sequence, eod, seed=1)
     weighter = Weighter(model, settings, torch.device("cpu"))
     assert planned.parameters == weighter.num_parameters and planned.is_linear == weighter.is_linear
-    samples = config.global_batch_size
+    samples = config.sizes.global_batch_size
     replay_size = 16 * samples * sequence * 4
     if arch == "llama":
         assert planned.held == 12 * weighter.num_parameters + replay_size

@@ -24,7 +24,7 @@ OVERRIDE, KEEP = "--override-opt-param-scheduler ", "--use-checkpoint-opt-param-
 
 def schedule(flags: str) -> tuple[Schedule, RunConfig]:
     config = parse_run(flags.split(), 1)
-    return Schedule.from_flags(config.optimizer, config.training, config.global_batch_size), config
+    return Schedule.from_flags(config.optimizer, config.training, config.sizes.global_batch_size), config
 
 
 CONSUMED = 40
@@ -38,10 +38,10 @@ def resume(before: str, after: str) -> Resumed:
         for name, value in dataclasses.asdict(saved).items()
         if name not in ("init_lr", "wsd_decay_steps", "lr_wsd_decay_style", "decoupled_lr", "decoupled_min_lr")
     }
-    arguments = saved_config.flat() | {"global_batch_size": saved_config.global_batch_size}
+    arguments = saved_config.flat() | {"global_batch_size": saved_config.sizes.global_batch_size}
     found = Schedule.from_checkpoint(state, arguments, flags)
     assert found == saved
-    batch, saved_batch = config.global_batch_size, saved_config.global_batch_size
+    batch, saved_batch = config.sizes.global_batch_size, saved_config.sizes.global_batch_size
     return choose_schedule(flags, found, config.optimizer, config.training, batch, saved_batch, CONSUMED)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from megatron_dwm.config.run import parse_run
-from megatron_dwm.training.checkpoint_contents import megatron_arguments
 from megatron_dwm.training.resume_checks import resume_warnings
 from megatron_dwm.training.saved_checkpoint import SavedCheckpoint
 from megatron_dwm.training.train_state import TrainState
@@ -61,7 +60,7 @@ def test_a_replay_that_was_aligned_with_another_target_set_is_said():
 def test_another_function_of_the_same_weights_is_said():
     """``--finetune`` allows it; whoever starts from an imported model may have left out a flag."""
     flags = RUN + "--train-iters 20 --dwm-mode off --position-embedding-type rope --finetune --load save "
-    arguments = vars(megatron_arguments(parse_run(flags.split(), 1), TrainState()))
+    arguments = parse_run(flags.split(), 1).arguments()
     for changes, lines in (
         ({}, []),
         ({"rotary_base": 500000}, ["--rotary-base 10000 is not what the checkpoint was saved with, 500000"]),
