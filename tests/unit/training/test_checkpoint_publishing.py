@@ -26,7 +26,7 @@ def manager(save: Path, non_persistent: str | None = None) -> Any:
         non_persistent_global_ckpt_dir=non_persistent,
     )
     rank = SimpleNamespace(is_first_rank=True, tp_pp_label="")
-    return cast(Any, SimpleNamespace(parallel_state=rank, config=SimpleNamespace(checkpoint=flags), _queue=None))
+    return cast(Any, SimpleNamespace(parallel_state=rank, flags=flags, _queue=None))
 
 
 def written(root: Path) -> Path:
