@@ -23,7 +23,7 @@ from megatron_dwm.json_lines import parse_object
 
 _CHUNK = 1024  # rows that are read together
 MAX_SOURCES = 1000
-"""Limit of sources: with ``--method source-mix``, each of them costs four passes over the table (``top_rows.py``)."""
+"""Limit of sources. With ``--method source-mix``, each of them costs four passes over the table (``top_rows.py``)."""
 _MAX_TOKENS = 1 << 40  # of a row: sums stay within 64 bits
 
 
