@@ -27,29 +27,29 @@ def find_special_file(folder: Path) -> str | None:
 
 
 def require_permission(folder: Path, named: str) -> None:
-    """Refuse a folder that this process may not read, or that holds a file of that kind: it is not damaged.
+    """Refuse a checkpoint or model folder with missing read permissions, so that it is not reported as damaged.
 
     Args:
-        named: the folder, as the error's line begins.
+        named: the beginning of the error message, which names the folder.
 
     Raises:
-        UserError: it may not.
+        UserError: this process may not read the folder, or a file in it.
     """
-    # A folder comes before what is in it, and of one that may not be listed nothing is.
+    # The folder comes first: if it may not be listed, no file in it is found.
     for path in chain((folder,), folder.glob("*"), folder.glob("mp_rank_*/*")):
         if os.path.exists(path) and not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
             raise UserError(f"{named}: {path.name} may not be read (Permission denied); give this user the permission")
 
 
 def require_plain_files(folder: Path, named: str, remedy: str) -> None:
-    """Refuse a folder that holds a special file, or one without permission; a path that is no folder passes.
+    """Refuse a folder that holds a special file, or a file without read permission; a path that is no folder passes.
 
     Args:
         named: the beginning of the error message, which names the folder.
         remedy: what to do instead.
 
     Raises:
-        UserError: it holds one.
+        UserError: it holds such a file.
     """
     require_permission(folder, named)
     if special := find_special_file(folder):

@@ -134,7 +134,7 @@ def _check_logs(logging: LoggingConfig, profiling: ProfilingConfig, save: str | 
 
 def _check_tasks(tasks: TasksConfig, tokenizer: TokenizerConfig) -> None:
     if tasks.eval_tasks and tokenizer.tokenizer_type == "NullTokenizer":
-        raise UserError("--eval-tasks need text, which --tokenizer-type NullTokenizer cannot encode; give another")
+        raise UserError("--eval-tasks need text, which --tokenizer-type NullTokenizer cannot encode; give another type")
 
 
 def _check_wandb(logging: LoggingConfig, save: str | None) -> None:

@@ -4,7 +4,7 @@ The lock is the operating system's on the file ``.lock`` (POSIX ``fcntl``): it e
 however it ends, and children do not inherit it. NFS forwards it to its server. Some mounts do not: Lustre without
 ``flock`` refuses it, and NFS with ``nolock`` or ``local_lock`` silently keeps it on one machine. For these cases
 the holder regularly touches a second file, its heartbeat, and a folder whose heartbeat moves is not taken. On a
-file system of a network a process that was given the lock looks after a while whether it alone was.
+network file system a process that got the lock also waits a moment, and checks that no other process got it too.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ LEASE_SECONDS = 60.0
 VISIBLE_SECONDS = 60.0
 """How long a shared file system may take to show a new file to other machines: NFS's default ``acdirmax``."""
 SETTLE_SECONDS = 2.0
-"""How long a process without a lock waits before it reads who holds the folder: the last one that wrote its name."""
+"""How long a process waits, if others may have the lock too, before it reads the name of the holder: the last to write
+its name holds the folder."""
 _NETWORK = re.compile("nfs|lustre|gpfs|beegfs|ceph|cifs|smb|gluster|9p|fuse")
-"""How the names of file systems begin that other machines may share."""
+"""Beginnings of the names of file systems that several machines may share."""
 
 
 class FolderLock:

@@ -27,23 +27,25 @@ WRITES = re.compile(r"[wax]b?")
 """Modes in which ``open`` reads nothing."""
 
 
-def reading_calls(tree: ast.Module, own: Set[str] = frozenset()) -> list[str]:
+def reading_calls(tree: ast.Module, defined: Set[str] = frozenset()) -> list[str]:
     """Return the calls in a module that read files, and the classes that inherit such calls.
 
     Args:
-        own: names of the package's own functions, parameters and classes. What its functions read is found where they
+        defined: names of functions, parameters and classes that the package defines. What they read is found where they
             are defined.
     """
     found = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and READS.fullmatch(name := last_name(node.func)) and name not in own:
+        if isinstance(node, ast.Call) and READS.fullmatch(name := last_name(node.func)) and name not in defined:
             owner = ast.unparse(node.func).rpartition(".")[0]
             # A class of the package by its name, ``IndexFile.open``, and its parts that load what was read.
-            is_method = (owner in own and owner[0].isupper()) or (name == "load" and owner.startswith("self"))
+            is_method = (owner in defined and owner[0].isupper()) or (name == "load" and owner.startswith("self"))
             if not is_method and not is_writing(node):
                 found.append(ast.unparse(node))
         elif isinstance(node, ast.ClassDef):
-            bases = [name for name in map(last_name, node.bases) if READING_BASES.fullmatch(name) and name not in own]
+            bases = [
+                name for name in map(last_name, node.bases) if READING_BASES.fullmatch(name) and name not in defined
+            ]
             found += [f"class {node.name}({name})" for name in bases]
     return found
 
@@ -64,16 +66,16 @@ def is_writing(call: ast.Call) -> bool:
 def reading_modules() -> dict[str, list[str]]:
     """Return the modules that read files, below the package, with their calls."""
     trees = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
-    own: set[str] = set()
+    defined: set[str] = set()
     for node in (node for tree in trees.values() for node in ast.walk(tree)):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            own.add(node.name)
+            defined.add(node.name)
         elif isinstance(node, ast.arg):
-            own.add(node.arg)
+            defined.add(node.arg)
         elif isinstance(node, ast.AnnAssign):
-            own.add(last_name(node.target))
-    own -= {"open", "load", "read_text", "read_bytes", "read_metadata"}  # those of libraries have these names too
-    return {name: calls for name, tree in trees.items() if (calls := reading_calls(tree, own))}
+            defined.add(last_name(node.target))
+    defined -= {"open", "load", "read_text", "read_bytes", "read_metadata"}  # those of libraries have these names too
+    return {name: calls for name, tree in trees.items() if (calls := reading_calls(tree, defined))}
 
 
 def named_modules() -> set[str]:

@@ -1,4 +1,4 @@
-"""Named pipes, sockets and devices in place of files are refused, and not waited for; so are files of others."""
+"""Named pipes, sockets, devices and files without permission are refused, and not waited for."""
 
 from __future__ import annotations
 
