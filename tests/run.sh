@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check the whole project: lint, format, types, documentation and every test. Arguments go to pytest: bash tests/run.sh -k weights -x
+# Check the code: lint, format, types and every test. Arguments go to pytest: bash tests/run.sh -k weights -x
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
@@ -25,19 +25,12 @@ unset PYTHONDONTWRITEBYTECODE
 status=0
 ruff check . || status=1
 ruff format --check . || status=1
-# Two checks of one process each, beside the tests, which leave the cores idle now and then; their output is printed last.
+# Beside the tests, which leave the cores idle now and then; its output is printed last.
 mkdir -p build
 mypy >build/mypy.log 2>&1 &  # what pyproject.toml names
 types=$!
-# In a plain theme: the site's own writes the list of all pages into each of its 600, which takes minutes. And without
-# viewcode, which copies the code and checks nothing.
-sphinx-build -qW --keep-going -b html -D html_theme=basic \
-    -D extensions=myst_parser,sphinx.ext.autodoc,sphinx.ext.napoleon,sphinxcontrib.mermaid \
-    docs build/docs-checked >build/docs.log 2>&1 &
-pages=$!
 # Four files at a time, though two cores are enough: runs of several processes take turns, and tests of SLURM wait.
 pytest -n 4 --dist loadfile --no-loadscope-reorder "$@" || status=1
 wait $types || status=1
-wait $pages || status=1
-cat build/mypy.log build/docs.log
+cat build/mypy.log
 exit $status

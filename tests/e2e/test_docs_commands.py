@@ -85,7 +85,7 @@ NOT_RUN = {
     "docs/megatron-comparison.md: How it was compared with Megatron-LM: bash": "needs a checkout of Megatron-LM",
     "CONTRIBUTING.md: Set up: bash": "tests/run.sh begins with the first line; a hook would change this repository",
     "CONTRIBUTING.md: Run the tests: bash": "runs this test",
-    "CONTRIBUTING.md: Documentation: bash": "tests/run.sh runs it",
+    "CONTRIBUTING.md: Documentation: bash": "tests/docs.sh runs it",
     "tests/README.md: Tests: bash": "runs this test",
     "docs/architecture.md: Layers: mermaid": "a drawing; tests/unit/test_readme.py compares it with the imports",
     "docs/architecture.md: One iteration: mermaid": "a drawing",

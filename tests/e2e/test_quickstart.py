@@ -24,7 +24,7 @@ from megatron_dwm.corpora.corpus import PARTS
 from tests.paths import ROOT
 from tests.unit.corpora.test_standard_library import Lines, long_paragraphs
 
-ITERATIONS = 16
+ITERATIONS = 12
 SOURCES = ("prose", "code", "comments", "shuffled")
 TEXTS = ("prose", "comments", "shuffled")
 
