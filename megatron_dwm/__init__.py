@@ -1,7 +1,7 @@
 """Megatron-style pretraining with a data weighting model."""
 
-from megatron_dwm.auto_classes import register_auto_classes
+from megatron_dwm.import_hooks import install_import_hooks
 
 __version__ = "0.1.0"
 
-register_auto_classes()
+install_import_hooks()

@@ -21,6 +21,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import xdist
 
+import megatron_dwm  # noqa: F401  before megatron-core, as in every command
 from tests.paths import ROOT
 
 # The garbage collector ignores objects from before the tests and before a fork: to visit them takes half a second each

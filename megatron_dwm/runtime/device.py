@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -63,6 +64,19 @@ def peak_flops(device: str) -> float | None:
     return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
 
 
+def leave_functions_uncompiled(core_jit: ModuleType) -> None:
+    """Let megatron-core compile no function on a machine without a GPU.
+
+    Its modules wrap functions by ``torch.compile`` when they are imported, and the first wrapper imports torch's
+    compiler, which takes a second.
+
+    Args:
+        core_jit: ``megatron.core.jit``, before another module has been imported that reads ``jit_fuser`` from it.
+    """
+    if not torch.cuda.is_available():
+        core_jit.disable_jit_fuser()
+
+
 def _adapt_megatron_to_cpu() -> None:
     """Redirect megatron-core's CUDA calls to the CPU; a second call has no effect."""
     if isinstance(torch.cuda.current_device, _CpuAnswer):
@@ -84,7 +98,7 @@ def _adapt_megatron_to_cpu() -> None:
     # Without such a device, each would queue every seed it is called with, and a traceback, and never free them.
     for unused in (torch.cuda, torch.xpu, torch.mtia):
         unused.manual_seed_all = _CpuAnswer(None)  # type: ignore[attr-defined]
-    # Compiling megatron-core's functions would need a C++ compiler, and several seconds.
+    # Compiling a library's functions would need a C++ compiler, and several seconds.
     torch.compiler.set_stance("force_eager")
     # It warns that the CPU's random state changes inside a context of the GPU's; here the two are the same.
     logging.getLogger(core_random.__name__).setLevel(logging.ERROR)

@@ -24,7 +24,7 @@ LAYERS = [
     "benchmarks",
 ]
 """From the bottom to the top: a module imports modules of its own layer and of lower ones."""
-NAMES_HIGHER_LAYERS = ("auto_classes.py", "cli/benchmark.py")
+NAMES_HIGHER_LAYERS = ("import_hooks.py", "cli/benchmark.py")
 """Files that import modules of higher layers by name, when transformers or the user asks for them."""
 
 

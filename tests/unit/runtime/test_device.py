@@ -5,6 +5,8 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from megatron.core import jit
+from megatron.core.fusions import fused_bias_geglu
 from torch.overrides import BaseTorchFunctionMode
 
 from megatron_dwm.runtime.device import select_device
@@ -50,3 +52,11 @@ def _on_meta() -> torch.Tensor:
 def test_calls_for_a_gpu_are_answered_by_the_cpu() -> None:
     (answers,) = run_distributed(calls_for_a_gpu, 1)
     assert [call for call, is_right in answers.items() if not is_right] == []
+
+
+def test_megatron_cores_functions_are_not_compiled_without_a_gpu() -> None:
+    """Importing torch's compiler takes longer than megatron-core itself."""
+    assert not torch.cuda.is_available()
+    assert jit.jit_fuser is jit.noop_decorator
+    for function in (fused_bias_geglu.geglu, torch.compile(fused_bias_geglu.geglu)):
+        assert hasattr(function, "_torchdynamo_orig_callable") == (function is not fused_bias_geglu.geglu)
