@@ -2,8 +2,8 @@
 
 ``import megatron_dwm`` is enough for transformers' Auto classes to know the n-gram weighter. Importing transformers
 takes seconds, so registration waits for the two modules with the Auto classes. Likewise megatron-core is told, before
-its own modules ask, that nothing is compiled on a machine without a GPU. A module that is already imported is not
-waited for.
+its own modules ask, that nothing is compiled on a machine without a GPU. If such a module has been imported before,
+its function is called at once.
 """
 
 from __future__ import annotations
