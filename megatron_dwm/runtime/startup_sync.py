@@ -125,7 +125,7 @@ class StartupSync:
         """
         if self.world_size == 1:
             return
-        if self.rank != 0:  # its watch reads the store too
+        if self.rank != 0:  # its watch reads the store, which ends with the first rank
             self.peers.finish()
         if self._phases.add(f"{name}/left", 1) == self.world_size:
             self._phases.set(f"{name}/everybody-left", "yes")

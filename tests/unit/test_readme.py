@@ -25,7 +25,7 @@ LAYERS = [
 ]
 """From the bottom to the top: a module imports modules of its own layer and of lower ones."""
 NAMES_HIGHER_LAYERS = ("import_hooks.py", "cli/benchmark.py")
-"""Files that import modules of higher layers by name, when transformers or the user asks for them."""
+"""Files that import modules of higher layers by name, when another library is imported or the user asks for them."""
 
 
 def tracked_files() -> list[str]:
