@@ -55,6 +55,6 @@ def test_calls_for_a_gpu_are_answered_by_the_cpu() -> None:
 
 
 def test_megatron_cores_functions_are_not_compiled_without_a_gpu() -> None:
-    function, mark = fused_bias_geglu.geglu, "_torchdynamo_orig_callable"
     assert jit.jit_fuser is jit.noop_decorator
-    assert not hasattr(function, mark) and hasattr(torch.compile(function), mark)
+    # What torch.compile returns is a function of torch's.
+    assert fused_bias_geglu.geglu.__code__.co_filename == fused_bias_geglu.__file__
