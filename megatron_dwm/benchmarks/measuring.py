@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter, process_time
 from typing import Any, Literal
@@ -46,6 +47,22 @@ def time_in_turns(actions: dict[str, Callable[[], Any]], repeats: int, clock: Cl
 def paired_ratio(one: list[float], other: list[float]) -> float:
     """Return the median of one / other over the turns."""
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the median: two of the values themselves, whatever their distribution.
+
+    The median of the distribution is below the k-th lowest of n values if fewer than k are below it, which has the
+    probability of a binomial variable. With fewer than 6 values the interval would be wider than their range, which is
+    returned.
+    """
+    ordered, left_out, fewer = sorted(values), 0, 0
+    for k in range(len(ordered)):
+        fewer += math.comb(len(ordered), k)
+        if fewer / 2 ** len(ordered) > 0.025:
+            break
+        left_out = k
+    return ordered[left_out], ordered[-1 - left_out]
 
 
 class Stopwatch:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_dwm.benchmarks.gpu_report import ratios_to_plain
+from megatron_dwm.benchmarks.measuring import median_interval
 
 NOISE = 0.01
 """Relative noise of a ratio of times, over the default number of turns on a quiet machine."""
@@ -18,7 +19,7 @@ MIN_BY_INTERVAL = {16: 0.93, 100: 0.985}
 
 @dataclass(frozen=True)
 class Target:
-    """A figure with its spread, its value computed from operations, and its bound."""
+    """A figure with the interval of its median, its value computed from operations, and its bound."""
 
     name: str
     values: Sequence[float]
@@ -39,7 +40,8 @@ class Target:
         return is_above and (self.maximum is None or self.value <= self.maximum)
 
     def __str__(self) -> str:
-        spread = f"{min(self.values):.4f} to {max(self.values):.4f}" if len(self.values) > 1 else ""
+        low, high = median_interval(self.values)
+        spread = f"{low:.4f} to {high:.4f}" if len(self.values) > 1 else ""
         theory = "" if self.by_operations is None else f"{self.by_operations:.4f}"
         bound, outcome = "", ""
         if self.minimum is not None or self.maximum is not None:
@@ -48,7 +50,7 @@ class Target:
         return f"{self.name:58} {self.value:8.4f}   {spread:18} {theory:>9}   {bound:9} {outcome}".rstrip()
 
 
-HEAD = f"{'':58} {'median':>8}   {'of the turns':18} {'by op.s':>9}   {'to reach':9}"
+HEAD = f"{'':58} {'median':>8}   {'95 % interval':18} {'by op.s':>9}   {'to reach':9}"
 
 
 def targets(figures: dict[str, Any]) -> list[Target]:
