@@ -10,12 +10,17 @@ from megatron_dwm.errors import UserError
 
 def training_seconds(steps: Sequence[Record], last_iteration: float = float("inf")) -> float:
     """Return the time of the steps up to an iteration, including all overhead of weighting, without evaluations."""
-    return float(sum(step["seconds"] for step in steps if step["iteration"] <= last_iteration))
+    return _sum_until(last_iteration, steps, "seconds")
 
 
 def training_flops(steps: Sequence[Record], last_iteration: float = float("inf")) -> float:
     """Return the operations of the steps up to an iteration, including all overhead of weighting."""
-    return float(sum(step["flops"] for step in steps if step["iteration"] <= last_iteration))
+    return _sum_until(last_iteration, steps, "flops")
+
+
+def _sum_until(last_iteration: float, steps: Sequence[Record], name: str) -> float:
+    """Sum a value of the steps up to an iteration, which may lie between two: the part before it counts."""
+    return float(sum(step[name] * min(1.0, max(0.0, last_iteration - step["iteration"] + 1)) for step in steps))
 
 
 def catch_up_iteration(uniform: RunRecords, other: RunRecords) -> float | None:

@@ -57,8 +57,8 @@ def ngram_features(
         is_counted[:, 1:] &= found[:, 1:] != found[:, :-1]
         all_found.append(found.clamp_max(buckets - 1))
         all_values.append(is_counted * (length / max(lengths)))
-    if not all_found:
-        return tokens[:, :0], tokens[:, :0].float()
+    if not all_found:  # torch's embedding bag needs a bucket
+        return tokens.new_zeros(len(tokens), 1), torch.zeros(len(tokens), 1, device=tokens.device)
     values = torch.cat(all_values, dim=1).float()
     norms = values.square().sum(dim=1, keepdim=True).sqrt()
     return torch.cat(all_found, dim=1), values / norms.clamp_min(1e-12)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_dwm.analysis.comparison import gain_line
+from megatron_dwm.analysis.comparison import catch_up_fractions, gain_line
 from megatron_dwm.analysis.records import RunRecords
 from megatron_dwm.errors import UserError
 
@@ -22,6 +22,13 @@ def test_tokens_and_time_until_the_uniform_runs_last_loss():
         "evaluation loss 2.500 with weighting and 3.000 with uniform weights (-0.500); the uniform run's last loss "
         "after 50% of its tokens and 75% of its time"
     )
+
+
+def test_a_loss_that_is_reached_between_two_steps_costs_part_of_a_step():
+    uniform, other = run([5.0, 3.0]), run([5.0, 1.0, 1.0])
+    assert catch_up_fractions(uniform, other) == pytest.approx((15 / 20, 15 / 20))
+    # Between the evaluations of iterations 10 and 20, three quarters of the way.
+    assert catch_up_fractions(run([5.0, 2.0]), other) == pytest.approx((17.5 / 20, 17.5 / 20))
 
 
 def test_a_loss_that_is_not_reached_is_said():
