@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All that a single GPU can show, in one call of less than nine minutes (docs/gpu.md). The same as
-# megatron-dwm benchmark gpu, without an installation:
+# All that a single GPU can show, in one call (docs/gpu.md). The same as megatron-dwm benchmark gpu, without an
+# installation:
 #
 #   bash benchmarks/gpu.sh --output runs/gpu
 set -euo pipefail

@@ -6,7 +6,8 @@ Each part runs in separate processes, and its results are written as soon as it 
 only the rest. Nothing is downloaded: the texts come from installed packages. Parts with existing results are not
 measured again.
 
-  - costs-125m, costs-1b: ``benchmarks/overhead.py`` in bf16: time, memory, kernel launches, reads by the host;
+  - costs-125m, costs-1b: ``benchmarks/overhead.py`` in bf16: time, memory, kernel launches, reads by the host; and
+    the memory that ``--plan`` predicts;
   - precision: alignments in bf16 against those in fp32;
   - benefit: a short comparison of uniform, bilevel and oracle weights on text.
 
@@ -27,7 +28,7 @@ from typing import Any, Literal, get_args
 
 from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark
-from megatron_dwm.benchmarks.gpu_flags import BENEFIT, COSTS, PRECISION, VOCAB_SIZE, Size, words
+from megatron_dwm.benchmarks.gpu_flags import BENEFIT, COSTS, PRECISION, TURNS, VOCAB_SIZE, Size, words
 from megatron_dwm.benchmarks.gpu_report import figure, tables
 from megatron_dwm.benchmarks.mixture import Mixture, build_mixture
 from megatron_dwm.benchmarks.programs import call
@@ -131,8 +132,13 @@ class _Measurement:
         return self.scratch / f"{part}.log"
 
     def _costs(self, part: str) -> None:
-        flags = words(COSTS[part][self.config.size])
-        call("benchmark", "overhead", *flags, "--json", self._result(part), log=self._log(part))
+        flags, turns = words(COSTS[part][self.config.size]), words(TURNS[part][self.config.size])
+        measured, planned = (self.scratch / f"{part}-{name}.json" for name in ("measured", "planned"))
+        call("benchmark", "overhead", *flags, *turns, "--json", measured, log=self._log(part))
+        plan = ["--plan", "--plan-world-size", 1, "--plan-json", planned]
+        call("pretrain", *flags, *plan, log=self._log(f"{part}-plan"))
+        figures = json.loads(measured.read_text()) | {"plan": json.loads(planned.read_text())}
+        atomic_write_text(self._result(part), json.dumps(figures, indent=2) + "\n")
 
     def _texts(self) -> Mixture:
         return build_mixture(self.scratch / "benefit", "library", VOCAB_SIZE[self.config.size], clean=False)

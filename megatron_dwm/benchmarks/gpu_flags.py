@@ -19,21 +19,26 @@ COSTS: dict[str, dict[Size, str]] = {
     "costs-125m": {
         "full": _COSTS + "--num-layers 12 --hidden-size 768 --num-attention-heads 12 --ffn-hidden-size 2048 "
         "--seq-length 1024 --max-position-embeddings 1024 --micro-batch-size 16 --global-batch-size 32 "
-        "--vocab-size 31999 --num-workers 4 --train-iters 400 --steps 4 --repeats 5",
+        "--vocab-size 31999 --num-workers 4 --train-iters 400",
         "tiny": _COSTS + "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 16 "
         "--max-position-embeddings 16 --micro-batch-size 2 --global-batch-size 4 --vocab-size 99 --num-workers 0 "
-        "--dwm-ngram-buckets 64 --train-iters 60 --steps 1 --repeats 2",
+        "--dwm-ngram-buckets 64 --train-iters 60",
     },
     "costs-1b": {
         "full": _COSTS + "--num-layers 16 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632 "
         "--seq-length 2048 --max-position-embeddings 2048 --micro-batch-size 4 --global-batch-size 16 "
-        "--vocab-size 31999 --num-workers 4 --train-iters 400 --steps 2 --repeats 4",
+        "--vocab-size 31999 --num-workers 4 --train-iters 400",
         "tiny": _COSTS + "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 16 "
         "--max-position-embeddings 16 --micro-batch-size 2 --global-batch-size 4 --vocab-size 99 --num-workers 0 "
-        "--dwm-ngram-buckets 64 --train-iters 60 --steps 1 --repeats 2",
+        "--dwm-ngram-buckets 64 --train-iters 60",
     },
 }
-"""Flags of ``benchmarks/overhead.py``, one process each."""
+"""Flags of the runs whose cost is measured by ``benchmarks/overhead.py`` and planned by ``--plan``."""
+TURNS: dict[str, dict[Size, str]] = {
+    "costs-125m": {"full": "--steps 4 --repeats 5", "tiny": "--steps 1 --repeats 2"},
+    "costs-1b": {"full": "--steps 2 --repeats 4", "tiny": "--steps 1 --repeats 2"},
+}
+"""Flags of ``benchmarks/overhead.py`` itself."""
 PRECISION: dict[Size, str] = {
     "full": _ARCHITECTURE + "--bf16 --num-layers 12 --hidden-size 768 --num-attention-heads 12 --ffn-hidden-size 2048 "
     "--seq-length 256 --max-position-embeddings 256 --micro-batch-size 32 --global-batch-size 64 --lr 6e-4 "

@@ -86,11 +86,13 @@ def _time_table(costs: Results) -> str:
 
 
 def _memory_table(costs: Results) -> str:
-    """Return what iterations need beyond what is held between them."""
+    """Return what iterations need beyond what is held between them, measured and as ``--plan`` predicts it."""
+    has_plans = all("plan" in figures for figures in costs.values())
     rows = []
     for figures in costs.values():
         memory = figures["peak_memory"]
         both = memory["parameter_copy_bytes"] + memory["gradient_copy_bytes"]
+        planned = _planned_memory(figures["plan"]) if has_plans else {}
         for label, key in (
             ("copy of the parameters", "parameter_copy_bytes"),
             ("copy of the gradients", "gradient_copy_bytes"),
@@ -100,10 +102,23 @@ def _memory_table(costs: Results) -> str:
             ("step with an update, above plain", "outer_update_above_plain_bytes"),
             ("held by the weighter", "weighter_bytes"),
         ):
-            rows.append([_title(figures), label, f"{memory[key] / GIB:.3f}", f"{memory[key] / both:.3f}"])
-    return "Peak memory beyond what is held between iterations:\n\n" + _table(
-        ["model", "what", "GiB", "in copies of parameters and gradients"], rows
-    )
+            prediction = [f"{planned[key] / GIB:.3f}" if key in planned else ""] * has_plans
+            rows.append([_title(figures), label, f"{memory[key] / GIB:.3f}", *prediction, f"{memory[key] / both:.3f}"])
+    head = ["model", "what", "GiB", *["by --plan"] * has_plans, "in copies of parameters and gradients"]
+    return "Peak memory beyond what is held between iterations:\n\n" + _table(head, rows)
+
+
+def _planned_memory(plan: Results) -> dict[str, float]:
+    """Return the bytes that ``--plan`` predicts for one process, by the name of what is measured."""
+    (stage,) = plan["memory"]
+    step, update = stage["activations"], stage["weighting_in_update"]
+    return {
+        "parameter_copy_bytes": stage["weights"],
+        "gradient_copy_bytes": stage["gradients"],
+        "plain_step_bytes": step,
+        "outer_update_bytes": step + update,
+        "outer_update_above_plain_bytes": update,
+    }
 
 
 def _count_table(costs: Results) -> str:

@@ -82,7 +82,7 @@ class WeightingConfig:
     dwm_target_batch_size: int | None = flag(
         None,
         "Target samples in one outer update. Default: an eighth of the global batch, rounded up so that all replicas "
-        "and microbatches get the same number of samples.",
+        "and microbatches get the same number of samples; as many as the batch for a rule, which learns no weighter.",
     )
     dwm_target_momentum: float | None = flag(
         None,

@@ -52,13 +52,16 @@ def test_a_part_is_measured_once_and_reported(gpu: GPU, tmp_path: Path):
     )
     ways = {"exact": 2, "single-sample": 2, "finite-difference": 2}
     assert {way: len(turns) for way, turns in figures["update_seconds"].items()} == ways
+    (planned,), measured = figures["plan"]["memory"], figures["peak_memory"]
+    assert planned["weights"] == measured["parameter_copy_bytes"]
+    assert planned["gradients"] == measured["gradient_copy_bytes"]
     reads = {mode: counts["scalar_reads"] for mode, counts in figures["device_counts"].items()}
     assert 0 < reads["bare"] <= reads["plain"] <= reads["frozen"] < reads["updating"]
     turns = figures["turns"]
     slower, frozen = ratios_to_plain(figures, 2)[0], ratios_to_plain(figures, None)[0]
     assert frozen == turns["plain"][0] / turns["frozen"][0]
     assert slower == pytest.approx(2 * turns["plain"][0] / (turns["frozen"][0] + turns["updating"][0]))
-    for text in ("megatron-core alone", "an update every 100 (computed)", "Peak memory", "scalars read"):
+    for text in ("megatron-core alone", "an update every 100 (computed)", "Peak memory", "by --plan", "scalars read"):
         assert text in finished.stdout, text
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
 
