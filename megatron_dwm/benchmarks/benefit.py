@@ -62,7 +62,7 @@ WEIGHTER_SEED = 1000
 MAIN_ARMS: tuple[ArmName, ...] = ("uniform", "frozen", "bilevel")
 """Arms of a sweep or ladder, which train each of them several times."""
 FACTORS = (0.5, 1.0, 2.0)
-"""Of the learning rate in a sweep; of the hidden size in a ladder: its layers have 4 times the parameters each time."""
+"""Of the learning rate in a sweep; of the hidden size in a ladder, whose layers have about 4 times the parameters."""
 
 MODEL = shlex.split(
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 "
