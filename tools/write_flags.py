@@ -36,6 +36,7 @@ ADDED_FLAGS = {
     "--eval-tasks-limit",
     "--metrics-jsonl",
     "--no-checkpoint-checksums",
+    "--nproc",
     "--plan",
     "--plan-json",
     "--plan-world-size",

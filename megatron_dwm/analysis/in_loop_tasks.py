@@ -16,7 +16,7 @@ import torch.distributed as dist
 from lm_eval.api.model import TemplateLM
 
 from megatron_dwm.analysis.local_tasks import LOCAL_TASKS, read_passages
-from megatron_dwm.analysis.task_evaluation import TaskEvaluator, require_room
+from megatron_dwm.analysis.task_evaluation import TaskEvaluator, require_context
 from megatron_dwm.config.tasks import TasksConfig
 from megatron_dwm.errors import UserError, renamed_flags
 from megatron_dwm.model.continuations import Continuation, Likelihood, continuation_likelihoods
@@ -135,7 +135,7 @@ class _RunningModel(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        require_room(requests, f"--seq-length {self.max_length}", self.max_length)
+        require_context(requests, f"--seq-length {self.max_length}", self.max_length)
         asked = [Continuation([*context, *following], len(following)) for _, context, following in requests]
         return [(found.log_likelihood, found.is_greedy) for found in self.likelihoods(asked)]
 

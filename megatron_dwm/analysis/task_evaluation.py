@@ -167,7 +167,7 @@ class TaskEvaluator:
             """The harness's model, which would end with an assertion where an answer has no room."""
 
             def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-                require_room(requests, f"--checkpoints {exported_from or folder}", self.max_length)
+                require_context(requests, f"--checkpoints {exported_from or folder}", self.max_length)
                 return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
         model, tokenizer, missing = load_model(AutoModelForCausalLM, folder, "--checkpoints", "a language model")
@@ -218,7 +218,7 @@ class TaskEvaluator:
             yield _task_result(task, num_fewshot, found["results"][task], samples)
 
 
-def require_room(requests: Iterable[tuple[Any, Sequence[int], Sequence[int]]], named: str, max_length: int) -> None:
+def require_context(requests: Iterable[tuple[Any, Sequence[int], Sequence[int]]], named: str, max_length: int) -> None:
     """Refuse answers that do not fit into a model's context, or have no tokens of their own.
 
     Args:

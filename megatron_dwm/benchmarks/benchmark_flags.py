@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from megatron_dwm.config.flags import OneLineParser, add_flags, build
-from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.flags import read, split
+from megatron_dwm.config.run import FLAG_GROUPS, RunConfig
+from megatron_dwm.config.unsupported_flags import reason_unsupported
 
 Config = TypeVar("Config")
 
@@ -27,12 +27,12 @@ def parse_benchmark(
         the benchmark's configuration, and the arguments that are not its own, for ``pretrain_dwm.py``.
 
     Raises:
-        UserError: a bad value of one of the benchmark's flags.
+        UserError: an unknown flag, or one with a bad value.
     """
-    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, config_class)
-    known, rest = parser.parse_known_args(argv)
-    return build(config_class, vars(known)), rest
+    options, rest = split(argv, config_class, description=description or "")
+    # Before any data is built: the runs would find it one by one, and late.
+    read(rest, FLAG_GROUPS.values(), description=None, reason_unsupported=reason_unsupported)
+    return options, rest
 
 
 def without_files(config: RunConfig) -> RunConfig:

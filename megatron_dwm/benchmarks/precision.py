@@ -2,7 +2,7 @@
 
     megatron-dwm benchmark precision --json precision.json <flags of pretrain_dwm.py, --bf16>
 
-The run trains plainly for some steps. Then a twin of its model is built in fp32, with the same parameters and Adam
+The run trains plainly for some steps. Then a copy of its model is built in fp32, with the same parameters and Adam
 moments, and both align the same samples with the same target samples. What differs is rounding in the passes alone.
 
 Shape legend: n samples of this replica.
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(trainer: Trainer, options: PrecisionConfig) -> dict[str, Any]:
-    """Train, build the twin, and compare; every rank calls it."""
+    """Train, build the fp32 copy, and compare; every rank calls it."""
     from megatron_dwm.benchmarks.modes import started
     from megatron_dwm.weighting.uniform import UniformWeighting
 
@@ -104,8 +104,11 @@ def measure(trainer: Trainer, options: PrecisionConfig) -> dict[str, Any]:
         plain.train_iteration(iteration)
     weighting = started(trainer.weighting, trainer.config.train_iters)
     engine = trainer.engine
-    twin = fp32_twin(trainer)
-    models = {"bf16": (engine, trainer.components.optimizer), "fp32": (twin.engine, twin.components.optimizer)}
+    fp32_model = fp32_copy(trainer)
+    models = {
+        "bf16": (engine, trainer.components.optimizer),
+        "fp32": (fp32_model.engine, fp32_model.components.optimizer),
+    }
     found: dict[str, list[dict[str, float]]] = {}
     samples: dict[str, list[float]] = {}
     for _ in range(options.batches):
@@ -133,7 +136,7 @@ def measure(trainer: Trainer, options: PrecisionConfig) -> dict[str, Any]:
     }
 
 
-def fp32_twin(trainer: Trainer) -> LanguageModel:
+def fp32_copy(trainer: Trainer) -> LanguageModel:
     """Return a language model in fp32 with the parameters and Adam moments of the trainer's, which is in bf16."""
     from megatron_dwm.model.optimizer_parts import optimizer_parts
     from megatron_dwm.model.transformer_config import transformer_config
@@ -144,19 +147,19 @@ def fp32_twin(trainer: Trainer) -> LanguageModel:
     config = dataclasses.replace(trainer.config, optimizer=optimizer_config)
     core_config = transformer_config(config.model, config.parallel, config.training, config.optimizer, current_device())
     vocabulary, end = trainer.components.vocabulary, trainer.engine.document_end
-    twin = assemble_language_model(config, core_config, vocabulary, trainer.parallel_state, end)
+    fp32_model = assemble_language_model(config, core_config, vocabulary, trainer.parallel_state, end)
     (bf16_part,), (fp32_part,) = (
         optimizer_parts(trainer.components.optimizer),
-        optimizer_parts(twin.components.optimizer),
+        optimizer_parts(fp32_model.components.optimizer),
     )
     with torch.no_grad():
-        for chunk, copy in zip(trainer.engine.chunks, twin.engine.chunks, strict=True):
+        for chunk, copy in zip(trainer.engine.chunks, fp32_model.engine.chunks, strict=True):
             params: Iterable[Any] = chunk.parameters()
             for param, other in zip(params, copy.parameters(), strict=True):
                 other.copy_(param)
                 state = bf16_part.optimizer.state[param.main_param]
                 fp32_part.optimizer.state[other] = {name: value.detach().clone() for name, value in state.items()}
-    return twin
+    return fp32_model
 
 
 def aligned(

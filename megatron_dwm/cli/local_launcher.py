@@ -18,43 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import megatron_dwm
-from megatron_dwm.config.flags import MAX_PROCESSES
-from megatron_dwm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-NPROC_FLAG = "--nproc"
 SHUTDOWN_SECONDS = 600
 """How long ranks may take to save after a signal before they are killed."""
-
-
-def split_nproc(argv: Sequence[str]) -> tuple[int | None, list[str]]:
-    """Remove ``--nproc N`` from a command line.
-
-    Returns:
-        the number of processes (None if it is not given) and the other arguments.
-
-    Raises:
-        UserError: it is not a number of 1 or more.
-    """
-    rest: list[str] = []
-    text: str | None = None
-    words = iter(argv)
-    for word in words:
-        if word == NPROC_FLAG:
-            text = next(words, "")
-        elif word.startswith(f"{NPROC_FLAG}="):
-            text = word.partition("=")[2]
-        else:
-            rest.append(word)
-    if text is None:
-        return None, rest
-    if not (text.isascii() and text.isdigit() and len(text) < 9 and 0 < int(text) <= MAX_PROCESSES):
-        raise UserError(
-            f"{NPROC_FLAG} {text or '(nothing)'}: give the number of processes to start on this machine, at most "
-            f"{MAX_PROCESSES}"
-        )
-    return int(text), rest
 
 
 def supported_settings(config_class: type, settings: dict[str, Any]) -> dict[str, Any]:

@@ -10,22 +10,9 @@ from pathlib import Path
 
 from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.cli.run_flags import read_run_flags
-from megatron_dwm.config.flags import OneLineParser, add_flags, build
 from megatron_dwm.config.plan import PlanConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.environment import environment_rank
-
-
-def split_plan(argv: Sequence[str]) -> tuple[PlanConfig, list[str]]:
-    """Split a command line into the flags of the plan and the other arguments.
-
-    Raises:
-        UserError: one has a bad value, or is given without ``--plan``.
-    """
-    parser = OneLineParser(add_help=False)
-    add_flags(parser, PlanConfig)
-    values, rest = parser.parse_known_args(argv)
-    return build(PlanConfig, vars(values)), rest
 
 
 def print_plan(config: PlanConfig, argv: Sequence[str], processes: int | None) -> None:

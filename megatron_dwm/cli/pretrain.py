@@ -14,9 +14,12 @@ from functools import partial
 from megatron_dwm.cli.build_trainer import build_trainer
 from megatron_dwm.cli.command import hide_warnings, run_command
 from megatron_dwm.cli.launch import Process, run_program
-from megatron_dwm.cli.local_launcher import launch_locally, split_nproc
-from megatron_dwm.cli.plan import print_plan, split_plan
+from megatron_dwm.cli.local_launcher import launch_locally
+from megatron_dwm.cli.plan import print_plan
 from megatron_dwm.cli.run_flags import read_run_flags
+from megatron_dwm.config.flags import split
+from megatron_dwm.config.plan import PlanConfig
+from megatron_dwm.config.start import StartConfig
 from megatron_dwm.errors import UserError, run_cli
 from megatron_dwm.runtime.environment import environment_rank
 from megatron_dwm.runtime.logging import configure_logging
@@ -30,14 +33,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if environment_rank()[2] > 1 and "MASTER_ADDR" in os.environ:
             run_program(partial(run_rank, words), words)
             return
-        processes, rest = split_nproc(words)
-        plan, rest = split_plan(rest)
+        start, rest = split(words, StartConfig)
+        plan, rest = split(rest, PlanConfig)
         if plan.plan:
-            run_command(partial(print_plan, plan, rest, processes))
+            run_command(partial(print_plan, plan, rest, start.nproc))
             return
-        if processes is not None:
+        if start.nproc is not None:
             configure_logging()
-            raise SystemExit(launch_locally("megatron_dwm.cli.pretrain", processes, rest))
+            raise SystemExit(launch_locally("megatron_dwm.cli.pretrain", start.nproc, rest))
         run_program(partial(pretrain, rest), rest)
 
     run_cli(launch)
@@ -46,10 +49,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_rank(argv: Sequence[str], process: Process) -> None:
     """Run one of several ranks that a launcher has started; a wrong flag on one rank ends all."""
     with process.startup_sync.phase("launch"):
-        processes, rest = split_nproc(argv)
-        if processes is not None:
-            raise UserError(f"--nproc {processes}: a launcher has started {process.world_size} processes; leave it out")
-        plan, rest = split_plan(rest)
+        start, rest = split(argv, StartConfig)
+        if start.nproc is not None:
+            raise UserError(
+                f"--nproc {start.nproc}: a launcher has started {process.world_size} processes; leave it out"
+            )
+        plan, rest = split(rest, PlanConfig)
     if not plan.plan:
         pretrain(rest, process)
         return

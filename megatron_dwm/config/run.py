@@ -21,6 +21,7 @@ from megatron_dwm.config.plan import PlanConfig
 from megatron_dwm.config.profiling import ProfilingConfig
 from megatron_dwm.config.run_checks import check_run
 from megatron_dwm.config.run_sizes import RunSizes
+from megatron_dwm.config.start import StartConfig
 from megatron_dwm.config.tasks import TasksConfig
 from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.config.training import TrainingConfig
@@ -42,7 +43,7 @@ PARTS: dict[str, type] = {
     "weighting": WeightingConfig,
 }
 """The parts of a run's configuration."""
-FLAG_GROUPS: dict[str, type] = PARTS | {"plan": PlanConfig, "no_effect": NoEffectConfig}
+FLAG_GROUPS: dict[str, type] = PARTS | {"start": StartConfig, "plan": PlanConfig, "no_effect": NoEffectConfig}
 """All flags that are accepted."""
 
 
@@ -141,6 +142,8 @@ def parse_run(
     )
     if parts["plan"].plan:
         raise UserError("--plan is for pretrain_dwm.py and megatron-dwm pretrain; leave it out")
+    if parts["start"].nproc is not None:
+        raise UserError("--nproc is for pretrain_dwm.py and megatron-dwm pretrain; leave it out, and use torchrun")
     if parts["no_effect"].no_query_key_layer_scaling and parts["model"].apply_query_key_layer_scaling:
         raise UserError("--no-query-key-layer-scaling contradicts --apply-query-key-layer-scaling; leave one out")
     return RunConfig(world_size=world_size, **{name: parts[name] for name in PARTS})

@@ -22,19 +22,22 @@ def environment_rank() -> tuple[int, int, int]:
     """Return ``(rank, local rank, world size)`` from a launcher's variables; ``(0, 0, 1)`` without a launcher.
 
     Raises:
-        UserError: a variable is not an integer, or one of torchrun's is missing.
+        UserError: a variable is not an integer, a local rank is negative, or one of a launcher's variables is missing.
     """
-    for rank_name, local_name, size_name in _LAUNCHERS:
-        # A shell inside an sbatch job also has SLURM_* set: only a step started by srun counts.
-        if rank_name.startswith("SLURM_") and "SLURM_STEP_ID" not in os.environ:
-            continue
+    # A shell inside an sbatch job also has SLURM_* set: only a step started by srun counts.
+    is_step = "SLURM_STEP_ID" in os.environ
+    launchers = [names for names in _LAUNCHERS if is_step or not names[0].startswith("SLURM_")]
+    for rank_name, local_name, size_name in launchers:
         # Both from one launcher: an image may have WORLD_SIZE set, and if that were combined with another launcher's
         # rank, each process could train alone.
         if rank_name in os.environ and size_name in os.environ:
-            return _integer(rank_name), _integer(local_name), _integer(size_name)
-    for name, other, alone in (("RANK", "WORLD_SIZE", 0), ("WORLD_SIZE", "RANK", 1)):
-        if name in os.environ and _integer(name) != alone:
-            raise UserError(f"{name}={os.environ[name]} without {other}; set both, or {_REMEDY}")
+            if (local_rank := _integer(local_name)) < 0:
+                raise UserError(f"{local_name}={local_rank}: a rank is not negative; {_REMEDY}")
+            return _integer(rank_name), local_rank, _integer(size_name)
+    for rank_name, _, size_name in launchers:
+        for name, other, alone in ((rank_name, size_name, 0), (size_name, rank_name, 1)):
+            if name in os.environ and _integer(name) != alone:
+                raise UserError(f"{name}={os.environ[name]} without {other}; set both, or {_REMEDY}")
     return 0, 0, 1
 
 

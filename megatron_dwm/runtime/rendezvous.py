@@ -27,6 +27,8 @@ PREFIX = "ranks"
 """Prefix of this module's keys in the store."""
 STARTUP_OVER = "over"
 """Replaces the heartbeat of a rank whose start-up is over."""
+NAME_SECONDS = 10.0
+"""How long the first rank waits for its machine's name to be known; a cluster's name service may learn it late."""
 LINGER_SECONDS = 5.0
 """The store ends with the first rank, which therefore waits until the others have read which ranks are missing."""
 
@@ -88,9 +90,13 @@ def join_ranks(rank: int, world_size: int, timeout: timedelta, store_watch: Stor
             first rank names them.
     """
     host, port = os.environ["MASTER_ADDR"], _port(os.environ["MASTER_PORT"])
+    if not host:
+        raise UserError("MASTER_ADDR is empty; give the name or IP address of rank 0's machine")
     point = f"MASTER_ADDR={host} MASTER_PORT={port}"
     is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not is_host:
+    if is_host:
+        _wait_until_known(host, port, timeout)
+    else:
         _wait_until_reachable(host, port, timeout)
     try:
         store = dist.TCPStore(host, port, world_size, is_host, timeout, wait_for_workers=False, multi_tenant=True)
@@ -182,6 +188,27 @@ def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**16):
         raise UserError(f"MASTER_PORT={shortened(text, 40)}: not a port; give a number from 1 to 65535")
     return int(text)
+
+
+def _wait_until_known(host: str, port: int, timeout: timedelta) -> None:
+    """Wait until the host's name has an address; torch's wait is longer, and ends with pages of output.
+
+    Raises:
+        UserError: it has none within :data:`NAME_SECONDS`.
+    """
+    reason = ""
+
+    def is_known() -> bool:
+        nonlocal reason
+        try:
+            socket.getaddrinfo(host, port)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            return False
+        return True
+
+    if not _wait_for(is_known, min(timeout, timedelta(seconds=NAME_SECONDS))):
+        raise UserError(f"MASTER_ADDR={host}: {reason}; give the name or IP address of rank 0's machine")
 
 
 def _wait_until_reachable(host: str, port: int, timeout: timedelta) -> None:

@@ -175,7 +175,7 @@ def delete_retired(root: Path) -> None:
 def _what_is_there(root: Path) -> str:
     """Return what was found at ``--load`` instead of a folder of checkpoints, and the remedy."""
     if not root.exists():
-        return "does not exist; check the path, or leave it out to start from scratch"
+        return "does not exist; check the path"
     if not root.is_dir():
         return "is a file; give the folder that a run saved to"
     if (root / "metadata.json").is_file() or (root / "common.pt").is_file():
@@ -184,7 +184,7 @@ def _what_is_there(root: Path) -> str:
         return f"is one checkpoint; give the folder that it is in, {root.parent}{named}"
     if _has_checkpoints(root):
         return f"holds checkpoints but no {TRACKER}; {_other_steps(root)}"
-    return f"no {TRACKER} there; check the path, or leave it out to start from scratch"
+    return f"no {TRACKER} there; check the path"
 
 
 def _has_checkpoints(root: Path) -> bool:

@@ -72,7 +72,7 @@ def bilevel_stages(config: WeightingConfig, train_iters: int, weighter_resumed_a
     stage_iters = (train_iters - warmup) // stages
     if stage_iters < 1:
         raise UserError(
-            f"--train-iters {train_iters} leave no room for --dwm-num-stages {stages} after "
+            f"--train-iters {train_iters} leaves no iterations for --dwm-num-stages {stages} after "
             f"--dwm-warmup-iters {warmup}; train longer or lower one of them"
         )
     window = config.dwm_stage_update_iters or train_iters

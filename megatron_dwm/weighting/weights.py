@@ -53,9 +53,9 @@ def objective(
     alignments: torch.Tensor, scores: torch.Tensor, temperature: float, kl_weight: float, clip: float = 0.0
 ) -> float:
     """Return what the weighter minimizes: -Σ â_i w_i + λ Σ w_i log(N w_i); â are standardized, clipped alignments."""
-    log_u = log_weights_from_scores(scores, temperature)
-    w = log_u.exp() / len(log_u)
-    return float(-(standardized(alignments, clip) * w).sum() + kl_weight * (w * log_u).sum())
+    log_weights = log_weights_from_scores(scores, temperature)
+    w = log_weights.exp() / len(log_weights)
+    return float(-(standardized(alignments, clip) * w).sum() + kl_weight * (w * log_weights).sum())
 
 
 def objective_score_gradient(
@@ -65,9 +65,9 @@ def objective_score_gradient(
 
     c_i = -â_i + λ log(N w_i). The alignments [N] are already standardized and clipped; the host reads nothing.
     """
-    log_u = log_weights_from_scores(scores, temperature)
-    w = log_u.exp() / len(log_u)
-    c = -standardized_alignments + kl_weight * log_u
+    log_weights = log_weights_from_scores(scores, temperature)
+    w = log_weights.exp() / len(log_weights)
+    c = -standardized_alignments + kl_weight * log_weights
     return w * (c - (w * c).sum()) / temperature
 
 
@@ -83,12 +83,12 @@ class WeightStatistics:
     """KL(w || uniform) in nats: 0 for uniform weights."""
 
     @staticmethod
-    def of(u: torch.Tensor) -> WeightStatistics:
-        """Return the statistics of weights u [N], whose mean is 1."""
-        w = u.double() / len(u)
-        kl = float(torch.special.xlogy(w, u.double()).sum())
+    def of(sample_weights: torch.Tensor) -> WeightStatistics:
+        """Return the statistics of weights [N], whose mean is 1."""
+        w = sample_weights.double() / len(sample_weights)
+        kl = float(torch.special.xlogy(w, sample_weights.double()).sum())
         return WeightStatistics(
-            effective_sample_size=float(1.0 / (len(u) * w.square().sum())),
+            effective_sample_size=float(1.0 / (len(w) * w.square().sum())),
             entropy=float(-torch.special.xlogy(w, w).sum()),
             kl=kl,
         )

@@ -160,6 +160,8 @@ def test_a_rank_that_has_started_or_ended_is_not_silent(tmp_path: Path):
     [
         ({"MASTER_PORT": "x"}, ("MASTER_PORT=x", "1 to 65535")),
         ({"MASTER_ADDR": "nowhere.invalid"}, ("MASTER_ADDR=nowhere.invalid", "rank 0 was not reached", "not known")),
+        ({"MASTER_ADDR": "nowhere.invalid", "RANK": "0"}, ("MASTER_ADDR=nowhere.invalid: ", "not known")),
+        ({"MASTER_ADDR": ""}, ("MASTER_ADDR is empty",)),
     ],
 )
 def test_a_meeting_point_that_is_none_is_one_line(

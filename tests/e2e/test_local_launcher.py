@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dwm.cli.local_launcher import split_nproc
+from megatron_dwm.config.flags import split
+from megatron_dwm.config.start import StartConfig
 from megatron_dwm.errors import UserError
 from tests.e2e.launch import records
 from tests.small_runs import DATA, LANGUAGE_MODEL, TRAINING, as_argv
@@ -46,5 +47,5 @@ def test_a_users_error_is_the_last_line_and_the_exit_code_is_2(launch: Launch):
 @pytest.mark.parametrize("text", ["0", "x", "-1", "", "²", "9" * 5000])
 def test_a_number_of_processes_that_is_none_is_refused(text: str):
     with pytest.raises(UserError, match="--nproc"):
-        split_nproc(["--lr", "1", "--nproc", text])
-    assert split_nproc(["--lr", "1", "--nproc=3", "--bf16"]) == (3, ["--lr", "1", "--bf16"])
+        split(["--lr", "1", "--nproc", text], StartConfig)
+    assert split(["--lr", "1", "--nproc=3", "--bf16"], StartConfig) == (StartConfig(3), ["--lr", "1", "--bf16"])

@@ -6,7 +6,7 @@ all come from that one declaration.
 """
 
 from megatron_dwm.config.flags.declaration import Flag, declared_flags, flag, flag_name, title_of
-from megatron_dwm.config.flags.parser import OneLineParser, add_flags, parse, read
+from megatron_dwm.config.flags.parser import parse, read, split
 from megatron_dwm.config.flags.values import (
     MAX_LAYERS,
     MAX_PROCESSES,
@@ -22,8 +22,6 @@ __all__ = [
     "MAX_LAYERS",
     "MAX_PROCESSES",
     "Flag",
-    "OneLineParser",
-    "add_flags",
     "build",
     "declared_flags",
     "flag",
@@ -34,6 +32,7 @@ __all__ = [
     "require_at_most",
     "require_given",
     "require_paths",
+    "split",
     "title_of",
     "to_argv",
 ]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from megatron_dwm.config.flags.declaration import Flag, declared_flags, title_of
-from megatron_dwm.config.flags.values import build, converter
+from megatron_dwm.config.flags.values import Config, build, converter
 from megatron_dwm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -123,6 +123,32 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type, *, should_sho
                     metavar=_metavar(item),
                     help=help_text,
                 )
+
+
+def split(
+    argv: Sequence[str] | None, config_class: type[Config], *, description: str | None = None
+) -> tuple[Config, list[str]]:
+    """Split a command line into the flags of one class and the other arguments.
+
+    Args:
+        argv: the arguments, without the program's name; ``None`` takes ``sys.argv``.
+        config_class: the configuration class that declares the flags.
+        description: what ``--help`` says of the program; if not given, ``--help`` is one of the other arguments.
+
+    Returns:
+        the configuration object, and the other arguments.
+
+    Raises:
+        UserError: bad value, or the class's check failed.
+    """
+    parser = OneLineParser(
+        description=description,
+        add_help=description is not None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_flags(parser, config_class)
+    values, rest = parser.parse_known_args(argv)
+    return build(config_class, vars(values)), rest
 
 
 def read(

@@ -75,6 +75,7 @@ def test_flags_of_our_own_do_not_sound_like_megatrons():
     known = {
         "--metrics-jsonl",
         "--no-checkpoint-checksums",
+        "--nproc",
         "--plan",
         "--plan-json",
         "--plan-world-size",

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dwm.cli.plan import split_plan
 from megatron_dwm.cli.pretrain import main
+from megatron_dwm.config.flags import split
 from megatron_dwm.config.plan import PlanConfig
 from megatron_dwm.config.run import parse_run
 from megatron_dwm.errors import UserError
@@ -111,7 +111,7 @@ def test_flags_of_transformer_engines_layers_are_planned_also_if_the_script_leav
     ("flags", "message"),
     [
         ({"--tensor-model-parallel-size": 3}, "is not divisible by --tensor-model-parallel-size 3"),
-        ({"--dwm-num-stages": 100}, "leave no room for --dwm-num-stages 100"),
+        ({"--dwm-num-stages": 100}, "leaves no iterations for --dwm-num-stages 100"),
         ({"--save": "/proc/run"}, "--save /proc/run: cannot be written"),
         ({"--metrics-jsonl": "/proc/run/records.jsonl"}, "--metrics-jsonl /proc/run: cannot be written"),
         ({"--recompute-granularity": "full", "--recompute-method": "uniform"}, "needs --recompute-num-layers"),
@@ -124,13 +124,13 @@ def test_what_would_fail_on_the_cluster_fails_in_the_plan(flags: Flags, message:
 
 
 def test_flags_of_the_plan_are_taken_out_and_need_it():
-    config, rest = split_plan(["--lr", "1", "--plan", "--plan-world-size", "8", "--bf16"])
+    config, rest = split(["--lr", "1", "--plan", "--plan-world-size", "8", "--bf16"], PlanConfig)
     assert config == PlanConfig(plan=True, plan_world_size=8) and rest == ["--lr", "1", "--bf16"]
     for words in (["--plan-world-size", "8"], ["--plan-json", "plan.json"]):
         with pytest.raises(UserError, match="has no effect without --plan"):
-            split_plan(words)
+            split(words, PlanConfig)
     with pytest.raises(UserError, match="--plan-world-size 0"):
-        split_plan(["--plan", "--plan-world-size", "0"])
+        split(["--plan", "--plan-world-size", "0"], PlanConfig)
 
 
 @pytest.mark.parametrize(("size", "layout"), [("370m", "8 ranks = tensor 1"), ("8b", "256 ranks = tensor 2")])

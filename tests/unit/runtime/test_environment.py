@@ -54,6 +54,9 @@ def test_the_launchers_variables_give_the_rank(
         ),
         ({"RANK": "1"}, "RANK=1 without WORLD_SIZE"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK"),
+        ({"PMI_RANK": "3"}, "PMI_RANK=3 without PMI_SIZE"),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}, "SLURM_PROCID=1 without SLURM_NTASKS"),
+        (TORCHRUN | {"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1: a rank is not negative"),
     ],
 )
 def test_what_makes_no_rank_is_named(environment: pytest.MonkeyPatch, variables: dict[str, str], said: str):
