@@ -10,6 +10,8 @@ import torch
 
 from megatron_dwm.cli.launch import Process
 from megatron_dwm.config.run import RunConfig
+from megatron_dwm.config.tasks import TasksConfig
+from megatron_dwm.config.tokenizer import TokenizerConfig
 from megatron_dwm.extras import require_packages
 from megatron_dwm.runtime.logging import print_messages_of
 
@@ -93,28 +95,31 @@ def build_trainer(
             check_gradients(context, *batches)
     parts = build_trainer_parts(config, language_model, dataloaders, train_state, process.startup_sync, save_folder)
     with process.startup_sync.phase("tasks"):
-        parts = dataclasses.replace(parts, evaluate_tasks=_task_evaluation(config, inputs, language_model))
+        evaluate_tasks = None
+        if config.tasks.eval_tasks is not None:
+            micro_batch = config.training.micro_batch_size
+            evaluate_tasks = _task_evaluation(config.tasks, config.tokenizer, micro_batch, inputs, language_model)
+        parts = dataclasses.replace(parts, evaluate_tasks=evaluate_tasks)
     process.startup_sync.end()
     return Trainer(config, parts, weighting)
 
 
-def _task_evaluation(config: RunConfig, inputs: RunInputs, language_model: LanguageModel) -> TaskEvaluation | None:
-    """Return the evaluation of the run's model on tasks, if the flags request it.
+def _task_evaluation(
+    tasks: TasksConfig, tokenizer: TokenizerConfig, micro_batch: int, inputs: RunInputs, language_model: LanguageModel
+) -> TaskEvaluation:
+    """Return the evaluation of the run's model on tasks.
 
     Raises:
         UserError: the tasks or the tokenizer do not allow it.
     """
-    if config.tasks.eval_tasks is None:
-        return None
     require_packages("--eval-tasks", "lm_eval")
     from megatron_dwm.analysis.in_loop_tasks import InLoopTaskEvaluator
     from megatron_dwm.data.hf_tokenizers import to_hf_tokenizer
 
-    tokenizer = to_hf_tokenizer(inputs.tokenizer, config.tokenizer)
-    vocabulary, micro_batch = language_model.components.vocabulary, config.training.micro_batch_size
+    hf_tokenizer, vocabulary = to_hf_tokenizer(inputs.tokenizer, tokenizer), language_model.components.vocabulary
     # An imported model may have more tokens than its tokenizer; in a model made here, the other rows are padding.
     size = vocabulary.tokens or inputs.vocab_size
-    return InLoopTaskEvaluator(config.tasks, language_model.engine, tokenizer, size, micro_batch).evaluate
+    return InLoopTaskEvaluator(tasks, language_model.engine, hf_tokenizer, size, micro_batch).evaluate
 
 
 def _weighting_context(

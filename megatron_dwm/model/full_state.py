@@ -6,7 +6,6 @@ A *full state* maps checkpoint keys to unsharded tensors, those of layers stacke
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,11 +13,12 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from megatron.core.utils import unwrap_model
 
+from megatron_dwm.model.protocols import ModelChunk
 from megatron_dwm.runtime.device import current_device
 
 
 def gather_full_state(
-    chunks: Sequence[Any], wanted: Callable[[str], bool], *, num_layers: int | None = None
+    chunks: Sequence[ModelChunk | torch.nn.Module], wanted: Callable[[str], bool], *, num_layers: int | None = None
 ) -> dict[str, torch.Tensor]:
     """Return unsharded float32 copies of parameters on the CPU of every rank, from any layout.
 
@@ -50,7 +50,7 @@ def gather_full_state(
     return state
 
 
-def _main_shards(chunks: Sequence[Any]) -> list[ShardedTensor]:
+def _main_shards(chunks: Sequence[ModelChunk | torch.nn.Module]) -> list[ShardedTensor]:
     """Return this rank's parts of the parameters, without replicas that another rank provides."""
     shards = []
     for chunk in unwrap_model(list(chunks)):

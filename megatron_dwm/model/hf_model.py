@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_dwm.config.model import ModelConfig
 from megatron_dwm.model.full_state import gather_full_state
 from megatron_dwm.model.hf_weights import Piece, pieces, to_hf, to_hf_state_dict
+from megatron_dwm.model.protocols import ModelChunk
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -20,7 +21,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 def gather_first_layers(
-    chunks: Sequence[Any], model: ModelConfig, *, num_layers: int, vocab_size: int
+    chunks: Sequence[ModelChunk | torch.nn.Module], model: ModelConfig, *, num_layers: int, vocab_size: int
 ) -> dict[str, torch.Tensor]:
     """Return the state of a Hugging Face base model with the first ``num_layers`` layers, on every rank.
 

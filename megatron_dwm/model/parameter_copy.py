@@ -81,8 +81,7 @@ class ParameterCopy:
 
     def _sharded_buckets(self) -> Iterator[tuple[dist.ProcessGroup, Any]]:
         """Yield the buckets whose parameters are sharded, with the group that holds the shards."""
-        chunks: list[Any] = self._chunks
-        for chunk in chunks:
+        for chunk in self._chunks:
             if getattr(getattr(chunk, "ddp_config", None), "reuse_grad_buf_for_mxfp8_param_ag", False):
                 continue  # its parameters are not views of the bucket
             for group, bucket in buckets_of([chunk]):

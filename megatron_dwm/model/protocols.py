@@ -112,5 +112,8 @@ class Optimizer(Protocol):
     ) -> dict[str, Any]:
         """Return the state as a checkpoint holds it."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's state."""
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""

@@ -17,7 +17,7 @@ from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.model.attributes import temporary_attributes
 from megatron_dwm.model.buckets import buckets_of, shard_of
 from megatron_dwm.model.optimizer_parts import optimizer_parts
-from megatron_dwm.model.protocols import Optimizer
+from megatron_dwm.model.protocols import ModelChunk, Optimizer
 from megatron_dwm.plan.meter import Meter, Traffic, storage_key
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.training.optimizer import allocate_state
@@ -134,17 +134,17 @@ def measure_stage(model: LanguageModel, weighting: WeightingConfig, micro_batch_
     )
 
 
-_Run = Callable[[Any, int], tuple[AbstractContextManager[Any], int, bool]]
+_Run = Callable[[ModelChunk, int], tuple[AbstractContextManager[Any], int, bool]]
 """Returns, for a chunk and the samples of a microbatch: the context of its passes, the samples that they really have,
 and whether they end with a backward pass."""
 
 
-def _plain(chunk: Any, samples: int) -> tuple[AbstractContextManager[Any], int, bool]:
+def _plain(chunk: ModelChunk, samples: int) -> tuple[AbstractContextManager[Any], int, bool]:
     return chunk.no_sync(), samples, True
 
 
 def _forward(model: LanguageModel) -> _Run:
-    def run(chunk: Any, samples: int) -> tuple[AbstractContextManager[Any], int, bool]:
+    def run(chunk: ModelChunk, samples: int) -> tuple[AbstractContextManager[Any], int, bool]:
         stack = ExitStack()
         stack.enter_context(model.engine.unsynchronized())
         stack.enter_context(torch.no_grad())
@@ -159,7 +159,7 @@ def _alignment(kind: str, model: LanguageModel, direction: Direction) -> _Run:
     if kind == "finite-difference":
         return _forward(model)
 
-    def run(chunk: Any, samples: int) -> tuple[AbstractContextManager[Any], int, bool]:
+    def run(chunk: ModelChunk, samples: int) -> tuple[AbstractContextManager[Any], int, bool]:
         stack = ExitStack()
         stack.enter_context(model.engine.unsynchronized())
         if kind == "single-sample":
@@ -171,7 +171,7 @@ def _alignment(kind: str, model: LanguageModel, direction: Direction) -> _Run:
     return run
 
 
-def _measure_chunks(model: LanguageModel, measure: Callable[[Any, _Run], Pass], run: _Run) -> Iterable[Pass]:
+def _measure_chunks(model: LanguageModel, measure: Callable[[ModelChunk, _Run], Pass], run: _Run) -> Iterable[Pass]:
     """Yield the passes of each chunk; of many equal layers a few are measured, and the others extrapolated."""
     core_config = model.engine.config
     for chunk in model.engine.chunks:
@@ -193,7 +193,7 @@ def _measure_chunks(model: LanguageModel, measure: Callable[[Any, _Run], Pass], 
         )
 
 
-def _measure(model: LanguageModel, micro_batch_size: int, chunk: Any, run: _Run) -> Pass:
+def _measure(model: LanguageModel, micro_batch_size: int, chunk: ModelChunk, run: _Run) -> Pass:
     """Pass one microbatch through a chunk."""
     context, samples, has_backward = run(chunk, micro_batch_size)
     core, layout = model.engine.config, model.parallel_state
@@ -222,7 +222,7 @@ def _shortened(decoder: Any, layers: int) -> AbstractContextManager[None]:
     return temporary_attributes(decoder, {"layers": decoder.layers[:few], "num_layers_per_pipeline_rank": few})
 
 
-def _gather_parameters(chunks: Sequence[Any]) -> None:
+def _gather_parameters(chunks: Sequence[ModelChunk]) -> None:
     for chunk in chunks:
         chunk.start_param_sync(force_sync=True)
 
@@ -248,20 +248,21 @@ def _stage_traffic(model: LanguageModel, micro_batch_size: int, *, has_backward:
     return traffic
 
 
-def _times_held(param: Any, layout: ParallelState) -> int:
+def _times_held(param: torch.nn.Parameter, layout: ParallelState) -> int:
     """Return the number of tensor-parallel ranks over which a parameter is split; 0 for a tied embedding's copy."""
     if getattr(param, "shared", False):
         return 0
     return layout.tp_size if getattr(param, "tensor_model_parallel", False) else 1
 
 
-def _innermost(chunk: Any) -> Any:
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
+def _innermost(chunk: ModelChunk) -> Any:
+    module = chunk.module
+    while hasattr(module, "module"):
+        module = module.module
+    return module
 
 
-def _decoder(chunk: Any) -> Any:
+def _decoder(chunk: ModelChunk) -> Any:
     return _innermost(chunk).decoder
 
 
@@ -271,7 +272,7 @@ def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     return {storage_key(storage): storage.nbytes() for storage in storages}
 
 
-def _gradient_buffers(chunks: Sequence[Any]) -> dict[int, int]:
+def _gradient_buffers(chunks: Sequence[ModelChunk]) -> dict[int, int]:
     return _storages(buffer.grad_data for chunk in chunks for buffer in chunk.buffers)
 
 
@@ -282,7 +283,7 @@ def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [value for value in [*stepped, *kept] if isinstance(value, torch.Tensor)]
 
 
-def _narrow_gradients(chunks: Sequence[Any]) -> list[torch.Tensor]:
+def _narrow_gradients(chunks: Sequence[ModelChunk]) -> list[torch.Tensor]:
     """Return the gradient buffers whose precision is too low to hold the target gradient."""
     buffers = [buffer.grad_data for chunk in chunks for buffer in chunk.buffers]
     return [buffer for buffer in buffers if buffer.itemsize < torch.float32.itemsize]

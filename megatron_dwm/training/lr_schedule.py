@@ -13,6 +13,7 @@ from typing import Any
 from megatron_dwm.config.optimizer import OptimizerConfig
 from megatron_dwm.config.training import TrainingConfig
 from megatron_dwm.errors import UserError
+from megatron_dwm.model.protocols import Optimizer
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Schedule:
         return dataclasses.replace(flags, **found)
 
 
-def build_scheduler(schedule: Schedule, optimizer: Any) -> Any:
+def build_scheduler(schedule: Schedule, optimizer: Optimizer) -> Any:
     """Build megatron-core's scheduler for ``optimizer``."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 

@@ -10,13 +10,14 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_dwm.model.optimizer_parts import optimizer_parts
+from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.training.optimizer import allocate_state, has_steps_in_groups
 
 PARAM = "param"
 """Name of a parameter's fp32 value among its state tensors."""
 
 
-def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load state that was saved by the same kind of optimizer; hyperparameters stay those of the flags.
 
     Unlike megatron-core's ``load_state_dict`` this works for torch's optimizers, and for parameter groups that differ
@@ -57,7 +58,7 @@ def keeping_hyperparameters(part: Any) -> Iterator[None]:
         group.update(values)
 
 
-def only_part(optimizer: Any) -> Any:
+def only_part(optimizer: Optimizer) -> Any:
     """Return the one part that the optimizer of a dense model has."""
     (part,) = optimizer_parts(optimizer)  # there is more than one only with experts
     return part
@@ -80,7 +81,7 @@ def _set_step(optimizer: torch.optim.Optimizer, step: float | None) -> None:
 
 
 def set_states(
-    optimizer: Any,
+    optimizer: Optimizer,
     by_parameter: Mapping[torch.nn.Parameter, Mapping[str, torch.Tensor]],
     step: float | None,
     grad_scaler: Mapping[str, Any] | None,

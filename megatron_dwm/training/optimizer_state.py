@@ -27,6 +27,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 from megatron_dwm.errors import UserError
+from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.training.checkpoint_contents import model_key
 from megatron_dwm.training.optimizer import allocate_state
 from megatron_dwm.training.optimizer_loading import (
@@ -55,7 +56,7 @@ START_ALIGNMENT = 64
 class NativeState:
     """State of the run's kind of optimizer."""
 
-    def __init__(self, optimizer: Any, metadata: Mapping[str, Any]) -> None:
+    def __init__(self, optimizer: Optimizer, metadata: Mapping[str, Any]) -> None:
         self.optimizer, self.metadata = optimizer, dict(metadata)
 
     def template(self, sharded_model: dict[str, Any]) -> dict[str, Any]:

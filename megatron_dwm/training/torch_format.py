@@ -171,8 +171,7 @@ def write_torch_state(
         module: Any = chunk.module
         state[model_key(components, number)] = module.state_dict_for_save_checkpoint()
     if not flags.no_save_optim:
-        optimizer: Any = components.optimizer
-        state["optimizer"] = optimizer.state_dict()
+        state["optimizer"] = components.optimizer.state_dict()
         state["opt_param_scheduler"] = components.scheduler.state_dict()
     if not flags.no_save_rng:
         state["rng_state"] = [rng_state()]

@@ -16,6 +16,7 @@ from megatron_dwm.data.blend import DataPaths
 from megatron_dwm.data.loader import BatchLoader
 from megatron_dwm.data.sampler import BatchPartition
 from megatron_dwm.model.engine import PipelineEngine
+from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.runtime.process_groups import ParallelState
 from megatron_dwm.weighting.bilevel.gradient_mean import NO_MEAN, GradientAverage
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
@@ -51,7 +52,7 @@ class WeightingContext:
     """The flags that it was built from."""
     padded_vocab_size: int
     engine: PipelineEngine
-    optimizer: Any
+    optimizer: Optimizer
     partition: BatchPartition
     parallel_state: ParallelState
     make_target_loader: Callable[[int], BatchLoader]
