@@ -31,7 +31,6 @@ from megatron_dwm.benchmarks.benefit import SCORING, shared_flags, train
 from megatron_dwm.benchmarks.mixture import CorpusName, build_mixture
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.config.flags import flag, require_at_least
-from megatron_dwm.weighting.rules import half_of_samples
 
 BATCH = shlex.split("--global-batch-size 64 --micro-batch-size 64 --eval-interval 100000")
 EVERY_BATCH = [*SCORING, "--dwm-num-stages", "1", "--dwm-update-interval", "1"]
@@ -146,6 +145,8 @@ def _column(run: RunRecords, name: str) -> dict[int, float]:
 
 def correlations(predicted: Predictions, losses: Sequence[float]) -> dict[str, Score]:
     """Return how well each predictor ranks the losses of halves 1, 2, …: those with higher sums should be lower."""
+    from megatron_dwm.weighting.rules import half_of_samples  # after the flags: it takes seconds
+
     lowered = -np.array(losses)
     scores = {}
     for name, values in predicted.items():
