@@ -79,7 +79,7 @@ def test_a_checkpoint_that_one_rank_does_not_see_is_named(tmp_path: Path):
             "the requested action is a run on rank 1 and --plan on rank 0; start every rank with the",
         ),
         (1, ["--nproc", "2"], "--nproc 2: a launcher has started 2 processes; leave it out"),
-        (1, ["--nproc", "x"], "--nproc x: give the number of processes to start on this machine"),
+        (1, ["--nproc", "x"], "argument --nproc: invalid int value: 'x'"),
         (0, ["--plan-json", "plan.json"], "--plan-json"),
         (0, ["--version"], "unknown flag --version"),
     ],
