@@ -196,18 +196,8 @@ def _wait_until_known(host: str, port: int, timeout: timedelta) -> None:
     Raises:
         UserError: it has none within :data:`NAME_SECONDS`.
     """
-    reason = ""
-
-    def is_known() -> bool:
-        nonlocal reason
-        try:
-            socket.getaddrinfo(host, port)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            return False
-        return True
-
-    if not _wait_for(is_known, min(timeout, timedelta(seconds=NAME_SECONDS))):
+    limit = min(timeout, timedelta(seconds=NAME_SECONDS))
+    if (reason := _wait_for_success(lambda: socket.getaddrinfo(host, port), limit)) is not None:
         raise UserError(f"MASTER_ADDR={host}: {reason}; give the name or IP address of rank 0's machine")
 
 
@@ -217,22 +207,31 @@ def _wait_until_reachable(host: str, port: int, timeout: timedelta) -> None:
     Raises:
         UserError: it cannot be within the time.
     """
-    reason = "no answer"
 
-    def is_reachable() -> bool:
+    def connect() -> None:
+        socket.create_connection((host, port), timeout=5.0).close()
+
+    if (reason := _wait_for_success(connect, timeout)) is not None:
+        raise UserError(
+            f"MASTER_ADDR={host} MASTER_PORT={port}: rank 0 was not reached for {_minutes(timeout)} ({reason}); see "
+            "its output, check the address, or raise --distributed-timeout-minutes"
+        )
+
+
+def _wait_for_success(attempt: Callable[[], object], timeout: timedelta) -> str | None:
+    """Repeat an attempt until it raises no OSError; return the last error's reason if the time is up before."""
+    reason: str | None = None
+
+    def succeeds() -> bool:
         nonlocal reason
         try:
-            socket.create_connection((host, port), timeout=5.0).close()
+            attempt()
         except OSError as error:
             reason = error.strerror or str(error)
             return False
         return True
 
-    if not _wait_for(is_reachable, timeout):
-        raise UserError(
-            f"MASTER_ADDR={host} MASTER_PORT={port}: rank 0 was not reached for {_minutes(timeout)} ({reason}); see "
-            "its output, check the address, or raise --distributed-timeout-minutes"
-        )
+    return None if _wait_for(succeeds, timeout) else reason
 
 
 def _find_missing_ranks(ranks: dist.Store, has: KeysExist, world_size: int, timeout: timedelta) -> list[int]:
