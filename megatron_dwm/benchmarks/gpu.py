@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -100,22 +100,28 @@ class _Measurement:
     def run(self) -> dict[str, str]:
         """Measure the parts; return those that failed, with the reason."""
         self.output.mkdir(parents=True, exist_ok=True)
-        for part in ("costs-125m", "costs-1b"):
-            if part in self.parts:
-                self._measured(part, partial(self._costs, part))
-        # Nothing is timed against a clock in these two, so they share the device.
-        on_text: dict[str, Callable[[Mixture], None]] = {"precision": self._precision, "benefit": self._benefit}
+        costs = [part for part in ("costs-125m", "costs-1b") if part in self.parts]
+        on_text: dict[Part, Callable[[Mixture], None]] = {"precision": self._precision, "benefit": self._benefit}
         wanted = [part for part in on_text if part in self.parts]
         made: list[Mixture] = []
+        # What needs no device comes first, so that nothing else runs while costs are timed.
+        prepared: dict[str, Callable[[], None]] = {f"plan of {part}": partial(self._plan, part) for part in costs}
         if wanted:
-            self._measured("texts", lambda: made.append(self._texts()))
+            prepared["texts"] = lambda: made.append(self._texts())
+        self._at_once(prepared)
+        for part in costs:
+            self._measured(part, partial(self._costs, part))
         if made:
-            with ThreadPoolExecutor() as pool:
-                for part in wanted:
-                    pool.submit(self._measured, part, partial(on_text[part], made[0]))
+            # Nothing is timed against a clock in these two, so they share the device.
+            self._at_once({part: partial(on_text[part], made[0]) for part in wanted})
         return self.failed
 
-    def _measured(self, part: str, action: Callable[[], Any]) -> None:
+    def _at_once(self, actions: Mapping[str, Callable[[], None]]) -> None:
+        """Run several parts at the same time."""
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self._measured, actions.keys(), actions.values()))
+
+    def _measured(self, part: str, action: Callable[[], None]) -> None:
         """Run one part; its failure does not prevent the others."""
         start = time.perf_counter()
         try:
@@ -131,13 +137,20 @@ class _Measurement:
     def _log(self, part: str) -> Path:
         return self.scratch / f"{part}.log"
 
+    def _planned(self, part: str) -> Path:
+        return self.scratch / f"{part}-planned.json"
+
+    def _plan(self, part: str) -> None:
+        plan = ["--plan", "--plan-world-size", 1, "--plan-json", self._planned(part)]
+        call("pretrain", *words(COSTS[part][self.config.size]), *plan, log=self._log(f"{part}-plan"))
+
     def _costs(self, part: str) -> None:
+        if f"plan of {part}" in self.failed:
+            raise UserError("it has no plan to be compared with")
         flags, turns = words(COSTS[part][self.config.size]), words(TURNS[part][self.config.size])
-        measured, planned = (self.scratch / f"{part}-{name}.json" for name in ("measured", "planned"))
+        measured = self.scratch / f"{part}-measured.json"
         call("benchmark", "overhead", *flags, *turns, "--json", measured, log=self._log(part))
-        plan = ["--plan", "--plan-world-size", 1, "--plan-json", planned]
-        call("pretrain", *flags, *plan, log=self._log(f"{part}-plan"))
-        figures = json.loads(measured.read_text()) | {"plan": json.loads(planned.read_text())}
+        figures = json.loads(measured.read_text()) | {"plan": json.loads(self._planned(part).read_text())}
         atomic_write_text(self._result(part), json.dumps(figures, indent=2) + "\n")
 
     def _texts(self) -> Mixture:

@@ -51,15 +51,15 @@ PRECISION: dict[Size, str] = {
 }
 """Flags of ``benchmark precision``, without its data."""
 BENEFIT: dict[Size, str] = {
-    "full": "--arms uniform bilevel oracle --seeds 1 --iterations 480 --jobs 3 --bf16 --num-layers 8 --hidden-size 512 "
-    "--num-attention-heads 8 --seq-length 128 --max-position-embeddings 128 --init-method-std 0.02 --lr 1e-3 "
-    "--lr-warmup-iters 40 --eval-interval 40 --eval-iters 8",
+    "full": "--arms uniform bilevel oracle --seeds 1 --iterations 480 --jobs 3 --bf16 --num-layers 12 "
+    "--hidden-size 896 --num-attention-heads 14 --seq-length 128 --max-position-embeddings 128 "
+    "--init-method-std 0.02 --lr 6e-4 --lr-warmup-iters 40 --eval-interval 40 --eval-iters 8",
     "tiny": "--arms uniform bilevel --seeds 1 --iterations 12 --jobs 2 --bf16 --hidden-size 16 --ffn-hidden-size 32 "
     "--num-attention-heads 2 "
     "--seq-length 16 --max-position-embeddings 16 --global-batch-size 16 --micro-batch-size 8 --lr-warmup-iters 2 "
     "--eval-interval 6 --eval-iters 1 --dwm-update-interval 4 --dwm-target-batch-size 16",
 }
-"""Flags of ``benchmarks/benefit.py``: a model of 30 million parameters on a mixture whose headroom is known."""
+"""Flags of ``benchmarks/benefit.py``: a model of 123 million parameters on a mixture whose headroom is known."""
 VOCAB_SIZE: dict[Size, int] = {"full": 4000, "tiny": 400}
 """Pieces of the tokenizer of the texts."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
@@ -196,9 +198,14 @@ def _tokenized(
         texts_and_prefix = ("--input", *texts.values(), "--output-prefix", prefix)
         call("train-tokenizer", *texts_and_prefix, "--vocab-size", vocab_size)
     flags = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer, "--append-eod")
-    for name, text in {**more, **texts, "target": target, "test": test}.items():
-        if not Path(_prefix(folder, name) + ".idx").is_file():
-            call("preprocess", "--input", text, "--output-prefix", folder / "data" / name, *flags)
+    wanted = {**more, **texts, "target": target, "test": test}
+    missing = {name: text for name, text in wanted.items() if not Path(_prefix(folder, name) + ".idx").is_file()}
+
+    def tokenize(name: str) -> None:
+        call("preprocess", "--input", missing[name], "--output-prefix", folder / "data" / name, *flags)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(tokenize, missing))
     train = {_prefix(folder, name): fraction for name, fraction in zip(texts, fractions, strict=True)}
     return Mixture(tokenizer, train, Path(_prefix(folder, "target")), Path(_prefix(folder, "test")), [])
 

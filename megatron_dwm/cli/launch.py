@@ -112,9 +112,22 @@ def run_program(program: Callable[[Process], None], argv: Sequence[str] | None =
         program(Process(rank, local_rank, world_size, startup_sync))
     except (Exception, KeyboardInterrupt) as error:
         _end_failed(as_user_error(error, words), startup_sync.peers)
+    _end_children()
     startup_sync.peers.finish()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _end_children() -> None:
+    """Kill the processes that this one has started and that still run.
+
+    At its end Python would send SIGTERM to workers of data loaders, which ignore it, and wait for them without end. It
+    would also wait for processes that write checkpoints, which wait for the next one, or fail once their results have
+    no receiver.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise when a worker ends
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _timeout(argv: Sequence[str]) -> timedelta:
@@ -139,11 +152,7 @@ def _end_failed(error: BaseException, peers: PeerWatch) -> None:
         SystemExit: this is the only process, or all ranks know of the failure; otherwise the process ends here.
     """
     flush_output()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise when a worker ends
-    for worker in multiprocessing.active_children():
-        # At its end Python would send SIGTERM to workers of data loaders, which ignore it. It would also wait for
-        # processes that write checkpoints, which wait for the next one, or fail once their results have no receiver.
-        worker.kill()
+    _end_children()
     if isinstance(error, PeerError):
         raise SystemExit(EXIT_CODE) from None
     if not peers.report(error):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -133,7 +132,10 @@ class _Layer:
         self.microbatches += 1
         if self.is_counted or not self.is_local:
             inputs = tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in args)
-            outputs.register_hook(partial(self._add_products, microbatch, inputs, kwargs))
+            # A hook lives as long as the graph, which the schedule holds until the next forward pass is made. The
+            # inputs are freed as soon as the product is formed, as a layer's own saved tensors are.
+            saved = [inputs]
+            outputs.register_hook(lambda gradient: self._add_products(microbatch, saved.pop(), kwargs, gradient))
         return (outputs, *output[1:]) if isinstance(output, tuple) else outputs
 
     def _add_products(
