@@ -22,7 +22,7 @@ class HostReads(TorchFunctionMode):
 
     Tensors are the host's if they were made without a device, were copied to "cpu", or follow from such tensors alone;
     all others are the device's. A copy that is not waited for (``non_blocking``) is no read, and reading it later is
-    none either.
+    none either. A copy to the device for which the host waits counts as a read.
     """
 
     def __init__(self) -> None:
@@ -42,14 +42,18 @@ class HostReads(TorchFunctionMode):
         inputs = list(_tensors([args, kwargs]))
         is_of_host = all(tensor in self._of_host for tensor in inputs) if inputs else "device" not in kwargs
         is_copied = name == "cpu" or (name == "to" and "cpu" in (*args[1:], kwargs.get("device")))
+        to_device = name == "to" and any(isinstance(arg, torch.device) for arg in (*args[1:], kwargs.get("device")))
+        into_device = name == "copy_" and args[0] not in self._of_host and args[1] in self._of_host
+        is_sent = (to_device and is_of_host) or into_device
         indexes_by_mask = name == "__getitem__" and any(t.dtype == torch.bool for t in _tensors([args[1:]]))
-        if not is_of_host and (name in _READS or indexes_by_mask or (is_copied and not kwargs.get("non_blocking"))):
+        is_waited_for = (is_copied or is_sent) and not kwargs.get("non_blocking")
+        if (not is_of_host and (name in _READS or indexes_by_mask or is_waited_for)) or (is_sent and is_waited_for):
             place = _place()
             self.places[place] += not place.startswith(_OF_HOST)
         result = func(*args, **kwargs)
-        if is_copied:
+        if is_copied or to_device:
             result = result.detach()  # an object of its own, where nothing was to be copied
-        if is_of_host or is_copied:
+        if is_copied or (is_of_host and not to_device):
             for tensor in _tensors([result]):
                 self._of_host[tensor] = True
         return result

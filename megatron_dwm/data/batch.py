@@ -93,7 +93,8 @@ def broadcast_batch(
     if loaded is not None:
         columns = [loaded[key] for key in ("tokens", "labels", "loss_mask", "position_ids")]
         columns += [loaded[key][:, None] for key in ("index", "source")]
-        packed = torch.cat([column.to(torch.int64) for column in columns], dim=1).to(device)
+        # Memory that is not pinned is staged before such a call returns, so it may be freed without waiting.
+        packed = torch.cat([column.to(torch.int64) for column in columns], dim=1).to(device, non_blocking=True)
     else:
         packed = torch.empty(num_samples, 4 * seq + 2, dtype=torch.int64, device=device)
     parallel_state.broadcast_over_replica(packed)

@@ -54,8 +54,8 @@ class GradientLearner:
 
     def _step(self, draw: Draw) -> float:
         config, device = self.config, self.weighter.device
-        wanted = standardized(draw.alignments, config.dwm_clip_alignment).to(device)
-        positions = draw.positions.to(device)
+        wanted = standardized(draw.alignments, config.dwm_clip_alignment).to(device, non_blocking=True)
+        positions = draw.positions.to(device, non_blocking=True)
 
         def score_gradient(rank_scores: torch.Tensor) -> torch.Tensor:
             scores = sum_over_ranks(rank_scores, positions, len(wanted))

@@ -101,7 +101,7 @@ class Replay:
         for aligned, of_batch in zip(self.batches, place_in_draw.split(sizes.tolist()), strict=True):
             held = of_batch[aligned.positions]
             drawn_here = (held >= 0).nonzero().squeeze(1)
-            tokens.append(aligned.tokens[drawn_here.to(aligned.tokens.device)])
+            tokens.append(aligned.tokens[drawn_here.to(aligned.tokens.device, non_blocking=True)])
             positions.append(held[drawn_here])
         return Draw(torch.cat(tokens).long(), torch.cat(positions), alignments)
 

@@ -173,13 +173,8 @@ class RidgeLearner:
             targets.append(self._wanted_scores(aligned)[aligned.positions])
             batch_of.append(torch.full((len(aligned.positions),), number))
         sizes = torch.tensor([len(aligned.alignments) for aligned in replay.batches], dtype=torch.float64)
-        return _Rows(
-            self._pieces(replay),
-            torch.cat(batch_of).to(device),
-            torch.cat(targets).to(device),
-            replay.batch_weights().to(device),
-            sizes.to(device),
-        )
+        columns = torch.cat(batch_of), torch.cat(targets), replay.batch_weights(), sizes
+        return _Rows(self._pieces(replay), *(column.to(device, non_blocking=True) for column in columns))
 
     def _wanted_scores(self, aligned: AlignedBatch) -> torch.Tensor:
         """Return the scores that would suit a batch best [N], float64, with the mean 0."""
@@ -196,7 +191,7 @@ class RidgeLearner:
             rank_scores: scores of this rank's samples in the whole replay [c], the newest last.
         """
         of_newest = rank_scores[len(rank_scores) - len(newest.positions) :]
-        positions = newest.positions.to(rank_scores.device)
+        positions = newest.positions.to(rank_scores.device, non_blocking=True)
         newest.unseen_scores = sum_over_ranks(of_newest, positions, len(newest.alignments)).cpu()
 
     def _calibrate(self, replay: Replay) -> None:

@@ -49,5 +49,5 @@ class Calibration(torch.nn.Module):
         groups = scores.argsort(stable=True).tensor_split(len(self.scores))
         means = torch.stack([scores[group].mean() for group in groups])
         moves = torch.stack([errors[group].sum() / (len(group) + PRIOR_SAMPLES) for group in groups])
-        self.scores.copy_(means)
-        self.calibrated.copy_(means + moves)
+        self.scores.copy_(means, non_blocking=True)
+        self.calibrated.copy_(means + moves, non_blocking=True)
