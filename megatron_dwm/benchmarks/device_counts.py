@@ -33,6 +33,5 @@ def device_counts(action: Callable[[], Any]) -> dict[str, int]:
     return {
         "kernel_launches": total(*LAUNCHES),
         "scalar_reads": total("aten::_local_scalar_dense"),
-        "copies_to_host": sum(count for name, count in names.items() if name.startswith("Memcpy DtoH")),
         "waits": max(total(*WAITS) - 1, 0),  # without the one of this function
     }

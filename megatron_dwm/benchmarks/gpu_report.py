@@ -123,13 +123,13 @@ def _planned_memory(plan: Results) -> dict[str, float]:
 
 def _count_table(costs: Results) -> str:
     """Return kernel launches and reads by the host."""
-    names = ("kernel_launches", "scalar_reads", "copies_to_host", "waits")
+    names = ("kernel_launches", "scalar_reads", "waits")
     rows = [
         [_title(figures), mode, *(str(counts[name]) for name in names)]
         for figures in costs.values()
         for mode, counts in figures["device_counts"].items()
     ]
-    head = ["model", "iteration", "kernel launches", "scalars read", "copies to the host", "waits for the device"]
+    head = ["model", "iteration", "kernel launches", "scalars read", "waits for the device"]
     return "What the host asks of the device:\n\n" + _table(head, rows)
 
 
