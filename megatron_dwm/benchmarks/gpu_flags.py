@@ -59,7 +59,7 @@ BENEFIT: dict[Size, str] = {
     "--seq-length 16 --max-position-embeddings 16 --global-batch-size 16 --micro-batch-size 8 --lr-warmup-iters 2 "
     "--eval-interval 6 --eval-iters 1 --dwm-update-interval 4 --dwm-target-batch-size 16",
 }
-"""Flags of ``benchmarks/benefit.py``: a model of 123 million parameters on a mixture whose headroom is known."""
+"""Flags of ``benchmarks/benefit.py``: a model of 122 million parameters on a mixture whose headroom is known."""
 VOCAB_SIZE: dict[Size, int] = {"full": 4000, "tiny": 400}
 """Pieces of the tokenizer of the texts."""
 

@@ -23,7 +23,8 @@ FLAGS = {
     **{"--num-layers": 2, "--hidden-size": 128, "--seq-length": 8, "--micro-batch-size": 1, "--eval-iters": 0},
     **{"--dwm-init-from": "random", "--dwm-ngram-buckets": 64},
     **{"--train-iters": 60, "--global-batch-size": 4, "--steps": 2, "--repeats": 1, "--intervals": [2, 16]},
-    "--num-workers": 1,  # the program must end although they ignore Python's request to do so
+    # A data loader's worker ignores the signal by which Python ends it; the program must end nevertheless.
+    "--num-workers": 1,
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
