@@ -46,8 +46,9 @@ class HostReads(TorchFunctionMode):
         into_device = name == "copy_" and args[0] not in self._of_host and args[1] in self._of_host
         is_sent = (to_device and is_of_host) or into_device
         indexes_by_mask = name == "__getitem__" and any(t.dtype == torch.bool for t in _tensors([args[1:]]))
-        is_waited_for = (is_copied or is_sent) and not kwargs.get("non_blocking")
-        if (not is_of_host and (name in _READS or indexes_by_mask or is_waited_for)) or (is_sent and is_waited_for):
+        crosses = is_sent or (is_copied and not is_of_host)
+        is_read = not is_of_host and (name in _READS or indexes_by_mask)
+        if is_read or (crosses and not kwargs.get("non_blocking")):
             place = _place()
             self.places[place] += not place.startswith(_OF_HOST)
         result = func(*args, **kwargs)

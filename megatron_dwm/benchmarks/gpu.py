@@ -145,7 +145,7 @@ class _Measurement:
         call("pretrain", *words(COSTS[part][self.config.size]), *plan, log=self._log(f"{part}-plan"))
 
     def _costs(self, part: str) -> None:
-        if f"plan of {part}" in self.failed:
+        if not self._planned(part).is_file():
             raise UserError("it has no plan to be compared with")
         flags, turns = words(COSTS[part][self.config.size]), words(TURNS[part][self.config.size])
         measured = self.scratch / f"{part}-measured.json"
