@@ -74,9 +74,8 @@ TRAINING = shlex.split(
     "--global-batch-size 128 --micro-batch-size 128 --lr 3e-3 --lr-decay-style constant --lr-warmup-iters 20 "
     "--weight-decay 0.1 --adam-beta2 0.95 --eval-interval 30 --eval-iters 16 --log-interval 10 --num-workers 0"
 )
-SCORING = shlex.split("--dwm-score-batch-size 128")
 # Default flags, except that a comparison has one stage.
-WEIGHTING = [*SCORING, "--dwm-num-stages", "1"]
+WEIGHTING = ["--dwm-num-stages", "1"]
 
 
 @dataclass(frozen=True)
@@ -276,7 +275,7 @@ def _arm_flags(name: ArmName, place: Path, mixture: Mixture, weighter_run: Path)
         case "bilevel":
             return [*bilevel, "--save", str(place)]
         case "frozen":
-            return ["--dwm-mode", "frozen", "--dwm-load", _newest_weighter(weighter_run), *SCORING]
+            return ["--dwm-mode", "frozen", "--dwm-load", _newest_weighter(weighter_run)]
         case "continued":
             return [*bilevel, "--dwm-init-from", _newest_weighter(weighter_run)]
         case "shuffled" | "similarity" | "source-alignment" | "top-alignment":

@@ -45,7 +45,8 @@ class Arm:
 def summary(arms: Sequence[Arm], sequence: int) -> dict[str, Any]:
     """Return what ``--json`` writes; a ratio that the arms do not give is null.
 
-    ``gap_closed``: the fraction of the mean test loss from uniform to oracle that bilevel gains. ``token_ratio`` and
+    ``gap_closed``: the fraction of the mean test loss from uniform to oracle that bilevel gains; null if the oracle is
+    no better than uniform, so that there is no gap. ``token_ratio`` and
     ``time_ratio``: tokens and training seconds, as fractions of uniform's, after which bilevel's evaluation loss stays
     at or below uniform's last one; mean over the seeds, null if a seed does not reach it.
 
@@ -56,7 +57,7 @@ def summary(arms: Sequence[Arm], sequence: int) -> dict[str, Any]:
     by_name = {arm.name: arm for arm in arms}
     losses = {name: statistics.mean(arm.test_losses) for name, arm in by_name.items()}
     gap = tokens = seconds = None
-    if {"uniform", "bilevel", "oracle"} <= losses.keys():
+    if {"uniform", "bilevel", "oracle"} <= losses.keys() and losses["oracle"] < losses["uniform"]:
         gap = (losses["uniform"] - losses["bilevel"]) / (losses["uniform"] - losses["oracle"])
     if {"uniform", "bilevel"} <= losses.keys():
         pairs = list(zip(by_name["uniform"].runs, by_name["bilevel"].runs, strict=True))
@@ -92,7 +93,7 @@ def table(arms: Sequence[Arm], result: dict[str, Any]) -> str:
         ("time_ratio", "of uniform's time until bilevel has its loss"),
     ):
         value = result[name]
-        if value is None and name == "gap_closed":  # there is no oracle, or no bilevel
+        if value is None and name == "gap_closed":  # there is no oracle, no bilevel or no gap
             continue
         lines.append(f"{'not reached' if value is None else format(value, '.2f')} {meaning}")
     return "\n".join(lines)

@@ -48,7 +48,7 @@ class GpuConfig:
 
     output: str = flag("runs/gpu", "Folder for one JSON file per part, and for gpu.png.")
     scratch: str | None = flag(None, "Folder for texts, runs and logs. Default: a subfolder of --output.")
-    size: Size = flag("full", "full: for a GPU with 40 GB or more; tiny: for a test on a CPU.")
+    size: Size = flag("full", "full: for a GPU with 80 GB or more; tiny: for a test on a CPU.")
     parts: list[Part] = flag(list(get_args(Part)), "What to measure.")
     report: bool = flag(
         False, "Measure nothing; plot the results in --output, and print them as tables for docs/gpu.md."
@@ -154,7 +154,7 @@ class _Measurement:
         atomic_write_text(self._result(part), json.dumps(figures, indent=2) + "\n")
 
     def _texts(self) -> Mixture:
-        return build_mixture(self.scratch / "benefit", "library", VOCAB_SIZE[self.config.size], clean=False)
+        return build_mixture(self.scratch / "benefit", "library", VOCAB_SIZE, clean=False)
 
     def _precision(self, mixture: Mixture) -> None:
         data = [*mixture.training_flags, "--dwm-target-data-path", str(mixture.target)]
@@ -164,7 +164,7 @@ class _Measurement:
 
     def _benefit(self, _mixture: Mixture) -> None:
         folder, size = self.scratch / "benefit", self.config.size
-        flags = ["--output", folder, "--corpus", "library", "--vocab-size", VOCAB_SIZE[size], *words(BENEFIT[size])]
+        flags = ["--output", folder, "--corpus", "library", "--vocab-size", VOCAB_SIZE, *words(BENEFIT[size])]
         call("benchmark", "benefit", *flags, log=self._log("benefit"))
         result = json.loads((folder / "benefit.json").read_text())
         atomic_write_text(self._result("benefit"), json.dumps(result | {"curves": _curves(folder / "runs")}) + "\n")

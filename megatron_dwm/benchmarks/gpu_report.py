@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from megatron_dwm.benchmarks.benefit_report import interval
 from megatron_dwm.runtime.device import peak_flops
 
 if TYPE_CHECKING:
@@ -31,6 +32,13 @@ def ratios_to_plain(figures: Results, interval: int | None) -> list[float]:
     if interval is None:
         return [plain / frozen for plain, frozen, _ in rows]
     return [plain * interval / ((interval - 1) * frozen + updating) for plain, frozen, updating in rows]
+
+
+def update_costs(figures: Results) -> list[float]:
+    """Return the time that an outer update adds to a step, in plain steps, turn by turn."""
+    turns = figures["turns"]
+    rows = zip(turns["plain"], turns["frozen"], turns["updating"], strict=True)
+    return [(updating - frozen) / plain for plain, frozen, updating in rows]
 
 
 def tables(results: Results) -> str:
@@ -73,9 +81,10 @@ def _time_table(costs: Results) -> str:
             ratio = [plain / other for plain, other in zip(figures["turns"]["plain"], turns, strict=True)]
             shown = "" if mfu is None or mode == "updating" else f"{mfu:.3f}"
             rows.append([_title(figures), label, _spread([1000 * x for x in turns], 1), shown, _spread(ratio, 4)])
-        for interval in INTERVALS:
-            ratio = ratios_to_plain(figures, interval)
-            rows.append([_title(figures), f"bilevel, an update every {interval} (computed)", "", "", _spread(ratio, 4)])
+        for number in INTERVALS:
+            ratio = ratios_to_plain(figures, number)
+            rows.append([_title(figures), f"bilevel, an update every {number} (computed)", "", "", _spread(ratio, 4)])
+        rows.append([_title(figures), "an update, in plain steps", "", "", _spread(update_costs(figures), 3)])
         for way, turns in figures["update_seconds"].items():
             steps = [x / statistics.median(figures["turns"]["plain"]) for x in turns]
             label = f"step with an update, {way} alignments, in plain steps"
@@ -148,14 +157,17 @@ def _precision_table(figures: Results) -> str:
 
 
 def _benefit_table(result: Results) -> str:
-    """Return the test losses of the arms."""
-    rows = [
-        [name, f"{statistics.mean(arm['test_loss']):.4f}", f"{statistics.mean(arm['seconds']):.0f}"]
-        for name, arm in result["arms"].items()
-    ]
+    """Return the test losses of the arms, and their differences from uniform's, seed by seed."""
+    rows, uniform = [], result["arms"]["uniform"]["test_loss"]
+    for name, arm in result["arms"].items():
+        pairs = zip(arm["test_loss"], uniform, strict=True)
+        difference = "" if name == "uniform" else interval([here - there for here, there in pairs])
+        rows.append([name, interval(arm["test_loss"]), difference, f"{statistics.mean(arm['seconds']):.0f}"])
     names = {"gap_closed": "gap closed", "token_ratio": "of uniform's tokens", "time_ratio": "of uniform's time"}
     notes = [f"{label}: {result[key]:.2f}" for key, label in names.items() if result[key] is not None]
-    return _table(["weights", "test loss", "seconds"], rows) + ("\n\n" + ", ".join(notes) if notes else "")
+    head = "Mean and 95 % interval of the seeds" if len(uniform) > 1 else "One seed"
+    losses = f"{head}:\n\n" + _table(["weights", "test loss", "minus uniform", "seconds"], rows)
+    return "\n\n".join([losses, ", ".join(notes)] if notes else [losses])
 
 
 def figure(results: Results) -> Figure:
@@ -198,7 +210,7 @@ def _draw_memory(axes: Axes, costs: Sequence[Results]) -> None:
         places = [place + 0.4 * number for place in range(len(names))]
         axes.bar(places, [figures["peak_memory"][key] / GIB for key in names.values()], width=0.38)
     axes.set_xticks([place + 0.2 for place in range(len(names))], list(names))
-    axes.set_title("peak memory beyond what is held between iterations")
+    axes.set_title("peak memory of an iteration")
     axes.set_ylabel("GiB")
 
 
@@ -213,8 +225,14 @@ def _draw_alignments(axes: Axes, alignments: Mapping[str, Sequence[float]]) -> N
 
 
 def _draw_losses(axes: Axes, curves: Mapping[str, Sequence[Sequence[float]]]) -> None:
-    for name, points in curves.items():
-        axes.plot([point[0] for point in points], [point[1] for point in points], label=name)
+    by_arm: dict[str, list[list[float]]] = {}
+    for run, points in curves.items():  # by arm and seed, such as bilevel-1
+        by_arm.setdefault(run.rpartition("-")[0], []).append([loss for _, loss in points])
+    iterations = [iteration for iteration, _ in next(iter(curves.values()))]
+    for arm, losses in by_arm.items():
+        mean, low, high = ([of(values) for values in zip(*losses, strict=True)] for of in (statistics.mean, min, max))
+        axes.plot(iterations, mean, label=arm)
+        axes.fill_between(iterations, low, high, alpha=0.2)
     axes.set_xlabel("iterations")
-    axes.set_title("loss on held-out target text")
+    axes.set_title("loss on held-out target text: mean, range of seeds")
     axes.legend(frameon=False)

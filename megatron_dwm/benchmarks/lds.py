@@ -27,13 +27,13 @@ from megatron_dwm.analysis.preference import rank_correlation
 from megatron_dwm.analysis.records import RunRecords, read_run
 from megatron_dwm.atomic_write import atomic_write_text
 from megatron_dwm.benchmarks.benchmark_flags import parse_benchmark
-from megatron_dwm.benchmarks.benefit import SCORING, shared_flags, train
+from megatron_dwm.benchmarks.benefit import shared_flags, train
 from megatron_dwm.benchmarks.mixture import CorpusName, build_mixture
 from megatron_dwm.cli.command import run_command
 from megatron_dwm.config.flags import flag, require_at_least
 
 BATCH = shlex.split("--global-batch-size 64 --micro-batch-size 64 --eval-interval 100000")
-EVERY_BATCH = [*SCORING, "--dwm-num-stages", "1", "--dwm-update-interval", "1"]
+EVERY_BATCH = ["--dwm-num-stages", "1", "--dwm-update-interval", "1"]
 SEED = 1  # of the start and of the order of the data, in all runs
 _RESAMPLES = 2000  # draws of the bootstrap
 

@@ -15,6 +15,8 @@ from megatron_dwm.weighting.stage_schedule import bilevel_stages
 
 WARMUP_STEPS = 3
 """Steps before anything is measured: the first ones allocate, and Adam's preconditioner needs one."""
+ALIGNMENT_TURNS = 2
+"""Times that an update under each way of alignment is timed."""
 DEFAULT_RUN = (
     "--num-layers 8 --hidden-size 256 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 "
     "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
@@ -93,7 +95,7 @@ def parse_overhead(argv: Sequence[str] | None, world_size: int) -> tuple[Overhea
 def batches_read(options: OverheadConfig, interval: int) -> int:
     """Return the number of training batches that measuring reads."""
     whole = options.steps // interval * interval
-    turns = options.repeats * (3 * options.steps + 1 + whole + 4)  # two more for the parts, two for the alignments
-    # Memory measures three steps twice, four are counted after one of each, each way of alignment is tried once, one
-    # batch is for the passes.
-    return WARMUP_STEPS + 1 + turns + 6 + 8 + 2 + 1
+    turns = options.repeats * (3 * options.steps + 1 + whole + 2)  # two more for the parts
+    alignments = 3 * (ALIGNMENT_TURNS + 1)  # three ways, each of them tried once
+    # Memory measures three steps twice, four are counted after one of each, one batch is for the passes.
+    return WARMUP_STEPS + 1 + turns + alignments + 6 + 8 + 1

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_dwm.benchmarks.device_counts import device_counts
 from megatron_dwm.benchmarks.measuring import Stopwatch, paired_ratio, peak_and_retained, seconds, time_in_turns
 from megatron_dwm.benchmarks.modes import Modes
-from megatron_dwm.benchmarks.overhead_flags import OverheadConfig
+from megatron_dwm.benchmarks.overhead_flags import ALIGNMENT_TURNS, OverheadConfig
 from megatron_dwm.benchmarks.overhead_report import PARTS
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.model.flops import training_flops
@@ -72,7 +72,10 @@ def measure_modes(modes: Modes, options: OverheadConfig) -> dict[str, Any]:
 
 
 def measure_alignments(modes: Modes, options: OverheadConfig) -> dict[str, list[float]]:
-    """Measure the seconds of an iteration with an outer update under each way of alignment, turn by turn."""
+    """Measure the seconds of an iteration with an outer update under each way of alignment, turn by turn.
+
+    They differ by factors, and single samples can take many times as long as a step: two turns are enough.
+    """
     outer, chosen = modes.outer, modes.lm_gradients
     ways = get_args(get_type_hints(WeightingConfig)["dwm_alignment"])
 
@@ -85,7 +88,7 @@ def measure_alignments(modes: Modes, options: OverheadConfig) -> dict[str, list[
     try:
         for action in actions.values() if torch.cuda.is_available() else ():  # at first, kernels may be compiled
             action()
-        return time_in_turns(actions, options.repeats, options.clock)
+        return time_in_turns(actions, ALIGNMENT_TURNS, options.clock)
     finally:
         outer.alignment_pass.lm_gradients = chosen
 

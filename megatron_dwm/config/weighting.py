@@ -177,7 +177,11 @@ class WeightingConfig:
         "Before the first iteration, compare the gradient that trains the weighter (the hypergradient) with finite "
         "differences, and end the run if they disagree. Does not change the run otherwise. In fp32 only.",
     )
-    dwm_score_batch_size: int = flag(32, "Samples (or windows of samples) that the weighter scores at a time.")
+    dwm_score_batch_size: int | None = flag(
+        None,
+        "Samples (or windows of samples) that the weighter scores at a time. Default: 32; for n-grams as many as have "
+        "a million tokens.",
+    )
     dwm_score_cache: int = flag(
         500000, "Samples whose scores are cached in frozen mode, so that they need not be scored again; 0 for none."
     )

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.runtime.collectives import all_reduce_over_world, world_rank
 from megatron_dwm.weighting.bit_hash import bit_hash
+from megatron_dwm.weighting.ngram import MODEL_TYPE
 from megatron_dwm.weighting.sample_reader import SampleReader
 from megatron_dwm.weighting.windows import Window, pad_windows
 
@@ -170,23 +171,33 @@ class Weighter:
     def _score(self, tokens: torch.Tensor) -> torch.Tensor:
         if self.reader is not None and len(tokens):
             return self._score_windows(self.reader(tokens), tokens.device)
-        parts = [self._forward(part) for part in tokens.split(self.batch_size) if len(part)]
+        at_a_time = self._scored_at_a_time(tokens.shape[1])
+        parts = [self._forward(part) for part in tokens.split(at_a_time) if len(part)]
         return torch.cat(parts) if parts else torch.zeros(0, device=tokens.device)
 
     def _score_windows(self, windows: list[list[Window]], device: torch.device) -> torch.Tensor:
         """Return each sample's mean score over its windows, in proportion to their tokens [m]."""
         placed = [(sample, window) for sample, of_sample in enumerate(windows) for window in of_sample]
         placed.sort(key=lambda item: len(item[1].ids))
+        at_a_time = self._scored_at_a_time(len(placed[-1][1].ids))
         scores = [
-            self._forward(
-                *pad_windows([window for _, window in placed[start : start + self.batch_size]], self._pad, device)
-            )
-            for start in range(0, len(placed), self.batch_size)
+            self._forward(*pad_windows([window for _, window in placed[start : start + at_a_time]], self._pad, device))
+            for start in range(0, len(placed), at_a_time)
         ]
         samples = torch.tensor([sample for sample, _ in placed], device=device)
         sizes = torch.tensor([window.size for _, window in placed], dtype=torch.float32, device=device)
         totals = torch.zeros(len(windows), device=device)
         return totals.index_add(0, samples, torch.cat(scores) * sizes) / totals.index_add(0, samples, sizes)
+
+    def _scored_at_a_time(self, length: int) -> int:
+        """Return how many samples or windows of this many tokens are scored at a time.
+
+        N-grams need little memory, and a GPU would wait for the host to launch the kernels of many small parts.
+        """
+        if self.batch_size is not None:
+            return self.batch_size
+        reads_ngrams = self.model.config.model_type == MODEL_TYPE
+        return max(32, 2**20 // max(length, 1)) if reads_ngrams else 32
 
     def _forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         mask = {} if attention_mask is None else {"attention_mask": attention_mask}

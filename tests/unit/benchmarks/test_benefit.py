@@ -56,6 +56,14 @@ def test_the_summary_compares_means_over_seeds():
     assert "0.40 of the gap" in table(arms, result)
 
 
+def test_an_oracle_that_is_worse_than_uniform_leaves_no_gap():
+    losses = {"bilevel": [4.5, 3.5, 2.5, 2.0], "oracle": [5.0, 4.5, 4.2, 4.0]}
+    arms = [Arm("uniform", [UNIFORM]), *(Arm(name, [run(values)]) for name, values in losses.items())]
+    result = summary(arms, sequence=8)
+    assert result["gap_closed"] is None and "of the gap" not in table(arms, result)
+    assert result["token_ratio"] == pytest.approx(25 / 40)
+
+
 def test_a_sweep_compares_each_arm_at_its_own_best_rate():
     by_factor = {
         1.0: [
