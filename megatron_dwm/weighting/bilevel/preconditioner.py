@@ -22,9 +22,6 @@ from megatron_dwm.model.protocols import Optimizer
 from megatron_dwm.runtime.device import current_device
 from megatron_dwm.weighting.bilevel.alignment import Direction
 
-CHUNK_ELEMENTS = 1 << 22
-"""Maximum number of elements of several parameters that are scaled together, because scaling takes memory for them."""
-
 
 @dataclass(frozen=True)
 class _Shard:
@@ -88,10 +85,13 @@ def _steps(parts: Sequence[_Shard]) -> list[float]:
 
 
 def batches(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Yield groups of parts, by index, that are scaled together; a group takes memory for its number of elements."""
+    """Yield groups of parts, by index, that are scaled together.
+
+    Scaling takes memory for the elements of a group, so that none is larger than the largest part.
+    """
     batch: list[int] = []
     for place, size in enumerate(sizes):
-        if batch and size + sum(sizes[n] for n in batch) > CHUNK_ELEMENTS:
+        if batch and size + sum(sizes[n] for n in batch) > max(sizes):
             yield batch
             batch = []
         batch.append(place)
