@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from megatron_dwm.benchmarks.measuring import peak_and_retained
 from megatron_dwm.model.optimizer_parts import optimizer_parts
 from megatron_dwm.training.step import train_step
 from megatron_dwm.weighting.bilevel.gradient_buffers import GradientBuffers
@@ -112,6 +113,23 @@ def test_parameters_with_a_learning_rate_of_their_own_have_it_in_p():
     for name, value in plain.items():
         factor = 3.0 if name in ("embed_tokens.weight", "lm_head.weight") else 1.0
         torch.testing.assert_close(decoupled[name], factor * value, rtol=1e-6, atol=0)
+
+
+def test_scaling_takes_no_more_memory_than_the_largest_parameter():
+    """Else it would be the peak of an update where microbatches are small. Twice: a division by torch takes both."""
+
+    def peak_and_largest() -> tuple[int, int]:
+        built = build_model({**LLAMA, "--num-layers": 4})
+        batch = built.batch(random_tokens(1), random_mask(2))
+        train_step(built.engine, built.optimizer, _NoSchedule(), batch, 2, None)
+        direction = _filled(built, torch.ones).direction
+        peak, _ = peak_and_retained(lambda: precondition(direction, built.optimizer))
+        sizes = [v.nbytes for v in direction.values()]
+        assert sum(sizes) > 4 * max(sizes)
+        return peak, max(sizes)
+
+    ((peak, largest),) = run_distributed(peak_and_largest, 1)
+    assert largest <= peak <= 2.1 * largest
 
 
 @pytest.mark.parametrize("layout", ["one process", "DP2, distributed optimizer"])
