@@ -22,7 +22,8 @@ class HostCopy:
             self._done.record()
 
     def read(self) -> torch.Tensor:
-        """Wait for the copy and return it."""
+        """Return the copy, for which the first reader waits."""
         if self._done is not None:
             self._done.synchronize()
+            self._done = None
         return self._copy
