@@ -46,9 +46,9 @@ def summary(arms: Sequence[Arm], sequence: int) -> dict[str, Any]:
     """Return what ``--json`` writes; a ratio that the arms do not give is null.
 
     ``gap_closed``: the fraction of the mean test loss from uniform to oracle that bilevel gains; null if the oracle is
-    no better than uniform, so that there is no gap. ``token_ratio`` and
-    ``time_ratio``: tokens and training seconds, as fractions of uniform's, after which bilevel's evaluation loss stays
-    at or below uniform's last one; mean over the seeds, null if a seed does not reach it.
+    no better than uniform, so that there is no gap. ``token_ratio`` and ``time_ratio``: tokens and training seconds, as
+    fractions of uniform's, after which bilevel's evaluation loss stays at or below uniform's last one; mean over the
+    seeds, null if a seed does not reach it.
 
     Args:
         arms: the runs of each weighting.

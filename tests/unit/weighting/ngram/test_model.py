@@ -107,6 +107,27 @@ def test_it_is_registered_when_transformers_was_imported_first():
     assert AutoConfig.for_model("dwm_ngram").ngram_lengths == [1, 2]  # here megatron_dwm was imported first
 
 
+def test_a_batch_is_scored_in_few_parts_unless_a_size_is_given():
+    def parts(model: Any, size: int | None, batch: torch.Tensor) -> list[int]:
+        seen: list[int] = []
+        config = WeightingConfig(dwm_mode="off", dwm_score_batch_size=size)
+        weighter = Weighter(model, config, torch.device("cpu"))
+        hook = model.register_forward_pre_hook(
+            lambda _module, _args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        scores.append(weighter.score(batch))
+        hook.remove()
+        return seen
+
+    scores: list[torch.Tensor] = []
+    ngrams, batch = weighter_model(), tokens(samples=100)
+    assert parts(ngrams, None, batch) == [100] and parts(ngrams, 40, batch) == [40, 40, 20]
+    assert torch.equal(*scores)
+    assert parts(ngrams, None, tokens(samples=100, length=20_000)) == [52, 48]  # 2^20 tokens at most
+    transformer = random_weighter_model(WeightingConfig(dwm_mode="off", dwm_arch="llama"), VOCAB_SIZE, 30, EOD, seed=1)
+    assert parts(transformer, None, batch) == [32, 32, 32, 4]
+
+
 def test_operations_are_counted_for_each_ngram():
     config = WeightingConfig(dwm_mode="off")
     assert Weighter(weighter_model(), config, torch.device("cpu")).num_active_parameters == 2
