@@ -108,7 +108,11 @@ class WeightingConfig:
     dwm_ngram_lengths: list[int] = flag(
         [1, 2], "Lengths of the n-grams that an ngram weighter reads; longer n-grams count more."
     )
-    dwm_ngram_buckets: int = flag(131072, "Number of buckets that an ngram weighter hashes n-grams to.")
+    dwm_ngram_buckets: int | None = flag(
+        None,
+        "Number of buckets that an ngram weighter hashes n-grams to. Default: 16 per token of the vocabulary, rounded "
+        "up to a power of two, and at least 131072.",
+    )
     dwm_ngram_hidden_size: int = flag(
         0,
         "Width of an ngram weighter's embedding and of the layer above it. With 0 each bucket has one parameter: the "

@@ -101,8 +101,7 @@ def _activations(weighter: Weighter, samples: int, sequence: int) -> int:
     window, meter = min(sequence, position_limit(weighter.model) or sequence), Meter()
     with meter:
         tokens = torch.zeros(samples * -(-sequence // window), window, dtype=torch.int64)
-        scores = torch.cat(
-            [weighter.model(input_ids=part, use_cache=False).logits for part in tokens.split(weighter.batch_size)]
-        )
+        parts = tokens.split(weighter.samples_at_a_time(window))
+        scores = torch.cat([weighter.model(input_ids=part, use_cache=False).logits for part in parts])
         scores.sum().backward()
     return meter.peak

@@ -187,7 +187,7 @@ def overruled_flags(config: RunConfig, saved: SavedCheckpoint, *, has_weighter: 
         f" > {flag_name(name)} {_words(flags[name])} is for a new {what}: the checkpoint's, made with "
         f"{_words(arguments[name])}, is kept"
         for name, what in initial_flags.items()
-        if name in arguments and arguments[name] != flags[name]
+        if name in arguments and flags[name] not in (None, arguments[name])
     ]
 
 

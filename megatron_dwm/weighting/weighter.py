@@ -50,7 +50,7 @@ class Weighter:
         """
         self.model, self.reader = model.float().to(device).eval(), reader
         self.tokenizer_fingerprint, self.tokenizer_digest = tokenizer_fingerprint, tokenizer_digest
-        self.batch_size = config.dwm_score_batch_size
+        self._batch_size = config.dwm_score_batch_size
         self.clip_grad = config.dwm_clip_grad
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.dwm_lr, weight_decay=config.dwm_weight_decay
@@ -164,6 +164,16 @@ class Weighter:
         found = self.model.features(*pad_windows(windows, self._pad, tokens.device))
         return found
 
+    def samples_at_a_time(self, length: int) -> int:
+        """Return how many samples or windows of this many tokens are scored at a time.
+
+        N-grams need little memory, and a GPU would wait for the host to launch the kernels of many small parts.
+        """
+        if self._batch_size is not None:
+            return self._batch_size
+        reads_ngrams = self.model.config.model_type == MODEL_TYPE
+        return max(32, 2**20 // max(length, 1)) if reads_ngrams else 32
+
     @property
     def _pad(self) -> int:
         return int(self.model.config.pad_token_id)
@@ -171,7 +181,7 @@ class Weighter:
     def _score(self, tokens: torch.Tensor) -> torch.Tensor:
         if self.reader is not None and len(tokens):
             return self._score_windows(self.reader(tokens), tokens.device)
-        at_a_time = self._scored_at_a_time(tokens.shape[1])
+        at_a_time = self.samples_at_a_time(tokens.shape[1])
         parts = [self._forward(part) for part in tokens.split(at_a_time) if len(part)]
         return torch.cat(parts) if parts else torch.zeros(0, device=tokens.device)
 
@@ -179,7 +189,7 @@ class Weighter:
         """Return each sample's mean score over its windows, in proportion to their tokens [m]."""
         placed = [(sample, window) for sample, of_sample in enumerate(windows) for window in of_sample]
         placed.sort(key=lambda item: len(item[1].ids))
-        at_a_time = self._scored_at_a_time(len(placed[-1][1].ids))
+        at_a_time = self.samples_at_a_time(len(placed[-1][1].ids))
         scores = [
             self._forward(*pad_windows([window for _, window in placed[start : start + at_a_time]], self._pad, device))
             for start in range(0, len(placed), at_a_time)
@@ -188,16 +198,6 @@ class Weighter:
         sizes = torch.tensor([window.size for _, window in placed], dtype=torch.float32, device=device)
         totals = torch.zeros(len(windows), device=device)
         return totals.index_add(0, samples, torch.cat(scores) * sizes) / totals.index_add(0, samples, sizes)
-
-    def _scored_at_a_time(self, length: int) -> int:
-        """Return how many samples or windows of this many tokens are scored at a time.
-
-        N-grams need little memory, and a GPU would wait for the host to launch the kernels of many small parts.
-        """
-        if self.batch_size is not None:
-            return self.batch_size
-        reads_ngrams = self.model.config.model_type == MODEL_TYPE
-        return max(32, 2**20 // max(length, 1)) if reads_ngrams else 32
 
     def _forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         mask = {} if attention_mask is None else {"attention_mask": attention_mask}

@@ -51,6 +51,14 @@ def random_weighter_model(config: WeightingConfig, vocab_size: int, seq_length: 
     return model
 
 
+def default_ngram_buckets(vocab_size: int) -> int:
+    """Return a number of buckets with which few n-grams collide.
+
+    One bucket per token of the vocabulary ranks samples worse than 16, and 128 no better (docs/lab-notes.md).
+    """
+    return int(max(1 << 17, 1 << (16 * vocab_size - 1).bit_length()))
+
+
 def ngram_weighter_model(config: WeightingConfig, vocab_size: int, eod: int, seed: int) -> Any:
     """Return an n-gram weighter of the ``--dwm-ngram`` flags, for samples of any length."""
     from megatron_dwm.weighting.ngram.configuration import NgramConfig
@@ -58,7 +66,7 @@ def ngram_weighter_model(config: WeightingConfig, vocab_size: int, eod: int, see
     hf_config = NgramConfig(
         vocab_size=vocab_size,
         ngram_lengths=config.dwm_ngram_lengths,
-        ngram_buckets=config.dwm_ngram_buckets,
+        ngram_buckets=config.dwm_ngram_buckets or default_ngram_buckets(vocab_size),
         hidden_size=config.dwm_ngram_hidden_size,
         calibration_points=0 if config.dwm_ngram_hidden_size else config.dwm_calibration_points,
         **_label_settings(eod),

@@ -128,6 +128,17 @@ def test_a_batch_is_scored_in_few_parts_unless_a_size_is_given():
     assert parts(transformer, None, batch) == [32, 32, 32, 4]
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "expected"),
+    [(400, 131_072), (8192, 131_072), (8193, 262_144), (32_000, 524_288), (128_256, 2_097_152)],
+)
+def test_the_number_of_buckets_follows_the_vocabulary(vocab_size: int, expected: int):
+    for given, buckets in ((None, expected), (4096, 4096)):
+        config = WeightingConfig(dwm_mode="off", dwm_arch="ngram", dwm_ngram_buckets=given)
+        model = random_weighter_model(config, vocab_size, 12, EOD, seed=1)
+        assert len(model.embedding.weight) == model.config.ngram_buckets == buckets
+
+
 def test_operations_are_counted_for_each_ngram():
     config = WeightingConfig(dwm_mode="off")
     assert Weighter(weighter_model(), config, torch.device("cpu")).num_active_parameters == 2
