@@ -183,8 +183,8 @@ class WeightingConfig:
     )
     dwm_score_batch_size: int | None = flag(
         None,
-        "Samples (or windows of samples) that the weighter scores at a time. Default: 32; for n-grams as many as have "
-        "a million tokens.",
+        "Samples (or windows of samples) that the weighter scores at a time. Default: 32; with an ngram weighter as "
+        "many as have a million tokens, if these are more.",
     )
     dwm_score_cache: int = flag(
         500000, "Samples whose scores are cached in frozen mode, so that they need not be scored again; 0 for none."

@@ -15,9 +15,9 @@ from megatron_dwm.config.run_sizes import RunSizes
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.plan.meter import Meter, Traffic
 from megatron_dwm.plan.simulated_rank import fake_tensors
-from megatron_dwm.weighting.bilevel.ridge import CHUNK_TOKENS, are_features_kept
+from megatron_dwm.weighting.bilevel.ridge import are_features_kept
 from megatron_dwm.weighting.inputs import WeighterInputs
-from megatron_dwm.weighting.weighter import Weighter
+from megatron_dwm.weighting.weighter import CHUNK_TOKENS, Weighter
 from megatron_dwm.weighting.weighter_init import lm_shaped_model, random_weighter_model
 from megatron_dwm.weighting.windows import position_limit
 

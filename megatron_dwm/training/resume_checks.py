@@ -229,6 +229,8 @@ def resume_warnings(config: RunConfig, saved: SavedCheckpoint, train_state: Trai
 
 
 def _words(value: Any) -> str:
+    if value is None:
+        return "the default"
     return " ".join(map(str, value)) if isinstance(value, list) else shortened(value)
 
 

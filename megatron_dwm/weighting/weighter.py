@@ -22,6 +22,9 @@ from megatron_dwm.weighting.ngram import MODEL_TYPE
 from megatron_dwm.weighting.sample_reader import SampleReader
 from megatron_dwm.weighting.windows import Window, pad_windows
 
+CHUNK_TOKENS = 1 << 20
+"""Tokens whose n-grams are processed at a time."""
+
 
 class Weighter:
     """Scores samples, and learns from the gradient of an objective in the scores.
@@ -172,7 +175,7 @@ class Weighter:
         if self._batch_size is not None:
             return self._batch_size
         reads_ngrams = self.model.config.model_type == MODEL_TYPE
-        return max(32, 2**20 // max(length, 1)) if reads_ngrams else 32
+        return max(32, CHUNK_TOKENS // max(length, 1)) if reads_ngrams else 32
 
     @property
     def _pad(self) -> int:

@@ -116,7 +116,7 @@ def test_parameters_with_a_learning_rate_of_their_own_have_it_in_p():
 
 
 def test_scaling_takes_no_more_memory_than_the_largest_parameter():
-    """Else it would be the peak of an update where microbatches are small. Twice: a division by torch takes both."""
+    """Where microbatches are small, more would be the peak of an update. 1.1: the tolerance is for scalars."""
 
     def peak_and_largest() -> tuple[int, int]:
         built = build_model({**LLAMA, "--num-layers": 4})
@@ -129,7 +129,7 @@ def test_scaling_takes_no_more_memory_than_the_largest_parameter():
         return peak, max(sizes)
 
     ((peak, largest),) = run_distributed(peak_and_largest, 1)
-    assert largest <= peak <= 2.1 * largest
+    assert largest <= peak <= 1.1 * largest
 
 
 @pytest.mark.parametrize("layout", ["one process", "DP2, distributed optimizer"])

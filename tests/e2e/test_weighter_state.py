@@ -73,6 +73,18 @@ def test_flags_that_count_on_resume_and_flags_that_do_not_are_said(save: Path, t
         assert line in finished.output[0], finished.text
 
 
+def test_only_a_given_flag_is_said_to_have_no_effect(save: Path, tmp_path: Path):
+    """A default may follow from others; where the flag is left out, nobody asked for another value."""
+    folders = [save, *(tmp_path / name for name in ("left_out", "given", "left_out_again"))]
+    said = []
+    for number, flags in enumerate([{}, {"--dwm-ngram-buckets": 64}, {}]):
+        place = {"--load": folders[number], "--save": folders[number + 1], "--exit-interval": STOP + 1 + number}
+        finished = succeed(tmp_path / f"log{number}", 1, RUN | flags | place)
+        said.append([line for line in finished.output[0].splitlines() if "--dwm-ngram-buckets" in line])
+    line = " > --dwm-ngram-buckets 64 is for a new weighter: the checkpoint's, made with the default, is kept"
+    assert said == [[], [line], []]
+
+
 def test_a_step_with_a_learning_rate_of_zero_teaches_the_weighter_nothing(tmp_path: Path):
     save = tmp_path / "save"
     changes = {"--dwm-warmup-iters": 0, "--dwm-update-interval": 1, "--exit-interval": 2, "--save": save}

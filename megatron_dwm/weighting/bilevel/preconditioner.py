@@ -52,28 +52,38 @@ def precondition(direction: Direction, optimizer: Optimizer) -> None:
 
 def _scale(values: Sequence[torch.Tensor], shards: Sequence[_Shard]) -> None:
     """Set v ← P v, in place, for the parts of v whose optimizer state is given."""
-    known = []
+    known, parts = [], []
     for v, part in zip(values, shards, strict=True):
         if "exp_avg_sq" in part.state:
-            known.append((v, part))
+            known.append(v)
+            parts.append(part)
         else:  # no step has been made yet, so P is unknown
             v.fill_(torch.nan)
-    counts = _steps([part for _, part in known])
-    for indices in batches([v.numel() for v, _ in known]):
-        some, parts = [known[n][0] for n in indices], [known[n][1] for n in indices]
-        corrections = [1 - part.group["betas"][1] ** counts[n] for n, part in zip(indices, parts, strict=True)]
-        moments = [part.state["exp_avg_sq"].view(-1) for part in parts]
-        scales = list(torch._foreach_div(moments, corrections))
-        torch._foreach_sqrt_(scales)
-        epsilons = [part.group["eps"] for part in parts]
-        torch._foreach_add_(scales, epsilons)
-        rates = [part.relative_rate for part in parts]
-        if any(rate != 1 for rate in rates):
-            torch._foreach_mul_(some, rates)
-        torch._foreach_div_(some, scales)
-        torch._foreach_sub_(scales, epsilons)
-        torch._foreach_sign_(scales)  # 0 where there has been no gradient, 1 elsewhere; without memory of that size
-        torch._foreach_mul_(some, scales)
+    counts = _steps(parts)
+    for group in batches([v.numel() for v in known]):
+        # In a function, so that the memory of one group is free before the next.
+        _scale_together([known[n] for n in group], [parts[n] for n in group], [counts[n] for n in group])
+
+
+def _scale_together(values: list[torch.Tensor], parts: Sequence[_Shard], counts: Sequence[float]) -> None:
+    """Set v ← P v, in place, with temporary memory of the size of the values.
+
+    Args:
+        counts: the optimizer's number of steps for each part.
+    """
+    corrections = [1 - part.group["betas"][1] ** count for part, count in zip(parts, counts, strict=True)]
+    moments = [part.state["exp_avg_sq"].view(-1) for part in parts]
+    scales = list(torch._foreach_div(moments, corrections))
+    torch._foreach_sqrt_(scales)
+    epsilons = [part.group["eps"] for part in parts]
+    torch._foreach_add_(scales, epsilons)
+    rates = [part.relative_rate for part in parts]
+    if any(rate != 1 for rate in rates):
+        torch._foreach_mul_(values, rates)
+    torch._foreach_div_(values, scales)
+    torch._foreach_sub_(scales, epsilons)
+    torch._foreach_sign_(scales)  # 0 where there has been no gradient, 1 elsewhere; without memory of that size
+    torch._foreach_mul_(values, scales)
 
 
 def _steps(parts: Sequence[_Shard]) -> list[float]:
@@ -90,11 +100,13 @@ def batches(sizes: Sequence[int]) -> Iterator[list[int]]:
     Scaling takes memory for the elements of a group, so that none is larger than the largest part.
     """
     batch: list[int] = []
+    limit, total = max(sizes, default=0), 0
     for place, size in enumerate(sizes):
-        if batch and size + sum(sizes[n] for n in batch) > max(sizes):
+        if batch and total + size > limit:
             yield batch
-            batch = []
+            batch, total = [], 0
         batch.append(place)
+        total += size
     if batch:
         yield batch
 

@@ -29,11 +29,9 @@ from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.collectives import all_reduce_over_world
 from megatron_dwm.weighting.bilevel.replay import AlignedBatch, Replay, sum_over_ranks
-from megatron_dwm.weighting.weighter import Weighter
+from megatron_dwm.weighting.weighter import CHUNK_TOKENS, Weighter
 from megatron_dwm.weighting.weights import standardized
 
-CHUNK_TOKENS = 1 << 20
-"""Tokens of the replay that are processed at a time. The features of a replay of no more tokens are kept."""
 CALIBRATION_BATCHES = 20
 """The newest batches that the scores are calibrated by; the older ones were scored by a weighter that knew less."""
 RESIDUAL_TOLERANCE = 1e-10
