@@ -5,8 +5,9 @@
 #   bash examples/transfer.sh DIR SEEDS    ... to DIR, with SEEDS seeds
 #
 # The larger model trains on a random half of the corpus, and on the half that DSIR selects as most similar to the
-# target: each with uniform weights, with the last weighter (frozen), and with the weighter of the stage that the small
-# run was in at the same fraction of training (staged). Finished steps are not repeated.
+# target: each with uniform weights, with the last weighter (frozen), with the weighter of the stage that the small run
+# was in at the same fraction of training (staged), and with a weighter of its own (bilevel). Finished steps are not
+# repeated.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -66,18 +67,19 @@ train() {
 step 4 "the small model (2 layers of $WIDTH) learns the weighter, in five stages"
 blend=()
 for name in prose code shuffled; do blend+=("$(stat -c %s "$RUN/corpus/$name.train.jsonl")" "$RUN/data/$name.train_text_document"); done
-train "$SMALL" 1000 2 "$WIDTH" --train-data-path "${blend[@]}" --save "$SMALL" --dwm-score-batch-size "$BATCH" \
+train "$SMALL" 1000 2 "$WIDTH" --train-data-path "${blend[@]}" --save "$SMALL" \
     --dwm-target-data-path "$RUN/data/prose.target_text_document"
 readonly LAST=$SMALL/weighter/iter_$(printf %07d "$ITERATIONS")
 
-step 5 "the larger model (4 layers of $((2 * WIDTH))): two halves, three weightings, $SEEDS seeds, $JOBS at the same time"
+step 5 "the larger model (4 layers of $((2 * WIDTH))): two halves, four weightings, $SEEDS seeds, $JOBS at the same time"
 for seed in $(seq "$SEEDS"); do
     for half in random dsir; do
-        for arm in uniform frozen staged; do
+        for arm in uniform frozen staged bilevel; do
             case $arm in
             uniform) weighting=(--dwm-mode off) ;;
-            frozen) weighting=(--dwm-mode frozen --dwm-load "$LAST" --dwm-score-batch-size "$BATCH") ;;
-            staged) weighting=(--dwm-mode frozen --dwm-load "$SMALL/weighter" --dwm-score-batch-size "$BATCH") ;;
+            frozen) weighting=(--dwm-mode frozen --dwm-load "$LAST") ;;
+            staged) weighting=(--dwm-mode frozen --dwm-load "$SMALL/weighter") ;;
+            bilevel) weighting=(--dwm-target-data-path "$RUN/data/prose.target_text_document") ;;
             esac
             while (($(jobs -rp | wc -l) >= JOBS)); do wait -n; done
             train "$RUN/runs/$half-$arm-$seed" "$seed" 4 $((2 * WIDTH)) \

@@ -50,6 +50,7 @@ ArmName = Literal[
     "top-alignment",
     "shuffled",
     "bilevel",
+    "bilevel-source-offsets",
     "frozen",
     "continued",
     "oracle",
@@ -206,8 +207,12 @@ def _mixture(config: BenefitConfig, folder: Path) -> Mixture:
 
 def _train_all(config: BenefitConfig, run_flags: list[str], folder: Path, mixture: Mixture) -> dict[float, list[Arm]]:
     """Train every arm with every seed at every factor, several runs at a time; return the arms by factor."""
-    known = {"oracle": mixture.like_target, "target-only": mixture.target_only}
-    names = [name for name in config.arm_names if known.get(name, True)]
+    is_possible = {
+        "oracle": bool(mixture.like_target),
+        "target-only": bool(mixture.target_only),
+        "bilevel-source-offsets": len(mixture.train) > 1,
+    }
+    names = [name for name in config.arm_names if is_possible.get(name, True)]
     seeds = range(1, config.seeds + 1)
     jobs = [(name, seed, factor) for seed in seeds for factor in config.factors for name in names]
     first = [job for job in jobs if job[0] not in FROM_ANOTHER_RUN]
@@ -274,6 +279,8 @@ def _arm_flags(name: ArmName, place: Path, mixture: Mixture, weighter_run: Path)
             return ["--dwm-mode", "off", "--train-data-path", *blend(mixture.target_only)]
         case "bilevel":
             return [*bilevel, "--save", str(place)]
+        case "bilevel-source-offsets":
+            return [*bilevel, "--dwm-source-offsets"]
         case "frozen":
             return ["--dwm-mode", "frozen", "--dwm-load", _newest_weighter(weighter_run)]
         case "continued":

@@ -80,13 +80,14 @@ def summary(arms: Sequence[Arm], sequence: int) -> dict[str, Any]:
 def table(arms: Sequence[Arm], result: dict[str, Any]) -> str:
     """Return a table of means with 95 % intervals; differences are taken seed by seed."""
     uniform = next((arm.test_losses for arm in arms if arm.name == "uniform"), None)
-    lines = ["arm                test loss            minus uniform        seconds"]
+    width = max(len(arm.name) for arm in arms)
+    lines = [f"{'arm':<{width}} test loss            minus uniform        seconds"]
     for arm in arms:
         difference = ""
         if uniform is not None and arm.name != "uniform":
             difference = interval([a - b for a, b in zip(arm.test_losses, uniform, strict=True)])
         mean_seconds = statistics.mean(arm.seconds)
-        lines.append(f"{arm.name:<18} {interval(arm.test_losses):<20} {difference:<20} {mean_seconds:.0f}")
+        lines.append(f"{arm.name:<{width}} {interval(arm.test_losses):<20} {difference:<20} {mean_seconds:.0f}")
     for name, meaning in (
         ("gap_closed", "of the gap from uniform to oracle closed by bilevel"),
         ("token_ratio", "of uniform's tokens until bilevel has its loss"),

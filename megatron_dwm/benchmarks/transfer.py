@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HALVES = {"random": "a random half of the corpus", "dsir": "the half that DSIR selects"}
-ARMS = ("uniform", "frozen", "staged")
+ARMS = ("uniform", "frozen", "staged", "bilevel")
 
 Halves = Mapping[str, Sequence[Arm]]
 """The arms that trained on each half of the corpus."""

@@ -137,6 +137,11 @@ class WeightingConfig:
     dwm_clip_alignment: float = flag(
         2.0, "Clip standardized alignments at this many standard deviations; 0 for no clipping."
     )
+    dwm_source_offsets: bool = flag(
+        False,
+        "Add to the scores an offset for each source of the training data, learned from the alignments. Use it where "
+        "the sources are known and differ in how useful they are. An exported weighter does not have the offsets.",
+    )
     dwm_lr: float = flag(1e-3, "Learning rate of the weighter (AdamW).")
     dwm_weight_decay: float = flag(0.01, "Weight decay of the weighter.")
     dwm_clip_grad: float = flag(1.0, "Clip the weighter's gradient to this norm; 0 for no clipping.")
@@ -216,6 +221,7 @@ class WeightingConfig:
             raise UserError(f"--dwm-temperature {self.dwm_temperature}: must be above 0")
         if self.dwm_target_momentum is not None and not 0 <= self.dwm_target_momentum < 1:
             raise UserError(f"--dwm-target-momentum {self.dwm_target_momentum}: must be at least 0 and below 1")
+        self._check_source_offsets()
         self._check_ngrams()
         self._check_rule()
         if self.dwm_mode == "frozen" and self.dwm_load is None:
@@ -229,6 +235,12 @@ class WeightingConfig:
             raise UserError(
                 f"--dwm-check is for --dwm-mode bilevel, not {self.dwm_mode}, which trains no weighter; leave it out"
             )
+
+    def _check_source_offsets(self) -> None:
+        if self.dwm_source_offsets and self.dwm_mode != "bilevel":
+            raise UserError(f"--dwm-source-offsets is for --dwm-mode bilevel, not {self.dwm_mode}; leave it out")
+        if self.dwm_source_offsets and self.dwm_kl_weight == 0:
+            raise UserError("--dwm-kl-weight 0: the sources' offsets would be infinite; give a number above 0")
 
     def _check_ngrams(self) -> None:
         for name, value in (("ridge", self.dwm_ridge), ("replay-half-life", self.dwm_replay_half_life)):

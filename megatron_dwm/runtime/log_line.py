@@ -102,7 +102,7 @@ class LogLine:
 
 
 def update_line(record: Mapping[str, Any]) -> str:
-    """Return the log line of an outer update: target loss, the weighter's objective, alignments by source."""
+    """Return the log line of an outer update: target loss, the weighter's objective, and values by source."""
     parts = [
         f" [{timestamp()}] outer update at iteration {record['iteration']:8d}",
         f"target loss: {record['target_loss']:.6E}",
@@ -110,13 +110,18 @@ def update_line(record: Mapping[str, Any]) -> str:
         f"effective sample size: {record['effective_sample_size']:.4g}",
     ]
     parts += [f"alignment {source}: {value:.4g}" for source, value in record["alignment_by_source"].items()]
+    parts += [f"offset {source}: {value:.4g}" for source, value in record.get("offset_by_source", {}).items()]
     return " | ".join(parts) + " |"
 
 
 def update_curves(record: Mapping[str, Any]) -> dict[str, float]:
     """Return the metrics of an outer update that are plotted, by name."""
     names = ("target_loss", "objective_before", "objective_after", "weighter_grad_norm")
-    by_source = {f"alignment/{source}": value for source, value in record["alignment_by_source"].items()}
+    by_source = {
+        f"{name}/{source}": value
+        for name in ("alignment", "offset")
+        for source, value in record.get(f"{name}_by_source", {}).items()
+    }
     return {**{name: record[name] for name in names}, **by_source}
 
 

@@ -13,6 +13,7 @@ from megatron_dwm.safe_unpickling import DAMAGE, short_reason
 from megatron_dwm.weighting.bilevel.gradient_check import check_at_start
 from megatron_dwm.weighting.bilevel.gradient_mean import NO_MEAN, GradientMean
 from megatron_dwm.weighting.bilevel.outer_update import OuterUpdate
+from megatron_dwm.weighting.bilevel.source_offsets import SourceOffsets
 from megatron_dwm.weighting.bilevel.weighting import BilevelFlops, BilevelParts, BilevelWeighting
 from megatron_dwm.weighting.build_rules import build_rule
 from megatron_dwm.weighting.context import WeightingContext, lm_gradients, scoring_options, weight_metrics
@@ -56,8 +57,11 @@ def _choose_start(context: WeightingContext) -> Start:
     """Return the function that builds the weighting after the warm-up."""
     if context.inputs is None:
         return _rule_start(context)
-    builder, load = WeighterBuilder(context, context.inputs), context.settings.dwm_load
-    return partial(_start_bilevel, builder) if load is None else partial(_start_frozen, builder, load)
+    builder, settings = WeighterBuilder(context, context.inputs), context.settings
+    if settings.dwm_load is not None:
+        return partial(_start_frozen, builder, settings.dwm_load)
+    offsets = SourceOffsets(settings, context.paths.train_sources) if settings.dwm_source_offsets else None
+    return partial(_start_bilevel, builder, offsets)
 
 
 def _rule_start(context: WeightingContext) -> Start:
@@ -86,7 +90,9 @@ def _start_frozen(builder: WeighterBuilder, load: str, iteration: int, state: St
     return weighting
 
 
-def _start_bilevel(builder: WeighterBuilder, iteration: int, state: State) -> SampleWeighting:
+def _start_bilevel(
+    builder: WeighterBuilder, source_offsets: SourceOffsets | None, iteration: int, state: State
+) -> SampleWeighting:
     is_restored = state.get("weighter") is not None
     if is_restored:
         with _reported_damage():
@@ -101,14 +107,17 @@ def _start_bilevel(builder: WeighterBuilder, iteration: int, state: State) -> Sa
                 "with an earlier one, give its export as --dwm-init-from"
             )
         _announce(builder, iteration, weighter)
-    weighting = _bilevel(builder, weighter, state.get("consumed_target_samples", 0))
+    _log_source_offsets(source_offsets, state)
+    weighting = _bilevel(builder, weighter, state.get("consumed_target_samples", 0), source_offsets)
     if is_restored:
         with _reported_damage():
             weighting.load_state_dict(state)
     return weighting
 
 
-def _bilevel(builder: WeighterBuilder, weighter: Weighter, consumed_target_samples: int) -> BilevelWeighting:
+def _bilevel(
+    builder: WeighterBuilder, weighter: Weighter, consumed_target_samples: int, source_offsets: SourceOffsets | None
+) -> BilevelWeighting:
     """Return the weighting that trains ``weighter``, after ``consumed_target_samples``."""
     context, settings, momentum = builder.context, builder.settings, builder.settings.target_momentum
     gradient_mean = GradientMean(context.engine.chunks, momentum) if momentum > 0 else NO_MEAN
@@ -129,6 +138,7 @@ def _bilevel(builder: WeighterBuilder, weighter: Weighter, consumed_target_sampl
         builder.exporter(has_separate_tokenizer=bool(weighter.tokenizer_fingerprint)),
         BilevelFlops(_scoring_flops(context, weighter), update_flops),
         gradient_mean,
+        source_offsets,
     )
     metrics, options = weight_metrics(context), scoring_options(context)
     if settings.dwm_mode == "rule":
@@ -148,6 +158,18 @@ def _log_kept_architecture(builder: WeighterBuilder, weighter: Weighter) -> None
         logger.info(
             f" > the checkpoint's weighter, {with_article(kind)}, is kept; --dwm-arch {arch} applies only to a new one"
         )
+
+
+def _log_source_offsets(source_offsets: SourceOffsets | None, state: State) -> None:
+    """Log whether the offsets of sources begin or end with this run, if that changes the weights of a resumed one."""
+    has_saved = state.get("source_offsets") is not None
+    if has_saved and source_offsets is None:
+        logger.warning(
+            "the checkpoint's offsets of sources are not used, and not saved again; to keep them, give "
+            "--dwm-source-offsets"
+        )
+    elif source_offsets is not None and state.get("weighter") is not None and not has_saved:
+        logger.info(" > the checkpoint holds no offsets of sources: they start at 0")
 
 
 def _announce(builder: WeighterBuilder, iteration: int, weighter: Weighter) -> None:

@@ -85,6 +85,8 @@ class EmbeddedWeighting:
                 f"dwm_target_momentum {settings.dwm_target_momentum}: only pretrain_dwm.py averages target gradients; "
                 "leave it out, and use target batches as large as the training batches"
             )
+        if settings.dwm_source_offsets:
+            raise UserError("dwm_source_offsets: only pretrain_dwm.py knows the samples' sources; leave it out")
         self.settings, self.sample_gather, self.weighter = settings, sample_gather, weighter
         self.outer_update = OuterUpdate(settings, passes, weighter, sample_gather)
         self.stages = bilevel_stages(settings, train_iters)

@@ -23,6 +23,7 @@ _OPTIONAL: dict[str, type] = {
     "weighter_tokenizer_digest": str,
     "weighter_prior": torch.Tensor,
     "target_gradients": float,
+    "source_offsets": dict,
 }
 """Entries that not every weighter has, or not every earlier version saved."""
 
@@ -45,6 +46,9 @@ def check_weighter_state(state: State) -> None:
     for name, kind in _OPTIONAL.items():
         if not isinstance(value := state.get(name), kind | None):
             raise ValueError(f"its {name} is {shortened(value, 40)}")
+    for name, sums in (state.get("source_offsets") or {}).items():
+        if not isinstance(sums, list) or len(sums) != 2 or not all(isinstance(value, float) for value in sums):
+            raise ValueError(f"its offset of the source {name} is {shortened(sums, 40)}")
     for entry in state["replay"]:
         if not _is_aligned_batch(entry):
             raise ValueError(f"a batch of its replay is {shortened(entry, 40)}")

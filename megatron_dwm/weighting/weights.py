@@ -40,6 +40,12 @@ def standardized(alignments: torch.Tensor, clip: float = 0.0) -> torch.Tensor:
     return result.clamp(-clip, clip) if clip > 0 else result
 
 
+def best_scores(alignments: torch.Tensor, temperature: float, kl_weight: float, clip: float = 0.0) -> torch.Tensor:
+    """Return the scores that minimize :func:`objective` if each can be chosen freely: τ â / λ [N], with the mean 0."""
+    wanted = temperature / kl_weight * standardized(alignments, clip)
+    return wanted - wanted.mean()
+
+
 def target_score_gradient(
     alignments: torch.Tensor, scores: torch.Tensor, temperature: float, learning_rate: float
 ) -> torch.Tensor:

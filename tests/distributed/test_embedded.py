@@ -126,6 +126,7 @@ def test_a_weighter_goes_on_from_its_state(examples: Any):
     [
         ({"dwm_mode": "off"}, "dwm_mode off: only bilevel"),
         ({"dwm_target_momentum": 0.6}, "dwm_target_momentum 0.6: only"),
+        ({"dwm_source_offsets": True}, "dwm_source_offsets: only"),
     ],
 )
 def test_what_needs_pretrain_dwm_is_refused(change: dict[str, Any], said: str, examples: Any):

@@ -30,7 +30,7 @@ from megatron_dwm.errors import UserError
 from megatron_dwm.runtime.collectives import all_reduce_over_world
 from megatron_dwm.weighting.bilevel.replay import AlignedBatch, Replay, sum_over_ranks
 from megatron_dwm.weighting.weighter import CHUNK_TOKENS, Weighter
-from megatron_dwm.weighting.weights import standardized
+from megatron_dwm.weighting.weights import best_scores
 
 CALIBRATION_BATCHES = 20
 """The newest batches that the scores are calibrated by; the older ones were scored by a weighter that knew less."""
@@ -177,9 +177,8 @@ class RidgeLearner:
     def _wanted_scores(self, aligned: AlignedBatch) -> torch.Tensor:
         """Return the scores that would suit a batch best [N], float64, with the mean 0."""
         config = self.config
-        scale = config.dwm_temperature / config.dwm_kl_weight
-        wanted = scale * standardized(aligned.alignments, config.dwm_clip_alignment)
-        return wanted - wanted.mean()
+        settings = config.dwm_temperature, config.dwm_kl_weight, config.dwm_clip_alignment
+        return best_scores(aligned.alignments, *settings)
 
     @staticmethod
     def _keep_unseen_scores(newest: AlignedBatch, rank_scores: torch.Tensor) -> None:

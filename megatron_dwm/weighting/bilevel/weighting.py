@@ -20,6 +20,7 @@ from megatron_dwm.weighting.bilevel.alignment_pass import reason_unchanged
 from megatron_dwm.weighting.bilevel.gradient_mean import GradientAverage
 from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.outer_update import OuterResult, OuterUpdate
+from megatron_dwm.weighting.bilevel.source_offsets import SourceOffsets
 from megatron_dwm.weighting.export import WeighterExporter
 from megatron_dwm.weighting.health import HealthWarning, check_scores
 from megatron_dwm.weighting.policy import PER_PARAMETER, Record, SampleWeights, State, StepOutcome
@@ -56,6 +57,8 @@ class BilevelParts:
     flops: BilevelFlops
     gradient_mean: GradientAverage
     """Running mean of the target gradient over updates."""
+    source_offsets: SourceOffsets | None = None
+    """Offsets of scores by source; None without."""
 
 
 class BilevelWeighting(ScoredWeighting):
@@ -68,7 +71,7 @@ class BilevelWeighting(ScoredWeighting):
         super().__init__(weight_metrics, options)
         self.engine, self.weighter, self.outer_update = parts.engine, parts.weighter, parts.outer_update
         self.target_loader, self.exporter, self._flops = parts.target_loader, parts.exporter, parts.flops
-        self.gradient_mean = parts.gradient_mean
+        self.gradient_mean, self.source_offsets = parts.gradient_mean, parts.source_offsets
         self.stages, self.sources = weight_metrics.stages, weight_metrics.sources
         self.consumed_target_samples = 0
         self.num_updates = 0
@@ -80,8 +83,11 @@ class BilevelWeighting(ScoredWeighting):
             self._old_parameters.store()
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
-        """Score this rank's part of the replica's samples, and gather all scores."""
-        return self.sample_gather.score(batch.tokens, self.weighter.score)
+        """Score this rank's part of the replica's samples, gather all scores, and add the offsets of their sources."""
+        scores = self.sample_gather.score(batch.tokens, self.weighter.score)
+        if self.source_offsets is None:
+            return scores
+        return scores + self.source_offsets.of(self.sample_gather.gather_from_replicas(batch.source))
 
     def after_step(
         self, iteration: int, batch: Batch, weights: SampleWeights | None, outcome: StepOutcome
@@ -120,7 +126,7 @@ class BilevelWeighting(ScoredWeighting):
         self.exporter.export(self.weighter, iteration, self.stages.stage(iteration))
 
     def state_dict(self) -> State:
-        """Return the weighter, its optimizer, the replay in global order, the gradient mean, and the sample counts."""
+        """Return the weighter, its optimizer, the replay in global order, the averages, and the sample counts."""
         mean = self.gradient_mean.state()
         return {
             "consumed_target_samples": self.consumed_target_samples,
@@ -128,6 +134,7 @@ class BilevelWeighting(ScoredWeighting):
             **weighter_state(self.weighter),
             **self.outer_update.state_dict(),
             **({} if mean is None else {"target_gradients": mean[0], PER_PARAMETER: {TARGET_GRADIENT: mean[1]}}),
+            **({} if self.source_offsets is None else {"source_offsets": self.source_offsets.state_dict()}),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -138,6 +145,8 @@ class BilevelWeighting(ScoredWeighting):
         per_parameter = state.get(PER_PARAMETER, {})
         if TARGET_GRADIENT in per_parameter:
             self.gradient_mean.load(state["target_gradients"], per_parameter[TARGET_GRADIENT])
+        if self.source_offsets is not None:
+            self.source_offsets.load_state_dict(state.get("source_offsets", {}))
 
     def _update(self, iteration: int, batch: Batch, weights: SampleWeights, outcome: StepOutcome) -> Record:
         target = self.target_loader.next_batch()
@@ -151,6 +160,8 @@ class BilevelWeighting(ScoredWeighting):
         # In one tensor, with losses reinterpreted as integers, so that the host reads only once.
         columns = torch.stack([batch.index, batch.source, losses.double().view(torch.int64)], dim=1)
         index, source, loss = self.sample_gather.gather_from_replicas(columns).cpu().unbind(1)
+        if self.source_offsets is not None:
+            self.source_offsets.learn(source, weights.scores, result.alignments)
         samples = {
             "index": index.tolist(),
             "source": [self.sources[n] for n in source.tolist()],
@@ -180,6 +191,7 @@ class BilevelWeighting(ScoredWeighting):
             "weighter_grad_norm": result.weighter_grad_norm,
             "weighter_hash": result.weighter_hash,
             "alignment_by_source": self._means(samples["alignment"], samples["source"]),
+            **({} if self.source_offsets is None else {"offset_by_source": self.source_offsets.by_source()}),
             "samples": samples,
         }
 

@@ -13,9 +13,11 @@ LOSSES = {
     "random-uniform": [3.0, 3.2],
     "random-frozen": [2.8, 3.0],
     "random-staged": [2.9, 3.1],
+    "random-bilevel": [2.7, 2.9],
     "dsir-uniform": [2.5, 2.7],
     "dsir-frozen": [2.4, 2.6],
     "dsir-staged": [2.4, 2.6],
+    "dsir-bilevel": [2.3, 2.5],
 }
 
 
@@ -38,7 +40,7 @@ def test_table_and_plot(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     argv = ["--runs", str(runs), "--seeds", "2", "--output", str(tmp_path / "out")]
     transfer.main(argv)
     lines = capsys.readouterr().out.splitlines()
-    rows = {tuple(line.split()[:2]): line.split("  ") for line in lines[1:7]}
+    rows = {tuple(line.split()[:2]): line.split("  ") for line in lines[1:9]}
     assert rows["random", "uniform"][-1].strip() == "3.1000 ± 1.2710"
     assert [word.strip() for word in rows["random", "frozen"] if "±" in word][1] == "-0.2000 ± 0.0000"
     assert [word.strip() for word in rows["dsir", "staged"] if "±" in word] == [

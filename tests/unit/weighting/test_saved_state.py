@@ -20,7 +20,9 @@ WHOLE: dict[str, Any] = {
     "replay": [BATCH],
     "weighter_prior": None,
     "target_gradients": 0.4,
+    "source_offsets": {"books": [0.5, 8.0]},
 }
+OPTIONAL = ("weighter_prior", "target_gradients", "source_offsets")
 
 
 @pytest.mark.parametrize("state", [{}, NOT_STARTED, {"consumed_target_samples": 3}, WHOLE, {"of another": "weighting"}])
@@ -32,15 +34,15 @@ def test_what_checkpoints_hold_passes(state: dict[str, Any]):
     "changes",
     [
         *({name: value} for name in WHOLE if name != "weighter_prior" for value in ([1], torch.ones(3))),
-        *({name: None} for name in WHOLE if name not in ("weighter_prior", "target_gradients")),
+        *({name: None} for name in WHOLE if name not in OPTIONAL),
         {"outer_updates": -1},
+        *({"source_offsets": {"books": sums}} for sums in (None, [0.5], [0.5, None], [0.5, 8.0, 1.0], torch.ones(2))),
         {"weighter": {"score.weight": None}},
         *({"replay": [BATCH | changed]} for changed in ({"tokens": None}, {"alignments": torch.ones(3)})),
     ],
 )
 def test_another_type_or_none_is_refused(changes: dict[str, Any]):
     (name,) = changes
-    with pytest.raises(
-        ValueError, match="its parameters|its replay" if name in ("weighter", "replay") else f"its {name}"
-    ):
+    said = {"weighter": "its parameters", "replay": "its replay", "source_offsets": "source"}
+    with pytest.raises(ValueError, match=said.get(name, f"its {name}")):
         check_weighter_state(WHOLE | changes)

@@ -9,6 +9,7 @@ import torch
 
 from megatron_dwm.weighting.weights import (
     WeightStatistics,
+    best_scores,
     objective,
     objective_score_gradient,
     standardized,
@@ -51,6 +52,17 @@ def test_standardized_alignments_have_mean_0_and_variance_1():
     assert abs(float(found.mean())) < 1e-14 and float(found.square().mean()) == pytest.approx(1, abs=1e-14)
     for value in (3.0, 0.1, 1e-30, -3.7):
         assert torch.equal(standardized(torch.full((N,), value)), torch.zeros(N, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+@pytest.mark.parametrize("kl_weight", [0.5, 2.0])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_the_best_scores_leave_no_gradient(temperature: float, kl_weight: float, clip: float):
+    alignments = random(2)
+    scores = best_scores(alignments, temperature, kl_weight, clip)
+    gradient = objective_score_gradient(standardized(alignments, clip), scores, temperature, kl_weight)
+    assert gradient.abs().max() < 1e-14 and abs(float(scores.mean())) < 1e-14
+    assert objective(alignments, scores, temperature, kl_weight, clip) < 0
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.4, 3.0])
