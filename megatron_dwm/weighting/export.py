@@ -170,6 +170,7 @@ def run_facts(
         "initialised_from": settings.dwm_load or settings.dwm_init_from,
         "temperature": settings.dwm_temperature,
         "kl_weight": settings.dwm_kl_weight,
+        "source_offsets": settings.dwm_source_offsets,
         "train_iters": train_iters,
         "num_stages": settings.dwm_num_stages,
         "tokenizer_fingerprint": tokenizer_fingerprint,

@@ -43,6 +43,9 @@ def weighter_card(facts: Mapping[str, Any], model: Any, tokenizer: Any, *, name:
                 "Stage": f"{stage} of {facts['num_stages']}" if stage is not None and "num_stages" in facts else stage,
                 "Temperature": facts.get("temperature"),
                 "KL weight": facts.get("kl_weight"),
+                "Offsets by source": "added to the scores in its run, but not part of this weighter"
+                if facts.get("source_offsets")
+                else None,
                 "Global batch": facts.get("global_batch_size"),
                 "Language model": ", ".join(f"{key} {value}" for key, value in language_model.items()),
             }

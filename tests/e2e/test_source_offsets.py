@@ -43,34 +43,32 @@ def offsets(folder: Path) -> list[dict[str, float]]:
     return [update["offset_by_source"] for update in records(folder / "metrics.jsonl", "outer_update")]
 
 
-@pytest.mark.parametrize(
-    ("processes", "layout"),
-    [(1, {}), (2, {}), (2, {"--tensor-model-parallel-size": 2, "--sequence-parallel": True})],
-    ids=["single", "dp2", "tp2"],
-)
-def test_offsets_are_learned_from_the_recorded_scores_and_added(
-    processes: int, layout: dict[str, Any], run: dict[str, Any], tmp_path: Path
-):
-    """Scores that did not contain the last update's offsets would not give the next ones."""
-    flags = {**run, **OFFSETS, **layout, "--metrics-jsonl": tmp_path / "metrics.jsonl"}
-    finished = succeed(tmp_path / "log", processes, flags)
-    updates, again = records(tmp_path / "metrics.jsonl", "outer_update"), SourceOffsets(WeightingConfig(), SOURCES)
+def learned_anew(updates: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Return the offsets after each update, from the recorded scores, alignments and sources alone."""
+    again, found = SourceOffsets(WeightingConfig(), SOURCES), []
     for update in updates:
         samples = update["samples"]
         source = torch.tensor([SOURCES.index(name) for name in samples["source"]])
         columns = (torch.tensor(samples[name], dtype=torch.float64) for name in ("score", "alignment"))
         again.learn(source, *columns)
-        assert update["offset_by_source"] == pytest.approx(again.by_source(), abs=NO_ERROR)
-    assert len(updates) == 6 and again.by_source()["good"] > 0 > again.by_source()["bad"]
-    assert f"| offset good: {again.by_source()['good']:.4g} | " in finished.text
+        found.append(again.by_source())
+    return found
 
 
-def test_replicas_learn_the_offsets_of_one_process(run: dict[str, Any], tmp_path: Path):
+def test_offsets_are_learned_and_added_in_every_layout(run: dict[str, Any], tmp_path: Path):
+    """Recorded scores that did not contain the last update's offsets would not give the next ones."""
     # Replicas draw their own dropout, and the default number of target samples depends on theirs.
     same = {"--hidden-dropout": 0, "--attention-dropout": 0, "--dwm-target-batch-size": 8}
-    for processes in (1, 2):
-        succeed(tmp_path / "log", processes, {**run, **OFFSETS, **same, "--save": tmp_path / str(processes)})
-    for one, two in zip(offsets(tmp_path / "1"), offsets(tmp_path / "2"), strict=True):
+    layouts = {"single": {}, "dp2": {}, "tp2": {"--tensor-model-parallel-size": 2, "--sequence-parallel": True}}
+    for name, layout in layouts.items():
+        flags = {**run, **OFFSETS, **same, **layout, "--save": tmp_path / name}
+        finished = succeed(tmp_path / "log", 1 if name == "single" else 2, flags)
+        anew = learned_anew(records(tmp_path / name / "metrics.jsonl", "outer_update"))
+        for recorded, again in zip(offsets(tmp_path / name), anew, strict=True):
+            assert recorded == pytest.approx(again, abs=NO_ERROR)
+        assert len(anew) == 6 and anew[-1]["good"] > 0 > anew[-1]["bad"]
+        assert f"| offset good: {anew[-1]['good']:.4g} | " in finished.text
+    for one, two in zip(offsets(tmp_path / "single"), offsets(tmp_path / "dp2"), strict=True):
         assert one == pytest.approx(two, abs=ROUNDING)
 
 
@@ -84,6 +82,8 @@ def test_a_resumed_run_continues_with_them(run: dict[str, Any], tmp_path: Path):
         [step["lm_loss"] for step in records(tmp_path / name / "metrics.jsonl", "train")] for name in ("whole", "parts")
     ]
     assert losses[0] == losses[1]
+    card = (tmp_path / "parts" / "weighter" / "iter_0000012" / "README.md").read_text()
+    assert "* Offsets by source: added to the scores in its run, but not part of this weighter\n" in card
 
 
 def test_offsets_that_begin_or_end_with_a_resumed_run_are_said(run: dict[str, Any], tmp_path: Path):
@@ -94,6 +94,7 @@ def test_offsets_that_begin_or_end_with_a_resumed_run_are_said(run: dict[str, An
     ended = succeed(tmp_path / "log", 1, {**run, **save, "--exit-interval": 9})
     assert "the checkpoint's offsets of sources are not used, and not saved again" in ended.text
     assert "offsets of sources" not in succeed(tmp_path / "log", 1, {**run, **save}).text
+    assert "Offsets by source" not in (tmp_path / "weighter" / "iter_0000012" / "README.md").read_text()
 
 
 def test_one_source_is_refused_before_the_start(run: dict[str, Any], tmp_path: Path):
