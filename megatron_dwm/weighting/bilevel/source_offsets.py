@@ -63,6 +63,8 @@ class SourceOffsets:
             alignments: the samples' alignments [N], float64, on the CPU.
         """
         config = self.config
+        if config.dwm_lr == 0:  # weighting that does not learn leaves the run as it is
+            return
         settings = config.dwm_temperature, config.dwm_kl_weight, config.dwm_clip_alignment
         from_tokens = scores - self.values[source]
         errors = best_scores(alignments, *settings) - (from_tokens - from_tokens.mean())

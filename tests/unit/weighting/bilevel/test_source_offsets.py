@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,6 +76,13 @@ def test_offsets_follow_the_weighters_errors():
         known = torch.stack([best[source == number].mean() for number in range(3)])[source]
         offsets.learn(source, known + offsets.of(source), alignments)
     assert offsets.values.abs().max() < 0.1 * before
+
+
+def test_without_a_learning_rate_nothing_is_learned():
+    offsets = SourceOffsets(replace(CONFIG, dwm_lr=0.0), SOURCES)
+    for source, alignments in batches(3):
+        offsets.learn(source, offsets.of(source), alignments)
+    assert not offsets.values.any()
 
 
 def test_a_resumed_run_may_order_the_sources_differently_and_have_others():
