@@ -22,6 +22,7 @@ from megatron_dwm.weighting.bilevel.lm_gradients import LMGradients
 from megatron_dwm.weighting.bilevel.preconditioner import is_preconditioner_known
 from megatron_dwm.weighting.policy import Record, SampleWeights, State, StepOutcome
 from megatron_dwm.weighting.scored import ScoredWeighting, ScoringOptions
+from megatron_dwm.weighting.source_means import SourceMeans
 from megatron_dwm.weighting.weight_metrics import WeightMetrics
 from megatron_dwm.weighting.weights import standardized
 
@@ -140,7 +141,7 @@ class SourceAlignmentWeighting(TargetedWeighting):
         self.kl_weight, self.clip = kl_weight, clip
         self._pass = AlignmentPass(parts.lm_gradients, self.sample_gather)
         self._old_parameters = ParameterCopy(parts.engine.chunks)
-        self._sums = torch.zeros(2, len(weight_metrics.sources), dtype=torch.float64)  # of alignments; of samples
+        self._alignments = SourceMeans(weight_metrics.sources)
 
     def before_step(self, iteration: int) -> None:
         """Copy the parameters if alignments follow; gathers shards over the data-parallel group."""
@@ -149,8 +150,7 @@ class SourceAlignmentWeighting(TargetedWeighting):
 
     def scores(self, iteration: int, batch: Batch) -> torch.Tensor:
         """Return the score of each sample's source; all 0 before the first alignments."""
-        total, count = self._sums
-        by_source: torch.Tensor = self.options.temperature / self.kl_weight * total / count.clamp(min=1)
+        by_source = self.options.temperature / self.kl_weight * self._alignments.means()
         return by_source[self.sample_gather.gather_from_replicas(batch.source).cpu()]
 
     def after_step(
@@ -163,8 +163,7 @@ class SourceAlignmentWeighting(TargetedWeighting):
                 found = self._pass.run(batch, self.next_target(), self._old_parameters)
             if found is not None:
                 source = self.sample_gather.gather_from_replicas(batch.source).cpu()
-                values = standardized(found.values, self.clip)
-                self._sums.index_add_(1, source, torch.stack([values, torch.ones_like(values)]))
+                self._alignments.add(source, standardized(found.values, self.clip))
         self._old_parameters.release()
         return records
 
@@ -173,16 +172,13 @@ class SourceAlignmentWeighting(TargetedWeighting):
         return (self.parts.flops_per_batch + self.parts.flops_per_target) * self._is_alignment_due(iteration, outcome)
 
     def state_dict(self) -> State:
-        """Return the state with the sources' sums by name, because a resumed run may order the sources differently."""
-        by_name = dict(zip(self.weight_metrics.sources, self._sums.T.tolist(), strict=True))
-        return {**super().state_dict(), "source_alignments": by_name}
+        """Return the state with the sums of alignments by source."""
+        return {**super().state_dict(), "source_alignments": self._alignments.state_dict()}
 
     def load_state_dict(self, state: State) -> None:
         """Continue with the sources' sums."""
         super().load_state_dict(state)
-        found = state.get("source_alignments", {})
-        sums = [found.get(name, [0.0, 0.0]) for name in self.weight_metrics.sources]
-        self._sums = torch.tensor(sums, dtype=torch.float64).T.contiguous()
+        self._alignments.load_state_dict(state.get("source_alignments", {}))
 
     def _is_alignment_due(self, iteration: int, outcome: StepOutcome) -> bool:
         return self.stages.is_update(iteration) and reason_unchanged(outcome) is None

@@ -1,9 +1,9 @@
 """Offsets of scores by source (``--dwm-source-offsets``): what a sample's source says beyond its tokens.
 
-A weighter reads tokens alone, and its scores are shrunk towards each other as long as few samples support them. If the
-sources of the samples are known, the mean error of a source's scores is known well long before. It is added to them.
-With it, samples of unequal sources differ as much as with weights per source
-(:class:`~megatron_dwm.weighting.targeted.SourceAlignmentWeighting`), and samples of one source as the weighter says.
+A weighter reads tokens alone, and a regression on few samples gives scores that differ too little. If the sources of the
+samples are known, the mean error of a source's scores can be estimated much earlier, from all of its samples. It is
+added to them. Sources then differ as much as with weights per source
+(:class:`~megatron_dwm.weighting.targeted.SourceAlignmentWeighting`), and the samples of one source as the weighter says.
 
 Shape legend: N samples of the global batch, S sources.
 """
@@ -16,6 +16,7 @@ import torch
 
 from megatron_dwm.config.weighting import WeightingConfig
 from megatron_dwm.errors import UserError
+from megatron_dwm.weighting.source_means import SourceMeans
 from megatron_dwm.weighting.weights import best_scores
 
 DECAY = 0.95
@@ -37,14 +38,12 @@ class SourceOffsets:
                 f"--dwm-source-offsets: the training data has one source, {sources[0]}, whose offset would change no "
                 "weight; leave it out, or give --data-path several datasets"
             )
-        self.config, self.sources = config, list(sources)
-        self._sums = torch.zeros(2, len(sources), dtype=torch.float64)  # of errors; of samples
+        self.config, self._errors = config, SourceMeans(sources)
 
     @property
     def values(self) -> torch.Tensor:
         """The offset of each source [S], float64."""
-        errors, count = self._sums.unbind()
-        return errors / (count + PRIOR_SAMPLES)
+        return self._errors.means(PRIOR_SAMPLES)
 
     def of(self, source: torch.Tensor) -> torch.Tensor:
         """Return the offsets of samples [N], float64, from the numbers of their sources [N], on the same device."""
@@ -52,7 +51,7 @@ class SourceOffsets:
 
     def by_source(self) -> dict[str, float]:
         """Return the offset of each source, by name."""
-        return dict(zip(self.sources, self.values.tolist(), strict=True))
+        return dict(zip(self._errors.sources, self.values.tolist(), strict=True))
 
     def learn(self, source: torch.Tensor, scores: torch.Tensor, alignments: torch.Tensor) -> None:
         """Learn from the errors of one batch's scores; the same on every rank.
@@ -68,14 +67,12 @@ class SourceOffsets:
         settings = config.dwm_temperature, config.dwm_kl_weight, config.dwm_clip_alignment
         from_tokens = scores - self.values[source]
         errors = best_scores(alignments, *settings) - (from_tokens - from_tokens.mean())
-        self._sums *= DECAY
-        self._sums.index_add_(1, source, torch.stack([errors, torch.ones_like(errors)]))
+        self._errors.add(source, errors, DECAY)
 
     def state_dict(self) -> dict[str, list[float]]:
-        """Return the sums of each source by name, because a resumed run may order the sources differently."""
-        return dict(zip(self.sources, self._sums.T.tolist(), strict=True))
+        """Return the sums of errors and of samples, by source."""
+        return self._errors.state_dict()
 
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
         """Continue from :meth:`state_dict`; sources that it does not name start at 0."""
-        sums = [state.get(name, [0.0, 0.0]) for name in self.sources]
-        self._sums = torch.tensor(sums, dtype=torch.float64).T.contiguous()
+        self._errors.load_state_dict(state)

@@ -66,7 +66,7 @@ def test_offsets_are_of_the_tokens_scores_alone():
 
 
 def test_offsets_follow_the_weighters_errors():
-    """Old errors count less: after as many batches again without an error, little of them is left."""
+    """Old errors count less: after twice as many batches without an error, little of them is left."""
     offsets = SourceOffsets(CONFIG, SOURCES)
     for source, alignments in batches(30):
         offsets.learn(source, offsets.of(source), alignments)
