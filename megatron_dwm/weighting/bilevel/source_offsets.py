@@ -1,9 +1,9 @@
 """Offsets of scores by source (``--dwm-source-offsets``): what a sample's source says beyond its tokens.
 
-A weighter reads tokens alone, and a regression on few samples gives scores that differ too little. If the sources of the
-samples are known, the mean error of a source's scores can be estimated much earlier, from all of its samples. It is
+A weighter reads tokens alone, and a regression on few samples gives scores that differ too little. If the sources of
+the samples are known, the mean error of a source's scores can be estimated much earlier, from all of its samples. It is
 added to them. Sources then differ as much as with weights per source
-(:class:`~megatron_dwm.weighting.targeted.SourceAlignmentWeighting`), and the samples of one source as the weighter says.
+(:class:`~megatron_dwm.weighting.targeted.SourceAlignmentWeighting`), and samples of one source as the weighter says.
 
 Shape legend: N samples of the global batch, S sources.
 """
